@@ -1,0 +1,231 @@
+"""The schema of a run: what every key of `conf/` may hold. Imports no torch.
+
+The four axes of He et al. (2022, table 1) and their options make a `Modification`. The root of the config is one of
+them, so that `bottleneck=8` and `functional_form=relu` are keys of their own; further ones stand under `mix`.
+Which combinations mean something is said in `validity.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+# Names of transformers' ACT2FN that are functions of one tensor without parameters; a test holds them to ACT2FN.
+ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "mish", "tanh", "sigmoid", "relu6", "relu2", "leaky_relu")
+FUNCTIONAL_FORMS = ("none", "identity", "softmax", *ACTIVATIONS)
+
+# mypy and OmegaConf both want the members of an Enum spelled out; a member's name is what a user types.
+Representation = Enum(
+    "Representation",
+    [
+        "none",
+        "heads",
+        "heads_joint",
+        "attention",
+        "query",
+        "key",
+        "value",
+        "query_value",
+        "output",
+        "ffn",
+        "ffn_weights",
+        "attention_ffn",
+        "layer",
+        "embedding",
+    ],
+)
+Insertion = Enum("Insertion", ["none", "sequential", "parallel"])
+Composition = Enum("Composition", ["none", "add", "scaled", "gated"])
+Stack = Enum("Stack", ["encoder", "decoder"])
+AttentionKind = Enum("AttentionKind", ["self", "cross"])
+HeadInput = Enum("HeadInput", ["query", "hidden"])
+Init = Enum("Init", ["bert", "lora"])
+LayerNormPlace = Enum("LayerNormPlace", ["none", "input", "output"])
+Unfreeze = Enum("Unfreeze", ["none", "bias", "all"])
+TaskKind = Enum("TaskKind", ["classification", "summarization"])
+DType = Enum("DType", ["float32", "bfloat16"])
+Precision = Enum("Precision", ["auto", "fp32", "bf16"])
+Schedule = Enum("Schedule", ["linear", "cosine", "constant"])
+Keep = Enum("Keep", ["best", "last"])
+Device = Enum("Device", ["auto", "cpu", "cuda"])
+
+
+@dataclass
+class FunctionalForm:
+    """f in Δh = f(x W_down) W_up."""
+
+    name: str = "none"  # identity, softmax, or an activation (ACTIVATIONS)
+
+
+@dataclass
+class ModifiedRepresentation:
+    """Which hidden vectors h are modified; `null` means all of them."""
+
+    name: Representation = Representation.none
+    stacks: list[Stack] = field(default_factory=lambda: [Stack.encoder, Stack.decoder])
+    attentions: list[AttentionKind] = field(default_factory=lambda: list(AttentionKind))
+    layers: list[int] | None = None  # indices in each stack; negative ones count from the top
+    # What a parallel form over heads reads: each head's query (the paper's code) or the attention input (table 1).
+    head_input: HeadInput = HeadInput.query
+
+
+@dataclass
+class InsertionForm:
+    """What f reads: h itself (sequential) or the input x of the sub-module that computes h (parallel)."""
+
+    name: Insertion = Insertion.none
+
+
+@dataclass
+class CompositionFunction:
+    """How Δh joins h: h + Δh (add), h + sΔh (scaled), (1-λ)h + λΔh (gated)."""
+
+    name: Composition = Composition.none
+    scale: float = 1.0  # s; LoRA's alpha / r
+    learned: bool = False  # s is a trained scalar, which starts at `scale`
+
+
+@dataclass
+class Modification:
+    """One point on the four axes, with the options that the paper or its code has."""
+
+    functional_form: FunctionalForm = field(default_factory=FunctionalForm)
+    modified_representation: ModifiedRepresentation = field(default_factory=ModifiedRepresentation)
+    insertion_form: InsertionForm = field(default_factory=InsertionForm)
+    composition_function: CompositionFunction = field(default_factory=CompositionFunction)
+    bottleneck: int | None = None  # r, or the number l of prefix vectors
+    init: Init = Init.lora
+    bias: bool = False
+    layer_norm: LayerNormPlace = LayerNormPlace.none
+    dropout: float | None = None  # after f; null: the backbone's own rate, as in the paper's code
+    input_dropout: float = 0.0  # on x, before W_down (LoRA's dropout)
+    prefix_mlp: int | None = None  # width of the MLP that produces the prefix in training; null: none
+
+
+@dataclass
+class Model:
+    """The frozen backbone: a hub id at a revision, or a local folder."""
+
+    name: str = MISSING
+    hub_id: str | None = None
+    revision: str | None = None
+    path: str | None = None  # a folder with config.json and weights; wins over hub_id
+    dtype: DType = DType.float32  # of the frozen weights; what is trained stays float32
+    sizes: str = MISSING  # which column of conf/sizes.yaml the method presets take
+
+
+@dataclass
+class Generation:
+    """Beam search at evaluation; lengths in tokens of the target."""
+
+    num_beams: int = 6
+    min_length: int = 10
+    max_length: int = 60
+    no_repeat_ngram_size: int = 3
+    length_penalty: float = 1.0
+
+
+@dataclass
+class Task:
+    """What is learned and how it is scored."""
+
+    name: str = MISSING
+    kind: TaskKind = MISSING
+    sizes: str = MISSING  # which column of conf/sizes.yaml suits this task's paper backbone
+    hub_id: str | None = None
+    hub_config: str | None = None
+    data_dir: str | None = None  # a folder with train/validation/test files; wins over hub_id
+    data_files: dict[str, str] = field(default_factory=dict)  # split: file; wins over data_dir
+    packages: list[str] | None = None  # docstring tasks: where the text comes from
+    train_split: str = "train"
+    selection_split: str = "validation"
+    report_split: str = "test"
+    max_train: int | None = None
+    max_selection: int | None = None
+    max_eval: int | None = None
+    text_columns: list[str] = field(default_factory=list)  # classification: one text or a pair
+    label_column: str = "label"
+    labels: list[str] = field(default_factory=list)  # names in the order of their integer codes
+    source_column: str = "document"
+    target_column: str = "summary"
+    max_source_length: int = 512  # tokens
+    max_target_length: int = 128  # tokens
+    metric: str = MISSING  # the main score, by which a run is selected and ranked
+    generation: Generation = field(default_factory=Generation)
+    baselines: list[str] = field(default_factory=list)  # scores shown beside the run's: majority, head, lead1
+    paper: dict[str, Any] = field(default_factory=dict)  # the paper's training settings, taken by trainer=paper
+
+
+@dataclass
+class Trainer:
+    """Optimisation; one optimiser step sees batch_size x accumulation examples."""
+
+    learning_rate: float = MISSING
+    epochs: float = 3.0
+    max_steps: int | None = None  # optimiser steps; wins over epochs
+    batch_size: int = 32
+    accumulation: int = 1
+    eval_batch_size: int = 64
+    schedule: Schedule = Schedule.linear
+    warmup: float = 0.06  # share of the steps
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    label_smoothing: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    epsilon: float = 1e-8
+    keep: Keep = Keep.last  # which state is reported: the last, or the best on the selection split
+    evaluate_every: int | None = None  # optimiser steps between looks at the selection split; null: once an epoch
+    precision: Precision = Precision.auto  # auto: bf16 autocast on a GPU that has it, else fp32
+    gradient_checkpointing: bool = False
+    device: Device = Device.auto
+
+
+@dataclass
+class Run(Modification):
+    """The whole config. Keys of `Modification` are its first modification; `mix` holds the others by name."""
+
+    mix: dict[str, Modification] = field(default_factory=dict)
+    unfreeze: Unfreeze = Unfreeze.none  # backbone parameters that are trained too: biases (BitFit) or all
+    method: str = MISSING
+    model: Model = field(default_factory=Model)
+    task: Task = field(default_factory=Task)
+    trainer: Trainer = field(default_factory=Trainer)
+    sizes: Any = None  # conf/sizes.yaml
+    size: Any = None  # its column for this run
+    seed: int = 42
+    debug: str | None = None
+    output_dir: str = "outputs"
+    rerun: bool = False  # train again although the run is done
+
+
+def conf_dir() -> Path:
+    """The folder with the YAML groups: inside the installed package, or at the top of a checkout."""
+    here = Path(__file__).resolve().parent
+    return here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
+
+
+def modifications(run: Run) -> dict[str, Modification]:
+    """The modifications of a run by the prefix of their keys: "" for the root's, "mix.NAME." for the others."""
+    found: dict[str, Modification] = {}
+    if run.functional_form.name != "none":
+        found[""] = run
+    found.update({f"mix.{name}.": modification for name, modification in run.mix.items()})
+    return found
+
+
+def resolve(cfg: DictConfig) -> Run:
+    """The composed config as a typed `Run` with every interpolation resolved."""
+    run = OmegaConf.to_object(cfg)
+    assert isinstance(run, Run)
+    run.model.name = backbone_name(run.model)
+    return run
+
+
+def backbone_name(model: Model) -> str:
+    """What tables call the backbone: the folder's name where `model.path` is given, else the option's name."""
+    return Path(os.path.expanduser(model.path)).resolve().name if model.path else model.name

@@ -1,0 +1,30 @@
+"""The one exception a user is meant to see, and the sentence it carries.
+
+`UserError` holds one or more plain sentences: what is wrong, in the key as typed, and what would be right.
+The command line prints them without a traceback and exits with code 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. `faults` is a list of plain sentences, one for each mistake."""
+
+    def __init__(self, *faults: str) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = list(faults)
+
+
+def unknown(what: str, value: object, choices: Iterable[object]) -> str:
+    """The sentence for a `value` that is none of `choices`: the closest match first, then all of them.
+
+    >>> unknown("method", "lroa", ["lora", "mam"])
+    "method=lroa is unknown; did you mean lora? Choices: lora, mam."
+    """
+    names = [str(choice) for choice in choices]
+    close = get_close_matches(str(value), names, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{what}={value} is unknown; {hint}Choices: {', '.join(names)}."

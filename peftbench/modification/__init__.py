@@ -1,0 +1,10 @@
+"""The heart: a small function computes Δh, which joins a hidden representation h of a frozen transformer.
+
+One file for each axis of He et al. (2022), and the files that put them on a model:
+
+    functional_form.py   axis 1: f(x W_down) W_up           reparameterization.py  the prefix's training-time MLP
+    representation.py    axis 2: which h, and its x         prompt.py              prompt tuning
+    insertion.py         axis 3: f(h) or f(x)               edit.py                one modification at one leaf module
+    composition.py       axis 4: h + Δh, h + sΔh, gated     head_attention.py      modifications of heads
+    attach.py            a run's modifications on a model   counting.py, state.py  how many numbers; fold, save, load
+"""

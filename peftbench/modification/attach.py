@@ -1,0 +1,250 @@
+"""Build the modifications of a run and attach them to an unmodified model.
+
+`attach` freezes the backbone, finds the family's sites, puts one module at every place that a modification names, and
+leaves trainable: the modifications, the task head, and what `unfreeze` says. Nothing of transformers is copied,
+subclassed or replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from peftbench import config
+from peftbench.errors import UserError
+from peftbench.modification.composition import Add, Gated, Scaled
+from peftbench.modification.edit import Edit, SublayerDropout
+from peftbench.modification.functional_form import Bottleneck
+from peftbench.modification.head_attention import ATTENTION_NAME, HEADS, HeadModification, Prefix
+from peftbench.modification.insertion import INSERTION_FORMS
+from peftbench.modification.prompt import PROMPT, Prompt, PromptMask
+from peftbench.modification.reparameterization import PrefixMLP, PrefixTrunk
+from peftbench.modification.representation import REPRESENTATIONS
+from peftbench.sites import Attention, Layer, Sites, find_sites
+
+
+def attach(
+    model: PreTrainedModel,
+    modifications: Mapping[str, config.Modification],
+    unfreeze: config.Unfreeze = config.Unfreeze.none,
+    untrained: Collection[str] = (),
+) -> None:
+    """Change `model` in place.
+
+    Args:
+        modifications: by the prefix of their keys, as `config.modifications` returns them.
+        unfreeze: which backbone parameters are trained too.
+        untrained: names of parameters that came with no weights and therefore must be trained (the task head).
+    """
+    sites = find_sites(model)
+    _freeze(model, sites, unfreeze, untrained)
+    sites, dropouts = _own_dropout(sites) if modifications else (sites, [])
+    # W_o has up to two edits, its own and the attention's: what is nearer to the weights is hooked first.
+    for prefix, m in sorted(modifications.items(), key=lambda item: "attention" in _representation(item[1])):
+        _attach_one(model, sites, prefix, m)
+    for linear, dropout in dropouts:
+        linear.register_forward_hook(dropout.drop)
+
+
+def _representation(m: config.Modification) -> str:
+    return str(m.modified_representation.name.name)
+
+
+def _freeze(
+    model: PreTrainedModel, sites: Sites, unfreeze: config.Unfreeze, untrained: Collection[str]
+) -> None:
+    for name, parameter in model.named_parameters():
+        in_head = name in untrained or name.split(".")[0] in sites.family.task_head
+        in_backbone = unfreeze is config.Unfreeze.all or (unfreeze is config.Unfreeze.bias and "bias" in name)
+        parameter.requires_grad_(in_head or in_backbone)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def _own_dropout(sites: Sites) -> tuple[Sites, list[tuple[nn.Module, SublayerDropout]]]:
+    """Turn a family's functional dropout into modules, so that h behind it has a place; see `SublayerDropout`.
+
+    Returns the sites with `ffn.dropout` filled in, and the modules with the Linears that they are to be hooked onto
+    once every edit of those Linears stands.
+    """
+    attribute = sites.family.functional_dropout
+    if attribute is None:
+        return sites, []
+    layers: list[Layer] = []
+    owned: list[tuple[nn.Module, SublayerDropout]] = []
+    for layer in sites.layers:
+        rate = float(getattr(layer.module, attribute))
+        setattr(layer.module, attribute, 0.0)
+        for linear in (*(attention.output for attention in layer.attentions), layer.ffn.second):
+            dropout = SublayerDropout(rate)
+            linear.add_module("sublayer_dropout", dropout)
+            owned.append((linear, dropout))
+        layers.append(replace(layer, ffn=replace(layer.ffn, dropout=owned[-1][1])))
+    return replace(sites, layers=tuple(layers)), owned
+
+
+def _attach_one(model: PreTrainedModel, sites: Sites, prefix: str, m: config.Modification) -> None:
+    """`prefix` is that of the modification's keys: "" or "mix.NAME."; its modules are named after it."""
+    name = prefix.split(".")[1] if prefix else "modification"
+    representation = _representation(m)
+    if representation == "embedding":
+        _attach_prompt(model, sites, m, name)
+    elif representation == "heads":
+        _attach_to_heads(model, sites, m, name, prefix)
+    else:
+        _attach_to_places(sites, m, name, prefix)
+
+
+def _attach_to_places(sites: Sites, m: config.Modification, name: str, prefix: str) -> None:
+    insertion = m.insertion_form.name.name
+    places = REPRESENTATIONS[_representation(m)]
+    for layer, attentions in _chosen(sites, m, prefix):
+        for place in places(layer, attentions):
+            in_width, out_width = place.widths(sites.width, insertion)
+            rate = sites.attention_dropout if place.in_attention else sites.hidden_dropout
+            device = layer.ffn.second.weight.device
+            edit = Edit(
+                _bottleneck(m, in_width, out_width, rate, device),
+                place.insertion(insertion),
+                _composition(m, in_width, 1, device),
+            )
+            edit.attach(name, place.target, place.source, place.at)
+
+
+def _attach_to_heads(
+    model: PreTrainedModel, sites: Sites, m: config.Modification, name: str, prefix: str
+) -> None:
+    """One modification of every head, in the attention function."""
+    insertion = m.insertion_form.name.name
+    hidden = insertion == "parallel" and m.modified_representation.head_input is config.HeadInput.hidden
+    is_prefix = m.functional_form.name == "softmax" and m.composition_function.name is config.Composition.gated
+    trunks: dict[tuple[str, str], PrefixTrunk] = {}
+    for layer, attentions in _chosen(sites, m, prefix):
+        for attention in attentions:
+            device = attention.query.weight.device
+            head_width = sites.width // attention.heads
+            generator = None
+            if m.prefix_mlp is not None:
+                kind = (layer.stack, attention.kind)
+                if kind not in trunks:
+                    trunks[kind] = PrefixTrunk(_size(m), sites.width, m.prefix_mlp, device)
+                generator = PrefixMLP(trunks[kind], attention.heads, device)
+            function = _bottleneck(
+                m,
+                sites.width if hidden else head_width,
+                head_width,
+                sites.attention_dropout,
+                device,
+                groups=attention.heads,
+                generator=generator,
+            )
+            if is_prefix:
+                _add_to_heads(attention, name, Prefix(function))
+                continue
+            composition = _composition(m, function.in_width, attention.heads, device)
+            modification = HeadModification(function, INSERTION_FORMS[insertion], composition)
+            modification.reads_hidden = hidden
+            if hidden:
+                attention.query.register_forward_pre_hook(modification.read)
+            _add_to_heads(attention, name, modification)
+    model.set_attn_implementation(ATTENTION_NAME)
+
+
+def _add_to_heads(attention: Attention, name: str, modification: nn.Module) -> None:
+    if not hasattr(attention.module, HEADS):
+        attention.module.add_module(HEADS, nn.ModuleDict())
+    getattr(attention.module, HEADS)[name] = modification
+
+
+def _attach_prompt(model: PreTrainedModel, sites: Sites, m: config.Modification, name: str) -> None:
+    """Vectors before the input of the first stack; every attention that sees them gets its mask widened."""
+    stack = next(iter(sites.embedding))
+    norm = sites.embedding[stack]
+    prompt = Prompt(_size(m), sites.width, norm.weight.device)
+    norm.add_module(name, prompt)
+    norm.register_forward_pre_hook(prompt.prepend)
+    for layer in sites.layers:
+        for attention in layer.attentions:
+            if layer.stack == stack or attention.kind == "cross":
+                attention.module.add_module(PROMPT, PromptMask(_size(m)))
+    last = [layer for layer in sites.layers if layer.stack == stack][-1]
+    if len(sites.embedding) == 1 and last.norm is not None:  # an encoder alone: its task head reads fixed positions
+        last.norm.register_forward_hook(prompt.strip)
+    model.set_attn_implementation(ATTENTION_NAME)
+
+
+def _bottleneck(
+    m: config.Modification,
+    in_width: int,
+    out_width: int,
+    own_dropout: float,
+    device: torch.device,
+    groups: int = 1,
+    generator: PrefixMLP | None = None,
+) -> Bottleneck:
+    return Bottleneck(
+        in_width,
+        _size(m),
+        out_width,
+        m.functional_form.name,
+        groups=groups,
+        bias=m.bias,
+        dropout=own_dropout if m.dropout is None else m.dropout,
+        input_dropout=m.input_dropout,
+        layer_norm=m.layer_norm.name,
+        init=m.init.name,
+        generator=generator,
+        device=device,
+    )
+
+
+def _composition(m: config.Modification, in_width: int, groups: int, device: torch.device) -> nn.Module:
+    composition = m.composition_function
+    if composition.name is config.Composition.scaled:
+        return Scaled(composition.scale, composition.learned, device)
+    if composition.name is config.Composition.gated:
+        return Gated(in_width, groups, device)
+    return Add()
+
+
+def _size(m: config.Modification) -> int:
+    assert m.bottleneck is not None, "validity.py asks for a bottleneck"
+    return m.bottleneck
+
+
+def _chosen(
+    sites: Sites, m: config.Modification, prefix: str
+) -> Iterator[tuple[Layer, list[Attention]]]:
+    """The layers and attentions that the representation's options name. A name that matches nothing is an error."""
+    r = m.modified_representation
+    stacks = {stack.name for stack in r.stacks}
+    kinds = {kind.name for kind in r.attentions}
+    key = f"{prefix}modified_representation"
+    if not stacks & {layer.stack for layer in sites.layers}:
+        there = ", ".join(sites.family.stacks)
+        raise UserError(f"{key}.stacks=[{', '.join(sorted(stacks))}] names no stack of the backbone; it has: {there}.")
+    found = False
+    for layer in sites.layers:
+        if layer.stack not in stacks:
+            continue
+        if r.layers is not None:
+            wrong = [index for index in r.layers if not -layer.depth <= index < layer.depth]
+            if wrong:
+                raise UserError(
+                    f"{key}.layers: {wrong[0]} is outside the {layer.stack}'s layers 0 to {layer.depth - 1}."
+                )
+            if layer.index not in {index % layer.depth for index in r.layers}:
+                continue
+        attentions = [attention for attention in layer.attentions if attention.kind in kinds]
+        if attentions or r.name in (config.Representation.ffn, config.Representation.ffn_weights):
+            found = True
+        yield layer, attentions
+    if not found and r.name is not config.Representation.layer:
+        raise UserError(
+            f"{key}.attentions=[{', '.join(sorted(kinds))}] names no attention in the {', '.join(sorted(stacks))} of "
+            f"this backbone; it has: {', '.join(sorted({a.kind for layer in sites.layers for a in layer.attentions}))}."
+        )

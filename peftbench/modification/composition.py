@@ -1,0 +1,54 @@
+r"""Axis 4, the composition function: how Δh joins h.
+
+add: h + Δh.  scaled: h + sΔh.  gated: (1-λ)h + λΔh.  He et al. 2022, table 1 and section 3.3.
+Prefix tuning's gate λ is the share of the attention that falls on the prefix (eq. 8); `head_attention` computes that one
+exactly by attending to the prefix. For the other forms λ is learned, by `Gated`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Add(nn.Module):
+    """h + Δh."""
+
+    def forward(self, h: Tensor, delta: Tensor, x: Tensor) -> Tensor:
+        """h, Δh: the same shape; x, what f read, is not used."""
+        return (h + delta).to(h.dtype)
+
+
+class Scaled(nn.Module):
+    """h + sΔh. `learned`: s is a trained scalar that starts at `scale`."""
+
+    def __init__(self, scale: float, learned: bool = False, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.scale: float | nn.Parameter = scale
+        if learned:
+            self.scale = nn.Parameter(torch.full((), scale, device=device, dtype=torch.float32))
+
+    def forward(self, h: Tensor, delta: Tensor, x: Tensor) -> Tensor:
+        """h, Δh: the same shape; x, what f read, is not used."""
+        return (h + delta * self.scale).to(h.dtype)
+
+    def extra_repr(self) -> str:
+        return f"scale={float(self.scale):g}, learned={isinstance(self.scale, nn.Parameter)}"
+
+
+class Gated(nn.Module):
+    """(1-λ)h + λΔh with λ = σ(w·x + b), one gate for each position (and head), w and b trained.
+
+    b starts at -4, so that λ = 0.018 and the backbone is nearly itself at the start.
+    """
+
+    def __init__(self, width: int, groups: int = 1, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(groups, width, 1, device=device, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.full((groups, 1, 1), -4.0, device=device, dtype=torch.float32))
+
+    def forward(self, h: Tensor, delta: Tensor, x: Tensor) -> Tensor:
+        """h, Δh: (..., T, out), x: (..., T, in); with several groups (B, G, T, ·)."""
+        weight, bias = (self.weight[0], self.bias[0]) if self.weight.shape[0] == 1 else (self.weight, self.bias)
+        gate = torch.sigmoid(x.to(weight.dtype) @ weight + bias)  # (..., T, 1)
+        return ((1 - gate) * h + gate * delta).to(h.dtype)

@@ -1,0 +1,87 @@
+"""One modification at one place of an unmodified model: h <- compose(h, f(read(h, x)), x).
+
+An edit is a child module of the module whose output (or input) it changes, and its hooks are its own bound methods, so
+that deepcopy, pickling and state_dict treat it as any other part of the model. Hooks stand on leaf modules only
+(Linear, Dropout, LayerNorm): those take one tensor and return one, in every family.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from peftbench.modification.functional_form import Bottleneck
+from peftbench.modification.insertion import InsertionForm
+
+
+class Modification(nn.Module):
+    """The four axes at one site: functional form, insertion form and composition, at the representation h.
+
+    Args:
+        function: f, the functional form.
+        insertion: what f reads, of (h, x).
+        composition: how Δh joins h.
+    """
+
+    def __init__(self, function: Bottleneck, insertion: InsertionForm, composition: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        self.insertion = insertion
+        self.composition = composition
+
+    def modify(self, h: Tensor, x: Tensor) -> Tensor:
+        """The modified h, with the shape and dtype of h."""
+        seen = self.insertion(h, x)
+        modified: Tensor = self.composition(h, self.function(seen), seen)
+        return modified
+
+
+class Edit(Modification):
+    """A modification of a leaf module's output or input, of shape (..., width).
+
+    `attach` puts it on `target`. Where x is not the target's own input, it is the input of `source`, which runs before
+    it in the same layer: `read` keeps it until `edit_output` or `edit_input` takes it.
+    """
+
+    _x: Tensor | None = None
+
+    def attach(self, name: str, target: nn.Module, source: nn.Module, at: str) -> None:
+        """Become `target.<name>` and hook onto its `output` or `input`."""
+        target.add_module(name, self)
+        self.own_input = source is target
+        if not self.own_input:
+            source.register_forward_pre_hook(self.read)
+        if at == "output":
+            target.register_forward_hook(self.edit_output)
+        else:
+            target.register_forward_pre_hook(self.edit_input)
+
+    def read(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Forward pre-hook of the source: keep x."""
+        self._x = args[0]
+
+    def edit_output(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Forward hook of the target: h is its output."""
+        return self.modify(output, args[0] if self.own_input else self._take())
+
+    def edit_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        """Forward pre-hook of the target: h is its input."""
+        return (self.modify(args[0], args[0] if self.own_input else self._take()),)
+
+    def _take(self) -> Tensor:
+        assert self._x is not None, "the source module of a site must run before its target"
+        x, self._x = self._x, None  # kept no longer than needed: it would hold the graph of the whole layer
+        return x
+
+
+class SublayerDropout(nn.Dropout):
+    """A layer's functional dropout as a module, so that Δh can be added behind it.
+
+    BART's layers call F.dropout on a sub-layer's output; the paper's code adds the FFN's Δh after that (Appendix of
+    modeling_bart.py at 3222ce2, lines 460-479). The layer's own rate is set to 0 and this module, hooked onto the
+    sub-layer's last Linear, draws the same random numbers in the same order.
+    """
+
+    def drop(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Forward hook of the sub-layer's last Linear. Goes through __call__, so that edits of this module run."""
+        dropped: Tensor = self(output)
+        return dropped

@@ -1,0 +1,134 @@
+r"""Axis 1, the functional form: every form is one grouped bottleneck, Δh = f(x W_down) W_up.
+
+f is the identity (LoRA), an activation (adapters) or softmax (prefix tuning): He et al. 2022, equations 4, 7 and 8 and
+table 1. A hidden state is one group; heads are N_h groups with weights of their own. Prefix tuning is the same module:
+for each head W_down = W_q P_k^T (the projected query meets the l prefix keys) and W_up = P_v, so that the number l of
+prefix vectors plays the role of the bottleneck r.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+from peftbench.modification.reparameterization import PrefixMLP
+
+
+def activation(name: str) -> nn.Module:
+    """f by name: `identity`, `softmax` (over the bottleneck), or an entry of transformers' ACT2FN."""
+    if name == "identity":
+        return nn.Identity()
+    if name == "softmax":
+        return nn.Softmax(dim=-1)
+    module: nn.Module = ACT2FN[name]
+    return module
+
+
+class Bottleneck(nn.Module):
+    r"""Δh = f(x W_down + b_down) W_up + b_up, for G groups side by side.
+
+    Weights are laid out as in `torch.nn.Linear`: `down` (G, r, in), `up` (G, out, r), biases (G, 1, r) and (G, 1, out).
+
+    Args:
+        in_width: width of what f reads.
+        bottleneck: r, or the number l of prefix vectors.
+        out_width: width of h.
+        form: name of f, see `activation`.
+        groups: G; 1 for hidden states, the number of heads for heads.
+        bias: whether W_down and W_up have biases.
+        dropout: rate behind f (paper's code, petl_factory.py `Adapter_Layer`).
+        input_dropout: rate on x (LoRA's place).
+        layer_norm: `none`, `input` (LayerNorm before W_down) or `output` (LayerNorm on Δh).
+        init: `lora`: W_down Kaiming-uniform with a = √5, W_up zero, biases zero, so that Δh is 0 at the start;
+            `bert`: both N(0, 0.02), biases zero (paper, appendix A; petl_factory.py `init_lora_weights`,
+            `init_bert_weights`).
+        generator: produces (`down`, `up`) during training in place of own weights; `fold` ends that.
+        device: where the weights are made; they are float32 everywhere.
+    """
+
+    def __init__(
+        self,
+        in_width: int,
+        bottleneck: int,
+        out_width: int,
+        form: str,
+        *,
+        groups: int = 1,
+        bias: bool = False,
+        dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        layer_norm: str = "none",
+        init: str = "lora",
+        generator: PrefixMLP | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_width, self.bottleneck, self.out_width, self.groups = in_width, bottleneck, out_width, groups
+        self.f = activation(form)
+        self.dropout = nn.Dropout(dropout)
+        self.input_dropout = nn.Dropout(input_dropout)
+        factory = {"device": device, "dtype": torch.float32}
+        self.norm_in = nn.LayerNorm(in_width, **factory) if layer_norm == "input" else nn.Identity()
+        self.norm_out = nn.LayerNorm(out_width, **factory) if layer_norm == "output" else nn.Identity()
+        self.generator = generator
+        self.down: nn.Parameter | None = None
+        self.up: nn.Parameter | None = None
+        if generator is None:
+            self.down = nn.Parameter(torch.empty(groups, bottleneck, in_width, **factory))
+            self.up = nn.Parameter(torch.empty(groups, out_width, bottleneck, **factory))
+            self._initialise(init)
+        self.down_bias = nn.Parameter(torch.zeros(groups, 1, bottleneck, **factory)) if bias else None
+        self.up_bias = nn.Parameter(torch.zeros(groups, 1, out_width, **factory)) if bias else None
+
+    def _initialise(self, init: str) -> None:
+        assert self.down is not None and self.up is not None
+        if init == "bert":
+            nn.init.normal_(self.down, std=0.02)
+            nn.init.normal_(self.up, std=0.02)
+        else:
+            # Kaiming-uniform with a = √5 is U(-1/√in, 1/√in); by hand, since fan-in is the last axis of three.
+            bound = 1 / math.sqrt(self.in_width)
+            nn.init.uniform_(self.down, -bound, bound)
+            nn.init.zeros_(self.up)
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """(`down`, `up`), of shapes (G, r, in) and (G, out, r); made by the generator where there is one."""
+        if self.generator is not None:
+            return self.generator()
+        assert self.down is not None and self.up is not None
+        return self.down, self.up
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in) for one group; (..., G or 1, T, in) for several. Returns Δh with `out` as last axis, float32
+        unless autocast says otherwise."""
+        down, up = self.weights()
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(down.dtype)  # the backbone may be bfloat16, what is trained is float32
+        x = self.input_dropout(self.norm_in(x))
+        z = self.dropout(self.f(_grouped_linear(x, down, self.down_bias)))
+        return self.norm_out(_grouped_linear(z, up, self.up_bias))
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Replace the generator by the weights that it makes: Δh stays as it is, the generator is gone."""
+        if self.generator is None:
+            return
+        down, up = self.weights()
+        self.generator = None
+        self.down = nn.Parameter(down.detach().clone())
+        self.up = nn.Parameter(up.detach().clone())
+
+    def extra_repr(self) -> str:
+        return f"{self.in_width} -> {self.bottleneck} -> {self.out_width}, groups={self.groups}"
+
+
+def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., G, T, in) · weight (G, out, in)^T + bias (G, 1, out) -> (..., G, T, out); one group takes (..., in)."""
+    if weight.shape[0] == 1:
+        return F.linear(x, weight[0], None if bias is None else bias[0, 0])
+    y = x @ weight.transpose(-1, -2)
+    return y if bias is None else y + bias

@@ -1,0 +1,114 @@
+r"""Modifications of the heads: one attention function, registered with transformers, for every family.
+
+Equation 5 puts l trained keys and values before those of the context. It equals equation 7,
+
+    (1-λ) softmax(q K^T) V + λ softmax(q P_k^T) P_v,   λ = prefix mass / (prefix mass + context mass),
+
+the gated composition of the bottleneck f(q W_down) W_up with f = softmax, W_down = P_k^T, W_up = P_v. Concatenation is
+its fast path (`tests/numerics/test_head_attention.py` has eq. 7 written out). Every other form or composition is computed
+beside the attention, from the same scaled query.
+
+The prefix never enters the KV cache: the function sees keys and values after the cache has been updated, so the cache
+holds the context only, positions do not move, and beams need no special case.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from peftbench.modification.edit import Modification
+from peftbench.modification.functional_form import Bottleneck
+from peftbench.modification.prompt import PROMPT, PromptMask, see_also
+
+ATTENTION_NAME = "peftbench"  # what `config._attn_implementation` says while heads are modified
+HEADS = "head_modifications"  # the attention module's child that holds them, by name
+
+
+class HeadModification(Modification):
+    """A modification of each head's output before W_o, with weights for each head.
+
+    f reads the head's scaled query q / √d_h (as the paper's code does), or the attention input x as table 1 has it
+    (`reads_hidden`), or, sequentially, the head's output.
+    """
+
+    reads_hidden = False
+    _x: Tensor | None = None
+
+    def read(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Forward pre-hook of the query projection: keep the attention input x (B, T, d)."""
+        self._x = args[0]
+
+    def forward(self, heads: Tensor, query: Tensor) -> Tensor:
+        """heads: (B, T, N_h, d_h), as an attention function returns them; query, scaled: (B, N_h, T, d_h)."""
+        x = query
+        if self.reads_hidden:
+            assert self._x is not None, "the query projection must run before the attention"
+            x, self._x = self._x.unsqueeze(1), None  # (B, 1, T, d)
+        return self.modify(heads.transpose(1, 2), x).transpose(1, 2)
+
+
+class Prefix(nn.Module):
+    """Prefix tuning, eq. 5: keys and values put before those of the context. `function.weights` are P_k and P_v^T."""
+
+    def __init__(self, function: Bottleneck) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """key, value: (B, N_kv, K, d_h); mask: (B or 1, 1, Q, K), boolean or additive, or None. Returns the three with
+        K + l in place of K."""
+        down, up = self.function.weights()
+        batch = key.shape[0]
+        prefix_key = down.to(key.dtype).expand(batch, -1, -1, -1)  # (B, N_kv, l, d_h)
+        prefix_value = up.transpose(-1, -2).to(value.dtype).expand(batch, -1, -1, -1)
+        key = torch.cat([prefix_key, key], dim=2)
+        value = torch.cat([prefix_value, value], dim=2)
+        return key, value, None if mask is None else see_also(mask, self.function.bottleneck)
+
+
+def modified_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' SDPA attention with this module's prompt, prefixes and head modifications.
+
+    query: (B, N_h, Q, d_h), key and value: (B, N_kv, K, d_h), mask: (B, 1, Q, K) or None. Returns (B, Q, N_h, d_h).
+    """
+    prompt: PromptMask | None = getattr(module, PROMPT, None)
+    if prompt is not None:
+        attention_mask = prompt(attention_mask, query.shape[2], key.shape[2])
+    modifications = list(getattr(module, HEADS).values()) if hasattr(module, HEADS) else []
+    for modification in modifications:
+        if isinstance(modification, Prefix):
+            key, value, attention_mask = modification(key, value, attention_mask)
+    if attention_mask is None and getattr(module, "is_causal", False) and 1 < query.shape[2] < key.shape[2]:
+        # transformers would crop the keys to the queries' length and so drop tokens of the context
+        raise RuntimeError(f"{type(module).__name__} is causal and has a prefix but no mask; see `modified_mask`")
+    heads, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    for modification in modifications:
+        if isinstance(modification, HeadModification):
+            heads = modification(heads, query * scaling)
+    return heads, None
+
+
+def modified_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """transformers' SDPA mask, but a causal mask is always written out: with a prefix, keys outnumber queries, and the
+    kernel's own causal flag would then align wrongly."""
+    mask: Tensor | None = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    return mask
+
+
+# Without a mask function of the same name transformers silently passes no mask at all, and padding would be attended to.
+AttentionInterface.register(ATTENTION_NAME, modified_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, modified_mask)

@@ -1,0 +1,118 @@
+"""Axis 2, the modified representation: which hidden vectors h of a layer are changed, and which x belongs to them.
+
+Each row of `REPRESENTATIONS` lists the places of one layer. Where Δh is added relative to dropout, residual and norm
+follows the paper's code: behind W_o but before dropout for attention, behind dropout for the FFN (modeling_bart.py at
+3222ce2, lines 369-378 and 460-479).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from peftbench.modification.insertion import INSERTION_FORMS, InsertionForm, sequential_over_residual
+from peftbench.sites import Attention, Layer
+
+
+@dataclass(frozen=True)
+class Place:
+    """One h with its x, on leaf modules."""
+
+    name: str  # of the module that h belongs to, from the top of the model
+    target: nn.Module  # h is its output or its input
+    source: nn.Module  # x is its input
+    in_attention: bool  # which of the backbone's dropout rates is its own
+    at: str = "output"
+    over_residual: bool = False  # the sequential form reads x + h
+
+    def insertion(self, name: str) -> InsertionForm:
+        """The insertion form `name` at this place."""
+        return sequential_over_residual if self.over_residual else INSERTION_FORMS[name]
+
+    def widths(self, hidden: int, insertion: str) -> tuple[int, int]:
+        """(width of what f reads, width of h); a module without weights works on hidden states."""
+        source_in, _ = _in_out(self.source, hidden)
+        target_in, target_out = _in_out(self.target, hidden)
+        h = target_out if self.at == "output" else target_in
+        return (source_in if insertion == "parallel" else h), h
+
+
+def _in_out(module: nn.Module, hidden: int) -> tuple[int, int]:
+    return (module.in_features, module.out_features) if isinstance(module, nn.Linear) else (hidden, hidden)
+
+
+def _projections(*parts: str) -> Callable[[Layer, Iterable[Attention]], Iterator[Place]]:
+    """The outputs of the named projections; x is the projection's own input."""
+
+    def places(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
+        for attention in attentions:
+            for part in parts:
+                module = getattr(attention, part)
+                yield Place(f"{attention.name}.{part}", module, module, in_attention=True)
+
+    return places
+
+
+def _heads_joint(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
+    """The concatenated heads before W_o; x is the attention's input. The paper's code calls this the parallel attention
+    adapter."""
+    for a in attentions:
+        yield Place(f"{a.name}.heads_joint", a.output, a.query, in_attention=True, at="input")
+
+
+def _attention(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
+    """The output of W_o; x is the attention's input."""
+    for a in attentions:
+        yield Place(a.name, a.output, a.query, in_attention=True)
+
+
+def _ffn(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
+    """The FFN sub-layer's output, behind its dropout; x is the sub-layer's input."""
+    yield Place(layer.ffn.name, _ffn_output(layer), layer.ffn.source, in_attention=False)
+
+
+def _ffn_weights(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
+    """The outputs of the FFN's two Linears, each with its own input as x."""
+    for part in ("first", "second"):
+        module = getattr(layer.ffn, part)
+        yield Place(f"{layer.ffn.name}.{part}", module, module, in_attention=False)
+
+
+def _attention_ffn(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
+    """Both sub-layers (Houlsby et al. 2019)."""
+    yield from _attention(layer, attentions)
+    yield from _ffn(layer, attentions)
+
+
+def _layer(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
+    """The layer's output, behind the FFN's add & norm (Pfeiffer et al. 2021)."""
+    if layer.norm is not None:
+        yield Place(layer.name, layer.norm, layer.norm, in_attention=False)
+    else:
+        assert layer.residual is not None, "a family names its layers' last norm or their residual"
+        yield Place(layer.name, _ffn_output(layer), layer.residual, in_attention=False, over_residual=True)
+
+
+def _ffn_output(layer: Layer) -> nn.Module:
+    assert layer.ffn.dropout is not None, "attach owns functional dropout before it asks for places"
+    return layer.ffn.dropout
+
+
+Places = Callable[[Layer, Iterable[Attention]], Iterator[Place]]
+
+# `heads` and `embedding` have no place on a leaf module: `attach` has a function of its own for each.
+REPRESENTATIONS: dict[str, Places] = {
+    "heads_joint": _heads_joint,
+    "attention": _attention,
+    "query": _projections("query"),
+    "key": _projections("key"),
+    "value": _projections("value"),
+    "query_value": _projections("query", "value"),
+    "output": _projections("output"),
+    "ffn": _ffn,
+    "ffn_weights": _ffn_weights,
+    "attention_ffn": _attention_ffn,
+    "layer": _layer,
+}

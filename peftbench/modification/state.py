@@ -1,0 +1,88 @@
+"""What a run has trained, as a file: fold, save and load.
+
+A checkpoint holds only the trained tensors (modifications, task head, unfrozen backbone parameters) under their names in
+the model, as safetensors. The prefix's MLP is folded away first: what is stored is the prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from peftbench.errors import UserError
+from peftbench.modification.functional_form import Bottleneck
+from peftbench.modification.reparameterization import PrefixMLP
+
+FILE_NAME = "adapter.safetensors"
+
+
+def bottlenecks(model: nn.Module) -> list[Bottleneck]:
+    """Every functional form attached to the model."""
+    return [module for module in model.modules() if isinstance(module, Bottleneck)]
+
+
+def fold(model: nn.Module) -> None:
+    """Replace every prefix's MLP by the prefix that it makes. The model computes what it computed before."""
+    for bottleneck in bottlenecks(model):
+        bottleneck.fold()
+
+
+@contextmanager
+def folded(model: nn.Module) -> Iterator[None]:
+    """Inside the block prefixes are plain tensors, so that a long generation does not run their MLP at every step;
+    afterwards the MLPs are back, untouched."""
+    generators: list[tuple[Bottleneck, PrefixMLP]] = []
+    for bottleneck in bottlenecks(model):
+        if bottleneck.generator is not None:
+            generators.append((bottleneck, bottleneck.generator))
+            bottleneck.fold()
+    try:
+        yield
+    finally:
+        for bottleneck, generator in generators:
+            bottleneck.generator, bottleneck.down, bottleneck.up = generator, None, None
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Name and value of each tensor that a checkpoint needs; fold first for the stored form."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save(model: nn.Module, folder: Path) -> int:
+    """Write the trained tensors of a folded model to `folder`; returns the file's size in bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / FILE_NAME
+    save_file({name: tensor.cpu().contiguous() for name, tensor in trained_tensors(model).items()}, path)
+    return path.stat().st_size
+
+
+@torch.no_grad()
+def load(model: nn.Module, folder: Path) -> None:
+    """Read what `save` wrote into a model to which the same modifications are attached. Folds the model.
+
+    Raises:
+        UserError: the file is missing, or its names or shapes are not the model's.
+    """
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise UserError(f"{path} is missing; a finished run keeps its trained tensors there.")
+    fold(model)
+    saved = load_file(path)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if saved.keys() != trained.keys():
+        odd = sorted(saved.keys() ^ trained.keys())
+        raise UserError(
+            f"{path} was trained with other settings: {len(odd)} tensors stand on one side only, such as {odd[0]}."
+        )
+    for name, parameter in trained.items():
+        if parameter.shape != saved[name].shape:
+            raise UserError(
+                f"{path}: {name} has shape {tuple(saved[name].shape)}, the model wants {tuple(parameter.shape)}; "
+                "attach it with the settings that it was trained with."
+            )
+        parameter.copy_(saved[name])

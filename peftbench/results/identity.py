@@ -1,0 +1,91 @@
+"""What makes two runs the same run: a hash of the keys of the config that can change a result. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+
+from peftbench.config import Modification, Run
+from peftbench.errors import UserError
+
+# Keys that change no result: where the run happens, and tables that have already had their effect on other keys.
+IGNORED = (
+    "output_dir",
+    "rerun",
+    "sizes",
+    "size",
+    "model.sizes",
+    "task.sizes",
+    "task.paper",
+    "trainer.device",
+    "trainer.eval_batch_size",
+)
+
+_WHOLE = 1 << 20  # bytes; files smaller than this are hashed whole, of larger ones
+_END = 1 << 16  # only so many bytes at either end, beside the size
+
+
+def run_hash(run: Run) -> str:
+    """Eight hexadecimal digits that name a run.
+
+    Files count by content, not by path. Raises UserError where a path of the config does not exist.
+    """
+    config = plain(run)
+    for key in IGNORED:
+        *groups, leaf = key.split(".")
+        node = config
+        for group in groups:
+            node = node[group]
+        del node[leaf]
+
+    # What a path wins over has no effect either.
+    model, task = config["model"], config["task"]
+    path, data_dir, data_files = model.pop("path"), task.pop("data_dir"), task.pop("data_files")
+    if path:
+        model |= {"hub_id": None, "revision": None, "content": content_stamp(path)}
+    if data_files:
+        task["content"] = {split: content_stamp(file) for split, file in data_files.items()}
+    elif data_dir:
+        task["content"] = content_stamp(data_dir)
+    if "content" in task:
+        task |= {"hub_id": None, "hub_config": None}
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def run_dir(run: Run) -> Path:
+    """The folder of a run: OUTPUT_DIR/TASK/MODEL/METHOD/HASH. Raises UserError as `run_hash` does."""
+    return Path(run.output_dir).expanduser() / run.task.name / run.model.name / run.method / run_hash(run)
+
+
+def content_stamp(path: str | Path) -> str:
+    """Twelve hexadecimal digits that stand for a file, or for a folder with all files in it but hidden ones.
+
+    Cheap also for gigabytes of weights: see `_WHOLE`. Raises UserError where there is no such path.
+    """
+    root = Path(path).expanduser()
+    if not root.exists():
+        raise UserError(f"{path} does not exist; give the path of an existing file or folder.")
+    found = [(file.relative_to(root).as_posix(), file) for file in root.rglob("*")] if root.is_dir() else []
+    digest = hashlib.sha256()
+    for name, file in sorted(found) or [(root.name, root)]:
+        if file.is_file() and not any(part.startswith(".") for part in name.split("/")):
+            size = file.stat().st_size
+            digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
+            with file.open("rb") as content:
+                if size < _WHOLE:
+                    digest.update(content.read())
+                else:
+                    digest.update(content.read(_END))
+                    content.seek(-_END, os.SEEK_END)
+                    digest.update(content.read(_END))
+    return digest.hexdigest()[:12]
+
+
+def plain(config: Modification) -> dict[str, Any]:
+    """A run, or one modification, as nested dicts and lists of JSON values; enum members go by their names."""
+    return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True))

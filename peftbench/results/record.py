@@ -1,0 +1,372 @@
+"""The record of one run: what was trained, how it scored and what it cost. Imports no torch.
+
+`recording` keeps `record.json` in the run's folder true from the first second to the last; `load_records` reads the
+records below a folder. Tables, plots and reports read records and nothing else. A file of a run is written beside its
+place and then renamed, so that no reader ever sees half of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from datetime import datetime, timezone
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TextIO, get_args, get_origin, get_type_hints
+
+from omegaconf import OmegaConf
+
+import peftbench
+from peftbench.config import Modification, Run, modifications
+from peftbench.errors import UserError
+from peftbench.results.identity import content_stamp, plain, run_hash
+
+SCHEMA_VERSION = 1
+FILE = "record.json"
+
+Status = Literal["running", "done", "failed", "interrupted"]
+
+
+@dataclass
+class Failure:
+    """The exception that ended a run; its traceback stands in `error.txt`."""
+
+    name: str  # the exception's class
+    message: str
+
+
+@dataclass
+class Backbone:
+    """The frozen model: a hub id at a revision, or the content stamp of a local folder."""
+
+    name: str
+    hub_id: str | None
+    revision: str | None
+    content: str | None
+    parameters: int | None = None
+
+
+@dataclass
+class Axes:
+    """One modification as a point on the four axes; `prefix` is what its config keys start with, "" or "mix.NAME."."""
+
+    prefix: str
+    functional_form: str
+    modified_representation: str
+    insertion_form: str
+    composition_function: str
+    scale: float
+    bottleneck: int | None
+    options: dict[str, Any]  # the other keys that differ from their defaults, dotted
+
+
+@dataclass
+class Counts:
+    """Numbers of parameters. `percent` is derived: trained, stored and paper in % of the backbone."""
+
+    backbone: int
+    trained: int  # what the optimiser holds
+    stored: int  # what a checkpoint needs, without the head and with the prefix MLP folded
+    head: int
+    paper: int | None  # by the formula of the paper's appendix B
+    percent: dict[str, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        numbers = {"trained": self.trained, "stored": self.stored, "paper": self.paper}
+        self.percent = {key: 100 * n / self.backbone for key, n in numbers.items() if n is not None and self.backbone}
+
+
+@dataclass
+class Score:
+    """Metrics on a split, each on the paper's scale of 0 to 100 and better when higher."""
+
+    split: str
+    examples: int
+    metrics: dict[str, float]
+
+
+@dataclass
+class Record:
+    """All that is kept of a run. Times are in seconds, dates ISO 8601 in UTC."""
+
+    run: str  # `run_hash`
+    status: Status
+    created: str
+    method: str
+    task: str
+    model: Backbone
+    axes: list[Axes]
+    unfreeze: str
+    metric: str  # the main one, by which runs are ranked
+    seed: int
+    folder: Path = field(compare=False)  # where the record lies; not part of it
+    schema_version: int = SCHEMA_VERSION
+    error: Failure | None = None
+    finished: str | None = None
+    overrides: list[str] = field(default_factory=list)  # of the command line
+    debug: str | None = None
+    counts: Counts | None = None
+    scores: dict[str, Score] = field(default_factory=dict)  # by role: selection, report
+    score: float | None = None  # the main metric on the report split
+    baselines: dict[str, float] = field(default_factory=dict)  # the main metric of: majority, head, lead1
+    trainer: dict[str, Any] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)  # prepare_s, train_s, evaluate_s; total_s at the end
+    steps: int | None = None
+    tokens_per_s: float | None = None
+    peak_memory_bytes: int | None = None
+    adapter_bytes: int | None = None
+    data: dict[str, Any] = field(default_factory=dict)  # fingerprint, package versions
+    device: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    git: dict[str, Any] | None = None  # commit, dirty; of the checkout that peftbench runs from
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as nested dicts and lists of JSON values."""
+        values = asdict(self)
+        del values["folder"]
+        return {"schema_version": values.pop("schema_version"), **values}
+
+    @classmethod
+    def from_json(cls, values: object, folder: Path) -> Record:
+        """The record that `to_json` gave; unknown keys are passed over. Raises ValueError for anything else."""
+        if not isinstance(values, dict) or "schema_version" not in values:
+            raise ValueError("it is not the record of a run")
+        if values["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"its schema_version is {values['schema_version']}, not {SCHEMA_VERSION}")
+        record: Record = _decode(cls, {**values, "folder": folder})
+        return record
+
+    def save(self) -> None:
+        """Writes `record.json`."""
+        _write_json(self.folder / FILE, self.to_json())
+
+    def finish(self) -> None:
+        """The run is done."""
+        self._end("done")
+
+    def interrupt(self) -> None:
+        """The user stopped the run."""
+        self._end("interrupted")
+
+    def fail(self, error: BaseException) -> None:
+        """The run ended by `error`, whose traceback goes to `error.txt`."""
+        self.error = Failure(type(error).__name__, str(error))
+        with _replacing(self.folder / "error.txt") as file:
+            file.writelines(traceback.format_exception(error))
+        self._end("failed")
+
+    def _end(self, status: Status) -> None:
+        self.status, self.finished = status, _now()
+        began, ended = datetime.fromisoformat(self.created), datetime.fromisoformat(self.finished)
+        self.timings["total_s"] = (ended - began).total_seconds()
+        self.save()
+
+
+@contextmanager
+def recording(run: Run, folder: Path, overrides: Sequence[str]) -> Iterator[Record]:
+    """The record of what happens inside: done at its end, interrupted by Ctrl-C, failed by any other exception."""
+    record = start(run, folder, overrides)
+    try:  # so that nothing half-done is ever called done
+        yield record
+        record.finish()
+    except KeyboardInterrupt:
+        record.interrupt()
+        raise
+    except BaseException as error:
+        record.fail(error)
+        raise
+
+
+def start(run: Run, folder: Path, overrides: Sequence[str]) -> Record:
+    """A record of status running, and the resolved `config.yaml` beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in ("error.txt", "metrics.jsonl", "predictions.jsonl"):  # an earlier try's would pass for this one's
+        (folder / stale).unlink(missing_ok=True)
+    with _replacing(folder / "config.yaml") as file:
+        OmegaConf.save(OmegaConf.structured(replace(run, sizes=None, size=None)), file)
+    content = content_stamp(run.model.path) if run.model.path else None
+    record = Record(
+        run=run_hash(run),
+        status="running",
+        created=_now(),
+        method=run.method,
+        task=run.task.name,
+        model=Backbone(
+            run.model.name,
+            hub_id=None if content else run.model.hub_id,
+            revision=None if content else run.model.revision,
+            content=content,
+        ),
+        axes=_axes(run),
+        unfreeze=run.unfreeze.name,
+        metric=run.task.metric,
+        seed=run.seed,
+        folder=folder,
+        overrides=list(overrides),
+        debug=run.debug,
+        trainer=plain(run)["trainer"],
+        versions=_versions(),
+        git=_git(),
+    )
+    record.save()
+    return record
+
+
+def finished(folder: Path) -> Record | None:
+    """The record of a run that is done, or None if `folder` holds none."""
+    try:
+        record = _read(folder / FILE)
+    except (OSError, ValueError):
+        return None
+    return record if record.status == "done" else None
+
+
+def load_records(folder: Path) -> tuple[list[Record], list[str]]:
+    """The records anywhere below `folder`, and a sentence for each `record.json` that could not be read as one.
+
+    Raises UserError where there is no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give the output_dir of runs, or make one with: peftbench train")
+    records, left_out = [], []
+    for file in sorted(folder.rglob(FILE)):
+        try:
+            records.append(_read(file))
+        except json.JSONDecodeError as error:
+            left_out.append(f"{file} is left out: it is torn or no JSON (line {error.lineno}: {error.msg}).")
+        except (OSError, ValueError, RecursionError) as error:
+            left_out.append(f"{file} is left out: {error}.")
+    return records, left_out
+
+
+def append_metrics(folder: Path, values: dict[str, Any]) -> None:
+    """Appends one line to `metrics.jsonl`, which can be read while the run goes on."""
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def write_predictions(folder: Path, predictions: Iterable[dict[str, Any]]) -> None:
+    """Writes `predictions.jsonl`, one line for each example."""
+    with _replacing(folder / "predictions.jsonl") as file:
+        file.writelines(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf of nested dicts."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _axes(run: Run) -> list[Axes]:
+    """The modifications of a run, each with the options in which it differs from a bare one."""
+    bare = dict(flatten(plain(Modification())))
+    shown = {"bottleneck", "composition_function.scale"} | {key for key in bare if key.endswith(".name")}
+    return [
+        Axes(
+            prefix=prefix,
+            functional_form=modification.functional_form.name,
+            modified_representation=modification.modified_representation.name.name,
+            insertion_form=modification.insertion_form.name.name,
+            composition_function=modification.composition_function.name.name,
+            scale=modification.composition_function.scale,
+            bottleneck=modification.bottleneck,
+            options={
+                key: value
+                for key, value in flatten(plain(modification))
+                if key in bare and key not in shown and value != bare[key]
+            },
+        )
+        for prefix, modification in modifications(run).items()
+    ]
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "peftbench": peftbench.__version__}
+    for package in ("torch", "transformers", "datasets"):
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+@lru_cache(maxsize=1)
+def _git() -> dict[str, Any] | None:
+    """Commit and state of the checkout that peftbench runs from; None if it is installed, or git is not."""
+    checkout = Path(peftbench.__file__).resolve().parent.parent
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", *command], cwd=checkout, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        top, commit = git("rev-parse", "--show-toplevel", "HEAD").splitlines()
+        if Path(top) != checkout:  # installed in an environment that lies inside somebody else's checkout
+            return None
+        return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+def _read(file: Path) -> Record:
+    return Record.from_json(json.loads(file.read_text(encoding="utf-8")), file.parent)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    with _replacing(path) as file:
+        file.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[TextIO]:
+    """A text file to write to that takes the place of `path` once it is complete."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        # Half a surrogate pair, which UTF-8 cannot hold, becomes \udxxx: what JSON calls it too.
+        with unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            yield file
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+_hints = lru_cache(get_type_hints)
+
+
+def _decode(kind: Any, value: Any, key: str = "") -> Any:
+    """`value`, as JSON gives it, as the type `kind`. Raises ValueError that names the key where it does not fit."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is UnionType:  # always X | None here
+        return None if value is None else _decode(arguments[0], value, key)
+    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
+        known = {
+            item.name: _decode(_hints(kind)[item.name], value[item.name], f"{key}.{item.name}".lstrip("."))
+            for item in fields(kind)
+            if item.init and item.name in value
+        }
+        required = {item.name for item in fields(kind) if item.init and item.default is item.default_factory is MISSING}
+        if missing := sorted(required - known.keys()):
+            raise ValueError(f"{key or 'it'} lacks {', '.join(missing)}")
+        return kind(**known)
+    if origin is list and isinstance(value, list):
+        return [_decode(arguments[0], item, f"{key}[{index}]") for index, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {name: _decode(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is Any or (origin is Literal and value in arguments) or type(value) is kind or isinstance(value, Path):
+        return value
+    raise ValueError(f"{key or 'it'} is {str(value)[:40]!r}, which no record holds there")

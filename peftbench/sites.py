@@ -1,0 +1,227 @@
+"""Where a backbone keeps its attentions, projections and feed-forward networks: model families as rows of data.
+
+A family is one `Family` row in `FAMILIES`; `find_sites` resolves the row on a loaded model into `Layer`s of modules.
+To support an architecture, add a row and a test case (README.md, "Add a family"); no class is copied or replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from peftbench.errors import UserError
+
+
+@dataclass(frozen=True)
+class AttentionPaths:
+    """One attention sub-layer, as paths from its layer."""
+
+    module: str  # the module that calls the attention function
+    query: str
+    key: str
+    value: str
+    output: str  # W_o; its input is the concatenation of the heads
+
+
+@dataclass(frozen=True)
+class FeedForwardPaths:
+    """One feed-forward sub-layer, as paths from its layer."""
+
+    first: str  # W_1
+    second: str  # W_2
+    dropout: str | None = None  # the Dropout module behind W_2; None where dropout is a function call
+    source: str = ""  # the module whose input is the sub-layer's input x; W_1 unless given
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            object.__setattr__(self, "source", self.first)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row: how a family of transformers classes is laid out, relative to `model.base_model`."""
+
+    model_types: tuple[str, ...]  # `config.model_type`
+    stacks: Mapping[str, str]  # stack name: path of its list of layers
+    attentions: Mapping[str, AttentionPaths]  # "self" and, where the family has it, "cross"
+    ffn: FeedForwardPaths
+    embedding: Mapping[str, str]  # stack name: the LayerNorm that ends its embedding layer
+    heads: str  # config attribute with the number of heads; one for each stack where "{stack}_" stands in it
+    norm: str | None = None  # post-norm: the LayerNorm that ends a layer
+    residual: str | None = None  # pre-norm: the module whose input is the residual that the FFN's output joins
+    functional_dropout: str | None = None  # attribute of a layer that holds the rate of its functional dropout
+    attention_dropout: str = "attention_dropout"  # config attribute
+    hidden_dropout: str = "dropout"  # config attribute
+    task_head: tuple[str, ...] = ("classification_head", "classifier", "score", "pre_classifier")
+
+
+_BART_ATTENTION = {
+    kind: AttentionPaths(module, *(f"{module}.{part}_proj" for part in ("q", "k", "v", "out")))
+    for kind, module in {"self": "self_attn", "cross": "encoder_attn"}.items()
+}
+_BERT_ATTENTION = {
+    kind: AttentionPaths(
+        f"{module}.self",
+        *(f"{module}.self.{part}" for part in ("query", "key", "value")),
+        f"{module}.output.dense",
+    )
+    for kind, module in {"self": "attention", "cross": "crossattention"}.items()
+}
+
+FAMILIES = (
+    Family(
+        model_types=("bart",),
+        stacks={"encoder": "encoder.layers", "decoder": "decoder.layers"},
+        attentions=_BART_ATTENTION,
+        ffn=FeedForwardPaths("fc1", "fc2"),
+        embedding={"encoder": "encoder.layernorm_embedding", "decoder": "decoder.layernorm_embedding"},
+        heads="{stack}_attention_heads",
+        norm="final_layer_norm",
+        functional_dropout="dropout",
+    ),
+    Family(
+        model_types=("mbart",),
+        stacks={"encoder": "encoder.layers", "decoder": "decoder.layers"},
+        attentions=_BART_ATTENTION,
+        ffn=FeedForwardPaths("fc1", "fc2"),
+        embedding={"encoder": "encoder.layernorm_embedding", "decoder": "decoder.layernorm_embedding"},
+        heads="{stack}_attention_heads",
+        residual="final_layer_norm",
+        functional_dropout="dropout",
+    ),
+    Family(
+        model_types=("bert", "roberta"),
+        stacks={"encoder": "encoder.layer"},
+        attentions=_BERT_ATTENTION,
+        ffn=FeedForwardPaths("intermediate.dense", "output.dense", dropout="output.dropout"),
+        embedding={"encoder": "embeddings.LayerNorm"},
+        heads="num_attention_heads",
+        norm="output.LayerNorm",
+        attention_dropout="attention_probs_dropout_prob",
+        hidden_dropout="hidden_dropout_prob",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention sub-layer of a loaded model."""
+
+    name: str  # from the top of the model
+    kind: str  # "self" or "cross"
+    heads: int
+    module: nn.Module
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    output: nn.Module
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """One feed-forward sub-layer of a loaded model."""
+
+    name: str
+    first: nn.Module
+    second: nn.Module
+    source: nn.Module
+    dropout: nn.Module | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a loaded model."""
+
+    name: str
+    stack: str
+    index: int
+    depth: int  # how many layers its stack has
+    module: nn.Module
+    attentions: tuple[Attention, ...]
+    ffn: FeedForward
+    norm: nn.Module | None
+    residual: nn.Module | None
+
+
+@dataclass(frozen=True)
+class Sites:
+    """All places of a loaded model that a modification can name."""
+
+    family: Family
+    width: int  # d, of the hidden states
+    layers: tuple[Layer, ...]
+    embedding: Mapping[str, nn.Module] = field(default_factory=dict)
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+
+
+def family_of(model_type: str) -> Family:
+    """The row of `FAMILIES` for a config's `model_type`; a UserError that names the supported ones if there is none."""
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    supported = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
+    raise UserError(
+        f"The backbone's model_type is {model_type}, which peftbench has no family for; supported: {supported}. "
+        "A family is one row of FAMILIES in peftbench/sites.py."
+    )
+
+
+def find_sites(model: PreTrainedModel) -> Sites:
+    """Resolve the model's family row into modules. Works on the meta device too."""
+    config = model.config
+    family = family_of(config.model_type)
+    base = model.base_model
+    names = {module: name for name, module in model.named_modules()}
+    return Sites(
+        family=family,
+        width=config.hidden_size,
+        layers=tuple(_layers(family, base, config, names)),
+        embedding={stack: base.get_submodule(path) for stack, path in family.embedding.items()},
+        attention_dropout=float(getattr(config, family.attention_dropout)),
+        hidden_dropout=float(getattr(config, family.hidden_dropout)),
+    )
+
+
+def _layers(family: Family, base: nn.Module, config: object, names: Mapping[nn.Module, str]) -> Iterator[Layer]:
+    for stack, path in family.stacks.items():
+        modules = list(base.get_submodule(path).children())
+        heads = int(getattr(config, family.heads.format(stack=stack)))
+        for index, module in enumerate(modules):
+            yield Layer(
+                name=names[module],
+                stack=stack,
+                index=index,
+                depth=len(modules),
+                module=module,
+                attentions=tuple(_attentions(family, module, heads, names)),
+                ffn=FeedForward(
+                    name=names[module.get_submodule(family.ffn.second)],
+                    first=module.get_submodule(family.ffn.first),
+                    second=module.get_submodule(family.ffn.second),
+                    source=module.get_submodule(family.ffn.source),
+                    dropout=None if family.ffn.dropout is None else module.get_submodule(family.ffn.dropout),
+                ),
+                norm=None if family.norm is None else module.get_submodule(family.norm),
+                residual=None if family.residual is None else module.get_submodule(family.residual),
+            )
+
+
+def _attentions(family: Family, layer: nn.Module, heads: int, names: Mapping[nn.Module, str]) -> Iterator[Attention]:
+    for kind, paths in family.attentions.items():
+        if not hasattr(layer, paths.module.split(".")[0]):
+            continue  # an encoder layer, or a decoder without cross-attention
+        module = layer.get_submodule(paths.module)
+        yield Attention(
+            name=names[module],
+            kind=kind,
+            heads=heads,
+            module=module,
+            query=layer.get_submodule(paths.query),
+            key=layer.get_submodule(paths.key),
+            value=layer.get_submodule(paths.value),
+            output=layer.get_submodule(paths.output),
+        )

@@ -1,0 +1,344 @@
+"""Real text that every machine has: the docstrings of Python's standard library and of installed packages.
+
+Source files are parsed with `ast`; no package is imported. `gather` returns the docstrings, `split_of` deals them
+into train, validation and test by name, and two tasks are made from them: `topic_rows` (which package does this
+text come from?) and `summary_rows` (write the first paragraph, given the rest).
+
+The standard library goes by the package name `python`.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import sys
+import sysconfig
+import tempfile
+import textwrap
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Literal, get_args
+
+from peftbench.errors import UserError
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+STDLIB = "python"
+
+# The words, beside its own name, that give a package away in a topic row. A space stands for any white space.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "numpy": ("np",),
+    "pandas": ("pd",),
+    "python": ("cpython", "python2", "python3"),
+    "torch": ("pytorch", "libtorch"),
+    "transformers": ("hugging face", "huggingface"),
+}
+MASK_WORD = "package"
+
+# Folders whose docstrings describe tests, demos or somebody else's package.
+SKIPPED_FOLDERS = frozenset(
+    {"__pycache__", "_vendor", "_vendored", "idlelib", "site-packages", "dist-packages", "test", "tests", "turtledemo"}
+)
+SKIPPED_PAIRS = frozenset({("testing", "_data"), ("testing", "_internal")})
+
+MIN_WORDS = 3  # shorter docstrings ("See above.") say nothing about their object
+MIN_TEXT = 150  # characters of a topic text, or of a document to be summarised
+SUMMARY_LENGTH = range(20, 201)  # characters of a summary that is worth learning to write
+
+# First paragraphs that are no summary: "Args: ...", "x (`int`, *optional*): ...", a block of code, a directive.
+NOT_A_SUMMARY = re.compile(r"(?:\w+|\S+ \(.*?\))\s*:|```|\.\. ")
+
+_SCHEMA = 1  # part of the cache file's name: raise it whenever what is gathered changes
+_POOL_FROM = 64  # source files; below that, starting workers costs more than it saves
+_WORKERS = 2
+
+
+@dataclass(frozen=True)
+class Docstring:
+    """One docstring: `name` is its object's qualified name, as in `torch.nn.modules.linear.Linear.forward`."""
+
+    package: str
+    name: str
+    summary: str  # the first paragraph, on one line
+    body: str  # the other paragraphs; empty where there is only one
+
+    @property
+    def text(self) -> str:
+        """Summary and body, a blank line between them."""
+        return f"{self.summary}\n\n{self.body}" if self.body else self.summary
+
+
+def gather(packages: Sequence[str], cache_dir: Path | None = None) -> list[Docstring]:
+    """The docstrings of `packages`, sorted by name; of those with equal text (see `normalised`) only the first.
+
+    Names are not quite unique: a function that is defined twice, say once per platform, is listed twice.
+    What a package yields is cached in `cache_dir`, by default `$PEFTBENCH_CACHE` or `~/.cache/peftbench`.
+    Raises UserError for packages that are not installed.
+    """
+    installed = versions(packages)
+    folder = cache_dir or Path(os.environ.get("PEFTBENCH_CACHE") or Path.home() / ".cache" / "peftbench")
+    found: list[Docstring] = []
+    for package, version in installed.items():
+        cache = folder / f"docstrings-{package}-{version}-v{_SCHEMA}.jsonl"
+        if cache.is_file():
+            found += _load(cache)
+            continue
+        fresh = _read_all(package, _sources(package))
+        with suppress(OSError):  # a cache that cannot be written costs seconds, not the run
+            _save(fresh, cache)
+        found += fresh
+    return _unique(found)
+
+
+def gather_folder(folder: Path, package: str) -> list[Docstring]:
+    """Like `gather`, uncached, for one package that is not installed: `folder` is its top-level source folder."""
+    return _read_all(package, list(_walk_files(folder, folder.name)))
+
+
+def split_of(name: str) -> Split:
+    """The split of the docstring called `name`: a pure function of the name, 80/10/10."""
+    tenth = _hash_order(name) % 10
+    return "train" if tenth < 8 else "validation" if tenth == 8 else "test"
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """The installed version of each package. Raises UserError for packages that are not installed."""
+    missing = [package for package in packages if not _roots(package)]
+    if missing:
+        raise UserError(
+            *(
+                f"{package} is not an installed package with Python sources; install it, or name an installed "
+                f"top-level package such as numpy, or {STDLIB} for the standard library."
+                for package in missing
+            )
+        )
+    return {package: _version(package) for package in packages}
+
+
+def fingerprint(docstrings: Iterable[Docstring]) -> str:
+    """The sha256, in hexadecimal, of all names and texts, in order."""
+    digest = hashlib.sha256()
+    for docstring in docstrings:
+        digest.update(json.dumps([docstring.name, docstring.summary, docstring.body]).encode())
+    return digest.hexdigest()
+
+
+def normalised(text: str) -> str:
+    """`text` in lower case with single spaces: what two docstrings share when they count as the same."""
+    return " ".join(text.lower().split())
+
+
+def topic_rows(
+    packages: Sequence[str],
+    split: Split,
+    *,
+    per_class: int | None = None,
+    seed: int = 0,
+    cache_dir: Path | None = None,
+) -> list[dict[str, str]]:
+    """Rows `{"name", "text", "label"}` for the task "which of `packages` does this docstring come from?".
+
+    The names of all `packages` are masked in the text. Every label has equally many rows: as many as the rarest
+    one has, and no more than `per_class`. Which rows are taken, and their order, follow from `seed`.
+    Raises UserError where a package is not installed or has no row in this split.
+    """
+    names = _names_of(packages)
+    by_label: dict[str, list[dict[str, str]]] = {package: [] for package in packages}
+    for docstring in gather(packages, cache_dir):
+        if split_of(docstring.name) != split:
+            continue
+        text = names.sub(MASK_WORD, docstring.text)
+        if len(text) >= MIN_TEXT:
+            by_label[docstring.package].append({"name": docstring.name, "text": text, "label": docstring.package})
+
+    empty = [package for package, rows in by_label.items() if not rows]
+    if empty:
+        raise UserError(
+            *(f"{package} has no docstring of {MIN_TEXT} characters in the {split} split." for package in empty)
+        )
+
+    def order(row: dict[str, str]) -> int:
+        return _hash_order(f"{seed} {row['name']} {row['text']}")
+
+    count = min(len(rows) for rows in by_label.values())
+    if per_class is not None:
+        count = min(count, per_class)
+    taken = [row for rows in by_label.values() for row in sorted(rows, key=order)[:count]]
+    return sorted(taken, key=order)  # labels mixed, so that any leading part of the rows is fair
+
+
+def summary_rows(packages: Sequence[str], split: Split, *, cache_dir: Path | None = None) -> list[dict[str, str]]:
+    """Rows `{"name", "document", "summary"}`, sorted by name, for the task "write the summary of this document".
+
+    One summary may head several documents ("Fill missing values."). A validation or test row is left out if its
+    summary stands in an earlier split, where it could be learnt by heart.
+    Raises UserError for packages that are not installed.
+    """
+    docstrings = gather(packages, cache_dir)
+    earlier = SPLITS[: SPLITS.index(split)]
+    taken = {normalised(docstring.summary) for docstring in docstrings if split_of(docstring.name) in earlier}
+    return [
+        {"name": docstring.name, "document": docstring.body, "summary": docstring.summary}
+        for docstring in docstrings
+        if split_of(docstring.name) == split
+        and len(docstring.summary) in SUMMARY_LENGTH
+        and len(docstring.body) >= MIN_TEXT
+        and not NOT_A_SUMMARY.match(docstring.summary)
+        and normalised(docstring.summary) not in taken
+    ]
+
+
+def _hash_order(text: str) -> int:
+    """A number that is the same on every machine and in every process, unlike `hash`."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _names_of(packages: Sequence[str]) -> re.Pattern[str]:
+    """Matches the packages' names and aliases as whole identifiers, also within dotted names, in any case."""
+    words = sorted({word for package in packages for word in (package, *ALIASES.get(package, ()))}, key=len)
+    choices = "|".join(r"\s+".join(map(re.escape, word.split())) for word in reversed(words))
+    return re.compile(rf"(?<!\w)(?:{choices})(?!\w)", re.IGNORECASE)
+
+
+# Finding a package's source files
+
+
+def _roots(package: str) -> list[Path]:
+    """Where the sources of `package` lie: folders, or the one file of a single-file module; empty if nowhere."""
+    if package == STDLIB:
+        return [Path(sysconfig.get_paths()["stdlib"])]
+    if not package.isidentifier():  # find_spec would import the parent of a dotted name
+        return []
+    try:
+        spec = importlib.util.find_spec(package)
+    except ValueError:  # a module in sys.modules without a spec
+        spec = None
+    if spec is None:
+        return []
+    if spec.submodule_search_locations is not None:
+        return [path for path in map(Path, spec.submodule_search_locations) if path.is_dir()]
+    return [Path(spec.origin)] if spec.origin and spec.origin.endswith(".py") else []
+
+
+def _version(package: str) -> str:
+    """The version of an installed `package`; without one on record, a hash of its files' sizes and times."""
+    if package == STDLIB:
+        return platform.python_version()
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    distributions = importlib.metadata.packages_distributions().get(package)  # sklearn comes from scikit-learn
+    if distributions:
+        return importlib.metadata.version(distributions[0])
+    stats = [(name, path.stat()) for name, path in _sources(package)]
+    listing = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+    return "unversioned-" + hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
+
+
+def _sources(package: str) -> list[tuple[str, Path]]:
+    """(module name, file) of every source file of an installed `package`, tests left out."""
+    prefix = "" if package == STDLIB else package
+    return [
+        source
+        for root in _roots(package)
+        for source in (_walk_files(root, prefix) if root.is_dir() else [(package, root)])
+    ]
+
+
+def _walk_files(folder: Path, prefix: str) -> Iterator[tuple[str, Path]]:
+    for where, folders, files in os.walk(folder):
+        here = Path(where)
+        folders[:] = [f for f in folders if f not in SKIPPED_FOLDERS and (here.name, f) not in SKIPPED_PAIRS]
+        parts = [part for part in (prefix, *here.relative_to(folder).parts) if part]
+        for file in files:
+            stem, suffix = os.path.splitext(file)
+            if suffix == ".py" and not stem.startswith("test_") and stem != "conftest":
+                yield ".".join(parts if stem == "__init__" else [*parts, stem]), here / file
+
+
+# Reading docstrings out of source files
+
+
+def _read_all(package: str, sources: list[tuple[str, Path]]) -> list[Docstring]:
+    if len(sources) < _POOL_FROM:
+        parsed = list(map(_read_file, sources))
+    else:
+        # Workers only parse text, so a fork of a process with threads is safe here, and on Linux it saves each
+        # worker from importing the caller's main module, torch and all, anew.
+        context = get_context("fork" if sys.platform == "linux" else "spawn")
+        with ProcessPoolExecutor(_WORKERS, context) as pool:
+            parsed = list(pool.map(_read_file, sources, chunksize=16))
+    return _unique(Docstring(package, *parts) for file in parsed for parts in file)
+
+
+def _read_file(source: tuple[str, Path]) -> list[tuple[str, str, str]]:
+    """(name, summary, body) of each docstring in one (module name, file); none if it cannot be read or parsed."""
+    module, path = source
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            tree = ast.parse(path.read_bytes(), str(path))
+        documented = list(_walk_tree(tree, module))
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+    return [(name, *_divide(text)) for name, text in documented if len(text.split()) >= MIN_WORDS]
+
+
+def _walk_tree(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+    """(qualified name, cleaned docstring) of `node`, which is called `name`, and of all definitions within it."""
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        text = ast.get_docstring(node)
+        if text:
+            yield name, text
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _walk_tree(child, f"{name}.{child.name}" if name else child.name)
+        elif isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):  # definitions under if, try, with ...
+            yield from _walk_tree(child, name)
+
+
+def _divide(text: str) -> tuple[str, str]:
+    """Summary and body of a cleaned docstring."""
+    # Half a surrogate pair, legal in a Python string, can be neither hashed nor saved.
+    text = text.encode("utf-8", "replace").decode()
+    paragraphs = re.split(r"\n\s*\n", text.strip(), maxsplit=1)
+    summary = " ".join(paragraphs[0].split())
+    if len(paragraphs) == 1:
+        return summary, ""
+    lines = "\n".join(line.rstrip() for line in paragraphs[1].expandtabs().splitlines())
+    return summary, re.sub(r"\n{3,}", "\n\n", textwrap.dedent(lines).strip("\n"))
+
+
+def _unique(docstrings: Iterable[Docstring]) -> list[Docstring]:
+    """Sorted by name; where texts are equal but for case and white space, the first one."""
+    kept: dict[str, Docstring] = {}
+    for docstring in sorted(docstrings, key=lambda d: (d.name, d.summary, d.body)):
+        kept.setdefault(normalised(docstring.text), docstring)
+    return list(kept.values())
+
+
+# The cache
+
+
+def _load(path: Path) -> list[Docstring]:
+    with path.open(encoding="utf-8") as lines:
+        return [Docstring(**json.loads(line)) for line in lines]
+
+
+def _save(docstrings: list[Docstring], path: Path) -> None:
+    """Writes a file beside `path` and renames it, so that no reader ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+        file.writelines(json.dumps(asdict(docstring)) + "\n" for docstring in docstrings)
+    os.replace(file.name, path)
