@@ -5,11 +5,13 @@ Everything that can be wrong with the place (no folder, no config, no network) i
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
@@ -21,9 +23,10 @@ from transformers import (
 
 from peftbench.config import Model, Task, TaskKind
 from peftbench.errors import UserError
+from peftbench.hub import hub_missing
 from peftbench.sites import family_of
 
-MINI = Path(__file__).resolve().parent / "mini"  # the embedded backbone, see scripts/pretrain.py
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,34 +44,65 @@ def load_backbone(model: Model, task: Task) -> Backbone:
     Raises:
         UserError: the place holds no model, cannot be reached, or its architecture has no family or no such head.
     """
-    source = _source(model)
-    where = {"revision": model.revision} if model.revision else {}
-    config = _explained(model, source, lambda: AutoConfig.from_pretrained(source, **where))
+    source, options = _source(model)
+    config = _explained(model, lambda: AutoConfig.from_pretrained(source, **options))
     family_of(config.model_type)
     if task.kind is TaskKind.classification:
-        labels = {"num_labels": len(task.labels), "id2label": dict(enumerate(task.labels))}
-        labels["label2id"] = {label: code for code, label in enumerate(task.labels)}
-        auto, more = AutoModelForSequenceClassification, labels
+        auto = AutoModelForSequenceClassification
+        config.num_labels = len(task.labels)
+        config.id2label = dict(enumerate(task.labels))
+        config.label2id = {label: code for code, label in enumerate(task.labels)}
+    elif config.is_encoder_decoder:
+        auto = AutoModelForSeq2SeqLM
     else:
-        auto, more = AutoModelForSeq2SeqLM, {}
-        if not config.is_encoder_decoder:
-            raise UserError(
-                f"task={task.name} writes text and model={model.name} is an encoder ({config.model_type}); take an "
-                "encoder-decoder such as model=bart_large or model=mini."
-            )
+        raise UserError(
+            f"task={task.name} writes text and model={model.name} is an encoder ({config.model_type}): take an "
+            "encoder-decoder such as model=bart_large or model=mini."
+        )
     loaded, report = _explained(
         model,
-        source,
         lambda: auto.from_pretrained(
             source,
-            **where,
-            **more,
+            **options,
+            config=config,
             dtype=getattr(torch, model.dtype.name),
             attn_implementation="sdpa",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # a folder tuned for other labels: its head is made anew, and trained
         ),
     )
-    tokenizer = _explained(model, source, lambda: AutoTokenizer.from_pretrained(source, **where))
-    untrained = set(report["missing_keys"]) | {entry[0] for entry in report["mismatched_keys"]}
+    tokenizer = _explained(model, lambda: AutoTokenizer.from_pretrained(source, **options))
+    untrained = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
     return Backbone(loaded, tokenizer, frozenset(untrained))
+
+
+def _source(model: Model) -> tuple[str, dict[str, Any]]:
+    """Where to load from, and with which options of `from_pretrained`."""
+    if model.path is not None:
+        folder = Path(model.path).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"model.path={model.path} is no folder; give one with config.json and the weights.")
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"model.path={model.path} has no config.json; give a folder that save_pretrained wrote, with "
+                "config.json, model.safetensors and the tokenizer's files."
+            )
+        return str(folder), {"local_files_only": True}
+    if model.hub_id is None:
+        raise UserError("model.hub_id and model.path are both null; give one, or take a preset such as model=mini.")
+    options: dict[str, Any] = {"revision": model.revision} if model.revision else {}
+    return model.hub_id, {**options, "local_files_only": hub_missing() is not None}
+
+
+def _explained(model: Model, load: Callable[[], T]) -> T:
+    """Run `load`; what transformers says of a place that holds no model becomes one sentence."""
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if model.path is None and (reason := hub_missing()):
+            raise UserError(
+                f"model.hub_id={model.hub_id} is not in this machine's cache and {reason}; bring the model's folder "
+                "and give it as model.path=FOLDER, or take the embedded model=mini."
+            ) from error
+        place = f"model.hub_id={model.hub_id}" if model.path is None else f"model.path={model.path}"
+        raise UserError(f"{place} cannot be loaded: {' '.join(str(error).split())}") from error

@@ -203,6 +203,10 @@ class Run(Modification):
     rerun: bool = False  # train again although the run is done
 
 
+# `${embedded:mini}`: the folder of a backbone that ships inside the package.
+OmegaConf.register_new_resolver("embedded", lambda name: str(Path(__file__).resolve().parent / name), replace=True)
+
+
 def conf_dir() -> Path:
     """The folder with the YAML groups: inside the installed package, or at the top of a checkout."""
     here = Path(__file__).resolve().parent

@@ -33,6 +33,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ MIN_WINDOW = 16  # tokens of a long document's last window
 WIDTHS = (32, 64, 96, 128, 192, 256, 384, 512)  # of rows, in tokens; a row has the least width that holds it
 HELD_OUT_PERCENT = 1  # of the texts, never trained on, for the held-out loss
 EVALUATION_SEED = 0
+EVALUATION_BATCHES = 8  # at most, so that small batches on a slow machine make for short evaluations
 REPORTS = 20  # lines of progress in a run
 WARMUP = 0.04  # of the time
 
@@ -114,9 +116,8 @@ def importable_packages(names: list[str]) -> list[str]:
 
 def package_folders(folders: list[Path]) -> list[Path]:
     """The packages in `folders`, each of which holds packages as `site-packages` does."""
-    return [
-        path for folder in folders for path in sorted(folder.iterdir()) if path.is_dir() and path.name.isidentifier()
-    ]
+    paths = [path for folder in folders for path in sorted(folder.iterdir())]
+    return [path for path in paths if path.is_dir() and path.name.isidentifier()]
 
 
 def read_texts(paths: list[Path]) -> Iterator[str]:
@@ -167,7 +168,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, length: int) -> PreTraine
         pair="<s> $A </s> </s> $B </s>",
         special_tokens=[("<s>", BOS), ("</s>", EOS)],
     )
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         model_max_length=length,
         bos_token="<s>",
@@ -236,7 +237,7 @@ def epoch(buckets: list[Rows], tokens_per_batch: int, generator: torch.Generator
         total, width = rows.tokens.shape
         count = max(1, tokens_per_batch // width)
         order = torch.randperm(total, generator=generator, device=device)
-        chunks += [(rows, chunk) for chunk in order.split(count) if len(chunk) == min(count, total)]
+        chunks += [(rows, order[i : i + count]) for i in range(0, max(1, total - count + 1), count)]
     for i in torch.randperm(len(chunks), generator=generator, device=device).tolist():
         rows, chunk = chunks[i]
         yield Rows(rows.tokens[chunk], rows.first[chunk])
@@ -333,11 +334,11 @@ def infilling_loss(model: torch.nn.Module, rows: Rows, generator: torch.Generato
 
 @torch.no_grad()
 def held_out_loss(model: torch.nn.Module, buckets: list[Rows], tokens_per_batch: int) -> float:
-    """The mean loss over held-out rows, in nats per token, with the same noise at each call."""
+    """The mean loss over held-out rows, in nats per token, with the same rows and the same noise at each call."""
     model.eval()
     generator = torch.Generator(buckets[0].tokens.device).manual_seed(EVALUATION_SEED)
     total = count = torch.zeros((), device=generator.device)
-    for rows in epoch(buckets, tokens_per_batch, generator):
+    for rows in islice(epoch(buckets, tokens_per_batch, generator), EVALUATION_BATCHES):
         size = (rows.tokens != PAD).sum()
         total = total + infilling_loss(model, rows, generator) * size
         count = count + size
@@ -380,7 +381,8 @@ def train(
     budget, per_batch = args.minutes * 60, args.batch * args.length
     report_every, checkpoint_every = budget / REPORTS, args.checkpoint_minutes * 60
     generator = torch.Generator(device).manual_seed(args.seed + progress.steps)
-    step_model = torch.compile(model) if args.compile else model
+    if args.compile:
+        model.compile()
     model.train()
 
     began = time.monotonic() - progress.seconds
@@ -410,8 +412,8 @@ def train(
                 break
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(seconds / budget, args.learning_rate)
-            loss = infilling_loss(step_model, rows, generator)
-            loss.backward()
+            loss = infilling_loss(model, rows, generator)
+            torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -435,7 +437,7 @@ def save_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimi
 
 def save_model(model: BartForConditionalGeneration, out: Path) -> int:
     """Writes bf16 weights and the config into `out`. Returns the size of the weights' file in bytes."""
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
+    copy.deepcopy(model).bfloat16().save_pretrained(out)
     return (out / "model.safetensors").stat().st_size
 
 
@@ -514,11 +516,10 @@ def main() -> None:
     held_out = make_rows([text for text in texts if is_held_out(text)], backend, args.length, device)
     corpus_tokens = sum(int((rows.tokens != PAD).sum()) for rows in train_rows)
 
-    model = new_model(args, len(tokenizer)).to(device)
+    with device:
+        model = new_model(args, len(tokenizer))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(
-        f"{corpus_tokens:,} tokens to train on; {parameters:,} parameters; vocabulary of {len(tokenizer):,}", flush=True
-    )
+    print(f"{corpus_tokens:,} tokens to train on, {parameters:,} parameters, {len(tokenizer):,} words", flush=True)
     progress, loss = train(model, train_rows, held_out, args)
 
     weights_bytes = save_model(model, args.out)

@@ -10,34 +10,35 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from functools import partial
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from peftbench.results.record import Axes, Record, flatten
 
-AXES_WIDTH = 22  # characters; narrower, the four axes take too many lines to be read
-OVERRIDES_TO_KEEP = re.compile(r"\+?(task|model|trainer|debug|output_dir)\b")  # in the sweep that is proposed
+GAP = 2  # characters between two columns
+OVERRIDES_TO_KEEP = re.compile(r"(task|model|trainer|debug|output_dir)\b")  # in the sweep that is proposed
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column: `cell` gives a record's text, or a modification's where `of_axes` does.
+    """A column of a table: `cell` gives a record's text in it, with one line for each modification of a mixture.
 
-    Where the columns do not fit, those with the highest `dispensable` go first; 0 stays.
+    Where the table is too wide, columns with the highest `dispensable` go first, and those with 0 stay.
     """
 
     header: str
-    cell: Callable[[Record], str] | None = None
-    of_axes: Callable[[Axes], str] | None = None
+    cell: Callable[[Record], str]
     dispensable: int = 0
-    justify: Literal["left", "right"] = "right"
+    words: bool = False  # on the left; numbers stand on the right
+    wrap: int | None = None  # width in characters down to which cells may wrap; None: they never do
 
 
 def show(records: Sequence[Record], console: Console) -> None:
@@ -53,20 +54,23 @@ def show(records: Sequence[Record], console: Console) -> None:
     for index, table in enumerate(tables):
         if index:
             console.print()
-        table.sort(key=lambda record: (not _is_scored(record), -(record.score or 0), record.method, record.seed))
-        console.print(_title(table[0]), soft_wrap=True)
-        console.print(_fitting(_columns(table), table, console))
+        table.sort(key=_rank)
+        console.print(_title(table[0]))
+        columns = _fitting(_columns(table), table, console.width)
+        console.print(_table(columns, table, console.width))
 
 
 def single_row(record: Record, console: Console) -> None:
     """Prints the table of one finished run, its folder, and two commands to try next."""
     columns = [column for column in _columns([record]) if column.header not in ("seed", "status")]
-    table = _table(columns, [record])
-    console.print(_title(record), soft_wrap=True)
-    if Measurement.get(console, console.options, table).minimum <= console.width:
-        console.print(table)
-    else:
-        console.print(_list(columns, record))
+    if _spare(columns, [record], console.width) >= 0:
+        table = _table(columns, [record], console.width)
+    else:  # nothing of one run is dispensable: a line for each column then
+        table = Table.grid(padding=(0, 2))
+        for column in columns:
+            table.add_row(Text(column.header.replace("-\n", "").replace("\n", " "), "dim"), Text(column.cell(record)))
+    console.print(_title(record))
+    console.print(table)
     root = record.folder.parents[3]
     results = "peftbench results" if root == Path("outputs") else f"peftbench results {shlex.quote(str(root))}"
     kept = shlex.join(override for override in record.overrides if OVERRIDES_TO_KEEP.match(override))
@@ -111,6 +115,12 @@ def _is_scored(record: Record) -> bool:
     return record.status == "done" and record.score is not None and not math.isnan(record.score)
 
 
+def _rank(record: Record) -> tuple[float, str, int]:
+    """What orders the runs of a table: the highest score first, runs without one last."""
+    score = record.score if _is_scored(record) and record.score is not None else -math.inf
+    return (-score, record.method, record.seed)
+
+
 def _setting(record: Record) -> tuple[str, ...]:
     """What two runs share whose scores may be compared: task, backbone, metric, split and its size."""
     report = record.scores.get("report")
@@ -136,48 +146,95 @@ def _title(record: Record) -> Text:
 
 
 def _columns(records: Sequence[Record]) -> list[Column]:
-    baselines = list(dict.fromkeys(name for record in records for name in record.baselines))
+    baselines = dict.fromkeys(name for record in records for name in record.baselines)
     columns = [
-        Column("method", cell=_method, justify="left"),
-        Column("form · representation · insertion · composition", of_axes=_four, justify="left"),
-        Column("bottle-\nneck", of_axes=lambda axes: "" if axes.bottleneck is None else f"{axes.bottleneck:,}"),
-        Column("trained", lambda r: f"{r.counts.trained:,}" if r.counts else "", dispensable=3),
-        Column("stored", lambda r: f"{r.counts.stored:,}" if r.counts else "", dispensable=1),
-        Column("% of\nmodel", lambda r: f"{r.counts.percent['stored']:.2f}" if r.counts else ""),
+        Column("method", lambda r: f"{r.method} {r.debug or ''}".rstrip(), words=True, wrap=16),
+        Column("four axes", _four, words=True, wrap=22),
+        Column("bottle-\nneck", lambda r: "\n".join(_count(axes.bottleneck) for axes in r.axes)),
+        Column("trained", lambda r: _count(r.counts.trained if r.counts else None), dispensable=4),
+        Column("stored", lambda r: _count(r.counts.stored if r.counts else None), dispensable=3),
+        Column("% of\nmodel", lambda r: _number(r.counts.percent.get("stored") if r.counts else None)),
         # Every metric of the tasks is better when higher.
-        Column(f"{records[0].metric} ↑", lambda r: _number(r.score)),
-        *(Column(name, lambda r, name=name: _number(r.baselines.get(name)), dispensable=2) for name in baselines),
-        Column("time", lambda r: _time(r.timings.get("total_s")), dispensable=5),
-        Column("seed", lambda r: str(r.seed), dispensable=4),
+        Column(f"{records[0].metric} ↑", lambda r: _number(r.score if r.status == "done" else None)),
+        *(Column(name, partial(_baseline, name), dispensable=2) for name in baselines),
+        Column("time", _time, dispensable=5),
+        Column("seed", lambda r: str(r.seed), dispensable=1 if len({r.seed for r in records}) > 1 else 6),
     ]
     if any(record.status != "done" for record in records):
-        columns.append(Column("status", _status, justify="left"))
+        columns.append(Column("status", _status, words=True, wrap=11))
     return columns
 
 
-def _fitting(columns: list[Column], records: Sequence[Record], console: Console) -> Table:
-    """The table of as many columns as the console is wide enough for."""
-    while True:
-        table = _table(columns, records)
-        least = max(columns, key=lambda column: column.dispensable)
-        if not least.dispensable or Measurement.get(console, console.options, table).minimum <= console.width:
-            return table
-        columns = [column for column in columns if column is not least]
+def _fitting(columns: list[Column], records: Sequence[Record], width: int) -> list[Column]:
+    """As many of the columns as there is room for."""
+    least = max(columns, key=lambda column: column.dispensable)
+    if not least.dispensable or _spare(columns, records, width) >= 0:
+        return columns
+    return _fitting([column for column in columns if column is not least], records, width)
 
 
-def _table(columns: Sequence[Column], records: Sequence[Record]) -> Table:
+def _spare(columns: Sequence[Column], records: Sequence[Record], width: int) -> int:
+    """The characters left over where every column is as narrow as can be; negative if there are too few."""
+    return width - sum(_widths(column, records)[0] for column in columns) - GAP * (len(columns) - 1)
+
+
+def _widths(column: Column, records: Sequence[Record]) -> tuple[int, int]:
+    """The least width in characters at which a column can be read, and that at which nothing in it wraps."""
+    texts = (column.header, *map(column.cell, records))
+    most = max(cell_len(line) for text in texts for line in text.split("\n"))
+    return (most if column.wrap is None else min(most, column.wrap)), most
+
+
+def _table(columns: Sequence[Column], records: Sequence[Record], width: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    for column in columns:
-        is_four = column.of_axes is _four
-        table.add_column(
-            column.header, justify=column.justify, no_wrap=not is_four, min_width=AXES_WIDTH if is_four else None
-        )
+    spare = max(0, _spare(columns, records, width))
+    for column in columns:  # rich's own choice of widths would break words to keep long lines
+        least, most = _widths(column, records)
+        taken = min(most, least + spare)
+        spare -= taken - least
+        justify: Literal["left", "right"] = "left" if column.words else "right"
+        table.add_column(column.header, width=taken, justify=justify, overflow="fold")
+    best = records[0] if len(records) > 1 and _is_scored(records[0]) else None
     for index, record in enumerate(records):
         if index and _is_scored(records[index - 1]) and not _is_scored(record):
             table.add_section()
         # One row for each modification, so that its bottleneck stands beside it also where the axes wrap.
-        modifications: list[Axes | None] = [*record.axes] or [None]
-        for line, axes in enumerate(modifications):
-            cells = [_cell(column, record if not line else None, axes, record) for column in columns]
-            table.add_row(*cells, style="bold" if not index and len(records) > 1 and _is_scored(record) else None)
+        for cells in zip_longest(*(column.cell(record).split("\n") for column in columns), fillvalue=""):
+            table.add_row(*map(Text, cells), style="bold" if record is best else None)
     return table
+
+
+def _four(record: Record) -> str:
+    """The four axes of each modification, then what else is trained."""
+    lines = []
+    for axes in record.axes:
+        scale = f" {axes.scale:g}" if axes.composition_function == "scaled" else ""
+        names = (axes.functional_form, axes.modified_representation, axes.insertion_form, axes.composition_function)
+        lines.append(" · ".join(names) + scale)
+    lines += {"none": [], "bias": ["the biases"], "all": ["all parameters"]}[record.unfreeze]
+    return "\n".join(lines)
+
+
+def _status(record: Record) -> str:
+    return f"{record.status}: {record.error.name}" if record.error else record.status
+
+
+def _baseline(name: str, record: Record) -> str:
+    return _number(record.baselines.get(name))
+
+
+def _count(number: int | None) -> str:
+    return "" if number is None else f"{number:,}"
+
+
+def _number(number: float | None) -> str:
+    return "" if number is None else f"{number:.2f}"
+
+
+def _time(record: Record) -> str:
+    """Hours, minutes and seconds, as in 1:02:03 or 2:03."""
+    if "total_s" not in record.timings:
+        return ""
+    minutes, seconds = divmod(round(record.timings["total_s"]), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

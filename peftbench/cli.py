@@ -1,0 +1,77 @@
+"""The command line: `peftbench SUBCOMMAND ...`. Imports torch only where a subcommand trains.
+
+`train` is a Hydra application; its configs are checked before Hydra starts (compose.py), and its jobs end in records.
+Exit codes: 0 done, 1 a run failed, 2 the user's input was refused, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from peftbench import __version__
+from peftbench.errors import UserError, unknown
+
+HELP = """\
+peftbench: which parameter-efficient fine-tuning method, where in the network, how large, for my model and task.
+
+  peftbench train [KEY=VALUE ...]          train one run and record it: score against trainable parameters
+  peftbench train -m KEY=A,B [...]         train every combination
+  peftbench results [FOLDER] [--json|--csv]
+                                           the recorded runs, best first
+  peftbench train --help                   every group and its choices
+  peftbench train [KEY=VALUE ...] --cfg job
+                                           show the config and stop
+
+Examples:
+  peftbench train                                    MAM adapter on the embedded task: offline, on a CPU, in two minutes
+  peftbench train method=lora functional_form=relu   a preset with one of its four axes flipped
+  peftbench train -m method=full,lora,prefix,mam seed=1,2,3
+  peftbench train method=mam task=sst2 model.path=FOLDER task.data_dir=FOLDER
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"peftbench {__version__}")
+        return 0
+    if arguments[0] in ("-sc", "--shell-completion"):  # Hydra's tab completion calls the program without a subcommand
+        os.environ["COMP_LINE"] = os.environ.get("COMP_LINE", "").replace("peftbench train", "peftbench", 1)
+        return _train(arguments)
+    command = COMMANDS.get(arguments[0])
+    try:
+        if command is None:
+            raise UserError(unknown("subcommand", arguments[0], COMMANDS))
+        return command(arguments[1:])
+    except UserError as error:
+        print_faults(error)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def print_faults(error: UserError) -> None:
+    """One plain sentence a line, on stderr."""
+    for sentence in error.faults:
+        print(f"peftbench: {sentence}", file=sys.stderr)
+
+
+def _train(argv: list[str]) -> int:
+    from peftbench.hydra_app import run
+
+    return run(argv)
+
+
+def _results(argv: list[str]) -> int:
+    from peftbench.results.command import main as results
+
+    return results(argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": _train, "results": _results}

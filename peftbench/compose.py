@@ -1,0 +1,192 @@
+"""From a command line to validated configs: Hydra composes, and every fault is found before anything is loaded.
+
+Hydra stops at the first fault and reports it in its own terms. Here each override is tried by itself, so that all faults
+come out in one message, as sentences, with the key as it was typed. A sweep's points are all composed and checked before
+the first of them runs. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from typing import get_args
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+
+from peftbench.config import Run, conf_dir, resolve
+from peftbench.errors import UserError, unknown
+from peftbench.validity import faults
+
+CONFIG_NAME = "train"
+ConfigStore.instance().store("schema", Run)
+
+
+def compose_runs(args: Namespace) -> list[Run]:
+    """The validated run, or all runs of a sweep, of a command line that Hydra's own parser has split.
+
+    Raises:
+        UserError: with a sentence for every fault.
+    """
+    overrides = list(args.overrides)
+    if args.config_dir:
+        overrides.append(f"hydra.searchpath=[file://{args.config_dir}]")
+    with _hydra():
+        loader = GlobalHydra.instance().config_loader()
+        try:
+            parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
+        except HydraException as error:
+            raise UserError(_one_line(error)) from error
+        found: list[str] = []
+        runs: list[Run] = []
+        for point in _points(parsed) if args.multirun else [overrides]:
+            try:
+                runs.append(_compose_one(point, loader))
+            except UserError as error:
+                found.extend(sentence for sentence in error.faults if sentence not in found)
+        if found:
+            raise UserError(*found)
+        return runs
+
+
+@contextmanager
+def _hydra() -> Iterator[None]:
+    """Hydra's compose API, cleared before and after: hydra.main wants to start from nothing."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), job_name="peftbench", version_base="1.3"):
+        yield
+
+
+def _points(parsed: list[Override]) -> list[list[str]]:
+    """The override lists of a sweep's runs. A sweeper that decides as it goes (hydra/sweeper=optuna ...) has no list
+    of points: then what is not swept is checked."""
+    if any(override.key_or_group == "hydra/sweeper" for override in parsed):
+        return [[o.input_line for o in parsed if not o.is_sweep_override() and o.input_line is not None]]
+    batches: list[list[list[str]]] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    return [point for batch in batches for point in batch]
+
+
+def _compose_one(overrides: list[str], loader: ConfigLoader) -> Run:
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
+    found: list[str] = []
+    groups: list[str] = []
+    values: list[Override] = []
+    for line, override in zip(overrides, parsed, strict=True):
+        if override.is_sweep_override():
+            found.append(f"{line} names several values; add -m to run each of them.")
+            continue
+        options = loader.get_group_options(override.key_or_group)
+        if options and not override.is_delete():
+            wrong = [unknown(_group_key(override), o, options) for o in _options(override) if o not in options]
+            found.extend(wrong)
+            if not wrong:
+                groups.append(line)
+        elif override.is_delete() or _is_hydras(override):
+            groups.append(line)
+        else:
+            values.append(override)
+    try:
+        cfg = compose(CONFIG_NAME, overrides=groups)
+        for override in values:
+            sentence = _apply(cfg, override)
+            found.extend([sentence] if sentence else [])
+        run = resolve(cfg)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(*found, _plain(error)) from error
+    found.extend(faults(run))
+    if found:
+        raise UserError(*found)
+    return run
+
+
+def _is_hydras(override: Override) -> bool:
+    return override.key_or_group.split(".")[0].split("/")[0] == "hydra"
+
+
+def _group_key(override: Override) -> str:
+    return override.get_key_element().lstrip("+")
+
+
+def _options(override: Override) -> list[str]:
+    value = override.value()
+    chosen = value if isinstance(value, list) else [value]
+    return [str(option) for option in chosen if option is not None]
+
+
+def _apply(cfg: DictConfig, override: Override) -> str | None:
+    """Set one key of `cfg`; the sentence that says what is wrong with it, or None."""
+    key, value = override.key_or_group, override.value()
+    try:
+        OmegaConf.update(cfg, key, value, merge=True)
+    except (ConfigKeyError, ConfigAttributeError):
+        return _unknown_key(cfg, key, value)
+    except OmegaConfBaseException as error:
+        return _bad_value(cfg, key, value, error)
+    return None
+
+
+def _unknown_key(cfg: DictConfig, key: str, value: object) -> str:
+    """`key` is in no schema: name the part that is wrong and what stands at its level."""
+    parts = key.split(".")
+    for depth in range(len(parts)):
+        parent = cfg if depth == 0 else OmegaConf.select(cfg, ".".join(parts[:depth]))
+        if not isinstance(parent, DictConfig):
+            return f"{key}={value}: {'.'.join(parts[:depth])} is a single value and has no keys below it."
+        if parts[depth] not in parent:
+            choices = sorted(str(name) for name in parent if depth or name not in ("sizes", "size"))
+            at = f" (in {'.'.join(parts[:depth])})" if depth else ""
+            # "key=x is unknown" reads as if the value were wrong, so the sentence is turned around
+            return f"{key} is no key of the config{at}; " + unknown("", parts[depth], choices).split("; ", 1)[1]
+    return f"{key}={value} does not fit the config."
+
+
+def _bad_value(cfg: DictConfig, key: str, value: object, error: OmegaConfBaseException) -> str:
+    kind = _type_of(cfg, key)
+    if kind is not None and issubclass(kind, Enum):
+        return unknown(key, value, kind.__members__)
+    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    if kind in wanted:
+        return f"{key}={value}: {wanted[kind]} is expected."
+    return f"{key}={value}: {_plain(error)}"
+
+
+def _type_of(cfg: DictConfig, key: str) -> type | None:
+    """The type that the schema gives a key, where the key exists."""
+    node = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
+    if not isinstance(node, DictConfig):
+        return None
+    child = node._get_node(key.rpartition(".")[2])
+    kind = getattr(getattr(child, "_metadata", None), "ref_type", None)
+    kind = next((t for t in get_args(kind) if t is not type(None)), kind)  # X | None -> X
+    return kind if isinstance(kind, type) else None
+
+
+def _plain(error: Exception) -> str:
+    """A message of Hydra or OmegaConf as one sentence."""
+    if isinstance(error, InterpolationKeyError) and "task.paper" in str(error):
+        return "trainer=paper: this task has no settings in the paper; use trainer=quick."
+    if isinstance(error, MissingMandatoryValue):
+        return f"{getattr(error, 'full_key', '')} has no value; give one."
+    return _one_line(error)
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).split("\n    full_key:")[0].split("\nConfig search path")[0]
+    return re.sub(r"\s+", " ", text).strip()

@@ -1,0 +1,149 @@
+"""Local files of rows: finds the file of a split in a folder and reads .tsv, .csv, .jsonl, .json and .parquet."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+from peftbench.errors import UserError
+
+# The file stems that stand for a split; any other split is looked for under its own name.
+ALIASES = {
+    "validation": ("validation", "dev", "valid", "val"),
+    "validation_matched": ("validation_matched", "dev_matched", "validation", "dev"),
+    "validation_mismatched": ("validation_mismatched", "dev_mismatched"),
+}
+
+
+def find_split(data_dir: str, split: str) -> Path:
+    """The file of `split` in the folder `data_dir`. Raises UserError where there is none, or more than one."""
+    folder = Path(data_dir).expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            f"task.data_dir={data_dir} is no folder; give one that holds a file for each split, such as {split}.tsv."
+        )
+    stems = ALIASES.get(split, (split,))
+    found = [file for stem in stems for ending in READERS if (file := folder / f"{stem}{ending}").is_file()]
+    if len(found) == 1:
+        return found[0]
+    remedy = f"+task.data_files.{split}=FILE names a file outright."
+    if found:
+        raise UserError(
+            f"task.data_dir={data_dir} holds {len(found)} files for the {split} split "
+            f"({', '.join(file.name for file in found)}); {remedy}"
+        )
+    there = sorted(path.name for path in folder.iterdir())
+    listed = ", ".join(there[:12]) + (", ..." if len(there) > 12 else "")
+    raise UserError(
+        f"task.data_dir={data_dir} holds no file for the {split} split: looked for {' or '.join(stems)} with the "
+        f"ending {', '.join(READERS)}, and found {listed or 'an empty folder'}; {remedy}"
+    )
+
+
+def read_file(path: str | Path) -> Dataset:
+    """The rows of one file, in memory; a .tsv or .csv file starts with a header and its cells are strings.
+
+    Raises UserError, with file and line where there is one, for a file that is missing, empty, torn or not UTF-8.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"{path} is no file.")
+    reader = READERS.get(file.suffix.lower())
+    if reader is None:
+        raise UserError(f"{path} cannot be read: the ending must be one of {', '.join(READERS)}.")
+    try:
+        rows = Dataset(reader(file))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if not len(rows):
+        raise UserError(f"{path} holds no rows.")
+    return rows
+
+
+def _text(file: Path) -> str:
+    data = file.read_bytes()
+    try:
+        return data.decode("utf-8-sig")  # Excel and Windows editors put a byte order mark first
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{file}:{line} is not UTF-8 text; save the file as UTF-8.") from error
+
+
+def _read_cells(file: Path, **dialect: Any) -> pa.Table:
+    csv.field_size_limit(2**31 - 1)  # an article may be longer than csv's own limit of 131,072 characters
+    reader = csv.reader(io.StringIO(_text(file), newline=""), strict=True, **dialect)
+    rows: list[list[str]] = []
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise UserError(f"{file}:1 names a column twice: {', '.join(header)}.")
+        for row in filter(None, reader):
+            if len(row) != len(header):
+                raise UserError(
+                    f"{file}:{reader.line_num} has {len(row)} cells where the header has {len(header)} "
+                    f"({', '.join(header)})."
+                )
+            rows.append(row)
+    except csv.Error as error:
+        raise UserError(f"{file}:{reader.line_num} is torn: {error}.") from error
+    return _table(file, dict(zip(header, zip(*rows, strict=True), strict=False)))
+
+
+def _read_json(file: Path) -> pa.Table:
+    """An array of objects or an object on each line: files of either kind are called .json."""
+    text = _text(file)
+    if text.lstrip().startswith("["):
+        rows = [(f"{file}, row {number}", row) for number, row in enumerate(_parse(file, 1, text), 1)]
+    else:
+        lines = enumerate(text.split("\n"), 1)
+        rows = [(f"{file}:{number}", _parse(file, number, line)) for number, line in lines if line.strip()]
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f'{place} holds {row!r:.40}, not an object such as {{"text": "..."}}.')
+    names = dict.fromkeys(chain.from_iterable(row for _, row in rows))
+    return _table(file, {name: [row.get(name) for _, row in rows] for name in names})
+
+
+def _parse(file: Path, line: int, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{file}:{line + error.lineno - 1} is torn or not JSON: {error.msg} at column {error.colno}."
+        ) from error
+
+
+def _read_parquet(file: Path) -> pa.Table:
+    try:
+        return pq.read_table(file)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{file} is torn or not Parquet: {error}") from error
+
+
+def _table(file: Path, columns: dict[str, Sequence[Any]]) -> pa.Table:
+    arrays = {}
+    for name, values in columns.items():
+        try:
+            arrays[name] = pa.array(values)
+        except (ValueError, TypeError, OverflowError) as error:  # what Arrow raises is one of these as well
+            raise UserError(f"{file}: column {name} holds values that do not go together: {error}.") from error
+    return pa.table(arrays)
+
+
+READERS: dict[str, Callable[[Path], pa.Table]] = {
+    ".tsv": partial(_read_cells, delimiter="\t", quoting=csv.QUOTE_NONE),  # as GLUE's: a quote is a character
+    ".csv": _read_cells,
+    ".jsonl": _read_json,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}

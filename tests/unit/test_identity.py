@@ -1,0 +1,120 @@
+"""A run's hash changes with what can change its result, and with nothing else."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from peftbench.config import Composition, CompositionFunction, Device, Generation, Model, Run, Task, TaskKind, Trainer
+from peftbench.errors import UserError
+from peftbench.results.identity import content_stamp, plain, run_dir, run_hash
+
+
+def run(**changes: object) -> Run:
+    config = Run(
+        method="lora",
+        bottleneck=16,
+        model=Model(name="mini", hub_id="some/model"),
+        task=Task(name="doctopic", kind=TaskKind.classification, metric="accuracy"),
+        trainer=Trainer(learning_rate=1e-3),
+    )
+    for key, value in changes.items():
+        *groups, leaf = key.split("__")
+        node: object = config
+        for group in groups:
+            node = getattr(node, group)
+        assert hasattr(node, leaf)
+        setattr(node, leaf, value)
+    return config
+
+
+def test_the_folder_is_named_by_the_hash() -> None:
+    assert re.fullmatch("[0-9a-f]{8}", run_hash(run()))
+    assert run_dir(run(output_dir="runs")) == Path("runs/doctopic/mini/lora") / run_hash(run())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("bottleneck", 8),
+        ("seed", 43),
+        ("composition_function", CompositionFunction(name=Composition.scaled, scale=4)),
+        ("model__revision", "main"),
+        ("task__max_train", 100),
+        ("trainer__learning_rate", 2e-3),
+        ("debug", "smoke"),
+    ],
+)
+def test_what_can_change_a_result_changes_the_hash(key: str, value: object) -> None:
+    assert run_hash(run(**{key: value})) != run_hash(run())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("output_dir", "/elsewhere"),
+        ("rerun", True),
+        ("sizes", {"a": 1}),
+        ("size", {"mam": 2}),
+        ("task__paper", {"epochs": 10}),
+        ("trainer__device", Device.cpu),
+        ("trainer__eval_batch_size", 1),
+        ("task__generation", Generation()),  # a default that is spelled out
+        ("trainer__epochs", 3),  # a whole number where the schema has 3.0
+    ],
+)
+def test_what_cannot_change_a_result_keeps_the_hash(key: str, value: object) -> None:
+    assert run_hash(run(**{key: value})) == run_hash(run())
+
+
+def test_order_of_keys_is_no_matter() -> None:
+    parts = {"a": run(), "b": run(bottleneck=3)}
+    assert run_hash(run(mix=parts)) == run_hash(run(mix=dict(reversed(parts.items()))))
+
+
+def test_files_count_by_content(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.csv").write_text("a,b\n")
+    one, two = (run(task__data_dir=str(tmp_path / name)) for name in ("one", "two"))
+    before = run_hash(one)
+    assert before == run_hash(two) == run_hash(run(task__data_dir=str(tmp_path / "one"), task__hub_id="overruled"))
+    (tmp_path / "one" / "train.csv").write_text("a,c\n")
+    assert run_hash(one) != before
+    assert run_hash(run(task__data_files={"train": str(tmp_path / "one" / "train.csv")})) != run_hash(one)
+
+    first, second = (run(model__path=str(tmp_path / name)) for name in ("one", "two"))
+    assert len({run_hash(first), run_hash(second), run_hash(run())}) == 3
+
+
+def test_a_large_file_is_told_by_its_ends_and_size(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    stamps = []
+    for size, start, end in (
+        (1 << 20, b"a", b"z"),
+        (1 << 20, b"b", b"z"),
+        (1 << 20, b"a", b"y"),
+        (1 << 21, b"a", b"z"),
+    ):
+        file.write_bytes(start + bytes(size) + end)
+        stamps.append(content_stamp(file))
+    assert len(set(stamps)) == 4
+
+
+def test_hidden_files_do_not_count(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a")
+    before = content_stamp(tmp_path)
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "x").write_text("x")
+    assert content_stamp(tmp_path) == before
+
+
+def test_a_missing_path_is_named() -> None:
+    with pytest.raises(UserError, match="/nowhere does not exist"):
+        run_hash(run(model__path="/nowhere"))
+
+
+def test_enum_members_go_by_name() -> None:
+    assert plain(run())["task"]["kind"] == "classification"

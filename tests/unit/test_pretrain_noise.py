@@ -1,0 +1,148 @@
+"""The noise of scripts/pretrain.py, against a naive reference that loops over tokens."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+BOS, PAD, EOS, MASK = 0, 1, 2, 4
+
+
+@pytest.fixture(scope="module")
+def pretrain() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPTS)
+        yield importlib.import_module("pretrain")
+
+
+def random_rows(count: int, width: int, seed: int = 0) -> Tensor:
+    """(count, width) rows <s> ... </s> of 1 to `width` - 2 tokens, padded."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(5, 99, (count, width), generator=generator, dtype=torch.int32)
+    ends = torch.randint(2, width, (count, 1), generator=generator)
+    position = torch.arange(width)
+    tokens[:, 0] = BOS
+    tokens = torch.where(position == ends, EOS, tokens)
+    return torch.where(position > ends, PAD, tokens)
+
+
+def runs(mask: list[bool]) -> list[int]:
+    """The lengths of the runs of True."""
+    return [len(run) for run in "".join("x" if m else " " for m in mask).split()]
+
+
+def naive_infill(tokens: list[int], masked: list[bool]) -> list[int]:
+    """What `infill` does to one row, token by token."""
+    out: list[int] = []
+    for i, token in enumerate(tokens):
+        if not masked[i]:
+            out += [token] if token != PAD else []
+        elif i == 0 or not masked[i - 1]:
+            out.append(MASK)
+    return out + [PAD] * (len(tokens) - len(out))
+
+
+def test_infill_equals_the_naive_reference(pretrain: ModuleType) -> None:
+    tokens = random_rows(200, 40)
+    inner = tokens > MASK
+    masked = pretrain.span_mask(inner, torch.Generator().manual_seed(1))
+    expected = [naive_infill(row, mask) for row, mask in zip(tokens.tolist(), masked.tolist(), strict=True)]
+    assert pretrain.infill(tokens, masked).tolist() == expected
+
+
+@pytest.mark.parametrize("width", [3, 64, 512])
+def test_rows_that_are_all_masked_or_not_at_all(pretrain: ModuleType, width: int) -> None:
+    tokens = random_rows(20, width)
+    inner = tokens > MASK
+    assert torch.equal(pretrain.infill(tokens, torch.zeros_like(inner)), tokens)
+    assert torch.equal(
+        pretrain.infill(tokens, inner), torch.tensor([[BOS, MASK, EOS] + [PAD] * (width - 3)] * 20, dtype=torch.int32)
+    )
+
+
+def test_spans_have_the_share_and_the_lengths_of_the_paper(pretrain: ModuleType) -> None:
+    inner = torch.ones(400, 512, dtype=torch.bool)
+    masked = pretrain.span_mask(inner, torch.Generator().manual_seed(0))
+    assert masked.float().mean().item() == pytest.approx(0.3, abs=0.01)
+    lengths = [length for row in masked.tolist() for length in runs(row)]
+    assert sum(lengths) / len(lengths) == pytest.approx(3.05, abs=0.05)
+    ones = sum(length == 1 for length in lengths) / len(lengths)
+    assert ones == pytest.approx(0.199, abs=0.02)  # Poisson(3): 0.050 for no token, made one, and 0.149 for one
+    # No place of a row is spared: its beginning is masked as often as its end, but for the first span's length.
+    assert masked[:, 8:16].float().mean().item() == pytest.approx(0.3, abs=0.05)
+    assert masked[:, -8:].float().mean().item() == pytest.approx(0.3, abs=0.05)
+    assert masked[:, 0].any()
+
+
+def test_only_inner_tokens_are_masked(pretrain: ModuleType) -> None:
+    inner = random_rows(300, 64) > MASK
+    masked = pretrain.span_mask(inner, torch.Generator().manual_seed(0))
+    assert not (masked & ~inner).any()
+    assert masked[inner].float().mean().item() == pytest.approx(0.3, abs=0.02)
+
+
+def test_a_quarter_of_the_rows_lose_their_first_paragraph(pretrain: ModuleType) -> None:
+    tokens = random_rows(1, 40).clone()
+    tokens[0, 1:39], tokens[0, 39] = torch.arange(5, 43), EOS
+    rows = pretrain.Rows(tokens.expand(2000, -1), torch.full((2000,), 10, dtype=torch.int32))
+    source = pretrain.corrupt(rows, torch.Generator().manual_seed(0))
+    without = torch.tensor([BOS, MASK, *range(15, 43), EOS] + [PAD] * 9, dtype=torch.int32)
+    assert (source == without).all(1).float().mean().item() == pytest.approx(0.25, abs=0.03)
+
+    rows.first.zero_()  # rows of a single paragraph never do
+    source = pretrain.corrupt(rows, torch.Generator().manual_seed(0))
+    assert not (source == without).all(1).any()
+
+
+def test_the_noise_is_reproducible_and_leaves_the_rows_alone(pretrain: ModuleType) -> None:
+    tokens = random_rows(50, 64)
+    rows = pretrain.Rows(tokens.clone(), torch.zeros(50, dtype=torch.int32))
+    first = pretrain.corrupt(rows, torch.Generator().manual_seed(3))
+    assert torch.equal(first, pretrain.corrupt(rows, torch.Generator().manual_seed(3)))
+    assert not torch.equal(first, pretrain.corrupt(rows, torch.Generator().manual_seed(4)))
+    assert torch.equal(rows.tokens, tokens)
+
+
+def test_the_decoder_writes_the_original(pretrain: ModuleType) -> None:
+    """A model that is certain of the original has no loss, and it is fed </s> and the original but for its end."""
+    tokens = random_rows(8, 32)
+    fed: list[Tensor] = []
+
+    class Oracle(torch.nn.Module):
+        def forward(self, decoder_input_ids: Tensor, **_: object) -> object:
+            fed.append(decoder_input_ids)
+            output = torch.nn.Module()
+            output.logits = 100.0 * torch.nn.functional.one_hot(tokens.long(), 100)
+            return output
+
+    rows = pretrain.Rows(tokens, torch.zeros(8, dtype=torch.int32))
+    loss = pretrain.infilling_loss(Oracle(), rows, torch.Generator().manual_seed(0))
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
+    assert (fed[0][:, 0] == EOS).all()
+    assert torch.equal(fed[0][:, 1:], tokens[:, :-1].long())
+
+
+def test_rows_hold_whole_texts_and_know_their_first_paragraph(pretrain: ModuleType) -> None:
+    texts = ["A short text.", "Its first paragraph.\n\nAnd the rest, with </s> and <mask> spelt out."]
+    tokenizer = pretrain.train_tokenizer(texts, vocab_size=300, length=64)
+    buckets = pretrain.make_rows(texts, tokenizer.backend_tokenizer, 64, torch.device("cpu"))
+    rows = [(ids, first) for bucket in buckets for ids, first in zip(bucket.tokens, bucket.first.tolist(), strict=True)]
+    assert all((ids == BOS).sum() == 1 and (ids == EOS).sum() == 1 and not (ids == MASK).any() for ids, _ in rows)
+    assert sorted(tokenizer.decode(ids[ids > MASK]) for ids, _ in rows) == texts
+    assert [tokenizer.decode(ids[1 : 1 + first]) for ids, first in rows if first] == ["Its first paragraph."]
+
+
+def test_a_long_text_becomes_windows_and_an_epoch_holds_each_once(pretrain: ModuleType) -> None:
+    text = "".join(map(str, range(100)))  # 190 tokens of one digit: windows of 62, 62, 62 and, dropped, 4
+    tokenizer = pretrain.train_tokenizer([], vocab_size=261, length=64)
+    buckets = pretrain.make_rows([text], tokenizer.backend_tokenizer, 64, torch.device("cpu"))
+    [batch] = pretrain.epoch(buckets, 512, torch.Generator().manual_seed(0))
+    assert sorted(map(tokenizer.decode, batch.tokens[:, 1:-1])) == sorted([text[:62], text[62:124], text[124:186]])
+    assert not batch.first.any()

@@ -1,0 +1,198 @@
+"""A record says truly how its run ended, whole or not at all, and can be read again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from peftbench.config import (
+    Composition,
+    CompositionFunction,
+    FunctionalForm,
+    Init,
+    Insertion,
+    InsertionForm,
+    Model,
+    Modification,
+    ModifiedRepresentation,
+    Representation,
+    Run,
+    Task,
+    TaskKind,
+    Trainer,
+)
+from peftbench.errors import UserError
+from peftbench.results.record import (
+    Counts,
+    Record,
+    Score,
+    append_metrics,
+    finished,
+    load_records,
+    recording,
+    start,
+    write_predictions,
+)
+
+RUN = Run(
+    method="mam",
+    functional_form=FunctionalForm("softmax"),
+    modified_representation=ModifiedRepresentation(Representation.heads, layers=[-1]),
+    insertion_form=InsertionForm(Insertion.parallel),
+    composition_function=CompositionFunction(Composition.gated),
+    bottleneck=4,
+    mix={
+        "ffn": Modification(
+            FunctionalForm("relu"),
+            ModifiedRepresentation(Representation.ffn),
+            InsertionForm(Insertion.parallel),
+            CompositionFunction(Composition.scaled, scale=4),
+            bottleneck=8,
+            init=Init.bert,
+        )
+    },
+    model=Model(name="mini", hub_id="some/model", revision="abc"),
+    task=Task(name="doctopic", kind=TaskKind.classification, metric="accuracy"),
+    trainer=Trainer(learning_rate=1e-3),
+    sizes={"mini": {"mam": 4}},
+)
+
+
+def on_disk(folder: Path) -> dict[str, object]:
+    values: dict[str, object] = json.loads((folder / "record.json").read_text())
+    return values
+
+
+def test_a_run_that_ends_well_is_done(tmp_path: Path) -> None:
+    with recording(RUN, tmp_path, ["method=mam"]) as record:
+        assert on_disk(tmp_path)["status"] == "running"
+        assert finished(tmp_path) is None
+        record.counts = Counts(backbone=1000, trained=60, stored=50, head=10, paper=None)
+        record.scores["report"] = Score("test", 100, {"accuracy": 63.0})
+        record.score = 63.0
+    assert finished(tmp_path) == record
+    assert record.status == "done"
+    assert record.error is None
+    assert record.finished is not None
+    assert record.timings["total_s"] >= 0
+    assert record.counts.percent == {"trained": 6.0, "stored": 5.0}
+    assert {"python", "peftbench", "torch"} <= record.versions.keys()
+
+
+def test_axes_are_recorded_with_the_options_that_differ(tmp_path: Path) -> None:
+    heads, ffn = start(RUN, tmp_path, []).axes
+    assert (heads.prefix, heads.functional_form, heads.bottleneck) == ("", "softmax", 4)
+    assert heads.options == {"modified_representation.layers": [-1]}
+    assert (ffn.prefix, ffn.composition_function, ffn.scale) == ("mix.ffn.", "scaled", 4.0)
+    assert ffn.options == {"init": "bert"}
+
+
+def test_the_resolved_config_stands_beside_it(tmp_path: Path) -> None:
+    start(RUN, tmp_path, [])
+    config = OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.load(tmp_path / "config.yaml"))
+    assert config.mix.ffn.bottleneck == 8
+    assert config.sizes is None
+
+
+def test_ctrl_c_is_recorded_as_interrupted(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), recording(RUN, tmp_path, []):
+        raise KeyboardInterrupt
+    assert on_disk(tmp_path)["status"] == "interrupted"
+    assert finished(tmp_path) is None
+
+
+def test_an_exception_is_recorded_as_failed_with_its_traceback(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), recording(RUN, tmp_path, []):
+        _ = 1 / 0
+    values = on_disk(tmp_path)
+    assert values["status"] == "failed"
+    assert values["error"] == {"name": "ZeroDivisionError", "message": "division by zero"}
+    assert "1 / 0" in (tmp_path / "error.txt").read_text()
+
+
+def test_a_second_try_starts_clean(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), recording(RUN, tmp_path, []):
+        append_metrics(tmp_path, {"step": 1})
+        _ = 1 / 0
+    with recording(RUN, tmp_path, []):
+        append_metrics(tmp_path, {"step": 2})
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.yaml", "metrics.jsonl", "record.json"]
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 2}\n'
+
+
+def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = start(RUN, tmp_path, [])
+
+    def disk_full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.replace", disk_full)
+    with pytest.raises(OSError, match="no space"):
+        record.finish()
+    with pytest.raises(OSError, match="no space"):
+        write_predictions(tmp_path, [{"text": "a"}])
+    assert on_disk(tmp_path)["status"] == "running"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.yaml", "record.json"]
+
+
+def test_predictions_hold_any_text(tmp_path: Path) -> None:
+    rows = [{"text": "Δh \udc80 \u2028 </s>"}, {"text": "b"}]
+    write_predictions(tmp_path, iter(rows))
+    with (tmp_path / "predictions.jsonl").open(encoding="utf-8") as lines:
+        assert [json.loads(line) for line in lines] == rows
+
+
+def test_records_survive_the_round_trip_and_unknown_keys(tmp_path: Path) -> None:
+    with recording(RUN, tmp_path / "a", ["seed=1"]) as record:
+        record.baselines = {"majority": 20.0}
+        record.score = 63  # JSON writes 63.0 this way too
+    values = {**on_disk(tmp_path / "a"), "from_a_later_version": [1]}
+    (tmp_path / "a" / "record.json").write_text(json.dumps(values))
+    assert load_records(tmp_path) == ([record], [])
+    assert load_records(tmp_path)[0][0].folder == tmp_path / "a"
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ('{"schema_version": 1, "status"', "torn or no JSON"),
+        ("", "torn or no JSON"),
+        ("[1, 2]", "not the record of a run"),
+        ('{"name": "somebody else\'s"}', "not the record of a run"),
+        ('{"schema_version": 2}', "schema_version is 2, not 1"),
+        ('{"schema_version": 1}', "lacks axes, created"),
+        ({"status": "asleep"}, "status is 'asleep'"),
+        ({"score": "high"}, "score is 'high'"),
+        ({"axes": [{"prefix": ""}]}, "axes[0] lacks bottleneck"),
+        (
+            {"scores": {"report": {"split": "test", "examples": "all", "metrics": {}}}},
+            "scores.report.examples is 'all'",
+        ),
+        (b"\xff\xfe", "left out"),
+    ],
+)
+def test_what_is_no_record_is_named_and_left_out(tmp_path: Path, change: object, complaint: str) -> None:
+    for name in ("bad", "good"):
+        start(RUN, tmp_path / name, [])
+    bad = tmp_path / "bad" / "record.json"
+    if isinstance(change, dict):
+        change = json.dumps({**on_disk(tmp_path / "bad"), **change})
+    bad.write_bytes(change if isinstance(change, bytes) else str(change).encode())
+    records, left_out = load_records(tmp_path)
+    assert [record.folder.name for record in records] == ["good"]
+    assert len(left_out) == 1
+    assert left_out[0].startswith(f"{bad} is left out: ")
+    assert complaint in left_out[0]
+
+
+def test_a_missing_folder_is_the_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a folder"):
+        load_records(tmp_path / "nowhere")
+
+
+def test_from_json_refuses_what_is_no_record(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not the record"):
+        Record.from_json(None, tmp_path)

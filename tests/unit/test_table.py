@@ -1,0 +1,191 @@
+"""The tables of runs can be read at any width, rank what may be ranked, and leave nothing out in silence."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from peftbench.errors import UserError
+from peftbench.results.command import main
+from peftbench.results.record import Axes, Backbone, Counts, Failure, Record, Score
+from peftbench.results.table import show, single_row, to_csv, to_json
+
+HEADS = Axes("", "softmax", "heads", "parallel", "gated", 1.0, 30, {})
+FFN = Axes("mix.ffn.", "relu", "ffn", "parallel", "scaled", 4.0, 512, {})
+
+
+def record(score: float | None, *axes: Axes, split: str = "test", examples: int = 1000, **changes: Any) -> Record:
+    values: dict[str, Any] = {
+        "run": "0123abcd",
+        "status": "running" if score is None else "done",
+        "created": "2025-01-01T00:00:00.000+00:00",
+        "method": "mam",
+        "task": "doctopic",
+        "model": Backbone("mini", None, None, "0123456789ab"),
+        "axes": list(axes),
+        "unfreeze": "none",
+        "metric": "accuracy",
+        "seed": 42,
+        "folder": Path("outputs/doctopic/mini/mam/0123abcd"),
+        "score": score,
+        "timings": {"total_s": 92.4},
+    }
+    if score is not None:
+        values["counts"] = Counts(backbone=4_812_345, trained=1_241_234, stored=41_234, head=1000, paper=None)
+        values["scores"] = {"report": Score(split, examples, {"accuracy": score, "f1": 1.0})}
+        values["baselines"] = {"majority": 20.0, "head": 52.1}
+    return Record(**{**values, **changes})
+
+
+def shown(records: list[Record], width: int) -> str:
+    console = Console(width=width, file=io.StringIO(), force_terminal=False)
+    show(records, console)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    return text
+
+
+def last_table(record: Record, width: int) -> str:
+    console = Console(width=width, file=io.StringIO(), force_terminal=False)
+    single_row(record, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def positions(text: str, *parts: str) -> list[int]:
+    assert [part for part in parts if part not in text] == []
+    return [text.index(part) for part in parts]
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_eight_runs_best_first(width: int) -> None:
+    scores = [61.5, 70.25, 33.0, 69.0, 64.0, 12.5, 50.0, 68.0]
+    text = shown([record(score, HEADS, method=f"method{score:.0f}") for score in scores], width)
+    places = positions(text, *(f"{score:.2f}" for score in sorted(scores, reverse=True)))
+    assert places == sorted(places)
+    assert text.count("doctopic") == 1
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_a_row_says_what_was_run(width: int) -> None:
+    text = shown([record(63.17, HEADS, FFN, debug="smoke"), record(62.0, FFN, seed=43)], width)
+    positions(
+        text, "mam smoke", "softmax · heads", "relu · ffn", "scaled 4", "30", "512", "0.86", "accuracy ↑", "63.17"
+    )
+    assert "4,812,345 parameters" in text
+    assert "accuracy on 1,000 test examples" in " ".join(text.split())
+
+
+def test_a_wide_console_shows_every_column_and_a_line_for_each_modification() -> None:
+    text = shown([record(63.17, HEADS, FFN)], 200)
+    first, second = text.splitlines()[-2:]
+    for cell in ("heads · parallel · gated", " 30 ", "1,241,234", "41,234", "63.17", "20.00", "52.10", "1:32", "42"):
+        assert cell in first
+    assert second.split() == ["relu", "·", "ffn", "·", "parallel", "·", "scaled", "4", "512"]
+
+
+def test_a_narrow_console_keeps_the_seeds_that_tell_runs_apart() -> None:
+    assert "seed" not in shown([record(1.0, HEADS), record(2.0, HEADS)], 80)
+    assert "seed" in shown([record(1.0, HEADS, seed=1), record(2.0, HEADS, seed=2)], 80)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"split": "validation"},
+        {"examples": 500},
+        {"task": "docsum"},
+        {"model": Backbone("bart_large", "facebook/bart-large", None, None)},
+        {"model": Backbone("mini", None, None, "ba9876543210")},
+        {"metric": "f1"},
+    ],
+)
+def test_what_cannot_be_compared_is_in_another_table(other: dict[str, Any]) -> None:
+    assert shown([record(50.0), record(60.0, **other), record(55.0)], 200).count(" with ") == 2
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_unfinished_runs_stand_below_with_their_error(width: int) -> None:
+    runs = [
+        record(None, HEADS, method="prefix", status="failed", error=Failure("ValueError", "[torn]")),
+        record(None, method="scaled_parallel_adapter", status="interrupted"),
+        record(float("nan"), method="diverged"),
+        record(50.0, FFN, method="lora"),
+    ]
+    text = shown(runs, width)
+    assert text.count(" with ") == 1
+    score, *others = positions(
+        text, "50.00", "interrupted", "failed: ValueError" if width > 80 else "ValueError", "nan"
+    )
+    assert score < min(others)
+
+
+def test_unfrozen_backbones_have_words_for_axes() -> None:
+    text = shown([record(50.0, unfreeze="bias"), record(60.0, unfreeze="all")], 80)
+    positions(text, "the biases", "all parameters")
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_last_table_of_a_run_has_everything_at_any_width(width: int) -> None:
+    text = last_table(record(63.17, HEADS, FFN, overrides=["method=mam", "task=doctopic", "bottleneck=4"]), width)
+    for cell in ("mam", "gated", "scaled 4", "1,241,234", "41,234", "0.86", "63.17", "majority", "52.10", "1:32"):
+        assert cell in text
+    lines = text.splitlines()
+    assert lines[-3].endswith("outputs/doctopic/mini/mam/0123abcd")
+    assert lines[-2].endswith(" peftbench results")
+    assert lines[-1].endswith(" peftbench train -m method=lora,adapter,prefix,mam task=doctopic")
+
+
+def test_another_output_folder_is_named_in_the_command() -> None:
+    text = last_table(record(63.17, folder=Path("/my runs/doctopic/mini/mam/0123abcd")), 80)
+    assert "peftbench results '/my runs'" in text
+
+
+def test_json_and_csv_hold_every_run() -> None:
+    runs = [record(50.0, HEADS, FFN), record(None, error=Failure("ValueError", 'a, "b"\nc'))]
+    assert [run["axes"][0]["bottleneck"] if run["axes"] else None for run in json.loads(to_json(runs))] == [30, None]
+    first, second = csv.DictReader(io.StringIO(to_csv(runs)))
+    assert first["axes.functional_form"] == "softmax + relu"
+    assert (first["axes.bottleneck"], first["scores.report.metrics.accuracy"]) == ("30 + 512", "50.0")
+    assert (second["status"], second["error.message"], second["score"]) == ("running", 'a, "b"\nc', "")
+
+
+def stored(folder: Path, run: Record) -> None:
+    run.folder = folder
+    folder.mkdir(parents=True)
+    run.save()
+
+
+def test_the_command_shows_runs_and_names_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stored(tmp_path / "good", record(50.0, HEADS))
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "record.json").write_text('{"schema_version": 1, "sta')
+    assert main([str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert "50.00" in out
+    assert err.startswith(f"{tmp_path}/torn/record.json is left out")
+    assert main([str(tmp_path), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 1
+    assert main([str(tmp_path), "--csv"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_an_empty_folder_is_told_how_to_make_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="make one with: peftbench train"):
+        main([str(tmp_path)])
+
+
+def test_a_thousand_runs_take_no_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for index in range(1000):
+        stored(tmp_path / str(index), record(index / 10, HEADS, FFN, seed=index))
+    began = time.perf_counter()
+    main([str(tmp_path)])
+    assert time.perf_counter() - began < 2
