@@ -1,8 +1,8 @@
 """From a command line to validated configs: Hydra composes, and every fault is found before anything is loaded.
 
-Hydra stops at the first fault and reports it in its own terms. Here each override is tried by itself, so that all faults
-come out in one message, as sentences, with the key as it was typed. A sweep's points are all composed and checked before
-the first of them runs. Imports no torch.
+Hydra stops at the first fault and reports it in its own terms. Here each override is tried by itself, so that all
+faults come out in one message, as sentences, with the key as it was typed. A sweep's points are all composed and
+checked before the first of them runs. Imports no torch.
 """
 
 from __future__ import annotations

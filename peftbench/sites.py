@@ -58,24 +58,22 @@ class Family:
     task_head: tuple[str, ...] = ("classification_head", "classifier", "score", "pre_classifier")
 
 
-_BART_ATTENTION = {
-    kind: AttentionPaths(module, *(f"{module}.{part}_proj" for part in ("q", "k", "v", "out")))
-    for kind, module in {"self": "self_attn", "cross": "encoder_attn"}.items()
-}
-_BERT_ATTENTION = {
-    kind: AttentionPaths(
-        f"{module}.self",
-        *(f"{module}.self.{part}" for part in ("query", "key", "value")),
-        f"{module}.output.dense",
+def _bart_attention(module: str) -> AttentionPaths:
+    return AttentionPaths(module, f"{module}.q_proj", f"{module}.k_proj", f"{module}.v_proj", f"{module}.out_proj")
+
+
+def _bert_attention(module: str) -> AttentionPaths:
+    projections = f"{module}.self"
+    return AttentionPaths(
+        projections, f"{projections}.query", f"{projections}.key", f"{projections}.value", f"{module}.output.dense"
     )
-    for kind, module in {"self": "attention", "cross": "crossattention"}.items()
-}
+
 
 FAMILIES = (
     Family(
         model_types=("bart",),
         stacks={"encoder": "encoder.layers", "decoder": "decoder.layers"},
-        attentions=_BART_ATTENTION,
+        attentions={"self": _bart_attention("self_attn"), "cross": _bart_attention("encoder_attn")},
         ffn=FeedForwardPaths("fc1", "fc2"),
         embedding={"encoder": "encoder.layernorm_embedding", "decoder": "decoder.layernorm_embedding"},
         heads="{stack}_attention_heads",
@@ -85,7 +83,7 @@ FAMILIES = (
     Family(
         model_types=("mbart",),
         stacks={"encoder": "encoder.layers", "decoder": "decoder.layers"},
-        attentions=_BART_ATTENTION,
+        attentions={"self": _bart_attention("self_attn"), "cross": _bart_attention("encoder_attn")},
         ffn=FeedForwardPaths("fc1", "fc2"),
         embedding={"encoder": "encoder.layernorm_embedding", "decoder": "decoder.layernorm_embedding"},
         heads="{stack}_attention_heads",
@@ -95,7 +93,7 @@ FAMILIES = (
     Family(
         model_types=("bert", "roberta"),
         stacks={"encoder": "encoder.layer"},
-        attentions=_BERT_ATTENTION,
+        attentions={"self": _bert_attention("attention"), "cross": _bert_attention("crossattention")},
         ffn=FeedForwardPaths("intermediate.dense", "output.dense", dropout="output.dropout"),
         embedding={"encoder": "embeddings.LayerNorm"},
         heads="num_attention_heads",

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from peftbench.config import (
     FUNCTIONAL_FORMS,
     Composition,
+    DType,
     HeadInput,
     Insertion,
+    LayerNormPlace,
     Modification,
     Representation,
     Run,
     TaskKind,
+    Unfreeze,
     modifications,
 )
 from peftbench.errors import unknown
@@ -44,34 +48,53 @@ RULES = (
         "scaled.",
     ),
     Rule(
-        lambda m: m.modified_representation.name is Representation.layer and m.insertion_form.name is Insertion.parallel,
+        lambda m: (
+            m.modified_representation.name is Representation.layer and m.insertion_form.name is Insertion.parallel
+        ),
         "{p}modified_representation=layer with {p}insertion_form=parallel means nothing: the layer's output is read "
         "after its add & norm and has no sub-layer beside it; use insertion_form=sequential, or "
         "modified_representation=ffn.",
     ),
     Rule(
-        lambda m: m.modified_representation.name is Representation.embedding
-        and (m.functional_form.name, m.insertion_form.name, m.composition_function.name)
-        != ("softmax", Insertion.parallel, Composition.gated),
+        lambda m: (
+            m.modified_representation.name is Representation.embedding
+            and (m.functional_form.name, m.insertion_form.name, m.composition_function.name)
+            != ("softmax", Insertion.parallel, Composition.gated)
+        ),
         "{p}modified_representation=embedding is prompt tuning: the layers attend to vectors put before the input, so "
         "it goes with functional_form=softmax, insertion_form=parallel and composition_function=gated only.",
     ),
     Rule(
-        lambda m: m.modified_representation.name is Representation.heads
-        and m.insertion_form.name is Insertion.parallel
-        and m.functional_form.name == "softmax"
-        and m.composition_function.name is Composition.gated
-        and m.modified_representation.head_input is HeadInput.hidden,
+        lambda m: (
+            m.modified_representation.name is Representation.heads
+            and m.insertion_form.name is Insertion.parallel
+            and m.functional_form.name == "softmax"
+            and m.composition_function.name is Composition.gated
+            and m.modified_representation.head_input is HeadInput.hidden
+        ),
         "{p}composition_function=gated weighs by the attention mass on the prefix (eq. 8), which is a function of the "
         "query: use {p}modified_representation.head_input=query, or composition_function=add or scaled.",
     ),
     Rule(
-        lambda m: m.prefix_mlp is not None
-        and (
-            m.modified_representation.name is not Representation.heads
-            or (
-                m.insertion_form.name is Insertion.parallel
-                and m.modified_representation.head_input is HeadInput.hidden
+        lambda m: (
+            m.functional_form.name == "softmax"
+            and m.composition_function.name is Composition.gated
+            and m.modified_representation.name in (Representation.heads, Representation.embedding)
+            and (m.bias, m.layer_norm, m.dropout, m.input_dropout) != (False, LayerNormPlace.none, None, 0.0)
+        ),
+        "{p}functional_form=softmax with {p}composition_function=gated joins the attention itself, under the "
+        "backbone's own dropout: {p}bias, {p}layer_norm, {p}dropout and {p}input_dropout must keep their "
+        "defaults false, none, null and 0.",
+    ),
+    Rule(
+        lambda m: (
+            m.prefix_mlp is not None
+            and (
+                m.modified_representation.name is not Representation.heads
+                or (
+                    m.insertion_form.name is Insertion.parallel
+                    and m.modified_representation.head_input is HeadInput.hidden
+                )
             )
         ),
         "{p}prefix_mlp={mlp} makes vectors of a head's width: it goes with modified_representation=heads and "
@@ -128,6 +151,12 @@ def faults(run: Run) -> list[str]:
     if run.functional_form.name == "none" and any(axis != "none" for axis in _axes(run)):
         found.extend(_modification_faults("", run))
     found.extend(_number_faults(run))
+    found.extend(_path_faults(run))
+    if run.unfreeze is not Unfreeze.none and run.model.dtype is not DType.float32:
+        found.append(
+            f"unfreeze={run.unfreeze.name} trains the backbone's own parameters, which must then be float32; set "
+            "model.dtype=float32."
+        )
     if run.task.metric not in METRICS[run.task.kind]:
         found.append(unknown("task.metric", run.task.metric, METRICS[run.task.kind]))
     return found
@@ -162,6 +191,18 @@ def _modification_faults(prefix: str, m: Modification) -> Iterator[str]:
             )
             if rule is RULES[0]:  # with an axis missing the other rules would only repeat it
                 return
+
+
+def _path_faults(run: Run) -> Iterator[str]:
+    """Paths that lead nowhere; what stands in them is looked at when it is read."""
+    folders = {"model.path": run.model.path, "task.data_dir": run.task.data_dir}
+    files = {f"task.data_files.{split}": file for split, file in run.task.data_files.items()}
+    for key, path in folders.items():
+        if path is not None and not Path(path).expanduser().is_dir():
+            yield f"{key}={path} is not a folder; give the path of an existing one."
+    for key, path in files.items():
+        if not Path(path).expanduser().is_file():
+            yield f"{key}={path} is not a file; give the path of an existing one."
 
 
 def _number_faults(run: Run) -> Iterator[str]:

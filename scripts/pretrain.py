@@ -168,7 +168,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, length: int) -> PreTraine
         pair="<s> $A </s> </s> $B </s>",
         special_tokens=[("<s>", BOS), ("</s>", EOS)],
     )
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=length,
         bos_token="<s>",
@@ -422,9 +422,9 @@ def train(
             if seconds >= next_report:
                 report()
                 next_report += report_every
-            if seconds >= next_checkpoint:
-                save_state(state_file, model, optimizer, progress)
-                next_checkpoint += checkpoint_every
+                if seconds >= next_checkpoint:
+                    save_state(state_file, model, optimizer, progress)
+                    next_checkpoint += checkpoint_every
     return progress, report()
 
 
@@ -478,7 +478,12 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run.add_argument("--compile", action="store_true", help="torch.compile the model")
-    run.add_argument("--checkpoint-minutes", type=float, default=2.0, help="between checkpoints (%(default)s)")
+    run.add_argument(
+        "--checkpoint-minutes",
+        type=float,
+        default=2.0,
+        help="between checkpoints (%(default)s); one is written with the next line of progress",
+    )
     run.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
 
     args = parser.parse_args()
@@ -514,6 +519,8 @@ def main() -> None:
     backend = tokenizer.backend_tokenizer
     train_rows = make_rows(train_texts, backend, args.length, device)
     held_out = make_rows([text for text in texts if is_held_out(text)], backend, args.length, device)
+    if not (train_rows and held_out):
+        raise UserError("The text is too little to train on and to hold some out; name more sources.")
     corpus_tokens = sum(int((rows.tokens != PAD).sum()) for rows in train_rows)
 
     with device:
@@ -547,4 +554,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"pretrain.py: {error}") from None

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -44,8 +43,9 @@ def attach(
     _freeze(model, sites, unfreeze, untrained)
     sites, dropouts = _own_dropout(sites) if modifications else (sites, [])
     # W_o has up to two edits, its own and the attention's: what is nearer to the weights is hooked first.
-    for prefix, m in sorted(modifications.items(), key=lambda item: "attention" in _representation(item[1])):
-        _attach_one(model, sites, prefix, m)
+    with model.device:  # new parameters are made where the backbone is, on the meta device too
+        for prefix, m in sorted(modifications.items(), key=lambda item: "attention" in _representation(item[1])):
+            _attach_one(model, sites, prefix, m)
     for linear, dropout in dropouts:
         linear.register_forward_hook(dropout.drop)
 
@@ -54,9 +54,7 @@ def _representation(m: config.Modification) -> str:
     return str(m.modified_representation.name.name)
 
 
-def _freeze(
-    model: PreTrainedModel, sites: Sites, unfreeze: config.Unfreeze, untrained: Collection[str]
-) -> None:
+def _freeze(model: PreTrainedModel, sites: Sites, unfreeze: config.Unfreeze, untrained: Collection[str]) -> None:
     for name, parameter in model.named_parameters():
         in_head = name in untrained or name.split(".")[0] in sites.family.task_head
         in_backbone = unfreeze is config.Unfreeze.all or (unfreeze is config.Unfreeze.bias and "bias" in name)
@@ -106,18 +104,15 @@ def _attach_to_places(sites: Sites, m: config.Modification, name: str, prefix: s
         for place in places(layer, attentions):
             in_width, out_width = place.widths(sites.width, insertion)
             rate = sites.attention_dropout if place.in_attention else sites.hidden_dropout
-            device = layer.ffn.second.weight.device
             edit = Edit(
-                _bottleneck(m, in_width, out_width, rate, device),
+                _bottleneck(m, in_width, out_width, rate),
                 place.insertion(insertion),
-                _composition(m, in_width, 1, device),
+                _composition(m, in_width, 1),
             )
             edit.attach(name, place.target, place.source, place.at)
 
 
-def _attach_to_heads(
-    model: PreTrainedModel, sites: Sites, m: config.Modification, name: str, prefix: str
-) -> None:
+def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: config.Modification, name: str, prefix: str) -> None:
     """One modification of every head, in the attention function."""
     insertion = m.insertion_form.name.name
     hidden = insertion == "parallel" and m.modified_representation.head_input is config.HeadInput.hidden
@@ -125,27 +120,25 @@ def _attach_to_heads(
     trunks: dict[tuple[str, str], PrefixTrunk] = {}
     for layer, attentions in _chosen(sites, m, prefix):
         for attention in attentions:
-            device = attention.query.weight.device
             head_width = sites.width // attention.heads
             generator = None
             if m.prefix_mlp is not None:
                 kind = (layer.stack, attention.kind)
                 if kind not in trunks:
-                    trunks[kind] = PrefixTrunk(_size(m), sites.width, m.prefix_mlp, device)
-                generator = PrefixMLP(trunks[kind], attention.heads, device)
+                    trunks[kind] = PrefixTrunk(_size(m), sites.width, m.prefix_mlp)
+                generator = PrefixMLP(trunks[kind], attention.heads)
             function = _bottleneck(
                 m,
                 sites.width if hidden else head_width,
                 head_width,
                 sites.attention_dropout,
-                device,
                 groups=attention.heads,
                 generator=generator,
             )
             if is_prefix:
                 _add_to_heads(attention, name, Prefix(function))
                 continue
-            composition = _composition(m, function.in_width, attention.heads, device)
+            composition = _composition(m, function.in_width, attention.heads)
             modification = HeadModification(function, INSERTION_FORMS[insertion], composition)
             modification.reads_hidden = hidden
             if hidden:
@@ -164,7 +157,7 @@ def _attach_prompt(model: PreTrainedModel, sites: Sites, m: config.Modification,
     """Vectors before the input of the first stack; every attention that sees them gets its mask widened."""
     stack = next(iter(sites.embedding))
     norm = sites.embedding[stack]
-    prompt = Prompt(_size(m), sites.width, norm.weight.device)
+    prompt = Prompt(_size(m), sites.width)
     norm.add_module(name, prompt)
     norm.register_forward_pre_hook(prompt.prepend)
     for layer in sites.layers:
@@ -182,7 +175,6 @@ def _bottleneck(
     in_width: int,
     out_width: int,
     own_dropout: float,
-    device: torch.device,
     groups: int = 1,
     generator: PrefixMLP | None = None,
 ) -> Bottleneck:
@@ -198,16 +190,15 @@ def _bottleneck(
         layer_norm=m.layer_norm.name,
         init=m.init.name,
         generator=generator,
-        device=device,
     )
 
 
-def _composition(m: config.Modification, in_width: int, groups: int, device: torch.device) -> nn.Module:
+def _composition(m: config.Modification, in_width: int, groups: int) -> nn.Module:
     composition = m.composition_function
     if composition.name is config.Composition.scaled:
-        return Scaled(composition.scale, composition.learned, device)
+        return Scaled(composition.scale, composition.learned)
     if composition.name is config.Composition.gated:
-        return Gated(in_width, groups, device)
+        return Gated(in_width, groups)
     return Add()
 
 
@@ -216,9 +207,7 @@ def _size(m: config.Modification) -> int:
     return m.bottleneck
 
 
-def _chosen(
-    sites: Sites, m: config.Modification, prefix: str
-) -> Iterator[tuple[Layer, list[Attention]]]:
+def _chosen(sites: Sites, m: config.Modification, prefix: str) -> Iterator[tuple[Layer, list[Attention]]]:
     """The layers and attentions that the representation's options name. A name that matches nothing is an error."""
     r = m.modified_representation
     stacks = {stack.name for stack in r.stacks}

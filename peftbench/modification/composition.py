@@ -1,8 +1,8 @@
 r"""Axis 4, the composition function: how Δh joins h.
 
 add: h + Δh.  scaled: h + sΔh.  gated: (1-λ)h + λΔh.  He et al. 2022, table 1 and section 3.3.
-Prefix tuning's gate λ is the share of the attention that falls on the prefix (eq. 8); `head_attention` computes that one
-exactly by attending to the prefix. For the other forms λ is learned, by `Gated`.
+Prefix tuning's gate λ is the share of the attention that falls on the prefix (eq. 8); `head_attention` computes that
+one exactly by attending to the prefix. For the other forms λ is learned, by `Gated`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Add(nn.Module):
 class Scaled(nn.Module):
     """h + sΔh. `learned`: s is a trained scalar that starts at `scale`."""
 
-    def __init__(self, scale: float, learned: bool = False, device: torch.device | str | None = None) -> None:
+    def __init__(self, scale: float, learned: bool = False) -> None:
         super().__init__()
         self.scale: float | nn.Parameter = scale
         if learned:
-            self.scale = nn.Parameter(torch.full((), scale, device=device, dtype=torch.float32))
+            self.scale = nn.Parameter(torch.full((), scale))
 
     def forward(self, h: Tensor, delta: Tensor, x: Tensor) -> Tensor:
         """h, Δh: the same shape; x, what f read, is not used."""
@@ -42,10 +42,10 @@ class Gated(nn.Module):
     b starts at -4, so that λ = 0.018 and the backbone is nearly itself at the start.
     """
 
-    def __init__(self, width: int, groups: int = 1, device: torch.device | str | None = None) -> None:
+    def __init__(self, width: int, groups: int = 1) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(groups, width, 1, device=device, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.full((groups, 1, 1), -4.0, device=device, dtype=torch.float32))
+        self.weight = nn.Parameter(torch.zeros(groups, width, 1))
+        self.bias = nn.Parameter(torch.full((groups, 1, 1), -4.0))
 
     def forward(self, h: Tensor, delta: Tensor, x: Tensor) -> Tensor:
         """h, Δh: (..., T, out), x: (..., T, in); with several groups (B, G, T, ·)."""

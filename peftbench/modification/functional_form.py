@@ -47,7 +47,6 @@ class Bottleneck(nn.Module):
             `bert`: both N(0, 0.02), biases zero (paper, appendix A; petl_factory.py `init_lora_weights`,
             `init_bert_weights`).
         generator: produces (`down`, `up`) during training in place of own weights; `fold` ends that.
-        device: where the weights are made; they are float32 everywhere.
     """
 
     def __init__(
@@ -64,25 +63,23 @@ class Bottleneck(nn.Module):
         layer_norm: str = "none",
         init: str = "lora",
         generator: PrefixMLP | None = None,
-        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.in_width, self.bottleneck, self.out_width, self.groups = in_width, bottleneck, out_width, groups
         self.f = activation(form)
         self.dropout = nn.Dropout(dropout)
         self.input_dropout = nn.Dropout(input_dropout)
-        factory = {"device": device, "dtype": torch.float32}
-        self.norm_in = nn.LayerNorm(in_width, **factory) if layer_norm == "input" else nn.Identity()
-        self.norm_out = nn.LayerNorm(out_width, **factory) if layer_norm == "output" else nn.Identity()
+        self.norm_in = nn.LayerNorm(in_width) if layer_norm == "input" else nn.Identity()
+        self.norm_out = nn.LayerNorm(out_width) if layer_norm == "output" else nn.Identity()
         self.generator = generator
         self.down: nn.Parameter | None = None
         self.up: nn.Parameter | None = None
         if generator is None:
-            self.down = nn.Parameter(torch.empty(groups, bottleneck, in_width, **factory))
-            self.up = nn.Parameter(torch.empty(groups, out_width, bottleneck, **factory))
+            self.down = nn.Parameter(torch.empty(groups, bottleneck, in_width))
+            self.up = nn.Parameter(torch.empty(groups, out_width, bottleneck))
             self._initialise(init)
-        self.down_bias = nn.Parameter(torch.zeros(groups, 1, bottleneck, **factory)) if bias else None
-        self.up_bias = nn.Parameter(torch.zeros(groups, 1, out_width, **factory)) if bias else None
+        self.down_bias = nn.Parameter(torch.zeros(groups, 1, bottleneck)) if bias else None
+        self.up_bias = nn.Parameter(torch.zeros(groups, 1, out_width)) if bias else None
 
     def _initialise(self, init: str) -> None:
         assert self.down is not None and self.up is not None
@@ -98,7 +95,8 @@ class Bottleneck(nn.Module):
     def weights(self) -> tuple[Tensor, Tensor]:
         """(`down`, `up`), of shapes (G, r, in) and (G, out, r); made by the generator where there is one."""
         if self.generator is not None:
-            return self.generator()
+            made: tuple[Tensor, Tensor] = self.generator()
+            return made
         assert self.down is not None and self.up is not None
         return self.down, self.up
 
@@ -110,7 +108,8 @@ class Bottleneck(nn.Module):
             x = x.to(down.dtype)  # the backbone may be bfloat16, what is trained is float32
         x = self.input_dropout(self.norm_in(x))
         z = self.dropout(self.f(_grouped_linear(x, down, self.down_bias)))
-        return self.norm_out(_grouped_linear(z, up, self.up_bias))
+        delta: Tensor = self.norm_out(_grouped_linear(z, up, self.up_bias))
+        return delta
 
     @torch.no_grad()
     def fold(self) -> None:

@@ -4,9 +4,9 @@ Equation 5 puts l trained keys and values before those of the context. It equals
 
     (1-λ) softmax(q K^T) V + λ softmax(q P_k^T) P_v,   λ = prefix mass / (prefix mass + context mass),
 
-the gated composition of the bottleneck f(q W_down) W_up with f = softmax, W_down = P_k^T, W_up = P_v. Concatenation is
-its fast path (`tests/numerics/test_head_attention.py` has eq. 7 written out). Every other form or composition is computed
-beside the attention, from the same scaled query.
+the gated composition of the bottleneck f(q W_down) W_up with f = softmax, W_down = P_k^T, W_up = P_v. Concatenation
+is its fast path (`tests/numerics/test_head_attention.py` has eq. 7 written out). Every other form or composition is
+computed beside the attention, from the same scaled query.
 
 The prefix never enters the KV cache: the function sees keys and values after the cache has been updated, so the cache
 holds the context only, positions do not move, and beams need no special case.
@@ -109,6 +109,6 @@ def modified_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     return mask
 
 
-# Without a mask function of the same name transformers silently passes no mask at all, and padding would be attended to.
+# Without a mask function of the same name transformers silently passes no mask at all: padding would be attended to.
 AttentionInterface.register(ATTENTION_NAME, modified_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, modified_mask)

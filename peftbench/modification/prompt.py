@@ -17,9 +17,9 @@ PROMPT = "prompt_mask"  # the attention module's child that widens its mask
 class Prompt(nn.Module):
     """The vectors, (l, d), drawn from N(0, 0.02)."""
 
-    def __init__(self, length: int, width: int, device: torch.device | str | None = None) -> None:
+    def __init__(self, length: int, width: int) -> None:
         super().__init__()
-        self.vectors = nn.Parameter(torch.empty(length, width, device=device, dtype=torch.float32))
+        self.vectors = nn.Parameter(torch.empty(length, width))
         nn.init.normal_(self.vectors, std=0.02)
 
     def prepend(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:

@@ -1,8 +1,8 @@
 r"""The prefix's MLP: in training the prefix vectors are the output of a small network, afterwards plain vectors.
 
-P_k, P_v of layer i = W_i tanh(W E + b) + b_i, where E (l, d) is a trained embedding. E, W and b are shared by all layers
-of one kind of attention (encoder self, decoder self, cross: three sets), W_i and b_i belong to the layer. Li and Liang
-(2021); width 800 and the three sets as in the paper's code (petl_factory.py `Prefix`), with torch's default
+P_k, P_v of layer i = W_i tanh(W E + b) + b_i, where E (l, d) is a trained embedding. E, W and b are shared by all
+layers of one kind of attention (encoder self, decoder self, cross: three sets), W_i and b_i belong to the layer. Li and
+Liang (2021); width 800 and the three sets as in the paper's code (petl_factory.py `Prefix`), with torch's default
 initialisation, as there.
 """
 
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 class PrefixTrunk(nn.Module):
     """tanh(W E + b): (l, mid), shared by the layers of one kind of attention."""
 
-    def __init__(self, length: int, width: int, mid: int, device: torch.device | str | None = None) -> None:
+    def __init__(self, length: int, width: int, mid: int) -> None:
         super().__init__()
-        self.embedding = nn.Parameter(torch.empty(length, width, device=device, dtype=torch.float32))
+        self.embedding = nn.Parameter(torch.empty(length, width))
         nn.init.normal_(self.embedding)
-        self.linear = nn.Linear(width, mid, device=device, dtype=torch.float32)
+        self.linear = nn.Linear(width, mid)
 
     def forward(self) -> Tensor:
         """Returns (l, mid)."""
@@ -33,12 +33,12 @@ class PrefixMLP(nn.Module):
     `modification.folded` where that costs too much.
     """
 
-    def __init__(self, trunk: PrefixTrunk, heads: int, device: torch.device | str | None = None) -> None:
+    def __init__(self, trunk: PrefixTrunk, heads: int) -> None:
         super().__init__()
         self.trunk = trunk
         self.heads = heads
         mid, width = trunk.linear.out_features, trunk.linear.in_features
-        self.linear = nn.Linear(mid, 2 * width, device=device, dtype=torch.float32)
+        self.linear = nn.Linear(mid, 2 * width)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Returns P_k as `down` (N_h, l, d_h) and P_v as `up` (N_h, d_h, l)."""

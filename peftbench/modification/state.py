@@ -1,7 +1,7 @@
 """What a run has trained, as a file: fold, save and load.
 
-A checkpoint holds only the trained tensors (modifications, task head, unfrozen backbone parameters) under their names in
-the model, as safetensors. The prefix's MLP is folded away first: what is stored is the prefix.
+A checkpoint holds only the trained tensors (modifications, task head, unfrozen backbone parameters) under their names
+in the model, as safetensors. The prefix's MLP is folded away first: what is stored is the prefix.
 """
 
 from __future__ import annotations

@@ -146,7 +146,8 @@ class Record:
 
     def save(self) -> None:
         """Writes `record.json`."""
-        _write_json(self.folder / FILE, self.to_json())
+        with _replacing(self.folder / FILE) as file:
+            file.write(json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n")
 
     def finish(self) -> None:
         """The run is done."""
@@ -188,10 +189,6 @@ def recording(run: Run, folder: Path, overrides: Sequence[str]) -> Iterator[Reco
 def start(run: Run, folder: Path, overrides: Sequence[str]) -> Record:
     """A record of status running, and the resolved `config.yaml` beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in ("error.txt", "metrics.jsonl", "predictions.jsonl"):  # an earlier try's would pass for this one's
-        (folder / stale).unlink(missing_ok=True)
-    with _replacing(folder / "config.yaml") as file:
-        OmegaConf.save(OmegaConf.structured(replace(run, sizes=None, size=None)), file)
     content = content_stamp(run.model.path) if run.model.path else None
     record = Record(
         run=run_hash(run),
@@ -216,7 +213,11 @@ def start(run: Run, folder: Path, overrides: Sequence[str]) -> Record:
         versions=_versions(),
         git=_git(),
     )
-    record.save()
+    record.save()  # first of all: from here on the folder of an earlier run, if it is one, no longer says done
+    for stale in ("error.txt", "metrics.jsonl", "predictions.jsonl"):  # an earlier try's would pass for this one's
+        (folder / stale).unlink(missing_ok=True)
+    with _replacing(folder / "config.yaml") as file:
+        OmegaConf.save(OmegaConf.structured(replace(run, sizes=None, size=None)), file)
     return record
 
 
@@ -323,11 +324,6 @@ def _now() -> str:
 
 def _read(file: Path) -> Record:
     return Record.from_json(json.loads(file.read_text(encoding="utf-8")), file.parent)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    with _replacing(path) as file:
-        file.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextmanager

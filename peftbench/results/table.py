@@ -126,7 +126,7 @@ def _setting(record: Record) -> tuple[str, ...]:
     report = record.scores.get("report")
     split = (report.split, f"{report.examples:,}") if report and _is_scored(record) else ("", "")
     model = record.model
-    return (record.task, model.name, model.content or model.revision or "", record.metric, *split)
+    return (record.task, model.hub_id or model.name, model.content or model.revision or "", record.metric, *split)
 
 
 def _home(tables: list[list[Record]], record: Record) -> list[Record]:
@@ -149,7 +149,7 @@ def _columns(records: Sequence[Record]) -> list[Column]:
     baselines = dict.fromkeys(name for record in records for name in record.baselines)
     columns = [
         Column("method", lambda r: f"{r.method} {r.debug or ''}".rstrip(), words=True, wrap=16),
-        Column("four axes", _four, words=True, wrap=22),
+        Column("four axes", _four, words=True, wrap=20),
         Column("bottle-\nneck", lambda r: "\n".join(_count(axes.bottleneck) for axes in r.axes)),
         Column("trained", lambda r: _count(r.counts.trained if r.counts else None), dispensable=4),
         Column("stored", lambda r: _count(r.counts.stored if r.counts else None), dispensable=3),
@@ -188,10 +188,12 @@ def _widths(column: Column, records: Sequence[Record]) -> tuple[int, int]:
 def _table(columns: Sequence[Column], records: Sequence[Record], width: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     spare = max(0, _spare(columns, records, width))
-    for column in columns:  # rich's own choice of widths would break words to keep long lines
+    widths = []  # rich's own choice would break words here to keep lines long there
+    for column in reversed(columns):
         least, most = _widths(column, records)
-        taken = min(most, least + spare)
-        spare -= taken - least
+        widths.append(min(most, least + spare))
+        spare -= widths[-1] - least
+    for column, taken in zip(columns, reversed(widths), strict=True):
         justify: Literal["left", "right"] = "left" if column.words else "right"
         table.add_column(column.header, width=taken, justify=justify, overflow="fold")
     best = records[0] if len(records) > 1 and _is_scored(records[0]) else None
@@ -211,7 +213,8 @@ def _four(record: Record) -> str:
         scale = f" {axes.scale:g}" if axes.composition_function == "scaled" else ""
         names = (axes.functional_form, axes.modified_representation, axes.insertion_form, axes.composition_function)
         lines.append(" · ".join(names) + scale)
-    lines += {"none": [], "bias": ["the biases"], "all": ["all parameters"]}[record.unfreeze]
+    if record.unfreeze != "none":
+        lines.append({"bias": "the biases", "all": "all parameters"}.get(record.unfreeze, record.unfreeze))
     return "\n".join(lines)
 
 

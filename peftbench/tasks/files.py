@@ -57,7 +57,7 @@ def read_file(path: str | Path) -> Dataset:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise UserError(f"{path} is no file.")
+        raise UserError(f"{path} is no file; task.data_files takes the path of an existing one.")
     reader = READERS.get(file.suffix.lower())
     if reader is None:
         raise UserError(f"{path} cannot be read: the ending must be one of {', '.join(READERS)}.")
@@ -90,8 +90,8 @@ def _read_cells(file: Path, **dialect: Any) -> pa.Table:
         for row in filter(None, reader):
             if len(row) != len(header):
                 raise UserError(
-                    f"{file}:{reader.line_num} has {len(row)} cells where the header has {len(header)} "
-                    f"({', '.join(header)})."
+                    f"{file}:{reader.line_num} should have one cell for each column of the header "
+                    f"({', '.join(header)}); it has {len(row)}."
                 )
             rows.append(row)
     except csv.Error as error:

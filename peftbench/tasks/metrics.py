@@ -23,7 +23,7 @@ def compute_metrics(name: str, predictions: Sequence[str], references: Sequence[
     return scores
 
 
-class _Metric(Metric):  # type: ignore[misc]
+class _Metric(Metric):
     """A metric over pairs of strings that leaves no files behind."""
 
     description: str

@@ -43,6 +43,7 @@ class Encoder:
         return dict(encoded)
 
     def _plain(self, texts: Sequence[str]) -> list[str]:
+        """`</s>` as `< /s>`, for the tokenizers that would take it for the special token."""
         if self._spelled is None:
             return list(texts)
         return [self._spelled.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text) for text in texts]

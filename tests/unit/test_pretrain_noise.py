@@ -1,8 +1,10 @@
-"""The noise of scripts/pretrain.py, against a naive reference that loops over tokens."""
+"""scripts/pretrain.py: the noise, against a naive reference that loops over tokens; the held-out text; a short run."""
 
 from __future__ import annotations
 
 import importlib
+import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +12,9 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from peftbench.tasks.docstrings import split_of
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 BOS, PAD, EOS, MASK = 0, 1, 2, 4
@@ -146,3 +151,78 @@ def test_a_long_text_becomes_windows_and_an_epoch_holds_each_once(pretrain: Modu
     [batch] = pretrain.epoch(buckets, 512, torch.Generator().manual_seed(0))
     assert sorted(map(tokenizer.decode, batch.tokens[:, 1:-1])) == sorted([text[:62], text[62:124], text[124:186]])
     assert not batch.first.any()
+
+
+def write_package(folder: Path, name: str, documents: dict[str, str]) -> None:
+    """A package called `name` in `folder` that has a function for each name and docstring in `documents`."""
+    (folder / name).mkdir(parents=True)
+    functions = [f'def {function}():\n    """{text}"""\n' for function, text in documents.items()]
+    (folder / name / "__init__.py").write_text("\n".join(functions), encoding="utf-8")
+
+
+def run(pretrain: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, arguments)])
+    pretrain.main()
+
+
+def test_held_out_docstrings_are_left_out_under_any_name(
+    pretrain: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, also_trained = [f"alpha.f{i}" for i in range(50) if split_of(f"alpha.f{i}") == "train"][:2]
+    held_out = next(f"beta.f{i}" for i in range(50) if split_of(f"beta.f{i}") != "train")
+    secret = "The summary that stands in a test row.\n\nIts body has enough words to train on."
+    same_summary = "The summary that stands in a test row.\n\nAnother body with quite enough words to train on."
+    fine = "A text of its own that is long enough to train on."
+    write_package(tmp_path / "src", "alpha", {trained[6:]: secret.upper(), also_trained[6:]: fine})
+    write_package(tmp_path / "src", "beta", {held_out[5:]: secret})
+    (tmp_path / "notes.md").write_text(same_summary)
+    (tmp_path / "more.jsonl").write_text(json.dumps({"text": fine.lower()}) + '\n{"text": "Too short."}\n')
+
+    corpus, files = tmp_path / "corpus.jsonl.gz", [tmp_path / "notes.md", tmp_path / "more.jsonl"]
+    run(pretrain, monkeypatch, "--docstrings-path", tmp_path / "src", "--text", *files, "--write-corpus", corpus)
+    assert list(pretrain.read_texts([corpus])) == [fine]
+
+
+def test_a_short_run_learns_resumes_and_saves_a_model_that_loads(
+    pretrain: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, out = tmp_path / "text.jsonl", tmp_path / "mini"
+    lines = [f"Return the number {i} of the list.\n\nThe list holds {i + 1} numbers in all." for i in range(400)]
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    small = (
+        "--vocab-size",
+        400,
+        "--width",
+        32,
+        "--heads",
+        2,
+        "--ffn",
+        64,
+        "--encoder-layers",
+        1,
+        "--decoder-layers",
+        1,
+    )
+    short = ("--text", text, "--out", out, "--batch", 8, "--length", 48, "--learning-rate", 0.01, "--device", "cpu")
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(pretrain, "save_model", lambda *_: sys.exit("interrupted"))
+        with pytest.raises(SystemExit, match="interrupted"):
+            run(pretrain, interrupted, *short, *small, "--minutes", 0.03, "--checkpoint-minutes", 0.01)
+    before = torch.load(out / "checkpoint.pt", weights_only=True)["progress"]
+    run(pretrain, monkeypatch, *short, *small, "--minutes", 0.06, "--resume")
+
+    facts = json.loads((out / "pretraining.json").read_text())
+    assert facts["steps"] > before["steps"] > 0
+    losses = [
+        float(line.split("held out")[1].split()[0]) for line in capsys.readouterr().out.splitlines() if "step" in line
+    ]
+    assert losses[-1] < losses[0] - 1
+    assert facts["held_out_loss"] == losses[-1]
+    assert facts["weights_bytes"] == (out / "model.safetensors").stat().st_size
+    assert not (out / "checkpoint.pt").exists()
+
+    tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForSeq2SeqLM.from_pretrained(out)
+    ids = tokenizer("Return the number 7.", return_tensors="pt").input_ids
+    assert (ids[0, 0], ids[0, -1], len(tokenizer)) == (BOS, EOS, model.config.vocab_size)
+    assert torch.isfinite(model(input_ids=ids, labels=ids).loss)

@@ -105,6 +105,7 @@ def test_a_narrow_console_keeps_the_seeds_that_tell_runs_apart() -> None:
         {"task": "docsum"},
         {"model": Backbone("bart_large", "facebook/bart-large", None, None)},
         {"model": Backbone("mini", None, None, "ba9876543210")},
+        {"model": Backbone("mini", "somebody/else", None, None)},
         {"metric": "f1"},
     ],
 )
@@ -186,6 +187,6 @@ def test_an_empty_folder_is_told_how_to_make_a_run(tmp_path: Path) -> None:
 def test_a_thousand_runs_take_no_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for index in range(1000):
         stored(tmp_path / str(index), record(index / 10, HEADS, FFN, seed=index))
-    began = time.perf_counter()
+    began = time.process_time()
     main([str(tmp_path)])
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2

@@ -1,0 +1,53 @@
+"""The score of a model on one role of a task's data: predictions, decoded, against the references."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from transformers import GenerationConfig, PreTrainedModel
+
+from peftbench.config import Run, TaskKind
+from peftbench.fit import use_bf16
+from peftbench.predict import predict
+from peftbench.tasks.base import TaskData
+
+
+class Evaluator:
+    """Scores one model on the splits of one task, always in the same way."""
+
+    def __init__(self, model: PreTrainedModel, data: TaskData, run: Run) -> None:
+        self.model, self.data = model, data
+        self.batch_size = run.trainer.eval_batch_size
+        self.bf16 = use_bf16(run.trainer, run.model)
+        self.generation = _generation(model, run) if run.task.kind is not TaskKind.classification else None
+
+    def score(
+        self, role: str, on_batch: Callable[[int], None] = lambda examples: None
+    ) -> tuple[dict[str, float], list[str]]:
+        """The metrics on `role` ("selection" or "report"), and what was predicted for each example, in words."""
+        predictions = predict(
+            self.model,
+            getattr(self.data, role),
+            self.data.collator,
+            self.batch_size,
+            generation=self.generation,
+            bf16=self.bf16,
+            on_batch=on_batch,
+        )
+        decoded = self.data.decode(predictions)
+        return self.data.score(decoded, getattr(self.data, f"{role}_rows")), decoded
+
+
+def _generation(model: PreTrainedModel, run: Run) -> GenerationConfig:
+    """The backbone's own special tokens with the task's beam search."""
+    wanted = run.task.generation
+    assert model.generation_config is not None
+    own = {key: value for key, value in model.generation_config.to_dict().items() if key.endswith("_token_id")}
+    return GenerationConfig(
+        **own,
+        num_beams=wanted.num_beams,
+        min_length=wanted.min_length,
+        max_length=wanted.max_length,
+        no_repeat_ngram_size=wanted.no_repeat_ngram_size,
+        length_penalty=wanted.length_penalty,
+    )

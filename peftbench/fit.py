@@ -1,0 +1,222 @@
+"""Fine-tuning: transformers' Trainer with peftbench's evaluation, progress and metrics log.
+
+The paper's settings map onto it one to one (tables 7 and 8): AdamW with decay on all but biases and LayerNorms, linear
+decay to zero after the warm-up, gradient clipping, label smoothing over the target tokens. What is reported is the last
+state, or the best by the main metric on the selection split.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from peftbench import config
+from peftbench.errors import UserError
+from peftbench.modification.state import trained_tensors
+from peftbench.progress import Stage
+from peftbench.tasks.base import TaskData
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What the training cost."""
+
+    steps: int  # optimiser steps
+    seconds: float
+    tokens_per_s: float  # source and target tokens, padding not counted
+
+
+Log = Callable[[dict[str, Any]], None]
+Evaluate = Callable[[], dict[str, float]]
+
+
+def fit(
+    model: PreTrainedModel,
+    data: TaskData,
+    settings: config.Trainer,
+    *,
+    seed: int,
+    bf16: bool,
+    folder: Path,
+    evaluate: Evaluate,
+    metric: str,
+    stage: Stage | None = None,
+    log: Log = lambda values: None,
+) -> Fitted:
+    """Train what of `model` requires gradients, in place.
+
+    Args:
+        bf16: train under bfloat16 autocast, see `use_bf16`.
+        folder: where Trainer may write; it saves nothing there.
+        evaluate: scores the model as it stands on the selection split.
+        metric: the score by which `keep=best` chooses; higher is better.
+        log: is given a dict for each logged step and evaluation.
+    """
+    steps = total_steps(len(data.train), settings)
+    callbacks: list[TrainerCallback] = [_Report(stage, log)]
+    keeper = _KeepBest(metric) if settings.keep is config.Keep.best else None
+    if keeper is not None:
+        callbacks.append(keeper)
+    trainer = _Trainer(
+        model=model,
+        args=_arguments(settings, steps, seed, bf16, folder, data),
+        data_collator=data.collator,
+        train_dataset=data.train,
+        eval_dataset=data.selection,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.scores = evaluate
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # the other kind needs inputs with gradients
+    began = time.perf_counter()
+    trainer.train()
+    if torch.cuda.is_available() and model.device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    if keeper is not None:
+        keeper.restore(model)
+    seen = steps * settings.batch_size * settings.accumulation
+    return Fitted(steps, seconds, seen * _mean_tokens(data) / seconds)
+
+
+def total_steps(examples: int, settings: config.Trainer) -> int:
+    """The number of optimiser steps: `max_steps`, or `epochs` passes over the training examples."""
+    if settings.max_steps is not None:
+        return settings.max_steps
+    return max(1, round(settings.epochs * steps_per_epoch(examples, settings)))
+
+
+def steps_per_epoch(examples: int, settings: config.Trainer) -> int:
+    """Optimiser steps in one pass; the last one of a pass may see fewer examples."""
+    batches = -(-examples // settings.batch_size)
+    return -(-batches // settings.accumulation)
+
+
+def use_bf16(settings: config.Trainer, model: config.Model) -> bool:
+    """Whether to run under bfloat16 autocast: asked for, needed by a bfloat16 backbone, or there for the taking."""
+    if settings.precision is not config.Precision.auto:
+        return settings.precision is config.Precision.bf16
+    if model.dtype is config.DType.bfloat16:
+        return True
+    return chosen_device(settings).type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def chosen_device(settings: config.Trainer) -> torch.device:
+    """`trainer.device`, with `auto` as the GPU where there is one. Raises UserError for a GPU that is not there."""
+    if settings.device is config.Device.cuda and not torch.cuda.is_available():
+        raise UserError("trainer.device=cuda, but torch sees no CUDA device here; use trainer.device=auto or cpu.")
+    cpu = settings.device is config.Device.cpu or not torch.cuda.is_available()
+    return torch.device("cpu" if cpu else "cuda")
+
+
+def _arguments(
+    settings: config.Trainer, steps: int, seed: int, bf16: bool, folder: Path, data: TaskData
+) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule.name,
+        warmup_steps=round(settings.warmup * steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        label_smoothing_factor=settings.label_smoothing,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        adam_epsilon=settings.epsilon,
+        optim="adamw_torch",
+        bf16=bf16,
+        eval_strategy="steps" if settings.keep is config.Keep.best else "no",
+        eval_steps=settings.evaluate_every or steps_per_epoch(len(data.train), settings),
+        logging_strategy="steps",
+        logging_steps=max(1, steps // 50),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=chosen_device(settings).type == "cuda",
+        use_cpu=chosen_device(settings).type == "cpu",
+        seed=seed,
+        log_level="error",
+    )
+
+
+def _mean_tokens(data: TaskData) -> float:
+    """Tokens of an average training example, without padding: its input and, where it is text, its target."""
+    columns = [data.train["input_ids"]]
+    if len(data.train) and isinstance(data.train[0]["labels"], list):
+        columns.append(data.train["labels"])
+    return sum(len(ids) for column in columns for ids in column) / max(1, len(data.train))
+
+
+class _Trainer(Trainer):
+    """Trainer whose evaluation is peftbench's own, the same as that of the report."""
+
+    scores: Evaluate
+    control: TrainerControl
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = {f"eval_{name}": value for name, value in self.scores().items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class _Report(TrainerCallback):
+    """Moves the bar and passes on what Trainer logs."""
+
+    def __init__(self, stage: Stage | None, log: Log) -> None:
+        self.stage, self.write = stage, log
+
+    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.stage is not None:
+            self.stage.advance()
+
+    def on_log(
+        self, args: object, state: TrainerState, control: TrainerControl, logs: dict[str, float], **kwargs: Any
+    ) -> None:
+        self.write({"step": state.global_step, **logs})
+        if self.stage is not None and "loss" in logs:
+            self.stage.say(f"loss {float(logs['loss']):.3f}")
+
+
+class _KeepBest(TrainerCallback):
+    """Keeps a copy, on the CPU, of the trained tensors at the best evaluation so far."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+        self.best: float | None = None
+        self.tensors: dict[str, Tensor] = {}
+
+    def on_evaluate(
+        self, args: object, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
+        value = metrics[f"eval_{self.metric}"]
+        if self.best is None or value > self.best:
+            self.best = value
+            self.tensors = {name: tensor.cpu().clone() for name, tensor in trained_tensors(kwargs["model"]).items()}
+
+    @torch.no_grad()
+    def restore(self, model: PreTrainedModel) -> None:
+        """Put the best state back."""
+        for name, parameter in model.named_parameters():
+            if name in self.tensors:
+                parameter.copy_(self.tensors[name])

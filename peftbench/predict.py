@@ -1,0 +1,70 @@
+"""Predictions of a model for a whole data set: logits for classification, generated ids for text.
+
+Examples are batched by length, so that little is spent on padding, and come back in their own order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import GenerationConfig, PreTrainedModel
+
+from peftbench.modification.state import folded
+
+Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
+PADDING = -100  # what fills the end of shorter predictions
+
+
+def predict(
+    model: PreTrainedModel,
+    dataset: Dataset,
+    collator: Collator,
+    batch_size: int,
+    *,
+    generation: GenerationConfig | None = None,
+    bf16: bool = False,
+    on_batch: Callable[[int], None] = lambda examples: None,
+) -> np.ndarray:
+    """Returns (examples, labels) logits, or with `generation` (examples, longest) ids, filled up with -100.
+
+    Args:
+        generation: how to generate; None: the model's logits.
+        bf16: run under bfloat16 autocast.
+        on_batch: is told how many examples each batch had.
+    """
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    order = sorted(
+        range(len(lengths)), key=lengths.__getitem__, reverse=True
+    )  # the largest batch first: it fits or not
+    columns = [name for name in dataset.column_names if name != "labels"]
+    examples = dataset.select_columns(columns)
+    rows: list[np.ndarray] = [np.empty(0)] * len(order)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), folded(model), autocast(model.device, bf16):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            padded = collator([examples[i] for i in chosen])
+            batch = {name: tensor.to(model.device) for name, tensor in padded.items() if tensor is not None}
+            if generation is None:
+                outputs = model(**batch).logits.float()
+            else:
+                outputs = model.generate(**batch, generation_config=generation)
+            for index, row in zip(chosen, outputs.cpu().numpy(), strict=True):
+                rows[index] = row
+            on_batch(len(chosen))
+    model.train(was_training)
+    width = max((len(row) for row in rows), default=0)
+    if generation is None:
+        return np.stack(rows)
+    return np.stack([np.pad(row, (0, width - len(row)), constant_values=PADDING) for row in rows])
+
+
+def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[object]:
+    """bfloat16 autocast on `device`, or nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()

@@ -1,0 +1,82 @@
+"""What a run shows while it works: a live display on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+QUIET_FOR = 15.0  # seconds between two plain lines
+
+
+class Stage:
+    """One bar of the display."""
+
+    def __init__(self, name: str, total: int | None, display: Display) -> None:
+        self.name, self.total, self.done, self.note = name, total, 0, ""
+        self.display = display
+        self.task = display.progress.add_task(name, total=total, note="")
+        self.said = time.monotonic()
+
+    def advance(self, steps: int = 1) -> None:
+        """`steps` more are done."""
+        self.done += steps
+        self.display.progress.advance(self.task, steps)
+        if not self.display.live and time.monotonic() - self.said > QUIET_FOR:
+            self.said = time.monotonic()
+            self.display.console.print(f"{self.name}: {self.done}/{self.total} {self.note}".rstrip())
+
+    def say(self, note: str) -> None:
+        """Put a short note, such as the loss, beside the bar."""
+        self.note = note
+        self.display.progress.update(self.task, note=note)
+
+
+class Display:
+    """The progress of one run. `console` is where it is shown; what is not a terminal gets a line now and then."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.live = console.is_terminal
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not self.live,
+        )
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Stage]:
+        """A bar for what happens inside; a plain line at its end."""
+        began = time.monotonic()
+        stage = Stage(name, total, self)
+        try:
+            yield stage
+        finally:
+            self.progress.remove_task(stage.task)
+        seconds = time.monotonic() - began
+        self.console.print(f"{name}: {seconds:.1f} s {stage.note}".rstrip(), highlight=False)
+
+    def __enter__(self) -> Display:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()

@@ -1,0 +1,188 @@
+"""One run, from a config to a record. `peftbench train` comes here for every job.
+
+Read `train` as the description of a run; each line is one file of the package.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import datasets
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+from transformers import PreTrainedModel, set_seed
+from transformers.utils import logging as transformers_logging
+
+from peftbench.backbone import Backbone, load_backbone
+from peftbench.config import Run, Unfreeze, modifications, resolve
+from peftbench.errors import UserError
+from peftbench.evaluate import Evaluator
+from peftbench.fit import Fitted, chosen_device, fit, total_steps, use_bf16
+from peftbench.modification.attach import attach
+from peftbench.modification.counting import count
+from peftbench.modification.state import fold, save
+from peftbench.progress import Display
+from peftbench.results.identity import run_dir
+from peftbench.results.record import (
+    Counts,
+    Record,
+    Score,
+    append_metrics,
+    finished,
+    recording,
+    write_predictions,
+)
+from peftbench.results.table import single_row
+from peftbench.tasks.base import TaskData
+from peftbench.tasks.docstrings import versions
+from peftbench.tasks.prepare import prepare
+from peftbench.validity import faults
+
+
+def train(cfg: DictConfig) -> float:
+    """Train, evaluate and record one run; returns the main score, which a sweeper may optimise.
+
+    A run that is done already is not trained again unless `rerun=true`: its record is shown.
+
+    Raises:
+        UserError: for all that a user can mend.
+    """
+    run = resolve(cfg)
+    if found := faults(run):
+        raise UserError(*found)
+    console = _quiet_console()
+    folder = run_dir(run)
+    if not run.rerun and (record := finished(folder)) is not None:
+        console.print("This run is done already; rerun=true trains it again.")
+        return _show(record, console)
+
+    with recording(run, folder, _overrides()) as record, Display(console) as display:
+        device = chosen_device(run.trainer)
+        with _timed(record, "prepare_s"), display.stage("prepare"):
+            set_seed(run.seed)
+            backbone = load_backbone(run.model, run.task)
+            attach(backbone.model, modifications(run), run.unfreeze, backbone.untrained)
+            _record_counts(record, backbone.model)
+            data = prepare(run.task, backbone.tokenizer, backbone.model)
+            _record_data(record, run, data)
+        backbone.model.to(device)
+
+        with _timed(record, "train_s"):
+            _record_fit(record, _fit(run, backbone, data, record, display, f"train {run.method}"))
+        fold(backbone.model)
+        record.adapter_bytes = save(backbone.model, folder / "adapter")
+
+        with _timed(record, "evaluate_s"):
+            _evaluate(run, backbone.model, data, record, display)
+            if "head" in run.task.baselines and not _is_head_alone(run):
+                record.baselines["head"] = _head_alone(run, data, record, display)
+        if device.type == "cuda":
+            record.peak_memory_bytes = torch.cuda.max_memory_allocated()
+    return _show(record, console)
+
+
+def _fit(run: Run, backbone: Backbone, data: TaskData, record: Record, display: Display, name: str) -> Fitted:
+    """Train what is trainable in the backbone's model; log to the run's folder."""
+    evaluator = Evaluator(backbone.model, data, run)
+    with display.stage(name, total_steps(len(data.train), run.trainer)) as stage:
+        return fit(
+            backbone.model,
+            data,
+            run.trainer,
+            seed=run.seed,
+            bf16=use_bf16(run.trainer, run.model),
+            folder=record.folder,
+            evaluate=lambda: evaluator.score("selection")[0],
+            metric=run.task.metric,
+            stage=stage,
+            log=lambda values: append_metrics(record.folder, {"stage": name, **values}),
+        )
+
+
+def _evaluate(run: Run, model: PreTrainedModel, data: TaskData, record: Record, display: Display) -> None:
+    """Score the model on both splits, write the predictions of the report, and note the baselines beside them."""
+    evaluator = Evaluator(model, data, run)
+    roles = ["report"] if data.splits["selection"] == data.splits["report"] else ["selection", "report"]
+    for role in roles:
+        with display.stage(f"evaluate {data.splits[role]['split']}", data.splits[role]["examples"]) as stage:
+            metrics, decoded = evaluator.score(role, stage.advance)
+        record.scores[role] = Score(**data.splits[role], metrics=metrics)
+    record.scores.setdefault("selection", record.scores["report"])
+    record.score = record.scores["report"].metrics[run.task.metric]
+    write_predictions(record.folder, data.records(decoded, data.report_rows))
+    for dotted, value in data.baselines().items():
+        name, metric = dotted.split(".", 1)
+        record.scores.setdefault(name, Score(**data.splits["report"], metrics={})).metrics[metric] = value
+        if metric == run.task.metric:
+            record.baselines[name] = value
+
+
+def _head_alone(run: Run, data: TaskData, record: Record, display: Display) -> float:
+    """The score of the same task head, trained in the same way on the untouched backbone."""
+    set_seed(run.seed)
+    backbone = load_backbone(run.model, run.task)
+    attach(backbone.model, {}, untrained=backbone.untrained)
+    backbone.model.to(chosen_device(run.trainer))
+    _fit(run, backbone, data, record, display, "train the head alone")
+    metrics, _ = Evaluator(backbone.model, data, run).score("report")
+    record.scores["head"] = Score(**data.splits["report"], metrics=metrics)
+    return metrics[run.task.metric]
+
+
+def _is_head_alone(run: Run) -> bool:
+    return not modifications(run) and run.unfreeze is Unfreeze.none
+
+
+def _record_counts(record: Record, model: PreTrainedModel) -> None:
+    counts = count(model)
+    record.counts = Counts(**asdict(counts))
+    record.model.parameters = counts.backbone
+
+
+def _record_data(record: Record, run: Run, data: TaskData) -> None:
+    record.data = {"fingerprint": data.fingerprint, "splits": data.splits}
+    if run.task.packages is not None:
+        record.data["packages"] = versions(run.task.packages)
+
+
+def _record_fit(record: Record, fitted: Fitted) -> None:
+    record.steps, record.tokens_per_s = fitted.steps, fitted.tokens_per_s
+
+
+def _show(record: Record, console: Console) -> float:
+    console.print()
+    single_row(record, console)
+    assert record.score is not None
+    return record.score
+
+
+@contextmanager
+def _timed(record: Record, name: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    record.timings[name] = round(time.perf_counter() - began, 3)
+
+
+def _overrides() -> list[str]:
+    """What was typed, where Hydra runs this."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def _quiet_console() -> Console:
+    """The console of a run; the libraries' own bars and hints are switched off."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    return Console()
+
+
+if __name__ == "__main__":
+    from peftbench.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))

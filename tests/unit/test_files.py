@@ -1,0 +1,127 @@
+"""Reading local files and finding splits: what comes out, and the sentence for each kind of bad file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from peftbench.errors import UserError
+from peftbench.tasks.files import find_split, read_file
+
+ROWS = [{"text": "a film", "label": "good"}, {"text": "", "label": "bad"}]
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    file = folder / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return file
+
+
+def written(folder: Path, ending: str) -> Path:
+    """A file with `ROWS`."""
+    file = folder / f"rows{ending}"
+    rows = Dataset.from_list(ROWS)
+    if ending == ".parquet":
+        rows.to_parquet(file)
+    elif ending in (".json", ".jsonl"):
+        rows.to_json(file, lines=ending == ".jsonl")
+    else:
+        rows.to_csv(file, sep="\t" if ending == ".tsv" else ",", index=False)
+    return file
+
+
+@pytest.mark.parametrize("ending", [".tsv", ".csv", ".jsonl", ".json", ".parquet"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, ending: str) -> None:
+    assert read_file(written(tmp_path, ending)).to_list() == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rows"),
+    [
+        ("bom.tsv", b"\xef\xbb\xbftext\nyes\n", [{"text": "yes"}]),
+        ("bom.jsonl", b'\xef\xbb\xbf{"text": "yes"}', [{"text": "yes"}]),
+        ("crlf.tsv", 'text\tlabel\r\n"so-called\t1\r\n', [{"text": '"so-called', "label": "1"}]),
+        ("quoted.csv", 'text,label\n"two,\nlines",1\n', [{"text": "two,\nlines", "label": "1"}]),
+        ("long.csv", f"text\n{'x' * 200_000}\n", [{"text": "x" * 200_000}]),
+        ("lines.json", '{"text": "a"}\n\n{"text": "b"}\n', [{"text": "a"}, {"text": "b"}]),
+        ("separator.jsonl", '{"text": "a\u2028b"}\n', [{"text": "a\u2028b"}]),
+        ("gap.jsonl", '{"text": "a"}\n{"label": 1}\n', [{"text": "a", "label": None}, {"text": None, "label": 1}]),
+    ],
+)
+def test_oddities_that_are_no_mistakes(tmp_path: Path, name: str, content: str | bytes, rows: list[Any]) -> None:
+    assert read_file(write(tmp_path, name, content)).to_list() == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("torn.jsonl", '{"text": "a"}\n{"text": "b', r"torn\.jsonl:2 is torn or not JSON: Unterminated string"),
+        ("torn.json", '[{"text": "a"},\n{"text": ]', r"torn\.json:2 is torn or not JSON"),
+        ("list.jsonl", '{"text": "a"}\n["b"]', r"list\.jsonl:2 holds \['b'\], not an object"),
+        ("list.json", '[{"text": "a"}, "b"]', r"list\.json, row 2 holds 'b', not an object"),
+        ("mixed.jsonl", '{"label": 1}\n{"label": "one"}', r"mixed\.jsonl: column label holds values that do not go"),
+        (
+            "short.tsv",
+            "text\tlabel\na\t1\nb\n",
+            r"short\.tsv:3 should have one cell for each .* \(text, label\); it has 1",
+        ),
+        ("wide.csv", "text,label\na,b,1\n", r"wide\.csv:2 should .*; it has 3"),
+        ("twice.csv", "text,text\na,b\n", r"twice\.csv:1 names a column twice"),
+        ("open.csv", 'text\n"never closed\n', r"open\.csv:2 is torn: unexpected end of data"),
+        ("latin.tsv", b"text\nyes\ncaf\xe9\n", r"latin\.tsv:3 is not UTF-8 text"),
+        ("torn.parquet", b"PAR1 and no more", r"torn\.parquet is torn or not Parquet"),
+        ("rows.xlsx", b"", r"rows\.xlsx cannot be read: the ending must be one of \.tsv, \.csv"),
+        ("header.tsv", "text\tlabel\n", r"header\.tsv holds no rows"),
+        *((f"empty.{kind}", b"", rf"empty\.{kind} holds no rows") for kind in ("tsv", "csv", "jsonl", "json")),
+    ],
+)
+def test_a_bad_file_ends_in_a_sentence(tmp_path: Path, name: str, content: str | bytes, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        read_file(write(tmp_path, name, content))
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing\.tsv is no file"):
+        read_file(tmp_path / "nothing.tsv")
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train.jsonl", "train"),
+        ("dev.tsv", "validation"),
+        ("val.csv", "validation"),
+        ("dev_matched.tsv", "validation_matched"),
+        ("test.parquet", "test"),
+        ("fold3.json", "fold3"),
+    ],
+)
+def test_a_split_goes_by_its_aliases(tmp_path: Path, name: str, split: str) -> None:
+    file = write(tmp_path, name, "")
+    assert find_split(str(tmp_path), split) == file
+
+
+def test_a_split_without_a_file_says_what_is_there(tmp_path: Path) -> None:
+    write(tmp_path, "dev.txt", "")
+    with pytest.raises(UserError) as caught:
+        find_split(str(tmp_path), "validation")
+    assert str(caught.value) == (
+        f"task.data_dir={tmp_path} holds no file for the validation split: looked for validation or dev or valid or "
+        "val with the ending .tsv, .csv, .jsonl, .json, .parquet, and found dev.txt; "
+        "+task.data_files.validation=FILE names a file outright."
+    )
+
+
+def test_a_split_with_two_files(tmp_path: Path) -> None:
+    write(tmp_path, "dev.tsv", "")
+    write(tmp_path, "validation.jsonl", "")
+    with pytest.raises(UserError, match=r"holds 2 files for the validation split \(validation\.jsonl, dev\.tsv\)"):
+        find_split(str(tmp_path), "validation")
+
+
+def test_a_folder_that_is_none() -> None:
+    with pytest.raises(UserError, match=r"task\.data_dir=/nowhere is no folder; give one that holds a file for each"):
+        find_split("/nowhere", "train")

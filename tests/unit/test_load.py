@@ -1,0 +1,184 @@
+"""Rows from the four kinds of source: order of precedence, checked columns, label codes, fingerprints."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+
+from peftbench.config import Task, TaskKind
+from peftbench.errors import UserError
+from peftbench.tasks import load
+from peftbench.tasks.load import data_fingerprint, load_rows
+
+REVIEWS = Task(
+    name="reviews",
+    kind=TaskKind.classification,
+    text_columns=["text"],
+    labels=["bad", "good"],
+    selection_split="validation",
+    report_split="validation",
+)
+NEWS = Task(name="news", kind=TaskKind.summarization)
+
+
+def with_file(task: Task, folder: Path, *rows: dict[str, Any]) -> Task:
+    """`task` with a training file of `rows`."""
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return replace(task, data_files={"train": str(file)})
+
+
+@pytest.mark.parametrize("label", ["good", 1, "1"])
+def test_a_label_is_a_name_or_a_code(tmp_path: Path, label: str | int) -> None:
+    rows = load_rows(with_file(REVIEWS, tmp_path, {"text": "fine", "label": label}), "train")
+    assert rows.to_list() == [{"text": "fine", "label": 1}]
+
+
+def test_a_number_is_a_name_where_names_are_numbers(tmp_path: Path) -> None:
+    stars = replace(REVIEWS, labels=["1", "2", "3"])
+    assert load_rows(with_file(stars, tmp_path, {"text": "fine", "label": 3}), "train")["label"][:] == [2]
+    with pytest.raises(UserError, match=r"label 0 is none of 1, 2, 3"):
+        load_rows(with_file(stars, tmp_path, {"text": "fine", "label": 0}), "train")
+
+
+@pytest.mark.parametrize("label", ["great", 2, -1, None, 1.0])
+def test_a_label_outside_the_set(tmp_path: Path, label: object) -> None:
+    with pytest.raises(UserError, match=rf"rows\.jsonl, row 1: label {label!r} is none of bad, good, 0, 1\."):
+        load_rows(with_file(REVIEWS, tmp_path, {"text": "odd", "label": label}), "train")
+
+
+def test_all_missing_columns_are_named_with_their_keys(tmp_path: Path) -> None:
+    task = with_file(REVIEWS, tmp_path, {"texts": "fine", "sentiment": 1})
+    with pytest.raises(UserError) as caught:
+        load_rows(task, "train")
+    file = task.data_files["train"]
+    assert caught.value.faults == [
+        f"{file}: task.text_columns=text is unknown; did you mean texts? Choices: texts, sentiment.",
+        f"{file}: task.label_column=label is unknown; Choices: texts, sentiment.",
+    ]
+
+
+def test_summaries_have_columns_of_their_own(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"task\.target_column=summary is unknown; did you mean summaries\?"):
+        load_rows(with_file(NEWS, tmp_path, {"document": "long", "summaries": "short"}), "train")
+
+
+def test_a_cell_that_is_no_text(tmp_path: Path) -> None:
+    task = with_file(NEWS, tmp_path, {"document": "", "summary": ""}, {"document": None, "summary": "short"})
+    with pytest.raises(UserError, match=r"rows\.jsonl, row 2: column document holds None, not text\."):
+        load_rows(task, "train")
+    with pytest.raises(UserError, match=r"rows\.jsonl, row 1: column summary holds 5, not text\."):
+        load_rows(with_file(NEWS, tmp_path, {"document": "long", "summary": 5}), "train")
+
+
+def test_the_limit_takes_the_first_rows_and_looks_no_further(tmp_path: Path) -> None:
+    task = with_file(REVIEWS, tmp_path, {"text": "a", "label": "bad"}, {"text": "b", "label": "outside"})
+    assert load_rows(task, "train", limit=1).to_list() == [{"text": "a", "label": 0}]
+
+
+def test_text_columns_are_one_or_two() -> None:
+    with pytest.raises(UserError, match=r"task\.text_columns=\[\] must name one column, or two for a pair"):
+        load_rows(replace(REVIEWS, text_columns=[], data_dir="/nowhere"), "train")
+
+
+def test_order_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hub(hub_id: str, hub_config: str | None, split: str) -> Dataset:
+        features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+        return Dataset.from_list([{"text": f"{hub_id} {hub_config} {split}", "label": 1}], features=features)
+
+    def docstrings(packages: list[str], split: str) -> list[dict[str, str]]:
+        return [{"name": "json.dumps", "text": f"{packages} {split}", "label": "good"}]
+
+    monkeypatch.setattr(load, "load_dataset", hub)
+    monkeypatch.setattr(load, "hub_missing", lambda: None)
+    monkeypatch.setattr(load, "topic_rows", docstrings)
+    task = replace(REVIEWS, hub_id="me/reviews", hub_config="en")
+    assert load_rows(task, "train").to_list() == [{"text": "me/reviews en train", "label": 1}]
+    task = replace(task, packages=["json"])
+    assert load_rows(task, "train").to_list() == [{"name": "json.dumps", "text": "['json'] train", "label": 1}]
+    (tmp_path / "train.csv").write_text("text,label\nfrom a folder,bad\n")
+    task = replace(task, data_dir=str(tmp_path))
+    assert load_rows(task, "train").to_list() == [{"text": "from a folder", "label": 0}]
+    task = with_file(task, tmp_path, {"text": "from a file", "label": 0})
+    assert load_rows(task, "train").to_list() == [{"text": "from a file", "label": 0}]
+
+
+def test_a_file_for_a_split_that_the_task_has_not() -> None:
+    with pytest.raises(UserError, match=r"task\.data_files\.trian is no split of this task; its splits are train, val"):
+        load_rows(replace(REVIEWS, data_files={"trian": "x.tsv"}), "train")
+
+
+def test_docstrings_have_three_splits() -> None:
+    with pytest.raises(UserError, match="Docstrings have no dev split; their splits are train, validation, test"):
+        load_rows(replace(NEWS, packages=["json"], report_split="dev"), "dev")
+
+
+def test_no_source_at_all() -> None:
+    with pytest.raises(
+        UserError, match=r"task=news has no data; give task\.data_dir=FOLDER, with files for train, val"
+    ):
+        load_rows(NEWS, "train")
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (
+            ConnectionError("offline"),
+            r"task\.hub_id=me/reviews is not in this machine's cache and no cable is in; "
+            r"give task\.data_dir=FOLDER with files for train, validation that hold the columns text, label\.$",
+        ),
+        (ValueError("Unknown split 'train'.\nMore"), r"the train split cannot be loaded: Unknown split 'train'\.$"),
+        (FileNotFoundError("no such data set"), r"task\.hub_config=null: the train split cannot be loaded: no such"),
+    ],
+)
+def test_the_hub_fails(monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(load, "load_dataset", fail)
+    monkeypatch.setattr(load, "hub_missing", lambda: "no cable is in")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # puts back what the call sets
+    with pytest.raises(UserError, match=sentence):
+        load_rows(replace(REVIEWS, hub_id="me/reviews"), "train")
+
+
+def test_the_fingerprint_is_of_the_cells_in_use(tmp_path: Path) -> None:
+    plain = load_rows(with_file(REVIEWS, tmp_path, {"text": "fine", "label": "good"}), "train")
+    other = load_rows(with_file(REVIEWS, tmp_path, {"id": 7, "label": 1, "text": "fine"}), "train")
+    changed = load_rows(with_file(REVIEWS, tmp_path, {"text": "fine!", "label": 1}), "train")
+    assert data_fingerprint(REVIEWS, plain) == data_fingerprint(REVIEWS, other) != data_fingerprint(REVIEWS, changed)
+    assert len(data_fingerprint(REVIEWS, plain)) == 64
+
+
+@pytest.fixture
+def shared() -> Path:
+    folder = os.environ.get("PEFTBENCH_SHARED")
+    if not folder:
+        pytest.skip("PEFTBENCH_SHARED names no folder with the shared data")
+    return Path(folder) / "data"
+
+
+def test_sst2_as_glue_has_it(shared: Path) -> None:
+    task = replace(REVIEWS, data_dir=str(shared / "sst2"), text_columns=["sentence"])
+    rows = load_rows(task, "validation")
+    assert (len(rows), sum(rows["label"])) == (872, 444)
+
+
+def test_mnli_from_two_files(shared: Path) -> None:
+    file = str(shared / "nli" / "mnli_dev_matched.jsonl")
+    task = replace(
+        REVIEWS,
+        data_files={"validation": file},
+        text_columns=["premise", "hypothesis"],
+        labels=["entailment", "neutral", "contradiction"],
+    )
+    labels = load_rows(task, "validation")["label"][:]
+    assert [labels.count(code) for code in range(3)] == [3479, 3123, 3213]
