@@ -11,6 +11,7 @@ import re
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from enum import Enum
 from typing import get_args
 
@@ -134,12 +135,19 @@ def _apply(cfg: DictConfig, override: Override) -> str | None:
     """Set one key of `cfg`; the sentence that says what is wrong with it, or None."""
     key, value = override.key_or_group, override.value()
     try:
-        OmegaConf.update(cfg, key, value, merge=True)
+        OmegaConf.update(cfg, key, value, merge=True, force_add=_may_grow(cfg, override))
     except (ConfigKeyError, ConfigAttributeError):
         return _unknown_key(cfg, key, value)
     except OmegaConfBaseException as error:
         return _bad_value(cfg, key, value, error)
     return None
+
+
+def _may_grow(cfg: DictConfig, override: Override) -> bool:
+    """Whether +KEY=VALUE adds to a mapping of free keys, such as task.data_files; in a schema + adds nothing."""
+    parent = OmegaConf.select(cfg, override.key_or_group.rpartition(".")[0])
+    is_mapping = isinstance(parent, DictConfig) and not is_dataclass(OmegaConf.get_type(parent))
+    return is_mapping and (override.is_add() or override.is_force_add())
 
 
 def _unknown_key(cfg: DictConfig, key: str, value: object) -> str:

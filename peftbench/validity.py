@@ -145,6 +145,12 @@ METRICS = {
 }
 
 
+BASELINES = {
+    TaskKind.classification: ("majority", "head"),
+    TaskKind.summarization: ("lead1",),
+}
+
+
 def faults(run: Run) -> list[str]:
     """All that is wrong with `run`, one plain sentence each; an empty list where it can run."""
     found = [sentence for prefix, m in modifications(run).items() for sentence in _modification_faults(prefix, m)]
@@ -157,6 +163,9 @@ def faults(run: Run) -> list[str]:
             f"unfreeze={run.unfreeze.name} trains the backbone's own parameters, which must then be float32; set "
             "model.dtype=float32."
         )
+    for baseline in run.task.baselines:
+        if baseline not in BASELINES[run.task.kind]:
+            found.append(unknown("task.baselines", baseline, BASELINES[run.task.kind]))
     if run.task.metric not in METRICS[run.task.kind]:
         found.append(unknown("task.metric", run.task.metric, METRICS[run.task.kind]))
     return found

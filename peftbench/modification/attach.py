@@ -48,6 +48,7 @@ def attach(
             _attach_one(model, sites, prefix, m)
     for linear, dropout in dropouts:
         linear.register_forward_hook(dropout.drop)
+    model.train(model.training)  # new modules begin in training mode, whatever the model's
 
 
 def _representation(m: config.Modification) -> str:

@@ -1,0 +1,175 @@
+"""Tiny random models of every family, and modifications written in one line, for all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BartForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    MBartConfig,
+    MBartForConditionalGeneration,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from peftbench import config
+
+VOCABULARY = 99
+_ENCODER_DECODER = {
+    "vocab_size": VOCABULARY,
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "max_position_embeddings": 64,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "bos_token_id": 0,
+    "init_std": 0.3,  # large enough that a wrong mask or position shows
+}
+_ENCODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+    "pad_token_id": 1,
+    "num_labels": 3,
+    "initializer_range": 0.3,
+}
+
+
+def bart(**more: Any) -> PreTrainedModel:
+    return BartForConditionalGeneration(BartConfig(**{**_ENCODER_DECODER, **more}))
+
+
+def bart_classifier(**more: Any) -> PreTrainedModel:
+    return BartForSequenceClassification(BartConfig(**{**_ENCODER_DECODER, "num_labels": 3, **more}))
+
+
+def mbart(**more: Any) -> PreTrainedModel:
+    return MBartForConditionalGeneration(MBartConfig(**{**_ENCODER_DECODER, "decoder_start_token_id": 2, **more}))
+
+
+def roberta(**more: Any) -> PreTrainedModel:
+    return RobertaForSequenceClassification(RobertaConfig(**{**_ENCODER, **more}))
+
+
+def bert(**more: Any) -> PreTrainedModel:
+    return BertForSequenceClassification(BertConfig(**{**_ENCODER, "pad_token_id": 0, **more}))
+
+
+FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
+    "bart": bart,
+    "bart_classifier": bart_classifier,
+    "mbart": mbart,
+    "roberta": roberta,
+    "bert": bert,
+}
+GENERATING = ("bart", "mbart")
+
+
+def build(family: str, seed: int = 0, **more: Any) -> PreTrainedModel:
+    """A tiny model with the same weights for the same seed, in eval mode."""
+    torch.manual_seed(seed)
+    model = FAMILIES[family](**more)
+    model.set_attn_implementation("sdpa")
+    return model.eval()
+
+
+def batch(family: str, lengths: tuple[int, ...] = (9, 6), seed: int = 1) -> dict[str, torch.Tensor]:
+    """A padded batch with labels."""
+    generator = torch.Generator().manual_seed(seed)
+    pad = 0 if family == "bert" else 1
+    longest = max(lengths)
+    ids = torch.full((len(lengths), longest), pad)
+    mask = torch.zeros(len(lengths), longest, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        ids[row, :length] = torch.randint(5, VOCABULARY, (length,), generator=generator)
+        ids[row, length - 1] = 2  # BART's classifier reads the last </s>
+        mask[row, :length] = 1
+    if family in GENERATING:
+        labels = torch.randint(5, VOCABULARY, (len(lengths), 5), generator=generator)
+    else:
+        labels = torch.randint(0, 3, (len(lengths),), generator=generator)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def modification(
+    form: str = "relu",
+    representation: str = "ffn",
+    insertion: str = "parallel",
+    composition: str = "add",
+    bottleneck: int = 3,
+    *,
+    scale: float = 1.0,
+    learned: bool = False,
+    head_input: str = "query",
+    stacks: tuple[str, ...] = ("encoder", "decoder"),
+    attentions: tuple[str, ...] = ("self", "cross"),
+    layers: list[int] | None = None,
+    **options: Any,
+) -> config.Modification:
+    """A point on the four axes by names."""
+    return config.Modification(
+        functional_form=config.FunctionalForm(form),
+        modified_representation=config.ModifiedRepresentation(
+            config.Representation[representation],
+            stacks=[config.Stack[stack] for stack in stacks],
+            attentions=[config.AttentionKind[kind] for kind in attentions],
+            layers=layers,
+            head_input=config.HeadInput[head_input],
+        ),
+        insertion_form=config.InsertionForm(config.Insertion[insertion]),
+        composition_function=config.CompositionFunction(config.Composition[composition], scale, learned),
+        bottleneck=bottleneck,
+        init=config.Init[options.pop("init", "lora")],
+        layer_norm=config.LayerNormPlace[options.pop("layer_norm", "none")],
+        **options,
+    )
+
+
+PRESETS: dict[str, dict[str, config.Modification]] = {
+    "prompt": {"": modification("softmax", "embedding", "parallel", "gated", init="bert")},
+    "prefix": {"": modification("softmax", "heads", "parallel", "gated", prefix_mlp=8)},
+    "prefix_no_gating": {"": modification("softmax", "heads", "parallel", "add", prefix_mlp=8)},
+    "adapter": {"": modification("relu", "attention_ffn", "sequential", "add", bias=True, init="bert")},
+    "pfeiffer": {"": modification("relu", "layer", "sequential", "add", bias=True, init="bert")},
+    "lora": {"": modification("identity", "query_value", "parallel", "scaled", scale=2.0, dropout=0.0)},
+    "lora_ffn": {"": modification("identity", "ffn_weights", "parallel", "scaled", scale=4.0, dropout=0.0)},
+    "parallel_adapter": {"": modification("relu", "ffn", "parallel", "add", bias=True, init="bert")},
+    "parallel_adapter_attention": {"": modification("relu", "attention", "parallel", "add", bias=True, init="bert")},
+    "heads_joint": {"": modification("relu", "heads_joint", "parallel", "add", bias=True, init="bert")},
+    "mh_parallel_adapter": {"": modification("relu", "heads", "parallel", "add", init="bert")},
+    "mh_parallel_adapter_hidden": {
+        "": modification("relu", "heads", "parallel", "add", init="bert", head_input="hidden")
+    },
+    "scaled_parallel_adapter": {"": modification("relu", "ffn", "parallel", "scaled", scale=4.0, bias=True)},
+    "mam": {
+        "": modification("relu", "ffn", "parallel", "scaled", 5, scale=4.0, bias=True),
+        "mix.attention.": modification("softmax", "heads", "parallel", "gated", prefix_mlp=8),
+    },
+    "learned_scale": {"": modification("relu", "ffn", "parallel", "scaled", learned=True, init="bert")},
+    "learned_gate": {"": modification("relu", "attention", "parallel", "gated", init="bert")},
+    "heads_gate": {"": modification("relu", "heads", "parallel", "gated", init="bert")},
+}
+
+
+def shake(model: torch.nn.Module, scale: float = 0.3, seed: int = 2) -> None:
+    """Give every trained tensor random values, so that zero-initialised ones take part."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))

@@ -1,0 +1,140 @@
+"""Prefixes and other head modifications against equations 5 and 7 of the paper written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from peftbench.modification.attach import attach
+from peftbench.modification.head_attention import HEADS, Prefix
+from peftbench.sites import Attention, find_sites
+from tests.families import FAMILIES, batch, build, modification, shake
+
+
+def attention_calls(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[dict[str, object]]:
+    """Every call of the registered attention function in one forward pass, with its inputs and its output."""
+    import peftbench.modification.head_attention as module
+
+    calls: list[dict[str, object]] = []
+    original = module.modified_attention
+
+    def spy(attention: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: object):
+        out = original(attention, q, k, v, mask, **kwargs)
+        calls.append({"module": attention, "q": q, "k": k, "v": v, "mask": mask, "out": out[0], **kwargs})
+        return out
+
+    module.AttentionInterface.register(module.ATTENTION_NAME, spy)
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        module.AttentionInterface.register(module.ATTENTION_NAME, original)
+    return calls
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T scaling + mask) v and the exponentials' sum, (B, N, Q, d) and (B, N, Q, 1), in float64."""
+    logits = q.double() @ k.double().transpose(-1, -2) * scaling
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    mass = logits.exp().sum(-1, keepdim=True)
+    return logits.softmax(-1) @ v.double(), mass
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lengths", [(9, 6), (7, 7)], ids=["padded", "unpadded"])
+def test_concatenated_prefix_is_the_gated_composition(family: str, lengths: tuple[int, ...]) -> None:
+    """Equation 5 (what runs) equals equation 7, (1-λ) Attn(q, K, V) + λ Attn(q, P_k, P_v), in every attention."""
+    model = build(family)
+    attach(model, {"": modification("softmax", "heads", "parallel", "gated", 4, init="bert")})
+    shake(model, 1.0)
+    calls = attention_calls(model, batch(family, lengths))
+    assert len(calls) == sum(len(layer.attentions) for layer in find_sites(model).layers)
+    for call in calls:
+        prefix = getattr(call["module"], HEADS)["modification"]
+        assert isinstance(prefix, Prefix)
+        down, up = prefix.function.weights()
+        scaling = float(call["scaling"])  # type: ignore[arg-type]
+        context, context_mass = plain_attention(call["q"], call["k"], call["v"], call["mask"], scaling)  # type: ignore[arg-type]
+        delta, prefix_mass = plain_attention(call["q"], down, up.transpose(-1, -2), None, scaling)  # type: ignore[arg-type]
+        gate = prefix_mass / (prefix_mass + context_mass)
+        expected = (1 - gate) * context + gate * delta
+        difference = (call["out"].transpose(1, 2).double() - expected).abs().max()  # type: ignore[attr-defined]
+        assert difference < 1e-5
+        assert 0.01 < gate.mean() < 0.99  # both parts matter
+
+
+@pytest.mark.parametrize("form", ["softmax", "relu", "identity"])
+@pytest.mark.parametrize("family", ["bart", "roberta"])
+def test_added_head_modification(family: str, form: str) -> None:
+    """h + f(q W_down) W_up for each head, q scaled: "-gating" of table 4 and the multi-head parallel adapter."""
+    model = build(family)
+    attach(model, {"": modification(form, "heads", "parallel", "add", 4, init="bert")})
+    shake(model, 1.0)
+    for call in attention_calls(model, batch(family)):
+        function = getattr(call["module"], HEADS)["modification"].function
+        scaling = float(call["scaling"])  # type: ignore[arg-type]
+        context, _ = plain_attention(call["q"], call["k"], call["v"], call["mask"], scaling)  # type: ignore[arg-type]
+        delta = torch.zeros_like(context)
+        for head in range(delta.shape[1]):
+            z = call["q"][:, head].double() * scaling @ function.down[head].double().T  # type: ignore[index]
+            z = {"softmax": z.softmax(-1), "relu": z.relu(), "identity": z}[form]
+            delta[:, head] = z @ function.up[head].double().T
+        difference = (call["out"].transpose(1, 2).double() - context - delta).abs().max()  # type: ignore[attr-defined]
+        assert difference < 1e-5
+        assert delta.abs().max() > 0.1
+
+
+def test_head_modification_of_table_1_reads_the_attention_input() -> None:
+    """head_input=hidden: Δh of head i is ReLU(x W_down,i) W_up,i with x the attention's input, (d x r) weights."""
+    model = build("roberta")
+    attach(model, {"": modification("relu", "heads", "parallel", "add", 4, init="bert", head_input="hidden")})
+    shake(model, 1.0)
+    seen: list[Tensor] = []
+    attention: Attention = find_sites(model).layers[0].attentions[0]
+    handle = attention.query.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    call = attention_calls(model, batch("roberta"))[0]
+    handle.remove()
+    function = getattr(attention.module, HEADS)["modification"].function
+    assert function.down.shape == (4, 4, 16) and function.up.shape == (4, 4, 4)
+    context, _ = plain_attention(call["q"], call["k"], call["v"], call["mask"], float(call["scaling"]))  # type: ignore[arg-type]
+    for head in range(4):
+        delta = F.relu(seen[0] @ function.down[head].T) @ function.up[head].T
+        out = call["out"][:, :, head]  # type: ignore[index]
+        assert (out - context[:, head] - delta).abs().max() < 1e-5
+
+
+def test_sequential_head_modification_reads_the_heads() -> None:
+    """h + f(h W_down) W_up for each head's output h."""
+    model = build("bart")
+    attach(model, {"": modification("relu", "heads", "sequential", "add", 4, init="bert")})
+    shake(model, 1.0)
+    for call in attention_calls(model, batch("bart")):
+        function = getattr(call["module"], HEADS)["modification"].function
+        h, _ = plain_attention(call["q"], call["k"], call["v"], call["mask"], float(call["scaling"]))  # type: ignore[arg-type]
+        for head in range(4):
+            expected = h[:, head] + F.relu(h[:, head] @ function.down[head].double().T) @ function.up[head].double().T
+            assert (call["out"][:, :, head] - expected).abs().max() < 1e-5  # type: ignore[index]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_attention_module_calls_our_function_once(family: str) -> None:
+    """The contract with transformers: a version that stops calling registered functions is caught by its family."""
+    model = build(family)
+    attach(model, {"": modification("softmax", "heads", "parallel", "gated", init="bert")})
+    modules = [call["module"] for call in attention_calls(model, batch(family))]
+    expected = [attention.module for layer in find_sites(model).layers for attention in layer.attentions]
+    assert len(modules) == len(expected) and set(modules) == set(expected)
+
+
+def test_other_models_keep_their_attention() -> None:
+    """Attaching to one model leaves another of the same class in the same process alone."""
+    bare, other = build("bart"), build("bart")
+    attach(other, {"": modification("softmax", "heads", "parallel", "gated", init="bert")})
+    assert bare.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        before = build("bart")(**batch("bart")).logits
+        assert torch.equal(bare(**batch("bart")).logits, before)
