@@ -72,9 +72,12 @@ def fit(
     keeper = _KeepBest(metric) if settings.keep is config.Keep.best else None
     if keeper is not None:
         callbacks.append(keeper)
+    arguments = _arguments(settings, steps, seed, bf16, folder, data)
+    # On a machine with several GPUs Trainer would wrap the model in DataParallel, whose replicas share no hooks.
+    arguments._n_gpu = min(1, arguments.n_gpu)
     trainer = _Trainer(
         model=model,
-        args=_arguments(settings, steps, seed, bf16, folder, data),
+        args=arguments,
         data_collator=data.collator,
         train_dataset=data.train,
         eval_dataset=data.selection,

@@ -309,6 +309,7 @@ def new_model(args: argparse.Namespace, vocab_size: int) -> BartForConditionalGe
         decoder_ffn_dim=args.ffn,
         max_position_embeddings=args.positions,
         dropout=args.dropout,
+        init_std=args.init_std,
         activation_function="gelu",
         bos_token_id=BOS,
         pad_token_id=PAD,
@@ -468,6 +469,9 @@ def parse_args() -> argparse.Namespace:
     model.add_argument("--decoder-layers", type=int, default=2)
     model.add_argument("--positions", type=int, default=512, help="longest input in tokens (%(default)s)")
     model.add_argument("--dropout", type=float, default=0.1)
+    model.add_argument(
+        "--init-std", type=float, default=0.07, help="of the weights at the start (%(default)s, about 1/sqrt(width))"
+    )
 
     run = parser.add_argument_group("run")
     run.add_argument("--out", type=Path, default=Path("mini"), help="output folder (%(default)s)")
