@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
 from peftbench.backbone import Backbone, load_backbone
-from peftbench.config import Run, Unfreeze, modifications, resolve
+from peftbench.config import Keep, Run, Unfreeze, modifications, resolve
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
 from peftbench.fit import Fitted, chosen_device, fit, total_steps, use_bf16
@@ -106,14 +106,16 @@ def _fit(run: Run, backbone: Backbone, data: TaskData, record: Record, display: 
 
 
 def _evaluate(run: Run, model: PreTrainedModel, data: TaskData, record: Record, display: Display) -> None:
-    """Score the model on both splits, write the predictions of the report, and note the baselines beside them."""
+    """Score the model, write the predictions of the report split, and note the baselines beside the score.
+
+    The selection split is scored too where it chose the state that is reported.
+    """
     evaluator = Evaluator(model, data, run)
-    roles = ["report"] if data.splits["selection"] == data.splits["report"] else ["selection", "report"]
-    for role in roles:
+    selected = run.trainer.keep is Keep.best and data.splits["selection"] != data.splits["report"]
+    for role in ("selection", "report") if selected else ("report",):
         with display.stage(f"evaluate {data.splits[role]['split']}", data.splits[role]["examples"]) as stage:
             metrics, decoded = evaluator.score(role, stage.advance)
         record.scores[role] = Score(**data.splits[role], metrics=metrics)
-    record.scores.setdefault("selection", record.scores["report"])
     record.score = record.scores["report"].metrics[run.task.metric]
     write_predictions(record.folder, data.records(decoded, data.report_rows))
     for dotted, value in data.baselines().items():

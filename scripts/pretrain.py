@@ -282,15 +282,21 @@ def infill(tokens: Tensor, masked: Tensor) -> Tensor:
     return moved[:, :width]
 
 
-def corrupt(rows: Rows, generator: torch.Generator) -> Tensor:
-    """The encoder's input for `rows`, (rows, width): spans masked, or in some rows the first paragraph."""
+def corrupt(rows: Rows, generator: torch.Generator, in_place: bool = False) -> Tensor:
+    """The encoder's input for `rows`, (rows, width): spans masked, or in some rows the first paragraph.
+
+    `in_place`: every masked token is a <mask> of its own, so that the source is as long as the target.
+    """
     tokens, first = rows.tokens, rows.first[:, None]
     position = torch.arange(tokens.shape[1], device=tokens.device)
     inner = (tokens != BOS) & (tokens != EOS) & (tokens != PAD)
     draw = torch.rand(first.shape, generator=generator, device=tokens.device)
     whole_first = (draw < FIRST_PARAGRAPH_SHARE) & (first > 0)
     in_first = (position >= 1) & (position <= first)
-    return infill(tokens, torch.where(whole_first, in_first, span_mask(inner, generator)))
+    spans = span_mask(inner, generator)
+    if in_place:
+        return torch.where(spans, MASK, tokens)
+    return infill(tokens, torch.where(whole_first, in_first, spans))
 
 
 # Training
@@ -317,12 +323,25 @@ def new_model(args: argparse.Namespace, vocab_size: int) -> BartForConditionalGe
         decoder_start_token_id=EOS,
         forced_eos_token_id=EOS,
     )
-    return BartForConditionalGeneration(config)
+    model = BartForConditionalGeneration(config)
+    for stack in (model.model.encoder, model.model.decoder):
+        sinusoids(stack.embed_positions.weight, args.init_std)
+    return model
 
 
-def infilling_loss(model: torch.nn.Module, rows: Rows, generator: torch.Generator) -> Tensor:
+@torch.no_grad()
+def sinusoids(weight: Tensor, std: float) -> None:
+    """Start learned positions (positions, width) as sinusoids of standard deviation `std`: the same in both stacks, and
+    the position before is a rotation away, which is what copying needs first."""
+    positions, width = weight.shape
+    rates = torch.exp(torch.arange(0, width, 2, device=weight.device) * (-math.log(10_000) / width))
+    angles = torch.arange(positions, device=weight.device)[:, None] * rates
+    weight.copy_(std * math.sqrt(2) * torch.cat([angles.sin(), angles.cos()], dim=1))
+
+
+def infilling_loss(model: torch.nn.Module, rows: Rows, generator: torch.Generator, in_place: bool = False) -> Tensor:
     """The mean loss, in nats per token, of writing the whole text."""
-    source, target = corrupt(rows, generator), rows.tokens.long()
+    source, target = corrupt(rows, generator, in_place), rows.tokens.long()
     with torch.autocast(target.device.type, torch.bfloat16, enabled=target.device.type == "cuda"):
         logits = model(
             input_ids=source,
@@ -413,7 +432,7 @@ def train(
                 break
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(seconds / budget, args.learning_rate)
-            loss = infilling_loss(model, rows, generator)
+            loss = infilling_loss(model, rows, generator, in_place=seconds / budget < args.in_place)
             torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -476,9 +495,17 @@ def parse_args() -> argparse.Namespace:
     run = parser.add_argument_group("run")
     run.add_argument("--out", type=Path, default=Path("mini"), help="output folder (%(default)s)")
     run.add_argument("--minutes", type=float, default=8.0, help="time to train, in wall clock (%(default)s)")
-    run.add_argument("--batch", type=int, default=256, help="rows of --length tokens in a batch (%(default)s)")
+    run.add_argument(
+        "--in-place",
+        type=float,
+        default=0.15,
+        metavar="SHARE",
+        help="of the time, at its start, in which masks keep their length: both stacks' positions agree then, and the "
+        "decoder learns to copy what it attends to before it must find it (%(default)s)",
+    )
+    run.add_argument("--batch", type=int, default=64, help="rows of --length tokens in a batch (%(default)s)")
     run.add_argument("--length", type=int, default=256, help="longest row in tokens (%(default)s)")
-    run.add_argument("--learning-rate", type=float, default=1e-3, help="its peak (%(default)s)")
+    run.add_argument("--learning-rate", type=float, default=2e-3, help="its peak (%(default)s)")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run.add_argument("--compile", action="store_true", help="torch.compile the model")

@@ -88,6 +88,13 @@ def build(family: str, seed: int = 0, **more: Any) -> PreTrainedModel:
     return model.eval()
 
 
+def dropout(family: str, hidden: float = 0.0, attention: float = 0.0, activation: float = 0.0) -> dict[str, float]:
+    """The config's dropout rates, for `build`; none at all unless given."""
+    if FAMILIES[family] in (roberta, bert):
+        return {"hidden_dropout_prob": hidden, "attention_probs_dropout_prob": attention}
+    return {"dropout": hidden, "attention_dropout": attention, "activation_dropout": activation}
+
+
 def batch(family: str, lengths: tuple[int, ...] = (9, 6), seed: int = 1) -> dict[str, torch.Tensor]:
     """A padded batch with labels."""
     generator = torch.Generator().manual_seed(seed)
