@@ -93,6 +93,8 @@ def fit(
         torch.cuda.synchronize()
     seconds = time.perf_counter() - began
     if keeper is not None:
+        if keeper.step < steps:  # the last state is a candidate too
+            trainer.evaluate()
         keeper.restore(model)
     seen = steps * settings.batch_size * settings.accumulation
     return Fitted(steps, seconds, seen * _mean_tokens(data) / seconds)
@@ -207,11 +209,13 @@ class _KeepBest(TrainerCallback):
     def __init__(self, metric: str) -> None:
         self.metric = metric
         self.best: float | None = None
+        self.step = 0  # of the last evaluation
         self.tensors: dict[str, Tensor] = {}
 
     def on_evaluate(
         self, args: object, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
     ) -> None:
+        self.step = state.global_step
         value = metrics[f"eval_{self.metric}"]
         if self.best is None or value > self.best:
             self.best = value

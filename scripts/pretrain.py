@@ -11,7 +11,7 @@ that equals one of them or begins with the same summary. `--write-corpus` saves 
 The objective is BART's text infilling (Lewis et al. 2020): 30% of the tokens are masked in spans of Poisson(3)
 tokens, each span becomes one <mask>, and the decoder writes the whole text. Unlike in BART no span is empty.
 In a quarter of the texts that have several paragraphs the one span is the first paragraph instead: in a docstring,
-its summary.
+its summary. The run begins with a lesson in copying (`--copying`).
 
 A row of a batch is one document, or one window of a document longer than `--length` tokens; batches hold rows of
 like length and about `--batch` x `--length` tokens. The learning rate rises linearly and falls along a cosine to
@@ -71,6 +71,7 @@ EVALUATION_SEED = 0
 EVALUATION_BATCHES = 8  # at most, so that small batches on a slow machine make for short evaluations
 REPORTS = 20  # lines of progress in a run
 WARMUP = 0.04  # of the time
+FINE_TUNING_DROPOUT = 0.1  # what the saved config says; so small a model needs none while it reads the corpus
 
 
 # The text
@@ -282,21 +283,24 @@ def infill(tokens: Tensor, masked: Tensor) -> Tensor:
     return moved[:, :width]
 
 
-def corrupt(rows: Rows, generator: torch.Generator, in_place: bool = False) -> Tensor:
-    """The encoder's input for `rows`, (rows, width): spans masked, or in some rows the first paragraph.
+def shuffled(rows: Rows, generator: torch.Generator) -> Rows:
+    """`rows` with the tokens between <s> and </s> in random order: text that can be copied but not guessed."""
+    tokens = rows.tokens
+    key = torch.rand(tokens.shape, generator=generator, device=tokens.device)
+    key[:, 0] = -1  # <s> stays first, </s> goes behind the text and the padding behind that
+    key = torch.where(tokens == EOS, 2.0, torch.where(tokens == PAD, 3.0, key))
+    return Rows(tokens.gather(1, key.argsort(dim=1)), torch.zeros_like(rows.first))
 
-    `in_place`: every masked token is a <mask> of its own, so that the source is as long as the target.
-    """
+
+def corrupt(rows: Rows, generator: torch.Generator) -> Tensor:
+    """The encoder's input for `rows`, (rows, width): spans masked, or in some rows the first paragraph."""
     tokens, first = rows.tokens, rows.first[:, None]
     position = torch.arange(tokens.shape[1], device=tokens.device)
     inner = (tokens != BOS) & (tokens != EOS) & (tokens != PAD)
     draw = torch.rand(first.shape, generator=generator, device=tokens.device)
     whole_first = (draw < FIRST_PARAGRAPH_SHARE) & (first > 0)
     in_first = (position >= 1) & (position <= first)
-    spans = span_mask(inner, generator)
-    if in_place:
-        return torch.where(spans, MASK, tokens)
-    return infill(tokens, torch.where(whole_first, in_first, spans))
+    return infill(tokens, torch.where(whole_first, in_first, span_mask(inner, generator)))
 
 
 # Training
@@ -339,9 +343,15 @@ def sinusoids(weight: Tensor, std: float) -> None:
     weight.copy_(std * math.sqrt(2) * torch.cat([angles.sin(), angles.cos()], dim=1))
 
 
-def infilling_loss(model: torch.nn.Module, rows: Rows, generator: torch.Generator, in_place: bool = False) -> Tensor:
-    """The mean loss, in nats per token, of writing the whole text."""
-    source, target = corrupt(rows, generator, in_place), rows.tokens.long()
+def infilling_loss(model: torch.nn.Module, rows: Rows, generator: torch.Generator, copying: float = 1.0) -> Tensor:
+    """The mean loss, in nats per token, of writing the whole text.
+
+    `copying` is how far the lesson in copying has come: in its first half the source is the target, in its second half
+    spans are masked, in both the words are shuffled; from 1 on rows are what they are.
+    """
+    if copying < 1:
+        rows = shuffled(rows, generator)
+    source, target = rows.tokens if copying < 0.5 else corrupt(rows, generator), rows.tokens.long()
     with torch.autocast(target.device.type, torch.bfloat16, enabled=target.device.type == "cuda"):
         logits = model(
             input_ids=source,
@@ -398,7 +408,8 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         progress = Progress(**state["progress"])
 
-    budget, per_batch = args.minutes * 60, args.batch * args.length
+    budget, per_batch, peak = args.minutes * 60, args.batch * args.length, args.learning_rate
+    good = copy.deepcopy(model.state_dict())
     report_every, checkpoint_every = budget / REPORTS, args.checkpoint_minutes * 60
     generator = torch.Generator(device).manual_seed(args.seed + progress.steps)
     if args.compile:
@@ -431,8 +442,8 @@ def train(
             if seconds >= budget:
                 break
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(seconds / budget, args.learning_rate)
-            loss = infilling_loss(model, rows, generator, in_place=seconds / budget < args.in_place)
+                group["lr"] = learning_rate(seconds / budget, peak)
+            loss = infilling_loss(model, rows, generator, copying=seconds / (budget * args.copying))
             torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -440,7 +451,13 @@ def train(
             progress.steps += 1
             losses, seen = losses + loss.detach(), seen + (rows.tokens != PAD).sum()
             if seconds >= next_report:
-                report()
+                if math.isfinite(report()):
+                    good = copy.deepcopy(model.state_dict())
+                else:
+                    peak /= 2
+                    model.load_state_dict(good)
+                    optimizer.state.clear()
+                    print(f"diverged: back to the last report, with a peak rate of {peak:g}", flush=True)
                 next_report += report_every
                 if seconds >= next_checkpoint:
                     save_state(state_file, model, optimizer, progress)
@@ -457,7 +474,9 @@ def save_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimi
 
 def save_model(model: BartForConditionalGeneration, out: Path) -> int:
     """Writes bf16 weights and the config into `out`. Returns the size of the weights' file in bytes."""
-    copy.deepcopy(model).bfloat16().save_pretrained(out)
+    saved = copy.deepcopy(model).bfloat16()
+    saved.config.dropout = FINE_TUNING_DROPOUT
+    saved.save_pretrained(out)
     return (out / "model.safetensors").stat().st_size
 
 
@@ -487,7 +506,7 @@ def parse_args() -> argparse.Namespace:
     model.add_argument("--encoder-layers", type=int, default=4)
     model.add_argument("--decoder-layers", type=int, default=2)
     model.add_argument("--positions", type=int, default=512, help="longest input in tokens (%(default)s)")
-    model.add_argument("--dropout", type=float, default=0.1)
+    model.add_argument("--dropout", type=float, default=0.0, help="while pretraining (%(default)s)")
     model.add_argument(
         "--init-std", type=float, default=0.07, help="of the weights at the start (%(default)s, about 1/sqrt(width))"
     )
@@ -496,16 +515,16 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--out", type=Path, default=Path("mini"), help="output folder (%(default)s)")
     run.add_argument("--minutes", type=float, default=8.0, help="time to train, in wall clock (%(default)s)")
     run.add_argument(
-        "--in-place",
+        "--copying",
         type=float,
-        default=0.15,
+        default=0.2,
         metavar="SHARE",
-        help="of the time, at its start, in which masks keep their length: both stacks' positions agree then, and the "
-        "decoder learns to copy what it attends to before it must find it (%(default)s)",
+        help="of the time, at its start, on shuffled words, which only copying can write; without it the decoder "
+        "learns to guess text long before it learns to look at the source (%(default)s)",
     )
     run.add_argument("--batch", type=int, default=64, help="rows of --length tokens in a batch (%(default)s)")
     run.add_argument("--length", type=int, default=256, help="longest row in tokens (%(default)s)")
-    run.add_argument("--learning-rate", type=float, default=2e-3, help="its peak (%(default)s)")
+    run.add_argument("--learning-rate", type=float, default=1e-3, help="its peak (%(default)s)")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run.add_argument("--compile", action="store_true", help="torch.compile the model")

@@ -118,7 +118,7 @@ def modification(
     representation: str = "ffn",
     insertion: str = "parallel",
     composition: str = "add",
-    bottleneck: int = 3,
+    bottleneck: int = 8,  # enough that not every ReLU of a place is dead
     *,
     scale: float = 1.0,
     learned: bool = False,

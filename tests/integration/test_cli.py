@@ -80,7 +80,9 @@ def test_one_run_leaves_a_whole_record(smoke: list[str], tmp_path: Path, capsys:
     assert "relu · ffn · parallel · scaled" in printed and str(folder) in printed.replace("\n", "")
 
 
-def test_a_finished_run_is_not_trained_again(smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_is_not_trained_again(
+    smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["train", *smoke, "method=head"]
     assert main(arguments) == 0
     created = [record["created"] for record in records(tmp_path / "outputs")]

@@ -118,21 +118,21 @@ def test_each_method_trains_exactly_these_names(family: str, preset: str) -> Non
 
 
 def test_mam_spelled_out() -> None:
-    """One layer of each stack of BART, with shapes: l = 3, r = 5, d = 16 in 4 heads."""
+    """One layer of each stack of BART, with shapes: l = 8, r = 5, d = 16 in 4 heads."""
     model = build("bart", encoder_layers=1, decoder_layers=1)
     attach(model, PRESETS["mam"])
     state.fold(model)
     assert {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad} == {
-        "model.encoder.layers.0.self_attn.head_modifications.attention.function.down": (4, 3, 4),
-        "model.encoder.layers.0.self_attn.head_modifications.attention.function.up": (4, 4, 3),
+        "model.encoder.layers.0.self_attn.head_modifications.attention.function.down": (4, 8, 4),
+        "model.encoder.layers.0.self_attn.head_modifications.attention.function.up": (4, 4, 8),
         "model.encoder.layers.0.fc2.sublayer_dropout.modification.function.down": (1, 5, 16),
         "model.encoder.layers.0.fc2.sublayer_dropout.modification.function.down_bias": (1, 1, 5),
         "model.encoder.layers.0.fc2.sublayer_dropout.modification.function.up": (1, 16, 5),
         "model.encoder.layers.0.fc2.sublayer_dropout.modification.function.up_bias": (1, 1, 16),
-        "model.decoder.layers.0.self_attn.head_modifications.attention.function.down": (4, 3, 4),
-        "model.decoder.layers.0.self_attn.head_modifications.attention.function.up": (4, 4, 3),
-        "model.decoder.layers.0.encoder_attn.head_modifications.attention.function.down": (4, 3, 4),
-        "model.decoder.layers.0.encoder_attn.head_modifications.attention.function.up": (4, 4, 3),
+        "model.decoder.layers.0.self_attn.head_modifications.attention.function.down": (4, 8, 4),
+        "model.decoder.layers.0.self_attn.head_modifications.attention.function.up": (4, 4, 8),
+        "model.decoder.layers.0.encoder_attn.head_modifications.attention.function.down": (4, 8, 4),
+        "model.decoder.layers.0.encoder_attn.head_modifications.attention.function.up": (4, 4, 8),
         "model.decoder.layers.0.fc2.sublayer_dropout.modification.function.down": (1, 5, 16),
         "model.decoder.layers.0.fc2.sublayer_dropout.modification.function.down_bias": (1, 1, 5),
         "model.decoder.layers.0.fc2.sublayer_dropout.modification.function.up": (1, 16, 5),
@@ -141,14 +141,14 @@ def test_mam_spelled_out() -> None:
 
 
 def test_lora_spelled_out() -> None:
-    """One layer of RoBERTa, with shapes and the task head: r = 3, d = 16."""
+    """One layer of RoBERTa, with shapes and the task head: r = 8, d = 16."""
     model = build("roberta", num_hidden_layers=1)
     attach(model, PRESETS["lora"])
     assert {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad} == {
-        "roberta.encoder.layer.0.attention.self.query.modification.function.down": (1, 3, 16),
-        "roberta.encoder.layer.0.attention.self.query.modification.function.up": (1, 16, 3),
-        "roberta.encoder.layer.0.attention.self.value.modification.function.down": (1, 3, 16),
-        "roberta.encoder.layer.0.attention.self.value.modification.function.up": (1, 16, 3),
+        "roberta.encoder.layer.0.attention.self.query.modification.function.down": (1, 8, 16),
+        "roberta.encoder.layer.0.attention.self.query.modification.function.up": (1, 16, 8),
+        "roberta.encoder.layer.0.attention.self.value.modification.function.down": (1, 8, 16),
+        "roberta.encoder.layer.0.attention.self.value.modification.function.up": (1, 16, 8),
         "classifier.dense.weight": (16, 16),
         "classifier.dense.bias": (16,),
         "classifier.out_proj.weight": (3, 16),

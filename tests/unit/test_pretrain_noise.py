@@ -226,3 +226,16 @@ def test_a_short_run_learns_resumes_and_saves_a_model_that_loads(
     ids = tokenizer("Return the number 7.", return_tensors="pt").input_ids
     assert (ids[0, 0], ids[0, -1], len(tokenizer)) == (BOS, EOS, model.config.vocab_size)
     assert torch.isfinite(model(input_ids=ids, labels=ids).loss)
+
+
+def test_shuffled_rows_keep_their_words_and_frame(pretrain: ModuleType) -> None:
+    """The lesson in copying: the same words between <s> and </s>, in another order."""
+    rows = pretrain.Rows(
+        torch.tensor([[0, 10, 11, 12, 13, 14, 2, 1], [0, 20, 21, 2, 1, 1, 1, 1]], dtype=torch.int32),
+        torch.tensor([3, 0]),
+    )
+    shuffled = pretrain.shuffled(rows, torch.Generator().manual_seed(1)).tokens
+    assert torch.equal(shuffled.sort(dim=1).values, rows.tokens.sort(dim=1).values)
+    assert torch.equal(shuffled[:, 0], rows.tokens[:, 0])
+    assert shuffled[0, 6:].tolist() == [2, 1] and shuffled[1, 3:].tolist() == [2, 1, 1, 1, 1]
+    assert not torch.equal(shuffled[0], rows.tokens[0])

@@ -1,0 +1,38 @@
+"""Every `peftbench train` line of the README composes, and runs in its smoke form."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra._internal.utils import get_args_parser
+
+from peftbench.cli import main
+from peftbench.compose import compose_runs
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+BLOCKS = re.findall(r"```bash\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+LINES = [line.split(" #")[0] for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+COMMANDS = [" ".join(line.split()) for line in LINES if line.startswith("peftbench train")]
+
+
+def arguments(command: str, tmp_path: Path) -> list[str]:
+    """The command's words after `peftbench`, with FOLDER standing for an existing one."""
+    return [word.replace("FOLDER", str(tmp_path)) for word in shlex.split(command)[1:]]
+
+
+def test_the_readme_has_commands() -> None:
+    assert len(COMMANDS) >= 5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_compose(command: str, tmp_path: Path) -> None:
+    assert compose_runs(get_args_parser().parse_args(arguments(command, tmp_path)[1:]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "FOLDER" not in c and "task=" not in c])
+def test_commands_run(command: str, tmp_path: Path) -> None:
+    assert main([*arguments(command, tmp_path), "debug=smoke", f"output_dir={tmp_path / 'outputs'}"]) == 0
