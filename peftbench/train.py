@@ -64,6 +64,9 @@ def train(cfg: DictConfig) -> float:
 
     with recording(run, folder, _overrides()) as record, Display(console) as display:
         device = chosen_device(run.trainer)
+        record.device = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
+        )
         with _timed(record, "prepare_s"), display.stage("prepare"):
             set_seed(run.seed)
             backbone = load_backbone(run.model, run.task)

@@ -17,6 +17,7 @@ import torch
 from hydra._internal.utils import get_args_parser
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from peftbench import config
 from peftbench.compose import compose_runs
@@ -25,6 +26,7 @@ from peftbench.modification import state
 from peftbench.modification.attach import attach
 from peftbench.modification.edit import Edit
 from peftbench.modification.head_attention import HeadModification
+from peftbench.modification.prompt import Prompt
 from peftbench.modification.representation import REPRESENTATIONS
 from peftbench.sites import find_sites
 from peftbench.validity import RULES
@@ -190,6 +192,40 @@ def test_padding_changes_nothing(family: str, preset: str) -> None:
         together, unmasked = together[:, width], unmasked[:, width]
     assert (together - by_itself).abs().max() < 1e-4
     assert (together - unmasked).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompt_stands_before_the_tokens_and_is_seen_by_all(family: str) -> None:
+    """Against the bare model run by hand on LN([P; E(x)]): prompts take no position, padding stays unseen, decoders see
+    the prompts too, and a head that reads the first token of an encoder still finds it."""
+    model = attached(family, PRESETS["prompt"])
+    (vectors,) = (module.vectors for module in model.modules() if isinstance(module, Prompt))
+    inputs, length = batch(family), vectors.shape[0]
+    bare = attached(family, {})
+    bare.load_state_dict(model.state_dict(), strict=False)
+    sites = find_sites(bare)
+    norm = sites.embedding["encoder"]
+    embedded: list[Tensor] = []
+    handle = norm.register_forward_pre_hook(lambda module, args: embedded.append(args[0]))
+    logits(bare, family)
+    handle.remove()
+
+    mask = torch.cat([torch.ones(2, length, dtype=torch.long), inputs["attention_mask"]], dim=1)
+    with torch.no_grad():
+        h = norm(torch.cat([vectors.expand(2, -1, -1), embedded[0]], dim=1))
+        for layer in sites.layers:
+            if layer.stack == "encoder":
+                h = layer.module(h, attention_mask=mask[:, None, None].bool().expand(-1, -1, mask.shape[1], -1))
+        if family == "mbart":
+            h = bare.model.encoder.layer_norm(h)
+        if family == "roberta":
+            expected = bare.classifier(h[:, length:])
+        elif family == "bert":
+            expected = bare.classifier(bare.bert.pooler(h[:, length:]))
+        else:
+            expected = bare(**{**inputs, "attention_mask": mask}, encoder_outputs=BaseModelOutput(h)).logits
+    assert (logits(model, family) - expected).abs().max() < 1e-5
+    assert (logits(bare, family) - expected).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("preset", PRESETS)
