@@ -163,6 +163,12 @@ def faults(run: Run) -> list[str]:
             f"unfreeze={run.unfreeze.name} trains the backbone's own parameters, which must then be float32; set "
             "model.dtype=float32."
         )
+    nothing = not run.mix and all(axis == "none" for axis in _axes(run)) and run.unfreeze is Unfreeze.none
+    if nothing and run.task.kind is not TaskKind.classification:
+        found.append(
+            f"method={run.method} with task={run.task.name} leaves nothing to train: only classification has a task "
+            "head; use a method that changes the backbone, such as method=lora or method=full."
+        )
     for baseline in run.task.baselines:
         if baseline not in BASELINES[run.task.kind]:
             found.append(unknown("task.baselines", baseline, BASELINES[run.task.kind]))

@@ -597,3 +597,11 @@ def test_presets_in_conf_train(family: str, task: str, method: str) -> None:
     now = dict(model.named_parameters())
     unmoved = {name for name, tensor in before.items() if torch.equal(tensor, now[name])}
     assert before and unmoved <= {name for name in before if name.endswith(("k_proj.bias", "key.bias"))}
+
+
+@pytest.mark.parametrize("overrides", [["method=head"], ["method=full", "unfreeze=none"]], ids=" ".join)
+def test_nothing_to_train_is_refused(overrides: list[str]) -> None:
+    """The task head alone means something in classification only."""
+    with pytest.raises(UserError, match="with task=xsum leaves nothing to train"):
+        compose_runs(get_args_parser().parse_args([*overrides, "task=xsum"]))
+    assert compose_runs(get_args_parser().parse_args([*overrides, "task=sst2"]))
