@@ -7,6 +7,8 @@ import sys
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from peftbench.cli import print_faults
@@ -36,7 +38,9 @@ def job(cfg: DictConfig) -> float:
     """One run. In a sweep a run that fails is recorded as failed and the next one starts."""
     from peftbench.train import train
 
-    sweeping = cfg_is_sweep()
+    sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweeping:
+        print(f"\nrun {HydraConfig.get().job.num + 1}: {' '.join(HydraConfig.get().overrides.task)}", flush=True)
     try:
         return train(cfg)
     except UserError as error:
@@ -50,11 +54,3 @@ def job(cfg: DictConfig) -> float:
             raise
         print(f"peftbench: this run failed with {type(error).__name__}: {error}", file=sys.stderr)
     return math.nan
-
-
-def cfg_is_sweep() -> bool:
-    """Whether Hydra runs this job as one of several."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    return HydraConfig.get().mode == RunMode.MULTIRUN

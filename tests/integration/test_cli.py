@@ -53,7 +53,10 @@ def test_help_imports_no_torch() -> None:
 
 
 def test_refusing_imports_no_torch() -> None:
-    code = "import sys; from peftbench.cli import main; c = main(['train', 'method=lroa']); sys.exit('torch' in sys.modules or c != 2)"
+    code = (
+        "import sys; from peftbench.cli import main; code = main(['train', 'method=lroa']); "
+        "sys.exit('torch' in sys.modules or code != 2)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "did you mean lora?" in done.stderr
 

@@ -218,7 +218,6 @@ BART_LARGE = [  # overrides on task=xsum: stored, paper's formula, trained where
     ("method=mam", 27_414_528, 27_377_664, 25_202_688 + 61_608_288),
     ("method=pa_attention_pa_ffn", 27_452_472, 27_377_664, None),
     ("method=prefix_lora_ffn", 27_279_360, 27_279_360, 25_067_520 + 61_608_288),
-    ("method=head", 0, 0, None),
 ]
 
 
@@ -239,6 +238,7 @@ ROBERTA_BASE = [
     ("method=adapter", 608_640, 589_824, None),
     ("method=pfeiffer", 599_424, 589_824, None),
     ("method=lora_ffn", 552_960, 552_960, None),
+    ("method=head", 0, 0, None),
     ("method=bitfit", 102_144, 102_144, None),
     ("method=full", 124_055_040, 124_055_040, None),
 ]
