@@ -13,10 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from enum import Enum
+from pathlib import Path
 from typing import get_args
 
-from hydra import compose, initialize_config_dir
+from hydra import compose, version
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -46,10 +49,10 @@ def compose_runs(args: Namespace) -> list[Run]:
     Raises:
         UserError: with a sentence for every fault.
     """
+    if args.config_dir is not None and not Path(args.config_dir).is_dir():
+        raise UserError(f"--config-dir {args.config_dir} is not a folder; give one with method/, task/ ... below it.")
     overrides = list(args.overrides)
-    if args.config_dir:
-        overrides.append(f"hydra.searchpath=[file://{args.config_dir}]")
-    with _hydra():
+    with _hydra(args.config_dir):
         loader = GlobalHydra.instance().config_loader()
         try:
             parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
@@ -68,11 +71,21 @@ def compose_runs(args: Namespace) -> list[Run]:
 
 
 @contextmanager
-def _hydra() -> Iterator[None]:
-    """Hydra's compose API, cleared before and after: hydra.main wants to start from nothing."""
+def _hydra(config_dir: str | None) -> Iterator[None]:
+    """Hydra's compose API over conf/ and the user's --config-dir, cleared afterwards: hydra.main starts from nothing.
+
+    `initialize_config_dir`, the public way, takes one folder only.
+    """
+    search_path = create_config_search_path(str(conf_dir()))
+    if config_dir is not None:
+        search_path.prepend("command-line", f"file://{Path(config_dir).resolve()}", anchor="schema")
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), job_name="peftbench", version_base="1.3"):
+    version.setbase("1.3")
+    Hydra.create_main_hydra2("peftbench", search_path)
+    try:
         yield
+    finally:
+        GlobalHydra.instance().clear()
 
 
 def _points(parsed: list[Override]) -> list[list[str]]:

@@ -219,6 +219,15 @@ def test_results_as_table_json_and_csv(smoke: list[str], tmp_path: Path, capsys:
     assert main(["results", str(tmp_path / "nowhere")]) == 2
 
 
+def test_a_users_own_folder_adds_methods(smoke: list[str], tmp_path: Path) -> None:
+    preset = tmp_path / "own" / "method" / "tiny_lora.yaml"
+    preset.parent.mkdir(parents=True)
+    preset.write_text("# @package _global_\ndefaults:\n  - lora\nmethod: tiny_lora\nbottleneck: 1\n")
+    assert main(["train", *smoke, "method=tiny_lora", "--config-dir", str(tmp_path / "own")]) == 0
+    (record,) = records(tmp_path / "outputs")
+    assert record["method"] == "tiny_lora" and record["axes"][0]["bottleneck"] == 1  # type: ignore[index]
+
+
 @pytest.mark.parametrize("arguments", [["--cfg", "job"], ["--info", "defaults-tree"], ["--help"]])
 def test_hydras_own_flags_work(arguments: list[str]) -> None:
     done = subprocess.run([*SUBPROCESS, "train", "method=lora", *arguments], capture_output=True, text=True)
