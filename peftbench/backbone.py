@@ -56,8 +56,8 @@ def load_backbone(model: Model, task: Task) -> Backbone:
         auto = AutoModelForSeq2SeqLM
     else:
         raise UserError(
-            f"task={task.name} writes text and model={model.name} is an encoder ({config.model_type}): take an "
-            "encoder-decoder such as model=bart_large or model=mini."
+            f"task={task.name} writes text and model={model.name} is no encoder-decoder ({config.model_type}): take "
+            "one such as model=bart_large or model=mini."
         )
     loaded, report = _explained(
         model,

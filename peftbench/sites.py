@@ -30,14 +30,9 @@ class AttentionPaths:
 class FeedForwardPaths:
     """One feed-forward sub-layer, as paths from its layer."""
 
-    first: str  # W_1
+    first: tuple[str, ...]  # W_1, or all that read the sub-layer's input x; those that a layer lacks are passed over
     second: str  # W_2
-    dropout: str | None = None  # the Dropout module behind W_2; None where dropout is a function call
-    source: str = ""  # the module whose input is the sub-layer's input x; W_1 unless given
-
-    def __post_init__(self) -> None:
-        if not self.source:
-            object.__setattr__(self, "source", self.first)
+    dropout: str | None = None  # the Dropout module behind W_2; None where there is none, or dropout is a function call
 
 
 @dataclass(frozen=True)
@@ -48,13 +43,14 @@ class Family:
     stacks: Mapping[str, str]  # stack name: path of its list of layers
     attentions: Mapping[str, AttentionPaths]  # "self" and, where the family has it, "cross"
     ffn: FeedForwardPaths
-    embedding: Mapping[str, str]  # stack name: the LayerNorm that ends its embedding layer
     heads: str  # config attribute with the number of heads; one for each stack where "{stack}_" stands in it
+    embedding: Mapping[str, str] = field(default_factory=dict)  # stack name: where its embedded input can be lengthened
+    embedding_at: str = "input"  # of that module, a LayerNorm; "output" of an embedding where there is no such norm
     norm: str | None = None  # post-norm: the LayerNorm that ends a layer
     residual: str | None = None  # pre-norm: the module whose input is the residual that the FFN's output joins
     functional_dropout: str | None = None  # attribute of a layer that holds the rate of its functional dropout
     attention_dropout: str = "attention_dropout"  # config attribute
-    hidden_dropout: str = "dropout"  # config attribute
+    hidden_dropout: str = "dropout"  # config attribute; a rate of 0 where the config has none
     task_head: tuple[str, ...] = ("classification_head", "classifier", "score", "pre_classifier")
 
 
@@ -69,12 +65,16 @@ def _bert_attention(module: str) -> AttentionPaths:
     )
 
 
+def _t5_attention(module: str) -> AttentionPaths:
+    return AttentionPaths(module, f"{module}.q", f"{module}.k", f"{module}.v", f"{module}.o")
+
+
 FAMILIES = (
     Family(
         model_types=("bart",),
         stacks={"encoder": "encoder.layers", "decoder": "decoder.layers"},
         attentions={"self": _bart_attention("self_attn"), "cross": _bart_attention("encoder_attn")},
-        ffn=FeedForwardPaths("fc1", "fc2"),
+        ffn=FeedForwardPaths(("fc1",), "fc2"),
         embedding={"encoder": "encoder.layernorm_embedding", "decoder": "decoder.layernorm_embedding"},
         heads="{stack}_attention_heads",
         norm="final_layer_norm",
@@ -84,22 +84,64 @@ FAMILIES = (
         model_types=("mbart",),
         stacks={"encoder": "encoder.layers", "decoder": "decoder.layers"},
         attentions={"self": _bart_attention("self_attn"), "cross": _bart_attention("encoder_attn")},
-        ffn=FeedForwardPaths("fc1", "fc2"),
+        ffn=FeedForwardPaths(("fc1",), "fc2"),
         embedding={"encoder": "encoder.layernorm_embedding", "decoder": "decoder.layernorm_embedding"},
         heads="{stack}_attention_heads",
         residual="final_layer_norm",
         functional_dropout="dropout",
     ),
     Family(
-        model_types=("bert", "roberta"),
+        model_types=("bert", "roberta", "electra"),
         stacks={"encoder": "encoder.layer"},
         attentions={"self": _bert_attention("attention"), "cross": _bert_attention("crossattention")},
-        ffn=FeedForwardPaths("intermediate.dense", "output.dense", dropout="output.dropout"),
+        ffn=FeedForwardPaths(("intermediate.dense",), "output.dense", dropout="output.dropout"),
         embedding={"encoder": "embeddings.LayerNorm"},
         heads="num_attention_heads",
         norm="output.LayerNorm",
         attention_dropout="attention_probs_dropout_prob",
         hidden_dropout="hidden_dropout_prob",
+    ),
+    Family(
+        model_types=("distilbert",),
+        stacks={"encoder": "transformer.layer"},
+        attentions={
+            "self": AttentionPaths(
+                "attention", "attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"
+            )
+        },
+        ffn=FeedForwardPaths(("ffn.lin1",), "ffn.lin2", dropout="ffn.dropout"),
+        embedding={"encoder": "embeddings.LayerNorm"},
+        heads="n_heads",
+        norm="output_layer_norm",
+    ),
+    Family(
+        model_types=("t5",),
+        stacks={"encoder": "encoder.block", "decoder": "decoder.block"},
+        attentions={"self": _t5_attention("layer.0.SelfAttention"), "cross": _t5_attention("layer.1.EncDecAttention")},
+        ffn=FeedForwardPaths(
+            tuple(f"layer.-1.DenseReluDense.{name}" for name in ("wi", "wi_0", "wi_1")),
+            "layer.-1.DenseReluDense.wo",
+            dropout="layer.-1.dropout",
+        ),
+        embedding={"encoder": "encoder.embed_tokens", "decoder": "decoder.embed_tokens"},
+        embedding_at="output",
+        heads="num_heads",
+        residual="layer.-1.layer_norm",
+        attention_dropout="dropout_rate",
+        hidden_dropout="dropout_rate",
+    ),
+    Family(
+        model_types=("llama", "mistral", "qwen2"),
+        stacks={"decoder": "layers"},
+        attentions={
+            "self": AttentionPaths(
+                "self_attn", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"
+            )
+        },
+        ffn=FeedForwardPaths(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
+        heads="num_attention_heads",
+        residual="post_attention_layernorm",
+        hidden_dropout="hidden_dropout",
     ),
 )
 
@@ -111,6 +153,8 @@ class Attention:
     name: str  # from the top of the model
     kind: str  # "self" or "cross"
     heads: int
+    kv_heads: int  # of keys and values; fewer than `heads` where the attention is grouped-query
+    head_width: int
     module: nn.Module
     query: nn.Module
     key: nn.Module
@@ -123,10 +167,14 @@ class FeedForward:
     """One feed-forward sub-layer of a loaded model."""
 
     name: str
-    first: nn.Module
+    first: Mapping[str, nn.Module]  # by the last part of their names
     second: nn.Module
-    source: nn.Module
     dropout: nn.Module | None
+
+    @property
+    def source(self) -> nn.Module:
+        """A module whose input is the sub-layer's input x."""
+        return next(iter(self.first.values()))
 
 
 @dataclass(frozen=True)
@@ -180,7 +228,7 @@ def find_sites(model: PreTrainedModel) -> Sites:
         layers=tuple(_layers(family, base, config, names)),
         embedding={stack: base.get_submodule(path) for stack, path in family.embedding.items()},
         attention_dropout=float(getattr(config, family.attention_dropout)),
-        hidden_dropout=float(getattr(config, family.hidden_dropout)),
+        hidden_dropout=float(getattr(config, family.hidden_dropout, 0.0)),
     )
 
 
@@ -189,37 +237,61 @@ def _layers(family: Family, base: nn.Module, config: object, names: Mapping[nn.M
         modules = list(base.get_submodule(path).children())
         heads = int(getattr(config, family.heads.format(stack=stack)))
         for index, module in enumerate(modules):
+            second = _there(module, family.ffn.second)
+            first = {path: _find(module, path) for path in family.ffn.first}
             yield Layer(
                 name=names[module],
                 stack=stack,
                 index=index,
                 depth=len(modules),
                 module=module,
-                attentions=tuple(_attentions(family, module, heads, names)),
+                attentions=tuple(_attentions(family, module, heads, config, names)),
                 ffn=FeedForward(
-                    name=names[module.get_submodule(family.ffn.second)],
-                    first=module.get_submodule(family.ffn.first),
-                    second=module.get_submodule(family.ffn.second),
-                    source=module.get_submodule(family.ffn.source),
-                    dropout=None if family.ffn.dropout is None else module.get_submodule(family.ffn.dropout),
+                    name=names[second],
+                    first={path.rpartition(".")[2]: found for path, found in first.items() if found is not None},
+                    second=second,
+                    dropout=None if family.ffn.dropout is None else _there(module, family.ffn.dropout),
                 ),
-                norm=None if family.norm is None else module.get_submodule(family.norm),
-                residual=None if family.residual is None else module.get_submodule(family.residual),
+                norm=None if family.norm is None else _there(module, family.norm),
+                residual=None if family.residual is None else _there(module, family.residual),
             )
 
 
-def _attentions(family: Family, layer: nn.Module, heads: int, names: Mapping[nn.Module, str]) -> Iterator[Attention]:
+def _attentions(
+    family: Family, layer: nn.Module, heads: int, config: object, names: Mapping[nn.Module, str]
+) -> Iterator[Attention]:
     for kind, paths in family.attentions.items():
-        if not hasattr(layer, paths.module.split(".")[0]):
+        module = _find(layer, paths.module)
+        if module is None:
             continue  # an encoder layer, or a decoder without cross-attention
-        module = layer.get_submodule(paths.module)
+        query = _there(layer, paths.query)
         yield Attention(
             name=names[module],
             kind=kind,
             heads=heads,
+            kv_heads=int(getattr(config, "num_key_value_heads", heads)),
+            head_width=int(query.get_parameter("weight").shape[0]) // heads,
             module=module,
-            query=layer.get_submodule(paths.query),
-            key=layer.get_submodule(paths.key),
-            value=layer.get_submodule(paths.value),
-            output=layer.get_submodule(paths.output),
+            query=query,
+            key=_there(layer, paths.key),
+            value=_there(layer, paths.value),
+            output=_there(layer, paths.output),
         )
+
+
+def _find(root: nn.Module, path: str) -> nn.Module | None:
+    """The submodule at `path`, in which a list's parts may be counted from its end; None if there is none."""
+    for part in path.split("."):
+        if part.startswith("-") and isinstance(root, nn.ModuleList):
+            root = root[int(part)]
+        elif isinstance(child := getattr(root, part, None), nn.Module):
+            root = child
+        else:
+            return None
+    return root
+
+
+def _there(root: nn.Module, path: str) -> nn.Module:
+    found = _find(root, path)
+    assert found is not None, f"{type(root).__name__} has no {path}; this transformers version differs from sites.py"
+    return found

@@ -12,11 +12,20 @@ from transformers import (
     BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    ElectraConfig,
+    ElectraForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     MBartConfig,
     MBartForConditionalGeneration,
     PreTrainedModel,
     RobertaConfig,
     RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5ForSequenceClassification,
 )
 
 from peftbench import config
@@ -70,14 +79,72 @@ def bert(**more: Any) -> PreTrainedModel:
     return BertForSequenceClassification(BertConfig(**{**_ENCODER, "pad_token_id": 0, **more}))
 
 
+def electra(**more: Any) -> PreTrainedModel:
+    return ElectraForSequenceClassification(ElectraConfig(**{**_ENCODER, "embedding_size": 8, **more}))
+
+
+def distilbert(**more: Any) -> PreTrainedModel:
+    own = {"dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 32, "vocab_size": VOCABULARY, "num_labels": 3}
+    return DistilBertForSequenceClassification(
+        DistilBertConfig(**{**own, "max_position_embeddings": 64, "pad_token_id": 1, "initializer_range": 0.3, **more})
+    )
+
+
+_T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": 16,
+    "d_kv": 6,  # heads x d_kv differs from d_model, as in some T5s
+    "d_ff": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+}
+
+
+def t5(**more: Any) -> PreTrainedModel:
+    return T5ForConditionalGeneration(T5Config(**{**_T5, **more}))
+
+
+def t5_gated(**more: Any) -> PreTrainedModel:
+    return T5ForConditionalGeneration(T5Config(**{**_T5, "feed_forward_proj": "gated-gelu", **more}))
+
+
+def t5_classifier(**more: Any) -> PreTrainedModel:
+    return T5ForSequenceClassification(T5Config(**{**_T5, "num_labels": 3, **more}))
+
+
+def llama(**more: Any) -> PreTrainedModel:
+    own = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": 64,
+        "pad_token_id": 1,
+        "num_labels": 3,
+        "initializer_range": 0.3,
+    }
+    return LlamaForSequenceClassification(LlamaConfig(**{**own, **more}))
+
+
 FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
     "bart": bart,
     "bart_classifier": bart_classifier,
     "mbart": mbart,
     "roberta": roberta,
     "bert": bert,
+    "electra": electra,
+    "distilbert": distilbert,
+    "t5": t5,
+    "t5_gated": t5_gated,
+    "t5_classifier": t5_classifier,
+    "llama": llama,
 }
-GENERATING = ("bart", "mbart")
+GENERATING = ("bart", "mbart", "t5", "t5_gated")
 
 
 def build(family: str, seed: int = 0, **more: Any) -> PreTrainedModel:

@@ -121,25 +121,25 @@ def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: config.Modificatio
     trunks: dict[tuple[str, str], PrefixTrunk] = {}
     for layer, attentions in _chosen(sites, m, prefix):
         for attention in attentions:
-            head_width = sites.width // attention.heads
+            groups = attention.kv_heads if is_prefix else attention.heads
             generator = None
             if m.prefix_mlp is not None:
                 kind = (layer.stack, attention.kind)
                 if kind not in trunks:
                     trunks[kind] = PrefixTrunk(_size(m), sites.width, m.prefix_mlp)
-                generator = PrefixMLP(trunks[kind], attention.heads)
+                generator = PrefixMLP(trunks[kind], groups, attention.head_width)
             function = _bottleneck(
                 m,
-                sites.width if hidden else head_width,
-                head_width,
+                sites.width if hidden else attention.head_width,
+                attention.head_width,
                 sites.attention_dropout,
-                groups=attention.heads,
+                groups=groups,
                 generator=generator,
             )
             if is_prefix:
                 _add_to_heads(attention, name, Prefix(function))
                 continue
-            composition = _composition(m, function.in_width, attention.heads)
+            composition = _composition(m, function.in_width, groups)
             modification = HeadModification(function, INSERTION_FORMS[insertion], composition)
             modification.reads_hidden = hidden
             if hidden:
@@ -156,11 +156,18 @@ def _add_to_heads(attention: Attention, name: str, modification: nn.Module) -> N
 
 def _attach_prompt(model: PreTrainedModel, sites: Sites, m: config.Modification, name: str) -> None:
     """Vectors before the input of the first stack; every attention that sees them gets its mask widened."""
-    stack = next(iter(sites.embedding))
-    norm = sites.embedding[stack]
-    prompt = Prompt(_size(m), sites.width)
-    norm.add_module(name, prompt)
-    norm.register_forward_pre_hook(prompt.prepend)
+    if not sites.embedding:
+        raise UserError(
+            f"modified_representation=embedding: prompts are not supported for {model.config.model_type}, whose labels "
+            "and positions count the input; use method=prefix."
+        )
+    stack, module = next(iter(sites.embedding.items()))
+    prompt = Prompt(_size(m), int(module.get_parameter("weight").shape[-1]))
+    module.add_module(name, prompt)
+    if sites.family.embedding_at == "input":
+        module.register_forward_pre_hook(prompt.prepend_to_input)
+    else:
+        module.register_forward_hook(prompt.prepend_to_output)
     for layer in sites.layers:
         for attention in layer.attentions:
             if layer.stack == stack or attention.kind == "cross":

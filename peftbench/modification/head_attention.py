@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -91,6 +92,8 @@ def modified_attention(
     for modification in modifications:
         if isinstance(modification, Prefix):
             key, value, attention_mask = modification(key, value, attention_mask)
+            if kwargs.get("position_bias") is not None:  # T5's; a prefix has no position
+                kwargs["position_bias"] = F.pad(kwargs["position_bias"], (modification.function.bottleneck, 0))
     if attention_mask is None and getattr(module, "is_causal", False) and 1 < query.shape[2] < key.shape[2]:
         # transformers would crop the keys to the queries' length and so drop tokens of the context
         raise RuntimeError(f"{type(module).__name__} is causal and has a prefix but no mask; see `modified_mask`")

@@ -1,7 +1,8 @@
 """Prompt tuning: l trained vectors before the embedded input (Lester et al. 2021; the paper's appendix A.2).
 
 As in the paper's code (modeling_bart.py at 3222ce2, lines 981-1003) they join the input of the embedding layer's
-LayerNorm: they take no position embedding, and the tokens keep theirs. The keys that the layers see grow by l, and
+LayerNorm (in T5, which has none, the output of its token embedding): they take no position embedding, and the tokens
+keep theirs. The keys that the layers see grow by l, and
 `PromptMask` lets the attention function see them.
 """
 
@@ -22,11 +23,19 @@ class Prompt(nn.Module):
         self.vectors = nn.Parameter(torch.empty(length, width))
         nn.init.normal_(self.vectors, std=0.02)
 
-    def prepend(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        """Forward pre-hook of the embedding LayerNorm: (B, T, d) -> (B, l + T, d)."""
-        embedded = args[0]
+    def prepend_to_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        """Forward pre-hook of the embedding LayerNorm: its input (B, T, d) -> (B, l + T, d)."""
+        return (self(args[0]),)
+
+    def prepend_to_output(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Forward hook of the token embedding: its output (B, T, d) -> (B, l + T, d)."""
+        lengthened: Tensor = self(output)
+        return lengthened
+
+    def forward(self, embedded: Tensor) -> Tensor:
+        """(B, T, d) -> (B, l + T, d)."""
         vectors = self.vectors.to(embedded.dtype).expand(embedded.shape[0], -1, -1)
-        return (torch.cat([vectors, embedded], dim=1),)
+        return torch.cat([vectors, embedded], dim=1)
 
     def strip(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Forward hook of the last layer's LayerNorm: (B, l + T, d) -> (B, T, d), so that a task head which reads the

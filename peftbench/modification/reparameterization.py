@@ -33,12 +33,11 @@ class PrefixMLP(nn.Module):
     `modification.folded` where that costs too much.
     """
 
-    def __init__(self, trunk: PrefixTrunk, heads: int) -> None:
+    def __init__(self, trunk: PrefixTrunk, heads: int, head_width: int) -> None:
         super().__init__()
         self.trunk = trunk
         self.heads = heads
-        mid, width = trunk.linear.out_features, trunk.linear.in_features
-        self.linear = nn.Linear(mid, 2 * width)
+        self.linear = nn.Linear(trunk.linear.out_features, 2 * heads * head_width)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Returns P_k as `down` (N_h, l, d_h) and P_v as `up` (N_h, d_h, l)."""

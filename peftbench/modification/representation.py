@@ -74,9 +74,8 @@ def _ffn(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
 
 
 def _ffn_weights(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
-    """The outputs of the FFN's two Linears, each with its own input as x."""
-    for part in ("first", "second"):
-        module = getattr(layer.ffn, part)
+    """The outputs of the FFN's Linears, each with its own input as x."""
+    for part, module in (*layer.ffn.first.items(), ("second", layer.ffn.second)):
         yield Place(f"{layer.ffn.name}.{part}", module, module, in_attention=False)
 
 
@@ -96,8 +95,9 @@ def _layer(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
 
 
 def _ffn_output(layer: Layer) -> nn.Module:
-    assert layer.ffn.dropout is not None, "attach owns functional dropout before it asks for places"
-    return layer.ffn.dropout
+    """Where the sub-layer's output can be changed: its dropout, or W_2 in a family without one. Functional dropout is
+    made a module by `attach` before it asks for places."""
+    return layer.ffn.second if layer.ffn.dropout is None else layer.ffn.dropout
 
 
 Places = Callable[[Layer, Iterable[Attention]], Iterator[Place]]

@@ -35,9 +35,17 @@ def attention_calls(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[d
     return calls
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T scaling + mask) v and the exponentials' sum, (B, N, Q, d) and (B, N, Q, 1), in float64."""
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T scaling + bias + mask) v and the exponentials' sum, (B, N, Q, d) and (B, N, Q, 1), in float64.
+
+    Grouped keys and values serve several heads each.
+    """
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[-3], dim=-3) for x in (k, v))
     logits = q.double() @ k.double().transpose(-1, -2) * scaling
+    if bias is not None:
+        logits = logits + bias.double()
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)
     mass = logits.exp().sum(-1, keepdim=True)
@@ -58,7 +66,14 @@ def test_concatenated_prefix_is_the_gated_composition(family: str, lengths: tupl
         assert isinstance(prefix, Prefix)
         down, up = prefix.function.weights()
         scaling = float(call["scaling"])  # type: ignore[arg-type]
-        context, context_mass = plain_attention(call["q"], call["k"], call["v"], call["mask"], scaling)  # type: ignore[arg-type]
+        context, context_mass = plain_attention(
+            call["q"],  # type: ignore[arg-type]
+            call["k"],  # type: ignore[arg-type]
+            call["v"],  # type: ignore[arg-type]
+            call["mask"],  # type: ignore[arg-type]
+            scaling,
+            call.get("position_bias"),  # type: ignore[arg-type]
+        )
         delta, prefix_mass = plain_attention(call["q"], down, up.transpose(-1, -2), None, scaling)  # type: ignore[arg-type]
         gate = prefix_mass / (prefix_mass + context_mass)
         expected = (1 - gate) * context + gate * delta
