@@ -2,17 +2,20 @@
 
 Three counts, since the literature mixes them up: **trained** is what the optimiser holds, **stored** what a checkpoint
 needs once the prefix's MLP is folded away, **paper** the formula of the paper's appendix B, which leaves out biases,
-layer norms and learned scales. The task head stands beside them, in none of the three.
+layer norms and learned scales. The task head stands beside them, in none of the three. `count` has the totals of a
+model, `count_places` the same numbers for each place that is modified.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from peftbench.modification.edit import Modification
+from peftbench.modification.functional_form import Bottleneck
 from peftbench.modification.head_attention import Prefix
 from peftbench.modification.prompt import Prompt
 from peftbench.modification.reparameterization import PrefixMLP
@@ -35,6 +38,44 @@ class Counts:
         return 100 * count / self.backbone
 
 
+@dataclass(frozen=True)
+class PlaceCounts:
+    """The numbers of one modification at one place. The prefix MLP's trunk, which several places share, counts at the
+    first of them."""
+
+    name: str  # of the modification's module, from the top of the model; its last part says which modification it is
+    tensors: dict[str, tuple[int, ...]]  # names and shapes of what is stored
+    trained: int
+    stored: int
+    paper: int
+
+
+def count_places(model: PreTrainedModel) -> list[PlaceCounts]:
+    """The counts of each place of a model that `attach` has changed and nothing has folded yet.
+
+    Their sums, with what is trained of the backbone itself, are the totals of `count`.
+    """
+    places: list[PlaceCounts] = []
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, _ADDED):
+            continue
+        tensors = {key: tuple(p.shape) for key, p in module.named_parameters() if ".generator." not in key}
+        if isinstance(module, Prompt):
+            paper = module.vectors.numel()
+        else:
+            f = module.function
+            paper = _formula(f)
+            if f.generator is not None:  # what `fold` will put there
+                tensors["function.down"] = (f.groups, f.bottleneck, f.in_width)
+                tensors["function.up"] = (f.groups, f.out_width, f.bottleneck)
+        trained = {id(p): p.numel() for p in module.parameters() if id(p) not in seen}
+        seen |= trained.keys()
+        stored = sum(math.prod(shape) for shape in tensors.values())
+        places.append(PlaceCounts(name, tensors, sum(trained.values()), stored, paper))
+    return places
+
+
 def count(model: PreTrainedModel) -> Counts:
     """The counts of a model that `attach` has changed and nothing has folded yet."""
     modification = _modification_parameters(model)
@@ -46,10 +87,10 @@ def count(model: PreTrainedModel) -> Counts:
     backbone = sum(p.numel() for name, p in named.items() if id(p) not in modification and not is_head[name])
     unfrozen = sum(p.numel() for name, p in trained.items() if id(p) not in modification and not is_head[name])
     trained_total = sum(parameter.numel() for parameter in trained.values()) - head
-    formula = sum(b.bottleneck * b.groups * (b.in_width + b.out_width) for b in bottlenecks(model))
+    formula = sum(map(_formula, bottlenecks(model)))
     prompts = sum(m.vectors.numel() for m in model.modules() if isinstance(m, Prompt))
     mlp = {id(p): p.numel() for m in model.modules() if isinstance(m, PrefixMLP) for p in m.parameters()}
-    made = sum(b.bottleneck * b.groups * (b.in_width + b.out_width) for b in bottlenecks(model) if b.generator)
+    made = sum(_formula(bottleneck) for bottleneck in bottlenecks(model) if bottleneck.generator)
     return Counts(
         backbone=backbone,
         trained=trained_total,
@@ -59,7 +100,14 @@ def count(model: PreTrainedModel) -> Counts:
     )
 
 
+_ADDED = (Modification, Prefix, Prompt)  # the modules that `attach` puts at a place
+
+
+def _formula(b: Bottleneck) -> int:
+    """r (in + out) for each group: W_down and W_up, without biases."""
+    return b.bottleneck * b.groups * (b.in_width + b.out_width)
+
+
 def _modification_parameters(model: nn.Module) -> set[int]:
     """Identities of the parameters that `attach` added."""
-    added = (Modification, Prefix, Prompt)
-    return {id(p) for module in model.modules() if isinstance(module, added) for p in module.parameters()}
+    return {id(p) for module in model.modules() if isinstance(module, _ADDED) for p in module.parameters()}

@@ -155,7 +155,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family: str, preset: st
         model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     runs: list[int] = []
-    find_sites(model).layers[0].ffn.first.register_forward_hook(lambda *args: runs.append(1))
+    find_sites(model).layers[0].ffn.source.register_forward_hook(lambda *args: runs.append(1))
     checkpointed = gradients(model, family)
     assert len(runs) == 2
     assert checkpointed.keys() == plain.keys()

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from peftbench.modification.attach import attach
 from peftbench.modification.head_attention import HEADS, Prefix
 from peftbench.sites import Attention, find_sites
-from tests.families import FAMILIES, batch, build, modification, shake
+from tests.families import FAMILIES, MORE_FAMILIES, batch, build, modification, shake
 
 
 def attention_calls(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[dict[str, object]]:
@@ -52,7 +52,7 @@ def plain_attention(
     return logits.softmax(-1) @ v.double(), mass
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
 @pytest.mark.parametrize("lengths", [(9, 6), (7, 7)], ids=["padded", "unpadded"])
 def test_concatenated_prefix_is_the_gated_composition(family: str, lengths: tuple[int, ...]) -> None:
     """Equation 5 (what runs) equals equation 7, (1-λ) Attn(q, K, V) + λ Attn(q, P_k, P_v), in every attention."""
@@ -135,7 +135,7 @@ def test_sequential_head_modification_reads_the_heads() -> None:
             assert (call["out"][:, :, head] - expected).abs().max() < 1e-5  # type: ignore[index]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
 def test_each_attention_module_calls_our_function_once(family: str) -> None:
     """The contract with transformers: a version that stops calling registered functions is caught by its family."""
     model = build(family)

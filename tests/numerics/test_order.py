@@ -191,7 +191,7 @@ def changes(layer: Layer, modifications: dict[str, config.Modification]) -> Chan
         elif representation == "layer":
             owners["layer.sequential"] = layer.norm or behind_ffn
         elif representation == "ffn_weights":
-            owners |= {names[layer.ffn.first]: layer.ffn.first, names[layer.ffn.second]: layer.ffn.second}
+            owners |= {names[linear]: linear for linear in (layer.ffn.source, layer.ffn.second)}
         for place, owner in owners.items():
             found[place] = (owner.get_submodule(f"{key}.function"), m.composition_function.scale)
     return found
