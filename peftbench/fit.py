@@ -86,7 +86,9 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     trainer.scores = evaluate
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # the other kind needs inputs with gradients
+        # transformers renames it; the re-entrant kind would need inputs with gradients
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     began = time.perf_counter()
     trainer.train()
     if torch.cuda.is_available() and model.device.type == "cuda":

@@ -11,14 +11,17 @@ from pathlib import Path
 
 from peftbench.config import (
     FUNCTIONAL_FORMS,
+    AttentionKind,
     Composition,
     DType,
     HeadInput,
     Insertion,
     LayerNormPlace,
     Modification,
+    Precision,
     Representation,
     Run,
+    Stack,
     TaskKind,
     Unfreeze,
     modifications,
@@ -33,6 +36,8 @@ class Rule:
     broken: Callable[[Modification], bool]
     sentence: str  # {p} stands for the prefix of the keys: "" or "mix.NAME."
 
+
+WITHOUT_ATTENTION = (Representation.ffn, Representation.ffn_weights, Representation.layer, Representation.embedding)
 
 RULES = (
     Rule(
@@ -133,6 +138,22 @@ RULES = (
         "{p}modified_representation.attentions=[] leaves nothing to modify; choices: self, cross.",
     ),
     Rule(
+        lambda m: (
+            m.modified_representation.name in WITHOUT_ATTENTION
+            and list(m.modified_representation.attentions) != list(AttentionKind)
+        ),
+        "{p}modified_representation.attentions chooses among attentions, and {p}modified_representation={r} has none; "
+        "leave it out.",
+    ),
+    Rule(
+        lambda m: (
+            m.modified_representation.name is Representation.embedding
+            and (list(m.modified_representation.stacks) != list(Stack) or m.modified_representation.layers is not None)
+        ),
+        "{p}modified_representation=embedding stands before the first stack: leave {p}modified_representation.stacks "
+        "and layers out.",
+    ),
+    Rule(
         lambda m: m.modified_representation.layers == [],
         "{p}modified_representation.layers=[] leaves nothing to modify; give indices such as [0,1,-1], or null for "
         "all.",
@@ -162,6 +183,11 @@ def faults(run: Run) -> list[str]:
         found.append(
             f"unfreeze={run.unfreeze.name} trains the backbone's own parameters, which must then be float32; set "
             "model.dtype=float32."
+        )
+    if run.trainer.precision is Precision.fp32 and run.model.dtype is DType.bfloat16:
+        found.append(
+            "trainer.precision=fp32 with model.dtype=bfloat16: a bfloat16 backbone runs under bfloat16 autocast; set "
+            "trainer.precision=auto, or model.dtype=float32."
         )
     nothing = not run.mix and all(axis == "none" for axis in _axes(run)) and run.unfreeze is Unfreeze.none
     if nothing and run.task.kind is not TaskKind.classification:

@@ -76,8 +76,8 @@ class Edit(Modification):
 class SublayerDropout(nn.Dropout):
     """A layer's functional dropout as a module, so that Δh can be added behind it.
 
-    BART's layers call F.dropout on a sub-layer's output; the paper's code adds the FFN's Δh after that (Appendix of
-    modeling_bart.py at 3222ce2, lines 460-479). The layer's own rate is set to 0 and this module, hooked onto the
+    BART's layers call F.dropout on a sub-layer's output; the paper's code adds the FFN's Δh after that
+    (modeling_bart.py at 3222ce2, lines 460-479). The layer's own rate is set to 0 and this module, hooked onto the
     sub-layer's last Linear, draws the same random numbers in the same order.
     """
 

@@ -79,10 +79,11 @@ def load(model: nn.Module, folder: Path) -> None:
         raise UserError(
             f"{path} was trained with other settings: {len(odd)} tensors stand on one side only, such as {odd[0]}."
         )
-    for name, parameter in trained.items():
+    for name, parameter in trained.items():  # all of them before the first is changed
         if parameter.shape != saved[name].shape:
             raise UserError(
                 f"{path}: {name} has shape {tuple(saved[name].shape)}, the model wants {tuple(parameter.shape)}; "
                 "attach it with the settings that it was trained with."
             )
+    for name, parameter in trained.items():
         parameter.copy_(saved[name])

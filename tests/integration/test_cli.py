@@ -135,6 +135,9 @@ def test_one_failing_run_does_not_stop_a_sweep(
             ["composition_function=gated", "functional_form=relu", "insertion_form=sequential"],
             ["composition_function=gated with insertion_form=sequential means nothing"],
         ),
+        (["model.dtype=bfloat16", "trainer.precision=fp32"], ["runs under bfloat16 autocast"]),
+        (["method=mam", "modified_representation.attentions=[self]"], ["modified_representation=ffn has none"]),
+        (["method=prompt", "modified_representation.layers=[0]"], ["stands before the first stack"]),
         (["method=full", "functional_form=relu"], ["a modification needs all four axes"]),
         (
             ["method=lroa", "bottleneck=-3", "trainer.learning_rate=0"],
