@@ -1,6 +1,7 @@
 """The frozen backbone: a model and its tokenizer, from a local folder or the hub, for a kind of task.
 
 Everything that can be wrong with the place (no folder, no config, no network) is found before weights are read.
+For counting there is the same model on the meta device, which has shapes and no weights.
 """
 
 from __future__ import annotations
@@ -11,22 +12,25 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from peftbench.config import Model, Task, TaskKind
-from peftbench.errors import UserError
+from peftbench.errors import UserError, unknown
 from peftbench.hub import hub_missing
 from peftbench.sites import family_of
 
 T = TypeVar("T")
+NOWHERE = "model.hub_id and model.path are both null; give one, or take a preset such as model=mini."
 
 
 @dataclass(frozen=True)
@@ -46,19 +50,7 @@ def load_backbone(model: Model, task: Task) -> Backbone:
     """
     source, options = _source(model)
     config = _explained(model, lambda: AutoConfig.from_pretrained(source, **options))
-    family_of(config.model_type)
-    if task.kind is TaskKind.classification:
-        auto = AutoModelForSequenceClassification
-        config.num_labels = len(task.labels)
-        config.id2label = dict(enumerate(task.labels))
-        config.label2id = {label: code for code, label in enumerate(task.labels)}
-    elif config.is_encoder_decoder:
-        auto = AutoModelForSeq2SeqLM
-    else:
-        raise UserError(
-            f"task={task.name} writes text and model={model.name} is no encoder-decoder ({config.model_type}): take "
-            "one such as model=bart_large or model=mini."
-        )
+    auto = _auto_class(model, task, config)
     loaded, report = _explained(
         model,
         lambda: auto.from_pretrained(
@@ -76,6 +68,76 @@ def load_backbone(model: Model, task: Task) -> Backbone:
     return Backbone(loaded, tokenizer, frozenset(untrained))
 
 
+def meta_backbone(model: Model, task: Task) -> PreTrainedModel:
+    """The model for a task on the meta device: modules and shapes, tied weights once, no weights, no network.
+
+    It is built from the config.json in `model.path`, or else from `model.architecture`.
+
+    Raises:
+        UserError: neither says how the model is built, or the architecture has no family or no such head.
+    """
+    if model.path is not None:
+        source, options = _source(model)
+        config = _explained(model, lambda: AutoConfig.from_pretrained(source, **options))
+    else:
+        config = _described(model)
+    auto = _auto_class(model, task, config)
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, attn_implementation="sdpa")
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        place = "model.architecture" if model.path is None else f"model.path={model.path}"
+        raise UserError(f"{place} describes no model that can be built: {' '.join(str(error).split())}") from error
+
+
+def _described(model: Model) -> PretrainedConfig:
+    """The config that `model.architecture` spells out."""
+    values = dict(model.architecture)
+    described = values.pop("name_or_path", None)
+    if not values and model.hub_id is None:
+        raise UserError(NOWHERE)
+    if not values or (None not in (described, model.hub_id) and described != model.hub_id):
+        why = f"model.architecture is that of {described}" if values else "model.architecture is empty"
+        raise UserError(
+            f"How model.hub_id={model.hub_id} is built is not known without loading it: {why}. Give a folder with its "
+            "config.json as model.path=FOLDER, or take a preset such as model=bart_large."
+        )
+    model_type = values.pop("model_type", None)
+    if model_type is None:
+        raise UserError("model.architecture has no model_type; give the one of the model's config.json, such as bart.")
+    family_of(model_type)
+    known = AutoConfig.for_model(model_type)
+    if wrong := [key for key in values if not hasattr(known, key)]:
+        choices = {key: unknown("", key, known.to_dict()).split("; ", 1)[1] for key in wrong}
+        raise UserError(
+            *(f"model.architecture.{key} is no key of {model_type}'s config; {choices[key]}" for key in wrong)
+        )
+    try:
+        return AutoConfig.for_model(model_type, **values)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"model.architecture does not fit {model_type}: {' '.join(str(error).split())}") from error
+
+
+def _auto_class(model: Model, task: Task, config: PretrainedConfig) -> Any:
+    """Which of transformers' Auto classes has the head for the task; a classifier's `config` is told the labels.
+
+    Raises:
+        UserError: the architecture has no family, or cannot do the task.
+    """
+    family_of(config.model_type)
+    if task.kind is TaskKind.classification:
+        config.num_labels = len(task.labels)
+        config.id2label = dict(enumerate(task.labels))
+        config.label2id = {label: code for code, label in enumerate(task.labels)}
+        return AutoModelForSequenceClassification
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    raise UserError(
+        f"task={task.name} writes text and model={model.name} is no encoder-decoder ({config.model_type}): take one "
+        "such as model=bart_large or model=mini."
+    )
+
+
 def _source(model: Model) -> tuple[str, dict[str, Any]]:
     """Where to load from, and with which options of `from_pretrained`."""
     if model.path is not None:
@@ -89,7 +151,7 @@ def _source(model: Model) -> tuple[str, dict[str, Any]]:
             )
         return str(folder), {"local_files_only": True}
     if model.hub_id is None:
-        raise UserError("model.hub_id and model.path are both null; give one, or take a preset such as model=mini.")
+        raise UserError(NOWHERE)
     options: dict[str, Any] = {"revision": model.revision} if model.revision else {}
     return model.hub_id, {**options, "local_files_only": hub_missing() is not None}
 

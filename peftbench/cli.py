@@ -1,4 +1,4 @@
-"""The command line: `peftbench SUBCOMMAND ...`. Imports torch only where a subcommand trains.
+"""The command line: `peftbench SUBCOMMAND ...`. Imports torch only where a subcommand trains or counts.
 
 `train` is a Hydra application; its configs are checked before Hydra starts (compose.py), and its jobs end in records.
 Exit codes: 0 done, 1 a run failed, 2 the user's input was refused, 130 interrupted.
@@ -20,6 +20,8 @@ peftbench: which parameter-efficient fine-tuning method, where in the network, h
   peftbench train -m KEY=A,B [...]         train every combination
   peftbench results [FOLDER] [--json|--csv]
                                            the recorded runs, best first
+  peftbench params [-m] [KEY=VALUE ...] [--json]
+                                           what a run would train and store; needs no weights
   peftbench train --help                   every group and its choices
   peftbench train [KEY=VALUE ...] --cfg job
                                            show the config and stop
@@ -74,4 +76,10 @@ def _results(argv: list[str]) -> int:
     return results(argv)
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": _train, "results": _results}
+def _params(argv: list[str]) -> int:
+    from peftbench.params.command import main as params
+
+    return params(argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": _train, "results": _results, "params": _params}

@@ -117,6 +117,9 @@ class Model:
     path: str | None = None  # a folder with config.json and weights; wins over hub_id
     dtype: DType = DType.float32  # of the frozen weights; what is trained stays float32
     sizes: str = MISSING  # which column of conf/sizes.yaml the method presets take
+    # For counting without weights or network, as in config.json: model_type, the keys that differ from transformers'
+    # defaults for it, and name_or_path, the hub id that this describes. Training reads config.json itself.
+    architecture: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

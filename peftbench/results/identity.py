@@ -13,13 +13,15 @@ from omegaconf import OmegaConf
 from peftbench.config import Modification, Run
 from peftbench.errors import UserError
 
-# Keys that change no result: where the run happens, and tables that have already had their effect on other keys.
+# Keys that change no result: where the run happens, tables that have already had their effect on other keys, and what
+# only counting reads.
 IGNORED = (
     "output_dir",
     "rerun",
     "sizes",
     "size",
     "model.sizes",
+    "model.architecture",
     "task.sizes",
     "task.paper",
     "trainer.device",

@@ -59,6 +59,7 @@ def test_what_can_change_a_result_changes_the_hash(key: str, value: object) -> N
         ("sizes", {"a": 1}),
         ("size", {"mam": 2}),
         ("task__paper", {"epochs": 10}),
+        ("model__architecture", {"model_type": "bart"}),
         ("trainer__device", Device.cpu),
         ("trainer__eval_batch_size", 1),
         ("task__generation", Generation()),  # a default that is spelled out

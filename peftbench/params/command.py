@@ -1,0 +1,84 @@
+"""`peftbench params`: the counts of one run, or of a sweep, before anything is loaded. Imports torch only to count."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from peftbench.compose import compose_runs
+from peftbench.config import Run
+from peftbench.errors import UserError
+from peftbench.params.table import show_run, show_sweep, to_json
+
+if TYPE_CHECKING:
+    from peftbench.params.counts import RunCounts
+
+
+def main(argv: list[str]) -> int:
+    """Prints the counts; returns 0, or 1 where a point of a sweep does not fit its backbone.
+
+    Raises:
+        UserError: the command line is refused, or its one run does not fit its backbone.
+    """
+    args = _arguments(argv)
+    runs = compose_runs(args)
+    counted: list[RunCounts] = []
+    for run in runs:
+        try:
+            counted.append(_count(run))
+        except UserError as error:
+            if not args.multirun:
+                raise
+            for sentence in error.faults:
+                print(f"peftbench: {run.method} on {run.model.name}: {sentence}", file=sys.stderr)
+    if args.json:
+        print(to_json(counted))
+    elif args.multirun:
+        show_sweep(counted, Console())
+    else:
+        show_run(counted[0], Console())
+    return 0 if len(counted) == len(runs) else 1
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="peftbench params",
+        description="Count what a run would train and store, without loading any weights.",
+        epilog="The overrides are those of peftbench train; peftbench train --help lists them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for peftbench train")
+    parser.add_argument("-m", "--multirun", action="store_true", help="count every combination of KEY=A,B")
+    parser.add_argument("-cd", "--config-dir", help="a folder of your own with method/, model/ ... below it")
+    parser.add_argument("--json", action="store_true", help="print a JSON array with one object for each run")
+    return parser.parse_intermixed_args(argv)
+
+
+def _count(run: Run) -> RunCounts:
+    with _quick_imports():
+        from peftbench.params.counts import count_run
+    return count_run(run)
+
+
+@contextmanager
+def _quick_imports() -> Iterator[None]:
+    """Imports of torch and transformers in half of the time.
+
+    They make millions of objects that live as long as the process. The garbage collector would look through them again
+    and again while they are made, and once more at the end; here it passes them over.
+    """
+    if "torch" in sys.modules:  # the objects that are about are the caller's
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

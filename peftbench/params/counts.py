@@ -1,0 +1,129 @@
+"""The counts of one run: its backbone on the meta device, with its modifications attached, place by place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from peftbench.backbone import meta_backbone
+from peftbench.config import Modification, Representation, Run, Unfreeze, modifications
+from peftbench.modification.attach import attach
+from peftbench.modification.counting import Counts, PlaceCounts, count, count_places
+from peftbench.sites import Sites, find_sites
+
+UNFROZEN = {Unfreeze.bias: "the backbone's biases", Unfreeze.all: "the backbone"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Places of one kind, with their numbers summed up."""
+
+    label: str  # such as "encoder self heads"
+    prefix: str | None  # of the modification's keys, "" or "mix.NAME."; None: the backbone's own parameters
+    places: int
+    tensors: dict[str, tuple[int, ...]]  # names and shapes of what is stored at each place
+    trained: int
+    stored: int
+    paper: int
+
+
+@dataclass(frozen=True)
+class RunCounts:
+    """A run and its numbers. The groups' sums are the totals."""
+
+    run: Run
+    totals: Counts
+    groups: list[Group]
+
+
+class Owner(NamedTuple):
+    """Where a place lies: the stack (None: before the first layer), and the kind of attention (None: in none)."""
+
+    stack: str | None
+    kind: str | None
+
+
+def count_run(run: Run) -> RunCounts:
+    """Build and count a run without its weights.
+
+    Raises:
+        UserError: the backbone's architecture is not known, or a modification does not fit it.
+    """
+    logging.set_verbosity_error()  # hints on generation settings, which nothing here uses
+    model = meta_backbone(run.model, run.task)
+    attach(model, modifications(run), run.unfreeze)
+    totals = count(model)
+    groups = list(_groups(model, run))
+    unfrozen = totals.trained - sum(group.trained for group in groups)
+    if unfrozen:
+        groups.append(Group(UNFROZEN[run.unfreeze], None, 1, {}, unfrozen, unfrozen, unfrozen))
+    return RunCounts(run, totals, groups)
+
+
+def _groups(model: PreTrainedModel, run: Run) -> Iterator[Group]:
+    """Places of the same modification, kind and shapes, in the order of the config's modifications and then the
+    model's."""
+    sites = find_sites(model)
+    owners = _owners(sites)
+    places = count_places(model)
+    for prefix, modification in modifications(run).items():
+        name = prefix.split(".")[1] if prefix else "modification"  # what `attach` calls its modules
+        alike: dict[tuple[object, ...], list[tuple[Owner, PlaceCounts]]] = {}
+        for place in places:
+            if place.name.rpartition(".")[2] == name:
+                owner = _owner(model, place, owners)
+                # Attentions of two stacks are two groups: each has a prefix MLP of its own.
+                key = (owner if owner.kind else None, *place.tensors.items())
+                alike.setdefault(key, []).append((owner, place))
+        for members in alike.values():
+            yield _group(_label(modification, [owner for owner, _ in members], sites), prefix, [p for _, p in members])
+
+
+def _group(label: str, prefix: str, places: list[PlaceCounts]) -> Group:
+    return Group(
+        label=label,
+        prefix=prefix,
+        places=len(places),
+        tensors=places[0].tensors,
+        trained=sum(place.trained for place in places),
+        stored=sum(place.stored for place in places),
+        paper=sum(place.paper for place in places),
+    )
+
+
+def _label(modification: Modification, owners: list[Owner], sites: Sites) -> str:
+    """Where and what: `decoder cross heads`, or `ffn` where all stacks have it, else `decoder ffn`."""
+    kind = owners[0].kind
+    what = str(modification.modified_representation.name.name)
+    if modification.modified_representation.name is Representation.attention_ffn:
+        what = "attention" if kind else "ffn"
+    stacks = list(dict.fromkeys(owner.stack for owner in owners if owner.stack))
+    if kind:
+        return f"{stacks[0]} {kind} {what}"
+    return what if len(stacks) == len(sites.family.stacks) else " ".join((*stacks, what))
+
+
+def _owners(sites: Sites) -> dict[nn.Module, Owner]:
+    """Owners by module: the attentions' modules and the layers."""
+    found: dict[nn.Module, Owner] = {}
+    for layer in sites.layers:
+        found[layer.module] = Owner(layer.stack, None)
+        for attention in layer.attentions:
+            parts = (attention.module, attention.query, attention.key, attention.value, attention.output)
+            found.update(dict.fromkeys(parts, Owner(layer.stack, attention.kind)))
+    return found
+
+
+def _owner(model: nn.Module, place: PlaceCounts, owners: dict[nn.Module, Owner]) -> Owner:
+    """The attention or layer that a place lies in: the nearest module above it that is one's."""
+    path = place.name
+    while path:
+        path = path.rpartition(".")[0]
+        if (owner := owners.get(model.get_submodule(path))) is not None:
+            return owner
+    return Owner(None, None)

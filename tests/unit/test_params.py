@@ -1,0 +1,286 @@
+"""`peftbench params`: its numbers, what it prints, and that it reads no weights."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peftbench import config
+from peftbench.backbone import meta_backbone
+from peftbench.cli import main
+from peftbench.compose import compose_runs
+from peftbench.config import Run
+from peftbench.errors import UserError
+from peftbench.modification.attach import attach
+from peftbench.modification.counting import count, count_places
+from peftbench.modification.state import fold
+from peftbench.params.counts import count_run
+from tests.families import FAMILIES, MORE_FAMILIES, PRESETS, build
+
+NUMBERS = ("trained", "stored", "paper")
+
+
+def composed(*overrides: str) -> Run:
+    (run,) = compose_runs(Namespace(overrides=list(overrides), config_dir=None, multirun=False))
+    return run
+
+
+def counted(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
+    """What `peftbench params ... --json` prints."""
+    assert main(["params", *arguments, "--json"]) == 0
+    found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    return found
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
+def test_places_sum_to_the_totals(family: str, preset: str) -> None:
+    """Place by place and in total, and each place's tensors are those that folding leaves there."""
+    model = build(family)
+    try:
+        attach(model, PRESETS[preset])
+    except UserError as error:
+        pytest.skip(str(error))
+    totals, places = count(model), count_places(model)
+    for name in NUMBERS:
+        assert sum(getattr(place, name) for place in places) == getattr(totals, name)
+    fold(model)
+    for place in places:
+        left = {name: tuple(p.shape) for name, p in model.get_submodule(place.name).named_parameters()}
+        assert place.tensors == left
+        assert place.stored == sum(p.numel() for p in model.get_submodule(place.name).parameters())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "method=mam task=xsum",
+        "method=adapter task=sst2",
+        "method=bitfit task=sst2",
+        "method=mam unfreeze=bias",
+        "method=full",
+        "method=head",
+        "method=prompt",
+        "method=lora_ffn modified_representation.stacks=[decoder]",
+    ],
+)
+def test_groups_sum_to_the_totals(overrides: str) -> None:
+    """The rows that are printed, with the backbone's own parameters where those are trained."""
+    found = count_run(composed(*overrides.split()))
+    for name in NUMBERS:
+        assert sum(getattr(group, name) for group in found.groups) == getattr(found.totals, name)
+
+
+PUBLISHED = [  # preset, task: the backbone's parameters without its task head
+    ("bart_large", "xsum", 406_291_456),
+    ("mbart_large", "xsum", 610_851_840),
+    ("roberta_base", "sst2", 124_055_040),  # transformers' RobertaModel has a pooler of 590,592 more
+    ("bert_base", "sst2", 109_482_240),
+]
+
+
+@pytest.mark.parametrize(("model", "task", "parameters"), PUBLISHED)
+def test_a_presets_architecture_is_the_published_model(model: str, task: str, parameters: int) -> None:
+    run = composed(f"model={model}", f"task={task}", "method=full")
+    assert count_run(run).totals.backbone == parameters
+    assert run.model.architecture["name_or_path"] == run.model.hub_id
+
+
+def test_bart_large_by_hand() -> None:
+    """Embeddings once: the output embedding is tied to them. d = 1024, ffn 4096, positions 1024 + 2."""
+    d, ffn = 1024, 4096
+    norm, attention, feed_forward = 2 * d, 4 * (d * d + d), 2 * d * ffn + ffn + d
+    encoder = 12 * (attention + feed_forward + 2 * norm)
+    decoder = 12 * (2 * attention + feed_forward + 3 * norm)
+    positions_and_norms = 2 * (1026 * d + norm)
+    assert 50265 * d + encoder + decoder + positions_and_norms == 406_291_456
+    assert (
+        250027 * d + encoder + decoder + positions_and_norms + 2 * norm == 610_851_840
+    )  # mBART ends its stacks in norms
+
+
+@pytest.mark.parametrize("method", ["mam", "full", "prefix"])
+def test_nothing_has_memory(method: str) -> None:
+    """Every parameter is on the meta device, those that attach adds too; for a folder as for a preset."""
+    for overrides in (("task=xsum",), ("task=docsum",), ("task=sst2", "model=bert_base")):
+        run = composed(*overrides, f"method={method}")
+        model = meta_backbone(run.model, run.task)
+        attach(model, config.modifications(run), run.unfreeze)
+        assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_folder_needs_its_config_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same numbers as with the weights loaded."""
+    model = build("bert")
+    model.config.save_pretrained(tmp_path)
+    (found,) = counted(capsys, "method=lora", "task=mnli", f"model.path={tmp_path}", "bottleneck=8")
+    attach(model, config.modifications(composed("method=lora", "task=mnli", "bottleneck=8")))
+    totals = count(model)
+    assert [found[name] for name in ("backbone", "trained", "stored", "paper", "head")] == [
+        totals.backbone,
+        totals.trained,
+        totals.stored,
+        totals.paper,
+        totals.head,
+    ]
+    assert found["model"] == tmp_path.name
+
+
+KNOWN = [  # overrides: trained, stored, paper, head
+    ("method=mam task=xsum", 25_202_688 + 61_608_288, 27_414_528, 27_377_664, 0),
+    ("method=prefix task=xsum", 62_130_528, 14_745_600, 14_745_600, 0),
+    ("method=pfeiffer task=xsum", 29_530_176, 29_530_176, 29_491_200, 0),
+    ("method=lora task=xsum bottleneck=16", 2_359_296, 2_359_296, 2_359_296, 0),
+    ("method=prompt task=xsum", 204_800, 204_800, 204_800, 0),
+    ("method=mam task=sst2", 15_391_520 + 304_320, 599_232, 589_824, 592_130),
+    ("method=lora task=mnli", 589_824, 589_824, 589_824, 592_899),
+    ("method=bitfit task=sst2", 102_144, 102_144, 102_144, 592_130),
+]
+
+
+@pytest.mark.parametrize(("overrides", "trained", "stored", "paper", "head"), KNOWN)
+def test_known_counts(
+    overrides: str, trained: int, stored: int, paper: int, head: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (found,) = counted(capsys, *overrides.split())
+    assert [found[name] for name in (*NUMBERS, "head")] == [trained, stored, paper, head]
+    for name in (*NUMBERS, "head"):
+        assert found["percent"][name] == pytest.approx(100 * found[name] / found["backbone"])
+
+
+def test_the_table_of_one_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["params", "method=mam", "task=xsum"]) == 0
+    printed = capsys.readouterr().out
+    lines = [" ".join(line.split()) for line in printed.splitlines()]
+    assert max(map(len, printed.splitlines())) <= 80
+    for line in (
+        "mam on bart_large of 406,291,456 parameters without task head",
+        "relu · ffn · parallel · scaled 4, bottleneck 512",
+        "ffn ×24 down 512×1024 + 512 25,202,688 25,202,688 25,165,824",
+        "encoder self heads ×12 down 16×30×64 20,536,096 737,280 737,280",
+        "decoder self heads ×12 down 16×30×64 20,536,096 737,280 737,280",
+        "decoder cross heads ×12 down 16×30×64 20,536,096 737,280 737,280",
+        "total 86,810,976 27,414,528 27,377,664",
+        "% of backbone 21.37 6.75 6.74",
+    ):
+        assert line in lines
+    assert "task head" not in "".join(lines[1:])
+
+
+def test_the_head_stands_beside_the_totals(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["params", "method=bitfit", "task=sst2"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "the backbone's biases 102,144 102,144 102,144" in lines
+    assert "task head, besides 592,130 592,130" in lines
+
+
+def labels(*overrides: str) -> list[tuple[str, int]]:
+    return [(group.label, group.places) for group in count_run(composed(*overrides)).groups]
+
+
+def test_places_are_grouped_by_kind() -> None:
+    assert labels("method=adapter", "task=sst2") == [("encoder self attention", 12), ("ffn", 12)]
+    assert labels("method=lora", "task=xsum", "modified_representation.layers=[-1]") == [
+        ("encoder self query_value", 2),
+        ("decoder self query_value", 2),
+        ("decoder cross query_value", 2),
+    ]
+    ffn = "decoder ffn_weights"  # the two weights have shapes of their own
+    assert labels("method=lora_ffn", "modified_representation.stacks=[decoder]") == [(ffn, 2), (ffn, 2)]
+    assert labels("method=prompt") == [("embedding", 1)]
+    assert labels("method=head") == []
+
+
+def test_a_sweep_is_one_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = ["-m", "method=adapter", "modified_representation=attention,ffn", "bottleneck=8,32", "task=xsum"]
+    found = counted(capsys, *sweep)
+    assert [(run["axes"][0]["modified_representation"], run["axes"][0]["bottleneck"]) for run in found] == [
+        ("attention", 8),
+        ("attention", 32),
+        ("ffn", 8),
+        ("ffn", 32),
+    ]
+    monkeypatch.setenv("COLUMNS", "140")
+    assert main(["params", *sweep]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("trained") == 1
+    for run in found:
+        assert f"{run['stored']:,}" in printed and f"{run['percent']['stored']:.2f}" in printed
+
+
+def test_a_sweep_in_a_narrow_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns go, the stored count and its share stay."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["params", "-m", "method=full,mam,mh_parallel_adapter", "task=sst2,mnli"]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "599,232" in printed and "0.48" in printed and "mnli" in printed
+
+
+def test_a_point_of_a_sweep_that_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    """The others are counted, the exit code is 1."""
+    assert main(["params", "-m", "method=lora", "modified_representation.layers=[99],[0]"]) == 1
+    captured = capsys.readouterr()
+    assert "lora on mini: modified_representation.layers: 99 is outside" in captured.err
+    assert captured.out.count("identity") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["method=lroa"], "method=lroa is unknown; did you mean lora?"),
+        (["bottleneck=8,16"], "add -m to run each of them"),
+        (["modified_representation.layers=[99]"], "modified_representation.layers: 99 is outside"),
+        (
+            ["model.path=null", "model.hub_id=some/model"],
+            "How model.hub_id=some/model is built is not known without loading it: model.architecture is empty.",
+        ),
+        (["model.path=null"], "model.hub_id and model.path are both null"),
+        (
+            ["model=bart_large", "model.hub_id=facebook/bart-base"],
+            "model.architecture is that of facebook/bart-large. Give a folder with its config.json",
+        ),
+        (["model=bert_base", "task=xsum"], "task=xsum writes text and model=bert_base is no encoder-decoder (bert)"),
+        (["model=bert_base", "model.architecture.model_type=xlnet"], "The backbone's model_type is xlnet"),
+        (["model=bert_base", "+model.architecture.vocab=9"], "model.architecture.vocab is no key of bert's config"),
+        (["model=bert_base", "+model.architecture.hidden_size=wide"], "model.architecture does not fit bert"),
+        (["model=bart_large", "+model.architecture.d_model=1000"], "describes no model that can be built"),
+        (["model=bert_base", "model.architecture.model_type=null"], "model.architecture has no model_type"),
+    ],
+)
+def test_what_is_refused(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["params", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert sentence in captured.err and not captured.out
+
+
+def test_a_folder_without_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["params", f"model.path={tmp_path}"]) == 2
+    assert "has no config.json" in capsys.readouterr().err
+
+
+def test_options_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    assert counted(capsys, "method=lora,head", "-m", "seed=1")[1]["method"] == "head"
+
+
+def test_refusing_imports_no_torch() -> None:
+    code = (
+        "import sys; from peftbench.cli import main; code = main(['params', 'method=lroa']); "
+        "sys.exit('torch' in sys.modules or code != 2)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_counting_touches_no_random_numbers() -> None:
+    """A meta model draws none, so that counting before a run changes nothing in it."""
+    state = torch.get_rng_state()
+    count_run(composed("method=mam"))
+    assert torch.equal(state, torch.get_rng_state())
