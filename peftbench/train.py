@@ -75,6 +75,8 @@ def train(cfg: DictConfig) -> float:
             data = prepare(run.task, backbone.tokenizer, backbone.model)
             _record_data(record, run, data)
         backbone.model.to(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # a sweep's earlier runs had their own
 
         with _timed(record, "train_s"):
             _record_fit(record, _fit(run, backbone, data, record, display, f"train {run.method}"))
@@ -83,10 +85,11 @@ def train(cfg: DictConfig) -> float:
 
         with _timed(record, "evaluate_s"):
             _evaluate(run, backbone.model, data, record, display)
-            if "head" in run.task.baselines and not _is_head_alone(run):
-                record.baselines["head"] = _head_alone(run, data, record, display)
         if device.type == "cuda":
             record.peak_memory_bytes = torch.cuda.max_memory_allocated()
+        if "head" in run.task.baselines and not _is_head_alone(run):
+            with _timed(record, "baseline_s"):
+                record.baselines["head"] = _head_alone(run, data, record, display)
     return _show(record, console)
 
 
