@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from transformers import (
     BartConfig,
@@ -27,8 +29,11 @@ from transformers import (
     T5ForConditionalGeneration,
     T5ForSequenceClassification,
 )
+from transformers.models.t5.modeling_t5 import T5Attention
 
 from peftbench import config
+
+T5_HAS_INTERFACE = "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(T5Attention)  # since some version after 5.10
 
 VOCABULARY = 99
 _ENCODER_DECODER = {
@@ -153,6 +158,8 @@ WRITING = (*GENERATING, "t5", "t5_gated")  # whose labels are texts
 def build(family: str, seed: int = 0, **more: Any) -> PreTrainedModel:
     """A tiny model with the same weights for the same seed, in eval mode."""
     torch.manual_seed(seed)
+    if family.startswith("t5") and not T5_HAS_INTERFACE:
+        pytest.skip("this transformers' T5 does not call registered attention functions; peftbench refuses its heads")
     model = {**FAMILIES, **MORE_FAMILIES}[family](**more)
     model.set_attn_implementation("sdpa")
     return model.eval()

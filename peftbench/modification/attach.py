@@ -7,9 +7,11 @@ subclassed or replaced.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -118,6 +120,7 @@ def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: config.Modificatio
     insertion = m.insertion_form.name.name
     hidden = insertion == "parallel" and m.modified_representation.head_input is config.HeadInput.hidden
     is_prefix = m.functional_form.name == "softmax" and m.composition_function.name is config.Composition.gated
+    _require_attention_interface(sites, f"{prefix}modified_representation=heads")
     trunks: dict[tuple[str, str], PrefixTrunk] = {}
     for layer, attentions in _chosen(sites, m, prefix):
         for attention in attentions:
@@ -148,6 +151,16 @@ def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: config.Modificatio
     model.set_attn_implementation(ATTENTION_NAME)
 
 
+def _require_attention_interface(sites: Sites, key: str) -> None:
+    """Refuse a transformers whose attention classes do not ask for registered functions: ours would never be called."""
+    attention = type(sites.layers[0].attentions[0].module)
+    if "ALL_ATTENTION_FUNCTIONS" not in inspect.getsource(attention):
+        raise UserError(
+            f"{key}: transformers {transformers.__version__} does not let its {attention.__name__} be modified; "
+            "upgrade transformers, or choose another representation."
+        )
+
+
 def _add_to_heads(attention: Attention, name: str, modification: nn.Module) -> None:
     if not hasattr(attention.module, HEADS):
         attention.module.add_module(HEADS, nn.ModuleDict())
@@ -156,6 +169,7 @@ def _add_to_heads(attention: Attention, name: str, modification: nn.Module) -> N
 
 def _attach_prompt(model: PreTrainedModel, sites: Sites, m: config.Modification, name: str) -> None:
     """Vectors before the input of the first stack; every attention that sees them gets its mask widened."""
+    _require_attention_interface(sites, "modified_representation=embedding")
     if not sites.embedding:
         raise UserError(
             f"modified_representation=embedding: prompts are not supported for {model.config.model_type}, whose labels "

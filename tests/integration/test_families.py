@@ -72,6 +72,13 @@ def test_grouped_query_attention_has_a_prefix_for_each_key_and_value_head() -> N
     assert shapes == {(2, 5, 4), (2, 4, 5)}  # 2 key and value heads of width 4 for 4 query heads
 
 
+def test_an_attention_that_calls_no_registered_function_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As T5's in transformers 5.10: a prefix there would train nothing and change nothing."""
+    monkeypatch.setattr("inspect.getsource", lambda cls: "class OldAttention: ...")
+    with pytest.raises(UserError, match="does not let its LlamaAttention be modified"):
+        attach(build("llama"), PRESETS["prefix"])
+
+
 def test_prompts_are_refused_where_labels_count_the_input() -> None:
     with pytest.raises(UserError, match="prompts are not supported for llama"):
         attach(build("llama"), PRESETS["prompt"])
