@@ -37,6 +37,7 @@ class Rule:
     sentence: str  # {p} stands for the prefix of the keys: "" or "mix.NAME."
 
 
+# Representations among which `attentions` has nothing to choose.
 WITHOUT_ATTENTION = (Representation.ffn, Representation.ffn_weights, Representation.layer, Representation.embedding)
 
 RULES = (

@@ -26,6 +26,7 @@ from peftbench.modification.prompt import PROMPT, Prompt, PromptMask
 from peftbench.modification.reparameterization import PrefixMLP, PrefixTrunk
 from peftbench.modification.representation import REPRESENTATIONS
 from peftbench.sites import Attention, Layer, Sites, find_sites
+from peftbench.validity import WITHOUT_ATTENTION
 
 
 def attach(
@@ -238,7 +239,12 @@ def _chosen(sites: Sites, m: config.Modification, prefix: str) -> Iterator[tuple
     if not stacks & {layer.stack for layer in sites.layers}:
         there = ", ".join(sites.family.stacks)
         raise UserError(f"{key}.stacks=[{', '.join(sorted(stacks))}] names no stack of the backbone; it has: {there}.")
-    found = False
+    there_are = {a.kind for layer in sites.layers if layer.stack in stacks for a in layer.attentions}
+    if r.name not in WITHOUT_ATTENTION and not kinds & there_are:
+        raise UserError(
+            f"{key}.attentions=[{', '.join(sorted(kinds))}] names no attention in the {', '.join(sorted(stacks))} of "
+            f"this backbone; it has: {', '.join(sorted({a.kind for layer in sites.layers for a in layer.attentions}))}."
+        )
     for layer in sites.layers:
         if layer.stack not in stacks:
             continue
@@ -250,12 +256,4 @@ def _chosen(sites: Sites, m: config.Modification, prefix: str) -> Iterator[tuple
                 )
             if layer.index not in {index % layer.depth for index in r.layers}:
                 continue
-        attentions = [attention for attention in layer.attentions if attention.kind in kinds]
-        if attentions or r.name in (config.Representation.ffn, config.Representation.ffn_weights):
-            found = True
-        yield layer, attentions
-    if not found and r.name is not config.Representation.layer:
-        raise UserError(
-            f"{key}.attentions=[{', '.join(sorted(kinds))}] names no attention in the {', '.join(sorted(stacks))} of "
-            f"this backbone; it has: {', '.join(sorted({a.kind for layer in sites.layers for a in layer.attentions}))}."
-        )
+        yield layer, [attention for attention in layer.attentions if attention.kind in kinds]

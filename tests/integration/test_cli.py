@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,7 +43,7 @@ def smoke(tmp_path: Path, sentiment: Path) -> list[str]:
     ]
 
 
-def records(folder: Path) -> list[dict[str, object]]:
+def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(file.read_text()) for file in sorted(folder.rglob("record.json"))]
 
 
@@ -66,10 +67,10 @@ def test_one_run_leaves_a_whole_record(smoke: list[str], tmp_path: Path, capsys:
     (record,) = records(tmp_path / "outputs")
     folder = next((tmp_path / "outputs").rglob("record.json")).parent
     assert record["status"] == "done" and record["method"] == "mam"
-    assert [axes["prefix"] for axes in record["axes"]] == ["", "mix.attention."]  # type: ignore[attr-defined]
+    assert [axes["prefix"] for axes in record["axes"]] == ["", "mix.attention."]
     counts = record["counts"]
-    assert counts["stored"] < counts["trained"]  # type: ignore[index]
-    assert record["scores"]["report"]["examples"] == 16  # type: ignore[index]
+    assert counts["stored"] < counts["trained"]
+    assert record["scores"]["report"]["examples"] == 16
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     assert files == [
         "adapter/adapter.safetensors",
@@ -101,7 +102,7 @@ def test_a_sweep_runs_every_combination(smoke: list[str], tmp_path: Path, capsys
     sweep = ["method=adapter", "insertion_form=sequential,parallel", "modified_representation=attention,ffn"]
     assert main(["train", "-m", *smoke, *sweep]) == 0
     found = records(tmp_path / "outputs")
-    points = {(r["axes"][0]["insertion_form"], r["axes"][0]["modified_representation"]) for r in found}  # type: ignore[index]
+    points = {(r["axes"][0]["insertion_form"], r["axes"][0]["modified_representation"]) for r in found}
     assert len(found) == len(points) == 4 and all(record["status"] == "done" for record in found)
     assert "4 of 4 runs are done." in capsys.readouterr().out
 
@@ -228,7 +229,7 @@ def test_a_users_own_folder_adds_methods(smoke: list[str], tmp_path: Path) -> No
     preset.write_text("# @package _global_\ndefaults:\n  - lora\nmethod: tiny_lora\nbottleneck: 1\n")
     assert main(["train", *smoke, "method=tiny_lora", "--config-dir", str(tmp_path / "own")]) == 0
     (record,) = records(tmp_path / "outputs")
-    assert record["method"] == "tiny_lora" and record["axes"][0]["bottleneck"] == 1  # type: ignore[index]
+    assert record["method"] == "tiny_lora" and record["axes"][0]["bottleneck"] == 1
 
 
 @pytest.mark.parametrize("arguments", [["--cfg", "job"], ["--info", "defaults-tree"], ["--help"]])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,14 +16,16 @@ from peftbench.sites import Attention, find_sites
 from tests.families import FAMILIES, MORE_FAMILIES, batch, build, modification, shake
 
 
-def attention_calls(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[dict[str, object]]:
+def attention_calls(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[dict[str, Any]]:
     """Every call of the registered attention function in one forward pass, with its inputs and its output."""
     import peftbench.modification.head_attention as module
 
-    calls: list[dict[str, object]] = []
+    calls: list[dict[str, Any]] = []
     original = module.modified_attention
 
-    def spy(attention: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: object):
+    def spy(
+        attention: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
         out = original(attention, q, k, v, mask, **kwargs)
         calls.append({"module": attention, "q": q, "k": k, "v": v, "mask": mask, "out": out[0], **kwargs})
         return out
@@ -65,19 +69,19 @@ def test_concatenated_prefix_is_the_gated_composition(family: str, lengths: tupl
         prefix = getattr(call["module"], HEADS)["modification"]
         assert isinstance(prefix, Prefix)
         down, up = prefix.function.weights()
-        scaling = float(call["scaling"])  # type: ignore[arg-type]
+        scaling = float(call["scaling"])
         context, context_mass = plain_attention(
-            call["q"],  # type: ignore[arg-type]
-            call["k"],  # type: ignore[arg-type]
-            call["v"],  # type: ignore[arg-type]
-            call["mask"],  # type: ignore[arg-type]
+            call["q"],
+            call["k"],
+            call["v"],
+            call["mask"],
             scaling,
-            call.get("position_bias"),  # type: ignore[arg-type]
+            call.get("position_bias"),
         )
-        delta, prefix_mass = plain_attention(call["q"], down, up.transpose(-1, -2), None, scaling)  # type: ignore[arg-type]
+        delta, prefix_mass = plain_attention(call["q"], down, up.transpose(-1, -2), None, scaling)
         gate = prefix_mass / (prefix_mass + context_mass)
         expected = (1 - gate) * context + gate * delta
-        difference = (call["out"].transpose(1, 2).double() - expected).abs().max()  # type: ignore[attr-defined]
+        difference = (call["out"].transpose(1, 2).double() - expected).abs().max()
         assert difference < 1e-5
         assert 0.01 < gate.mean() < 0.99  # both parts matter
 
@@ -91,14 +95,14 @@ def test_added_head_modification(family: str, form: str) -> None:
     shake(model, 1.0)
     for call in attention_calls(model, batch(family)):
         function = getattr(call["module"], HEADS)["modification"].function
-        scaling = float(call["scaling"])  # type: ignore[arg-type]
-        context, _ = plain_attention(call["q"], call["k"], call["v"], call["mask"], scaling)  # type: ignore[arg-type]
+        scaling = float(call["scaling"])
+        context, _ = plain_attention(call["q"], call["k"], call["v"], call["mask"], scaling)
         delta = torch.zeros_like(context)
         for head in range(delta.shape[1]):
-            z = call["q"][:, head].double() * scaling @ function.down[head].double().T  # type: ignore[index]
+            z = call["q"][:, head].double() * scaling @ function.down[head].double().T
             z = {"softmax": z.softmax(-1), "relu": z.relu(), "identity": z}[form]
             delta[:, head] = z @ function.up[head].double().T
-        difference = (call["out"].transpose(1, 2).double() - context - delta).abs().max()  # type: ignore[attr-defined]
+        difference = (call["out"].transpose(1, 2).double() - context - delta).abs().max()
         assert difference < 1e-5
         assert delta.abs().max() > 0.1
 
@@ -115,10 +119,10 @@ def test_head_modification_of_table_1_reads_the_attention_input() -> None:
     handle.remove()
     function = getattr(attention.module, HEADS)["modification"].function
     assert function.down.shape == (4, 4, 16) and function.up.shape == (4, 4, 4)
-    context, _ = plain_attention(call["q"], call["k"], call["v"], call["mask"], float(call["scaling"]))  # type: ignore[arg-type]
+    context, _ = plain_attention(call["q"], call["k"], call["v"], call["mask"], float(call["scaling"]))
     for head in range(4):
         delta = F.relu(seen[0] @ function.down[head].T) @ function.up[head].T
-        out = call["out"][:, :, head]  # type: ignore[index]
+        out = call["out"][:, :, head]
         assert (out - context[:, head] - delta).abs().max() < 1e-5
 
 
@@ -129,10 +133,10 @@ def test_sequential_head_modification_reads_the_heads() -> None:
     shake(model, 1.0)
     for call in attention_calls(model, batch("bart")):
         function = getattr(call["module"], HEADS)["modification"].function
-        h, _ = plain_attention(call["q"], call["k"], call["v"], call["mask"], float(call["scaling"]))  # type: ignore[arg-type]
+        h, _ = plain_attention(call["q"], call["k"], call["v"], call["mask"], float(call["scaling"]))
         for head in range(4):
             expected = h[:, head] + F.relu(h[:, head] @ function.down[head].double().T) @ function.up[head].double().T
-            assert (call["out"][:, :, head] - expected).abs().max() < 1e-5  # type: ignore[index]
+            assert (call["out"][:, :, head] - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
