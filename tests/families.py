@@ -256,4 +256,4 @@ def shake(model: torch.nn.Module, scale: float = 0.3, seed: int = 2) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter.device))

@@ -16,7 +16,7 @@ from peftbench.sites import Attention, find_sites
 from tests.families import FAMILIES, MORE_FAMILIES, batch, build, modification, shake
 
 
-def attention_calls(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[dict[str, Any]]:
+def attention_calls(model: PreTrainedModel, inputs: dict[str, Tensor], *, bf16: bool = False) -> list[dict[str, Any]]:
     """Every call of the registered attention function in one forward pass, with its inputs and its output."""
     import peftbench.modification.head_attention as module
 
@@ -32,7 +32,7 @@ def attention_calls(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[d
 
     module.AttentionInterface.register(module.ATTENTION_NAME, spy)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             model(**inputs)
     finally:
         module.AttentionInterface.register(module.ATTENTION_NAME, original)
@@ -56,19 +56,28 @@ def plain_attention(
     return logits.softmax(-1) @ v.double(), mass
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
 @pytest.mark.parametrize("lengths", [(9, 6), (7, 7)], ids=["padded", "unpadded"])
-def test_concatenated_prefix_is_the_gated_composition(family: str, lengths: tuple[int, ...]) -> None:
-    """Equation 5 (what runs) equals equation 7, (1-λ) Attn(q, K, V) + λ Attn(q, P_k, P_v), in every attention."""
-    model = build(family)
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_concatenated_prefix_is_the_gated_composition(
+    device: str, family: str, lengths: tuple[int, ...], bf16: bool
+) -> None:
+    """Equation 5 (what runs) equals equation 7, (1-λ) Attn(q, K, V) + λ Attn(q, P_k, P_v), in every attention.
+
+    In bf16 from the same rounded inputs. Its 8 bits round the attention weights, which sum to 1, and the output: twice
+    2^-8 of the largest value.
+    """
+    model = build(family).to(device)
     attach(model, {"": modification("softmax", "heads", "parallel", "gated", 4, init="bert")})
     shake(model, 1.0)
-    calls = attention_calls(model, batch(family, lengths))
+    inputs = {name: tensor.to(device) for name, tensor in batch(family, lengths).items()}
+    calls = attention_calls(model, inputs, bf16=bf16)
     assert len(calls) == sum(len(layer.attentions) for layer in find_sites(model).layers)
     for call in calls:
         prefix = getattr(call["module"], HEADS)["modification"]
         assert isinstance(prefix, Prefix)
-        down, up = prefix.function.weights()
+        down, up = (weight.detach().to(call["v"].dtype) for weight in prefix.function.weights())
         scaling = float(call["scaling"])
         context, context_mass = plain_attention(
             call["q"],
@@ -82,7 +91,9 @@ def test_concatenated_prefix_is_the_gated_composition(family: str, lengths: tupl
         gate = prefix_mass / (prefix_mass + context_mass)
         expected = (1 - gate) * context + gate * delta
         difference = (call["out"].transpose(1, 2).double() - expected).abs().max()
-        assert difference < 1e-5
+        largest = max(float(call["v"].abs().max()), float(up.abs().max()))
+        assert difference < (2 * 2**-8 * largest if bf16 else 1e-5)
+        assert (call["out"].dtype is torch.bfloat16) is bf16
         assert 0.01 < gate.mean() < 0.99  # both parts matter
 
 
