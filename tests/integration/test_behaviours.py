@@ -7,9 +7,8 @@ options of a modification, all valid points of the four axes, and the presets in
 from __future__ import annotations
 
 import copy
-import itertools
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,10 +26,8 @@ from peftbench.modification.attach import attach
 from peftbench.modification.edit import Edit
 from peftbench.modification.head_attention import HeadModification
 from peftbench.modification.prompt import Prompt
-from peftbench.modification.representation import REPRESENTATIONS
 from peftbench.sites import find_sites
-from peftbench.validity import RULES
-from tests.families import FAMILIES, GENERATING, PRESETS, batch, build, dropout, modification, shake
+from tests.families import FAMILIES, GENERATING, PRESETS, batch, build, dropout, modification, points, shake
 
 Modifications = dict[str, config.Modification]
 TABLE = [pytest.param(family, preset, id=f"{family}-{preset}") for family in FAMILIES for preset in PRESETS]
@@ -390,20 +387,6 @@ def test_bf16_agrees_with_fp32(family: str, preset: str, backbone: torch.dtype) 
 
 
 # ---- points on the four axes and their options ----
-
-
-def valid(m: config.Modification) -> bool:
-    return not any(rule.broken(m) for rule in RULES)
-
-
-def points(*forms: str, **options: object) -> Iterator[tuple[str, config.Modification]]:
-    """Every combination of the axes that validity.py lets through, under a name for it."""
-    representations = (*REPRESENTATIONS, "heads", "embedding")
-    insertions, compositions = ("parallel", "sequential"), ("add", "scaled", "gated")
-    for axes in itertools.product(forms, representations, insertions, compositions):
-        m = modification(*axes, scale=2.0, **options)  # type: ignore[arg-type]
-        if valid(m):
-            yield "-".join(axes), m
 
 
 POINTS = dict(points("identity", "relu", "softmax", init="bert"))
