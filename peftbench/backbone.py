@@ -64,8 +64,22 @@ def load_backbone(model: Model, task: Task) -> Backbone:
         ),
     )
     tokenizer = _explained(model, lambda: AutoTokenizer.from_pretrained(source, **options))
+    _can_pad(loaded, tokenizer, task)
     untrained = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
     return Backbone(loaded, tokenizer, frozenset(untrained))
+
+
+def _can_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
+    """Let texts of unequal length be one batch: GPT-2 and Llama have no pad token, and a mask hides what stands for it.
+
+    A classifier on a decoder alone reads the last token that is not padding, and its tokens count positions from 0 on.
+    """
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if task.kind is TaskKind.classification:
+        tokenizer.padding_side = "right"
 
 
 def meta_backbone(model: Model, task: Task) -> PreTrainedModel:
