@@ -213,10 +213,18 @@ def build(family: str, seed: int = 0, **more: Any) -> PreTrainedModel:
 
 
 def dropout(family: str, hidden: float = 0.0, attention: float = 0.0, activation: float = 0.0) -> dict[str, float]:
-    """The config's dropout rates, for `build`; none at all unless given."""
-    if FAMILIES[family] in (roberta, bert):
+    """The config's dropout rates, for `build`; none at all unless given. Some families have fewer than three: T5 has
+    one, Llama and its kin have the attention's only."""
+    if family in ("roberta", "bert", "electra"):
         return {"hidden_dropout_prob": hidden, "attention_probs_dropout_prob": attention}
-    return {"dropout": hidden, "attention_dropout": attention, "activation_dropout": activation}
+    if family in ("gpt2", "gpt2_classifier"):
+        return {"resid_pdrop": hidden, "embd_pdrop": hidden, "attn_pdrop": attention}
+    if family.startswith("t5"):
+        return {"dropout_rate": hidden}
+    if family in DECODERS:
+        return {"attention_dropout": attention}
+    rates = {"dropout": hidden, "attention_dropout": attention}
+    return rates if family == "distilbert" else {**rates, "activation_dropout": activation}
 
 
 def batch(family: str, lengths: tuple[int, ...] = (9, 6), seed: int = 1) -> dict[str, torch.Tensor]:
