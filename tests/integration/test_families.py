@@ -96,7 +96,7 @@ def test_generation_with_cache_equals_without(family: str, preset: str, beams: i
     assert torch.equal(generated(model, given, beams), generated(model, given, beams, cached=False))
 
 
-@pytest.mark.parametrize(("family", "preset"), GENERATIONS)
+@pytest.mark.parametrize(("family", "preset"), [*GENERATIONS, ("bart", "mam"), ("mbart", "mam")])
 @pytest.mark.parametrize("beams", [1, 4], ids=["greedy", "beams"])
 def test_a_row_generates_the_same_alone_and_padded(family: str, preset: str, beams: int) -> None:
     """Unpadded, transformers leaves causality to the kernel wherever it may."""
