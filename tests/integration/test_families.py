@@ -71,14 +71,21 @@ def test_padding_changes_nothing(family: str, preset: str) -> None:
     assert (padded - single).abs().max() < 1e-4 * max(1.0, float(single.abs().max()))
 
 
-def generated(model: PreTrainedModel, given: dict[str, Tensor], beams: int, cached: bool = True) -> Tensor:
-    """Six new tokens for each row, without the text that a decoder alone repeats."""
+def generated(model: PreTrainedModel, given: dict[str, Tensor], beams: int, cached: bool = True) -> list[Tensor]:
+    """For each row six new tokens, without the text that a decoder alone repeats, and the scores at each step of all
+    its beams, (6, beams, vocabulary)."""
     options = GenerationConfig(
         num_beams=beams, min_new_tokens=6, max_new_tokens=6, do_sample=False, use_cache=cached, pad_token_id=1
     )
     options.eos_token_id, options.decoder_start_token_id = 2, 2
-    found: Tensor = model.generate(**given, generation_config=options)
-    return found[:, -6:]
+    options.return_dict_in_generate = options.output_scores = True
+    found = model.generate(**given, generation_config=options)
+    scores = torch.stack(found.scores).unflatten(1, (-1, beams))
+    return [found.sequences[:, -6:], *scores.unbind(1)]
+
+
+def same(found: Tensor, expected: Tensor) -> bool:
+    return bool(torch.allclose(found.float(), expected.float(), rtol=0, atol=1e-4))
 
 
 WRITERS = ("t5", "t5_gated", *CONTINUING)
@@ -93,20 +100,28 @@ def test_generation_with_cache_equals_without(family: str, preset: str, beams: i
     model = attached(family, PRESETS[preset])
     fold(model)
     given = inputs(family)
-    assert torch.equal(generated(model, given, beams), generated(model, given, beams, cached=False))
+    tokens, *scores = generated(model, given, beams)
+    expected, *recomputed = generated(model, given, beams, cached=False)
+    assert torch.equal(tokens, expected)
+    assert all(map(same, scores, recomputed))
 
 
 @pytest.mark.parametrize(("family", "preset"), [*GENERATIONS, ("bart", "mam"), ("mbart", "mam")])
 @pytest.mark.parametrize("beams", [1, 4], ids=["greedy", "beams"])
 def test_a_row_generates_the_same_alone_and_padded(family: str, preset: str, beams: int) -> None:
-    """Unpadded, transformers leaves causality to the kernel wherever it may."""
+    """Unpadded, transformers leaves causality to the kernel wherever it may. Padding would matter without its mask."""
     model = attached(family, PRESETS[preset])
-    together = generated(model, inputs(family, (9, 6)), beams)
+    both = inputs(family, (9, 6))
+    tokens, _, scores = generated(model, both, beams)
     pad = slice(3, None) if family in CONTINUING else slice(6)
-    row = {name: tensor[1:, pad] for name, tensor in inputs(family, (9, 6)).items()}
+    row = {name: tensor[1:, pad] for name, tensor in both.items()}
     assert row["attention_mask"].all()
-    assert torch.equal(generated(model, row, beams)[0], together[1])
-    assert torch.equal(generated(model, {"input_ids": row["input_ids"]}, beams)[0], together[1])
+    for alone in (row, {"input_ids": row["input_ids"]}):
+        expected, by_itself = generated(model, alone, beams)
+        assert torch.equal(tokens[1:], expected)
+        assert same(scores, by_itself)
+    unmasked = generated(model, {**both, "attention_mask": torch.ones_like(both["attention_mask"])}, beams)[2]
+    assert not same(scores[0], unmasked[0])
 
 
 def test_grouped_query_attention_has_a_prefix_for_each_key_and_value_head() -> None:

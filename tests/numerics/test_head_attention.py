@@ -100,7 +100,7 @@ def test_concatenated_prefix_is_the_gated_composition(family: str, lengths: tupl
 
 
 @pytest.mark.parametrize("form", ["softmax", "relu", "identity"])
-@pytest.mark.parametrize("family", ["bart", "roberta"])
+@pytest.mark.parametrize("family", ["bart", "roberta", "distilbert", "t5", "llama", "qwen2", "gpt2"])
 def test_added_head_modification(family: str, form: str) -> None:
     """h + f(q W_down) W_up for each head, q scaled: "-gating" of table 4 and the multi-head parallel adapter."""
     model = build(family)
@@ -109,7 +109,8 @@ def test_added_head_modification(family: str, form: str) -> None:
     for call in attention_calls(model, batch(family)):
         function = getattr(call["module"], HEADS)["modification"].function
         scaling = float(call["scaling"])
-        context, _ = plain_attention(call["q"], call["k"], call["v"], call["mask"], scaling)
+        bias = call.get("position_bias")
+        context, _ = plain_attention(call["q"], call["k"], call["v"], call["mask"], scaling, bias)
         delta = torch.zeros_like(context)
         for head in range(delta.shape[1]):
             z = call["q"][:, head].double() * scaling @ function.down[head].double().T
