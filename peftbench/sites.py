@@ -135,7 +135,7 @@ FAMILIES = (
         hidden_dropout="dropout_rate",
     ),
     Family(
-        model_types=("llama", "mistral", "qwen2"),
+        model_types=("llama", "mistral", "qwen2", "qwen3"),
         stacks={"decoder": "layers"},
         attentions={
             "self": AttentionPaths(

@@ -32,6 +32,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
     T5Config,
@@ -153,6 +155,11 @@ def qwen2(**more: Any) -> PreTrainedModel:
     return Qwen2ForCausalLM(Qwen2Config(**{**_DECODER, **window, **more}))
 
 
+def qwen3(**more: Any) -> PreTrainedModel:
+    """Queries and keys are normed head by head, and heads are wider than their share of the hidden state."""
+    return Qwen3ForCausalLM(Qwen3Config(**{**_DECODER, "head_dim": 6, **more}))
+
+
 _GPT2 = {
     "vocab_size": VOCABULARY,
     "n_embd": 16,
@@ -193,12 +200,13 @@ MORE_FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
     "llama_classifier": llama_classifier,
     "mistral": mistral,
     "qwen2": qwen2,
+    "qwen3": qwen3,
     "gpt2": gpt2,
     "gpt2_classifier": gpt2_classifier,
 }
 GENERATING = ("bart", "mbart")
 WRITING = (*GENERATING, "t5", "t5_gated")  # whose labels are texts
-CONTINUING = ("llama", "mistral", "qwen2", "gpt2")  # decoders alone, whose labels are the input itself
+CONTINUING = ("llama", "mistral", "qwen2", "qwen3", "gpt2")  # decoders alone, whose labels are the input itself
 DECODERS = (*CONTINUING, "llama_classifier", "gpt2_classifier")
 
 

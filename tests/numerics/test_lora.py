@@ -31,6 +31,7 @@ CASES = {
     ("llama", "ffn_weights"): (r".*\.(gate_proj|up_proj|down_proj)", 3 * 2),
     ("mistral", "query_value"): (r".*\.(q_proj|v_proj)", 2 * 2),
     ("qwen2", "query_value"): (r".*\.(q_proj|v_proj)", 2 * 2),
+    ("qwen3", "query_value"): (r".*\.(q_proj|v_proj)", 2 * 2),
     ("gpt2", "output"): (r".*\.attn\.c_proj", 2),
     ("gpt2", "ffn_weights"): (r".*\.mlp\.(c_fc|c_proj)", 2 * 2),
 }

@@ -26,9 +26,11 @@ from tests.families import batch, build, dropout, modification, shake
 
 HIDDEN, ATTENTION, ACTIVATION = 0.3, 0.2, 0.1  # three dropout rates, so that none can stand for another
 RATES = {  # T5 has one rate for all, Llama and its kin drop attention weights only
-    **dict.fromkeys(("bart", "mbart", "roberta", "electra", "distilbert", "gpt2"), (HIDDEN, ATTENTION, ACTIVATION)),
+    **dict.fromkeys(
+        ("bart", "mbart", "roberta", "bert", "electra", "distilbert", "gpt2"), (HIDDEN, ATTENTION, ACTIVATION)
+    ),
     **dict.fromkeys(("t5", "t5_gated"), (HIDDEN, HIDDEN, HIDDEN)),
-    **dict.fromkeys(("llama", "qwen2"), (0.0, ATTENTION, 0.0)),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), (0.0, ATTENTION, 0.0)),
 }
 
 METHODS: dict[str, dict[str, config.Modification]] = {
@@ -183,6 +185,14 @@ def mbart_encoder(naive: Naive, x: Tensor, mask: Tensor, memory: Tensor, memory_
     return naive.add_before_norm(x, naive.bart_ffn(naive.norm(x, "final_layer_norm")))
 
 
+def mbart_decoder(naive: Naive, x: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor) -> Tensor:
+    normed = naive.norm(x, "self_attn_layer_norm")
+    x = x + F.dropout(naive.bart_attention(normed, normed, mask, "self_attn"), naive.hidden)
+    normed = naive.norm(x, "encoder_attn_layer_norm")
+    x = x + F.dropout(naive.bart_attention(normed, memory, memory_mask, "encoder_attn"), naive.hidden)
+    return naive.add_before_norm(x, naive.bart_ffn(naive.norm(x, "final_layer_norm")))
+
+
 def roberta(naive: Naive, x: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor) -> Tensor:
     parts = (f"attention.{part}" for part in ("self.query", "self.key", "self.value", "output.dense"))
     h = F.dropout(naive.attend(x, x, mask, "attention.self", *parts), naive.hidden)
@@ -242,7 +252,8 @@ def gpt2(naive: Naive, x: Tensor, mask: Tensor, memory: Tensor, memory_mask: Ten
 
 
 def llama(naive: Naive, x: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor) -> Tensor:
-    """Rotary positions turn queries and keys before a prefix joins them; no dropout behind the sub-layers."""
+    """Rotary positions turn queries and keys before a prefix joins them; no dropout behind the sub-layers. Qwen3 norms
+    queries and keys first."""
     cos, sin = rotary(x.shape[1], naive.width)
 
     def turned(states: Tensor) -> Tensor:
@@ -251,6 +262,8 @@ def llama(naive: Naive, x: Tensor, mask: Tensor, memory: Tensor, memory_mask: Te
 
     normed = naive.norm(x, "input_layernorm")
     q, k, v = (naive.split(naive.linear(normed, f"self_attn.{part}_proj")) for part in "qkv")
+    if hasattr(naive.layer.self_attn, "q_norm"):
+        q, k = naive.norm(q, "self_attn.q_norm"), naive.norm(k, "self_attn.k_norm")
     x = x + naive.combine(normed, turned(q), turned(k), v, mask, "self_attn", "self_attn.o_proj")
     normed = naive.norm(x, "post_attention_layernorm")
     z = F.silu(naive.linear(normed, "mlp.gate_proj")) * naive.linear(normed, "mlp.up_proj")
@@ -269,7 +282,9 @@ LAYERS: dict[str, tuple[str, str, NaiveLayer]] = {  # name: family, stack, the l
     "bart_encoder": ("bart", "encoder", bart_encoder),
     "bart_decoder": ("bart", "decoder", bart_decoder),
     "mbart_encoder": ("mbart", "encoder", mbart_encoder),
+    "mbart_decoder": ("mbart", "decoder", mbart_decoder),
     "roberta": ("roberta", "encoder", roberta),
+    "bert": ("bert", "encoder", roberta),
     "electra": ("electra", "encoder", roberta),
     "distilbert": ("distilbert", "encoder", distilbert),
     "t5_encoder": ("t5", "encoder", t5),
@@ -277,7 +292,9 @@ LAYERS: dict[str, tuple[str, str, NaiveLayer]] = {  # name: family, stack, the l
     "t5_gated_decoder": ("t5_gated", "decoder", t5),
     "gpt2": ("gpt2", "decoder", gpt2),
     "llama": ("llama", "decoder", llama),
+    "mistral": ("mistral", "decoder", llama),
     "qwen2": ("qwen2", "decoder", llama),
+    "qwen3": ("qwen3", "decoder", llama),
 }
 
 
