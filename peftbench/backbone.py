@@ -43,7 +43,9 @@ class Backbone:
 
 
 def load_backbone(model: Model, task: Task) -> Backbone:
-    """Load the backbone for a task, on the CPU, in `model.dtype`, with SDPA attention.
+    """Load the backbone for a task, on the CPU, in `model.dtype`.
+
+    Its attention is what transformers takes by itself: SDPA, but eager for T5 in the versions that have no other.
 
     Raises:
         UserError: the place holds no model, cannot be reached, or its architecture has no family or no such head.
@@ -58,7 +60,6 @@ def load_backbone(model: Model, task: Task) -> Backbone:
             **options,
             config=config,
             dtype=getattr(torch, model.dtype.name),
-            attn_implementation="sdpa",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # a folder tuned for other labels: its head is made anew, and trained
         ),
@@ -98,7 +99,7 @@ def meta_backbone(model: Model, task: Task) -> PreTrainedModel:
     auto = _auto_class(model, task, config)
     try:
         with torch.device("meta"):
-            return auto.from_config(config, attn_implementation="sdpa")
+            return auto.from_config(config)
     except (ValueError, TypeError, ZeroDivisionError) as error:
         place = "model.architecture" if model.path is None else f"model.path={model.path}"
         raise UserError(f"{place} describes no model that can be built: {' '.join(str(error).split())}") from error
