@@ -48,7 +48,8 @@ class Family:
     attentions: Mapping[str, AttentionPaths]  # "self" and, where the family has it, "cross"
     ffn: FeedForwardPaths
     heads: str  # config attribute with the number of heads; one for each stack where "{stack}_" stands in it
-    embedding: Mapping[str, str] = field(default_factory=dict)  # stack name: where its embedded input can be lengthened
+    # Stack name: where its embedded input can be lengthened. None in a decoder alone: its labels and cache count it.
+    embedding: Mapping[str, str] = field(default_factory=dict)
     embedding_at: str = "input"  # of that module, a LayerNorm; "output" of an embedding where there is no such norm
     norm: str | None = None  # post-norm: the LayerNorm that ends a layer
     residual: str | None = None  # pre-norm: the module whose input is the residual that the FFN's output joins
@@ -289,10 +290,12 @@ def _attentions(
         if module is None:
             continue  # an encoder layer, or a decoder without cross-attention
         query = _there(layer, paths.query)
+        widths = in_out(query)
+        assert widths is not None, f"{type(query).__name__} is no projection that in_out knows"
         kv_heads = int(getattr(config, "num_key_value_heads", heads))
         fused = paths.query == paths.key == paths.value
         computed = {"query": heads, "key": kv_heads, "value": kv_heads} if fused else {"query": heads}
-        head_width = in_out(query)[1] // sum(computed.values())
+        head_width = widths[1] // sum(computed.values())
         yield Attention(
             name=names[module],
             kind=kind,
@@ -315,13 +318,13 @@ def _parts(heads: Mapping[str, int], head_width: int) -> Iterator[Part]:
         yield Part(name, start, start := start + count * head_width)
 
 
-def in_out(module: nn.Module, otherwise: int = 0) -> tuple[int, int]:
-    """The widths of a projection's input and output; `otherwise` for a module that has no weights of that kind."""
+def in_out(module: nn.Module) -> tuple[int, int] | None:
+    """The widths of a projection's input and output; None for a module that is no projection."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if isinstance(module, Conv1D):  # a Linear whose weight is stored as (in, out)
         return module.nx, module.nf
-    return otherwise, otherwise
+    return None
 
 
 def _find(root: nn.Module, path: str) -> nn.Module | None:

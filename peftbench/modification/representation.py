@@ -34,8 +34,8 @@ class Place:
 
     def widths(self, hidden: int, insertion: str) -> tuple[int, int]:
         """(width of what f reads, width of h); a module without weights works on hidden states."""
-        source_in, _ = in_out(self.source, hidden)
-        target_in, target_out = in_out(self.target, hidden)
+        source_in, _ = in_out(self.source) or (hidden, hidden)
+        target_in, target_out = in_out(self.target) or (hidden, hidden)
         h = target_out if self.at == "output" else target_in
         if self.part is not None:
             h = self.part.stop - self.part.start
