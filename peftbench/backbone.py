@@ -43,7 +43,9 @@ class Backbone:
 
 
 def load_backbone(model: Model, task: Task) -> Backbone:
-    """Load the backbone for a task, on the CPU, in `model.dtype`, with SDPA attention.
+    """Load the backbone for a task, on the CPU, in `model.dtype`.
+
+    Its attention is what transformers takes by itself: SDPA, but eager for T5 in the versions that have no other.
 
     Raises:
         UserError: the place holds no model, cannot be reached, or its architecture has no family or no such head.
@@ -58,14 +60,27 @@ def load_backbone(model: Model, task: Task) -> Backbone:
             **options,
             config=config,
             dtype=getattr(torch, model.dtype.name),
-            attn_implementation="sdpa",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # a folder tuned for other labels: its head is made anew, and trained
         ),
     )
     tokenizer = _explained(model, lambda: AutoTokenizer.from_pretrained(source, **options))
+    _can_pad(loaded, tokenizer, task)
     untrained = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
     return Backbone(loaded, tokenizer, frozenset(untrained))
+
+
+def _can_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
+    """Let texts of unequal length be one batch: GPT-2 and Llama have no pad token, and a mask hides what stands for it.
+
+    A classifier on a decoder alone reads the last token that is not padding, and its tokens count positions from 0 on.
+    """
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if task.kind is TaskKind.classification:
+        tokenizer.padding_side = "right"
 
 
 def meta_backbone(model: Model, task: Task) -> PreTrainedModel:
@@ -84,7 +99,7 @@ def meta_backbone(model: Model, task: Task) -> PreTrainedModel:
     auto = _auto_class(model, task, config)
     try:
         with torch.device("meta"):
-            return auto.from_config(config, attn_implementation="sdpa")
+            return auto.from_config(config)
     except (ValueError, TypeError, ZeroDivisionError) as error:
         place = "model.architecture" if model.path is None else f"model.path={model.path}"
         raise UserError(f"{place} describes no model that can be built: {' '.join(str(error).split())}") from error

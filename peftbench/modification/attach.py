@@ -113,7 +113,7 @@ def _attach_to_places(sites: Sites, m: config.Modification, name: str, prefix: s
                 place.insertion(insertion),
                 _composition(m, in_width, 1),
             )
-            edit.attach(name, place.target, place.source, place.at)
+            edit.attach(name, place.target, place.source, place.at, place.part)
 
 
 def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: config.Modification, name: str, prefix: str) -> None:

@@ -7,9 +7,8 @@ options of a modification, all valid points of the four axes, and the presets in
 from __future__ import annotations
 
 import copy
-import itertools
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,14 +26,21 @@ from peftbench.modification.attach import attach
 from peftbench.modification.edit import Edit
 from peftbench.modification.head_attention import HeadModification
 from peftbench.modification.prompt import Prompt
-from peftbench.modification.representation import REPRESENTATIONS
 from peftbench.sites import find_sites
-from peftbench.validity import RULES
-from tests.families import FAMILIES, GENERATING, PRESETS, batch, build, dropout, modification, shake
+from tests.families import FAMILIES, GENERATING, PRESETS, batch, build, dropout, modification, points, shake
 
 Modifications = dict[str, config.Modification]
 TABLE = [pytest.param(family, preset, id=f"{family}-{preset}") for family in FAMILIES for preset in PRESETS]
 TWO_FAMILIES = [case for case in TABLE if case.values[0] in ("bart", "roberta")]  # where the family matters little
+MORE = [  # one fused and sliced projection, grouped and rotary heads, position biases
+    pytest.param(family, preset, id=f"{family}-{preset}")
+    for family, presets in {
+        "gpt2": ("lora", "lora_ffn", "mam", "adapter"),
+        "llama": ("lora", "mam"),
+        "t5": ("mam",),
+    }.items()
+    for preset in presets
+]
 every_method_on_every_family = pytest.mark.parametrize(("family", "preset"), TABLE)
 
 
@@ -143,8 +149,8 @@ def test_bitfit_and_full_train_the_backbones_own_parameters(family: str, unfreez
 @pytest.mark.parametrize(
     ("family", "preset", "reentrant"),
     [
-        *[pytest.param(*case.values, False, id=f"{case.id}-not_reentrant") for case in TABLE],
-        *[pytest.param(*case.values, True, id=f"{case.id}-reentrant") for case in TWO_FAMILIES],
+        *[pytest.param(*case.values, False, id=f"{case.id}-not_reentrant") for case in (*TABLE, *MORE)],
+        *[pytest.param(*case.values, True, id=f"{case.id}-reentrant") for case in (*TWO_FAMILIES, *MORE)],
     ],
 )
 def test_gradient_checkpointing_gives_the_same_gradients(family: str, preset: str, reentrant: bool) -> None:
@@ -274,7 +280,7 @@ def test_generation_scores_as_a_forward_pass_does(family: str, preset: str) -> N
 # ---- folding, saving, copying ----
 
 
-@every_method_on_every_family
+@pytest.mark.parametrize(("family", "preset"), [*TABLE, *MORE])
 def test_saved_and_loaded_into_a_fresh_model(family: str, preset: str, tmp_path: Path) -> None:
     """The file is all that a run needs beside the backbone; folding the prefix's MLP away changes nothing."""
     model = attached(family, PRESETS[preset])
@@ -331,7 +337,7 @@ def test_folded_for_a_while_puts_the_mlp_back(family: str, preset: str) -> None:
 @pytest.mark.parametrize(
     ("family", "preset", "copied"),
     [
-        *[pytest.param(*case.values, copy.deepcopy, id=f"{case.id}-deepcopy") for case in TWO_FAMILIES],
+        *[pytest.param(*case.values, copy.deepcopy, id=f"{case.id}-deepcopy") for case in (*TWO_FAMILIES, *MORE)],
         *[pytest.param("roberta", preset, pickled, id=f"roberta-{preset}-pickle") for preset in PRESETS],
     ],
 )
@@ -357,8 +363,8 @@ def test_a_copy_is_a_model_of_its_own(
 @pytest.mark.parametrize(
     ("family", "preset", "backbone"),
     [
-        *[pytest.param(*case.values, torch.float32, id=f"{case.id}-autocast") for case in TABLE],
-        *[pytest.param(*case.values, torch.bfloat16, id=f"{case.id}-bf16_backbone") for case in TWO_FAMILIES],
+        *[pytest.param(*case.values, torch.float32, id=f"{case.id}-autocast") for case in (*TABLE, *MORE)],
+        *[pytest.param(*case.values, torch.bfloat16, id=f"{case.id}-bf16_backbone") for case in (*TWO_FAMILIES, *MORE)],
     ],
 )
 def test_bf16_agrees_with_fp32(family: str, preset: str, backbone: torch.dtype) -> None:
@@ -390,20 +396,6 @@ def test_bf16_agrees_with_fp32(family: str, preset: str, backbone: torch.dtype) 
 
 
 # ---- points on the four axes and their options ----
-
-
-def valid(m: config.Modification) -> bool:
-    return not any(rule.broken(m) for rule in RULES)
-
-
-def points(*forms: str, **options: object) -> Iterator[tuple[str, config.Modification]]:
-    """Every combination of the axes that validity.py lets through, under a name for it."""
-    representations = (*REPRESENTATIONS, "heads", "embedding")
-    insertions, compositions = ("parallel", "sequential"), ("add", "scaled", "gated")
-    for axes in itertools.product(forms, representations, insertions, compositions):
-        m = modification(*axes, scale=2.0, **options)  # type: ignore[arg-type]
-        if valid(m):
-            yield "-".join(axes), m
 
 
 POINTS = dict(points("identity", "relu", "softmax", init="bert"))

@@ -13,8 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from peftbench.backbone import load_backbone
 from peftbench.cli import main
+from peftbench.config import Model, Task, TaskKind
 
 SUBPROCESS = [sys.executable, "-m", "peftbench"]
 
@@ -82,6 +87,46 @@ def test_one_run_leaves_a_whole_record(smoke: list[str], tmp_path: Path, capsys:
     assert len((folder / "predictions.jsonl").read_text().splitlines()) == 16
     printed = capsys.readouterr().out
     assert "relu · ffn · parallel · scaled" in printed and str(folder) in printed.replace("\n", "")
+
+
+@pytest.fixture
+def gpt2(tmp_path: Path) -> Path:
+    """A tiny GPT-2 in a folder, as the published one: neither its config nor its tokenizer knows a pad token."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    backend.train_from_iterator(["a fine film number", "a dull film number"], trainer)
+    folder = tmp_path / "tiny_gpt2"
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>").save_pretrained(folder)
+    size = {"vocab_size": 300, "n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+    GPT2LMHeadModel(GPT2Config(**size)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["lora", "mam"])
+def test_a_decoder_without_a_pad_token_classifies(method: str, smoke: list[str], gpt2: Path, tmp_path: Path) -> None:
+    """Texts of unequal length in one batch, with the end-of-text token behind the shorter ones."""
+    arguments = ["train", *smoke, f"method={method}", "model=gpt2", f"model.path={gpt2}"]
+    assert main(arguments) == 0
+    (record,) = records(tmp_path / "outputs")
+    assert record["status"] == "done" and record["scores"]["report"]["examples"] == 16
+
+
+def test_padding_of_a_decoder_stands_behind_the_text(gpt2: Path) -> None:
+    """Whatever its tokenizer prefers: a row's logits are those that it has alone."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(gpt2, padding_side="left")
+    tokenizer.save_pretrained(gpt2)
+    task = Task(name="sentiment", kind=TaskKind.classification, labels=["bad", "good"])
+    backbone = load_backbone(Model(path=str(gpt2)), task)
+    backbone.model.eval()
+    texts = ["a fine film number 17", "a dull film"]
+    both = backbone.tokenizer(texts, padding=True, return_tensors="pt")
+    alone = backbone.tokenizer(texts[1:], return_tensors="pt")
+    assert both["input_ids"][1, -1] == 0 and both["attention_mask"][1, -1] == 0
+    with torch.no_grad():
+        difference = backbone.model(**both).logits[1] - backbone.model(**alone).logits[0]
+    assert difference.abs().max() < 1e-6
 
 
 def test_a_finished_run_is_not_trained_again(
