@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from peftbench.modification.functional_form import Bottleneck
+from peftbench.modification.functional_form import FunctionalForm
 from peftbench.modification.insertion import InsertionForm
 
 
@@ -22,7 +22,7 @@ class Modification(nn.Module):
         composition: how Δh joins h.
     """
 
-    def __init__(self, function: Bottleneck, insertion: InsertionForm, composition: nn.Module) -> None:
+    def __init__(self, function: FunctionalForm, insertion: InsertionForm, composition: nn.Module) -> None:
         super().__init__()
         self.function = function
         self.insertion = insertion
