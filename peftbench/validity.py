@@ -114,8 +114,8 @@ RULES = (
     ),
     Rule(
         lambda m: m.functional_form.name == "constant" and m.insertion_form.name is not Insertion.sequential,
-        "{p}functional_form=constant reads neither x nor h, so that both insertion forms are one point; it goes by the name "
-        "{p}insertion_form=sequential.",
+        "{p}functional_form=constant reads neither x nor h, so that both insertion forms are one point; it goes by the "
+        "name {p}insertion_form=sequential.",
     ),
     Rule(
         lambda m: (
@@ -123,8 +123,8 @@ RULES = (
             and (m.bottleneck, m.bias, m.layer_norm, m.dropout, m.input_dropout, m.prefix_mlp)
             != (None, False, LayerNormPlace.none, None, 0.0, None)
         ),
-        "{p}functional_form=constant is a vector of h's width and no bottleneck: set {p}bottleneck=null, {p}bias=false, "
-        "{p}layer_norm=none, {p}dropout=null, {p}input_dropout=0 and {p}prefix_mlp=null.",
+        "{p}functional_form=constant is a vector of h's width and no bottleneck: set {p}bottleneck=null, "
+        "{p}bias=false, {p}layer_norm=none, {p}dropout=null, {p}input_dropout=0 and {p}prefix_mlp=null.",
     ),
     Rule(
         lambda m: (
@@ -132,8 +132,8 @@ RULES = (
             and m.modified_representation.name in (Representation.key, Representation.key_value)
             and m.composition_function.name in (Composition.add, Composition.scaled)
         ),
-        "{p}functional_form=constant with {p}modified_representation={r} and {p}composition_function={c} means nothing: "
-        "softmax does not see a vector that is added to every key; use composition_function=multiply, or "
+        "{p}functional_form=constant with {p}modified_representation={r} and {p}composition_function={c} means "
+        "nothing: softmax does not see a vector that is added to every key; use composition_function=multiply, or "
         "modified_representation=value.",
     ),
     Rule(
@@ -265,7 +265,7 @@ def _modification_faults(prefix: str, m: Modification) -> Iterator[str]:
                 r=representation,
                 i=insertion,
                 c=composition,
-                b=m.bottleneck,
+                b="null" if m.bottleneck is None else m.bottleneck,
                 mlp=m.prefix_mlp,
                 dropout=m.dropout,
                 input_dropout=m.input_dropout,

@@ -62,8 +62,8 @@ class Gated(nn.Module):
 class GatedAdd(Gated):
     """h + λΔh with the gate of `Gated`: h stays whole, and a closed gate leaves the modification out.
 
-    b starts at 0, so that λ = 1/2. UniPELT's code takes the mean of λ over all positions of an example, padding too; here
-    each position has its own, so that padding changes nothing.
+    b starts at 0, so that λ = 1/2. UniPELT's code takes the mean of λ over all positions of an example, padding too;
+    here each position has its own, so that padding changes nothing.
     """
 
     def __init__(self, width: int, groups: int = 1) -> None:

@@ -2,8 +2,8 @@
 
 Three counts, since the literature mixes them up: **trained** is what the optimiser holds, **stored** what a checkpoint
 needs once the prefix's MLP is folded away, **paper** the formula of the paper's appendix B, which leaves out biases,
-layer norms and the composition's own numbers (a learned scale, a gate). The task head stands beside them, in none of the three. `count` has the totals of a
-model, `count_places` the same numbers for each place that is modified.
+layer norms, learned scales and gates. The task head stands beside them, in none of the three. `count` has the totals of
+a model, `count_places` the same numbers for each place that is modified.
 """
 
 from __future__ import annotations

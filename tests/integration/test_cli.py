@@ -140,6 +140,11 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["method=mam", "modified_representation.attentions=[self]"], ["modified_representation=ffn has none"]),
         (["method=prompt", "modified_representation.layers=[0]"], ["stands before the first stack"]),
         (["method=full", "functional_form=relu"], ["a modification needs all four axes"]),
+        (["method=ia3", "insertion_form=parallel"], ["goes by the name insertion_form=sequential"]),
+        (["method=ia3", "functional_form=relu"], ["bottleneck=null: the bottleneck must be a whole number"]),
+        (["method=ia3", "composition_function=add"], ["softmax does not see a vector that is added to every key"]),
+        (["method=pfeiffer", "functional_form=constant"], ["set bottleneck=null, bias=false"]),
+        (["method=pfeiffer", "composition_function=multiply"], ["use unfreeze=norm, or modified_representation=ffn"]),
         (
             ["method=lroa", "bottleneck=-3", "trainer.learning_rate=0"],
             ["did you mean lora?", "bottleneck=-3", "trainer.learning_rate=0"],

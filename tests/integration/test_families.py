@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from peftbench.config import Unfreeze
 from peftbench.errors import UserError
 from peftbench.modification.attach import attach
+from peftbench.modification.counting import count
 from peftbench.modification.state import fold
 from tests.families import MORE_FAMILIES, PRESETS, WRITING, batch, build, modification, shake
 
@@ -82,3 +84,28 @@ def test_an_attention_that_calls_no_registered_function_is_refused(monkeypatch: 
 def test_prompts_are_refused_where_labels_count_the_input() -> None:
     with pytest.raises(UserError, match="prompts are not supported for llama"):
         attach(build("llama"), PRESETS["prompt"])
+
+
+NORMS = {  # by hand, of width 16: LayerNorms have a weight and a bias, RMSNorms a weight; ELECTRA's first is 8 wide
+    "electra": 4 * 32 + 16,
+    "distilbert": 5 * 32,
+    "t5": (2 * 2 + 1 + 2 * 3 + 1) * 16,
+    "t5_gated": (2 * 2 + 1 + 2 * 3 + 1) * 16,
+    "t5_classifier": (2 * 2 + 1 + 2 * 3 + 1) * 16,
+    "llama": (2 * 2 + 1) * 16,
+}
+
+
+@pytest.mark.parametrize("family", NORMS)
+def test_norms_are_trained_alone(family: str) -> None:
+    """unfreeze=norm: all norms and the head have a gradient, and nothing else."""
+    model = build(family)
+    attach(model, {}, Unfreeze.norm)
+    assert count(model).trained == count(model).stored == NORMS[family]
+    model.train()
+    model(**batch(family)).loss.backward()
+    head = ("classifier", "classification_head", "score", "pre_classifier")
+    for name, parameter in model.named_parameters():
+        expected = "norm" in name.lower() or name.startswith(head)
+        assert parameter.requires_grad is expected, name
+        assert (parameter.grad is not None and bool(parameter.grad.any())) is expected, name
