@@ -197,6 +197,7 @@ class Run(Modification):
 
     mix: dict[str, Modification] = field(default_factory=dict)
     unfreeze: Unfreeze = Unfreeze.none  # backbone parameters that are trained too: biases (BitFit), norms or all
+    allow_unused: bool = False  # train although the loss does not depend on every trainable tensor
     method: str = MISSING
     model: Model = field(default_factory=Model)
     task: Task = field(default_factory=Task)

@@ -170,8 +170,8 @@ def test_lora_spelled_out() -> None:
 @pytest.mark.parametrize("unfreeze", config.Unfreeze)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bitfit_and_full_train_what_they_name(family: str, unfreeze: config.Unfreeze) -> None:
-    """bias: every parameter that is called a bias, and the head; norm: every norm's, and the head; all: everything; none:
-    the head alone."""
+    """bias: every parameter that is called a bias, and the head; norm: every norm's, and the head; all: everything;
+    none: the head alone."""
     model = build(family)
     named = {name for name, _ in model.named_parameters()}
     head = {name for name in named if name.startswith(("classifier.", "classification_head."))}
