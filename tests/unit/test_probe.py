@@ -182,3 +182,21 @@ def test_the_error_is_one_a_user_can_mend() -> None:
     error = no_gradient(["a.b"])
     assert isinstance(error, UserError)
     assert "1 of the tensors that are to be trained: a.b. Leave" in str(error)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_is_left_behind_either() -> None:
+    """Its random state, and its memory once the libraries have their workspaces."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    model = build("roberta").cuda().train()
+    attach(model, PRESETS["mam"])
+    handle = model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: output + 0 * torch.rand_like(output)
+    )
+    unreached(model, batch("roberta"), bf16=True)
+    state, allocated = torch.cuda.get_rng_state(), torch.cuda.memory_allocated()
+    assert unreached(model, batch("roberta"), bf16=True) == []
+    handle.remove()
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    assert torch.cuda.memory_allocated() == allocated
