@@ -72,7 +72,7 @@ def test_one_gate_for_each_head() -> None:
 def test_gates_begin_where_they_say() -> None:
     """gated: λ = 0.018, nearly the backbone; gated_add: λ = 1/2."""
     for kind, start in ((Gated, 0.018), (GatedAdd, 0.5)):
-        assert float(kind(4).gate(X)[0, 0]) == pytest.approx(start, abs=1e-3)
+        assert kind(4).gate(X)[0, 0].item() == pytest.approx(start, abs=1e-3)
 
 
 def test_unipelt_is_adapter_and_lora_with_gates_of_their_inputs() -> None:
