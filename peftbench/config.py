@@ -17,7 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 # Names of transformers' ACT2FN that are functions of one tensor without parameters; a test holds them to ACT2FN.
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "mish", "tanh", "sigmoid", "relu6", "relu2", "leaky_relu")
-FUNCTIONAL_FORMS = ("none", "identity", "softmax", *ACTIVATIONS)
+FUNCTIONAL_FORMS = ("none", "constant", "identity", "softmax", *ACTIVATIONS)
 
 # mypy and OmegaConf both want the members of an Enum spelled out; a member's name is what a user types.
 Representation = Enum(
@@ -31,22 +31,24 @@ Representation = Enum(
         "key",
         "value",
         "query_value",
+        "key_value",
         "output",
         "ffn",
         "ffn_weights",
+        "ffn_intermediate",
         "attention_ffn",
         "layer",
         "embedding",
     ],
 )
 Insertion = Enum("Insertion", ["none", "sequential", "parallel"])
-Composition = Enum("Composition", ["none", "add", "scaled", "gated"])
+Composition = Enum("Composition", ["none", "add", "scaled", "gated", "gated_add", "multiply"])
 Stack = Enum("Stack", ["encoder", "decoder"])
 AttentionKind = Enum("AttentionKind", ["self", "cross"])
 HeadInput = Enum("HeadInput", ["query", "hidden"])
 Init = Enum("Init", ["bert", "lora"])
 LayerNormPlace = Enum("LayerNormPlace", ["none", "input", "output"])
-Unfreeze = Enum("Unfreeze", ["none", "bias", "all"])
+Unfreeze = Enum("Unfreeze", ["none", "bias", "norm", "all"])
 TaskKind = Enum("TaskKind", ["classification", "summarization"])
 DType = Enum("DType", ["float32", "bfloat16"])
 Precision = Enum("Precision", ["auto", "fp32", "bf16"])
@@ -57,9 +59,9 @@ Device = Enum("Device", ["auto", "cpu", "cuda"])
 
 @dataclass
 class FunctionalForm:
-    """f in Δh = f(x W_down) W_up."""
+    """f in Δh = f(x W_down) W_up; or `constant`, Δh = l."""
 
-    name: str = "none"  # identity, softmax, or an activation (ACTIVATIONS)
+    name: str = "none"  # constant, identity, softmax, or an activation (ACTIVATIONS)
 
 
 @dataclass
@@ -83,7 +85,8 @@ class InsertionForm:
 
 @dataclass
 class CompositionFunction:
-    """How Δh joins h: h + Δh (add), h + sΔh (scaled), (1-λ)h + λΔh (gated)."""
+    """How Δh joins h: h + Δh (add), h + sΔh (scaled), (1-λ)h + λΔh (gated), h + λΔh (gated_add), h ∘ (1 + Δh)
+    (multiply)."""
 
     name: Composition = Composition.none
     scale: float = 1.0  # s; LoRA's alpha / r
@@ -98,7 +101,7 @@ class Modification:
     modified_representation: ModifiedRepresentation = field(default_factory=ModifiedRepresentation)
     insertion_form: InsertionForm = field(default_factory=InsertionForm)
     composition_function: CompositionFunction = field(default_factory=CompositionFunction)
-    bottleneck: int | None = None  # r, or the number l of prefix vectors
+    bottleneck: int | None = None  # r, or the number l of prefix vectors; null for a constant
     init: Init = Init.lora
     bias: bool = False
     layer_norm: LayerNormPlace = LayerNormPlace.none
@@ -193,7 +196,8 @@ class Run(Modification):
     """The whole config. Keys of `Modification` are its first modification; `mix` holds the others by name."""
 
     mix: dict[str, Modification] = field(default_factory=dict)
-    unfreeze: Unfreeze = Unfreeze.none  # backbone parameters that are trained too: biases (BitFit) or all
+    unfreeze: Unfreeze = Unfreeze.none  # backbone parameters that are trained too: biases (BitFit), norms or all
+    allow_unused: bool = False  # train although the loss does not depend on every trainable tensor
     method: str = MISSING
     model: Model = field(default_factory=Model)
     task: Task = field(default_factory=Task)

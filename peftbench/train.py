@@ -27,6 +27,7 @@ from peftbench.fit import Fitted, chosen_device, fit, total_steps, use_bf16
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import count
 from peftbench.modification.state import fold, save
+from peftbench.probe import no_gradient, unreached
 from peftbench.progress import Display
 from peftbench.results.identity import run_dir
 from peftbench.results.record import (
@@ -75,8 +76,10 @@ def train(cfg: DictConfig) -> float:
             data = prepare(run.task, backbone.tokenizer, backbone.model)
             _record_data(record, run, data)
         backbone.model.to(device)
+        with _timed(record, "probe_s"):
+            _probe(run, backbone.model, data, record)
         if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()  # a sweep's earlier runs had their own
+            torch.cuda.reset_peak_memory_stats()  # the probe, and a sweep's earlier runs, had their own
 
         with _timed(record, "train_s"):
             _record_fit(record, _fit(run, backbone, data, record, display, f"train {run.method}"))
@@ -91,6 +94,14 @@ def train(cfg: DictConfig) -> float:
             with _timed(record, "baseline_s"):
                 record.baselines["head"] = _head_alone(run, data, record, display)
     return _show(record, console)
+
+
+def _probe(run: Run, model: PreTrainedModel, data: TaskData, record: Record) -> None:
+    """Refuse to train tensors on which the loss does not depend, unless `allow_unused` says to go on."""
+    batch = data.collator([data.train[0]])
+    record.unused = unreached(model, batch, use_bf16(run.trainer, run.model))
+    if record.unused and not run.allow_unused:
+        raise no_gradient(record.unused)
 
 
 def _fit(run: Run, backbone: Backbone, data: TaskData, record: Record, display: Display, name: str) -> Fitted:

@@ -38,7 +38,13 @@ class Rule:
 
 
 # Representations among which `attentions` has nothing to choose.
-WITHOUT_ATTENTION = (Representation.ffn, Representation.ffn_weights, Representation.layer, Representation.embedding)
+WITHOUT_ATTENTION = (
+    Representation.ffn,
+    Representation.ffn_weights,
+    Representation.ffn_intermediate,
+    Representation.layer,
+    Representation.embedding,
+)
 
 RULES = (
     Rule(
@@ -50,8 +56,8 @@ RULES = (
     Rule(
         lambda m: m.composition_function.name is Composition.gated and m.insertion_form.name is Insertion.sequential,
         "{p}composition_function=gated with {p}insertion_form=sequential means nothing: the gate weighs h against a Δh "
-        "that is computed beside it from the same x; use insertion_form=parallel, or composition_function=add or "
-        "scaled.",
+        "that is computed beside it from the same x; use insertion_form=parallel, or composition_function=gated_add, "
+        "which has a gate on Δh alone, add or scaled.",
     ),
     Rule(
         lambda m: (
@@ -107,7 +113,40 @@ RULES = (
         "head_input=query only; set {p}prefix_mlp=null.",
     ),
     Rule(
-        lambda m: m.bottleneck is None or m.bottleneck < 1,
+        lambda m: m.functional_form.name == "constant" and m.insertion_form.name is not Insertion.sequential,
+        "{p}functional_form=constant reads neither x nor h, so that both insertion forms are one point; it goes by the "
+        "name {p}insertion_form=sequential.",
+    ),
+    Rule(
+        lambda m: (
+            m.functional_form.name == "constant"
+            and (m.bottleneck, m.bias, m.layer_norm, m.dropout, m.input_dropout, m.prefix_mlp)
+            != (None, False, LayerNormPlace.none, None, 0.0, None)
+        ),
+        "{p}functional_form=constant is a vector of h's width and no bottleneck: set {p}bottleneck=null, "
+        "{p}bias=false, {p}layer_norm=none, {p}dropout=null, {p}input_dropout=0 and {p}prefix_mlp=null.",
+    ),
+    Rule(
+        lambda m: (
+            m.functional_form.name == "constant"
+            and m.modified_representation.name in (Representation.key, Representation.key_value)
+            and m.composition_function.name in (Composition.add, Composition.scaled)
+        ),
+        "{p}functional_form=constant with {p}modified_representation={r} and {p}composition_function={c} means "
+        "nothing: softmax does not see a vector that is added to every key; use composition_function=multiply, or "
+        "modified_representation=value.",
+    ),
+    Rule(
+        lambda m: (
+            m.modified_representation.name is Representation.layer
+            and m.composition_function.name is Composition.multiply
+        ),
+        "{p}modified_representation=layer with {p}composition_function=multiply means nothing: a layer ends in a norm, "
+        "whose weight scales it already, or in a sum that no module holds; use unfreeze=norm, or "
+        "modified_representation=ffn.",
+    ),
+    Rule(
+        lambda m: m.functional_form.name != "constant" and (m.bottleneck is None or m.bottleneck < 1),
         "{p}bottleneck={b}: the bottleneck must be a whole number of at least 1.",
     ),
     Rule(
@@ -226,7 +265,7 @@ def _modification_faults(prefix: str, m: Modification) -> Iterator[str]:
                 r=representation,
                 i=insertion,
                 c=composition,
-                b=m.bottleneck,
+                b="null" if m.bottleneck is None else m.bottleneck,
                 mlp=m.prefix_mlp,
                 dropout=m.dropout,
                 input_dropout=m.input_dropout,

@@ -272,7 +272,7 @@ def modification(
     representation: str = "ffn",
     insertion: str = "parallel",
     composition: str = "add",
-    bottleneck: int = 8,  # enough that not every ReLU of a place is dead
+    bottleneck: int | None = 8,  # enough that not every ReLU of a place is dead
     *,
     scale: float = 1.0,
     learned: bool = False,
@@ -294,7 +294,7 @@ def modification(
         ),
         insertion_form=config.InsertionForm(config.Insertion[insertion]),
         composition_function=config.CompositionFunction(config.Composition[composition], scale, learned),
-        bottleneck=bottleneck,
+        bottleneck=None if form == "constant" else bottleneck,
         init=config.Init[options.pop("init", "lora")],
         layer_norm=config.LayerNormPlace[options.pop("layer_norm", "none")],
         **options,
@@ -304,7 +304,7 @@ def modification(
 def points(*forms: str, **options: object) -> Iterator[tuple[str, config.Modification]]:
     """Every combination of the axes that validity.py lets through, under a name for it."""
     representations = (*REPRESENTATIONS, "heads", "embedding")
-    insertions, compositions = ("parallel", "sequential"), ("add", "scaled", "gated")
+    insertions, compositions = ("parallel", "sequential"), ("add", "scaled", "gated", "gated_add", "multiply")
     for axes in itertools.product(forms, representations, insertions, compositions):
         m = modification(*axes, scale=2.0, **options)  # type: ignore[arg-type]
         if not any(rule.broken(m) for rule in RULES):
@@ -330,6 +330,15 @@ PRESETS: dict[str, dict[str, config.Modification]] = {
     "mam": {
         "": modification("relu", "ffn", "parallel", "scaled", 5, scale=4.0, bias=True),
         "mix.attention.": modification("softmax", "heads", "parallel", "gated", prefix_mlp=8),
+    },
+    "ia3": {
+        "": modification("constant", "key_value", "sequential", "multiply"),
+        "mix.ffn.": modification("constant", "ffn_intermediate", "sequential", "multiply"),
+    },
+    "unipelt": {
+        "": modification("relu", "ffn", "sequential", "gated_add", 5, bias=True, init="bert"),
+        "mix.attention.": modification("softmax", "heads", "parallel", "gated", prefix_mlp=8),
+        "mix.lora.": modification("identity", "query_value", "parallel", "gated_add", 3, dropout=0.0),
     },
     "learned_scale": {"": modification("relu", "ffn", "parallel", "scaled", learned=True, init="bert")},
     "learned_gate": {"": modification("relu", "attention", "parallel", "gated", init="bert")},

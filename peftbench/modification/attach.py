@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 
 from peftbench import config
 from peftbench.errors import UserError
-from peftbench.modification.composition import Add, Gated, Scaled
+from peftbench.modification.composition import Add, Gated, GatedAdd, Multiply, Scaled
 from peftbench.modification.edit import Edit, SublayerDropout
-from peftbench.modification.functional_form import Bottleneck
+from peftbench.modification.functional_form import Bottleneck, Constant, FunctionalForm
 from peftbench.modification.head_attention import ATTENTION_NAME, HEADS, HeadModification, Prefix
 from peftbench.modification.insertion import INSERTION_FORMS
 from peftbench.modification.prompt import PROMPT, Prompt, PromptMask
@@ -59,12 +59,24 @@ def _representation(m: config.Modification) -> str:
 
 
 def _freeze(model: PreTrainedModel, sites: Sites, unfreeze: config.Unfreeze, untrained: Collection[str]) -> None:
+    norms = _norms(model)
     for name, parameter in model.named_parameters():
         in_head = name in untrained or name.split(".")[0] in sites.family.task_head
-        in_backbone = unfreeze is config.Unfreeze.all or (unfreeze is config.Unfreeze.bias and "bias" in name)
+        in_backbone = {
+            config.Unfreeze.none: False,
+            config.Unfreeze.bias: "bias" in name,
+            config.Unfreeze.norm: id(parameter) in norms,
+            config.Unfreeze.all: True,
+        }[unfreeze]
         parameter.requires_grad_(in_head or in_backbone)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def _norms(model: PreTrainedModel) -> set[int]:
+    """Identities of the parameters of all norms: LayerNorm, and each family's RMSNorm, which are classes of its own."""
+    norms = (module for module in model.modules() if type(module).__name__.endswith("Norm"))
+    return {id(parameter) for norm in norms for parameter in norm.parameters()}
 
 
 def _own_dropout(sites: Sites) -> tuple[Sites, list[tuple[nn.Module, SublayerDropout]]]:
@@ -109,7 +121,7 @@ def _attach_to_places(sites: Sites, m: config.Modification, name: str, prefix: s
             in_width, out_width = place.widths(sites.width, insertion)
             rate = sites.attention_dropout if place.in_attention else sites.hidden_dropout
             edit = Edit(
-                _bottleneck(m, in_width, out_width, rate),
+                _function(m, in_width, out_width, rate),
                 place.insertion(insertion),
                 _composition(m, in_width, 1),
             )
@@ -132,7 +144,7 @@ def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: config.Modificatio
                 if kind not in trunks:
                     trunks[kind] = PrefixTrunk(_size(m), sites.width, m.prefix_mlp)
                 generator = PrefixMLP(trunks[kind], groups, attention.head_width)
-            function = _bottleneck(
+            function = _function(
                 m,
                 sites.width if hidden else attention.head_width,
                 attention.head_width,
@@ -141,6 +153,7 @@ def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: config.Modificatio
                 generator=generator,
             )
             if is_prefix:
+                assert isinstance(function, Bottleneck)
                 _add_to_heads(attention, name, Prefix(function))
                 continue
             composition = _composition(m, function.in_width, groups)
@@ -149,7 +162,7 @@ def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: config.Modificatio
             if hidden:
                 attention.query.register_forward_pre_hook(modification.read)
             _add_to_heads(attention, name, modification)
-    model.set_attn_implementation(ATTENTION_NAME)
+    _call_our_attention(model)
 
 
 def _require_attention_interface(sites: Sites, key: str) -> None:
@@ -160,6 +173,13 @@ def _require_attention_interface(sites: Sites, key: str) -> None:
             f"{key}: transformers {transformers.__version__} does not let its {attention.__name__} be modified; "
             "upgrade transformers, or choose another representation."
         )
+
+
+def _call_our_attention(model: PreTrainedModel) -> None:
+    """Stack by stack: T5's have a config of their own, which transformers 5.17 does not reach from the top."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.set_attn_implementation(ATTENTION_NAME)
 
 
 def _add_to_heads(attention: Attention, name: str, modification: nn.Module) -> None:
@@ -190,17 +210,19 @@ def _attach_prompt(model: PreTrainedModel, sites: Sites, m: config.Modification,
     last = [layer for layer in sites.layers if layer.stack == stack][-1]
     if len(sites.embedding) == 1 and last.norm is not None:  # an encoder alone: its task head reads fixed positions
         last.norm.register_forward_hook(prompt.strip)
-    model.set_attn_implementation(ATTENTION_NAME)
+    _call_our_attention(model)
 
 
-def _bottleneck(
+def _function(
     m: config.Modification,
     in_width: int,
     out_width: int,
     own_dropout: float,
     groups: int = 1,
     generator: PrefixMLP | None = None,
-) -> Bottleneck:
+) -> FunctionalForm:
+    if m.functional_form.name == "constant":
+        return Constant(out_width, groups=groups, init=m.init.name)
     return Bottleneck(
         in_width,
         _size(m),
@@ -222,6 +244,10 @@ def _composition(m: config.Modification, in_width: int, groups: int) -> nn.Modul
         return Scaled(composition.scale, composition.learned)
     if composition.name is config.Composition.gated:
         return Gated(in_width, groups)
+    if composition.name is config.Composition.gated_add:
+        return GatedAdd(in_width, groups)
+    if composition.name is config.Composition.multiply:
+        return Multiply()
     return Add()
 
 

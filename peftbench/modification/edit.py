@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from peftbench.modification.functional_form import Bottleneck
+from peftbench.modification.functional_form import FunctionalForm
 from peftbench.modification.insertion import InsertionForm
 from peftbench.sites import Part
 
@@ -24,7 +24,7 @@ class Modification(nn.Module):
         composition: how Δh joins h.
     """
 
-    def __init__(self, function: Bottleneck, insertion: InsertionForm, composition: nn.Module) -> None:
+    def __init__(self, function: FunctionalForm, insertion: InsertionForm, composition: nn.Module) -> None:
         super().__init__()
         self.function = function
         self.insertion = insertion

@@ -79,6 +79,11 @@ def _ffn_weights(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Plac
         yield Place(f"{layer.ffn.name}.{part}", module, module, in_attention=False)
 
 
+def _ffn_intermediate(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
+    """The input of W_2, behind the activation, its gate and its dropout; x is the sub-layer's input."""
+    yield Place(f"{layer.ffn.name}.intermediate", layer.ffn.second, layer.ffn.source, in_attention=False, at="input")
+
+
 def _attention_ffn(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
     """Both sub-layers (Houlsby et al. 2019)."""
     yield from _attention(layer, attentions)
@@ -110,9 +115,11 @@ REPRESENTATIONS: dict[str, Places] = {
     "key": _projections("key"),
     "value": _projections("value"),
     "query_value": _projections("query", "value"),
+    "key_value": _projections("key", "value"),
     "output": _projections("output"),
     "ffn": _ffn,
     "ffn_weights": _ffn_weights,
+    "ffn_intermediate": _ffn_intermediate,
     "attention_ffn": _attention_ffn,
     "layer": _layer,
 }

@@ -16,7 +16,11 @@ from peftbench.modification.attach import attach
 from peftbench.modification.counting import Counts, PlaceCounts, count, count_places
 from peftbench.sites import Sites, find_sites
 
-UNFROZEN = {Unfreeze.bias: "the backbone's biases", Unfreeze.all: "the backbone"}
+UNFROZEN = {
+    Unfreeze.bias: "the backbone's biases",
+    Unfreeze.norm: "the backbone's norms",
+    Unfreeze.all: "the backbone",
+}
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def show_run(counted: RunCounts, console: Console) -> None:
     backbone = f" of {totals.backbone:,} parameters without task head"
     console.print(Text.assemble((run.method, "bold"), " on ", (run.model.name, "bold"), backbone))
     for modification in modifications(run).values():
-        console.print(Text(f"  {_axes(modification)}, bottleneck {modification.bottleneck}"))
+        console.print(Text(f"  {_axes(modification)}{_bottleneck(modification)}"))
     console.print()
 
     table = _table("places", "weights at each", *NUMBERS)
@@ -83,13 +83,13 @@ def _row(counted: RunCounts) -> dict[str, list[str]]:
     found = list(modifications(run).values())
     axes = [_axes(m) for m in found]
     if run.unfreeze is not Unfreeze.none:
-        axes.append({"bias": "the biases", "all": "all parameters"}[run.unfreeze.name])
+        axes.append({"bias": "the biases", "norm": "the norms", "all": "all parameters"}[run.unfreeze.name])
     return {
         "method": [run.method],
         "task": [run.task.name],
         "model": [run.model.name],
         "four axes": axes,
-        "bottle-\nneck": [str(m.bottleneck) for m in found],
+        "bottle-\nneck": ["" if m.bottleneck is None else str(m.bottleneck) for m in found],
         **{name: [f"{getattr(totals, name):,}"] for name in (*NUMBERS, "head")},
         "%\nstored": [f"{totals.percent(totals.stored):.2f}"],
     }
@@ -140,6 +140,10 @@ def _axes(m: Modification) -> str:
     form, representation, insertion, composition, _ = _axes_of(m).values()
     scale = f" {m.composition_function.scale:g}" if m.composition_function.name is Composition.scaled else ""
     return f"{form} · {representation} · {insertion} · {composition}{scale}"
+
+
+def _bottleneck(m: Modification) -> str:
+    return "" if m.bottleneck is None else f", bottleneck {m.bottleneck}"
 
 
 def _weights(group: Group) -> list[str]:

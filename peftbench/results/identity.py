@@ -18,6 +18,7 @@ from peftbench.errors import UserError
 IGNORED = (
     "output_dir",
     "rerun",
+    "allow_unused",
     "sizes",
     "size",
     "model.sizes",

@@ -118,7 +118,8 @@ class Record:
     score: float | None = None  # the main metric on the report split
     baselines: dict[str, float] = field(default_factory=dict)  # the main metric of: majority, head, lead1
     trainer: dict[str, Any] = field(default_factory=dict)
-    timings: dict[str, float] = field(default_factory=dict)  # prepare_s, train_s, evaluate_s, baseline_s, total_s
+    timings: dict[str, float] = field(default_factory=dict)  # prepare_s, probe_s, train_s ..., total_s
+    unused: list[str] = field(default_factory=list)  # trainable tensors that the loss does not depend on
     steps: int | None = None
     tokens_per_s: float | None = None
     peak_memory_bytes: int | None = None

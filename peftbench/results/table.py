@@ -214,7 +214,8 @@ def _four(record: Record) -> str:
         names = (axes.functional_form, axes.modified_representation, axes.insertion_form, axes.composition_function)
         lines.append(" · ".join(names) + scale)
     if record.unfreeze != "none":
-        lines.append({"bias": "the biases", "all": "all parameters"}.get(record.unfreeze, record.unfreeze))
+        named = {"bias": "the biases", "norm": "the norms", "all": "all parameters"}
+        lines.append(named.get(record.unfreeze, record.unfreeze))
     return "\n".join(lines)
 
 

@@ -127,7 +127,7 @@ def test_every_trained_tensor_gets_a_gradient_also_after_an_evaluation(family: s
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
-@pytest.mark.parametrize("unfreeze", [config.Unfreeze.bias, config.Unfreeze.all])
+@pytest.mark.parametrize("unfreeze", [config.Unfreeze.bias, config.Unfreeze.norm, config.Unfreeze.all])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bitfit_and_full_train_the_backbones_own_parameters(family: str, unfreeze: config.Unfreeze) -> None:
     """Exactly the named ones move; a key projection's bias has no gradient but rounding, since softmax ignores it."""
@@ -136,8 +136,12 @@ def test_bitfit_and_full_train_the_backbones_own_parameters(family: str, unfreez
     frozen, trained = tensors(model, trained=False), tensors(model, trained=True)
     heads = ("classifier", "classification_head")
     named = {name for name, _ in model.named_parameters()}
-    biases_and_head = {name for name in named if name.endswith(".bias") or name.startswith(heads)}
-    assert set(trained) == (named if unfreeze is config.Unfreeze.all else biases_and_head)
+    expected = {
+        config.Unfreeze.bias: {name for name in named if name.endswith(".bias") or name.startswith(heads)},
+        config.Unfreeze.norm: {name for name in named if "norm" in name.lower() or name.startswith(heads)},
+        config.Unfreeze.all: named,
+    }
+    assert set(trained) == expected[unfreeze]
     assert [name for name, gradient in gradients(model, family).items() if gradient is None] == []
     take_steps(model, family)
     now = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -398,13 +402,14 @@ def test_bf16_agrees_with_fp32(family: str, preset: str, backbone: torch.dtype) 
 # ---- points on the four axes and their options ----
 
 
-POINTS = dict(points("identity", "relu", "softmax", init="bert"))
+POINTS = dict(points("constant", "identity", "relu", "softmax", init="bert"))
 
 
 def test_number_of_points() -> None:
-    """Of 3 forms, 12 representations without the embedding, 2 insertions and 3 compositions: gated and sequential mean
-    nothing, nor do layer and parallel. The embedding has one point, the prompt."""
-    assert len(POINTS) == 3 * (12 * 2 * 3 - 12 - 3) + 1
+    """Of 3 forms, 14 representations without the embedding, 2 insertions and 5 compositions: gated and sequential mean
+    nothing, nor do layer and parallel, nor layer and multiply. A constant has no parallel form, and on keys there is no
+    add or scaled. The embedding has one point, the prompt."""
+    assert len(POINTS) == 3 * (14 * 2 * 5 - 14 - 5 - 1) + (14 * 4 - 1 - 2 * 2) + 1
 
 
 @pytest.mark.parametrize("family", ["bart", "roberta"])
@@ -422,10 +427,11 @@ def test_every_valid_point_trains(family: str, point: str) -> None:
 @pytest.mark.parametrize("options", [{}, {"bias": True, "layer_norm": "output"}], ids=["plain", "bias_and_norm"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_zero_initialised_modifications_leave_the_backbone_as_it_is(family: str, options: dict[str, object]) -> None:
-    """Init lora with add or scaled: Δh = 0, to the bit, wherever it is added."""
+    """Init lora with all but gated: Δh = 0, to the bit, wherever it joins h."""
     expected = logits(build(family), family)
-    at_rest = {name: m for name, m in points("relu", init="lora", **options) if "gated" not in name}
-    assert len(at_rest) == 12 * 2 * 2 - 2
+    forms = ("relu",) if options else ("relu", "constant")
+    at_rest = {name: m for name, m in points(*forms, init="lora", **options) if not name.endswith("-gated")}
+    assert len(at_rest) == 14 * 2 * 4 - 4 - 1 + (0 if options else 14 * 4 - 1 - 2 * 2)
     for name, m in at_rest.items():
         model = attached(family, {"": m}, shaken=False)
         assert torch.equal(logits(model, family), expected), name
@@ -434,7 +440,7 @@ def test_zero_initialised_modifications_leave_the_backbone_as_it_is(family: str,
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("preset", ["lora", "lora_ffn", "scaled_parallel_adapter"])
+@pytest.mark.parametrize("preset", ["lora", "lora_ffn", "scaled_parallel_adapter", "ia3"])
 def test_zero_initialised_presets_leave_the_backbone_as_it_is(family: str, preset: str) -> None:
     """Those of the paper that begin as a no-op."""
     model = attached(family, PRESETS[preset], shaken=False)
@@ -450,6 +456,11 @@ OPTIONS: dict[str, Modifications] = {
     "scaled_prefix": {"": modification("softmax", "heads", composition="scaled", learned=True, prefix_mlp=8)},
     "prefix_without_mlp": {"": modification("softmax", "heads", composition="gated", init="bert")},
     "learned_scale_of_lora": {"": modification("identity", "query_value", composition="scaled", learned=True)},
+    "bias_at_the_layer": {"": modification("constant", "layer", "sequential", "add")},
+    "scale_of_heads": {"": modification("constant", "heads", "sequential", "multiply")},
+    "gate_on_a_constant": {"": modification("constant", "attention", "sequential", "gated_add", init="bert")},
+    "gate_on_heads": {"": modification("relu", "heads", composition="gated_add", init="bert", head_input="hidden")},
+    "multiplied_by_an_adapter": {"": modification("relu", "ffn_intermediate", composition="multiply", init="bert")},
     "gate_of_ffn_weights": {"": modification("gelu", "ffn_weights", composition="gated", bias=True)},
     "two_at_one_place": {
         "": modification("relu", "attention", "sequential"),

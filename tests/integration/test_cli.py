@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from peftbench import config
 from peftbench.backbone import load_backbone
 from peftbench.cli import main
 from peftbench.config import Model, Task, TaskKind
@@ -185,6 +187,11 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["method=mam", "modified_representation.attentions=[self]"], ["modified_representation=ffn has none"]),
         (["method=prompt", "modified_representation.layers=[0]"], ["stands before the first stack"]),
         (["method=full", "functional_form=relu"], ["a modification needs all four axes"]),
+        (["method=ia3", "insertion_form=parallel"], ["goes by the name insertion_form=sequential"]),
+        (["method=ia3", "functional_form=relu"], ["bottleneck=null: the bottleneck must be a whole number"]),
+        (["method=ia3", "composition_function=add"], ["softmax does not see a vector that is added to every key"]),
+        (["method=pfeiffer", "functional_form=constant"], ["set bottleneck=null, bias=false"]),
+        (["method=pfeiffer", "composition_function=multiply"], ["use unfreeze=norm, or modified_representation=ffn"]),
         (
             ["method=lroa", "bottleneck=-3", "trainer.learning_rate=0"],
             ["did you mean lora?", "bottleneck=-3", "trainer.learning_rate=0"],
@@ -303,3 +310,47 @@ def test_ctrl_c_leaves_an_interrupted_record(smoke: list[str], tmp_path: Path) -
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in error
     assert [record["status"] for record in records(tmp_path / "outputs")] == ["interrupted"]
+
+
+@pytest.fixture
+def idle_cross_attention(tmp_path: Path) -> Path:
+    """A folder with a BERT decoder: as a classifier it has cross-attentions that never run."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    folder = tmp_path / "bert"
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+    mini = Path(config.__file__).parent / "mini"
+    vocabulary = json.loads((mini / "config.json").read_text())["vocab_size"]
+    model = BertForSequenceClassification(
+        BertConfig(vocab_size=vocabulary, is_decoder=True, add_cross_attention=True, pad_token_id=1, **sizes)
+    )
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(mini / name, folder)
+    return folder
+
+
+def test_a_tensor_that_gets_no_gradient_is_refused_by_name(
+    smoke: list[str], idle_cross_attention: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2, one sentence, a failed record; allow_unused=true goes on and the record lists the tensors."""
+    arguments = ["train", *smoke, f"model.path={idle_cross_attention}", "method=lora"]
+    names = [
+        f"bert.encoder.layer.0.crossattention.self.{part}.modification.function.{tensor}"
+        for part in ("query", "value")
+        for tensor in ("down", "up")
+    ]
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert all(name in error for name in names) and "allow_unused=true" in error
+    assert "Traceback" not in error and len(error.splitlines()) == 1
+    (record,) = records(tmp_path / "outputs")
+    assert record["status"] == "failed" and record["unused"] == names
+
+    assert main([*arguments, "allow_unused=true"]) == 0
+    (record,) = records(tmp_path / "outputs")
+    assert record["status"] == "done" and record["unused"] == names and record["timings"]["probe_s"] > 0
+    assert main([*arguments, "modified_representation.attentions=[self]"]) == 0
+    assert sorted(len(record["unused"]) for record in records(tmp_path / "outputs")) == [0, 4]

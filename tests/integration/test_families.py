@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from peftbench import config
 from peftbench.errors import UserError
 from peftbench.modification.attach import attach
+from peftbench.modification.counting import count
 from peftbench.modification.state import fold
 from peftbench.sites import find_sites
 from tests.families import (
@@ -182,3 +183,30 @@ def test_an_attention_that_calls_no_registered_function_is_refused(monkeypatch: 
 def test_prompts_are_refused_where_labels_count_the_input(family: str) -> None:
     with pytest.raises(UserError, match=f"prompts are not supported for {family.partition('_')[0]}"):
         attach(build(family), PRESETS["prompt"])
+
+
+NORMS = {  # by hand, of width 16: LayerNorms have a weight and a bias, RMSNorms a weight; ELECTRA's first is 8 wide
+    "electra": 4 * 32 + 16,
+    "distilbert": 5 * 32,
+    "t5": (2 * 2 + 1 + 2 * 3 + 1) * 16,
+    "t5_gated": (2 * 2 + 1 + 2 * 3 + 1) * 16,
+    "t5_classifier": (2 * 2 + 1 + 2 * 3 + 1) * 16,
+    **dict.fromkeys(("llama", "mistral", "qwen2"), (2 * 2 + 1) * 16),
+    "qwen3": (2 * 2 + 1) * 16 + 2 * 2 * 6,  # also over each head's queries and keys
+    "gpt2": (2 * 2 + 1) * 32,
+}
+
+
+@pytest.mark.parametrize("family", NORMS)
+def test_norms_are_trained_alone(family: str) -> None:
+    """unfreeze=norm: all norms and the head have a gradient, and nothing else."""
+    model = build(family)
+    attach(model, {}, config.Unfreeze.norm)
+    assert count(model).trained == count(model).stored == NORMS[family]
+    model.train()
+    model(**batch(family)).loss.backward()
+    head = ("classifier", "classification_head", "score", "pre_classifier")
+    for name, parameter in model.named_parameters():
+        expected = "norm" in name.lower() or ".ln_" in name or name.startswith(head)
+        assert parameter.requires_grad is expected, name
+        assert (parameter.grad is not None and bool(parameter.grad.any())) is expected, name
