@@ -18,6 +18,7 @@ from peftbench.errors import UserError
 IGNORED = (
     "output_dir",
     "rerun",
+    "fidelity.name",
     "sizes",
     "size",
     "model.sizes",
