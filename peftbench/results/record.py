@@ -78,9 +78,7 @@ class Counts:
     stored: int  # what a checkpoint needs, without the head and with the prefix MLP folded
     head: int
     paper: int | None  # by the formula of the paper's appendix B
-    dead: int = (
-        0  # what the paper's released code trains besides, though nothing reads it; see fidelity.dead_parameters
-    )
+    dead: int = 0  # what the paper's released code trains besides, though nothing reads it (fidelity.dead_parameters)
     percent: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
