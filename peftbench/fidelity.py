@@ -102,9 +102,13 @@ def _apply(run: Run, model_type: str | None) -> tuple[Run, list[str]]:
             after.append(part)
         if after == before:
             found[prefix] = m
-        else:
-            found[prefix] = after[0]
-            found |= {f"mix.{prefix.split('.')[1] if prefix else 'modification'}_ffn.": part for part in after[1:]}
+            continue
+        found[prefix], *ffn = after
+        for part in ffn:
+            name = f"{prefix.split('.')[1] if prefix else 'modification'}_ffn"
+            while name in run.mix:
+                name += "_"
+            found[f"mix.{name}."] = part
     return _with(run, found), [name for name in SWITCHES if name in touching]
 
 
@@ -135,7 +139,7 @@ def _is_adapter(m: Modification, *places: Representation, insertion: Insertion |
     return (
         m.functional_form.name in ACTIVATIONS
         and m.modified_representation.name in places
-        and m.insertion_form.name in (insertion or m.insertion_form.name,)
+        and insertion in (None, m.insertion_form.name)
     )
 
 

@@ -248,6 +248,34 @@ def test_behind_a_norm_there_is_no_other_residual_to_read(family: str) -> None:
         attach(build(family), {"": modification("relu", "ffn", ffn_input="residual")})
 
 
+@pytest.mark.parametrize("family", ["mbart", "t5", "llama"])
+def test_reading_the_residual_trains(family: str) -> None:
+    """In every family with norms before its sub-layers, and the same where layers are computed twice."""
+    model = build(family)
+    attach(model, {"": modification("relu", "attention_ffn", ffn_input="residual", bias=True)})
+    shake(model)
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        model.zero_grad()
+        torch.manual_seed(4)
+        model(**batch(family)).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if "modification" in name})
+    for name, gradient in gradients[0].items():
+        assert gradient is not None and gradient.any(), name
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-6 * max(1.0, float(gradient.abs().max()))), name
+
+
+def test_generation_of_mbart_as_in_the_code_is_the_same_with_and_without_cache() -> None:
+    model, _ = attached("mbart", "method=pa_attention_pa_ffn")
+    inputs = {name: tensor for name, tensor in batch("mbart").items() if name != "labels"}
+    options = {"num_beams": 4, "min_new_tokens": 5, "max_new_tokens": 5, "do_sample": False}
+    cached = model.generate(**inputs, **options, use_cache=True)
+    assert torch.equal(cached, model.generate(**inputs, **options, use_cache=False))
+
+
 # ---- the task head ----
 
 ROBERTA_HEAD = {f"classifier.{part}.{tensor}" for part in ("dense", "out_proj") for tensor in ("weight", "bias")}

@@ -112,6 +112,14 @@ def test_what_modifies_both_sublayers_is_taken_apart() -> None:
         "mix.modification_ffn.": ("ffn", "none"),
         "mix.attention.": ("heads", "none"),
     }
+    named_so = replace(run, mix={"modification_ffn": run.mix["attention"]})  # a name that the user has taken
+    changed = modifications(with_deviations(named_so, "bart")[0])
+    places = {prefix: (m.modified_representation.name.name, m.layer_norm.name) for prefix, m in changed.items()}
+    assert places == {
+        "": ("attention", "input"),
+        "mix.modification_ffn_.": ("ffn", "none"),
+        "mix.modification_ffn.": ("heads", "none"),
+    }
 
 
 def test_an_mlp_of_another_width_is_kept() -> None:
