@@ -45,7 +45,8 @@ Insertion = Enum("Insertion", ["none", "sequential", "parallel"])
 Composition = Enum("Composition", ["none", "add", "scaled", "gated", "gated_add", "multiply"])
 Stack = Enum("Stack", ["encoder", "decoder"])
 AttentionKind = Enum("AttentionKind", ["self", "cross"])
-HeadInput = Enum("HeadInput", ["query", "hidden"])
+HeadInput = Enum("HeadInput", ["query", "hidden", "normed_query"])
+FFNInput = Enum("FFNInput", ["normed", "residual"])
 Init = Enum("Init", ["bert", "lora"])
 LayerNormPlace = Enum("LayerNormPlace", ["none", "input", "output"])
 Unfreeze = Enum("Unfreeze", ["none", "bias", "norm", "all"])
@@ -72,8 +73,11 @@ class ModifiedRepresentation:
     stacks: list[Stack] = field(default_factory=lambda: [Stack.encoder, Stack.decoder])
     attentions: list[AttentionKind] = field(default_factory=lambda: list(AttentionKind))
     layers: list[int] | None = None  # indices in each stack; negative ones count from the top
-    # What a parallel form over heads reads: each head's query (the paper's code) or the attention input (table 1).
+    # What a parallel form over heads reads: each head's query, scaled as the attention has it; the attention input
+    # (table 1); or an unscaled query of the attention input behind a LayerNorm of its own (the paper's code on BART).
     head_input: HeadInput = HeadInput.query
+    # What a parallel form over the FFN of a pre-norm family reads: its normed input, or the residual before the norm.
+    ffn_input: FFNInput = FFNInput.normed
 
 
 @dataclass
@@ -108,6 +112,24 @@ class Modification:
     dropout: float | None = None  # after f; null: the backbone's own rate, as in the paper's code
     input_dropout: float = 0.0  # on x, before W_down (LoRA's dropout)
     prefix_mlp: int | None = None  # width of the MLP that produces the prefix in training; null: none
+
+
+@dataclass
+class Fidelity:
+    """The places where the paper's text and its released code differ: true has it as in the code.
+
+    `fidelity.py` says of each what it does, and to which runs.
+    """
+
+    name: str = "paper"  # of the set; it changes nothing by itself
+    frozen_task_head: bool = False
+    attention_adapter_before_output: bool = False
+    attention_adapter_norm: bool = False
+    attention_adapter_bert_init: bool = False
+    head_adapter_from_mlp: bool = False
+    head_adapter_normed_query: bool = False
+    mbart_ffn_adapter_reads_residual: bool = False
+    dead_parameters: bool = False
 
 
 @dataclass
@@ -198,6 +220,7 @@ class Run(Modification):
     mix: dict[str, Modification] = field(default_factory=dict)
     unfreeze: Unfreeze = Unfreeze.none  # backbone parameters that are trained too: biases (BitFit), norms or all
     allow_unused: bool = False  # train although the loss does not depend on every trainable tensor
+    fidelity: Fidelity = field(default_factory=Fidelity)
     method: str = MISSING
     model: Model = field(default_factory=Model)
     task: Task = field(default_factory=Task)

@@ -195,11 +195,7 @@ class FeedForward:
     first: Mapping[str, nn.Module]  # by the last part of their names
     second: nn.Module
     dropout: nn.Module | None
-
-    @property
-    def source(self) -> nn.Module:
-        """A module whose input is the sub-layer's input x."""
-        return next(iter(self.first.values()))
+    source: nn.Module  # its input is the sub-layer's input x
 
 
 @dataclass(frozen=True)
@@ -263,7 +259,8 @@ def _layers(family: Family, base: nn.Module, config: object, names: Mapping[nn.M
         heads = int(getattr(config, family.heads.format(stack=stack)))
         for index, module in enumerate(modules):
             second = _there(module, family.ffn.second)
-            first = {path: _find(module, path) for path in family.ffn.first}
+            found = {path.rpartition(".")[2]: _find(module, path) for path in family.ffn.first}
+            first = {name: linear for name, linear in found.items() if linear is not None}
             yield Layer(
                 name=names[module],
                 stack=stack,
@@ -273,9 +270,10 @@ def _layers(family: Family, base: nn.Module, config: object, names: Mapping[nn.M
                 attentions=tuple(_attentions(family, module, heads, config, names)),
                 ffn=FeedForward(
                     name=names[second],
-                    first={path.rpartition(".")[2]: found for path, found in first.items() if found is not None},
+                    first=first,
                     second=second,
                     dropout=None if family.ffn.dropout is None else _there(module, family.ffn.dropout),
+                    source=next(iter(first.values())),
                 ),
                 norm=None if family.norm is None else _there(module, family.norm),
                 residual=None if family.residual is None else _there(module, family.residual),

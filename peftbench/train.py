@@ -23,9 +23,11 @@ from peftbench.backbone import Backbone, load_backbone
 from peftbench.config import Keep, Run, Unfreeze, modifications, resolve
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
+from peftbench.fidelity import with_deviations
 from peftbench.fit import Fitted, chosen_device, fit, total_steps, use_bf16
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import count
+from peftbench.modification.dead_parameters import count_dead
 from peftbench.modification.state import fold, save
 from peftbench.probe import no_gradient, unreached
 from peftbench.progress import Display
@@ -35,6 +37,7 @@ from peftbench.results.record import (
     Record,
     Score,
     append_metrics,
+    axes_of,
     finished,
     recording,
     write_predictions,
@@ -71,8 +74,16 @@ def train(cfg: DictConfig) -> float:
         with _timed(record, "prepare_s"), display.stage("prepare"):
             set_seed(run.seed)
             backbone = load_backbone(run.model, run.task)
-            attach(backbone.model, modifications(run), run.unfreeze, backbone.untrained)
-            _record_counts(record, backbone.model)
+            run, record.deviations = with_deviations(run, backbone.model.config.model_type)
+            record.axes = axes_of(run)
+            attach(
+                backbone.model,
+                modifications(run),
+                run.unfreeze,
+                backbone.untrained,
+                train_head=not run.fidelity.frozen_task_head,
+            )
+            _record_counts(record, run, backbone.model)
             data = prepare(run.task, backbone.tokenizer, backbone.model)
             _record_data(record, run, data)
         backbone.model.to(device)
@@ -84,7 +95,7 @@ def train(cfg: DictConfig) -> float:
         with _timed(record, "train_s"):
             _record_fit(record, _fit(run, backbone, data, record, display, f"train {run.method}"))
         fold(backbone.model)
-        record.adapter_bytes = save(backbone.model, folder / "adapter")
+        record.adapter_bytes = save(backbone.model, folder / "adapter", backbone.untrained)
 
         with _timed(record, "evaluate_s"):
             _evaluate(run, backbone.model, data, record, display)
@@ -158,9 +169,10 @@ def _is_head_alone(run: Run) -> bool:
     return not modifications(run) and run.unfreeze is Unfreeze.none
 
 
-def _record_counts(record: Record, model: PreTrainedModel) -> None:
+def _record_counts(record: Record, run: Run, model: PreTrainedModel) -> None:
     counts = count(model)
-    record.counts = Counts(**asdict(counts))
+    dead = count_dead(model, modifications(run)) if run.fidelity.dead_parameters else 0
+    record.counts = Counts(**asdict(counts), dead=dead)
     record.model.parameters = counts.backbone
 
 

@@ -14,6 +14,7 @@ from peftbench.config import (
     AttentionKind,
     Composition,
     DType,
+    FFNInput,
     HeadInput,
     Insertion,
     LayerNormPlace,
@@ -27,6 +28,7 @@ from peftbench.config import (
     modifications,
 )
 from peftbench.errors import unknown
+from peftbench.fidelity import idle_switches
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ RULES = (
             and m.insertion_form.name is Insertion.parallel
             and m.functional_form.name == "softmax"
             and m.composition_function.name is Composition.gated
-            and m.modified_representation.head_input is HeadInput.hidden
+            and m.modified_representation.head_input is not HeadInput.query
         ),
         "{p}composition_function=gated weighs by the attention mass on the prefix (eq. 8), which is a function of the "
         "query: use {p}modified_representation.head_input=query, or composition_function=add or scaled.",
@@ -100,6 +102,25 @@ RULES = (
     ),
     Rule(
         lambda m: (
+            m.modified_representation.head_input is not HeadInput.query
+            and (m.modified_representation.name, m.insertion_form.name) != (Representation.heads, Insertion.parallel)
+        ),
+        "{p}modified_representation.head_input is what a parallel form over heads reads; with "
+        "{p}modified_representation={r} and {p}insertion_form={i} leave it out.",
+    ),
+    Rule(
+        lambda m: (
+            m.modified_representation.ffn_input is not FFNInput.normed
+            and (
+                m.modified_representation.name not in (Representation.ffn, Representation.attention_ffn)
+                or m.insertion_form.name is not Insertion.parallel
+            )
+        ),
+        "{p}modified_representation.ffn_input is what a parallel form over the FFN reads; with "
+        "{p}modified_representation={r} and {p}insertion_form={i} leave it out.",
+    ),
+    Rule(
+        lambda m: (
             m.prefix_mlp is not None
             and (
                 m.modified_representation.name is not Representation.heads
@@ -110,7 +131,7 @@ RULES = (
             )
         ),
         "{p}prefix_mlp={mlp} makes vectors of a head's width: it goes with modified_representation=heads and "
-        "head_input=query only; set {p}prefix_mlp=null.",
+        "without head_input=hidden only; set {p}prefix_mlp=null.",
     ),
     Rule(
         lambda m: m.functional_form.name == "constant" and m.insertion_form.name is not Insertion.sequential,
@@ -230,6 +251,12 @@ def faults(run: Run) -> list[str]:
             "trainer.precision=auto, or model.dtype=float32."
         )
     nothing = not run.mix and all(axis == "none" for axis in _axes(run)) and run.unfreeze is Unfreeze.none
+    if nothing and run.task.kind is TaskKind.classification and run.fidelity.frozen_task_head:
+        found.append(
+            f"fidelity.frozen_task_head=true with method={run.method} leaves nothing to train; use "
+            "fidelity.frozen_task_head=false, or a method that changes the backbone, such as method=lora."
+        )
+    found.extend(idle_switches(run))
     if nothing and run.task.kind is not TaskKind.classification:
         found.append(
             f"method={run.method} with task={run.task.name} leaves nothing to train: only classification has a task "

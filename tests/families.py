@@ -277,6 +277,7 @@ def modification(
     scale: float = 1.0,
     learned: bool = False,
     head_input: str = "query",
+    ffn_input: str = "normed",
     stacks: tuple[str, ...] = ("encoder", "decoder"),
     attentions: tuple[str, ...] = ("self", "cross"),
     layers: list[int] | None = None,
@@ -291,6 +292,7 @@ def modification(
             attentions=[config.AttentionKind[kind] for kind in attentions],
             layers=layers,
             head_input=config.HeadInput[head_input],
+            ffn_input=config.FFNInput[ffn_input],
         ),
         insertion_form=config.InsertionForm(config.Insertion[insertion]),
         composition_function=config.CompositionFunction(config.Composition[composition], scale, learned),
@@ -325,6 +327,9 @@ PRESETS: dict[str, dict[str, config.Modification]] = {
     "mh_parallel_adapter": {"": modification("relu", "heads", "parallel", "add", init="bert")},
     "mh_parallel_adapter_hidden": {
         "": modification("relu", "heads", "parallel", "add", init="bert", head_input="hidden")
+    },
+    "mh_parallel_adapter_normed_query": {
+        "": modification("relu", "heads", "parallel", "add", prefix_mlp=8, head_input="normed_query")
     },
     "scaled_parallel_adapter": {"": modification("relu", "ffn", "parallel", "scaled", scale=4.0, bias=True)},
     "mam": {

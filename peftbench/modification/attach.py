@@ -34,6 +34,8 @@ def attach(
     modifications: Mapping[str, config.Modification],
     unfreeze: config.Unfreeze = config.Unfreeze.none,
     untrained: Collection[str] = (),
+    *,
+    train_head: bool = True,
 ) -> None:
     """Change `model` in place.
 
@@ -41,9 +43,10 @@ def attach(
         modifications: by the prefix of their keys, as `config.modifications` returns them.
         unfreeze: which backbone parameters are trained too.
         untrained: names of parameters that came with no weights and therefore must be trained (the task head).
+        train_head: false leaves these as they are, frozen but for what `unfreeze` says.
     """
     sites = find_sites(model)
-    _freeze(model, sites, unfreeze, untrained)
+    _freeze(model, sites, unfreeze, untrained, train_head)
     sites, dropouts = _own_dropout(sites) if modifications else (sites, [])
     # W_o has up to two edits, its own and the attention's: what is nearer to the weights is hooked first.
     with model.device:  # new parameters are made where the backbone is, on the meta device too
@@ -58,7 +61,9 @@ def _representation(m: config.Modification) -> str:
     return str(m.modified_representation.name.name)
 
 
-def _freeze(model: PreTrainedModel, sites: Sites, unfreeze: config.Unfreeze, untrained: Collection[str]) -> None:
+def _freeze(
+    model: PreTrainedModel, sites: Sites, unfreeze: config.Unfreeze, untrained: Collection[str], train_head: bool
+) -> None:
     norms = _norms(model)
     for name, parameter in model.named_parameters():
         in_head = name in untrained or name.split(".")[0] in sites.family.task_head
@@ -68,7 +73,7 @@ def _freeze(model: PreTrainedModel, sites: Sites, unfreeze: config.Unfreeze, unt
             config.Unfreeze.norm: id(parameter) in norms,
             config.Unfreeze.all: True,
         }[unfreeze]
-        parameter.requires_grad_(in_head or in_backbone)
+        parameter.requires_grad_((in_head and train_head) or in_backbone)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
@@ -117,6 +122,8 @@ def _attach_to_places(sites: Sites, m: config.Modification, name: str, prefix: s
     insertion = m.insertion_form.name.name
     places = REPRESENTATIONS[_representation(m)]
     for layer, attentions in _chosen(sites, m, prefix):
+        if m.modified_representation.ffn_input is config.FFNInput.residual:
+            layer = _reading_residual(layer, prefix)
         for place in places(layer, attentions):
             in_width, out_width = place.widths(sites.width, insertion)
             rate = sites.attention_dropout if place.in_attention else sites.hidden_dropout
@@ -128,10 +135,21 @@ def _attach_to_places(sites: Sites, m: config.Modification, name: str, prefix: s
             edit.attach(name, place.target, place.source, place.at, place.part)
 
 
+def _reading_residual(layer: Layer, prefix: str) -> Layer:
+    """The layer with its FFN's input x taken before the norm."""
+    if layer.residual is None:
+        raise UserError(
+            f"{prefix}modified_representation.ffn_input=residual: the norms of this backbone stand behind its "
+            "sub-layers, so that the FFN's input is the residual; leave it out."
+        )
+    return replace(layer, ffn=replace(layer.ffn, source=layer.residual))
+
+
 def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: config.Modification, name: str, prefix: str) -> None:
     """One modification of every head, in the attention function."""
     insertion = m.insertion_form.name.name
-    hidden = insertion == "parallel" and m.modified_representation.head_input is config.HeadInput.hidden
+    head_input = m.modified_representation.head_input
+    hidden = head_input is config.HeadInput.hidden
     is_prefix = m.functional_form.name == "softmax" and m.composition_function.name is config.Composition.gated
     _require_attention_interface(sites, f"{prefix}modified_representation=heads")
     trunks: dict[tuple[str, str], PrefixTrunk] = {}
@@ -157,9 +175,15 @@ def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: config.Modificatio
                 _add_to_heads(attention, name, Prefix(function))
                 continue
             composition = _composition(m, function.in_width, groups)
-            modification = HeadModification(function, INSERTION_FORMS[insertion], composition)
-            modification.reads_hidden = hidden
-            if hidden:
+            normed = head_input is config.HeadInput.normed_query
+            modification = HeadModification(
+                function,
+                INSERTION_FORMS[insertion],
+                composition,
+                reads_hidden=hidden,
+                query_norm=nn.LayerNorm(sites.width) if normed else None,
+            )
+            if modification.reads_input:
                 attention.query.register_forward_pre_hook(modification.read)
             _add_to_heads(attention, name, modification)
     _call_our_attention(model)

@@ -12,8 +12,10 @@ from transformers.utils import logging
 
 from peftbench.backbone import meta_backbone
 from peftbench.config import Modification, Representation, Run, Unfreeze, modifications
+from peftbench.fidelity import Deviation, with_deviations
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import Counts, PlaceCounts, count, count_places
+from peftbench.modification.dead_parameters import count_dead
 from peftbench.sites import Sites, find_sites
 
 UNFROZEN = {
@@ -40,9 +42,11 @@ class Group:
 class RunCounts:
     """A run and its numbers. The groups' sums are the totals."""
 
-    run: Run
+    run: Run  # with its deviations
     totals: Counts
     groups: list[Group]
+    deviations: list[Deviation]
+    dead: int  # what the paper's released code trains besides, where fidelity.dead_parameters has it counted
 
 
 class Owner(NamedTuple):
@@ -60,13 +64,15 @@ def count_run(run: Run) -> RunCounts:
     """
     logging.set_verbosity_error()  # hints on generation settings, which nothing here uses
     model = meta_backbone(run.model, run.task)
-    attach(model, modifications(run), run.unfreeze)
+    run, deviations = with_deviations(run, model.config.model_type)
+    attach(model, modifications(run), run.unfreeze, train_head=not run.fidelity.frozen_task_head)
     totals = count(model)
     groups = list(_groups(model, run))
     unfrozen = totals.trained - sum(group.trained for group in groups)
     if unfrozen:
         groups.append(Group(UNFROZEN[run.unfreeze], None, 1, {}, unfrozen, unfrozen, unfrozen))
-    return RunCounts(run, totals, groups)
+    dead = count_dead(model, modifications(run)) if run.fidelity.dead_parameters else 0
+    return RunCounts(run, totals, groups, deviations, dead)
 
 
 def _groups(model: PreTrainedModel, run: Run) -> Iterator[Group]:

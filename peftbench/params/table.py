@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -20,7 +21,15 @@ if TYPE_CHECKING:
 NUMBERS = ("trained", "stored", "paper")
 UNBOUNDED = 1000  # characters; rich measures nothing beyond the width that it is told
 DISPENSABLE = ("head", "paper", "trained")
-WORDS = {"places": 12, "weights at each": 12, "method": 16, "task": 5, "model": 8, "four axes": 20}  # least widths
+WORDS = {  # least widths
+    "places": 12,
+    "weights at each": 12,
+    "method": 16,
+    "task": 5,
+    "model": 8,
+    "four axes": 20,
+    "as in the code": 16,
+}
 
 
 def show_run(counted: RunCounts, console: Console) -> None:
@@ -30,6 +39,10 @@ def show_run(counted: RunCounts, console: Console) -> None:
     console.print(Text.assemble((run.method, "bold"), " on ", (run.model.name, "bold"), backbone))
     for modification in modifications(run).values():
         console.print(Text(f"  {_axes(modification)}{_bottleneck(modification)}"))
+    if counted.deviations:
+        console.print("As in the paper's released code, not its text:")
+    for deviation in counted.deviations:
+        console.print(Padding(Text(deviation.sentence), (0, 0, 0, 2), expand=False))
     console.print()
 
     table = _table("places", "weights at each", *NUMBERS)
@@ -49,6 +62,9 @@ def show_run(counted: RunCounts, console: Console) -> None:
         table.add_row("task head, besides", "", f"{totals.head:,}", f"{totals.head:,}", "")
         share = f"{totals.percent(totals.head):.2f}"
         table.add_row("% of backbone", "", share, share, "")
+    if counted.dead:
+        table.add_section()
+        table.add_row("dead, besides", "", f"{counted.dead:,}", "", "")
     console.print(table)
 
 
@@ -63,8 +79,8 @@ def show_sweep(counted: Sequence[RunCounts], console: Console) -> None:
         backbone = counted[0].totals.backbone
         console.print(Text.assemble((counted[0].run.model.name, "bold"), f" of {backbone:,} parameters"))
     rows = [_row(c) for c in counted]
-    told = ("task", "model")  # worth a column only where they differ
-    headers = [name for name in rows[0] if name not in told or len({row[name][0] for row in rows}) > 1]
+    told = ("task", "model", "as in the code")  # worth a column only where they differ
+    headers = [name for name in rows[0] if name not in told or len({tuple(row[name]) for row in rows}) > 1]
     for dispensable in ("", *DISPENSABLE):
         headers = [name for name in headers if name != dispensable]
         table = _table(*headers)
@@ -89,6 +105,7 @@ def _row(counted: RunCounts) -> dict[str, list[str]]:
         "task": [run.task.name],
         "model": [run.model.name],
         "four axes": axes,
+        "as in the code": [deviation.name.replace("_", " ") for deviation in counted.deviations],
         "bottle-\nneck": ["" if m.bottleneck is None else str(m.bottleneck) for m in found],
         **{name: [f"{getattr(totals, name):,}"] for name in (*NUMBERS, "head")},
         "%\nstored": [f"{totals.percent(totals.stored):.2f}"],
@@ -109,8 +126,11 @@ def _object(counted: RunCounts) -> dict[str, Any]:
         "model": run.model.name,
         "axes": [{"prefix": prefix, **_axes_of(m)} for prefix, m in modifications(run).items()],
         "unfreeze": run.unfreeze.name,
+        "fidelity": run.fidelity.name,
+        "deviations": [deviation.name for deviation in counted.deviations],
         "backbone": totals.backbone,
         **{name: getattr(totals, name) for name in names},
+        "dead": counted.dead,
         "percent": {name: totals.percent(getattr(totals, name)) for name in names},
         "places": [
             {

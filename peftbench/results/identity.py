@@ -19,6 +19,7 @@ IGNORED = (
     "output_dir",
     "rerun",
     "allow_unused",
+    "fidelity.name",
     "sizes",
     "size",
     "model.sizes",

@@ -27,6 +27,7 @@ from omegaconf import OmegaConf
 import peftbench
 from peftbench.config import Modification, Run, modifications
 from peftbench.errors import UserError
+from peftbench.fidelity import Deviation
 from peftbench.results.identity import content_stamp, plain, run_hash
 
 SCHEMA_VERSION = 1
@@ -77,6 +78,7 @@ class Counts:
     stored: int  # what a checkpoint needs, without the head and with the prefix MLP folded
     head: int
     paper: int | None  # by the formula of the paper's appendix B
+    dead: int = 0  # what the paper's released code trains besides, though nothing reads it (fidelity.dead_parameters)
     percent: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -113,6 +115,8 @@ class Record:
     finished: str | None = None
     overrides: list[str] = field(default_factory=list)  # of the command line
     debug: str | None = None
+    fidelity: str = "paper"  # the set of switches between the paper's text and its released code
+    deviations: list[Deviation] = field(default_factory=list)  # the switches that make this run differ from the text
     counts: Counts | None = None
     scores: dict[str, Score] = field(default_factory=dict)  # by role: selection, report
     score: float | None = None  # the main metric on the report split
@@ -203,13 +207,14 @@ def start(run: Run, folder: Path, overrides: Sequence[str]) -> Record:
             revision=None if content else run.model.revision,
             content=content,
         ),
-        axes=_axes(run),
+        axes=axes_of(run),
         unfreeze=run.unfreeze.name,
         metric=run.task.metric,
         seed=run.seed,
         folder=folder,
         overrides=list(overrides),
         debug=run.debug,
+        fidelity=run.fidelity.name,
         trainer=plain(run)["trainer"],
         versions=_versions(),
         git=_git(),
@@ -270,7 +275,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def _axes(run: Run) -> list[Axes]:
+def axes_of(run: Run) -> list[Axes]:
     """The modifications of a run, each with the options in which it differs from a bare one."""
     bare = dict(flatten(plain(Modification())))
     shown = {"bottleneck", "composition_function.scale"} | {key for key in bare if key.endswith(".name")}

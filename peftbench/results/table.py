@@ -102,6 +102,7 @@ def to_csv(records: Iterable[Record]) -> str:
 def _flat(record: Record) -> dict[str, Any]:
     values = record.to_json()
     axes = values.pop("axes")
+    values["deviations"] = [deviation["name"] for deviation in values["deviations"]]
     joined = {
         key: " + ".join("" if one[key] is None else str(one[key]) for one in axes)
         for key in Axes.__dataclass_fields__
@@ -160,6 +161,8 @@ def _columns(records: Sequence[Record]) -> list[Column]:
         Column("time", _time, dispensable=5),
         Column("seed", lambda r: str(r.seed), dispensable=1 if len({r.seed for r in records}) > 1 else 6),
     ]
+    if any(record.deviations for record in records):
+        columns.insert(2, Column("as in the code", _deviations, words=True, wrap=16))
     if any(record.status != "done" for record in records):
         columns.append(Column("status", _status, words=True, wrap=11))
     return columns
@@ -217,6 +220,11 @@ def _four(record: Record) -> str:
         named = {"bias": "the biases", "norm": "the norms", "all": "all parameters"}
         lines.append(named.get(record.unfreeze, record.unfreeze))
     return "\n".join(lines)
+
+
+def _deviations(record: Record) -> str:
+    """Where a run follows the paper's released code instead of its text."""
+    return "\n".join(deviation.name.replace("_", " ") for deviation in record.deviations)
 
 
 def _status(record: Record) -> str:

@@ -88,6 +88,10 @@ NAMES = {  # preset: places, key, tensors at each place
     "heads_joint": [("attention", "modification", BIASED)],
     "mh_parallel_adapter": [("heads", "modification", PLAIN)],
     "mh_parallel_adapter_hidden": [("heads", "modification", PLAIN)],
+    "mh_parallel_adapter_normed_query": [
+        ("heads", "modification", MLP),
+        ("heads", "modification", ("query_norm.weight", "query_norm.bias")),
+    ],
     "scaled_parallel_adapter": [("ffn", "modification", BIASED)],
     "mam": [("ffn", "modification", BIASED), ("heads", "attention", MLP)],
     "ia3": [("key_value", "modification", VECTOR), ("ffn_intermediate", "ffn", VECTOR)],
