@@ -49,7 +49,7 @@ def load_backbone(model: Model, task: Task) -> Backbone:
         UserError: the place holds no model, cannot be reached, or its architecture has no family or no such head.
     """
     source, options = _source(model)
-    config = _explained(model, lambda: AutoConfig.from_pretrained(source, **options))
+    config = _config(model)
     auto = _auto_class(model, task, config)
     loaded, report = _explained(
         model,
@@ -68,19 +68,16 @@ def load_backbone(model: Model, task: Task) -> Backbone:
     return Backbone(loaded, tokenizer, frozenset(untrained))
 
 
-def meta_backbone(model: Model, task: Task) -> PreTrainedModel:
-    """The model for a task on the meta device: modules and shapes, tied weights once, no weights, no network.
+def meta_backbone(model: Model, task: Task, *, from_hub: bool = False) -> PreTrainedModel:
+    """The model for a task on the meta device: modules and shapes, tied weights once, no weights.
 
-    It is built from the config.json in `model.path`, or else from `model.architecture`.
+    It is built from the config.json in `model.path`, or else from `model.architecture`, without a network; `from_hub`:
+    or else from the config.json at `model.hub_id`, which is the one that training takes.
 
     Raises:
         UserError: neither says how the model is built, or the architecture has no family or no such head.
     """
-    if model.path is not None:
-        source, options = _source(model)
-        config = _explained(model, lambda: AutoConfig.from_pretrained(source, **options))
-    else:
-        config = _described(model)
+    config = _config(model) if from_hub or model.path is not None else _described(model)
     auto = _auto_class(model, task, config)
     try:
         with torch.device("meta"):
@@ -88,6 +85,13 @@ def meta_backbone(model: Model, task: Task) -> PreTrainedModel:
     except (ValueError, TypeError, ZeroDivisionError) as error:
         place = "model.architecture" if model.path is None else f"model.path={model.path}"
         raise UserError(f"{place} describes no model that can be built: {' '.join(str(error).split())}") from error
+
+
+def _config(model: Model) -> PretrainedConfig:
+    """The config.json of `model.path` or `model.hub_id`."""
+    source, options = _source(model)
+    config: PretrainedConfig = _explained(model, lambda: AutoConfig.from_pretrained(source, **options))
+    return config
 
 
 def _described(model: Model) -> PretrainedConfig:

@@ -14,6 +14,7 @@ from peftbench.backbone import meta_backbone
 from peftbench.config import Modification, Representation, Run, Unfreeze, modifications
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import Counts, PlaceCounts, count, count_places
+from peftbench.params.solve import solve
 from peftbench.sites import Sites, find_sites
 
 UNFROZEN = {Unfreeze.bias: "the backbone's biases", Unfreeze.all: "the backbone"}
@@ -49,12 +50,13 @@ class Owner(NamedTuple):
 
 
 def count_run(run: Run) -> RunCounts:
-    """Build and count a run without its weights.
+    """Build and count a run without its weights; a budget is solved first.
 
     Raises:
         UserError: the backbone's architecture is not known, or a modification does not fit it.
     """
     logging.set_verbosity_error()  # hints on generation settings, which nothing here uses
+    run = solve(run)
     model = meta_backbone(run.model, run.task)
     attach(model, modifications(run), run.unfreeze)
     totals = count(model)

@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from peftbench.config import Composition, Modification, Unfreeze, modifications
+from peftbench.budget import limit
+from peftbench.config import Composition, Modification, Run, Unfreeze, modifications
 
 if TYPE_CHECKING:
+    from peftbench.modification.counting import Counts
     from peftbench.params.counts import Group, RunCounts
 
 NUMBERS = ("trained", "stored", "paper")
@@ -30,6 +32,8 @@ def show_run(counted: RunCounts, console: Console) -> None:
     console.print(Text.assemble((run.method, "bold"), " on ", (run.model.name, "bold"), backbone))
     for modification in modifications(run).values():
         console.print(Text(f"  {_axes(modification)}, bottleneck {modification.bottleneck}"))
+    if run.budget is not None:
+        console.print(Text(f"  solved for a budget of {_budget(run, totals)}"))
     console.print()
 
     table = _table("places", "weights at each", *NUMBERS)
@@ -63,7 +67,7 @@ def show_sweep(counted: Sequence[RunCounts], console: Console) -> None:
         backbone = counted[0].totals.backbone
         console.print(Text.assemble((counted[0].run.model.name, "bold"), f" of {backbone:,} parameters"))
     rows = [_row(c) for c in counted]
-    told = ("task", "model")  # worth a column only where they differ
+    told = ("task", "model", "budget")  # worth a column only where they differ
     headers = [name for name in rows[0] if name not in told or len({row[name][0] for row in rows}) > 1]
     for dispensable in ("", *DISPENSABLE):
         headers = [name for name in headers if name != dispensable]
@@ -88,6 +92,7 @@ def _row(counted: RunCounts) -> dict[str, list[str]]:
         "method": [run.method],
         "task": [run.task.name],
         "model": [run.model.name],
+        "budget": [run.budget or ""],
         "four axes": axes,
         "bottle-\nneck": [str(m.bottleneck) for m in found],
         **{name: [f"{getattr(totals, name):,}"] for name in (*NUMBERS, "head")},
@@ -109,6 +114,7 @@ def _object(counted: RunCounts) -> dict[str, Any]:
         "model": run.model.name,
         "axes": [{"prefix": prefix, **_axes_of(m)} for prefix, m in modifications(run).items()],
         "unfreeze": run.unfreeze.name,
+        "budget": run.budget,
         "backbone": totals.backbone,
         **{name: getattr(totals, name) for name in names},
         "percent": {name: totals.percent(getattr(totals, name)) for name in names},
@@ -140,6 +146,13 @@ def _axes(m: Modification) -> str:
     form, representation, insertion, composition, _ = _axes_of(m).values()
     scale = f" {m.composition_function.scale:g}" if m.composition_function.name is Composition.scaled else ""
     return f"{form} · {representation} · {insertion} · {composition}{scale}"
+
+
+def _budget(run: Run, totals: Counts) -> str:
+    """As typed and, where that says something else, in numbers."""
+    assert run.budget is not None
+    number = f"{limit(run.budget, totals.backbone):,}"
+    return number if run.budget.isdigit() else f"{run.budget}, {number}"
 
 
 def _weights(group: Group) -> list[str]:

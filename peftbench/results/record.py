@@ -112,6 +112,7 @@ class Record:
     error: Failure | None = None
     finished: str | None = None
     overrides: list[str] = field(default_factory=list)  # of the command line
+    budget: str | None = None  # as typed; the bottlenecks in `axes` were solved for it
     debug: str | None = None
     counts: Counts | None = None
     scores: dict[str, Score] = field(default_factory=dict)  # by role: selection, report
@@ -208,6 +209,7 @@ def start(run: Run, folder: Path, overrides: Sequence[str]) -> Record:
         seed=run.seed,
         folder=folder,
         overrides=list(overrides),
+        budget=run.budget,
         debug=run.debug,
         trainer=plain(run)["trainer"],
         versions=_versions(),

@@ -1,0 +1,77 @@
+"""The bottlenecks of a run with a budget: the largest that store no more than it allows.
+
+What a run stores is affine in each of its bottlenecks, whatever the axes and the family. So nothing is known here of
+any formula: the counts at bottlenecks of 1 and 2, on the meta device, say the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from peftbench.backbone import meta_backbone
+from peftbench.budget import largest_sizes, limit
+from peftbench.config import Run, modifications
+from peftbench.errors import UserError
+from peftbench.modification.attach import attach
+from peftbench.modification.counting import Counts, count
+
+
+def solve_all(runs: Iterable[Run]) -> list[Run]:
+    """`solve` for runs that are to be trained.
+
+    Raises:
+        UserError: with the sentences of all that cannot be solved.
+    """
+    solved: list[Run] = []
+    found: list[str] = []
+    for run in runs:
+        try:
+            solved.append(solve(run, as_trained=True))
+        except UserError as error:
+            found.extend(sentence for sentence in error.faults if sentence not in found)
+    if found:
+        raise UserError(*found)
+    return solved
+
+
+def solve(run: Run, *, as_trained: bool = False) -> Run:
+    """The run with the largest bottlenecks whose stored count is within `run.budget`; itself where there is no budget.
+
+    Several bottlenecks keep the ratio of the sizes that they come with, see `largest_sizes`. Like counting it loads
+    no weights. `as_trained`: the backbone is what its config.json on the hub says, see `meta_backbone`.
+
+    Raises:
+        UserError: not even bottlenecks of 1 are within the budget, or a modification does not fit the backbone.
+    """
+    if run.budget is None:
+        return run
+    weights = {prefix: m.bottleneck for prefix, m in modifications(run).items() if m.bottleneck is not None}
+    least = dict.fromkeys(weights, 1)
+    smallest = _counted(run, least, as_trained)
+    costs = [_counted(run, {**least, prefix: 2}, as_trained).stored - smallest.stored for prefix in weights]
+    most = limit(run.budget, smallest.backbone)
+    sizes = largest_sizes(list(weights.values()), costs, smallest.stored - sum(costs), most)
+    if sizes is None:
+        raise UserError(
+            f"budget={run.budget}: the smallest {run.method} on {run.model.name} stores {smallest.stored:,} parameters "
+            f"({smallest.percent(smallest.stored):.3g}% of the backbone), at a bottleneck of 1; give at least "
+            f"budget={smallest.stored}."
+        )
+    found = dict(zip(weights, sizes, strict=True))
+    stored = _counted(run, found, as_trained).stored
+    expected = smallest.stored + sum((size - 1) * cost for size, cost in zip(sizes, costs, strict=True))
+    assert stored == expected <= most, f"{stored:,} parameters are stored where {expected:,} were expected"
+    return _resized(run, found)
+
+
+def _counted(run: Run, sizes: Mapping[str, int], as_trained: bool) -> Counts:
+    model = meta_backbone(run.model, run.task, from_hub=as_trained)
+    attach(model, modifications(_resized(run, sizes)), run.unfreeze)
+    return count(model)
+
+
+def _resized(run: Run, sizes: Mapping[str, int]) -> Run:
+    """The run with bottlenecks `sizes`, by the prefix of the modifications' keys."""
+    mix = {name: replace(m, bottleneck=sizes.get(f"mix.{name}.", m.bottleneck)) for name, m in run.mix.items()}
+    return replace(run, bottleneck=sizes.get("", run.bottleneck), mix=mix)
