@@ -50,15 +50,29 @@ class Owner(NamedTuple):
 
 
 def count_run(run: Run) -> RunCounts:
-    """Build and count a run without its weights; a budget is solved first.
+    """Build and count a run.
 
     Raises:
-        UserError: the backbone's architecture is not known, or a modification does not fit it.
+        UserError: as `build`.
+    """
+    return count_model(*build(run))
+
+
+def build(run: Run) -> tuple[Run, PreTrainedModel]:
+    """The run with its budget solved, and its model without weights and with its modifications attached.
+
+    Raises:
+        UserError: the backbone's architecture is not known, or a modification or the budget does not fit it.
     """
     logging.set_verbosity_error()  # hints on generation settings, which nothing here uses
     run = solve(run)
     model = meta_backbone(run.model, run.task)
     attach(model, modifications(run), run.unfreeze)
+    return run, model
+
+
+def count_model(run: Run, model: PreTrainedModel) -> RunCounts:
+    """The counts of what `build` has built."""
     totals = count(model)
     groups = list(_groups(model, run))
     unfrozen = totals.trained - sum(group.trained for group in groups)

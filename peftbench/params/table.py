@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from peftbench.config import Composition, Modification, Run, Unfreeze, modificat
 
 if TYPE_CHECKING:
     from peftbench.modification.counting import Counts
-    from peftbench.params.counts import Group, RunCounts
+    from peftbench.params.counts import RunCounts
 
 NUMBERS = ("trained", "stored", "paper")
 UNBOUNDED = 1000  # characters; rich measures nothing beyond the width that it is told
@@ -43,7 +43,7 @@ def show_run(counted: RunCounts, console: Console) -> None:
             table.add_section()
         prefix = group.prefix
         label = group.label if prefix is None else f"{group.label} ×{group.places}"
-        table.add_row(label, "\n".join(_weights(group)), *(f"{getattr(group, name):,}" for name in NUMBERS))
+        table.add_row(label, "\n".join(weights(group.tensors)), *(f"{getattr(group, name):,}" for name in NUMBERS))
     table.add_section()
     numbers = [getattr(totals, name) for name in NUMBERS]
     table.add_row("total", "", *(f"{number:,}" for number in numbers), style="bold")
@@ -67,8 +67,10 @@ def show_sweep(counted: Sequence[RunCounts], console: Console) -> None:
         backbone = counted[0].totals.backbone
         console.print(Text.assemble((counted[0].run.model.name, "bold"), f" of {backbone:,} parameters"))
     rows = [_row(c) for c in counted]
-    told = ("task", "model", "budget")  # worth a column only where they differ
+    told = ("task", "model")  # worth a column only where they differ
     headers = [name for name in rows[0] if name not in told or len({row[name][0] for row in rows}) > 1]
+    if all(c.run.budget is None for c in counted):
+        headers.remove("budget")
     for dispensable in ("", *DISPENSABLE):
         headers = [name for name in headers if name != dispensable]
         table = _table(*headers)
@@ -155,9 +157,9 @@ def _budget(run: Run, totals: Counts) -> str:
     return number if run.budget.isdigit() else f"{run.budget}, {number}"
 
 
-def _weights(group: Group) -> list[str]:
+def weights(tensors: Mapping[str, tuple[int, ...]]) -> list[str]:
     """A line for each tensor and its bias, such as `down 512×1024 + 512`."""
-    sizes = {name.removeprefix("function."): _size(shape) for name, shape in sorted(group.tensors.items())}
+    sizes = {name.removeprefix("function."): size_of(shape) for name, shape in sorted(tensors.items())}
     return [
         f"{name} {size}" + (f" + {sizes[f'{name}_bias']}" if f"{name}_bias" in sizes else "")
         for name, size in sizes.items()
@@ -165,7 +167,7 @@ def _weights(group: Group) -> list[str]:
     ]
 
 
-def _size(shape: tuple[int, ...]) -> str:
+def size_of(shape: tuple[int, ...]) -> str:
     """A shape as `512×1024`. Weights have an axis for groups, and their biases one beside it: axes of 1 say nothing."""
     return "×".join(str(size) for size in shape if size != 1) or "1"
 
