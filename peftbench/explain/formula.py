@@ -1,4 +1,4 @@
-"""The four axes in the paper's notation: a row of He et al.'s table 1 for any point of them. Imports no torch.
+"""The four axes in the paper's notation: what He et al.'s table 1 would say of any point of them. Imports no torch.
 
 The tables say how each choice of an axis is written; `describe` puts one choice of each together.
 """
@@ -55,15 +55,31 @@ REPRESENTATIONS = {
 }
 LAYER_OVER_RESIDUAL = "the feed-forward sub-layer's output, which x, the residual, then joins"
 
-# what table 1 calls a point: functional form, representations, insertion form, composition function
+# what the paper calls a point, and where: functional form, representations, insertion form, composition function
 _SUBLAYERS = (Representation.attention, Representation.ffn, Representation.attention_ffn)
-TABLE_1 = (
-    ("prefix tuning", "softmax", (Representation.heads,), Insertion.parallel, Composition.gated),
-    ("adapter", "relu", _SUBLAYERS, Insertion.sequential, Composition.add),
-    ("LoRA", "identity", (Representation.query_value,), Insertion.parallel, Composition.scaled),
-    ("parallel adapter", "relu", _SUBLAYERS, Insertion.parallel, Composition.add),
-    ("multi-head parallel adapter", "relu", (Representation.heads,), Insertion.parallel, Composition.add),
-    ("scaled parallel adapter", "relu", _SUBLAYERS, Insertion.parallel, Composition.scaled),
+POINTS = (
+    ("prefix tuning (table 1)", "softmax", (Representation.heads,), Insertion.parallel, Composition.gated),
+    ("adapter (table 1)", "relu", _SUBLAYERS, Insertion.sequential, Composition.add),
+    ("LoRA (table 1)", "identity", (Representation.query_value,), Insertion.parallel, Composition.scaled),
+    ("parallel adapter (table 1)", "relu", _SUBLAYERS, Insertion.parallel, Composition.add),
+    ("multi-head parallel adapter (table 1)", "relu", (Representation.heads,), Insertion.parallel, Composition.add),
+    ("scaled parallel adapter (table 1)", "relu", _SUBLAYERS, Insertion.parallel, Composition.scaled),
+    (
+        "prefix tuning without the gate (table 4)",
+        "softmax",
+        (Representation.heads,),
+        Insertion.parallel,
+        Composition.add,
+    ),
+    (
+        "LoRA at the FFN (tables 5 and 6)",
+        "identity",
+        (Representation.ffn_weights,),
+        Insertion.parallel,
+        Composition.scaled,
+    ),
+    ("Pfeiffer adapter (table 6)", "relu", (Representation.layer,), Insertion.sequential, Composition.add),
+    ("prompt tuning (table 6)", "softmax", (Representation.embedding,), Insertion.parallel, Composition.gated),
 )
 
 
@@ -72,7 +88,7 @@ class Row:
     """One modification, written out."""
 
     prefix: str  # of its keys, "" or "mix.NAME."
-    name: str | None  # of its row in table 1; None: a point that the table does not have
+    name: str | None  # the paper's, and the table that has it; None: a point of which the paper has no result
     axes: dict[str, tuple[str, str]]  # each axis: the choice, and what it says
     formula: str  # h ← ...
 
@@ -83,8 +99,9 @@ def describe(prefix: str, m: Modification, over_residual: bool = False) -> Row:
     representation, insertion = m.modified_representation.name, m.insertion_form.name
     over_residual = over_residual and representation is Representation.layer
     if representation is Representation.embedding:
-        function, read, composed = "softmax over keys that P adds", "parallel to the tokens", "by the attention"
-        formula, h = "h ← [P; h]   P: trained vectors that the layers attend to as to tokens", "the embedded input"
+        formula, h = "h ← [P; h]", "the embedded input; P: trained vectors of its width"
+        function = "every attention has l more keys and values, made from P"
+        read, composed = "P stands beside the tokens", "the attention itself weighs P against the tokens"
     else:
         read = _read(m, over_residual)
         function, composed = _delta(m, read), COMPOSITIONS[m.composition_function.name]
@@ -129,7 +146,7 @@ def _read_in_words(m: Modification, over_residual: bool) -> str:
     if m.insertion_form.name is Insertion.sequential:
         return "f reads h itself"
     x = REPRESENTATIONS[m.modified_representation.name][1]
-    return f"q: the head's query, x W_q / √d_h, x {x}" if _reads_query(m) else f"x: {x}"
+    return f"q: the head's query x W_q, as the attention scales it; x: {x}" if _reads_query(m) else f"x: {x}"
 
 
 def _delta(m: Modification, read: str) -> str:
@@ -169,7 +186,7 @@ def _weight(m: Modification, read: str) -> str:
 
 
 def _name(m: Modification) -> str | None:
-    for name, form, representations, insertion, composition in TABLE_1:
+    for name, form, representations, insertion, composition in POINTS:
         point = (m.functional_form.name, m.insertion_form.name, m.composition_function.name)
         if point == (form, insertion, composition) and m.modified_representation.name in representations:
             return name

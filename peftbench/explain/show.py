@@ -37,7 +37,7 @@ def show(explained: Explanation, console: Console) -> None:
     )
     for row in explained.rows:
         console.print()
-        _show_row(row, len(explained.rows) > 1, console)
+        _show_row(row, console)
     if not explained.rows:
         console.print(UNMODIFIED[run.unfreeze])
     elif run.unfreeze is not Unfreeze.none:
@@ -81,8 +81,8 @@ def to_json(explained: Explanation) -> str:
     return json.dumps(values, indent=2, ensure_ascii=False)
 
 
-def _show_row(row: Row, several: bool, console: Console) -> None:
-    name = f"{row.name} (table 1)" if row.name else "no row of table 1"
+def _show_row(row: Row, console: Console) -> None:
+    name = row.name or "a point that the paper has no result of"
     keys = f"{row.prefix}*: " if row.prefix else ""
     console.print(Text.assemble((f"{keys}{name}", HEADING)))
     grid = Table.grid(padding=(0, 2))
@@ -90,7 +90,7 @@ def _show_row(row: Row, several: bool, console: Console) -> None:
         grid.add_column(overflow="fold")
     for axis, (choice, meaning) in row.axes.items():
         grid.add_row(axis, Text(choice, HEADING), meaning)
-    console.print(Padding(grid, (0, 0, 0, 2)), highlight=False)
+    console.print(Padding.indent(grid, 2), highlight=False)
     console.print(Text(f"  {row.formula}", INSERTED))
 
 
@@ -114,8 +114,11 @@ def _show_parameters(explained: Explanation, console: Console) -> None:
         sizes = [size for size in explained.sizes if size.prefix == row.prefix]
         _show_letters(row.prefix, sizes, console)
         for size in sizes:
-            line = f"{size.label}: {size.formula} = {size.numbers} = {size.stored:,}"
-            console.print(Padding(Text(line), (0, 0, 0, 4)))
+            formula, numbers = f"{size.label}: {size.formula}", f"= {size.numbers} = {size.stored:,}"
+            if len(f"    {formula} {numbers}") <= console.width:
+                formula, numbers = f"{formula} {numbers}", ""
+            for line in filter(None, (formula, f"  {numbers}".rstrip())):
+                console.print(Padding.indent(Text(line), 4))
     grid = Table.grid(padding=(0, 2))
     grid.add_column()
     grid.add_column(justify="right")
@@ -125,7 +128,7 @@ def _show_parameters(explained: Explanation, console: Console) -> None:
         most = limit(run.budget, totals.backbone)
         grid.add_row("budget", f"{most:,}", f"{totals.percent(most):.2f}%", "the bottlenecks are solved for it")
     for group in explained.counted.groups:
-        if group.prefix is None:
+        if explained.rows and group.prefix is None:
             share = f"{totals.percent(group.stored):.2f}%"
             grid.add_row(group.label.removeprefix("the backbone's "), f"{group.stored:,}", share, "the backbone's own")
     mlp = "in training an MLP makes the prefix" if totals.trained > totals.stored else ""
@@ -134,11 +137,11 @@ def _show_parameters(explained: Explanation, console: Console) -> None:
     grid.add_row("trained", f"{totals.trained:,}", f"{totals.percent(totals.trained):.2f}%", mlp)
     if totals.head:
         grid.add_row("task head", f"{totals.head:,}", f"{totals.percent(totals.head):.2f}%", "trained too, besides")
-    console.print(Padding(grid, (0, 0, 0, 2)), highlight=False)
+    console.print(Padding.indent(grid, 2), highlight=False)
 
 
 def _show_letters(prefix: str, sizes: list[Size], console: Console) -> None:
     """What the letters of a modification's formulas stand for."""
     values = {letter: value for size in sizes for letter, value in size.values.items()}
-    told = [f"{letter} = {values[letter]} {meaning}" for letter, meaning in MEANINGS.items() if letter in values]
-    console.print(Padding(Text(f"{prefix}*: {', '.join(told)}" if prefix else ", ".join(told)), (0, 0, 0, 2)))
+    told = [f"{letter} = {values[letter]} ({meaning})" for letter, meaning in MEANINGS.items() if letter in values]
+    console.print(Padding.indent(Text(f"{prefix}*: {', '.join(told)}" if prefix else ", ".join(told)), 2))

@@ -40,6 +40,7 @@ class Branch:
     sizes: str = ""  # of its own parameters
     marks: tuple[str, ...] = ()
     inserted: bool = False
+    layers: tuple[int, ...] = ()  # of a layer: the indices of all that are like it
     children: tuple[Branch, ...] = ()
 
 
@@ -116,7 +117,7 @@ class _Tree:
             alike.setdefault(branch, []).append(layer.index)
         for branch, indices in alike.items():
             same = ", the same" if len(indices) > 1 else ""
-            yield replace(branch, name=f"{path} {_ranges(indices)}{same}")
+            yield replace(branch, name=f"{path} {_ranges(indices)}{same}", layers=tuple(indices))
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -148,7 +149,7 @@ def _marks(model: PreTrainedModel, sites: Sites) -> dict[nn.Module, list[str]]:
             if hasattr(attention.module, PROMPT):
                 found.setdefault(attention.module, []).append("its keys include P")
             for modification in getattr(attention.module, HEADS, nn.ModuleDict()).values():
-                found.setdefault(attention.module, []).append("h: each head's output")
+                found.setdefault(attention.module, []).append("h is each head's output")
                 if isinstance(modification, Prefix) or _reads_query(modification):
                     found.setdefault(attention.query, []).append("q is its output")
     return found

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Iterable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,14 +14,14 @@ from peftbench.backbone import meta_backbone
 from peftbench.budget import largest_sizes, limit
 from peftbench.cli import main
 from peftbench.compose import compose_runs
-from peftbench.config import Model, Modification, Run, Task, TaskKind, Unfreeze, modifications
+from peftbench.config import Modification, Run, Unfreeze, modifications
 from peftbench.errors import UserError
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import count
 from peftbench.params import solve as solving
 from peftbench.params.solve import solve
 from peftbench.results.identity import run_hash
-from tests.families import FAMILIES, MORE_FAMILIES, PRESETS, WRITING, build
+from tests.families import FAMILIES, MORE_FAMILIES, PRESETS, build, long_tail, run_on
 
 MIX = {  # several bottlenecks, in ratios that round in different ways
     "mam": PRESETS["mam"],
@@ -106,21 +104,6 @@ def test_sizes_that_tie_grow_together() -> None:
     assert largest_sizes([2, 1], [1, 1], 0, 5) == [3, 2]  # at 3/2 of the ratio 2 : 1
 
 
-def run_on(family: str, folder: Path, found: dict[str, Modification], **more: Any) -> Run:
-    """A run of `found` on a tiny model of the family, of which the folder has the config.json alone."""
-    build(family).config.save_pretrained(folder)
-    kind = TaskKind.summarization if family in WRITING else TaskKind.classification
-    root = {} if "" not in found else {key: getattr(found[""], key) for key in Modification.__dataclass_fields__}
-    return Run(
-        **root,
-        mix={prefix.split(".")[1]: m for prefix, m in found.items() if prefix},
-        method="tiny",
-        model=Model(name=family, path=str(folder)),
-        task=Task(name="some", kind=kind, labels=["a", "b", "c"], metric="accuracy"),
-        **more,
-    )
-
-
 def stored(family: str, found: dict[str, Modification], sizes: tuple[int, ...], unfreeze: Unfreeze) -> int:
     """By attaching it all to a model with weights."""
     model = build(family)
@@ -134,11 +117,6 @@ def stored(family: str, found: dict[str, Modification], sizes: tuple[int, ...], 
 
 def sizes_of(run: Run) -> tuple[int | None, ...]:
     return tuple(m.bottleneck for m in modifications(run).values())
-
-
-def long_tail(families: Iterable[str], *quick: str) -> list[Any]:
-    """The families, of which all but the quick ones are left to the slow tests."""
-    return [family if family in quick else pytest.param(family, marks=pytest.mark.slow) for family in families]
 
 
 @pytest.mark.parametrize("preset", [preset for preset, found in PRESETS.items() if len(found) == 1])
