@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
 from math import lcm
@@ -59,5 +58,8 @@ def largest_sizes(weights: Sequence[int], costs: Sequence[int], fixed: int, most
 
     if total(0) > most:
         return None
-    beyond = grain * (most // costs[0] + 1)  # there the first size alone costs more
-    return sizes(bisect_right(range(beyond), most, key=total) - 1)
+    fits, beyond = 0, grain * (most // costs[0] + 1)  # there the first size alone costs more
+    while beyond - fits > 1:
+        middle = (fits + beyond) // 2
+        fits, beyond = (middle, beyond) if total(middle) <= most else (fits, middle)
+    return sizes(fits)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,6 +240,8 @@ def _modification_faults(prefix: str, m: Modification) -> Iterator[str]:
 
 def _budget_faults(run: Run) -> Iterator[str]:
     if run.budget is None:
+        if run.budget_split is not None:
+            yield "budget_split shares out a budget, and there is none; give one, such as budget=1%, or leave it out."
         return
     try:
         limit(run.budget, backbone=100)
@@ -248,6 +251,14 @@ def _budget_faults(run: Run) -> Iterator[str]:
         yield (
             f"budget={run.budget} solves for a bottleneck, and method={run.method} has none: what it trains follows "
             "from the backbone; leave budget out, or take a method with a bottleneck such as method=lora."
+        )
+        return
+    split, names = run.budget_split, [prefix.rstrip(".") or "the root's" for prefix in modifications(run)]
+    if split is not None and (len(split) != len(names) or not all(0 < share < math.inf for share in split)):
+        shares = ", ".join(f"{share:g}" for share in split)
+        yield (
+            f"budget_split=[{shares}] must have a number above 0 for each modification of method={run.method}, in this "
+            f"order: {', '.join(names)}."
         )
 
 

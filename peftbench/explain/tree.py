@@ -25,9 +25,9 @@ HOOKS = {
     "read": "x is its input",
     "edit_output": "h is its output",
     "edit_input": "h is its input",
-    "prepend_to_input": "its input becomes [P; h]",
-    "prepend_to_output": "its output becomes [P; h]",
-    "strip": "its output loses P",
+    "prepend_to_input": "P joins its input",
+    "prepend_to_output": "P joins its output",
+    "strip": "P leaves its output",
 }
 
 

@@ -6,8 +6,10 @@ any formula: the counts at bottlenecks of 1 and 2, on the meta device, say the r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
+from math import lcm
 
 from peftbench.backbone import meta_backbone
 from peftbench.budget import largest_sizes, limit
@@ -38,27 +40,29 @@ def solve_all(runs: Iterable[Run]) -> list[Run]:
 def solve(run: Run, *, as_trained: bool = False) -> Run:
     """The run with the largest bottlenecks whose stored count is within `run.budget`; itself where there is no budget.
 
-    Several bottlenecks keep the ratio of the sizes that they come with, see `largest_sizes`. Like counting it loads
-    no weights. `as_trained`: the backbone is what its config.json on the hub says, see `meta_backbone`.
+    Several bottlenecks keep a ratio, see `largest_sizes`: that of the sizes which they come with, or the one in which
+    what they store, as far as it grows with them, is as `run.budget_split`. Like counting it loads no weights.
+    `as_trained`: the backbone is what its config.json on the hub says, see `meta_backbone`.
 
     Raises:
         UserError: not even bottlenecks of 1 are within the budget, or a modification does not fit the backbone.
     """
     if run.budget is None:
         return run
-    weights = {prefix: m.bottleneck for prefix, m in modifications(run).items() if m.bottleneck is not None}
-    least = dict.fromkeys(weights, 1)
+    given = {prefix: m.bottleneck for prefix, m in modifications(run).items() if m.bottleneck is not None}
+    least = dict.fromkeys(given, 1)
     smallest = _counted(run, least, as_trained)
-    costs = [_counted(run, {**least, prefix: 2}, as_trained).stored - smallest.stored for prefix in weights]
+    costs = [_counted(run, {**least, prefix: 2}, as_trained).stored - smallest.stored for prefix in given]
     most = limit(run.budget, smallest.backbone)
-    sizes = largest_sizes(list(weights.values()), costs, smallest.stored - sum(costs), most)
+    weights = list(given.values()) if run.budget_split is None else _split(run.budget_split, costs)
+    sizes = largest_sizes(weights, costs, smallest.stored - sum(costs), most)
     if sizes is None:
         raise UserError(
             f"budget={run.budget}: the smallest {run.method} on {run.model.name} stores {smallest.stored:,} parameters "
             f"({smallest.percent(smallest.stored):.3g}% of the backbone), at a bottleneck of 1; give at least "
             f"budget={smallest.stored}."
         )
-    found = dict(zip(weights, sizes, strict=True))
+    found = dict(zip(given, sizes, strict=True))
     stored = _counted(run, found, as_trained).stored
     expected = smallest.stored + sum((size - 1) * cost for size, cost in zip(sizes, costs, strict=True))
     assert stored == expected <= most, f"{stored:,} parameters are stored where {expected:,} were expected"
@@ -69,6 +73,13 @@ def _counted(run: Run, sizes: Mapping[str, int], as_trained: bool) -> Counts:
     model = meta_backbone(run.model, run.task, from_hub=as_trained)
     attach(model, modifications(_resized(run, sizes)), run.unfreeze)
     return count(model)
+
+
+def _split(shares: Sequence[float], costs: Sequence[int]) -> list[int]:
+    """Whole numbers in the ratio of the sizes that together cost what is in the ratio `shares`."""
+    ratio = [Fraction(str(share)) / cost for share, cost in zip(shares, costs, strict=True)]
+    whole = lcm(*(part.denominator for part in ratio))
+    return [int(part * whole) for part in ratio]
 
 
 def _resized(run: Run, sizes: Mapping[str, int]) -> Run:

@@ -20,6 +20,7 @@ IGNORED = (
     "output_dir",
     "rerun",
     "budget",
+    "budget_split",
     "sizes",
     "size",
     "model.sizes",

@@ -169,6 +169,12 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["budget=5%", "bottleneck=8"], ["bottleneck=8 with budget=5%: the budget is what the bottlenecks are solved"]),
         (["budget=5%", "mix.attention.bottleneck=8"], ["mix.attention.bottleneck=8 with budget=5%: the budget"]),
         (["method=bitfit", "budget=5%"], ["budget=5% solves for a bottleneck, and method=bitfit has none"]),
+        (
+            ["budget=5%", "budget_split=[9]"],
+            ["for each modification of method=mam, in this order: the root's, mix.att"],
+        ),
+        (["budget=5%", "budget_split=[inf,1]"], ["budget_split=[inf, 1] must have a number above 0 for each"]),
+        (["budget_split=[9,1]"], ["budget_split shares out a budget, and there is none; give one"]),
         (["budget=1k"], ["budget=1k: the smallest mam on mini stores 6,534 parameters"]),
         (
             ["method=lroa", "bottleneck=-3", "trainer.learning_rate=0"],

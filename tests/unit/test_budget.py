@@ -173,6 +173,20 @@ def test_the_papers_sizes_come_back(overrides: tuple[str, ...], sizes: tuple[int
     assert sizes_of(solve(composed(*overrides))) == sizes
 
 
+def test_a_split_is_of_what_is_stored() -> None:
+    """Of BART-large at d = 1024 a bottleneck's step costs 24 (2 d + 1) at the FFN and 36 · 2 d at the attention."""
+    r_cost, l_cost = 24 * (2 * 1024 + 1), 36 * 2 * 1024
+    run = composed("method=mam", "task=xsum", "budget=6.7%")
+    for shares in ([9.0, 1.0], [1.0, 1.0], [0.1, 0.9], [0.15, 0.05]):
+        (r, length) = sizes_of(solve(replace(run, budget_split=shares)))
+        assert r is not None and length is not None
+        wanted = shares[0] / shares[1] * l_cost / r_cost  # r for each prefix vector
+        assert abs(r - wanted * length) <= (1 + wanted) / 2  # each is rounded
+        assert 0 < 27_221_527 - 24 * 1024 - r * r_cost - length * l_cost < r_cost + l_cost
+    as_in_the_paper = [512.0 * r_cost, 30.0 * l_cost]
+    assert sizes_of(solve(replace(run, budget="6.75%", budget_split=as_in_the_paper))) == (512, 30)
+
+
 def test_without_a_budget_nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solving, "meta_backbone", None)
     run = composed("method=mam")
