@@ -7,6 +7,7 @@ For counting there is the same model on the meta device, which has shapes and no
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,7 +50,7 @@ def load_backbone(model: Model, task: Task) -> Backbone:
         UserError: the place holds no model, cannot be reached, or its architecture has no family or no such head.
     """
     source, options = _source(model)
-    config = _config(model)
+    config = load_config(model)
     auto = _auto_class(model, task, config)
     loaded, report = _explained(
         model,
@@ -68,16 +69,17 @@ def load_backbone(model: Model, task: Task) -> Backbone:
     return Backbone(loaded, tokenizer, frozenset(untrained))
 
 
-def meta_backbone(model: Model, task: Task, *, from_hub: bool = False) -> PreTrainedModel:
-    """The model for a task on the meta device: modules and shapes, tied weights once, no weights.
+def meta_backbone(model: Model, task: Task, config: PretrainedConfig | None = None) -> PreTrainedModel:
+    """The model for a task on the meta device: modules and shapes, tied weights once, no weights, no network.
 
-    It is built from the config.json in `model.path`, or else from `model.architecture`, without a network; `from_hub`:
-    or else from the config.json at `model.hub_id`, which is the one that training takes.
+    It is built from `config`, by default from the config.json in `model.path`, or else from `model.architecture`.
 
     Raises:
         UserError: neither says how the model is built, or the architecture has no family or no such head.
     """
-    config = _config(model) if from_hub or model.path is not None else _described(model)
+    if config is None:
+        config = load_config(model) if model.path is not None else _described(model)
+    config = deepcopy(config)  # the model writes in its own
     auto = _auto_class(model, task, config)
     try:
         with torch.device("meta"):
@@ -87,8 +89,12 @@ def meta_backbone(model: Model, task: Task, *, from_hub: bool = False) -> PreTra
         raise UserError(f"{place} describes no model that can be built: {' '.join(str(error).split())}") from error
 
 
-def _config(model: Model) -> PretrainedConfig:
-    """The config.json of `model.path` or `model.hub_id`."""
+def load_config(model: Model) -> PretrainedConfig:
+    """The config.json of `model.path` or `model.hub_id`.
+
+    Raises:
+        UserError: there is none, or it cannot be reached.
+    """
     source, options = _source(model)
     config: PretrainedConfig = _explained(model, lambda: AutoConfig.from_pretrained(source, **options))
     return config

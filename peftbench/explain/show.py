@@ -89,7 +89,7 @@ def _show_row(row: Row, console: Console) -> None:
     for _ in range(3):
         grid.add_column(overflow="fold")
     for axis, (choice, meaning) in row.axes.items():
-        grid.add_row(axis, Text(choice, HEADING), meaning)
+        grid.add_row(axis, Text(choice, HEADING), Text(meaning))
     console.print(Padding.indent(grid, 2), highlight=False)
     console.print(Text(f"  {row.formula}", INSERTED))
 
@@ -131,7 +131,7 @@ def _show_parameters(explained: Explanation, console: Console) -> None:
         if explained.rows and group.prefix is None:
             share = f"{totals.percent(group.stored):.2f}%"
             grid.add_row(group.label.removeprefix("the backbone's "), f"{group.stored:,}", share, "the backbone's own")
-    mlp = "in training an MLP makes the prefix" if totals.trained > totals.stored else ""
+    mlp = "in training an MLP makes the prefix" if totals.trained != totals.stored else ""
     stored = Text(f"{totals.stored:,}", HEADING)
     grid.add_row("stored", stored, f"{totals.percent(totals.stored):.2f}%", "of the backbone")
     grid.add_row("trained", f"{totals.trained:,}", f"{totals.percent(totals.trained):.2f}%", mlp)

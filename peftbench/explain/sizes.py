@@ -44,6 +44,8 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "vectors": ("bottleneck", "in"),
 }
 
+VECTORS = (Representation.heads, Representation.embedding)  # of which softmax's bottleneck is a number of vectors
+
 Term = tuple[str, ...]  # the letters of a product
 
 
@@ -108,7 +110,8 @@ def _letters(axis: str, number: int, m: Modification, sites: Sites) -> Iterator[
     inner = int(sites.layers[0].ffn.second.get_parameter("weight").shape[1])
     found: tuple[tuple[str, int], ...]
     if axis == "bottleneck":
-        found = (("l" if m.functional_form.name == "softmax" else "r", number),)
+        is_vectors = m.functional_form.name == "softmax" and m.modified_representation.name in VECTORS
+        found = (("l" if is_vectors else "r", number),)
     elif axis == "groups":
         found = (("N_h" if number == heads else "N_kv", number),) if at_heads else ()
     elif axis in ("in", "out"):

@@ -11,7 +11,9 @@ from dataclasses import replace
 from fractions import Fraction
 from math import lcm
 
-from peftbench.backbone import meta_backbone
+from transformers import PretrainedConfig
+
+from peftbench.backbone import load_config, meta_backbone
 from peftbench.budget import largest_sizes, limit
 from peftbench.config import Run, modifications
 from peftbench.errors import UserError
@@ -42,7 +44,7 @@ def solve(run: Run, *, as_trained: bool = False) -> Run:
 
     Several bottlenecks keep a ratio, see `largest_sizes`: that of the sizes which they come with, or the one in which
     what they store, as far as it grows with them, is as `run.budget_split`. Like counting it loads no weights.
-    `as_trained`: the backbone is what its config.json on the hub says, see `meta_backbone`.
+    `as_trained`: a hub model is what its config.json there says, and not `model.architecture`.
 
     Raises:
         UserError: not even bottlenecks of 1 are within the budget, or a modification does not fit the backbone.
@@ -51,26 +53,28 @@ def solve(run: Run, *, as_trained: bool = False) -> Run:
         return run
     given = {prefix: m.bottleneck for prefix, m in modifications(run).items() if m.bottleneck is not None}
     least = dict.fromkeys(given, 1)
-    smallest = _counted(run, least, as_trained)
-    costs = [_counted(run, {**least, prefix: 2}, as_trained).stored - smallest.stored for prefix in given]
+    config = load_config(run.model) if as_trained else None
+    smallest = _counted(run, least, config)
+    costs = [_counted(run, {**least, prefix: 2}, config).stored - smallest.stored for prefix in given]
     most = limit(run.budget, smallest.backbone)
     weights = list(given.values()) if run.budget_split is None else _split(run.budget_split, costs)
     sizes = largest_sizes(weights, costs, smallest.stored - sum(costs), most)
     if sizes is None:
+        smallest_sizes = "a bottleneck" if len(given) == 1 else "bottlenecks"
         raise UserError(
             f"budget={run.budget}: the smallest {run.method} on {run.model.name} stores {smallest.stored:,} parameters "
-            f"({smallest.percent(smallest.stored):.3g}% of the backbone), at a bottleneck of 1; give at least "
+            f"({smallest.percent(smallest.stored):.3g}% of the backbone), with {smallest_sizes} of 1; give at least "
             f"budget={smallest.stored}."
         )
     found = dict(zip(given, sizes, strict=True))
-    stored = _counted(run, found, as_trained).stored
+    stored = _counted(run, found, config).stored
     expected = smallest.stored + sum((size - 1) * cost for size, cost in zip(sizes, costs, strict=True))
     assert stored == expected <= most, f"{stored:,} parameters are stored where {expected:,} were expected"
     return _resized(run, found)
 
 
-def _counted(run: Run, sizes: Mapping[str, int], as_trained: bool) -> Counts:
-    model = meta_backbone(run.model, run.task, from_hub=as_trained)
+def _counted(run: Run, sizes: Mapping[str, int], config: PretrainedConfig | None) -> Counts:
+    model = meta_backbone(run.model, run.task, config)
     attach(model, modifications(_resized(run, sizes)), run.unfreeze)
     return count(model)
 
