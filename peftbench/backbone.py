@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from peftbench.config import Model, Task, TaskKind
 from peftbench.errors import UserError, unknown
@@ -77,6 +78,7 @@ def meta_backbone(model: Model, task: Task, config: PretrainedConfig | None = No
     Raises:
         UserError: neither says how the model is built, or the architecture has no family or no such head.
     """
+    logging.set_verbosity_error()  # hints on generation settings, which nothing uses of a model without weights
     if config is None:
         config = load_config(model) if model.path is not None else _described(model)
     config = deepcopy(config)  # the model writes in its own

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from peftbench.backbone import meta_backbone
 from peftbench.config import Modification, Representation, Run, Unfreeze, modifications
@@ -64,7 +63,6 @@ def build(run: Run) -> tuple[Run, PreTrainedModel]:
     Raises:
         UserError: the backbone's architecture is not known, or a modification or the budget does not fit it.
     """
-    logging.set_verbosity_error()  # hints on generation settings, which nothing here uses
     run = solve(run)
     model = meta_backbone(run.model, run.task)
     attach(model, modifications(run), run.unfreeze)
