@@ -107,7 +107,7 @@ def _letters(axis: str, number: int, m: Modification, sites: Sites) -> Iterator[
     attention = sites.layers[0].attentions[0]
     heads, kv_heads, head = attention.heads, attention.kv_heads, attention.head_width
     at_heads = m.modified_representation.name is Representation.heads
-    inner = int(sites.layers[0].ffn.second.get_parameter("weight").shape[1])
+    inner = sites.layers[0].ffn.second.get_parameter("weight").numel() // sites.width  # W_2 is d_ff to d
     found: tuple[tuple[str, int], ...]
     if axis == "bottleneck":
         is_vectors = m.functional_form.name == "softmax" and m.modified_representation.name in VECTORS
