@@ -110,7 +110,9 @@ def test_the_papers_names(name: str | None, m: Modification) -> None:
 
 def value(written: str) -> int:
     """What a formula in numbers comes to: sums of products, perhaps in parentheses and times a number of places."""
-    total, places = re.fullmatch(r"\(?([\d· +]+?)\)?(?: × (\d+))?", written).groups()  # type: ignore[union-attr]
+    found = re.fullmatch(r"\(?([\d· +]+?)\)?(?: × (\d+))?", written)
+    assert found is not None, written
+    total, places = found.groups()
     return int(places or 1) * sum(math.prod(map(int, term.split("·"))) for term in total.split(" + "))
 
 
