@@ -7,6 +7,7 @@ For counting there is the same model on the meta device, which has shapes and no
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from peftbench.config import Model, Task, TaskKind
 from peftbench.errors import UserError, unknown
@@ -51,7 +53,7 @@ def load_backbone(model: Model, task: Task) -> Backbone:
         UserError: the place holds no model, cannot be reached, or its architecture has no family or no such head.
     """
     source, options = _source(model)
-    config = _explained(model, lambda: AutoConfig.from_pretrained(source, **options))
+    config = load_config(model)
     auto = _auto_class(model, task, config)
     loaded, report = _explained(
         model,
@@ -83,19 +85,18 @@ def _can_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: T
         tokenizer.padding_side = "right"
 
 
-def meta_backbone(model: Model, task: Task) -> PreTrainedModel:
+def meta_backbone(model: Model, task: Task, config: PretrainedConfig | None = None) -> PreTrainedModel:
     """The model for a task on the meta device: modules and shapes, tied weights once, no weights, no network.
 
-    It is built from the config.json in `model.path`, or else from `model.architecture`.
+    It is built from `config`, by default from the config.json in `model.path`, or else from `model.architecture`.
 
     Raises:
         UserError: neither says how the model is built, or the architecture has no family or no such head.
     """
-    if model.path is not None:
-        source, options = _source(model)
-        config = _explained(model, lambda: AutoConfig.from_pretrained(source, **options))
-    else:
-        config = _described(model)
+    logging.set_verbosity_error()  # hints on generation settings, which nothing uses of a model without weights
+    if config is None:
+        config = load_config(model) if model.path is not None else _described(model)
+    config = deepcopy(config)  # the model writes in its own
     auto = _auto_class(model, task, config)
     try:
         with torch.device("meta"):
@@ -103,6 +104,17 @@ def meta_backbone(model: Model, task: Task) -> PreTrainedModel:
     except (ValueError, TypeError, ZeroDivisionError) as error:
         place = "model.architecture" if model.path is None else f"model.path={model.path}"
         raise UserError(f"{place} describes no model that can be built: {' '.join(str(error).split())}") from error
+
+
+def load_config(model: Model) -> PretrainedConfig:
+    """The config.json of `model.path` or `model.hub_id`.
+
+    Raises:
+        UserError: there is none, or it cannot be reached.
+    """
+    source, options = _source(model)
+    config: PretrainedConfig = _explained(model, lambda: AutoConfig.from_pretrained(source, **options))
+    return config
 
 
 def _described(model: Model) -> PretrainedConfig:

@@ -22,6 +22,8 @@ peftbench: which parameter-efficient fine-tuning method, where in the network, h
                                            the recorded runs, best first
   peftbench params [-m] [KEY=VALUE ...] [--json]
                                            what a run would train and store; needs no weights
+  peftbench explain [KEY=VALUE ...] [--json]
+                                           a method in the paper's terms, and where it stands in the network
   peftbench train --help                   every group and its choices
   peftbench train [KEY=VALUE ...] --cfg job
                                            show the config and stop
@@ -82,4 +84,15 @@ def _params(argv: list[str]) -> int:
     return params(argv)
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": _train, "results": _results, "params": _params}
+def _explain(argv: list[str]) -> int:
+    from peftbench.explain.command import main as explain
+
+    return explain(argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "results": _results,
+    "params": _params,
+    "explain": _explain,
+}

@@ -104,7 +104,8 @@ def _compose_one(overrides: list[str], loader: ConfigLoader) -> Run:
     values: list[Override] = []
     for line, override in zip(overrides, parsed, strict=True):
         if override.is_sweep_override():
-            found.append(f"{line} names several values; add -m to run each of them.")
+            meant = " A decimal has a point, as in budget=6.7%." if override.key_or_group == "budget" else ""
+            found.append(f"{line} names several values; add -m to run each of them.{meant}")
             continue
         options = loader.get_group_options(override.key_or_group)
         if options and not override.is_delete():
@@ -125,6 +126,13 @@ def _compose_one(overrides: list[str], loader: ConfigLoader) -> Run:
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(*found, _plain(error)) from error
     found.extend(faults(run))
+    if run.budget is not None:
+        found.extend(
+            f"{override.input_line} with budget={run.budget}: the budget is what the bottlenecks are solved for; give "
+            "one of the two."
+            for override in values
+            if override.key_or_group.rpartition(".")[2] == "bottleneck"
+        )
     if found:
         raise UserError(*found)
     return run

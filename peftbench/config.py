@@ -227,6 +227,11 @@ class Run(Modification):
     trainer: Trainer = field(default_factory=Trainer)
     sizes: Any = None  # conf/sizes.yaml
     size: Any = None  # its column for this run
+    # The stored count that the bottlenecks are solved for: 6.7% of the backbone, 599k, 27.4M, 599232; null: none.
+    budget: str | None = None
+    # Of several bottlenecks: the ratio of what they store, such as [9, 1], the root's first and then those of `mix`;
+    # null: their sizes keep the ratio that they come with.
+    budget_split: list[float] | None = None
     seed: int = 42
     debug: str | None = None
     output_dir: str = "outputs"

@@ -25,6 +25,10 @@ def run(argv: list[str]) -> int:
         job()
         return 0
     runs = compose_runs(args)
+    if any(run.budget is not None for run in runs):
+        from peftbench.params.solve import solve_all
+
+        runs = solve_all(runs)  # each job solves its own again; here all are refused before the first one trains
     job()
     if not args.multirun:
         return 0

@@ -29,6 +29,7 @@ from peftbench.modification.attach import attach
 from peftbench.modification.counting import count
 from peftbench.modification.dead_parameters import count_dead
 from peftbench.modification.state import fold, save
+from peftbench.params.solve import solve
 from peftbench.probe import no_gradient, unreached
 from peftbench.progress import Display
 from peftbench.results.identity import run_dir
@@ -60,6 +61,7 @@ def train(cfg: DictConfig) -> float:
     run = resolve(cfg)
     if found := faults(run):
         raise UserError(*found)
+    run = solve(run, as_trained=True)  # a budget becomes bottlenecks; the backbone's config.json is all it reads
     console = _quiet_console()
     folder = run_dir(run)
     if not run.rerun and (record := finished(folder)) is not None:

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from peftbench.budget import limit
 from peftbench.config import (
     FUNCTIONAL_FORMS,
     AttentionKind,
@@ -27,7 +29,7 @@ from peftbench.config import (
     Unfreeze,
     modifications,
 )
-from peftbench.errors import unknown
+from peftbench.errors import UserError, unknown
 from peftbench.fidelity import idle_switches
 
 
@@ -238,6 +240,7 @@ def faults(run: Run) -> list[str]:
     found = [sentence for prefix, m in modifications(run).items() for sentence in _modification_faults(prefix, m)]
     if run.functional_form.name == "none" and any(axis != "none" for axis in _axes(run)):
         found.extend(_modification_faults("", run))
+    found.extend(_budget_faults(run))
     found.extend(_number_faults(run))
     found.extend(_path_faults(run))
     if run.unfreeze is not Unfreeze.none and run.model.dtype is not DType.float32:
@@ -299,6 +302,30 @@ def _modification_faults(prefix: str, m: Modification) -> Iterator[str]:
             )
             if rule is RULES[0]:  # with an axis missing the other rules would only repeat it
                 return
+
+
+def _budget_faults(run: Run) -> Iterator[str]:
+    if run.budget is None:
+        if run.budget_split is not None:
+            yield "budget_split shares out a budget, and there is none; give one, such as budget=1%, or leave it out."
+        return
+    try:
+        limit(run.budget, backbone=100)
+    except UserError as error:
+        yield from error.faults
+    if all(m.bottleneck is None for m in modifications(run).values()):
+        yield (
+            f"budget={run.budget} solves for a bottleneck, and method={run.method} has none: what it trains follows "
+            "from the backbone; leave budget out, or take a method with a bottleneck such as method=lora."
+        )
+        return
+    split, names = run.budget_split, [prefix.rstrip(".") or "the root's" for prefix in modifications(run)]
+    if split is not None and (len(split) != len(names) or not all(0 < share < math.inf for share in split)):
+        shares = ", ".join(f"{share:g}" for share in split)
+        yield (
+            f"budget_split=[{shares}] must have a number above 0 for each modification of method={run.method}, in this "
+            f"order: {', '.join(names)}."
+        )
 
 
 def _path_faults(run: Run) -> Iterator[str]:

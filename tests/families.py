@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -358,3 +359,23 @@ def shake(model: torch.nn.Module, scale: float = 0.3, seed: int = 2) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter.device))
+
+
+def run_on(family: str, folder: Path, found: dict[str, config.Modification], **more: Any) -> config.Run:
+    """A run of the modifications `found`, by prefix, on a tiny model of which `folder` has the config.json alone."""
+    build(family).config.save_pretrained(folder)
+    root = {} if "" not in found else {key: getattr(found[""], key) for key in config.Modification.__dataclass_fields__}
+    kind = config.TaskKind.summarization if family in WRITING else config.TaskKind.classification
+    return config.Run(
+        **root,
+        mix={prefix.split(".")[1]: m for prefix, m in found.items() if prefix},
+        method="tiny",
+        model=config.Model(name=family, path=str(folder)),
+        task=config.Task(name="some", kind=kind, labels=["a", "b", "c"], metric="accuracy"),
+        **more,
+    )
+
+
+def long_tail(families: Iterable[str], *quick: str) -> list[Any]:
+    """The families, of which all but the quick ones are left to the slow tests."""
+    return [family if family in quick else pytest.param(family, marks=pytest.mark.slow) for family in families]

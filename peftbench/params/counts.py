@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from peftbench.backbone import meta_backbone
 from peftbench.config import Modification, Representation, Run, Unfreeze, modifications
@@ -16,6 +15,7 @@ from peftbench.fidelity import Deviation, with_deviations
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import Counts, PlaceCounts, count, count_places
 from peftbench.modification.dead_parameters import count_dead
+from peftbench.params.solve import solve
 from peftbench.sites import Sites, find_sites
 
 UNFROZEN = {
@@ -57,15 +57,38 @@ class Owner(NamedTuple):
 
 
 def count_run(run: Run) -> RunCounts:
-    """Build and count a run without its weights.
+    """Build and count a run.
 
     Raises:
-        UserError: the backbone's architecture is not known, or a modification does not fit it.
+        UserError: as `build`.
     """
-    logging.set_verbosity_error()  # hints on generation settings, which nothing here uses
+    return count_built(build(run))
+
+
+class Built(NamedTuple):
+    """A run whose model stands on the meta device, its modifications attached."""
+
+    run: Run  # with its budget solved and its deviations
+    deviations: list[Deviation]
+    model: PreTrainedModel
+
+
+def build(run: Run) -> Built:
+    """Solve the run's budget and attach its modifications to its model without weights.
+
+    Raises:
+        UserError: the backbone's architecture is not known, or a modification or the budget does not fit it.
+    """
+    run = solve(run)
     model = meta_backbone(run.model, run.task)
     run, deviations = with_deviations(run, model.config.model_type)
     attach(model, modifications(run), run.unfreeze, train_head=not run.fidelity.frozen_task_head)
+    return Built(run, deviations, model)
+
+
+def count_built(built: Built) -> RunCounts:
+    """The counts of what `build` has built."""
+    run, deviations, model = built
     totals = count(model)
     groups = list(_groups(model, run))
     unfrozen = totals.trained - sum(group.trained for group in groups)

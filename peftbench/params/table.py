@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from peftbench.config import Composition, Modification, Unfreeze, modifications
+from peftbench.budget import limit
+from peftbench.config import Composition, Modification, Run, Unfreeze, modifications
 
 if TYPE_CHECKING:
-    from peftbench.params.counts import Group, RunCounts
+    from peftbench.modification.counting import Counts
+    from peftbench.params.counts import RunCounts
 
 NUMBERS = ("trained", "stored", "paper")
 UNBOUNDED = 1000  # characters; rich measures nothing beyond the width that it is told
@@ -43,6 +45,8 @@ def show_run(counted: RunCounts, console: Console) -> None:
         console.print("As in the paper's released code, not its text:")
     for deviation in counted.deviations:
         console.print(Padding(Text(deviation.sentence), (0, 0, 0, 2), expand=False))
+    if run.budget is not None:
+        console.print(Text(f"  solved for a budget of {_budget(run, totals)}"))
     console.print()
 
     table = _table("places", "weights at each", *NUMBERS)
@@ -52,7 +56,7 @@ def show_run(counted: RunCounts, console: Console) -> None:
             table.add_section()
         prefix = group.prefix
         label = group.label if prefix is None else f"{group.label} ×{group.places}"
-        table.add_row(label, "\n".join(_weights(group)), *(f"{getattr(group, name):,}" for name in NUMBERS))
+        table.add_row(label, "\n".join(weights(group.tensors)), *(f"{getattr(group, name):,}" for name in NUMBERS))
     table.add_section()
     numbers = [getattr(totals, name) for name in NUMBERS]
     table.add_row("total", "", *(f"{number:,}" for number in numbers), style="bold")
@@ -81,6 +85,8 @@ def show_sweep(counted: Sequence[RunCounts], console: Console) -> None:
     rows = [_row(c) for c in counted]
     told = ("task", "model", "as in the code")  # worth a column only where they differ
     headers = [name for name in rows[0] if name not in told or len({tuple(row[name]) for row in rows}) > 1]
+    if all(c.run.budget is None for c in counted):
+        headers.remove("budget")
     for dispensable in ("", *DISPENSABLE):
         headers = [name for name in headers if name != dispensable]
         table = _table(*headers)
@@ -104,6 +110,7 @@ def _row(counted: RunCounts) -> dict[str, list[str]]:
         "method": [run.method],
         "task": [run.task.name],
         "model": [run.model.name],
+        "budget": [run.budget or ""],
         "four axes": axes,
         "as in the code": [deviation.name.replace("_", " ") for deviation in counted.deviations],
         "bottle-\nneck": ["" if m.bottleneck is None else str(m.bottleneck) for m in found],
@@ -128,6 +135,7 @@ def _object(counted: RunCounts) -> dict[str, Any]:
         "unfreeze": run.unfreeze.name,
         "fidelity": run.fidelity.name,
         "deviations": [deviation.name for deviation in counted.deviations],
+        "budget": run.budget,
         "backbone": totals.backbone,
         **{name: getattr(totals, name) for name in names},
         "dead": counted.dead,
@@ -166,9 +174,16 @@ def _bottleneck(m: Modification) -> str:
     return "" if m.bottleneck is None else f", bottleneck {m.bottleneck}"
 
 
-def _weights(group: Group) -> list[str]:
+def _budget(run: Run, totals: Counts) -> str:
+    """As typed and, where that says something else, in numbers."""
+    assert run.budget is not None
+    number = f"{limit(run.budget, totals.backbone):,}"
+    return number if run.budget.isdigit() else f"{run.budget}, {number}"
+
+
+def weights(tensors: Mapping[str, tuple[int, ...]]) -> list[str]:
     """A line for each tensor and its bias, such as `down 512×1024 + 512`."""
-    sizes = {name.removeprefix("function."): _size(shape) for name, shape in sorted(group.tensors.items())}
+    sizes = {name.removeprefix("function."): size_of(shape) for name, shape in sorted(tensors.items())}
     return [
         f"{name} {size}" + (f" + {sizes[f'{name}_bias']}" if f"{name}_bias" in sizes else "")
         for name, size in sizes.items()
@@ -176,7 +191,7 @@ def _weights(group: Group) -> list[str]:
     ]
 
 
-def _size(shape: tuple[int, ...]) -> str:
+def size_of(shape: tuple[int, ...]) -> str:
     """A shape as `512×1024`. Weights have an axis for groups, and their biases one beside it: axes of 1 say nothing."""
     return "×".join(str(size) for size in shape if size != 1) or "1"
 

@@ -13,13 +13,16 @@ from omegaconf import OmegaConf
 from peftbench.config import Modification, Run
 from peftbench.errors import UserError
 
-# Keys that change no result: where the run happens, tables that have already had their effect on other keys, and what
-# only counting reads.
+# Keys that change no result: where the run happens, tables that have already had their effect on other keys, what only
+# counting reads, and the budget: by then it has become bottlenecks, and two budgets that come to the same ones are the
+# same run.
 IGNORED = (
     "output_dir",
     "rerun",
     "allow_unused",
     "fidelity.name",
+    "budget",
+    "budget_split",
     "sizes",
     "size",
     "model.sizes",

@@ -114,6 +114,7 @@ class Record:
     error: Failure | None = None
     finished: str | None = None
     overrides: list[str] = field(default_factory=list)  # of the command line
+    budget: str | None = None  # as typed; the bottlenecks in `axes` were solved for it
     debug: str | None = None
     fidelity: str = "paper"  # the set of switches between the paper's text and its released code
     deviations: list[Deviation] = field(default_factory=list)  # the switches that make this run differ from the text
@@ -213,6 +214,7 @@ def start(run: Run, folder: Path, overrides: Sequence[str]) -> Record:
         seed=run.seed,
         folder=folder,
         overrides=list(overrides),
+        budget=run.budget,
         debug=run.debug,
         fidelity=run.fidelity.name,
         trainer=plain(run)["trainer"],

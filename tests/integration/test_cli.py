@@ -154,6 +154,29 @@ def test_a_sweep_runs_every_combination(smoke: list[str], tmp_path: Path, capsys
     assert "4 of 4 runs are done." in capsys.readouterr().out
 
 
+def test_a_budget_is_recorded_with_the_bottlenecks_that_it_became(
+    smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sweep of three budgets of which two come to the same sizes: one run, trained once."""
+    assert main(["train", "-m", *smoke, "method=mam", "budget=3%,142k,50k"]) == 0
+    assert "2 of 2 runs are done." in capsys.readouterr().out
+    small, large = sorted(records(tmp_path / "outputs"), key=lambda record: int(record["counts"]["stored"]))
+    assert (small["budget"], large["budget"]) == ("50k", "3%")
+    assert 45_000 < small["counts"]["stored"] <= 50_000 < 138_000 < large["counts"]["stored"] <= 142_000
+    assert all(r["axes"][0]["bottleneck"] > r["axes"][1]["bottleneck"] >= 1 for r in (small, large))
+    config = next((tmp_path / "outputs").rglob(f"{large['run']}/config.yaml")).read_text()
+    assert "budget: 3%" in config and f"\nbottleneck: {large['axes'][0]['bottleneck']}\n" in config
+
+
+def test_no_run_of_a_sweep_starts_where_a_budget_is_too_small(
+    smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "-m", *smoke, "method=mam,lora", "budget=5%,1k"]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 2 and "the smallest mam on mini" in error and "the smallest lora on mini" in error
+    assert not (tmp_path / "outputs").exists()
+
+
 def test_one_failing_run_does_not_stop_a_sweep(
     smoke: list[str], tmp_path: Path, sentiment: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,6 +215,19 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["method=ia3", "composition_function=add"], ["softmax does not see a vector that is added to every key"]),
         (["method=pfeiffer", "functional_form=constant"], ["set bottleneck=null, bias=false"]),
         (["method=pfeiffer", "composition_function=multiply"], ["use unfreeze=norm, or modified_representation=ffn"]),
+        (["budget=lots"], ["budget=lots is no budget; give a share of the backbone such as budget=6.7%"]),
+        (["budget=-1"], ["such as budget=599k, budget=27.4M or budget=599232."]),
+        (["budget=6,7%"], ["budget=6,7% names several values; add -m to run each of them. A decimal has a point"]),
+        (["budget=5%", "bottleneck=8"], ["bottleneck=8 with budget=5%: the budget is what the bottlenecks are solved"]),
+        (["budget=5%", "mix.attention.bottleneck=8"], ["mix.attention.bottleneck=8 with budget=5%: the budget"]),
+        (["method=bitfit", "budget=5%"], ["budget=5% solves for a bottleneck, and method=bitfit has none"]),
+        (
+            ["budget=5%", "budget_split=[9]"],
+            ["for each modification of method=mam, in this order: the root's, mix.att"],
+        ),
+        (["budget=5%", "budget_split=[inf,1]"], ["budget_split=[inf, 1] must have a number above 0 for each"]),
+        (["budget_split=[9,1]"], ["budget_split shares out a budget, and there is none; give one"]),
+        (["budget=1k"], ["budget=1k: the smallest mam on mini stores 6,534 parameters"]),
         (
             ["method=lroa", "bottleneck=-3", "trainer.learning_rate=0"],
             ["did you mean lora?", "bottleneck=-3", "trainer.learning_rate=0"],
