@@ -24,6 +24,7 @@ peftbench: which parameter-efficient fine-tuning method, where in the network, h
                                            what a run would train and store; needs no weights
   peftbench explain [KEY=VALUE ...] [--json]
                                            a method in the paper's terms, and where it stands in the network
+  peftbench ls [axes|GROUP]                the choices of a group; the four axes, and which combinations run
   peftbench train --help                   every group and its choices
   peftbench train [KEY=VALUE ...] --cfg job
                                            show the config and stop
@@ -90,9 +91,16 @@ def _explain(argv: list[str]) -> int:
     return explain(argv)
 
 
+def _ls(argv: list[str]) -> int:
+    from peftbench.listing import main as listing
+
+    return listing(argv)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "results": _results,
     "params": _params,
     "explain": _explain,
+    "ls": _ls,
 }

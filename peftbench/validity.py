@@ -1,227 +1,27 @@
-"""Which points of the four axes mean something, and which settings do: one table of rules. Imports no torch.
+"""What is wrong with a run, before anything is loaded. Imports no torch.
 
-`faults(run)` returns a plain sentence for every rule that a config breaks, each naming the key as it is typed.
+`faults(run)` returns a plain sentence for every fault, each naming the key as it is typed; those of the four axes are
+a table of rules in axes.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
+from peftbench.axes import axes, refusals
 from peftbench.budget import limit
 from peftbench.config import (
-    FUNCTIONAL_FORMS,
-    AttentionKind,
-    Composition,
     DType,
-    FFNInput,
-    HeadInput,
-    Insertion,
-    LayerNormPlace,
-    Modification,
     Precision,
-    Representation,
     Run,
-    Stack,
     TaskKind,
     Unfreeze,
     modifications,
 )
 from peftbench.errors import UserError, unknown
 from peftbench.fidelity import idle_switches
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A combination that is refused: `broken(m)` says whether m breaks it, `sentence` why and what would be right."""
-
-    broken: Callable[[Modification], bool]
-    sentence: str  # {p} stands for the prefix of the keys: "" or "mix.NAME."
-
-
-# Representations among which `attentions` has nothing to choose.
-WITHOUT_ATTENTION = (
-    Representation.ffn,
-    Representation.ffn_weights,
-    Representation.ffn_intermediate,
-    Representation.layer,
-    Representation.embedding,
-)
-
-RULES = (
-    Rule(
-        lambda m: len({axis == "none" for axis in _axes(m)}) == 2,
-        "{p}functional_form={f}, {p}modified_representation={r}, {p}insertion_form={i}, {p}composition_function={c}: "
-        "a modification needs all four axes; give each a value other than none, or start from a preset such as "
-        "method=lora.",
-    ),
-    Rule(
-        lambda m: m.composition_function.name is Composition.gated and m.insertion_form.name is Insertion.sequential,
-        "{p}composition_function=gated with {p}insertion_form=sequential means nothing: the gate weighs h against a Δh "
-        "that is computed beside it from the same x; use insertion_form=parallel, or composition_function=gated_add, "
-        "which has a gate on Δh alone, add or scaled.",
-    ),
-    Rule(
-        lambda m: (
-            m.modified_representation.name is Representation.layer and m.insertion_form.name is Insertion.parallel
-        ),
-        "{p}modified_representation=layer with {p}insertion_form=parallel means nothing: the layer's output is read "
-        "after its add & norm and has no sub-layer beside it; use insertion_form=sequential, or "
-        "modified_representation=ffn.",
-    ),
-    Rule(
-        lambda m: (
-            m.modified_representation.name is Representation.embedding
-            and (m.functional_form.name, m.insertion_form.name, m.composition_function.name)
-            != ("softmax", Insertion.parallel, Composition.gated)
-        ),
-        "{p}modified_representation=embedding is prompt tuning: the layers attend to vectors put before the input, so "
-        "it goes with functional_form=softmax, insertion_form=parallel and composition_function=gated only.",
-    ),
-    Rule(
-        lambda m: (
-            m.modified_representation.name is Representation.heads
-            and m.insertion_form.name is Insertion.parallel
-            and m.functional_form.name == "softmax"
-            and m.composition_function.name is Composition.gated
-            and m.modified_representation.head_input is not HeadInput.query
-        ),
-        "{p}composition_function=gated weighs by the attention mass on the prefix (eq. 8), which is a function of the "
-        "query: use {p}modified_representation.head_input=query, or composition_function=add or scaled.",
-    ),
-    Rule(
-        lambda m: (
-            m.functional_form.name == "softmax"
-            and m.composition_function.name is Composition.gated
-            and m.modified_representation.name in (Representation.heads, Representation.embedding)
-            and (m.bias, m.layer_norm, m.dropout, m.input_dropout) != (False, LayerNormPlace.none, None, 0.0)
-        ),
-        "{p}functional_form=softmax with {p}composition_function=gated joins the attention itself, under the "
-        "backbone's own dropout: {p}bias, {p}layer_norm, {p}dropout and {p}input_dropout must keep their "
-        "defaults false, none, null and 0.",
-    ),
-    Rule(
-        lambda m: (
-            m.modified_representation.head_input is not HeadInput.query
-            and (m.modified_representation.name, m.insertion_form.name) != (Representation.heads, Insertion.parallel)
-        ),
-        "{p}modified_representation.head_input is what a parallel form over heads reads; with "
-        "{p}modified_representation={r} and {p}insertion_form={i} leave it out.",
-    ),
-    Rule(
-        lambda m: (
-            m.modified_representation.ffn_input is not FFNInput.normed
-            and (
-                m.modified_representation.name not in (Representation.ffn, Representation.attention_ffn)
-                or m.insertion_form.name is not Insertion.parallel
-            )
-        ),
-        "{p}modified_representation.ffn_input is what a parallel form over the FFN reads; with "
-        "{p}modified_representation={r} and {p}insertion_form={i} leave it out.",
-    ),
-    Rule(
-        lambda m: (
-            m.prefix_mlp is not None
-            and (
-                m.modified_representation.name is not Representation.heads
-                or (
-                    m.insertion_form.name is Insertion.parallel
-                    and m.modified_representation.head_input is HeadInput.hidden
-                )
-            )
-        ),
-        "{p}prefix_mlp={mlp} makes vectors of a head's width: it goes with modified_representation=heads and "
-        "without head_input=hidden only; set {p}prefix_mlp=null.",
-    ),
-    Rule(
-        lambda m: m.functional_form.name == "constant" and m.insertion_form.name is not Insertion.sequential,
-        "{p}functional_form=constant reads neither x nor h, so that both insertion forms are one point; it goes by the "
-        "name {p}insertion_form=sequential.",
-    ),
-    Rule(
-        lambda m: (
-            m.functional_form.name == "constant"
-            and (m.bottleneck, m.bias, m.layer_norm, m.dropout, m.input_dropout, m.prefix_mlp)
-            != (None, False, LayerNormPlace.none, None, 0.0, None)
-        ),
-        "{p}functional_form=constant is a vector of h's width and no bottleneck: set {p}bottleneck=null, "
-        "{p}bias=false, {p}layer_norm=none, {p}dropout=null, {p}input_dropout=0 and {p}prefix_mlp=null.",
-    ),
-    Rule(
-        lambda m: (
-            m.functional_form.name == "constant"
-            and m.modified_representation.name in (Representation.key, Representation.key_value)
-            and m.composition_function.name in (Composition.add, Composition.scaled)
-        ),
-        "{p}functional_form=constant with {p}modified_representation={r} and {p}composition_function={c} means "
-        "nothing: softmax does not see a vector that is added to every key; use composition_function=multiply, or "
-        "modified_representation=value.",
-    ),
-    Rule(
-        lambda m: (
-            m.modified_representation.name is Representation.layer
-            and m.composition_function.name is Composition.multiply
-        ),
-        "{p}modified_representation=layer with {p}composition_function=multiply means nothing: a layer ends in a norm, "
-        "whose weight scales it already, or in a sum that no module holds; use unfreeze=norm, or "
-        "modified_representation=ffn.",
-    ),
-    Rule(
-        lambda m: m.functional_form.name != "constant" and (m.bottleneck is None or m.bottleneck < 1),
-        "{p}bottleneck={b}: the bottleneck must be a whole number of at least 1.",
-    ),
-    Rule(
-        lambda m: m.prefix_mlp is not None and m.prefix_mlp < 1,
-        "{p}prefix_mlp={mlp}: the MLP's width must be at least 1, or null for none.",
-    ),
-    Rule(
-        lambda m: m.dropout is not None and not 0 <= m.dropout < 1,
-        "{p}dropout={dropout}: a rate lies in [0, 1), or is null for the backbone's own.",
-    ),
-    Rule(
-        lambda m: not 0 <= m.input_dropout < 1,
-        "{p}input_dropout={input_dropout}: a rate lies in [0, 1).",
-    ),
-    Rule(
-        lambda m: m.composition_function.learned and m.composition_function.name is not Composition.scaled,
-        "{p}composition_function.learned=true needs {p}composition_function=scaled: only a scale can be learned.",
-    ),
-    Rule(
-        lambda m: m.composition_function.scale == 0,
-        "{p}composition_function.scale=0 would switch the modification off; give any other number.",
-    ),
-    Rule(
-        lambda m: not m.modified_representation.stacks,
-        "{p}modified_representation.stacks=[] leaves nothing to modify; choices: encoder, decoder.",
-    ),
-    Rule(
-        lambda m: not m.modified_representation.attentions,
-        "{p}modified_representation.attentions=[] leaves nothing to modify; choices: self, cross.",
-    ),
-    Rule(
-        lambda m: (
-            m.modified_representation.name in WITHOUT_ATTENTION
-            and list(m.modified_representation.attentions) != list(AttentionKind)
-        ),
-        "{p}modified_representation.attentions chooses among attentions, and {p}modified_representation={r} has none; "
-        "leave it out.",
-    ),
-    Rule(
-        lambda m: (
-            m.modified_representation.name is Representation.embedding
-            and (list(m.modified_representation.stacks) != list(Stack) or m.modified_representation.layers is not None)
-        ),
-        "{p}modified_representation=embedding stands before the first stack: leave {p}modified_representation.stacks "
-        "and layers out.",
-    ),
-    Rule(
-        lambda m: m.modified_representation.layers == [],
-        "{p}modified_representation.layers=[] leaves nothing to modify; give indices such as [0,1,-1], or null for "
-        "all.",
-    ),
-)
 
 METRICS = {
     TaskKind.classification: ("accuracy",),
@@ -237,9 +37,9 @@ BASELINES = {
 
 def faults(run: Run) -> list[str]:
     """All that is wrong with `run`, one plain sentence each; an empty list where it can run."""
-    found = [sentence for prefix, m in modifications(run).items() for sentence in _modification_faults(prefix, m)]
-    if run.functional_form.name == "none" and any(axis != "none" for axis in _axes(run)):
-        found.extend(_modification_faults("", run))
+    found = [sentence for prefix, m in modifications(run).items() for sentence in refusals(prefix, m)]
+    if run.functional_form.name == "none" and any(axis != "none" for axis in axes(run)):
+        found.extend(refusals("", run))
     found.extend(_budget_faults(run))
     found.extend(_number_faults(run))
     found.extend(_path_faults(run))
@@ -253,7 +53,7 @@ def faults(run: Run) -> list[str]:
             "trainer.precision=fp32 with model.dtype=bfloat16: a bfloat16 backbone runs under bfloat16 autocast; set "
             "trainer.precision=auto, or model.dtype=float32."
         )
-    nothing = not run.mix and all(axis == "none" for axis in _axes(run)) and run.unfreeze is Unfreeze.none
+    nothing = not run.mix and all(axis == "none" for axis in axes(run)) and run.unfreeze is Unfreeze.none
     if nothing and run.task.kind is TaskKind.classification and run.fidelity.frozen_task_head:
         found.append(
             f"fidelity.frozen_task_head=true with method={run.method} leaves nothing to train; use "
@@ -271,37 +71,6 @@ def faults(run: Run) -> list[str]:
     if run.task.metric not in METRICS[run.task.kind]:
         found.append(unknown("task.metric", run.task.metric, METRICS[run.task.kind]))
     return found
-
-
-def _axes(m: Modification) -> tuple[str, str, str, str]:
-    return (
-        m.functional_form.name,
-        m.modified_representation.name.name,
-        m.insertion_form.name.name,
-        m.composition_function.name.name,
-    )
-
-
-def _modification_faults(prefix: str, m: Modification) -> Iterator[str]:
-    if m.functional_form.name not in FUNCTIONAL_FORMS:
-        yield unknown(f"{prefix}functional_form.name", m.functional_form.name, FUNCTIONAL_FORMS)
-        return
-    form, representation, insertion, composition = _axes(m)
-    for rule in RULES:
-        if rule.broken(m):
-            yield rule.sentence.format(
-                p=prefix,
-                f=form,
-                r=representation,
-                i=insertion,
-                c=composition,
-                b="null" if m.bottleneck is None else m.bottleneck,
-                mlp=m.prefix_mlp,
-                dropout=m.dropout,
-                input_dropout=m.input_dropout,
-            )
-            if rule is RULES[0]:  # with an axis missing the other rules would only repeat it
-                return
 
 
 def _budget_faults(run: Run) -> Iterator[str]:

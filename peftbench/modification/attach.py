@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peftbench import config
+from peftbench.axes import WITHOUT_ATTENTION
 from peftbench.errors import UserError
 from peftbench.modification.composition import Add, Gated, GatedAdd, Multiply, Scaled
 from peftbench.modification.edit import Edit, SublayerDropout
@@ -26,7 +27,6 @@ from peftbench.modification.prompt import PROMPT, Prompt, PromptMask
 from peftbench.modification.reparameterization import PrefixMLP, PrefixTrunk
 from peftbench.modification.representation import REPRESENTATIONS
 from peftbench.sites import Attention, Layer, Sites, find_sites
-from peftbench.validity import WITHOUT_ATTENTION
 
 
 def attach(

@@ -1,7 +1,7 @@
 """What every method has to do on every family: one table of presets and families, one test for each behaviour.
 
 Training, evaluation, generation, saving, folding, padding, copying, checkpointing and reduced precision; then the
-options of a modification, all valid points of the four axes, and the presets in conf/.
+options of a modification, and the presets in conf/. The points of the axes are in test_points.py.
 """
 
 from __future__ import annotations
@@ -399,29 +399,7 @@ def test_bf16_agrees_with_fp32(family: str, preset: str, backbone: torch.dtype) 
         assert without_gradient({name: parameter.grad for name, parameter in trained.items()}) == []
 
 
-# ---- points on the four axes and their options ----
-
-
-POINTS = dict(points("constant", "identity", "relu", "softmax", init="bert"))
-
-
-def test_number_of_points() -> None:
-    """Of 3 forms, 14 representations without the embedding, 2 insertions and 5 compositions: gated and sequential mean
-    nothing, nor do layer and parallel, nor layer and multiply. A constant has no parallel form, and on keys there is no
-    add or scaled. The embedding has one point, the prompt."""
-    assert len(POINTS) == 3 * (14 * 2 * 5 - 14 - 5 - 1) + (14 * 4 - 1 - 2 * 2) + 1
-
-
-@pytest.mark.parametrize("family", ["bart", "roberta"])
-@pytest.mark.parametrize("point", POINTS)
-def test_every_valid_point_trains(family: str, point: str) -> None:
-    """Each has an effect, and a gradient in every tensor."""
-    one_layer = {"encoder_layers": 1, "decoder_layers": 1} if family == "bart" else {"num_hidden_layers": 1}
-    model = attached(family, {"": POINTS[point]}, **one_layer)
-    bare = attached(family, {}, **one_layer)
-    bare.load_state_dict(model.state_dict(), strict=False)
-    assert not torch.allclose(logits(model, family), logits(bare, family), atol=1e-4)
-    assert without_gradient(gradients(model, family)) == []
+# ---- options of a modification ----
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": True, "layer_norm": "output"}], ids=["plain", "bias_and_norm"])

@@ -24,7 +24,6 @@ from tests.families import (
     build,
     inputs,
     modification,
-    points,
     shake,
 )
 
@@ -143,33 +142,6 @@ def test_an_edit_of_a_fused_projection_changes_its_slice_only(representation: st
     for index, name in enumerate(("query", "key", "value")):
         columns = changed[..., 16 * index : 16 * (index + 1)]
         assert columns.all() if name in representation.split("_") else not columns.any()
-
-
-POINTS = dict(points("identity", "relu", "softmax", init="bert"))
-
-
-@pytest.mark.parametrize(
-    ("family", "point"),
-    [
-        *(("gpt2", point) for point in POINTS if "embedding" not in point),
-        *(
-            pytest.param(family, point, marks=pytest.mark.slow)
-            for family in MORE_FAMILIES
-            for point in POINTS
-            if family != "gpt2" and not ("embedding" in point and family in DECODERS)
-        ),
-    ],
-)
-def test_every_valid_point_trains(family: str, point: str) -> None:
-    """Each has an effect, and a gradient in every tensor."""
-    model = attached(family, {"": POINTS[point]})
-    bare = build(family)
-    bare.load_state_dict(model.state_dict(), strict=False)
-    with torch.no_grad():
-        assert not torch.allclose(model(**batch(family)).logits, bare(**batch(family)).logits, atol=1e-4)
-    model.train()
-    model(**batch(family)).loss.backward()
-    assert [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())] == []
 
 
 def test_an_attention_that_calls_no_registered_function_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
