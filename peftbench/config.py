@@ -2,7 +2,7 @@
 
 The four axes of He et al. (2022, table 1) and their options make a `Modification`. The root of the config is one of
 them, so that `bottleneck=8` and `functional_form=relu` are keys of their own; further ones stand under `mix`.
-Which combinations mean something is said in `validity.py`.
+Which combinations mean something is said in `axes.py`.
 """
 
 from __future__ import annotations

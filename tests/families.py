@@ -305,7 +305,7 @@ def modification(
 
 
 def points(*forms: str, **options: object) -> Iterator[tuple[str, config.Modification]]:
-    """Every combination of the axes that validity.py lets through, under a name for it."""
+    """Every combination of the axes that axes.py lets through, under a name for it."""
     representations = (*REPRESENTATIONS, "heads", "embedding")
     insertions, compositions = ("parallel", "sequential"), ("add", "scaled", "gated", "gated_add", "multiply")
     for axes in itertools.product(forms, representations, insertions, compositions):

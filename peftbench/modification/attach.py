@@ -276,7 +276,7 @@ def _composition(m: config.Modification, in_width: int, groups: int) -> nn.Modul
 
 
 def _size(m: config.Modification) -> int:
-    assert m.bottleneck is not None, "validity.py asks for a bottleneck"
+    assert m.bottleneck is not None, "axes.py asks for a bottleneck"
     return m.bottleneck
 
 
