@@ -130,6 +130,10 @@ def _auto_class(model: Model, task: Task, config: PretrainedConfig) -> Any:
         config.id2label = dict(enumerate(task.labels))
         config.label2id = {label: code for code, label in enumerate(task.labels)}
         return AutoModelForSequenceClassification
+    if task.kind is TaskKind.regression:
+        config.num_labels = 1
+        config.problem_type = "regression"
+        return AutoModelForSequenceClassification
     if config.is_encoder_decoder:
         return AutoModelForSeq2SeqLM
     raise UserError(

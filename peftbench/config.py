@@ -47,7 +47,7 @@ HeadInput = Enum("HeadInput", ["query", "hidden"])
 Init = Enum("Init", ["bert", "lora"])
 LayerNormPlace = Enum("LayerNormPlace", ["none", "input", "output"])
 Unfreeze = Enum("Unfreeze", ["none", "bias", "all"])
-TaskKind = Enum("TaskKind", ["classification", "summarization"])
+TaskKind = Enum("TaskKind", ["classification", "regression", "text_to_text"])
 DType = Enum("DType", ["float32", "bfloat16"])
 Precision = Enum("Precision", ["auto", "fp32", "bf16"])
 Schedule = Enum("Schedule", ["linear", "cosine", "constant"])
@@ -144,6 +144,10 @@ class Task:
     hub_config: str | None = None
     data_dir: str | None = None  # a folder with train/validation/test files; wins over hub_id
     data_files: dict[str, str] = field(default_factory=dict)  # split: file; wins over data_dir
+    # The files of train_split, selection_split and report_split, without knowing what the task calls them.
+    train_file: str | None = None
+    validation_file: str | None = None
+    test_file: str | None = None
     packages: list[str] | None = None  # docstring tasks: where the text comes from
     train_split: str = "train"
     selection_split: str = "validation"
@@ -153,9 +157,11 @@ class Task:
     max_eval: int | None = None
     text_columns: list[str] = field(default_factory=list)  # classification: one text or a pair
     label_column: str = "label"
-    labels: list[str] = field(default_factory=list)  # names in the order of their integer codes
+    labels: list[str] = field(
+        default_factory=list
+    )  # names in the order of their codes; []: those of the training split
     source_column: str = "document"
-    target_column: str = "summary"
+    target_column: str = "summary"  # a text, or a list of texts that are all right
     max_source_length: int = 512  # tokens
     max_target_length: int = 128  # tokens
     metric: str = MISSING  # the main score, by which a run is selected and ranked
@@ -214,6 +220,16 @@ def conf_dir() -> Path:
     """The folder with the YAML groups: inside the installed package, or at the top of a checkout."""
     here = Path(__file__).resolve().parent
     return here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
+
+
+def task_files(task: Task) -> dict[str, str]:
+    """The user's own files by split."""
+    roles = (
+        (task.train_split, task.train_file),
+        (task.selection_split, task.validation_file),
+        (task.report_split, task.test_file),
+    )
+    return {**task.data_files, **{split: file for split, file in roles if file is not None}}
 
 
 def modifications(run: Run) -> dict[str, Modification]:

@@ -19,7 +19,7 @@ class Evaluator:
         self.model, self.data = model, data
         self.batch_size = run.trainer.eval_batch_size
         self.bf16 = use_bf16(run.trainer, run.model)
-        self.generation = _generation(model, run) if run.task.kind is not TaskKind.classification else None
+        self.generation = _generation(model, run) if run.task.kind is TaskKind.text_to_text else None
 
     def score(
         self, role: str, on_batch: Callable[[int], None] = lambda examples: None

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
 from peftbench.backbone import Backbone, load_backbone
-from peftbench.config import Keep, Run, Unfreeze, modifications, resolve
+from peftbench.config import Keep, Run, TaskKind, Unfreeze, modifications, resolve
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
 from peftbench.fit import Fitted, chosen_device, fit, total_steps, use_bf16
@@ -41,6 +41,7 @@ from peftbench.results.record import (
 from peftbench.results.table import single_row
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.docstrings import versions
+from peftbench.tasks.load import load
 from peftbench.tasks.prepare import prepare
 from peftbench.validity import faults
 
@@ -69,11 +70,14 @@ def train(cfg: DictConfig) -> float:
         )
         with _timed(record, "prepare_s"), display.stage("prepare"):
             set_seed(run.seed)
-            backbone = load_backbone(run.model, run.task)
+            loaded = load(run.task)
+            backbone = load_backbone(run.model, loaded.task)
             attach(backbone.model, modifications(run), run.unfreeze, backbone.untrained)
             _record_counts(record, backbone.model)
-            data = prepare(run.task, backbone.tokenizer, backbone.model)
-            _record_data(record, run, data)
+            data = prepare(loaded, backbone.tokenizer, backbone.model)
+            _record_data(record, data)
+            for note in data.notes:
+                console.print(note, highlight=False)
         backbone.model.to(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # a sweep's earlier runs had their own
@@ -123,6 +127,8 @@ def _evaluate(run: Run, model: PreTrainedModel, data: TaskData, record: Record, 
             metrics, decoded = evaluator.score(role, stage.advance)
         record.scores[role] = Score(**data.splits[role], metrics=metrics)
     record.score = record.scores["report"].metrics[run.task.metric]
+    if data.signatures:
+        record.data["signatures"] = data.signatures
     write_predictions(record.folder, data.records(decoded, data.report_rows))
     for dotted, value in data.baselines().items():
         name, metric = dotted.split(".", 1)
@@ -134,7 +140,7 @@ def _evaluate(run: Run, model: PreTrainedModel, data: TaskData, record: Record, 
 def _head_alone(run: Run, data: TaskData, record: Record, display: Display) -> float:
     """The score of the same task head, trained in the same way on the untouched backbone."""
     set_seed(run.seed)
-    backbone = load_backbone(run.model, run.task)
+    backbone = load_backbone(run.model, data.task)
     attach(backbone.model, {}, untrained=backbone.untrained)
     backbone.model.to(chosen_device(run.trainer))
     _fit(run, backbone, data, record, display, "train the head alone")
@@ -153,10 +159,12 @@ def _record_counts(record: Record, model: PreTrainedModel) -> None:
     record.model.parameters = counts.backbone
 
 
-def _record_data(record: Record, run: Run, data: TaskData) -> None:
-    record.data = {"fingerprint": data.fingerprint, "splits": data.splits}
-    if run.task.packages is not None:
-        record.data["packages"] = versions(run.task.packages)
+def _record_data(record: Record, data: TaskData) -> None:
+    record.data = {"fingerprint": data.fingerprint, "splits": data.splits, "notes": data.notes}
+    if data.task.kind is TaskKind.classification:
+        record.data["labels"] = data.task.labels
+    if data.task.packages is not None:
+        record.data["packages"] = versions(data.task.packages)
 
 
 def _record_fit(record: Record, fitted: Fitted) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import nn
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from peftbench.backbone import meta_backbone
-from peftbench.config import Modification, Representation, Run, Unfreeze, modifications
+from peftbench.config import Modification, Representation, Run, Task, TaskKind, Unfreeze, modifications
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import Counts, PlaceCounts, count, count_places
 from peftbench.sites import Sites, find_sites
@@ -55,7 +55,7 @@ def count_run(run: Run) -> RunCounts:
         UserError: the backbone's architecture is not known, or a modification does not fit it.
     """
     logging.set_verbosity_error()  # hints on generation settings, which nothing here uses
-    model = meta_backbone(run.model, run.task)
+    model = meta_backbone(run.model, _with_labels(run.task))
     attach(model, modifications(run), run.unfreeze)
     totals = count(model)
     groups = list(_groups(model, run))
@@ -63,6 +63,15 @@ def count_run(run: Run) -> RunCounts:
     if unfrozen:
         groups.append(Group(UNFROZEN[run.unfreeze], None, 1, {}, unfrozen, unfrozen, unfrozen))
     return RunCounts(run, totals, groups)
+
+
+def _with_labels(task: Task) -> Task:
+    """The task with the labels of its training file, where it names none: the size of the task head."""
+    if task.labels or task.kind is not TaskKind.classification:
+        return task
+    from peftbench.tasks.load import label_names  # imports datasets, which nothing else here needs
+
+    return replace(task, labels=label_names(task))
 
 
 def _groups(model: PreTrainedModel, run: Run) -> Iterator[Group]:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
-from peftbench.config import Modification, Run
+from peftbench.config import Modification, Run, task_files
 from peftbench.errors import UserError
 
 # Keys that change no result: where the run happens, tables that have already had their effect on other keys, and what
@@ -47,11 +47,13 @@ def run_hash(run: Run) -> str:
 
     # What a path wins over has no effect either.
     model, task = config["model"], config["task"]
-    path, data_dir, data_files = model.pop("path"), task.pop("data_dir"), task.pop("data_files")
+    path, data_dir = model.pop("path"), task.pop("data_dir")
+    for key in ("data_files", "train_file", "validation_file", "test_file"):
+        del task[key]
     if path:
         model |= {"hub_id": None, "revision": None, "content": content_stamp(path)}
-    if data_files:
-        task["content"] = {split: content_stamp(file) for split, file in data_files.items()}
+    if files := task_files(run.task):
+        task["content"] = {split: content_stamp(file) for split, file in files.items()}
     elif data_dir:
         task["content"] = content_stamp(data_dir)
     if "content" in task:

@@ -1,46 +1,88 @@
-"""The raw rows of a split, from the user's files, the docstrings of installed packages, or the Hugging Face hub."""
+"""The raw rows of a task, from the user's files, the docstrings of installed packages, or the Hugging Face hub."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, get_args
 
 import datasets
-from datasets import Dataset, load_dataset
+from datasets import ClassLabel, Dataset, load_dataset
 
-from peftbench.config import Task, TaskKind
+from peftbench.config import Task, TaskKind, task_files
 from peftbench.errors import UserError, unknown
 from peftbench.hub import hub_missing
+from peftbench.tasks.deal import deal
 from peftbench.tasks.docstrings import Split, summary_rows, topic_rows
-from peftbench.tasks.files import find_split, read_file
+from peftbench.tasks.files import find_split, place, read_file
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The rows of a task before a tokenizer has seen them."""
+
+    task: Task  # with the labels that were found, where it named none
+    rows: dict[str, Dataset]  # by split; as many as any role of the split needs
+    notes: list[str] = field(default_factory=list)  # what was decided here, a sentence each, for the record
+
+
+class Source(NamedTuple):
+    """The rows of a split as they were read, and where they come from."""
+
+    rows: Dataset
+    name: str  # what to call it in a message
+    file: str | None = None
+
+    def at(self, row: int) -> str:
+        """Where a row (numbered from 1) stands."""
+        return place(self.file, row) if self.file else f"{self.name}, row {row}"
+
+
+def load(task: Task) -> Loaded:
+    """The checked rows of all splits of the task, see `load_rows`.
+
+    A split without a source of its own is dealt from the training file (`deal.py`); where the task names no labels,
+    those of the training split are taken, sorted. Both are noted. Raises UserError as `load_rows` does.
+    """
+    limits = split_limits(task)
+    dealt = [split for split in limits if not _has_source(task, split)]
+    if not task_files(task).get(task.train_split):
+        dealt = []  # nothing to deal from; reading says so
+    sources = {split: _read(task, split) for split in limits if split not in dealt}
+    task, notes = _with_labels(task, sources[task.train_split])
+    if dealt:
+        limits[task.train_split] = None
+        notes.append(
+            f"{sources[task.train_split].name} is dealt by a hash of the input: {' and '.join(dealt)} "
+            f"{'have' if len(dealt) > 1 else 'has'} one in ten of the different inputs{' each' * (len(dealt) > 1)}."
+        )
+    rows = {split: _checked(task, split, source, limits[split]) for split, source in sources.items()}
+    if dealt:
+        name = sources[task.train_split].name
+        rows |= deal(rows[task.train_split], input_columns(task), task.train_split, dealt, name)
+    return Loaded(task, {split: head(of_split, split_limits(task)[split]) for split, of_split in rows.items()}, notes)
 
 
 def load_rows(task: Task, split: str, limit: int | None = None) -> Dataset:
     """The first `limit` rows of `split` (null: all), with every column that the source has.
 
-    The source is the first that is set of `task.data_files`, `task.data_dir`, `task.packages`, `task.hub_id`.
+    The source is the first that is set of the user's files, `task.data_dir`, `task.packages`, `task.hub_id`.
     Text columns are checked to hold text, and labels, given by name or by code, come out as codes: ints that index
-    `task.labels`. Raises UserError for a source that cannot be read, a missing column, and a cell without text or
-    with an unknown label.
+    `task.labels`, or as numbers for a regression. Raises UserError for a source that cannot be read, a missing column,
+    and a cell without text or with an unknown label.
     """
-    keys = _keys(task)
-    rows, source = _read(task, split)
-    if not len(rows):
-        raise UserError(f"{source}: the {split} split has no rows.")
-    rows = head(rows, limit)
-    missing = [unknown(key, column, rows.column_names) for key, column in keys if column not in rows.column_names]
-    if missing:
-        raise UserError(*(f"{source}: {sentence}" for sentence in missing))
-    for column in text_columns(task):
-        for number, cell in enumerate(rows[column][:], 1):
-            if not isinstance(cell, str):
-                raise UserError(f"{source}, row {number}: column {column} holds {cell!r:.40}, not text.")
-    if task.kind is TaskKind.classification:
-        codes = _codes(task.labels, rows[task.label_column][:], source)
-        rows = rows.remove_columns(task.label_column).add_column(task.label_column, codes)
-    return rows
+    return _checked(task, split, _read(task, split), limit)
+
+
+def label_names(task: Task) -> list[str]:
+    """The labels of the task, or, where it names none, of its training split."""
+    if task.kind is not TaskKind.classification or task.labels:
+        return list(task.labels)
+    return _with_labels(task, _read(task, task.train_split))[0].labels
 
 
 def head(rows: Dataset, limit: int | None) -> Dataset:
@@ -48,14 +90,33 @@ def head(rows: Dataset, limit: int | None) -> Dataset:
     return rows if limit is None or limit >= len(rows) else rows.select(range(limit))
 
 
-def text_columns(task: Task) -> list[str]:
-    """The columns that hold text: one or two to classify, or a source and its target."""
-    return [column for key, column in _keys(task) if key != "task.label_column"]
+def input_columns(task: Task) -> list[str]:
+    """The columns that the model reads: one or two texts to classify, or a source."""
+    if task.kind is TaskKind.text_to_text:
+        return [task.source_column]
+    return list(task.text_columns)
 
 
 def splits(task: Task) -> list[str]:
     """The splits that the task reads, each named once."""
-    return list(dict.fromkeys([task.train_split, task.selection_split, task.report_split]))
+    return list(split_limits(task))
+
+
+def split_limits(task: Task) -> dict[str, int | None]:
+    """How many rows of each split the task needs; null: all of them."""
+    wanted: dict[str, list[int | None]] = defaultdict(list)
+    for split, limit in roles(task).values():
+        wanted[split].append(limit)
+    return {split: _largest(limits) for split, limits in wanted.items()}
+
+
+def roles(task: Task) -> dict[str, tuple[str, int | None]]:
+    """The split and the limit of each role that data has in a run: trained on, to select a state, reported on."""
+    return {
+        "train": (task.train_split, task.max_train),
+        "selection": (task.selection_split, task.max_selection),
+        "report": (task.report_split, task.max_eval),
+    }
 
 
 def data_fingerprint(task: Task, rows: Dataset) -> str:
@@ -70,29 +131,91 @@ def data_fingerprint(task: Task, rows: Dataset) -> str:
 
 def _keys(task: Task) -> list[tuple[str, str]]:
     """(key as typed, column) for each column that the task uses."""
-    if task.kind is TaskKind.summarization:
+    if task.kind is TaskKind.text_to_text:
         return [("task.source_column", task.source_column), ("task.target_column", task.target_column)]
-    if len(task.text_columns) not in (1, 2):
-        raise UserError(f"task.text_columns=[{','.join(task.text_columns)}] must name one column, or two for a pair.")
     return [*(("task.text_columns", column) for column in task.text_columns), ("task.label_column", task.label_column)]
 
 
-def _read(task: Task, split: str) -> tuple[Dataset, str]:
-    """The rows of a split and what to call their source in a message."""
+def _checked(task: Task, split: str, source: Source, limit: int | None) -> Dataset:
+    """What `load_rows` promises, of rows that have been read."""
+    if not len(source.rows):
+        raise UserError(f"{source.name}: the {split} split has no rows.")
+    rows = head(source.rows, limit)
+    _require_columns(source, _keys(task))
+    for column in input_columns(task):
+        for number, cell in enumerate(rows[column][:], 1):
+            if not isinstance(cell, str):
+                raise UserError(f"{source.at(number)}: column {column} holds {cell!r:.40}, not text.")
+    if task.kind is TaskKind.text_to_text:
+        _check_targets(task.target_column, rows, source)
+        return rows
+    cells = rows[task.label_column][:]
+    regression = task.kind is TaskKind.regression
+    codes: Sequence[float] = _numbers(cells, source) if regression else _codes(task.labels, cells, source)
+    return rows.remove_columns(task.label_column).add_column(task.label_column, codes)
+
+
+def _require_columns(source: Source, keys: Sequence[tuple[str, str]]) -> None:
+    there = source.rows.column_names
+    missing = [unknown(key, column, there) for key, column in keys if column not in there]
+    if missing:
+        raise UserError(*(f"{source.name}: {sentence}" for sentence in missing))
+
+
+def _check_targets(column: str, rows: Dataset, source: Source) -> None:
+    for number, cell in enumerate(rows[column][:], 1):
+        if not isinstance(cell, str) and not (
+            isinstance(cell, list) and cell and all(isinstance(t, str) for t in cell)
+        ):
+            raise UserError(f"{source.at(number)}: column {column} holds {cell!r:.40}, not text or a list of texts.")
+
+
+def _with_labels(task: Task, train: Source) -> tuple[Task, list[str]]:
+    """The task with the labels of its training split, where it names none, and the note that says so."""
+    if task.kind is not TaskKind.classification or task.labels:
+        return task, []
+    _require_columns(train, _keys(task))
+    feature = train.rows.features[task.label_column]
+    if isinstance(feature, ClassLabel):
+        names = list(feature.names)
+    else:
+        cells = train.rows[task.label_column][:]
+        for number, cell in enumerate(cells, 1):
+            if cell is None or not str(cell).strip():
+                raise UserError(f"{train.at(number)}: column {task.label_column} is empty; every row needs a label.")
+        names = sorted({str(cell) for cell in cells})
+        if all(name.isdecimal() for name in names):
+            names.sort(key=int)
+    if len(names) < 2:
+        raise UserError(f"{train.name}: all rows have the label {', '.join(names)}; two or more are needed.")
+    if len(names) > max(2, len(train.rows) // 2):
+        raise UserError(
+            f"{train.name}: column {task.label_column} holds {len(names)} labels in {len(train.rows)} rows; name the "
+            "column of labels by task.label_column, or all labels by task.labels."
+        )
+    return replace(task, labels=names), [f"The labels are those of {train.name}, sorted: {_listed(names)}."]
+
+
+def _has_source(task: Task, split: str) -> bool:
+    return split in task_files(task) or any((task.data_dir, task.packages, task.hub_id))
+
+
+def _read(task: Task, split: str) -> Source:
+    """The rows of a split."""
     for named in task.data_files:
         if named not in splits(task):
             raise UserError(
                 f"task.data_files.{named} is no split of this task; its splits are {_listed(splits(task))}."
             )
-    if split in task.data_files:
-        return read_file(task.data_files[split]), task.data_files[split]
+    if file := task_files(task).get(split):
+        return Source(read_file(file), file, file)
     if task.data_dir is not None:
-        file = find_split(task.data_dir, split)
-        return read_file(file), str(file)
+        found = str(find_split(task.data_dir, split))
+        return Source(read_file(found), found, found)
     if task.packages is not None:
-        return _read_docstrings(task.kind, task.packages, split), f"The docstrings of {_listed(task.packages)}"
+        return Source(_read_docstrings(task.kind, task.packages, split), f"The docstrings of {_listed(task.packages)}")
     if task.hub_id is not None:
-        return _read_hub(task, task.hub_id, split), " ".join(filter(None, [task.hub_id, task.hub_config]))
+        return Source(_read_hub(task, task.hub_id, split), " ".join(filter(None, [task.hub_id, task.hub_config])))
     raise UserError(f"task={task.name} has no data; give task.data_dir=FOLDER, with files for {_listed(splits(task))}.")
 
 
@@ -125,15 +248,32 @@ def _read_hub(task: Task, hub_id: str, split: str) -> Dataset:
         ) from error
 
 
-def _codes(labels: Sequence[str], cells: Sequence[object], source: str) -> list[int]:
+def _codes(labels: Sequence[str], cells: Sequence[object], source: Source) -> list[int]:
     names = {label: code for code, label in enumerate(labels)}
     digits = {str(code): code for code in range(len(labels))}
     # Where a name is a number, such as a star rating, a number in a cell can only be meant as a name.
     known = names if names.keys() & digits.keys() else names | digits
     for number, cell in enumerate(cells, 1):
         if str(cell) not in known:
-            raise UserError(f"{source}, row {number}: label {cell!r} is none of {_listed(list(known))}.")
+            raise UserError(f"{source.at(number)}: label {cell!r} is none of {_listed(list(known))}.")
     return [known[str(cell)] for cell in cells]
+
+
+def _numbers(cells: Sequence[Any], source: Source) -> list[float]:
+    numbers = []
+    for row, cell in enumerate(cells, 1):
+        try:
+            numbers.append(float(cell))
+        except (TypeError, ValueError):
+            numbers.append(math.nan)
+        if not math.isfinite(numbers[-1]):
+            raise UserError(f"{source.at(row)}: label {cell!r:.40} is no number.")
+    return numbers
+
+
+def _largest(limits: Sequence[int | None]) -> int | None:
+    numbers = [limit for limit in limits if limit is not None]
+    return max(numbers) if len(numbers) == len(limits) else None
 
 
 def _listed(names: Sequence[str]) -> str:

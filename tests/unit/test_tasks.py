@@ -29,6 +29,7 @@ from transformers import (
 from peftbench.config import Task, TaskKind, Trainer, conf_dir
 from peftbench.errors import UserError
 from peftbench.tasks.files import read_file
+from peftbench.tasks.load import load
 from peftbench.tasks.prepare import KINDS, prepare
 from peftbench.tasks.tokens import Encoder, positions
 
@@ -127,7 +128,7 @@ def news(tmp_path: Path) -> Task:
         write(tmp_path / f"{split}.jsonl", rows)
     return Task(
         name="news",
-        kind=TaskKind.summarization,
+        kind=TaskKind.text_to_text,
         data_dir=str(tmp_path),
         metric="rouge1",
         baselines=["lead1"],
@@ -185,12 +186,12 @@ def test_a_tokenizer_without_a_pad_token(reviews: Task) -> None:
     tokenizer = byte_level()
     tokenizer.pad_token = None
     with pytest.raises(UserError, match="has no pad token"):
-        prepare(reviews, tokenizer, tiny_bert())
+        prepare(load(reviews), tokenizer, tiny_bert())
 
 
 def test_classification(reviews: Task) -> None:
     model = tiny_bert()
-    task = prepare(reviews, byte_level(), model)
+    task = prepare(load(reviews), byte_level(), model)
     assert task.splits == {
         "train": {"split": "train", "examples": 5},
         "selection": {"split": "validation", "examples": 2},
@@ -211,13 +212,13 @@ def test_classification(reviews: Task) -> None:
 def test_a_pair_has_equally_many_ends_in_every_row(reviews: Task) -> None:
     """BART's classification head refuses a batch whose rows do not."""
     pair = replace(reviews, text_columns=["text", "text"], max_source_length=16)
-    rows = prepare(pair, byte_level(), tiny_bart()).train["input_ids"]
+    rows = prepare(load(pair), byte_level(), tiny_bart()).train["input_ids"]
     assert {ids.count(2) for ids in rows} == {3}
 
 
 def test_summarization(news: Task) -> None:
     tokenizer, model = byte_level(), tiny_bart()
-    task = prepare(news, tokenizer, model)
+    task = prepare(load(news), tokenizer, model)
     assert task.splits["report"] == {"split": "test", "examples": 1}
     batch = task.collator([task.train[i] for i in range(5)])
     assert batch["labels"].shape == batch["decoder_input_ids"].shape
@@ -234,26 +235,26 @@ def test_summarization(news: Task) -> None:
 
 
 def test_a_split_in_two_roles_is_loaded_once(reviews: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[Path] = []
+    read: list[str] = []
 
-    def counted(path: Path) -> Dataset:
+    def counted(path: str) -> Dataset:
         read.append(path)
         return read_file(path)
 
     monkeypatch.setattr("peftbench.tasks.load.read_file", counted)
-    prepare(reviews, byte_level(), tiny_bert())
-    assert [file.name for file in read] == ["train.jsonl", "dev.jsonl"]
+    prepare(load(reviews), byte_level(), tiny_bert())
+    assert [Path(file).name for file in read] == ["train.jsonl", "dev.jsonl"]
 
 
 def test_the_fingerprint_follows_the_data(reviews: Task) -> None:
     tokenizer, model = byte_level(), tiny_bert()
-    first = prepare(reviews, tokenizer, model).fingerprint
-    assert prepare(replace(reviews, max_source_length=8), tokenizer, model).fingerprint == first
-    assert prepare(replace(reviews, max_train=4), tokenizer, model).fingerprint != first
+    first = prepare(load(reviews), tokenizer, model).fingerprint
+    assert prepare(load(replace(reviews, max_source_length=8)), tokenizer, model).fingerprint == first
+    assert prepare(load(replace(reviews, max_train=4)), tokenizer, model).fingerprint != first
 
 
 def test_nothing_is_printed(reviews: Task, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder) -> None:
-    task = prepare(reviews, byte_level(), tiny_bert())
+    task = prepare(load(reviews), byte_level(), tiny_bert())
     task.collator([task.train[0]])
     task.baselines()
     out, err = capfd.readouterr()
@@ -275,4 +276,4 @@ def test_conf_fits_the_schema(option: Path) -> None:
     trainer: Any = OmegaConf.merge(OmegaConf.structured(Trainer), task.paper)
     assert all(trainer[key] == value for key, value in task.paper.items() if key not in ("schedule", "keep"))
     if task.kind is TaskKind.classification:
-        assert task.labels and task.text_columns
+        assert task.text_columns and bool(task.labels) != (task.name == "text_classification")
