@@ -84,6 +84,22 @@ def test_one_run_leaves_a_whole_record(smoke: list[str], tmp_path: Path, capsys:
     assert "relu · ffn · parallel · scaled" in printed and str(folder) in printed.replace("\n", "")
 
 
+@pytest.mark.parametrize("task", ["stsb", "cola", "mrpc"])
+def test_glue_reports_its_own_metrics(task: str, tmp_path: Path) -> None:
+    """A regression, Matthews' correlation, and F1 with accuracy, on the selection and the report split."""
+    texts = {"sentence": "one", "sentence1": "one", "sentence2": "two"}
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({**texts, "label": i % 2}) + "\n" for i in range(24))
+        )
+    overrides = [f"task={task}", "model=mini", f"task.data_dir={tmp_path}", "debug=smoke", "trainer.max_steps=2"]
+    assert main(["train", *overrides, "method=lora", f"output_dir={tmp_path / 'outputs'}"]) == 0
+    (record,) = records(tmp_path / "outputs")
+    expected = {"stsb": {"pearson", "spearman"}, "cola": {"matthews", "accuracy"}, "mrpc": {"f1", "accuracy"}}
+    assert set(record["scores"]["report"]["metrics"]) == expected[task]
+    assert record["scores"]["report"]["split"] == "validation"
+
+
 def test_a_finished_run_is_not_trained_again(
     smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 import datasets
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
+from hydra._internal.utils import get_args_parser
 
+from peftbench.compose import compose_runs
 from peftbench.config import Task, TaskKind
 from peftbench.errors import UserError
 from peftbench.tasks import load
@@ -165,6 +167,12 @@ def test_sst2_as_glue_has_it(shared: Path) -> None:
     task = replace(REVIEWS, data_dir=str(shared / "sst2"), text_columns=["sentence"])
     rows = load_rows(task, "validation")
     assert (len(rows), sum(rows["label"])) == (872, 444)
+
+
+def test_rte_as_glue_has_it(shared: Path) -> None:
+    (run,) = compose_runs(get_args_parser().parse_args(["task=rte", f"task.data_dir={shared / 'rte'}"]))
+    labels = load_rows(run.task, "validation")["label"][:]
+    assert [labels.count(code) for code in range(2)] == [146, 131]
 
 
 def test_mnli_from_two_files(shared: Path) -> None:

@@ -209,6 +209,49 @@ def test_classification(reviews: Task) -> None:
     ]
 
 
+def test_regression(tmp_path: Path) -> None:
+    """One output, the mean squared error, and predictions that lose no digit on their way through words."""
+    rows = [{"text": text, "label": number / 2} for number, text in enumerate(TEXTS)]
+    for name in ("train", "dev"):
+        write(tmp_path / f"{name}.jsonl", rows)
+    task = Task(
+        name="scores",
+        kind=TaskKind.regression,
+        data_dir=str(tmp_path),
+        report_split="validation",
+        text_columns=["text"],
+        metric="pearson",
+    )
+    model = tiny_bert(labels=1)
+    data = prepare(load(task), byte_level(), model)
+    batch = data.collator([data.train[i] for i in range(5)])
+    assert batch["labels"].tolist() == [0, 0.5, 1, 1.5, 2]
+    outputs = model.eval()(**batch)
+    assert outputs.loss.item() == pytest.approx(((outputs.logits[:, 0] - batch["labels"]) ** 2).mean().item())
+    predictions = outputs.logits.detach().numpy()
+    assert [np.float32(text) for text in data.decode(predictions)] == list(predictions[:, 0])
+    assert data.score(["0", "1", "2", "3", "4"], data.report_rows) == pytest.approx({"pearson": 100, "spearman": 100})
+    assert data.baselines() == {}
+
+
+def test_a_row_with_two_targets_trains_on_both(news: Task, tmp_path: Path) -> None:
+    rows = [{"document": text, "summary": ["good", "bad"] if i % 2 else ["bad"]} for i, text in enumerate(TEXTS)]
+    for split in ("train", "validation", "test"):
+        write(tmp_path / f"{split}.jsonl", rows)
+    tokenizer = byte_level()
+    data = prepare(load(news), tokenizer, tiny_bart())
+    written = tokenizer.batch_decode(data.train["labels"][:], skip_special_tokens=True)
+    assert written == ["bad", "good", "bad", "bad", "good", "bad", "bad"]
+    assert [data.splits[role]["examples"] for role in ("train", "selection", "report")] == [7, 5, 1]
+    assert len(data.train_rows) == len(data.selection_rows) == 5
+    assert data.score(["bad"] * 5, data.selection_rows)["rouge1"] == 100
+    assert [row["reference"] for row in data.records(["bad", "bad"], data.selection_rows.select([0, 1]))] == [
+        ["bad"],
+        ["good", "bad"],
+    ]
+    assert len(prepare(load(replace(news, max_train=2)), tokenizer, tiny_bart()).train) == 3
+
+
 def test_a_pair_has_equally_many_ends_in_every_row(reviews: Task) -> None:
     """BART's classification head refuses a batch whose rows do not."""
     pair = replace(reviews, text_columns=["text", "text"], max_source_length=16)
