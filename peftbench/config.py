@@ -162,9 +162,14 @@ class Task:
     )  # names in the order of their codes; []: those of the training split
     source_column: str = "document"
     target_column: str = "summary"  # a text, or a list of texts that are all right
+    source_join: str | None = None  # what to put between the parts of a source that is a list; null: none is
+    merge_references: bool = False  # rows with equal sources are one example with all their targets
+    source_language: str | None = None  # codes of backbones that have them, such as mBART's en_XX
+    target_language: str | None = None
     max_source_length: int = 512  # tokens
     max_target_length: int = 128  # tokens
-    metric: str = MISSING  # the main score, by which a run is selected and ranked
+    metric: str = MISSING  # the main score, by which runs are ranked
+    selection_metric: str | None = None  # by which a state is selected; loss: the lowest; null: the main score
     generation: Generation = field(default_factory=Generation)
     baselines: list[str] = field(default_factory=list)  # scores shown beside the run's: majority, head, lead1
     paper: dict[str, Any] = field(default_factory=dict)  # the paper's training settings, taken by trainer=paper
@@ -178,6 +183,7 @@ class Trainer:
     epochs: float = 3.0
     max_steps: int | None = None  # optimiser steps; wins over epochs
     batch_size: int = 32
+    batch_tokens: int | None = None  # batches of like lengths, examples x the longest of them; wins over batch_size
     accumulation: int = 1
     eval_batch_size: int = 64
     schedule: Schedule = Schedule.linear

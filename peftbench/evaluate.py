@@ -7,8 +7,8 @@ from collections.abc import Callable
 from transformers import GenerationConfig, PreTrainedModel
 
 from peftbench.config import Run, TaskKind
-from peftbench.fit import use_bf16
-from peftbench.predict import predict
+from peftbench.fit import LOSS, use_bf16
+from peftbench.predict import mean_loss, predict
 from peftbench.tasks.base import TaskData
 
 
@@ -18,8 +18,19 @@ class Evaluator:
     def __init__(self, model: PreTrainedModel, data: TaskData, run: Run) -> None:
         self.model, self.data = model, data
         self.batch_size = run.trainer.eval_batch_size
+        self.label_smoothing = run.trainer.label_smoothing
+        self.by_loss = run.task.selection_metric == LOSS
         self.bf16 = use_bf16(run.trainer, run.model)
         self.generation = _generation(model, run) if run.task.kind is TaskKind.text_to_text else None
+
+    def selection(self) -> dict[str, float]:
+        """What a state is selected by: the metrics on the selection split, or the loss there, as in training."""
+        if not self.by_loss:
+            return self.score("selection")[0]
+        loss = mean_loss(
+            self.model, self.data.selection, self.data.collator, self.batch_size, self.label_smoothing, bf16=self.bf16
+        )
+        return {LOSS: loss}
 
     def score(
         self, role: str, on_batch: Callable[[int], None] = lambda examples: None

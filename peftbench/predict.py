@@ -1,4 +1,4 @@
-"""Predictions of a model for a whole data set: logits for classification, generated ids for text.
+"""Predictions of a model for a whole data set: logits for classification, generated ids for text. Its loss there.
 
 Examples are batched by length, so that little is spent on padding, and come back in their own order.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -63,6 +64,36 @@ def predict(
     if generation is None:
         return np.stack(rows)
     return np.stack([np.pad(row, (0, width - len(row)), constant_values=PADDING) for row in rows])
+
+
+def mean_loss(
+    model: PreTrainedModel,
+    dataset: Dataset,
+    collator: Collator,
+    batch_size: int,
+    label_smoothing: float = 0.0,
+    *,
+    bf16: bool = False,
+) -> float:
+    """The cross-entropy of the labels, with label smoothing, averaged over all tokens of `dataset` but -100."""
+    total, tokens = 0.0, 0
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), folded(model), autocast(model.device, bf16):
+        for start in range(0, len(dataset), batch_size):
+            padded = collator([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
+            batch = {name: tensor.to(model.device) for name, tensor in padded.items() if tensor is not None}
+            labels = batch.pop("labels")
+            logits = model(**batch).logits.float()
+            if not model.config.is_encoder_decoder:  # a causal model's logits are those of the next token
+                logits, labels = logits[:, :-1], labels[:, 1:]
+            loss = F.cross_entropy(
+                logits.flatten(0, 1), labels.flatten(), reduction="sum", label_smoothing=label_smoothing
+            )
+            total += float(loss)
+            tokens += int((labels != PADDING).sum())
+    model.train(was_training)
+    return total / tokens
 
 
 def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[object]:

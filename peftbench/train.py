@@ -100,7 +100,7 @@ def train(cfg: DictConfig) -> float:
 def _fit(run: Run, backbone: Backbone, data: TaskData, record: Record, display: Display, name: str) -> Fitted:
     """Train what is trainable in the backbone's model; log to the run's folder."""
     evaluator = Evaluator(backbone.model, data, run)
-    with display.stage(name, total_steps(len(data.train), run.trainer)) as stage:
+    with display.stage(name, total_steps(data, run.trainer)) as stage:
         return fit(
             backbone.model,
             data,
@@ -108,8 +108,8 @@ def _fit(run: Run, backbone: Backbone, data: TaskData, record: Record, display: 
             seed=run.seed,
             bf16=use_bf16(run.trainer, run.model),
             folder=record.folder,
-            evaluate=lambda: evaluator.score("selection")[0],
-            metric=run.task.metric,
+            evaluate=evaluator.selection,
+            metric=run.task.selection_metric or run.task.metric,
             stage=stage,
             log=lambda values: append_metrics(record.folder, {"stage": name, **values}),
         )

@@ -215,6 +215,10 @@ def faults(run: Run) -> list[str]:
             found.append(unknown("task.baselines", baseline, BASELINES[run.task.kind]))
     if run.task.metric not in METRICS[run.task.kind]:
         found.append(unknown("task.metric", run.task.metric, METRICS[run.task.kind]))
+    selected_by = run.task.selection_metric
+    selectors = (run.task.metric, *(["loss"] if run.task.kind is TaskKind.text_to_text else []))
+    if selected_by is not None and selected_by not in selectors:
+        found.append(unknown("task.selection_metric", selected_by, selectors))
     return found
 
 
@@ -290,6 +294,7 @@ def _number_faults(run: Run) -> Iterator[str]:
     trainer, task = run.trainer, run.task
     at_least_one = {
         "trainer.batch_size": trainer.batch_size,
+        "trainer.batch_tokens": trainer.batch_tokens,
         "trainer.accumulation": trainer.accumulation,
         "trainer.eval_batch_size": trainer.eval_batch_size,
         "trainer.max_steps": trainer.max_steps,

@@ -138,6 +138,7 @@ def _keys(task: Task) -> list[tuple[str, str]]:
 
 def _checked(task: Task, split: str, source: Source, limit: int | None) -> Dataset:
     """What `load_rows` promises, of rows that have been read."""
+    source = _shaped(task, source)
     if not len(source.rows):
         raise UserError(f"{source.name}: the {split} split has no rows.")
     rows = head(source.rows, limit)
@@ -153,6 +154,40 @@ def _checked(task: Task, split: str, source: Source, limit: int | None) -> Datas
     regression = task.kind is TaskKind.regression
     codes: Sequence[float] = _numbers(cells, source) if regression else _codes(task.labels, cells, source)
     return rows.remove_columns(task.label_column).add_column(task.label_column, codes)
+
+
+def _shaped(task: Task, source: Source) -> Source:
+    """Dicts opened, so that WMT's `translation: {en, ro}` is two columns, and lists made into texts or references."""
+    rows = source.rows
+    for column in [name for name, feature in rows.features.items() if isinstance(feature, dict)]:
+        parts = [part for part in rows.features[column] if part not in rows.column_names]
+        cells = rows[column][:]
+        for part in parts:
+            rows = rows.add_column(part, [None if cell is None else cell[part] for cell in cells])
+    if task.kind is TaskKind.text_to_text and {task.source_column, task.target_column} <= set(rows.column_names):
+        if task.source_join is not None:
+            joined = [_joined(task.source_join, cell) for cell in rows[task.source_column][:]]
+            rows = rows.remove_columns(task.source_column).add_column(task.source_column, joined)
+        if task.merge_references:
+            rows = _merged(task, rows)
+    return source._replace(rows=rows)
+
+
+def _joined(between: str, cell: Any) -> Any:
+    """A list of texts as one; anything else as it is, for the check of the cells to name."""
+    is_list = isinstance(cell, list) and all(isinstance(part, str) for part in cell)
+    return between.join(cell) if is_list else cell
+
+
+def _merged(task: Task, rows: Dataset) -> Dataset:
+    """One row for each source, the first with it, whose target is the list of all its targets."""
+    first: dict[str, int] = {}
+    targets: dict[str, list[str]] = defaultdict(list)
+    for index, (text, target) in enumerate(zip(rows[task.source_column][:], rows[task.target_column][:], strict=True)):
+        first.setdefault(text, index)
+        targets[text].append(target)
+    kept = rows.select(list(first.values())).remove_columns(task.target_column)
+    return kept.add_column(task.target_column, list(targets.values()))
 
 
 def _require_columns(source: Source, keys: Sequence[tuple[str, str]]) -> None:

@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
 from peftbench.tasks.base import TaskData
+from peftbench.tasks.languages import set_languages
 from peftbench.tasks.load import Loaded
 from peftbench.tasks.metrics import References
 from peftbench.tasks.sentences import first_sentence
@@ -18,6 +19,7 @@ class TextToText(TaskData):
     """`task.source_column` in, `task.target_column` out. A row with several targets trains on each of them."""
 
     def __init__(self, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+        set_languages(tokenizer, model, loaded.task.source_language, loaded.task.target_language)
         super().__init__(loaded, tokenizer, model)
         self.collator = DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=-100)
 

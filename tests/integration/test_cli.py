@@ -100,6 +100,28 @@ def test_glue_reports_its_own_metrics(task: str, tmp_path: Path) -> None:
     assert record["scores"]["report"]["split"] == "validation"
 
 
+def test_translation_by_loss_in_batches_of_tokens(tmp_path: Path) -> None:
+    """The paper's way, on a backbone without language codes: raw and normalised BLEU with their signatures."""
+    rows = [{"en": "the house " * (1 + i % 5), "ro": "casă " * (1 + i % 5)} for i in range(32)]
+    for name in ("train", "dev", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = ["task=wmt16_enro", "model=mini", f"task.data_dir={tmp_path}", "debug=smoke", "method=lora"]
+    overrides += [
+        "trainer.batch_tokens=64",
+        "trainer.max_steps=6",
+        "trainer.evaluate_every=2",
+        f"output_dir={tmp_path / 'outputs'}",
+    ]
+    assert main(["train", *overrides]) == 0
+    (record,) = records(tmp_path / "outputs")
+    assert set(record["scores"]["report"]["metrics"]) == {"bleu_ro", "bleu", "chrf"}
+    assert set(record["data"]["signatures"]) == {"bleu_ro", "bleu", "chrf"}
+    folder = next((tmp_path / "outputs").rglob("record.json")).parent
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["eval_loss"] for line in logged if "eval_loss" in line]
+    assert len(losses) >= 2 and losses[-1] < losses[0]
+
+
 def test_a_finished_run_is_not_trained_again(
     smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

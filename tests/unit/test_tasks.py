@@ -17,6 +17,10 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
+    MBart50Tokenizer,
+    MBartConfig,
+    MBartForConditionalGeneration,
+    MBartTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -26,8 +30,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from peftbench.config import Task, TaskKind, Trainer, conf_dir
+from peftbench.config import Run, Task, TaskKind, Trainer, conf_dir
 from peftbench.errors import UserError
+from peftbench.evaluate import Evaluator
+from peftbench.predict import mean_loss
 from peftbench.tasks.files import read_file
 from peftbench.tasks.load import load
 from peftbench.tasks.prepare import KINDS, prepare
@@ -98,6 +104,14 @@ def tiny_bart() -> PreTrainedModel:
         **sizes,
     )
     return BartForConditionalGeneration(config)
+
+
+def tiny_mbart() -> PreTrainedModel:
+    sizes = {f"{stack}_{size}": 2 for stack in ("encoder", "decoder") for size in ("layers", "attention_heads")}
+    config = MBartConfig(
+        vocab_size=512, d_model=8, encoder_ffn_dim=8, decoder_ffn_dim=8, max_position_embeddings=64, **sizes
+    )
+    return MBartForConditionalGeneration(config)
 
 
 @pytest.fixture
@@ -232,6 +246,89 @@ def test_regression(tmp_path: Path) -> None:
     assert [np.float32(text) for text in data.decode(predictions)] == list(predictions[:, 0])
     assert data.score(["0", "1", "2", "3", "4"], data.report_rows) == pytest.approx({"pearson": 100, "spearman": 100})
     assert data.baselines() == {}
+
+
+def multilingual(kind: Any) -> PreTrainedTokenizerBase:
+    """An mBART tokenizer of a few letters and three languages."""
+    codes = [(code, 0.0) for code in ("ar_AR", "en_XX", "ro_RO")]
+    letters = [(letter, -3.0) for letter in "▁abcdefghinorstuăâ"]
+    special = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
+    return kind(vocab=[*special, *letters, *codes, ("<mask>", 0.0)], src_lang="ar_AR", model_max_length=64)
+
+
+@pytest.fixture
+def translation(news: Task) -> Task:
+    return replace(news, source_language="en_XX", target_language="ro_RO", metric="bleu_ro", baselines=["copy"])
+
+
+def test_mbart_reads_one_language_and_writes_another(translation: Task) -> None:
+    """The paper's: codes at the end, and the target's, turned to the front, starts the decoder."""
+    tokenizer, model = multilingual(MBartTokenizer), tiny_mbart()
+    data = prepare(load(translation), tokenizer, model)
+    batch = data.collator([data.train[0], data.train[2]])
+    english, romanian = tokenizer.convert_tokens_to_ids(["en_XX", "ro_RO"])
+    assert data.train[0]["input_ids"][-2:] == [2, english]
+    assert data.train[0]["labels"][-2:] == [2, romanian]
+    assert batch["decoder_input_ids"][:, 0].tolist() == [romanian, romanian]
+    assert batch["decoder_input_ids"][0, 1:].tolist() == batch["labels"][0, :-1].tolist()
+    run = Run(task=translation, trainer=Trainer(learning_rate=1.0))
+    generated = Evaluator(model, data, run).generation
+    assert generated is not None
+    assert (generated.decoder_start_token_id, generated.forced_bos_token_id) == (romanian, None)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert model.generate(**inputs, generation_config=generated)[:, 0].tolist() == [romanian, romanian]
+
+
+def test_mbart50_is_forced_to_write_the_language_first(translation: Task) -> None:
+    tokenizer, model = multilingual(MBart50Tokenizer), tiny_mbart()
+    data = prepare(load(translation), tokenizer, model)
+    english, romanian = tokenizer.convert_tokens_to_ids(["en_XX", "ro_RO"])
+    assert data.train[0]["input_ids"][0] == english
+    assert data.train[0]["labels"][0] == romanian
+    assert model.generation_config is not None and model.generation_config.forced_bos_token_id == romanian
+
+
+def test_a_language_that_the_backbone_has_not(translation: Task) -> None:
+    with pytest.raises(UserError, match=r"task\.target_language=ro is unknown; did you mean ro_RO\?"):
+        prepare(load(replace(translation, target_language="ro")), multilingual(MBartTokenizer), tiny_mbart())
+
+
+def test_a_backbone_without_language_codes_translates_too(translation: Task) -> None:
+    data = prepare(load(translation), byte_level(), tiny_bart())
+    scores = data.baselines()
+    assert scores["copy.bleu_ro"] >= 0 and set(data.signatures) == set()  # a baseline leaves no signature
+    data.score(["a"], data.report_rows)
+    assert set(data.signatures) == {"bleu_ro", "bleu", "chrf"}
+
+
+def test_the_selection_loss_is_the_mean_over_all_tokens(news: Task) -> None:
+    """Whatever the batches; with label smoothing as in training."""
+    model = tiny_bart().eval()
+    data = prepare(load(news), byte_level(), model)
+    total, tokens = 0.0, 0
+    for example in data.selection:
+        batch = data.collator([example])
+        labels = batch.pop("labels")[0]
+        nll = -model(**batch).logits[0].log_softmax(-1).detach()
+        total += float((0.9 * nll[range(len(labels)), labels] + 0.1 * nll.mean(-1)).sum())
+        tokens += len(labels)
+    for batch_size in (1, 3):
+        loss = mean_loss(model, data.selection, data.collator, batch_size, label_smoothing=0.1)
+        assert loss == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_columns_of_columns_are_opened_and_lists_joined(tmp_path: Path, news: Task) -> None:
+    """As WMT has its pairs on the hub, WebNLG its triples, and E2E one row for each reference."""
+    rows = [{"translation": {"en": ["good", "bad"], "ro": f"n{i}"}} for i in (1, 2)]
+    rows.append({"translation": {"en": ["bad"], "ro": "n3"}})
+    for split in ("train", "validation", "test"):
+        write(tmp_path / f"{split}.jsonl", rows)
+    task = replace(news, source_column="en", target_column="ro", source_join=" | ", max_eval=None)
+    loaded = load(task).rows["test"]
+    assert loaded["en"][:] == ["good | bad", "good | bad", "bad"]
+    assert loaded["ro"][:] == ["n1", "n2", "n3"]
+    merged = load(replace(task, merge_references=True)).rows["test"]
+    assert (merged["en"][:], merged["ro"][:]) == (["good | bad", "bad"], [["n1", "n2"], ["n3"]])
 
 
 def test_a_row_with_two_targets_trains_on_both(news: Task, tmp_path: Path) -> None:
