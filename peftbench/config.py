@@ -142,6 +142,7 @@ class Task:
     sizes: str = MISSING  # which column of conf/sizes.yaml suits this task's paper backbone
     hub_id: str | None = None
     hub_config: str | None = None
+    hub_revision: str | None = None
     data_dir: str | None = None  # a folder with train/validation/test files; wins over hub_id
     data_files: dict[str, str] = field(default_factory=dict)  # split: file; wins over data_dir
     # The files of train_split, selection_split and report_split, without knowing what the task calls them.

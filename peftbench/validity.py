@@ -275,7 +275,7 @@ def _data_faults(task: Task) -> Iterator[str]:
     if not any((task_files(task), task.data_dir, task.packages, task.hub_id)):
         yield (
             f"task={task.name} has no data; give task.train_file=FILE (.csv, .tsv, .jsonl, .json or .parquet), with "
-            "task.validation_file and task.test_file where you have them."
+            "task.validation_file and task.test_file where you have them, or task.data_dir=FOLDER with all of them."
         )
     if task.validation_file and task.test_file and task.selection_split == task.report_split:
         yield (

@@ -57,7 +57,7 @@ def run_hash(run: Run) -> str:
     elif data_dir:
         task["content"] = content_stamp(data_dir)
     if "content" in task:
-        task |= {"hub_id": None, "hub_config": None}
+        task |= {"hub_id": None, "hub_config": None, "hub_revision": None}
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
 
 

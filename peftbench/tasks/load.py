@@ -268,7 +268,13 @@ def _read_hub(task: Task, hub_id: str, split: str) -> Dataset:
     if missing:
         datasets.config.HF_HUB_OFFLINE = True  # spares 20 s of retries; what is in the cache still loads
     try:
-        return load_dataset(hub_id, task.hub_config, split=split)
+        try:
+            return load_dataset(hub_id, task.hub_config, split=split, revision=task.hub_revision)
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error) or task.hub_revision is not None:
+                raise
+            # The hub keeps what such a script yielded on a branch of its own.
+            return load_dataset(hub_id, task.hub_config, split=split, revision="refs/convert/parquet")
     except ConnectionError as error:
         columns = [column for _, column in _keys(task)]
         raise UserError(

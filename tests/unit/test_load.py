@@ -86,7 +86,7 @@ def test_the_limit_takes_the_first_rows_and_looks_no_further(tmp_path: Path) -> 
 
 
 def test_order_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def hub(hub_id: str, hub_config: str | None, split: str) -> Dataset:
+    def hub(hub_id: str, hub_config: str | None, split: str, revision: str | None) -> Dataset:
         features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
         return Dataset.from_list([{"text": f"{hub_id} {hub_config} {split}", "label": 1}], features=features)
 
@@ -145,6 +145,28 @@ def test_the_hub_fails(monkeypatch: pytest.MonkeyPatch, error: Exception, senten
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # puts back what the call sets
     with pytest.raises(UserError, match=sentence):
         load_rows(replace(REVIEWS, hub_id="me/reviews"), "train")
+
+
+def test_a_dataset_script_is_read_as_the_hub_converted_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    def scripted(*_: object, revision: str | None, **__: object) -> Dataset:
+        asked.append(revision)
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found reviews.py")
+        return Dataset.from_list([{"text": "fine", "label": 1}])
+
+    monkeypatch.setattr(load, "load_dataset", scripted)
+    monkeypatch.setattr(load, "hub_missing", lambda: None)
+    assert load_rows(replace(REVIEWS, hub_id="me/reviews"), "train").to_list() == [{"text": "fine", "label": 1}]
+    assert asked == [None, "refs/convert/parquet"]
+
+
+def test_webnlg_has_lists_of_triples_and_of_texts(shared: Path) -> None:
+    (run,) = compose_runs(get_args_parser().parse_args(["task=webnlg", f"task.data_dir={shared / 'webnlg'}"]))
+    rows = load_rows(run.task, "test")
+    assert len(rows) == 1862 and all(isinstance(text, str) for text in rows["triples"][:])
+    assert max(len(texts) for texts in rows["texts"][:]) > 1
 
 
 def test_the_fingerprint_is_of_the_cells_in_use(tmp_path: Path) -> None:
