@@ -22,6 +22,9 @@ peftbench: which parameter-efficient fine-tuning method, where in the network, h
                                            the recorded runs, best first
   peftbench params [-m] [KEY=VALUE ...] [--json]
                                            what a run would train and store; needs no weights
+  peftbench evaluate RUN [task.split=SPLIT ...]
+                                           score a finished run's adapter again, on any split
+  peftbench rescore RUN [METRIC]           any metric of a finished run, from its predictions
   peftbench train --help                   every group and its choices
   peftbench train [KEY=VALUE ...] --cfg job
                                            show the config and stop
@@ -82,4 +85,22 @@ def _params(argv: list[str]) -> int:
     return params(argv)
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": _train, "results": _results, "params": _params}
+def _evaluate(argv: list[str]) -> int:
+    from peftbench.scoring.evaluate import main as evaluate
+
+    return evaluate(argv)
+
+
+def _rescore(argv: list[str]) -> int:
+    from peftbench.scoring.rescore import main as rescore
+
+    return rescore(argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "results": _results,
+    "params": _params,
+    "evaluate": _evaluate,
+    "rescore": _rescore,
+}

@@ -153,6 +153,7 @@ class Task:
     train_split: str = "train"
     selection_split: str = "validation"
     report_split: str = "test"
+    further_splits: list[str] = field(default_factory=list)  # scored beside the report split, such as mismatched MNLI
     max_train: int | None = None
     max_selection: int | None = None
     max_eval: int | None = None

@@ -57,7 +57,7 @@ def train(cfg: DictConfig) -> float:
     run = resolve(cfg)
     if found := faults(run):
         raise UserError(*found)
-    console = _quiet_console()
+    console = quiet_console()
     folder = run_dir(run)
     if not run.rerun and (record := finished(folder)) is not None:
         console.print("This run is done already; rerun=true trains it again.")
@@ -116,20 +116,23 @@ def _fit(run: Run, backbone: Backbone, data: TaskData, record: Record, display: 
 
 
 def _evaluate(run: Run, model: PreTrainedModel, data: TaskData, record: Record, display: Display) -> None:
-    """Score the model, write the predictions of the report split, and note the baselines beside the score.
+    """Score the model, write the predictions of the splits reported on, and note the baselines beside the score.
 
     The selection split is scored too where it chose the state that is reported.
     """
     evaluator = Evaluator(model, data, run)
     selected = run.trainer.keep is Keep.best and data.splits["selection"] != data.splits["report"]
-    for role in ("selection", "report") if selected else ("report",):
-        with display.stage(f"evaluate {data.splits[role]['split']}", data.splits[role]["examples"]) as stage:
+    for role, split in data.splits.items():
+        if role == "train" or (role == "selection" and not selected):
+            continue
+        with display.stage(f"evaluate {split['split']}", split["examples"]) as stage:
             metrics, decoded = evaluator.score(role, stage.advance)
-        record.scores[role] = Score(**data.splits[role], metrics=metrics)
+        record.scores[role] = Score(**split, metrics=metrics)
+        if role != "selection":
+            write_predictions(record.folder, data.records(decoded, getattr(data, f"{role}_rows")), role)
     record.score = record.scores["report"].metrics[run.task.metric]
     if data.signatures:
         record.data["signatures"] = data.signatures
-    write_predictions(record.folder, data.records(decoded, data.report_rows))
     for dotted, value in data.baselines().items():
         name, metric = dotted.split(".", 1)
         record.scores.setdefault(name, Score(**data.splits["report"], metrics={})).metrics[metric] = value
@@ -190,12 +193,12 @@ def _overrides() -> list[str]:
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
-def _quiet_console() -> Console:
+def quiet_console(stderr: bool = False) -> Console:
     """The console of a run; the libraries' own bars and hints are switched off."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    return Console()
+    return Console(stderr=stderr)
 
 
 if __name__ == "__main__":

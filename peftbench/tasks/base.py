@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftbench.tasks.load import Loaded, data_fingerprint, head, roles
+from peftbench.tasks.load import Loaded, data_fingerprint, head
 from peftbench.tasks.metrics import Measured, References, measure
 from peftbench.tasks.tokens import Encoder
 
@@ -22,7 +22,9 @@ ID_COLUMNS = ("id", "idx", "index", "name", "eid")  # what data sets call a row'
 class TaskData(ABC):
     """The data of one run in its roles: trained on, used to select a state, and reported on.
 
-    Two roles may share a split, which is then read once. Raises UserError for a backbone that cannot read it.
+    A further split that is reported on, such as validation_mismatched, has the role report_validation_mismatched, and
+    so the attributes report_validation_mismatched and report_validation_mismatched_rows. Two roles may share a split,
+    which is then read once. Raises UserError for a backbone that cannot read it.
     """
 
     train: Dataset  # columns as `collator` takes them
@@ -31,7 +33,8 @@ class TaskData(ABC):
     train_rows: Dataset  # the same rows as they were read
     selection_rows: Dataset
     report_rows: Dataset
-    splits: dict[str, dict[str, Any]]  # {"train": {"split": "train", "examples": 67349}, "selection": ...}
+    # By role: {"split": "test", "examples": 1600, "of": 11334}, the last where not all rows were taken.
+    splits: dict[str, dict[str, Any]]
     fingerprint: str  # sha256 over the splits that were read
     collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]  # examples -> a padded batch of tensors
 
@@ -45,7 +48,7 @@ class TaskData(ABC):
         datasets.disable_progress_bars()
         self.splits = {}
         tokens: dict[tuple[str, bool], Dataset] = {}
-        for role, (split, limit) in roles(self.task).items():
+        for role, (split, limit) in loaded.roles.items():
             rows = loaded.rows[split]
             training = role == "train"
             if (split, training) not in tokens:
@@ -54,6 +57,8 @@ class TaskData(ABC):
             setattr(self, f"{role}_rows", head(rows, limit))
             setattr(self, role, tokens[split, True] if training else head(tokens[split, False], limit))
             self.splits[role] = {"split": split, "examples": len(getattr(self, role))}
+            if len(getattr(self, f"{role}_rows")) < loaded.sizes[split]:
+                self.splits[role]["of"] = loaded.sizes[split]
 
     @abstractmethod
     def encode(self, rows: dict[str, list[Any]], training: bool) -> dict[str, list[Any]]:

@@ -31,8 +31,7 @@ def find_split(data_dir: str, split: str) -> Path:
         raise UserError(
             f"task.data_dir={data_dir} is no folder; give one that holds a file for each split, such as {split}.tsv."
         )
-    stems = ALIASES.get(split, (split,))
-    found = [file for stem in stems for ending in READERS if (file := folder / f"{stem}{ending}").is_file()]
+    stems, found = _stems(split), _files(folder, split)
     if len(found) == 1:
         return found[0]
     remedy = f"+task.data_files.{split}=FILE names a file outright."
@@ -47,6 +46,19 @@ def find_split(data_dir: str, split: str) -> Path:
         f"task.data_dir={data_dir} holds no file for the {split} split: looked for {' or '.join(stems)} with the "
         f"ending {', '.join(READERS)}, and found {listed or 'an empty folder'}; {remedy}"
     )
+
+
+def has_split(data_dir: str, split: str) -> bool:
+    """Whether the folder `data_dir` has a file for `split`."""
+    return bool(_files(Path(data_dir).expanduser(), split))
+
+
+def _stems(split: str) -> tuple[str, ...]:
+    return ALIASES.get(split, (split,))
+
+
+def _files(folder: Path, split: str) -> list[Path]:
+    return [file for stem in _stems(split) for ending in READERS if (file := folder / f"{stem}{ending}").is_file()]
 
 
 def read_file(path: str | Path) -> Dataset:

@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import Any, NamedTuple, get_args
 
 import datasets
@@ -18,7 +19,9 @@ from peftbench.errors import UserError, unknown
 from peftbench.hub import hub_missing
 from peftbench.tasks.deal import deal
 from peftbench.tasks.docstrings import Split, summary_rows, topic_rows
-from peftbench.tasks.files import find_split, place, read_file
+from peftbench.tasks.files import find_split, has_split, place, read_file
+
+Roles = dict[str, tuple[str, int | None]]  # the split of each role, and how many rows at most
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,9 @@ class Loaded:
     """The rows of a task before a tokenizer has seen them."""
 
     task: Task  # with the labels that were found, where it named none
+    roles: Roles
     rows: dict[str, Dataset]  # by split; as many as any role of the split needs
+    sizes: dict[str, int]  # by split: how many rows there are
     notes: list[str] = field(default_factory=list)  # what was decided here, a sentence each, for the record
 
 
@@ -42,29 +47,32 @@ class Source(NamedTuple):
         return place(self.file, row) if self.file else f"{self.name}, row {row}"
 
 
-def load(task: Task) -> Loaded:
-    """The checked rows of all splits of the task, see `load_rows`.
+def load(task: Task, training: bool = True) -> Loaded:
+    """The checked rows of all splits of the task, see `load_rows`; without `training`, of those that are reported on.
 
     A split without a source of its own is dealt from the training file (`deal.py`); where the task names no labels,
-    those of the training split are taken, sorted. Both are noted. Raises UserError as `load_rows` does.
+    those of the training split are taken, sorted; a further split that the user's files do not have is left out. All
+    three are noted. Raises UserError as `load_rows` does.
     """
-    limits = split_limits(task)
-    dealt = [split for split in limits if not _has_source(task, split)]
-    if not task_files(task).get(task.train_split):
-        dealt = []  # nothing to deal from; reading says so
-    sources = {split: _read(task, split) for split in limits if split not in dealt}
-    task, notes = _with_labels(task, sources[task.train_split])
-    if dealt:
-        limits[task.train_split] = None
-        notes.append(
-            f"{sources[task.train_split].name} is dealt by a hash of the input: {' and '.join(dealt)} "
-            f"{'have' if len(dealt) > 1 else 'has'} one in ten of the different inputs{' each' * (len(dealt) > 1)}."
-        )
-    rows = {split: _checked(task, split, source, limits[split]) for split, source in sources.items()}
-    if dealt:
-        name = sources[task.train_split].name
-        rows |= deal(rows[task.train_split], input_columns(task), task.train_split, dealt, name)
-    return Loaded(task, {split: head(of_split, split_limits(task)[split]) for split, of_split in rows.items()}, notes)
+    task, notes = _without_absent(task)
+    read = cache(partial(_read, task))
+    wanted = roles(task) if training else {name: role for name, role in roles(task).items() if "report" in name}
+    limits = _limits(wanted)
+    if task.kind is TaskKind.classification and not task.labels:
+        task, note = _with_labels(task, read(task.train_split))
+        notes.append(note)
+    rows: dict[str, Dataset] = {}
+    homeless = [split for split in splits(task) if not _has_source(task, split)]
+    if limits.keys() & set(homeless):
+        train = read(task.train_split)
+        whole = _checked(task, task.train_split, train, None)
+        rows = deal(whole, input_columns(task), task.train_split, homeless, train.name)
+        each = "have one in ten of the different inputs each" if len(homeless) > 1 else "has one in ten of them"
+        notes.append(f"{train.name} is dealt by a hash of the input: {' and '.join(homeless)} {each}.")
+    sizes = {split: len(rows[split] if split in rows else read(split).rows) for split in limits}
+    for split, limit in limits.items():
+        rows[split] = head(rows[split], limit) if split in rows else _checked(task, split, read(split), limit)
+    return Loaded(task, wanted, {split: rows[split] for split in limits}, sizes, notes)
 
 
 def load_rows(task: Task, split: str, limit: int | None = None) -> Dataset:
@@ -99,24 +107,25 @@ def input_columns(task: Task) -> list[str]:
 
 def splits(task: Task) -> list[str]:
     """The splits that the task reads, each named once."""
-    return list(split_limits(task))
+    return list(_limits(roles(task)))
 
 
-def split_limits(task: Task) -> dict[str, int | None]:
-    """How many rows of each split the task needs; null: all of them."""
-    wanted: dict[str, list[int | None]] = defaultdict(list)
-    for split, limit in roles(task).values():
-        wanted[split].append(limit)
-    return {split: _largest(limits) for split, limits in wanted.items()}
-
-
-def roles(task: Task) -> dict[str, tuple[str, int | None]]:
-    """The split and the limit of each role that data has in a run: trained on, to select a state, reported on."""
+def roles(task: Task) -> Roles:
+    """The roles that data has in a run: to train on, to select a state, to report on, and to report on further."""
     return {
         "train": (task.train_split, task.max_train),
         "selection": (task.selection_split, task.max_selection),
         "report": (task.report_split, task.max_eval),
+        **{f"report_{split}": (split, task.max_eval) for split in task.further_splits},
     }
+
+
+def _limits(wanted: Roles) -> dict[str, int | None]:
+    """How many rows of each split are needed; null: all of them."""
+    limits: dict[str, list[int | None]] = defaultdict(list)
+    for split, limit in wanted.values():
+        limits[split].append(limit)
+    return {split: _largest(of_split) for split, of_split in limits.items()}
 
 
 def data_fingerprint(task: Task, rows: Dataset) -> str:
@@ -138,7 +147,6 @@ def _keys(task: Task) -> list[tuple[str, str]]:
 
 def _checked(task: Task, split: str, source: Source, limit: int | None) -> Dataset:
     """What `load_rows` promises, of rows that have been read."""
-    source = _shaped(task, source)
     if not len(source.rows):
         raise UserError(f"{source.name}: the {split} split has no rows.")
     rows = head(source.rows, limit)
@@ -205,14 +213,12 @@ def _check_targets(column: str, rows: Dataset, source: Source) -> None:
             raise UserError(f"{source.at(number)}: column {column} holds {cell!r:.40}, not text or a list of texts.")
 
 
-def _with_labels(task: Task, train: Source) -> tuple[Task, list[str]]:
-    """The task with the labels of its training split, where it names none, and the note that says so."""
-    if task.kind is not TaskKind.classification or task.labels:
-        return task, []
+def _with_labels(task: Task, train: Source) -> tuple[Task, str]:
+    """The task with the labels of its training split, and the note that says so."""
     _require_columns(train, _keys(task))
     feature = train.rows.features[task.label_column]
     if isinstance(feature, ClassLabel):
-        names = list(feature.names)
+        names = list(feature.names)  # in the order of their codes
     else:
         cells = train.rows[task.label_column][:]
         for number, cell in enumerate(cells, 1):
@@ -228,15 +234,32 @@ def _with_labels(task: Task, train: Source) -> tuple[Task, list[str]]:
             f"{train.name}: column {task.label_column} holds {len(names)} labels in {len(train.rows)} rows; name the "
             "column of labels by task.label_column, or all labels by task.labels."
         )
-    return replace(task, labels=names), [f"The labels are those of {train.name}, sorted: {_listed(names)}."]
+    return replace(task, labels=names), f"The labels are those of {train.name}, in this order: {_listed(names)}."
+
+
+def _without_absent(task: Task) -> tuple[Task, list[str]]:
+    """The task without the further splits that the user's files, where there are any, lack; the note that says so."""
+    files = task_files(task)
+    if not files and task.data_dir is None:
+        return task, []
+    there = [s for s in task.further_splits if s in files or (task.data_dir and has_split(task.data_dir, s))]
+    absent = [split for split in task.further_splits if split not in there]
+    notes = [f"{_listed(absent)} is not scored: there is no file for it."] if absent else []
+    return replace(task, further_splits=there), notes
 
 
 def _has_source(task: Task, split: str) -> bool:
-    return split in task_files(task) or any((task.data_dir, task.packages, task.hub_id))
+    """Whether there is anything to read the split from; without even a training file reading is left to say so."""
+    elsewhere = any((task.data_dir, task.packages, task.hub_id)) or task.train_split not in task_files(task)
+    return split in task_files(task) or elsewhere
 
 
 def _read(task: Task, split: str) -> Source:
-    """The rows of a split."""
+    """The rows of a split, its columns in shape."""
+    return _shaped(task, _read_raw(task, split))
+
+
+def _read_raw(task: Task, split: str) -> Source:
     for named in task.data_files:
         if named not in splits(task):
             raise UserError(

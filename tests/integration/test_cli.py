@@ -237,7 +237,7 @@ def test_a_csv_of_ten_lines_is_enough(
     assert any("own.csv is dealt by a hash of the input: validation and test have one in ten" in note for note in notes)
     if task == "text_classification":
         assert record["data"]["labels"] == ["bad", "good"]
-        assert any("The labels are those of" in note and "sorted: bad, good." in note for note in notes)
+        assert any("The labels are those of" in note and "in this order: bad, good." in note for note in notes)
     assert notes[0] in capsys.readouterr().out.replace("\n", "") or len(notes[0]) > 80  # wrapped at the console's width
 
 

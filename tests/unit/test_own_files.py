@@ -68,7 +68,7 @@ def test_only_what_has_no_file_is_dealt(tmp_path: Path) -> None:
     )
     loaded = load(task)
     assert {split: len(rows) for split, rows in loaded.rows.items()} == {"train": 18, "validation": 2, "test": 5}
-    assert "validation has one in ten" in loaded.notes[1]
+    assert "validation has one in ten of them." in loaded.notes[1]
     assert len(load(replace(task, max_train=7)).rows["train"]) == 7
 
 

@@ -208,7 +208,7 @@ def test_classification(reviews: Task) -> None:
     task = prepare(load(reviews), byte_level(), model)
     assert task.splits == {
         "train": {"split": "train", "examples": 5},
-        "selection": {"split": "validation", "examples": 2},
+        "selection": {"split": "validation", "examples": 2, "of": 3},
         "report": {"split": "validation", "examples": 3},
     }
     batch = task.collator([task.train[i] for i in range(5)])
@@ -359,7 +359,7 @@ def test_a_pair_has_equally_many_ends_in_every_row(reviews: Task) -> None:
 def test_summarization(news: Task) -> None:
     tokenizer, model = byte_level(), tiny_bart()
     task = prepare(load(news), tokenizer, model)
-    assert task.splits["report"] == {"split": "test", "examples": 1}
+    assert task.splits["report"] == {"split": "test", "examples": 1, "of": 5}
     batch = task.collator([task.train[i] for i in range(5)])
     assert batch["labels"].shape == batch["decoder_input_ids"].shape
     assert (batch["labels"] == -100).any()

@@ -1,0 +1,119 @@
+"""`peftbench evaluate RUN [KEY=VALUE ...]`: a finished run's adapter, loaded and scored again, on any split."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from rich.console import Console
+
+from peftbench.backbone import load_backbone
+from peftbench.compose import apply
+from peftbench.config import Run, modifications, resolve
+from peftbench.errors import UserError
+from peftbench.evaluate import Evaluator
+from peftbench.fit import chosen_device
+from peftbench.modification.attach import attach
+from peftbench.modification.state import load as load_adapter
+from peftbench.progress import Display
+from peftbench.results.identity import content_stamp
+from peftbench.results.record import Record, write_lines
+from peftbench.scoring.saved import saved_config, saved_record
+from peftbench.scoring.show import show_scores
+from peftbench.tasks.load import load
+from peftbench.tasks.prepare import prepare
+from peftbench.train import quiet_console
+from peftbench.validity import faults
+
+GROUPS = ("task", "trainer", "model")  # what may be changed of a run without making it another
+
+
+def main(argv: list[str]) -> int:
+    """Prints the scores and returns the exit code.
+
+    Raises:
+        UserError: there is no finished run, an override is wrong, or the backbone is not the one it was trained on.
+    """
+    parser = argparse.ArgumentParser(
+        prog="peftbench evaluate",
+        description="Load the adapter of a finished run and score it again.",
+        epilog="task.split=SPLIT scores another split; other keys are those of peftbench train that begin with task., "
+        "trainer. or model., such as task.generation.num_beams=1 or trainer.eval_batch_size=8.",
+    )
+    parser.add_argument("run", type=Path, help="the folder of the run")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="what to do otherwise than the run did")
+    parser.add_argument("--json", action="store_true", help="print a JSON array with one object for each split")
+    parser.add_argument("--predictions", type=Path, metavar="FILE", help="write the predictions of the split there")
+    arguments = parser.parse_intermixed_args(argv)
+    record = saved_record(arguments.run)
+    run = changed_run(arguments.run, record, arguments.overrides)
+    console = quiet_console(stderr=arguments.json)
+    found, predictions = evaluate(arguments.run, run, console)
+    if arguments.predictions is not None:
+        write_lines(arguments.predictions, predictions)
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+    else:
+        show_scores(found, record, console)
+    return 0
+
+
+def changed_run(folder: Path, record: Record, overrides: list[str]) -> Run:
+    """The run that lies in `folder`, with overrides, checked as `peftbench train` checks them."""
+    config = saved_config(folder)
+    try:
+        parsed = OverridesParser.create().parse_overrides(
+            [
+                f"task.report_split={o.removeprefix('task.split=')}" if o.startswith("task.split=") else o
+                for o in overrides
+            ]
+        )
+    except HydraException as error:
+        raise UserError(" ".join(str(error).split())) from error
+    found = []
+    for override in parsed:
+        if override.key_or_group.split(".")[0] not in GROUPS or "." not in override.key_or_group:
+            keys = ", ".join(f"{group}.KEY" for group in GROUPS)
+            found.append(f"{override.input_line}: evaluate takes {keys} only, such as task.split=test.")
+        elif sentence := apply(config, override):
+            found.append(sentence)
+    if found:
+        raise UserError(*found)
+    run = resolve(config)
+    if found := faults(run):
+        raise UserError(*found)
+    if run.model.path and record.model.content and content_stamp(run.model.path) != record.model.content:
+        raise UserError(f"model.path={run.model.path} holds another backbone than the one that the run was trained on.")
+    if "labels" in record.data:
+        run.task.labels = record.data["labels"]
+    return run
+
+
+def evaluate(folder: Path, run: Run, console: Console) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The scores of each split, as `rescore` gives them, and the predictions on the report split."""
+    if run.task.report_split in run.task.further_splits:
+        others = [split for split in run.task.further_splits if split != run.task.report_split]
+        run = replace(run, task=replace(run.task, further_splits=others))
+    found: list[dict[str, Any]] = []
+    predictions: list[dict[str, Any]] = []
+    with Display(console) as display:
+        with display.stage("prepare"):
+            loaded = load(run.task, training=False)
+            backbone = load_backbone(run.model, loaded.task)
+            attach(backbone.model, modifications(run), run.unfreeze, backbone.untrained)
+            load_adapter(backbone.model, folder / "adapter")
+            data = prepare(loaded, backbone.tokenizer, backbone.model)
+            backbone.model.to(chosen_device(run.trainer))
+            evaluator = Evaluator(backbone.model, data, run)
+        for role, split in data.splits.items():
+            with display.stage(f"evaluate {split['split']}", split["examples"]) as stage:
+                metrics, decoded = evaluator.score(role, stage.advance)
+            found.append({"of": None, "role": role, **split, "metrics": metrics, "signatures": data.signatures})
+            if role == "report":
+                predictions = list(data.records(decoded, data.report_rows))
+    return found, predictions
