@@ -167,8 +167,9 @@ def _explained(model: Model, load: Callable[[], T]) -> T:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         if model.path is None and (reason := hub_missing()):
             raise UserError(
-                f"model.hub_id={model.hub_id} is not in this machine's cache and {reason}; bring the model's folder "
-                "and give it as model.path=FOLDER, or take the embedded model=mini."
+                f"model.hub_id={model.hub_id} is not in this machine's cache and {reason}; bring its folder "
+                "(config.json, model.safetensors, the tokenizer's files) and give it as model.path=FOLDER, set HF_HOME "
+                "to a copy of the cache of a machine that has loaded it, or take the embedded model=mini."
             ) from error
         place = f"model.hub_id={model.hub_id}" if model.path is None else f"model.path={model.path}"
         raise UserError(f"{place} cannot be loaded: {' '.join(str(error).split())}") from error

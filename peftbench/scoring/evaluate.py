@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,12 +68,8 @@ def changed_run(folder: Path, record: Record, overrides: list[str]) -> Run:
     """The run that lies in `folder`, with overrides, checked as `peftbench train` checks them."""
     config = saved_config(folder)
     try:
-        parsed = OverridesParser.create().parse_overrides(
-            [
-                f"task.report_split={o.removeprefix('task.split=')}" if o.startswith("task.split=") else o
-                for o in overrides
-            ]
-        )
+        lines = [re.sub(r"^task\.split=", "task.report_split=", override) for override in overrides]
+        parsed = OverridesParser.create().parse_overrides(lines)
     except HydraException as error:
         raise UserError(" ".join(str(error).split())) from error
     found = []

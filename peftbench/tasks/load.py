@@ -302,7 +302,8 @@ def _read_hub(task: Task, hub_id: str, split: str) -> Dataset:
         columns = [column for _, column in _keys(task)]
         raise UserError(
             f"task.hub_id={hub_id} is not in this machine's cache and {missing or 'the hub does not answer'}; give "
-            f"task.data_dir=FOLDER with files for {_listed(splits(task))} that hold the columns {_listed(columns)}."
+            f"task.data_dir=FOLDER with files for {_listed(splits(task))} (such as {split}.jsonl) that hold the "
+            f"columns {_listed(columns)}, or set HF_HOME to a copy of the cache of a machine that has loaded it."
         ) from error
     except (OSError, ValueError, RuntimeError) as error:  # no such dataset, config or split; a torn download
         reason = str(error).partition("\n")[0]

@@ -130,7 +130,8 @@ def test_no_source_at_all() -> None:
         (
             ConnectionError("offline"),
             r"task\.hub_id=me/reviews is not in this machine's cache and no cable is in; "
-            r"give task\.data_dir=FOLDER with files for train, validation that hold the columns text, label\.$",
+            r"give task\.data_dir=FOLDER with files for train, validation \(such as train\.jsonl\) that hold the "
+            r"columns text, label, or set HF_HOME to",
         ),
         (ValueError("Unknown split 'train'.\nMore"), r"the train split cannot be loaded: Unknown split 'train'\.$"),
         (FileNotFoundError("no such data set"), r"task\.hub_config=null: the train split cannot be loaded: no such"),
