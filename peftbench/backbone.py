@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -136,9 +137,11 @@ def _auto_class(model: Model, task: Task, config: PretrainedConfig) -> Any:
         return AutoModelForSequenceClassification
     if config.is_encoder_decoder:
         return AutoModelForSeq2SeqLM
+    if set(family_of(config.model_type).stacks) == {"decoder"}:
+        return AutoModelForCausalLM
     raise UserError(
-        f"task={task.name} writes text and model={model.name} is no encoder-decoder ({config.model_type}): take one "
-        "such as model=bart_large or model=mini."
+        f"task={task.name} writes text and model={model.name} is an encoder alone ({config.model_type}): take one with "
+        "a decoder such as model=bart_large or model=mini."
     )
 
 

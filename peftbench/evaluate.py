@@ -54,11 +54,14 @@ def _generation(model: PreTrainedModel, run: Run) -> GenerationConfig:
     wanted = run.task.generation
     assert model.generation_config is not None
     own = {key: value for key, value in model.generation_config.to_dict().items() if key.endswith("_token_id")}
+    if model.config.is_encoder_decoder:
+        lengths = {"min_length": wanted.min_length, "max_length": wanted.max_length}
+    else:  # whose lengths would count the prompt
+        lengths = {"min_new_tokens": wanted.min_length, "max_new_tokens": wanted.max_length}
     return GenerationConfig(
         **own,
+        **lengths,
         num_beams=wanted.num_beams,
-        min_length=wanted.min_length,
-        max_length=wanted.max_length,
         no_repeat_ngram_size=wanted.no_repeat_ngram_size,
         length_penalty=wanted.length_penalty,
     )

@@ -90,7 +90,7 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     trainer.scores = evaluate
     if settings.batch_tokens is not None:
-        trainer.batches = TokenBatches(_lengths(data), settings.batch_tokens, seed)
+        trainer.batches = TokenBatches(data.lengths(), settings.batch_tokens, seed)
     if settings.gradient_checkpointing:
         # transformers renames it; the re-entrant kind would need inputs with gradients
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
@@ -123,7 +123,7 @@ def steps_per_epoch(data: TaskData, settings: config.Trainer) -> int:
 def batches_per_epoch(data: TaskData, settings: config.Trainer) -> int:
     """Batches in one pass over the training examples."""
     if settings.batch_tokens is not None:
-        return len(TokenBatches(_lengths(data), settings.batch_tokens, seed=0))
+        return len(TokenBatches(data.lengths(), settings.batch_tokens, seed=0))
     return -(-len(data.train) // settings.batch_size)
 
 
@@ -184,14 +184,6 @@ def _mean_tokens(data: TaskData) -> float:
     if len(data.train) and isinstance(data.train[0]["labels"], list):
         columns.append(data.train["labels"])
     return sum(len(ids) for column in columns for ids in column) / max(1, len(data.train))
-
-
-def _lengths(data: TaskData) -> list[int]:
-    """Tokens of each training example: of its input or its target, whichever is longer."""
-    sources = [len(ids) for ids in data.train["input_ids"]]
-    if not len(data.train) or not isinstance(data.train[0]["labels"], list):
-        return sources
-    return [max(pair) for pair in zip(sources, map(len, data.train["labels"]), strict=True)]
 
 
 class _Trainer(Trainer):

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import GenerationConfig, PreTrainedModel
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor, PreTrainedModel
 
 from peftbench.modification.state import folded
 
@@ -52,10 +54,7 @@ def predict(
             chosen = order[start : start + batch_size]
             padded = collator([examples[i] for i in chosen])
             batch = {name: tensor.to(model.device) for name, tensor in padded.items() if tensor is not None}
-            if generation is None:
-                outputs = model(**batch).logits.float()
-            else:
-                outputs = model.generate(**batch, generation_config=generation)
+            outputs = model(**batch).logits.float() if generation is None else _generate(model, batch, generation)
             for index, row in zip(chosen, outputs.cpu().numpy(), strict=True):
                 rows[index] = row
             on_batch(len(chosen))
@@ -64,6 +63,31 @@ def predict(
     if generation is None:
         return np.stack(rows)
     return np.stack([np.pad(row, (0, width - len(row)), constant_values=PADDING) for row in rows])
+
+
+def _generate(model: PreTrainedModel, batch: dict[str, Tensor], generation: GenerationConfig) -> Tensor:
+    """Generated ids alone. In a decoder alone n-grams of the prompt may be repeated, as those of a source may."""
+    if model.config.is_encoder_decoder:
+        ids: Tensor = model.generate(**batch, generation_config=generation)
+        return ids
+    prompt, size = batch["input_ids"].shape[1], generation.no_repeat_ngram_size
+    processors = LogitsProcessorList([_NoRepeatBehind(prompt, size)] if size else [])
+    free = copy(generation)
+    free.no_repeat_ngram_size = 0
+    ids = model.generate(**batch, generation_config=free, logits_processor=processors)
+    return ids[:, prompt:]
+
+
+class _NoRepeatBehind(NoRepeatNGramLogitsProcessor):
+    """Forbids n-grams to be repeated behind the first `start` tokens."""
+
+    def __init__(self, start: int, size: int) -> None:
+        super().__init__(size)
+        self.start = start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        allowed: Tensor = super().__call__(input_ids[:, self.start :], scores)
+        return allowed
 
 
 def mean_loss(

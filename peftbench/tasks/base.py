@@ -67,6 +67,10 @@ class TaskData(ABC):
         One example for each row; in training there may be more.
         """
 
+    def lengths(self) -> list[int]:
+        """Tokens of each training example, which batches by tokens are made by."""
+        return [len(ids) for ids in self.train["input_ids"]]
+
     @abstractmethod
     def decode(self, predictions: np.ndarray) -> list[str]:
         """What the model predicted for each example, in words."""

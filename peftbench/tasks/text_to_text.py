@@ -25,6 +25,15 @@ class TextToText(TaskData):
 
     def encode(self, rows: dict[str, list[Any]], training: bool) -> dict[str, list[Any]]:
         """`input_ids` and `attention_mask` of the sources, and the targets' ids as `labels`."""
+        sources, targets = self.pairs(rows, training)
+        written = self.encoder(targets, max_length=self.task.max_target_length, target=True)
+        return {
+            **self.encoder(sources, max_length=self.task.max_source_length),
+            "labels": written["input_ids"],
+        }
+
+    def pairs(self, rows: dict[str, list[Any]], training: bool) -> tuple[list[str], list[str]]:
+        """Sources and targets, equally many: in training a source for each of its targets, else one with its first."""
         sources: list[str] = []
         targets: list[str] = []
         for source, cell in zip(rows[self.task.source_column], rows[self.task.target_column], strict=True):
@@ -32,11 +41,11 @@ class TextToText(TaskData):
             for target in right if training else right[:1]:
                 sources.append(source)
                 targets.append(target)
-        written = self.encoder(targets, max_length=self.task.max_target_length, target=True)
-        return {
-            **self.encoder(sources, max_length=self.task.max_source_length),
-            "labels": written["input_ids"],
-        }
+        return sources, targets
+
+    def lengths(self) -> list[int]:
+        """Tokens of each training example: of its source or its target, whichever is longer."""
+        return [max(pair) for pair in zip(super().lengths(), map(len, self.train["labels"]), strict=True)]
 
     def decode(self, predictions: np.ndarray) -> list[str]:
         """The texts of generated ids (examples, tokens), without special tokens; -100 counts as padding."""

@@ -28,17 +28,28 @@ class Encoder:
         self._spelled = self._unsplit_tokens()
 
     def __call__(
-        self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, max_length: int, target: bool = False
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        *,
+        max_length: int,
+        target: bool = False,
+        special: bool = True,
     ) -> dict[str, list[list[int]]]:
         """`input_ids` and `attention_mask` (and what else the model reads) of each text, or pair of texts.
 
         At most `max_length` tokens, special ones included, and no more than the backbone can read; of a pair, the
-        longer text is cut first. `target` says that the texts are what the model is to write.
+        longer text is cut first. `target` says that the texts are what the model is to write; without `special` none
+        of the tokenizer's special tokens are put around them.
         """
         texts = self._plain(texts)
         kind = {"text_target": texts} if target else {"text": texts, "text_pair": pairs and self._plain(pairs)}
         encoded = self.tokenizer(
-            **kind, truncation=True, max_length=min(max_length, self.limit), split_special_tokens=True
+            **kind,
+            truncation=True,
+            max_length=min(max_length, self.limit),
+            add_special_tokens=special,
+            split_special_tokens=True,
         )
         return dict(encoded)
 
