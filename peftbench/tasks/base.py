@@ -12,10 +12,12 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peftbench.tasks.cache import kept
 from peftbench.tasks.load import Loaded, data_fingerprint, head
 from peftbench.tasks.metrics import Measured, References, measure
 from peftbench.tasks.tokens import Encoder
 
+ENCODE_VERSION = 1  # part of the name of what is cached: raise it whenever `encode` or the Encoder changes
 ID_COLUMNS = ("id", "idx", "index", "name", "eid")  # what data sets call a row's own name
 
 
@@ -103,12 +105,23 @@ class TaskData(ABC):
         return {f"{baseline}.{name}": value for name, value in scores.items()}
 
     def _tokenise(self, rows: Dataset, training: bool, fingerprint: str) -> Dataset:
-        return rows.map(
-            self.encode,
-            fn_kwargs={"training": training},
-            batched=True,
-            remove_columns=rows.column_names,
-            keep_in_memory=True,
-            load_from_cache_file=False,
-            new_fingerprint=fingerprint,  # given, or datasets would pickle `self` for a hash, the tokenizer with it
-        )
+        """`encode` over all rows; fast tokenizers spread a batch over the cores by themselves."""
+
+        def make() -> Dataset:
+            return rows.map(
+                self.encode,
+                fn_kwargs={"training": training},
+                batched=True,
+                remove_columns=rows.column_names,
+                keep_in_memory=True,
+                load_from_cache_file=False,
+                new_fingerprint=fingerprint,  # given, or datasets would pickle `self` for a hash, the tokenizer with it
+            )
+
+        what = {
+            "encode": [type(self).__name__, ENCODE_VERSION, training],
+            "task": [self.task.max_source_length, self.task.max_target_length, self.task.prompt],
+            "rows": [fingerprint, len(rows)],
+            "tokenizer": self.encoder.fingerprint,
+        }
+        return kept(what, len(rows), make)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
+import tokenizers
+import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftbench.errors import UserError
@@ -52,6 +57,23 @@ class Encoder:
             split_special_tokens=True,
         )
         return dict(encoded)
+
+    @cached_property
+    def fingerprint(self) -> list[Any]:
+        """JSON values on which the ids depend."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        rules = self.tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+        for call in ("truncation", "padding"):  # those of the last call
+            rules.pop(call, None)
+        return [
+            type(self.tokenizer).__name__,
+            hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest(),
+            self.tokenizer.truncation_side,
+            [getattr(self.tokenizer, name, None) for name in ("src_lang", "tgt_lang")],
+            self.limit,
+            transformers.__version__,
+            tokenizers.__version__,
+        ]
 
     def _plain(self, texts: Sequence[str]) -> list[str]:
         """`</s>` as `< /s>`, for the tokenizers that would take it for the special token."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -114,6 +115,22 @@ def test_every_reference_counts_and_their_number_may_differ() -> None:
     assert "nrefs:var" in measured.signatures["bleu"]
     assert compute_metrics("rougeL", predictions, references)["rougeL"] == 100
     assert compute_metrics("exact_match", ["a  b c d e", "f g h"], references) == {"exact_match": 50}
+
+
+def test_rouge_equals_the_libraries_own_command_line(tmp_path: Path) -> None:
+    """To the last digit it prints of each example: six behind the point."""
+    for name, texts in (("ours", PREDICTIONS), ("right", REFERENCES)):
+        (tmp_path / name).write_text("".join(text.replace(". ", ".\n") + "\x1e" for text in texts))
+    command = [sys.executable, "-m", "rouge_score.rouge", "--prediction_filepattern=ours", "--target_filepattern=right"]
+    command += ["--use_stemmer", "--noaggregate", "--delimiter=\x1e", f"--rouge_types={','.join(ROUGE_TYPES)}"]
+    subprocess.run([*command, "--output_filename=out.csv"], cwd=tmp_path, check=True, capture_output=True)
+    printed = list(csv.DictReader((tmp_path / "out.csv").open()))
+    assert len(printed) == len(PREDICTIONS)
+    for row, ours, right in zip(printed, PREDICTIONS, REFERENCES, strict=True):
+        scores = compute_metrics("rougeL", [ours], [right])
+        assert {kind: f"{scores[kind] / 100:.6f}" for kind in ROUGE_TYPES} == {
+            kind: row[f"{kind}-F"] for kind in ROUGE_TYPES
+        }
 
 
 def test_bleu_equals_the_libraries_own_command_line(tmp_path: Path) -> None:
