@@ -176,6 +176,7 @@ class Task:
     generation: Generation = field(default_factory=Generation)
     baselines: list[str] = field(default_factory=list)  # scores shown beside the run's: majority, head, lead1
     paper: dict[str, Any] = field(default_factory=dict)  # the paper's training settings, taken by trainer=paper
+    quick: dict[str, Any] = field(default_factory=dict)  # keep, evaluate_every and the like, taken by trainer=quick
 
 
 @dataclass

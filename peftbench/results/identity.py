@@ -24,6 +24,7 @@ IGNORED = (
     "model.architecture",
     "task.sizes",
     "task.paper",
+    "task.quick",
     "trainer.device",
     "trainer.eval_batch_size",
 )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
+from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -30,7 +31,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from peftbench.config import Run, Task, TaskKind, Trainer, conf_dir
+from peftbench.compose import compose_runs
+from peftbench.config import Keep, Run, Task, TaskKind, Trainer, conf_dir
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
 from peftbench.predict import mean_loss
@@ -412,8 +414,35 @@ def test_conf_fits_the_schema(option: Path) -> None:
     task = OmegaConf.to_object(task)
     assert task.name == option.stem
     elsewhere = {"eval_batch_size", "precision", "gradient_checkpointing", "device"}
+    assert set(task.quick) <= {"label_smoothing", "batch_tokens", "keep", "evaluate_every"}  # what quick.yaml reads
     assert not task.paper or set(task.paper) == {field.name for field in fields(Trainer)} - elsewhere
     trainer: Any = OmegaConf.merge(OmegaConf.structured(Trainer), task.paper)
     assert all(trainer[key] == value for key, value in task.paper.items() if key not in ("schedule", "keep"))
     if task.kind is TaskKind.classification:
         assert task.text_columns and bool(task.labels) != (task.name == "text_classification")
+
+
+PAPER_TASKS = {
+    "xsum": (5e-5, 100_000, 16, None, 4, 0.1, 0.1),
+    "wmt16_enro": (5e-5, 50_000, 64, 4096, 4, 1.0, 0.1),
+    "mnli": (1e-4, None, 32, None, 1, 1.0, 0.0),
+    "sst2": (1e-4, None, 32, None, 1, 1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", PAPER_TASKS)
+def test_the_papers_tasks_have_the_papers_settings(name: str) -> None:
+    """Table 8 by default, for every method; trainer=quick is shorter and has the method's learning rate."""
+
+    def trainer(*overrides: str) -> Trainer:
+        (run,) = compose_runs(get_args_parser().parse_args([f"task={name}", "method=lora", *overrides]))
+        return run.trainer
+
+    paper = trainer()
+    found = (paper.learning_rate, paper.max_steps, paper.batch_size, paper.batch_tokens, paper.accumulation)
+    assert (*found, paper.max_grad_norm, paper.label_smoothing) == PAPER_TASKS[name]
+    assert paper == trainer("trainer=paper")
+    quick = trainer("trainer=quick")
+    assert quick.keep is Keep.best and quick.evaluate_every == {"sst2": 500, "mnli": 2000}.get(name)
+    assert quick.batch_tokens == paper.batch_tokens
+    assert (quick.learning_rate, quick.epochs, quick.max_steps, quick.accumulation) == (1e-3, 3, None, 1)
