@@ -176,7 +176,8 @@ class Bleu(_TextMetric):
     def _corpus(
         self, name: str, metric: BLEU | CHRF, predictions: Sequence[str], references: Sequence[Sequence[str]]
     ) -> float:
-        streams = list(zip_longest(*references))  # None where an example has fewer references than another
+        # None where an example has fewer references than another: an empty text would count as one of length 0.
+        streams = list(zip_longest(*references))
         score: float = metric.corpus_score(predictions, streams).score
         self.signatures[name] = str(metric.get_signature())
         return score

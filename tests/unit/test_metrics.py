@@ -133,15 +133,21 @@ def test_rouge_equals_the_libraries_own_command_line(tmp_path: Path) -> None:
         }
 
 
-def test_bleu_equals_the_libraries_own_command_line(tmp_path: Path) -> None:
-    """To the last digit it prints, over two references."""
+@pytest.mark.parametrize("second", [2, 1], ids=["as many references everywhere", "fewer here and there"])
+def test_bleu_equals_the_libraries_own_command_line(tmp_path: Path, second: int) -> None:
+    """To the last digit it prints. Its files have a line for each reference; one that repeats another adds nothing."""
     ours = ["The cats sat on a mat, it rained.", "Nothing happened here today!", "Prices rose again by 3.5%"]
-    first, second = ["A cat sat on the mat; it rained.", "Nothing happened.", "Prices rose by 3.5% again"], ours[::-1]
-    for name, lines in (("ours", ours), ("first", first), ("second", second)):
+    references = [
+        ["A cat sat on the mat; it rained.", "Cats sat there."],
+        ["Nothing happened.", "Nothing at all has happened here."][:second],
+        ["Prices rose by 3.5% again", "Prices rose."],
+    ]
+    files = {"ours": ours, "first": [texts[0] for texts in references], "last": [texts[-1] for texts in references]}
+    for name, lines in files.items():
         (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
-    command = [sys.executable, "-m", "sacrebleu", "first", "second", "-i", "ours", "-m", "bleu", "chrf", "-w", "10"]
+    command = [sys.executable, "-m", "sacrebleu", "first", "last", "-i", "ours", "-m", "bleu", "chrf", "-w", "10"]
     printed = json.loads(subprocess.run(command, cwd=tmp_path, capture_output=True, check=True, text=True).stdout)
-    scores = compute_metrics("chrf", ours, list(zip(first, second, strict=True)))
+    scores = compute_metrics("chrf", ours, references)
     assert [round(scores["bleu"], 10), round(scores["chrf"], 10)] == [entry["score"] for entry in printed]
 
 

@@ -446,3 +446,9 @@ def test_the_papers_tasks_have_the_papers_settings(name: str) -> None:
     assert quick.keep is Keep.best and quick.evaluate_every == {"sst2": 500, "mnli": 2000}.get(name)
     assert quick.batch_tokens == paper.batch_tokens
     assert (quick.learning_rate, quick.epochs, quick.max_steps, quick.accumulation) == (1e-3, 3, None, 1)
+
+
+def test_the_document_names_every_task() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    tasks = {option.stem for option in (conf_dir() / "task").glob("*.yaml")}
+    assert {name for name in tasks if f"`{name}`" not in text} == set()
