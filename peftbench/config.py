@@ -190,6 +190,7 @@ class Trainer:
     batch_tokens: int | None = None  # batches of like lengths, examples x the longest of them; wins over batch_size
     accumulation: int = 1
     eval_batch_size: int = 64
+    eval_batch_tokens: int | None = None  # at most so many input tokens, too, in a batch to be predicted
     schedule: Schedule = Schedule.linear
     warmup: float = 0.06  # share of the steps
     weight_decay: float = 0.0

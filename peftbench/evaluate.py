@@ -17,7 +17,7 @@ class Evaluator:
 
     def __init__(self, model: PreTrainedModel, data: TaskData, run: Run) -> None:
         self.model, self.data = model, data
-        self.batch_size = run.trainer.eval_batch_size
+        self.batch_size, self.max_tokens = run.trainer.eval_batch_size, run.trainer.eval_batch_tokens
         self.label_smoothing = run.trainer.label_smoothing
         self.by_loss = run.task.selection_metric == LOSS
         self.bf16 = use_bf16(run.trainer, run.model)
@@ -41,6 +41,7 @@ class Evaluator:
             getattr(self.data, role),
             self.data.collator,
             self.batch_size,
+            max_tokens=self.max_tokens,
             generation=self.generation,
             bf16=self.bf16,
             on_batch=on_batch,

@@ -5,7 +5,7 @@ Examples are batched by length, so that little is spent on padding, and come bac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any
@@ -29,6 +29,7 @@ def predict(
     collator: Collator,
     batch_size: int,
     *,
+    max_tokens: int | None = None,
     generation: GenerationConfig | None = None,
     bf16: bool = False,
     on_batch: Callable[[int], None] = lambda examples: None,
@@ -36,6 +37,8 @@ def predict(
     """Returns (examples, labels) logits, or with `generation` (examples, longest) ids, filled up with -100.
 
     Args:
+        batch_size: how many examples a batch has at most.
+        max_tokens: how many tokens its inputs have at most, padding included; None: any number.
         generation: how to generate; None: the model's logits.
         bf16: run under bfloat16 autocast.
         on_batch: is told how many examples each batch had.
@@ -50,8 +53,7 @@ def predict(
     was_training = model.training
     model.eval()
     with torch.no_grad(), folded(model), autocast(model.device, bf16):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in _batches(order, lengths, batch_size, max_tokens):
             padded = collator([examples[i] for i in chosen])
             batch = {name: tensor.to(model.device) for name, tensor in padded.items() if tensor is not None}
             outputs = model(**batch).logits.float() if generation is None else _generate(model, batch, generation)
@@ -63,6 +65,18 @@ def predict(
     if generation is None:
         return np.stack(rows)
     return np.stack([np.pad(row, (0, width - len(row)), constant_values=PADDING) for row in rows])
+
+
+def _batches(
+    order: Sequence[int], lengths: Sequence[int], batch_size: int, max_tokens: int | None
+) -> Iterator[Sequence[int]]:
+    """`order`, the longest first, in parts; an example longer than `max_tokens` is a part of its own."""
+    start = 0
+    while start < len(order):
+        fitting = batch_size if max_tokens is None else max_tokens // max(1, lengths[order[start]])
+        end = start + max(1, min(batch_size, fitting))
+        yield order[start:end]
+        start = end
 
 
 def _generate(model: PreTrainedModel, batch: dict[str, Tensor], generation: GenerationConfig) -> Tensor:

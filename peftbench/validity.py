@@ -299,6 +299,7 @@ def _number_faults(run: Run) -> Iterator[str]:
         "trainer.batch_tokens": trainer.batch_tokens,
         "trainer.accumulation": trainer.accumulation,
         "trainer.eval_batch_size": trainer.eval_batch_size,
+        "trainer.eval_batch_tokens": trainer.eval_batch_tokens,
         "trainer.max_steps": trainer.max_steps,
         "trainer.evaluate_every": trainer.evaluate_every,
         "task.max_train": task.max_train,

@@ -27,6 +27,7 @@ IGNORED = (
     "task.quick",
     "trainer.device",
     "trainer.eval_batch_size",
+    "trainer.eval_batch_tokens",
 )
 
 _WHOLE = 1 << 20  # bytes; files smaller than this are hashed whole, of larger ones

@@ -18,6 +18,7 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
+    GenerationConfig,
     MBart50Tokenizer,
     MBartConfig,
     MBartForConditionalGeneration,
@@ -35,7 +36,7 @@ from peftbench.compose import compose_runs
 from peftbench.config import Keep, Run, Task, TaskKind, Trainer, conf_dir
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
-from peftbench.predict import mean_loss
+from peftbench.predict import mean_loss, predict
 from peftbench.tasks.files import read_file
 from peftbench.tasks.load import load
 from peftbench.tasks.prepare import KINDS, prepare
@@ -319,6 +320,32 @@ def test_the_selection_loss_is_the_mean_over_all_tokens(news: Task) -> None:
         assert loss == pytest.approx(total / tokens, rel=1e-5)
 
 
+def test_predictions_do_not_depend_on_the_batches(news: Task) -> None:
+    """Longest first, at most so many examples and tokens at once, and back in their own order."""
+    model = tiny_bart().eval()
+    data = prepare(load(replace(news, max_eval=None)), byte_level(), model)
+    generation = GenerationConfig(max_length=6, num_beams=2, decoder_start_token_id=2, eos_token_id=2, pad_token_id=1)
+    lengths = [len(ids) for ids in data.report["input_ids"]]
+    expected = predict(model, data.report, data.collator, 1, generation=generation)
+    for batch_size, max_tokens in ((5, None), (2, None), (5, 2 * max(lengths)), (5, 1), (3, 20)):
+        sizes: list[int] = []
+        ids = predict(
+            model,
+            data.report,
+            data.collator,
+            batch_size,
+            max_tokens=max_tokens,
+            generation=generation,
+            on_batch=sizes.append,
+        )
+        assert np.array_equal(ids, expected)
+        assert sum(sizes) == 5 and max(sizes) <= batch_size
+        starts = np.cumsum([0, *sizes[:-1]])
+        longest = [sorted(lengths, reverse=True)[start] for start in starts]
+        fits = [size * length <= (max_tokens or 10**6) for size, length in zip(sizes, longest, strict=True)]
+        assert all(fit or size == 1 for fit, size in zip(fits, sizes, strict=True))
+
+
 def test_columns_of_columns_are_opened_and_lists_joined(tmp_path: Path, news: Task) -> None:
     """As WMT has its pairs on the hub, WebNLG its triples, and E2E one row for each reference."""
     rows = [{"translation": {"en": ["good", "bad"], "ro": f"n{i}"}} for i in (1, 2)]
@@ -413,7 +440,7 @@ def test_conf_fits_the_schema(option: Path) -> None:
     task: Any = OmegaConf.merge(OmegaConf.structured(Task), OmegaConf.load(option).task)
     task = OmegaConf.to_object(task)
     assert task.name == option.stem
-    elsewhere = {"eval_batch_size", "precision", "gradient_checkpointing", "device"}
+    elsewhere = {"eval_batch_size", "eval_batch_tokens", "precision", "gradient_checkpointing", "device"}
     assert set(task.quick) <= {"label_smoothing", "batch_tokens", "keep", "evaluate_every"}  # what quick.yaml reads
     assert not task.paper or set(task.paper) == {field.name for field in fields(Trainer)} - elsewhere
     trainer: Any = OmegaConf.merge(OmegaConf.structured(Trainer), task.paper)
