@@ -61,6 +61,11 @@ class TaskData(ABC):
             self.splits[role] = {"split": split, "examples": len(getattr(self, role))}
             if len(getattr(self, f"{role}_rows")) < loaded.sizes[split]:
                 self.splits[role]["of"] = loaded.sizes[split]
+        self.serve(model)
+
+    @abstractmethod
+    def serve(self, model: PreTrainedModel) -> None:
+        """Set `collator`, and whatever the model must know of the task to generate."""
 
     @abstractmethod
     def encode(self, rows: dict[str, list[Any]], training: bool) -> dict[str, list[Any]]:

@@ -7,18 +7,17 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedModel
 
 from peftbench.tasks.base import TaskData
-from peftbench.tasks.load import Loaded
 
 
 class Classification(TaskData):
     """Text(s) in, one of `task.labels` out."""
 
-    def __init__(self, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-        super().__init__(loaded, tokenizer, model)
-        self.collator = DataCollatorWithPadding(tokenizer)
+    def serve(self, model: PreTrainedModel) -> None:
+        """Every model takes the same batches."""
+        self.collator = DataCollatorWithPadding(self.tokenizer)
 
     def encode(self, rows: dict[str, list[Any]], training: bool) -> dict[str, list[Any]]:
         """`input_ids`, `attention_mask` (and what else the model reads) and `labels`, a code or number for each row."""

@@ -21,11 +21,14 @@ class Completion(TextToText):
     def __init__(self, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token  # masked wherever it pads
+        super().__init__(loaded, tokenizer, model)
+
+    def serve(self, model: PreTrainedModel) -> None:
+        """Batches for training and for completion."""
+        self.collator = PromptCollator(self.tokenizer.pad_token_id)
         assert model.generation_config is not None
         if model.generation_config.pad_token_id is None:
-            model.generation_config.pad_token_id = tokenizer.pad_token_id
-        super().__init__(loaded, tokenizer, model)
-        self.collator = PromptCollator(tokenizer.pad_token_id)
+            model.generation_config.pad_token_id = self.tokenizer.pad_token_id
 
     def lengths(self) -> list[int]:
         """Tokens of each training example: the prompt and its completion."""

@@ -7,17 +7,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peftbench.errors import UserError, unknown
 
 
-def set_languages(
-    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, source: str | None, target: str | None
-) -> None:
-    """Tell the tokenizer and the generation which languages to read and write; a backbone without codes stays as it is.
+def set_languages(tokenizer: PreTrainedTokenizerBase, source: str | None, target: str | None) -> None:
+    """Tell the tokenizer which languages it reads and writes; one without codes stays as it is.
 
-    mBART-cc25 ends a text with its code and starts to write from the target's, which the model turns to the front of
-    the decoder's input. mBART-50 begins a text with its code, which is then forced as the first token written. Which
-    of the two it is, is seen from how the tokenizer encodes a target. None: the language that the tokenizer is set to.
-
-    Raises:
-        UserError: the tokenizer has no such code.
+    None: the language that the tokenizer is set to. Raises UserError where it has no such code.
     """
     if not hasattr(tokenizer, "src_lang"):
         return
@@ -27,6 +20,17 @@ def set_languages(
             raise UserError(unknown(key, code, codes))
     tokenizer.src_lang = source or tokenizer.src_lang
     tokenizer.tgt_lang = target or tokenizer.tgt_lang or tokenizer.src_lang
+
+
+def begin_in_language(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have the model write the language that `set_languages` has set.
+
+    mBART-cc25 ends a text with its code and starts to write from the target's, which the model turns to the front of
+    the decoder's input. mBART-50 begins a text with its code, which is then forced as the first token written. Which
+    of the two it is, is seen from how the tokenizer encodes a target.
+    """
+    if not hasattr(tokenizer, "src_lang"):
+        return
     written = tokenizer.convert_tokens_to_ids(tokenizer.tgt_lang)
     ids = tokenizer(text_target="")["input_ids"]
     assert model.generation_config is not None

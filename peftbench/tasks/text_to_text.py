@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
 from peftbench.tasks.base import TaskData
-from peftbench.tasks.languages import set_languages
+from peftbench.tasks.languages import begin_in_language, set_languages
 from peftbench.tasks.load import Loaded
 from peftbench.tasks.metrics import References
 from peftbench.tasks.sentences import first_sentence
@@ -19,9 +19,13 @@ class TextToText(TaskData):
     """`task.source_column` in, `task.target_column` out. A row with several targets trains on each of them."""
 
     def __init__(self, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-        set_languages(tokenizer, model, loaded.task.source_language, loaded.task.target_language)
+        set_languages(tokenizer, loaded.task.source_language, loaded.task.target_language)
         super().__init__(loaded, tokenizer, model)
-        self.collator = DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=-100)
+
+    def serve(self, model: PreTrainedModel) -> None:
+        """The collator makes the decoder's input, and generation begins in the target's language."""
+        self.collator = DataCollatorForSeq2Seq(self.tokenizer, model=model, label_pad_token_id=-100)
+        begin_in_language(model, self.tokenizer)
 
     def encode(self, rows: dict[str, list[Any]], training: bool) -> dict[str, list[Any]]:
         """`input_ids` and `attention_mask` of the sources, and the targets' ids as `labels`."""
