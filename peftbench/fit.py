@@ -90,7 +90,7 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     trainer.scores = evaluate
     if settings.batch_tokens is not None:
-        trainer.batches = TokenBatches(data.lengths(), settings.batch_tokens, seed)
+        trainer.batches = TokenBatches(data.lengths, settings.batch_tokens, seed)
     if settings.gradient_checkpointing:
         # transformers renames it; the re-entrant kind would need inputs with gradients
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
@@ -123,7 +123,7 @@ def steps_per_epoch(data: TaskData, settings: config.Trainer) -> int:
 def batches_per_epoch(data: TaskData, settings: config.Trainer) -> int:
     """Batches in one pass over the training examples."""
     if settings.batch_tokens is not None:
-        return len(TokenBatches(data.lengths(), settings.batch_tokens, seed=0))
+        return len(TokenBatches(data.lengths, settings.batch_tokens, seed=0))
     return -(-len(data.train) // settings.batch_size)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import datasets
@@ -74,6 +75,7 @@ class TaskData(ABC):
         One example for each row; in training there may be more.
         """
 
+    @cached_property
     def lengths(self) -> list[int]:
         """Tokens of each training example, which batches by tokens are made by."""
         return [len(ids) for ids in self.train["input_ids"]]

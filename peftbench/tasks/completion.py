@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class Completion(TextToText):
         if model.generation_config.pad_token_id is None:
             model.generation_config.pad_token_id = self.tokenizer.pad_token_id
 
+    @cached_property
     def lengths(self) -> list[int]:
         """Tokens of each training example: the prompt and its completion."""
         pairs = zip(self.train["input_ids"], self.train["labels"], strict=True)

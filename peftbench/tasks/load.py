@@ -56,7 +56,9 @@ def load(task: Task, training: bool = True) -> Loaded:
     """
     task, notes = _without_absent(task)
     read = cache(partial(_read, task))
-    wanted = roles(task) if training else {name: role for name, role in roles(task).items() if "report" in name}
+    wanted = (
+        roles(task) if training else {name: role for name, role in roles(task).items() if name.startswith("report")}
+    )
     limits = _limits(wanted)
     if task.kind is TaskKind.classification and not task.labels:
         task, note = _with_labels(task, read(task.train_split))
@@ -151,12 +153,8 @@ def _checked(task: Task, split: str, source: Source, limit: int | None) -> Datas
         raise UserError(f"{source.name}: the {split} split has no rows.")
     rows = head(source.rows, limit)
     _require_columns(source, _keys(task))
-    for column in input_columns(task):
-        for number, cell in enumerate(rows[column][:], 1):
-            if not isinstance(cell, str):
-                raise UserError(f"{source.at(number)}: column {column} holds {cell!r:.40}, not text.")
+    _check_cells(task, rows, source)
     if task.kind is TaskKind.text_to_text:
-        _check_targets(task.target_column, rows, source)
         return rows
     cells = rows[task.label_column][:]
     regression = task.kind is TaskKind.regression
@@ -167,16 +165,17 @@ def _checked(task: Task, split: str, source: Source, limit: int | None) -> Datas
 def _shaped(task: Task, source: Source) -> Source:
     """Dicts opened, so that WMT's `translation: {en, ro}` is two columns, and lists made into texts or references."""
     rows = source.rows
-    for column in [name for name, feature in rows.features.items() if isinstance(feature, dict)]:
-        parts = [part for part in rows.features[column] if part not in rows.column_names]
-        cells = rows[column][:]
-        for part in parts:
-            rows = rows.add_column(part, [None if cell is None else cell[part] for cell in cells])
+    dicts = [name for name, feature in rows.features.items() if isinstance(feature, dict)]
+    if dicts:
+        opened = {f"{name}.{part}": part for name in dicts for part in rows.features[name]}
+        free = {long: part for long, part in opened.items() if part not in rows.column_names}
+        rows = rows.flatten().rename_columns(free)
     if task.kind is TaskKind.text_to_text and {task.source_column, task.target_column} <= set(rows.column_names):
         if task.source_join is not None:
             joined = [_joined(task.source_join, cell) for cell in rows[task.source_column][:]]
             rows = rows.remove_columns(task.source_column).add_column(task.source_column, joined)
         if task.merge_references:
+            _check_cells(task, rows, source)  # while a row is a row of the file
             rows = _merged(task, rows)
     return source._replace(rows=rows)
 
@@ -191,9 +190,9 @@ def _merged(task: Task, rows: Dataset) -> Dataset:
     """One row for each source, the first with it, whose target is the list of all its targets."""
     first: dict[str, int] = {}
     targets: dict[str, list[str]] = defaultdict(list)
-    for index, (text, target) in enumerate(zip(rows[task.source_column][:], rows[task.target_column][:], strict=True)):
+    for index, (text, cell) in enumerate(zip(rows[task.source_column][:], rows[task.target_column][:], strict=True)):
         first.setdefault(text, index)
-        targets[text].append(target)
+        targets[text].extend([cell] if isinstance(cell, str) else cell)
     kept = rows.select(list(first.values())).remove_columns(task.target_column)
     return kept.add_column(task.target_column, list(targets.values()))
 
@@ -205,12 +204,19 @@ def _require_columns(source: Source, keys: Sequence[tuple[str, str]]) -> None:
         raise UserError(*(f"{source.name}: {sentence}" for sentence in missing))
 
 
-def _check_targets(column: str, rows: Dataset, source: Source) -> None:
-    for number, cell in enumerate(rows[column][:], 1):
-        if not isinstance(cell, str) and not (
-            isinstance(cell, list) and cell and all(isinstance(t, str) for t in cell)
-        ):
-            raise UserError(f"{source.at(number)}: column {column} holds {cell!r:.40}, not text or a list of texts.")
+def _check_cells(task: Task, rows: Dataset, source: Source) -> None:
+    """Inputs are texts; a target is a text or a list of them."""
+    for column in input_columns(task):
+        for number, cell in enumerate(rows[column][:], 1):
+            if not isinstance(cell, str):
+                raise UserError(f"{source.at(number)}: column {column} holds {cell!r:.40}, not text.")
+    if task.kind is TaskKind.text_to_text:
+        for number, cell in enumerate(rows[task.target_column][:], 1):
+            texts = [cell] if isinstance(cell, str) else cell
+            if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+                raise UserError(
+                    f"{source.at(number)}: column {task.target_column} holds {cell!r:.40}, not text or a list of texts."
+                )
 
 
 def _with_labels(task: Task, train: Source) -> tuple[Task, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,9 +48,10 @@ class TextToText(TaskData):
                 targets.append(target)
         return sources, targets
 
+    @cached_property
     def lengths(self) -> list[int]:
         """Tokens of each training example: of its source or its target, whichever is longer."""
-        return [max(pair) for pair in zip(super().lengths(), map(len, self.train["labels"]), strict=True)]
+        return [max(pair) for pair in zip(super().lengths, map(len, self.train["labels"]), strict=True)]
 
     def decode(self, predictions: np.ndarray) -> list[str]:
         """The texts of generated ids (examples, tokens), without special tokens; -100 counts as padding."""

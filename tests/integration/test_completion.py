@@ -74,7 +74,7 @@ def test_prompt_and_completion(data: TaskData) -> None:
     assert prompt == "Say: good film \nAnswer:"
     assert example["input_ids"][0] == 0 and 2 not in example["input_ids"]  # begun, and not ended
     assert data.tokenizer.decode(example["labels"]) == "bad bad </s>"
-    assert data.lengths()[0] == len(example["input_ids"]) + len(example["labels"])
+    assert data.lengths[0] == len(example["input_ids"]) + len(example["labels"])
 
 
 def test_a_long_source_is_cut_and_the_end_of_the_prompt_stays(task: Task) -> None:

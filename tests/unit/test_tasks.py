@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,10 @@ from transformers import (
 )
 
 from peftbench.compose import compose_runs
-from peftbench.config import Keep, Run, Task, TaskKind, Trainer, conf_dir
+from peftbench.config import Device, Keep, Run, Task, TaskKind, Trainer, conf_dir
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
+from peftbench.fit import batches_per_epoch, fit
 from peftbench.predict import mean_loss, predict
 from peftbench.tasks.files import read_file
 from peftbench.tasks.load import load
@@ -320,6 +322,29 @@ def test_the_selection_loss_is_the_mean_over_all_tokens(news: Task) -> None:
         assert loss == pytest.approx(total / tokens, rel=1e-5)
 
 
+def test_training_sees_every_example_once_an_epoch_in_batches_of_tokens(news: Task, tmp_path: Path) -> None:
+    """Through transformers' Trainer: no batch is too large, and the second epoch has another order than the first."""
+    rows = [{"document": "good " * (1 + i % 7), "summary": "bad"} for i in range(40)]
+    write(tmp_path / "train.jsonl", rows)
+    model = tiny_bart()
+    data = prepare(load(news), byte_level(), model)
+    collate, seen = data.collator, []
+
+    def noted(examples: list[dict[str, Any]]) -> Any:
+        seen.append([len(example["input_ids"]) for example in examples])
+        return collate(examples)
+
+    data.collator = noted
+    settings = Trainer(learning_rate=1e-3, epochs=2, batch_tokens=32, device=Device.cpu)
+    fitted = fit(model, data, settings, seed=1, bf16=False, folder=tmp_path, evaluate=dict, metric="rouge1")
+    each = batches_per_epoch(data, settings)
+    assert fitted.steps == 2 * each == len(seen)
+    assert all(len(batch) * max(batch) <= 32 or len(batch) == 1 for batch in seen)
+    first, second = seen[:each], seen[each:]
+    assert sorted(chain(*first)) == sorted(chain(*second)) == sorted(data.lengths)
+    assert first != second
+
+
 def test_predictions_do_not_depend_on_the_batches(news: Task) -> None:
     """Longest first, at most so many examples and tokens at once, and back in their own order."""
     model = tiny_bart().eval()
@@ -358,6 +383,9 @@ def test_columns_of_columns_are_opened_and_lists_joined(tmp_path: Path, news: Ta
     assert loaded["ro"][:] == ["n1", "n2", "n3"]
     merged = load(replace(task, merge_references=True)).rows["test"]
     assert (merged["en"][:], merged["ro"][:]) == (["good | bad", "bad"], [["n1", "n2"], ["n3"]])
+    write(tmp_path / "test.jsonl", [*rows, {"translation": {"en": ["bad"], "ro": None}}])
+    with pytest.raises(UserError, match=r"test\.jsonl:4: column ro holds None, not text"):
+        load(replace(task, merge_references=True))
 
 
 def test_a_row_with_two_targets_trains_on_both(news: Task, tmp_path: Path) -> None:
