@@ -8,6 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from peftbench.config import Run, TaskKind
 from peftbench.fit import LOSS, use_bf16
+from peftbench.partial import Partial
 from peftbench.predict import mean_loss, predict
 from peftbench.tasks.base import TaskData
 
@@ -33,9 +34,9 @@ class Evaluator:
         return {LOSS: loss}
 
     def score(
-        self, role: str, on_batch: Callable[[int], None] = lambda examples: None
+        self, role: str, on_batch: Callable[[int], None] = lambda examples: None, partial: Partial | None = None
     ) -> tuple[dict[str, float], list[str]]:
-        """The metrics on `role` ("selection" or "report"), and what was predicted for each example, in words."""
+        """The metrics on a role of the data, and what was predicted for each example, in words."""
         predictions = predict(
             self.model,
             getattr(self.data, role),
@@ -44,6 +45,7 @@ class Evaluator:
             max_tokens=self.max_tokens,
             generation=self.generation,
             bf16=self.bf16,
+            partial=partial,
             on_batch=on_batch,
         )
         decoded = self.data.decode(predictions)

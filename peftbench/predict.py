@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor, PreTrainedModel
 
 from peftbench.modification.state import folded
+from peftbench.partial import Partial
 
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 PADDING = -100  # what fills the end of shorter predictions
@@ -32,6 +33,7 @@ def predict(
     max_tokens: int | None = None,
     generation: GenerationConfig | None = None,
     bf16: bool = False,
+    partial: Partial | None = None,
     on_batch: Callable[[int], None] = lambda examples: None,
 ) -> np.ndarray:
     """Returns (examples, labels) logits, or with `generation` (examples, longest) ids, filled up with -100.
@@ -41,6 +43,7 @@ def predict(
         max_tokens: how many tokens its inputs have at most, padding included; None: any number.
         generation: how to generate; None: the model's logits.
         bf16: run under bfloat16 autocast.
+        partial: what an earlier try has predicted, which is not predicted again; every batch is added to it.
         on_batch: is told how many examples each batch had.
     """
     lengths = [len(ids) for ids in dataset["input_ids"]]
@@ -50,6 +53,11 @@ def predict(
     columns = [name for name in dataset.column_names if name != "labels"]
     examples = dataset.select_columns(columns)
     rows: list[np.ndarray] = [np.empty(0)] * len(order)
+    if partial is not None:
+        for index, row in partial.rows.items():
+            rows[index] = row
+        order = [index for index in order if index not in partial.rows]
+        on_batch(len(partial.rows))
     was_training = model.training
     model.eval()
     with torch.no_grad(), folded(model), autocast(model.device, bf16):
@@ -57,8 +65,11 @@ def predict(
             padded = collator([examples[i] for i in chosen])
             batch = {name: tensor.to(model.device) for name, tensor in padded.items() if tensor is not None}
             outputs = model(**batch).logits.float() if generation is None else _generate(model, batch, generation)
-            for index, row in zip(chosen, outputs.cpu().numpy(), strict=True):
+            predicted = list(outputs.cpu().numpy())
+            for index, row in zip(chosen, predicted, strict=True):
                 rows[index] = row
+            if partial is not None:
+                partial.add(chosen, predicted)
             on_batch(len(chosen))
     model.train(was_training)
     width = max((len(row) for row in rows), default=0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from peftbench.evaluate import Evaluator
 from peftbench.fit import chosen_device
 from peftbench.modification.attach import attach
 from peftbench.modification.state import load as load_adapter
+from peftbench.partial import Partial
 from peftbench.progress import Display
 from peftbench.results.identity import content_stamp
 from peftbench.results.record import Record, write_lines
@@ -51,12 +51,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print a JSON array with one object for each split")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="write the predictions of the split there")
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.predictions is not None and not arguments.predictions.parent.is_dir():
+        raise UserError(f"--predictions {arguments.predictions}: {arguments.predictions.parent} is not a folder.")
     record = saved_record(arguments.run)
     run = changed_run(arguments.run, record, arguments.overrides)
     console = quiet_console(stderr=arguments.json)
-    found, predictions = evaluate(arguments.run, run, console)
-    if arguments.predictions is not None:
-        write_lines(arguments.predictions, predictions)
+    found = evaluate(arguments.run, run, console, arguments.predictions)
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:
@@ -91,13 +91,14 @@ def changed_run(folder: Path, record: Record, overrides: list[str]) -> Run:
     return run
 
 
-def evaluate(folder: Path, run: Run, console: Console) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The scores of each split, as `rescore` gives them, and the predictions on the report split."""
-    if run.task.report_split in run.task.further_splits:
-        others = [split for split in run.task.further_splits if split != run.task.report_split]
-        run = replace(run, task=replace(run.task, further_splits=others))
+def evaluate(folder: Path, run: Run, console: Console, predictions: Path | None = None) -> list[dict[str, Any]]:
+    """The scores of each split, as `rescore` gives them.
+
+    Args:
+        predictions: the file to write the predictions on the report split to. Where text is generated, what was
+            written to FILE.partial before the command was stopped is not generated again.
+    """
     found: list[dict[str, Any]] = []
-    predictions: list[dict[str, Any]] = []
     with Display(console) as display:
         with display.stage("prepare"):
             loaded = load(run.task, training=False)
@@ -107,10 +108,20 @@ def evaluate(folder: Path, run: Run, console: Console) -> tuple[list[dict[str, A
             data = prepare(loaded, backbone.tokenizer, backbone.model)
             backbone.model.to(chosen_device(run.trainer))
             evaluator = Evaluator(backbone.model, data, run)
+        partial = None
+        if predictions is not None and evaluator.generation is not None:
+            source = content_stamp(run.model.path) if run.model.path else f"{run.model.hub_id} {run.model.revision}"
+            task = run.task
+            reads = [task.max_source_length, task.prompt, task.source_language, task.target_language]
+            how = [evaluator.generation.to_json_string(), evaluator.bf16, run.model.dtype.name, *reads]
+            stamp = json.dumps([source, content_stamp(folder / "adapter"), data.fingerprint, *how])
+            partial = Partial(predictions.with_name(f"{predictions.name}.partial"), stamp)
         for role, split in data.splits.items():
             with display.stage(f"evaluate {split['split']}", split["examples"]) as stage:
-                metrics, decoded = evaluator.score(role, stage.advance)
+                metrics, decoded = evaluator.score(role, stage.advance, partial if role == "report" else None)
             found.append({"of": None, "role": role, **split, "metrics": metrics, "signatures": data.signatures})
-            if role == "report":
-                predictions = list(data.records(decoded, data.report_rows))
-    return found, predictions
+            if role == "report" and predictions is not None:
+                write_lines(predictions, data.records(decoded, data.report_rows))
+    if partial is not None:
+        partial.remove()
+    return found

@@ -118,7 +118,7 @@ def roles(task: Task) -> Roles:
         "train": (task.train_split, task.max_train),
         "selection": (task.selection_split, task.max_selection),
         "report": (task.report_split, task.max_eval),
-        **{f"report_{split}": (split, task.max_eval) for split in task.further_splits},
+        **{f"report_{other}": (other, task.max_eval) for other in task.further_splits if other != task.report_split},
     }
 
 

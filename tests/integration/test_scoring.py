@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from peftbench import predict as predict_module
 from peftbench.cli import main
 from peftbench.tasks.metrics import compute_metrics
 
@@ -107,6 +108,40 @@ def test_generated_text_is_scored_again(texts: str, tmp_path: Path, capsys: pyte
     assert f"rougeL       {report['metrics']['rougeL']!r}" in printed and "as in the record" in printed
 
 
+def test_a_generation_that_was_stopped_goes_on(
+    texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written before is not generated again, and the end is the same; another adapter begins anew."""
+    run = trained(tmp_path, "task=xsum", texts)
+    file, arguments = tmp_path / "again.jsonl", ["evaluate", str(run), "trainer.eval_batch_size=5"]
+    generate, sizes = predict_module._generate, []
+
+    def stopped(model: Any, batch: dict[str, Any], generation: Any) -> Any:
+        sizes.append(len(batch["input_ids"]))
+        if len(sizes) == 3:
+            raise KeyboardInterrupt
+        return generate(model, batch, generation)
+
+    monkeypatch.setattr(predict_module, "_generate", stopped)
+    assert main([*arguments, "--predictions", str(file)]) == 130
+    assert not file.exists()
+    partial = tmp_path / "again.jsonl.partial"
+    kept = partial.read_text().splitlines()
+    assert len(kept) == 1 + 10
+    partial.write_text("\n".join([*kept, "[3, [0, 1"]))  # torn where it stopped
+    sizes.clear()
+    sizes += [0, 0, 0]
+    capsys.readouterr()
+    assert main([*arguments, "--predictions", str(file)]) == 0
+    assert sum(sizes) == 16 - 10
+    assert file.read_text() == (run / "predictions.jsonl").read_text() and not partial.exists()
+
+    partial.write_text("\n".join(['"another run"', *kept[1:], ""]))
+    sizes[:] = [0, 0, 0]
+    assert main([*arguments, "--predictions", str(file)]) == 0
+    assert sum(sizes) == 16
+
+
 def test_labels_that_were_found_keep_their_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also where the training file is gone, and where another split has only some of them."""
     rows = [{"text": f"text {i}", "label": ("b", "a", "c")[i % 3]} for i in range(30)]
@@ -133,6 +168,8 @@ def test_what_cannot_be_scored_is_refused(texts: str, tmp_path: Path, capsys: py
     ):
         assert main(arguments) == 2
         assert sentence in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--predictions", "/nowhere/file"]) == 2
+    assert "--predictions /nowhere/file: /nowhere is not a folder." in capsys.readouterr().err
     (run / "predictions.jsonl").write_text('{"prediction": "to')
     assert main(["rescore", str(run)]) == 2
     assert "predictions.jsonl cannot be read" in capsys.readouterr().err
