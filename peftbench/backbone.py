@@ -17,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -81,7 +82,7 @@ def _can_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: T
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    if task.kind is TaskKind.classification:
+    if task.kind is not TaskKind.text_to_text:
         tokenizer.padding_side = "right"
 
 
@@ -157,11 +158,17 @@ def _auto_class(model: Model, task: Task, config: PretrainedConfig) -> Any:
         config.id2label = dict(enumerate(task.labels))
         config.label2id = {label: code for code, label in enumerate(task.labels)}
         return AutoModelForSequenceClassification
+    if task.kind is TaskKind.regression:
+        config.num_labels = 1
+        config.problem_type = "regression"
+        return AutoModelForSequenceClassification
     if config.is_encoder_decoder:
         return AutoModelForSeq2SeqLM
+    if set(family_of(config.model_type).stacks) == {"decoder"}:
+        return AutoModelForCausalLM
     raise UserError(
-        f"task={task.name} writes text and model={model.name} is no encoder-decoder ({config.model_type}): take one "
-        "such as model=bart_large or model=mini."
+        f"task={task.name} writes text and model={model.name} is an encoder alone ({config.model_type}): take one with "
+        "a decoder such as model=bart_large or model=mini."
     )
 
 
@@ -190,8 +197,9 @@ def _explained(model: Model, load: Callable[[], T]) -> T:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         if model.path is None and (reason := hub_missing()):
             raise UserError(
-                f"model.hub_id={model.hub_id} is not in this machine's cache and {reason}; bring the model's folder "
-                "and give it as model.path=FOLDER, or take the embedded model=mini."
+                f"model.hub_id={model.hub_id} is not in this machine's cache and {reason}; bring its folder "
+                "(config.json, model.safetensors, the tokenizer's files) and give it as model.path=FOLDER, set HF_HOME "
+                "to a copy of the cache of a machine that has loaded it, or take the embedded model=mini."
             ) from error
         place = f"model.hub_id={model.hub_id}" if model.path is None else f"model.path={model.path}"
         raise UserError(f"{place} cannot be loaded: {' '.join(str(error).split())}") from error

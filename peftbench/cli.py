@@ -22,6 +22,9 @@ peftbench: which parameter-efficient fine-tuning method, where in the network, h
                                            the recorded runs, best first
   peftbench params [-m] [KEY=VALUE ...] [--json]
                                            what a run would train and store; needs no weights
+  peftbench evaluate RUN [task.split=SPLIT ...]
+                                           score a finished run's adapter again, on any split
+  peftbench rescore RUN [METRIC]           any metric of a finished run, from its predictions
   peftbench explain [KEY=VALUE ...] [--json]
                                            a method in the paper's terms, and where it stands in the network
   peftbench ls [axes|GROUP]                the choices of a group; the four axes, and which combinations run
@@ -97,10 +100,24 @@ def _ls(argv: list[str]) -> int:
     return listing(argv)
 
 
+def _evaluate(argv: list[str]) -> int:
+    from peftbench.scoring.evaluate import main as evaluate
+
+    return evaluate(argv)
+
+
+def _rescore(argv: list[str]) -> int:
+    from peftbench.scoring.rescore import main as rescore
+
+    return rescore(argv)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "results": _results,
     "params": _params,
     "explain": _explain,
     "ls": _ls,
+    "evaluate": _evaluate,
+    "rescore": _rescore,
 }

@@ -120,7 +120,7 @@ def _compose_one(overrides: list[str], loader: ConfigLoader) -> Run:
     try:
         cfg = compose(CONFIG_NAME, overrides=groups)
         for override in values:
-            sentence = _apply(cfg, override)
+            sentence = apply(cfg, override)
             found.extend([sentence] if sentence else [])
         run = resolve(cfg)
     except (HydraException, OmegaConfBaseException) as error:
@@ -152,7 +152,7 @@ def _options(override: Override) -> list[str]:
     return [str(option) for option in chosen if option is not None]
 
 
-def _apply(cfg: DictConfig, override: Override) -> str | None:
+def apply(cfg: DictConfig, override: Override) -> str | None:
     """Set one key of `cfg`; the sentence that says what is wrong with it, or None."""
     key, value = override.key_or_group, override.value()
     try:

@@ -50,7 +50,7 @@ FFNInput = Enum("FFNInput", ["normed", "residual"])
 Init = Enum("Init", ["bert", "lora"])
 LayerNormPlace = Enum("LayerNormPlace", ["none", "input", "output"])
 Unfreeze = Enum("Unfreeze", ["none", "bias", "norm", "all"])
-TaskKind = Enum("TaskKind", ["classification", "summarization"])
+TaskKind = Enum("TaskKind", ["classification", "regression", "text_to_text"])
 DType = Enum("DType", ["float32", "bfloat16"])
 Precision = Enum("Precision", ["auto", "fp32", "bf16"])
 Schedule = Enum("Schedule", ["linear", "cosine", "constant"])
@@ -167,26 +167,41 @@ class Task:
     sizes: str = MISSING  # which column of conf/sizes.yaml suits this task's paper backbone
     hub_id: str | None = None
     hub_config: str | None = None
+    hub_revision: str | None = None
     data_dir: str | None = None  # a folder with train/validation/test files; wins over hub_id
     data_files: dict[str, str] = field(default_factory=dict)  # split: file; wins over data_dir
+    # The files of train_split, selection_split and report_split, without knowing what the task calls them.
+    train_file: str | None = None
+    validation_file: str | None = None
+    test_file: str | None = None
     packages: list[str] | None = None  # docstring tasks: where the text comes from
     train_split: str = "train"
     selection_split: str = "validation"
     report_split: str = "test"
+    further_splits: list[str] = field(default_factory=list)  # scored beside the report split, such as mismatched MNLI
     max_train: int | None = None
     max_selection: int | None = None
     max_eval: int | None = None
     text_columns: list[str] = field(default_factory=list)  # classification: one text or a pair
     label_column: str = "label"
-    labels: list[str] = field(default_factory=list)  # names in the order of their integer codes
+    labels: list[str] = field(
+        default_factory=list
+    )  # names in the order of their codes; []: those of the training split
     source_column: str = "document"
-    target_column: str = "summary"
+    target_column: str = "summary"  # a text, or a list of texts that are all right
+    source_join: str | None = None  # what to put between the parts of a source that is a list; null: none is
+    prompt: str = "{source}\n"  # what a decoder alone is given, to be completed by the target
+    merge_references: bool = False  # rows with equal sources are one example with all their targets
+    source_language: str | None = None  # codes of backbones that have them, such as mBART's en_XX
+    target_language: str | None = None
     max_source_length: int = 512  # tokens
     max_target_length: int = 128  # tokens
-    metric: str = MISSING  # the main score, by which a run is selected and ranked
+    metric: str = MISSING  # the main score, by which runs are ranked
+    selection_metric: str | None = None  # by which a state is selected; loss: the lowest; null: the main score
     generation: Generation = field(default_factory=Generation)
     baselines: list[str] = field(default_factory=list)  # scores shown beside the run's: majority, head, lead1
     paper: dict[str, Any] = field(default_factory=dict)  # the paper's training settings, taken by trainer=paper
+    quick: dict[str, Any] = field(default_factory=dict)  # keep, evaluate_every and the like, taken by trainer=quick
 
 
 @dataclass
@@ -197,8 +212,10 @@ class Trainer:
     epochs: float = 3.0
     max_steps: int | None = None  # optimiser steps; wins over epochs
     batch_size: int = 32
+    batch_tokens: int | None = None  # batches of like lengths, examples x the longest of them; wins over batch_size
     accumulation: int = 1
     eval_batch_size: int = 64
+    eval_batch_tokens: int | None = None  # at most so many input tokens, too, in a batch to be predicted
     schedule: Schedule = Schedule.linear
     warmup: float = 0.06  # share of the steps
     weight_decay: float = 0.0
@@ -246,6 +263,16 @@ def conf_dir() -> Path:
     """The folder with the YAML groups: inside the installed package, or at the top of a checkout."""
     here = Path(__file__).resolve().parent
     return here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
+
+
+def task_files(task: Task) -> dict[str, str]:
+    """The user's own files by split."""
+    roles = (
+        (task.train_split, task.train_file),
+        (task.selection_split, task.validation_file),
+        (task.report_split, task.test_file),
+    )
+    return {**task.data_files, **{split: file for split, file in roles if file is not None}}
 
 
 def modifications(run: Run) -> dict[str, Modification]:

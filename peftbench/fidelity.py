@@ -206,7 +206,7 @@ DEAD: dict[str, tuple[str, Callable[[Modification], bool]]] = {
 SWITCHES = {
     "frozen_task_head": Switch(
         "The task head stays as it was initialised, at random; only BitFit trains its biases.",
-        touches=lambda run, model_type: run.task.kind is TaskKind.classification and run.unfreeze is not Unfreeze.all,
+        touches=lambda run, model_type: run.task.kind is not TaskKind.text_to_text and run.unfreeze is not Unfreeze.all,
     ),
     "attention_adapter_before_output": Switch(
         "The parallel adapter at the attention adds Δh to the concatenated heads, before W_o.", _before_output

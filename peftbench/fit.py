@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -26,6 +27,7 @@ from transformers import (
 )
 
 from peftbench import config
+from peftbench.batching import TokenBatches
 from peftbench.errors import UserError
 from peftbench.modification.state import trained_tensors
 from peftbench.progress import Stage
@@ -40,6 +42,8 @@ class Fitted:
     seconds: float
     tokens_per_s: float  # source and target tokens, padding not counted
 
+
+LOSS = "loss"  # of the scores the one that is better when lower
 
 Log = Callable[[dict[str, Any]], None]
 Evaluate = Callable[[], dict[str, float]]
@@ -64,10 +68,10 @@ def fit(
         bf16: train under bfloat16 autocast, see `use_bf16`.
         folder: where Trainer may write; it saves nothing there.
         evaluate: scores the model as it stands on the selection split.
-        metric: the score by which `keep=best` chooses; higher is better.
+        metric: the score by which `keep=best` chooses; higher is better, but of a loss lower.
         log: is given a dict for each logged step and evaluation.
     """
-    steps = total_steps(len(data.train), settings)
+    steps = total_steps(data, settings)
     callbacks: list[TrainerCallback] = [_Report(stage, log)]
     keeper = _KeepBest(metric) if settings.keep is config.Keep.best else None
     if keeper is not None:
@@ -85,6 +89,8 @@ def fit(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.scores = evaluate
+    if settings.batch_tokens is not None:
+        trainer.batches = TokenBatches(data.lengths, settings.batch_tokens, seed)
     if settings.gradient_checkpointing:
         # transformers renames it; the re-entrant kind would need inputs with gradients
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
@@ -98,21 +104,27 @@ def fit(
         if keeper.step < steps:  # the last state is a candidate too
             trainer.evaluate()
         keeper.restore(model)
-    seen = steps * settings.batch_size * settings.accumulation
+    seen = steps * settings.accumulation * len(data.train) / batches_per_epoch(data, settings)
     return Fitted(steps, seconds, seen * _mean_tokens(data) / seconds)
 
 
-def total_steps(examples: int, settings: config.Trainer) -> int:
+def total_steps(data: TaskData, settings: config.Trainer) -> int:
     """The number of optimiser steps: `max_steps`, or `epochs` passes over the training examples."""
     if settings.max_steps is not None:
         return settings.max_steps
-    return max(1, round(settings.epochs * steps_per_epoch(examples, settings)))
+    return max(1, round(settings.epochs * steps_per_epoch(data, settings)))
 
 
-def steps_per_epoch(examples: int, settings: config.Trainer) -> int:
+def steps_per_epoch(data: TaskData, settings: config.Trainer) -> int:
     """Optimiser steps in one pass; the last one of a pass may see fewer examples."""
-    batches = -(-examples // settings.batch_size)
-    return -(-batches // settings.accumulation)
+    return -(-batches_per_epoch(data, settings) // settings.accumulation)
+
+
+def batches_per_epoch(data: TaskData, settings: config.Trainer) -> int:
+    """Batches in one pass over the training examples."""
+    if settings.batch_tokens is not None:
+        return len(TokenBatches(data.lengths, settings.batch_tokens, seed=0))
+    return -(-len(data.train) // settings.batch_size)
 
 
 def use_bf16(settings: config.Trainer, model: config.Model) -> bool:
@@ -152,7 +164,7 @@ def _arguments(
         optim="adamw_torch",
         bf16=bf16,
         eval_strategy="steps" if settings.keep is config.Keep.best else "no",
-        eval_steps=settings.evaluate_every or steps_per_epoch(len(data.train), settings),
+        eval_steps=settings.evaluate_every or steps_per_epoch(data, settings),
         logging_strategy="steps",
         logging_steps=max(1, steps // 50),
         save_strategy="no",
@@ -178,7 +190,19 @@ class _Trainer(Trainer):
     """Trainer whose evaluation is peftbench's own, the same as that of the report."""
 
     scores: Evaluate
+    batches: TokenBatches | None = None
     control: TrainerControl
+
+    def get_train_dataloader(self) -> Any:  # accelerate's shard of a DataLoader
+        if self.batches is None:
+            return super().get_train_dataloader()
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = {f"eval_{name}": value for name, value in self.scores().items()}
@@ -218,7 +242,7 @@ class _KeepBest(TrainerCallback):
         self, args: object, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
     ) -> None:
         self.step = state.global_step
-        value = metrics[f"eval_{self.metric}"]
+        value = metrics[f"eval_{self.metric}"] * (-1 if self.metric == LOSS else 1)
         if self.best is None or value > self.best:
             self.best = value
             self.tensors = {name: tensor.cpu().clone() for name, tensor in trained_tensors(kwargs["model"]).items()}

@@ -20,12 +20,11 @@ from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
 from peftbench.backbone import Backbone, load_backbone
-from peftbench.config import Keep, Run, Unfreeze, modifications, resolve
+from peftbench.config import Keep, Run, TaskKind, Unfreeze, modifications, resolve
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
-from peftbench.fidelity import with_deviations
 from peftbench.fit import Fitted, chosen_device, fit, total_steps, use_bf16
-from peftbench.modification.attach import attach
+from peftbench.modification.attach import attach, attach_run
 from peftbench.modification.counting import count
 from peftbench.modification.dead_parameters import count_dead
 from peftbench.modification.state import fold, save
@@ -46,6 +45,7 @@ from peftbench.results.record import (
 from peftbench.results.table import single_row
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.docstrings import versions
+from peftbench.tasks.load import load
 from peftbench.tasks.prepare import prepare
 from peftbench.validity import faults
 
@@ -62,7 +62,7 @@ def train(cfg: DictConfig) -> float:
     if found := faults(run):
         raise UserError(*found)
     run = solve(run, as_trained=True)  # a budget becomes bottlenecks; the backbone's config.json is all it reads
-    console = _quiet_console()
+    console = quiet_console()
     folder = run_dir(run)
     if not run.rerun and (record := finished(folder)) is not None:
         console.print("This run is done already; rerun=true trains it again.")
@@ -75,19 +75,15 @@ def train(cfg: DictConfig) -> float:
         )
         with _timed(record, "prepare_s"), display.stage("prepare"):
             set_seed(run.seed)
-            backbone = load_backbone(run.model, run.task)
-            run, record.deviations = with_deviations(run, backbone.model.config.model_type)
+            loaded = load(run.task)
+            backbone = load_backbone(run.model, loaded.task)
+            run, record.deviations = attach_run(backbone.model, run, backbone.untrained)
             record.axes = axes_of(run)
-            attach(
-                backbone.model,
-                modifications(run),
-                run.unfreeze,
-                backbone.untrained,
-                train_head=not run.fidelity.frozen_task_head,
-            )
             _record_counts(record, run, backbone.model)
-            data = prepare(run.task, backbone.tokenizer, backbone.model)
-            _record_data(record, run, data)
+            data = prepare(loaded, backbone.tokenizer, backbone.model)
+            _record_data(record, data)
+            for note in data.notes:
+                console.print(note, highlight=False)
         backbone.model.to(device)
         with _timed(record, "probe_s"):
             _probe(run, backbone.model, data, record)
@@ -120,7 +116,7 @@ def _probe(run: Run, model: PreTrainedModel, data: TaskData, record: Record) -> 
 def _fit(run: Run, backbone: Backbone, data: TaskData, record: Record, display: Display, name: str) -> Fitted:
     """Train what is trainable in the backbone's model; log to the run's folder."""
     evaluator = Evaluator(backbone.model, data, run)
-    with display.stage(name, total_steps(len(data.train), run.trainer)) as stage:
+    with display.stage(name, total_steps(data, run.trainer)) as stage:
         return fit(
             backbone.model,
             data,
@@ -128,26 +124,31 @@ def _fit(run: Run, backbone: Backbone, data: TaskData, record: Record, display: 
             seed=run.seed,
             bf16=use_bf16(run.trainer, run.model),
             folder=record.folder,
-            evaluate=lambda: evaluator.score("selection")[0],
-            metric=run.task.metric,
+            evaluate=evaluator.selection,
+            metric=run.task.selection_metric or run.task.metric,
             stage=stage,
             log=lambda values: append_metrics(record.folder, {"stage": name, **values}),
         )
 
 
 def _evaluate(run: Run, model: PreTrainedModel, data: TaskData, record: Record, display: Display) -> None:
-    """Score the model, write the predictions of the report split, and note the baselines beside the score.
+    """Score the model, write the predictions of the splits reported on, and note the baselines beside the score.
 
     The selection split is scored too where it chose the state that is reported.
     """
     evaluator = Evaluator(model, data, run)
     selected = run.trainer.keep is Keep.best and data.splits["selection"] != data.splits["report"]
-    for role in ("selection", "report") if selected else ("report",):
-        with display.stage(f"evaluate {data.splits[role]['split']}", data.splits[role]["examples"]) as stage:
+    for role, split in data.splits.items():
+        if role == "train" or (role == "selection" and not selected):
+            continue
+        with display.stage(f"evaluate {split['split']}", split["examples"]) as stage:
             metrics, decoded = evaluator.score(role, stage.advance)
-        record.scores[role] = Score(**data.splits[role], metrics=metrics)
+        record.scores[role] = Score(**split, metrics=metrics)
+        if role != "selection":
+            write_predictions(record.folder, data.records(decoded, getattr(data, f"{role}_rows")), role)
     record.score = record.scores["report"].metrics[run.task.metric]
-    write_predictions(record.folder, data.records(decoded, data.report_rows))
+    if data.signatures:
+        record.data["signatures"] = data.signatures
     for dotted, value in data.baselines().items():
         name, metric = dotted.split(".", 1)
         record.scores.setdefault(name, Score(**data.splits["report"], metrics={})).metrics[metric] = value
@@ -158,7 +159,7 @@ def _evaluate(run: Run, model: PreTrainedModel, data: TaskData, record: Record, 
 def _head_alone(run: Run, data: TaskData, record: Record, display: Display) -> float:
     """The score of the same task head, trained in the same way on the untouched backbone."""
     set_seed(run.seed)
-    backbone = load_backbone(run.model, run.task)
+    backbone = load_backbone(run.model, data.task)
     attach(backbone.model, {}, untrained=backbone.untrained)
     backbone.model.to(chosen_device(run.trainer))
     _fit(run, backbone, data, record, display, "train the head alone")
@@ -178,10 +179,12 @@ def _record_counts(record: Record, run: Run, model: PreTrainedModel) -> None:
     record.model.parameters = counts.backbone
 
 
-def _record_data(record: Record, run: Run, data: TaskData) -> None:
-    record.data = {"fingerprint": data.fingerprint, "splits": data.splits}
-    if run.task.packages is not None:
-        record.data["packages"] = versions(run.task.packages)
+def _record_data(record: Record, data: TaskData) -> None:
+    record.data = {"fingerprint": data.fingerprint, "splits": data.splits, "notes": data.notes}
+    if data.task.kind is TaskKind.classification:
+        record.data["labels"] = data.task.labels
+    if data.task.packages is not None:
+        record.data["packages"] = versions(data.task.packages)
 
 
 def _record_fit(record: Record, fitted: Fitted) -> None:
@@ -207,12 +210,12 @@ def _overrides() -> list[str]:
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
-def _quiet_console() -> Console:
+def quiet_console(stderr: bool = False) -> Console:
     """The console of a run; the libraries' own bars and hints are switched off."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    return Console()
+    return Console(stderr=stderr)
 
 
 if __name__ == "__main__":

@@ -16,22 +16,35 @@ from peftbench.config import (
     DType,
     Precision,
     Run,
+    Task,
     TaskKind,
     Unfreeze,
     modifications,
+    task_files,
 )
 from peftbench.errors import UserError, unknown
 from peftbench.fidelity import idle_switches
 
 METRICS = {
-    TaskKind.classification: ("accuracy",),
-    TaskKind.summarization: ("rouge1", "rouge2", "rougeL", "rougeLsum"),
+    TaskKind.classification: ("accuracy", "f1", "macro_f1", "matthews"),
+    TaskKind.regression: ("pearson", "spearman"),
+    TaskKind.text_to_text: (
+        "rouge1",
+        "rouge2",
+        "rougeL",
+        "rougeLsum",
+        "bleu",
+        "chrf",
+        "bleu_ro",
+        "exact_match",
+    ),
 }
 
 
 BASELINES = {
     TaskKind.classification: ("majority", "head"),
-    TaskKind.summarization: ("lead1",),
+    TaskKind.regression: ("head",),
+    TaskKind.text_to_text: ("lead1", "copy"),
 }
 
 
@@ -43,6 +56,7 @@ def faults(run: Run) -> list[str]:
     found.extend(_budget_faults(run))
     found.extend(_number_faults(run))
     found.extend(_path_faults(run))
+    found.extend(_data_faults(run.task))
     if run.unfreeze is not Unfreeze.none and run.model.dtype is not DType.float32:
         found.append(
             f"unfreeze={run.unfreeze.name} trains the backbone's own parameters, which must then be float32; set "
@@ -54,15 +68,15 @@ def faults(run: Run) -> list[str]:
             "trainer.precision=auto, or model.dtype=float32."
         )
     nothing = not run.mix and all(axis == "none" for axis in axes(run)) and run.unfreeze is Unfreeze.none
-    if nothing and run.task.kind is TaskKind.classification and run.fidelity.frozen_task_head:
+    if nothing and run.task.kind is not TaskKind.text_to_text and run.fidelity.frozen_task_head:
         found.append(
             f"fidelity.frozen_task_head=true with method={run.method} leaves nothing to train; use "
             "fidelity.frozen_task_head=false, or a method that changes the backbone, such as method=lora."
         )
     found.extend(idle_switches(run))
-    if nothing and run.task.kind is not TaskKind.classification:
+    if nothing and run.task.kind is TaskKind.text_to_text:
         found.append(
-            f"method={run.method} with task={run.task.name} leaves nothing to train: only classification has a task "
+            f"method={run.method} with task={run.task.name} leaves nothing to train: a task that writes text has no "
             "head; use a method that changes the backbone, such as method=lora or method=full."
         )
     for baseline in run.task.baselines:
@@ -70,6 +84,10 @@ def faults(run: Run) -> list[str]:
             found.append(unknown("task.baselines", baseline, BASELINES[run.task.kind]))
     if run.task.metric not in METRICS[run.task.kind]:
         found.append(unknown("task.metric", run.task.metric, METRICS[run.task.kind]))
+    selected_by = run.task.selection_metric
+    selectors = (run.task.metric, *(["loss"] if run.task.kind is TaskKind.text_to_text else []))
+    if selected_by is not None and selected_by not in selectors:
+        found.append(unknown("task.selection_metric", selected_by, selectors))
     return found
 
 
@@ -100,21 +118,50 @@ def _budget_faults(run: Run) -> Iterator[str]:
 def _path_faults(run: Run) -> Iterator[str]:
     """Paths that lead nowhere; what stands in them is looked at when it is read."""
     folders = {"model.path": run.model.path, "task.data_dir": run.task.data_dir}
-    files = {f"task.data_files.{split}": file for split, file in run.task.data_files.items()}
+    files: dict[str, str | None] = {
+        **{f"task.data_files.{split}": file for split, file in run.task.data_files.items()},
+        "task.train_file": run.task.train_file,
+        "task.validation_file": run.task.validation_file,
+        "task.test_file": run.task.test_file,
+    }
     for key, path in folders.items():
         if path is not None and not Path(path).expanduser().is_dir():
             yield f"{key}={path} is not a folder; give the path of an existing one."
     for key, path in files.items():
-        if not Path(path).expanduser().is_file():
+        if path is not None and not Path(path).expanduser().is_file():
             yield f"{key}={path} is not a file; give the path of an existing one."
+
+
+def _data_faults(task: Task) -> Iterator[str]:
+    """Where the data comes from, and which of its columns are read."""
+    if not any((task_files(task), task.data_dir, task.packages, task.hub_id)):
+        yield (
+            f"task={task.name} has no data; give task.train_file=FILE (.csv, .tsv, .jsonl, .json or .parquet), with "
+            "task.validation_file and task.test_file where you have them, or task.data_dir=FOLDER with all of them."
+        )
+    if task.validation_file and task.test_file and task.selection_split == task.report_split:
+        yield (
+            f"task.test_file={task.test_file}: task={task.name} selects and reports on its {task.report_split} split; "
+            "give task.validation_file alone, or task.report_split=test."
+        )
+    if task.kind is not TaskKind.text_to_text and len(task.text_columns) not in (1, 2):
+        yield f"task.text_columns=[{','.join(task.text_columns)}] must name one column, or two for a pair."
+    if task.prompt.count("{source}") != 1:
+        yield f"task.prompt={task.prompt!r} must hold {{source}} once, where the source is put."
+    if len(set(task.labels)) < len(task.labels):
+        yield f"task.labels=[{','.join(task.labels)}] names a label twice."
+    if task.metric == "f1" and len(task.labels) > 2:
+        yield "task.metric=f1 is that of the second of two labels; with more of them use macro_f1."
 
 
 def _number_faults(run: Run) -> Iterator[str]:
     trainer, task = run.trainer, run.task
     at_least_one = {
         "trainer.batch_size": trainer.batch_size,
+        "trainer.batch_tokens": trainer.batch_tokens,
         "trainer.accumulation": trainer.accumulation,
         "trainer.eval_batch_size": trainer.eval_batch_size,
+        "trainer.eval_batch_tokens": trainer.eval_batch_tokens,
         "trainer.max_steps": trainer.max_steps,
         "trainer.evaluate_every": trainer.evaluate_every,
         "task.max_train": task.max_train,

@@ -365,7 +365,7 @@ def run_on(family: str, folder: Path, found: dict[str, config.Modification], **m
     """A run of the modifications `found`, by prefix, on a tiny model of which `folder` has the config.json alone."""
     build(family).config.save_pretrained(folder)
     root = {} if "" not in found else {key: getattr(found[""], key) for key in config.Modification.__dataclass_fields__}
-    kind = config.TaskKind.summarization if family in WRITING else config.TaskKind.classification
+    kind = config.TaskKind.text_to_text if family in WRITING else config.TaskKind.classification
     return config.Run(
         **root,
         mix={prefix.split(".")[1]: m for prefix, m in found.items() if prefix},

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from peftbench import config
 from peftbench.axes import WITHOUT_ATTENTION
 from peftbench.errors import UserError
+from peftbench.fidelity import Deviation, with_deviations
 from peftbench.modification.composition import Add, Gated, GatedAdd, Multiply, Scaled
 from peftbench.modification.edit import Edit, SublayerDropout
 from peftbench.modification.functional_form import Bottleneck, Constant, FunctionalForm
@@ -55,6 +56,20 @@ def attach(
     for linear, dropout in dropouts:
         linear.register_forward_hook(dropout.drop)
     model.train(model.training)  # new modules begin in training mode, whatever the model's
+
+
+def attach_run(
+    model: PreTrainedModel, run: config.Run, untrained: Collection[str] = ()
+) -> tuple[config.Run, list[Deviation]]:
+    """`attach` what a run says, read as its `fidelity` says.
+
+    Returns:
+        The run with the deviations from the paper's text put in, and these.
+    """
+    run, deviations = with_deviations(run, model.config.model_type)
+    train_head = not run.fidelity.frozen_task_head
+    attach(model, config.modifications(run), run.unfreeze, untrained, train_head=train_head)
+    return run, deviations
 
 
 def _representation(m: config.Modification) -> str:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from peftbench.backbone import meta_backbone
-from peftbench.config import Modification, Representation, Run, Unfreeze, modifications
-from peftbench.fidelity import Deviation, with_deviations
-from peftbench.modification.attach import attach
+from peftbench.config import Modification, Representation, Run, Task, TaskKind, Unfreeze, modifications
+from peftbench.fidelity import Deviation
+from peftbench.modification.attach import attach_run
 from peftbench.modification.counting import Counts, PlaceCounts, count, count_places
 from peftbench.modification.dead_parameters import count_dead
 from peftbench.params.solve import solve
@@ -79,10 +79,9 @@ def build(run: Run) -> Built:
     Raises:
         UserError: the backbone's architecture is not known, or a modification or the budget does not fit it.
     """
-    run = solve(run)
+    run = solve(replace(run, task=_with_labels(run.task)))
     model = meta_backbone(run.model, run.task)
-    run, deviations = with_deviations(run, model.config.model_type)
-    attach(model, modifications(run), run.unfreeze, train_head=not run.fidelity.frozen_task_head)
+    run, deviations = attach_run(model, run)
     return Built(run, deviations, model)
 
 
@@ -96,6 +95,15 @@ def count_built(built: Built) -> RunCounts:
         groups.append(Group(UNFROZEN[run.unfreeze], None, 1, {}, unfrozen, unfrozen, unfrozen))
     dead = count_dead(model, modifications(run)) if run.fidelity.dead_parameters else 0
     return RunCounts(run, totals, groups, deviations, dead)
+
+
+def _with_labels(task: Task) -> Task:
+    """The task with the labels of its training file, where it names none: the size of the task head."""
+    if task.labels or task.kind is not TaskKind.classification:
+        return task
+    from peftbench.tasks.load import label_names  # imports datasets, which nothing else here needs
+
+    return replace(task, labels=label_names(task))
 
 
 def _groups(model: PreTrainedModel, run: Run) -> Iterator[Group]:

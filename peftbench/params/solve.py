@@ -17,8 +17,7 @@ from peftbench.backbone import load_config, meta_backbone
 from peftbench.budget import largest_sizes, limit
 from peftbench.config import Run, modifications
 from peftbench.errors import UserError
-from peftbench.fidelity import with_deviations
-from peftbench.modification.attach import attach
+from peftbench.modification.attach import attach_run
 from peftbench.modification.counting import Counts, count
 
 
@@ -76,8 +75,7 @@ def solve(run: Run, *, as_trained: bool = False) -> Run:
 
 def _counted(run: Run, sizes: Mapping[str, int], config: PretrainedConfig | None) -> Counts:
     model = meta_backbone(run.model, run.task, config)
-    run, _ = with_deviations(_resized(run, sizes), model.config.model_type)
-    attach(model, modifications(run), run.unfreeze, train_head=not run.fidelity.frozen_task_head)
+    attach_run(model, _resized(run, sizes))
     return count(model)
 
 

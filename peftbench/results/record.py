@@ -93,6 +93,7 @@ class Score:
     split: str
     examples: int
     metrics: dict[str, float]
+    of: int | None = None  # examples that the split has, where not all of them were taken
 
 
 @dataclass
@@ -119,7 +120,7 @@ class Record:
     fidelity: str = "paper"  # the set of switches between the paper's text and its released code
     deviations: list[Deviation] = field(default_factory=list)  # the switches that make this run differ from the text
     counts: Counts | None = None
-    scores: dict[str, Score] = field(default_factory=dict)  # by role: selection, report
+    scores: dict[str, Score] = field(default_factory=dict)  # by role: selection, report, report_SPLIT
     score: float | None = None  # the main metric on the report split
     baselines: dict[str, float] = field(default_factory=dict)  # the main metric of: majority, head, lead1
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -222,10 +223,11 @@ def start(run: Run, folder: Path, overrides: Sequence[str]) -> Record:
         git=_git(),
     )
     record.save()  # first of all: from here on the folder of an earlier run, if it is one, no longer says done
-    for stale in ("error.txt", "metrics.jsonl", "predictions.jsonl"):  # an earlier try's would pass for this one's
-        (folder / stale).unlink(missing_ok=True)
-    with _replacing(folder / "config.yaml") as file:
-        OmegaConf.save(OmegaConf.structured(replace(run, sizes=None, size=None)), file)
+    stale = [folder / "error.txt", folder / "metrics.jsonl", *folder.glob("predictions*.jsonl")]
+    for file in stale:  # an earlier try's would pass for this one's
+        file.unlink(missing_ok=True)
+    with _replacing(folder / "config.yaml") as config:
+        OmegaConf.save(OmegaConf.structured(replace(run, sizes=None, size=None)), config)
     return record
 
 
@@ -262,10 +264,20 @@ def append_metrics(folder: Path, values: dict[str, Any]) -> None:
         file.write(json.dumps(values) + "\n")
 
 
-def write_predictions(folder: Path, predictions: Iterable[dict[str, Any]]) -> None:
+def predictions_file(role: str) -> str:
+    """What the file with a role's predictions is called: `predictions.jsonl`, or `predictions.SPLIT.jsonl`."""
+    return f"predictions{role.removeprefix('report').replace('_', '.', 1)}.jsonl"
+
+
+def write_predictions(folder: Path, predictions: Iterable[dict[str, Any]], role: str = "report") -> None:
     """Writes `predictions.jsonl`, one line for each example."""
-    with _replacing(folder / "predictions.jsonl") as file:
-        file.writelines(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
+    write_lines(folder / predictions_file(role), predictions)
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes one JSON object on each line of a file."""
+    with _replacing(path) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

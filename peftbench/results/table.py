@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from peftbench.results.record import Axes, Record, flatten
+from peftbench.results.record import Axes, Record, Score, flatten
 
 GAP = 2  # characters between two columns
 OVERRIDES_TO_KEEP = re.compile(r"(task|model|trainer|debug|output_dir)\b")  # in the sweep that is proposed
@@ -125,9 +125,13 @@ def _rank(record: Record) -> tuple[float, str, int]:
 def _setting(record: Record) -> tuple[str, ...]:
     """What two runs share whose scores may be compared: task, backbone, metric, split and its size."""
     report = record.scores.get("report")
-    split = (report.split, f"{report.examples:,}") if report and _is_scored(record) else ("", "")
+    split = (report.split, _examples(report)) if report and _is_scored(record) else ("", "")
     model = record.model
     return (record.task, model.hub_id or model.name, model.content or model.revision or "", record.metric, *split)
+
+
+def _examples(report: Score) -> str:
+    return f"{report.examples:,}" + (f" of {report.of:,}" if report.of else "")
 
 
 def _home(tables: list[list[Record]], record: Record) -> list[Record]:

@@ -131,6 +131,44 @@ def test_padding_of_a_decoder_stands_behind_the_text(gpt2: Path) -> None:
     assert difference.abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("task", ["stsb", "cola", "mrpc"])
+def test_glue_reports_its_own_metrics(task: str, tmp_path: Path) -> None:
+    """A regression, Matthews' correlation, and F1 with accuracy, on the selection and the report split."""
+    texts = {"sentence": "one", "sentence1": "one", "sentence2": "two"}
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({**texts, "label": i % 2}) + "\n" for i in range(24))
+        )
+    overrides = [f"task={task}", "model=mini", f"task.data_dir={tmp_path}", "debug=smoke", "trainer.max_steps=2"]
+    assert main(["train", *overrides, "method=lora", f"output_dir={tmp_path / 'outputs'}"]) == 0
+    (record,) = records(tmp_path / "outputs")
+    expected = {"stsb": {"pearson", "spearman"}, "cola": {"matthews", "accuracy"}, "mrpc": {"f1", "accuracy"}}
+    assert set(record["scores"]["report"]["metrics"]) == expected[task]
+    assert record["scores"]["report"]["split"] == "validation"
+
+
+def test_translation_by_loss_in_batches_of_tokens(tmp_path: Path) -> None:
+    """The paper's way, on a backbone without language codes: raw and normalised BLEU with their signatures."""
+    rows = [{"en": "the house " * (1 + i % 5), "ro": "casă " * (1 + i % 5)} for i in range(32)]
+    for name in ("train", "dev", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = ["task=wmt16_enro", "model=mini", f"task.data_dir={tmp_path}", "debug=smoke", "method=lora"]
+    overrides += [
+        "trainer.batch_tokens=64",
+        "trainer.max_steps=6",
+        "trainer.evaluate_every=2",
+        f"output_dir={tmp_path / 'outputs'}",
+    ]
+    assert main(["train", *overrides]) == 0
+    (record,) = records(tmp_path / "outputs")
+    assert set(record["scores"]["report"]["metrics"]) == {"bleu_ro", "bleu", "chrf"}
+    assert set(record["data"]["signatures"]) == {"bleu_ro", "bleu", "chrf"}
+    folder = next((tmp_path / "outputs").rglob("record.json")).parent
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["eval_loss"] for line in logged if "eval_loss" in line]
+    assert len(losses) >= 2 and losses[-1] < losses[0]
+
+
 def test_a_finished_run_is_not_trained_again(
     smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,6 +239,16 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["trainer.epoch=3"], ["trainer.epoch is no key of the config (in trainer); did you mean epochs?"]),
         (["task.data_dir=/nowhere"], ["task.data_dir=/nowhere is not a folder"]),
         (["model.path=/nowhere"], ["model.path=/nowhere is not a folder"]),
+        (["task=text_to_text"], ["task=text_to_text has no data; give task.train_file=FILE"]),
+        (["task.train_file=/nowhere.csv"], ["task.train_file=/nowhere.csv is not a file"]),
+        (["task.text_columns=[]"], ["task.text_columns=[] must name one column, or two for a pair."]),
+        (["task.labels=[a,b,a]"], ["task.labels=[a,b,a] names a label twice."]),
+        (["task.metric=f1"], ["task.metric=f1 is that of the second of two labels"]),
+        (["task.metric=bleu"], ["task.metric=bleu is unknown; Choices: accuracy, f1, macro_f1, matthews."]),
+        (
+            ["task=sst2", f"task.validation_file={__file__}", f"task.test_file={__file__}"],
+            ["task=sst2 selects and reports on its validation split"],
+        ),
         (["bottleneck=8,16"], ["add -m to run each of them"]),
         (
             ["composition_function=gated", "functional_form=relu", "insertion_form=sequential"],
@@ -244,6 +292,43 @@ def test_bad_overrides_are_refused_in_sentences(
     assert not (tmp_path / "outputs").exists()
 
 
+def own_csv(folder: Path, rows: str) -> str:
+    file = folder / "own.csv"
+    file.write_text(rows)
+    return f"task.train_file={file}"
+
+
+TEN_LINES = "\n".join(f'"{"fine" if i % 2 else "dull"}, number {i}",{"good" if i % 2 else "bad"}' for i in range(10))
+
+
+@pytest.mark.parametrize(
+    ("task", "header", "columns"),
+    [
+        ("text_classification", "text,label", ["trainer.keep=best"]),
+        ("text_to_text", "text,label", ["task.source_column=text", "task.target_column=label"]),
+    ],
+)
+def test_a_csv_of_ten_lines_is_enough(
+    task: str, header: str, columns: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The record says how it was split, and what the labels are."""
+    file = own_csv(tmp_path, f"{header}\n{TEN_LINES}\n")
+    arguments = ["train", f"task={task}", file, *columns, "debug=smoke", f"output_dir={tmp_path / 'outputs'}"]
+    assert main(arguments) == 0
+    (record,) = records(tmp_path / "outputs")
+    assert {role: split["examples"] for role, split in record["data"]["splits"].items()} == {
+        "train": 8,
+        "selection": 1,
+        "report": 1,
+    }
+    notes = record["data"]["notes"]
+    assert any("own.csv is dealt by a hash of the input: validation and test have one in ten" in note for note in notes)
+    if task == "text_classification":
+        assert record["data"]["labels"] == ["bad", "good"]
+        assert any("The labels are those of" in note and "in this order: bad, good." in note for note in notes)
+    assert notes[0] in capsys.readouterr().out.replace("\n", "") or len(notes[0]) > 80  # wrapped at the console's width
+
+
 def _torn(folder: Path) -> None:
     (folder / "train.tsv").unlink()
     (folder / "train.jsonl").write_text('{"sentence": "fine", "label": 1}\n{"sentence": "to')
@@ -259,7 +344,7 @@ def _missing_column(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
-    [(_torn, "train.jsonl:2"), (_unknown_label, "train.tsv, row 2"), (_missing_column, "task.label_column")],
+    [(_torn, "train.jsonl:2"), (_unknown_label, "train.tsv:3"), (_missing_column, "task.label_column")],
 )
 def test_bad_files_are_named_with_their_line(
     spoil: Callable[[Path], None],

@@ -90,7 +90,7 @@ def test_every_preset_is_in_the_table() -> None:
 @pytest.mark.parametrize("case", IN_FORCE)
 def test_the_switches_in_force(case: str) -> None:
     classifier = composed("task=sst2", "fidelity=released_code", f"method={case.split()[0]}", *case.split()[1:])
-    writer = replace(classifier, task=replace(classifier.task, kind=TaskKind.summarization))
+    writer = replace(classifier, task=replace(classifier.task, kind=TaskKind.text_to_text))
     assert (names(writer, "bart"), names(writer, "mbart"), names(classifier, "roberta")) == IN_FORCE[case]
 
 

@@ -272,7 +272,7 @@ def test_a_point_of_a_sweep_that_does_not_fit(capsys: pytest.CaptureFixture[str]
             ["model=bart_large", "model.hub_id=facebook/bart-base"],
             "model.architecture is that of facebook/bart-large. Give a folder with its config.json",
         ),
-        (["model=bert_base", "task=xsum"], "task=xsum writes text and model=bert_base is no encoder-decoder (bert)"),
+        (["model=bert_base", "task=xsum"], "task=xsum writes text and model=bert_base is an encoder alone (bert)"),
         (["model=bert_base", "model.architecture.model_type=xlnet"], "The backbone's model_type is xlnet"),
         (["model=bert_base", "+model.architecture.vocab=9"], "model.architecture.vocab is no key of bert's config"),
         (["model=bert_base", "+model.architecture.hidden_size=wide"], "model.architecture does not fit bert"),
