@@ -23,7 +23,7 @@ from tests.families import FAMILIES, MORE_FAMILIES, PRESETS, batch, build, dropo
 ON_CPU, ON_GPU = "cpu", pytest.param("cuda", marks=pytest.mark.gpu)
 # A rounding must not switch one of the few units of a tiny model on or off: gelu where a backbone or a method has relu.
 SMOOTH: dict[str, dict[str, Any]] = {family: {"feed_forward_proj": "gelu"} for family in ("t5", "t5_classifier")}
-METHODS = ["prefix", "prefix_no_gating", "adapter", "pfeiffer", "lora", "mh_parallel_adapter_hidden", "mam"]
+MORE = ("prefix", "prefix_no_gating", "pfeiffer", "lora", "mh_parallel_adapter_hidden")
 
 
 def checkpointed(reentrant: bool) -> Callable[[PreTrainedModel], PreTrainedModel]:
@@ -107,7 +107,7 @@ def relative_error(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
     return error / sum(float(gradient.square().sum()) for gradient in exact.values()) ** 0.5
 
 
-@pytest.mark.parametrize("preset", METHODS)
+@pytest.mark.parametrize("preset", ["adapter", "mam", *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
 @pytest.mark.parametrize("way", [way for way in WAYS if "compiled" not in way])
 @pytest.mark.parametrize("device", [ON_CPU, ON_GPU])

@@ -19,9 +19,7 @@ from peftbench.fit import fit
 from peftbench.modification.attach import attach
 from peftbench.modification.edit import Edit
 from peftbench.probe import no_gradient, unreached
-from tests.families import DECODERS, FAMILIES, MORE_FAMILIES, PRESETS, batch, build, modification
-
-EVERYWHERE = [(f, p) for f in (*FAMILIES, *MORE_FAMILIES) for p in PRESETS if f not in DECODERS or p != "prompt"]
+from tests.families import DECODERS, FAMILIES, MORE_FAMILIES, PRESETS, batch, build, long_tail, modification
 
 
 def with_idle_cross_attention() -> PreTrainedModel:
@@ -33,9 +31,12 @@ def with_idle_cross_attention() -> PreTrainedModel:
     )
 
 
-@pytest.mark.parametrize(("family", "preset"), EVERYWHERE)
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("family", long_tail((*FAMILIES, *MORE_FAMILIES), "bart", "roberta", "t5", "gpt2"))
 def test_every_method_is_reached_from_its_own_initialisation(family: str, preset: str) -> None:
     """Exactly zero gradients, as that of LoRA's W_down, are no fault."""
+    if family in DECODERS and preset == "prompt":
+        pytest.skip("refused, see tests/integration/test_families.py")
     model = build(family)
     attach(model, PRESETS[preset])
     assert unreached(model, batch(family), bf16=False) == []
