@@ -20,6 +20,7 @@ COMMANDS = [" ".join(line.split()) for line in LINES if line.startswith("peftben
 
 def arguments(command: str, tmp_path: Path) -> list[str]:
     """The command's words after `peftbench`, with FOLDER standing for an existing one."""
+    (tmp_path / "train.csv").write_text("text,label\ngood,yes\nbad,no\n", encoding="utf-8")
     return [word.replace("FOLDER", str(tmp_path)) for word in shlex.split(command)[1:]]
 
 
