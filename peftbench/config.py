@@ -190,7 +190,9 @@ class Task:
     source_column: str = "document"
     target_column: str = "summary"  # a text, or a list of texts that are all right
     source_join: str | None = None  # what to put between the parts of a source that is a list; null: none is
-    prompt: str = "{source}\n"  # what a decoder alone is given, to be completed by the target
+    # What the model reads, with {source} in it and {mask} where the tokenizer's mask token shall stand. null: the
+    # source, and for a decoder alone, which is to go on with the target, a line break behind it.
+    prompt: str | None = None
     merge_references: bool = False  # rows with equal sources are one example with all their targets
     source_language: str | None = None  # codes of backbones that have them, such as mBART's en_XX
     target_language: str | None = None

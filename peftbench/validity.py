@@ -146,7 +146,7 @@ def _data_faults(task: Task) -> Iterator[str]:
         )
     if task.kind is not TaskKind.text_to_text and len(task.text_columns) not in (1, 2):
         yield f"task.text_columns=[{','.join(task.text_columns)}] must name one column, or two for a pair."
-    if task.prompt.count("{source}") != 1:
+    if task.prompt is not None and task.prompt.count("{source}") != 1:
         yield f"task.prompt={task.prompt!r} must hold {{source}} once, where the source is put."
     if len(set(task.labels)) < len(task.labels):
         yield f"task.labels=[{','.join(task.labels)}] names a label twice."

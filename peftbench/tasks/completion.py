@@ -10,10 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftbench.errors import UserError
+from peftbench.tasks.framing import MASK, SOURCE
 from peftbench.tasks.load import Loaded
 from peftbench.tasks.text_to_text import TextToText
-
-SOURCE = "{source}"  # its place in task.prompt
 
 
 class Completion(TextToText):
@@ -43,7 +42,9 @@ class Completion(TextToText):
         A source is cut where the prompt would be longer than `task.max_source_length`, never what stands behind it.
         """
         sources, targets = self.pairs(rows, training)
-        before, after = self.task.prompt.split(SOURCE)
+        before, after = (self.task.prompt or f"{SOURCE}\n").split(SOURCE)
+        if MASK in before + after:
+            raise UserError(f"task.prompt has {MASK}, and a decoder alone has no mask token; write it without.")
         behind = self.encoder([after], max_length=self.task.max_source_length, special=False)["input_ids"][0]
         room = min(self.task.max_source_length, self.encoder.limit - self.task.max_target_length) - len(behind)
         if room < 1:

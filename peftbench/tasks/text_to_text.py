@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
 from peftbench.tasks.base import TaskData
+from peftbench.tasks.framing import SOURCE, framed
 from peftbench.tasks.languages import begin_in_language, set_languages
 from peftbench.tasks.load import Loaded
 from peftbench.tasks.metrics import References
@@ -33,7 +34,7 @@ class TextToText(TaskData):
         sources, targets = self.pairs(rows, training)
         written = self.encoder(targets, max_length=self.task.max_target_length, target=True)
         return {
-            **self.encoder(sources, max_length=self.task.max_source_length),
+            **framed(self.encoder, self.task.prompt or SOURCE, sources, self.task.max_source_length),
             "labels": written["input_ids"],
         }
 
