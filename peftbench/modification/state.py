@@ -6,7 +6,7 @@ in the model, as safetensors. The prefix's MLP is folded away first: what is sto
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,12 +56,15 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 def save(model: nn.Module, folder: Path) -> int:
     """Write the trained tensors of a folded model to `folder`; returns the file's size in bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / FILE_NAME
-    save_file({name: tensor.cpu().contiguous() for name, tensor in trained_tensors(model).items()}, path)
-    return path.stat().st_size
+    write_tensors(trained_tensors(model), folder / FILE_NAME)
+    return (folder / FILE_NAME).stat().st_size
 
 
-@torch.no_grad()
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write named tensors, from any device, as safetensors."""
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
 def load(model: nn.Module, folder: Path) -> None:
     """Read what `save` wrote into a model to which the same modifications are attached. Folds the model.
 
@@ -72,6 +75,16 @@ def load(model: nn.Module, folder: Path) -> None:
     if not path.is_file():
         raise UserError(f"{path} is missing; a finished run keeps its trained tensors there.")
     fold(model)
+    read_tensors(model, path)
+
+
+@torch.no_grad()
+def read_tensors(model: nn.Module, path: Path) -> None:
+    """Read the trained tensors of `model`, as it stands, from a file that holds just these.
+
+    Raises:
+        UserError: the file's names or shapes are not the model's.
+    """
     saved = load_file(path)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if saved.keys() != trained.keys():

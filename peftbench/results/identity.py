@@ -13,11 +13,12 @@ from omegaconf import OmegaConf
 from peftbench.config import Modification, Run
 from peftbench.errors import UserError
 
-# Keys that change no result: where the run happens, tables that have already had their effect on other keys, and what
-# only counting reads.
+# Keys that change no result: where the run happens and how it is guarded, tables that have already had their effect on
+# other keys, and what only counting reads.
 IGNORED = (
     "output_dir",
     "rerun",
+    "retry",
     "sizes",
     "size",
     "model.sizes",
@@ -25,6 +26,7 @@ IGNORED = (
     "task.sizes",
     "task.paper",
     "trainer.device",
+    "trainer.checkpoint_minutes",
     "trainer.eval_batch_size",
 )
 

@@ -41,10 +41,11 @@ class Column:
     wrap: int | None = None  # width in characters down to which cells may wrap; None: they never do
 
 
-def show(records: Sequence[Record], console: Console) -> None:
+def show(records: Sequence[Record], console: Console, status: Callable[[Record], str] | None = None) -> None:
     """Prints one table, best run first, for each task, backbone, metric, split and number of examples.
 
-    Runs without a score stand below those of their task and backbone.
+    Runs without a score stand below those of their task and backbone. `status` says how a run ended; without it that
+    is shown only where some run is not done.
     """
     scored = sorted((record for record in records if _is_scored(record)), key=_setting)
     tables = [list(group) for _, group in groupby(scored, key=_setting)]
@@ -56,7 +57,7 @@ def show(records: Sequence[Record], console: Console) -> None:
             console.print()
         table.sort(key=_rank)
         console.print(_title(table[0]))
-        columns = _fitting(_columns(table), table, console.width)
+        columns = _fitting(_columns(table, status), table, console.width)
         console.print(_table(columns, table, console.width))
 
 
@@ -145,7 +146,7 @@ def _title(record: Record) -> Text:
     return Text.assemble((task, "bold"), " with ", (model, "bold"), f"@{version[:8]}" if version else "", size, where)
 
 
-def _columns(records: Sequence[Record]) -> list[Column]:
+def _columns(records: Sequence[Record], status: Callable[[Record], str] | None = None) -> list[Column]:
     baselines = dict.fromkeys(name for record in records for name in record.baselines)
     columns = [
         Column("method", lambda r: f"{r.method} {r.debug or ''}".rstrip(), words=True, wrap=16),
@@ -160,8 +161,8 @@ def _columns(records: Sequence[Record]) -> list[Column]:
         Column("time", _time, dispensable=5),
         Column("seed", lambda r: str(r.seed), dispensable=1 if len({r.seed for r in records}) > 1 else 6),
     ]
-    if any(record.status != "done" for record in records):
-        columns.append(Column("status", _status, words=True, wrap=11))
+    if status is not None or any(record.status != "done" for record in records):
+        columns.append(Column("status", status or _status, words=True, wrap=11))
     return columns
 
 

@@ -73,6 +73,7 @@ def test_one_run_leaves_a_whole_record(smoke: list[str], tmp_path: Path, capsys:
     assert record["scores"]["report"]["examples"] == 16
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     assert files == [
+        ".lock",
         "adapter/adapter.safetensors",
         "config.yaml",
         "metrics.jsonl",

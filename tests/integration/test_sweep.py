@@ -1,0 +1,197 @@
+"""A sweep survives what happens to it: killed processes, failing runs, and a second process on the same runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftbench.cli import main
+from peftbench.results.record import find
+from tests.integration.test_cli import SUBPROCESS, records, sentiment, smoke
+
+__all__ = ["sentiment", "smoke"]  # fixtures
+
+SETTINGS = ["trainer.max_steps=12", "trainer.keep=best", "trainer.evaluate_every=4", "trainer.checkpoint_minutes=0"]
+SHORT = [*SETTINGS, "method=lora,prefix"]
+TWELVE = [*SETTINGS, "method=lora,prefix,mam", "seed=1,2,3,4"]
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What a run measured, by its hash; the times that it took are left out."""
+    found = {}
+    for record in records(folder):
+        run = next(folder.rglob(record["run"]))
+        metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        predictions = (run / "predictions.jsonl").read_text()
+        weights = (run / "adapter" / "adapter.safetensors").read_bytes()
+        assert not (run / "checkpoints").exists()
+        found[record["run"]] = (record["status"], record["scores"], metrics, predictions, weights)
+    return found
+
+
+def replaced(arguments: list[str], folder: Path) -> list[str]:
+    """The same line with another output_dir."""
+    return [*(word for word in arguments if not word.startswith("output_dir=")), f"output_dir={folder}"]
+
+
+def trained(log: str) -> int:
+    """How many trainings a process finished, by what it printed."""
+    return sum(line.startswith("train ") and " s loss" in line for line in log.splitlines())
+
+
+def done(folder: Path) -> dict[str, str]:
+    """When the runs that are done were begun."""
+    return {record["run"]: record["created"] for record in records(folder) if record["status"] == "done"}
+
+
+def killed_until_done(arguments: list[str], log: Path, kills: int, seed: int, runs: int) -> dict[str, str]:
+    """Start the same line again and again, killing it at random moments, until it comes through.
+
+    Returns which runs a kill found done, and when they were begun.
+    """
+    draw = random.Random(seed)
+    spared: dict[str, str] = {}
+    outputs = Path(arguments[-1].removeprefix("output_dir="))
+    for attempt in range(kills + 1):
+        with log.open("a") as file:
+            process = subprocess.Popen(
+                [*SUBPROCESS, "train", "-m", *arguments], stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            if attempt == kills:
+                assert process.wait(600) == 0, log.read_text()
+                return spared
+            goal = (attempt + 1) * runs // (kills + 1)  # a kill in each part of the sweep, at any moment of a run
+            deadline = time.monotonic() + 300
+            while len(list(outputs.rglob("record.json"))) < goal and time.monotonic() < deadline:
+                time.sleep(0.02)
+            time.sleep(draw.uniform(0, 1.5))
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            spared |= done(outputs)
+    raise AssertionError("unreachable")
+
+
+@pytest.mark.parametrize(
+    ("sweep", "kills"),
+    [pytest.param(SHORT, 1, id="2 runs"), pytest.param(TWELVE, 3, id="12 runs", marks=pytest.mark.slow)],
+)
+def test_a_killed_sweep_ends_like_one_that_was_not(
+    sweep: list[str], kills: int, smoke: list[str], tmp_path: Path
+) -> None:
+    arguments = [word for word in smoke if not word.startswith("trainer.max_steps")] + sweep
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(["train", "-m", *replaced(arguments, whole)]) == 0
+    expected = outcome(whole)
+    log = tmp_path / "log"
+    spared = killed_until_done(replaced(arguments, parts), log, kills, seed=kills, runs=len(expected))
+    assert outcome(parts) == expected
+    # What was done was left alone; a kill may have hit a run whose training, but not its evaluation, was over.
+    assert spared.items() <= done(parts).items()
+    assert len(expected) <= trained(log.read_text()) <= len(expected) + kills
+    assert f"{len(expected)} of {len(expected)} runs are done" in log.read_text().splitlines()[-1]
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(smoke: list[str], tmp_path: Path) -> None:
+    """Killed once its checkpoint at step 7, in the second epoch, is whole, with batches accumulated."""
+    settings = ["method=mam", "trainer.accumulation=2", "trainer.keep=best", "trainer.evaluate_every=3"]
+    arguments = [word for word in smoke if not word.startswith("trainer.max_steps")]
+    arguments += ["trainer.max_steps=11", "trainer.checkpoint_minutes=0", *settings]
+    assert main(["train", *replaced(arguments, tmp_path / "whole")]) == 0
+    code = (
+        "import sys, os, signal\n"
+        "from peftbench.checkpoint import SaveByTime\n"
+        "def on_save(self, args, state, control, **kwargs):\n"
+        "    if state.global_step == 7: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "SaveByTime.on_save = on_save\n"
+        "from peftbench.cli import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    parts = ["train", *replaced(arguments, tmp_path / "parts")]
+    killed = subprocess.run([sys.executable, "-c", code, *parts], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL
+    (folder,) = [file.parent for file in (tmp_path / "parts").rglob("record.json")]
+    assert (record := find(folder)) is not None and record.status == "interrupted"
+    (checkpoint,) = (folder / "checkpoints").rglob("checkpoint-*")
+    assert checkpoint.name == "checkpoint-7"
+    frozen = 4_737_408 * 4  # bytes of the backbone's weights, none of which are in it
+    assert (checkpoint / "trained.safetensors").stat().st_size < frozen
+
+    went_on = subprocess.run([*SUBPROCESS, *parts], capture_output=True, text=True)
+    assert went_on.returncode == 0 and "train mam: goes on from step 7" in went_on.stdout
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+    assert (record := find(folder)) is not None and record.timings["earlier_s"] > 0
+
+
+def test_a_torn_checkpoint_is_passed_over(smoke: list[str], tmp_path: Path) -> None:
+    """A process that dies while it writes a checkpoint leaves a folder without Trainer's last file."""
+    arguments = ["train", *smoke, "method=lora"]
+    assert main(arguments) == 0
+    expected = outcome(tmp_path / "outputs")
+    (folder,) = [file.parent for file in (tmp_path / "outputs").rglob("record.json")]
+    torn = folder / "checkpoints" / "train lora" / "checkpoint-1"
+    torn.mkdir(parents=True)
+    (torn / "trained.safetensors").write_bytes(b"\x08")
+    record = json.loads((folder / "record.json").read_text())
+    (folder / "record.json").write_text(json.dumps({**record, "status": "running"}))
+    assert main(arguments) == 0
+    assert outcome(tmp_path / "outputs") == expected
+
+
+def test_two_processes_share_a_sweep(smoke: list[str], tmp_path: Path) -> None:
+    arguments = [*SUBPROCESS, "train", "-m", *smoke, "method=lora,prefix,head"]
+    both = [subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], printed
+    assert [record["status"] for record in records(tmp_path / "outputs")] == ["done"] * 3
+    assert sum(trained(out) for out, _ in printed) == 3
+    for out, _ in printed:
+        assert "3 of 3 runs are done" in out.splitlines()[-1]
+
+
+def test_a_failed_run_is_kept_until_retry(smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", "-m", *smoke, "method=lora", "modified_representation.layers=[99],[0]"]
+    assert main(arguments) == 1
+    first = {record["status"]: record["created"] for record in records(tmp_path / "outputs")}
+    capsys.readouterr()
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert {record["status"]: record["created"] for record in records(tmp_path / "outputs")} == first
+    assert "failed before with UserError; retry=true" in captured.err
+    assert "1 of 2 runs are done, 1 of them before. 1 failed; retry=true" in " ".join(captured.out.split())
+    assert "failed:" in captured.out and "done before" in " ".join(captured.out.split())
+    assert main([*arguments, "retry=true"]) == 1
+    second = {record["status"]: record["created"] for record in records(tmp_path / "outputs")}
+    assert second["done"] == first["done"] and second["failed"] != first["failed"]
+
+
+def test_a_run_that_another_process_is_at_is_refused(
+    smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", *smoke, "method=lora"]
+    assert main(arguments) == 0
+    (folder,) = [file.parent for file in (tmp_path / "outputs").rglob("record.json")]
+    code = (
+        "import sys, time; from pathlib import Path; from peftbench.results.lock import holding\n"
+        "with holding(Path(sys.argv[1])): print('held', flush=True); time.sleep(300)\n"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            main([*arguments, "rerun=true"])
+        assert exit.value.code == 2
+        assert f"is being trained by process {holder.pid} on " in capsys.readouterr().err
+    finally:
+        holder.kill()
+        holder.wait()
+    assert main([*arguments, "rerun=true"]) == 0  # a dead process holds nothing
