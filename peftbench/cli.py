@@ -17,7 +17,8 @@ HELP = """\
 peftbench: which parameter-efficient fine-tuning method, where in the network, how large, for my model and task.
 
   peftbench train [KEY=VALUE ...]          train one run and record it: score against trainable parameters
-  peftbench train -m KEY=A,B [...]         train every combination
+  peftbench train -m KEY=A,B [...]         train every combination; the same line again goes on where it stopped
+  peftbench status [FOLDER]                how far the sweeps have come, and how long they still take
   peftbench results [FOLDER] [--json|--csv]
                                            the recorded runs, best first
   peftbench params [-m] [KEY=VALUE ...] [--json]
@@ -82,4 +83,15 @@ def _params(argv: list[str]) -> int:
     return params(argv)
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": _train, "results": _results, "params": _params}
+def _status(argv: list[str]) -> int:
+    from peftbench.results.status import main as status
+
+    return status(argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "status": _status,
+    "results": _results,
+    "params": _params,
+}

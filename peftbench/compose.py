@@ -49,6 +49,11 @@ def compose_runs(args: Namespace) -> list[Run]:
     Raises:
         UserError: with a sentence for every fault.
     """
+    return [run for _, run in compose_points(args)]
+
+
+def compose_points(args: Namespace) -> list[tuple[list[str], Run]]:
+    """Like `compose_runs`, each run with the overrides that make it."""
     if args.config_dir is not None and not Path(args.config_dir).is_dir():
         raise UserError(f"--config-dir {args.config_dir} is not a folder; give one with method/, task/ ... below it.")
     overrides = list(args.overrides)
@@ -59,10 +64,10 @@ def compose_runs(args: Namespace) -> list[Run]:
         except HydraException as error:
             raise UserError(_one_line(error)) from error
         found: list[str] = []
-        runs: list[Run] = []
+        runs: list[tuple[list[str], Run]] = []
         for point in _points(parsed) if args.multirun else [overrides]:
             try:
-                runs.append(_compose_one(point, loader))
+                runs.append((point, _compose_one(point, loader)))
             except UserError as error:
                 found.extend(sentence for sentence in error.faults if sentence not in found)
         if found:

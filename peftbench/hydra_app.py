@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from peftbench.cli import print_faults
-from peftbench.compose import CONFIG_NAME, compose_runs
+from peftbench.compose import CONFIG_NAME, compose_points
 from peftbench.config import conf_dir
 from peftbench.errors import UserError
 from peftbench.results.lock import Busy
@@ -29,13 +29,13 @@ def run(argv: list[str]) -> int:
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         job()
         return 0
-    runs = compose_runs(args)
+    points = compose_points(args)
     if not args.multirun:
         job()
         return 0
     from peftbench.results.sweep import Sweep
 
-    sweep = Sweep.start(runs, argv)
+    sweep = Sweep.start(points, argv)
     put_off.clear()
     try:
         job()

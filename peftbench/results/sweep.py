@@ -12,8 +12,8 @@ from pathlib import Path
 from rich.console import Console
 
 from peftbench.config import Run
-from peftbench.results.identity import plain, run_dir
-from peftbench.results.record import Record, describe, differing, find, flatten, replacing
+from peftbench.results.identity import run_dir
+from peftbench.results.record import Record, describe, differing, find, finished, replacing
 from peftbench.results.table import show
 
 FOLDER = ".sweeps"  # below the output_dir
@@ -22,11 +22,11 @@ SUFFIX = ".sweep.json"
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a sweep. `settings` are the keys in which the sweep's runs differ."""
+    """One run of a sweep. `settings` are the values of the keys that the sweep goes over."""
 
     folder: str  # below the folder in which `FOLDER` lies
     method: str
-    settings: dict[str, object]
+    settings: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -37,20 +37,21 @@ class Plan:
     points: list[Point]
 
     @classmethod
-    def of(cls, runs: Sequence[Run], folders: Sequence[Path], arguments: Sequence[str]) -> Plan:
-        """The plan of `runs`, each of which has its folder."""
-        configs = [dict(flatten(plain(run))) for run in runs]
-        keys = [key for key in differing(configs) if key not in ("output_dir", "size")]
-        root = Path(runs[0].output_dir).expanduser()
-        points = {
-            str(folder): Point(
-                str(folder.relative_to(root)) if folder.is_relative_to(root) else str(folder.resolve()),
+    def of(cls, points: Sequence[tuple[list[str], Run]], arguments: Sequence[str]) -> Plan:
+        """The plan of runs that are given with the overrides that make them."""
+        root = Path(points[0][1].output_dir).expanduser()
+        given = [dict(word.split("=", 1) for word in overrides if "=" in word) for overrides, _ in points]
+        keys = differing(given)
+        runs = {
+            folder: Point(
+                str(folder.relative_to(root) if folder.is_relative_to(root) else folder.resolve()),
                 run.method,
-                {key: config[key] for key in keys if key in config},
+                {key: values[key] for key in keys if key in values},
             )
-            for run, folder, config in zip(runs, folders, configs, strict=True)
+            for values, (_, run) in zip(given, points, strict=True)
+            for folder in [run_dir(run)]
         }
-        return cls(list(arguments), list(points.values()))
+        return cls(list(arguments), list(runs.values()))
 
     def save(self, root: Path) -> None:
         """Write the file. The same runs have the same file, however they were typed."""
@@ -73,16 +74,16 @@ class Plan:
 class Sweep:
     """A sweep that is under way in this process."""
 
-    def __init__(self, runs: Sequence[Run], folders: Sequence[Path]) -> None:
-        self.runs = dict(zip(folders, runs, strict=True))
-        self.done_before = {folder for folder in self.runs if (r := find(folder)) is not None and r.status == "done"}
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs = {run_dir(run): run for run in runs}
+        self.done_before = {folder for folder in self.runs if finished(folder) is not None}
 
     @classmethod
-    def start(cls, runs: Sequence[Run], arguments: Sequence[str]) -> Sweep:
+    def start(cls, points: Sequence[tuple[list[str], Run]], arguments: Sequence[str]) -> Sweep:
         """Write the list of the sweep's runs beside them."""
-        folders = [run_dir(run) for run in runs]
-        Plan.of(runs, folders, arguments).save(Path(runs[0].output_dir).expanduser())
-        return cls(runs, folders)
+        runs = [run for _, run in points]
+        Plan.of(points, arguments).save(Path(runs[0].output_dir).expanduser())
+        return cls(runs)
 
     def show(self) -> int:
         """Print the table of all runs with how each ended; returns 0 if every run is done, else 1."""

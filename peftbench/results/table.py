@@ -236,9 +236,11 @@ def _number(number: float | None) -> str:
 
 
 def _time(record: Record) -> str:
+    return duration(record.timings["total_s"]) if "total_s" in record.timings else ""
+
+
+def duration(seconds: float) -> str:
     """Hours, minutes and seconds, as in 1:02:03 or 2:03."""
-    if "total_s" not in record.timings:
-        return ""
-    minutes, seconds = divmod(round(record.timings["total_s"]), 60)
+    minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
