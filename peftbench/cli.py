@@ -19,8 +19,8 @@ peftbench: which parameter-efficient fine-tuning method, where in the network, h
   peftbench train [KEY=VALUE ...]          train one run and record it: score against trainable parameters
   peftbench train -m KEY=A,B [...]         train every combination; the same line again goes on where it stopped
   peftbench status [FOLDER]                how far the sweeps have come, and how long they still take
-  peftbench results [FOLDER] [--json|--csv]
-                                           the recorded runs, best first
+  peftbench results [FOLDER] [KEY=VALUE ...] [--mean] [--rows KEY --columns KEY] [--csv|--json|--markdown|--latex]
+                                           the recorded runs, best first; results --help has more
   peftbench params [-m] [KEY=VALUE ...] [--json]
                                            what a run would train and store; needs no weights
   peftbench train --help                   every group and its choices
@@ -57,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def print_faults(error: UserError) -> None:

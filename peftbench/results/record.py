@@ -112,6 +112,7 @@ class Record:
     seed: int
     folder: Path = field(compare=False)  # where the record lies; not part of it
     schema_version: int = SCHEMA_VERSION
+    point: str | None = None  # `run_hash` without the seed
     error: Failure | None = None
     finished: str | None = None
     overrides: list[str] = field(default_factory=list)  # of the command line
@@ -213,6 +214,7 @@ def describe(run: Run, folder: Path, overrides: Sequence[str], status: Status = 
     content = content_stamp(run.model.path) if run.model.path else None
     return Record(
         run=run_hash(run),
+        point=run_hash(replace(run, seed=0)),
         status=status,
         created=_now(),
         method=run.method,

@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from peftbench.errors import UserError
+from peftbench.results.columns import duration
 from peftbench.results.record import Record, find
 from peftbench.results.sweep import FOLDER, SUFFIX, Plan, Point
-from peftbench.results.table import duration
 
 ORDER = ("done", "running", "interrupted", "failed", "missing")  # in which they are counted and listed
 

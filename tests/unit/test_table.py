@@ -13,8 +13,9 @@ from rich.console import Console
 
 from peftbench.errors import UserError
 from peftbench.results.command import main
+from peftbench.results.formats import to_csv, to_json
 from peftbench.results.record import Axes, Backbone, Counts, Failure, Record, Score
-from peftbench.results.table import show, single_row, to_csv, to_json
+from peftbench.results.table import show, single_row
 
 HEADS = Axes("", "softmax", "heads", "parallel", "gated", 1.0, 30, {})
 FFN = Axes("mix.ffn.", "relu", "ffn", "parallel", "scaled", 4.0, 512, {})
