@@ -80,6 +80,7 @@ def test_every_run_of_a_sweep_is_counted(outputs: Path, capsys: pytest.CaptureFi
         printed = capsys.readouterr().out
         assert main([str(outputs), "--json"]) == 1
         (sweep,) = json.loads(capsys.readouterr().out)
+    printed = " ".join(printed.split())
     assert re.search("5 runs: 1 done, 1 running, 1 interrupted, 1 failed, 1 missing; about 2:(49|50):.. left", printed)
     assert "failed: OutOfMemoryError" in printed and "10:0" in printed and "peftbench train -m method=lora" in printed
     assert [run["settings"] for run in sweep["runs"]] == [{"seed": str(seed)} for seed in range(5)]
