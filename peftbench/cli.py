@@ -21,6 +21,7 @@ peftbench: which parameter-efficient fine-tuning method, where in the network, h
   peftbench status [FOLDER]                how far the sweeps have come, and how long they still take
   peftbench results [FOLDER] [KEY=VALUE ...] [--mean] [--rows KEY --columns KEY] [--csv|--json|--markdown|--latex]
                                            the recorded runs, best first; results --help has more
+  peftbench compare A B                    is the difference of two runs more than chance, and in what do they differ
   peftbench params [-m] [KEY=VALUE ...] [--json]
                                            what a run would train and store; needs no weights
   peftbench train --help                   every group and its choices
@@ -80,6 +81,12 @@ def _results(argv: list[str]) -> int:
     return results(argv)
 
 
+def _compare(argv: list[str]) -> int:
+    from peftbench.results.compare import main as compare
+
+    return compare(argv)
+
+
 def _params(argv: list[str]) -> int:
     from peftbench.params.command import main as params
 
@@ -96,5 +103,6 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "status": _status,
     "results": _results,
+    "compare": _compare,
     "params": _params,
 }
