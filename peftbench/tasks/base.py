@@ -6,7 +6,8 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from copy import copy
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
@@ -17,6 +18,9 @@ from peftbench.config import Task
 from peftbench.tasks.load import data_fingerprint, head, load_rows
 from peftbench.tasks.metrics import compute_metrics
 from peftbench.tasks.tokens import Encoder
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 ID_COLUMNS = ("id", "idx", "index", "name")  # what data sets call a row's own name
 
@@ -60,6 +64,10 @@ class TaskData(ABC):
             setattr(self, role, head(tokens[split], limit))
             setattr(self, f"{role}_rows", head(rows[split], limit))
             self.splits[role] = {"split": split, "examples": len(getattr(self, role))}
+
+    def serving(self, model: PreTrainedModel | None) -> Self:
+        """The same data for another model of the same backbone, or None for one that is yet to come."""
+        return copy(self)
 
     @abstractmethod
     def encode(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset
@@ -12,6 +12,9 @@ from peftbench.config import Task
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.sentences import first_sentence
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 class Summarization(TaskData):
     """`task.source_column` in, `task.target_column` out."""
@@ -19,6 +22,12 @@ class Summarization(TaskData):
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         super().__init__(task, tokenizer, model)
         self.collator = DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=-100)
+
+    def serving(self, model: PreTrainedModel | None) -> Self:
+        """The collator asks the model for the decoder's input."""
+        data = super().serving(model)
+        data.collator = DataCollatorForSeq2Seq(self.tokenizer, model=model, label_pad_token_id=-100)
+        return data
 
     def encode(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """`input_ids` and `attention_mask` of the documents, and the summaries' ids as `labels`."""

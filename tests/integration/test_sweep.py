@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -9,13 +10,22 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
+from hydra._internal.utils import get_args_parser
 
+import peftbench.tasks.base
+import peftbench.tasks.prepare
+from peftbench.backbone import load_backbone
 from peftbench.cli import main
+from peftbench.compose import compose_runs
+from peftbench.config import Task
 from peftbench.results.record import find
+from peftbench.tasks.prepare import prepare
 from tests.integration.test_cli import SUBPROCESS, records, sentiment, smoke
 
 __all__ = ["sentiment", "smoke"]  # fixtures
@@ -195,3 +205,48 @@ def test_a_run_that_another_process_is_at_is_refused(
         holder.kill()
         holder.wait()
     assert main([*arguments, "rerun=true"]) == 0  # a dead process holds nothing
+
+
+@pytest.mark.parametrize("task", ["doctopic", "docsum"])
+def test_runs_of_one_process_leave_nothing_to_each_other(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A, B, A in one process, on data that is read and tokenised once: A twice, to the bit."""
+    read: list[str] = []
+    load_rows = peftbench.tasks.base.load_rows
+
+    def counted(task: Task, split: str, limit: int | None = None) -> Dataset:
+        read.append(split)
+        return load_rows(task, split, limit)
+
+    monkeypatch.setattr(peftbench.tasks.base, "load_rows", counted)
+    peftbench.tasks.prepare._prepared.clear()
+    a, b = ["method=mam", "seed=1"], ["method=prefix", "seed=2", "trainer.learning_rate=0.1"]
+    folders = [tmp_path / name for name in ("first", "between", "second")]
+    for run, folder in zip((a, b, a), folders, strict=True):
+        assert main(["train", f"task={task}", "debug=smoke", *run, f"output_dir={folder}"]) == 0
+    first, between, second = map(outcome, folders)
+    assert first == second and first.keys() != between.keys()
+    assert sorted(read) == ["test", "train", "validation"]
+
+
+def test_changed_files_are_read_again(smoke: list[str], sentiment: Path, tmp_path: Path) -> None:
+    arguments = ["train", *smoke, "method=head"]
+    assert main(arguments) == 0
+    (sentiment / "dev.tsv").write_text("sentence\tlabel\n" + "\n".join(f"odd film number {i}\t1" for i in range(40)))
+    assert main(arguments) == 0
+    assert len({record["data"]["fingerprint"] for record in records(tmp_path / "outputs")}) == 2
+
+
+def test_prepared_data_holds_no_model() -> None:
+    """A model that an earlier run trained would fill the GPU."""
+    for data in peftbench.tasks.prepare._prepared.values():
+        assert getattr(data.collator, "model", None) is None
+    run = compose_runs(get_args_parser().parse_args(["task=docsum", "debug=smoke"]))[0]
+    backbone = load_backbone(run.model, run.task)
+    data = prepare(run.task, backbone.tokenizer, backbone.model)
+    assert getattr(data.collator, "model", None) is backbone.model
+    model = weakref.ref(backbone.model)
+    del backbone, data
+    gc.collect()
+    assert model() is None

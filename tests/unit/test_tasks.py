@@ -270,7 +270,7 @@ def test_conf_fits_the_schema(option: Path) -> None:
     task: Any = OmegaConf.merge(OmegaConf.structured(Task), OmegaConf.load(option).task)
     task = OmegaConf.to_object(task)
     assert task.name == option.stem
-    elsewhere = {"eval_batch_size", "precision", "gradient_checkpointing", "device"}
+    elsewhere = {"eval_batch_size", "precision", "gradient_checkpointing", "checkpoint_minutes", "device"}
     assert not task.paper or set(task.paper) == {field.name for field in fields(Trainer)} - elsewhere
     trainer: Any = OmegaConf.merge(OmegaConf.structured(Trainer), task.paper)
     assert all(trainer[key] == value for key, value in task.paper.items() if key not in ("schedule", "keep"))
