@@ -22,6 +22,8 @@ peftbench: which parameter-efficient fine-tuning method, where in the network, h
   peftbench results [FOLDER] [KEY=VALUE ...] [--mean] [--rows KEY --columns KEY] [--csv|--json|--markdown|--latex]
                                            the recorded runs, best first; results --help has more
   peftbench compare A B                    is the difference of two runs more than chance, and in what do they differ
+  peftbench plot [FOLDER] [KEY=VALUE ...] [--out FILE]
+                                           score against stored parameters, a line for each method over its sizes
   peftbench params [-m] [KEY=VALUE ...] [--json]
                                            what a run would train and store; needs no weights
   peftbench train --help                   every group and its choices
@@ -87,6 +89,12 @@ def _compare(argv: list[str]) -> int:
     return compare(argv)
 
 
+def _plot(argv: list[str]) -> int:
+    from peftbench.results.plot import main as plot
+
+    return plot(argv)
+
+
 def _params(argv: list[str]) -> int:
     from peftbench.params.command import main as params
 
@@ -104,5 +112,6 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "status": _status,
     "results": _results,
     "compare": _compare,
+    "plot": _plot,
     "params": _params,
 }
