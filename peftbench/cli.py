@@ -24,6 +24,8 @@ peftbench: which parameter-efficient fine-tuning method, where in the network, h
   peftbench compare A B                    is the difference of two runs more than chance, and in what do they differ
   peftbench plot [FOLDER] [KEY=VALUE ...] [--out FILE]
                                            score against stored parameters, a line for each method over its sizes
+  peftbench reproduce TABLE [KEY=VALUE ...] [--dry-run]
+                                           the runs of a table of the paper, and its scores beside ours
   peftbench params [-m] [KEY=VALUE ...] [--json]
                                            what a run would train and store; needs no weights
   peftbench train --help                   every group and its choices
@@ -95,6 +97,12 @@ def _plot(argv: list[str]) -> int:
     return plot(argv)
 
 
+def _reproduce(argv: list[str]) -> int:
+    from peftbench.reproduce import main as reproduce
+
+    return reproduce(argv)
+
+
 def _params(argv: list[str]) -> int:
     from peftbench.params.command import main as params
 
@@ -113,5 +121,6 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "results": _results,
     "compare": _compare,
     "plot": _plot,
+    "reproduce": _reproduce,
     "params": _params,
 }

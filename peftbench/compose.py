@@ -65,6 +65,11 @@ def compose_points(args: Namespace) -> list[tuple[list[str], Run]]:
             raise UserError(_one_line(error)) from error
         found: list[str] = []
         runs: list[tuple[list[str], Run]] = []
+        params = _sweep_of_experiment(parsed)
+        if params and not args.multirun:
+            raise UserError(f"An experiment that goes over {' and '.join(params)} is a sweep; add -m to run it.")
+        if params:
+            parsed = [*OverridesParser.create(config_loader=loader).parse_overrides(list(params.values())), *parsed]
         for point in _points(parsed) if args.multirun else [overrides]:
             try:
                 runs.append((point, _compose_one(point, loader)))
@@ -102,6 +107,27 @@ def _points(parsed: list[Override]) -> list[list[str]]:
     return [point for batch in batches for point in batch]
 
 
+def _sweep_of_experiment(parsed: list[Override]) -> dict[str, str]:
+    """The overrides, by key, over which an experiment's own YAML sweeps (hydra.sweeper.params); on the command line the
+    same key wins. Nothing where the experiment cannot be composed: what is wrong with it is said later."""
+    chosen = [override for override in parsed if override.key_or_group == "experiment"]
+    if not chosen or any(override.is_sweep_override() for override in chosen):
+        return {}
+    try:
+        cfg = compose(CONFIG_NAME, overrides=[str(one.input_line) for one in chosen], return_hydra_config=True)
+    except HydraException:
+        return {}
+    given = {override.key_or_group for override in parsed}
+    params = cfg.hydra.sweeper.params or {}
+    return {key: f"{key}={value}" for key, value in params.items() if key not in given}
+
+
+def _all_options(loader: ConfigLoader, group: str) -> list[str]:
+    """The options of a group, those in folders below it as paper/table5."""
+    below = [(folder, _all_options(loader, f"{group}/{folder}")) for folder in loader.list_groups(group)]
+    return [*loader.get_group_options(group), *(f"{folder}/{option}" for folder, names in below for option in names)]
+
+
 def _compose_one(overrides: list[str], loader: ConfigLoader) -> Run:
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
     found: list[str] = []
@@ -111,7 +137,7 @@ def _compose_one(overrides: list[str], loader: ConfigLoader) -> Run:
         if override.is_sweep_override():
             found.append(f"{line} names several values; add -m to run each of them.")
             continue
-        options = loader.get_group_options(override.key_or_group)
+        options = _all_options(loader, override.key_or_group)
         if options and not override.is_delete():
             wrong = [unknown(_group_key(override), o, options) for o in _options(override) if o not in options]
             found.extend(wrong)

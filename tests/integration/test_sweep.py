@@ -167,6 +167,20 @@ def test_two_processes_share_a_sweep(smoke: list[str], tmp_path: Path) -> None:
         assert "3 of 3 runs are done" in out.splitlines()[-1]
 
 
+def test_ctrl_c_ends_a_sweep_with_its_table(smoke: list[str], tmp_path: Path) -> None:
+    arguments = [*SUBPROCESS, "train", "-m", *smoke, "method=lora", "trainer.max_steps=2,100000", "seed=1"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "outputs").rglob("record.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in error
+    assert sorted(record["status"] for record in records(tmp_path / "outputs")) == ["done", "interrupted"]
+    assert "1 of 2 runs are done. 1 unfinished; the same line goes on with them." in " ".join(out.split())
+
+
 def test_a_failed_run_is_kept_until_retry(smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["train", "-m", *smoke, "method=lora", "modified_representation.layers=[99],[0]"]
     assert main(arguments) == 1
