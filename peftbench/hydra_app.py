@@ -30,7 +30,8 @@ def run(argv: list[str]) -> int:
         job()
         return 0
     points = compose_points(args)
-    if not args.multirun:
+    own_sweeper = any(word.startswith("hydra/sweeper=") for word in args.overrides)  # decides on its runs as it goes
+    if not args.multirun or own_sweeper:
         job()
         return 0
     from peftbench.results.sweep import Sweep

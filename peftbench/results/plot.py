@@ -139,10 +139,11 @@ def _panel(axes: Axes, points: Sequence[Point], names: Sequence[str], x: str, y:
         best = max(score for _, _, score in full)
         axes.axhline(best, color="#666666", linestyle="--", linewidth=1, label="full fine-tuning", zorder=1)
     if y == "score":
-        edge = sorted((cost, score) for row, cost, score in tuned if row in front([r for r, _, _ in tuned], FIELDS[x]))
+        best_rows = {id(row) for row in front([row for row, _, _ in tuned], FIELDS[x])}
+        edge = sorted((cost, score) for row, cost, score in tuned if id(row) in best_rows)
         if len(edge) > 1:
-            axes.plot(*zip(*edge, strict=True), color="#DDDDDD", linewidth=5, solid_capstyle="round",
-                      label="Pareto front", zorder=0)  # fmt: skip
+            look = {"color": "#DDDDDD", "linewidth": 5, "solid_capstyle": "round", "zorder": 0}
+            axes.plot(*zip(*edge, strict=True), label="Pareto front", **look)
     for index, name in enumerate(names):
         line = sorted((cost, score, row.spread(of) or 0.0) for row, cost, score in tuned if _name(row, by) == name)
         if not line:

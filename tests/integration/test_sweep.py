@@ -44,6 +44,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         predictions = (run / "predictions.jsonl").read_text()
         weights = (run / "adapter" / "adapter.safetensors").read_bytes()
         assert not (run / "checkpoints").exists()
+        metrics.sort(key=lambda line: str(line["stage"]))
         found[record["run"]] = (record["status"], record["scores"], metrics, predictions, weights)
     return found
 
@@ -110,9 +111,11 @@ def test_a_killed_sweep_ends_like_one_that_was_not(
     assert f"{len(expected)} of {len(expected)} runs are done" in log.read_text().splitlines()[-1]
 
 
-def test_a_killed_run_goes_on_from_its_checkpoint(smoke: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["train mam", pytest.param("train the head alone", marks=pytest.mark.slow)])
+def test_a_killed_run_goes_on_from_its_checkpoint(stage: str, smoke: list[str], tmp_path: Path) -> None:
     """Killed once its checkpoint at step 7, in the second epoch, is whole, with batches accumulated."""
     settings = ["method=mam", "trainer.accumulation=2", "trainer.keep=best", "trainer.evaluate_every=3"]
+    settings += ["task.baselines=[head]"]
     arguments = [word for word in smoke if not word.startswith("trainer.max_steps")]
     arguments += ["trainer.max_steps=11", "trainer.checkpoint_minutes=0", *settings]
     assert main(["train", *replaced(arguments, tmp_path / "whole")]) == 0
@@ -120,7 +123,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(smoke: list[str], tmp_path: Pa
         "import sys, os, signal\n"
         "from peftbench.checkpoint import SaveByTime\n"
         "def on_save(self, args, state, control, **kwargs):\n"
-        "    if state.global_step == 7: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"    if state.global_step == 7 and {stage!r} in args.output_dir: os.kill(os.getpid(), signal.SIGKILL)\n"
         "SaveByTime.on_save = on_save\n"
         "from peftbench.cli import main\n"
         "main(sys.argv[1:])\n"
@@ -130,13 +133,13 @@ def test_a_killed_run_goes_on_from_its_checkpoint(smoke: list[str], tmp_path: Pa
     assert killed.returncode == -signal.SIGKILL
     (folder,) = [file.parent for file in (tmp_path / "parts").rglob("record.json")]
     assert (record := find(folder)) is not None and record.status == "interrupted"
-    (checkpoint,) = (folder / "checkpoints").rglob("checkpoint-*")
+    (checkpoint,) = (folder / "checkpoints" / stage).glob("checkpoint-*")
     assert checkpoint.name == "checkpoint-7"
     frozen = 4_737_408 * 4  # bytes of the backbone's weights, none of which are in it
     assert (checkpoint / "trained.safetensors").stat().st_size < frozen
 
     went_on = subprocess.run([*SUBPROCESS, *parts], capture_output=True, text=True)
-    assert went_on.returncode == 0 and "train mam: goes on from step 7" in went_on.stdout
+    assert went_on.returncode == 0 and f"{stage}: goes on from step 7" in went_on.stdout
     assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
     assert (record := find(folder)) is not None and record.timings["earlier_s"] > 0
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,9 +22,9 @@ from tests.unit.test_record import RUN
 REFERENCES = ["yes", "no"] * 50
 
 
-def trained(root: Path, right: int, references: list[str] = REFERENCES, **changes: object) -> Path:
+def trained(root: Path, right: int, references: list[str] = REFERENCES, **changes: Any) -> Path:
     """The folder of a run whose first `right` predictions of a hundred are right."""
-    run = replace(RUN, output_dir=str(root), **changes)  # type: ignore[arg-type]
+    run = replace(RUN, output_dir=str(root), **changes)
     folder = run_dir(run)
     with recording(run, folder, []) as record:
         record.scores["report"] = Score("test", len(references), {"accuracy": 100 * right / len(references)})
@@ -47,16 +48,16 @@ def outputs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def compared(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, object]:
+def compared(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
     assert main([str(argument) for argument in [*arguments, "--resamples", 500, "--json"]]) == 0
-    found: dict[str, object] = json.loads(capsys.readouterr().out)
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
 
 
 def test_two_settings_over_their_seeds(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = compared(capsys, "method=mam", "method=lora", "--folder", outputs)
-    assert len(found["a"]) == len(found["b"]) == 3  # type: ignore[arg-type]
-    accuracy = found["metrics"]["accuracy"]  # type: ignore[index]
+    assert len(found["a"]) == len(found["b"]) == 3
+    accuracy = found["metrics"]["accuracy"]
     assert (accuracy["a"], accuracy["b"], accuracy["difference"]) == pytest.approx((82, 62, 20))
     assert 10 < accuracy["low"] < 20 < accuracy["high"] < 30 and accuracy["p"] < 0.01
     assert found["settings"] == {

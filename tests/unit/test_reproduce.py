@@ -23,7 +23,7 @@ from peftbench.results.record import Score, recording
 TABLES = sorted(file.stem for file in (conf_dir() / "experiment" / "paper").glob("*.yaml"))
 SEEDS = [42, 2, 4, 6, 8]
 ROWS = sorted(file.stem for file in (conf_dir() / "row").glob("*.yaml"))
-SCORES: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(conf_dir() / "paper_scores.yaml"))  # type: ignore[assignment]
+SCORES: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "paper_scores.yaml"))
 
 
 @cache
