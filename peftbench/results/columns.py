@@ -11,7 +11,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from peftbench.errors import unknown
 from peftbench.results.record import Record, flatten
-from peftbench.results.row import Row, fidelity, front, unscored
+from peftbench.results.row import Row, front, unscored
 
 T = TypeVar("T")
 Cost = Literal["stored", "memory", "time"]
@@ -52,7 +52,8 @@ FIELDS: dict[str, Callable[[Record], Any]] = {
     "scale": lambda r: [axes.scale for axes in r.axes],
     "bottleneck": lambda r: [axes.bottleneck for axes in r.axes],
     "learning_rate": lambda r: r.trainer.get("learning_rate"),
-    "fidelity": fidelity,
+    # whether the run follows the paper's text or its released code, in records that say so
+    "fidelity": lambda r: getattr(r, "fidelity", None),
     "metric": lambda r: r.metric,
     "split": lambda r: r.scores["report"].split if "report" in r.scores else None,
     "examples": lambda r: r.scores["report"].examples if "report" in r.scores else None,

@@ -142,8 +142,8 @@ def _panel(axes: Axes, points: Sequence[Point], names: Sequence[str], x: str, y:
         best_rows = {id(row) for row in front([row for row, _, _ in tuned], FIELDS[x])}
         edge = sorted((cost, score) for row, cost, score in tuned if id(row) in best_rows)
         if len(edge) > 1:
-            look = {"color": "#DDDDDD", "linewidth": 5, "solid_capstyle": "round", "zorder": 0}
-            axes.plot(*zip(*edge, strict=True), label="Pareto front", **look)
+            costs, scores = zip(*edge, strict=True)
+            axes.plot(costs, scores, label="Pareto front", color="#DDDDDD", linewidth=5, zorder=0)
     for index, name in enumerate(names):
         line = sorted((cost, score, row.spread(of) or 0.0) for row, cost, score in tuned if _name(row, by) == name)
         if not line:

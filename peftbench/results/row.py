@@ -77,22 +77,17 @@ def is_scored(record: Record) -> bool:
 
 
 def setting(record: Record) -> tuple[str, ...]:
-    """What two runs share whose scores may be compared: task, backbone, metric, split, its size, and fidelity."""
+    """What two runs share whose scores may be compared: task, backbone, metric, split and its size."""
     report = record.scores.get("report")
     split = (report.split, f"{report.examples:,}") if report and is_scored(record) else ("", "")
     model = record.model
     version = model.content or model.revision or ""
-    return (record.task, model.hub_id or model.name, version, record.metric, *split, fidelity(record))
+    return (record.task, model.hub_id or model.name, version, record.metric, *split)
 
 
 def unscored(row: object) -> bool:
     """Whether a row of a table stands for runs without a score, which is ranked last and never the best."""
     return isinstance(row, Row) and not row.scored
-
-
-def fidelity(record: Record) -> str:
-    """Whether the run follows the paper or its released code; empty in a record that does not say."""
-    return str(getattr(record, "fidelity", None) or "")
 
 
 def tables(rows: Sequence[Row]) -> list[list[Row]]:

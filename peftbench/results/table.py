@@ -63,12 +63,11 @@ def show_table(columns: Sequence[Column[T]], rows: Sequence[T], console: Console
 def title(table: Sequence[Row]) -> Text:
     """What the rows of a table have in common."""
     record = next((run for row in table for run in row.scored), table[0].first)
-    task, model, version, metric, split, examples, fidelity = setting(record)
+    task, model, version, metric, split, examples = setting(record)
     size = f" of {record.counts.backbone:,} parameters" if record.counts else ""
     where = f", {metric} on {examples} {split} examples" if split else ""
-    told = f", fidelity={fidelity}" if fidelity else ""
     version = f"@{version[:8]}" if version else ""
-    return Text.assemble((task, "bold"), " with ", (model, "bold"), version, size, where, told)
+    return Text.assemble((task, "bold"), " with ", (model, "bold"), version, size, where)
 
 
 def single_row(record: Record, console: Console) -> None:

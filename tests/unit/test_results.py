@@ -19,8 +19,9 @@ from peftbench.errors import UserError
 from peftbench.results.columns import best_of, columns
 from peftbench.results.command import main
 from peftbench.results.formats import latex, markdown
+from peftbench.results.pivot import pivot
 from peftbench.results.record import Axes, Backbone, Counts, Record, describe
-from peftbench.results.row import front, over_seeds, single, tables
+from peftbench.results.row import front, over_seeds, single
 from peftbench.results.select import select
 from tests.unit.test_record import RUN
 from tests.unit.test_table import FFN, HEADS, record
@@ -300,8 +301,10 @@ def test_what_may_not_be_compared_is_not_put_into_one_column(
 
 def test_fidelity_is_compared_where_a_record_has_it() -> None:
     runs = [run("lora", 1), run("lora", 2)]
+    assert len(pivot(runs, ["method"], [])[2]) == 1
     vars(runs[1])["fidelity"] = "released_code"
-    assert len(tables(single(runs))) == 2
+    with pytest.raises(UserError, match="they differ in fidelity"):
+        pivot(runs, ["method"], [])
 
 
 def test_a_cell_is_no_mean_over_different_settings(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
