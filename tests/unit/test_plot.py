@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from peftbench.errors import UserError
-from peftbench.results.plot import COLOURS, draw, main
+from peftbench.results.plot import COLOURS, draw, draw_curves, main
 from peftbench.results.record import Counts, Record, Score
-from peftbench.results.row import over_seeds
+from peftbench.results.row import over_seeds, single
 from tests.unit.test_results import run
 
 SIZES = {"lora": (1_000, 10_000), "mam": (3_000, 30_000)}
@@ -94,3 +95,24 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_drawing_imports_no_torch() -> None:
     code = "import sys, peftbench.results.plot, matplotlib.figure; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_curves(tmp_path: Path) -> None:
+    records = [run("lora", seed, folder=tmp_path / f"lora-{seed}") for seed in (1, 2)]
+    records.append(run("mam", 1, folder=tmp_path / "mam"))
+    for record in records:
+        record.folder.mkdir()
+        lines = [{"stage": "train x", "step": step, "loss": 10 / step} for step in (1, 2)]
+        lines += [{"stage": "train x", "step": 2, "eval_accuracy": 50.0}]
+        lines += [{"stage": "train the head alone", "step": step, "loss": 99.0} for step in (1, 2)]
+        (record.folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"stage": "tr')
+    figure = draw_curves(single(records))
+    (axes,) = figure.axes
+    assert [line.get_xydata().tolist() for line in axes.get_lines()] == [[[1, 10], [2, 5]]] * 3
+    assert [word.get_text() for word in figure.legends[0].get_texts()] == ["lora", "mam"]
+    (axes,) = draw_curves(single(records), y="eval_accuracy", by="seed").axes
+    assert [line.get_label() for line in axes.get_lines()] == ["1", "1", "2"]
+    with pytest.raises(UserError, match="--y=los is unknown; did you mean loss"):
+        draw_curves(single(records), y="los")
+    with pytest.raises(UserError, match="has logged anything"):
+        draw_curves(single([run("lora", 1, folder=tmp_path)]))
