@@ -178,7 +178,10 @@ def test_ctrl_c_ends_a_sweep_with_its_table(smoke: list[str], tmp_path: Path) ->
         time.sleep(0.1)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=60)
+    try:
+        out, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "Traceback" not in error
     assert sorted(record["status"] for record in records(tmp_path / "outputs")) == ["done", "interrupted"]
     assert "1 of 2 runs are done. 1 unfinished; the same line goes on with them." in " ".join(out.split())
