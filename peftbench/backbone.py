@@ -7,6 +7,7 @@ For counting there is the same model on the meta device, which has shapes and no
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -23,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from peftbench.config import Model, Task, TaskKind
 from peftbench.errors import UserError, unknown
@@ -43,13 +46,15 @@ class Backbone:
 
 
 def load_backbone(model: Model, task: Task) -> Backbone:
-    """Load the backbone for a task, on the CPU, in `model.dtype`, with SDPA attention.
+    """Load the backbone for a task, on the CPU, in `model.dtype`.
+
+    Its attention is what transformers takes by itself: SDPA, but eager for T5 in the versions that have no other.
 
     Raises:
         UserError: the place holds no model, cannot be reached, or its architecture has no family or no such head.
     """
     source, options = _source(model)
-    config = _explained(model, lambda: AutoConfig.from_pretrained(source, **options))
+    config = load_config(model)
     auto = _auto_class(model, task, config)
     loaded, report = _explained(
         model,
@@ -58,36 +63,59 @@ def load_backbone(model: Model, task: Task) -> Backbone:
             **options,
             config=config,
             dtype=getattr(torch, model.dtype.name),
-            attn_implementation="sdpa",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # a folder tuned for other labels: its head is made anew, and trained
         ),
     )
     tokenizer = _explained(model, lambda: AutoTokenizer.from_pretrained(source, **options))
+    _can_pad(loaded, tokenizer, task)
     untrained = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
     return Backbone(loaded, tokenizer, frozenset(untrained))
 
 
-def meta_backbone(model: Model, task: Task) -> PreTrainedModel:
+def _can_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
+    """Let texts of unequal length be one batch: GPT-2 and Llama have no pad token, and a mask hides what stands for it.
+
+    A classifier on a decoder alone reads the last token that is not padding, and its tokens count positions from 0 on.
+    """
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if task.kind is not TaskKind.text_to_text:
+        tokenizer.padding_side = "right"
+
+
+def meta_backbone(model: Model, task: Task, config: PretrainedConfig | None = None) -> PreTrainedModel:
     """The model for a task on the meta device: modules and shapes, tied weights once, no weights, no network.
 
-    It is built from the config.json in `model.path`, or else from `model.architecture`.
+    It is built from `config`, by default from the config.json in `model.path`, or else from `model.architecture`.
 
     Raises:
         UserError: neither says how the model is built, or the architecture has no family or no such head.
     """
-    if model.path is not None:
-        source, options = _source(model)
-        config = _explained(model, lambda: AutoConfig.from_pretrained(source, **options))
-    else:
-        config = _described(model)
+    logging.set_verbosity_error()  # hints on generation settings, which nothing uses of a model without weights
+    if config is None:
+        config = load_config(model) if model.path is not None else _described(model)
+    config = deepcopy(config)  # the model writes in its own
     auto = _auto_class(model, task, config)
     try:
         with torch.device("meta"):
-            return auto.from_config(config, attn_implementation="sdpa")
+            return auto.from_config(config)
     except (ValueError, TypeError, ZeroDivisionError) as error:
         place = "model.architecture" if model.path is None else f"model.path={model.path}"
         raise UserError(f"{place} describes no model that can be built: {' '.join(str(error).split())}") from error
+
+
+def load_config(model: Model) -> PretrainedConfig:
+    """The config.json of `model.path` or `model.hub_id`.
+
+    Raises:
+        UserError: there is none, or it cannot be reached.
+    """
+    source, options = _source(model)
+    config: PretrainedConfig = _explained(model, lambda: AutoConfig.from_pretrained(source, **options))
+    return config
 
 
 def _described(model: Model) -> PretrainedConfig:
@@ -130,11 +158,17 @@ def _auto_class(model: Model, task: Task, config: PretrainedConfig) -> Any:
         config.id2label = dict(enumerate(task.labels))
         config.label2id = {label: code for code, label in enumerate(task.labels)}
         return AutoModelForSequenceClassification
+    if task.kind is TaskKind.regression:
+        config.num_labels = 1
+        config.problem_type = "regression"
+        return AutoModelForSequenceClassification
     if config.is_encoder_decoder:
         return AutoModelForSeq2SeqLM
+    if set(family_of(config.model_type).stacks) == {"decoder"}:
+        return AutoModelForCausalLM
     raise UserError(
-        f"task={task.name} writes text and model={model.name} is no encoder-decoder ({config.model_type}): take one "
-        "such as model=bart_large or model=mini."
+        f"task={task.name} writes text and model={model.name} is an encoder alone ({config.model_type}): take one with "
+        "a decoder such as model=bart_large or model=mini."
     )
 
 
@@ -163,8 +197,9 @@ def _explained(model: Model, load: Callable[[], T]) -> T:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         if model.path is None and (reason := hub_missing()):
             raise UserError(
-                f"model.hub_id={model.hub_id} is not in this machine's cache and {reason}; bring the model's folder "
-                "and give it as model.path=FOLDER, or take the embedded model=mini."
+                f"model.hub_id={model.hub_id} is not in this machine's cache and {reason}; bring its folder "
+                "(config.json, model.safetensors, the tokenizer's files) and give it as model.path=FOLDER, set HF_HOME "
+                "to a copy of the cache of a machine that has loaded it, or take the embedded model=mini."
             ) from error
         place = f"model.hub_id={model.hub_id}" if model.path is None else f"model.path={model.path}"
         raise UserError(f"{place} cannot be loaded: {' '.join(str(error).split())}") from error

@@ -28,6 +28,12 @@ peftbench: which parameter-efficient fine-tuning method, where in the network, h
                                            the runs of a table of the paper, and its scores beside ours
   peftbench params [-m] [KEY=VALUE ...] [--json]
                                            what a run would train and store; needs no weights
+  peftbench evaluate RUN [task.split=SPLIT ...]
+                                           score a finished run's adapter again, on any split
+  peftbench rescore RUN [METRIC]           any metric of a finished run, from its predictions
+  peftbench explain [KEY=VALUE ...] [--json]
+                                           a method in the paper's terms, and where it stands in the network
+  peftbench ls [axes|GROUP]                the choices of a group; the four axes, and which combinations run
   peftbench train --help                   every group and its choices
   peftbench train [KEY=VALUE ...] --cfg job
                                            show the config and stop
@@ -109,6 +115,30 @@ def _params(argv: list[str]) -> int:
     return params(argv)
 
 
+def _explain(argv: list[str]) -> int:
+    from peftbench.explain.command import main as explain
+
+    return explain(argv)
+
+
+def _ls(argv: list[str]) -> int:
+    from peftbench.listing import main as listing
+
+    return listing(argv)
+
+
+def _evaluate(argv: list[str]) -> int:
+    from peftbench.scoring.evaluate import main as evaluate
+
+    return evaluate(argv)
+
+
+def _rescore(argv: list[str]) -> int:
+    from peftbench.scoring.rescore import main as rescore
+
+    return rescore(argv)
+
+
 def _status(argv: list[str]) -> int:
     from peftbench.results.status import main as status
 
@@ -123,4 +153,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plot": _plot,
     "reproduce": _reproduce,
     "params": _params,
+    "explain": _explain,
+    "ls": _ls,
+    "evaluate": _evaluate,
+    "rescore": _rescore,
 }

@@ -135,7 +135,8 @@ def _compose_one(overrides: list[str], loader: ConfigLoader) -> Run:
     values: list[Override] = []
     for line, override in zip(overrides, parsed, strict=True):
         if override.is_sweep_override():
-            found.append(f"{line} names several values; add -m to run each of them.")
+            meant = " A decimal has a point, as in budget=6.7%." if override.key_or_group == "budget" else ""
+            found.append(f"{line} names several values; add -m to run each of them.{meant}")
             continue
         options = _all_options(loader, override.key_or_group)
         if options and not override.is_delete():
@@ -150,12 +151,19 @@ def _compose_one(overrides: list[str], loader: ConfigLoader) -> Run:
     try:
         cfg = compose(CONFIG_NAME, overrides=groups)
         for override in values:
-            sentence = _apply(cfg, override)
+            sentence = apply(cfg, override)
             found.extend([sentence] if sentence else [])
         run = resolve(cfg)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(*found, _plain(error)) from error
     found.extend(faults(run))
+    if run.budget is not None:
+        found.extend(
+            f"{override.input_line} with budget={run.budget}: the budget is what the bottlenecks are solved for; give "
+            "one of the two."
+            for override in values
+            if override.key_or_group.rpartition(".")[2] == "bottleneck"
+        )
     if found:
         raise UserError(*found)
     return run
@@ -175,7 +183,7 @@ def _options(override: Override) -> list[str]:
     return [str(option) for option in chosen if option is not None]
 
 
-def _apply(cfg: DictConfig, override: Override) -> str | None:
+def apply(cfg: DictConfig, override: Override) -> str | None:
     """Set one key of `cfg`; the sentence that says what is wrong with it, or None."""
     key, value = override.key_or_group, override.value()
     try:

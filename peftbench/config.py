@@ -2,7 +2,7 @@
 
 The four axes of He et al. (2022, table 1) and their options make a `Modification`. The root of the config is one of
 them, so that `bottleneck=8` and `functional_form=relu` are keys of their own; further ones stand under `mix`.
-Which combinations mean something is said in `validity.py`.
+Which combinations mean something is said in `axes.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 # Names of transformers' ACT2FN that are functions of one tensor without parameters; a test holds them to ACT2FN.
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "mish", "tanh", "sigmoid", "relu6", "relu2", "leaky_relu")
-FUNCTIONAL_FORMS = ("none", "identity", "softmax", *ACTIVATIONS)
+FUNCTIONAL_FORMS = ("none", "constant", "identity", "softmax", *ACTIVATIONS)
 
 # mypy and OmegaConf both want the members of an Enum spelled out; a member's name is what a user types.
 Representation = Enum(
@@ -31,23 +31,26 @@ Representation = Enum(
         "key",
         "value",
         "query_value",
+        "key_value",
         "output",
         "ffn",
         "ffn_weights",
+        "ffn_intermediate",
         "attention_ffn",
         "layer",
         "embedding",
     ],
 )
 Insertion = Enum("Insertion", ["none", "sequential", "parallel"])
-Composition = Enum("Composition", ["none", "add", "scaled", "gated"])
+Composition = Enum("Composition", ["none", "add", "scaled", "gated", "gated_add", "multiply"])
 Stack = Enum("Stack", ["encoder", "decoder"])
 AttentionKind = Enum("AttentionKind", ["self", "cross"])
-HeadInput = Enum("HeadInput", ["query", "hidden"])
+HeadInput = Enum("HeadInput", ["query", "hidden", "normed_query"])
+FFNInput = Enum("FFNInput", ["normed", "residual"])
 Init = Enum("Init", ["bert", "lora"])
 LayerNormPlace = Enum("LayerNormPlace", ["none", "input", "output"])
-Unfreeze = Enum("Unfreeze", ["none", "bias", "all"])
-TaskKind = Enum("TaskKind", ["classification", "summarization"])
+Unfreeze = Enum("Unfreeze", ["none", "bias", "norm", "all"])
+TaskKind = Enum("TaskKind", ["classification", "regression", "text_to_text"])
 DType = Enum("DType", ["float32", "bfloat16"])
 Precision = Enum("Precision", ["auto", "fp32", "bf16"])
 Schedule = Enum("Schedule", ["linear", "cosine", "constant"])
@@ -57,9 +60,9 @@ Device = Enum("Device", ["auto", "cpu", "cuda"])
 
 @dataclass
 class FunctionalForm:
-    """f in Δh = f(x W_down) W_up."""
+    """f in Δh = f(x W_down) W_up; or `constant`, Δh = l."""
 
-    name: str = "none"  # identity, softmax, or an activation (ACTIVATIONS)
+    name: str = "none"  # constant, identity, softmax, or an activation (ACTIVATIONS)
 
 
 @dataclass
@@ -70,8 +73,11 @@ class ModifiedRepresentation:
     stacks: list[Stack] = field(default_factory=lambda: [Stack.encoder, Stack.decoder])
     attentions: list[AttentionKind] = field(default_factory=lambda: list(AttentionKind))
     layers: list[int] | None = None  # indices in each stack; negative ones count from the top
-    # What a parallel form over heads reads: each head's query (the paper's code) or the attention input (table 1).
+    # What a parallel form over heads reads: each head's query, scaled as the attention has it; the attention input
+    # (table 1); or an unscaled query of the attention input behind a LayerNorm of its own (the paper's code on BART).
     head_input: HeadInput = HeadInput.query
+    # What a parallel form over the FFN of a pre-norm family reads: its normed input, or the residual before the norm.
+    ffn_input: FFNInput = FFNInput.normed
 
 
 @dataclass
@@ -83,7 +89,8 @@ class InsertionForm:
 
 @dataclass
 class CompositionFunction:
-    """How Δh joins h: h + Δh (add), h + sΔh (scaled), (1-λ)h + λΔh (gated)."""
+    """How Δh joins h: h + Δh (add), h + sΔh (scaled), (1-λ)h + λΔh (gated), h + λΔh (gated_add), h ∘ (1 + Δh)
+    (multiply)."""
 
     name: Composition = Composition.none
     scale: float = 1.0  # s; LoRA's alpha / r
@@ -98,13 +105,31 @@ class Modification:
     modified_representation: ModifiedRepresentation = field(default_factory=ModifiedRepresentation)
     insertion_form: InsertionForm = field(default_factory=InsertionForm)
     composition_function: CompositionFunction = field(default_factory=CompositionFunction)
-    bottleneck: int | None = None  # r, or the number l of prefix vectors
+    bottleneck: int | None = None  # r, or the number l of prefix vectors; null for a constant
     init: Init = Init.lora
     bias: bool = False
     layer_norm: LayerNormPlace = LayerNormPlace.none
     dropout: float | None = None  # after f; null: the backbone's own rate, as in the paper's code
     input_dropout: float = 0.0  # on x, before W_down (LoRA's dropout)
     prefix_mlp: int | None = None  # width of the MLP that produces the prefix in training; null: none
+
+
+@dataclass
+class Fidelity:
+    """The places where the paper's text and its released code differ: true has it as in the code.
+
+    `fidelity.py` says of each what it does, and to which runs.
+    """
+
+    name: str = "paper"  # of the set; it changes nothing by itself
+    frozen_task_head: bool = False
+    attention_adapter_before_output: bool = False
+    attention_adapter_norm: bool = False
+    attention_adapter_bert_init: bool = False
+    head_adapter_from_mlp: bool = False
+    head_adapter_normed_query: bool = False
+    mbart_ffn_adapter_reads_residual: bool = False
+    dead_parameters: bool = False
 
 
 @dataclass
@@ -142,26 +167,41 @@ class Task:
     sizes: str = MISSING  # which column of conf/sizes.yaml suits this task's paper backbone
     hub_id: str | None = None
     hub_config: str | None = None
+    hub_revision: str | None = None
     data_dir: str | None = None  # a folder with train/validation/test files; wins over hub_id
     data_files: dict[str, str] = field(default_factory=dict)  # split: file; wins over data_dir
+    # The files of train_split, selection_split and report_split, without knowing what the task calls them.
+    train_file: str | None = None
+    validation_file: str | None = None
+    test_file: str | None = None
     packages: list[str] | None = None  # docstring tasks: where the text comes from
     train_split: str = "train"
     selection_split: str = "validation"
     report_split: str = "test"
+    further_splits: list[str] = field(default_factory=list)  # scored beside the report split, such as mismatched MNLI
     max_train: int | None = None
     max_selection: int | None = None
     max_eval: int | None = None
     text_columns: list[str] = field(default_factory=list)  # classification: one text or a pair
     label_column: str = "label"
-    labels: list[str] = field(default_factory=list)  # names in the order of their integer codes
+    labels: list[str] = field(
+        default_factory=list
+    )  # names in the order of their codes; []: those of the training split
     source_column: str = "document"
-    target_column: str = "summary"
+    target_column: str = "summary"  # a text, or a list of texts that are all right
+    source_join: str | None = None  # what to put between the parts of a source that is a list; null: none is
+    prompt: str = "{source}\n"  # what a decoder alone is given, to be completed by the target
+    merge_references: bool = False  # rows with equal sources are one example with all their targets
+    source_language: str | None = None  # codes of backbones that have them, such as mBART's en_XX
+    target_language: str | None = None
     max_source_length: int = 512  # tokens
     max_target_length: int = 128  # tokens
-    metric: str = MISSING  # the main score, by which a run is selected and ranked
+    metric: str = MISSING  # the main score, by which runs are ranked
+    selection_metric: str | None = None  # by which a state is selected; loss: the lowest; null: the main score
     generation: Generation = field(default_factory=Generation)
     baselines: list[str] = field(default_factory=list)  # scores shown beside the run's: majority, head, lead1
     paper: dict[str, Any] = field(default_factory=dict)  # the paper's training settings, taken by trainer=paper
+    quick: dict[str, Any] = field(default_factory=dict)  # keep, evaluate_every and the like, taken by trainer=quick
 
 
 @dataclass
@@ -172,8 +212,10 @@ class Trainer:
     epochs: float = 3.0
     max_steps: int | None = None  # optimiser steps; wins over epochs
     batch_size: int = 32
+    batch_tokens: int | None = None  # batches of like lengths, examples x the longest of them; wins over batch_size
     accumulation: int = 1
     eval_batch_size: int = 64
+    eval_batch_tokens: int | None = None  # at most so many input tokens, too, in a batch to be predicted
     schedule: Schedule = Schedule.linear
     warmup: float = 0.06  # share of the steps
     weight_decay: float = 0.0
@@ -194,13 +236,20 @@ class Run(Modification):
     """The whole config. Keys of `Modification` are its first modification; `mix` holds the others by name."""
 
     mix: dict[str, Modification] = field(default_factory=dict)
-    unfreeze: Unfreeze = Unfreeze.none  # backbone parameters that are trained too: biases (BitFit) or all
+    unfreeze: Unfreeze = Unfreeze.none  # backbone parameters that are trained too: biases (BitFit), norms or all
+    allow_unused: bool = False  # train although the loss does not depend on every trainable tensor
+    fidelity: Fidelity = field(default_factory=Fidelity)
     method: str = MISSING
     model: Model = field(default_factory=Model)
     task: Task = field(default_factory=Task)
     trainer: Trainer = field(default_factory=Trainer)
     sizes: Any = None  # conf/sizes.yaml
     size: Any = None  # its column for this run
+    # The stored count that the bottlenecks are solved for: 6.7% of the backbone, 599k, 27.4M, 599232; null: none.
+    budget: str | None = None
+    # Of several bottlenecks: the ratio of what they store, such as [9, 1], the root's first and then those of `mix`;
+    # null: their sizes keep the ratio that they come with.
+    budget_split: list[float] | None = None
     seed: int = 42
     debug: str | None = None
     output_dir: str = "outputs"
@@ -216,6 +265,16 @@ def conf_dir() -> Path:
     """The folder with the YAML groups: inside the installed package, or at the top of a checkout."""
     here = Path(__file__).resolve().parent
     return here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
+
+
+def task_files(task: Task) -> dict[str, str]:
+    """The user's own files by split."""
+    roles = (
+        (task.train_split, task.train_file),
+        (task.selection_split, task.validation_file),
+        (task.report_split, task.test_file),
+    )
+    return {**task.data_files, **{split: file for split, file in roles if file is not None}}
 
 
 def modifications(run: Run) -> dict[str, Modification]:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from transformers import GenerationConfig, PreTrainedModel
 
 from peftbench.config import Run, TaskKind
-from peftbench.fit import use_bf16
-from peftbench.predict import predict
+from peftbench.fit import LOSS, use_bf16
+from peftbench.partial import Partial
+from peftbench.predict import mean_loss, predict
 from peftbench.tasks.base import TaskData
 
 
@@ -17,21 +18,34 @@ class Evaluator:
 
     def __init__(self, model: PreTrainedModel, data: TaskData, run: Run) -> None:
         self.model, self.data = model, data
-        self.batch_size = run.trainer.eval_batch_size
+        self.batch_size, self.max_tokens = run.trainer.eval_batch_size, run.trainer.eval_batch_tokens
+        self.label_smoothing = run.trainer.label_smoothing
+        self.by_loss = run.task.selection_metric == LOSS
         self.bf16 = use_bf16(run.trainer, run.model)
-        self.generation = _generation(model, run) if run.task.kind is not TaskKind.classification else None
+        self.generation = _generation(model, run) if run.task.kind is TaskKind.text_to_text else None
+
+    def selection(self) -> dict[str, float]:
+        """What a state is selected by: the metrics on the selection split, or the loss there, as in training."""
+        if not self.by_loss:
+            return self.score("selection")[0]
+        loss = mean_loss(
+            self.model, self.data.selection, self.data.collator, self.batch_size, self.label_smoothing, bf16=self.bf16
+        )
+        return {LOSS: loss}
 
     def score(
-        self, role: str, on_batch: Callable[[int], None] = lambda examples: None
+        self, role: str, on_batch: Callable[[int], None] = lambda examples: None, partial: Partial | None = None
     ) -> tuple[dict[str, float], list[str]]:
-        """The metrics on `role` ("selection" or "report"), and what was predicted for each example, in words."""
+        """The metrics on a role of the data, and what was predicted for each example, in words."""
         predictions = predict(
             self.model,
             getattr(self.data, role),
             self.data.collator,
             self.batch_size,
+            max_tokens=self.max_tokens,
             generation=self.generation,
             bf16=self.bf16,
+            partial=partial,
             on_batch=on_batch,
         )
         decoded = self.data.decode(predictions)
@@ -43,11 +57,14 @@ def _generation(model: PreTrainedModel, run: Run) -> GenerationConfig:
     wanted = run.task.generation
     assert model.generation_config is not None
     own = {key: value for key, value in model.generation_config.to_dict().items() if key.endswith("_token_id")}
+    if model.config.is_encoder_decoder:
+        lengths = {"min_length": wanted.min_length, "max_length": wanted.max_length}
+    else:  # whose lengths would count the prompt
+        lengths = {"min_new_tokens": wanted.min_length, "max_new_tokens": wanted.max_length}
     return GenerationConfig(
         **own,
+        **lengths,
         num_beams=wanted.num_beams,
-        min_length=wanted.min_length,
-        max_length=wanted.max_length,
         no_repeat_ngram_size=wanted.no_repeat_ngram_size,
         length_penalty=wanted.length_penalty,
     )

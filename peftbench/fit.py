@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -26,6 +27,7 @@ from transformers import (
 )
 
 from peftbench import config
+from peftbench.batching import TokenBatches
 from peftbench.checkpoint import Checkpoint, Checkpoints, Resumable, SaveByTime
 from peftbench.errors import UserError
 from peftbench.modification.state import trained_tensors, write_tensors
@@ -43,7 +45,9 @@ class Fitted:
     tokens_per_s: float  # source and target tokens, padding not counted
 
 
+LOSS = "loss"  # of the scores the one that is better when lower
 BEST = "best.safetensors"  # in a checkpoint: the trained tensors at the best evaluation so far
+
 Log = Callable[[dict[str, Any]], None]
 Evaluate = Callable[[], dict[str, float]]
 
@@ -68,11 +72,11 @@ def fit(
         bf16: train under bfloat16 autocast, see `use_bf16`.
         checkpoints: where Trainer may write.
         evaluate: scores the model as it stands on the selection split.
-        metric: the score by which `keep=best` chooses; higher is better.
+        metric: the score by which `keep=best` chooses; higher is better, but of a loss lower.
         resume: the checkpoint to go on from; None: from the start.
         log: is given a dict for each logged step and evaluation.
     """
-    steps = total_steps(len(data.train), settings)
+    steps = total_steps(data, settings)
     callbacks: list[TrainerCallback] = [_Report(stage, log), SaveByTime(checkpoints.minutes)]
     keeper = _KeepBest(metric) if settings.keep is config.Keep.best else None
     if keeper is not None:
@@ -91,6 +95,8 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     trainer.scores = evaluate
     trainer.keeper = keeper
+    if settings.batch_tokens is not None:
+        trainer.batches = TokenBatches(data.lengths, settings.batch_tokens, seed)
     earlier = 0.0
     if resume is not None:
         earlier = resume.notes["seconds"]
@@ -116,21 +122,27 @@ def fit(
         if keeper.step < steps:  # the last state is a candidate too
             trainer.evaluate()
         keeper.restore(model)
-    seen = steps * settings.batch_size * settings.accumulation
+    seen = steps * settings.accumulation * len(data.train) / batches_per_epoch(data, settings)
     return Fitted(steps, seconds, earlier, seen * _mean_tokens(data) / seconds)
 
 
-def total_steps(examples: int, settings: config.Trainer) -> int:
+def total_steps(data: TaskData, settings: config.Trainer) -> int:
     """The number of optimiser steps: `max_steps`, or `epochs` passes over the training examples."""
     if settings.max_steps is not None:
         return settings.max_steps
-    return max(1, round(settings.epochs * steps_per_epoch(examples, settings)))
+    return max(1, round(settings.epochs * steps_per_epoch(data, settings)))
 
 
-def steps_per_epoch(examples: int, settings: config.Trainer) -> int:
+def steps_per_epoch(data: TaskData, settings: config.Trainer) -> int:
     """Optimiser steps in one pass; the last one of a pass may see fewer examples."""
-    batches = -(-examples // settings.batch_size)
-    return -(-batches // settings.accumulation)
+    return -(-batches_per_epoch(data, settings) // settings.accumulation)
+
+
+def batches_per_epoch(data: TaskData, settings: config.Trainer) -> int:
+    """Batches in one pass over the training examples."""
+    if settings.batch_tokens is not None:
+        return len(TokenBatches(data.lengths, settings.batch_tokens, seed=0))
+    return -(-len(data.train) // settings.batch_size)
 
 
 def use_bf16(settings: config.Trainer, model: config.Model) -> bool:
@@ -170,7 +182,7 @@ def _arguments(
         optim="adamw_torch",
         bf16=bf16,
         eval_strategy="steps" if settings.keep is config.Keep.best else "no",
-        eval_steps=settings.evaluate_every or steps_per_epoch(len(data.train), settings),
+        eval_steps=settings.evaluate_every or steps_per_epoch(data, settings),
         logging_strategy="steps",
         logging_steps=max(1, steps // 200),
         save_strategy="no",  # SaveByTime asks for checkpoints
@@ -198,12 +210,24 @@ class _Trainer(Resumable):
 
     scores: Evaluate
     keeper: _KeepBest | None
+    batches: TokenBatches | None = None
     control: TrainerControl
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.keeper is not None and output_dir is not None:
             write_tensors(self.keeper.tensors, Path(output_dir) / BEST)
+
+    def get_train_dataloader(self) -> Any:  # accelerate's shard of a DataLoader
+        if self.batches is None:
+            return super().get_train_dataloader()
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = {f"eval_{name}": value for name, value in self.scores().items()}
@@ -245,7 +269,7 @@ class _KeepBest(TrainerCallback):
         self, args: object, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
     ) -> None:
         self.step = state.global_step
-        value = metrics[f"eval_{self.metric}"]
+        value = metrics[f"eval_{self.metric}"] * (-1 if self.metric == LOSS else 1)
         if self.best is None or value > self.best:
             self.best = value
             self.tensors = {name: tensor.cpu().clone() for name, tensor in trained_tensors(kwargs["model"]).items()}

@@ -30,6 +30,13 @@ def run(argv: list[str]) -> int:
         job()
         return 0
     points = compose_points(args)
+    if any(run.budget is not None for _, run in points):
+        from peftbench.params.solve import solve_all
+
+        # Each job solves its own again; here all are refused before the first one trains, and the list of runs has
+        # their folders.
+        solved = solve_all(run for _, run in points)
+        points = [(overrides, run) for (overrides, _), run in zip(points, solved, strict=True)]
     own_sweeper = any(word.startswith("hydra/sweeper=") for word in args.overrides)  # decides on its runs as it goes
     if not args.multirun or own_sweeper:
         job()

@@ -1,20 +1,24 @@
-"""Predictions of a model for a whole data set: logits for classification, generated ids for text.
+"""Predictions of a model for a whole data set: logits for classification, generated ids for text. Its loss there.
 
 Examples are batched by length, so that little is spent on padding, and come back in their own order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
-from transformers import GenerationConfig, PreTrainedModel
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor, PreTrainedModel
 
 from peftbench.modification.state import folded
+from peftbench.partial import Partial
 
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 PADDING = -100  # what fills the end of shorter predictions
@@ -26,15 +30,20 @@ def predict(
     collator: Collator,
     batch_size: int,
     *,
+    max_tokens: int | None = None,
     generation: GenerationConfig | None = None,
     bf16: bool = False,
+    partial: Partial | None = None,
     on_batch: Callable[[int], None] = lambda examples: None,
 ) -> np.ndarray:
     """Returns (examples, labels) logits, or with `generation` (examples, longest) ids, filled up with -100.
 
     Args:
+        batch_size: how many examples a batch has at most.
+        max_tokens: how many tokens its inputs have at most, padding included; None: any number.
         generation: how to generate; None: the model's logits.
         bf16: run under bfloat16 autocast.
+        partial: what an earlier try has predicted, which is not predicted again; every batch is added to it.
         on_batch: is told how many examples each batch had.
     """
     lengths = [len(ids) for ids in dataset["input_ids"]]
@@ -44,25 +53,94 @@ def predict(
     columns = [name for name in dataset.column_names if name != "labels"]
     examples = dataset.select_columns(columns)
     rows: list[np.ndarray] = [np.empty(0)] * len(order)
+    if partial is not None:
+        for index, row in partial.rows.items():
+            rows[index] = row
+        order = [index for index in order if index not in partial.rows]
+        on_batch(len(partial.rows))
     was_training = model.training
     model.eval()
     with torch.no_grad(), folded(model), autocast(model.device, bf16):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in _batches(order, lengths, batch_size, max_tokens):
             padded = collator([examples[i] for i in chosen])
             batch = {name: tensor.to(model.device) for name, tensor in padded.items() if tensor is not None}
-            if generation is None:
-                outputs = model(**batch).logits.float()
-            else:
-                outputs = model.generate(**batch, generation_config=generation)
-            for index, row in zip(chosen, outputs.cpu().numpy(), strict=True):
+            outputs = model(**batch).logits.float() if generation is None else _generate(model, batch, generation)
+            predicted = list(outputs.cpu().numpy())
+            for index, row in zip(chosen, predicted, strict=True):
                 rows[index] = row
+            if partial is not None:
+                partial.add(chosen, predicted)
             on_batch(len(chosen))
     model.train(was_training)
     width = max((len(row) for row in rows), default=0)
     if generation is None:
         return np.stack(rows)
     return np.stack([np.pad(row, (0, width - len(row)), constant_values=PADDING) for row in rows])
+
+
+def _batches(
+    order: Sequence[int], lengths: Sequence[int], batch_size: int, max_tokens: int | None
+) -> Iterator[Sequence[int]]:
+    """`order`, the longest first, in parts; an example longer than `max_tokens` is a part of its own."""
+    start = 0
+    while start < len(order):
+        fitting = batch_size if max_tokens is None else max_tokens // max(1, lengths[order[start]])
+        end = start + max(1, min(batch_size, fitting))
+        yield order[start:end]
+        start = end
+
+
+def _generate(model: PreTrainedModel, batch: dict[str, Tensor], generation: GenerationConfig) -> Tensor:
+    """Generated ids alone. In a decoder alone n-grams of the prompt may be repeated, as those of a source may."""
+    if model.config.is_encoder_decoder:
+        ids: Tensor = model.generate(**batch, generation_config=generation)
+        return ids
+    prompt, size = batch["input_ids"].shape[1], generation.no_repeat_ngram_size
+    processors = LogitsProcessorList([_NoRepeatBehind(prompt, size)] if size else [])
+    free = copy(generation)
+    free.no_repeat_ngram_size = 0
+    ids = model.generate(**batch, generation_config=free, logits_processor=processors)
+    return ids[:, prompt:]
+
+
+class _NoRepeatBehind(NoRepeatNGramLogitsProcessor):
+    """Forbids n-grams to be repeated behind the first `start` tokens."""
+
+    def __init__(self, start: int, size: int) -> None:
+        super().__init__(size)
+        self.start = start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        allowed: Tensor = super().__call__(input_ids[:, self.start :], scores)
+        return allowed
+
+
+def mean_loss(
+    model: PreTrainedModel,
+    dataset: Dataset,
+    collator: Collator,
+    batch_size: int,
+    label_smoothing: float = 0.0,
+    *,
+    bf16: bool = False,
+) -> float:
+    """The cross-entropy of the labels, with label smoothing, averaged over all tokens of `dataset` but -100."""
+    total, tokens = 0.0, 0
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), folded(model), autocast(model.device, bf16):
+        for start in range(0, len(dataset), batch_size):
+            padded = collator([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
+            batch = {name: tensor.to(model.device) for name, tensor in padded.items() if tensor is not None}
+            labels = batch.pop("labels")
+            logits = model(**batch).logits
+            if not model.config.is_encoder_decoder:  # a causal model's logits are those of the next token
+                logits, labels = logits[:, :-1], labels[:, 1:]
+            for row, right in zip(logits, labels, strict=True):  # a batch of mBART's 250,027 in fp32 would fill a GPU
+                total += float(F.cross_entropy(row.float(), right, reduction="sum", label_smoothing=label_smoothing))
+            tokens += int((labels != PADDING).sum())
+    model.train(was_training)
+    return total / tokens
 
 
 def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[object]:

@@ -11,13 +11,17 @@ from dataclasses import dataclass, field
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from peftbench.errors import UserError
 
 
 @dataclass(frozen=True)
 class AttentionPaths:
-    """One attention sub-layer, as paths from its layer."""
+    """One attention sub-layer, as paths from its layer.
+
+    Where one path stands for query, key and value, the projection is fused: its output is q | k | v.
+    """
 
     module: str  # the module that calls the attention function
     query: str
@@ -44,7 +48,8 @@ class Family:
     attentions: Mapping[str, AttentionPaths]  # "self" and, where the family has it, "cross"
     ffn: FeedForwardPaths
     heads: str  # config attribute with the number of heads; one for each stack where "{stack}_" stands in it
-    embedding: Mapping[str, str] = field(default_factory=dict)  # stack name: where its embedded input can be lengthened
+    # Stack name: where its embedded input can be lengthened. None in a decoder alone: its labels and cache count it.
+    embedding: Mapping[str, str] = field(default_factory=dict)
     embedding_at: str = "input"  # of that module, a LayerNorm; "output" of an embedding where there is no such norm
     norm: str | None = None  # post-norm: the LayerNorm that ends a layer
     residual: str | None = None  # pre-norm: the module whose input is the residual that the FFN's output joins
@@ -131,7 +136,7 @@ FAMILIES = (
         hidden_dropout="dropout_rate",
     ),
     Family(
-        model_types=("llama", "mistral", "qwen2"),
+        model_types=("llama", "mistral", "qwen2", "qwen3"),
         stacks={"decoder": "layers"},
         attentions={
             "self": AttentionPaths(
@@ -143,7 +148,26 @@ FAMILIES = (
         residual="post_attention_layernorm",
         hidden_dropout="hidden_dropout",
     ),
+    Family(
+        model_types=("gpt2",),
+        stacks={"decoder": "h"},
+        attentions={"self": AttentionPaths("attn", "attn.c_attn", "attn.c_attn", "attn.c_attn", "attn.c_proj")},
+        ffn=FeedForwardPaths(("mlp.c_fc",), "mlp.c_proj", dropout="mlp.dropout"),
+        heads="num_attention_heads",
+        residual="ln_2",
+        attention_dropout="attn_pdrop",
+        hidden_dropout="resid_pdrop",
+    ),
 )
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a fused projection computes besides others: a slice of the last axis of its output."""
+
+    name: str  # query, key or value
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -160,6 +184,7 @@ class Attention:
     key: nn.Module
     value: nn.Module
     output: nn.Module
+    parts: Mapping[str, Part] = field(default_factory=dict)  # by name, where query, key and value are one module
 
 
 @dataclass(frozen=True)
@@ -170,11 +195,7 @@ class FeedForward:
     first: Mapping[str, nn.Module]  # by the last part of their names
     second: nn.Module
     dropout: nn.Module | None
-
-    @property
-    def source(self) -> nn.Module:
-        """A module whose input is the sub-layer's input x."""
-        return next(iter(self.first.values()))
+    source: nn.Module  # its input is the sub-layer's input x
 
 
 @dataclass(frozen=True)
@@ -238,7 +259,8 @@ def _layers(family: Family, base: nn.Module, config: object, names: Mapping[nn.M
         heads = int(getattr(config, family.heads.format(stack=stack)))
         for index, module in enumerate(modules):
             second = _there(module, family.ffn.second)
-            first = {path: _find(module, path) for path in family.ffn.first}
+            found = {path.rpartition(".")[2]: _find(module, path) for path in family.ffn.first}
+            first = {name: linear for name, linear in found.items() if linear is not None}
             yield Layer(
                 name=names[module],
                 stack=stack,
@@ -248,9 +270,10 @@ def _layers(family: Family, base: nn.Module, config: object, names: Mapping[nn.M
                 attentions=tuple(_attentions(family, module, heads, config, names)),
                 ffn=FeedForward(
                     name=names[second],
-                    first={path.rpartition(".")[2]: found for path, found in first.items() if found is not None},
+                    first=first,
                     second=second,
                     dropout=None if family.ffn.dropout is None else _there(module, family.ffn.dropout),
+                    source=next(iter(first.values())),
                 ),
                 norm=None if family.norm is None else _there(module, family.norm),
                 residual=None if family.residual is None else _there(module, family.residual),
@@ -265,18 +288,41 @@ def _attentions(
         if module is None:
             continue  # an encoder layer, or a decoder without cross-attention
         query = _there(layer, paths.query)
+        widths = in_out(query)
+        assert widths is not None, f"{type(query).__name__} is no projection that in_out knows"
+        kv_heads = int(getattr(config, "num_key_value_heads", heads))
+        fused = paths.query == paths.key == paths.value
+        computed = {"query": heads, "key": kv_heads, "value": kv_heads} if fused else {"query": heads}
+        head_width = widths[1] // sum(computed.values())
         yield Attention(
             name=names[module],
             kind=kind,
             heads=heads,
-            kv_heads=int(getattr(config, "num_key_value_heads", heads)),
-            head_width=int(query.get_parameter("weight").shape[0]) // heads,
+            kv_heads=kv_heads,
+            head_width=head_width,
             module=module,
             query=query,
             key=_there(layer, paths.key),
             value=_there(layer, paths.value),
             output=_there(layer, paths.output),
+            parts={part.name: part for part in _parts(computed, head_width)} if fused else {},
         )
+
+
+def _parts(heads: Mapping[str, int], head_width: int) -> Iterator[Part]:
+    """Side by side, each as wide as its heads."""
+    start = 0
+    for name, count in heads.items():
+        yield Part(name, start, start := start + count * head_width)
+
+
+def in_out(module: nn.Module) -> tuple[int, int] | None:
+    """The widths of a projection's input and output; None for a module that is no projection."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):  # a Linear whose weight is stored as (in, out)
+        return module.nx, module.nf
+    return None
 
 
 def _find(root: nn.Module, path: str) -> nn.Module | None:

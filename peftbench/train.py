@@ -23,13 +23,16 @@ from transformers.utils import logging as transformers_logging
 
 from peftbench.backbone import Backbone, load_backbone
 from peftbench.checkpoint import Checkpoints
-from peftbench.config import Keep, Run, Unfreeze, modifications, resolve
+from peftbench.config import Keep, Run, TaskKind, Unfreeze, modifications, resolve
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
 from peftbench.fit import Fitted, chosen_device, fit, total_steps, use_bf16
-from peftbench.modification.attach import attach
+from peftbench.modification.attach import attach, attach_run
 from peftbench.modification.counting import count
+from peftbench.modification.dead_parameters import count_dead
 from peftbench.modification.state import fold, save
+from peftbench.params.solve import solve
+from peftbench.probe import no_gradient, unreached
 from peftbench.progress import Display
 from peftbench.results.identity import run_dir
 from peftbench.results.lock import holding
@@ -39,6 +42,7 @@ from peftbench.results.record import (
     Record,
     Score,
     append_metrics,
+    axes_of,
     find,
     finished,
     recording,
@@ -48,6 +52,7 @@ from peftbench.results.record import (
 from peftbench.results.table import single_row
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.docstrings import versions
+from peftbench.tasks.load import load
 from peftbench.tasks.prepare import prepare
 from peftbench.validity import faults
 
@@ -70,7 +75,8 @@ def train(cfg: DictConfig, overrides: Sequence[str] = (), *, keep_failed: bool =
     run = resolve(cfg)
     if found := faults(run):
         raise UserError(*found)
-    console = _quiet_console()
+    run = solve(run, as_trained=True)  # a budget becomes bottlenecks; the backbone's config.json is all it reads
+    console = quiet_console()
     folder = run_dir(run)
     if not run.rerun and (record := finished(folder)) is not None:
         return _show_again(record, console)
@@ -97,19 +103,25 @@ def _run(run: Run, folder: Path, overrides: Sequence[str], console: Console) -> 
         )
         with _timed(record, "prepare_s"), display.stage("prepare"):
             set_seed(run.seed)
-            backbone = load_backbone(run.model, run.task)
-            attach(backbone.model, modifications(run), run.unfreeze, backbone.untrained)
-            _record_counts(record, backbone.model)
-            data = prepare(run.task, backbone.tokenizer, backbone.model)
-            _record_data(record, run, data)
+            loaded = load(run.task)
+            backbone = load_backbone(run.model, loaded.task)
+            run, record.deviations = attach_run(backbone.model, run, backbone.untrained)
+            record.axes = axes_of(run)
+            _record_counts(record, run, backbone.model)
+            data = prepare(loaded, backbone.tokenizer, backbone.model)
+            _record_data(record, data)
+            for note in data.notes:
+                console.print(note, highlight=False)
         backbone.model.to(device)
+        with _timed(record, "probe_s"):
+            _probe(run, backbone.model, data, record)
         if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()  # a sweep's earlier runs had their own
+            torch.cuda.reset_peak_memory_stats()  # the probe, and a sweep's earlier runs, had their own
 
         with _timed(record, "train_s"):
             _record_fit(record, _fit(run, backbone, data, record, display, f"train {run.method}"))
         fold(backbone.model)
-        record.adapter_bytes = save(backbone.model, folder / "adapter")
+        record.adapter_bytes = save(backbone.model, folder / "adapter", backbone.untrained)
 
         with _timed(record, "evaluate_s"):
             _evaluate(run, backbone.model, data, record, display)
@@ -121,6 +133,14 @@ def _run(run: Run, folder: Path, overrides: Sequence[str], console: Console) -> 
     return record
 
 
+def _probe(run: Run, model: PreTrainedModel, data: TaskData, record: Record) -> None:
+    """Refuse to train tensors on which the loss does not depend, unless `allow_unused` says to go on."""
+    batch = data.collator([data.train[0]])
+    record.unused = unreached(model, batch, use_bf16(run.trainer, run.model))
+    if record.unused and not run.allow_unused:
+        raise no_gradient(record.unused)
+
+
 def _fit(run: Run, backbone: Backbone, data: TaskData, record: Record, display: Display, name: str) -> Fitted:
     """Train what is trainable in the backbone's model, from the last checkpoint if there is one; log to the folder."""
     evaluator = Evaluator(backbone.model, data, run)
@@ -130,7 +150,7 @@ def _fit(run: Run, backbone: Backbone, data: TaskData, record: Record, display: 
     rewind_metrics(record.folder, name, resume.step if resume else 0)
     if resume is not None:
         display.console.print(f"{name}: goes on from step {resume.step}", highlight=False)
-    with display.stage(name, total_steps(len(data.train), run.trainer)) as stage:
+    with display.stage(name, total_steps(data, run.trainer)) as stage:
         fitted = fit(
             backbone.model,
             data,
@@ -138,8 +158,8 @@ def _fit(run: Run, backbone: Backbone, data: TaskData, record: Record, display: 
             seed=run.seed,
             bf16=use_bf16(run.trainer, run.model),
             checkpoints=checkpoints,
-            evaluate=lambda: evaluator.score("selection")[0],
-            metric=run.task.metric,
+            evaluate=evaluator.selection,
+            metric=run.task.selection_metric or run.task.metric,
             resume=resume,
             stage=stage,
             log=lambda values: append_metrics(record.folder, {"stage": name, **values}),
@@ -150,18 +170,23 @@ def _fit(run: Run, backbone: Backbone, data: TaskData, record: Record, display: 
 
 
 def _evaluate(run: Run, model: PreTrainedModel, data: TaskData, record: Record, display: Display) -> None:
-    """Score the model, write the predictions of the report split, and note the baselines beside the score.
+    """Score the model, write the predictions of the splits reported on, and note the baselines beside the score.
 
     The selection split is scored too where it chose the state that is reported.
     """
     evaluator = Evaluator(model, data, run)
     selected = run.trainer.keep is Keep.best and data.splits["selection"] != data.splits["report"]
-    for role in ("selection", "report") if selected else ("report",):
-        with display.stage(f"evaluate {data.splits[role]['split']}", data.splits[role]["examples"]) as stage:
+    for role, split in data.splits.items():
+        if role == "train" or (role == "selection" and not selected):
+            continue
+        with display.stage(f"evaluate {split['split']}", split["examples"]) as stage:
             metrics, decoded = evaluator.score(role, stage.advance)
-        record.scores[role] = Score(**data.splits[role], metrics=metrics)
+        record.scores[role] = Score(**split, metrics=metrics)
+        if role != "selection":
+            write_predictions(record.folder, data.records(decoded, getattr(data, f"{role}_rows")), role)
     record.score = record.scores["report"].metrics[run.task.metric]
-    write_predictions(record.folder, data.records(decoded, data.report_rows))
+    if data.signatures:
+        record.data["signatures"] = data.signatures
     for dotted, value in data.baselines().items():
         name, metric = dotted.split(".", 1)
         record.scores.setdefault(name, Score(**data.splits["report"], metrics={})).metrics[metric] = value
@@ -172,8 +197,9 @@ def _evaluate(run: Run, model: PreTrainedModel, data: TaskData, record: Record, 
 def _head_alone(run: Run, data: TaskData, record: Record, display: Display) -> float:
     """The score of the same task head, trained in the same way on the untouched backbone."""
     set_seed(run.seed)
-    backbone = load_backbone(run.model, run.task)
+    backbone = load_backbone(run.model, data.task)
     attach(backbone.model, {}, untrained=backbone.untrained)
+    data = data.serving(backbone.model)
     backbone.model.to(chosen_device(run.trainer))
     _fit(run, backbone, data, record, display, "train the head alone")
     metrics, _ = Evaluator(backbone.model, data, run).score("report")
@@ -185,16 +211,19 @@ def _is_head_alone(run: Run) -> bool:
     return not modifications(run) and run.unfreeze is Unfreeze.none
 
 
-def _record_counts(record: Record, model: PreTrainedModel) -> None:
+def _record_counts(record: Record, run: Run, model: PreTrainedModel) -> None:
     counts = count(model)
-    record.counts = Counts(**asdict(counts))
+    dead = count_dead(model, modifications(run)) if run.fidelity.dead_parameters else 0
+    record.counts = Counts(**asdict(counts), dead=dead)
     record.model.parameters = counts.backbone
 
 
-def _record_data(record: Record, run: Run, data: TaskData) -> None:
-    record.data = {"fingerprint": data.fingerprint, "splits": data.splits}
-    if run.task.packages is not None:
-        record.data["packages"] = versions(run.task.packages)
+def _record_data(record: Record, data: TaskData) -> None:
+    record.data = {"fingerprint": data.fingerprint, "splits": data.splits, "notes": data.notes}
+    if data.task.kind is TaskKind.classification:
+        record.data["labels"] = data.task.labels
+    if data.task.packages is not None:
+        record.data["packages"] = versions(data.task.packages)
 
 
 def _record_fit(record: Record, fitted: Fitted) -> None:
@@ -222,12 +251,12 @@ def _timed(record: Record, name: str) -> Iterator[None]:
     record.timings[name] = round(passed, 3)
 
 
-def _quiet_console() -> Console:
+def quiet_console(stderr: bool = False) -> Console:
     """The console of a run; the libraries' own bars and hints are switched off."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    return Console()
+    return Console(stderr=stderr)
 
 
 if __name__ == "__main__":

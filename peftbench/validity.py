@@ -1,185 +1,62 @@
-"""Which points of the four axes mean something, and which settings do: one table of rules. Imports no torch.
+"""What is wrong with a run, before anything is loaded. Imports no torch.
 
-`faults(run)` returns a plain sentence for every rule that a config breaks, each naming the key as it is typed.
+`faults(run)` returns a plain sentence for every fault, each naming the key as it is typed; those of the four axes are
+a table of rules in axes.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
+from peftbench.axes import axes, refusals
+from peftbench.budget import limit
 from peftbench.config import (
-    FUNCTIONAL_FORMS,
-    AttentionKind,
-    Composition,
     DType,
-    HeadInput,
-    Insertion,
-    LayerNormPlace,
-    Modification,
     Precision,
-    Representation,
     Run,
-    Stack,
+    Task,
     TaskKind,
     Unfreeze,
     modifications,
+    task_files,
 )
-from peftbench.errors import unknown
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A combination that is refused: `broken(m)` says whether m breaks it, `sentence` why and what would be right."""
-
-    broken: Callable[[Modification], bool]
-    sentence: str  # {p} stands for the prefix of the keys: "" or "mix.NAME."
-
-
-# Representations among which `attentions` has nothing to choose.
-WITHOUT_ATTENTION = (Representation.ffn, Representation.ffn_weights, Representation.layer, Representation.embedding)
-
-RULES = (
-    Rule(
-        lambda m: len({axis == "none" for axis in _axes(m)}) == 2,
-        "{p}functional_form={f}, {p}modified_representation={r}, {p}insertion_form={i}, {p}composition_function={c}: "
-        "a modification needs all four axes; give each a value other than none, or start from a preset such as "
-        "method=lora.",
-    ),
-    Rule(
-        lambda m: m.composition_function.name is Composition.gated and m.insertion_form.name is Insertion.sequential,
-        "{p}composition_function=gated with {p}insertion_form=sequential means nothing: the gate weighs h against a Δh "
-        "that is computed beside it from the same x; use insertion_form=parallel, or composition_function=add or "
-        "scaled.",
-    ),
-    Rule(
-        lambda m: (
-            m.modified_representation.name is Representation.layer and m.insertion_form.name is Insertion.parallel
-        ),
-        "{p}modified_representation=layer with {p}insertion_form=parallel means nothing: the layer's output is read "
-        "after its add & norm and has no sub-layer beside it; use insertion_form=sequential, or "
-        "modified_representation=ffn.",
-    ),
-    Rule(
-        lambda m: (
-            m.modified_representation.name is Representation.embedding
-            and (m.functional_form.name, m.insertion_form.name, m.composition_function.name)
-            != ("softmax", Insertion.parallel, Composition.gated)
-        ),
-        "{p}modified_representation=embedding is prompt tuning: the layers attend to vectors put before the input, so "
-        "it goes with functional_form=softmax, insertion_form=parallel and composition_function=gated only.",
-    ),
-    Rule(
-        lambda m: (
-            m.modified_representation.name is Representation.heads
-            and m.insertion_form.name is Insertion.parallel
-            and m.functional_form.name == "softmax"
-            and m.composition_function.name is Composition.gated
-            and m.modified_representation.head_input is HeadInput.hidden
-        ),
-        "{p}composition_function=gated weighs by the attention mass on the prefix (eq. 8), which is a function of the "
-        "query: use {p}modified_representation.head_input=query, or composition_function=add or scaled.",
-    ),
-    Rule(
-        lambda m: (
-            m.functional_form.name == "softmax"
-            and m.composition_function.name is Composition.gated
-            and m.modified_representation.name in (Representation.heads, Representation.embedding)
-            and (m.bias, m.layer_norm, m.dropout, m.input_dropout) != (False, LayerNormPlace.none, None, 0.0)
-        ),
-        "{p}functional_form=softmax with {p}composition_function=gated joins the attention itself, under the "
-        "backbone's own dropout: {p}bias, {p}layer_norm, {p}dropout and {p}input_dropout must keep their "
-        "defaults false, none, null and 0.",
-    ),
-    Rule(
-        lambda m: (
-            m.prefix_mlp is not None
-            and (
-                m.modified_representation.name is not Representation.heads
-                or (
-                    m.insertion_form.name is Insertion.parallel
-                    and m.modified_representation.head_input is HeadInput.hidden
-                )
-            )
-        ),
-        "{p}prefix_mlp={mlp} makes vectors of a head's width: it goes with modified_representation=heads and "
-        "head_input=query only; set {p}prefix_mlp=null.",
-    ),
-    Rule(
-        lambda m: m.bottleneck is None or m.bottleneck < 1,
-        "{p}bottleneck={b}: the bottleneck must be a whole number of at least 1.",
-    ),
-    Rule(
-        lambda m: m.prefix_mlp is not None and m.prefix_mlp < 1,
-        "{p}prefix_mlp={mlp}: the MLP's width must be at least 1, or null for none.",
-    ),
-    Rule(
-        lambda m: m.dropout is not None and not 0 <= m.dropout < 1,
-        "{p}dropout={dropout}: a rate lies in [0, 1), or is null for the backbone's own.",
-    ),
-    Rule(
-        lambda m: not 0 <= m.input_dropout < 1,
-        "{p}input_dropout={input_dropout}: a rate lies in [0, 1).",
-    ),
-    Rule(
-        lambda m: m.composition_function.learned and m.composition_function.name is not Composition.scaled,
-        "{p}composition_function.learned=true needs {p}composition_function=scaled: only a scale can be learned.",
-    ),
-    Rule(
-        lambda m: m.composition_function.scale == 0,
-        "{p}composition_function.scale=0 would switch the modification off; give any other number.",
-    ),
-    Rule(
-        lambda m: not m.modified_representation.stacks,
-        "{p}modified_representation.stacks=[] leaves nothing to modify; choices: encoder, decoder.",
-    ),
-    Rule(
-        lambda m: not m.modified_representation.attentions,
-        "{p}modified_representation.attentions=[] leaves nothing to modify; choices: self, cross.",
-    ),
-    Rule(
-        lambda m: (
-            m.modified_representation.name in WITHOUT_ATTENTION
-            and list(m.modified_representation.attentions) != list(AttentionKind)
-        ),
-        "{p}modified_representation.attentions chooses among attentions, and {p}modified_representation={r} has none; "
-        "leave it out.",
-    ),
-    Rule(
-        lambda m: (
-            m.modified_representation.name is Representation.embedding
-            and (list(m.modified_representation.stacks) != list(Stack) or m.modified_representation.layers is not None)
-        ),
-        "{p}modified_representation=embedding stands before the first stack: leave {p}modified_representation.stacks "
-        "and layers out.",
-    ),
-    Rule(
-        lambda m: m.modified_representation.layers == [],
-        "{p}modified_representation.layers=[] leaves nothing to modify; give indices such as [0,1,-1], or null for "
-        "all.",
-    ),
-)
+from peftbench.errors import UserError, unknown
+from peftbench.fidelity import idle_switches
 
 METRICS = {
-    TaskKind.classification: ("accuracy",),
-    TaskKind.summarization: ("rouge1", "rouge2", "rougeL", "rougeLsum"),
+    TaskKind.classification: ("accuracy", "f1", "macro_f1", "matthews"),
+    TaskKind.regression: ("pearson", "spearman"),
+    TaskKind.text_to_text: (
+        "rouge1",
+        "rouge2",
+        "rougeL",
+        "rougeLsum",
+        "bleu",
+        "chrf",
+        "bleu_ro",
+        "exact_match",
+    ),
 }
 
 
 BASELINES = {
     TaskKind.classification: ("majority", "head"),
-    TaskKind.summarization: ("lead1",),
+    TaskKind.regression: ("head",),
+    TaskKind.text_to_text: ("lead1", "copy"),
 }
 
 
 def faults(run: Run) -> list[str]:
     """All that is wrong with `run`, one plain sentence each; an empty list where it can run."""
-    found = [sentence for prefix, m in modifications(run).items() for sentence in _modification_faults(prefix, m)]
-    if run.functional_form.name == "none" and any(axis != "none" for axis in _axes(run)):
-        found.extend(_modification_faults("", run))
+    found = [sentence for prefix, m in modifications(run).items() for sentence in refusals(prefix, m)]
+    if run.functional_form.name == "none" and any(axis != "none" for axis in axes(run)):
+        found.extend(refusals("", run))
+    found.extend(_budget_faults(run))
     found.extend(_number_faults(run))
     found.extend(_path_faults(run))
+    found.extend(_data_faults(run.task))
     if run.unfreeze is not Unfreeze.none and run.model.dtype is not DType.float32:
         found.append(
             f"unfreeze={run.unfreeze.name} trains the backbone's own parameters, which must then be float32; set "
@@ -190,10 +67,16 @@ def faults(run: Run) -> list[str]:
             "trainer.precision=fp32 with model.dtype=bfloat16: a bfloat16 backbone runs under bfloat16 autocast; set "
             "trainer.precision=auto, or model.dtype=float32."
         )
-    nothing = not run.mix and all(axis == "none" for axis in _axes(run)) and run.unfreeze is Unfreeze.none
-    if nothing and run.task.kind is not TaskKind.classification:
+    nothing = not run.mix and all(axis == "none" for axis in axes(run)) and run.unfreeze is Unfreeze.none
+    if nothing and run.task.kind is not TaskKind.text_to_text and run.fidelity.frozen_task_head:
         found.append(
-            f"method={run.method} with task={run.task.name} leaves nothing to train: only classification has a task "
+            f"fidelity.frozen_task_head=true with method={run.method} leaves nothing to train; use "
+            "fidelity.frozen_task_head=false, or a method that changes the backbone, such as method=lora."
+        )
+    found.extend(idle_switches(run))
+    if nothing and run.task.kind is TaskKind.text_to_text:
+        found.append(
+            f"method={run.method} with task={run.task.name} leaves nothing to train: a task that writes text has no "
             "head; use a method that changes the backbone, such as method=lora or method=full."
         )
     for baseline in run.task.baselines:
@@ -201,58 +84,84 @@ def faults(run: Run) -> list[str]:
             found.append(unknown("task.baselines", baseline, BASELINES[run.task.kind]))
     if run.task.metric not in METRICS[run.task.kind]:
         found.append(unknown("task.metric", run.task.metric, METRICS[run.task.kind]))
+    selected_by = run.task.selection_metric
+    selectors = (run.task.metric, *(["loss"] if run.task.kind is TaskKind.text_to_text else []))
+    if selected_by is not None and selected_by not in selectors:
+        found.append(unknown("task.selection_metric", selected_by, selectors))
     return found
 
 
-def _axes(m: Modification) -> tuple[str, str, str, str]:
-    return (
-        m.functional_form.name,
-        m.modified_representation.name.name,
-        m.insertion_form.name.name,
-        m.composition_function.name.name,
-    )
-
-
-def _modification_faults(prefix: str, m: Modification) -> Iterator[str]:
-    if m.functional_form.name not in FUNCTIONAL_FORMS:
-        yield unknown(f"{prefix}functional_form.name", m.functional_form.name, FUNCTIONAL_FORMS)
+def _budget_faults(run: Run) -> Iterator[str]:
+    if run.budget is None:
+        if run.budget_split is not None:
+            yield "budget_split shares out a budget, and there is none; give one, such as budget=1%, or leave it out."
         return
-    form, representation, insertion, composition = _axes(m)
-    for rule in RULES:
-        if rule.broken(m):
-            yield rule.sentence.format(
-                p=prefix,
-                f=form,
-                r=representation,
-                i=insertion,
-                c=composition,
-                b=m.bottleneck,
-                mlp=m.prefix_mlp,
-                dropout=m.dropout,
-                input_dropout=m.input_dropout,
-            )
-            if rule is RULES[0]:  # with an axis missing the other rules would only repeat it
-                return
+    try:
+        limit(run.budget, backbone=100)
+    except UserError as error:
+        yield from error.faults
+    if all(m.bottleneck is None for m in modifications(run).values()):
+        yield (
+            f"budget={run.budget} solves for a bottleneck, and method={run.method} has none: what it trains follows "
+            "from the backbone; leave budget out, or take a method with a bottleneck such as method=lora."
+        )
+        return
+    split, names = run.budget_split, [prefix.rstrip(".") or "the root's" for prefix in modifications(run)]
+    if split is not None and (len(split) != len(names) or not all(0 < share < math.inf for share in split)):
+        shares = ", ".join(f"{share:g}" for share in split)
+        yield (
+            f"budget_split=[{shares}] must have a number above 0 for each modification of method={run.method}, in this "
+            f"order: {', '.join(names)}."
+        )
 
 
 def _path_faults(run: Run) -> Iterator[str]:
     """Paths that lead nowhere; what stands in them is looked at when it is read."""
     folders = {"model.path": run.model.path, "task.data_dir": run.task.data_dir}
-    files = {f"task.data_files.{split}": file for split, file in run.task.data_files.items()}
+    files: dict[str, str | None] = {
+        **{f"task.data_files.{split}": file for split, file in run.task.data_files.items()},
+        "task.train_file": run.task.train_file,
+        "task.validation_file": run.task.validation_file,
+        "task.test_file": run.task.test_file,
+    }
     for key, path in folders.items():
         if path is not None and not Path(path).expanduser().is_dir():
             yield f"{key}={path} is not a folder; give the path of an existing one."
     for key, path in files.items():
-        if not Path(path).expanduser().is_file():
+        if path is not None and not Path(path).expanduser().is_file():
             yield f"{key}={path} is not a file; give the path of an existing one."
+
+
+def _data_faults(task: Task) -> Iterator[str]:
+    """Where the data comes from, and which of its columns are read."""
+    if not any((task_files(task), task.data_dir, task.packages, task.hub_id)):
+        yield (
+            f"task={task.name} has no data; give task.train_file=FILE (.csv, .tsv, .jsonl, .json or .parquet), with "
+            "task.validation_file and task.test_file where you have them, or task.data_dir=FOLDER with all of them."
+        )
+    if task.validation_file and task.test_file and task.selection_split == task.report_split:
+        yield (
+            f"task.test_file={task.test_file}: task={task.name} selects and reports on its {task.report_split} split; "
+            "give task.validation_file alone, or task.report_split=test."
+        )
+    if task.kind is not TaskKind.text_to_text and len(task.text_columns) not in (1, 2):
+        yield f"task.text_columns=[{','.join(task.text_columns)}] must name one column, or two for a pair."
+    if task.prompt.count("{source}") != 1:
+        yield f"task.prompt={task.prompt!r} must hold {{source}} once, where the source is put."
+    if len(set(task.labels)) < len(task.labels):
+        yield f"task.labels=[{','.join(task.labels)}] names a label twice."
+    if task.metric == "f1" and len(task.labels) > 2:
+        yield "task.metric=f1 is that of the second of two labels; with more of them use macro_f1."
 
 
 def _number_faults(run: Run) -> Iterator[str]:
     trainer, task = run.trainer, run.task
     at_least_one = {
         "trainer.batch_size": trainer.batch_size,
+        "trainer.batch_tokens": trainer.batch_tokens,
         "trainer.accumulation": trainer.accumulation,
         "trainer.eval_batch_size": trainer.eval_batch_size,
+        "trainer.eval_batch_tokens": trainer.eval_batch_tokens,
         "trainer.max_steps": trainer.max_steps,
         "trainer.evaluate_every": trainer.evaluate_every,
         "task.max_train": task.max_train,

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains several runs at once, one process each, spread over the machine's GPUs, and prints their table.
 # usage: scripts/compare_methods.sh "COMMON OVERRIDES" "OVERRIDES OF RUN 1" "OVERRIDES OF RUN 2" ...
-# example: scripts/compare_methods.sh "task=sst2 model.path=FOLDER task.data_dir=FOLDER" "method=full" "method=mam"
+# example: scripts/compare_methods.sh "task=sst2 trainer=quick model.path=FOLDER task.data_dir=FOLDER" "method=full" "method=mam"
 set -u
 common=$1; shift
 output=${OUTPUT_DIR:-outputs}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,11 +20,21 @@ from transformers import (
     DistilBertForSequenceClassification,
     ElectraConfig,
     ElectraForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     MBartConfig,
     MBartForConditionalGeneration,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
     T5Config,
@@ -32,6 +44,8 @@ from transformers import (
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from peftbench import config
+from peftbench.axes import RULES
+from peftbench.modification.representation import REPRESENTATIONS
 
 T5_HAS_INTERFACE = "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(T5Attention)  # since some version after 5.10
 
@@ -120,20 +134,54 @@ def t5_classifier(**more: Any) -> PreTrainedModel:
     return T5ForSequenceClassification(T5Config(**{**_T5, "num_labels": 3, **more}))
 
 
+_DECODER = {**_ENCODER, "num_key_value_heads": 2, "eos_token_id": 2, "bos_token_id": 0}
+
+
 def llama(**more: Any) -> PreTrainedModel:
-    own = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 32,
-        "max_position_embeddings": 64,
-        "pad_token_id": 1,
-        "num_labels": 3,
-        "initializer_range": 0.3,
-    }
-    return LlamaForSequenceClassification(LlamaConfig(**{**own, **more}))
+    return LlamaForCausalLM(LlamaConfig(**{**_DECODER, **more}))
+
+
+def llama_classifier(**more: Any) -> PreTrainedModel:
+    return LlamaForSequenceClassification(LlamaConfig(**{**_DECODER, **more}))
+
+
+def mistral(**more: Any) -> PreTrainedModel:
+    """With a window that is shorter than the texts."""
+    return MistralForCausalLM(MistralConfig(**{**_DECODER, "sliding_window": 4, **more}))
+
+
+def qwen2(**more: Any) -> PreTrainedModel:
+    """Projections with biases; the second layer has a window, the first has none."""
+    window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    return Qwen2ForCausalLM(Qwen2Config(**{**_DECODER, **window, **more}))
+
+
+def qwen3(**more: Any) -> PreTrainedModel:
+    """Queries and keys are normed head by head, and heads are wider than their share of the hidden state."""
+    return Qwen3ForCausalLM(Qwen3Config(**{**_DECODER, "head_dim": 6, **more}))
+
+
+_GPT2 = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_inner": 32,
+    "n_positions": 64,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "bos_token_id": 0,
+    "num_labels": 3,
+    "initializer_range": 0.3,
+}
+
+
+def gpt2(**more: Any) -> PreTrainedModel:
+    return GPT2LMHeadModel(GPT2Config(**{**_GPT2, **more}))
+
+
+def gpt2_classifier(**more: Any) -> PreTrainedModel:
+    return GPT2ForSequenceClassification(GPT2Config(**{**_GPT2, **more}))
 
 
 FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
@@ -150,9 +198,17 @@ MORE_FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
     "t5_gated": t5_gated,
     "t5_classifier": t5_classifier,
     "llama": llama,
+    "llama_classifier": llama_classifier,
+    "mistral": mistral,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "gpt2": gpt2,
+    "gpt2_classifier": gpt2_classifier,
 }
 GENERATING = ("bart", "mbart")
 WRITING = (*GENERATING, "t5", "t5_gated")  # whose labels are texts
+CONTINUING = ("llama", "mistral", "qwen2", "qwen3", "gpt2")  # decoders alone, whose labels are the input itself
+DECODERS = (*CONTINUING, "llama_classifier", "gpt2_classifier")
 
 
 def build(family: str, seed: int = 0, **more: Any) -> PreTrainedModel:
@@ -166,10 +222,18 @@ def build(family: str, seed: int = 0, **more: Any) -> PreTrainedModel:
 
 
 def dropout(family: str, hidden: float = 0.0, attention: float = 0.0, activation: float = 0.0) -> dict[str, float]:
-    """The config's dropout rates, for `build`; none at all unless given."""
-    if FAMILIES[family] in (roberta, bert):
+    """The config's dropout rates, for `build`; none at all unless given. Some families have fewer than three: T5 has
+    one, Llama and its kin have the attention's only."""
+    if family in ("roberta", "bert", "electra"):
         return {"hidden_dropout_prob": hidden, "attention_probs_dropout_prob": attention}
-    return {"dropout": hidden, "attention_dropout": attention, "activation_dropout": activation}
+    if family in ("gpt2", "gpt2_classifier"):
+        return {"resid_pdrop": hidden, "embd_pdrop": hidden, "attn_pdrop": attention}
+    if family.startswith("t5"):
+        return {"dropout_rate": hidden}
+    if family in DECODERS:
+        return {"attention_dropout": attention}
+    rates = {"dropout": hidden, "attention_dropout": attention}
+    return rates if family == "distilbert" else {**rates, "activation_dropout": activation}
 
 
 def batch(family: str, lengths: tuple[int, ...] = (9, 6), seed: int = 1) -> dict[str, torch.Tensor]:
@@ -183,11 +247,25 @@ def batch(family: str, lengths: tuple[int, ...] = (9, 6), seed: int = 1) -> dict
         ids[row, :length] = torch.randint(5, VOCABULARY, (length,), generator=generator)
         ids[row, length - 1] = 2  # BART's classifier reads the last </s>
         mask[row, :length] = 1
-    if family in WRITING:
+    if family in CONTINUING:
+        labels = ids.masked_fill(mask == 0, -100)
+    elif family in WRITING:
         labels = torch.randint(5, VOCABULARY, (len(lengths), 5), generator=generator)
     else:
         labels = torch.randint(0, 3, (len(lengths),), generator=generator)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def inputs(family: str, lengths: tuple[int, ...] = (9, 6), seed: int = 1) -> dict[str, torch.Tensor]:
+    """What generation begins with: a batch without labels, for decoders alone padded on the left."""
+    found = batch(family, lengths, seed)
+    del found["labels"]
+    if family in CONTINUING:
+        longest = max(lengths)
+        for name, tensor in found.items():
+            rows = zip(tensor, lengths, strict=True)
+            found[name] = torch.stack([row.roll(longest - length) for row, length in rows])
+    return found
 
 
 def modification(
@@ -195,11 +273,12 @@ def modification(
     representation: str = "ffn",
     insertion: str = "parallel",
     composition: str = "add",
-    bottleneck: int = 8,  # enough that not every ReLU of a place is dead
+    bottleneck: int | None = 8,  # enough that not every ReLU of a place is dead
     *,
     scale: float = 1.0,
     learned: bool = False,
     head_input: str = "query",
+    ffn_input: str = "normed",
     stacks: tuple[str, ...] = ("encoder", "decoder"),
     attentions: tuple[str, ...] = ("self", "cross"),
     layers: list[int] | None = None,
@@ -214,14 +293,25 @@ def modification(
             attentions=[config.AttentionKind[kind] for kind in attentions],
             layers=layers,
             head_input=config.HeadInput[head_input],
+            ffn_input=config.FFNInput[ffn_input],
         ),
         insertion_form=config.InsertionForm(config.Insertion[insertion]),
         composition_function=config.CompositionFunction(config.Composition[composition], scale, learned),
-        bottleneck=bottleneck,
+        bottleneck=None if form == "constant" else bottleneck,
         init=config.Init[options.pop("init", "lora")],
         layer_norm=config.LayerNormPlace[options.pop("layer_norm", "none")],
         **options,
     )
+
+
+def points(*forms: str, **options: object) -> Iterator[tuple[str, config.Modification]]:
+    """Every combination of the axes that axes.py lets through, under a name for it."""
+    representations = (*REPRESENTATIONS, "heads", "embedding")
+    insertions, compositions = ("parallel", "sequential"), ("add", "scaled", "gated", "gated_add", "multiply")
+    for axes in itertools.product(forms, representations, insertions, compositions):
+        m = modification(*axes, scale=2.0, **options)  # type: ignore[arg-type]
+        if not any(rule.broken(m) for rule in RULES):
+            yield "-".join(axes), m
 
 
 PRESETS: dict[str, dict[str, config.Modification]] = {
@@ -239,10 +329,22 @@ PRESETS: dict[str, dict[str, config.Modification]] = {
     "mh_parallel_adapter_hidden": {
         "": modification("relu", "heads", "parallel", "add", init="bert", head_input="hidden")
     },
+    "mh_parallel_adapter_normed_query": {
+        "": modification("relu", "heads", "parallel", "add", prefix_mlp=8, head_input="normed_query")
+    },
     "scaled_parallel_adapter": {"": modification("relu", "ffn", "parallel", "scaled", scale=4.0, bias=True)},
     "mam": {
         "": modification("relu", "ffn", "parallel", "scaled", 5, scale=4.0, bias=True),
         "mix.attention.": modification("softmax", "heads", "parallel", "gated", prefix_mlp=8),
+    },
+    "ia3": {
+        "": modification("constant", "key_value", "sequential", "multiply"),
+        "mix.ffn.": modification("constant", "ffn_intermediate", "sequential", "multiply"),
+    },
+    "unipelt": {
+        "": modification("relu", "ffn", "sequential", "gated_add", 5, bias=True, init="bert"),
+        "mix.attention.": modification("softmax", "heads", "parallel", "gated", prefix_mlp=8),
+        "mix.lora.": modification("identity", "query_value", "parallel", "gated_add", 3, dropout=0.0),
     },
     "learned_scale": {"": modification("relu", "ffn", "parallel", "scaled", learned=True, init="bert")},
     "learned_gate": {"": modification("relu", "attention", "parallel", "gated", init="bert")},
@@ -256,4 +358,24 @@ def shake(model: torch.nn.Module, scale: float = 0.3, seed: int = 2) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter.device))
+
+
+def run_on(family: str, folder: Path, found: dict[str, config.Modification], **more: Any) -> config.Run:
+    """A run of the modifications `found`, by prefix, on a tiny model of which `folder` has the config.json alone."""
+    build(family).config.save_pretrained(folder)
+    root = {} if "" not in found else {key: getattr(found[""], key) for key in config.Modification.__dataclass_fields__}
+    kind = config.TaskKind.text_to_text if family in WRITING else config.TaskKind.classification
+    return config.Run(
+        **root,
+        mix={prefix.split(".")[1]: m for prefix, m in found.items() if prefix},
+        method="tiny",
+        model=config.Model(name=family, path=str(folder)),
+        task=config.Task(name="some", kind=kind, labels=["a", "b", "c"], metric="accuracy"),
+        **more,
+    )
+
+
+def long_tail(families: Iterable[str], *quick: str) -> list[Any]:
+    """The families, of which all but the quick ones are left to the slow tests."""
+    return [family if family in quick else pytest.param(family, marks=pytest.mark.slow) for family in families]

@@ -16,17 +16,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peftbench import config
+from peftbench.axes import WITHOUT_ATTENTION
 from peftbench.errors import UserError
-from peftbench.modification.composition import Add, Gated, Scaled
+from peftbench.fidelity import Deviation, with_deviations
+from peftbench.modification.composition import Add, Gated, GatedAdd, Multiply, Scaled
 from peftbench.modification.edit import Edit, SublayerDropout
-from peftbench.modification.functional_form import Bottleneck
+from peftbench.modification.functional_form import Bottleneck, Constant, FunctionalForm
 from peftbench.modification.head_attention import ATTENTION_NAME, HEADS, HeadModification, Prefix
 from peftbench.modification.insertion import INSERTION_FORMS
 from peftbench.modification.prompt import PROMPT, Prompt, PromptMask
 from peftbench.modification.reparameterization import PrefixMLP, PrefixTrunk
 from peftbench.modification.representation import REPRESENTATIONS
 from peftbench.sites import Attention, Layer, Sites, find_sites
-from peftbench.validity import WITHOUT_ATTENTION
 
 
 def attach(
@@ -34,6 +35,8 @@ def attach(
     modifications: Mapping[str, config.Modification],
     unfreeze: config.Unfreeze = config.Unfreeze.none,
     untrained: Collection[str] = (),
+    *,
+    train_head: bool = True,
 ) -> None:
     """Change `model` in place.
 
@@ -41,9 +44,10 @@ def attach(
         modifications: by the prefix of their keys, as `config.modifications` returns them.
         unfreeze: which backbone parameters are trained too.
         untrained: names of parameters that came with no weights and therefore must be trained (the task head).
+        train_head: false leaves these as they are, frozen but for what `unfreeze` says.
     """
     sites = find_sites(model)
-    _freeze(model, sites, unfreeze, untrained)
+    _freeze(model, sites, unfreeze, untrained, train_head)
     sites, dropouts = _own_dropout(sites) if modifications else (sites, [])
     # W_o has up to two edits, its own and the attention's: what is nearer to the weights is hooked first.
     with model.device:  # new parameters are made where the backbone is, on the meta device too
@@ -54,17 +58,45 @@ def attach(
     model.train(model.training)  # new modules begin in training mode, whatever the model's
 
 
+def attach_run(
+    model: PreTrainedModel, run: config.Run, untrained: Collection[str] = ()
+) -> tuple[config.Run, list[Deviation]]:
+    """`attach` what a run says, read as its `fidelity` says.
+
+    Returns:
+        The run with the deviations from the paper's text put in, and these.
+    """
+    run, deviations = with_deviations(run, model.config.model_type)
+    train_head = not run.fidelity.frozen_task_head
+    attach(model, config.modifications(run), run.unfreeze, untrained, train_head=train_head)
+    return run, deviations
+
+
 def _representation(m: config.Modification) -> str:
     return str(m.modified_representation.name.name)
 
 
-def _freeze(model: PreTrainedModel, sites: Sites, unfreeze: config.Unfreeze, untrained: Collection[str]) -> None:
+def _freeze(
+    model: PreTrainedModel, sites: Sites, unfreeze: config.Unfreeze, untrained: Collection[str], train_head: bool
+) -> None:
+    norms = _norms(model)
     for name, parameter in model.named_parameters():
         in_head = name in untrained or name.split(".")[0] in sites.family.task_head
-        in_backbone = unfreeze is config.Unfreeze.all or (unfreeze is config.Unfreeze.bias and "bias" in name)
-        parameter.requires_grad_(in_head or in_backbone)
+        in_backbone = {
+            config.Unfreeze.none: False,
+            config.Unfreeze.bias: "bias" in name,
+            config.Unfreeze.norm: id(parameter) in norms,
+            config.Unfreeze.all: True,
+        }[unfreeze]
+        parameter.requires_grad_((in_head and train_head) or in_backbone)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def _norms(model: PreTrainedModel) -> set[int]:
+    """Identities of the parameters of all norms: LayerNorm, and each family's RMSNorm, which are classes of its own."""
+    norms = (module for module in model.modules() if type(module).__name__.endswith("Norm"))
+    return {id(parameter) for norm in norms for parameter in norm.parameters()}
 
 
 def _own_dropout(sites: Sites) -> tuple[Sites, list[tuple[nn.Module, SublayerDropout]]]:
@@ -105,21 +137,34 @@ def _attach_to_places(sites: Sites, m: config.Modification, name: str, prefix: s
     insertion = m.insertion_form.name.name
     places = REPRESENTATIONS[_representation(m)]
     for layer, attentions in _chosen(sites, m, prefix):
+        if m.modified_representation.ffn_input is config.FFNInput.residual:
+            layer = _reading_residual(layer, prefix)
         for place in places(layer, attentions):
             in_width, out_width = place.widths(sites.width, insertion)
             rate = sites.attention_dropout if place.in_attention else sites.hidden_dropout
             edit = Edit(
-                _bottleneck(m, in_width, out_width, rate),
+                _function(m, in_width, out_width, rate),
                 place.insertion(insertion),
                 _composition(m, in_width, 1),
             )
-            edit.attach(name, place.target, place.source, place.at)
+            edit.attach(name, place.target, place.source, place.at, place.part)
+
+
+def _reading_residual(layer: Layer, prefix: str) -> Layer:
+    """The layer with its FFN's input x taken before the norm."""
+    if layer.residual is None:
+        raise UserError(
+            f"{prefix}modified_representation.ffn_input=residual: the norms of this backbone stand behind its "
+            "sub-layers, so that the FFN's input is the residual; leave it out."
+        )
+    return replace(layer, ffn=replace(layer.ffn, source=layer.residual))
 
 
 def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: config.Modification, name: str, prefix: str) -> None:
     """One modification of every head, in the attention function."""
     insertion = m.insertion_form.name.name
-    hidden = insertion == "parallel" and m.modified_representation.head_input is config.HeadInput.hidden
+    head_input = m.modified_representation.head_input
+    hidden = head_input is config.HeadInput.hidden
     is_prefix = m.functional_form.name == "softmax" and m.composition_function.name is config.Composition.gated
     _require_attention_interface(sites, f"{prefix}modified_representation=heads")
     trunks: dict[tuple[str, str], PrefixTrunk] = {}
@@ -132,7 +177,7 @@ def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: config.Modificatio
                 if kind not in trunks:
                     trunks[kind] = PrefixTrunk(_size(m), sites.width, m.prefix_mlp)
                 generator = PrefixMLP(trunks[kind], groups, attention.head_width)
-            function = _bottleneck(
+            function = _function(
                 m,
                 sites.width if hidden else attention.head_width,
                 attention.head_width,
@@ -141,15 +186,22 @@ def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: config.Modificatio
                 generator=generator,
             )
             if is_prefix:
+                assert isinstance(function, Bottleneck)
                 _add_to_heads(attention, name, Prefix(function))
                 continue
             composition = _composition(m, function.in_width, groups)
-            modification = HeadModification(function, INSERTION_FORMS[insertion], composition)
-            modification.reads_hidden = hidden
-            if hidden:
+            normed = head_input is config.HeadInput.normed_query
+            modification = HeadModification(
+                function,
+                INSERTION_FORMS[insertion],
+                composition,
+                reads_hidden=hidden,
+                query_norm=nn.LayerNorm(sites.width) if normed else None,
+            )
+            if modification.reads_input:
                 attention.query.register_forward_pre_hook(modification.read)
             _add_to_heads(attention, name, modification)
-    model.set_attn_implementation(ATTENTION_NAME)
+    _call_our_attention(model)
 
 
 def _require_attention_interface(sites: Sites, key: str) -> None:
@@ -160,6 +212,13 @@ def _require_attention_interface(sites: Sites, key: str) -> None:
             f"{key}: transformers {transformers.__version__} does not let its {attention.__name__} be modified; "
             "upgrade transformers, or choose another representation."
         )
+
+
+def _call_our_attention(model: PreTrainedModel) -> None:
+    """Stack by stack: T5's have a config of their own, which transformers 5.17 does not reach from the top."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.set_attn_implementation(ATTENTION_NAME)
 
 
 def _add_to_heads(attention: Attention, name: str, modification: nn.Module) -> None:
@@ -190,17 +249,19 @@ def _attach_prompt(model: PreTrainedModel, sites: Sites, m: config.Modification,
     last = [layer for layer in sites.layers if layer.stack == stack][-1]
     if len(sites.embedding) == 1 and last.norm is not None:  # an encoder alone: its task head reads fixed positions
         last.norm.register_forward_hook(prompt.strip)
-    model.set_attn_implementation(ATTENTION_NAME)
+    _call_our_attention(model)
 
 
-def _bottleneck(
+def _function(
     m: config.Modification,
     in_width: int,
     out_width: int,
     own_dropout: float,
     groups: int = 1,
     generator: PrefixMLP | None = None,
-) -> Bottleneck:
+) -> FunctionalForm:
+    if m.functional_form.name == "constant":
+        return Constant(out_width, groups=groups, init=m.init.name)
     return Bottleneck(
         in_width,
         _size(m),
@@ -222,11 +283,15 @@ def _composition(m: config.Modification, in_width: int, groups: int) -> nn.Modul
         return Scaled(composition.scale, composition.learned)
     if composition.name is config.Composition.gated:
         return Gated(in_width, groups)
+    if composition.name is config.Composition.gated_add:
+        return GatedAdd(in_width, groups)
+    if composition.name is config.Composition.multiply:
+        return Multiply()
     return Add()
 
 
 def _size(m: config.Modification) -> int:
-    assert m.bottleneck is not None, "validity.py asks for a bottleneck"
+    assert m.bottleneck is not None, "axes.py asks for a bottleneck"
     return m.bottleneck
 
 

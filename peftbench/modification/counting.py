@@ -2,8 +2,8 @@
 
 Three counts, since the literature mixes them up: **trained** is what the optimiser holds, **stored** what a checkpoint
 needs once the prefix's MLP is folded away, **paper** the formula of the paper's appendix B, which leaves out biases,
-layer norms and learned scales. The task head stands beside them, in none of the three. `count` has the totals of a
-model, `count_places` the same numbers for each place that is modified.
+layer norms, learned scales and gates. The task head stands beside them, in none of the three. `count` has the totals of
+a model, `count_places` the same numbers for each place that is modified.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peftbench.modification.edit import Modification
-from peftbench.modification.functional_form import Bottleneck
+from peftbench.modification.functional_form import FunctionalForm
 from peftbench.modification.head_attention import Prefix
 from peftbench.modification.prompt import Prompt
 from peftbench.modification.reparameterization import PrefixMLP
@@ -65,7 +65,7 @@ def count_places(model: PreTrainedModel) -> list[PlaceCounts]:
             paper = module.vectors.numel()
         else:
             f = module.function
-            paper = _formula(f)
+            paper = f.formula()
             if f.generator is not None:  # what `fold` will put there
                 tensors["function.down"] = (f.groups, f.bottleneck, f.in_width)
                 tensors["function.up"] = (f.groups, f.out_width, f.bottleneck)
@@ -87,10 +87,10 @@ def count(model: PreTrainedModel) -> Counts:
     backbone = sum(p.numel() for name, p in named.items() if id(p) not in modification and not is_head[name])
     unfrozen = sum(p.numel() for name, p in trained.items() if id(p) not in modification and not is_head[name])
     trained_total = sum(parameter.numel() for parameter in trained.values()) - head
-    formula = sum(map(_formula, bottlenecks(model)))
+    formula = sum(m.formula() for m in model.modules() if isinstance(m, FunctionalForm))
     prompts = sum(m.vectors.numel() for m in model.modules() if isinstance(m, Prompt))
     mlp = {id(p): p.numel() for m in model.modules() if isinstance(m, PrefixMLP) for p in m.parameters()}
-    made = sum(_formula(bottleneck) for bottleneck in bottlenecks(model) if bottleneck.generator)
+    made = sum(bottleneck.formula() for bottleneck in bottlenecks(model) if bottleneck.generator)
     return Counts(
         backbone=backbone,
         trained=trained_total,
@@ -101,11 +101,6 @@ def count(model: PreTrainedModel) -> Counts:
 
 
 _ADDED = (Modification, Prefix, Prompt)  # the modules that `attach` puts at a place
-
-
-def _formula(b: Bottleneck) -> int:
-    """r (in + out) for each group: W_down and W_up, without biases."""
-    return b.bottleneck * b.groups * (b.in_width + b.out_width)
 
 
 def _modification_parameters(model: nn.Module) -> set[int]:

@@ -2,15 +2,17 @@
 
 An edit is a child module of the module whose output (or input) it changes, and its hooks are its own bound methods, so
 that deepcopy, pickling and state_dict treat it as any other part of the model. Hooks stand on leaf modules only
-(Linear, Dropout, LayerNorm): those take one tensor and return one, in every family.
+(Linear, Conv1D, Dropout, LayerNorm): those take one tensor and return one, in every family.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from peftbench.modification.functional_form import Bottleneck
+from peftbench.modification.functional_form import FunctionalForm
 from peftbench.modification.insertion import InsertionForm
+from peftbench.sites import Part
 
 
 class Modification(nn.Module):
@@ -22,7 +24,7 @@ class Modification(nn.Module):
         composition: how Δh joins h.
     """
 
-    def __init__(self, function: Bottleneck, insertion: InsertionForm, composition: nn.Module) -> None:
+    def __init__(self, function: FunctionalForm, insertion: InsertionForm, composition: nn.Module) -> None:
         super().__init__()
         self.function = function
         self.insertion = insertion
@@ -43,10 +45,20 @@ class Edit(Modification):
     """
 
     _x: Tensor | None = None
+    part: Part | None = None
 
-    def attach(self, name: str, target: nn.Module, source: nn.Module, at: str) -> None:
-        """Become `target.<name>` and hook onto its `output` or `input`."""
-        target.add_module(name, self)
+    def attach(self, name: str, target: nn.Module, source: nn.Module, at: str, part: Part | None = None) -> None:
+        """Become `target.<name>` and hook onto its `output` or `input`.
+
+        With a `part`, become `target.<part>.<name>` and change that slice of the output only.
+        """
+        holder = target
+        if part is not None:
+            if not hasattr(target, part.name):
+                target.add_module(part.name, nn.ModuleDict())
+            holder = target.get_submodule(part.name)
+        holder.add_module(name, self)
+        self.part = part
         self.own_input = source is target
         if not self.own_input:
             source.register_forward_pre_hook(self.read)
@@ -60,8 +72,12 @@ class Edit(Modification):
         self._x = args[0]
 
     def edit_output(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """Forward hook of the target: h is its output."""
-        return self.modify(output, args[0] if self.own_input else self._take())
+        """Forward hook of the target: h is its output, or a slice of it."""
+        x = args[0] if self.own_input else self._take()
+        if self.part is None:
+            return self.modify(output, x)
+        start, stop = self.part.start, self.part.stop
+        return torch.slice_scatter(output, self.modify(output[..., start:stop], x), -1, start, stop)
 
     def edit_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         """Forward pre-hook of the target: h is its input."""

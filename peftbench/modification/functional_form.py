@@ -1,9 +1,9 @@
-r"""Axis 1, the functional form: every form is one grouped bottleneck, Δh = f(x W_down) W_up.
+r"""Axis 1, the functional form: every form but one is a grouped bottleneck, Δh = f(x W_down) W_up.
 
 f is the identity (LoRA), an activation (adapters) or softmax (prefix tuning): He et al. 2022, equations 4, 7 and 8 and
 table 1. A hidden state is one group; heads are N_h groups with weights of their own. Prefix tuning is the same module:
 for each head W_down = W_q P_k^T (the projected query meets the l prefix keys) and W_up = P_v, so that the number l of
-prefix vectors plays the role of the bottleneck r.
+prefix vectors plays the role of the bottleneck r. The other one is `Constant`, Δh = l (IA3).
 """
 
 from __future__ import annotations
@@ -111,6 +111,10 @@ class Bottleneck(nn.Module):
         delta: Tensor = self.norm_out(_grouped_linear(z, up, self.up_bias))
         return delta
 
+    def formula(self) -> int:
+        """r (in + out) for each group: W_down and W_up, without biases (He et al. 2022, appendix B)."""
+        return self.bottleneck * self.groups * (self.in_width + self.out_width)
+
     @torch.no_grad()
     def fold(self) -> None:
         """Replace the generator by the weights that it makes: Δh stays as it is, the generator is gone."""
@@ -123,6 +127,41 @@ class Bottleneck(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_width} -> {self.bottleneck} -> {self.out_width}, groups={self.groups}"
+
+
+class Constant(nn.Module):
+    """Δh = l, a trained vector for each of G groups, which reads nothing of x.
+
+    With h ∘ (1 + Δh) it is IA3's rescaling (Liu et al. 2022), with h + Δh a bias.
+
+    Args:
+        width: of h.
+        groups: G; 1 for hidden states, the number of heads for heads.
+        init: `lora`: zero; `bert`: N(0, 0.02).
+    """
+
+    generator = None  # has nothing to fold
+
+    def __init__(self, width: int, *, groups: int = 1, init: str = "lora") -> None:
+        super().__init__()
+        self.in_width = self.out_width = width
+        self.vector = nn.Parameter(torch.zeros(groups, 1, width))
+        if init == "bert":
+            nn.init.normal_(self.vector, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., width), not read. Returns Δh as (width,), or (G, 1, width), for every position alike."""
+        return self.vector[0, 0] if self.vector.shape[0] == 1 else self.vector
+
+    def formula(self) -> int:
+        """One number for each element of h."""
+        return self.vector.numel()
+
+    def extra_repr(self) -> str:
+        return f"{self.out_width}, groups={self.vector.shape[0]}"
+
+
+FunctionalForm = Bottleneck | Constant
 
 
 def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

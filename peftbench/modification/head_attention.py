@@ -24,7 +24,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from peftbench.modification.edit import Modification
-from peftbench.modification.functional_form import Bottleneck
+from peftbench.modification.functional_form import Bottleneck, FunctionalForm
+from peftbench.modification.insertion import InsertionForm
 from peftbench.modification.prompt import PROMPT, PromptMask, see_also
 
 ATTENTION_NAME = "peftbench"  # what `config._attn_implementation` says while heads are modified
@@ -34,23 +35,48 @@ HEADS = "head_modifications"  # the attention module's child that holds them, by
 class HeadModification(Modification):
     """A modification of each head's output before W_o, with weights for each head.
 
-    f reads the head's scaled query q / √d_h (as the paper's code does), or the attention input x as table 1 has it
-    (`reads_hidden`), or, sequentially, the head's output.
+    f reads the head's scaled query q / √d_h, as the paper's code does but on BART; or, sequentially, the head's output.
+
+    Args:
+        reads_hidden: f reads the attention input x instead, as table 1 has it.
+        query_norm: f reads the head's part of LN(x) W_q instead, not scaled, W_q as the backbone has it (the paper's
+            code on BART, modeling_bart.py at 3222ce2, lines 271-274); this LN, which is trained.
     """
 
-    reads_hidden = False
     _x: Tensor | None = None
 
+    def __init__(
+        self,
+        function: FunctionalForm,
+        insertion: InsertionForm,
+        composition: nn.Module,
+        *,
+        reads_hidden: bool = False,
+        query_norm: nn.LayerNorm | None = None,
+    ) -> None:
+        super().__init__(function, insertion, composition)
+        self.reads_input = reads_hidden or query_norm is not None
+        self.query_norm = query_norm
+
     def read(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Forward pre-hook of the query projection: keep the attention input x (B, T, d)."""
-        self._x = args[0]
+        """Forward pre-hook of the query projection, whose input is the attention input (B, T, d): keep what f reads,
+        x as (B, 1, T, d) or the heads' parts of LN(x) W_q as (B, N_h, T, d_h)."""
+        x = args[0]
+        if self.query_norm is None:
+            self._x = x.unsqueeze(1)
+        else:
+            assert isinstance(self.function, Bottleneck), "a constant reads nothing"
+            normed = self.query_norm(x.to(self.query_norm.weight.dtype)).to(x.dtype)
+            query = module.forward(normed)  # no hooks: a modification of the query is not the backbone's W_q
+            heads, width = self.function.groups, self.function.in_width
+            self._x = query[..., : heads * width].unflatten(-1, (heads, width)).transpose(1, 2)
 
     def forward(self, heads: Tensor, query: Tensor) -> Tensor:
         """heads: (B, T, N_h, d_h), as an attention function returns them; query, scaled: (B, N_h, T, d_h)."""
         x = query
-        if self.reads_hidden:
+        if self.reads_input:
             assert self._x is not None, "the query projection must run before the attention"
-            x, self._x = self._x.unsqueeze(1), None  # (B, 1, T, d)
+            x, self._x = self._x, None
         return self.modify(heads.transpose(1, 2), x).transpose(1, 2)
 
 

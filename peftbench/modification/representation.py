@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from peftbench.modification.insertion import INSERTION_FORMS, InsertionForm, sequential_over_residual
-from peftbench.sites import Attention, Layer
+from peftbench.sites import Attention, Layer, Part, in_out
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Place:
     in_attention: bool  # which of the backbone's dropout rates is its own
     at: str = "output"
     over_residual: bool = False  # the sequential form reads x + h
+    part: Part | None = None  # the slice of the target's output that h is; None: all of it
 
     def insertion(self, name: str) -> InsertionForm:
         """The insertion form `name` at this place."""
@@ -33,14 +34,12 @@ class Place:
 
     def widths(self, hidden: int, insertion: str) -> tuple[int, int]:
         """(width of what f reads, width of h); a module without weights works on hidden states."""
-        source_in, _ = _in_out(self.source, hidden)
-        target_in, target_out = _in_out(self.target, hidden)
+        source_in, _ = in_out(self.source) or (hidden, hidden)
+        target_in, target_out = in_out(self.target) or (hidden, hidden)
         h = target_out if self.at == "output" else target_in
+        if self.part is not None:
+            h = self.part.stop - self.part.start
         return (source_in if insertion == "parallel" else h), h
-
-
-def _in_out(module: nn.Module, hidden: int) -> tuple[int, int]:
-    return (module.in_features, module.out_features) if isinstance(module, nn.Linear) else (hidden, hidden)
 
 
 def _projections(*parts: str) -> Callable[[Layer, Iterable[Attention]], Iterator[Place]]:
@@ -50,7 +49,8 @@ def _projections(*parts: str) -> Callable[[Layer, Iterable[Attention]], Iterator
         for attention in attentions:
             for part in parts:
                 module = getattr(attention, part)
-                yield Place(f"{attention.name}.{part}", module, module, in_attention=True)
+                name = f"{attention.name}.{part}"
+                yield Place(name, module, module, in_attention=True, part=attention.parts.get(part))
 
     return places
 
@@ -77,6 +77,11 @@ def _ffn_weights(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Plac
     """The outputs of the FFN's Linears, each with its own input as x."""
     for part, module in (*layer.ffn.first.items(), ("second", layer.ffn.second)):
         yield Place(f"{layer.ffn.name}.{part}", module, module, in_attention=False)
+
+
+def _ffn_intermediate(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
+    """The input of W_2, behind the activation, its gate and its dropout; x is the sub-layer's input."""
+    yield Place(f"{layer.ffn.name}.intermediate", layer.ffn.second, layer.ffn.source, in_attention=False, at="input")
 
 
 def _attention_ffn(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
@@ -110,9 +115,11 @@ REPRESENTATIONS: dict[str, Places] = {
     "key": _projections("key"),
     "value": _projections("value"),
     "query_value": _projections("query", "value"),
+    "key_value": _projections("key", "value"),
     "output": _projections("output"),
     "ffn": _ffn,
     "ffn_weights": _ffn_weights,
+    "ffn_intermediate": _ffn_intermediate,
     "attention_ffn": _attention_ffn,
     "layer": _layer,
 }

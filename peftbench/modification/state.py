@@ -1,12 +1,13 @@
 """What a run has trained, as a file: fold, save and load.
 
 A checkpoint holds only the trained tensors (modifications, task head, unfrozen backbone parameters) under their names
-in the model, as safetensors. The prefix's MLP is folded away first: what is stored is the prefix.
+in the model, as safetensors, and what was neither trained nor came with the backbone: a task head that stayed as it
+was drawn. The prefix's MLP is folded away first: what is stored is the prefix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,24 +50,31 @@ def folded(model: nn.Module) -> Iterator[None]:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Name and value of each tensor that a checkpoint needs; fold first for the stored form."""
+    """Name and value of each tensor that is trained; fold first for the stored form."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def save(model: nn.Module, folder: Path) -> int:
-    """Write the trained tensors of a folded model to `folder`; returns the file's size in bytes."""
+def save(model: nn.Module, folder: Path, untrained: Collection[str] = ()) -> int:
+    """Write the trained tensors of a folded model to `folder`; returns the file's size in bytes.
+
+    Args:
+        untrained: names of parameters that the backbone's files do not have, as `attach` takes them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(trained_tensors(model), folder / FILE_NAME)
+    write_tensors(_needed(model, untrained), folder / FILE_NAME)
     return (folder / FILE_NAME).stat().st_size
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write named tensors, from any device, as safetensors."""
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
-def load(model: nn.Module, folder: Path) -> None:
+def load(model: nn.Module, folder: Path, untrained: Collection[str] = ()) -> None:
     """Read what `save` wrote into a model to which the same modifications are attached. Folds the model.
+
+    Args:
+        untrained: as `save` was given it.
 
     Raises:
         UserError: the file is missing, or its names or shapes are not the model's.
@@ -75,18 +83,18 @@ def load(model: nn.Module, folder: Path) -> None:
     if not path.is_file():
         raise UserError(f"{path} is missing; a finished run keeps its trained tensors there.")
     fold(model)
-    read_tensors(model, path)
+    read_tensors(model, path, untrained)
 
 
 @torch.no_grad()
-def read_tensors(model: nn.Module, path: Path) -> None:
-    """Read the trained tensors of `model`, as it stands, from a file that holds just these.
+def read_tensors(model: nn.Module, path: Path, untrained: Collection[str] = ()) -> None:
+    """Read the trained tensors of `model`, as it stands, and the `untrained` ones from a file that holds just these.
 
     Raises:
         UserError: the file's names or shapes are not the model's.
     """
     saved = load_file(path)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = _needed(model, untrained)
     if saved.keys() != trained.keys():
         odd = sorted(saved.keys() ^ trained.keys())
         raise UserError(
@@ -100,3 +108,8 @@ def read_tensors(model: nn.Module, path: Path) -> None:
             )
     for name, parameter in trained.items():
         parameter.copy_(saved[name])
+
+
+def _needed(model: nn.Module, untrained: Collection[str]) -> dict[str, nn.Parameter]:
+    """What of the model is nowhere but in a checkpoint."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad or name in untrained}

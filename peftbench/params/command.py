@@ -61,13 +61,13 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def _count(run: Run) -> RunCounts:
-    with _quick_imports():
+    with quick_imports():
         from peftbench.params.counts import count_run
     return count_run(run)
 
 
 @contextmanager
-def _quick_imports() -> Iterator[None]:
+def quick_imports() -> Iterator[None]:
     """Imports of torch and transformers in half of the time.
 
     They make millions of objects that live as long as the process. The garbage collector would look through them again

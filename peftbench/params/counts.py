@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from peftbench.backbone import meta_backbone
-from peftbench.config import Modification, Representation, Run, Unfreeze, modifications
-from peftbench.modification.attach import attach
+from peftbench.config import Modification, Representation, Run, Task, TaskKind, Unfreeze, modifications
+from peftbench.fidelity import Deviation
+from peftbench.modification.attach import attach_run
 from peftbench.modification.counting import Counts, PlaceCounts, count, count_places
+from peftbench.modification.dead_parameters import count_dead
+from peftbench.params.solve import solve
 from peftbench.sites import Sites, find_sites
 
-UNFROZEN = {Unfreeze.bias: "the backbone's biases", Unfreeze.all: "the backbone"}
+UNFROZEN = {
+    Unfreeze.bias: "the backbone's biases",
+    Unfreeze.norm: "the backbone's norms",
+    Unfreeze.all: "the backbone",
+}
 
 
 @dataclass(frozen=True)
@@ -36,9 +42,11 @@ class Group:
 class RunCounts:
     """A run and its numbers. The groups' sums are the totals."""
 
-    run: Run
+    run: Run  # with its deviations
     totals: Counts
     groups: list[Group]
+    deviations: list[Deviation]
+    dead: int  # what the paper's released code trains besides, where fidelity.dead_parameters has it counted
 
 
 class Owner(NamedTuple):
@@ -49,20 +57,53 @@ class Owner(NamedTuple):
 
 
 def count_run(run: Run) -> RunCounts:
-    """Build and count a run without its weights.
+    """Build and count a run.
 
     Raises:
-        UserError: the backbone's architecture is not known, or a modification does not fit it.
+        UserError: as `build`.
     """
-    logging.set_verbosity_error()  # hints on generation settings, which nothing here uses
+    return count_built(build(run))
+
+
+class Built(NamedTuple):
+    """A run whose model stands on the meta device, its modifications attached."""
+
+    run: Run  # with its budget solved and its deviations
+    deviations: list[Deviation]
+    model: PreTrainedModel
+
+
+def build(run: Run) -> Built:
+    """Solve the run's budget and attach its modifications to its model without weights.
+
+    Raises:
+        UserError: the backbone's architecture is not known, or a modification or the budget does not fit it.
+    """
+    run = solve(replace(run, task=_with_labels(run.task)))
     model = meta_backbone(run.model, run.task)
-    attach(model, modifications(run), run.unfreeze)
+    run, deviations = attach_run(model, run)
+    return Built(run, deviations, model)
+
+
+def count_built(built: Built) -> RunCounts:
+    """The counts of what `build` has built."""
+    run, deviations, model = built
     totals = count(model)
     groups = list(_groups(model, run))
     unfrozen = totals.trained - sum(group.trained for group in groups)
     if unfrozen:
         groups.append(Group(UNFROZEN[run.unfreeze], None, 1, {}, unfrozen, unfrozen, unfrozen))
-    return RunCounts(run, totals, groups)
+    dead = count_dead(model, modifications(run)) if run.fidelity.dead_parameters else 0
+    return RunCounts(run, totals, groups, deviations, dead)
+
+
+def _with_labels(task: Task) -> Task:
+    """The task with the labels of its training file, where it names none: the size of the task head."""
+    if task.labels or task.kind is not TaskKind.classification:
+        return task
+    from peftbench.tasks.load import label_names  # imports datasets, which nothing else here needs
+
+    return replace(task, labels=label_names(task))
 
 
 def _groups(model: PreTrainedModel, run: Run) -> Iterator[Group]:

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from peftbench.config import Composition, Modification, Unfreeze, modifications
+from peftbench.budget import limit
+from peftbench.config import Composition, Modification, Run, Unfreeze, modifications
 
 if TYPE_CHECKING:
-    from peftbench.params.counts import Group, RunCounts
+    from peftbench.modification.counting import Counts
+    from peftbench.params.counts import RunCounts
 
 NUMBERS = ("trained", "stored", "paper")
 UNBOUNDED = 1000  # characters; rich measures nothing beyond the width that it is told
 DISPENSABLE = ("head", "paper", "trained")
-WORDS = {"places": 12, "weights at each": 12, "method": 16, "task": 5, "model": 8, "four axes": 20}  # least widths
+WORDS = {  # least widths
+    "places": 12,
+    "weights at each": 12,
+    "method": 16,
+    "task": 5,
+    "model": 8,
+    "four axes": 20,
+    "as in the code": 16,
+}
 
 
 def show_run(counted: RunCounts, console: Console) -> None:
@@ -29,7 +40,13 @@ def show_run(counted: RunCounts, console: Console) -> None:
     backbone = f" of {totals.backbone:,} parameters without task head"
     console.print(Text.assemble((run.method, "bold"), " on ", (run.model.name, "bold"), backbone))
     for modification in modifications(run).values():
-        console.print(Text(f"  {_axes(modification)}, bottleneck {modification.bottleneck}"))
+        console.print(Text(f"  {_axes(modification)}{_bottleneck(modification)}"))
+    if counted.deviations:
+        console.print("As in the paper's released code, not its text:")
+    for deviation in counted.deviations:
+        console.print(Padding(Text(deviation.sentence), (0, 0, 0, 2), expand=False))
+    if run.budget is not None:
+        console.print(Text(f"  solved for a budget of {_budget(run, totals)}"))
     console.print()
 
     table = _table("places", "weights at each", *NUMBERS)
@@ -39,7 +56,7 @@ def show_run(counted: RunCounts, console: Console) -> None:
             table.add_section()
         prefix = group.prefix
         label = group.label if prefix is None else f"{group.label} ×{group.places}"
-        table.add_row(label, "\n".join(_weights(group)), *(f"{getattr(group, name):,}" for name in NUMBERS))
+        table.add_row(label, "\n".join(weights(group.tensors)), *(f"{getattr(group, name):,}" for name in NUMBERS))
     table.add_section()
     numbers = [getattr(totals, name) for name in NUMBERS]
     table.add_row("total", "", *(f"{number:,}" for number in numbers), style="bold")
@@ -49,6 +66,9 @@ def show_run(counted: RunCounts, console: Console) -> None:
         table.add_row("task head, besides", "", f"{totals.head:,}", f"{totals.head:,}", "")
         share = f"{totals.percent(totals.head):.2f}"
         table.add_row("% of backbone", "", share, share, "")
+    if counted.dead:
+        table.add_section()
+        table.add_row("dead, besides", "", f"{counted.dead:,}", "", "")
     console.print(table)
 
 
@@ -63,8 +83,10 @@ def show_sweep(counted: Sequence[RunCounts], console: Console) -> None:
         backbone = counted[0].totals.backbone
         console.print(Text.assemble((counted[0].run.model.name, "bold"), f" of {backbone:,} parameters"))
     rows = [_row(c) for c in counted]
-    told = ("task", "model")  # worth a column only where they differ
-    headers = [name for name in rows[0] if name not in told or len({row[name][0] for row in rows}) > 1]
+    told = ("task", "model", "as in the code")  # worth a column only where they differ
+    headers = [name for name in rows[0] if name not in told or len({tuple(row[name]) for row in rows}) > 1]
+    if all(c.run.budget is None for c in counted):
+        headers.remove("budget")
     for dispensable in ("", *DISPENSABLE):
         headers = [name for name in headers if name != dispensable]
         table = _table(*headers)
@@ -83,13 +105,15 @@ def _row(counted: RunCounts) -> dict[str, list[str]]:
     found = list(modifications(run).values())
     axes = [_axes(m) for m in found]
     if run.unfreeze is not Unfreeze.none:
-        axes.append({"bias": "the biases", "all": "all parameters"}[run.unfreeze.name])
+        axes.append({"bias": "the biases", "norm": "the norms", "all": "all parameters"}[run.unfreeze.name])
     return {
         "method": [run.method],
         "task": [run.task.name],
         "model": [run.model.name],
+        "budget": [run.budget or ""],
         "four axes": axes,
-        "bottle-\nneck": [str(m.bottleneck) for m in found],
+        "as in the code": [deviation.name.replace("_", " ") for deviation in counted.deviations],
+        "bottle-\nneck": ["" if m.bottleneck is None else str(m.bottleneck) for m in found],
         **{name: [f"{getattr(totals, name):,}"] for name in (*NUMBERS, "head")},
         "%\nstored": [f"{totals.percent(totals.stored):.2f}"],
     }
@@ -109,8 +133,12 @@ def _object(counted: RunCounts) -> dict[str, Any]:
         "model": run.model.name,
         "axes": [{"prefix": prefix, **_axes_of(m)} for prefix, m in modifications(run).items()],
         "unfreeze": run.unfreeze.name,
+        "fidelity": run.fidelity.name,
+        "deviations": [deviation.name for deviation in counted.deviations],
+        "budget": run.budget,
         "backbone": totals.backbone,
         **{name: getattr(totals, name) for name in names},
+        "dead": counted.dead,
         "percent": {name: totals.percent(getattr(totals, name)) for name in names},
         "places": [
             {
@@ -142,9 +170,20 @@ def _axes(m: Modification) -> str:
     return f"{form} · {representation} · {insertion} · {composition}{scale}"
 
 
-def _weights(group: Group) -> list[str]:
+def _bottleneck(m: Modification) -> str:
+    return "" if m.bottleneck is None else f", bottleneck {m.bottleneck}"
+
+
+def _budget(run: Run, totals: Counts) -> str:
+    """As typed and, where that says something else, in numbers."""
+    assert run.budget is not None
+    number = f"{limit(run.budget, totals.backbone):,}"
+    return number if run.budget.isdigit() else f"{run.budget}, {number}"
+
+
+def weights(tensors: Mapping[str, tuple[int, ...]]) -> list[str]:
     """A line for each tensor and its bias, such as `down 512×1024 + 512`."""
-    sizes = {name.removeprefix("function."): _size(shape) for name, shape in sorted(group.tensors.items())}
+    sizes = {name.removeprefix("function."): size_of(shape) for name, shape in sorted(tensors.items())}
     return [
         f"{name} {size}" + (f" + {sizes[f'{name}_bias']}" if f"{name}_bias" in sizes else "")
         for name, size in sizes.items()
@@ -152,7 +191,7 @@ def _weights(group: Group) -> list[str]:
     ]
 
 
-def _size(shape: tuple[int, ...]) -> str:
+def size_of(shape: tuple[int, ...]) -> str:
     """A shape as `512×1024`. Weights have an axis for groups, and their biases one beside it: axes of 1 say nothing."""
     return "×".join(str(size) for size in shape if size != 1) or "1"
 

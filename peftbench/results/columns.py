@@ -52,8 +52,9 @@ FIELDS: dict[str, Callable[[Record], Any]] = {
     "scale": lambda r: [axes.scale for axes in r.axes],
     "bottleneck": lambda r: [axes.bottleneck for axes in r.axes],
     "learning_rate": lambda r: r.trainer.get("learning_rate"),
-    # whether the run follows the paper's text or its released code, in records that say so
-    "fidelity": lambda r: getattr(r, "fidelity", None),
+    "fidelity": lambda r: r.fidelity,
+    "deviations": lambda r: [deviation.name for deviation in r.deviations],
+    "budget": lambda r: r.budget,
     "metric": lambda r: r.metric,
     "split": lambda r: r.scores["report"].split if "report" in r.scores else None,
     "examples": lambda r: r.scores["report"].examples if "report" in r.scores else None,
@@ -75,6 +76,16 @@ COSTS = ("trained", "stored", "percent", "steps", "memory", "time")  # better wh
 
 
 RUNS = Column[Row]("n", "n", lambda row: str(len(row.scored)), lambda row: len(row.scored))  # that have a score
+
+
+# Where a run follows the paper's released code instead of its text.
+DEVIATIONS = Column[Row](
+    "deviations",
+    "as in the code",
+    lambda row: "\n".join(deviation.name.replace("_", " ") for deviation in row.first.deviations),
+    words=True,
+    wrap=16,
+)
 
 
 def field(key: str, records: Sequence[Record]) -> Callable[[Record], Any]:
@@ -130,6 +141,8 @@ def columns(
         *pareto(rows, cost),
     ]
     found = [column for column in found if column.key not in ("tokens_per_s", "memory") or _any(column, rows)]
+    if any(record.deviations for record in records):
+        found.insert(2, DEVIATIONS)
     if status is not None or any(record.status != "done" for record in records):
         found.append(Column("status", "status", partial(_status, status or _ended), words=True, wrap=11))
     return found
@@ -138,7 +151,7 @@ def columns(
 def chosen(keys: Sequence[str], rows: Sequence[Row], cost: Cost) -> list[Column[Row]]:
     """The columns that were asked for by name. Raises KeyError, with a sentence, for a name that is none."""
     known = {column.key: column for column in columns(rows, _ended, cost)}
-    known["n"] = RUNS
+    known |= {"n": RUNS, "deviations": DEVIATIONS}
     known["front"] = next(iter(pareto(rows, cost)), Column("front", "front", lambda r: ""))
     records = [record for row in rows for record in row.records]
     found = []
@@ -241,7 +254,8 @@ def _four(row: Row) -> str:
         lines.append(" · ".join(names) + scale)
     unfreeze = row.first.unfreeze
     if unfreeze != "none":
-        lines.append({"bias": "the biases", "all": "all parameters"}.get(unfreeze, unfreeze))
+        named = {"bias": "the biases", "norm": "the norms", "all": "all parameters"}
+        lines.append(named.get(unfreeze, unfreeze))
     return "\n".join(lines)
 
 

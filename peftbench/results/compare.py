@@ -25,6 +25,7 @@ from peftbench.results.identity import IGNORED
 from peftbench.results.record import FILE, Record, differing, flatten, load_records
 from peftbench.results.row import Row, over_seeds, unscored
 from peftbench.results.select import is_filter, select
+from peftbench.scoring.saved import saved_predictions
 from peftbench.tasks.example_scores import ExampleScores, example_scores
 
 EPILOG = """\
@@ -70,7 +71,7 @@ def main(argv: list[str]) -> int:
 
 def compare(a: Row, b: Row, resamples: int) -> dict[str, Difference]:
     """The difference of each metric of the runs' report split."""
-    read = [[_predictions(record) for record in row.scored] for row in (a, b)]
+    read = [[saved_predictions(record.folder, "report") for record in row.scored] for row in (a, b)]
     asked = [_asked(run) for side in read for run in side]
     for other, record in zip(asked, [*a.scored, *b.scored], strict=True):
         if other != asked[0]:
@@ -132,25 +133,14 @@ def _check_comparable(a: Row, b: Row) -> None:
             raise UserError(f"A and B cannot be compared, for they differ in {what}: {values[0]} and {values[1]}.")
 
 
-def _predictions(record: Record) -> list[dict[str, Any]]:
-    file = record.folder / "predictions.jsonl"
-    try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing; a run that is done keeps its predictions there.") from None
-    except ValueError as error:
-        raise UserError(f"{file} is torn or no JSON: {error}.") from error
-
-
 def _asked(predictions: Sequence[dict[str, Any]]) -> list[Any]:
     """What tells whether two runs had the same examples."""
     return [(one.get("id"), one["reference"]) for one in predictions]
 
 
 def _scores(record: Record, predictions: Sequence[dict[str, Any]]) -> dict[str, ExampleScores]:
-    return example_scores(
-        record.metric, [one["prediction"] for one in predictions], [one["reference"] for one in predictions]
-    )
+    ours, right = ([one[side] for one in predictions] for side in ("prediction", "reference"))
+    return example_scores(record.metric, ours, right, record.data.get("labels", ()))
 
 
 def _settings(record: Record) -> dict[str, Any]:

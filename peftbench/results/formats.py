@@ -92,6 +92,7 @@ def _one_line(cell: str) -> str:
 def _flat(record: Record) -> dict[str, Any]:
     values = record.to_json()
     axes = values.pop("axes")
+    values["deviations"] = [deviation["name"] for deviation in values["deviations"]]
     joined = {
         key: " + ".join("" if one[key] is None else str(one[key]) for one in axes)
         for key in Axes.__dataclass_fields__

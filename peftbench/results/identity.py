@@ -10,24 +10,31 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
-from peftbench.config import Modification, Run
+from peftbench.config import Modification, Run, task_files
 from peftbench.errors import UserError
 
 # Keys that change no result: where the run happens and how it is guarded, tables that have already had their effect on
-# other keys, and what only counting reads.
+# other keys, what only counting reads, and the budget: by then it has become bottlenecks, and two budgets that come to
+# the same ones are the same run.
 IGNORED = (
     "output_dir",
     "rerun",
     "retry",
+    "allow_unused",
+    "fidelity.name",
+    "budget",
+    "budget_split",
     "sizes",
     "size",
     "model.sizes",
     "model.architecture",
     "task.sizes",
     "task.paper",
+    "task.quick",
     "trainer.device",
     "trainer.checkpoint_minutes",
     "trainer.eval_batch_size",
+    "trainer.eval_batch_tokens",
 )
 
 _WHOLE = 1 << 20  # bytes; files smaller than this are hashed whole, of larger ones
@@ -49,15 +56,17 @@ def run_hash(run: Run) -> str:
 
     # What a path wins over has no effect either.
     model, task = config["model"], config["task"]
-    path, data_dir, data_files = model.pop("path"), task.pop("data_dir"), task.pop("data_files")
+    path, data_dir = model.pop("path"), task.pop("data_dir")
+    for key in ("data_files", "train_file", "validation_file", "test_file"):
+        del task[key]
     if path:
         model |= {"hub_id": None, "revision": None, "content": content_stamp(path)}
-    if data_files:
-        task["content"] = {split: content_stamp(file) for split, file in data_files.items()}
+    if files := task_files(run.task):
+        task["content"] = {split: content_stamp(file) for split, file in files.items()}
     elif data_dir:
         task["content"] = content_stamp(data_dir)
     if "content" in task:
-        task |= {"hub_id": None, "hub_config": None}
+        task |= {"hub_id": None, "hub_config": None, "hub_revision": None}
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
 
 

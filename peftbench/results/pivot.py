@@ -157,7 +157,7 @@ def _several(cells: Sequence[Sequence[Record]], told: set[str]) -> str | None:
 
 def _visible(record: Record) -> dict[str, Any]:
     """The settings of a run that its record shows."""
-    axes = {key: FIELDS[key](record) for key in ("method", "unfreeze", "debug", "bottleneck", "scale")}
+    axes = {key: FIELDS[key](record) for key in ("method", "unfreeze", "debug", "deviations", "bottleneck", "scale")}
     for key in ("functional_form", "modified_representation", "insertion_form", "composition_function"):
         axes[key] = FIELDS[key](record)
     options = {f"{one.prefix}{key}": value for one in record.axes for key, value in asdict(one)["options"].items()}

@@ -27,6 +27,7 @@ from omegaconf import OmegaConf
 import peftbench
 from peftbench.config import Modification, Run, modifications
 from peftbench.errors import UserError
+from peftbench.fidelity import Deviation
 from peftbench.results.identity import content_stamp, plain, run_hash
 from peftbench.results.lock import is_held
 
@@ -80,6 +81,7 @@ class Counts:
     stored: int  # what a checkpoint needs, without the head and with the prefix MLP folded
     head: int
     paper: int | None  # by the formula of the paper's appendix B
+    dead: int = 0  # what the paper's released code trains besides, though nothing reads it (fidelity.dead_parameters)
     percent: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -94,6 +96,7 @@ class Score:
     split: str
     examples: int
     metrics: dict[str, float]
+    of: int | None = None  # examples that the split has, where not all of them were taken
 
 
 @dataclass
@@ -116,15 +119,19 @@ class Record:
     error: Failure | None = None
     finished: str | None = None
     overrides: list[str] = field(default_factory=list)  # of the command line
+    budget: str | None = None  # as typed; the bottlenecks in `axes` were solved for it
     debug: str | None = None
+    fidelity: str = "paper"  # the set of switches between the paper's text and its released code
+    deviations: list[Deviation] = field(default_factory=list)  # the switches that make this run differ from the text
     counts: Counts | None = None
-    scores: dict[str, Score] = field(default_factory=dict)  # by role: selection, report
+    scores: dict[str, Score] = field(default_factory=dict)  # by role: selection, report, report_SPLIT
     score: float | None = None  # the main metric on the report split
     baselines: dict[str, float] = field(default_factory=dict)  # the main metric of: majority, head, lead1
     trainer: dict[str, Any] = field(default_factory=dict)
-    # prepare_s, train_s, evaluate_s, baseline_s, total_s; and earlier_s, the part of these that tries before spent on
-    # training up to the checkpoints that this one went on from
+    # prepare_s, probe_s, train_s, evaluate_s, baseline_s, total_s; and earlier_s, the part of these that tries before
+    # spent on training up to the checkpoints that this one went on from
     timings: dict[str, float] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)  # trainable tensors that the loss does not depend on
     steps: int | None = None
     tokens_per_s: float | None = None
     peak_memory_bytes: int | None = None
@@ -225,13 +232,15 @@ def describe(run: Run, folder: Path, overrides: Sequence[str], status: Status = 
             revision=None if content else run.model.revision,
             content=content,
         ),
-        axes=_axes(run),
+        axes=axes_of(run),
         unfreeze=run.unfreeze.name,
         metric=run.task.metric,
         seed=run.seed,
         folder=folder,
         overrides=list(overrides),
+        budget=run.budget,
         debug=run.debug,
+        fidelity=run.fidelity.name,
         trainer=plain(run)["trainer"],
         versions=_versions(),
         git=_git(),
@@ -291,10 +300,20 @@ def append_metrics(folder: Path, values: dict[str, Any]) -> None:
         file.write(json.dumps(values) + "\n")
 
 
-def write_predictions(folder: Path, predictions: Iterable[dict[str, Any]]) -> None:
+def predictions_file(role: str) -> str:
+    """What the file with a role's predictions is called: `predictions.jsonl`, or `predictions.SPLIT.jsonl`."""
+    return f"predictions{role.removeprefix('report').replace('_', '.', 1)}.jsonl"
+
+
+def write_predictions(folder: Path, predictions: Iterable[dict[str, Any]], role: str = "report") -> None:
     """Writes `predictions.jsonl`, one line for each example."""
-    with replacing(folder / "predictions.jsonl") as file:
-        file.writelines(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
+    write_lines(folder / predictions_file(role), predictions)
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes one JSON object on each line of a file."""
+    with replacing(path) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -313,7 +332,7 @@ def differing(values: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in keys if any(one.get(key, absent) != values[0].get(key, absent) for one in values)]
 
 
-def _axes(run: Run) -> list[Axes]:
+def axes_of(run: Run) -> list[Axes]:
     """The modifications of a run, each with the options in which it differs from a bare one."""
     bare = dict(flatten(plain(Modification())))
     shown = {"bottleneck", "composition_function.scale"} | {key for key in bare if key.endswith(".name")}

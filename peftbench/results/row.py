@@ -10,7 +10,7 @@ from itertools import groupby
 from statistics import fmean, median, stdev
 from typing import Literal
 
-from peftbench.results.record import Record
+from peftbench.results.record import Record, Score
 
 Statistic = Literal["mean", "median"]
 
@@ -79,10 +79,14 @@ def is_scored(record: Record) -> bool:
 def setting(record: Record) -> tuple[str, ...]:
     """What two runs share whose scores may be compared: task, backbone, metric, split and its size."""
     report = record.scores.get("report")
-    split = (report.split, f"{report.examples:,}") if report and is_scored(record) else ("", "")
+    split = (report.split, _examples(report)) if report and is_scored(record) else ("", "")
     model = record.model
     version = model.content or model.revision or ""
     return (record.task, model.hub_id or model.name, version, record.metric, *split)
+
+
+def _examples(report: Score) -> str:
+    return f"{report.examples:,}" + (f" of {report.of:,}" if report.of else "")
 
 
 def unscored(row: object) -> bool:

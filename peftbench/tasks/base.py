@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -14,21 +14,25 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftbench.config import Task
-from peftbench.tasks.load import data_fingerprint, head, load_rows
-from peftbench.tasks.metrics import compute_metrics
+from peftbench.tasks.cache import kept
+from peftbench.tasks.load import Loaded, data_fingerprint, head
+from peftbench.tasks.metrics import Measured, References, measure
 from peftbench.tasks.tokens import Encoder
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-ID_COLUMNS = ("id", "idx", "index", "name")  # what data sets call a row's own name
+ENCODE_VERSION = 1  # part of the name of what is cached: raise it whenever `encode` or the Encoder changes
+ID_COLUMNS = ("id", "idx", "index", "name", "eid")  # what data sets call a row's own name
 
 
 class TaskData(ABC):
-    """The data of one run in its three roles: trained on, used to select a state, and reported on.
+    """The data of one run in its roles: trained on, used to select a state, and reported on.
 
-    Two roles may share a split, which is then read and tokenised once. Raises UserError for data that cannot be used.
+    A further split that is reported on, such as validation_mismatched, has the role report_validation_mismatched, and
+    so the attributes report_validation_mismatched and report_validation_mismatched_rows. Two roles may share a split,
+    which is then read once. Holds no model, so that the data of one run can be that of the next: `serving` makes what
+    a model is trained on. Raises UserError for a backbone that cannot read it.
     """
 
     train: Dataset  # columns as `collator` takes them
@@ -37,49 +41,62 @@ class TaskData(ABC):
     train_rows: Dataset  # the same rows as they were read
     selection_rows: Dataset
     report_rows: Dataset
-    splits: dict[str, dict[str, Any]]  # {"train": {"split": "train", "examples": 67349}, "selection": ...}
+    # By role: {"split": "test", "examples": 1600, "of": 11334}, the last where not all rows were taken.
+    splits: dict[str, dict[str, Any]]
     fingerprint: str  # sha256 over the splits that were read
     collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]  # examples -> a padded batch of tensors
 
-    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-        self.task = task
+    def __init__(self, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+        self.task, self.notes = loaded.task, loaded.notes
         self.tokenizer = tokenizer
         self.encoder = Encoder(tokenizer, model)
-        roles = {
-            "train": (task.train_split, task.max_train),
-            "selection": (task.selection_split, task.max_selection),
-            "report": (task.report_split, task.max_eval),
-        }
-        limits: dict[str, list[int | None]] = defaultdict(list)
-        for split, limit in roles.values():
-            limits[split].append(limit)
-        rows = {split: load_rows(task, split, _largest(wanted)) for split, wanted in limits.items()}
-        prints = {split: data_fingerprint(task, of_split) for split, of_split in rows.items()}
-        datasets.disable_progress_bars()
-        tokens = {split: self._tokenise(of_split, prints[split]) for split, of_split in rows.items()}
-
+        self.signatures: dict[str, str] = {}  # of the metrics that have one, once something has been scored
+        prints = {split: data_fingerprint(self.task, rows) for split, rows in loaded.rows.items()}
         self.fingerprint = hashlib.sha256(" ".join(prints.values()).encode()).hexdigest()
+        datasets.disable_progress_bars()
         self.splits = {}
-        for role, (split, limit) in roles.items():
-            setattr(self, role, head(tokens[split], limit))
-            setattr(self, f"{role}_rows", head(rows[split], limit))
+        tokens: dict[tuple[str, bool], Dataset] = {}
+        for role, (split, limit) in loaded.roles.items():
+            rows = loaded.rows[split]
+            training = role == "train"
+            if (split, training) not in tokens:
+                wanted = head(rows, limit) if training else rows  # an example of training may be part of a row
+                tokens[split, training] = self._tokenise(wanted, training, prints[split])
+            setattr(self, f"{role}_rows", head(rows, limit))
+            setattr(self, role, tokens[split, True] if training else head(tokens[split, False], limit))
             self.splits[role] = {"split": split, "examples": len(getattr(self, role))}
+            if len(getattr(self, f"{role}_rows")) < loaded.sizes[split]:
+                self.splits[role]["of"] = loaded.sizes[split]
 
-    def serving(self, model: PreTrainedModel | None) -> Self:
-        """The same data for another model of the same backbone, or None for one that is yet to come."""
-        return copy(self)
+    def serving(self, model: PreTrainedModel) -> Self:
+        """The same data for a model of the backbone: a copy, which shares all but what `serve` sets."""
+        data = copy(self)
+        data.serve(model)
+        return data
 
     @abstractmethod
-    def encode(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """The columns that `collator` takes, labels among them, for a batch of rows given as columns."""
+    def serve(self, model: PreTrainedModel) -> None:
+        """Set `collator`, and whatever the model must know of the task to generate."""
+
+    @abstractmethod
+    def encode(self, rows: dict[str, list[Any]], training: bool) -> dict[str, list[Any]]:
+        """The columns that `collator` takes, labels among them, for a batch of rows given as columns.
+
+        One example for each row; in training there may be more.
+        """
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each training example, which batches by tokens are made by."""
+        return [len(ids) for ids in self.train["input_ids"]]
 
     @abstractmethod
     def decode(self, predictions: np.ndarray) -> list[str]:
         """What the model predicted for each example, in words."""
 
     @abstractmethod
-    def references(self, rows: Dataset) -> list[str]:
-        """What would have been right for each row, in words."""
+    def references(self, rows: Dataset) -> References:
+        """What would have been right for each row, in words: one text, or a list of texts that are all right."""
 
     @abstractmethod
     def baselines(self) -> dict[str, float]:
@@ -87,7 +104,8 @@ class TaskData(ABC):
 
     def score(self, decoded: Sequence[str], rows: Dataset) -> dict[str, float]:
         """The scores of `task.metric`'s family, in percent."""
-        return compute_metrics(self.task.metric, decoded, self.references(rows))
+        scores, self.signatures = self._measure(decoded, rows)
+        return scores
 
     def records(self, decoded: Sequence[str], rows: Dataset) -> Iterator[dict[str, Any]]:
         """One `{"index", "id", "prediction", "reference"}` for each example; no id where the rows have none."""
@@ -96,20 +114,31 @@ class TaskData(ABC):
         for index, (name, prediction, reference) in enumerate(zip(names, decoded, self.references(rows), strict=True)):
             yield {"index": index, **name, "prediction": prediction, "reference": reference}
 
+    def _measure(self, decoded: Sequence[str], rows: Dataset) -> Measured:
+        return measure(self.task.metric, decoded, self.references(rows), self.task.labels)
+
     def _named(self, baseline: str, decoded: Sequence[str]) -> dict[str, float]:
-        return {f"{baseline}.{name}": value for name, value in self.score(decoded, self.report_rows).items()}
+        scores = self._measure(decoded, self.report_rows).scores
+        return {f"{baseline}.{name}": value for name, value in scores.items()}
 
-    def _tokenise(self, rows: Dataset, fingerprint: str) -> Dataset:
-        return rows.map(
-            self.encode,
-            batched=True,
-            remove_columns=rows.column_names,
-            keep_in_memory=True,
-            load_from_cache_file=False,
-            new_fingerprint=fingerprint,  # given, or datasets would pickle `self` for a hash, the tokenizer with it
-        )
+    def _tokenise(self, rows: Dataset, training: bool, fingerprint: str) -> Dataset:
+        """`encode` over all rows; fast tokenizers spread a batch over the cores by themselves."""
 
+        def make() -> Dataset:
+            return rows.map(
+                self.encode,
+                fn_kwargs={"training": training},
+                batched=True,
+                remove_columns=rows.column_names,
+                keep_in_memory=True,
+                load_from_cache_file=False,
+                new_fingerprint=fingerprint,  # given, or datasets would pickle `self` for a hash, the tokenizer with it
+            )
 
-def _largest(limits: Sequence[int | None]) -> int | None:
-    numbers = [limit for limit in limits if limit is not None]
-    return max(numbers) if len(numbers) == len(limits) else None
+        what = {
+            "encode": [type(self).__name__, ENCODE_VERSION, training],
+            "task": [self.task.max_source_length, self.task.max_target_length, self.task.prompt],
+            "rows": [fingerprint, len(rows)],
+            "tokenizer": self.encoder.fingerprint,
+        }
+        return kept(what, len(rows), make)

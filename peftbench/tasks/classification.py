@@ -1,4 +1,4 @@
-"""Classification of one text or of a pair of texts."""
+"""One text or a pair of texts in, a label or a number out."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedModel
 
-from peftbench.config import Task
 from peftbench.tasks.base import TaskData
 
 
 class Classification(TaskData):
     """Text(s) in, one of `task.labels` out."""
 
-    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-        super().__init__(task, tokenizer, model)
-        self.collator = DataCollatorWithPadding(tokenizer)
+    def serve(self, model: PreTrainedModel) -> None:
+        """Every model takes the same batches."""
+        self.collator = DataCollatorWithPadding(self.tokenizer)
 
-    def encode(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """`input_ids`, `attention_mask` (and what else the model reads) and `labels`, a code for each row."""
+    def encode(self, rows: dict[str, list[Any]], training: bool) -> dict[str, list[Any]]:
+        """`input_ids`, `attention_mask` (and what else the model reads) and `labels`, a code or number for each row."""
         texts = [rows[column] for column in self.task.text_columns]
         return {
             **self.encoder(*texts, max_length=self.task.max_source_length),
@@ -45,3 +44,19 @@ class Classification(TaskData):
 
     def _names(self, codes: Any) -> list[str]:
         return [self.task.labels[code] for code in codes]
+
+
+class Regression(Classification):
+    """Text(s) in, a number out: the one output of the task head, trained by the mean squared error."""
+
+    def decode(self, predictions: np.ndarray) -> list[str]:
+        """The numbers (examples, 1) in so many digits that reading them gives the same numbers again."""
+        return [repr(float(number)) for number in predictions[:, 0]]
+
+    def references(self, rows: Dataset) -> list[str]:
+        """Each row's number."""
+        return [repr(float(number)) for number in rows[self.task.label_column][:]]
+
+    def baselines(self) -> dict[str, float]:
+        """None: a constant has no correlation."""
+        return {}

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from peftbench.errors import UserError
+from peftbench.tasks.cache import cache_dir as default_cache_dir
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -88,7 +89,7 @@ def gather(packages: Sequence[str], cache_dir: Path | None = None) -> list[Docst
     Raises UserError for packages that are not installed.
     """
     installed = versions(packages)
-    folder = cache_dir or Path(os.environ.get("PEFTBENCH_CACHE") or Path.home() / ".cache" / "peftbench")
+    folder = cache_dir or default_cache_dir()
     found: list[Docstring] = []
     for package, version in installed.items():
         cache = folder / f"docstrings-{package}-{version}-v{_SCHEMA}.jsonl"

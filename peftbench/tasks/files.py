@@ -5,9 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import chain
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,7 @@ def find_split(data_dir: str, split: str) -> Path:
         raise UserError(
             f"task.data_dir={data_dir} is no folder; give one that holds a file for each split, such as {split}.tsv."
         )
-    stems = ALIASES.get(split, (split,))
-    found = [file for stem in stems for ending in READERS if (file := folder / f"{stem}{ending}").is_file()]
+    stems, found = _stems(split), _files(folder, split)
     if len(found) == 1:
         return found[0]
     remedy = f"+task.data_files.{split}=FILE names a file outright."
@@ -50,6 +48,19 @@ def find_split(data_dir: str, split: str) -> Path:
     )
 
 
+def has_split(data_dir: str, split: str) -> bool:
+    """Whether the folder `data_dir` has a file for `split`."""
+    return bool(_files(Path(data_dir).expanduser(), split))
+
+
+def _stems(split: str) -> tuple[str, ...]:
+    return ALIASES.get(split, (split,))
+
+
+def _files(folder: Path, split: str) -> list[Path]:
+    return [file for stem in _stems(split) for ending in READERS if (file := folder / f"{stem}{ending}").is_file()]
+
+
 def read_file(path: str | Path) -> Dataset:
     """The rows of one file, in memory; a .tsv or .csv file starts with a header and its cells are strings.
 
@@ -57,7 +68,7 @@ def read_file(path: str | Path) -> Dataset:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise UserError(f"{path} is no file; task.data_files takes the path of an existing one.")
+        raise UserError(f"{path} is no file; give the path of an existing one.")
     reader = READERS.get(file.suffix.lower())
     if reader is None:
         raise UserError(f"{path} cannot be read: the ending must be one of {', '.join(READERS)}.")
@@ -70,6 +81,28 @@ def read_file(path: str | Path) -> Dataset:
     return rows
 
 
+def place(path: str | Path, row: int) -> str:
+    """Where row number `row` (from 1) of a file that `read_file` has read begins: "FILE:LINE", or "FILE, row ROW"."""
+    file = Path(path).expanduser()
+    ending = file.suffix.lower()
+    lines: Iterator[int] = iter(())
+    if ending in DIALECTS:
+        lines = islice(_first_lines(csv.reader(io.StringIO(_text(file), newline=""), **DIALECTS[ending])), 1, None)
+    elif ending in (".jsonl", ".json") and not (text := _text(file)).lstrip().startswith("["):
+        lines = (number for number, line in enumerate(text.split("\n"), 1) if line.strip())
+    line = next(islice(lines, row - 1, None), None)
+    return f"{path}, row {row}" if line is None else f"{path}:{line}"
+
+
+def _first_lines(reader: Any) -> Iterator[int]:
+    """The line on which each record of a csv reader begins: a quoted cell may go over several."""
+    line = 1
+    for row in reader:
+        if row:
+            yield line
+        line = reader.line_num + 1
+
+
 def _text(file: Path) -> str:
     data = file.read_bytes()
     try:
@@ -79,9 +112,9 @@ def _text(file: Path) -> str:
         raise UserError(f"{file}:{line} is not UTF-8 text; save the file as UTF-8.") from error
 
 
-def _read_cells(file: Path, **dialect: Any) -> pa.Table:
+def _read_cells(file: Path) -> pa.Table:
     csv.field_size_limit(2**31 - 1)  # an article may be longer than csv's own limit of 131,072 characters
-    reader = csv.reader(io.StringIO(_text(file), newline=""), strict=True, **dialect)
+    reader = csv.reader(io.StringIO(_text(file), newline=""), **DIALECTS[file.suffix.lower()])
     rows: list[list[str]] = []
     try:
         header = next(reader, [])
@@ -136,12 +169,26 @@ def _table(file: Path, columns: dict[str, Sequence[Any]]) -> pa.Table:
         try:
             arrays[name] = pa.array(values)
         except (ValueError, TypeError, OverflowError) as error:  # what Arrow raises is one of these as well
-            raise UserError(f"{file}: column {name} holds values that do not go together: {error}.") from error
+            raise UserError(_odd_cell(file, name, values) or f"{file}: column {name}: {error}.") from error
     return pa.table(arrays)
 
 
+def _odd_cell(file: Path, name: str, values: Sequence[Any]) -> str | None:
+    """The sentence for the first cell of a column that is of another type than those above it."""
+    first = next((value for value in values if value is not None), None)
+    for row, value in enumerate(values, 1):
+        if value is not None and type(value) is not type(first):
+            return f"{place(file, row)}: column {name} holds {value!r:.40}, where the rows above hold {first!r:.40}."
+    return None
+
+
+DIALECTS: dict[str, dict[str, Any]] = {
+    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "strict": True},  # as GLUE's: a quote is a character
+    ".csv": {"strict": True},
+}
+
 READERS: dict[str, Callable[[Path], pa.Table]] = {
-    ".tsv": partial(_read_cells, delimiter="\t", quoting=csv.QUOTE_NONE),  # as GLUE's: a quote is a character
+    ".tsv": _read_cells,
     ".csv": _read_cells,
     ".jsonl": _read_json,
     ".json": _read_json,

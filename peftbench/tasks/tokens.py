@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
+import tokenizers
+import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftbench.errors import UserError
@@ -28,19 +33,41 @@ class Encoder:
         self._spelled = self._unsplit_tokens()
 
     def __call__(
-        self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, max_length: int, target: bool = False
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        *,
+        max_length: int,
+        target: bool = False,
+        special: bool = True,
     ) -> dict[str, list[list[int]]]:
         """`input_ids` and `attention_mask` (and what else the model reads) of each text, or pair of texts.
 
         At most `max_length` tokens, special ones included, and no more than the backbone can read; of a pair, the
-        longer text is cut first. `target` says that the texts are what the model is to write.
+        longer text is cut first. `target` says that the texts are what the model is to write; without `special` none
+        of the tokenizer's special tokens are put around them.
         """
         texts = self._plain(texts)
         kind = {"text_target": texts} if target else {"text": texts, "text_pair": pairs and self._plain(pairs)}
         encoded = self.tokenizer(
-            **kind, truncation=True, max_length=min(max_length, self.limit), split_special_tokens=True
+            **kind,
+            truncation=True,
+            max_length=min(max_length, self.limit),
+            add_special_tokens=special,
+            split_special_tokens=True,
         )
         return dict(encoded)
+
+    @cached_property
+    def fingerprint(self) -> list[Any]:
+        """JSON values on which the ids depend."""
+        return [
+            *rules(self.tokenizer),
+            [getattr(self.tokenizer, name, None) for name in ("src_lang", "tgt_lang")],
+            self.limit,
+            transformers.__version__,
+            tokenizers.__version__,
+        ]
 
     def _plain(self, texts: Sequence[str]) -> list[str]:
         """`</s>` as `< /s>`, for the tokenizers that would take it for the special token."""
@@ -64,6 +91,16 @@ class Encoder:
             token for (index, token), ids in zip(special.items(), encoded["input_ids"], strict=True) if index in ids
         ]
         return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True)))) if found else None
+
+
+def rules(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What a tokenizer does by itself: its class, a hash of its vocabulary and rules, the side that it cuts."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    found = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    for call in ("truncation", "padding"):  # those of the last call
+        found.pop(call, None)
+    digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    return [type(tokenizer).__name__, digest, tokenizer.truncation_side]
 
 
 def positions(model: PreTrainedModel) -> int | None:

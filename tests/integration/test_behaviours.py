@@ -1,15 +1,14 @@
 """What every method has to do on every family: one table of presets and families, one test for each behaviour.
 
 Training, evaluation, generation, saving, folding, padding, copying, checkpointing and reduced precision; then the
-options of a modification, all valid points of the four axes, and the presets in conf/.
+options of a modification, and the presets in conf/. The points of the axes are in test_points.py.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,14 +26,21 @@ from peftbench.modification.attach import attach
 from peftbench.modification.edit import Edit
 from peftbench.modification.head_attention import HeadModification
 from peftbench.modification.prompt import Prompt
-from peftbench.modification.representation import REPRESENTATIONS
 from peftbench.sites import find_sites
-from peftbench.validity import RULES
-from tests.families import FAMILIES, GENERATING, PRESETS, batch, build, dropout, modification, shake
+from tests.families import FAMILIES, GENERATING, PRESETS, batch, build, dropout, modification, points, shake
 
 Modifications = dict[str, config.Modification]
 TABLE = [pytest.param(family, preset, id=f"{family}-{preset}") for family in FAMILIES for preset in PRESETS]
 TWO_FAMILIES = [case for case in TABLE if case.values[0] in ("bart", "roberta")]  # where the family matters little
+MORE = [  # one fused and sliced projection, grouped and rotary heads, position biases
+    pytest.param(family, preset, id=f"{family}-{preset}")
+    for family, presets in {
+        "gpt2": ("lora", "lora_ffn", "mam", "adapter"),
+        "llama": ("lora", "mam"),
+        "t5": ("mam",),
+    }.items()
+    for preset in presets
+]
 every_method_on_every_family = pytest.mark.parametrize(("family", "preset"), TABLE)
 
 
@@ -121,7 +127,7 @@ def test_every_trained_tensor_gets_a_gradient_also_after_an_evaluation(family: s
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
-@pytest.mark.parametrize("unfreeze", [config.Unfreeze.bias, config.Unfreeze.all])
+@pytest.mark.parametrize("unfreeze", [config.Unfreeze.bias, config.Unfreeze.norm, config.Unfreeze.all])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bitfit_and_full_train_the_backbones_own_parameters(family: str, unfreeze: config.Unfreeze) -> None:
     """Exactly the named ones move; a key projection's bias has no gradient but rounding, since softmax ignores it."""
@@ -130,8 +136,12 @@ def test_bitfit_and_full_train_the_backbones_own_parameters(family: str, unfreez
     frozen, trained = tensors(model, trained=False), tensors(model, trained=True)
     heads = ("classifier", "classification_head")
     named = {name for name, _ in model.named_parameters()}
-    biases_and_head = {name for name in named if name.endswith(".bias") or name.startswith(heads)}
-    assert set(trained) == (named if unfreeze is config.Unfreeze.all else biases_and_head)
+    expected = {
+        config.Unfreeze.bias: {name for name in named if name.endswith(".bias") or name.startswith(heads)},
+        config.Unfreeze.norm: {name for name in named if "norm" in name.lower() or name.startswith(heads)},
+        config.Unfreeze.all: named,
+    }
+    assert set(trained) == expected[unfreeze]
     assert [name for name, gradient in gradients(model, family).items() if gradient is None] == []
     take_steps(model, family)
     now = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -143,8 +153,8 @@ def test_bitfit_and_full_train_the_backbones_own_parameters(family: str, unfreez
 @pytest.mark.parametrize(
     ("family", "preset", "reentrant"),
     [
-        *[pytest.param(*case.values, False, id=f"{case.id}-not_reentrant") for case in TABLE],
-        *[pytest.param(*case.values, True, id=f"{case.id}-reentrant") for case in TWO_FAMILIES],
+        *[pytest.param(*case.values, False, id=f"{case.id}-not_reentrant") for case in (*TABLE, *MORE)],
+        *[pytest.param(*case.values, True, id=f"{case.id}-reentrant") for case in (*TWO_FAMILIES, *MORE)],
     ],
 )
 def test_gradient_checkpointing_gives_the_same_gradients(family: str, preset: str, reentrant: bool) -> None:
@@ -274,7 +284,7 @@ def test_generation_scores_as_a_forward_pass_does(family: str, preset: str) -> N
 # ---- folding, saving, copying ----
 
 
-@every_method_on_every_family
+@pytest.mark.parametrize(("family", "preset"), [*TABLE, *MORE])
 def test_saved_and_loaded_into_a_fresh_model(family: str, preset: str, tmp_path: Path) -> None:
     """The file is all that a run needs beside the backbone; folding the prefix's MLP away changes nothing."""
     model = attached(family, PRESETS[preset])
@@ -331,7 +341,7 @@ def test_folded_for_a_while_puts_the_mlp_back(family: str, preset: str) -> None:
 @pytest.mark.parametrize(
     ("family", "preset", "copied"),
     [
-        *[pytest.param(*case.values, copy.deepcopy, id=f"{case.id}-deepcopy") for case in TWO_FAMILIES],
+        *[pytest.param(*case.values, copy.deepcopy, id=f"{case.id}-deepcopy") for case in (*TWO_FAMILIES, *MORE)],
         *[pytest.param("roberta", preset, pickled, id=f"roberta-{preset}-pickle") for preset in PRESETS],
     ],
 )
@@ -357,8 +367,8 @@ def test_a_copy_is_a_model_of_its_own(
 @pytest.mark.parametrize(
     ("family", "preset", "backbone"),
     [
-        *[pytest.param(*case.values, torch.float32, id=f"{case.id}-autocast") for case in TABLE],
-        *[pytest.param(*case.values, torch.bfloat16, id=f"{case.id}-bf16_backbone") for case in TWO_FAMILIES],
+        *[pytest.param(*case.values, torch.float32, id=f"{case.id}-autocast") for case in (*TABLE, *MORE)],
+        *[pytest.param(*case.values, torch.bfloat16, id=f"{case.id}-bf16_backbone") for case in (*TWO_FAMILIES, *MORE)],
     ],
 )
 def test_bf16_agrees_with_fp32(family: str, preset: str, backbone: torch.dtype) -> None:
@@ -389,51 +399,17 @@ def test_bf16_agrees_with_fp32(family: str, preset: str, backbone: torch.dtype) 
         assert without_gradient({name: parameter.grad for name, parameter in trained.items()}) == []
 
 
-# ---- points on the four axes and their options ----
-
-
-def valid(m: config.Modification) -> bool:
-    return not any(rule.broken(m) for rule in RULES)
-
-
-def points(*forms: str, **options: object) -> Iterator[tuple[str, config.Modification]]:
-    """Every combination of the axes that validity.py lets through, under a name for it."""
-    representations = (*REPRESENTATIONS, "heads", "embedding")
-    insertions, compositions = ("parallel", "sequential"), ("add", "scaled", "gated")
-    for axes in itertools.product(forms, representations, insertions, compositions):
-        m = modification(*axes, scale=2.0, **options)  # type: ignore[arg-type]
-        if valid(m):
-            yield "-".join(axes), m
-
-
-POINTS = dict(points("identity", "relu", "softmax", init="bert"))
-
-
-def test_number_of_points() -> None:
-    """Of 3 forms, 12 representations without the embedding, 2 insertions and 3 compositions: gated and sequential mean
-    nothing, nor do layer and parallel. The embedding has one point, the prompt."""
-    assert len(POINTS) == 3 * (12 * 2 * 3 - 12 - 3) + 1
-
-
-@pytest.mark.parametrize("family", ["bart", "roberta"])
-@pytest.mark.parametrize("point", POINTS)
-def test_every_valid_point_trains(family: str, point: str) -> None:
-    """Each has an effect, and a gradient in every tensor."""
-    one_layer = {"encoder_layers": 1, "decoder_layers": 1} if family == "bart" else {"num_hidden_layers": 1}
-    model = attached(family, {"": POINTS[point]}, **one_layer)
-    bare = attached(family, {}, **one_layer)
-    bare.load_state_dict(model.state_dict(), strict=False)
-    assert not torch.allclose(logits(model, family), logits(bare, family), atol=1e-4)
-    assert without_gradient(gradients(model, family)) == []
+# ---- options of a modification ----
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": True, "layer_norm": "output"}], ids=["plain", "bias_and_norm"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_zero_initialised_modifications_leave_the_backbone_as_it_is(family: str, options: dict[str, object]) -> None:
-    """Init lora with add or scaled: Δh = 0, to the bit, wherever it is added."""
+    """Init lora with all but gated: Δh = 0, to the bit, wherever it joins h."""
     expected = logits(build(family), family)
-    at_rest = {name: m for name, m in points("relu", init="lora", **options) if "gated" not in name}
-    assert len(at_rest) == 12 * 2 * 2 - 2
+    forms = ("relu",) if options else ("relu", "constant")
+    at_rest = {name: m for name, m in points(*forms, init="lora", **options) if not name.endswith("-gated")}
+    assert len(at_rest) == 14 * 2 * 4 - 4 - 1 + (0 if options else 14 * 4 - 1 - 2 * 2)
     for name, m in at_rest.items():
         model = attached(family, {"": m}, shaken=False)
         assert torch.equal(logits(model, family), expected), name
@@ -442,7 +418,7 @@ def test_zero_initialised_modifications_leave_the_backbone_as_it_is(family: str,
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("preset", ["lora", "lora_ffn", "scaled_parallel_adapter"])
+@pytest.mark.parametrize("preset", ["lora", "lora_ffn", "scaled_parallel_adapter", "ia3"])
 def test_zero_initialised_presets_leave_the_backbone_as_it_is(family: str, preset: str) -> None:
     """Those of the paper that begin as a no-op."""
     model = attached(family, PRESETS[preset], shaken=False)
@@ -458,6 +434,11 @@ OPTIONS: dict[str, Modifications] = {
     "scaled_prefix": {"": modification("softmax", "heads", composition="scaled", learned=True, prefix_mlp=8)},
     "prefix_without_mlp": {"": modification("softmax", "heads", composition="gated", init="bert")},
     "learned_scale_of_lora": {"": modification("identity", "query_value", composition="scaled", learned=True)},
+    "bias_at_the_layer": {"": modification("constant", "layer", "sequential", "add")},
+    "scale_of_heads": {"": modification("constant", "heads", "sequential", "multiply")},
+    "gate_on_a_constant": {"": modification("constant", "attention", "sequential", "gated_add", init="bert")},
+    "gate_on_heads": {"": modification("relu", "heads", composition="gated_add", init="bert", head_input="hidden")},
+    "multiplied_by_an_adapter": {"": modification("relu", "ffn_intermediate", composition="multiply", init="bert")},
     "gate_of_ffn_weights": {"": modification("gelu", "ffn_weights", composition="gated", bias=True)},
     "two_at_one_place": {
         "": modification("relu", "attention", "sequential"),

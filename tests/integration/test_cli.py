@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from peftbench import config
+from peftbench.backbone import load_backbone
 from peftbench.cli import main
+from peftbench.config import Model, Task, TaskKind
 
 SUBPROCESS = [sys.executable, "-m", "peftbench"]
 
@@ -85,6 +92,84 @@ def test_one_run_leaves_a_whole_record(smoke: list[str], tmp_path: Path, capsys:
     assert "relu · ffn · parallel · scaled" in printed and str(folder) in printed.replace("\n", "")
 
 
+@pytest.fixture
+def gpt2(tmp_path: Path) -> Path:
+    """A tiny GPT-2 in a folder, as the published one: neither its config nor its tokenizer knows a pad token."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    backend.train_from_iterator(["a fine film number", "a dull film number"], trainer)
+    folder = tmp_path / "tiny_gpt2"
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>").save_pretrained(folder)
+    size = {"vocab_size": 300, "n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+    GPT2LMHeadModel(GPT2Config(**size)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["lora", "mam"])
+def test_a_decoder_without_a_pad_token_classifies(method: str, smoke: list[str], gpt2: Path, tmp_path: Path) -> None:
+    """Texts of unequal length in one batch, with the end-of-text token behind the shorter ones."""
+    arguments = ["train", *smoke, f"method={method}", "model=gpt2", f"model.path={gpt2}"]
+    assert main(arguments) == 0
+    (record,) = records(tmp_path / "outputs")
+    assert record["status"] == "done" and record["scores"]["report"]["examples"] == 16
+
+
+def test_padding_of_a_decoder_stands_behind_the_text(gpt2: Path) -> None:
+    """Whatever its tokenizer prefers: a row's logits are those that it has alone."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(gpt2, padding_side="left")
+    tokenizer.save_pretrained(gpt2)
+    task = Task(name="sentiment", kind=TaskKind.classification, labels=["bad", "good"])
+    backbone = load_backbone(Model(path=str(gpt2)), task)
+    backbone.model.eval()
+    texts = ["a fine film number 17", "a dull film"]
+    both = backbone.tokenizer(texts, padding=True, return_tensors="pt")
+    alone = backbone.tokenizer(texts[1:], return_tensors="pt")
+    assert both["input_ids"][1, -1] == 0 and both["attention_mask"][1, -1] == 0
+    with torch.no_grad():
+        difference = backbone.model(**both).logits[1] - backbone.model(**alone).logits[0]
+    assert difference.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("task", ["stsb", "cola", "mrpc"])
+def test_glue_reports_its_own_metrics(task: str, tmp_path: Path) -> None:
+    """A regression, Matthews' correlation, and F1 with accuracy, on the selection and the report split."""
+    texts = {"sentence": "one", "sentence1": "one", "sentence2": "two"}
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({**texts, "label": i % 2}) + "\n" for i in range(24))
+        )
+    overrides = [f"task={task}", "model=mini", f"task.data_dir={tmp_path}", "debug=smoke", "trainer.max_steps=2"]
+    assert main(["train", *overrides, "method=lora", f"output_dir={tmp_path / 'outputs'}"]) == 0
+    (record,) = records(tmp_path / "outputs")
+    expected = {"stsb": {"pearson", "spearman"}, "cola": {"matthews", "accuracy"}, "mrpc": {"f1", "accuracy"}}
+    assert set(record["scores"]["report"]["metrics"]) == expected[task]
+    assert record["scores"]["report"]["split"] == "validation"
+
+
+def test_translation_by_loss_in_batches_of_tokens(tmp_path: Path) -> None:
+    """The paper's way, on a backbone without language codes: raw and normalised BLEU with their signatures."""
+    rows = [{"en": "the house " * (1 + i % 5), "ro": "casă " * (1 + i % 5)} for i in range(32)]
+    for name in ("train", "dev", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = ["task=wmt16_enro", "model=mini", f"task.data_dir={tmp_path}", "debug=smoke", "method=lora"]
+    overrides += [
+        "trainer.batch_tokens=64",
+        "trainer.max_steps=6",
+        "trainer.evaluate_every=2",
+        f"output_dir={tmp_path / 'outputs'}",
+    ]
+    assert main(["train", *overrides]) == 0
+    (record,) = records(tmp_path / "outputs")
+    assert set(record["scores"]["report"]["metrics"]) == {"bleu_ro", "bleu", "chrf"}
+    assert set(record["data"]["signatures"]) == {"bleu_ro", "bleu", "chrf"}
+    folder = next((tmp_path / "outputs").rglob("record.json")).parent
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["eval_loss"] for line in logged if "eval_loss" in line]
+    assert len(losses) >= 2 and losses[-1] < losses[0]
+
+
 def test_a_finished_run_is_not_trained_again(
     smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,6 +191,29 @@ def test_a_sweep_runs_every_combination(smoke: list[str], tmp_path: Path, capsys
     points = {(r["axes"][0]["insertion_form"], r["axes"][0]["modified_representation"]) for r in found}
     assert len(found) == len(points) == 4 and all(record["status"] == "done" for record in found)
     assert "4 of 4 runs are done." in capsys.readouterr().out
+
+
+def test_a_budget_is_recorded_with_the_bottlenecks_that_it_became(
+    smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sweep of three budgets of which two come to the same sizes: one run, trained once."""
+    assert main(["train", "-m", *smoke, "method=mam", "budget=3%,142k,50k"]) == 0
+    assert "2 of 2 runs are done." in capsys.readouterr().out
+    small, large = sorted(records(tmp_path / "outputs"), key=lambda record: int(record["counts"]["stored"]))
+    assert (small["budget"], large["budget"]) == ("50k", "3%")
+    assert 45_000 < small["counts"]["stored"] <= 50_000 < 138_000 < large["counts"]["stored"] <= 142_000
+    assert all(r["axes"][0]["bottleneck"] > r["axes"][1]["bottleneck"] >= 1 for r in (small, large))
+    config = next((tmp_path / "outputs").rglob(f"{large['run']}/config.yaml")).read_text()
+    assert "budget: 3%" in config and f"\nbottleneck: {large['axes'][0]['bottleneck']}\n" in config
+
+
+def test_no_run_of_a_sweep_starts_where_a_budget_is_too_small(
+    smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "-m", *smoke, "method=mam,lora", "budget=5%,1k"]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 2 and "the smallest mam on mini" in error and "the smallest lora on mini" in error
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_one_failing_run_does_not_stop_a_sweep(
@@ -132,6 +240,16 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["trainer.epoch=3"], ["trainer.epoch is no key of the config (in trainer); did you mean epochs?"]),
         (["task.data_dir=/nowhere"], ["task.data_dir=/nowhere is not a folder"]),
         (["model.path=/nowhere"], ["model.path=/nowhere is not a folder"]),
+        (["task=text_to_text"], ["task=text_to_text has no data; give task.train_file=FILE"]),
+        (["task.train_file=/nowhere.csv"], ["task.train_file=/nowhere.csv is not a file"]),
+        (["task.text_columns=[]"], ["task.text_columns=[] must name one column, or two for a pair."]),
+        (["task.labels=[a,b,a]"], ["task.labels=[a,b,a] names a label twice."]),
+        (["task.metric=f1"], ["task.metric=f1 is that of the second of two labels"]),
+        (["task.metric=bleu"], ["task.metric=bleu is unknown; Choices: accuracy, f1, macro_f1, matthews."]),
+        (
+            ["task=sst2", f"task.validation_file={__file__}", f"task.test_file={__file__}"],
+            ["task=sst2 selects and reports on its validation split"],
+        ),
         (["bottleneck=8,16"], ["add -m to run each of them"]),
         (
             ["composition_function=gated", "functional_form=relu", "insertion_form=sequential"],
@@ -141,6 +259,24 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["method=mam", "modified_representation.attentions=[self]"], ["modified_representation=ffn has none"]),
         (["method=prompt", "modified_representation.layers=[0]"], ["stands before the first stack"]),
         (["method=full", "functional_form=relu"], ["a modification needs all four axes"]),
+        (["method=ia3", "insertion_form=parallel"], ["goes by the name insertion_form=sequential"]),
+        (["method=ia3", "functional_form=relu"], ["bottleneck=null: the bottleneck must be a whole number"]),
+        (["method=ia3", "composition_function=add"], ["softmax does not see a vector that is added to every key"]),
+        (["method=pfeiffer", "functional_form=constant"], ["set bottleneck=null, bias=false"]),
+        (["method=pfeiffer", "composition_function=multiply"], ["use unfreeze=norm, or modified_representation=ffn"]),
+        (["budget=lots"], ["budget=lots is no budget; give a share of the backbone such as budget=6.7%"]),
+        (["budget=-1"], ["such as budget=599k, budget=27.4M or budget=599232."]),
+        (["budget=6,7%"], ["budget=6,7% names several values; add -m to run each of them. A decimal has a point"]),
+        (["budget=5%", "bottleneck=8"], ["bottleneck=8 with budget=5%: the budget is what the bottlenecks are solved"]),
+        (["budget=5%", "mix.attention.bottleneck=8"], ["mix.attention.bottleneck=8 with budget=5%: the budget"]),
+        (["method=bitfit", "budget=5%"], ["budget=5% solves for a bottleneck, and method=bitfit has none"]),
+        (
+            ["budget=5%", "budget_split=[9]"],
+            ["for each modification of method=mam, in this order: the root's, mix.att"],
+        ),
+        (["budget=5%", "budget_split=[inf,1]"], ["budget_split=[inf, 1] must have a number above 0 for each"]),
+        (["budget_split=[9,1]"], ["budget_split shares out a budget, and there is none; give one"]),
+        (["budget=1k"], ["budget=1k: the smallest mam on mini stores 6,534 parameters"]),
         (
             ["method=lroa", "bottleneck=-3", "trainer.learning_rate=0"],
             ["did you mean lora?", "bottleneck=-3", "trainer.learning_rate=0"],
@@ -155,6 +291,43 @@ def test_bad_overrides_are_refused_in_sentences(
     assert all(sentence in error for sentence in sentences)
     assert "Traceback" not in error and len(error.splitlines()) == len(sentences)
     assert not (tmp_path / "outputs").exists()
+
+
+def own_csv(folder: Path, rows: str) -> str:
+    file = folder / "own.csv"
+    file.write_text(rows)
+    return f"task.train_file={file}"
+
+
+TEN_LINES = "\n".join(f'"{"fine" if i % 2 else "dull"}, number {i}",{"good" if i % 2 else "bad"}' for i in range(10))
+
+
+@pytest.mark.parametrize(
+    ("task", "header", "columns"),
+    [
+        ("text_classification", "text,label", ["trainer.keep=best"]),
+        ("text_to_text", "text,label", ["task.source_column=text", "task.target_column=label"]),
+    ],
+)
+def test_a_csv_of_ten_lines_is_enough(
+    task: str, header: str, columns: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The record says how it was split, and what the labels are."""
+    file = own_csv(tmp_path, f"{header}\n{TEN_LINES}\n")
+    arguments = ["train", f"task={task}", file, *columns, "debug=smoke", f"output_dir={tmp_path / 'outputs'}"]
+    assert main(arguments) == 0
+    (record,) = records(tmp_path / "outputs")
+    assert {role: split["examples"] for role, split in record["data"]["splits"].items()} == {
+        "train": 8,
+        "selection": 1,
+        "report": 1,
+    }
+    notes = record["data"]["notes"]
+    assert any("own.csv is dealt by a hash of the input: validation and test have one in ten" in note for note in notes)
+    if task == "text_classification":
+        assert record["data"]["labels"] == ["bad", "good"]
+        assert any("The labels are those of" in note and "in this order: bad, good." in note for note in notes)
+    assert notes[0] in capsys.readouterr().out.replace("\n", "") or len(notes[0]) > 80  # wrapped at the console's width
 
 
 def _torn(folder: Path) -> None:
@@ -172,7 +345,7 @@ def _missing_column(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
-    [(_torn, "train.jsonl:2"), (_unknown_label, "train.tsv, row 2"), (_missing_column, "task.label_column")],
+    [(_torn, "train.jsonl:2"), (_unknown_label, "train.tsv:3"), (_missing_column, "task.label_column")],
 )
 def test_bad_files_are_named_with_their_line(
     spoil: Callable[[Path], None],
@@ -259,3 +432,47 @@ def test_ctrl_c_leaves_an_interrupted_record(smoke: list[str], tmp_path: Path) -
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in error
     assert [record["status"] for record in records(tmp_path / "outputs")] == ["interrupted"]
+
+
+@pytest.fixture
+def idle_cross_attention(tmp_path: Path) -> Path:
+    """A folder with a BERT decoder: as a classifier it has cross-attentions that never run."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    folder = tmp_path / "bert"
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+    mini = Path(config.__file__).parent / "mini"
+    vocabulary = json.loads((mini / "config.json").read_text())["vocab_size"]
+    model = BertForSequenceClassification(
+        BertConfig(vocab_size=vocabulary, is_decoder=True, add_cross_attention=True, pad_token_id=1, **sizes)
+    )
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(mini / name, folder)
+    return folder
+
+
+def test_a_tensor_that_gets_no_gradient_is_refused_by_name(
+    smoke: list[str], idle_cross_attention: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2, one sentence, a failed record; allow_unused=true goes on and the record lists the tensors."""
+    arguments = ["train", *smoke, f"model.path={idle_cross_attention}", "method=lora"]
+    names = [
+        f"bert.encoder.layer.0.crossattention.self.{part}.modification.function.{tensor}"
+        for part in ("query", "value")
+        for tensor in ("down", "up")
+    ]
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert all(name in error for name in names) and "allow_unused=true" in error
+    assert "Traceback" not in error and len(error.splitlines()) == 1
+    (record,) = records(tmp_path / "outputs")
+    assert record["status"] == "failed" and record["unused"] == names
+
+    assert main([*arguments, "allow_unused=true"]) == 0
+    (record,) = records(tmp_path / "outputs")
+    assert record["status"] == "done" and record["unused"] == names and record["timings"]["probe_s"] > 0
+    assert main([*arguments, "modified_representation.attentions=[self]"]) == 0
+    assert sorted(len(record["unused"]) for record in records(tmp_path / "outputs")) == [0, 4]

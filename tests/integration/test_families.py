@@ -1,25 +1,47 @@
-"""Every method on the families beyond the paper's: T5 (gated or not), Llama, DistilBERT, ELECTRA."""
+"""Every method on the families beyond the paper's: T5 (gated or not), decoders alone (Llama, Mistral, Qwen2, GPT-2),
+DistilBERT, ELECTRA."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
 
+from peftbench import config
 from peftbench.errors import UserError
 from peftbench.modification.attach import attach
+from peftbench.modification.counting import count
 from peftbench.modification.state import fold
-from tests.families import MORE_FAMILIES, PRESETS, WRITING, batch, build, modification, shake
+from peftbench.sites import find_sites
+from tests.families import (
+    CONTINUING,
+    DECODERS,
+    MORE_FAMILIES,
+    PRESETS,
+    WRITING,
+    batch,
+    build,
+    inputs,
+    modification,
+    shake,
+)
 
-CASES = [(f, p) for f in MORE_FAMILIES for p in PRESETS if (f, p) != ("llama", "prompt")]
+CASES = [(f, p) for f in MORE_FAMILIES for p in PRESETS if f not in DECODERS or p != "prompt"]
+
+
+def attached(family: str, modifications: dict[str, config.Modification]) -> PreTrainedModel:
+    """The family's tiny model, in evaluation mode, with modifications whose weights are random."""
+    model = build(family)
+    attach(model, modifications)
+    shake(model)
+    return model
 
 
 @pytest.mark.parametrize(("family", "preset"), CASES)
 def test_every_trained_tensor_learns_and_nothing_else_moves(family: str, preset: str) -> None:
-    model = build(family)
-    attach(model, PRESETS[preset])
-    shake(model)
+    model = attached(family, PRESETS[preset])
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    model.eval()
     with torch.no_grad():
         model(**batch(family))
     model.train()
@@ -36,33 +58,70 @@ def test_every_trained_tensor_learns_and_nothing_else_moves(family: str, preset:
 @pytest.mark.parametrize(("family", "preset"), CASES)
 def test_padding_changes_nothing(family: str, preset: str) -> None:
     """A row alone, without padding, and the same row beside a longer one (traps of masks that are dropped)."""
-    model = build(family)
-    attach(model, PRESETS[preset])
-    shake(model)
-    model.eval()
+    model = attached(family, PRESETS[preset])
     both = batch(family, (9, 6))
     alone = {"input_ids": both["input_ids"][1:, :6], "attention_mask": both["attention_mask"][1:, :6]}
     if family in WRITING:
         alone["labels"] = both["labels"][1:]
     with torch.no_grad():
         padded, single = model(**both).logits[1], model(**alone).logits[0]
+    if family in CONTINUING:
+        padded = padded[:6]
     assert torch.isfinite(padded).all()
     assert (padded - single).abs().max() < 1e-4 * max(1.0, float(single.abs().max()))
 
 
-@pytest.mark.parametrize("preset", ["mam", "prefix_no_gating", "prompt", "heads_gate", "adapter"])
-@pytest.mark.parametrize("family", ["t5", "t5_gated"])
-@pytest.mark.parametrize("beams", [1, 4])
+def generated(model: PreTrainedModel, given: dict[str, Tensor], beams: int, cached: bool = True) -> list[Tensor]:
+    """For each row six new tokens, without the text that a decoder alone repeats, and the scores at each step of all
+    its beams, (6, beams, vocabulary)."""
+    options = GenerationConfig(
+        num_beams=beams, min_new_tokens=6, max_new_tokens=6, do_sample=False, use_cache=cached, pad_token_id=1
+    )
+    options.eos_token_id, options.decoder_start_token_id = 2, 2
+    options.return_dict_in_generate = options.output_scores = True
+    found = model.generate(**given, generation_config=options)
+    scores = torch.stack(found.scores).unflatten(1, (-1, beams))
+    return [found.sequences[:, -6:], *scores.unbind(1)]
+
+
+def same(found: Tensor, expected: Tensor) -> bool:
+    return bool(torch.allclose(found.float(), expected.float(), rtol=0, atol=1e-4))
+
+
+WRITERS = ("t5", "t5_gated", *CONTINUING)
+METHODS = ("mam", "prefix_no_gating", "prompt", "heads_gate", "adapter", "lora")
+GENERATIONS = [(f, p) for f in WRITERS for p in METHODS if (f, p) in CASES]
+
+
+@pytest.mark.parametrize(("family", "preset"), GENERATIONS)
+@pytest.mark.parametrize("beams", [1, 4], ids=["greedy", "beams"])
 def test_generation_with_cache_equals_without(family: str, preset: str, beams: int) -> None:
-    model = build(family)
-    attach(model, PRESETS[preset])
-    shake(model)
+    """The rows are padded, for decoders alone on the left."""
+    model = attached(family, PRESETS[preset])
     fold(model)
-    model.eval()
-    inputs = {name: tensor for name, tensor in batch(family).items() if name != "labels"}
-    options = {"num_beams": beams, "max_length": 12, "min_length": 6, "do_sample": False}
-    cached = model.generate(**inputs, **options, use_cache=True)
-    assert torch.equal(cached, model.generate(**inputs, **options, use_cache=False))
+    given = inputs(family)
+    tokens, *scores = generated(model, given, beams)
+    expected, *recomputed = generated(model, given, beams, cached=False)
+    assert torch.equal(tokens, expected)
+    assert all(map(same, scores, recomputed))
+
+
+@pytest.mark.parametrize(("family", "preset"), [*GENERATIONS, ("bart", "mam"), ("mbart", "mam")])
+@pytest.mark.parametrize("beams", [1, 4], ids=["greedy", "beams"])
+def test_a_row_generates_the_same_alone_and_padded(family: str, preset: str, beams: int) -> None:
+    """Unpadded, transformers leaves causality to the kernel wherever it may. Padding would matter without its mask."""
+    model = attached(family, PRESETS[preset])
+    both = inputs(family, (9, 6))
+    tokens, _, scores = generated(model, both, beams)
+    pad = slice(3, None) if family in CONTINUING else slice(6)
+    row = {name: tensor[1:, pad] for name, tensor in both.items()}
+    assert row["attention_mask"].all()
+    for alone in (row, {"input_ids": row["input_ids"]}):
+        expected, by_itself = generated(model, alone, beams)
+        assert torch.equal(tokens[1:], expected)
+        assert same(scores, by_itself)
+    unmasked = generated(model, {**both, "attention_mask": torch.ones_like(both["attention_mask"])}, beams)[2]
+    assert not same(scores[0], unmasked[0])
 
 
 def test_grouped_query_attention_has_a_prefix_for_each_key_and_value_head() -> None:
@@ -72,6 +131,19 @@ def test_grouped_query_attention_has_a_prefix_for_each_key_and_value_head() -> N
     assert shapes == {(2, 5, 4), (2, 4, 5)}  # 2 key and value heads of width 4 for 4 query heads
 
 
+@pytest.mark.parametrize("representation", ["query", "key", "value", "query_value"])
+def test_an_edit_of_a_fused_projection_changes_its_slice_only(representation: str) -> None:
+    """GPT-2's c_attn computes q | k | v, 16 wide each: the rest of its output stays as it is, to the bit."""
+    model = attached("gpt2", {"": modification("relu", representation, "sequential", init="bert", bias=True)})
+    projection = find_sites(model).layers[0].attentions[0].query
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        changed = projection(x) != torch.addmm(projection.bias, x.view(-1, 16), projection.weight).view(2, 5, 48)
+    for index, name in enumerate(("query", "key", "value")):
+        columns = changed[..., 16 * index : 16 * (index + 1)]
+        assert columns.all() if name in representation.split("_") else not columns.any()
+
+
 def test_an_attention_that_calls_no_registered_function_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As T5's in transformers 5.10: a prefix there would train nothing and change nothing."""
     monkeypatch.setattr("inspect.getsource", lambda cls: "class OldAttention: ...")
@@ -79,6 +151,34 @@ def test_an_attention_that_calls_no_registered_function_is_refused(monkeypatch: 
         attach(build("llama"), PRESETS["prefix"])
 
 
-def test_prompts_are_refused_where_labels_count_the_input() -> None:
-    with pytest.raises(UserError, match="prompts are not supported for llama"):
-        attach(build("llama"), PRESETS["prompt"])
+@pytest.mark.parametrize("family", DECODERS)
+def test_prompts_are_refused_where_labels_count_the_input(family: str) -> None:
+    with pytest.raises(UserError, match=f"prompts are not supported for {family.partition('_')[0]}"):
+        attach(build(family), PRESETS["prompt"])
+
+
+NORMS = {  # by hand, of width 16: LayerNorms have a weight and a bias, RMSNorms a weight; ELECTRA's first is 8 wide
+    "electra": 4 * 32 + 16,
+    "distilbert": 5 * 32,
+    "t5": (2 * 2 + 1 + 2 * 3 + 1) * 16,
+    "t5_gated": (2 * 2 + 1 + 2 * 3 + 1) * 16,
+    "t5_classifier": (2 * 2 + 1 + 2 * 3 + 1) * 16,
+    **dict.fromkeys(("llama", "mistral", "qwen2"), (2 * 2 + 1) * 16),
+    "qwen3": (2 * 2 + 1) * 16 + 2 * 2 * 6,  # also over each head's queries and keys
+    "gpt2": (2 * 2 + 1) * 32,
+}
+
+
+@pytest.mark.parametrize("family", NORMS)
+def test_norms_are_trained_alone(family: str) -> None:
+    """unfreeze=norm: all norms and the head have a gradient, and nothing else."""
+    model = build(family)
+    attach(model, {}, config.Unfreeze.norm)
+    assert count(model).trained == count(model).stored == NORMS[family]
+    model.train()
+    model(**batch(family)).loss.backward()
+    head = ("classifier", "classification_head", "score", "pre_classifier")
+    for name, parameter in model.named_parameters():
+        expected = "norm" in name.lower() or ".ln_" in name or name.startswith(head)
+        assert parameter.requires_grad is expected, name
+        assert (parameter.grad is not None and bool(parameter.grad.any())) is expected, name

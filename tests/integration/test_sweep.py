@@ -18,13 +18,16 @@ import pytest
 from datasets import Dataset
 from hydra._internal.utils import get_args_parser
 
-import peftbench.tasks.base
+import peftbench.tasks.load
 import peftbench.tasks.prepare
 from peftbench.backbone import load_backbone
 from peftbench.cli import main
 from peftbench.compose import compose_runs
 from peftbench.config import Task
 from peftbench.results.record import find
+from peftbench.tasks.base import TaskData
+from peftbench.tasks.cache import Recent
+from peftbench.tasks.load import Source, load
 from peftbench.tasks.prepare import prepare
 from tests.integration.test_cli import SUBPROCESS, records, sentiment, smoke
 
@@ -233,14 +236,21 @@ def test_runs_of_one_process_leave_nothing_to_each_other(
 ) -> None:
     """A, B, A in one process, on data that is read and tokenised once: A twice, to the bit."""
     read: list[str] = []
-    load_rows = peftbench.tasks.base.load_rows
+    tokenised: list[bool] = []
+    really_read, really_tokenise = peftbench.tasks.load._read, TaskData._tokenise
 
-    def counted(task: Task, split: str, limit: int | None = None) -> Dataset:
+    def counted_read(task: Task, split: str) -> Source:
         read.append(split)
-        return load_rows(task, split, limit)
+        return really_read(task, split)
 
-    monkeypatch.setattr(peftbench.tasks.base, "load_rows", counted)
-    peftbench.tasks.prepare._prepared.clear()
+    def counted_tokenise(self: TaskData, rows: Dataset, training: bool, fingerprint: str) -> Dataset:
+        tokenised.append(training)
+        return really_tokenise(self, rows, training, fingerprint)
+
+    monkeypatch.setattr(peftbench.tasks.load, "_read", counted_read)
+    monkeypatch.setattr(TaskData, "_tokenise", counted_tokenise)
+    monkeypatch.setattr(peftbench.tasks.load, "_recent", Recent())
+    monkeypatch.setattr(peftbench.tasks.prepare, "_recent", Recent())
     a, b = ["method=mam", "seed=1"], ["method=prefix", "seed=2", "trainer.learning_rate=0.1"]
     folders = [tmp_path / name for name in ("first", "between", "second")]
     for run, folder in zip((a, b, a), folders, strict=True):
@@ -248,6 +258,7 @@ def test_runs_of_one_process_leave_nothing_to_each_other(
     first, between, second = map(outcome, folders)
     assert first == second and first.keys() != between.keys()
     assert sorted(read) == ["test", "train", "validation"]
+    assert sorted(tokenised) == [False, False, True]
 
 
 def test_changed_files_are_read_again(smoke: list[str], sentiment: Path, tmp_path: Path) -> None:
@@ -260,11 +271,11 @@ def test_changed_files_are_read_again(smoke: list[str], sentiment: Path, tmp_pat
 
 def test_prepared_data_holds_no_model() -> None:
     """A model that an earlier run trained would fill the GPU."""
-    for data in peftbench.tasks.prepare._prepared.values():
-        assert getattr(data.collator, "model", None) is None
     run = compose_runs(get_args_parser().parse_args(["task=docsum", "debug=smoke"]))[0]
-    backbone = load_backbone(run.model, run.task)
-    data = prepare(run.task, backbone.tokenizer, backbone.model)
+    loaded = load(run.task)
+    backbone = load_backbone(run.model, loaded.task)
+    data = prepare(loaded, backbone.tokenizer, backbone.model)
+    assert data.tokenizer in [kept.tokenizer for kept in peftbench.tasks.prepare._recent.values.values()]
     assert getattr(data.collator, "model", None) is backbone.model
     model = weakref.ref(backbone.model)
     del backbone, data

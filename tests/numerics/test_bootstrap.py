@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from peftbench.errors import UserError
 from peftbench.results.bootstrap import paired_bootstrap
-from peftbench.tasks.example_scores import ExampleScores, example_scores
+from peftbench.tasks.example_scores import FAMILIES, ExampleScores, example_scores
 from peftbench.tasks.metrics import METRICS, compute_metrics
 
 PREDICTIONS = ["The cats sat on a mat. It rained.", "", "Prices rose again", "a b c"]
@@ -19,12 +21,58 @@ def mean(values: np.ndarray) -> dict[str, ExampleScores]:
     return {"score": ExampleScores(values[:, None], lambda means: 100 * means[..., 0])}
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "rouge1"])
-def test_their_mean_is_the_metric(metric: str) -> None:
-    found = example_scores(metric, PREDICTIONS, REFERENCES)
-    means = {name: float(one.score(one.statistics.mean(axis=0))) for name, one in found.items()}
-    assert means == pytest.approx(compute_metrics(metric, PREDICTIONS, REFERENCES), abs=1e-9)
-    assert all(one.statistics.shape == (4, 1) for one in found.values())
+def sample(metric: str, examples: int, seed: int) -> tuple[list[str], list[Any], list[str]]:
+    """Predictions, references and labels that the metric can be of."""
+    draw = np.random.default_rng(seed)
+    if metric in ("accuracy", "f1", "macro_f1", "matthews"):
+        labels = ["no", "yes"] if metric == "f1" else ["no", "yes", "maybe", "never"]  # the last one is nowhere
+        right = [labels[code] for code in draw.integers(0, min(3, len(labels)), examples)]
+        ours = [word if draw.random() < 0.6 else labels[0] for word in right]
+        return ours, right, labels
+    if metric in ("pearson", "spearman"):
+        numbers = draw.integers(0, 6, examples) + 1000.0  # ties, far from nought
+        return (
+            list(map(repr, (numbers + draw.normal(0, 2, examples)).round(1).tolist())),
+            list(map(repr, numbers.tolist())),
+            [],
+        )
+    chosen = draw.integers(0, len(PREDICTIONS), examples)
+    right = [[REFERENCES[i], PREDICTIONS[i][:9]] if i % 2 else [REFERENCES[i]] for i in chosen]
+    return [PREDICTIONS[i] for i in chosen], right, []
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_of_their_mean_the_score_is_the_metric(metric: str) -> None:
+    """Of all examples and, with the very statistics of all, of examples drawn from them; Spearman's ranks stay."""
+    ours, right, labels = sample(metric, 60, seed=1)
+    found = example_scores(metric, ours, right, labels)
+    drawn = np.random.default_rng(2).integers(0, 60, 60)
+    for chosen in (np.arange(60), drawn):
+        scores = {name: float(one.score(one.statistics[chosen].mean(axis=0))) for name, one in found.items()}
+        expected = compute_metrics(metric, [ours[i] for i in chosen], [right[i] for i in chosen], labels)
+        assert scores.keys() == expected.keys()
+        if chosen is drawn and "spearman" in scores:
+            assert scores.pop("spearman") == pytest.approx(expected.pop("spearman"), abs=3)
+        assert scores == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("metric", ["f1", "macro_f1", "matthews", "pearson"])
+def test_where_all_predictions_are_one_the_score_is_the_metric(metric: str) -> None:
+    _, right, labels = sample(metric, 60, seed=1)
+    ours = [right[0]] * 60
+    found = example_scores(metric, ours, right, labels)
+    scores = {name: float(one.score(one.statistics.mean(axis=0))) for name, one in found.items()}
+    assert scores == pytest.approx(compute_metrics(metric, ours, right, labels), abs=1e-6)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_scores_of_several_seeds_at_once(metric: str) -> None:
+    _, right, labels = sample(metric, 20, seed=1)
+    runs = [example_scores(metric, sample(metric, 20, seed)[0], right, labels) for seed in (1, 2)]
+    for name in runs[0]:
+        means = np.stack([run[name].statistics.mean(axis=0) for run in runs])
+        alone = [float(run[name].score(mean)) for run, mean in zip(runs, means, strict=True)]
+        assert runs[0][name].score(means).tolist() == pytest.approx(alone)
 
 
 def test_of_several_references_the_closest_counts() -> None:
@@ -33,9 +81,9 @@ def test_of_several_references_the_closest_counts() -> None:
 
 
 def test_an_unknown_metric_is_refused_and_every_metric_has_its_scores() -> None:
-    with pytest.raises(UserError, match="chrf cannot be compared example by example; metrics that can: accuracy"):
-        example_scores("chrf", [], [])
-    assert all(example_scores(metric, ["a"], ["a"]) for metric in METRICS)
+    with pytest.raises(UserError, match="comet cannot be compared example by example; metrics that can: accuracy"):
+        example_scores("comet", [], [])
+    assert FAMILIES.keys() == METRICS.keys()
 
 
 def test_one_run_against_scipy() -> None:

@@ -40,6 +40,8 @@ PLACES = {
         "heads": [f"{attention}.head_modifications" for attention in BART_ATTENTIONS],
         "attention": [f"{attention}.out_proj" for attention in BART_ATTENTIONS],
         "query_value": [f"{attention}.{part}" for attention in BART_ATTENTIONS for part in ("q_proj", "v_proj")],
+        "key_value": [f"{attention}.{part}" for attention in BART_ATTENTIONS for part in ("k_proj", "v_proj")],
+        "ffn_intermediate": [f"{layer}.fc2" for layer in BART_LAYERS],
         "ffn": [f"{layer}.fc2.sublayer_dropout" for layer in BART_LAYERS],
         "ffn_weights": [f"{layer}.{part}" for layer in BART_LAYERS for part in ("fc1", "fc2")],
         "layer": [f"{layer}.final_layer_norm" for layer in BART_LAYERS],
@@ -49,6 +51,8 @@ PLACES = {
         "heads": [f"{layer}.attention.self.head_modifications" for layer in ROBERTA_LAYERS],
         "attention": [f"{layer}.attention.output.dense" for layer in ROBERTA_LAYERS],
         "query_value": [f"{layer}.attention.self.{part}" for layer in ROBERTA_LAYERS for part in ("query", "value")],
+        "key_value": [f"{layer}.attention.self.{part}" for layer in ROBERTA_LAYERS for part in ("key", "value")],
+        "ffn_intermediate": [f"{layer}.output.dense" for layer in ROBERTA_LAYERS],
         "ffn": [f"{layer}.output.dropout" for layer in ROBERTA_LAYERS],
         "ffn_weights": [f"{layer}.{part}.dense" for layer in ROBERTA_LAYERS for part in ("intermediate", "output")],
         "layer": [f"{layer}.output.LayerNorm" for layer in ROBERTA_LAYERS],
@@ -67,6 +71,7 @@ TRUNKS = {  # the layer that lends its name to the MLP part which all layers of 
 PLAIN = ("function.down", "function.up")
 BIASED = (*PLAIN, "function.down_bias", "function.up_bias")
 GATE = ("composition.weight", "composition.bias")
+VECTOR = ("function.vector",)
 MLP = ("function.generator.linear.weight", "function.generator.linear.bias")
 TRUNK = tuple(f"function.generator.trunk.{name}" for name in ("embedding", "linear.weight", "linear.bias"))
 
@@ -83,8 +88,18 @@ NAMES = {  # preset: places, key, tensors at each place
     "heads_joint": [("attention", "modification", BIASED)],
     "mh_parallel_adapter": [("heads", "modification", PLAIN)],
     "mh_parallel_adapter_hidden": [("heads", "modification", PLAIN)],
+    "mh_parallel_adapter_normed_query": [
+        ("heads", "modification", MLP),
+        ("heads", "modification", ("query_norm.weight", "query_norm.bias")),
+    ],
     "scaled_parallel_adapter": [("ffn", "modification", BIASED)],
     "mam": [("ffn", "modification", BIASED), ("heads", "attention", MLP)],
+    "ia3": [("key_value", "modification", VECTOR), ("ffn_intermediate", "ffn", VECTOR)],
+    "unipelt": [
+        ("ffn", "modification", (*BIASED, *GATE)),
+        ("heads", "attention", MLP),
+        ("query_value", "lora", (*PLAIN, *GATE)),
+    ],
     "learned_scale": [("ffn", "modification", (*PLAIN, "composition.scale"))],
     "learned_gate": [("attention", "modification", (*PLAIN, *GATE))],
     "heads_gate": [("heads", "modification", (*PLAIN, *GATE))],
@@ -159,7 +174,8 @@ def test_lora_spelled_out() -> None:
 @pytest.mark.parametrize("unfreeze", config.Unfreeze)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bitfit_and_full_train_what_they_name(family: str, unfreeze: config.Unfreeze) -> None:
-    """bias: every parameter that is called a bias, and the head; all: everything; none: the head alone."""
+    """bias: every parameter that is called a bias, and the head; norm: every norm's, and the head; all: everything;
+    none: the head alone."""
     model = build(family)
     named = {name for name, _ in model.named_parameters()}
     head = {name for name in named if name.startswith(("classifier.", "classification_head."))}
@@ -167,6 +183,7 @@ def test_bitfit_and_full_train_what_they_name(family: str, unfreeze: config.Unfr
     expected = {
         config.Unfreeze.none: head,
         config.Unfreeze.bias: head | {name for name in named if name.endswith(".bias")},
+        config.Unfreeze.norm: head | {name for name in named if "norm" in name.lower()},
         config.Unfreeze.all: named,
     }
     assert trainable(model) == expected[unfreeze]
@@ -218,6 +235,14 @@ BART_LARGE = [  # overrides on task=xsum: stored, paper's formula, trained where
     ("method=mam", 27_414_528, 27_377_664, 25_202_688 + 61_608_288),
     ("method=pa_attention_pa_ffn", 27_452_472, 27_377_664, None),
     ("method=prefix_lora_ffn", 27_279_360, 27_279_360, 25_067_520 + 61_608_288),
+    ("method=ia3", 172_032, 172_032, None),  # 36 attentions of 2 d, 24 FFNs of 4 d
+    ("method=layernorm_tuning", 126_976, 126_976, None),  # 62 norms: 2 and 3 in a layer, 1 behind each embedding
+    (
+        "method=unipelt",
+        27_377_664 + 24 * (464 + 1024) + (24 + 72) * 1025,  # as many weights as MAM, biases, and a gate of d + 1 each
+        27_377_664,
+        27_377_664 + 24 * (464 + 1024) + (24 + 72) * 1025 - 2_211_840 + 61_608_288,
+    ),
 ]
 
 
@@ -241,6 +266,9 @@ ROBERTA_BASE = [
     ("method=head", 0, 0, None),
     ("method=bitfit", 102_144, 102_144, None),
     ("method=full", 124_055_040, 124_055_040, None),
+    ("method=ia3", 55_296, 55_296, None),  # 12 layers of 2 d + 4 d
+    ("method=layernorm_tuning", 38_400, 38_400, None),  # 25 norms of 2 d
+    ("method=unipelt", 626_916, 589_824, 626_916 - 147_456 + 15_385_376),  # the MLP for l = 8
 ]
 
 
@@ -263,6 +291,7 @@ def test_percentages_of_the_paper() -> None:
 CASES: dict[str, tuple[dict[str, config.Modification], config.Unfreeze]] = {
     **{preset: (made, config.Unfreeze.none) for preset, made in PRESETS.items()},
     "bitfit": ({}, config.Unfreeze.bias),
+    "layernorm_tuning": ({}, config.Unfreeze.norm),
     "bitfit_and_mam": (PRESETS["mam"], config.Unfreeze.bias),
     "full": ({}, config.Unfreeze.all),
 }
@@ -286,6 +315,9 @@ def test_counts_are_what_the_optimiser_holds_and_the_file_has(family: str, case:
             parameter.numel()
             for name, parameter in build(family).named_parameters()
             if name.endswith(".bias") and not name.startswith("class")
+        ),
+        config.Unfreeze.norm: sum(
+            parameter.numel() for name, parameter in build(family).named_parameters() if "norm" in name.lower()
         ),
     }
     assert counts.trained == added + unfrozen[unfreeze]

@@ -122,7 +122,7 @@ def _failed(root: Path) -> None:
         (_other_number, "they differ in examples: 100 and 10"),
         (_two_settings, "B=method=full stands for 2 settings, which differ in bottleneck; choose one"),
         (_without_predictions, "predictions.jsonl is missing"),
-        (_torn_predictions, "predictions.jsonl is torn or no JSON"),
+        (_torn_predictions, "predictions.jsonl cannot be read"),
         (_failed, "B=method=full has no score to compare: it is failed"),
     ],
 )
@@ -144,6 +144,7 @@ def test_a_side_that_is_nothing(outputs: Path) -> None:
 def test_comparing_imports_no_torch() -> None:
     code = (
         "import sys, peftbench.results.compare; from peftbench.tasks.example_scores import example_scores; "
-        "example_scores('rouge1', ['a'], ['a']); sys.exit('torch' in sys.modules)"
+        "[example_scores(metric, ['a'], ['a']) for metric in ('rouge1', 'f1', 'bleu_ro')]; "
+        "example_scores('pearson', ['1'], ['2']); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -11,7 +11,9 @@ from typing import Any
 import datasets
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
+from hydra._internal.utils import get_args_parser
 
+from peftbench.compose import compose_runs
 from peftbench.config import Task, TaskKind
 from peftbench.errors import UserError
 from peftbench.tasks import load
@@ -25,7 +27,7 @@ REVIEWS = Task(
     selection_split="validation",
     report_split="validation",
 )
-NEWS = Task(name="news", kind=TaskKind.summarization)
+NEWS = Task(name="news", kind=TaskKind.text_to_text)
 
 
 def with_file(task: Task, folder: Path, *rows: dict[str, Any]) -> Task:
@@ -50,7 +52,7 @@ def test_a_number_is_a_name_where_names_are_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("label", ["great", 2, -1, None, 1.0])
 def test_a_label_outside_the_set(tmp_path: Path, label: object) -> None:
-    with pytest.raises(UserError, match=rf"rows\.jsonl, row 1: label {label!r} is none of bad, good, 0, 1\."):
+    with pytest.raises(UserError, match=rf"rows\.jsonl:1: label {label!r} is none of bad, good, 0, 1\."):
         load_rows(with_file(REVIEWS, tmp_path, {"text": "odd", "label": label}), "train")
 
 
@@ -72,9 +74,9 @@ def test_summaries_have_columns_of_their_own(tmp_path: Path) -> None:
 
 def test_a_cell_that_is_no_text(tmp_path: Path) -> None:
     task = with_file(NEWS, tmp_path, {"document": "", "summary": ""}, {"document": None, "summary": "short"})
-    with pytest.raises(UserError, match=r"rows\.jsonl, row 2: column document holds None, not text\."):
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: column document holds None, not text\."):
         load_rows(task, "train")
-    with pytest.raises(UserError, match=r"rows\.jsonl, row 1: column summary holds 5, not text\."):
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: column summary holds 5, not text or a list of texts\."):
         load_rows(with_file(NEWS, tmp_path, {"document": "long", "summary": 5}), "train")
 
 
@@ -83,13 +85,8 @@ def test_the_limit_takes_the_first_rows_and_looks_no_further(tmp_path: Path) -> 
     assert load_rows(task, "train", limit=1).to_list() == [{"text": "a", "label": 0}]
 
 
-def test_text_columns_are_one_or_two() -> None:
-    with pytest.raises(UserError, match=r"task\.text_columns=\[\] must name one column, or two for a pair"):
-        load_rows(replace(REVIEWS, text_columns=[], data_dir="/nowhere"), "train")
-
-
 def test_order_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def hub(hub_id: str, hub_config: str | None, split: str) -> Dataset:
+    def hub(hub_id: str, hub_config: str | None, split: str, revision: str | None) -> Dataset:
         features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
         return Dataset.from_list([{"text": f"{hub_id} {hub_config} {split}", "label": 1}], features=features)
 
@@ -133,7 +130,8 @@ def test_no_source_at_all() -> None:
         (
             ConnectionError("offline"),
             r"task\.hub_id=me/reviews is not in this machine's cache and no cable is in; "
-            r"give task\.data_dir=FOLDER with files for train, validation that hold the columns text, label\.$",
+            r"give task\.data_dir=FOLDER with files for train, validation \(such as train\.jsonl\) that hold the "
+            r"columns text, label, or set HF_HOME to",
         ),
         (ValueError("Unknown split 'train'.\nMore"), r"the train split cannot be loaded: Unknown split 'train'\.$"),
         (FileNotFoundError("no such data set"), r"task\.hub_config=null: the train split cannot be loaded: no such"),
@@ -148,6 +146,28 @@ def test_the_hub_fails(monkeypatch: pytest.MonkeyPatch, error: Exception, senten
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # puts back what the call sets
     with pytest.raises(UserError, match=sentence):
         load_rows(replace(REVIEWS, hub_id="me/reviews"), "train")
+
+
+def test_a_dataset_script_is_read_as_the_hub_converted_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    def scripted(*_: object, revision: str | None, **__: object) -> Dataset:
+        asked.append(revision)
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found reviews.py")
+        return Dataset.from_list([{"text": "fine", "label": 1}])
+
+    monkeypatch.setattr(load, "load_dataset", scripted)
+    monkeypatch.setattr(load, "hub_missing", lambda: None)
+    assert load_rows(replace(REVIEWS, hub_id="me/reviews"), "train").to_list() == [{"text": "fine", "label": 1}]
+    assert asked == [None, "refs/convert/parquet"]
+
+
+def test_webnlg_has_lists_of_triples_and_of_texts(shared: Path) -> None:
+    (run,) = compose_runs(get_args_parser().parse_args(["task=webnlg", f"task.data_dir={shared / 'webnlg'}"]))
+    rows = load_rows(run.task, "test")
+    assert len(rows) == 1862 and all(isinstance(text, str) for text in rows["triples"][:])
+    assert max(len(texts) for texts in rows["texts"][:]) > 1
 
 
 def test_the_fingerprint_is_of_the_cells_in_use(tmp_path: Path) -> None:
@@ -170,6 +190,12 @@ def test_sst2_as_glue_has_it(shared: Path) -> None:
     task = replace(REVIEWS, data_dir=str(shared / "sst2"), text_columns=["sentence"])
     rows = load_rows(task, "validation")
     assert (len(rows), sum(rows["label"])) == (872, 444)
+
+
+def test_rte_as_glue_has_it(shared: Path) -> None:
+    (run,) = compose_runs(get_args_parser().parse_args(["task=rte", f"task.data_dir={shared / 'rte'}"]))
+    labels = load_rows(run.task, "validation")["label"][:]
+    assert [labels.count(code) for code in range(2)] == [146, 131]
 
 
 def test_mnli_from_two_files(shared: Path) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
 from peftbench.config import TaskKind
-from peftbench.tasks.metrics import METRICS, ROUGE_TYPES, compute_metrics
+from peftbench.tasks.metrics import METRICS, ROUGE_TYPES, compute_metrics, measure
 from peftbench.tasks.sentences import first_sentence, sentences
 from peftbench.validity import METRICS as METRICS_OF_KIND
 
@@ -64,3 +70,90 @@ def test_first_sentence() -> None:
     assert first_sentence("\nA sentence that is\nwrapped. Another.\n\nMore.") == "A sentence that is wrapped."
     assert first_sentence("Parameters\n\nMore. And more.") == "Parameters"
     assert first_sentence(" ") == ""
+
+
+def test_f1_is_that_of_the_second_label() -> None:
+    # 2 found, of which 1 is right; 3 are there, of which 1 is found: P = 1/2, R = 1/3
+    predictions, references = ["no", "yes", "yes", "no", "no"], ["yes", "yes", "no", "yes", "no"]
+    scores = compute_metrics("f1", predictions, references, ["no", "yes"])
+    assert scores == pytest.approx({"f1": 40, "accuracy": 40})
+    assert compute_metrics("f1", ["no"] * 5, references, ["no", "yes"])["f1"] == 0
+
+
+def test_macro_f1_is_the_mean_over_all_labels() -> None:
+    # a: P 1, R 1/2; b: P 1/2, R 1; c: never predicted, never right
+    scores = compute_metrics("macro_f1", ["a", "b", "b"], ["a", "a", "b"], ["a", "b", "c"])
+    assert scores["macro_f1"] == pytest.approx(100 * (2 / 3 + 2 / 3 + 0) / 3)
+
+
+def test_matthews_by_hand() -> None:
+    # true positives 2, true negatives 1, false positives 1, false negatives 1: (2 - 1) / sqrt(3 * 3 * 2 * 2)
+    predictions, references = ["1", "1", "0", "1", "0"], ["1", "1", "0", "0", "1"]
+    assert compute_metrics("matthews", predictions, references)["matthews"] == pytest.approx(100 / 6)
+    assert compute_metrics("matthews", ["1"] * 5, references)["matthews"] == 0
+
+
+def test_correlations_by_hand() -> None:
+    # deviations (-1, 0, 1) and (-2, -1, 3): covariance 5, variances 2 and 14; the ranks agree
+    scores = compute_metrics("pearson", ["1", "2", "3"], ["0", "1.0", "5"])
+    assert scores == pytest.approx({"pearson": 500 / 28**0.5, "spearman": 100})
+    assert compute_metrics("spearman", ["2.0", "2.0"], ["1", "3"]) == {"pearson": 0, "spearman": 0}
+
+
+def test_bleu_by_hand() -> None:
+    # of 6 words 5 are there, of 5 pairs 3, of 4 triples 2, of 3 quadruples 1, and the lengths are equal
+    measured = measure("bleu", ["the cat sat on a mat"], ["the cat sat on the mat"])
+    assert measured.scores["bleu"] == pytest.approx(100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
+    assert measured.signatures["bleu"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
+    assert set(measured.scores) == set(measured.signatures) == {"bleu", "chrf"}
+
+
+def test_every_reference_counts_and_their_number_may_differ() -> None:
+    predictions, references = ["a b c d e", "f g h i"], [["x y z", "a b c d e"], ["f g h i"]]
+    measured = measure("bleu", predictions, references)
+    assert measured.scores == pytest.approx({"bleu": 100, "chrf": 100})
+    assert "nrefs:var" in measured.signatures["bleu"]
+    assert compute_metrics("rougeL", predictions, references)["rougeL"] == 100
+    assert compute_metrics("exact_match", ["a  b c d e", "f g h"], references) == {"exact_match": 50}
+
+
+def test_rouge_equals_the_libraries_own_command_line(tmp_path: Path) -> None:
+    """To the last digit it prints of each example: six behind the point."""
+    for name, texts in (("ours", PREDICTIONS), ("right", REFERENCES)):
+        (tmp_path / name).write_text("".join(text.replace(". ", ".\n") + "\x1e" for text in texts))
+    command = [sys.executable, "-m", "rouge_score.rouge", "--prediction_filepattern=ours", "--target_filepattern=right"]
+    command += ["--use_stemmer", "--noaggregate", "--delimiter=\x1e", f"--rouge_types={','.join(ROUGE_TYPES)}"]
+    subprocess.run([*command, "--output_filename=out.csv"], cwd=tmp_path, check=True, capture_output=True)
+    printed = list(csv.DictReader((tmp_path / "out.csv").open()))
+    assert len(printed) == len(PREDICTIONS)
+    for row, ours, right in zip(printed, PREDICTIONS, REFERENCES, strict=True):
+        scores = compute_metrics("rougeL", [ours], [right])
+        assert {kind: f"{scores[kind] / 100:.6f}" for kind in ROUGE_TYPES} == {
+            kind: row[f"{kind}-F"] for kind in ROUGE_TYPES
+        }
+
+
+@pytest.mark.parametrize("second", [2, 1], ids=["as many references everywhere", "fewer here and there"])
+def test_bleu_equals_the_libraries_own_command_line(tmp_path: Path, second: int) -> None:
+    """To the last digit it prints. Its files have a line for each reference; one that repeats another adds nothing."""
+    ours = ["The cats sat on a mat, it rained.", "Nothing happened here today!", "Prices rose again by 3.5%"]
+    references = [
+        ["A cat sat on the mat; it rained.", "Cats sat there."],
+        ["Nothing happened.", "Nothing at all has happened here."][:second],
+        ["Prices rose by 3.5% again", "Prices rose."],
+    ]
+    files = {"ours": ours, "first": [texts[0] for texts in references], "last": [texts[-1] for texts in references]}
+    for name, lines in files.items():
+        (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
+    command = [sys.executable, "-m", "sacrebleu", "first", "last", "-i", "ours", "-m", "bleu", "chrf", "-w", "10"]
+    printed = json.loads(subprocess.run(command, cwd=tmp_path, capture_output=True, check=True, text=True).stdout)
+    scores = compute_metrics("chrf", ours, references)
+    assert [round(scores["bleu"], 10), round(scores["chrf"], 10)] == [entry["score"] for entry in printed]
+
+
+def test_romanian_bleu_compares_prepared_texts() -> None:
+    measured = measure("bleu_ro", ["Presedintele a spus: „nu”."], ['Preşedintele a spus: "nu".'])
+    assert measured.scores["bleu_ro"] == pytest.approx(100)
+    assert measured.scores["bleu"] < 90
+    assert "tok:none|smooth:none" in measured.signatures["bleu_ro"]
+    assert "sacremoses:" in measured.signatures["bleu_ro"]

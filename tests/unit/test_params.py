@@ -83,6 +83,10 @@ PUBLISHED = [  # preset, task: the backbone's parameters without its task head
     ("mbart_large", "xsum", 610_851_840),
     ("roberta_base", "sst2", 124_055_040),  # transformers' RobertaModel has a pooler of 590,592 more
     ("bert_base", "sst2", 109_482_240),
+    ("t5_base", "xsum", 222_903_552),
+    ("t5_base", "sst2", 222_903_552),
+    ("gpt2", "sst2", 124_439_808),
+    ("llama", "sst2", 1_235_814_400),
 ]
 
 
@@ -104,6 +108,22 @@ def test_bart_large_by_hand() -> None:
     assert (
         250027 * d + encoder + decoder + positions_and_norms + 2 * norm == 610_851_840
     )  # mBART ends its stacks in norms
+
+
+def test_decoders_by_hand() -> None:
+    """GPT-2: d = 768, tied embeddings, 1024 positions. Llama 3.2 1B: d = 2048, 8 of 32 heads for keys and values."""
+    d = 768
+    layer = 12 * d * d + 13 * d  # 3 d of q | k | v, d of W_o, 4 d and d of the FFN, two norms, each with its bias
+    assert 50257 * d + 1024 * d + 12 * layer + 2 * d == 124_439_808
+    d, ffn = 2048, 8192
+    assert 128256 * d + 16 * (2 * d * d + 2 * d * d // 4 + 3 * d * ffn + 2 * d) + d == 1_235_814_400
+
+
+def test_t5_base_by_hand() -> None:
+    """d = 768, ffn 3072, no biases, one norm before each sub-layer, 32 buckets of position bias for 12 heads."""
+    d, ffn = 768, 3072
+    encoder, decoder = 4 * d * d + 2 * d * ffn + 2 * d, 8 * d * d + 2 * d * ffn + 3 * d
+    assert 32128 * d + 12 * (encoder + decoder) + 2 * (d + 32 * 12) == 222_903_552
 
 
 @pytest.mark.parametrize("method", ["mam", "full", "prefix"])
@@ -142,6 +162,10 @@ KNOWN = [  # overrides: trained, stored, paper, head
     ("method=mam task=sst2", 15_391_520 + 304_320, 599_232, 589_824, 592_130),
     ("method=lora task=mnli", 589_824, 589_824, 589_824, 592_899),
     ("method=bitfit task=sst2", 102_144, 102_144, 102_144, 592_130),
+    # W_q and W_v of a fused projection are two places of d x d; the prefix of grouped heads is 2 l (8 x 64) numbers.
+    ("method=lora task=sst2 model=gpt2", 589_824, 589_824, 589_824, 1_536),
+    ("method=lora_ffn task=sst2 model=t5_base", 24 * 46_080, 24 * 46_080, 24 * 46_080, 592_130),
+    ("method=prefix prefix_mlp=null task=sst2 model=llama", 524_288, 524_288, 524_288, 4_096),
 ]
 
 
@@ -248,7 +272,7 @@ def test_a_point_of_a_sweep_that_does_not_fit(capsys: pytest.CaptureFixture[str]
             ["model=bart_large", "model.hub_id=facebook/bart-base"],
             "model.architecture is that of facebook/bart-large. Give a folder with its config.json",
         ),
-        (["model=bert_base", "task=xsum"], "task=xsum writes text and model=bert_base is no encoder-decoder (bert)"),
+        (["model=bert_base", "task=xsum"], "task=xsum writes text and model=bert_base is an encoder alone (bert)"),
         (["model=bert_base", "model.architecture.model_type=xlnet"], "The backbone's model_type is xlnet"),
         (["model=bert_base", "+model.architecture.vocab=9"], "model.architecture.vocab is no key of bert's config"),
         (["model=bert_base", "+model.architecture.hidden_size=wide"], "model.architecture does not fit bert"),

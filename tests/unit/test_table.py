@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from peftbench.errors import UserError
+from peftbench.fidelity import Deviation
 from peftbench.results.command import main
 from peftbench.results.formats import to_csv, to_json
 from peftbench.results.record import Axes, Backbone, Counts, Failure, Record, Score
@@ -90,6 +91,16 @@ def test_a_wide_console_shows_every_column_and_a_line_for_each_modification() ->
     for cell in ("heads · parallel · gated", " 30 ", "1,241,234", "41,234", "63.17", "20.00", "52.10", "1:32", "42"):
         assert cell in first
     assert second.split() == ["relu", "·", "ffn", "·", "parallel", "·", "scaled", "4", "512"]
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_what_follows_the_released_code_says_so(width: int) -> None:
+    deviations = [Deviation("frozen_task_head", "It is."), Deviation("attention_adapter_norm", "It has one.")]
+    text = shown([record(63.17, FFN, deviations=deviations), record(62.0, FFN)], width)
+    positions(text, "as in the code", "frozen task head", "attention adapter", "63.17", "62.00", "0.86")
+    assert "as in the code" not in shown([record(62.0, FFN)], width)
+    (row,) = csv.DictReader(io.StringIO(to_csv([record(63.17, FFN, deviations=deviations)])))
+    assert row["deviations"] == "frozen_task_head attention_adapter_norm"
 
 
 def test_a_narrow_console_keeps_the_seeds_that_tell_runs_apart() -> None:

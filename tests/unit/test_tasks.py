@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from datasets import Dataset
+from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -17,6 +19,11 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
+    GenerationConfig,
+    MBart50Tokenizer,
+    MBartConfig,
+    MBartForConditionalGeneration,
+    MBartTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -26,9 +33,15 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from peftbench.config import Task, TaskKind, Trainer, conf_dir
+from peftbench.checkpoint import Checkpoints
+from peftbench.compose import compose_runs
+from peftbench.config import Device, Keep, Run, Task, TaskKind, Trainer, conf_dir
 from peftbench.errors import UserError
+from peftbench.evaluate import Evaluator
+from peftbench.fit import batches_per_epoch, fit
+from peftbench.predict import mean_loss, predict
 from peftbench.tasks.files import read_file
+from peftbench.tasks.load import load
 from peftbench.tasks.prepare import KINDS, prepare
 from peftbench.tasks.tokens import Encoder, positions
 
@@ -99,6 +112,14 @@ def tiny_bart() -> PreTrainedModel:
     return BartForConditionalGeneration(config)
 
 
+def tiny_mbart() -> PreTrainedModel:
+    sizes = {f"{stack}_{size}": 2 for stack in ("encoder", "decoder") for size in ("layers", "attention_heads")}
+    config = MBartConfig(
+        vocab_size=512, d_model=8, encoder_ffn_dim=8, decoder_ffn_dim=8, max_position_embeddings=64, **sizes
+    )
+    return MBartForConditionalGeneration(config)
+
+
 @pytest.fixture
 def reviews(tmp_path: Path) -> Task:
     """Five training rows, of which three are good, and three to select and report on."""
@@ -127,7 +148,7 @@ def news(tmp_path: Path) -> Task:
         write(tmp_path / f"{split}.jsonl", rows)
     return Task(
         name="news",
-        kind=TaskKind.summarization,
+        kind=TaskKind.text_to_text,
         data_dir=str(tmp_path),
         metric="rouge1",
         baselines=["lead1"],
@@ -185,15 +206,15 @@ def test_a_tokenizer_without_a_pad_token(reviews: Task) -> None:
     tokenizer = byte_level()
     tokenizer.pad_token = None
     with pytest.raises(UserError, match="has no pad token"):
-        prepare(reviews, tokenizer, tiny_bert())
+        prepare(load(reviews), tokenizer, tiny_bert())
 
 
 def test_classification(reviews: Task) -> None:
     model = tiny_bert()
-    task = prepare(reviews, byte_level(), model)
+    task = prepare(load(reviews), byte_level(), model)
     assert task.splits == {
         "train": {"split": "train", "examples": 5},
-        "selection": {"split": "validation", "examples": 2},
+        "selection": {"split": "validation", "examples": 2, "of": 3},
         "report": {"split": "validation", "examples": 3},
     }
     batch = task.collator([task.train[i] for i in range(5)])
@@ -208,17 +229,196 @@ def test_classification(reviews: Task) -> None:
     ]
 
 
+def test_regression(tmp_path: Path) -> None:
+    """One output, the mean squared error, and predictions that lose no digit on their way through words."""
+    rows = [{"text": text, "label": number / 2} for number, text in enumerate(TEXTS)]
+    for name in ("train", "dev"):
+        write(tmp_path / f"{name}.jsonl", rows)
+    task = Task(
+        name="scores",
+        kind=TaskKind.regression,
+        data_dir=str(tmp_path),
+        report_split="validation",
+        text_columns=["text"],
+        metric="pearson",
+    )
+    model = tiny_bert(labels=1)
+    data = prepare(load(task), byte_level(), model)
+    batch = data.collator([data.train[i] for i in range(5)])
+    assert batch["labels"].tolist() == [0, 0.5, 1, 1.5, 2]
+    outputs = model.eval()(**batch)
+    assert outputs.loss.item() == pytest.approx(((outputs.logits[:, 0] - batch["labels"]) ** 2).mean().item())
+    predictions = outputs.logits.detach().numpy()
+    assert [np.float32(text) for text in data.decode(predictions)] == list(predictions[:, 0])
+    assert data.score(["0", "1", "2", "3", "4"], data.report_rows) == pytest.approx({"pearson": 100, "spearman": 100})
+    assert data.baselines() == {}
+
+
+def multilingual(kind: Any) -> PreTrainedTokenizerBase:
+    """An mBART tokenizer of a few letters and three languages."""
+    codes = [(code, 0.0) for code in ("ar_AR", "en_XX", "ro_RO")]
+    letters = [(letter, -3.0) for letter in "▁abcdefghinorstuăâ"]
+    special = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
+    return kind(vocab=[*special, *letters, *codes, ("<mask>", 0.0)], src_lang="ar_AR", model_max_length=64)
+
+
+@pytest.fixture
+def translation(news: Task) -> Task:
+    return replace(news, source_language="en_XX", target_language="ro_RO", metric="bleu_ro", baselines=["copy"])
+
+
+def test_mbart_reads_one_language_and_writes_another(translation: Task) -> None:
+    """The paper's: codes at the end, and the target's, turned to the front, starts the decoder."""
+    tokenizer, model = multilingual(MBartTokenizer), tiny_mbart()
+    data = prepare(load(translation), tokenizer, model)
+    batch = data.collator([data.train[0], data.train[2]])
+    english, romanian = tokenizer.convert_tokens_to_ids(["en_XX", "ro_RO"])
+    assert data.train[0]["input_ids"][-2:] == [2, english]
+    assert data.train[0]["labels"][-2:] == [2, romanian]
+    assert batch["decoder_input_ids"][:, 0].tolist() == [romanian, romanian]
+    assert batch["decoder_input_ids"][0, 1:].tolist() == batch["labels"][0, :-1].tolist()
+    run = Run(task=translation, trainer=Trainer(learning_rate=1.0))
+    generated = Evaluator(model, data, run).generation
+    assert generated is not None
+    assert (generated.decoder_start_token_id, generated.forced_bos_token_id) == (romanian, None)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert model.generate(**inputs, generation_config=generated)[:, 0].tolist() == [romanian, romanian]
+
+
+def test_mbart50_is_forced_to_write_the_language_first(translation: Task) -> None:
+    tokenizer, model = multilingual(MBart50Tokenizer), tiny_mbart()
+    data = prepare(load(translation), tokenizer, model)
+    english, romanian = tokenizer.convert_tokens_to_ids(["en_XX", "ro_RO"])
+    assert data.train[0]["input_ids"][0] == english
+    assert data.train[0]["labels"][0] == romanian
+    assert model.generation_config is not None and model.generation_config.forced_bos_token_id == romanian
+
+
+def test_a_language_that_the_backbone_has_not(translation: Task) -> None:
+    with pytest.raises(UserError, match=r"task\.target_language=ro is unknown; did you mean ro_RO\?"):
+        prepare(load(replace(translation, target_language="ro")), multilingual(MBartTokenizer), tiny_mbart())
+
+
+def test_a_backbone_without_language_codes_translates_too(translation: Task) -> None:
+    data = prepare(load(translation), byte_level(), tiny_bart())
+    scores = data.baselines()
+    assert scores["copy.bleu_ro"] >= 0 and set(data.signatures) == set()  # a baseline leaves no signature
+    data.score(["a"], data.report_rows)
+    assert set(data.signatures) == {"bleu_ro", "bleu", "chrf"}
+
+
+def test_the_selection_loss_is_the_mean_over_all_tokens(news: Task) -> None:
+    """Whatever the batches; with label smoothing as in training."""
+    model = tiny_bart().eval()
+    data = prepare(load(news), byte_level(), model)
+    total, tokens = 0.0, 0
+    for example in data.selection:
+        batch = data.collator([example])
+        labels = batch.pop("labels")[0]
+        nll = -model(**batch).logits[0].log_softmax(-1).detach()
+        total += float((0.9 * nll[range(len(labels)), labels] + 0.1 * nll.mean(-1)).sum())
+        tokens += len(labels)
+    for batch_size in (1, 3):
+        loss = mean_loss(model, data.selection, data.collator, batch_size, label_smoothing=0.1)
+        assert loss == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_training_sees_every_example_once_an_epoch_in_batches_of_tokens(news: Task, tmp_path: Path) -> None:
+    """Through transformers' Trainer: no batch is too large, and the second epoch has another order than the first."""
+    rows = [{"document": "good " * (1 + i % 7), "summary": "bad"} for i in range(40)]
+    write(tmp_path / "train.jsonl", rows)
+    model = tiny_bart()
+    data = prepare(load(news), byte_level(), model)
+    collate, seen = data.collator, []
+
+    def noted(examples: list[dict[str, Any]]) -> Any:
+        seen.append([len(example["input_ids"]) for example in examples])
+        return collate(examples)
+
+    data.collator = noted
+    settings = Trainer(learning_rate=1e-3, epochs=2, batch_tokens=32, device=Device.cpu)
+    nowhere = Checkpoints(tmp_path, minutes=60, stamp="")
+    fitted = fit(model, data, settings, seed=1, bf16=False, checkpoints=nowhere, evaluate=dict, metric="rouge1")
+    each = batches_per_epoch(data, settings)
+    assert fitted.steps == 2 * each == len(seen)
+    assert all(len(batch) * max(batch) <= 32 or len(batch) == 1 for batch in seen)
+    first, second = seen[:each], seen[each:]
+    assert sorted(chain(*first)) == sorted(chain(*second)) == sorted(data.lengths)
+    assert first != second
+
+
+def test_predictions_do_not_depend_on_the_batches(news: Task) -> None:
+    """Longest first, at most so many examples and tokens at once, and back in their own order."""
+    model = tiny_bart().eval()
+    data = prepare(load(replace(news, max_eval=None)), byte_level(), model)
+    generation = GenerationConfig(max_length=6, num_beams=2, decoder_start_token_id=2, eos_token_id=2, pad_token_id=1)
+    lengths = [len(ids) for ids in data.report["input_ids"]]
+    expected = predict(model, data.report, data.collator, 1, generation=generation)
+    for batch_size, max_tokens in ((5, None), (2, None), (5, 2 * max(lengths)), (5, 1), (3, 20)):
+        sizes: list[int] = []
+        ids = predict(
+            model,
+            data.report,
+            data.collator,
+            batch_size,
+            max_tokens=max_tokens,
+            generation=generation,
+            on_batch=sizes.append,
+        )
+        assert np.array_equal(ids, expected)
+        assert sum(sizes) == 5 and max(sizes) <= batch_size
+        starts = np.cumsum([0, *sizes[:-1]])
+        longest = [sorted(lengths, reverse=True)[start] for start in starts]
+        fits = [size * length <= (max_tokens or 10**6) for size, length in zip(sizes, longest, strict=True)]
+        assert all(fit or size == 1 for fit, size in zip(fits, sizes, strict=True))
+
+
+def test_columns_of_columns_are_opened_and_lists_joined(tmp_path: Path, news: Task) -> None:
+    """As WMT has its pairs on the hub, WebNLG its triples, and E2E one row for each reference."""
+    rows = [{"translation": {"en": ["good", "bad"], "ro": f"n{i}"}} for i in (1, 2)]
+    rows.append({"translation": {"en": ["bad"], "ro": "n3"}})
+    for split in ("train", "validation", "test"):
+        write(tmp_path / f"{split}.jsonl", rows)
+    task = replace(news, source_column="en", target_column="ro", source_join=" | ", max_eval=None)
+    loaded = load(task).rows["test"]
+    assert loaded["en"][:] == ["good | bad", "good | bad", "bad"]
+    assert loaded["ro"][:] == ["n1", "n2", "n3"]
+    merged = load(replace(task, merge_references=True)).rows["test"]
+    assert (merged["en"][:], merged["ro"][:]) == (["good | bad", "bad"], [["n1", "n2"], ["n3"]])
+    write(tmp_path / "test.jsonl", [*rows, {"translation": {"en": ["bad"], "ro": None}}])
+    with pytest.raises(UserError, match=r"test\.jsonl:4: column ro holds None, not text"):
+        load(replace(task, merge_references=True))
+
+
+def test_a_row_with_two_targets_trains_on_both(news: Task, tmp_path: Path) -> None:
+    rows = [{"document": text, "summary": ["good", "bad"] if i % 2 else ["bad"]} for i, text in enumerate(TEXTS)]
+    for split in ("train", "validation", "test"):
+        write(tmp_path / f"{split}.jsonl", rows)
+    tokenizer = byte_level()
+    data = prepare(load(news), tokenizer, tiny_bart())
+    written = tokenizer.batch_decode(data.train["labels"][:], skip_special_tokens=True)
+    assert written == ["bad", "good", "bad", "bad", "good", "bad", "bad"]
+    assert [data.splits[role]["examples"] for role in ("train", "selection", "report")] == [7, 5, 1]
+    assert len(data.train_rows) == len(data.selection_rows) == 5
+    assert data.score(["bad"] * 5, data.selection_rows)["rouge1"] == 100
+    assert [row["reference"] for row in data.records(["bad", "bad"], data.selection_rows.select([0, 1]))] == [
+        ["bad"],
+        ["good", "bad"],
+    ]
+    assert len(prepare(load(replace(news, max_train=2)), tokenizer, tiny_bart()).train) == 3
+
+
 def test_a_pair_has_equally_many_ends_in_every_row(reviews: Task) -> None:
     """BART's classification head refuses a batch whose rows do not."""
     pair = replace(reviews, text_columns=["text", "text"], max_source_length=16)
-    rows = prepare(pair, byte_level(), tiny_bart()).train["input_ids"]
+    rows = prepare(load(pair), byte_level(), tiny_bart()).train["input_ids"]
     assert {ids.count(2) for ids in rows} == {3}
 
 
 def test_summarization(news: Task) -> None:
     tokenizer, model = byte_level(), tiny_bart()
-    task = prepare(news, tokenizer, model)
-    assert task.splits["report"] == {"split": "test", "examples": 1}
+    task = prepare(load(news), tokenizer, model)
+    assert task.splits["report"] == {"split": "test", "examples": 1, "of": 5}
     batch = task.collator([task.train[i] for i in range(5)])
     assert batch["labels"].shape == batch["decoder_input_ids"].shape
     assert (batch["labels"] == -100).any()
@@ -234,26 +434,26 @@ def test_summarization(news: Task) -> None:
 
 
 def test_a_split_in_two_roles_is_loaded_once(reviews: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[Path] = []
+    read: list[str] = []
 
-    def counted(path: Path) -> Dataset:
+    def counted(path: str) -> Dataset:
         read.append(path)
         return read_file(path)
 
     monkeypatch.setattr("peftbench.tasks.load.read_file", counted)
-    prepare(reviews, byte_level(), tiny_bert())
-    assert [file.name for file in read] == ["train.jsonl", "dev.jsonl"]
+    prepare(load(reviews), byte_level(), tiny_bert())
+    assert [Path(file).name for file in read] == ["train.jsonl", "dev.jsonl"]
 
 
 def test_the_fingerprint_follows_the_data(reviews: Task) -> None:
     tokenizer, model = byte_level(), tiny_bert()
-    first = prepare(reviews, tokenizer, model).fingerprint
-    assert prepare(replace(reviews, max_source_length=8), tokenizer, model).fingerprint == first
-    assert prepare(replace(reviews, max_train=4), tokenizer, model).fingerprint != first
+    first = prepare(load(reviews), tokenizer, model).fingerprint
+    assert prepare(load(replace(reviews, max_source_length=8)), tokenizer, model).fingerprint == first
+    assert prepare(load(replace(reviews, max_train=4)), tokenizer, model).fingerprint != first
 
 
 def test_nothing_is_printed(reviews: Task, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder) -> None:
-    task = prepare(reviews, byte_level(), tiny_bert())
+    task = prepare(load(reviews), byte_level(), tiny_bert())
     task.collator([task.train[0]])
     task.baselines()
     out, err = capfd.readouterr()
@@ -270,9 +470,49 @@ def test_conf_fits_the_schema(option: Path) -> None:
     task: Any = OmegaConf.merge(OmegaConf.structured(Task), OmegaConf.load(option).task)
     task = OmegaConf.to_object(task)
     assert task.name == option.stem
-    elsewhere = {"eval_batch_size", "precision", "gradient_checkpointing", "checkpoint_minutes", "device"}
+    elsewhere = {
+        "eval_batch_size",
+        "eval_batch_tokens",
+        "precision",
+        "gradient_checkpointing",
+        "checkpoint_minutes",
+        "device",
+    }
+    assert set(task.quick) <= {"label_smoothing", "batch_tokens", "keep", "evaluate_every"}  # what quick.yaml reads
     assert not task.paper or set(task.paper) == {field.name for field in fields(Trainer)} - elsewhere
     trainer: Any = OmegaConf.merge(OmegaConf.structured(Trainer), task.paper)
     assert all(trainer[key] == value for key, value in task.paper.items() if key not in ("schedule", "keep"))
     if task.kind is TaskKind.classification:
-        assert task.labels and task.text_columns
+        assert task.text_columns and bool(task.labels) != (task.name == "text_classification")
+
+
+PAPER_TASKS = {
+    "xsum": (5e-5, 100_000, 16, None, 4, 0.1, 0.1),
+    "wmt16_enro": (5e-5, 50_000, 64, 4096, 4, 1.0, 0.1),
+    "mnli": (1e-4, None, 32, None, 1, 1.0, 0.0),
+    "sst2": (1e-4, None, 32, None, 1, 1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", PAPER_TASKS)
+def test_the_papers_tasks_have_the_papers_settings(name: str) -> None:
+    """Table 8 by default, for every method; trainer=quick is shorter and has the method's learning rate."""
+
+    def trainer(*overrides: str) -> Trainer:
+        (run,) = compose_runs(get_args_parser().parse_args([f"task={name}", "method=lora", *overrides]))
+        return run.trainer
+
+    paper = trainer()
+    found = (paper.learning_rate, paper.max_steps, paper.batch_size, paper.batch_tokens, paper.accumulation)
+    assert (*found, paper.max_grad_norm, paper.label_smoothing) == PAPER_TASKS[name]
+    assert paper == trainer("trainer=paper")
+    quick = trainer("trainer=quick")
+    assert quick.keep is Keep.best and quick.evaluate_every == {"sst2": 500, "mnli": 2000}.get(name)
+    assert quick.batch_tokens == paper.batch_tokens
+    assert (quick.learning_rate, quick.epochs, quick.max_steps, quick.accumulation) == (1e-3, 3, None, 1)
+
+
+def test_the_document_names_every_task() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    tasks = {option.stem for option in (conf_dir() / "task").glob("*.yaml")}
+    assert {name for name in tasks if f"`{name}`" not in text} == set()

@@ -1,0 +1,38 @@
+"""`peftbench explain`: what a method is and where it stands in the network. Imports torch only to build it."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+
+from peftbench.compose import compose_runs
+from peftbench.explain.show import show, to_json
+from peftbench.params.command import quick_imports
+
+
+def main(argv: list[str]) -> int:
+    """Prints the explanation of one run; returns 0.
+
+    Raises:
+        UserError: the command line is refused, or the run does not fit its backbone.
+    """
+    parser = argparse.ArgumentParser(
+        prog="peftbench explain",
+        description="Explain a method on a backbone: its four axes, its place in the network, its parameters.",
+        epilog="The overrides are those of peftbench train; peftbench train --help lists them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for peftbench train")
+    parser.add_argument("-cd", "--config-dir", help="a folder of your own with method/, model/ ... below it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_intermixed_args(argv)
+    (run,) = compose_runs(argparse.Namespace(**vars(args), multirun=False))
+    with quick_imports():
+        from peftbench.explain.explanation import explain
+    explained = explain(run)
+    if args.json:
+        print(to_json(explained))
+    else:
+        show(explained, Console())
+    return 0

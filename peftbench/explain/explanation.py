@@ -1,0 +1,41 @@
+"""A run explained: built on the meta device once, with its formulas, its parameters and its network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peftbench.config import Run, modifications
+from peftbench.explain.formula import Row, describe
+from peftbench.explain.sizes import Size, size
+from peftbench.explain.tree import Branch, network
+from peftbench.params.counts import RunCounts, build, count_built
+from peftbench.sites import find_sites
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `show` prints."""
+
+    counted: RunCounts
+    rows: list[Row]
+    sizes: list[Size]
+    network: tuple[Branch, ...]
+
+
+def explain(run: Run) -> Explanation:
+    """Build a run without its weights and describe it.
+
+    Raises:
+        UserError: as `count_run`.
+    """
+    built = build(run)
+    run, _, model = built
+    sites = find_sites(model)
+    found = modifications(run)
+    counted = count_built(built)
+    return Explanation(
+        counted,
+        [describe(prefix, m, over_residual=sites.family.norm is None) for prefix, m in found.items()],
+        [size(group, found[group.prefix], sites) for group in counted.groups if group.prefix is not None],
+        network(model, run),
+    )

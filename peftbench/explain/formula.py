@@ -1,0 +1,211 @@
+"""The four axes in the paper's notation: what He et al.'s table 1 would say of any point of them. Imports no torch.
+
+The tables say how each choice of an axis is written; `describe` puts one choice of each together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peftbench.config import (
+    Composition,
+    FFNInput,
+    HeadInput,
+    Insertion,
+    LayerNormPlace,
+    Modification,
+    Representation,
+)
+
+# f in Δh = f(x W_down) W_up; the identity is not written, other activations go by their name; constant is Δh = l
+FORMS = {
+    "identity": "",
+    "relu": "ReLU",
+    "gelu": "GELU",
+    "silu": "SiLU",
+    "sigmoid": "σ",
+    "relu6": "ReLU6",
+    "relu2": "ReLU²",
+    "leaky_relu": "LeakyReLU",
+}
+
+COMPOSITIONS = {
+    Composition.add: "h + {delta}",
+    Composition.scaled: "h + s · {delta}",
+    Composition.gated: "(1 - λ) h + λ {delta}",
+    Composition.gated_add: "h + λ {delta}",
+    Composition.multiply: "h ∘ (1 + {delta})",
+}
+
+# representation: h in words; x, which a parallel form reads, in words
+REPRESENTATIONS = {
+    Representation.heads: ("the attention's output at each head, before W_o", "the attention's input"),
+    Representation.heads_joint: ("the concatenated heads, before W_o", "the attention's input"),
+    Representation.attention: ("the attention's output, behind W_o", "the attention's input"),
+    Representation.query: ("the queries, the output of W_q", "the input of W_q"),
+    Representation.key: ("the keys, the output of W_k", "the input of W_k"),
+    Representation.value: ("the values, the output of W_v", "the input of W_v"),
+    Representation.query_value: ("the queries and the values, the outputs of W_q and W_v", "the input of W_q or W_v"),
+    Representation.key_value: ("the keys and the values, the outputs of W_k and W_v", "the input of W_k or W_v"),
+    Representation.output: ("the output of W_o", "the input of W_o: the concatenated heads"),
+    Representation.ffn: ("the feed-forward sub-layer's output", "the feed-forward sub-layer's input"),
+    Representation.ffn_intermediate: (
+        "the feed-forward's inner activations, the input of W_2",
+        "the feed-forward sub-layer's input",
+    ),
+    Representation.ffn_weights: ("the outputs of the feed-forward sub-layer's weights", "the input of the same weight"),
+    Representation.attention_ffn: (
+        "the outputs of the attention and of the feed-forward sub-layer",
+        "the input of the same sub-layer",
+    ),
+    Representation.layer: ("the layer's output, behind the feed-forward's add & norm", ""),
+    Representation.embedding: ("the embedded input", ""),
+}
+LAYER_OVER_RESIDUAL = "the feed-forward sub-layer's output, which x, the residual, then joins"
+
+# what the paper calls a point, and where: functional form, representations, insertion form, composition function
+_SUBLAYERS = (Representation.attention, Representation.ffn, Representation.attention_ffn)
+POINTS = (
+    ("prefix tuning (table 1)", "softmax", (Representation.heads,), Insertion.parallel, Composition.gated),
+    ("adapter (table 1)", "relu", _SUBLAYERS, Insertion.sequential, Composition.add),
+    ("LoRA (table 1)", "identity", (Representation.query_value,), Insertion.parallel, Composition.scaled),
+    ("parallel adapter (table 1)", "relu", _SUBLAYERS, Insertion.parallel, Composition.add),
+    ("multi-head parallel adapter (table 1)", "relu", (Representation.heads,), Insertion.parallel, Composition.add),
+    ("scaled parallel adapter (table 1)", "relu", _SUBLAYERS, Insertion.parallel, Composition.scaled),
+    (
+        "prefix tuning without the gate (table 4)",
+        "softmax",
+        (Representation.heads,),
+        Insertion.parallel,
+        Composition.add,
+    ),
+    (
+        "LoRA at the FFN (tables 5 and 6)",
+        "identity",
+        (Representation.ffn_weights,),
+        Insertion.parallel,
+        Composition.scaled,
+    ),
+    ("Pfeiffer adapter (table 6)", "relu", (Representation.layer,), Insertion.sequential, Composition.add),
+    ("prompt tuning (table 6)", "softmax", (Representation.embedding,), Insertion.parallel, Composition.gated),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One modification, written out."""
+
+    prefix: str  # of its keys, "" or "mix.NAME."
+    name: str | None  # the paper's, and the table that has it; None: a point of which the paper has no result
+    axes: dict[str, tuple[str, str]]  # each axis: the choice, and what it says
+    formula: str  # h ← ...
+
+
+def describe(prefix: str, m: Modification, over_residual: bool = False) -> Row:
+    """The row of a modification. `over_residual`: the backbone's layers end in a sum that no module holds, so that a
+    representation `layer` is h + x there, see `insertion.sequential_over_residual`."""
+    representation, insertion = m.modified_representation.name, m.insertion_form.name
+    over_residual = over_residual and representation is Representation.layer
+    if representation is Representation.embedding:
+        formula, h = "h ← [P; h]", "the embedded input; P: trained vectors of its width"
+        function = "every attention has l more keys and values, made from P"
+        read, composed = "P stands beside the tokens", "the attention itself weighs P against the tokens"
+    else:
+        read = _read(m, over_residual)
+        function, composed = _delta(m, read), COMPOSITIONS[m.composition_function.name]
+        factor = m.composition_function.name not in (Composition.add, Composition.multiply)
+        formula = "h ← " + composed.format(delta=f"({function})" if factor and _is_sum(function) else function)
+        h = LAYER_OVER_RESIDUAL if over_residual else REPRESENTATIONS[representation][0]
+        function, composed = f"Δh = {function}", composed.format(delta="Δh") + _weight(m, read)
+        read = _read_in_words(m, over_residual)
+    return Row(
+        prefix,
+        _name(m),
+        {
+            "functional form": (m.functional_form.name, function),
+            "modified representation": (representation.name, f"h: {h}"),
+            "insertion form": (insertion.name, read),
+            "composition function": (m.composition_function.name.name, composed),
+        },
+        formula,
+    )
+
+
+def _reads_query(m: Modification) -> bool:
+    return (
+        m.modified_representation.name is Representation.heads
+        and m.insertion_form.name is Insertion.parallel
+        and m.modified_representation.head_input is not HeadInput.hidden
+    )
+
+
+def _read(m: Modification, over_residual: bool) -> str:
+    """What f reads, as a symbol."""
+    if over_residual:
+        return "(h + x)"
+    if m.insertion_form.name is Insertion.sequential:
+        return "h"
+    return "q" if _reads_query(m) else "x"
+
+
+def _read_in_words(m: Modification, over_residual: bool) -> str:
+    if over_residual:
+        return "f reads h + x, the layer's output"
+    if m.functional_form.name == "constant":
+        return "f reads nothing"
+    if m.insertion_form.name is Insertion.sequential:
+        return "f reads h itself"
+    x = REPRESENTATIONS[m.modified_representation.name][1]
+    if m.modified_representation.ffn_input is FFNInput.residual:
+        x = "the residual stream, before the norm of the feed-forward sub-layer"
+    if not _reads_query(m):
+        return f"x: {x}"
+    if m.modified_representation.head_input is HeadInput.normed_query:
+        return f"q: the head's part of LN(x) W_q, not scaled, LN trained; x: {x}"
+    return f"q: the head's query x W_q, as the attention scales it; x: {x}"
+
+
+def _delta(m: Modification, read: str) -> str:
+    """f(x W_down) W_up."""
+    name = m.functional_form.name
+    if name == "constant":
+        return "l"
+    f = FORMS.get(name, name)
+    plain = not m.bias and m.layer_norm is LayerNormPlace.none
+    if name == "softmax" and _reads_query(m) and plain:
+        return "softmax(q P_kᵀ) P_v"  # eq. 7: W_down = P_kᵀ, W_up = P_v
+    if m.layer_norm is LayerNormPlace.input:
+        read = f"LN{read}" if read.startswith("(") else f"LN({read})"
+    inner = f"{read} W_down" + (" + b_down" if m.bias else "")
+    delta = (f"{f}({inner})" if f or m.bias else inner) + " W_up" + (" + b_up" if m.bias else "")
+    return f"LN({delta})" if m.layer_norm is LayerNormPlace.output else delta
+
+
+def _is_sum(formula: str) -> bool:
+    """Whether a + stands outside all parentheses."""
+    depth = 0
+    for character in formula:
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if character == "+" and depth == 0:
+            return True
+    return False
+
+
+def _weight(m: Modification, read: str) -> str:
+    """What s or λ is."""
+    composition = m.composition_function
+    if composition.name is Composition.scaled:
+        return f", s = {composition.scale:g}" + (" at first, trained" if composition.learned else "")
+    if composition.name in (Composition.gated, Composition.gated_add):
+        if composition.name is Composition.gated and m.functional_form.name == "softmax" and _reads_query(m):
+            return ", λ: the attention that falls on the prefix (eq. 8)"
+        return f", λ = σ({read} w + b), trained"
+    return ""
+
+
+def _name(m: Modification) -> str | None:
+    for name, form, representations, insertion, composition in POINTS:
+        point = (m.functional_form.name, m.insertion_form.name, m.composition_function.name)
+        if point == (form, insertion, composition) and m.modified_representation.name in representations:
+            return name
+    return None

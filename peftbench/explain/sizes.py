@@ -1,0 +1,131 @@
+"""The number of parameters as a formula: (2·r·d + r + d) × 24 places = (2·512·1024 + 512 + 1024) × 24 = 25,202,688.
+
+It is read off the tensors that are there: each axis of each tensor has a letter, and the terms are their products.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from peftbench.config import Modification, Representation
+
+if TYPE_CHECKING:
+    from peftbench.params.counts import Group
+    from peftbench.sites import Sites
+
+MEANINGS = {
+    "r": "bottleneck",
+    "l": "number of vectors",
+    "d": "width of the hidden states",
+    "d_ff": "inner width of the feed-forward",
+    "d_h": "width of a head",
+    "N_h": "heads",
+    "N_kv": "heads of keys and values",
+}
+ORDER = ("N_h", "N_kv", "r", "l", "d", "d_ff", "d_h")  # of the factors of a product
+
+# What the axes of a stored tensor are; a tensor that is not listed has numbers for letters.
+AXES: Mapping[str, tuple[str, ...]] = {
+    "function.down": ("groups", "bottleneck", "in"),
+    "function.up": ("groups", "out", "bottleneck"),
+    "function.down_bias": ("groups", "", "bottleneck"),
+    "function.up_bias": ("groups", "", "out"),
+    "function.norm_in.weight": ("in",),
+    "function.norm_in.bias": ("in",),
+    "function.norm_out.weight": ("out",),
+    "function.norm_out.bias": ("out",),
+    "function.vector": ("groups", "", "out"),
+    "query_norm.weight": ("in",),
+    "query_norm.bias": ("in",),
+    "composition.weight": ("groups", "in", ""),
+    "composition.bias": ("groups", "", ""),
+    "vectors": ("bottleneck", "in"),
+}
+
+VECTORS = (Representation.heads, Representation.embedding)  # of which softmax's bottleneck is a number of vectors
+
+Term = tuple[str, ...]  # the letters of a product
+
+
+@dataclass(frozen=True)
+class Size:
+    """The stored parameters of a group of places: `terms` at each of them, with their coefficients."""
+
+    label: str
+    prefix: str  # of the modification's keys
+    terms: dict[Term, int]
+    values: dict[str, int]  # of the letters
+    places: int
+
+    @property
+    def stored(self) -> int:
+        """What the formula comes to."""
+        return self.places * sum(
+            factor * prod(self.values[letter] for letter in term) for term, factor in self.terms.items()
+        )
+
+    @property
+    def formula(self) -> str:
+        """In letters: (2·r·d + r + d) × 24 places."""
+        return self._sum({letter: letter for letter in self.values}, " places")
+
+    @property
+    def numbers(self) -> str:
+        """In numbers: (2·512·1024 + 512 + 1024) × 24."""
+        return self._sum({letter: str(value) for letter, value in self.values.items()}, "")
+
+    def _sum(self, written: Mapping[str, str], unit: str) -> str:
+        text = " + ".join(
+            "·".join([*([str(factor)] if factor > 1 or not term else []), *(written[letter] for letter in term)])
+            for term, factor in self.terms.items()
+        )
+        if self.places == 1:
+            return text
+        return f"({text}) × {self.places}{unit}" if len(self.terms) > 1 else f"{text} × {self.places}{unit}"
+
+
+def size(group: Group, m: Modification, sites: Sites) -> Size:
+    """The formula of a group of places of the modification `m`."""
+    assert group.prefix is not None, "what is trained of the backbone has no formula"
+    terms: Counter[Term] = Counter()
+    values: dict[str, int] = {}
+    for name, shape in group.tensors.items():
+        term: list[str] = []
+        for axis, number in zip(AXES.get(name, ("other",) * len(shape)), shape, strict=True):
+            for letter, value in _letters(axis, number, m, sites):
+                term.append(letter)
+                values[letter] = value
+        terms[tuple(sorted(term, key=lambda letter: ORDER.index(letter) if letter in ORDER else -1))] += 1
+    ordered = dict(sorted(terms.items(), key=lambda item: -len(item[0])))
+    return Size(group.label, group.prefix, ordered, values, group.places)
+
+
+def _letters(axis: str, number: int, m: Modification, sites: Sites) -> Iterator[tuple[str, int]]:
+    """The letters whose product is `number`, the length of an axis; none for an axis of no account."""
+    attention = sites.layers[0].attentions[0]
+    heads, kv_heads, head = attention.heads, attention.kv_heads, attention.head_width
+    at_heads = m.modified_representation.name is Representation.heads
+    inner = sites.layers[0].ffn.second.get_parameter("weight").numel() // sites.width  # W_2 is d_ff to d
+    found: tuple[tuple[str, int], ...]
+    if axis == "bottleneck":
+        is_vectors = m.functional_form.name == "softmax" and m.modified_representation.name in VECTORS
+        found = (("l" if is_vectors else "r", number),)
+    elif axis == "groups":
+        found = (("N_h" if number == heads else "N_kv", number),) if at_heads else ()
+    elif axis in ("in", "out"):
+        letters: dict[int, tuple[tuple[str, int], ...]] = {
+            kv_heads * head: (("N_kv", kv_heads), ("d_h", head)),
+            heads * head: (("N_h", heads), ("d_h", head)),
+            inner: (("d_ff", inner),),
+            sites.width: (("d", sites.width),),
+            **({head: (("d_h", head),)} if at_heads else {}),
+        }
+        found = letters.get(number, ((str(number), number),))
+    else:
+        found = ((str(number), number),) if number != 1 else ()
+    yield from found

@@ -1,0 +1,236 @@
+"""Where the paper's text and its released code differ, one switch for each place. Imports no torch.
+
+The code is jxhe/unify-parameter-efficient-tuning at 3222ce2; docs/fidelity.md has the lines. What it does otherwise is
+nearly always another point of the four axes, or another option of one: `with_deviations` rewrites a run's modifications
+so, and neither `attach` nor a layer knows that there are two readings. Two switches are no matter of a modification:
+`attach` leaves the task head frozen, and `modification/dead_parameters.py` counts dead parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+
+from peftbench.config import (
+    ACTIVATIONS,
+    Composition,
+    FFNInput,
+    Fidelity,
+    HeadInput,
+    Init,
+    Insertion,
+    LayerNormPlace,
+    Modification,
+    Representation,
+    Run,
+    TaskKind,
+    Unfreeze,
+    modifications,
+)
+from peftbench.errors import UserError
+
+PREFIX_MLP = 800  # petl/options.py, mid_dim
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """A switch that is in force in a run, as the record keeps it."""
+
+    name: str
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Switch:
+    """One place where text and code differ.
+
+    It touches a run if `change` changes one of its modifications, or if `touches`, given the run and the backbone's
+    `model_type` (None: any), says so.
+    """
+
+    sentence: str  # what the code does
+    change: Callable[[Modification], Modification] = lambda m: m
+    touches: Callable[[Run, str | None], bool] = lambda run, model_type: False
+    families: tuple[str, ...] = ()  # the `model_type`s where `change` holds; none: all
+
+
+def with_deviations(run: Run, model_type: str) -> tuple[Run, list[Deviation]]:
+    """The run on a backbone of this `model_type` with the code's ways put in, and the switches that touch it.
+
+    Raises:
+        UserError: a switch that was set by itself, not with its set, does not touch the run.
+    """
+    changed, touching = _apply(run, model_type)
+    if idle := _idle(run, touching, f" on {model_type}"):
+        raise UserError(*idle)
+    return changed, [Deviation(name, SWITCHES[name].sentence) for name in touching]
+
+
+def idle_switches(run: Run) -> list[str]:
+    """A sentence for each switch that was set by itself and would touch the run on no backbone at all."""
+    return _idle(run, _apply(run, None)[1], "")
+
+
+def dead_kinds(m: Modification, model_type: str | None) -> list[str]:
+    """What the code makes beside `m` and trains although nothing reads it, by the names of `DEAD`."""
+    return [kind for kind, (family, made) in DEAD.items() if model_type in (None, family) and made(m)]
+
+
+def _idle(run: Run, touching: list[str], where: str) -> list[str]:
+    if run.fidelity.name != Fidelity().name:  # most switches of a whole set touch no given run, and may do so
+        return []
+    return [
+        f"fidelity.{name}=true changes nothing{where} with method={run.method} and task={run.task.name}; leave it out."
+        for name in SWITCHES
+        if getattr(run.fidelity, name) and name not in touching
+    ]
+
+
+def _apply(run: Run, model_type: str | None) -> tuple[Run, list[str]]:
+    """The changed run and the names of the switches that touch it; without a `model_type`, as if of every family."""
+    on = {name: switch for name, switch in SWITCHES.items() if getattr(run.fidelity, name)}
+    touching = {name for name, switch in on.items() if switch.touches(run, model_type)}
+    found: dict[str, Modification] = {}
+    for prefix, m in modifications(run).items():
+        before = _sublayers(_bare(m))
+        after = []
+        for part in before:
+            for name, switch in on.items():
+                if not switch.families or model_type is None or model_type in switch.families:
+                    part, unchanged = switch.change(part), part
+                    touching |= {name} if part != unchanged else set()
+            after.append(part)
+        if after == before:
+            found[prefix] = m
+            continue
+        found[prefix], *ffn = after
+        for part in ffn:
+            name = f"{prefix.split('.')[1] if prefix else 'modification'}_ffn"
+            while name in run.mix:
+                name += "_"
+            found[f"mix.{name}."] = part
+    return _with(run, found), [name for name in SWITCHES if name in touching]
+
+
+def _sublayers(m: Modification) -> list[Modification]:
+    """The code has options of its own for the attention and for the FFN: what modifies both is taken apart."""
+    if m.modified_representation.name is not Representation.attention_ffn:
+        return [m]
+    return [_at(m, Representation.attention), _at(m, Representation.ffn)]
+
+
+def _at(m: Modification, representation: Representation) -> Modification:
+    return replace(m, modified_representation=replace(m.modified_representation, name=representation))
+
+
+def _bare(m: Modification) -> Modification:
+    """The root's modification without the rest of its run."""
+    return Modification(**{item.name: getattr(m, item.name) for item in fields(Modification)})
+
+
+def _with(run: Run, found: Mapping[str, Modification]) -> Run:
+    """The run with other modifications, by the prefix of their keys."""
+    root = {item.name: getattr(found.get("", run), item.name) for item in fields(Modification)}
+    return replace(run, **root, mix={prefix.split(".")[1]: m for prefix, m in found.items() if prefix})
+
+
+def _is_adapter(m: Modification, *places: Representation, insertion: Insertion | None = None) -> bool:
+    """An activation at one of the places, in parallel or sequential form."""
+    return (
+        m.functional_form.name in ACTIVATIONS
+        and m.modified_representation.name in places
+        and insertion in (None, m.insertion_form.name)
+    )
+
+
+def _is_attention_adapter(m: Modification) -> bool:
+    return _is_adapter(m, Representation.attention, Representation.heads_joint)
+
+
+def _is_parallel_ffn_adapter(m: Modification) -> bool:
+    return _is_adapter(m, Representation.ffn, insertion=Insertion.parallel)
+
+
+def _is_head_adapter(m: Modification) -> bool:
+    """The multi-head parallel adapter that reads queries. Of the attention input it is table 1's, which no code has."""
+    return (
+        _is_adapter(m, Representation.heads, insertion=Insertion.parallel)
+        and m.modified_representation.head_input is not HeadInput.hidden
+    )
+
+
+def _is_prefix(m: Modification) -> bool:
+    axes = (m.functional_form.name, m.modified_representation.name, m.composition_function.name)
+    return axes == ("softmax", Representation.heads, Composition.gated)
+
+
+def _before_output(m: Modification) -> Modification:
+    at_attention = _is_adapter(m, Representation.attention, insertion=Insertion.parallel)
+    return _at(m, Representation.heads_joint) if at_attention else m
+
+
+def _normed(m: Modification) -> Modification:
+    return replace(m, layer_norm=LayerNormPlace.input) if _is_attention_adapter(m) else m
+
+
+def _bert_init(m: Modification) -> Modification:
+    return replace(m, init=Init.bert) if _is_attention_adapter(m) else m
+
+
+def _from_mlp(m: Modification) -> Modification:
+    return replace(m, prefix_mlp=m.prefix_mlp or PREFIX_MLP, bias=False) if _is_head_adapter(m) else m
+
+
+def _normed_query(m: Modification) -> Modification:
+    if not _is_head_adapter(m):
+        return m
+    return replace(m, modified_representation=replace(m.modified_representation, head_input=HeadInput.normed_query))
+
+
+def _reads_residual(m: Modification) -> Modification:
+    if not _is_parallel_ffn_adapter(m):
+        return m
+    return replace(m, modified_representation=replace(m.modified_representation, ffn_input=FFNInput.residual))
+
+
+# What the code makes besides and nothing reads: its family, and the modifications beside which it stands.
+DEAD: dict[str, tuple[str, Callable[[Modification], bool]]] = {
+    # modeling_roberta.py 522-529: RobertaOutput has an adapter for every option, the parallel one is RobertaLayer's
+    "ffn_adapter": ("roberta", lambda m: any(map(_is_parallel_ffn_adapter, _sublayers(m)))),
+    # petl_factory.py 45-136: prefixes of encoder, decoder and cross attention, of which RoBERTa's layers take one
+    "prefix_sets": ("roberta", _is_prefix),
+    # modeling_mbart.py: the LayerNorm that BART's queries go through, see head_adapter_normed_query
+    "query_norm": ("mbart", _is_head_adapter),
+}
+
+SWITCHES = {
+    "frozen_task_head": Switch(
+        "The task head stays as it was initialised, at random; only BitFit trains its biases.",
+        touches=lambda run, model_type: run.task.kind is not TaskKind.text_to_text and run.unfreeze is not Unfreeze.all,
+    ),
+    "attention_adapter_before_output": Switch(
+        "The parallel adapter at the attention adds Δh to the concatenated heads, before W_o.", _before_output
+    ),
+    "attention_adapter_norm": Switch("Adapters at the attention have a LayerNorm of their own before W_down.", _normed),
+    "attention_adapter_bert_init": Switch(
+        "Adapters at the attention begin at N(0, 0.02), scaled ones too.", _bert_init
+    ),
+    "head_adapter_from_mlp": Switch(
+        "The weights of the multi-head parallel adapter are made by the prefix's MLP, without biases.", _from_mlp
+    ),
+    "head_adapter_normed_query": Switch(
+        "On BART the multi-head parallel adapter reads unscaled queries of the attention input behind a LayerNorm of "
+        "its own.",
+        _normed_query,
+        families=("bart",),
+    ),
+    "mbart_ffn_adapter_reads_residual": Switch(
+        "On mBART the parallel adapter at the FFN reads the residual stream before the FFN's norm.",
+        _reads_residual,
+        families=("mbart",),
+    ),
+    "dead_parameters": Switch(
+        "The code also trains parameters that nothing reads; here they are counted, not made.",
+        touches=lambda run, model_type: any(dead_kinds(m, model_type) for m in modifications(run).values()),
+    ),
+}

@@ -1,0 +1,126 @@
+"""`peftbench ls`: the choices of a group, and which combinations of the four axes run. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from peftbench.axes import CHOICES, Point, points, runs
+from peftbench.config import ACTIVATIONS, conf_dir
+from peftbench.errors import UserError, unknown
+
+MEANINGS = {  # of the choices of the axes; He et al. (2022), table 1
+    "identity": "Δh = x W_down W_up",
+    "relu": f"Δh = ReLU(x W_down) W_up; also {', '.join(name for name in ACTIVATIONS if name != 'relu')}",
+    "softmax": "Δh = softmax(x W_down) W_up: prefixes, where W_down and W_up are keys and values",
+    "constant": "Δh = l, a trained vector",
+    "heads": "each head's output, before W_o",
+    "heads_joint": "the concatenated heads, before W_o",
+    "attention": "the attention's output, behind W_o",
+    "query": "the output of W_q",
+    "key": "the output of W_k",
+    "value": "the output of W_v",
+    "query_value": "query and value",
+    "key_value": "key and value",
+    "output": "the output of W_o, by itself",
+    "ffn": "the output of the feed-forward sub-layer",
+    "ffn_weights": "the outputs of the feed-forward's W_1 and W_2",
+    "ffn_intermediate": "the input of the feed-forward's W_2",
+    "attention_ffn": "attention and ffn",
+    "layer": "the layer's output, behind its last add & norm",
+    "embedding": "the embedded input (prompts)",
+    "parallel": "f reads x, the input of what computes h",
+    "sequential": "f reads h",
+    "add": "h + Δh",
+    "scaled": "h + s Δh, s fixed or learned",
+    "multiply": "h ∘ (1 + Δh)",
+    "gated": "(1 - λ) h + λ Δh, λ the attention on a prefix or a learned gate",
+    "gated_add": "h + λ Δh, λ a learned gate",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """`peftbench ls [GROUP]`."""
+    parser = argparse.ArgumentParser("peftbench ls", description=__doc__)
+    parser.add_argument("group", nargs="?", help="axes, or a group of conf/ such as method, task or model")
+    parser.add_argument("--json", action="store_true", help="of axes: every point, and whether it runs")
+    arguments = parser.parse_args(argv)
+    console, groups = Console(), _groups()
+    if arguments.group is None:
+        for name, options in groups.items():
+            console.print(Text.assemble((name, "bold"), f": {', '.join(option.stem for option in options)}"))
+        console.print("peftbench ls GROUP says what they are; peftbench ls axes which combinations run.")
+    elif arguments.group == "axes":
+        if arguments.json:
+            print(json.dumps([{**point._asdict(), "runs": runs(point)} for point in points()], indent=1))
+        else:
+            _show_axes(console)
+    elif arguments.group in groups:
+        _show_group(groups[arguments.group], console)
+    else:
+        raise UserError(unknown("group", arguments.group, ["axes", *groups]))
+    return 0
+
+
+def _groups() -> dict[str, list[Path]]:
+    """The groups of conf/ that hold anything, and their options' files."""
+    folders = sorted(path for path in conf_dir().iterdir() if path.is_dir())
+    found = {folder.name: sorted(folder.glob("*.yaml")) for folder in folders}
+    return {name: options for name, options in found.items() if options}
+
+
+def _show_group(options: Sequence[Path], console: Console) -> None:
+    """Each option with the comment that opens its file."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for option in options:
+        opening = " ".join(_opening(option.read_text(encoding="utf-8").splitlines()))
+        table.add_row(option.stem, opening or MEANINGS.get(option.stem, ""))
+    console.print(table, highlight=False)
+
+
+def _opening(lines: Sequence[str]) -> Iterator[str]:
+    for line in lines:
+        if line.startswith("# @package"):
+            continue
+        if not line.startswith("#"):
+            return
+        yield line.lstrip("# ").rstrip()
+
+
+def _show_axes(console: Console) -> None:
+    """The choices with their meanings, then for each representation which forms run in which combination."""
+    for axis, choices in CHOICES.items():
+        console.print(Text(axis, "bold"))
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column()
+        for choice in choices:
+            table.add_row(f"  {choice}", MEANINGS[choice])
+        console.print(table, highlight=False)
+
+    forms, representations, insertions, compositions = CHOICES.values()
+    possible = sum(1 for _ in points())
+    console.print(Text(f"\nWhich run ({sum(map(runs, points()))} of {possible} points)", "bold"))
+    letters = {form: form[0] for form in forms}
+    console.print(f"{', '.join(f'{letter}: {form}' for form, letter in letters.items())}; ·: none", highlight=False)
+    for insertion in insertions:
+        console.print()
+        matrix = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for header in (insertion, *compositions):
+            matrix.add_column(header, no_wrap=True)
+        for representation in representations:
+            cells = (
+                "".join(letters[form] for form in forms if runs(Point(form, representation, insertion, composition)))
+                for composition in compositions
+            )
+            matrix.add_row(representation, *(cell or "·" for cell in cells))
+        console.print(matrix, highlight=False)
+    console.print("A combination that does not run is refused with its reason and the nearest one that does.")

@@ -1,0 +1,45 @@
+"""How many parameters the paper's released code trains although nothing reads them. They are counted, never made.
+
+With them its numbers can be had again. 46,783,200 for MAM with l = 16 and r = 16 on RoBERTa-base, which a user of that
+code reports (its issue 15), are 15,695,840 that take part, 15,391,520 for each of two unused sets of prefixes, and
+304,320 for a second adapter at each FFN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from peftbench.config import Modification
+from peftbench.fidelity import dead_kinds
+from peftbench.modification.head_attention import HEADS
+from peftbench.sites import find_sites
+
+
+def count_dead(model: PreTrainedModel, modifications: Mapping[str, Modification]) -> int:
+    """The number for a model that `attach` has given `modifications`, and nothing has folded yet."""
+    sites = find_sites(model)
+    total = 0
+    for prefix, m in modifications.items():
+        name = prefix.split(".")[1] if prefix else "modification"  # what `attach` calls its modules
+        kinds = dead_kinds(m, model.config.model_type)
+        at_ffns = [layer.ffn.dropout for layer in sites.layers]
+        at_heads = [getattr(a.module, HEADS, None) for layer in sites.layers for a in layer.attentions]
+        if "ffn_adapter" in kinds:
+            total += _parameters(_named(name, at_ffns))
+        if "prefix_sets" in kinds:
+            total += 2 * _parameters(_named(name, at_heads))
+        if "query_norm" in kinds:
+            total += 2 * sites.width * len(_named(name, at_heads))
+    return total
+
+
+def _named(name: str, parents: list[nn.Module | None]) -> list[nn.Module]:
+    """The children called `name` of those that have one."""
+    return [child for parent in parents for own, child in (parent.named_children() if parent else ()) if own == name]
+
+
+def _parameters(modules: list[nn.Module]) -> int:
+    return sum(parameter.numel() for parameter in nn.ModuleList(modules).parameters())  # shared ones once

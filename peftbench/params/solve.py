@@ -1,0 +1,92 @@
+"""The bottlenecks of a run with a budget: the largest that store no more than it allows.
+
+What a run stores is affine in each of its bottlenecks, whatever the axes and the family. So nothing is known here of
+any formula: the counts at bottlenecks of 1 and 2, on the meta device, say the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from math import lcm
+
+from transformers import PretrainedConfig
+
+from peftbench.backbone import load_config, meta_backbone
+from peftbench.budget import largest_sizes, limit
+from peftbench.config import Run, modifications
+from peftbench.errors import UserError
+from peftbench.modification.attach import attach_run
+from peftbench.modification.counting import Counts, count
+
+
+def solve_all(runs: Iterable[Run]) -> list[Run]:
+    """`solve` for runs that are to be trained.
+
+    Raises:
+        UserError: with the sentences of all that cannot be solved.
+    """
+    solved: list[Run] = []
+    found: list[str] = []
+    for run in runs:
+        try:
+            solved.append(solve(run, as_trained=True))
+        except UserError as error:
+            found.extend(sentence for sentence in error.faults if sentence not in found)
+    if found:
+        raise UserError(*found)
+    return solved
+
+
+def solve(run: Run, *, as_trained: bool = False) -> Run:
+    """The run with the largest bottlenecks whose stored count is within `run.budget`; itself where there is no budget.
+
+    Several bottlenecks keep a ratio, see `largest_sizes`: that of the sizes which they come with, or the one in which
+    what they store, as far as it grows with them, is as `run.budget_split`. Like counting it loads no weights.
+    `as_trained`: a hub model is what its config.json there says, and not `model.architecture`.
+
+    Raises:
+        UserError: not even bottlenecks of 1 are within the budget, or a modification does not fit the backbone.
+    """
+    if run.budget is None:
+        return run
+    given = {prefix: m.bottleneck for prefix, m in modifications(run).items() if m.bottleneck is not None}
+    least = dict.fromkeys(given, 1)
+    config = load_config(run.model) if as_trained else None
+    smallest = _counted(run, least, config)
+    costs = [_counted(run, {**least, prefix: 2}, config).stored - smallest.stored for prefix in given]
+    most = limit(run.budget, smallest.backbone)
+    weights = list(given.values()) if run.budget_split is None else _split(run.budget_split, costs)
+    sizes = largest_sizes(weights, costs, smallest.stored - sum(costs), most)
+    if sizes is None:
+        smallest_sizes = "a bottleneck" if len(given) == 1 else "bottlenecks"
+        raise UserError(
+            f"budget={run.budget}: the smallest {run.method} on {run.model.name} stores {smallest.stored:,} parameters "
+            f"({smallest.percent(smallest.stored):.3g}% of the backbone), with {smallest_sizes} of 1; give at least "
+            f"budget={smallest.stored}."
+        )
+    found = dict(zip(given, sizes, strict=True))
+    stored = _counted(run, found, config).stored
+    expected = smallest.stored + sum((size - 1) * cost for size, cost in zip(sizes, costs, strict=True))
+    assert stored == expected <= most, f"{stored:,} parameters are stored where {expected:,} were expected"
+    return _resized(run, found)
+
+
+def _counted(run: Run, sizes: Mapping[str, int], config: PretrainedConfig | None) -> Counts:
+    model = meta_backbone(run.model, run.task, config)
+    attach_run(model, _resized(run, sizes))
+    return count(model)
+
+
+def _split(shares: Sequence[float], costs: Sequence[int]) -> list[int]:
+    """Whole numbers in the ratio of the sizes that together cost what is in the ratio `shares`."""
+    ratio = [Fraction(str(share)) / cost for share, cost in zip(shares, costs, strict=True)]
+    whole = lcm(*(part.denominator for part in ratio))
+    return [int(part * whole) for part in ratio]
+
+
+def _resized(run: Run, sizes: Mapping[str, int]) -> Run:
+    """The run with bottlenecks `sizes`, by the prefix of the modifications' keys."""
+    mix = {name: replace(m, bottleneck=sizes.get(f"mix.{name}.", m.bottleneck)) for name, m in run.mix.items()}
+    return replace(run, bottleneck=sizes.get("", run.bottleneck), mix=mix)

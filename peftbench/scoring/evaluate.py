@@ -1,0 +1,127 @@
+"""`peftbench evaluate RUN [KEY=VALUE ...]`: a finished run's adapter, loaded and scored again, on any split."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from rich.console import Console
+
+from peftbench.backbone import load_backbone
+from peftbench.compose import apply
+from peftbench.config import Run, resolve
+from peftbench.errors import UserError
+from peftbench.evaluate import Evaluator
+from peftbench.fit import chosen_device
+from peftbench.modification.attach import attach_run
+from peftbench.modification.state import load as load_adapter
+from peftbench.partial import Partial
+from peftbench.progress import Display
+from peftbench.results.identity import content_stamp
+from peftbench.results.record import Record, write_lines
+from peftbench.scoring.saved import saved_config, saved_record
+from peftbench.scoring.show import show_scores
+from peftbench.tasks.load import load
+from peftbench.tasks.prepare import prepare
+from peftbench.train import quiet_console
+from peftbench.validity import faults
+
+GROUPS = ("task", "trainer", "model")  # what may be changed of a run without making it another
+
+
+def main(argv: list[str]) -> int:
+    """Prints the scores and returns the exit code.
+
+    Raises:
+        UserError: there is no finished run, an override is wrong, or the backbone is not the one it was trained on.
+    """
+    parser = argparse.ArgumentParser(
+        prog="peftbench evaluate",
+        description="Load the adapter of a finished run and score it again.",
+        epilog="task.split=SPLIT scores another split; other keys are those of peftbench train that begin with task., "
+        "trainer. or model., such as task.generation.num_beams=1 or trainer.eval_batch_size=8.",
+    )
+    parser.add_argument("run", type=Path, help="the folder of the run")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="what to do otherwise than the run did")
+    parser.add_argument("--json", action="store_true", help="print a JSON array with one object for each split")
+    parser.add_argument("--predictions", type=Path, metavar="FILE", help="write the predictions of the split there")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.predictions is not None and not arguments.predictions.parent.is_dir():
+        raise UserError(f"--predictions {arguments.predictions}: {arguments.predictions.parent} is not a folder.")
+    record = saved_record(arguments.run)
+    run = changed_run(arguments.run, record, arguments.overrides)
+    console = quiet_console(stderr=arguments.json)
+    found = evaluate(arguments.run, run, console, arguments.predictions)
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+    else:
+        show_scores(found, record, console)
+    return 0
+
+
+def changed_run(folder: Path, record: Record, overrides: list[str]) -> Run:
+    """The run that lies in `folder`, with overrides, checked as `peftbench train` checks them."""
+    config = saved_config(folder)
+    try:
+        lines = [re.sub(r"^task\.split=", "task.report_split=", override) for override in overrides]
+        parsed = OverridesParser.create().parse_overrides(lines)
+    except HydraException as error:
+        raise UserError(" ".join(str(error).split())) from error
+    found = []
+    for override in parsed:
+        if override.key_or_group.split(".")[0] not in GROUPS or "." not in override.key_or_group:
+            keys = ", ".join(f"{group}.KEY" for group in GROUPS)
+            found.append(f"{override.input_line}: evaluate takes {keys} only, such as task.split=test.")
+        elif sentence := apply(config, override):
+            found.append(sentence)
+    if found:
+        raise UserError(*found)
+    run = resolve(config)
+    if found := faults(run):
+        raise UserError(*found)
+    if run.model.path and record.model.content and content_stamp(run.model.path) != record.model.content:
+        raise UserError(f"model.path={run.model.path} holds another backbone than the one that the run was trained on.")
+    if "labels" in record.data:
+        run.task.labels = record.data["labels"]
+    return run
+
+
+def evaluate(folder: Path, run: Run, console: Console, predictions: Path | None = None) -> list[dict[str, Any]]:
+    """The scores of each split, as `rescore` gives them.
+
+    Args:
+        predictions: the file to write the predictions on the report split to. Where text is generated, what was
+            written to FILE.partial before the command was stopped is not generated again.
+    """
+    found: list[dict[str, Any]] = []
+    with Display(console) as display:
+        with display.stage("prepare"):
+            loaded = load(run.task, training=False)
+            backbone = load_backbone(run.model, loaded.task)
+            attach_run(backbone.model, run, backbone.untrained)
+            load_adapter(backbone.model, folder / "adapter", backbone.untrained)
+            data = prepare(loaded, backbone.tokenizer, backbone.model)
+            backbone.model.to(chosen_device(run.trainer))
+            evaluator = Evaluator(backbone.model, data, run)
+        partial = None
+        if predictions is not None and evaluator.generation is not None:
+            source = content_stamp(run.model.path) if run.model.path else f"{run.model.hub_id} {run.model.revision}"
+            task = run.task
+            reads = [task.max_source_length, task.prompt, task.source_language, task.target_language]
+            how = [evaluator.generation.to_json_string(), evaluator.bf16, run.model.dtype.name, *reads]
+            stamp = json.dumps([source, content_stamp(folder / "adapter"), data.fingerprint, *how])
+            partial = Partial(predictions.with_name(f"{predictions.name}.partial"), stamp)
+        for role, split in data.splits.items():
+            with display.stage(f"evaluate {split['split']}", split["examples"]) as stage:
+                metrics, decoded = evaluator.score(role, stage.advance, partial if role == "report" else None)
+            found.append({"of": None, "role": role, **split, "metrics": metrics, "signatures": data.signatures})
+            if role == "report" and predictions is not None:
+                write_lines(predictions, data.records(decoded, data.report_rows))
+    if partial is not None:
+        partial.remove()
+    return found

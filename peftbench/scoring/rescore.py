@@ -1,0 +1,65 @@
+"""`peftbench rescore RUN [METRIC]`: any metric of a finished run, from its predictions. Needs no model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from peftbench.config import Task
+from peftbench.errors import UserError, unknown
+from peftbench.scoring.saved import saved_config, saved_predictions, saved_record
+from peftbench.scoring.show import show_scores
+from peftbench.tasks.metrics import measure
+from peftbench.validity import METRICS
+
+
+def main(argv: list[str]) -> int:
+    """Prints the scores and returns the exit code. Raises UserError for what is no finished run, or no metric of it."""
+    parser = argparse.ArgumentParser(
+        prog="peftbench rescore", description="Compute a metric of a finished run from its saved predictions."
+    )
+    parser.add_argument("run", type=Path, help="the folder of the run")
+    parser.add_argument("metric", nargs="?", help="default: the metric of the run")
+    parser.add_argument("--json", action="store_true", help="print a JSON array with one object for each split")
+    arguments = parser.parse_args(argv)
+    found = rescore(arguments.run, arguments.metric)
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+    else:
+        show_scores(found, saved_record(arguments.run), Console())
+    return 0
+
+
+def rescore(folder: Path, metric: str | None = None) -> list[dict[str, Any]]:
+    """`{"role", "split", "examples", "metrics", "signatures"}` for each split that the run reported on.
+
+    Raises:
+        UserError: as `main`.
+    """
+    record = saved_record(folder)
+    task: Task = saved_config(folder).task
+    metric = metric or record.metric
+    if metric not in METRICS[task.kind]:
+        raise UserError(unknown("metric", metric, METRICS[task.kind]))
+    found = []
+    for role, score in record.scores.items():
+        if not role.startswith("report"):
+            continue
+        rows = saved_predictions(folder, role)
+        predictions, references = [row["prediction"] for row in rows], [row["reference"] for row in rows]
+        scores, signatures = measure(metric, predictions, references, record.data.get("labels", ()))
+        found.append(
+            {
+                "role": role,
+                "split": score.split,
+                "examples": len(rows),
+                "of": score.of,
+                "metrics": scores,
+                "signatures": signatures,
+            }
+        )
+    return found

@@ -1,0 +1,70 @@
+"""What is worth keeping between runs: tokenised rows on disk, under a name that is a hash of all that they follow from;
+in memory what the last runs of this process have read and prepared, for the further runs of a sweep."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from datasets import Dataset
+
+T = TypeVar("T")
+
+RECENT = 2  # values in memory, for a sweep over two tasks or two backbones
+MIN_ROWS = 2_000  # fewer are tokenised faster than they are found
+
+
+class Recent(Generic[T]):
+    """The values that were asked for last, `RECENT` of them, by all that they follow from."""
+
+    def __init__(self) -> None:
+        self.values: OrderedDict[Hashable, T] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The value under `key`, from `make` where it is not there. The eldest is let go before a new one is made."""
+        if key not in self.values:
+            while len(self.values) >= RECENT:
+                self.values.popitem(last=False)
+            self.values[key] = make()
+        self.values.move_to_end(key)
+        return self.values[key]
+
+
+def cache_dir() -> Path:
+    """`$PEFTBENCH_CACHE`, or `~/.cache/peftbench`."""
+    return Path(os.environ.get("PEFTBENCH_CACHE") or Path.home() / ".cache" / "peftbench")
+
+
+def kept(what: dict[str, Any], rows: int, make: Callable[[], Dataset]) -> Dataset:
+    """The Dataset that `make` gives, from the cache where another run has made it.
+
+    Args:
+        what: JSON values that the Dataset follows from, and nothing else does.
+        rows: how many are read to make it.
+    """
+    if rows < MIN_ROWS:
+        return make()
+    folder = cache_dir() / "tokens" / hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+    if folder.is_dir():
+        try:
+            return Dataset.load_from_disk(str(folder))
+        except (OSError, ValueError, KeyError):  # torn by somebody's cleaning up
+            shutil.rmtree(folder, ignore_errors=True)
+    made = make()
+    with suppress(OSError):  # a cache that cannot be written costs seconds, not the run
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
+        try:
+            made.save_to_disk(str(unfinished))
+            os.rename(unfinished, folder)  # whole or not at all; where another run was faster, its is as good
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return made

@@ -1,0 +1,88 @@
+"""Text to text by a decoder alone: the source is a prompt, the target its completion (instruction tuning)."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from peftbench.errors import UserError
+from peftbench.tasks.load import Loaded
+from peftbench.tasks.text_to_text import TextToText
+
+SOURCE = "{source}"  # its place in task.prompt
+
+
+class Completion(TextToText):
+    """`task.prompt` around the source in, the target and an end of text out; only the latter two have a loss."""
+
+    def __init__(self, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token  # masked wherever it pads
+        super().__init__(loaded, tokenizer, model)
+
+    def serve(self, model: PreTrainedModel) -> None:
+        """Batches for training and for completion."""
+        self.collator = PromptCollator(self.tokenizer.pad_token_id)
+        assert model.generation_config is not None
+        if model.generation_config.pad_token_id is None:
+            model.generation_config.pad_token_id = self.tokenizer.pad_token_id
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each training example: the prompt and its completion."""
+        pairs = zip(self.train["input_ids"], self.train["labels"], strict=True)
+        return [len(prompt) + len(target) for prompt, target in pairs]
+
+    def encode(self, rows: dict[str, list[Any]], training: bool) -> dict[str, list[Any]]:
+        """`input_ids` of the prompts, and the ids of the targets with the end of text as `labels`.
+
+        A source is cut where the prompt would be longer than `task.max_source_length`, never what stands behind it.
+        """
+        sources, targets = self.pairs(rows, training)
+        before, after = self.task.prompt.split(SOURCE)
+        behind = self.encoder([after], max_length=self.task.max_source_length, special=False)["input_ids"][0]
+        room = min(self.task.max_source_length, self.encoder.limit - self.task.max_target_length) - len(behind)
+        if room < 1:
+            raise UserError(
+                f"task.max_target_length={self.task.max_target_length} leaves no room for a source: the backbone has "
+                f"{self.encoder.limit} positions, and task.max_source_length={self.task.max_source_length} counts the "
+                "whole prompt."
+            )
+        # One more, for the tokenizers that end a text: a prompt goes on.
+        prompts = self.encoder([f"{before}{source}" for source in sources], max_length=room + 1)["input_ids"]
+        end = self.tokenizer.eos_token_id
+        written = self.encoder(targets, max_length=self.task.max_target_length - 1, special=False)["input_ids"]
+        return {
+            "input_ids": [(ids[:-1] if ids[-1] == end else ids[:room]) + behind for ids in prompts],
+            "labels": [[*ids, end] for ids in written],
+        }
+
+
+class PromptCollator:
+    """Batches of prompts, padded on the left to be completed; with `labels` prompt and target, padded on the right."""
+
+    def __init__(self, pad: int) -> None:
+        self.pad = pad
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        prompts = [list(example["input_ids"]) for example in examples]
+        if "labels" not in examples[0]:
+            return _padded(prompts, self.pad, left=True)
+        targets = [list(example["labels"]) for example in examples]
+        batch = _padded([prompt + target for prompt, target in zip(prompts, targets, strict=True)], self.pad)
+        labels = [[-100] * len(prompt) + target for prompt, target in zip(prompts, targets, strict=True)]
+        return {**batch, "labels": _padded(labels, -100)["input_ids"]}
+
+
+def _padded(rows: list[list[int]], pad: int, left: bool = False) -> dict[str, Tensor]:
+    longest = max(map(len, rows))
+    ids, mask = [], []
+    for row in rows:
+        gap, ones = [pad] * (longest - len(row)), [1] * len(row)
+        ids.append(gap + row if left else row + gap)
+        mask.append([0] * len(gap) + ones if left else ones + [0] * len(gap))
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}

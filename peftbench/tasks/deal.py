@@ -1,0 +1,42 @@
+"""One file of rows made into splits, where the user has no files for them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+
+from datasets import Dataset
+
+from peftbench.errors import UserError
+
+SHARE = 10  # one in so many texts goes to each split that is dealt
+
+
+def deal(rows: Dataset, columns: Sequence[str], train: str, others: Sequence[str], source: str) -> dict[str, Dataset]:
+    """`rows` dealt to the split `train` and to `others`, each of which gets a tenth of the different inputs.
+
+    An input is what stands in `columns`. Equal inputs go to one split, so that nothing is both trained on and scored.
+    Inputs are dealt in the order of the sha256 of their content: neither the order of the rows nor a seed has a part.
+    Raises UserError where there are too few for every split to get one.
+    """
+    places: dict[str, list[int]] = defaultdict(list)
+    for index, cells in enumerate(zip(*(rows[column][:] for column in columns), strict=True)):
+        places[hashlib.sha256(json.dumps(cells).encode()).hexdigest()].append(index)
+    if len(places) <= len(others):
+        raise UserError(
+            f"{source} has {len(places)} different inputs, too few for the splits {', '.join([train, *others])}; add "
+            "rows, or give each split a file of its own: task.train_file, task.validation_file, task.test_file."
+        )
+    share = max(1, len(places) // SHARE)
+    groups = [places[key] for key in sorted(places)]
+    dealt: dict[str, Dataset] = {}
+    for number, split in enumerate(others):
+        dealt[split] = _rows(rows, groups[number * share : (number + 1) * share])
+    dealt[train] = _rows(rows, groups[len(others) * share :])
+    return dealt
+
+
+def _rows(rows: Dataset, groups: Sequence[Sequence[int]]) -> Dataset:
+    return rows.select(sorted(index for group in groups for index in group))

@@ -1,0 +1,41 @@
+"""Source and target language of a translation, for the backbones that mark texts with language codes (mBART)."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from peftbench.errors import UserError, unknown
+
+
+def set_languages(tokenizer: PreTrainedTokenizerBase, source: str | None, target: str | None) -> None:
+    """Tell the tokenizer which languages it reads and writes; one without codes stays as it is.
+
+    None: the language that the tokenizer is set to. Raises UserError where it has no such code.
+    """
+    if not hasattr(tokenizer, "src_lang"):
+        return
+    codes = [token for token in tokenizer.all_special_tokens if "_" in token]
+    for key, code in (("task.source_language", source), ("task.target_language", target)):
+        if code is not None and code not in codes:
+            raise UserError(unknown(key, code, codes))
+    tokenizer.src_lang = source or tokenizer.src_lang
+    tokenizer.tgt_lang = target or tokenizer.tgt_lang or tokenizer.src_lang
+
+
+def begin_in_language(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have the model write the language that `set_languages` has set.
+
+    mBART-cc25 ends a text with its code and starts to write from the target's, which the model turns to the front of
+    the decoder's input. mBART-50 begins a text with its code, which is then forced as the first token written. Which
+    of the two it is, is seen from how the tokenizer encodes a target.
+    """
+    if not hasattr(tokenizer, "src_lang"):
+        return
+    written = tokenizer.convert_tokens_to_ids(tokenizer.tgt_lang)
+    ids = tokenizer(text_target="")["input_ids"]
+    assert model.generation_config is not None
+    if ids[-1] == written:
+        model.generation_config.decoder_start_token_id = written
+        model.generation_config.forced_bos_token_id = None
+    elif ids[0] == written:
+        model.generation_config.forced_bos_token_id = written

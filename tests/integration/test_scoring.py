@@ -1,0 +1,179 @@
+"""A finished run scored again, from its adapter and from its predictions: equal to the last digit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftbench import predict as predict_module
+from peftbench.cli import main
+from peftbench.tasks.metrics import compute_metrics
+
+SMOKE = ("model=mini", "debug=smoke", "trainer.max_steps=3", "method=mam")
+
+
+def trained(folder: Path, *overrides: str) -> Path:
+    """The folder of a run of a few steps."""
+    assert main(["train", *SMOKE, *overrides, f"output_dir={folder / 'outputs'}"]) == 0
+    (file,) = (folder / "outputs").rglob("record.json")
+    return file.parent
+
+
+def write(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> str:
+    """A folder as `task=mnli` reads it: 40 pairs to train, 20 matched, 10 mismatched."""
+    names = ("entailment", "neutral", "contradiction")
+    rows = [{"premise": f"it rained {i} times", "hypothesis": "rain", "label": names[i % 3]} for i in range(40)]
+    for name, count in (("train", 40), ("dev_matched", 20), ("dev_mismatched", 10)):
+        write(tmp_path, f"{name}.jsonl", rows[:count])
+    return f"task.data_dir={tmp_path}"
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> str:
+    rows = [{"document": f"Text {i} is about rain. It has an end.", "summary": f"Rain {i}."} for i in range(24)]
+    for name in ("train", "validation", "test"):
+        write(tmp_path, f"{name}.jsonl", rows)
+    return f"task.data_dir={tmp_path}"
+
+
+def scored(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
+    capsys.readouterr()
+    assert main([*arguments, "--json"]) == 0
+    found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def recorded(run: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((run / "record.json").read_text())
+    return record
+
+
+def test_mnli_reports_both_dev_sets_in_full(pairs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained(tmp_path, "task=mnli", pairs, "task.max_eval=null", "task.max_selection=null")
+    scores = recorded(run)["scores"]
+    assert [scores[role]["examples"] for role in ("report", "report_validation_mismatched")] == [20, 10]
+    assert len((run / "predictions.jsonl").read_text().splitlines()) == 20
+    assert len((run / "predictions.validation_mismatched.jsonl").read_text().splitlines()) == 10
+    again = scored(capsys, "evaluate", str(run))
+    assert {entry["role"]: entry["metrics"] for entry in again} == {
+        role: scores[role]["metrics"] for role in ("report", "report_validation_mismatched")
+    }
+    (other,) = scored(capsys, "evaluate", str(run), "task.split=validation_mismatched")
+    assert other["metrics"] == scores["report_validation_mismatched"]["metrics"]
+
+
+def test_a_part_of_a_split_is_called_one(pairs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained(tmp_path, "task=mnli", pairs, "task.max_eval=16")
+    assert recorded(run)["scores"]["report"] | {"metrics": {}} == {
+        "split": "validation_matched",
+        "examples": 16,
+        "of": 20,
+        "metrics": {},
+    }
+    assert "on 16 of 20 validation_matched" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_further_split_without_a_file_is_left_out_and_noted(pairs: str, tmp_path: Path) -> None:
+    (tmp_path / "dev_mismatched.jsonl").unlink()
+    run = trained(tmp_path, "task=mnli", pairs)
+    assert recorded(run)["data"]["notes"] == ["validation_mismatched is not scored: there is no file for it."]
+    assert "report_validation_mismatched" not in recorded(run)["scores"]
+
+
+def test_generated_text_is_scored_again(texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The adapter writes the same texts; the metrics of the saved ones are the record's, and others can be had."""
+    run = trained(tmp_path, "task=xsum", texts, "task.metric=rougeL")
+    report = recorded(run)["scores"]["report"]
+    file = tmp_path / "again.jsonl"
+    (again,) = scored(capsys, "evaluate", str(run), "--predictions", str(file))
+    assert again["metrics"] == report["metrics"]
+    assert file.read_text() == (run / "predictions.jsonl").read_text()
+    (from_file,) = scored(capsys, "rescore", str(run))
+    assert from_file["metrics"] == report["metrics"]
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    (bleu,) = scored(capsys, "rescore", str(run), "bleu")
+    expected = compute_metrics("bleu", [row["prediction"] for row in rows], [row["reference"] for row in rows])
+    assert bleu["metrics"] == expected and "tok:13a" in bleu["signatures"]["bleu"]
+    assert main(["rescore", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert f"rougeL       {report['metrics']['rougeL']!r}" in printed and "as in the record" in printed
+
+
+def test_a_generation_that_was_stopped_goes_on(
+    texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written before is not generated again, and the end is the same; another adapter begins anew."""
+    run = trained(tmp_path, "task=xsum", texts)
+    file, arguments = tmp_path / "again.jsonl", ["evaluate", str(run), "trainer.eval_batch_size=5"]
+    generate, sizes = predict_module._generate, []
+
+    def stopped(model: Any, batch: dict[str, Any], generation: Any) -> Any:
+        sizes.append(len(batch["input_ids"]))
+        if len(sizes) == 3:
+            raise KeyboardInterrupt
+        return generate(model, batch, generation)
+
+    monkeypatch.setattr(predict_module, "_generate", stopped)
+    assert main([*arguments, "--predictions", str(file)]) == 130
+    assert not file.exists()
+    partial = tmp_path / "again.jsonl.partial"
+    kept = partial.read_text().splitlines()
+    assert len(kept) == 1 + 10
+    partial.write_text("\n".join([*kept, "[3, [0, 1"]))  # torn where it stopped
+    sizes.clear()
+    sizes += [0, 0, 0]
+    capsys.readouterr()
+    assert main([*arguments, "--predictions", str(file)]) == 0
+    assert sum(sizes) == 16 - 10
+    assert file.read_text() == (run / "predictions.jsonl").read_text() and not partial.exists()
+
+    partial.write_text("\n".join(['"another run"', *kept[1:], ""]))
+    sizes[:] = [0, 0, 0]
+    assert main([*arguments, "--predictions", str(file)]) == 0
+    assert sum(sizes) == 16
+
+
+def test_labels_that_were_found_keep_their_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the training file is gone, and where another split has only some of them."""
+    rows = [{"text": f"text {i}", "label": ("b", "a", "c")[i % 3]} for i in range(30)]
+    for name in ("train", "dev", "test"):
+        write(tmp_path, f"{name}.jsonl", rows)
+    run = trained(tmp_path, "task=text_classification", f"task.data_dir={tmp_path}", "task.metric=macro_f1")
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.jsonl").unlink()
+    metrics = recorded(run)["scores"]["report"]["metrics"]
+    assert [entry["metrics"] for entry in scored(capsys, "evaluate", str(run))] == [metrics]
+    assert [entry["metrics"] for entry in scored(capsys, "rescore", str(run))] == [metrics]
+
+
+def test_what_cannot_be_scored_is_refused(texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained(tmp_path, "task=xsum", texts)
+    capsys.readouterr()
+    for arguments, sentence in (
+        (["evaluate", str(tmp_path)], "holds no run; give the folder that peftbench train named"),
+        (["rescore", str(tmp_path / "nowhere")], "holds no run"),
+        (["evaluate", str(run), "bottleneck=3"], "bottleneck=3: evaluate takes task.KEY, trainer.KEY, model.KEY only"),
+        (["evaluate", str(run), "task.splt=train"], "task.splt is no key of the config (in task)"),
+        (["evaluate", str(run), "task.split=dev"], "holds no file for the dev split"),
+        (["rescore", str(run), "accuracy"], "metric=accuracy is unknown; Choices: rouge1"),
+    ):
+        assert main(arguments) == 2
+        assert sentence in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--predictions", "/nowhere/file"]) == 2
+    assert "--predictions /nowhere/file: /nowhere is not a folder." in capsys.readouterr().err
+    (run / "predictions.jsonl").write_text('{"prediction": "to')
+    assert main(["rescore", str(run)]) == 2
+    assert "predictions.jsonl cannot be read" in capsys.readouterr().err
+    record = recorded(run)
+    (run / "record.json").write_text(json.dumps({**record, "status": "failed"}))
+    assert main(["evaluate", str(run)]) == 2
+    assert "holds a run that is not done" in capsys.readouterr().err

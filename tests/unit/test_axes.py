@@ -1,0 +1,95 @@
+"""The space of the four axes: which points run, what is said of the others, and `peftbench ls`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from peftbench import config
+from peftbench.axes import CHOICES, Point, at, axes, nearest, points, refusals, runs
+from peftbench.cli import main
+from peftbench.listing import MEANINGS
+
+
+def distance(a: Point, b: Point) -> int:
+    return sum(old != new for old, new in zip(a, b, strict=True))
+
+
+def test_choices_are_those_of_the_schema() -> None:
+    enums = (config.Representation, config.Insertion, config.Composition)
+    assert [set(CHOICES[axis]) for axis in Point._fields[1:]] == [
+        {choice.name for choice in enum} - {"none"} for enum in enums
+    ]
+    assert set(CHOICES["functional_form"]) | set(config.ACTIVATIONS) == set(config.FUNCTIONAL_FORMS) - {"none"}
+    assert len(list(points())) == 4 * 15 * 2 * 5
+
+
+def test_rules_see_no_difference_between_activations() -> None:
+    """So that relu can stand for all."""
+    for point in points():
+        if point.functional_form == "relu":
+            assert {runs(point._replace(functional_form=name)) for name in config.ACTIVATIONS} == {runs(point)}
+
+
+def test_what_runs_is_not_refused_and_what_does_not_is() -> None:
+    for point in points("gelu"):
+        assert axes(at(point)) == point
+        assert (list(refusals("", at(point))) == []) is runs(point)
+
+
+def test_every_refusal_names_the_nearest_point_that_runs() -> None:
+    """No point that runs is nearer, and typing what the sentence says leads to it."""
+    running = [point for point in points("gelu") if runs(point)]
+    for point in points("gelu"):
+        found = nearest(point)
+        assert runs(found)
+        assert distance(point, found) == min(distance(point, other) for other in running)
+        if runs(point):
+            assert found == point
+            continue
+        for sentence in refusals("mix.second.", at(point)):
+            overrides = sentence.partition("The nearest point that runs: ")[2].removesuffix(".").split()
+            changes = dict(override.removeprefix("mix.second.").split("=") for override in overrides)
+            assert changes and point._replace(**changes) == found, sentence
+
+
+def test_the_nearest_point_keeps_form_and_representation_where_it_can() -> None:
+    assert nearest(Point("relu", "ffn", "sequential", "gated")) == Point("relu", "ffn", "parallel", "gated")
+    assert nearest(Point("relu", "layer", "parallel", "add")) == Point("relu", "layer", "sequential", "add")
+    assert nearest(Point("constant", "key", "sequential", "add")) == Point("constant", "key", "sequential", "multiply")
+
+
+def test_a_faulty_option_has_no_nearest_point() -> None:
+    m = at(Point("relu", "ffn", "parallel", "add"))
+    m.bottleneck = -3
+    assert list(refusals("", m)) == ["bottleneck=-3: the bottleneck must be a whole number of at least 1."]
+
+
+def test_ls_axes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["ls", "axes"]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    lines = [line.split() for line in printed.splitlines()]
+    assert ["layer", "irsc", "irsc", "·", "·", "irsc"] in lines
+    assert ["embedding", "·", "·", "·", "s", "·"] in lines
+    assert all(set(choices) <= MEANINGS.keys() for choices in CHOICES.values())
+    assert main(["ls", "axes", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [Point(**{key: entry[key] for key in Point._fields}) for entry in listed if entry["runs"]] == [
+        point for point in points() if runs(point)
+    ]
+
+
+def test_ls_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls"]) == 0
+    everything = capsys.readouterr().out
+    for folder in (path for path in Path(config.conf_dir()).iterdir() if path.is_dir() and list(path.glob("*.yaml"))):
+        assert main(["ls", folder.name]) == 0
+        printed = capsys.readouterr().out
+        assert folder.name in everything
+        assert all(option.stem in printed for option in folder.glob("*.yaml"))
+    assert main(["ls", "metod"]) == 2
+    assert "did you mean method?" in capsys.readouterr().err

@@ -1,0 +1,56 @@
+"""docs/methods.md has each preset of conf/method with the axes that it composes to, and each preset says what it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra._internal.utils import get_args_parser
+
+from peftbench.compose import compose_runs
+from peftbench.config import conf_dir, modifications
+
+METHODS = sorted(path.stem for path in (conf_dir() / "method").glob("*.yaml"))
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
+
+
+def documented() -> dict[str, list[tuple[str, ...]]]:
+    """Preset: (prefix of the keys, the four axes) of each of its rows."""
+    found: dict[str, list[tuple[str, ...]]] = {}
+    preset = ""
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("| ") or cells[0] == "preset":
+            continue
+        name, axes = cells[0].lstrip("+ ").strip("`"), tuple(cells[1:5])
+        if cells[0].startswith("+"):
+            found[preset].append((f"{name}.", *axes))
+        else:
+            preset = name
+            found[preset] = [] if set(axes) == {"–"} else [("", *axes)]
+    return found
+
+
+def test_the_page_names_every_preset() -> None:
+    assert sorted(documented()) == METHODS
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_page_has_the_axes_of_the_preset(method: str) -> None:
+    (run,) = compose_runs(get_args_parser().parse_args([f"method={method}", "task=sst2"]))
+    assert documented()[method] == [
+        (
+            prefix,
+            m.functional_form.name,
+            m.modified_representation.name.name,
+            m.insertion_form.name.name,
+            m.composition_function.name.name,
+        )
+        for prefix, m in modifications(run).items()
+    ]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_preset_opens_with_what_it_is(method: str) -> None:
+    first, second, *_ = (conf_dir() / "method" / f"{method}.yaml").read_text(encoding="utf-8").splitlines()
+    assert first == "# @package _global_" and second.startswith("# ")

@@ -1,0 +1,173 @@
+"""Tasks over the user's own files: which file is which split, how one file is dealt, and which labels are found."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftbench.config import Task, TaskKind
+from peftbench.errors import UserError
+from peftbench.tasks.load import label_names, load
+
+OWN = Task(name="own", kind=TaskKind.classification, text_columns=["text"], metric="accuracy")
+WRITING = Task(name="own", kind=TaskKind.text_to_text, source_column="source", target_column="target", metric="rougeL")
+
+
+def write(folder: Path, name: str, content: str | bytes) -> str:
+    file = folder / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(file)
+
+
+def jsonl(folder: Path, name: str, *rows: dict[str, Any]) -> str:
+    return write(folder, name, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def reviews(count: int) -> list[dict[str, Any]]:
+    return [{"text": f"film {i}", "label": ("bad", "good")[i % 2]} for i in range(count)]
+
+
+def test_each_role_has_its_file(tmp_path: Path) -> None:
+    files = {
+        f"{name}_file": jsonl(tmp_path, f"{name}.jsonl", *reviews(count))
+        for name, count in (("train", 6), ("validation", 3), ("test", 4))
+    }
+    loaded = load(replace(OWN, labels=["bad", "good"], **files))
+    assert {split: len(rows) for split, rows in loaded.rows.items()} == {"train": 6, "validation": 3, "test": 4}
+    assert loaded.notes == []
+
+
+def test_one_file_is_dealt_by_content(tmp_path: Path) -> None:
+    rows = reviews(40)
+    loaded = load(replace(OWN, train_file=jsonl(tmp_path, "all.jsonl", *rows)))
+    texts = {split: set(of_split["text"][:]) for split, of_split in loaded.rows.items()}
+    assert {split: len(found) for split, found in texts.items()} == {"train": 32, "validation": 4, "test": 4}
+    assert texts["train"] | texts["validation"] | texts["test"] == {row["text"] for row in rows}
+    again = load(replace(OWN, train_file=jsonl(tmp_path, "reversed.jsonl", *reversed(rows))))
+    assert {split: set(of_split["text"][:]) for split, of_split in again.rows.items()} == texts
+    assert "validation and test have one in ten of the different inputs each." in loaded.notes[1]
+
+
+def test_equal_inputs_are_dealt_to_one_split(tmp_path: Path) -> None:
+    rows = [{"text": f"film {i % 12}", "label": ("bad", "good")[i % 2]} for i in range(120)]
+    loaded = load(replace(OWN, train_file=jsonl(tmp_path, "all.jsonl", *rows)))
+    texts = [set(of_split["text"][:]) for of_split in loaded.rows.values()]
+    assert sum(map(len, texts)) == len(set.union(*texts)) == 12
+    assert sum(map(len, loaded.rows.values())) == 120
+
+
+def test_only_what_has_no_file_is_dealt(tmp_path: Path) -> None:
+    task = replace(
+        OWN,
+        train_file=jsonl(tmp_path, "train.jsonl", *reviews(20)),
+        test_file=jsonl(tmp_path, "test.jsonl", *reviews(5)),
+    )
+    loaded = load(task)
+    assert {split: len(rows) for split, rows in loaded.rows.items()} == {"train": 18, "validation": 2, "test": 5}
+    assert "validation has one in ten of them." in loaded.notes[1]
+    assert len(load(replace(task, max_train=7)).rows["train"]) == 7
+
+
+def test_too_few_inputs_to_deal(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": "bad"}, {"text": "b", "label": "good"}, {"text": "b", "label": "good"}]
+    with pytest.raises(UserError, match=r"all\.jsonl has 2 different inputs, too few for the splits train, validation"):
+        load(replace(OWN, train_file=jsonl(tmp_path, "all.jsonl", *rows)))
+
+
+def test_a_pair_is_one_input(tmp_path: Path) -> None:
+    rows = [{"premise": "p", "hypothesis": f"h{i}", "label": i % 2} for i in range(10)]
+    task = replace(OWN, text_columns=["premise", "hypothesis"], train_file=jsonl(tmp_path, "nli.jsonl", *rows))
+    loaded = load(task)
+    assert {split: len(found) for split, found in loaded.rows.items()} == {"train": 8, "validation": 1, "test": 1}
+    assert loaded.task.labels == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("cells", "labels"),
+    [
+        (["b", "a", "b", "c"] * 3, ["a", "b", "c"]),
+        ([10, 9, 2, 10] * 3, ["2", "9", "10"]),
+        (["1", "0"] * 3, ["0", "1"]),
+        ([True, False] * 3, ["False", "True"]),
+    ],
+)
+def test_labels_are_found_and_sorted(tmp_path: Path, cells: list[Any], labels: list[str]) -> None:
+    rows = [{"text": f"film {i}", "label": cell} for i, cell in enumerate(cells)]
+    task = replace(OWN, train_file=jsonl(tmp_path, "all.jsonl", *rows))
+    assert label_names(task) == labels
+    loaded = load(task)
+    found = {
+        text: labels[code] for of in loaded.rows.values() for text, code in zip(of["text"], of["label"], strict=True)
+    }
+    assert found == {row["text"]: str(row["label"]) for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("text,label\na,x\nb,\nc,y\n", r"own\.csv:3: column label is empty; every row needs a label\."),
+        ('text,label\n"two\nlines",x\nb,\n', r"own\.csv:4: column label is empty"),
+        ("text,label\na,x\nb,x\n", r"own\.csv: all rows have the label x; two or more are needed\."),
+        (
+            "text,label\n" + "".join(f"{i},{i}\n" for i in range(9)),
+            r"own\.csv: column label holds 9 labels in 9 rows; name the column of labels by task\.label_column",
+        ),
+        ("text,grade\na,x\n", r"own\.csv: task\.label_column=label is unknown; Choices: text, grade\."),
+    ],
+)
+def test_labels_that_are_none(tmp_path: Path, content: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        load(replace(OWN, train_file=write(tmp_path, "own.csv", content)))
+
+
+def test_a_label_that_training_has_not_seen(tmp_path: Path) -> None:
+    task = replace(
+        OWN,
+        train_file=write(tmp_path, "train.csv", "text,label\n" + "".join(f"{i},{'xy'[i % 2]}\n" for i in range(20))),
+        validation_file=write(tmp_path, "dev.csv", 'text,label\n"a,\nb",x\nc,z\n'),
+    )
+    with pytest.raises(UserError, match=r"dev\.csv:4: label 'z' is none of x, y"):
+        load(task)
+
+
+def test_oddities_that_work(tmp_path: Path) -> None:
+    """A byte order mark, quotes, empty texts and a text of 100,000 characters."""
+    rows = [f'"a ""quoted"", text {i}",{"xy"[i % 2]}' for i in range(9)] + [f"{'long ' * 20_000},x", ",y"]
+    content = "\ufefftext,label\r\n" + "\r\n".join(rows) + "\r\n"
+    loaded = load(replace(OWN, train_file=write(tmp_path, "own.csv", content)))
+    texts = {text for rows in loaded.rows.values() for text in rows["text"]}
+    assert len(texts) == 11 and 'a "quoted", text 0' in texts and "" in texts and "long " * 20_000 in texts
+
+
+def test_targets_may_be_lists(tmp_path: Path) -> None:
+    rows = [{"source": f"s{i}", "target": ["one", "another"]} for i in range(10)]
+    loaded = load(replace(WRITING, train_file=jsonl(tmp_path, "own.jsonl", *rows)))
+    assert loaded.rows["test"]["target"][:] == [["one", "another"]]
+
+
+@pytest.mark.parametrize(
+    ("target", "sentence"),
+    [
+        ([], r"own\.jsonl:2: column target holds \[\], not text or a list of texts\."),
+        (["one", None], r"own\.jsonl:2: column target holds \['one', None\], not text"),
+        ("a text", r"own\.jsonl:2: column target holds 'a text', where the rows above hold \['one'\]\."),
+    ],
+)
+def test_targets_that_are_none(tmp_path: Path, target: object, sentence: str) -> None:
+    rows = [{"source": "s", "target": ["one"]}, {"source": "t", "target": target}]
+    with pytest.raises(UserError, match=sentence):
+        load(replace(WRITING, train_file=jsonl(tmp_path, "own.jsonl", *rows)))
+
+
+def test_numbers_to_predict(tmp_path: Path) -> None:
+    task = replace(OWN, kind=TaskKind.regression, metric="pearson")
+    rows = "".join(f"text {i},{i}.5\n" for i in range(10))
+    loaded = load(replace(task, train_file=write(tmp_path, "own.csv", f"text,label\n{rows}")))
+    assert sorted(x for of in loaded.rows.values() for x in of["label"]) == [i + 0.5 for i in range(10)]
+    for cell in ("", "high", "nan", "inf"):
+        with pytest.raises(UserError, match=rf"own\.csv:3: label '{cell}' is no number\."):
+            load(replace(task, train_file=write(tmp_path, "own.csv", f"text,label\na,1\nb,{cell}\nc,2\n")))
