@@ -34,7 +34,8 @@ class TokenBatches(Sampler[list[int]]):
     def sampler(self) -> TokenBatches:
         """Itself: accelerate looks there for `set_epoch` where it skips the batches before a checkpoint.
 
-        Newer versions of transformers call it besides. Without it a training would go on with the first epoch's batches.
+        Newer versions of transformers call it besides. Without either a training would go on with the batches of the
+        first epoch.
         """
         return self
 

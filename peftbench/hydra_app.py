@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from peftbench.cli import print_faults
 from peftbench.compose import CONFIG_NAME, compose_points
-from peftbench.config import conf_dir
+from peftbench.config import Run, conf_dir
 from peftbench.errors import UserError
 from peftbench.results.lock import Busy
 
@@ -29,14 +29,7 @@ def run(argv: list[str]) -> int:
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         job()
         return 0
-    points = compose_points(args)
-    if any(run.budget is not None for _, run in points):
-        from peftbench.params.solve import solve_all
-
-        # Each job solves its own again; here all are refused before the first one trains, and the list of runs has
-        # their folders.
-        solved = solve_all(run for _, run in points)
-        points = [(overrides, run) for (overrides, _), run in zip(points, solved, strict=True)]
+    points = solved(compose_points(args))
     own_sweeper = any(word.startswith("hydra/sweeper=") for word in args.overrides)  # decides on its runs as it goes
     if not args.multirun or own_sweeper:
         job()
@@ -57,6 +50,18 @@ def run(argv: list[str]) -> int:
         sweep.show()
         return INTERRUPTED
     return sweep.show()
+
+
+def solved(points: list[tuple[list[str], Run]]) -> list[tuple[list[str], Run]]:
+    """The runs with bottlenecks for their budgets, on which their folders depend. Imports no torch without a budget.
+
+    Each job solves its own again; here all are refused before the first one trains.
+    """
+    if all(run.budget is None for _, run in points):
+        return points
+    from peftbench.params.solve import solve_all
+
+    return [(point[0], run) for point, run in zip(points, solve_all(run for _, run in points), strict=True)]
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)

@@ -21,6 +21,8 @@ from rich.console import Console
 from peftbench.compose import compose_points
 from peftbench.config import Run, conf_dir
 from peftbench.errors import UserError, unknown
+from peftbench.hydra_app import run as train
+from peftbench.hydra_app import solved
 from peftbench.results.columns import Column, duration
 from peftbench.results.identity import run_dir
 from peftbench.results.record import Record, differing, find, load_records
@@ -69,12 +71,8 @@ def main(argv: list[str]) -> int:
         raise UserError(unknown("table", arguments.table, names))
 
     sweep = ["-m", f"experiment=paper/{arguments.table}", *arguments.overrides]
-    points = compose_points(get_args_parser().parse_args(sweep))
-    code = 0
-    if not arguments.dry_run:
-        from peftbench.hydra_app import run
-
-        code = run(sweep)
+    points = solved(compose_points(get_args_parser().parse_args(sweep)))
+    code = 0 if arguments.dry_run else train(sweep)
     _show(lines(arguments.table, points), Console())
     return code
 

@@ -114,7 +114,8 @@ def test_a_killed_sweep_ends_like_one_that_was_not(
     assert f"{len(expected)} of {len(expected)} runs are done" in log.read_text().splitlines()[-1]
 
 
-@pytest.mark.parametrize("stage", ["train mam", pytest.param("train the head alone", marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/unit/test_checkpoint.py is the short form
+@pytest.mark.parametrize("stage", ["train mam", "train the head alone"])
 def test_a_killed_run_goes_on_from_its_checkpoint(stage: str, smoke: list[str], tmp_path: Path) -> None:
     """Killed once its checkpoint at step 7, in the second epoch, is whole, with batches accumulated."""
     settings = ["method=mam", "trainer.accumulation=2", "trainer.keep=best", "trainer.evaluate_every=3"]
@@ -162,6 +163,7 @@ def test_a_torn_checkpoint_is_passed_over(smoke: list[str], tmp_path: Path) -> N
     assert outcome(tmp_path / "outputs") == expected
 
 
+@pytest.mark.slow  # test_a_run_that_another_process_is_at_is_refused is the short form
 def test_two_processes_share_a_sweep(smoke: list[str], tmp_path: Path) -> None:
     arguments = [*SUBPROCESS, "train", "-m", *smoke, "method=lora,prefix,head"]
     both = [subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -230,7 +232,7 @@ def test_a_run_that_another_process_is_at_is_refused(
     assert main([*arguments, "rerun=true"]) == 0  # a dead process holds nothing
 
 
-@pytest.mark.parametrize("task", ["doctopic", "docsum"])
+@pytest.mark.parametrize("task", ["docsum", pytest.param("doctopic", marks=pytest.mark.slow)])
 def test_runs_of_one_process_leave_nothing_to_each_other(
     task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -302,7 +302,7 @@ def test_what_may_not_be_compared_is_not_put_into_one_column(
 def test_fidelity_is_compared_where_a_record_has_it() -> None:
     runs = [run("lora", 1), run("lora", 2)]
     assert len(pivot(runs, ["method"], [])[2]) == 1
-    vars(runs[1])["fidelity"] = "released_code"
+    runs[1].fidelity = "released_code"
     with pytest.raises(UserError, match="they differ in fidelity"):
         pivot(runs, ["method"], [])
 

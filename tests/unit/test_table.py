@@ -103,6 +103,14 @@ def test_what_follows_the_released_code_says_so(width: int) -> None:
     assert row["deviations"] == "frozen_task_head attention_adapter_norm"
 
 
+@pytest.mark.parametrize("width", [80, 200])
+def test_a_part_of_a_split_is_not_ranked_with_the_whole_of_one(width: int) -> None:
+    whole, part = record(60.0, FFN, examples=1600), record(61.0, FFN, examples=1600)
+    part.scores["report"].of = 9815
+    text = " ".join(shown([whole, part], width).split())
+    positions(text, "accuracy on 1,600 test examples", "accuracy on 1,600 of 9,815 test examples")
+
+
 def test_a_narrow_console_keeps_the_seeds_that_tell_runs_apart() -> None:
     assert "seed" not in shown([record(1.0, HEADS), record(2.0, HEADS)], 80)
     assert "seed" in shown([record(1.0, HEADS, seed=1), record(2.0, HEADS, seed=2)], 80)
