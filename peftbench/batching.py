@@ -30,6 +30,15 @@ class TokenBatches(Sampler[list[int]]):
         """Number the epoch whose batches `__iter__` gives; the data loader does this."""
         self.epoch = epoch
 
+    @property
+    def sampler(self) -> TokenBatches:
+        """Itself: accelerate looks there for `set_epoch` where it skips the batches before a checkpoint.
+
+        Newer versions of transformers call it besides. Without either a training would go on with the batches of the
+        first epoch.
+        """
+        return self
+
     def __len__(self) -> int:
         return len(self.cuts)
 

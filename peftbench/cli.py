@@ -17,9 +17,15 @@ HELP = """\
 peftbench: which parameter-efficient fine-tuning method, where in the network, how large, for my model and task.
 
   peftbench train [KEY=VALUE ...]          train one run and record it: score against trainable parameters
-  peftbench train -m KEY=A,B [...]         train every combination
-  peftbench results [FOLDER] [--json|--csv]
-                                           the recorded runs, best first
+  peftbench train -m KEY=A,B [...]         train every combination; the same line again goes on where it stopped
+  peftbench status [FOLDER]                how far the sweeps have come, and how long they still take
+  peftbench results [FOLDER] [KEY=VALUE ...] [--mean] [--rows KEY --columns KEY] [--csv|--json|--markdown|--latex]
+                                           the recorded runs, best first; results --help has more
+  peftbench compare A B                    is the difference of two runs more than chance, and in what do they differ
+  peftbench plot [FOLDER] [KEY=VALUE ...] [--out FILE]
+                                           score against stored parameters, a line for each method over its sizes
+  peftbench reproduce TABLE [KEY=VALUE ...] [--dry-run]
+                                           the runs of a table of the paper, and its scores beside ours
   peftbench params [-m] [KEY=VALUE ...] [--json]
                                            what a run would train and store; needs no weights
   peftbench evaluate RUN [task.split=SPLIT ...]
@@ -62,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def print_faults(error: UserError) -> None:
@@ -80,6 +89,24 @@ def _results(argv: list[str]) -> int:
     from peftbench.results.command import main as results
 
     return results(argv)
+
+
+def _compare(argv: list[str]) -> int:
+    from peftbench.results.compare import main as compare
+
+    return compare(argv)
+
+
+def _plot(argv: list[str]) -> int:
+    from peftbench.results.plot import main as plot
+
+    return plot(argv)
+
+
+def _reproduce(argv: list[str]) -> int:
+    from peftbench.reproduce import main as reproduce
+
+    return reproduce(argv)
 
 
 def _params(argv: list[str]) -> int:
@@ -112,9 +139,19 @@ def _rescore(argv: list[str]) -> int:
     return rescore(argv)
 
 
+def _status(argv: list[str]) -> int:
+    from peftbench.results.status import main as status
+
+    return status(argv)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
+    "status": _status,
     "results": _results,
+    "compare": _compare,
+    "plot": _plot,
+    "reproduce": _reproduce,
     "params": _params,
     "explain": _explain,
     "ls": _ls,

@@ -49,6 +49,11 @@ def compose_runs(args: Namespace) -> list[Run]:
     Raises:
         UserError: with a sentence for every fault.
     """
+    return [run for _, run in compose_points(args)]
+
+
+def compose_points(args: Namespace) -> list[tuple[list[str], Run]]:
+    """Like `compose_runs`, each run with the overrides that make it."""
     if args.config_dir is not None and not Path(args.config_dir).is_dir():
         raise UserError(f"--config-dir {args.config_dir} is not a folder; give one with method/, task/ ... below it.")
     overrides = list(args.overrides)
@@ -59,10 +64,15 @@ def compose_runs(args: Namespace) -> list[Run]:
         except HydraException as error:
             raise UserError(_one_line(error)) from error
         found: list[str] = []
-        runs: list[Run] = []
+        runs: list[tuple[list[str], Run]] = []
+        params = _sweep_of_experiment(parsed)
+        if params and not args.multirun:
+            raise UserError(f"An experiment that goes over {' and '.join(params)} is a sweep; add -m to run it.")
+        if params:
+            parsed = [*OverridesParser.create(config_loader=loader).parse_overrides(list(params.values())), *parsed]
         for point in _points(parsed) if args.multirun else [overrides]:
             try:
-                runs.append(_compose_one(point, loader))
+                runs.append((point, _compose_one(point, loader)))
             except UserError as error:
                 found.extend(sentence for sentence in error.faults if sentence not in found)
         if found:
@@ -97,6 +107,27 @@ def _points(parsed: list[Override]) -> list[list[str]]:
     return [point for batch in batches for point in batch]
 
 
+def _sweep_of_experiment(parsed: list[Override]) -> dict[str, str]:
+    """The overrides, by key, over which an experiment's own YAML sweeps (hydra.sweeper.params); on the command line the
+    same key wins. Nothing where the experiment cannot be composed: what is wrong with it is said later."""
+    chosen = [override for override in parsed if override.key_or_group == "experiment"]
+    if not chosen or any(override.is_sweep_override() for override in chosen):
+        return {}
+    try:
+        cfg = compose(CONFIG_NAME, overrides=[str(one.input_line) for one in chosen], return_hydra_config=True)
+    except HydraException:
+        return {}
+    given = {override.key_or_group for override in parsed}
+    params = cfg.hydra.sweeper.params or {}
+    return {key: f"{key}={value}" for key, value in params.items() if key not in given}
+
+
+def _all_options(loader: ConfigLoader, group: str) -> list[str]:
+    """The options of a group, those in folders below it as paper/table5."""
+    below = [(folder, _all_options(loader, f"{group}/{folder}")) for folder in loader.list_groups(group)]
+    return [*loader.get_group_options(group), *(f"{folder}/{option}" for folder, names in below for option in names)]
+
+
 def _compose_one(overrides: list[str], loader: ConfigLoader) -> Run:
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
     found: list[str] = []
@@ -107,7 +138,7 @@ def _compose_one(overrides: list[str], loader: ConfigLoader) -> Run:
             meant = " A decimal has a point, as in budget=6.7%." if override.key_or_group == "budget" else ""
             found.append(f"{line} names several values; add -m to run each of them.{meant}")
             continue
-        options = loader.get_group_options(override.key_or_group)
+        options = _all_options(loader, override.key_or_group)
         if options and not override.is_delete():
             wrong = [unknown(_group_key(override), o, options) for o in _options(override) if o not in options]
             found.extend(wrong)

@@ -229,6 +229,7 @@ class Trainer:
     evaluate_every: int | None = None  # optimiser steps between looks at the selection split; null: once an epoch
     precision: Precision = Precision.auto  # auto: bf16 autocast on a GPU that has it, else fp32
     gradient_checkpointing: bool = False
+    checkpoint_minutes: float = 5.0  # of training between checkpoints, from which an interrupted run goes on
     device: Device = Device.auto
 
 
@@ -255,6 +256,7 @@ class Run(Modification):
     debug: str | None = None
     output_dir: str = "outputs"
     rerun: bool = False  # train again although the run is done
+    retry: bool = False  # a sweep trains again what failed before
 
 
 # `${embedded:mini}`: the folder of a backbone that ships inside the package.

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -28,8 +28,9 @@ from transformers import (
 
 from peftbench import config
 from peftbench.batching import TokenBatches
+from peftbench.checkpoint import Checkpoint, Checkpoints, Resumable, SaveByTime
 from peftbench.errors import UserError
-from peftbench.modification.state import trained_tensors
+from peftbench.modification.state import trained_tensors, write_tensors
 from peftbench.progress import Stage
 from peftbench.tasks.base import TaskData
 
@@ -39,11 +40,13 @@ class Fitted:
     """What the training cost."""
 
     steps: int  # optimiser steps
-    seconds: float
+    seconds: float  # interrupted tries counted up to the checkpoint that this one went on from
+    earlier_seconds: float  # of these, what the interrupted tries took
     tokens_per_s: float  # source and target tokens, padding not counted
 
 
 LOSS = "loss"  # of the scores the one that is better when lower
+BEST = "best.safetensors"  # in a checkpoint: the trained tensors at the best evaluation so far
 
 Log = Callable[[dict[str, Any]], None]
 Evaluate = Callable[[], dict[str, float]]
@@ -56,9 +59,10 @@ def fit(
     *,
     seed: int,
     bf16: bool,
-    folder: Path,
+    checkpoints: Checkpoints,
     evaluate: Evaluate,
     metric: str,
+    resume: Checkpoint | None = None,
     stage: Stage | None = None,
     log: Log = lambda values: None,
 ) -> Fitted:
@@ -66,17 +70,18 @@ def fit(
 
     Args:
         bf16: train under bfloat16 autocast, see `use_bf16`.
-        folder: where Trainer may write; it saves nothing there.
+        checkpoints: where Trainer may write.
         evaluate: scores the model as it stands on the selection split.
         metric: the score by which `keep=best` chooses; higher is better, but of a loss lower.
+        resume: the checkpoint to go on from; None: from the start.
         log: is given a dict for each logged step and evaluation.
     """
     steps = total_steps(data, settings)
-    callbacks: list[TrainerCallback] = [_Report(stage, log)]
+    callbacks: list[TrainerCallback] = [_Report(stage, log), SaveByTime(checkpoints.minutes)]
     keeper = _KeepBest(metric) if settings.keep is config.Keep.best else None
     if keeper is not None:
         callbacks.append(keeper)
-    arguments = _arguments(settings, steps, seed, bf16, folder, data)
+    arguments = _arguments(settings, steps, seed, bf16, checkpoints.folder, data)
     # On a machine with several GPUs Trainer would wrap the model in DataParallel, whose replicas share no hooks.
     arguments._n_gpu = min(1, arguments.n_gpu)
     trainer = _Trainer(
@@ -89,23 +94,36 @@ def fit(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.scores = evaluate
+    trainer.keeper = keeper
     if settings.batch_tokens is not None:
         trainer.batches = TokenBatches(data.lengths, settings.batch_tokens, seed)
+    earlier = 0.0
+    if resume is not None:
+        earlier = resume.notes["seconds"]
+        if keeper is not None:
+            keeper.load(resume)
+        if stage is not None:
+            stage.advance(resume.step)
     if settings.gradient_checkpointing:
         # transformers renames it; the re-entrant kind would need inputs with gradients
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     began = time.perf_counter()
-    trainer.train()
+    trainer.notes = lambda: {
+        "stamp": checkpoints.stamp,
+        "seconds": earlier + time.perf_counter() - began,
+        "best": None if keeper is None else {"value": keeper.best, "step": keeper.step},
+    }
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
     if torch.cuda.is_available() and model.device.type == "cuda":
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
+    seconds = earlier + time.perf_counter() - began
     if keeper is not None:
         if keeper.step < steps:  # the last state is a candidate too
             trainer.evaluate()
         keeper.restore(model)
     seen = steps * settings.accumulation * len(data.train) / batches_per_epoch(data, settings)
-    return Fitted(steps, seconds, seen * _mean_tokens(data) / seconds)
+    return Fitted(steps, seconds, earlier, seen * _mean_tokens(data) / seconds)
 
 
 def total_steps(data: TaskData, settings: config.Trainer) -> int:
@@ -166,8 +184,9 @@ def _arguments(
         eval_strategy="steps" if settings.keep is config.Keep.best else "no",
         eval_steps=settings.evaluate_every or steps_per_epoch(data, settings),
         logging_strategy="steps",
-        logging_steps=max(1, steps // 50),
-        save_strategy="no",
+        logging_steps=max(1, steps // 200),
+        save_strategy="no",  # SaveByTime asks for checkpoints
+        save_total_limit=1,
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -186,12 +205,18 @@ def _mean_tokens(data: TaskData) -> float:
     return sum(len(ids) for column in columns for ids in column) / max(1, len(data.train))
 
 
-class _Trainer(Trainer):
+class _Trainer(Resumable):
     """Trainer whose evaluation is peftbench's own, the same as that of the report."""
 
     scores: Evaluate
+    keeper: _KeepBest | None
     batches: TokenBatches | None = None
     control: TrainerControl
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.keeper is not None and output_dir is not None:
+            write_tensors(self.keeper.tensors, Path(output_dir) / BEST)
 
     def get_train_dataloader(self) -> Any:  # accelerate's shard of a DataLoader
         if self.batches is None:
@@ -224,6 +249,8 @@ class _Report(TrainerCallback):
     def on_log(
         self, args: object, state: TrainerState, control: TrainerControl, logs: dict[str, float], **kwargs: Any
     ) -> None:
+        if "train_runtime" in logs:  # Trainer's closing line speaks of this try only; the record has the whole times
+            return
         self.write({"step": state.global_step, **logs})
         if self.stage is not None and "loss" in logs:
             self.stage.say(f"loss {float(logs['loss']):.3f}")
@@ -246,6 +273,11 @@ class _KeepBest(TrainerCallback):
         if self.best is None or value > self.best:
             self.best = value
             self.tensors = {name: tensor.cpu().clone() for name, tensor in trained_tensors(kwargs["model"]).items()}
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Take up what was kept when the checkpoint was written."""
+        self.best, self.step = checkpoint.notes["best"]["value"], checkpoint.notes["best"]["step"]
+        self.tensors = load_file(checkpoint.folder / BEST)
 
     @torch.no_grad()
     def restore(self, model: PreTrainedModel) -> None:

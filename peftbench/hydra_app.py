@@ -12,9 +12,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from peftbench.cli import print_faults
-from peftbench.compose import CONFIG_NAME, compose_runs
-from peftbench.config import conf_dir
+from peftbench.compose import CONFIG_NAME, compose_points
+from peftbench.config import Run, conf_dir
 from peftbench.errors import UserError
+from peftbench.results.lock import Busy
+
+INTERRUPTED = 130  # the exit code
+
+put_off: list[tuple[DictConfig, list[str]]] = []  # runs of this sweep that another process was at, with what was typed
 
 
 def run(argv: list[str]) -> int:
@@ -24,37 +29,72 @@ def run(argv: list[str]) -> int:
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         job()
         return 0
-    runs = compose_runs(args)
-    if any(run.budget is not None for run in runs):
-        from peftbench.params.solve import solve_all
-
-        runs = solve_all(runs)  # each job solves its own again; here all are refused before the first one trains
-    job()
-    if not args.multirun:
+    points = solved(compose_points(args))
+    own_sweeper = any(word.startswith("hydra/sweeper=") for word in args.overrides)  # decides on its runs as it goes
+    if not args.multirun or own_sweeper:
+        job()
         return 0
-    from peftbench.results.sweep import show_sweep
+    from peftbench.results.sweep import Sweep
 
-    return show_sweep(runs)
+    sweep = Sweep.start(points, argv)
+    put_off.clear()
+    try:
+        job()
+        while put_off:
+            cfg, overrides = put_off.pop(0)
+            print(f"\nwaiting for the other process: {' '.join(overrides)}", flush=True)
+            _in_sweep(cfg, overrides, wait=True)
+    except SystemExit as exit:
+        if exit.code != INTERRUPTED:
+            raise
+        sweep.show()
+        return INTERRUPTED
+    return sweep.show()
+
+
+def solved(points: list[tuple[list[str], Run]]) -> list[tuple[list[str], Run]]:
+    """The runs with bottlenecks for their budgets, on which their folders depend. Imports no torch without a budget.
+
+    Each job solves its own again; here all are refused before the first one trains.
+    """
+    if all(run.budget is None for _, run in points):
+        return points
+    from peftbench.params.solve import solve_all
+
+    return [(point[0], run) for point, run in zip(points, solve_all(run for _, run in points), strict=True)]
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)
 def job(cfg: DictConfig) -> float:
-    """One run. In a sweep a run that fails is recorded as failed and the next one starts."""
+    """One run, alone or of a sweep."""
+    overrides = list(HydraConfig.get().overrides.task)
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        print(f"\nrun {HydraConfig.get().job.num + 1}: {' '.join(overrides)}", flush=True)
+        return _in_sweep(cfg, overrides)
     from peftbench.train import train
 
-    sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
-    if sweeping:
-        print(f"\nrun {HydraConfig.get().job.num + 1}: {' '.join(HydraConfig.get().overrides.task)}", flush=True)
     try:
-        return train(cfg)
+        return train(cfg, overrides)
     except UserError as error:
         print_faults(error)
-        if not sweeping:
-            raise SystemExit(2) from None
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        raise SystemExit(INTERRUPTED) from None
+
+
+def _in_sweep(cfg: DictConfig, overrides: list[str], wait: bool = False) -> float:
+    """One run of a sweep: one that fails is recorded as failed, and the next one starts."""
+    from peftbench.train import train
+
+    try:
+        return train(cfg, overrides, keep_failed=True, wait=wait)
+    except Busy as error:
+        print_faults(error)
+        put_off.append((cfg, overrides))
+    except UserError as error:
+        print_faults(error)
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
     except Exception as error:
-        if not sweeping:
-            raise
         print(f"peftbench: this run failed with {type(error).__name__}: {error}", file=sys.stderr)
     return math.nan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     console, groups = Console(), _groups()
     if arguments.group is None:
         for name, options in groups.items():
-            console.print(Text.assemble((name, "bold"), f": {', '.join(option.stem for option in options)}"))
+            console.print(Text.assemble((name, "bold"), f": {', '.join(options)}"))
         console.print("peftbench ls GROUP says what they are; peftbench ls axes which combinations run.")
     elif arguments.group == "axes":
         if arguments.json:
@@ -68,21 +68,26 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _groups() -> dict[str, list[Path]]:
-    """The groups of conf/ that hold anything, and their options' files."""
+def _groups() -> dict[str, dict[str, Path]]:
+    """The groups of conf/ that hold anything, and the files of their options, as paper/table5, by name."""
     folders = sorted(path for path in conf_dir().iterdir() if path.is_dir())
-    found = {folder.name: sorted(folder.glob("*.yaml")) for folder in folders}
+    found = {
+        folder.name: {
+            file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.rglob("*.yaml"))
+        }
+        for folder in folders
+    }
     return {name: options for name, options in found.items() if options}
 
 
-def _show_group(options: Sequence[Path], console: Console) -> None:
+def _show_group(options: Mapping[str, Path], console: Console) -> None:
     """Each option with the comment that opens its file."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
-    for option in options:
-        opening = " ".join(_opening(option.read_text(encoding="utf-8").splitlines()))
-        table.add_row(option.stem, opening or MEANINGS.get(option.stem, ""))
+    for name, file in options.items():
+        opening = " ".join(_opening(file.read_text(encoding="utf-8").splitlines()))
+        table.add_row(name, opening or MEANINGS.get(name, ""))
     console.print(table, highlight=False)
 
 

@@ -5,21 +5,24 @@ Read `train` as the description of a run; each line is one file of the package.
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 
 import datasets
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
 from peftbench.backbone import Backbone, load_backbone
+from peftbench.checkpoint import Checkpoints
 from peftbench.config import Keep, Run, TaskKind, Unfreeze, modifications, resolve
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
@@ -32,14 +35,18 @@ from peftbench.params.solve import solve
 from peftbench.probe import no_gradient, unreached
 from peftbench.progress import Display
 from peftbench.results.identity import run_dir
+from peftbench.results.lock import holding
 from peftbench.results.record import (
+    CHECKPOINTS,
     Counts,
     Record,
     Score,
     append_metrics,
     axes_of,
+    find,
     finished,
     recording,
+    rewind_metrics,
     write_predictions,
 )
 from peftbench.results.table import single_row
@@ -50,13 +57,20 @@ from peftbench.tasks.prepare import prepare
 from peftbench.validity import faults
 
 
-def train(cfg: DictConfig) -> float:
+def train(cfg: DictConfig, overrides: Sequence[str] = (), *, keep_failed: bool = False, wait: bool = False) -> float:
     """Train, evaluate and record one run; returns the main score, which a sweeper may optimise.
 
-    A run that is done already is not trained again unless `rerun=true`: its record is shown.
+    A run that is done already is not trained again unless `rerun=true`: its record is shown. One that was interrupted
+    goes on from its last checkpoint.
+
+    Args:
+        overrides: what was typed, for the record.
+        keep_failed: refuse a run that failed before, unless `retry=true`.
+        wait: where another process is at this run, wait until it has ended.
 
     Raises:
-        UserError: for all that a user can mend.
+        Busy: another process is at this run, and we do not wait.
+        UserError: for all else that a user can mend.
     """
     run = resolve(cfg)
     if found := faults(run):
@@ -65,10 +79,24 @@ def train(cfg: DictConfig) -> float:
     console = quiet_console()
     folder = run_dir(run)
     if not run.rerun and (record := finished(folder)) is not None:
-        console.print("This run is done already; rerun=true trains it again.")
-        return _show(record, console)
+        return _show_again(record, console)
+    with holding(folder, wait):
+        before = find(folder)
+        if not run.rerun and before is not None:
+            if before.status == "done":  # by another process, while we waited
+                return _show_again(before, console)
+            if before.status == "failed" and before.error and keep_failed and not run.retry:
+                raise UserError(f"This run failed before with {before.error.name}; retry=true trains it again.")
+        if run.rerun:
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        record = _run(run, folder, overrides, console)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    return _show(record, console)
 
-    with recording(run, folder, _overrides()) as record, Display(console) as display:
+
+def _run(run: Run, folder: Path, overrides: Sequence[str], console: Console) -> Record:
+    """The run itself, with nobody else at it."""
+    with recording(run, folder, overrides) as record, Display(console) as display:
         device = chosen_device(run.trainer)
         record.device = (
             torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
@@ -102,7 +130,7 @@ def train(cfg: DictConfig) -> float:
         if "head" in run.task.baselines and not _is_head_alone(run):
             with _timed(record, "baseline_s"):
                 record.baselines["head"] = _head_alone(run, data, record, display)
-    return _show(record, console)
+    return record
 
 
 def _probe(run: Run, model: PreTrainedModel, data: TaskData, record: Record) -> None:
@@ -114,21 +142,31 @@ def _probe(run: Run, model: PreTrainedModel, data: TaskData, record: Record) -> 
 
 
 def _fit(run: Run, backbone: Backbone, data: TaskData, record: Record, display: Display, name: str) -> Fitted:
-    """Train what is trainable in the backbone's model; log to the run's folder."""
+    """Train what is trainable in the backbone's model, from the last checkpoint if there is one; log to the folder."""
     evaluator = Evaluator(backbone.model, data, run)
+    stamp = json.dumps([data.fingerprint, record.versions])
+    checkpoints = Checkpoints(record.folder / CHECKPOINTS / name, run.trainer.checkpoint_minutes, stamp)
+    resume = checkpoints.take_up()
+    rewind_metrics(record.folder, name, resume.step if resume else 0)
+    if resume is not None:
+        display.console.print(f"{name}: goes on from step {resume.step}", highlight=False)
     with display.stage(name, total_steps(data, run.trainer)) as stage:
-        return fit(
+        fitted = fit(
             backbone.model,
             data,
             run.trainer,
             seed=run.seed,
             bf16=use_bf16(run.trainer, run.model),
-            folder=record.folder,
+            checkpoints=checkpoints,
             evaluate=evaluator.selection,
             metric=run.task.selection_metric or run.task.metric,
+            resume=resume,
             stage=stage,
             log=lambda values: append_metrics(record.folder, {"stage": name, **values}),
         )
+    if resume is not None:
+        record.timings["earlier_s"] = round(record.timings.get("earlier_s", 0.0) + fitted.earlier_seconds, 3)
+    return fitted
 
 
 def _evaluate(run: Run, model: PreTrainedModel, data: TaskData, record: Record, display: Display) -> None:
@@ -161,6 +199,7 @@ def _head_alone(run: Run, data: TaskData, record: Record, display: Display) -> f
     set_seed(run.seed)
     backbone = load_backbone(run.model, data.task)
     attach(backbone.model, {}, untrained=backbone.untrained)
+    data = data.serving(backbone.model)
     backbone.model.to(chosen_device(run.trainer))
     _fit(run, backbone, data, record, display, "train the head alone")
     metrics, _ = Evaluator(backbone.model, data, run).score("report")
@@ -191,6 +230,11 @@ def _record_fit(record: Record, fitted: Fitted) -> None:
     record.steps, record.tokens_per_s = fitted.steps, fitted.tokens_per_s
 
 
+def _show_again(record: Record, console: Console) -> float:
+    console.print("This run is done already; rerun=true trains it again.")
+    return _show(record, console)
+
+
 def _show(record: Record, console: Console) -> float:
     console.print()
     single_row(record, console)
@@ -200,14 +244,11 @@ def _show(record: Record, console: Console) -> float:
 
 @contextmanager
 def _timed(record: Record, name: str) -> Iterator[None]:
-    began = time.perf_counter()
+    """Notes the seconds that pass inside, and those of earlier tries that are counted inside."""
+    began, earlier = time.perf_counter(), record.timings.get("earlier_s", 0.0)
     yield
-    record.timings[name] = round(time.perf_counter() - began, 3)
-
-
-def _overrides() -> list[str]:
-    """What was typed, where Hydra runs this."""
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    passed = time.perf_counter() - began + record.timings.get("earlier_s", 0.0) - earlier
+    record.timings[name] = round(passed, 3)
 
 
 def quiet_console(stderr: bool = False) -> Console:

@@ -181,6 +181,8 @@ def _number_faults(run: Run) -> Iterator[str]:
     for key, share in {"trainer.warmup": trainer.warmup, "trainer.label_smoothing": trainer.label_smoothing}.items():
         if not 0 <= share < 1:
             yield f"{key}={share}: it lies in [0, 1)."
+    if trainer.checkpoint_minutes < 0:
+        yield f"trainer.checkpoint_minutes={trainer.checkpoint_minutes}: it must be at least 0."
     if task.generation.min_length > task.generation.max_length:
         yield (
             f"task.generation.min_length={task.generation.min_length} is above "

@@ -121,7 +121,8 @@ chosen for the same share, so that these two rows prove nothing. The task head, 
             Row("scaled PA (ffn), r=512, s=4", "method=scaled_parallel_adapter bottleneck=512", "6.1"),
             Row(
                 "scaled PA (ffn), r=512, trained s",
-                "method=scaled_parallel_adapter bottleneck=512 composition_function.learned=true",
+                "method=scaled_parallel_adapter bottleneck=512 composition_function.scale=1 "
+                "composition_function.learned=true",
                 "6.1",
             ),
         ),

@@ -7,7 +7,7 @@ was drawn. The prefix's MLP is folded away first: what is stored is the prefix.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,12 +61,15 @@ def save(model: nn.Module, folder: Path, untrained: Collection[str] = ()) -> int
         untrained: names of parameters that the backbone's files do not have, as `attach` takes them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / FILE_NAME
-    save_file({name: p.detach().cpu().contiguous() for name, p in _needed(model, untrained).items()}, path)
-    return path.stat().st_size
+    write_tensors(_needed(model, untrained), folder / FILE_NAME)
+    return (folder / FILE_NAME).stat().st_size
 
 
-@torch.no_grad()
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write named tensors, from any device, as safetensors."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
 def load(model: nn.Module, folder: Path, untrained: Collection[str] = ()) -> None:
     """Read what `save` wrote into a model to which the same modifications are attached. Folds the model.
 
@@ -80,6 +83,16 @@ def load(model: nn.Module, folder: Path, untrained: Collection[str] = ()) -> Non
     if not path.is_file():
         raise UserError(f"{path} is missing; a finished run keeps its trained tensors there.")
     fold(model)
+    read_tensors(model, path, untrained)
+
+
+@torch.no_grad()
+def read_tensors(model: nn.Module, path: Path, untrained: Collection[str] = ()) -> None:
+    """Read the trained tensors of `model`, as it stands, and the `untrained` ones from a file that holds just these.
+
+    Raises:
+        UserError: the file's names or shapes are not the model's.
+    """
     saved = load_file(path)
     trained = _needed(model, untrained)
     if saved.keys() != trained.keys():

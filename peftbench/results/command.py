@@ -1,36 +1,178 @@
-"""`peftbench results`: the runs below a folder as a table, JSON or CSV. Imports no torch."""
+"""`peftbench results`: the runs below folders as a table, JSON, CSV, Markdown or LaTeX. Imports no torch."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, get_args
 
 from rich.console import Console
+from rich.text import Text
 
 from peftbench.errors import UserError
-from peftbench.results.record import load_records
-from peftbench.results.table import show, to_csv, to_json
+from peftbench.results.columns import Column, Cost, chosen, columns
+from peftbench.results.formats import csv_of, latex, markdown, to_csv, to_json, values
+from peftbench.results.pivot import pivot
+from peftbench.results.record import Record, load_records
+from peftbench.results.row import Row, Statistic, over_seeds, rank, single, tables, unscored
+from peftbench.results.select import is_filter, select
+from peftbench.results.table import show_table, title
+
+EPILOG = """\
+KEY is a column (method, task, model, seed, status, functional_form, bottleneck, learning_rate, stored, score, time,
+device ...), a metric (rouge1 ...), a baseline, or a dotted key of the record (trainer.batch_size, versions.torch ...).
+
+examples:
+  peftbench results method=mam,lora task=xsum status=done
+  peftbench results --mean --sort stored
+  peftbench results --rows method --columns insertion_form
+  peftbench results task=xsum --mean --show method,percent,rouge1,rouge2,rougeL --latex
+"""
 
 
 def main(argv: list[str]) -> int:
     """Prints the runs and returns the exit code. Raises UserError where there are none."""
-    parser = argparse.ArgumentParser(prog="peftbench results", description="Show the runs found, best first.")
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("outputs"), help="default: %(default)s")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print a JSON array of the whole records")
-    form.add_argument("--csv", action="store_true", help="print one line for each run")
-    arguments = parser.parse_args(argv)
-
-    records, left_out = load_records(arguments.folder)
-    for sentence in left_out:
-        print(sentence, file=sys.stderr)
-    if not records:
-        raise UserError(f"{arguments.folder} holds no record of a run; make one with: peftbench train")
-    if arguments.json:
+    arguments = _parser().parse_intermixed_args(argv)
+    records = read(arguments.words)
+    if arguments.rows or arguments.columns:
+        _check_pivot(arguments)
+        heading, wanted, lines = pivot(
+            records,
+            arguments.rows or ["method"],
+            arguments.columns,
+            value=arguments.value,
+            mixed=arguments.mix,
+            statistic=arguments.statistic or "mean",
+        )
+        _print([(Text(heading), wanted, lines)], arguments)
+        return 0
+    if arguments.mix:
+        raise UserError("--mix goes with --rows or --columns; elsewhere what differs has tables of its own.")
+    plain = not (arguments.statistic or arguments.show)
+    if arguments.form == "json" and plain:
         print(to_json(records))
-    elif arguments.csv:
+    elif arguments.form == "csv" and plain:
         print(to_csv(records), end="")
     else:
-        show(records, Console())
+        rows = over_seeds(records, arguments.statistic) if arguments.statistic else single(records)
+        _print([(title(table), *_columns(table, arguments)) for table in tables(rows)], arguments)
     return 0
+
+
+def read(words: Sequence[str]) -> list[Record]:
+    """The records below the folders among `words` (default: outputs) that pass the filters among them.
+
+    What is no record is named on stderr. Raises UserError where nothing is left.
+    """
+    folders = [Path(word) for word in words if not is_filter(word)] or [Path("outputs")]
+    records: dict[Path, Record] = {}
+    for folder in folders:
+        found, left_out = load_records(folder)
+        records.update((record.folder.resolve(), record) for record in found)
+        for sentence in left_out:
+            print(sentence, file=sys.stderr)
+    if not records:
+        raise UserError(f"{folders[0]} holds no record of a run; make one with: peftbench train")
+    filters = [word for word in words if is_filter(word)]
+    chosen = select(list(records.values()), filters)
+    if not chosen:
+        raise UserError(f"No run passes {' '.join(filters)}; peftbench results without filters shows what there is.")
+    return chosen
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="peftbench results",
+        description="Show the runs found, best first: one table for each task, backbone, metric, split and size.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("words", nargs="*", metavar="FOLDER | KEY=VALUE,...", help="where (default: outputs) and which")
+    group = parser.add_mutually_exclusive_group()
+    for statistic in get_args(Statistic):
+        group.add_argument(
+            f"--{statistic}",
+            dest="statistic",
+            action="store_const",
+            const=statistic,
+            help=f"one row for the runs that differ only in their seed: {statistic} ± standard deviation, and n",
+        )
+    parser.add_argument("--sort", metavar="KEY", help="order by a column, the least first; default: best score first")
+    parser.add_argument("--reverse", action="store_true", help="with --sort: the largest first")
+    parser.add_argument("--show", metavar="KEY,...", type=_listed, default=[], help="only these columns")
+    parser.add_argument("--rows", metavar="KEY,...", type=_listed, default=[], help="a row for each value of these")
+    parser.add_argument("--columns", metavar="KEY,...", type=_listed, default=[], help="and a column for each of these")
+    parser.add_argument("--value", metavar="KEY", default="score", help="what stands in such a table; default: score")
+    parser.add_argument("--mix", metavar="KEY,...", type=_listed, default=[], help="what may differ in a column of it")
+    parser.add_argument(
+        "--pareto", choices=get_args(Cost), default="stored", help="the cost of the marked Pareto front (◆)"
+    )
+    form = parser.add_mutually_exclusive_group()
+    for name, what in {
+        "json": "a JSON array, of the whole records unless columns are chosen",
+        "csv": "one line for each run or row",
+        "markdown": "tables for GitHub",
+        "latex": "tables with booktabs' rules",
+    }.items():
+        form.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=f"print {what}")
+    return parser
+
+
+def _listed(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _check_pivot(arguments: argparse.Namespace) -> None:
+    if arguments.show or arguments.sort:
+        given = "--show" if arguments.show else "--sort"
+        raise UserError(f"{given} goes with a row for each run; with --rows and --columns use --value and filters.")
+
+
+def _columns(table: list[Row], arguments: argparse.Namespace) -> tuple[list[Column[Row]], list[Row]]:
+    """The columns of a table, and its rows in order."""
+    table = sorted(table, key=rank)
+    try:
+        if arguments.sort:
+            (by,) = chosen([arguments.sort], table, arguments.pareto)
+            table = _sorted(table, by, arguments.reverse)
+        wanted = chosen(arguments.show, table, arguments.pareto) if arguments.show else None
+        return wanted or columns(table, cost=arguments.pareto), table
+    except KeyError as error:
+        raise UserError(str(error.args[0])) from error
+
+
+def _sorted(table: list[Row], column: Column[Row], descending: bool) -> list[Row]:
+    """The rows in the order of a column; those without a value in it, or without a score, last."""
+
+    def place(row: Row) -> tuple[float, str]:
+        number = 0.0 if column.value is None else column.value(row)
+        return (math.nan if number is None else number, column.cell(row) if column.value is None else "")
+
+    def is_last(row: Row) -> bool:
+        return unscored(row) or math.isnan(place(row)[0])
+
+    first = sorted((row for row in table if not is_last(row)), key=place, reverse=descending)
+    return first + [row for row in table if is_last(row)]
+
+
+def _print(tables: Sequence[tuple[Text, list[Column[Any]], Sequence[Any]]], arguments: argparse.Namespace) -> None:
+    if arguments.form in ("json", "csv"):
+        rows = [row for _, wanted, lines in tables for row in values(wanted, lines)]
+        print(json.dumps(rows, indent=2) if arguments.form == "json" else csv_of(rows).rstrip("\n"))
+        return
+    console = Console()
+    for index, (heading, wanted, lines) in enumerate(tables):
+        if index:
+            print()
+        if arguments.form == "markdown":
+            print(f"{heading.plain}\n\n{markdown(wanted, lines)}", end="")
+        elif arguments.form == "latex":
+            print(f"% {heading.plain}\n{latex(wanted, lines)}", end="")
+        else:
+            console.print(heading)
+            show_table(wanted, lines, console, labels=len(arguments.rows))

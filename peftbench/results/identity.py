@@ -13,12 +13,13 @@ from omegaconf import OmegaConf
 from peftbench.config import Modification, Run, task_files
 from peftbench.errors import UserError
 
-# Keys that change no result: where the run happens, tables that have already had their effect on other keys, what only
-# counting reads, and the budget: by then it has become bottlenecks, and two budgets that come to the same ones are the
-# same run.
+# Keys that change no result: where the run happens and how it is guarded, tables that have already had their effect on
+# other keys, what only counting reads, and the budget: by then it has become bottlenecks, and two budgets that come to
+# the same ones are the same run.
 IGNORED = (
     "output_dir",
     "rerun",
+    "retry",
     "allow_unused",
     "fidelity.name",
     "budget",
@@ -31,6 +32,7 @@ IGNORED = (
     "task.paper",
     "task.quick",
     "trainer.device",
+    "trainer.checkpoint_minutes",
     "trainer.eval_batch_size",
     "trainer.eval_batch_tokens",
 )

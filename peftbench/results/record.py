@@ -12,7 +12,7 @@ import os
 import platform
 import subprocess
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import datetime, timezone
@@ -29,11 +29,14 @@ from peftbench.config import Modification, Run, modifications
 from peftbench.errors import UserError
 from peftbench.fidelity import Deviation
 from peftbench.results.identity import content_stamp, plain, run_hash
+from peftbench.results.lock import is_held
 
 SCHEMA_VERSION = 1
 FILE = "record.json"
+CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints, gone once it is done
 
-Status = Literal["running", "done", "failed", "interrupted"]
+# A run that is missing has not begun: no file says so, but the tables of a sweep do.
+Status = Literal["running", "done", "failed", "interrupted", "missing"]
 
 
 @dataclass
@@ -112,6 +115,7 @@ class Record:
     seed: int
     folder: Path = field(compare=False)  # where the record lies; not part of it
     schema_version: int = SCHEMA_VERSION
+    point: str | None = None  # `run_hash` without the seed
     error: Failure | None = None
     finished: str | None = None
     overrides: list[str] = field(default_factory=list)  # of the command line
@@ -124,7 +128,9 @@ class Record:
     score: float | None = None  # the main metric on the report split
     baselines: dict[str, float] = field(default_factory=dict)  # the main metric of: majority, head, lead1
     trainer: dict[str, Any] = field(default_factory=dict)
-    timings: dict[str, float] = field(default_factory=dict)  # prepare_s, probe_s, train_s ..., total_s
+    # prepare_s, probe_s, train_s, evaluate_s, baseline_s, total_s; and earlier_s, the part of these that tries before
+    # spent on training up to the checkpoints that this one went on from
+    timings: dict[str, float] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)  # trainable tensors that the loss does not depend on
     steps: int | None = None
     tokens_per_s: float | None = None
@@ -153,7 +159,7 @@ class Record:
 
     def save(self) -> None:
         """Writes `record.json`."""
-        with _replacing(self.folder / FILE) as file:
+        with replacing(self.folder / FILE) as file:
             file.write(json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n")
 
     def finish(self) -> None:
@@ -167,14 +173,14 @@ class Record:
     def fail(self, error: BaseException) -> None:
         """The run ended by `error`, whose traceback goes to `error.txt`."""
         self.error = Failure(type(error).__name__, str(error))
-        with _replacing(self.folder / "error.txt") as file:
+        with replacing(self.folder / "error.txt") as file:
             file.writelines(traceback.format_exception(error))
         self._end("failed")
 
     def _end(self, status: Status) -> None:
         self.status, self.finished = status, _now()
         began, ended = datetime.fromisoformat(self.created), datetime.fromisoformat(self.finished)
-        self.timings["total_s"] = (ended - began).total_seconds()
+        self.timings["total_s"] = (ended - began).total_seconds() + self.timings.get("earlier_s", 0.0)
         self.save()
 
 
@@ -194,12 +200,29 @@ def recording(run: Run, folder: Path, overrides: Sequence[str]) -> Iterator[Reco
 
 
 def start(run: Run, folder: Path, overrides: Sequence[str]) -> Record:
-    """A record of status running, and the resolved `config.yaml` beside it."""
+    """A record of status running, and the resolved `config.yaml` beside it.
+
+    What an earlier try left is cleared away, but for its checkpoints and the metrics up to them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    record = describe(run, folder, overrides)
+    record.save()  # first of all: from here on the folder of an earlier run, if it is one, no longer says done
+    for stale in (folder / "error.txt", folder / "predictions.jsonl", *folder.glob("*.tmp")):
+        stale.unlink(missing_ok=True)
+    if not (folder / CHECKPOINTS).is_dir():
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+    with replacing(folder / "config.yaml") as file:
+        OmegaConf.save(OmegaConf.structured(replace(run, sizes=None, size=None)), file)
+    return record
+
+
+def describe(run: Run, folder: Path, overrides: Sequence[str], status: Status = "running") -> Record:
+    """The record of a run that has no results yet."""
     content = content_stamp(run.model.path) if run.model.path else None
-    record = Record(
+    return Record(
         run=run_hash(run),
-        status="running",
+        point=run_hash(replace(run, seed=0)),
+        status=status,
         created=_now(),
         method=run.method,
         task=run.task.name,
@@ -222,22 +245,20 @@ def start(run: Run, folder: Path, overrides: Sequence[str]) -> Record:
         versions=_versions(),
         git=_git(),
     )
-    record.save()  # first of all: from here on the folder of an earlier run, if it is one, no longer says done
-    stale = [folder / "error.txt", folder / "metrics.jsonl", *folder.glob("predictions*.jsonl")]
-    for file in stale:  # an earlier try's would pass for this one's
-        file.unlink(missing_ok=True)
-    with _replacing(folder / "config.yaml") as config:
-        OmegaConf.save(OmegaConf.structured(replace(run, sizes=None, size=None)), config)
-    return record
 
 
 def finished(folder: Path) -> Record | None:
     """The record of a run that is done, or None if `folder` holds none."""
+    record = find(folder)
+    return record if record is not None and record.status == "done" else None
+
+
+def find(folder: Path) -> Record | None:
+    """The record in `folder`, or None if it holds none that can be read."""
     try:
-        record = _read(folder / FILE)
+        return _read(folder / FILE)
     except (OSError, ValueError):
         return None
-    return record if record.status == "done" else None
 
 
 def load_records(folder: Path) -> tuple[list[Record], list[str]]:
@@ -258,6 +279,21 @@ def load_records(folder: Path) -> tuple[list[Record], list[str]]:
     return records, left_out
 
 
+def rewind_metrics(folder: Path, stage: str, step: int) -> None:
+    """Drops the lines of `metrics.jsonl` that a training wrote after `step`, from which it now goes on."""
+    file = folder / "metrics.jsonl"
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):  # the last line of a process that died may be torn
+            values = json.loads(line)
+            if values["stage"] != stage or values["step"] <= step:
+                kept.append(line + "\n")
+    with replacing(file) as replacement:
+        replacement.writelines(kept)
+
+
 def append_metrics(folder: Path, values: dict[str, Any]) -> None:
     """Appends one line to `metrics.jsonl`, which can be read while the run goes on."""
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -276,7 +312,7 @@ def write_predictions(folder: Path, predictions: Iterable[dict[str, Any]], role:
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes one JSON object on each line of a file."""
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -287,6 +323,13 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def differing(values: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys that do not have the same value in all of `values`, in the order in which they first come."""
+    keys = dict.fromkeys(key for one in values for key in one)
+    absent = object()
+    return [key for key in keys if any(one.get(key, absent) != values[0].get(key, absent) for one in values)]
 
 
 def axes_of(run: Run) -> list[Axes]:
@@ -343,11 +386,14 @@ def _now() -> str:
 
 
 def _read(file: Path) -> Record:
-    return Record.from_json(json.loads(file.read_text(encoding="utf-8")), file.parent)
+    record = Record.from_json(json.loads(file.read_text(encoding="utf-8")), file.parent)
+    if record.status == "running" and not is_held(record.folder):  # its process died without a word
+        record.status = "interrupted"
+    return record
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[TextIO]:
+def replacing(path: Path) -> Iterator[TextIO]:
     """A text file to write to that takes the place of `path` once it is complete."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:

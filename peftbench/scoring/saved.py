@@ -38,5 +38,7 @@ def saved_predictions(folder: Path, role: str) -> list[dict[str, Any]]:
     file = folder / predictions_file(role)
     try:
         return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; a run that is done keeps its predictions there.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}.") from error

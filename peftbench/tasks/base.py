@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
@@ -18,6 +19,9 @@ from peftbench.tasks.load import Loaded, data_fingerprint, head
 from peftbench.tasks.metrics import Measured, References, measure
 from peftbench.tasks.tokens import Encoder
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 ENCODE_VERSION = 1  # part of the name of what is cached: raise it whenever `encode` or the Encoder changes
 ID_COLUMNS = ("id", "idx", "index", "name", "eid")  # what data sets call a row's own name
 
@@ -27,7 +31,8 @@ class TaskData(ABC):
 
     A further split that is reported on, such as validation_mismatched, has the role report_validation_mismatched, and
     so the attributes report_validation_mismatched and report_validation_mismatched_rows. Two roles may share a split,
-    which is then read once. Raises UserError for a backbone that cannot read it.
+    which is then read once. Holds no model, so that the data of one run can be that of the next: `serving` makes what
+    a model is trained on. Raises UserError for a backbone that cannot read it.
     """
 
     train: Dataset  # columns as `collator` takes them
@@ -62,7 +67,12 @@ class TaskData(ABC):
             self.splits[role] = {"split": split, "examples": len(getattr(self, role))}
             if len(getattr(self, f"{role}_rows")) < loaded.sizes[split]:
                 self.splits[role]["of"] = loaded.sizes[split]
-        self.serve(model)
+
+    def serving(self, model: PreTrainedModel) -> Self:
+        """The same data for a model of the backbone: a copy, which shares all but what `serve` sets."""
+        data = copy(self)
+        data.serve(model)
+        return data
 
     @abstractmethod
     def serve(self, model: PreTrainedModel) -> None:

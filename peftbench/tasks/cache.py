@@ -1,4 +1,5 @@
-"""What is worth keeping between runs: tokenised rows, under a name that is a hash of all that they follow from."""
+"""What is worth keeping between runs: tokenised rows on disk, under a name that is a hash of all that they follow from;
+in memory what the last runs of this process have read and prepared, for the further runs of a sweep."""
 
 from __future__ import annotations
 
@@ -7,14 +8,34 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from datasets import Dataset
 
+T = TypeVar("T")
+
+RECENT = 2  # values in memory, for a sweep over two tasks or two backbones
 MIN_ROWS = 2_000  # fewer are tokenised faster than they are found
+
+
+class Recent(Generic[T]):
+    """The values that were asked for last, `RECENT` of them, by all that they follow from."""
+
+    def __init__(self) -> None:
+        self.values: OrderedDict[Hashable, T] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The value under `key`, from `make` where it is not there. The eldest is let go before a new one is made."""
+        if key not in self.values:
+            while len(self.values) >= RECENT:
+                self.values.popitem(last=False)
+            self.values[key] = make()
+        self.values.move_to_end(key)
+        return self.values[key]
 
 
 def cache_dir() -> Path:

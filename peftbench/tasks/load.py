@@ -6,9 +6,10 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import datasets
@@ -17,6 +18,7 @@ from datasets import ClassLabel, Dataset, load_dataset
 from peftbench.config import Task, TaskKind, task_files
 from peftbench.errors import UserError, unknown
 from peftbench.hub import hub_missing
+from peftbench.tasks.cache import Recent
 from peftbench.tasks.deal import deal
 from peftbench.tasks.docstrings import Split, summary_rows, topic_rows
 from peftbench.tasks.files import find_split, has_split, place, read_file
@@ -24,9 +26,9 @@ from peftbench.tasks.files import find_split, has_split, place, read_file
 Roles = dict[str, tuple[str, int | None]]  # the split of each role, and how many rows at most
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Loaded:
-    """The rows of a task before a tokenizer has seen them."""
+    """The rows of a task before a tokenizer has seen them. Never changed, for several runs may share it."""
 
     task: Task  # with the labels that were found, where it named none
     roles: Roles
@@ -53,7 +55,14 @@ def load(task: Task, training: bool = True) -> Loaded:
     A split without a source of its own is dealt from the training file (`deal.py`); where the task names no labels,
     those of the training split are taken, sorted; a further split that the user's files do not have is left out. All
     three are noted. Raises UserError as `load_rows` does.
+
+    What an earlier run of this process has read is given again where the task and its files are the same.
     """
+    key = json.dumps([asdict(task), training, *_stats(task)], default=str)
+    return _recent.get(key, lambda: _load(task, training))
+
+
+def _load(task: Task, training: bool) -> Loaded:
     task, notes = _without_absent(task)
     read = cache(partial(_read, task))
     wanted = (
@@ -75,6 +84,19 @@ def load(task: Task, training: bool = True) -> Loaded:
     for split, limit in limits.items():
         rows[split] = head(rows[split], limit) if split in rows else _checked(task, split, read(split), limit)
     return Loaded(task, wanted, {split: rows[split] for split in limits}, sizes, notes)
+
+
+_recent: Recent[Loaded] = Recent()
+
+
+def _stats(task: Task) -> Iterator[tuple[str, int, int]]:
+    """The task's own files as they are now: path, size and time of the last change."""
+    files = [Path(file).expanduser() for file in task_files(task).values()]
+    if task.data_dir is not None and (folder := Path(task.data_dir).expanduser()).is_dir():
+        files.extend(folder.iterdir())
+    for file in sorted(files):
+        if file.is_file():
+            yield str(file), file.stat().st_size, file.stat().st_mtime_ns
 
 
 def load_rows(task: Task, split: str, limit: int | None = None) -> Dataset:

@@ -1,15 +1,19 @@
-"""The one place that knows which class serves which kind of task."""
+"""From a task's kind to its data."""
 
 from __future__ import annotations
+
+import json
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftbench.config import TaskKind
 from peftbench.tasks.base import TaskData
+from peftbench.tasks.cache import Recent
 from peftbench.tasks.classification import Classification, Regression
 from peftbench.tasks.completion import Completion
 from peftbench.tasks.load import Loaded
 from peftbench.tasks.text_to_text import TextToText
+from peftbench.tasks.tokens import rules
 
 KINDS: dict[TaskKind, type[TaskData]] = {
     TaskKind.classification: Classification,
@@ -17,9 +21,18 @@ KINDS: dict[TaskKind, type[TaskData]] = {
     TaskKind.text_to_text: TextToText,
 }
 
+_recent: Recent[TaskData] = Recent()
+
 
 def prepare(loaded: Loaded, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> TaskData:
-    """Tokenises the task's splits for a backbone. Raises UserError for a backbone that cannot read them."""
-    if loaded.task.kind is TaskKind.text_to_text and not model.config.is_encoder_decoder:
-        return Completion(loaded, tokenizer, model)
-    return KINDS[loaded.task.kind](loaded, tokenizer, model)
+    """Tokenises the task's splits for a backbone. Raises UserError for a backbone that cannot read them.
+
+    What was tokenised for an earlier run of this process is taken again where rows, tokenizer and the backbone's config
+    are the same. Nothing of that run gets into this one: rows and tokens are never changed, and its model is let go.
+    """
+    completes = loaded.task.kind is TaskKind.text_to_text and not model.config.is_encoder_decoder
+    kind = Completion if completes else KINDS[loaded.task.kind]
+    words = [*rules(tokenizer), tokenizer.name_or_path, tokenizer.model_max_length, tokenizer.special_tokens_map]
+    backbone = [type(model).__name__, model.config.to_json_string(use_diff=False)]
+    key = (loaded, json.dumps([words, backbone], default=str))
+    return _recent.get(key, lambda: kind(loaded, tokenizer, model)).serving(model)

@@ -61,14 +61,8 @@ class Encoder:
     @cached_property
     def fingerprint(self) -> list[Any]:
         """JSON values on which the ids depend."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        rules = self.tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
-        for call in ("truncation", "padding"):  # those of the last call
-            rules.pop(call, None)
         return [
-            type(self.tokenizer).__name__,
-            hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest(),
-            self.tokenizer.truncation_side,
+            *rules(self.tokenizer),
             [getattr(self.tokenizer, name, None) for name in ("src_lang", "tgt_lang")],
             self.limit,
             transformers.__version__,
@@ -97,6 +91,16 @@ class Encoder:
             token for (index, token), ids in zip(special.items(), encoded["input_ids"], strict=True) if index in ids
         ]
         return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True)))) if found else None
+
+
+def rules(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What a tokenizer does by itself: its class, a hash of its vocabulary and rules, the side that it cuts."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    found = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    for call in ("truncation", "padding"):  # those of the last call
+        found.pop(call, None)
+    digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    return [type(tokenizer).__name__, digest, tokenizer.truncation_side]
 
 
 def positions(model: PreTrainedModel) -> int | None:

@@ -80,6 +80,7 @@ def test_one_run_leaves_a_whole_record(smoke: list[str], tmp_path: Path, capsys:
     assert record["scores"]["report"]["examples"] == 16
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     assert files == [
+        ".lock",
         "adapter/adapter.safetensors",
         "config.yaml",
         "metrics.jsonl",
@@ -200,6 +201,11 @@ def test_a_budget_is_recorded_with_the_bottlenecks_that_it_became(
     assert "2 of 2 runs are done." in capsys.readouterr().out
     small, large = sorted(records(tmp_path / "outputs"), key=lambda record: int(record["counts"]["stored"]))
     assert (small["budget"], large["budget"]) == ("50k", "3%")
+    (plan,) = (tmp_path / "outputs").rglob("*.sweep.json")
+    assert {point["folder"].rpartition("/")[2] for point in json.loads(plan.read_text())["points"]} == {
+        small["run"],
+        large["run"],
+    }
     assert 45_000 < small["counts"]["stored"] <= 50_000 < 138_000 < large["counts"]["stored"] <= 142_000
     assert all(r["axes"][0]["bottleneck"] > r["axes"][1]["bottleneck"] >= 1 for r in (small, large))
     config = next((tmp_path / "outputs").rglob(f"{large['run']}/config.yaml")).read_text()

@@ -91,5 +91,7 @@ def test_ls_groups(capsys: pytest.CaptureFixture[str]) -> None:
         printed = capsys.readouterr().out
         assert folder.name in everything
         assert all(option.stem in printed for option in folder.glob("*.yaml"))
+    assert main(["ls", "experiment"]) == 0
+    assert "paper/table5" in capsys.readouterr().out
     assert main(["ls", "metod"]) == 2
     assert "did you mean method?" in capsys.readouterr().err

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset
 
+import peftbench.tasks.prepare
 from peftbench.config import Task, TaskKind
 from peftbench.tasks import cache
 from peftbench.tasks.base import TaskData
+from peftbench.tasks.cache import Recent
 from peftbench.tasks.classification import Classification
 from peftbench.tasks.load import load
 from peftbench.tasks.prepare import prepare
 from tests.unit.test_tasks import byte_level, tiny_bert
+
+
+class Forgetful(Recent[TaskData]):
+    """As each run is in a process of its own."""
+
+    def get(self, key: Hashable, make: Callable[[], TaskData]) -> TaskData:
+        return make()
 
 
 @pytest.fixture
@@ -32,6 +42,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
 
     monkeypatch.setattr(Classification, "encode", counted)
     monkeypatch.setattr(cache, "MIN_ROWS", 4)
+    monkeypatch.setattr(peftbench.tasks.prepare, "_recent", Forgetful())
     monkeypatch.setenv("PEFTBENCH_CACHE", str(tmp_path / "cache"))
     return found
 
@@ -128,3 +139,15 @@ def test_nothing_half_written_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(Dataset, "save_to_disk", disk_full)
     assert len(cache.kept({}, 2, lambda: Dataset.from_dict({"x": [1, 2]}))) == 2
     assert list((tmp_path / "tokens").iterdir()) == []
+
+
+def test_what_was_asked_for_last_is_in_memory() -> None:
+    recent, made = Recent[str](), []
+
+    def make(name: str) -> str:
+        made.append(name)
+        return name
+
+    for name in ("a", "b", "a", "c", "a", "b"):
+        assert recent.get(name, partial(make, name)) == name
+    assert made == ["a", "b", "c", "b"]

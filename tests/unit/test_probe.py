@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
 from peftbench import config
+from peftbench.checkpoint import Checkpoints
 from peftbench.errors import UserError
 from peftbench.fit import fit
 from peftbench.modification.attach import attach
@@ -166,7 +167,7 @@ def test_training_is_the_same_to_the_bit_with_and_without_the_probe(checkpointin
             settings,
             seed=1,
             bf16=False,
-            folder=tmp_path,
+            checkpoints=Checkpoints(tmp_path, minutes=60, stamp=""),
             evaluate=lambda: {},
             metric="accuracy",
         )

@@ -14,8 +14,9 @@ from rich.console import Console
 from peftbench.errors import UserError
 from peftbench.fidelity import Deviation
 from peftbench.results.command import main
+from peftbench.results.formats import to_csv, to_json
 from peftbench.results.record import Axes, Backbone, Counts, Failure, Record, Score
-from peftbench.results.table import show, single_row, to_csv, to_json
+from peftbench.results.table import show, single_row
 
 HEADS = Axes("", "softmax", "heads", "parallel", "gated", 1.0, 30, {})
 FFN = Axes("mix.ffn.", "relu", "ffn", "parallel", "scaled", 4.0, 512, {})
@@ -100,6 +101,14 @@ def test_what_follows_the_released_code_says_so(width: int) -> None:
     assert "as in the code" not in shown([record(62.0, FFN)], width)
     (row,) = csv.DictReader(io.StringIO(to_csv([record(63.17, FFN, deviations=deviations)])))
     assert row["deviations"] == "frozen_task_head attention_adapter_norm"
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_a_part_of_a_split_is_not_ranked_with_the_whole_of_one(width: int) -> None:
+    whole, part = record(60.0, FFN, examples=1600), record(61.0, FFN, examples=1600)
+    part.scores["report"].of = 9815
+    text = " ".join(shown([whole, part], width).split())
+    positions(text, "accuracy on 1,600 test examples", "accuracy on 1,600 of 9,815 test examples")
 
 
 def test_a_narrow_console_keeps_the_seeds_that_tell_runs_apart() -> None:

@@ -33,6 +33,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from peftbench.checkpoint import Checkpoints
 from peftbench.compose import compose_runs
 from peftbench.config import Device, Keep, Run, Task, TaskKind, Trainer, conf_dir
 from peftbench.errors import UserError
@@ -336,7 +337,8 @@ def test_training_sees_every_example_once_an_epoch_in_batches_of_tokens(news: Ta
 
     data.collator = noted
     settings = Trainer(learning_rate=1e-3, epochs=2, batch_tokens=32, device=Device.cpu)
-    fitted = fit(model, data, settings, seed=1, bf16=False, folder=tmp_path, evaluate=dict, metric="rouge1")
+    nowhere = Checkpoints(tmp_path, minutes=60, stamp="")
+    fitted = fit(model, data, settings, seed=1, bf16=False, checkpoints=nowhere, evaluate=dict, metric="rouge1")
     each = batches_per_epoch(data, settings)
     assert fitted.steps == 2 * each == len(seen)
     assert all(len(batch) * max(batch) <= 32 or len(batch) == 1 for batch in seen)
@@ -468,7 +470,14 @@ def test_conf_fits_the_schema(option: Path) -> None:
     task: Any = OmegaConf.merge(OmegaConf.structured(Task), OmegaConf.load(option).task)
     task = OmegaConf.to_object(task)
     assert task.name == option.stem
-    elsewhere = {"eval_batch_size", "eval_batch_tokens", "precision", "gradient_checkpointing", "device"}
+    elsewhere = {
+        "eval_batch_size",
+        "eval_batch_tokens",
+        "precision",
+        "gradient_checkpointing",
+        "checkpoint_minutes",
+        "device",
+    }
     assert set(task.quick) <= {"label_smoothing", "batch_tokens", "keep", "evaluate_every"}  # what quick.yaml reads
     assert not task.paper or set(task.paper) == {field.name for field in fields(Trainer)} - elsewhere
     trainer: Any = OmegaConf.merge(OmegaConf.structured(Trainer), task.paper)

@@ -1,0 +1,99 @@
+"""What an interrupted training goes on from: the trained tensors, the optimiser and the random numbers.
+
+transformers' Trainer writes and reads a checkpoint; the weights in it are only those that are trained (`Resumable`).
+A training that goes on from one ends, on a CPU, in the very bits of one that never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from peftbench.modification.state import read_tensors, trained_tensors, write_tensors
+
+TENSORS = "trained.safetensors"
+NOTES = "peftbench.json"
+LAST_WRITTEN = "trainer_state.json"  # by Trainer, so a folder with a whole one is a whole checkpoint
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint of a training."""
+
+    folder: Path
+    step: int  # optimiser steps done
+    notes: dict[str, Any]  # what `Resumable.notes` said when it was written
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where the checkpoints of one training lie and how often one is written."""
+
+    folder: Path
+    minutes: float  # of training between two; 0: at every logged step
+    stamp: str  # of all that must be the same for a training to go on, such as the data
+
+    def take_up(self) -> Checkpoint | None:
+        """The newest whole checkpoint with our stamp, or None. Deletes all others: nothing will go on from them."""
+        newest = max(self._whole(), key=lambda checkpoint: checkpoint.step, default=None)
+        for folder in self._folders():
+            if newest is None or folder != newest.folder:
+                shutil.rmtree(folder)
+        return newest
+
+    def _folders(self) -> list[Path]:
+        return list(self.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+
+    def _whole(self) -> Iterator[Checkpoint]:
+        for folder in self._folders():
+            try:
+                step = json.loads((folder / LAST_WRITTEN).read_text(encoding="utf-8"))["global_step"]
+                notes = json.loads((folder / NOTES).read_text(encoding="utf-8"))
+            except (OSError, ValueError):  # the process died while it wrote this one
+                continue
+            if notes["stamp"] == self.stamp:
+                yield Checkpoint(folder, step, notes)
+
+
+class Resumable(Trainer):
+    """Trainer whose checkpoints hold of the model's weights only those that are trained."""
+
+    model: PreTrainedModel
+    notes: Callable[[], dict[str, Any]]  # JSON values to keep beside them
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        assert output_dir is not None
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(trained_tensors(self.model), folder / TENSORS)
+        (folder / NOTES).write_text(json.dumps(self.notes()), encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        read_tensors(self.model, Path(resume_from_checkpoint) / TENSORS)
+
+
+class SaveByTime(TrainerCallback):
+    """Asks for a checkpoint after every so many minutes of training, at a step whose loss is logged.
+
+    Between two logged steps Trainer holds a running sum of the loss that no checkpoint keeps. The last step needs none.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self.seconds = 60 * minutes
+        self.since = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        due = time.monotonic() - self.since >= self.seconds
+        if due and state.global_step % state.logging_steps == 0 and state.global_step < state.max_steps:
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.since = time.monotonic()

@@ -1,0 +1,174 @@
+"""`peftbench reproduce TABLE`: the runs of a table or figure of the paper, and its scores beside ours.
+
+The rows of a table stand in conf/experiment/paper, what the paper prints in conf/paper_scores.yaml. Imports no torch
+unless it trains.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any, cast
+
+from hydra._internal.utils import get_args_parser
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from peftbench.compose import compose_points
+from peftbench.config import Run, conf_dir
+from peftbench.errors import UserError, unknown
+from peftbench.hydra_app import run as train
+from peftbench.hydra_app import solved
+from peftbench.results.columns import Column, duration
+from peftbench.results.identity import run_dir
+from peftbench.results.record import Record, differing, find, load_records
+from peftbench.results.table import show_table
+
+BACKBONES = ("bart_large", "mbart_large", "mbart_large_cc25", "roberta_base")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One run of a table."""
+
+    settings: dict[str, str]  # what the table's runs differ in, as typed
+    run: Run
+    record: Record | None
+    seconds: float | None  # that it took, or is expected to take
+    paper: float | None  # the paper's score
+
+    @property
+    def is_done(self) -> bool:
+        return self.record is not None and self.record.status == "done"
+
+    @property
+    def ours(self) -> float | None:
+        return self.record.score if self.record is not None and self.is_done else None
+
+
+def main(argv: list[str]) -> int:
+    """Trains what is missing and prints the table; returns 0 if every run is done, 1 if one is not, 0 in a dry run.
+
+    Raises:
+        UserError: there is no such table, or the overrides are wrong.
+    """
+    names = sorted(file.stem for file in (conf_dir() / "experiment" / "paper").glob("*.yaml"))
+    parser = argparse.ArgumentParser(
+        prog="peftbench reproduce",
+        description="Run a table or figure of the paper, and show its scores beside ours.",
+        epilog=f"Tables: {', '.join(names)}. Overrides are those of peftbench train -m, such as model= or seed=1,2.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("table", metavar="TABLE", help="such as table5")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for peftbench train -m")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs, what is done, and the time expected")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.table not in names:
+        raise UserError(unknown("table", arguments.table, names))
+
+    sweep = ["-m", f"experiment=paper/{arguments.table}", *arguments.overrides]
+    points = solved(compose_points(get_args_parser().parse_args(sweep)))
+    code = 0 if arguments.dry_run else train(sweep)
+    _show(lines(arguments.table, points), Console())
+    return code
+
+
+def lines(table: str, points: Sequence[tuple[list[str], Run]]) -> list[Line]:
+    """A line for each run, with what is known of it."""
+    given = [dict(word.split("=", 1) for word in overrides if "=" in word) for overrides, _ in points]
+    keys = differing(given) or ["row"]
+    others = _records(Path(points[0][1].output_dir).expanduser())
+    found = []
+    for values, (_, run) in zip(given, points, strict=True):
+        record = find(run_dir(run))
+        took = record.timings.get("total_s") if record is not None and record.status == "done" else None
+        found.append(
+            Line(
+                settings={key: values[key] for key in keys if key in values},
+                run=run,
+                record=record,
+                seconds=_expected(run, others) if took is None else took,
+                paper=_scores().get(table, {}).get(values.get("row", run.method), {}).get(run.task.name),
+            )
+        )
+    return found
+
+
+@lru_cache(maxsize=1)
+def _scores() -> dict[str, Any]:
+    """{table: {row: {task: score}}}."""
+    return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(conf_dir() / "paper_scores.yaml")))
+
+
+def _records(folder: Path) -> list[Record]:
+    found = load_records(folder)[0] if folder.is_dir() else []
+    return [record for record in found if record.status == "done" and "total_s" in record.timings]
+
+
+def _expected(run: Run, records: Sequence[Record]) -> float | None:
+    """The mean time of runs of the same method, task, backbone and number of steps; else of any method; else None."""
+    alike = [
+        record
+        for record in records
+        if (record.task, record.model.name, record.debug) == (run.task.name, run.model.name, run.debug)
+        and all(record.trainer.get(key) == getattr(run.trainer, key) for key in ("max_steps", "epochs", "batch_size"))
+    ]
+    same = [record for record in alike if record.method == run.method] or alike
+    return fmean(record.timings["total_s"] for record in same) if same else None
+
+
+def _show(table: Sequence[Line], console: Console) -> None:
+    keys = list(dict.fromkeys(key for line in table for key in line.settings))
+    columns = [Column[Line](key, key, partial(_setting, key), words=True) for key in keys]
+    columns += [
+        Column("status", "status", _status, words=True, wrap=11),
+        Column("time", "time", _time),
+        Column("metric", "metric", lambda line: line.run.task.metric, words=True, dispensable=1),
+        Column("paper", "paper", lambda line: _two(line.paper)),
+        Column("ours", "ours", lambda line: _two(line.ours)),
+        Column("difference", "ours -\npaper", _difference),
+    ]
+    console.print()
+    show_table(columns, table, console)
+    done = sum(line.is_done for line in table)
+    left = [line.seconds for line in table if not line.is_done]
+    known = [seconds for seconds in left if seconds is not None]
+    console.print(f"\n{done} of {len(table)} runs are done.", highlight=False)
+    if known:
+        others = f"the other {len(left)}" if len(known) == len(left) else f"{len(known)} of the other {len(left)}"
+        console.print(f"By the records of runs like them, {others} take about {duration(sum(known))}.", highlight=False)
+    elif left:
+        console.print("No record of such a run tells how long the others take.", highlight=False)
+
+
+def _setting(key: str, line: Line) -> str:
+    return line.settings.get(key, "")
+
+
+def _status(line: Line) -> str:
+    if line.record is None:
+        return "missing"
+    return f"{line.record.status}: {line.record.error.name}" if line.record.error else line.record.status
+
+
+def _time(line: Line) -> str:
+    if line.seconds is None:
+        return ""
+    return duration(line.seconds) if line.is_done else f"~{duration(line.seconds)}"
+
+
+def _difference(line: Line) -> str:
+    """Of runs that are the paper's: its backbone, and the whole of the data."""
+    run = line.run
+    whole = run.debug is None and run.task.max_train is None and run.task.max_eval is None
+    if line.ours is None or line.paper is None or not whole or run.model.name.replace("-", "_") not in BACKBONES:
+        return ""
+    return f"{line.ours - line.paper:+.2f}"
+
+
+def _two(number: float | None) -> str:
+    return "" if number is None else f"{number:.2f}"

@@ -1,0 +1,71 @@
+"""The paired bootstrap: how sure is the difference of two models' scores on the same examples? Imports no torch.
+
+Efron and Tibshirani (1993); Koehn (2004) and Berg-Kirkpatrick, Burkett and Klein (2012) for comparing systems on one
+test set. Examples are drawn with replacement, the same ones for both sides; so are seeds, where there are several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from peftbench.tasks.example_scores import ExampleScores
+
+LEVEL = 0.95
+Scores = Mapping[str, ExampleScores]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Scores of two sides, each the mean over its seeds, and what chance there is in the difference a - b."""
+
+    a: float
+    b: float
+    low: float  # of the 95% interval of a - b
+    high: float
+    p: float  # two-sided: twice the share of draws in which the difference has the other sign or is nought
+
+    @property
+    def difference(self) -> float:
+        return self.a - self.b
+
+
+def paired_bootstrap(
+    a: Sequence[Scores], b: Sequence[Scores], *, paired_seeds: bool, resamples: int = 10_000, seed: int = 0
+) -> dict[str, Difference]:
+    """Compare two sides, each of one run or of several seeds, that were scored on the same examples in one order.
+
+    Args:
+        a, b: of each run, its scores by name, with statistics (examples, k).
+        paired_seeds: the runs of both sides have the same seeds in the same order, which are drawn together.
+        resamples: draws; the interval has the 2.5th and the 97.5th of their percentiles.
+    """
+    names = list(a[0])
+    # {name: (examples, seeds, k)} of each side
+    sides = [{name: np.stack([run[name].statistics for run in side], axis=1) for name in names} for side in (a, b)]
+    examples = len(sides[0][names[0]])
+    draw = np.random.default_rng(seed)
+    drawn = {name: np.empty(resamples) for name in names}
+    for index in range(resamples):
+        times = np.bincount(draw.integers(0, examples, examples), minlength=examples).astype(float)
+        seeds = draw.integers(0, len(a), len(a))
+        both = [seeds, seeds if paired_seeds else draw.integers(0, len(b), len(b))]
+        for name in names:
+            score = a[0][name].score
+            means = [np.tensordot(times, side[name], axes=1) / examples for side in sides]  # (seeds, k)
+            one, other = (score(mean)[chosen].mean() for mean, chosen in zip(means, both, strict=True))
+            drawn[name][index] = one - other
+    found = {}
+    for name in names:
+        whole = [float(a[0][name].score(side[name].mean(axis=0)).mean()) for side in sides]
+        found[name] = _difference(whole[0], whole[1], drawn[name])
+    return found
+
+
+def _difference(a: float, b: float, differences: np.ndarray) -> Difference:
+    low, high = np.quantile(differences, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    # + 1: the data as they are count as one more draw, so that no p is ever nought
+    fewest = min((differences <= 0).sum(), (differences >= 0).sum()) + 1
+    return Difference(a, b, float(low), float(high), float(min(1.0, 2 * fewest / (len(differences) + 1))))

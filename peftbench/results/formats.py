@@ -1,0 +1,102 @@
+"""Tables of runs as JSON, CSV, Markdown and LaTeX. Imports no torch; pandas only for LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+from peftbench.results.columns import Column, best_of, flat_header
+from peftbench.results.record import Axes, Record, flatten
+
+T = TypeVar("T")
+
+# What pdflatex cannot set as it stands.
+LATEX = {"±": r"$\pm$", "Δ": r"$\Delta$", "λ": r"$\lambda$", "·": r"$\cdot$", "↑": r"$\uparrow$", "◆": r"$\bullet$"}
+
+
+def to_json(records: Iterable[Record]) -> str:
+    """A JSON array of the records, each with its `folder`."""
+    return json.dumps([{**record.to_json(), "folder": str(record.folder)} for record in records], indent=2)
+
+
+def to_csv(records: Iterable[Record]) -> str:
+    """One line for each record; dotted keys are the columns. A mixture's axes are joined by " + "."""
+    return csv_of([_flat(record) for record in records])
+
+
+def csv_of(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as CSV; every key that any row has is a column."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def values(columns: Sequence[Column[T]], rows: Sequence[T]) -> list[dict[str, Any]]:
+    """Each row as column: value. Numbers are whole, with their standard deviation as COLUMN_std where they have one."""
+    found = []
+    for row in rows:
+        one: dict[str, Any] = {}
+        for column in columns:
+            one[column.key] = _one_line(column.cell(row)) if column.value is None else column.value(row)
+            if column.spread is not None and (deviation := column.spread(row)) is not None:
+                one[f"{column.key}_std"] = deviation
+        found.append(one)
+    return found
+
+
+def markdown(columns: Sequence[Column[T]], rows: Sequence[T]) -> str:
+    """A table as GitHub shows it, the best value of each column bold."""
+    marked = [best_of(column, rows) for column in columns]
+    lines = [[flat_header(column) for column in columns], ["---" if column.words else "---:" for column in columns]]
+    for index, row in enumerate(rows):
+        texts = [_one_line(column.cell(row)).replace("|", "\\|") for column in columns]
+        bold = [index in of_column for of_column in marked]
+        lines.append([f"**{text}**" if best else text for text, best in zip(texts, bold, strict=True)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def latex(columns: Sequence[Column[T]], rows: Sequence[T]) -> str:
+    """A tabular with the rules of the package booktabs, the best value of each column bold."""
+    import pandas as pd
+
+    marked = [best_of(column, rows) for column in columns]
+    cells = []
+    for index, row in enumerate(rows):
+        texts = [_escaped(_one_line(column.cell(row))) for column in columns]
+        cells.append(
+            [rf"\textbf{{{text}}}" if index in bold else text for text, bold in zip(texts, marked, strict=True)]
+        )
+    frame = pd.DataFrame(cells, columns=[_escaped(flat_header(column)) for column in columns])
+    kinds = "".join("l" if column.words else "r" for column in columns)
+    tabular: str = frame.style.hide(axis="index").to_latex(hrules=True, column_format=kinds)
+    return tabular
+
+
+def _escaped(text: str) -> str:
+    for letter in "\\&%$#_{}~^":
+        text = text.replace(letter, {"\\": r"\textbackslash ", "~": r"\~{}", "^": r"\^{}"}.get(letter, "\\" + letter))
+    for letter, command in LATEX.items():
+        text = text.replace(letter, command)
+    return text
+
+
+def _one_line(cell: str) -> str:
+    return " + ".join(cell.split("\n"))
+
+
+def _flat(record: Record) -> dict[str, Any]:
+    values = record.to_json()
+    axes = values.pop("axes")
+    values["deviations"] = [deviation["name"] for deviation in values["deviations"]]
+    joined = {
+        key: " + ".join("" if one[key] is None else str(one[key]) for one in axes)
+        for key in Axes.__dataclass_fields__
+        if key != "options"
+    }
+    row = {"folder": str(record.folder), **dict(flatten({**values, "axes": joined}))}
+    return {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in row.items()}

@@ -1,0 +1,199 @@
+"""A table across two keys of the runs, such as methods in rows and insertion forms in columns. Imports no torch.
+
+Nothing is put into one column that may not be compared, and nothing into one cell that differs in more than its seed,
+unless it is told to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal
+
+from peftbench.errors import UserError
+from peftbench.results.columns import COSTS, FIELDS, Column, field, text
+from peftbench.results.record import Record, differing, flatten
+from peftbench.results.row import Row, Statistic, is_scored, point
+
+# What runs must share for their scores to stand in one column.
+COMPARABLE = ("task", "model", "metric", "split", "examples", "train_examples", "fidelity", "debug")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table: its labels, and the runs of each of its cells by the labels of the column."""
+
+    labels: tuple[str, ...]
+    cells: dict[tuple[str, ...], Row]
+
+
+def pivot(
+    records: Sequence[Record],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    value: str = "score",
+    mixed: Sequence[str] = (),
+    statistic: Statistic = "mean",
+) -> tuple[str, list[Column[Line]], list[Line]]:
+    """Title, columns and lines of the table of `value`, over those of `records` that have a score.
+
+    Args:
+        rows, columns: keys, as for filters; their values label the lines and the columns.
+        mixed: keys that may differ within a column or a cell.
+
+    Raises:
+        UserError: a key is none; or a column or a cell would mix what differs in a key that is not `mixed`.
+    """
+    scored = [record for record in records if is_scored(record)]
+    if not scored:
+        raise UserError("None of these runs has a score to put into a table.")
+    across, down, shown = _fields(columns, scored), _fields(rows, scored), _fields([value], scored)[value]
+    told = {*rows, *columns, *mixed}
+
+    grid: dict[tuple[str, ...], dict[tuple[str, ...], list[Record]]] = {}
+    for record in scored:
+        label = tuple(text(of(record)) for of in down.values())
+        head = tuple(text(of(record)) for of in across.values())
+        grid.setdefault(label, {}).setdefault(head, []).append(record)
+    heads = sorted({head for cells in grid.values() for head in cells}, key=_natural)
+    in_columns = {" ".join(head): [run for cells in grid.values() for run in cells.get(head, [])] for head in heads}
+    fault = _incomparable(in_columns, told) or _several(
+        [cell for line in grid.values() for cell in line.values()], told
+    )
+    if fault:
+        raise UserError(fault)
+
+    lines = [
+        Line(label, {head: Row(tuple(cell), statistic) for head, cell in grid[label].items()})
+        for label in sorted(grid, key=_natural)
+    ]
+    labels = [Column[Line](key, key, partial(_label, index), words=True, wrap=20) for index, key in enumerate(rows)]
+    better: Literal["higher", "lower"] = "lower" if value in COSTS else "higher"
+    numbers = [
+        Column[Line](
+            ", ".join(head) or value,
+            "\n".join(label or "none" for label in head) or value,
+            partial(_cell, head, shown),
+            partial(_number, head, shown),
+            partial(_spread, head, shown),
+            better,
+        )
+        for head in heads
+    ]
+    return _title(value, scored), [*labels, *numbers], lines
+
+
+def _title(value: str, records: Sequence[Record]) -> str:
+    """What the table shows, and the settings that all of its runs share."""
+    shared = {key: {text(FIELDS[key](record)) for record in records} for key in ("method", *COMPARABLE)}
+    told = [f"{key}={found.pop()}" for key, found in shared.items() if len(found) == 1]
+    return f"{value} of {len(records)} runs: " + ", ".join(word for word in told if not word.endswith("="))
+
+
+def _fields(keys: Sequence[str], records: Sequence[Record]) -> dict[str, Callable[[Record], Any]]:
+    try:
+        return {key: field(key, records) for key in keys}
+    except KeyError as error:
+        raise UserError(str(error.args[0])) from error
+
+
+def _incomparable(columns: dict[str, list[Record]], told: set[str]) -> str | None:
+    """The sentence that refuses to put the runs of any column into one, or None where they may be compared."""
+    differences: dict[str, Counter[str]] = {}
+    refused = []
+    for name, records in columns.items():
+        counted = {key: Counter(text(FIELDS[key](record)) or "none" for record in records) for key in COMPARABLE}
+        mixed = {key: values for key, values in counted.items() if key not in told and len(values) > 1}
+        refused += [name] if mixed else []
+        for key, values in mixed.items():
+            differences.setdefault(key, Counter()).update(values)
+    if not refused:
+        return None
+    where = "one column" if len(columns) == 1 else f"the column {refused[0] or 'none'}"
+    others = f" (and {len(refused) - 1} others)" if len(refused) > 1 else ""
+    seen = "; ".join(
+        f"{key}: " + ", ".join(f"{value} ({number} runs)" for value, number in values.most_common())
+        for key, values in differences.items()
+    )
+    first = next(iter(differences))
+    return (
+        f"These runs cannot be compared in {where}{others}, for they differ in {seen}. Choose by a filter such as "
+        f"{first}={differences[first].most_common(1)[0][0]}, put the key into --rows or --columns, or allow it with "
+        f"--mix {','.join(differences)}."
+    )
+
+
+def _several(cells: Sequence[Sequence[Record]], told: set[str]) -> str | None:
+    """The sentence that refuses to average, in any of the cells, what differs in more than its seed; or None."""
+    refused: list[Record] = []
+    differences: dict[str, dict[str, None]] = {}
+    for cell in cells:
+        first: dict[str, Record] = {}
+        for record in cell:
+            first.setdefault(point(record), record)
+        if len(first) == 1 or "all" in told:
+            continue
+        visible = [_visible(record) for record in first.values()]
+        differ = differing(visible)
+        keys = [key for key in differ if key not in told]
+        if keys or not differ:  # what the records do not show, a folder's config.yaml has
+            refused.append(cell[0])
+        for key in keys:
+            differences.setdefault(key, {}).update(dict.fromkeys(text(one.get(key)) for one in visible))
+    if not refused:
+        return None
+    seen = "; ".join(f"{key}: {', '.join(map(str, found))}" for key, found in list(differences.items())[:4])
+    where = f"{len(refused)} cells, such as that of" if len(refused) > 1 else "The cell of"
+    return (
+        f"{where} {refused[0].method} on {refused[0].task}, would hold a mean over settings that differ in more than "
+        f"the seed ({seen or 'compare two of them with peftbench compare'}). Choose by a filter, put the key into "
+        f"--rows or --columns, or allow it with --mix {','.join(differences) or 'all'}."
+    )
+
+
+def _visible(record: Record) -> dict[str, Any]:
+    """The settings of a run that its record shows."""
+    axes = {key: FIELDS[key](record) for key in ("method", "unfreeze", "debug", "deviations", "bottleneck", "scale")}
+    for key in ("functional_form", "modified_representation", "insertion_form", "composition_function"):
+        axes[key] = FIELDS[key](record)
+    options = {f"{one.prefix}{key}": value for one in record.axes for key, value in asdict(one)["options"].items()}
+    return {**axes, **options, **{key: FIELDS[key](record) for key in COMPARABLE}, **_trainer(record)}
+
+
+def _trainer(record: Record) -> dict[str, Any]:
+    return {"learning_rate" if key == "learning_rate" else f"trainer.{key}": v for key, v in flatten(record.trainer)}
+
+
+def _label(index: int, line: Line) -> str:
+    return line.labels[index]
+
+
+def _cell(head: tuple[str, ...], of: Callable[[Record], float | None], line: Line) -> str:
+    value, spread = _number(head, of, line), _spread(head, of, line)
+    if value is None:
+        return ""
+    shown = f"{value:.2f}" if abs(value) < 1e4 else f"{round(value):,}"
+    return shown if spread is None else f"{shown} ± {spread:.2f} ({len(line.cells[head].records)})"
+
+
+def _number(head: tuple[str, ...], of: Callable[[Record], float | None], line: Line) -> float | None:
+    return line.cells[head].number(of) if head in line.cells else None
+
+
+def _spread(head: tuple[str, ...], of: Callable[[Record], float | None], line: Line) -> float | None:
+    return line.cells[head].spread(of) if head in line.cells else None
+
+
+def _natural(labels: tuple[str, ...]) -> list[tuple[list[float], str]]:
+    """Orders numbers as numbers, also those of a mixture, and words as words."""
+    found = []
+    for label in labels:
+        try:
+            found.append(([float(part) for part in label.split(" + ")], ""))
+        except ValueError:
+            found.append(([math.inf], label))
+    return found

@@ -1,0 +1,257 @@
+"""`peftbench plot`: score against what a method costs, as in figures 2, 4 and 5 of He et al. (2022); training curves.
+
+A panel for each task, backbone, metric, split and size; a line for each method over its sizes; full fine-tuning dashed;
+the Pareto front behind them. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from peftbench.errors import UserError, unknown
+from peftbench.results.columns import FIELDS, field, text
+from peftbench.results.command import read
+from peftbench.results.row import Row, Statistic, front, over_seeds, single, tables
+from peftbench.results.table import title
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ENDINGS = (".png", ".svg", ".pdf")
+# Okabe and Ito (2008): told apart also by the colour-blind; the darkest first, for print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX*<>"
+NAMES = {
+    "stored": "stored parameters",
+    "trained": "trained parameters",
+    "percent": "stored parameters, % of the backbone",
+    "memory": "peak memory, GiB",
+    "time": "time, s",
+}
+COLUMNS = 3  # panels beside each other
+
+
+def main(argv: list[str]) -> int:
+    """Writes the picture; returns 0. Raises UserError where there is nothing to draw."""
+    parser = argparse.ArgumentParser(
+        prog="peftbench plot",
+        description="Draw scores against stored parameters, a line for each method over its sizes.",
+        epilog="Filters and keys are those of peftbench results.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("words", nargs="*", metavar="FOLDER | KEY=VALUE,...", help="where (default: outputs) and which")
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, action="append", help="PNG, SVG or PDF, by the ending; default: scores.png"
+    )
+    parser.add_argument("--x", choices=list(NAMES), default="stored", help="the cost; default: %(default)s")
+    parser.add_argument("--y", metavar="KEY", help="a metric (default: the main one); of curves what was logged (loss)")
+    parser.add_argument("--by", metavar="KEY", default="method", help="a line for each value of; default: %(default)s")
+    parser.add_argument("--curves", action="store_true", help="draw what was logged in training, a line for each run")
+    parser.add_argument("--statistic", choices=get_args(Statistic), default="mean", help="over seeds; default: mean")
+    arguments = parser.parse_intermixed_args(argv)
+
+    files = arguments.out or [Path("scores.png")]
+    for file in files:
+        if file.suffix.lower() not in ENDINGS:
+            raise UserError(f"--out {file}: the ending must be one of {', '.join(ENDINGS)}.")
+    records = read(arguments.words)
+    if arguments.curves:
+        figure = draw_curves(single(records), y=arguments.y or "loss", by=arguments.by)
+    else:
+        rows = over_seeds(records, arguments.statistic)
+        figure = draw(rows, x=arguments.x, y=arguments.y or "score", by=arguments.by)
+    for file in files:
+        save(figure, file)
+        print(file)
+    return 0
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Write the picture; of an SVG the words stay text."""
+    from matplotlib import rc_context
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with rc_context({"svg.fonttype": "none"}):
+        figure.savefig(file, dpi=200)
+
+
+def draw(rows: Sequence[Row], *, x: str = "stored", y: str = "score", by: str = "method") -> Figure:
+    """The picture of rows that have a score.
+
+    Args:
+        x: the cost, one of `NAMES`; on a logarithmic axis.
+        y: "score", or a metric.
+        by: the key whose values are the lines.
+
+    Raises:
+        UserError: no row has both, or a key is none.
+    """
+    scored = [row for row in rows if row.scored]
+    for key in (y, by):
+        _check(key, scored)
+    panels = [shown for table in tables(scored) if (shown := _points(table, x, y))]
+    if not panels:
+        raise UserError(f"None of these runs has both {x} and {y} to draw.")
+    names = sorted({_name(row, by) for panel in panels for row, _, _ in panel if not _is_full(row)})
+    return _figure([partial(_panel, points=panel, names=names, x=x, y=y, by=by) for panel in panels])
+
+
+def draw_curves(rows: Sequence[Row], *, y: str = "loss", by: str = "method") -> Figure:
+    """What single runs logged in training, over their steps; a colour for each value of `by`.
+
+    Raises:
+        UserError: none of the runs has logged it, or the key is none.
+    """
+    _check(by, rows)
+    curves = {id(row): curve for row in rows if (curve := _curve(row, y))}
+    panels = [shown for table in tables(rows) if (shown := [row for row in table if id(row) in curves])]
+    if not panels:
+        logged = sorted({key for row in rows for line in _logged(row) for key in line} - {"stage", "step"})
+        raise UserError(unknown("--y", y, logged) if logged else "None of these runs has logged anything to draw.")
+    names = sorted({_name(row, by) for panel in panels for row in panel})
+    return _figure([partial(_curves, rows=panel, curves=curves, names=names, y=y, by=by) for panel in panels])
+
+
+def _check(key: str, rows: Sequence[Row]) -> None:
+    try:
+        field(key, [record for row in rows for record in row.records])
+    except KeyError as error:
+        raise UserError(str(error.args[0])) from error
+
+
+def _figure(panels: Sequence[Callable[[Axes], None]]) -> Figure:
+    """Panels beside and below each other, with one legend."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    across = min(len(panels), COLUMNS)
+    down = -(-len(panels) // across)
+    with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(4.4 * across + 1.6, 3.5 * down), layout="constrained")
+        grid = list(figure.subplots(down, across, squeeze=False).flat)
+        for axes, panel in zip(grid, panels, strict=False):
+            panel(axes)
+        for axes in grid[len(panels) :]:
+            axes.set_axis_off()
+        handles: dict[str, Any] = {}
+        for axes in figure.axes:
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                handles.setdefault(label, handle)
+        figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
+    return figure
+
+
+Point = tuple[Row, float, float]  # a row, its cost and its score
+
+
+def _points(table: Sequence[Row], x: str, y: str) -> list[Point]:
+    """The rows of a table that have both numbers; none where `y` is another task's metric."""
+    try:
+        of = field(y, [record for row in table for record in row.records])
+    except KeyError:
+        return []
+    found = [(row, row.number(FIELDS[x]), row.number(of)) for row in table]
+    return [(row, cost, score) for row, cost, score in found if cost and score is not None and not math.isnan(score)]
+
+
+def _panel(axes: Axes, points: Sequence[Point], names: Sequence[str], x: str, y: str, by: str) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    full = [point for point in points if _is_full(point[0])]
+    tuned = [point for point in points if not _is_full(point[0])]
+    of = field(y, [record for row, _, _ in points for record in row.records])
+    if full:
+        best = max(score for _, _, score in full)
+        axes.axhline(best, color="#666666", linestyle="--", linewidth=1, label="full fine-tuning", zorder=1)
+    if y == "score":
+        best_rows = {id(row) for row in front([row for row, _, _ in tuned], FIELDS[x])}
+        edge = sorted((cost, score) for row, cost, score in tuned if id(row) in best_rows)
+        if len(edge) > 1:
+            costs, scores = zip(*edge, strict=True)
+            axes.plot(costs, scores, label="Pareto front", color="#DDDDDD", linewidth=5, zorder=0)
+    for index, name in enumerate(names):
+        line = sorted((cost, score, row.spread(of) or 0.0) for row, cost, score in tuned if _name(row, by) == name)
+        if not line:
+            continue
+        costs, scores, spreads = zip(*line, strict=True)
+        axes.errorbar(
+            costs,
+            scores,
+            yerr=spreads if any(spreads) else None,
+            label=name,
+            color=COLOURS[index % len(COLOURS)],
+            marker=MARKERS[index % len(MARKERS)],
+            linestyle=("-", "--", ":")[index // len(COLOURS) % 3],
+            linewidth=1.3,
+            markersize=5,
+            capsize=2,
+        )
+    if tuned:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(_short))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    _label(axes, [row for row, _, _ in points], NAMES[x], points[0][0].first.metric if y == "score" else y)
+
+
+def _curves(
+    axes: Axes, rows: Sequence[Row], curves: dict[int, list[tuple[int, float]]], names: Sequence[str], y: str, by: str
+) -> None:
+    for row in sorted(rows, key=lambda row: names.index(_name(row, by))):
+        index = names.index(_name(row, by))
+        steps, values = zip(*curves[id(row)], strict=True)
+        look = ("-", "--", ":")[index // len(COLOURS) % 3]
+        marker = MARKERS[index % len(MARKERS)] if len(steps) < 30 else None  # looks at the selection split are few
+        colour = COLOURS[index % len(COLOURS)]
+        axes.plot(steps, values, label=names[index], color=colour, linestyle=look, marker=marker, markersize=4)
+    _label(axes, rows, "step", y)
+
+
+def _curve(row: Row, y: str) -> list[tuple[int, float]]:
+    """(step, value) of each time that a run logged `y`; the training of its head alone is not part of it."""
+    lines = _logged(row)
+    return [(line["step"], line[y]) for line in lines if y in line and line["stage"] == lines[0]["stage"]]
+
+
+def _logged(row: Row) -> list[dict[str, Any]]:
+    file = row.first.folder / "metrics.jsonl"
+    if not file.is_file():
+        return []
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):  # the last line of a run that goes on may be half written
+            found.append(json.loads(line))
+    return found
+
+
+def _label(axes: Axes, rows: Sequence[Row], x: str, y: str) -> None:
+    heading = title(rows).plain.partition(",")[0].partition(" of ")[0]
+    axes.set_title(heading, fontsize=9, loc="left")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(True, which="major", color="#EEEEEE", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _is_full(row: Row) -> bool:
+    return row.first.unfreeze == "all" and not row.first.axes
+
+
+def _name(row: Row, by: str) -> str:
+    return text(field(by, row.records)(row.first)) or "none"
+
+
+def _short(number: float, _: object = None) -> str:
+    """0.05, 2, 20K, 1M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            return f"{number / size:g}{unit}"
+    return f"{number:g}"

@@ -1,0 +1,130 @@
+"""What a table shows in one row: a run, or the runs that differ in nothing but their seed. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from statistics import fmean, median, stdev
+from typing import Literal
+
+from peftbench.results.record import Record, Score
+
+Statistic = Literal["mean", "median"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs of one point of the experiment, each with its own seed. Numbers are over those that have a score."""
+
+    records: tuple[Record, ...]
+    statistic: Statistic = "mean"
+
+    @property
+    def first(self) -> Record:
+        return self.records[0]
+
+    @property
+    def scored(self) -> list[Record]:
+        return [record for record in self.records if is_scored(record)]
+
+    @property
+    def score(self) -> float | None:
+        return self.number(lambda record: record.score)
+
+    def number(self, of: Callable[[Record], float | None]) -> float | None:
+        """The mean, or the median, of a number over the runs that have it; None where none has."""
+        values = self._values(of)
+        return None if not values else fmean(values) if self.statistic == "mean" else float(median(values))
+
+    def spread(self, of: Callable[[Record], float | None]) -> float | None:
+        """The standard deviation (with n - 1) of a number over two runs or more."""
+        values = self._values(of)
+        return stdev(values) if len(values) > 1 else None
+
+    def _values(self, of: Callable[[Record], float | None]) -> list[float]:
+        # Of a single run all is shown that is known; in a mean only runs count that came through.
+        records = self.scored if len(self.records) > 1 else self.records
+        return [float(value) for record in records if (value := of(record)) is not None]
+
+
+def single(records: Iterable[Record]) -> list[Row]:
+    """A row for each run."""
+    return [Row((record,)) for record in records]
+
+
+def over_seeds(records: Iterable[Record], statistic: Statistic) -> list[Row]:
+    """A row for the runs that differ in nothing but their seed."""
+    found: dict[tuple[str, ...], list[Record]] = {}
+    for record in records:
+        found.setdefault((point(record), *setting(record)[:4]), []).append(record)
+    return [Row(tuple(sorted(runs, key=lambda run: run.seed)), statistic) for runs in found.values()]
+
+
+def point(record: Record) -> str:
+    """What runs share that differ in nothing but their seed."""
+    if record.point is not None:
+        return record.point
+    # A record from before there was `point` shows this much of it.
+    seen = (record.method, record.unfreeze, record.debug, record.trainer, record.data.get("splits"))
+    return json.dumps([seen, [asdict(axes) for axes in record.axes]], sort_keys=True)
+
+
+def is_scored(record: Record) -> bool:
+    return record.status == "done" and record.score is not None and not math.isnan(record.score)
+
+
+def setting(record: Record) -> tuple[str, ...]:
+    """What two runs share whose scores may be compared: task, backbone, metric, split and its size."""
+    report = record.scores.get("report")
+    split = (report.split, _examples(report)) if report and is_scored(record) else ("", "")
+    model = record.model
+    version = model.content or model.revision or ""
+    return (record.task, model.hub_id or model.name, version, record.metric, *split)
+
+
+def _examples(report: Score) -> str:
+    return f"{report.examples:,}" + (f" of {report.of:,}" if report.of else "")
+
+
+def unscored(row: object) -> bool:
+    """Whether a row of a table stands for runs without a score, which is ranked last and never the best."""
+    return isinstance(row, Row) and not row.scored
+
+
+def tables(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows in tables of what may be compared; those without a score are with their task, backbone and metric."""
+    scored = sorted((row for row in rows if row.scored), key=lambda row: setting(row.scored[0]))
+    found = [list(group) for _, group in groupby(scored, key=lambda row: setting(row.scored[0]))]
+    for row in rows:
+        if not row.scored:
+            _home(found, row).append(row)
+    return found
+
+
+def _home(found: list[list[Row]], row: Row) -> list[Row]:
+    """The table in which a row without a score is listed: the first of its task, backbone and metric."""
+    for table in found:
+        if setting(table[0].first)[:4] == setting(row.first)[:4]:
+            return table
+    found.append([])
+    return found[-1]
+
+
+def rank(row: Row) -> tuple[float, str, int]:
+    """What orders the rows of a table: the highest score first, rows without one last."""
+    score = row.score if row.scored else None
+    return (math.inf if score is None else -score, row.first.method, row.first.seed)
+
+
+def front(rows: Sequence[Row], cost: Callable[[Record], float | None]) -> list[Row]:
+    """The Pareto front: the rows that no other one beats in score or in cost while it equals them in the other."""
+    priced = [(row.number(cost), row.score, row) for row in rows if row.scored]
+    known = [(price, score, row) for price, score, row in priced if price is not None and score is not None]
+    found: list[tuple[float, float, Row]] = []
+    for price, score, row in sorted(known, key=lambda one: (one[0], -one[1])):
+        if not found or score > found[-1][1] or (price, score) == found[-1][:2]:
+            found.append((price, score, row))
+    return [row for _, _, row in found]

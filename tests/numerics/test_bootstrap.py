@@ -1,0 +1,157 @@
+"""The paired bootstrap against scipy's, against what it must do by chance, and example scores against the metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from peftbench.errors import UserError
+from peftbench.results.bootstrap import paired_bootstrap
+from peftbench.tasks.example_scores import FAMILIES, ExampleScores, example_scores
+from peftbench.tasks.metrics import METRICS, compute_metrics
+
+PREDICTIONS = ["The cats sat on a mat. It rained.", "", "Prices rose again", "a b c"]
+REFERENCES = ["It was raining. A cat sat on the mat.", "Nothing was said.", "Prices rose again", "a b c"]
+
+
+def mean(values: np.ndarray) -> dict[str, ExampleScores]:
+    """A score that is 100 x the mean of `values` (examples,)."""
+    return {"score": ExampleScores(values[:, None], lambda means: 100 * means[..., 0])}
+
+
+def sample(metric: str, examples: int, seed: int) -> tuple[list[str], list[Any], list[str]]:
+    """Predictions, references and labels that the metric can be of."""
+    draw = np.random.default_rng(seed)
+    if metric in ("accuracy", "f1", "macro_f1", "matthews"):
+        labels = ["no", "yes"] if metric == "f1" else ["no", "yes", "maybe", "never"]  # the last one is nowhere
+        right = [labels[code] for code in draw.integers(0, min(3, len(labels)), examples)]
+        ours = [word if draw.random() < 0.6 else labels[0] for word in right]
+        return ours, right, labels
+    if metric in ("pearson", "spearman"):
+        numbers = draw.integers(0, 6, examples) + 1000.0  # ties, far from nought
+        return (
+            list(map(repr, (numbers + draw.normal(0, 2, examples)).round(1).tolist())),
+            list(map(repr, numbers.tolist())),
+            [],
+        )
+    chosen = draw.integers(0, len(PREDICTIONS), examples)
+    right = [[REFERENCES[i], PREDICTIONS[i][:9]] if i % 2 else [REFERENCES[i]] for i in chosen]
+    return [PREDICTIONS[i] for i in chosen], right, []
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_of_their_mean_the_score_is_the_metric(metric: str) -> None:
+    """Of all examples and, with the very statistics of all, of examples drawn from them; Spearman's ranks stay."""
+    ours, right, labels = sample(metric, 60, seed=1)
+    found = example_scores(metric, ours, right, labels)
+    drawn = np.random.default_rng(2).integers(0, 60, 60)
+    for chosen in (np.arange(60), drawn):
+        scores = {name: float(one.score(one.statistics[chosen].mean(axis=0))) for name, one in found.items()}
+        expected = compute_metrics(metric, [ours[i] for i in chosen], [right[i] for i in chosen], labels)
+        assert scores.keys() == expected.keys()
+        if chosen is drawn and "spearman" in scores:
+            assert scores.pop("spearman") == pytest.approx(expected.pop("spearman"), abs=3)
+        assert scores == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("metric", ["f1", "macro_f1", "matthews", "pearson"])
+def test_where_all_predictions_are_one_the_score_is_the_metric(metric: str) -> None:
+    _, right, labels = sample(metric, 60, seed=1)
+    ours = [right[0]] * 60
+    found = example_scores(metric, ours, right, labels)
+    scores = {name: float(one.score(one.statistics.mean(axis=0))) for name, one in found.items()}
+    assert scores == pytest.approx(compute_metrics(metric, ours, right, labels), abs=1e-6)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_scores_of_several_seeds_at_once(metric: str) -> None:
+    _, right, labels = sample(metric, 20, seed=1)
+    runs = [example_scores(metric, sample(metric, 20, seed)[0], right, labels) for seed in (1, 2)]
+    for name in runs[0]:
+        means = np.stack([run[name].statistics.mean(axis=0) for run in runs])
+        alone = [float(run[name].score(mean)) for run, mean in zip(runs, means, strict=True)]
+        assert runs[0][name].score(means).tolist() == pytest.approx(alone)
+
+
+def test_of_several_references_the_closest_counts() -> None:
+    (score, *_) = example_scores("rouge1", ["a b"], [["x y", "a b", "a"]]).values()
+    assert score.statistics.item() == 1
+
+
+def test_an_unknown_metric_is_refused_and_every_metric_has_its_scores() -> None:
+    with pytest.raises(UserError, match="comet cannot be compared example by example; metrics that can: accuracy"):
+        example_scores("comet", [], [])
+    assert FAMILIES.keys() == METRICS.keys()
+
+
+def test_one_run_against_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    draw = np.random.default_rng(1)
+    a = draw.normal(0.6, 0.2, 300)
+    b = a + draw.normal(-0.02, 0.1, 300)  # paired: the difference varies less than either side
+    ours = paired_bootstrap([mean(a)], [mean(b)], paired_seeds=True, resamples=4000)["score"]
+
+    def statistic(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
+        difference: np.ndarray = 100 * (x.mean(axis) - y.mean(axis))
+        return difference
+
+    options = {"paired": True, "method": "percentile", "n_resamples": 4000}
+    theirs = stats.bootstrap((a, b), statistic, **options).confidence_interval
+    assert ours.difference == pytest.approx(100 * (a.mean() - b.mean()))
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.08)
+    assert (ours.p < 0.05) == (not ours.low <= 0 <= ours.high)
+
+
+def test_a_score_that_is_no_mean() -> None:
+    """F1 of counts tp, fp, fn: over resamples it is computed from the counts, not averaged over examples."""
+    draw = np.random.default_rng(2)
+    right, guess = draw.random(200) < 0.3, draw.random(200) < 0.4
+    counts = np.stack([right & guess, ~right & guess, right & ~guess], axis=1).astype(float)
+
+    def f1(means: np.ndarray) -> np.ndarray:
+        tp, fp, fn = np.moveaxis(means, -1, 0)
+        score: np.ndarray = 2 * tp / (2 * tp + fp + fn)
+        return score
+
+    side = [{"f1": ExampleScores(counts, f1)}]
+    zero = paired_bootstrap(side, side, paired_seeds=True, resamples=100)["f1"]
+    whole = counts.sum(axis=0)
+    assert zero.a == pytest.approx(2 * whole[0] / (2 * whole[0] + whole[1] + whole[2]))
+    assert (zero.difference, zero.low, zero.high, zero.p) == (0, 0, 0, 1)
+
+
+def test_equal_models_differ_by_chance_one_time_in_twenty() -> None:
+    draw = np.random.default_rng(3)
+    tried = [
+        paired_bootstrap(
+            [mean((draw.random(150) < 0.7).astype(float))],
+            [mean((draw.random(150) < 0.7).astype(float))],
+            paired_seeds=True,
+            resamples=200,
+        )["score"]
+        for _ in range(200)
+    ]
+    assert 2 <= sum(not one.low <= 0 <= one.high for one in tried) <= 22  # 10 are expected
+
+
+def test_seeds_add_their_own_chance() -> None:
+    """Runs whose seeds differ by more than their examples: the interval is about as wide as the seeds' own spread."""
+    draw = np.random.default_rng(4)
+    offsets = np.array([-0.1, -0.05, 0, 0.05, 0.1])
+    examples = draw.normal(0.5, 0.01, 400)
+    a = [mean(examples + offset) for offset in offsets]
+    b = [mean(examples) for _ in offsets]
+    seeds = paired_bootstrap(a, b, paired_seeds=True, resamples=2000)["score"]
+    one = paired_bootstrap(a[2:3], b[2:3], paired_seeds=True, resamples=2000)["score"]
+    expected = 2 * 1.96 * 100 * offsets.std() / np.sqrt(len(offsets))
+    assert seeds.high - seeds.low == pytest.approx(expected, rel=0.1)
+    assert one.high - one.low < 0.01
+
+    # The same seeds on both sides, with the same effect on both: paired it cancels, unpaired it does not.
+    shifted = [mean(examples + offset + 0.02) for offset in offsets]
+    paired = paired_bootstrap(shifted, a, paired_seeds=True, resamples=500)["score"]
+    unpaired = paired_bootstrap(shifted, a, paired_seeds=False, resamples=500)["score"]
+    assert paired.low == pytest.approx(2) == paired.high
+    assert unpaired.low < 0 < unpaired.high

@@ -1,0 +1,118 @@
+"""The picture of scores against costs: what is drawn, and that files come out whole."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from peftbench.errors import UserError
+from peftbench.results.plot import COLOURS, draw, draw_curves, main
+from peftbench.results.record import Counts, Record, Score
+from peftbench.results.row import over_seeds, single
+from tests.unit.test_results import run
+
+SIZES = {"lora": (1_000, 10_000), "mam": (3_000, 30_000)}
+
+
+def runs(folder: Path = Path("outputs")) -> list[Record]:
+    """Two methods at two sizes with two seeds, and full fine-tuning."""
+    found = []
+    for index, (method, sizes) in enumerate(SIZES.items()):
+        for size in sizes:
+            for seed in (1, 2):
+                counts = Counts(backbone=100_000, trained=size, stored=size, head=0, paper=None)
+                name = f"{method}-{size}"
+                score = 60 + 5 * index + size / 10_000 + seed
+                made = run(method, seed, score, folder / f"{name}-{seed}", counts=counts, point=name)
+                found.append(made)
+    return [*found, run("full", 1, 80.0, folder / "full")]
+
+
+def test_every_line_and_mark_is_where_the_records_say() -> None:
+    figure = draw(over_seeds(runs(), "mean"))
+    (axes,) = figure.axes
+    lines = {container.get_label(): container[0].get_xydata().tolist() for container in axes.containers}
+    assert lines == {"lora": [[1000, 61.6], [10_000, 62.5]], "mam": [[3000, 66.8], [30_000, 69.5]]}
+    others = {line.get_label(): line.get_ydata() for line in axes.get_lines() if not line.get_label().startswith("_")}
+    assert list(others["full fine-tuning"]) == [80, 80]
+    # LoRA's larger size is dearer than MAM's smaller one, and worse
+    assert list(others["Pareto front"]) == [61.6, 66.8, 69.5]
+    assert axes.get_xscale() == "log" and axes.get_ylabel() == "accuracy"
+    assert [word.get_text() for word in figure.legends[0].get_texts()] == [
+        "full fine-tuning",
+        "Pareto front",
+        "lora",
+        "mam",
+    ]
+
+
+def test_another_axis_and_other_lines() -> None:
+    (axes,) = draw(over_seeds(runs(), "mean"), x="percent", y="f1", by="functional_form").axes
+    assert axes.get_xlabel() == "stored parameters, % of the backbone" and axes.get_ylabel() == "f1"
+    assert {container.get_label() for container in axes.containers} == {"identity", "relu + softmax"}
+
+
+def test_what_may_not_be_compared_has_panels_of_its_own() -> None:
+    other = run("lora", 1, 50.0, task="sst2")
+    other.scores["report"] = Score("dev", 872, {"accuracy": 50.0, "mcc": 10.0})
+    assert len(draw(over_seeds([*runs(), other], "mean")).axes) == 2
+    (axes,) = draw(over_seeds([*runs(), other], "mean"), y="mcc").axes
+    assert axes.get_title(loc="left").startswith("sst2")
+
+
+def test_more_methods_than_colours_are_still_told_apart() -> None:
+    many = [replace(run("lora", 1, 50.0 + i, point=str(i)), method=f"m{i:02}") for i in range(2 * len(COLOURS))]
+    (axes,) = draw(over_seeds(many, "mean")).axes
+    looks = {(c[0].get_color(), c[0].get_marker(), c[0].get_linestyle()) for c in axes.containers}
+    assert len(looks) == 2 * len(COLOURS)
+
+
+def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for made in runs(tmp_path / "outputs"):
+        made.folder.mkdir(parents=True)
+        made.save()
+    png, svg = tmp_path / "new" / "a.png", tmp_path / "new" / "a.svg"
+    assert main([str(tmp_path / "outputs"), "--out", str(png), "--out", str(svg)]) == 0
+    assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 10_000
+    text = svg.read_text()
+    assert all(f">{word}</text>" in text for word in ("lora", "mam", "full fine-tuning", "stored parameters", "2K"))
+    assert capsys.readouterr().out.split() == [str(png), str(svg)]
+    for arguments, sentence in (
+        (["--out", "a.gif"], "the ending must be one of .png, .svg, .pdf"),
+        (["--y", "accurcy"], "accurcy is no column; did you mean accuracy"),
+        (["--by", "methd"], "methd is no column; did you mean method"),
+        (["--x", "memory"], "None of these runs has both memory and score"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            main([str(tmp_path / "outputs"), *arguments])
+
+
+def test_drawing_imports_no_torch() -> None:
+    code = "import sys, peftbench.results.plot, matplotlib.figure; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_curves(tmp_path: Path) -> None:
+    records = [run("lora", seed, folder=tmp_path / f"lora-{seed}") for seed in (1, 2)]
+    records.append(run("mam", 1, folder=tmp_path / "mam"))
+    for record in records:
+        record.folder.mkdir()
+        lines = [{"stage": "train x", "step": step, "loss": 10 / step} for step in (1, 2)]
+        lines += [{"stage": "train x", "step": 2, "eval_accuracy": 50.0}]
+        lines += [{"stage": "train the head alone", "step": step, "loss": 99.0} for step in (1, 2)]
+        (record.folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"stage": "tr')
+    figure = draw_curves(single(records))
+    (axes,) = figure.axes
+    assert [line.get_xydata().tolist() for line in axes.get_lines()] == [[[1, 10], [2, 5]]] * 3
+    assert [word.get_text() for word in figure.legends[0].get_texts()] == ["lora", "mam"]
+    (axes,) = draw_curves(single(records), y="eval_accuracy", by="seed").axes
+    assert [line.get_label() for line in axes.get_lines()] == ["1", "1", "2"]
+    with pytest.raises(UserError, match="--y=los is unknown; did you mean loss"):
+        draw_curves(single(records), y="los")
+    with pytest.raises(UserError, match="has logged anything"):
+        draw_curves(single([run("lora", 1, folder=tmp_path)]))

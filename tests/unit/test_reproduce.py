@@ -1,0 +1,157 @@
+"""The paper's tables as sweeps: every row composes to what the paper printed, and its scores stand beside ours."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra._internal.utils import get_args_parser
+from omegaconf import OmegaConf
+
+from peftbench.compose import compose_points, compose_runs
+from peftbench.config import Run, conf_dir
+from peftbench.errors import UserError
+from peftbench.reproduce import BACKBONES, lines, main
+from peftbench.results.record import Score, recording
+
+TABLES = sorted(file.stem for file in (conf_dir() / "experiment" / "paper").glob("*.yaml"))
+SEEDS = [42, 2, 4, 6, 8]
+ROWS = sorted(file.stem for file in (conf_dir() / "row").glob("*.yaml"))
+SCORES: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "paper_scores.yaml"))
+
+
+def swept(table: str) -> dict[str, list[str]]:
+    """What a table's file goes over, by key."""
+    params = OmegaConf.load(conf_dir() / "experiment" / "paper" / f"{table}.yaml").hydra.sweeper.params
+    return {str(key): [str(word).strip() for word in str(value).split(",")] for key, value in params.items()}
+
+
+def composed(names: list[str], *default: str) -> list[Any]:
+    """The names as parameters of a test; those that are not `default` take long to compose and are slow."""
+    return [name if name in default else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@cache
+def points(*overrides: str) -> list[tuple[list[str], Run]]:
+    return compose_points(get_args_parser().parse_args(list(overrides)))
+
+
+def names(found: list[tuple[list[str], Run]]) -> list[str]:
+    return [next(word for word in words if word.startswith("row=")).removeprefix("row=") for words, _ in found]
+
+
+def test_every_table_and_figure_is_there() -> None:
+    assert sorted([f"table{n}" for n in (2, 3, 4, 5, 6, 12)] + [f"figure{n}" for n in (2, 4, 5)]) == TABLES
+
+
+@pytest.mark.parametrize("table", [table for table in TABLES if table in SCORES])
+def test_a_table_names_the_rows_whose_scores_are_known(table: str) -> None:
+    assert swept(table)["method" if table == "table2" else "row"] == list(SCORES[table])
+
+
+@pytest.mark.parametrize("table", composed(TABLES, "table5"))
+def test_a_table_sweeps_the_rows_whose_scores_are_known(table: str) -> None:
+    if table == "table2":
+        found = points("-m", f"experiment=paper/{table}", "seed=42")
+        assert {(run.task.name, run.method) for _, run in found} == {
+            (t, m) for m, of in SCORES[table].items() for t in of
+        }
+        assert {run.trainer.learning_rate for _, run in found} == {1e-4}
+        assert [run.seed for _, run in points("-m", f"experiment=paper/{table}", "method=lora", "task=sst2")] == SEEDS
+        return
+    found = points("-m", f"experiment=paper/{table}")
+    tasks = {"xsum": ("bart_large", 100_000), "wmt16_enro": ("mbart_large", 50_000)}
+    assert all((run.model.name, run.trainer.max_steps) == tasks[run.task.name] for _, run in found)
+    of_task = {task: [point for point in found if point[1].task.name == task] for task in tasks}
+    if table in SCORES:
+        for task, runs in of_task.items():
+            assert names(runs) == [row for row, scores in SCORES[table].items() if task in scores]
+    else:
+        assert of_task["xsum"] == found
+    assert all(len(set(names(runs))) == len(runs) for runs in of_task.values())
+    assert points("-m", f"experiment=paper/{table}", "row=prefix_200")[0][1].bottleneck == 200
+
+
+def test_every_row_stands_in_a_table() -> None:
+    assert {name for table in TABLES if table != "table2" for name in swept(table)["row"]} == set(ROWS)
+
+
+@pytest.mark.parametrize("row", composed(ROWS, "mam_30_512", "lora_ffn_102_s1"))
+def test_a_row_has_the_sizes_in_its_name(row: str) -> None:
+    (run,) = compose_runs(get_args_parser().parse_args(["task=xsum", f"row={row}"]))
+    sizes = [run.bottleneck, *(one.bottleneck for one in run.mix.values())]
+    assert sorted(int(digits) for digits in re.findall(r"(?<=_)\d+", row)) == sorted(s for s in sizes if s is not None)
+
+
+@pytest.mark.slow
+def test_rows_are_those_whose_parameters_are_counted() -> None:
+    """scripts/paper_counts.py has the same tables, and shows that their percentages are the paper's."""
+    script = runpy.run_path(str(Path(__file__).resolve().parents[2] / "scripts" / "paper_counts.py"))
+    for table in script["TABLES"]:
+        ours = [run for _, run in points("-m", f"experiment=paper/table{table.number}", "task=xsum", "seed=42")]
+        theirs = [
+            compose_runs(get_args_parser().parse_args(["task=xsum", "trainer=paper", *row.overrides.split()]))[0]
+            for row in table.rows
+        ]
+        assert sorted(map(repr, ours)) == sorted(map(repr, theirs))
+
+
+def test_scores_are_within_what_the_tables_can_hold() -> None:
+    for rows in SCORES.values():
+        for of in rows.values():
+            assert all(10 < value < 100 for value in of.values() if isinstance(value, float))
+            assert "rouge" not in of or of["rouge"][1] == of["xsum"]  # ROUGE-2 is the main one
+
+
+def test_a_sweep_needs_m(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="An experiment that goes over row is a sweep; add -m to run it"):
+        points("experiment=paper/table5")
+    assert len(points("experiment=paper/table5", "row=pa_ffn_512")) == 1
+    with pytest.raises(UserError, match="experiment=paper/table55 is unknown; did you mean paper/table5"):
+        points("-m", "experiment=paper/table55")
+
+
+def test_a_dry_run_lists_what_is_done_and_what_is_to_come(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["task=docsum", "trainer=quick", "debug=smoke", f"output_dir={tmp_path}"]
+    (row,) = points("-m", "experiment=paper/table5", "row=pa_ffn_512", *overrides)
+    (line,) = lines("table5", [row])
+    from peftbench.results.identity import run_dir
+
+    with recording(line.run, run_dir(line.run), []) as record:
+        record.scores["report"] = Score("test", 16, {"rouge2": 7.0})
+        record.score = 7.0
+    record.timings["total_s"] = 100.0
+    record.save()
+    assert main(["table5", "--dry-run", *overrides]) == 0
+    printed = capsys.readouterr().out
+    assert "1 of 5 runs are done." in printed and "the other 4 take about 6:40" in printed
+    assert printed.count("missing") == 4 and printed.count("~1:40") == 4 and "7.00" in printed
+
+
+def test_the_papers_score_and_the_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = points("-m", "experiment=paper/table5", "row=pa_ffn_512", f"output_dir={tmp_path}")
+    from peftbench.results.identity import run_dir
+
+    with recording(row[1], run_dir(row[1]), []) as record:
+        record.score = 21.5
+    main(["table5", "row=pa_ffn_512", "--dry-run", f"output_dir={tmp_path}"])
+    assert re.search(r"pa_ffn_512 +done .* 20\.98 +21\.50 +\+0\.52", capsys.readouterr().out)
+    assert row[1].model.name in BACKBONES
+    main(["table5", "row=pa_ffn_512", "task.max_train=100", "--dry-run", f"output_dir={tmp_path}"])
+    assert "+" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="table=tabel5 is unknown; did you mean table5"):
+        main(["tabel5"])
+
+
+def test_a_dry_run_imports_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from peftbench.cli import main; "
+        f"main(['reproduce', 'table5', '--dry-run', 'output_dir={tmp_path}']); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

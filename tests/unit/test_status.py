@@ -1,0 +1,115 @@
+"""What `peftbench status` says of sweeps, from their plans and records alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftbench.errors import UserError
+from peftbench.results.lock import holding
+from peftbench.results.record import Failure
+from peftbench.results.status import State, main, seconds_left
+from peftbench.results.sweep import Plan, Point
+from tests.unit.test_record import RUN
+from tests.unit.test_table import record
+
+NOW = datetime(2025, 1, 1, 0, 1, tzinfo=timezone.utc)  # a minute after the records of `test_table` were created
+
+
+def state(method: str, status: str, total_s: float | None = None, **changes: Any) -> State:
+    point = Point(f"{method}/{status}", method, {"method": method})
+    if status == "missing":
+        return State(point, None)
+    timings = {} if total_s is None else {"total_s": total_s}
+    return State(point, record(None, method=method, status=status, timings=timings, **changes))
+
+
+def test_no_time_is_promised_before_a_run_is_done() -> None:
+    assert seconds_left([state("lora", "running"), state("lora", "missing")]) is None
+
+
+@pytest.mark.parametrize(
+    ("states", "seconds"),
+    [
+        ([("lora", "done", 100.0), ("lora", "missing")], 100),
+        ([("lora", "done", 100.0), ("lora", "done", 200.0), ("lora", "interrupted")], 150),
+        ([("lora", "done", 100.0), ("mam", "done", 300.0), ("mam", "missing"), ("full", "missing")], 300 + 200),
+        ([("lora", "done", 100.0), ("lora", "running"), ("lora", "missing")], 40 + 100),  # has run for 60 s
+        ([("lora", "done", 100.0), ("lora", "running"), ("lora", "running"), ("lora", "missing")], 100),
+        ([("lora", "done", 30.0), ("lora", "running")], 0),
+        ([("lora", "done", 100.0), ("lora", "failed")], 0),
+    ],
+)
+def test_time_left(states: list[tuple[str, str, float]], seconds: float) -> None:
+    assert seconds_left([state(*one) for one in states], NOW) == pytest.approx(seconds)
+
+
+@pytest.fixture
+def outputs(tmp_path: Path) -> Path:
+    """A sweep over five runs, of which one is done, one runs, one died, one failed and one has not begun."""
+    now = datetime.now(timezone.utc)
+    runs = [(["method=lora", f"seed={seed}"], replace(RUN, seed=seed, output_dir=str(tmp_path))) for seed in range(5)]
+    plan = Plan.of(runs, ["-m", "method=lora", "seed=0,1,2,3,4"])
+    plan.save(tmp_path)
+    kinds: list[dict[str, Any]] = [
+        {"status": "done", "timings": {"total_s": 3600.0}},
+        {"status": "running", "created": (now - timedelta(minutes=10)).isoformat()},
+        {"status": "running", "created": (now - timedelta(days=10)).isoformat()},
+        {"status": "failed", "error": Failure("OutOfMemoryError", "CUDA"), "timings": {"total_s": 5.0}},
+    ]
+    for point, kind in zip(plan.points, kinds, strict=False):
+        folder = tmp_path / point.folder
+        folder.mkdir(parents=True)
+        record(None, folder=folder, **kind).save()
+    return tmp_path
+
+
+def test_every_run_of_a_sweep_is_counted(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (file,) = outputs.rglob("*.sweep.json")
+    second = Plan.load(file).points[1]
+    with holding(outputs / second.folder):
+        assert main([str(outputs)]) == 1
+        printed = capsys.readouterr().out
+        assert main([str(outputs), "--json"]) == 1
+        (sweep,) = json.loads(capsys.readouterr().out)
+    printed = " ".join(printed.split())
+    assert re.search("5 runs: 1 done, 1 running, 1 interrupted, 1 failed, 1 missing; about 2:(49|50):.. left", printed)
+    assert "failed: OutOfMemoryError" in printed and "10:0" in printed and "peftbench train -m method=lora" in printed
+    assert [run["settings"] for run in sweep["runs"]] == [{"seed": str(seed)} for seed in range(5)]
+    assert sweep["counts"]["interrupted"] == 1
+
+
+def test_done_runs_are_listed_where_asked(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(outputs)])
+    assert "1:00:00" not in capsys.readouterr().out
+    main([str(outputs), "--all"])
+    assert "1:00:00" in capsys.readouterr().out
+
+
+def test_a_torn_plan_is_named_and_left_out(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (outputs / ".sweeps" / "torn.sweep.json").write_text('{"arguments": [')
+    (outputs / ".sweeps" / "other.sweep.json").write_text('{"a": 1}')
+    main([str(outputs)])
+    captured = capsys.readouterr()
+    assert captured.err.count("is left out") == 2 and "5 runs" in captured.out
+
+
+def test_without_a_sweep_the_way_to_one_is_shown(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no sweep; make one with: peftbench train -m"):
+        main([str(tmp_path)])
+    with pytest.raises(UserError, match="is not a folder"):
+        main([str(tmp_path / "nowhere")])
+
+
+@pytest.mark.parametrize("module", ["results.status", "results.command"])
+def test_reading_records_imports_no_torch(module: str) -> None:
+    code = f"import sys, peftbench.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
