@@ -24,6 +24,7 @@ from peftbench.backbone import load_backbone
 from peftbench.cli import main
 from peftbench.compose import compose_runs
 from peftbench.config import Task
+from peftbench.evaluate import Evaluator
 from peftbench.results.record import find
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.cache import Recent
@@ -33,9 +34,10 @@ from tests.integration.test_cli import SUBPROCESS, records, sentiment, smoke
 
 __all__ = ["sentiment", "smoke"]  # fixtures
 
-SETTINGS = ["trainer.max_steps=12", "trainer.keep=best", "trainer.evaluate_every=4", "trainer.checkpoint_minutes=0"]
-SHORT = [*SETTINGS, "method=lora,prefix"]
-TWELVE = [*SETTINGS, "method=lora,prefix,mam", "seed=1,2,3,4"]
+SETTINGS = ["trainer.keep=best", "trainer.checkpoint_minutes=0"]
+SHORT = [*SETTINGS, "trainer.max_steps=6", "trainer.evaluate_every=3", "method=lora", "task.baselines=[]", "seed=1,2"]
+LONG = ["trainer.max_steps=12", "trainer.evaluate_every=4"]
+TWELVE = [*SETTINGS, *LONG, "method=lora,prefix,mam", "seed=1,2,3,4"]
 
 
 def outcome(folder: Path) -> dict[str, Any]:
@@ -175,8 +177,27 @@ def test_two_processes_share_a_sweep(smoke: list[str], tmp_path: Path) -> None:
         assert "3 of 3 runs are done" in out.splitlines()[-1]
 
 
+def test_an_interrupt_ends_a_sweep_with_its_table(
+    smoke: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Ctrl-C does while the second run is scored."""
+    really, scored = Evaluator.score, []
+
+    def interrupted(self: Evaluator, role: str, *args: Any) -> Any:
+        scored.append(role)
+        if scored.count("report") == 2:
+            raise KeyboardInterrupt
+        return really(self, role, *args)
+
+    monkeypatch.setattr(Evaluator, "score", interrupted)
+    assert main(["train", "-m", *smoke, "method=lora,head,bitfit", "task.baselines=[]"]) == 130
+    assert sorted(record["status"] for record in records(tmp_path / "outputs")) == ["done", "interrupted"]
+    assert "1 of 3 runs are done. 2 unfinished; the same line" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.slow  # with a real Ctrl-C
 def test_ctrl_c_ends_a_sweep_with_its_table(smoke: list[str], tmp_path: Path) -> None:
-    arguments = [*SUBPROCESS, "train", "-m", *smoke, "method=lora", "trainer.max_steps=2,100000", "seed=1"]
+    arguments = [*SUBPROCESS, "train", "-m", *smoke, "method=lora", "trainer.max_steps=2,100000", "task.baselines=[]"]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while len(list((tmp_path / "outputs").rglob("record.json"))) < 2 and time.monotonic() < deadline:
@@ -193,7 +214,7 @@ def test_ctrl_c_ends_a_sweep_with_its_table(smoke: list[str], tmp_path: Path) ->
 
 
 def test_a_failed_run_is_kept_until_retry(smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["train", "-m", *smoke, "method=lora", "modified_representation.layers=[99],[0]"]
+    arguments = ["train", "-m", *smoke, "method=lora", "modified_representation.layers=[99],[0]", "task.baselines=[]"]
     assert main(arguments) == 1
     first = {record["status"]: record["created"] for record in records(tmp_path / "outputs")}
     capsys.readouterr()
@@ -256,7 +277,7 @@ def test_runs_of_one_process_leave_nothing_to_each_other(
     a, b = ["method=mam", "seed=1"], ["method=prefix", "seed=2", "trainer.learning_rate=0.1"]
     folders = [tmp_path / name for name in ("first", "between", "second")]
     for run, folder in zip((a, b, a), folders, strict=True):
-        assert main(["train", f"task={task}", "debug=smoke", *run, f"output_dir={folder}"]) == 0
+        assert main(["train", f"task={task}", "debug=smoke", "task.baselines=[]", *run, f"output_dir={folder}"]) == 0
     first, between, second = map(outcome, folders)
     assert first == second and first.keys() != between.keys()
     assert sorted(read) == ["test", "train", "validation"]
