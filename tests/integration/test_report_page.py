@@ -166,16 +166,26 @@ def test_the_scatter_draws_the_front_that_the_tables_mark(page: Any, outputs: Pa
     assert all(record.run in labels for record in records)
 
 
+def places(page: Any) -> list[float]:
+    """Where points stand across, each place once, from left to right."""
+    marks = page.locator("#scatter .point[role=button]")
+    moves = [marks.nth(index).get_attribute("transform") for index in range(marks.count())]
+    return sorted({float(move.removeprefix("translate(").split()[0]) for move in moves})
+
+
 def test_other_axes(page: Any) -> None:
     page.get_by_role("combobox", name="Across").select_option("memory")
     page.get_by_role("combobox", name="Up").select_option("tokens_per_s")
     words = page.locator("#scatter").inner_text()
     assert "peak memory, GiB (log)" in words and "tokens/s" in words
     assert page.locator("#scatter .full").count() == 0  # full fine-tuning's score is no line among speeds
-    before = page.locator("#scatter .point").first.get_attribute("transform")
+    page.get_by_role("combobox", name="Across").select_option("stored")
+    one, two, three, *_ = places(page)  # 1000, 4000 and 16,000 parameters
+    assert three - two == pytest.approx(two - one, abs=0.3)
     page.get_by_label("log, across").uncheck()
     assert "(log)" not in page.locator("#scatter").inner_text()
-    assert page.locator("#scatter .point").first.get_attribute("transform") != before
+    one, two, three, *_ = places(page)
+    assert three - two == pytest.approx(4 * (two - one), abs=0.5)
     page.get_by_label("Colour").select_option("bottleneck")
     assert "160 + 160" in page.locator("#legend").inner_text()
 
@@ -263,3 +273,29 @@ def test_text_of_runs_stays_text(browser: Any, tmp_path: Path) -> None:
         assert page.locator("img").count() == 0 and page.locator("script").count() == 2
         assert "alert(1)" in page.locator(".card").inner_text()
         assert "onerror" in page.locator(".example").inner_text()
+
+
+def test_a_thousand_runs(browser: Any, tmp_path: Path) -> None:
+    """Opened and filtered without a wait; the bounds are wide, for a slow and busy machine."""
+    make_runs(tmp_path / "outputs", 1000)
+    for page in _opened(browser.new_context(), tmp_path / "outputs", "thousand"):
+        assert (tmp_path / "report.html").stat().st_size < 4_000_000
+        assert page.evaluate("performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd") < 5000
+        page.get_by_label("Compared with each other").select_option(label="all 1000 runs")
+        times = page.evaluate(TYPING, "method=mam,lora score>82")
+        assert sorted(times)[len(times) // 2] < 300, times
+        assert 0 < len(column(page, "method")) < 400
+
+
+# The milliseconds from each letter that is typed into the filter to the page drawn anew.
+TYPING = """async text => {
+  const field = document.getElementById("filter"), times = [];
+  for (let length = 1; length <= text.length; length++) {
+    const began = performance.now();
+    field.value = text.slice(0, length);
+    field.dispatchEvent(new Event("input"));
+    await new Promise(done => requestAnimationFrame(() => setTimeout(done)));
+    times.push(performance.now() - began);
+  }
+  return times;
+}"""

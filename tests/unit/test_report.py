@@ -21,7 +21,6 @@ from peftbench.results.identity import plain
 from peftbench.results.record import Axes, Counts, Failure, load_records, start, write_predictions
 from peftbench.results.report.command import main
 from peftbench.results.report.content import LONGEST, POINTS, SAMPLES
-from peftbench.results.row import front, single
 from tests.unit.test_record import RUN
 from tests.unit.test_results import LORA
 from tests.unit.test_table import FFN, HEADS
@@ -264,10 +263,3 @@ def test_refusals(outputs: Path) -> None:
 def test_reporting_imports_no_torch() -> None:
     code = "import sys, peftbench.results.report.command; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-def test_the_front_of_the_sample_is_not_trivial(outputs: Path) -> None:
-    """The browser test compares the page's front with this one."""
-    records, _ = load_records(outputs / "sst2")
-    best = front(single(records), lambda record: record.counts.stored if record.counts else None)
-    assert 2 < len(best) < len(records)

@@ -27,7 +27,7 @@ const chosen = () => state.selected.filter(Boolean);
 function make(name, attributes = {}, ...children) {
   const node = document.createElement(name);
   for (const [key, content] of Object.entries(attributes)) {
-    if (key in node && key !== "list") node[key] = content;
+    if (key in node) node[key] = content;
     else node.setAttribute(key, content);
   }
   node.append(...children);
@@ -102,7 +102,8 @@ function condition(word, faults) {
   if (match === null) return run => run.words.includes(word.toLowerCase());
   const [, key, sign, wanted] = match, meant = meaning(key);
   if (meant === null) {
-    const near = COLUMNS.map(column => column.key).filter(one => one.startsWith(key.slice(0, 2)));
+    const begins = length => COLUMNS.map(column => column.key).filter(one => one.startsWith(key.slice(0, length)));
+    const near = [key.length, 4, 2].map(begins).find(found => found.length) ?? [];
     faults.push(`${key} is no column${near.length ? `; did you mean ${near.join(" or ")}?` : "."}`);
     return () => true;
   }
@@ -160,7 +161,7 @@ function buildTable() {
     for (const column of columns) {
       const text = format(column, value(run, column));
       if (column.key === "method") {
-        run.row.append(make("th", { scope: "row" }, make("label", {}, run.check, run.mark, text)));
+        run.row.append(make("th", { scope: "row" }, make("label", {}, run.check, run.mark, make("span", {}, ...breakable(text)))));
         continue;
       }
       const long = column.form === "words" && text.length > 24 && column.key !== "axes";
@@ -314,7 +315,9 @@ let plotted = []; // the points of the scatter: {run, x, y, left, top, node}, fr
 
 function drawScatter() {
   const [x, y, by] = ["x", "y", "by"].map(id => COLUMN.get($(id).value));
-  const across = { name: x.name, log: $("xlog").checked }, up = { name: y.name, log: $("ylog").checked };
+  const metrics = new Set(state.shown.map(run => value(run, COLUMN.get("metric"))));
+  const name = column => (column.key === "score" && metrics.size === 1 ? `score, ${[...metrics][0]}` : column.name);
+  const across = { name: name(x), log: $("xlog").checked }, up = { name: name(y), log: $("ylog").checked };
   const drawable = (number, axis) => number !== null && (!axis.log || number > 0);
   const points = state.shown
     .map(run => ({ run, x: value(run, x), y: value(run, y) }))
@@ -356,13 +359,14 @@ function drawScatter() {
     const index = names.indexOf(format(by, value(point.run, by)));
     point.about = `${format(COLUMN.get("method"), value(point.run, COLUMN.get("method")))} · ${point.run.run}\n` +
       [...new Set([y, x, COLUMN.get("bottleneck"), COLUMN.get("seed")])].filter(one => one && value(point.run, one) !== null)
-        .map(one => `${one.name.replace(", s", "")} ${format(one, value(point.run, one))}`).join("\n");
+        .map(one => `${one.header} ${format(one, value(point.run, one))}`).join("\n");
     point.node = draw("path", {
       ...look(index), class: "point", transform: `translate(${point.left.toFixed(1)} ${point.top.toFixed(1)})`,
       role: "button", tabindex: -1, "aria-label": point.about.replaceAll("\n", ", "),
     });
     chart.node.append(point.node);
   }
+  chart.node.classList.toggle("many", plotted.length > 200); // whose outlines would be all that is seen
   plotted[0].node.setAttribute("tabindex", 0);
   chart.node.append(draw("g", { class: "rings" }));
   showRings();
@@ -497,7 +501,8 @@ function showSelection(note = "") {
   }
   $("chips").replaceChildren(...chips);
   $("chips-note").textContent = note || (runs.length ? "" : "Select runs by a point of the scatter or a row of the table: their training curves come here, their settings and predictions below.");
-  $("details").hidden = $("curve-controls").hidden = runs.length === 0;
+  $("details").hidden = runs.length === 0;
+  $("curve-controls").hidden = !runs.some(run => run.curves.length);
   showRings();
   drawCurves();
   $("cards").replaceChildren(...runs.map(card));
@@ -535,7 +540,7 @@ function drawCurves() {
 
 function list(entries) {
   const found = make("dl");
-  for (const [key, text] of entries) found.append(make("dt", {}, key), make("dd", {}, text));
+  for (const [key, text] of entries) found.append(make("dt", {}, ...breakable(key)), make("dd", {}, text));
   return found;
 }
 
@@ -544,7 +549,7 @@ function card(run) {
   for (const axes of run.axes) node.append(list(Object.entries(axes)));
   if (!run.axes.length || run.unfreeze !== "none") node.append(list([["trained in the backbone", run.unfreeze]]));
   if (run.error) node.append(make("p", { className: "fault" }, run.error));
-  node.append(list([["group", DATA.groups[run.group]], ["typed", run.overrides.join(" ")], ["folder", run.folder]].filter(([, text]) => text)));
+  node.append(list([["group", DATA.groups[run.group]], ["overrides", run.overrides.join(" ")], ["folder", run.folder]].filter(([, text]) => text)));
   return node;
 }
 
@@ -578,7 +583,7 @@ function drawDifferences() {
     return;
   }
   const heads = [make("th", { scope: "col" }, "key"), ...runs.map(run => make("th", { scope: "col" }, badge(run), " " + run.method))];
-  if (lone) heads.push(make("th", { scope: "col" }, `the other ${others.length} runs shown`));
+  if (lone) heads.push(make("th", { scope: "col" }, others.length === 1 ? "the other run shown" : `the other ${others.length} runs shown`));
   $("differences").replaceChildren(make("table", {}, make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...rows)));
 }
 
@@ -612,7 +617,7 @@ function start() {
   $("made").textContent = [DATA.words, DATA.made].filter(Boolean).join(" · ");
   if (DATA.words) document.title = `${DATA.words} · peftbench report`;
   const counts = DATA.groups.map((_, index) => RUNS.filter(run => run.group === index).length);
-  const groups = DATA.groups.map((name, index) => [String(index), `${name}: ${counts[index]} runs`]);
+  const groups = DATA.groups.map((name, index) => [String(index), `${name}: ${counts[index]} run${counts[index] === 1 ? "" : "s"}`]);
   options($("group"), [...groups, ...(groups.length > 1 ? [["-1", `all ${RUNS.length} runs`]] : [])], String(Math.max(0, state.group)));
   const same = COLUMNS.filter(column => column.same !== null && ["task", "model", "seed", "status", "device", "debug", "unfreeze", "learning_rate"].includes(column.key));
   $("same").textContent = same.length && RUNS.length > 1 ? `The same in all runs: ${same.map(column => `${column.header} ${format(column, column.same)}`).join(", ")}.` : "";
