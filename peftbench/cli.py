@@ -24,6 +24,8 @@ peftbench: which parameter-efficient fine-tuning method, where in the network, h
   peftbench compare A B                    is the difference of two runs more than chance, and in what do they differ
   peftbench plot [FOLDER] [KEY=VALUE ...] [--out FILE]
                                            score against stored parameters, a line for each method over its sizes
+  peftbench report [FOLDER] [KEY=VALUE ...] [--out FILE]
+                                           one HTML file to look through the runs: table, pictures, predictions
   peftbench reproduce TABLE [KEY=VALUE ...] [--dry-run]
                                            the runs of a table of the paper, and its scores beside ours
   peftbench params [-m] [KEY=VALUE ...] [--json]
@@ -103,6 +105,12 @@ def _plot(argv: list[str]) -> int:
     return plot(argv)
 
 
+def _report(argv: list[str]) -> int:
+    from peftbench.results.report.command import main as report
+
+    return report(argv)
+
+
 def _reproduce(argv: list[str]) -> int:
     from peftbench.reproduce import main as reproduce
 
@@ -151,6 +159,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "results": _results,
     "compare": _compare,
     "plot": _plot,
+    "report": _report,
     "reproduce": _reproduce,
     "params": _params,
     "explain": _explain,

@@ -11,9 +11,9 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +27,8 @@ from peftbench.results.row import Row, over_seeds, unscored
 from peftbench.results.select import is_filter, select
 from peftbench.scoring.saved import saved_predictions
 from peftbench.tasks.example_scores import ExampleScores, example_scores
+
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C, where PyYAML was built with it
 
 EPILOG = """\
 A and B are each the folder of a run, the first digits of its name, or filters as for peftbench results. Runs that
@@ -87,7 +89,7 @@ def compare(a: Row, b: Row, resamples: int) -> dict[str, Difference]:
 
 def settings_that_differ(a: Row, b: Row) -> dict[str, list[Any]]:
     """Of each key of the config, and of the record's circumstances, that differs: its value in A and in B."""
-    both = [_settings(row.first) for row in (a, b)]
+    both = [settings_of(row.first) for row in (a, b)]
     return {key: [one.get(key) for one in both] for key in differing(both)}
 
 
@@ -104,7 +106,7 @@ def _side(name: str, word: str, folder: Path) -> Row:
         ended = ", ".join(sorted({record.status for record in records}))
         raise UserError(f"{name}={word} has no score to compare: it is {ended}.")
     if len(rows) > 1:
-        keys = differing([_settings(row.first) for row in rows])
+        keys = differing([settings_of(row.first) for row in rows])
         raise UserError(
             f"{name}={word} stands for {len(rows)} settings, which differ in {', '.join(keys[:6]) or 'no key'}; choose "
             'one with further filters, as in "method=lora bottleneck=8", or name a run.'
@@ -143,10 +145,11 @@ def _scores(record: Record, predictions: Sequence[dict[str, Any]]) -> dict[str, 
     return example_scores(record.metric, ours, right, record.data.get("labels", ()))
 
 
-def _settings(record: Record) -> dict[str, Any]:
+def settings_of(record: Record) -> dict[str, Any]:
     """A run's config as dotted keys, without what is no setting of it, and the circumstances that the record has."""
     file = record.folder / "config.yaml"
-    config = cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(file))) if file.is_file() else {}
+    # what OmegaConf.save wrote is plain YAML, which OmegaConf.load would read fifteen times as slowly
+    config = yaml.load(file.read_text(encoding="utf-8"), LOADER) if file.is_file() else {}
     found = dict(flatten(config))
     kept = {key: value for key, value in found.items() if value is not None and not _is_ignored(key)}
     circumstances = {"device": record.device, "data": record.data.get("fingerprint"), **record.versions}

@@ -114,8 +114,8 @@ def draw_curves(rows: Sequence[Row], *, y: str = "loss", by: str = "method") -> 
     curves = {id(row): curve for row in rows if (curve := _curve(row, y))}
     panels = [shown for table in tables(rows) if (shown := [row for row in table if id(row) in curves])]
     if not panels:
-        logged = sorted({key for row in rows for line in _logged(row) for key in line} - {"stage", "step"})
-        raise UserError(unknown("--y", y, logged) if logged else "None of these runs has logged anything to draw.")
+        keys = sorted({key for row in rows for line in logged(row) for key in line} - {"stage", "step"})
+        raise UserError(unknown("--y", y, keys) if keys else "None of these runs has logged anything to draw.")
     names = sorted({_name(row, by) for panel in panels for row in panel})
     return _figure([partial(_curves, rows=panel, curves=curves, names=names, y=y, by=by) for panel in panels])
 
@@ -217,18 +217,21 @@ def _curves(
 
 def _curve(row: Row, y: str) -> list[tuple[int, float]]:
     """(step, value) of each time that a run logged `y`; the training of its head alone is not part of it."""
-    lines = _logged(row)
+    lines = logged(row)
     return [(line["step"], line[y]) for line in lines if y in line and line["stage"] == lines[0]["stage"]]
 
 
-def _logged(row: Row) -> list[dict[str, Any]]:
+def logged(row: Row) -> list[dict[str, Any]]:
+    """The lines of the `metrics.jsonl` of a single run."""
     file = row.first.folder / "metrics.jsonl"
     if not file.is_file():
         return []
     found = []
     for line in file.read_text(encoding="utf-8").splitlines():
         with suppress(ValueError):  # the last line of a run that goes on may be half written
-            found.append(json.loads(line))
+            values = json.loads(line)
+            if isinstance(values, dict) and {"stage", "step"} <= values.keys():
+                found.append(values)
     return found
 
 

@@ -1,0 +1,41 @@
+"""`peftbench report`: one HTML file to look through runs, which needs no network. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from peftbench.errors import UserError
+from peftbench.results.command import read
+from peftbench.results.record import replacing
+from peftbench.results.report.content import SAMPLES, content
+from peftbench.results.report.page import page
+
+
+def main(argv: list[str]) -> int:
+    """Writes the file; returns 0. Raises UserError where there is nothing to show."""
+    parser = argparse.ArgumentParser(
+        prog="peftbench report",
+        description="Write one HTML file that shows the runs: a table to sort and filter, score against cost, training "
+        "curves, and of chosen runs the axes, the settings that differ and sample predictions.",
+        epilog="Filters and keys are those of peftbench results. The file holds the sample predictions and the "
+        "settings, paths among them, of the runs: look before you publish it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("words", nargs="*", metavar="FOLDER | KEY=VALUE,...", help="where (default: outputs) and which")
+    parser.add_argument("--out", metavar="FILE", type=Path, default=Path("report.html"), help="default: %(default)s")
+    parser.add_argument(
+        "--predictions", metavar="N", type=int, default=SAMPLES, help="samples of each run; default: %(default)s"
+    )
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.predictions < 0:
+        raise UserError(f"--predictions {arguments.predictions}: it must be a whole number, or 0 for none.")
+    if arguments.out.is_dir():
+        raise UserError(f"--out {arguments.out} is a folder; give the name of a file, such as report.html.")
+
+    text = page(content(read(arguments.words), arguments.words, arguments.predictions))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(arguments.out) as file:
+        file.write(text)
+    print(arguments.out)
+    return 0

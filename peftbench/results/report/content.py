@@ -1,0 +1,194 @@
+"""What a report shows of runs, as JSON values: columns, axes, settings, curves and samples. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import datetime, timezone
+from itertools import islice
+from typing import Any
+
+from peftbench import __version__
+from peftbench.results.columns import COSTS, FIELDS, columns, field, text
+from peftbench.results.compare import settings_of
+from peftbench.results.plot import COLOURS, NAMES, logged
+from peftbench.results.record import Axes, Record, differing
+from peftbench.results.row import Row, rank, single, tables
+from peftbench.results.table import title
+
+SAMPLES = 6  # predictions of each run
+LONGEST = 600  # characters of each
+POINTS = 100  # of a curve at most
+# A column is shown at first, in this order, if it tells runs apart; the first ones always.
+ALWAYS = ("method", "score", "stored", "percent")
+SHOWN = (
+    *("method", "score", "delta", "task", "model", "axes", "bottleneck", "stored", "percent", "trained"),
+    *("tokens_per_s", "memory", "time", "learning_rate", "seed", "status", "error", "debug"),
+)
+HEADERS = {
+    "axes": "four axes",
+    "delta": "Δ full",
+    "percent": "% stored",
+    "memory": "peak GiB",
+    "tokens_per_s": "tokens/s",
+}
+FORMS = {
+    **dict.fromkeys(("trained", "stored", "backbone", "examples", "train_examples", "steps", "tokens_per_s"), "count"),
+    "score": "score",
+    "percent": "score",
+    "memory": "score",
+    "time": "duration",
+    "delta": "signed",
+}
+
+
+def content(records: Sequence[Record], words: Sequence[str] = (), samples: int = SAMPLES) -> dict[str, Any]:
+    """All that the page shows of the runs, best first; those that may be compared are one group.
+
+    Args:
+        words: what was typed to choose the runs.
+        samples: how many predictions of each run.
+    """
+    groups = sorted((sorted(table, key=rank) for table in tables(single(records))), key=len, reverse=True)
+    rows = [(index, row) for index, table in enumerate(groups) for row in table]
+    keys, values, settings = _settings([row.first for _, row in rows])
+    shown = _columns(groups)
+    return {
+        "made": f"peftbench {__version__}, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
+        "words": " ".join(words),
+        "colours": COLOURS,
+        "groups": [title(table).plain for table in groups],
+        "columns": [{key: value for key, value in column.items() if key != "cells"} for column in shown],
+        "settings": {"keys": keys, "values": values},
+        "runs": [
+            {
+                "run": row.first.run,
+                "folder": str(row.first.folder),
+                "method": row.first.method,
+                "group": group,
+                "full": row.first.unfreeze == "all" and not row.first.axes,
+                "unfreeze": row.first.unfreeze,
+                "error": f"{row.first.error.name}: {row.first.error.message}" if row.first.error else None,
+                "overrides": row.first.overrides,
+                "cells": [column["cells"][index] for column in shown],
+                "axes": [_axes(axes) for axes in row.first.axes],
+                "settings": settings[index],
+                "curves": _curves(row),
+                "predictions": _predictions(row.first, samples),
+            }
+            for index, (group, row) in enumerate(rows)
+        ],
+    }
+
+
+def _columns(groups: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
+    """What `peftbench results` knows of each run, with the cells in the order of the rows."""
+    records = [row.first for table in groups for row in table]
+    measured = dict.fromkeys(name for r in records if "report" in r.scores for name in r.scores["report"].metrics)
+    measured |= dict.fromkeys(name for r in records for name in r.baselines)
+    found = {key: [field(key, records)(record) for record in records] for key in [*FIELDS, *measured]}
+    found["axes"], found["delta"] = [], []
+    for table in groups:
+        known = {column.key: column for column in columns(table)}
+        delta = known["delta"].value if "delta" in known else None
+        found["axes"] += [known["axes"].cell(row) for row in table]
+        found["delta"] += [delta(row) if delta else None for row in table]
+
+    made = []
+    for key in dict.fromkeys([*SHOWN, *found]):
+        cells = [_cell(value) for value in found[key]]
+        kinds = {type(cell) for cell in cells} - {type(None)}
+        if not kinds and key not in ALWAYS:
+            continue
+        words = bool(kinds - {int, float})
+        apart = len(set(cells)) > 1
+        # a metric is scored anew for each run; a value beside it, such as a learning rate, is shown as it is
+        form = "words" if words else FORMS.get(key, "score" if key in measured and key not in FIELDS else "number")
+        made.append(
+            {
+                "key": key,
+                "header": HEADERS.get(key, key.replace("_", " ")),
+                "name": NAMES.get(key, HEADERS.get(key, key.replace("_", " "))),
+                "form": form,
+                "better": "lower" if key in COSTS else "higher" if form == "score" or key == "tokens_per_s" else None,
+                "shown": key in ALWAYS or (key in SHOWN and apart),
+                "same": None if apart else cells[0],
+                "cells": [None if cell is None else str(cell) for cell in cells] if words else cells,
+            }
+        )
+    return made
+
+
+def _cell(value: Any) -> Any:
+    """A number, a text or nothing. The values of a mixture are one text, that of a single modification itself."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else text(value) or None
+
+
+def _axes(axes: Axes) -> dict[str, str]:
+    """The four axes of a modification, its size and its options, by name."""
+    scale = f" {axes.scale:g}" if axes.composition_function == "scaled" else ""
+    return {
+        "functional form": axes.functional_form,
+        "modified representation": axes.modified_representation,
+        "insertion form": axes.insertion_form,
+        "composition function": axes.composition_function + scale,
+        "bottleneck": text(axes.bottleneck),
+        **{key: _setting(value) or "none" for key, value in axes.options.items()},
+    }
+
+
+def _settings(records: Sequence[Record]) -> tuple[list[str], list[list[str]], list[list[int]]]:
+    """(keys that differ among the runs, the values that each key has, and of each run which ones; -1 for none)."""
+    settings = [settings_of(record) for record in records]
+    keys = differing(settings)
+    values: list[dict[str, int]] = [{} for _ in keys]
+    of_runs = []
+    for one in settings:
+        pairs = zip(keys, values, strict=True)
+        of_runs.append([known.setdefault(_setting(one[key]), len(known)) if key in one else -1 for key, known in pairs])
+    return keys, [list(known) for known in values], of_runs
+
+
+def _setting(value: Any) -> str:
+    return ", ".join(map(text, value)) if isinstance(value, list) else text(value)
+
+
+def _curves(row: Row) -> list[dict[str, Any]]:
+    """What a run logged in training: numbers that were logged at the same steps together, thinned out evenly."""
+    lines = logged(row)
+    found: dict[str, list[tuple[int, float]]] = {}
+    for line in lines:  # the training of the head alone, which comes second, is not part of it
+        for key, value in line.items():
+            number = isinstance(value, int | float) and math.isfinite(value)
+            if number and key not in ("step", "epoch") and line["stage"] == lines[0]["stage"]:
+                found.setdefault(key, []).append((line["step"], value))
+    together: dict[tuple[int, ...], dict[str, list[float]]] = {}
+    for key, points in found.items():
+        if len(points) > 1:  # the rest are sums made at the end
+            thinned = points[:: -math.ceil(len(points) / POINTS)][::-1]  # the last point is always there
+            steps, values = zip(*thinned, strict=True)
+            together.setdefault(steps, {})[key] = [float(f"{value:.4g}") for value in values]
+    return [{"steps": steps, "values": values} for steps, values in together.items()]
+
+
+def _predictions(record: Record, samples: int) -> list[list[str]]:
+    """The first predictions, each as (example, reference, prediction). They are the same examples in each run."""
+    found: list[list[str]] = []
+    with suppress(OSError), (record.folder / "predictions.jsonl").open(encoding="utf-8") as file:
+        for line in islice(file, samples):
+            with suppress(ValueError, KeyError, TypeError, AttributeError):  # a torn line, or another program's
+                one = json.loads(line)
+                name = str(one.get("id", one.get("index", len(found))))
+                found.append([name, _cut(one["reference"]), _cut(one["prediction"])])
+    return found
+
+
+def _cut(value: Any) -> str:
+    whole = str(value)
+    return whole if len(whole) <= LONGEST else whole[:LONGEST] + " …"

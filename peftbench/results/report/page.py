@@ -1,0 +1,38 @@
+"""The HTML file of a report: report.html with report.css, report.js and the content put in. Imports no torch."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from importlib.resources import files
+from typing import Any
+
+PLACE = re.compile(r"\{\{(\w+)\}\}")  # in report.html
+
+
+def page(content: dict[str, Any]) -> str:
+    """The page with what `report.content` made. Nothing in it is read from elsewhere, and no other script runs."""
+    script, style, template = (_read(f"report.{ending}") for ending in ("js", "css", "html"))
+    parts = {
+        "style": style,
+        "script": script,
+        "policy": f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src '{_hash(script)}'",
+        "content": _inert(content),
+    }
+    return PLACE.sub(lambda place: parts[place[1]], template)
+
+
+def _read(name: str) -> str:
+    return (files(__package__) / name).read_text(encoding="utf-8")
+
+
+def _hash(script: str) -> str:
+    """By which the page's own script is known to the browser."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _inert(content: dict[str, Any]) -> str:
+    """JSON that cannot end the element it stands in: `<` as an escape. Raises ValueError for NaN, which is no JSON."""
+    return json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
