@@ -1,6 +1,19 @@
-"""One thread for each test process: the models are tiny, and several processes' threads would fight over the cores."""
+"""One thread for each test process: the models are tiny, and several processes' threads would fight over the cores.
+
+Tests marked `gpu` are skipped where there is none, also when another mark has chosen them.
+"""
 
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
