@@ -25,6 +25,8 @@ from peftbench.config import (
 from peftbench.errors import UserError, unknown
 from peftbench.fidelity import idle_switches
 
+EMBEDDED = Path(__file__).resolve().parent  # the folder of the backbones that ship inside the package
+
 METRICS = {
     TaskKind.classification: ("accuracy", "f1", "macro_f1", "matthews"),
     TaskKind.regression: ("pearson", "spearman"),
@@ -124,6 +126,11 @@ def _path_faults(run: Run) -> Iterator[str]:
         "task.validation_file": run.task.validation_file,
         "task.test_file": run.task.test_file,
     }
+    if run.model.hub_id is not None and run.model.path is not None and Path(run.model.path).parent == EMBEDDED:
+        yield (
+            f"model.hub_id={run.model.hub_id} is not looked at, since model={run.model.name} ships with peftbench; "
+            "start from another model, such as model=bart_large, or add model.path=null."
+        )
     for key, path in folders.items():
         if path is not None and not Path(path).expanduser().is_dir():
             yield f"{key}={path} is not a folder; give the path of an existing one."

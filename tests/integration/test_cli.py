@@ -269,6 +269,10 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["method=ia3", "composition_function=add"], ["softmax does not see a vector that is added to every key"]),
         (["method=pfeiffer", "functional_form=constant"], ["set bottleneck=null, bias=false"]),
         (["method=pfeiffer", "composition_function=multiply"], ["use unfreeze=norm, or modified_representation=ffn"]),
+        (
+            ["model.hub_id=some/model"],
+            ["some/model is not looked at, since model=mini ships with peftbench"],
+        ),
         (["budget=lots"], ["budget=lots is no budget; give a share of the backbone such as budget=6.7%"]),
         (["budget=-1"], ["such as budget=599k, budget=27.4M or budget=599232."]),
         (["budget=6,7%"], ["budget=6,7% names several values; add -m to run each of them. A decimal has a point"]),
