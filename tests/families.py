@@ -6,7 +6,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -45,6 +45,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from peftbench import config
 from peftbench.axes import RULES
+from peftbench.errors import UserError
 from peftbench.modification.representation import REPRESENTATIONS
 
 T5_HAS_INTERFACE = "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(T5Attention)  # since some version after 5.10
@@ -379,3 +380,20 @@ def run_on(family: str, folder: Path, found: dict[str, config.Modification], **m
 def long_tail(families: Iterable[str], *quick: str) -> list[Any]:
     """The families, of which all but the quick ones are left to the slow tests."""
     return [family if family in quick else pytest.param(family, marks=pytest.mark.slow) for family in families]
+
+
+def outcome(model: torch.nn.Module, family: str, train: bool) -> torch.Tensor:
+    """Logits under one seed, behind a backward pass of the loss."""
+    model.train(train)
+    torch.manual_seed(11)
+    out = model(**batch(family))
+    out.loss.backward()
+    logits: torch.Tensor = out.logits.detach()
+    return logits
+
+
+def skip_prompts(error: UserError) -> NoReturn:
+    """Skip the one thing that some families refuse, prompts on a decoder alone; any other refusal is a fault."""
+    if "prompts are not supported" not in str(error):
+        raise error
+    pytest.skip(str(error))

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from peftbench.modification.attach import attach
 from peftbench.modification.edit import Edit
 from peftbench.modification.functional_form import Constant
-from tests.families import FAMILIES, PRESETS, batch, build, dropout
+from tests.families import FAMILIES, PRESETS, batch, build, dropout, outcome
 
 # family: peft's target modules, those among them whose input is scaled, and the numbers that this trains
 # (d = 16, d_ffn = 32; T5's keys are 4 heads of 6, Llama's 2 of 4)
@@ -50,16 +50,6 @@ def pair(family: str) -> tuple[PreTrainedModel, PeftModel, list[tuple[Tensor, Te
     assert len(vectors) == sum(isinstance(module, Edit) for module in ours.modules())
     assert sum(mine.numel() for mine, _ in vectors) == sum(scale.numel() for _, scale in vectors) == numbers
     return ours, theirs, vectors
-
-
-def outcome(model: torch.nn.Module, family: str, train: bool) -> Tensor:
-    """Logits under one seed, behind a backward pass of the loss."""
-    model.train(train)
-    torch.manual_seed(11)
-    out = model(**batch(family))
-    out.loss.backward()
-    logits: Tensor = out.logits.detach()
-    return logits
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from peftbench.modification.attach import attach
 from peftbench.modification.edit import Edit
-from tests.families import batch, build, dropout, modification
+from tests.families import build, dropout, modification, outcome
 
 RANK, ALPHA = 4, 12
 # (family, our representation): peft's target modules, and how many Linears of the tiny model they are
@@ -80,16 +79,6 @@ def pair(
             places.append((edit, module))
     assert len(places) == sum(isinstance(module, Edit) for module in ours.modules())
     return ours, theirs, places
-
-
-def outcome(model: torch.nn.Module, family: str, train: bool) -> Tensor:
-    """Logits under one seed, behind a backward pass of the loss."""
-    model.train(train)
-    torch.manual_seed(11)
-    out = model(**batch(family))
-    out.loss.backward()
-    logits: Tensor = out.logits.detach()
-    return logits
 
 
 @pytest.mark.parametrize(("family", "representation", "target", "count"), TABLE)

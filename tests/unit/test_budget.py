@@ -21,7 +21,7 @@ from peftbench.modification.counting import count
 from peftbench.params import solve as solving
 from peftbench.params.solve import solve
 from peftbench.results.identity import run_hash
-from tests.families import FAMILIES, MORE_FAMILIES, PRESETS, build, long_tail, run_on
+from tests.families import FAMILIES, MORE_FAMILIES, PRESETS, build, long_tail, run_on, skip_prompts
 
 MIX = {  # several bottlenecks, in ratios that round in different ways
     "mam": PRESETS["mam"],
@@ -111,7 +111,7 @@ def stored(family: str, found: dict[str, Modification], sizes: tuple[int, ...], 
     try:
         attach(model, sized, unfreeze)
     except UserError as error:
-        pytest.skip(str(error))
+        skip_prompts(error)
     return count(model).stored
 
 

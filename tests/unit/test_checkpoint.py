@@ -48,7 +48,7 @@ def trained(folder: Path, settings: Trainer, data: Data, resume: bool) -> dict[s
     weight = next(p for p in model.parameters() if p.requires_grad)
     fit(
         model,
-        data,  # type: ignore[arg-type]
+        data,  # type: ignore[arg-type]  # what of a TaskData fit reads
         settings,
         seed=1,
         bf16=False,

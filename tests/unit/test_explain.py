@@ -21,7 +21,7 @@ from peftbench.explain.sizes import Size
 from peftbench.explain.tree import Branch
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import count, count_places
-from tests.families import FAMILIES, MORE_FAMILIES, PRESETS, build, long_tail, modification, run_on
+from tests.families import FAMILIES, MORE_FAMILIES, PRESETS, build, long_tail, modification, run_on, skip_prompts
 
 FORMULAS = {  # as table 1 and equation 7 have them, with the biases that a preset has
     "prompt": "h ← [P; h]",
@@ -139,7 +139,7 @@ def explained(
     try:
         return explain(run_on(family, folder, found, unfreeze=unfreeze))
     except UserError as error:
-        pytest.skip(str(error))
+        skip_prompts(error)
 
 
 def inserted(branch: Branch) -> int:

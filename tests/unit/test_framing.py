@@ -50,4 +50,4 @@ def test_what_cannot_be_framed_is_refused(encoder: Encoder) -> None:
         framed(encoder, "a rather long prompt before {source}", ["text"], 6)
     maskless = SimpleNamespace(mask_token_id=None, name_or_path="some")
     with pytest.raises(UserError, match=r"task.prompt has \{mask\}, and the tokenizer of some has no mask token"):
-        framed(SimpleNamespace(tokenizer=maskless), "{mask} {source}", ["text"], 6)  # type: ignore[arg-type]
+        framed(SimpleNamespace(tokenizer=maskless), "{mask} {source}", ["text"], 6)  # type: ignore[arg-type]  # all it reads

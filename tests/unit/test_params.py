@@ -22,7 +22,7 @@ from peftbench.modification.attach import attach
 from peftbench.modification.counting import count, count_places
 from peftbench.modification.state import fold
 from peftbench.params.counts import count_run
-from tests.families import FAMILIES, MORE_FAMILIES, PRESETS, build
+from tests.families import FAMILIES, MORE_FAMILIES, PRESETS, build, skip_prompts
 
 NUMBERS = ("trained", "stored", "paper")
 
@@ -47,7 +47,7 @@ def test_places_sum_to_the_totals(family: str, preset: str) -> None:
     try:
         attach(model, PRESETS[preset])
     except UserError as error:
-        pytest.skip(str(error))
+        skip_prompts(error)
     totals, places = count(model), count_places(model)
     for name in NUMBERS:
         assert sum(getattr(place, name) for place in places) == getattr(totals, name)

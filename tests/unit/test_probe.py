@@ -163,7 +163,7 @@ def test_training_is_the_same_to_the_bit_with_and_without_the_probe(checkpointin
         state = torch.get_rng_state()
         fit(
             model,
-            data,  # type: ignore[arg-type]
+            data,  # type: ignore[arg-type]  # what of a TaskData fit reads
             settings,
             seed=1,
             bf16=False,
@@ -189,8 +189,6 @@ def test_the_error_is_one_a_user_can_mend() -> None:
 @pytest.mark.gpu
 def test_on_a_gpu_nothing_is_left_behind_either() -> None:
     """Its random state, and its memory once the libraries have their workspaces."""
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA device")
     model = build("roberta").cuda().train()
     attach(model, PRESETS["mam"])
     handle = model.get_input_embeddings().register_forward_hook(
