@@ -10,13 +10,14 @@ that equals one of them or begins with the same summary. `--write-corpus` saves 
 
 The objective is BART's text infilling (Lewis et al. 2020): 30% of the tokens are masked in spans of Poisson(3)
 tokens, each span becomes one <mask>, and the decoder writes the whole text. Unlike in BART no span is empty.
-In a quarter of the texts that have several paragraphs the one span is the first paragraph instead: in a docstring,
+In half of the texts that have several paragraphs the one span is the first paragraph instead: in a docstring,
 its summary. The run begins with a lesson in copying (`--copying`).
 
 A row of a batch is one document, or one window of a document longer than `--length` tokens; batches hold rows of
 like length and about `--batch` x `--length` tokens. The learning rate rises linearly and falls along a cosine to
 zero over `--minutes` of wall clock, so the schedule completes on any machine. The vocabulary is a byte-level BPE,
-trained on the same text. `--out` receives a folder for `from_pretrained`, and `pretraining.json` beside the weights.
+trained on the same text. `--out` receives a folder for `from_pretrained`, and `pretraining.json` beside the weights;
+`--start` on such a folder trains on from there, with its vocabulary and a new schedule.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ BOS, PAD, EOS, UNK, MASK = range(5)
 
 MASKED_SHARE = 0.3
 MEAN_SPAN = 3.0
-FIRST_PARAGRAPH_SHARE = 0.25
+FIRST_PARAGRAPH_SHARE = 0.5
 
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".jsonl"}
 MIN_WORDS = 8  # of a text, below which there is nothing to infer a masked word from
@@ -443,7 +444,8 @@ def train(
                 break
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(seconds / budget, peak)
-            loss = infilling_loss(model, rows, generator, copying=seconds / (budget * args.copying))
+            copying = seconds / (budget * args.copying) if args.copying else 1.0
+            loss = infilling_loss(model, rows, generator, copying)
             torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -535,12 +537,19 @@ def parse_args() -> argparse.Namespace:
         help="between checkpoints (%(default)s); one is written with the next line of progress",
     )
     run.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    run.add_argument(
+        "--start", type=Path, metavar="FOLDER", help="train on from the model in FOLDER; needs no lesson in copying"
+    )
 
     args = parser.parse_args()
     if not (args.docstrings or args.docstrings_path or args.text):
         parser.error("name a source of text: --docstrings, --docstrings-path or --text")
     if args.length > args.positions:
         parser.error("--length must not exceed --positions")
+    if args.start:
+        args.copying = 0.0
+        if not (args.start / "pretraining.json").is_file():
+            parser.error(f"--start: {args.start} is no folder that this script wrote")
     if args.resume and not (args.out / "checkpoint.pt").is_file():
         parser.error(f"there is no checkpoint to resume from in {args.out}")
     return args
@@ -561,11 +570,11 @@ def main() -> None:
     device = torch.device(args.device)
 
     train_texts = [text for text in texts if not is_held_out(text)]
-    if args.resume:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
+    if args.resume or args.start:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out if args.resume else args.start)
     else:
         tokenizer = train_tokenizer(train_texts, args.vocab_size, args.positions)
-        tokenizer.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
     backend = tokenizer.backend_tokenizer
     train_rows = make_rows(train_texts, backend, args.length, device)
     held_out = make_rows([text for text in texts if is_held_out(text)], backend, args.length, device)
@@ -573,8 +582,12 @@ def main() -> None:
         raise UserError("The text is too little to train on and to hold some out; name more sources.")
     corpus_tokens = sum(int((rows.tokens != PAD).sum()) for rows in train_rows)
 
-    with device:
-        model = new_model(args, len(tokenizer))
+    if args.start:
+        config = BartConfig.from_pretrained(args.start, dropout=args.dropout)
+        model = BartForConditionalGeneration.from_pretrained(args.start, config=config, dtype=torch.float32).to(device)
+    else:
+        with device:
+            model = new_model(args, len(tokenizer))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{corpus_tokens:,} tokens to train on, {parameters:,} parameters, {len(tokenizer):,} words", flush=True)
     progress, loss = train(model, train_rows, held_out, args)
@@ -598,6 +611,8 @@ def main() -> None:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers")},
     }
+    if args.start:
+        facts["start"] = json.loads((args.start / "pretraining.json").read_text(encoding="utf-8"))
     (args.out / "pretraining.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     (args.out / "checkpoint.pt").unlink(missing_ok=True)
     print(f"held-out loss {loss:.4f}; weights of {weights_bytes:,} bytes in {args.out}")
