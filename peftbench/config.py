@@ -293,6 +293,8 @@ def resolve(cfg: DictConfig) -> Run:
     run = OmegaConf.to_object(cfg)
     assert isinstance(run, Run)
     run.model.name = backbone_name(run.model)
+    if run.task.prompt is not None:  # Hydra's command line has no line break but that of the shell
+        run.task.prompt = run.task.prompt.replace(r"\n", "\n")
     return run
 
 

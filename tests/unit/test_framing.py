@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from peftbench.compose import compose_runs
 from peftbench.config import conf_dir
 from peftbench.errors import UserError
 from peftbench.tasks.framing import framed
@@ -51,3 +53,8 @@ def test_what_cannot_be_framed_is_refused(encoder: Encoder) -> None:
     maskless = SimpleNamespace(mask_token_id=None, name_or_path="some")
     with pytest.raises(UserError, match=r"task.prompt has \{mask\}, and the tokenizer of some has no mask token"):
         framed(SimpleNamespace(tokenizer=maskless), "{mask} {source}", ["text"], 6)  # type: ignore[arg-type]  # all it reads
+
+
+def test_a_typed_line_break_is_one() -> None:
+    (run,) = compose_runs(Namespace(overrides=['task.prompt="{mask}\\n\\n{source}"'], config_dir=None, multirun=False))
+    assert run.task.prompt == "{mask}\n\n{source}"
