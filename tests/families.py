@@ -310,7 +310,7 @@ def points(*forms: str, **options: object) -> Iterator[tuple[str, config.Modific
     representations = (*REPRESENTATIONS, "heads", "embedding")
     insertions, compositions = ("parallel", "sequential"), ("add", "scaled", "gated", "gated_add", "multiply")
     for axes in itertools.product(forms, representations, insertions, compositions):
-        m = modification(*axes, scale=2.0, **options)  # type: ignore[arg-type]
+        m = modification(*axes, scale=2.0, **options)  # type: ignore[arg-type]  # strings of axes and options alike
         if not any(rule.broken(m) for rule in RULES):
             yield "-".join(axes), m
 

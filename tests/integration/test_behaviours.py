@@ -519,7 +519,7 @@ def chosen(representation: str, options: str) -> config.Modification:
     layers = [int(index) for index in given.pop("layers")] if "layers" in given else None
     insertion = "sequential" if representation == "layer" else "parallel"
     lists = {key: tuple(value) for key, value in given.items()}
-    return modification("relu", representation, insertion, init="bert", layers=layers, **lists)  # type: ignore[arg-type]
+    return modification("relu", representation, insertion, init="bert", layers=layers, **lists)  # type: ignore[arg-type]  # lists by name
 
 
 @pytest.mark.parametrize(("family", "representation", "options"), SUBSETS, ids=["-".join(case) for case in SUBSETS])

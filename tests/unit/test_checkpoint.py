@@ -69,7 +69,7 @@ def test_the_batches_go_on(
     settings = Trainer(learning_rate=1e-2, batch_size=4, max_steps=11, evaluate_every=2, keep=keep)
     settings.device, settings.batch_tokens = Device.cpu, batch_tokens
     whole, parts = Data(), Data()
-    assert 1 < 8 / batches_per_epoch(whole, settings) < 11 / batches_per_epoch(whole, settings)  # type: ignore[arg-type]
+    assert 1 < 8 / batches_per_epoch(whole, settings) < 11 / batches_per_epoch(whole, settings)  # type: ignore[arg-type]  # Data is all they read
     expected = trained(tmp_path / "whole", settings, whole, resume=False)
 
     def killed(self: TrainerCallback, args: object, state: Any, control: object, **kwargs: object) -> None:
