@@ -44,7 +44,9 @@ class Completion(TextToText):
         sources, targets = self.pairs(rows, training)
         before, after = (self.task.prompt or f"{SOURCE}\n").split(SOURCE)
         if MASK in before + after:
-            raise UserError(f"task.prompt has {MASK}, and a decoder alone has no mask token; write it without.")
+            raise UserError(
+                f"task.prompt has {MASK}, and a decoder alone has no mask token; write it without, or task.prompt=null."
+            )
         behind = self.encoder([after], max_length=self.task.max_source_length, special=False)["input_ids"][0]
         room = min(self.task.max_source_length, self.encoder.limit - self.task.max_target_length) - len(behind)
         if room < 1:

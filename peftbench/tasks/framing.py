@@ -25,7 +25,7 @@ def framed(encoder: Encoder, prompt: str, sources: Sequence[str], max_length: in
     if MASK in prompt and mask is None:
         raise UserError(
             f"task.prompt has {MASK}, and the tokenizer of {encoder.tokenizer.name_or_path} has no mask token; write "
-            "the prompt without."
+            "the prompt without, or task.prompt=null."
         )
 
     def ids(text: str) -> list[int]:
