@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from peftbench import __version__
 from peftbench.errors import UserError, unknown
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(unknown("subcommand", arguments[0], COMMANDS))
         return command(arguments[1:])
     except UserError as error:
-        print_faults(error)
+        print_faults(error.faults)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -75,9 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def print_faults(error: UserError) -> None:
+def print_faults(faults: Iterable[str]) -> None:
     """One plain sentence a line, on stderr."""
-    for sentence in error.faults:
+    for sentence in faults:
         print(f"peftbench: {sentence}", file=sys.stderr)
 
 

@@ -257,6 +257,7 @@ class Run(Modification):
     output_dir: str = "outputs"
     rerun: bool = False  # train again although the run is done
     retry: bool = False  # a sweep trains again what failed before
+    jobs: str = "1"  # runs of a sweep at once, in processes of their own; auto: by free memory and cores
 
 
 # `${embedded:mini}`: the folder of a backbone that ships inside the package.

@@ -182,6 +182,8 @@ def _number_faults(run: Run) -> Iterator[str]:
     for key, number in at_least_one.items():
         if number is not None and number < 1:
             yield f"{key}={number}: it must be a whole number of at least 1."
+    if run.jobs != "auto" and not (run.jobs.isdecimal() and int(run.jobs) > 0):
+        yield f"jobs={run.jobs}: it must be a whole number of at least 1, or auto."
     for key, value in {"trainer.learning_rate": trainer.learning_rate, "trainer.epochs": trainer.epochs}.items():
         if value <= 0:
             yield f"{key}={value}: it must be above 0."

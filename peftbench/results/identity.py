@@ -20,6 +20,7 @@ IGNORED = (
     "output_dir",
     "rerun",
     "retry",
+    "jobs",
     "allow_unused",
     "fidelity.name",
     "budget",
