@@ -18,6 +18,7 @@ from peftbench.compose import CONFIG_NAME, compose_points
 from peftbench.config import Run, conf_dir, resolve
 from peftbench.errors import UserError
 from peftbench.places import Place, places
+from peftbench.quick_imports import quick_imports
 from peftbench.results.columns import duration
 from peftbench.results.identity import run_dir
 from peftbench.results.record import differing, find, finished
@@ -83,7 +84,8 @@ def job(cfg: DictConfig) -> float:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         print(f"\nrun {HydraConfig.get().job.num + 1}: {' '.join(overrides)}", flush=True)
         return _in_sweep(run, overrides)
-    from peftbench.train import train
+    with quick_imports():
+        from peftbench.train import train
 
     try:
         return train(run, overrides)

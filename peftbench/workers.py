@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -27,6 +28,7 @@ from types import FrameType, TracebackType
 from peftbench.config import Run
 from peftbench.errors import UserError
 from peftbench.places import Place
+from peftbench.quick_imports import quick_imports
 from peftbench.results.lock import Busy
 
 PATIENCE = 60.0  # seconds that a worker has, when it is interrupted, to note it in its run's record
@@ -54,7 +56,8 @@ class Ended:
 
 def attempt(run: Run, overrides: Sequence[str], wait: bool = False) -> Ended:
     """Train one run of a sweep; what makes it fail is said in what is returned, so that the next one can start."""
-    from peftbench.train import train
+    with quick_imports():
+        from peftbench.train import train
 
     try:
         return Ended(train(run, overrides, keep_failed=True, wait=wait))
@@ -174,8 +177,8 @@ def _work(pipe: Connection, environment: dict[str, str], log: str) -> None:
         os.dup2(file.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a TextIOWrapper, over file 1
     try:
-        import peftbench.train  # noqa: F401  # while the parent goes on
-
+        with quick_imports():
+            import_module("peftbench.train")  # before there is a job: while the parent starts the others
         while (job := pipe.recv()) is not None:
             print(f"\nrun {job.number}: {' '.join(job.overrides)}")
             ended = attempt(job.run, job.overrides)

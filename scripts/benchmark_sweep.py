@@ -2,9 +2,9 @@
 
     python scripts/benchmark_sweep.py --model FOLDER --data FOLDER [--jobs 8] [--all] [--out FILE] [KEY=VALUE]
 
-24 runs on webnlg: 4 methods x 3 learning rates x 2 seeds, 300 steps each. Of the single commands a few are timed, one of
-each method, and their mean stands for all; --all times every one. The first is run once before, untimed, which fills the
-caches and gives the noise from run to run. The folders are a backbone for `model.path` and data for `task.data_dir`.
+24 runs on webnlg: 4 methods x 3 learning rates x 2 seeds, 300 steps each. Of the single commands a few are timed, one
+of each method, and their mean stands for all; --all times every one. The first is run once before, untimed, which fills
+the caches and gives the noise from run to run. The folders are those of a backbone, as `model.path`, and of the data.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ __all__ = ["sentiment", "smoke"]  # fixtures
 
 pytestmark = pytest.mark.slow  # each worker imports torch and transformers
 
-ENDLESS = ["method=lora", "trainer.max_steps=100000", "trainer.checkpoint_minutes=0", "task.baselines=[]", "seed=1,2,3"]
+ENDLESS = ["method=lora", "trainer.max_steps=4000", "trainer.checkpoint_minutes=0", "task.baselines=[]", "seed=1,2,3"]
 
 
 def started(arguments: list[str]) -> subprocess.Popen[str]:
@@ -109,7 +109,7 @@ def test_no_orphans_train_on(smoke: list[str], tmp_path: Path) -> None:
 
 def test_a_worker_that_is_killed_is_replaced(smoke: list[str], tmp_path: Path) -> None:
     """As the system does to one that takes too much memory: its run is unfinished, the others are not touched."""
-    settings = ["method=lora", "trainer.max_steps=100000,2", "task.baselines=[]", "seed=1,2"]
+    settings = ["method=lora", "trainer.max_steps=4000,2", "task.baselines=[]", "seed=1,2"]
     process = started([*smoke, *settings])
     try:
         until(lambda: len(training(tmp_path)) == 2)  # the two long runs, which come first
@@ -121,5 +121,5 @@ def test_a_worker_that_is_killed_is_replaced(smoke: list[str], tmp_path: Path) -
     assert process.returncode == 1
     assert error.count("the process of this run was ended by SIGKILL") == 2
     found, _ = load_records(tmp_path / "outputs")
-    assert {(record.trainer["max_steps"], record.status) for record in found} == {(100000, "interrupted"), (2, "done")}
+    assert {(record.trainer["max_steps"], record.status) for record in found} == {(4000, "interrupted"), (2, "done")}
     assert len(found) == 4
