@@ -226,6 +226,7 @@ def _record_data(record: Record, data: TaskData) -> None:
 
 def _record_fit(record: Record, fitted: Fitted) -> None:
     record.steps, record.tokens_per_s = fitted.steps, fitted.tokens_per_s
+    record.micro_batch = fitted.micro_batch
 
 
 def _show_again(record: Record, console: Console) -> float:

@@ -134,7 +134,7 @@ class _Worker:
     def start(self) -> None:
         context = multiprocessing.get_context("spawn")  # a forked child could not use the GPU
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, self.place.environment, str(self.log)), daemon=True)
+        self.process = context.Process(target=_work, args=(theirs, self.place.environment, str(self.log)))
         self.process.start()
         theirs.close()  # so that our end sees it when the worker dies
 

@@ -34,6 +34,7 @@ IGNORED = (
     "task.quick",
     "trainer.device",
     "trainer.checkpoint_minutes",
+    "trainer.micro_batch",
     "trainer.eval_batch_size",
     "trainer.eval_batch_tokens",
 )
