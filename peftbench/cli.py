@@ -17,7 +17,8 @@ HELP = """\
 peftbench: which parameter-efficient fine-tuning method, where in the network, how large, for my model and task.
 
   peftbench train [KEY=VALUE ...]          train one run and record it: score against trainable parameters
-  peftbench train -m KEY=A,B [...]         train every combination; the same line again goes on where it stopped
+  peftbench train -m KEY=A,B [...]         train every combination; the same line again goes on where it stopped;
+                                           jobs=4 or jobs=auto trains several at once, on all GPUs
   peftbench status [FOLDER]                how far the sweeps have come, and how long they still take
   peftbench results [FOLDER] [KEY=VALUE ...] [--mean] [--rows KEY --columns KEY] [--csv|--json|--markdown|--latex]
                                            the recorded runs, best first; results --help has more

@@ -17,7 +17,6 @@ from peftbench.cli import print_faults
 from peftbench.compose import CONFIG_NAME, compose_points
 from peftbench.config import Run, conf_dir, resolve
 from peftbench.errors import UserError
-from peftbench.places import Place, places
 from peftbench.quick_imports import quick_imports
 from peftbench.results.columns import duration
 from peftbench.results.identity import run_dir
@@ -45,7 +44,7 @@ def run(argv: list[str]) -> int:
     if not args.multirun or own_sweeper:
         job()
         return 0
-    at_once = places([run for _, run in points])
+    at_once = _places([run for _, run in points])
     sweep = Sweep.start(points, argv)
     put_off.clear()
     try:
@@ -113,6 +112,15 @@ def _take(ended: Ended, run: Run, overrides: list[str]) -> float:
     return ended.score
 
 
+def _places(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """`places.places`, which takes longer to import than to know that there is one place."""
+    if all(run.jobs == "1" for run in runs):
+        return [{}]
+    from peftbench.places import places
+
+    return places(runs)
+
+
 def _jobs(points: Sequence[tuple[list[str], Run]], folders: Sequence[Path]) -> list[Job]:
     """The runs of a sweep with all that a worker must know of them."""
     typed = [[word for word in overrides if not word.startswith(("hydra.", "hydra/"))] for overrides, _ in points]
@@ -123,7 +131,7 @@ def _jobs(points: Sequence[tuple[list[str], Run]], folders: Sequence[Path]) -> l
     ]
 
 
-def _side_by_side(jobs: Sequence[Job], at_once: Sequence[Place]) -> None:
+def _side_by_side(jobs: Sequence[Job], at_once: Sequence[dict[str, str]]) -> None:
     """The runs of a sweep in workers. Those that are done need none."""
     waiting = [job for job in jobs if job.run.rerun or finished(job.folder) is None]
     if not waiting:

@@ -32,15 +32,10 @@ class Gpu:
     free_bytes: int | None = None
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a worker runs: what is set in its environment, before it imports torch."""
+def places(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Where each run of a sweep that goes on at once runs, as what it finds in its environment before it imports torch.
 
-    environment: dict[str, str]
-
-
-def places(runs: Sequence[Run]) -> list[Place]:
-    """A place for each run of a sweep that goes on at once, the GPUs dealt in turn; one place: one after the other.
+    The GPUs are dealt in turn. One place: one run after the other.
 
     Raises:
         UserError: `jobs` differs from run to run.
@@ -52,7 +47,7 @@ def places(runs: Sequence[Run]) -> list[Place]:
     (jobs,) = asked
     number = min(len(runs), automatic(runs, gpus) if jobs == "auto" else int(jobs))
     threads = max(1, cpu_count() // number)
-    return [Place(_environment(threads, gpus[index % len(gpus)] if gpus else None)) for index in range(number)]
+    return [_environment(threads, gpus[index % len(gpus)] if gpus else None) for index in range(number)]
 
 
 def automatic(runs: Sequence[Run], gpus: Sequence[Gpu]) -> int:

@@ -1,8 +1,8 @@
 """Several runs of a sweep at once: worker processes, each of which trains one run after another. Imports no torch.
 
-A worker imports once, and keeps the backbone, the rows and the tokens of its runs for the next ones. It trains in the
-same way as a process of its own would; who trains what is settled by the locks of the runs' folders. A worker that dies
-takes one run with it, and is replaced; when the parent dies, all of them end.
+A worker imports once, and keeps the rows and the tokens of its runs for the next ones (tasks/cache.py). It trains as a
+process of its own would; who trains what is settled by the locks of the runs' folders. A worker that dies takes one run
+with it, and is replaced; when the parent dies, all of them end.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from types import FrameType, TracebackType
 
 from peftbench.config import Run
 from peftbench.errors import UserError
-from peftbench.places import Place
 from peftbench.quick_imports import quick_imports
 from peftbench.results.lock import Busy
 
@@ -73,11 +72,11 @@ class Workers:
     """Processes that train jobs side by side, one at each place; a context, at whose end none of them is left.
 
     Args:
-        places: where each worker runs.
+        places: for each worker, what it finds in its environment before it imports torch.
         logs: the folder for what they print, `worker-1.log` and so on.
     """
 
-    def __init__(self, places: Sequence[Place], logs: Path) -> None:
+    def __init__(self, places: Sequence[dict[str, str]], logs: Path) -> None:
         self.logs = logs
         self.workers = [_Worker(place, logs / f"worker-{number}.log") for number, place in enumerate(places, start=1)]
 
@@ -128,13 +127,13 @@ class _Worker:
     process: BaseProcess
     pipe: Connection
 
-    def __init__(self, place: Place, log: Path) -> None:
+    def __init__(self, place: dict[str, str], log: Path) -> None:
         self.place, self.log = place, log
 
     def start(self) -> None:
         context = multiprocessing.get_context("spawn")  # a forked child could not use the GPU
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, self.place.environment, str(self.log)))
+        self.process = context.Process(target=_work, args=(theirs, self.place, str(self.log)))
         self.process.start()
         theirs.close()  # so that our end sees it when the worker dies
 

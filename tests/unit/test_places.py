@@ -37,7 +37,7 @@ def runs(folder: Path, count: int, *overrides: str) -> list[Run]:
 
 
 def test_gpus_are_dealt_and_cores_shared_out(tmp_path: Path) -> None:
-    found = [place.environment for place in places(runs(tmp_path, 9, "jobs=5"))]
+    found = places(runs(tmp_path, 9, "jobs=5"))
     assert [one["CUDA_VISIBLE_DEVICES"] for one in found] == ["GPU-aaaa", "GPU-bbbb"] * 2 + ["GPU-aaaa"]
     assert {one["OMP_NUM_THREADS"] for one in found} == {"3"}
     assert len(places(runs(tmp_path, 2, "jobs=5"))) == 2
@@ -48,14 +48,14 @@ def test_what_the_user_has_set_stands(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,-1,0")
     assert visible_gpus() == [Gpu("1", 71000 << 20)]  # as CUDA: what follows a wrong name is not seen
-    environment = places(runs(tmp_path, 4, "jobs=2"))[1].environment
+    environment = places(runs(tmp_path, 4, "jobs=2"))[1]
     assert environment["OMP_NUM_THREADS"] == "1" and environment["CUDA_VISIBLE_DEVICES"] == "1"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert "CUDA_VISIBLE_DEVICES" not in places(runs(tmp_path, 4, "jobs=2"))[0].environment
+    assert "CUDA_VISIBLE_DEVICES" not in places(runs(tmp_path, 4, "jobs=2"))[0]
 
 
 def test_no_gpu_where_none_is_wanted(tmp_path: Path) -> None:
-    assert "CUDA_VISIBLE_DEVICES" not in places(runs(tmp_path, 4, "jobs=2", "trainer.device=cpu"))[0].environment
+    assert "CUDA_VISIBLE_DEVICES" not in places(runs(tmp_path, 4, "jobs=2", "trainer.device=cpu"))[0]
 
 
 @pytest.mark.parametrize("printed", ["0, GPU-aaaa, 143000\n1, GPU-bbbb, 71000\n", "No devices were found\n", None])
