@@ -39,8 +39,10 @@ def run(argv: list[str]) -> int:
     composed = compose_points(args)
     points = solved(composed)
     own_sweeper = any(word.startswith("hydra/sweeper=") for word in args.overrides)  # decides on its runs as it goes
-    if own_sweeper and composed[0][1].jobs != "1":
-        raise UserError(f"jobs={composed[0][1].jobs} goes with Hydra's own sweeper; leave hydra/sweeper out, or jobs.")
+    jobs = composed[0][1].jobs
+    for own in ("hydra/sweeper", "hydra/launcher"):
+        if jobs != "1" and any(word.startswith(f"{own}=") for word in args.overrides):
+            raise UserError(f"{own}= and jobs={jobs} both decide where a run goes; leave one of the two out.")
     if not args.multirun or own_sweeper:
         job()
         return 0
@@ -51,7 +53,7 @@ def run(argv: list[str]) -> int:
         if len(at_once) == 1:
             job()
         else:
-            _side_by_side(_jobs(composed, [run_dir(run) for _, run in points]), at_once)
+            _side_by_side(composed, points, at_once)
         while put_off:
             run, overrides = put_off.pop(0)
             print(f"\nwaiting for the other process: {' '.join(overrides)}", flush=True)
@@ -121,23 +123,29 @@ def _places(runs: Sequence[Run]) -> list[dict[str, str]]:
     return places(runs)
 
 
-def _jobs(points: Sequence[tuple[list[str], Run]], folders: Sequence[Path]) -> list[Job]:
-    """The runs of a sweep with all that a worker must know of them."""
-    typed = [[word for word in overrides if not word.startswith(("hydra.", "hydra/"))] for overrides, _ in points]
+def _side_by_side(
+    composed: Sequence[tuple[list[str], Run]],
+    points: Sequence[tuple[list[str], Run]],
+    at_once: Sequence[dict[str, str]],
+) -> None:
+    """Runs in workers, a line for each that ends. Those that are done need no worker.
+
+    Args:
+        composed: the runs as they are trained, with the overrides that make them.
+        points: the same with their budgets solved, which says where they lie.
+        at_once: of each worker, see `places.places`.
+    """
+    typed = [[word for word in overrides if not word.startswith(("hydra.", "hydra/"))] for overrides, _ in composed]
     keys = differing([dict(word.partition("=")[::2] for word in words) for words in typed])
-    return [
-        Job(number, words, " ".join(word for word in words if word.partition("=")[0] in keys), run, folder)
-        for number, (words, (_, run), folder) in enumerate(zip(typed, points, folders, strict=True), start=1)
+    jobs = [
+        Job(number, words, " ".join(word for word in words if word.partition("=")[0] in keys), run, run_dir(ready))
+        for number, (words, (_, run), (_, ready)) in enumerate(zip(typed, composed, points, strict=True), start=1)
     ]
-
-
-def _side_by_side(jobs: Sequence[Job], at_once: Sequence[dict[str, str]]) -> None:
-    """The runs of a sweep in workers. Those that are done need none."""
     waiting = [job for job in jobs if job.run.rerun or finished(job.folder) is None]
     if not waiting:
         return
     at_once = at_once[: len(waiting)]
-    logs = Path(jobs[0].run.output_dir).expanduser() / FOLDER / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    logs = Path(composed[0][1].output_dir).expanduser() / FOLDER / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
     print(f"{len(waiting)} runs, {len(at_once)} at once; what they print is in {logs}", flush=True)
     with Workers(at_once, logs) as workers:
         for count, (job, ended) in enumerate(workers.run(waiting), start=1):

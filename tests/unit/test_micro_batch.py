@@ -172,8 +172,15 @@ def test_a_try_that_fits_changes_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("where", "accumulation"),
+    [
+        ("forward", 1),
+        ("backward", 2),
+        pytest.param("forward", 2, marks=pytest.mark.slow),
+        pytest.param("backward", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_memory_that_runs_out_later_costs_no_step(where: str, accumulation: int, tmp_path: Path) -> None:
     """At step 3, in the midst of a backward pass too, when some tensors have their gradients and others do not."""
     data = Data("bart")

@@ -12,6 +12,7 @@ import pytest
 from hydra._internal.utils import get_args_parser
 
 from peftbench import places as module
+from peftbench.cli import main
 from peftbench.compose import compose_runs
 from peftbench.config import Run
 from peftbench.errors import UserError
@@ -95,3 +96,10 @@ def test_one_number_for_a_sweep(tmp_path: Path) -> None:
     for wrong in ("0", "many", "-1", "1.5"):
         with pytest.raises(UserError, match=f"jobs={wrong}: it must be a whole number of at least 1, or auto"):
             runs(tmp_path, 1, f"jobs={wrong}")
+
+
+@pytest.mark.parametrize("own", ["hydra/sweeper=basic", "hydra/launcher=basic"])
+def test_one_decides_where_runs_go(own: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "-m", "seed=1,2", own, "jobs=2", f"output_dir={tmp_path}"]) == 2
+    assert "both decide where a run goes; leave one of the two out." in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
