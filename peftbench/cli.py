@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from peftbench import __version__
 from peftbench.errors import UserError, unknown
@@ -17,7 +17,8 @@ HELP = """\
 peftbench: which parameter-efficient fine-tuning method, where in the network, how large, for my model and task.
 
   peftbench train [KEY=VALUE ...]          train one run and record it: score against trainable parameters
-  peftbench train -m KEY=A,B [...]         train every combination; the same line again goes on where it stopped
+  peftbench train -m KEY=A,B [...]         train every combination; the same line again goes on where it stopped;
+                                           jobs=4 or jobs=auto trains several at once, on all GPUs
   peftbench status [FOLDER]                how far the sweeps have come, and how long they still take
   peftbench results [FOLDER] [KEY=VALUE ...] [--mean] [--rows KEY --columns KEY] [--csv|--json|--markdown|--latex]
                                            the recorded runs, best first; results --help has more
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(unknown("subcommand", arguments[0], COMMANDS))
         return command(arguments[1:])
     except UserError as error:
-        print_faults(error)
+        print_faults(error.faults)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -75,9 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def print_faults(error: UserError) -> None:
+def print_faults(faults: Iterable[str]) -> None:
     """One plain sentence a line, on stderr."""
-    for sentence in error.faults:
+    for sentence in faults:
         print(f"peftbench: {sentence}", file=sys.stderr)
 
 

@@ -216,6 +216,9 @@ class Trainer:
     batch_size: int = 32
     batch_tokens: int | None = None  # batches of like lengths, examples x the longest of them; wins over batch_size
     accumulation: int = 1
+    # Examples that go through the model at once, a part of the batch where memory is short; the gradient stays that of
+    # the whole batch. auto: the most that fit, halved where memory runs out; null: the batch.
+    micro_batch: str | None = None
     eval_batch_size: int = 64
     eval_batch_tokens: int | None = None  # at most so many input tokens, too, in a batch to be predicted
     schedule: Schedule = Schedule.linear
@@ -257,6 +260,7 @@ class Run(Modification):
     output_dir: str = "outputs"
     rerun: bool = False  # train again although the run is done
     retry: bool = False  # a sweep trains again what failed before
+    jobs: str = "1"  # runs of a sweep at once, in processes of their own; auto: by free memory and cores
 
 
 # `${embedded:mini}`: the folder of a backbone that ships inside the package.

@@ -30,6 +30,7 @@ from peftbench import config
 from peftbench.batching import TokenBatches
 from peftbench.checkpoint import Checkpoint, Checkpoints, Resumable, SaveByTime
 from peftbench.errors import UserError
+from peftbench.micro_batch import AUTO, MicroBatched, MicroBatches
 from peftbench.modification.state import trained_tensors, write_tensors
 from peftbench.progress import Stage
 from peftbench.tasks.base import TaskData
@@ -43,6 +44,7 @@ class Fitted:
     seconds: float  # interrupted tries counted up to the checkpoint that this one went on from
     earlier_seconds: float  # of these, what the interrupted tries took
     tokens_per_s: float  # source and target tokens, padding not counted
+    micro_batch: dict[str, Any]  # into how many parts a batch went, and where memory ran out
 
 
 LOSS = "loss"  # of the scores the one that is better when lower
@@ -97,6 +99,7 @@ def fit(
     trainer.keeper = keeper
     if settings.batch_tokens is not None:
         trainer.batches = TokenBatches(data.lengths, settings.batch_tokens, seed)
+    trainer.micro = MicroBatches(settings.micro_batch, settings.batch_size, _longest(data, settings))
     earlier = 0.0
     if resume is not None:
         earlier = resume.notes["seconds"]
@@ -123,7 +126,8 @@ def fit(
             trainer.evaluate()
         keeper.restore(model)
     seen = steps * settings.accumulation * len(data.train) / batches_per_epoch(data, settings)
-    return Fitted(steps, seconds, earlier, seen * _mean_tokens(data) / seconds)
+    micro = {"parts": trainer.micro.parts, "halved_at": trainer.micro.halved_at} if trainer.micro.splits else {}
+    return Fitted(steps, seconds, earlier, seen * _mean_tokens(data) / seconds, micro)
 
 
 def total_steps(data: TaskData, settings: config.Trainer) -> int:
@@ -143,6 +147,16 @@ def batches_per_epoch(data: TaskData, settings: config.Trainer) -> int:
     if settings.batch_tokens is not None:
         return len(TokenBatches(data.lengths, settings.batch_tokens, seed=0))
     return -(-len(data.train) // settings.batch_size)
+
+
+def _longest(data: TaskData, settings: config.Trainer) -> list[int]:
+    """The training examples of a batch that takes as much memory as any, where it has to be known."""
+    if settings.micro_batch != AUTO:
+        return []
+    by_length = sorted(range(len(data.train)), key=lambda index: -data.lengths[index])
+    if settings.batch_tokens is None:
+        return by_length[: settings.batch_size]
+    return by_length[: max(1, settings.batch_tokens // data.lengths[by_length[0]])]
 
 
 def use_bf16(settings: config.Trainer, model: config.Model) -> bool:
@@ -205,7 +219,7 @@ def _mean_tokens(data: TaskData) -> float:
     return sum(len(ids) for column in columns for ids in column) / max(1, len(data.train))
 
 
-class _Trainer(Resumable):
+class _Trainer(MicroBatched, Resumable):
     """Trainer whose evaluation is peftbench's own, the same as that of the report."""
 
     scores: Evaluate

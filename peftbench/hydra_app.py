@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -13,13 +15,18 @@ from omegaconf import DictConfig
 
 from peftbench.cli import print_faults
 from peftbench.compose import CONFIG_NAME, compose_points
-from peftbench.config import Run, conf_dir
+from peftbench.config import Run, conf_dir, resolve
 from peftbench.errors import UserError
-from peftbench.results.lock import Busy
+from peftbench.quick_imports import quick_imports
+from peftbench.results.columns import duration
+from peftbench.results.identity import run_dir
+from peftbench.results.record import differing, find, finished
+from peftbench.results.sweep import FOLDER, Sweep
+from peftbench.workers import Ended, Job, Workers, attempt
 
 INTERRUPTED = 130  # the exit code
 
-put_off: list[tuple[DictConfig, list[str]]] = []  # runs of this sweep that another process was at, with what was typed
+put_off: list[tuple[Run, list[str]]] = []  # runs of this sweep that another process was at, with what was typed
 
 
 def run(argv: list[str]) -> int:
@@ -29,23 +36,30 @@ def run(argv: list[str]) -> int:
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         job()
         return 0
-    points = solved(compose_points(args))
+    composed = compose_points(args)
+    points = solved(composed)
     own_sweeper = any(word.startswith("hydra/sweeper=") for word in args.overrides)  # decides on its runs as it goes
+    jobs = composed[0][1].jobs
+    for own in ("hydra/sweeper", "hydra/launcher"):
+        if jobs != "1" and any(word.startswith(f"{own}=") for word in args.overrides):
+            raise UserError(f"{own}= and jobs={jobs} both decide where a run goes; leave one of the two out.")
     if not args.multirun or own_sweeper:
         job()
         return 0
-    from peftbench.results.sweep import Sweep
-
+    at_once = _places([run for _, run in points])
     sweep = Sweep.start(points, argv)
     put_off.clear()
     try:
-        job()
+        if len(at_once) == 1:
+            job()
+        else:
+            _side_by_side(composed, points, at_once)
         while put_off:
-            cfg, overrides = put_off.pop(0)
+            run, overrides = put_off.pop(0)
             print(f"\nwaiting for the other process: {' '.join(overrides)}", flush=True)
-            _in_sweep(cfg, overrides, wait=True)
-    except SystemExit as exit:
-        if exit.code != INTERRUPTED:
+            _in_sweep(run, overrides, wait=True)
+    except (KeyboardInterrupt, SystemExit) as exit:
+        if isinstance(exit, SystemExit) and exit.code != INTERRUPTED:
             raise
         sweep.show()
         return INTERRUPTED
@@ -67,34 +81,83 @@ def solved(points: list[tuple[list[str], Run]]) -> list[tuple[list[str], Run]]:
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)
 def job(cfg: DictConfig) -> float:
     """One run, alone or of a sweep."""
-    overrides = list(HydraConfig.get().overrides.task)
+    run, overrides = resolve(cfg), list(HydraConfig.get().overrides.task)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         print(f"\nrun {HydraConfig.get().job.num + 1}: {' '.join(overrides)}", flush=True)
-        return _in_sweep(cfg, overrides)
-    from peftbench.train import train
+        return _in_sweep(run, overrides)
+    with quick_imports():
+        from peftbench.train import train
 
     try:
-        return train(cfg, overrides)
+        return train(run, overrides)
     except UserError as error:
-        print_faults(error)
+        print_faults(error.faults)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
 
 
-def _in_sweep(cfg: DictConfig, overrides: list[str], wait: bool = False) -> float:
+def _in_sweep(run: Run, overrides: list[str], wait: bool = False) -> float:
     """One run of a sweep: one that fails is recorded as failed, and the next one starts."""
-    from peftbench.train import train
-
     try:
-        return train(cfg, overrides, keep_failed=True, wait=wait)
-    except Busy as error:
-        print_faults(error)
-        put_off.append((cfg, overrides))
-    except UserError as error:
-        print_faults(error)
+        ended = attempt(run, overrides, wait)
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
-    except Exception as error:
-        print(f"peftbench: this run failed with {type(error).__name__}: {error}", file=sys.stderr)
-    return math.nan
+    return _take(ended, run, overrides)
+
+
+def _take(ended: Ended, run: Run, overrides: list[str]) -> float:
+    """Say what there is to say of a run that ended; another process's is put off."""
+    if ended.busy:
+        put_off.append((run, overrides))
+    print_faults(ended.faults)
+    return ended.score
+
+
+def _places(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """`places.places`, which takes longer to import than to know that there is one place."""
+    if all(run.jobs == "1" for run in runs):
+        return [{}]
+    from peftbench.places import places
+
+    return places(runs)
+
+
+def _side_by_side(
+    composed: Sequence[tuple[list[str], Run]],
+    points: Sequence[tuple[list[str], Run]],
+    at_once: Sequence[dict[str, str]],
+) -> None:
+    """Runs in workers, a line for each that ends. Those that are done need no worker.
+
+    Args:
+        composed: the runs as they are trained, with the overrides that make them.
+        points: the same with their budgets solved, which says where they lie.
+        at_once: of each worker, see `places.places`.
+    """
+    typed = [[word for word in overrides if not word.startswith(("hydra.", "hydra/"))] for overrides, _ in composed]
+    keys = differing([dict(word.partition("=")[::2] for word in words) for words in typed])
+    jobs = [
+        Job(number, words, " ".join(word for word in words if word.partition("=")[0] in keys), run, run_dir(ready))
+        for number, (words, (_, run), (_, ready)) in enumerate(zip(typed, composed, points, strict=True), start=1)
+    ]
+    waiting = [job for job in jobs if job.run.rerun or finished(job.folder) is None]
+    if not waiting:
+        return
+    at_once = at_once[: len(waiting)]
+    logs = Path(composed[0][1].output_dir).expanduser() / FOLDER / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    print(f"{len(waiting)} runs, {len(at_once)} at once; what they print is in {logs}", flush=True)
+    with Workers(at_once, logs) as workers:
+        for count, (job, ended) in enumerate(workers.run(waiting), start=1):
+            print(f"{count} of {len(waiting)}: {job.settings}: {_result(job)}", flush=True)
+            _take(ended, job.run, job.overrides)
+
+
+def _result(job: Job) -> str:
+    """How a run ended, by its record."""
+    record = find(job.folder)
+    if record is None:
+        return "missing"
+    if record.status != "done" or record.score is None:
+        return record.status
+    return f"{record.metric} {record.score:.2f}, {duration(record.timings['total_s'])}"

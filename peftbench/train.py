@@ -16,14 +16,13 @@ from pathlib import Path
 
 import datasets
 import torch
-from omegaconf import DictConfig
 from rich.console import Console
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
 from peftbench.backbone import Backbone, load_backbone
 from peftbench.checkpoint import Checkpoints
-from peftbench.config import Keep, Run, TaskKind, Unfreeze, modifications, resolve
+from peftbench.config import Keep, Run, TaskKind, Unfreeze, modifications
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
 from peftbench.fit import Fitted, chosen_device, fit, total_steps, use_bf16
@@ -57,7 +56,7 @@ from peftbench.tasks.prepare import prepare
 from peftbench.validity import faults
 
 
-def train(cfg: DictConfig, overrides: Sequence[str] = (), *, keep_failed: bool = False, wait: bool = False) -> float:
+def train(run: Run, overrides: Sequence[str] = (), *, keep_failed: bool = False, wait: bool = False) -> float:
     """Train, evaluate and record one run; returns the main score, which a sweeper may optimise.
 
     A run that is done already is not trained again unless `rerun=true`: its record is shown. One that was interrupted
@@ -72,7 +71,6 @@ def train(cfg: DictConfig, overrides: Sequence[str] = (), *, keep_failed: bool =
         Busy: another process is at this run, and we do not wait.
         UserError: for all else that a user can mend.
     """
-    run = resolve(cfg)
     if found := faults(run):
         raise UserError(*found)
     run = solve(run, as_trained=True)  # a budget becomes bottlenecks; the backbone's config.json is all it reads
@@ -228,6 +226,7 @@ def _record_data(record: Record, data: TaskData) -> None:
 
 def _record_fit(record: Record, fitted: Fitted) -> None:
     record.steps, record.tokens_per_s = fitted.steps, fitted.tokens_per_s
+    record.micro_batch = fitted.micro_batch
 
 
 def _show_again(record: Record, console: Console) -> float:

@@ -182,6 +182,16 @@ def _number_faults(run: Run) -> Iterator[str]:
     for key, number in at_least_one.items():
         if number is not None and number < 1:
             yield f"{key}={number}: it must be a whole number of at least 1."
+    if run.jobs != "auto" and not (run.jobs.isdecimal() and int(run.jobs) > 0):
+        yield f"jobs={run.jobs}: it must be a whole number of at least 1, or auto."
+    micro = trainer.micro_batch
+    if micro not in (None, "auto") and not (micro.isdecimal() and int(micro) > 0):
+        yield f"trainer.micro_batch={micro}: it must be a whole number of at least 1, auto or null."
+    elif micro not in (None, "auto") and trainer.batch_tokens is not None:
+        yield (
+            f"trainer.micro_batch={micro} with trainer.batch_tokens={trainer.batch_tokens}: such batches have no fixed "
+            "number of examples; use trainer.micro_batch=auto."
+        )
     for key, value in {"trainer.learning_rate": trainer.learning_rate, "trainer.epochs": trainer.epochs}.items():
         if value <= 0:
             yield f"{key}={value}: it must be above 0."

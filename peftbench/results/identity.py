@@ -20,6 +20,7 @@ IGNORED = (
     "output_dir",
     "rerun",
     "retry",
+    "jobs",
     "allow_unused",
     "fidelity.name",
     "budget",
@@ -33,6 +34,7 @@ IGNORED = (
     "task.quick",
     "trainer.device",
     "trainer.checkpoint_minutes",
+    "trainer.micro_batch",
     "trainer.eval_batch_size",
     "trainer.eval_batch_tokens",
 )

@@ -134,6 +134,9 @@ class Record:
     unused: list[str] = field(default_factory=list)  # trainable tensors that the loss does not depend on
     steps: int | None = None
     tokens_per_s: float | None = None
+    # With trainer.micro_batch: {"parts": 4, "halved_at": [0, 17]}: what a batch was split into at last, and the
+    # optimiser steps in which memory ran out, 0 where it was tried.
+    micro_batch: dict[str, Any] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
     adapter_bytes: int | None = None
     data: dict[str, Any] = field(default_factory=dict)  # fingerprint, package versions

@@ -476,6 +476,7 @@ def test_conf_fits_the_schema(option: Path) -> None:
         "precision",
         "gradient_checkpointing",
         "checkpoint_minutes",
+        "micro_batch",
         "device",
     }
     assert set(task.quick) <= {"label_smoothing", "batch_tokens", "keep", "evaluate_every"}  # what quick.yaml reads
