@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from rich.console import Console
 
 from peftbench.cli import print_faults
 from peftbench.compose import CONFIG_NAME, compose_points
 from peftbench.config import Run, conf_dir
 from peftbench.errors import UserError
+from peftbench.progress import Display, is_live
 from peftbench.results.lock import Busy
+
+if TYPE_CHECKING:
+    from peftbench.results.sweep import Sweep
 
 INTERRUPTED = 130  # the exit code
 
+display: Display | None = None  # of the run of a sweep that is shown as a whole
 put_off: list[tuple[DictConfig, list[str]]] = []  # runs of this sweep that another process was at, with what was typed
 
 
@@ -39,17 +48,36 @@ def run(argv: list[str]) -> int:
     sweep = Sweep.start(points, argv)
     put_off.clear()
     try:
-        job()
-        while put_off:
-            cfg, overrides = put_off.pop(0)
-            print(f"\nwaiting for the other process: {' '.join(overrides)}", flush=True)
-            _in_sweep(cfg, overrides, wait=True)
+        with _shown(sweep):
+            job()
+            while put_off:
+                cfg, overrides = put_off.pop(0)
+                print(f"\nwaiting for the other process: {' '.join(overrides)}", flush=True)
+                _in_sweep(cfg, overrides, wait=True)
     except SystemExit as exit:
         if exit.code != INTERRUPTED:
             raise
         sweep.show()
         return INTERRUPTED
     return sweep.show()
+
+
+@contextmanager
+def _shown(sweep: Sweep) -> Iterator[None]:
+    """The sweep as a table that grows, on a terminal; elsewhere each run prints its own lines."""
+    from peftbench.results.live import LiveSweep
+
+    global display
+    console = Console()
+    if not is_live(console):
+        yield
+        return
+    display = Display(console, within_another=True)
+    try:
+        with LiveSweep(sweep, console, below=display.progress):
+            yield
+    finally:
+        display = None
 
 
 def solved(points: list[tuple[list[str], Run]]) -> list[tuple[list[str], Run]]:
@@ -69,7 +97,8 @@ def job(cfg: DictConfig) -> float:
     """One run, alone or of a sweep."""
     overrides = list(HydraConfig.get().overrides.task)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        print(f"\nrun {HydraConfig.get().job.num + 1}: {' '.join(overrides)}", flush=True)
+        if display is None:
+            print(f"\nrun {HydraConfig.get().job.num + 1}: {' '.join(overrides)}", flush=True)
         return _in_sweep(cfg, overrides)
     from peftbench.train import train
 
@@ -87,14 +116,23 @@ def _in_sweep(cfg: DictConfig, overrides: list[str], wait: bool = False) -> floa
     from peftbench.train import train
 
     try:
-        return train(cfg, overrides, keep_failed=True, wait=wait)
+        return train(cfg, overrides, keep_failed=True, wait=wait, display=display)
     except Busy as error:
+        _name(overrides)
         print_faults(error)
         put_off.append((cfg, overrides))
     except UserError as error:
+        _name(overrides)
         print_faults(error)
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:
+        _name(overrides)
         print(f"peftbench: this run failed with {type(error).__name__}: {error}", file=sys.stderr)
     return math.nan
+
+
+def _name(overrides: list[str]) -> None:
+    """Say which run a fault is of, where that does not stand above it already."""
+    if display is not None:
+        print(f"peftbench: {' '.join(overrides)}", file=sys.stderr)
