@@ -131,7 +131,10 @@ def _show(table: Sequence[Line], console: Console) -> None:
     console.print(f"\n{done} of {len(table)} runs are done.", highlight=False)
     if known:
         others = f"the other {len(left)}" if len(known) == len(left) else f"{len(known)} of the other {len(left)}"
-        console.print(f"By the records of runs like them, {others} take about {duration(sum(known))}.", highlight=False)
+        take = "take" if len(known) > 1 else "takes"
+        console.print(
+            f"By the records of runs like them, {others} {take} about {duration(sum(known))}.", highlight=False
+        )
     elif left:
         console.print("No record of such a run tells how long the others take.", highlight=False)
 

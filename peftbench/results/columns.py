@@ -134,18 +134,19 @@ def columns(
     grouped = any(len(row.records) > 1 for row in rows)
     baselines = dict.fromkeys(name for record in records for name in record.baselines)
     found: list[Column[Row]] = [
-        Column("method", "method", lambda r: f"{r.first.method} {r.first.debug or ''}".rstrip(), words=True, wrap=16),
+        Column("method", "method", lambda r: f"{r.first.method} {r.first.debug or ''}".rstrip(), words=True, wrap=12),
         Column("axes", "four axes", _four, words=True, wrap=20),
         Column("bottleneck", "bottle-\nneck", lambda r: "\n".join(_count(one.bottleneck) for one in r.first.axes)),
         number("trained", "trained", _count, dispensable=5),
         number("stored", "stored", _count, better="lower", dispensable=4),
-        number("percent", "% of\nmodel", _two, dispensable=1 if grouped else 0),  # ± needs its room
+        # ± needs its room, and so do seeds
+        number("percent", "% of\nmodel", _two, dispensable=1 if grouped or len(seeds) > 1 else 0),
         # Every metric of the tasks is better when higher.
         number("score", f"{records[0].metric} ↑", _two, better="higher", of=FIELDS["score"], spread=True),
         *delta(rows),
         *beside_paper(rows, paper),
         *([RUNS] if grouped else []),
-        *(number(name, name, _two, dispensable=2, of=partial(_baseline, name)) for name in baselines),
+        *(number(name, name, _two, dispensable=5, of=partial(_baseline, name)) for name in baselines),
         number("tokens_per_s", "tokens\n/s", _count, better="higher", dispensable=9),
         number("memory", "peak\nGiB", _two, better="lower", dispensable=8),
         number("time", "time", duration, better="lower", dispensable=6),
@@ -250,7 +251,7 @@ def beside_paper(rows: Sequence[Row], everywhere: bool = False) -> list[Column[R
         return f"{known[id(row)].table}, {known[id(row)].backbone}" if id(row) in known else ""
 
     columns: list[Column[Row]] = [
-        Column("paper", "paper", text_of, score, dispensable=0 if everywhere else 2),
+        Column("paper", "paper", text_of, score, dispensable=0 if everywhere else 1),
         Column("paper_of", "printed for", source, words=True, wrap=10),
         Column("difference", "Δ paper", lambda row: _signed(difference(row)), difference, dispensable=1),
     ]
@@ -318,6 +319,8 @@ def _texts(of: Callable[[Record], Any], row: Row) -> str:
 
 def _status(ended: Callable[[Record], str], row: Row) -> str:
     counted = Counter(map(ended, row.records))
+    if len(counted) > 1:  # the errors stand in the table of single runs
+        counted = Counter(record.status for record in row.records)
     if len(counted) == 1:
         return next(iter(counted))
     return ", ".join(f"{number} {status}" for status, number in counted.items())
