@@ -134,7 +134,7 @@ def columns(
     grouped = any(len(row.records) > 1 for row in rows)
     baselines = dict.fromkeys(name for record in records for name in record.baselines)
     found: list[Column[Row]] = [
-        Column("method", "method", lambda r: f"{r.first.method} {r.first.debug or ''}".rstrip(), words=True, wrap=12),
+        Column("method", "method", lambda r: f"{r.first.method} {r.first.debug or ''}".rstrip(), words=True, wrap=16),
         Column("axes", "four axes", _four, words=True, wrap=20),
         Column("bottleneck", "bottle-\nneck", lambda r: "\n".join(_count(one.bottleneck) for one in r.first.axes)),
         number("trained", "trained", _count, dispensable=5),

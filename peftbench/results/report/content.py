@@ -24,8 +24,8 @@ POINTS = 100  # of a curve at most
 # A column is shown at first, in this order, if it tells runs apart; the first ones always.
 ALWAYS = ("method", "score", "stored", "percent")
 SHOWN = (
-    *("method", "score", "delta", "task", "model", "axes", "bottleneck", "stored", "percent", "trained"),
-    *("tokens_per_s", "memory", "time", "learning_rate", "seed", "status", "error", "debug"),
+    *("method", "score", "delta", "seed", "task", "model", "axes", "bottleneck", "stored", "percent", "trained"),
+    *("tokens_per_s", "memory", "time", "learning_rate", "status", "error", "debug"),
 )
 HEADERS = {
     "axes": "four axes",

@@ -466,7 +466,7 @@ function drawScatter() {
       }));
     }
   }
-  if (bars.childNodes.length) extra.push([draw("path", { class: "spread", d: "M11 1V15M7 1H15M7 15H15" }), "± standard deviation over seeds", 22]);
+  if (bars.childNodes.length) extra.push([draw("path", { class: "spread", d: "M11 1V15" }), "± standard deviation over seeds", 22]);
   for (const point of plotted) {
     const index = names.indexOf(shownAs(point.run, by));
     const name = point.run.run ?? `mean of ${value(point.run, COUNT)} run${value(point.run, COUNT) === 1 ? "" : "s"}`;
@@ -674,7 +674,7 @@ function card(run) {
   for (const axes of run.axes) node.append(list(Object.entries(axes)));
   if (!run.axes.length || run.unfreeze !== "none") node.append(list([["trained in the backbone", run.unfreeze]]));
   if (run.error) node.append(make("p", { className: "fault" }, run.error));
-  node.append(list([["group", DATA.groups[run.group]], ["overrides", run.overrides.join(" ")], ["folder", run.folder]].filter(([, text]) => text)));
+  node.append(list([["seed", shownAs(run, COLUMN.get("seed"))], ["group", DATA.groups[run.group]], ["overrides", run.overrides.join(" ")], ["folder", run.folder]].filter(([, text]) => text)));
   return node;
 }
 
