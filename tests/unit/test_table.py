@@ -132,6 +132,11 @@ def test_a_part_of_a_split_is_not_ranked_with_the_whole_of_one(width: int) -> No
 def test_a_narrow_console_keeps_the_seeds_that_tell_runs_apart() -> None:
     assert "seed" not in shown([record(1.0, HEADS), record(2.0, HEADS)], 80)
     assert "seed" in shown([record(1.0, HEADS, seed=1), record(2.0, HEADS, seed=2)], 80)
+    failed = record(
+        None, HEADS, method="a_method_of_a_long_name", status="failed", error=Failure("OutOfMemoryError", "")
+    )
+    text = shown([record(1.0, HEADS, seed=1), record(2.0, HEADS, seed=2), failed], 80)
+    positions(text, "seed", "failed:", "OutOfMemory", "Error", "a_method_of_a_")
 
 
 @pytest.mark.parametrize(
