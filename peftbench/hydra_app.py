@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -12,20 +13,24 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from rich.console import Console
 
 from peftbench.cli import print_faults
 from peftbench.compose import CONFIG_NAME, compose_points
 from peftbench.config import Run, conf_dir, resolve
 from peftbench.errors import UserError
+from peftbench.progress import Display, is_live
 from peftbench.quick_imports import quick_imports
 from peftbench.results.columns import duration
 from peftbench.results.identity import run_dir
+from peftbench.results.live import LiveSweep
 from peftbench.results.record import differing, find, finished
 from peftbench.results.sweep import FOLDER, Sweep
 from peftbench.workers import Ended, Job, Workers, attempt
 
 INTERRUPTED = 130  # the exit code
 
+display: Display | None = None  # of the run of a sweep that is shown as a whole
 put_off: list[tuple[Run, list[str]]] = []  # runs of this sweep that another process was at, with what was typed
 
 
@@ -50,20 +55,37 @@ def run(argv: list[str]) -> int:
     sweep = Sweep.start(points, argv)
     put_off.clear()
     try:
-        if len(at_once) == 1:
-            job()
-        else:
-            _side_by_side(composed, points, at_once)
-        while put_off:
-            run, overrides = put_off.pop(0)
-            print(f"\nwaiting for the other process: {' '.join(overrides)}", flush=True)
-            _in_sweep(run, overrides, wait=True)
+        with _shown(sweep):
+            if len(at_once) == 1:
+                job()
+            else:
+                _side_by_side(_jobs(composed, [run_dir(run) for _, run in points]), at_once)
+            while put_off:
+                run, overrides = put_off.pop(0)
+                print(f"\nwaiting for the other process: {' '.join(overrides)}", flush=True)
+                _in_sweep(run, overrides, wait=True)
     except (KeyboardInterrupt, SystemExit) as exit:
         if isinstance(exit, SystemExit) and exit.code != INTERRUPTED:
             raise
         sweep.show()
         return INTERRUPTED
     return sweep.show()
+
+
+@contextmanager
+def _shown(sweep: Sweep) -> Iterator[None]:
+    """The sweep as a table that grows, on a terminal; elsewhere each run prints its own lines."""
+    global display
+    console = Console()
+    if not is_live(console):
+        yield
+        return
+    display = Display(console, within_another=True)
+    try:
+        with LiveSweep(sweep, console, below=display.progress):
+            yield
+    finally:
+        display = None
 
 
 def solved(points: list[tuple[list[str], Run]]) -> list[tuple[list[str], Run]]:
@@ -83,7 +105,8 @@ def job(cfg: DictConfig) -> float:
     """One run, alone or of a sweep."""
     run, overrides = resolve(cfg), list(HydraConfig.get().overrides.task)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        print(f"\nrun {HydraConfig.get().job.num + 1}: {' '.join(overrides)}", flush=True)
+        if display is None:
+            print(f"\nrun {HydraConfig.get().job.num + 1}: {' '.join(overrides)}", flush=True)
         return _in_sweep(run, overrides)
     with quick_imports():
         from peftbench.train import train
@@ -100,7 +123,7 @@ def job(cfg: DictConfig) -> float:
 def _in_sweep(run: Run, overrides: list[str], wait: bool = False) -> float:
     """One run of a sweep: one that fails is recorded as failed, and the next one starts."""
     try:
-        ended = attempt(run, overrides, wait)
+        ended = attempt(run, overrides, wait, display)
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     return _take(ended, run, overrides)
@@ -110,6 +133,8 @@ def _take(ended: Ended, run: Run, overrides: list[str]) -> float:
     """Say what there is to say of a run that ended; another process's is put off."""
     if ended.busy:
         put_off.append((run, overrides))
+    if ended.faults and display is not None:  # elsewhere it stands above them
+        print(f"peftbench: {' '.join(overrides)}", file=sys.stderr)
     print_faults(ended.faults)
     return ended.score
 
@@ -123,33 +148,37 @@ def _places(runs: Sequence[Run]) -> list[dict[str, str]]:
     return places(runs)
 
 
-def _side_by_side(
-    composed: Sequence[tuple[list[str], Run]],
-    points: Sequence[tuple[list[str], Run]],
-    at_once: Sequence[dict[str, str]],
-) -> None:
+def _jobs(points: Sequence[tuple[list[str], Run]], folders: Sequence[Path]) -> list[Job]:
+    """Runs with all that a worker must know of them.
+
+    Args:
+        points: the runs as they are trained, with the overrides that make them.
+        folders: of each run; that of one with a budget has the solved bottlenecks in its name.
+    """
+    typed = [[word for word in overrides if not word.startswith(("hydra.", "hydra/"))] for overrides, _ in points]
+    keys = differing([dict(word.partition("=")[::2] for word in words) for words in typed])
+    return [
+        Job(number, words, " ".join(word for word in words if word.partition("=")[0] in keys), run, folder)
+        for number, (words, (_, run), folder) in enumerate(zip(typed, points, folders, strict=True), start=1)
+    ]
+
+
+def _side_by_side(jobs: Sequence[Job], at_once: Sequence[dict[str, str]]) -> None:
     """Runs in workers, a line for each that ends. Those that are done need no worker.
 
     Args:
-        composed: the runs as they are trained, with the overrides that make them.
-        points: the same with their budgets solved, which says where they lie.
         at_once: of each worker, see `places.places`.
     """
-    typed = [[word for word in overrides if not word.startswith(("hydra.", "hydra/"))] for overrides, _ in composed]
-    keys = differing([dict(word.partition("=")[::2] for word in words) for words in typed])
-    jobs = [
-        Job(number, words, " ".join(word for word in words if word.partition("=")[0] in keys), run, run_dir(ready))
-        for number, (words, (_, run), (_, ready)) in enumerate(zip(typed, composed, points, strict=True), start=1)
-    ]
     waiting = [job for job in jobs if job.run.rerun or finished(job.folder) is None]
     if not waiting:
         return
     at_once = at_once[: len(waiting)]
-    logs = Path(composed[0][1].output_dir).expanduser() / FOLDER / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    logs = Path(waiting[0].run.output_dir).expanduser() / FOLDER / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
     print(f"{len(waiting)} runs, {len(at_once)} at once; what they print is in {logs}", flush=True)
     with Workers(at_once, logs) as workers:
         for count, (job, ended) in enumerate(workers.run(waiting), start=1):
-            print(f"{count} of {len(waiting)}: {job.settings}: {_result(job)}", flush=True)
+            if display is None:
+                print(f"{count} of {len(waiting)}: {job.settings}: {_result(job)}", flush=True)
             _take(ended, job.run, job.overrides)
 
 

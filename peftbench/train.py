@@ -56,7 +56,14 @@ from peftbench.tasks.prepare import prepare
 from peftbench.validity import faults
 
 
-def train(run: Run, overrides: Sequence[str] = (), *, keep_failed: bool = False, wait: bool = False) -> float:
+def train(
+    run: Run,
+    overrides: Sequence[str] = (),
+    *,
+    keep_failed: bool = False,
+    wait: bool = False,
+    display: Display | None = None,
+) -> float:
     """Train, evaluate and record one run; returns the main score, which a sweeper may optimise.
 
     A run that is done already is not trained again unless `rerun=true`: its record is shown. One that was interrupted
@@ -66,6 +73,7 @@ def train(run: Run, overrides: Sequence[str] = (), *, keep_failed: bool = False,
         overrides: what was typed, for the record.
         keep_failed: refuse a run that failed before, unless `retry=true`.
         wait: where another process is at this run, wait until it has ended.
+        display: where the run is shown; by default its own.
 
     Raises:
         Busy: another process is at this run, and we do not wait.
@@ -75,26 +83,27 @@ def train(run: Run, overrides: Sequence[str] = (), *, keep_failed: bool = False,
         raise UserError(*found)
     run = solve(run, as_trained=True)  # a budget becomes bottlenecks; the backbone's config.json is all it reads
     console = quiet_console()
+    display = display or Display(console)
     folder = run_dir(run)
     if not run.rerun and (record := finished(folder)) is not None:
-        return _show_again(record, console)
+        return _show_again(record, display.console)
     with holding(folder, wait):
         before = find(folder)
         if not run.rerun and before is not None:
             if before.status == "done":  # by another process, while we waited
-                return _show_again(before, console)
+                return _show_again(before, display.console)
             if before.status == "failed" and before.error and keep_failed and not run.retry:
                 raise UserError(f"This run failed before with {before.error.name}; retry=true trains it again.")
         if run.rerun:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        record = _run(run, folder, overrides, console)
+        record = _run(run, folder, overrides, display)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    return _show(record, console)
+    return _show(record, display.console)
 
 
-def _run(run: Run, folder: Path, overrides: Sequence[str], console: Console) -> Record:
+def _run(run: Run, folder: Path, overrides: Sequence[str], display: Display) -> Record:
     """The run itself, with nobody else at it."""
-    with recording(run, folder, overrides) as record, Display(console) as display:
+    with recording(run, folder, overrides) as record, display:
         device = chosen_device(run.trainer)
         record.device = (
             torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
@@ -109,7 +118,7 @@ def _run(run: Run, folder: Path, overrides: Sequence[str], console: Console) -> 
             data = prepare(loaded, backbone.tokenizer, backbone.model)
             _record_data(record, data)
             for note in data.notes:
-                console.print(note, highlight=False)
+                display.console.print(note, highlight=False)
         backbone.model.to(device)
         with _timed(record, "probe_s"):
             _probe(run, backbone.model, data, record)

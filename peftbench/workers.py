@@ -27,6 +27,7 @@ from types import FrameType, TracebackType
 
 from peftbench.config import Run
 from peftbench.errors import UserError
+from peftbench.progress import Display
 from peftbench.quick_imports import quick_imports
 from peftbench.results.lock import Busy
 
@@ -53,13 +54,16 @@ class Ended:
     busy: bool = False  # another process is at it
 
 
-def attempt(run: Run, overrides: Sequence[str], wait: bool = False) -> Ended:
-    """Train one run of a sweep; what makes it fail is said in what is returned, so that the next one can start."""
+def attempt(run: Run, overrides: Sequence[str], wait: bool = False, display: Display | None = None) -> Ended:
+    """Train one run of a sweep; what makes it fail is said in what is returned, so that the next one can start.
+
+    `display` is where the run is shown, by default its own.
+    """
     with quick_imports():
         from peftbench.train import train
 
     try:
-        return Ended(train(run, overrides, keep_failed=True, wait=wait))
+        return Ended(train(run, overrides, keep_failed=True, wait=wait, display=display))
     except Busy as error:
         return Ended(faults=tuple(error.faults), busy=True)
     except UserError as error:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from peftbench.errors import UserError
-from peftbench.results.columns import Column, Cost, chosen, columns
+from peftbench.results.columns import Column, Cost, beside_paper, chosen, columns
 from peftbench.results.formats import csv_of, latex, markdown, to_csv, to_json, values
 from peftbench.results.pivot import pivot
 from peftbench.results.record import Record, load_records
@@ -53,10 +53,12 @@ def main(argv: list[str]) -> int:
     if arguments.mix:
         raise UserError("--mix goes with --rows or --columns; elsewhere what differs has tables of its own.")
     plain = not (arguments.statistic or arguments.show)
-    if arguments.form == "json" and plain:
-        print(to_json(records))
-    elif arguments.form == "csv" and plain:
-        print(to_csv(records), end="")
+    if plain and arguments.form in ("json", "csv"):
+        rows = single(records)
+        columns_beside = beside_paper(rows, arguments.paper)
+        beside = dict(zip(map(id, records), values(columns_beside, rows), strict=True))
+        form = to_json if arguments.form == "json" else to_csv
+        print(form(records, lambda record: beside[id(record)]).rstrip("\n"))
     else:
         rows = over_seeds(records, arguments.statistic) if arguments.statistic else single(records)
         _print([(title(table), *_columns(table, arguments)) for table in tables(rows)], arguments)
@@ -112,6 +114,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pareto", choices=get_args(Cost), default="stored", help="the cost of the marked Pareto front (◆)"
     )
+    parser.add_argument(
+        "--paper",
+        action="store_true",
+        help="the paper's scores also beside runs of its rows with another backbone or less data, and what they are of",
+    )
     form = parser.add_mutually_exclusive_group()
     for name, what in {
         "json": "a JSON array, of the whole records unless columns are chosen",
@@ -138,10 +145,10 @@ def _columns(table: list[Row], arguments: argparse.Namespace) -> tuple[list[Colu
     table = sorted(table, key=rank)
     try:
         if arguments.sort:
-            (by,) = chosen([arguments.sort], table, arguments.pareto)
+            (by,) = chosen([arguments.sort], table, arguments.pareto, arguments.paper)
             table = _sorted(table, by, arguments.reverse)
-        wanted = chosen(arguments.show, table, arguments.pareto) if arguments.show else None
-        return wanted or columns(table, cost=arguments.pareto), table
+        wanted = chosen(arguments.show, table, arguments.pareto, arguments.paper) if arguments.show else None
+        return wanted or columns(table, cost=arguments.pareto, paper=arguments.paper), table
     except KeyError as error:
         raise UserError(str(error.args[0])) from error
 

@@ -33,6 +33,7 @@ from peftbench.results.lock import is_held
 
 SCHEMA_VERSION = 1
 FILE = "record.json"
+METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints, gone once it is done
 
 # A run that is missing has not begun: no file says so, but the tables of a sweep do.
@@ -213,7 +214,7 @@ def start(run: Run, folder: Path, overrides: Sequence[str]) -> Record:
     for stale in (folder / "error.txt", folder / "predictions.jsonl", *folder.glob("*.tmp")):
         stale.unlink(missing_ok=True)
     if not (folder / CHECKPOINTS).is_dir():
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
+        (folder / METRICS).unlink(missing_ok=True)
     with replacing(folder / "config.yaml") as file:
         OmegaConf.save(OmegaConf.structured(replace(run, sizes=None, size=None)), file)
     return record
@@ -284,7 +285,7 @@ def load_records(folder: Path) -> tuple[list[Record], list[str]]:
 
 def rewind_metrics(folder: Path, stage: str, step: int) -> None:
     """Drops the lines of `metrics.jsonl` that a training wrote after `step`, from which it now goes on."""
-    file = folder / "metrics.jsonl"
+    file = folder / METRICS
     if not file.is_file():
         return
     kept = []
@@ -299,7 +300,7 @@ def rewind_metrics(folder: Path, stage: str, step: int) -> None:
 
 def append_metrics(folder: Path, values: dict[str, Any]) -> None:
     """Appends one line to `metrics.jsonl`, which can be read while the run goes on."""
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+    with (folder / METRICS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(values) + "\n")
 
 

@@ -74,16 +74,18 @@ class Plan:
 class Sweep:
     """A sweep that is under way in this process."""
 
-    def __init__(self, runs: Sequence[Run]) -> None:
+    def __init__(self, runs: Sequence[Run], plan: Plan) -> None:
+        self.plan = plan
+        self.root = Path(runs[0].output_dir).expanduser()  # below which the folders of the plan are
         self.runs = {run_dir(run): run for run in runs}
         self.done_before = {folder for folder in self.runs if finished(folder) is not None}
 
     @classmethod
     def start(cls, points: Sequence[tuple[list[str], Run]], arguments: Sequence[str]) -> Sweep:
         """Write the list of the sweep's runs beside them."""
-        runs = [run for _, run in points]
-        Plan.of(points, arguments).save(Path(runs[0].output_dir).expanduser())
-        return cls(runs)
+        sweep = cls([run for _, run in points], Plan.of(points, arguments))
+        sweep.plan.save(sweep.root)
+        return sweep
 
     def show(self) -> int:
         """Print the table of all runs with how each ended; returns 0 if every run is done, else 1."""
@@ -95,14 +97,17 @@ class Sweep:
         console.print(self._summary(records), highlight=False)
         return 0 if all(record.status == "done" for record in records) else 1
 
+    def was_done_before(self, folder: Path) -> bool:
+        """Whether the run in a folder was done when the sweep began, and is not trained again."""
+        return folder in self.done_before and not self.runs[folder].rerun
+
     def _record(self, folder: Path, run: Run) -> Record:
         return find(folder) or describe(run, folder, [], "missing")
 
     def _status(self, record: Record) -> str:
         if record.error is not None:
             return f"{record.status}: {record.error.name}"
-        earlier = record.folder in self.done_before and not self.runs[record.folder].rerun
-        return "done before" if earlier else record.status
+        return "done before" if self.was_done_before(record.folder) else record.status
 
     def _summary(self, records: Sequence[Record]) -> str:
         counted = Counter(self._status(record).partition(":")[0] for record in records)
