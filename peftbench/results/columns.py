@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Generic, Literal, TypeVar
 
 from peftbench.errors import unknown
-from peftbench.results.record import Record, flatten
+from peftbench.results.record import Record, Searched, flatten
 from peftbench.results.row import Row, front, unscored
 
 T = TypeVar("T")
@@ -52,6 +52,8 @@ FIELDS: dict[str, Callable[[Record], Any]] = {
     "scale": lambda r: [axes.scale for axes in r.axes],
     "bottleneck": lambda r: [axes.bottleneck for axes in r.axes],
     "learning_rate": lambda r: r.trainer.get("learning_rate"),
+    "search": lambda r: r.search.name if r.search else None,
+    "searched": lambda r: described(r.search) if r.search else None,
     "fidelity": lambda r: r.fidelity,
     "deviations": lambda r: [deviation.name for deviation in r.deviations],
     "budget": lambda r: r.budget,
@@ -73,6 +75,21 @@ FIELDS: dict[str, Callable[[Record], Any]] = {
     "created": lambda r: r.created,
 }
 COSTS = ("trained", "stored", "percent", "steps", "memory", "time")  # better when lower
+
+
+def described(search: Searched) -> str:
+    """The values that a search tried, with the scores on the selection split or with why there is none."""
+    if search.role == "trial":
+        return f"trial: {typed(search.chosen)}"
+    return ", ".join(
+        f"{typed(trial.settings)}: {trial.status if trial.value is None else _two(trial.value)}"
+        for trial in search.trials
+    )
+
+
+def typed(setting: dict[str, Any]) -> str:
+    """Values as they are typed."""
+    return " ".join(f"{key}={text(value)}" for key, value in setting.items())
 
 
 RUNS = Column[Row]("n", "n", lambda row: str(len(row.scored)), lambda row: len(row.scored))  # that have a score

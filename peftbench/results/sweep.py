@@ -12,8 +12,10 @@ from pathlib import Path
 from rich.console import Console
 
 from peftbench.config import Run
-from peftbench.results.identity import run_dir
-from peftbench.results.record import Record, describe, differing, find, finished, replacing
+from peftbench.results.choice import known, sentence
+from peftbench.results.columns import text
+from peftbench.results.identity import plain, run_dir
+from peftbench.results.record import Record, describe, differing, find, finished, flatten, replacing
 from peftbench.results.table import show
 
 FOLDER = ".sweeps"  # below the output_dir
@@ -35,30 +37,35 @@ class Plan:
 
     arguments: list[str]  # what was typed after `peftbench train`
     points: list[Point]
+    name: str = ""  # of its file
 
     @classmethod
     def of(cls, points: Sequence[tuple[list[str], Run]], arguments: Sequence[str]) -> Plan:
-        """The plan of runs that are given with the overrides that make them."""
+        """The plan of runs that are given with the overrides that make them.
+
+        A run with a search stands for what it comes to, as far as that is known yet.
+        """
         root = Path(points[0][1].output_dir).expanduser()
-        given = [dict(word.split("=", 1) for word in overrides if "=" in word) for overrides, _ in points]
+        name = hashlib.sha256("\n".join(sorted(_below(root, run_dir(run)) for _, run in points)).encode())
+        settled = [known(run) for _, run in points]
+        given = [_given(overrides, run, comes_to) for (overrides, run), comes_to in zip(points, settled, strict=True)]
         keys = differing(given)
         runs = {
             folder: Point(
-                str(folder.relative_to(root) if folder.is_relative_to(root) else folder.resolve()),
+                _below(root, folder),
                 run.method,
                 {key: values[key] for key in keys if key in values},
             )
-            for values, (_, run) in zip(given, points, strict=True)
+            for values, run in zip(given, settled, strict=True)
             for folder in [run_dir(run)]
         }
-        return cls(list(arguments), list(runs.values()))
+        return cls(list(arguments), list(runs.values()), name.hexdigest()[:8])
 
     def save(self, root: Path) -> None:
-        """Write the file. The same runs have the same file, however they were typed."""
-        name = hashlib.sha256("\n".join(sorted(point.folder for point in self.points)).encode()).hexdigest()[:8]
+        """Write the file. The same runs have the same file, however they were typed, and whatever searches come to."""
         folder = root / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / f"{name}{SUFFIX}") as file:
+        with replacing(folder / f"{self.name}{SUFFIX}") as file:
             file.write(json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
@@ -66,32 +73,75 @@ class Plan:
         """Read what `save` wrote. Raises ValueError for anything else."""
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
-            return cls(values["arguments"], [Point(**point) for point in values["points"]])
+            return cls(
+                values["arguments"], [Point(**point) for point in values["points"]], file.name.removesuffix(SUFFIX)
+            )
         except (KeyError, TypeError) as error:
             raise ValueError(f"it is not the plan of a sweep ({error})") from error
 
 
-class Sweep:
-    """A sweep that is under way in this process."""
+def _below(root: Path, folder: Path) -> str:
+    return str(folder.relative_to(root) if folder.is_relative_to(root) else folder.resolve())
 
-    def __init__(self, runs: Sequence[Run]) -> None:
-        self.runs = {run_dir(run): run for run in runs}
-        self.done_before = {folder for folder in self.runs if finished(folder) is not None}
+
+def _given(overrides: Sequence[str], run: Run, comes_to: Run) -> dict[str, str]:
+    """What was typed for a run, and what its search has set."""
+    words = dict(word.split("=", 1) for word in overrides if "=" in word)
+    if run.search is None:
+        return words
+    words = {key: value for key, value in words.items() if not key.startswith("search.")}
+    is_trial = run.search.trial is not None
+    chosen = {} if comes_to.search is not None else dict(flatten(plain(comes_to)))
+    words |= {key: text(chosen[key]) for key in run.search.keys if key in chosen}
+    return {**words, "search": f"{run.search.name} trial" if is_trial else run.search.name}
+
+
+class Sweep:
+    """A sweep that is under way in this process. `runs` are its own, without the trials of its searches."""
+
+    def __init__(
+        self,
+        points: Sequence[tuple[list[str], Run]],
+        arguments: Sequence[str],
+        trials: Sequence[tuple[list[str], Run]],
+    ) -> None:
+        self.points, self.arguments, self.trials = points, arguments, trials
+        self.runs: dict[Path, Run] = {}
+        self.done_before = {folder for _, run in trials if finished(folder := run_dir(known(run))) is not None}
+        self.settle()
 
     @classmethod
-    def start(cls, points: Sequence[tuple[list[str], Run]], arguments: Sequence[str]) -> Sweep:
-        """Write the list of the sweep's runs beside them."""
-        runs = [run for _, run in points]
-        Plan.of(points, arguments).save(Path(runs[0].output_dir).expanduser())
-        return cls(runs)
+    def start(
+        cls,
+        points: Sequence[tuple[list[str], Run]],
+        arguments: Sequence[str],
+        trials: Sequence[tuple[list[str], Run]] = (),
+    ) -> Sweep:
+        """Write the list of the sweep's runs, and of the trials before them, beside them."""
+        return cls(points, arguments, trials)
+
+    def settle(self) -> None:
+        """Take in what the searches have come to, and write the list of runs."""
+        compared = {run_dir(known(run)) for _, run in self.trials}
+        runs = {run_dir(run): run for run in (known(run) for _, run in self.points)}
+        new = runs.keys() - self.runs.keys() - compared
+        self.done_before |= {folder for folder in new if finished(folder) is not None}
+        self.runs = runs
+        Plan.of([*self.trials, *self.points], self.arguments).save(Path(self.points[0][1].output_dir).expanduser())
 
     def show(self) -> int:
         """Print the table of all runs with how each ended; returns 0 if every run is done, else 1."""
+        self.settle()
         records = [self._record(folder, run) for folder, run in self.runs.items()]
         console = Console()
         console.print()
         show(records, console, status=self._status)
         console.print()
+        # Of runs that differ in their seed one line says what was searched.
+        for line in dict.fromkeys(
+            sentence(record) for record in records if record.search and record.search.role == "final"
+        ):
+            console.print(line, highlight=False)
         console.print(self._summary(records), highlight=False)
         return 0 if all(record.status == "done" for record in records) else 1
 

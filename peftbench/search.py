@@ -1,0 +1,160 @@
+"""The trials of a search (`search=lr3`): which runs are compared, and what of a search is refused. Imports no torch.
+
+A search is trained in two phases. Its trials are runs of their own, one for each combination of the values, with one
+seed; then the runs that were asked for take the values of the trial that is best on the selection split
+(results/choice.py). Both are told apart by keys of the config: `search.trial=1` is the second trial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from peftbench.compose import put
+from peftbench.config import Run, Search, Variation
+from peftbench.errors import UserError
+from peftbench.results.identity import IGNORED, run_hash
+from peftbench.results.record import differing
+from peftbench.validity import faults
+
+# Beside what changes no result: other data or another backbone would make the scores of trials incomparable.
+NOT_SEARCHED = ("task", "model", "method", "fidelity", "debug", "seed", "search")
+
+Point = tuple[list[str], Run]  # the overrides that make a run, and the run
+
+
+def values(run: Run, search: Search) -> dict[str, list[Any]]:
+    """The values that are tried for each key, in the order of preference in which ties are decided.
+
+    A multiple has 12 significant digits; of a whole number it is the nearest whole one, and at least 1.
+
+    Raises:
+        UserError: a key is none of the config, or is not to be searched over, or has no values.
+    """
+    cfg = OmegaConf.structured(replace(run, search=None))
+    found: dict[str, list[Any]] = {}
+    wrong: list[str] = []
+    for key, variation in search.keys.items():
+        try:
+            found[key] = _values(key, variation, cfg, run)
+        except UserError as error:
+            wrong.extend(f"search={search.name}: {sentence}" for sentence in error.faults)
+    if not search.keys:
+        wrong.append(f"search={search.name} names no keys; give search.keys, such as conf/search/lr3.yaml does.")
+    if wrong:
+        raise UserError(*wrong)
+    return found
+
+
+def _values(key: str, variation: Variation, cfg: DictConfig, run: Run) -> list[Any]:
+    if key in IGNORED:
+        raise UserError(f"{key} changes no result, so there is nothing to search over.")
+    if key.split(".")[0] in NOT_SEARCHED:
+        raise UserError(f"{key} cannot be searched over, for it changes what is compared; name keys of the training.")
+    if run.budget is not None and not key.startswith("trainer."):
+        raise UserError(f"{key} with budget={run.budget}: a budget leaves only trainer.* to search over.")
+    if sentence := put(cfg.copy(), key, OmegaConf.select(cfg, key)):
+        raise UserError(sentence)
+    if variation.values and not variation.times:
+        return list(variation.values)
+    base = OmegaConf.select(cfg, key)
+    if not variation.times or variation.values:
+        raise UserError(f"{key} needs either times (multiples of the value it has) or values.")
+    if isinstance(base, bool) or not isinstance(base, int | float):
+        raise UserError(f"{key} has no number for method={run.method} that could be multiplied; give it values.")
+    multiples = [base * factor for factor in variation.times]
+    if isinstance(base, int):
+        return list(dict.fromkeys(max(1, round(value)) for value in multiples))
+    return list(dict.fromkeys(float(f"{value:.12g}") for value in multiples))
+
+
+def settings(run: Run, search: Search) -> list[dict[str, Any]]:
+    """What each trial sets: every combination of the values. Raises UserError as `values` does."""
+    tried = values(run, search)
+    return [dict(zip(tried, combination, strict=True)) for combination in product(*tried.values())]
+
+
+def with_settings(run: Run, setting: dict[str, Any]) -> Run:
+    """The run with other values, and without its search. Raises UserError where one does not fit."""
+    cfg = OmegaConf.structured(replace(run, search=None))
+    if wrong := [sentence for key, value in setting.items() if (sentence := put(cfg, key, value))]:
+        raise UserError(*wrong)
+    changed = OmegaConf.to_object(cfg)
+    assert isinstance(changed, Run)
+    return changed
+
+
+def trials(run: Run) -> list[Run]:
+    """The runs that are compared before `run`. Raises UserError as `settings` and `with_settings` do."""
+    assert run.search is not None
+    seed = run.seed if run.search.seed is None else run.search.seed
+    return [with_settings(replace(run, seed=seed), setting) for setting in settings(run, run.search)]
+
+
+def search_faults(run: Run) -> list[str]:
+    """All that is wrong with the search of a run, and with its trials."""
+    search = run.search
+    if search is None:
+        return []
+    try:
+        compared = trials(run)
+    except UserError as error:
+        return error.faults
+    if search.trial is not None and not 0 <= search.trial < len(compared):
+        return [f"search.trial={search.trial}: search={search.name} has the trials 0 to {len(compared) - 1}."]
+    sound = set(faults(replace(run, search=None)))
+    found = [f"search={search.name}: {fault}" for trial in compared for fault in faults(trial) if fault not in sound]
+    return list(dict.fromkeys(found))
+
+
+def check(points: Sequence[Point]) -> None:
+    """Raises UserError where a point's search is wrong, or where the sweep goes over what the search chooses."""
+    given = [dict(word.split("=", 1) for word in overrides if "=" in word) for overrides, _ in points]
+    swept = {key.lstrip("+") for key in differing(given)}
+    found = [sentence for _, run in points for sentence in search_faults(run)]
+    for typed, (_, run) in zip(given, points, strict=True):
+        if run.search is None:
+            continue
+        chosen = f"is what search={run.search.name} chooses; leave one of the two out."
+        for key, variation in run.search.keys.items():
+            if key in swept:
+                found.append(f"{key} is swept and {chosen}")
+            elif variation.values and key in typed:
+                found.append(f"{key}={typed[key]} {chosen}")
+    if found:
+        raise UserError(*dict.fromkeys(found))
+
+
+def is_open(run: Run) -> bool:
+    """Whether the run waits for trials."""
+    return run.search is not None and run.search.trial is None
+
+
+def phases(points: Sequence[Point]) -> tuple[list[Point], list[Point]]:
+    """The trials of a sweep's searches, and the sweep's own runs, which are told what seed the trials have.
+
+    Points that differ in nothing but their seed share their trials, which have the first one's seed unless
+    `search.seed` names another.
+    """
+    first: dict[str, int] = {}
+    tried: dict[tuple[str, int], Point] = {}
+    final: list[Point] = []
+    for overrides, run in points:
+        if run.search is None or run.search.trial is not None:
+            final.append((overrides, run))
+            continue
+        group = run_hash(replace(run, seed=0))
+        if run.search.seed is None:
+            seed = first.setdefault(group, run.seed)
+            overrides = [*overrides, f"search.seed={seed}"]
+            run = replace(run, search=replace(run.search, seed=seed))
+            assert run.search is not None
+        final.append((overrides, run))
+        for index in range(len(settings(run, run.search))):
+            trial = replace(run, search=replace(run.search, trial=index))
+            tried.setdefault((group, index), ([*overrides, f"search.trial={index}"], trial))
+    return list(tried.values()), final
