@@ -190,6 +190,9 @@ def apply(cfg: DictConfig, override: Override) -> str | None:
 
 def put(cfg: DictConfig, key: str, value: Any, force_add: bool = False) -> str | None:
     """Like `apply`, of a key and its value."""
+    group = key.partition(".")[0]
+    if group != key and group in cfg and OmegaConf.select(cfg, group) is None:
+        return f"{key}={value} needs a {group}; give {group}= as well."
     try:
         OmegaConf.update(cfg, key, value, merge=True, force_add=force_add)
     except (ConfigKeyError, ConfigAttributeError):

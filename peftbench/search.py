@@ -144,17 +144,16 @@ def phases(points: Sequence[Point]) -> tuple[list[Point], list[Point]]:
     tried: dict[tuple[str, int], Point] = {}
     final: list[Point] = []
     for overrides, run in points:
-        if run.search is None or run.search.trial is not None:
+        search = run.search
+        if search is None or search.trial is not None:
             final.append((overrides, run))
             continue
         group = run_hash(replace(run, seed=0))
-        if run.search.seed is None:
-            seed = first.setdefault(group, run.seed)
-            overrides = [*overrides, f"search.seed={seed}"]
-            run = replace(run, search=replace(run.search, seed=seed))
-            assert run.search is not None
-        final.append((overrides, run))
-        for index in range(len(settings(run, run.search))):
-            trial = replace(run, search=replace(run.search, trial=index))
+        if search.seed is None:
+            search = replace(search, seed=first.setdefault(group, run.seed))
+            overrides = [*overrides, f"search.seed={search.seed}"]
+        final.append((overrides, replace(run, search=search)))
+        for index in range(len(settings(run, search))):
+            trial = replace(run, search=replace(search, trial=index))
             tried.setdefault((group, index), ([*overrides, f"search.trial={index}"], trial))
     return list(tried.values()), final

@@ -46,9 +46,8 @@ def settled(run: Run, folder: Callable[[Run], Path] = run_dir) -> tuple[Run, Sea
     seed = run.seed if search.seed is None else search.seed
     tried = values(run, search)
     if search.trial is not None:
-        return compared[search.trial], Searched(
-            search.name, "trial", seed, tried, chosen=settings(run, search)[search.trial]
-        )
+        chosen = settings(run, search)[search.trial]
+        return compared[search.trial], Searched(search.name, "trial", seed, tried, chosen)
 
     folders = [folder(trial) for trial in compared]
     records = [find(place) for place in folders]
@@ -67,10 +66,8 @@ def settled(run: Run, folder: Callable[[Run], Path] = run_dir) -> tuple[Run, Sea
     index = best([trial.value for trial in found], metric)
     if index is None:
         raise UserError(f"{whose.format(f'all {len(found)} trials')} failed: {described(note)}.")
-    chosen = known[index]
-    assert chosen.selection is not None
-    splits = chosen.data.get("splits", {})
-    note.chosen, note.selection = found[index].settings, chosen.selection
+    splits = known[index].data.get("splits", {})
+    note.chosen, note.selection = found[index].settings, known[index].selection
     note.reported = splits.get("selection") == splits.get("report")
     # The trial with this run's seed is this run: it has just been trained.
     final = replace(compared[index], seed=run.seed)
@@ -94,10 +91,10 @@ def sentence(record: Record) -> str:
     edges = [key for key, value in search.chosen.items() if _at_edge(value, search.keys[key])]
     edge = f"; {', '.join(edges)}: the outermost value that was tried" if edges else ""
     same = "; this is the split that is reported on" if search.reported else ""
-    return (
-        f"{search.name} of {record.method} on {record.task} ({split}): {typed(search.chosen)} is taken of "
-        f"{described(search)}{edge}{same}."
-    )
+    sizes = " + ".join(str(axes.bottleneck) for axes in record.axes if axes.bottleneck is not None)
+    method = record.method + (f" of bottleneck {sizes}" if sizes else "")
+    where = f"search={search.name}, {method}, {record.model.name} on {record.task} ({split})"
+    return f"{where}: {typed(search.chosen)} is taken of {described(search)}{edge}{same}."
 
 
 def _value(record: Record) -> float | None:

@@ -69,7 +69,7 @@ def read(words: Sequence[str]) -> list[Record]:
     """The records below the folders among `words` (default: outputs) that pass the filters among them.
 
     What is no record is named on stderr. The trials of searches are left out unless `trials=true` is among the words:
-    beside the runs with the values that were chosen they would be rivals that had been looked at more than once. Raises UserError where nothing is left.
+    beside the run that has the chosen values they would be rivals. Raises UserError where nothing is left.
     """
     folders = [Path(word) for word in words if not is_filter(word)] or [Path("outputs")]
     records: dict[Path, Record] = {}
