@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from enum import Enum
 from itertools import product
 from typing import Any
 
@@ -31,41 +32,13 @@ def values(run: Run, search: Search) -> dict[str, list[Any]]:
     """The values that are tried for each key, in the order of preference in which ties are decided.
 
     A multiple has 12 significant digits; of a whole number it is the nearest whole one, and at least 1.
-
-    Raises:
-        UserError: a key is none of the config, or is not to be searched over, or has no values.
     """
-    cfg = OmegaConf.structured(replace(run, search=None))
-    found: dict[str, list[Any]] = {}
-    wrong: list[str] = []
-    for key, variation in search.keys.items():
-        try:
-            found[key] = _values(key, variation, cfg, run)
-        except UserError as error:
-            wrong.extend(f"search={search.name}: {sentence}" for sentence in error.faults)
-    if not search.keys:
-        wrong.append(f"search={search.name} names no keys; give search.keys, such as conf/search/lr3.yaml does.")
-    if wrong:
-        raise UserError(*wrong)
-    return found
+    return {key: _values(variation, value_at(run, key)) for key, variation in search.keys.items()}
 
 
-def _values(key: str, variation: Variation, cfg: DictConfig, run: Run) -> list[Any]:
-    if key in IGNORED:
-        raise UserError(f"{key} changes no result, so there is nothing to search over.")
-    if key.split(".")[0] in NOT_SEARCHED:
-        raise UserError(f"{key} cannot be searched over, for it changes what is compared; name keys of the training.")
-    if run.budget is not None and not key.startswith("trainer."):
-        raise UserError(f"{key} with budget={run.budget}: a budget leaves only trainer.* to search over.")
-    if sentence := put(cfg.copy(), key, OmegaConf.select(cfg, key)):
-        raise UserError(sentence)
-    if variation.values and not variation.times:
-        return list(variation.values)
-    base = OmegaConf.select(cfg, key)
-    if not variation.times or variation.values:
-        raise UserError(f"{key} needs either times (multiples of the value it has) or values.")
-    if isinstance(base, bool) or not isinstance(base, int | float):
-        raise UserError(f"{key} has no number for method={run.method} that could be multiplied; give it values.")
+def _values(variation: Variation, base: Any) -> list[Any]:
+    if variation.times is None:
+        return [float(value) if isinstance(base, float) else value for value in variation.values or []]
     multiples = [base * factor for factor in variation.times]
     if isinstance(base, int):
         return list(dict.fromkeys(max(1, round(value)) for value in multiples))
@@ -73,26 +46,38 @@ def _values(key: str, variation: Variation, cfg: DictConfig, run: Run) -> list[A
 
 
 def settings(run: Run, search: Search) -> list[dict[str, Any]]:
-    """What each trial sets: every combination of the values. Raises UserError as `values` does."""
+    """What each trial sets: every combination of the values."""
     tried = values(run, search)
     return [dict(zip(tried, combination, strict=True)) for combination in product(*tried.values())]
 
 
-def with_settings(run: Run, setting: dict[str, Any]) -> Run:
-    """The run with other values, and without its search. Raises UserError where one does not fit."""
-    cfg = OmegaConf.structured(replace(run, search=None))
-    if wrong := [sentence for key, value in setting.items() if (sentence := put(cfg, key, value))]:
-        raise UserError(*wrong)
-    changed = OmegaConf.to_object(cfg)
-    assert isinstance(changed, Run)
-    return changed
-
-
 def trials(run: Run) -> list[Run]:
-    """The runs that are compared before `run`. Raises UserError as `settings` and `with_settings` do."""
+    """The runs that are compared before `run`."""
     assert run.search is not None
-    seed = run.seed if run.search.seed is None else run.search.seed
-    return [with_settings(replace(run, seed=seed), setting) for setting in settings(run, run.search)]
+    plain = replace(run, search=None, seed=run.seed if run.search.seed is None else run.search.seed)
+    found = []
+    for setting in settings(run, run.search):
+        trial = plain
+        for key, value in setting.items():
+            trial = _changed(trial, key.split("."), value)
+        found.append(trial)
+    return found
+
+
+def value_at(run: Run, key: str) -> Any:
+    """The value of a dotted key."""
+    node: Any = run
+    for part in key.split("."):
+        node = node[part] if isinstance(node, dict) else getattr(node, part)
+    return node
+
+
+def _changed(node: Any, path: Sequence[str], value: Any) -> Any:
+    """A copy of a config with another value at a path."""
+    first, *rest = path
+    old = node[first] if isinstance(node, dict) else getattr(node, first)
+    new = _changed(old, rest, value) if rest else type(old)[value] if isinstance(old, Enum) else value
+    return {**node, first: new} if isinstance(node, dict) else replace(node, **{first: new})
 
 
 def search_faults(run: Run) -> list[str]:
@@ -100,15 +85,37 @@ def search_faults(run: Run) -> list[str]:
     search = run.search
     if search is None:
         return []
-    try:
-        compared = trials(run)
-    except UserError as error:
-        return error.faults
+    whose = f"search={search.name}"
+    if not search.keys:
+        return [f"{whose} names no keys; give it some as conf/search/lr3.yaml does."]
+    cfg = OmegaConf.structured(replace(run, search=None))
+    found = [fault for key, variation in search.keys.items() for fault in _key_faults(key, variation, cfg, run)]
+    if found:
+        return [f"{whose}: {fault}" for fault in found]
+    compared = trials(run)
     if search.trial is not None and not 0 <= search.trial < len(compared):
-        return [f"search.trial={search.trial}: search={search.name} has the trials 0 to {len(compared) - 1}."]
+        return [f"search.trial={search.trial}: {whose} has the trials 0 to {len(compared) - 1}."]
     sound = set(faults(replace(run, search=None)))
-    found = [f"search={search.name}: {fault}" for trial in compared for fault in faults(trial) if fault not in sound]
-    return list(dict.fromkeys(found))
+    return list(
+        dict.fromkeys(f"{whose}: {fault}" for trial in compared for fault in faults(trial) if fault not in sound)
+    )
+
+
+def _key_faults(key: str, variation: Variation, cfg: DictConfig, run: Run) -> list[str]:
+    if key in IGNORED:
+        return [f"{key} changes no result, so there is nothing to search over."]
+    if key.split(".")[0] in NOT_SEARCHED:
+        return [f"{key} cannot be searched over, for it changes what is compared; name keys of the training."]
+    if run.budget is not None and not key.startswith("trainer."):
+        return [f"{key} with budget={run.budget}: a budget leaves only trainer.* to search over."]
+    base = OmegaConf.select(cfg, key)
+    if fault := put(cfg.copy(), key, base):
+        return [fault]
+    if bool(variation.times) == bool(variation.values):
+        return [f"{key} needs either times (multiples of the value that it has) or values."]
+    if variation.times and (isinstance(base, bool) or not isinstance(base, int | float)):
+        return [f"{key} has no number for method={run.method} that could be multiplied; give it values."]
+    return [fault for value in variation.values or [] if (fault := put(cfg.copy(), key, value))]
 
 
 def check(points: Sequence[Point]) -> None:

@@ -20,6 +20,8 @@ from peftbench.search import settings, trials, values
 
 LOSS = "loss"  # of the selection metrics the one that is better when lower
 
+_folders: dict[tuple[str, str], list[Path]] = {}  # of the trials of a search, by where it is and what it is
+
 
 def best(found: Sequence[float | None], metric: str) -> int | None:
     """The index of the best value, the first of equal ones; None where there is none. None and NaN are the worst."""
@@ -49,7 +51,12 @@ def settled(run: Run, folder: Callable[[Run], Path] = run_dir) -> tuple[Run, Sea
         chosen = settings(run, search)[search.trial]
         return compared[search.trial], Searched(search.name, "trial", seed, tried, chosen)
 
-    folders = [folder(trial) for trial in compared]
+    key = (run.output_dir, run_hash(replace(run, seed=seed)))
+    if (
+        key not in _folders
+    ):  # the runs of a sweep that differ in their seed have the same, and naming them takes a while
+        _folders[key] = [folder(trial) for trial in compared]
+    folders = _folders[key]
     records = [find(place) for place in folders]
     whose = f"search={search.name}: {{}} of method={run.method} on task={run.task.name}"
     left = sum(record is None or record.status not in ("done", "failed") for record in records)
@@ -58,8 +65,8 @@ def settled(run: Run, folder: Callable[[Run], Path] = run_dir) -> tuple[Run, Sea
         raise UserError(f"{subject} {'is' if left == 1 else 'are'} not done; the same line goes on with them.")
     known = [record for record in records if record is not None]
     found = [
-        Trial(setting, run_hash(trial), _value(record), _status(record))
-        for setting, trial, record in zip(settings(run, search), compared, known, strict=True)
+        Trial(setting, record.run, _value(record), _status(record))
+        for setting, record in zip(settings(run, search), known, strict=True)
     ]
     metric = run.task.selection_metric or run.task.metric
     note = Searched(search.name, "final", seed, tried, trials=found)
@@ -70,8 +77,7 @@ def settled(run: Run, folder: Callable[[Run], Path] = run_dir) -> tuple[Run, Sea
     note.chosen, note.selection = found[index].settings, known[index].selection
     note.reported = splits.get("selection") == splits.get("report")
     # The trial with this run's seed is this run: it has just been trained.
-    final = replace(compared[index], seed=run.seed)
-    return replace(final, rerun=run.rerun and folder(final) not in folders), note
+    return replace(compared[index], seed=run.seed, rerun=run.rerun and run.seed != seed), note
 
 
 def known(run: Run) -> Run:
@@ -89,12 +95,12 @@ def sentence(record: Record) -> str:
     selection = search.selection
     split = f"{selection.metric} on {selection.split}, {selection.examples:,} examples, seed {search.seed}"
     edges = [key for key, value in search.chosen.items() if _at_edge(value, search.keys[key])]
-    edge = f"; {', '.join(edges)}: the outermost value that was tried" if edges else ""
-    same = "; this is the split that is reported on" if search.reported else ""
+    edge = f"; the outermost {' and '.join(edges)} that was tried" if edges else ""
+    same = "; chosen on the split that is reported on" if search.reported else ""
     sizes = " + ".join(str(axes.bottleneck) for axes in record.axes if axes.bottleneck is not None)
     method = record.method + (f" of bottleneck {sizes}" if sizes else "")
     where = f"search={search.name}, {method}, {record.model.name} on {record.task} ({split})"
-    return f"{where}: {typed(search.chosen)} is taken of {described(search)}{edge}{same}."
+    return f"{where} takes {typed(search.chosen)}; {described(search)}{edge}{same}."
 
 
 def _value(record: Record) -> float | None:

@@ -81,10 +81,10 @@ def described(search: Searched) -> str:
     """The values that a search tried, with the scores on the selection split or with why there is none."""
     if search.role == "trial":
         return f"trial: {typed(search.chosen)}"
-    return ", ".join(
-        f"{typed(trial.settings)}: {trial.status if trial.value is None else _two(trial.value)}"
-        for trial in search.trials
-    )
+    name = typed if len(search.keys) > 1 else lambda settings: text(*settings.values())
+    scores = [trial.status if trial.value is None else _two(trial.value) for trial in search.trials]
+    listed = (f"{name(trial.settings)}: {score}" for trial, score in zip(search.trials, scores, strict=True))
+    return ("" if len(search.keys) > 1 else f"{next(iter(search.keys))} ") + ", ".join(listed)
 
 
 def typed(setting: dict[str, Any]) -> str:

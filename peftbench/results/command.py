@@ -82,6 +82,8 @@ def read(words: Sequence[str]) -> list[Record]:
         raise UserError(f"{folders[0]} holds no record of a run; make one with: peftbench train")
     filters = [word for word in words if is_filter(word) and word != TRIALS]
     compared = [record for record in records.values() if TRIALS in words or not is_trial(record)]
+    if hidden := len(records) - len(compared):
+        print(f"{hidden} trials of searches are left out; {TRIALS} shows them.", file=sys.stderr)
     if not compared:
         raise UserError(f"{folders[0]} holds trials of a search and no other run yet; {TRIALS} shows them.")
     chosen = select(compared, filters)

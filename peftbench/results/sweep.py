@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from enum import Enum
 from pathlib import Path
 
 from rich.console import Console
@@ -14,9 +15,10 @@ from rich.console import Console
 from peftbench.config import Run
 from peftbench.results.choice import known, sentence
 from peftbench.results.columns import text
-from peftbench.results.identity import plain, run_dir
-from peftbench.results.record import Record, describe, differing, find, finished, flatten, replacing
+from peftbench.results.identity import run_dir
+from peftbench.results.record import Record, describe, differing, find, finished, replacing
 from peftbench.results.table import show
+from peftbench.search import value_at
 
 FOLDER = ".sweeps"  # below the output_dir
 SUFFIX = ".sweep.json"
@@ -31,6 +33,32 @@ class Point:
     settings: dict[str, str]
 
 
+class Member:
+    """A run of a sweep as it was typed, and what it comes to: with a search, another run once its trials are done."""
+
+    def __init__(self, overrides: Sequence[str], run: Run) -> None:
+        self.overrides, self.run, self.comes_to = overrides, run, run
+        self.asked = self.folder = run_dir(run)
+        self.settle()
+
+    def settle(self) -> None:
+        """Look whether it is known by now what the run comes to."""
+        if self.comes_to.search is not None:
+            self.comes_to = known(self.run)
+            self.folder = self.asked if self.comes_to.search is not None else run_dir(self.comes_to)
+
+    def settings(self) -> dict[str, str]:
+        """What was typed, by key, and what a search has set."""
+        words = dict(word.split("=", 1) for word in self.overrides if "=" in word)
+        search = self.run.search
+        if search is None:
+            return words
+        words = {key: value for key, value in words.items() if not key.startswith("search.")}
+        if self.comes_to.search is None:
+            words |= {key: _typed(value_at(self.comes_to, key)) for key in search.keys}
+        return {**words, "search": search.name if search.trial is None else f"{search.name} trial"}
+
+
 @dataclass(frozen=True)
 class Plan:
     """The runs of a sweep as its file keeps them: `OUTPUT_DIR/.sweeps/NAME.sweep.json`."""
@@ -40,24 +68,19 @@ class Plan:
     name: str = ""  # of its file
 
     @classmethod
-    def of(cls, points: Sequence[tuple[list[str], Run]], arguments: Sequence[str]) -> Plan:
-        """The plan of runs that are given with the overrides that make them.
-
-        A run with a search stands for what it comes to, as far as that is known yet.
-        """
-        root = Path(points[0][1].output_dir).expanduser()
-        name = hashlib.sha256("\n".join(sorted(_below(root, run_dir(run)) for _, run in points)).encode())
-        settled = [known(run) for _, run in points]
-        given = [_given(overrides, run, comes_to) for (overrides, run), comes_to in zip(points, settled, strict=True)]
+    def of(cls, members: Sequence[Member], arguments: Sequence[str]) -> Plan:
+        """The plan of a sweep's runs and of the trials before them."""
+        root = Path(members[0].run.output_dir).expanduser()
+        name = hashlib.sha256("\n".join(sorted({_below(root, member.asked) for member in members})).encode())
+        given = [member.settings() for member in members]
         keys = differing(given)
         runs = {
-            folder: Point(
-                _below(root, folder),
-                run.method,
+            member.folder: Point(
+                _below(root, member.folder),
+                member.run.method,
                 {key: values[key] for key in keys if key in values},
             )
-            for values, run in zip(given, settled, strict=True)
-            for folder in [run_dir(run)]
+            for values, member in zip(given, members, strict=True)
         }
         return cls(list(arguments), list(runs.values()), name.hexdigest()[:8])
 
@@ -84,30 +107,17 @@ def _below(root: Path, folder: Path) -> str:
     return str(folder.relative_to(root) if folder.is_relative_to(root) else folder.resolve())
 
 
-def _given(overrides: Sequence[str], run: Run, comes_to: Run) -> dict[str, str]:
-    """What was typed for a run, and what its search has set."""
-    words = dict(word.split("=", 1) for word in overrides if "=" in word)
-    if run.search is None:
-        return words
-    words = {key: value for key, value in words.items() if not key.startswith("search.")}
-    is_trial = run.search.trial is not None
-    chosen = {} if comes_to.search is not None else dict(flatten(plain(comes_to)))
-    words |= {key: text(chosen[key]) for key in run.search.keys if key in chosen}
-    return {**words, "search": f"{run.search.name} trial" if is_trial else run.search.name}
+def _typed(value: object) -> str:
+    return value.name if isinstance(value, Enum) else text(value)
 
 
 class Sweep:
     """A sweep that is under way in this process. `runs` are its own, without the trials of its searches."""
 
-    def __init__(
-        self,
-        points: Sequence[tuple[list[str], Run]],
-        arguments: Sequence[str],
-        trials: Sequence[tuple[list[str], Run]],
-    ) -> None:
-        self.points, self.arguments, self.trials = points, arguments, trials
+    def __init__(self, members: Sequence[Member], trials: Sequence[Member], arguments: Sequence[str]) -> None:
+        self.members, self.trials, self.arguments = members, trials, arguments
         self.runs: dict[Path, Run] = {}
-        self.done_before = {folder for _, run in trials if finished(folder := run_dir(known(run))) is not None}
+        self.done_before = {trial.folder for trial in trials if finished(trial.folder) is not None}
         self.settle()
 
     @classmethod
@@ -118,16 +128,18 @@ class Sweep:
         trials: Sequence[tuple[list[str], Run]] = (),
     ) -> Sweep:
         """Write the list of the sweep's runs, and of the trials before them, beside them."""
-        return cls(points, arguments, trials)
+        return cls([Member(*point) for point in points], [Member(*point) for point in trials], arguments)
 
     def settle(self) -> None:
         """Take in what the searches have come to, and write the list of runs."""
-        compared = {run_dir(known(run)) for _, run in self.trials}
-        runs = {run_dir(run): run for run in (known(run) for _, run in self.points)}
-        new = runs.keys() - self.runs.keys() - compared
+        for member in self.members:
+            member.settle()
+        compared = {trial.folder for trial in self.trials}
+        new = {member.folder for member in self.members} - self.runs.keys() - compared
         self.done_before |= {folder for folder in new if finished(folder) is not None}
-        self.runs = runs
-        Plan.of([*self.trials, *self.points], self.arguments).save(Path(self.points[0][1].output_dir).expanduser())
+        self.runs = {member.folder: member.comes_to for member in self.members}
+        plan = Plan.of([*self.trials, *self.members], self.arguments)
+        plan.save(Path(self.members[0].run.output_dir).expanduser())
 
     def show(self) -> int:
         """Print the table of all runs with how each ended; returns 0 if every run is done, else 1."""
