@@ -108,9 +108,12 @@ def _key_faults(key: str, variation: Variation, cfg: DictConfig, run: Run) -> li
         return [f"{key} cannot be searched over, for it changes what is compared; name keys of the training."]
     if run.budget is not None and not key.startswith("trainer."):
         return [f"{key} with budget={run.budget}: a budget leaves only trainer.* to search over."]
-    base = OmegaConf.select(cfg, key)
-    if fault := put(cfg.copy(), key, base):
-        return [fault]
+    try:
+        base = value_at(run, key)
+    except KeyError as missing:
+        return [f"{key} is no key of method={run.method}, which has no {missing.args[0]}."]
+    except AttributeError:
+        return [put(cfg, key, None) or f"{key} is no key of the config."]
     if bool(variation.times) == bool(variation.values):
         return [f"{key} needs either times (multiples of the value that it has) or values."]
     if variation.times and (isinstance(base, bool) or not isinstance(base, int | float)):
