@@ -20,6 +20,11 @@ from peftbench.search import settings, trials, values
 
 LOSS = "loss"  # of the selection metrics the one that is better when lower
 
+
+class NoChoice(UserError):
+    """No trial of a search has a score."""
+
+
 _folders: dict[tuple[str, str], list[Path]] = {}  # of the trials of a search, by where it is and what it is
 
 
@@ -39,7 +44,8 @@ def settled(run: Run, folder: Callable[[Run], Path] = run_dir) -> tuple[Run, Sea
         folder: where the run of a trial lies.
 
     Raises:
-        UserError: trials are not done yet, or all of them failed.
+        NoChoice: all trials failed or diverged.
+        UserError: trials are not done yet.
     """
     search = run.search
     if search is None:
@@ -72,7 +78,7 @@ def settled(run: Run, folder: Callable[[Run], Path] = run_dir) -> tuple[Run, Sea
     note = Searched(search.name, "final", seed, tried, trials=found)
     index = best([trial.value for trial in found], metric)
     if index is None:
-        raise UserError(f"{whose.format(f'all {len(found)} trials')} failed: {described(note)}.")
+        raise NoChoice(f"{whose.format(f'all {len(found)} trials')} failed or diverged: {described(note)}.")
     splits = known[index].data.get("splits", {})
     note.chosen, note.selection = found[index].settings, known[index].selection
     note.reported = splits.get("selection") == splits.get("report")

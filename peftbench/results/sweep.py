@@ -13,7 +13,8 @@ from pathlib import Path
 from rich.console import Console
 
 from peftbench.config import Run
-from peftbench.results.choice import known, sentence
+from peftbench.errors import UserError
+from peftbench.results.choice import NoChoice, known, sentence, settled
 from peftbench.results.columns import text
 from peftbench.results.identity import run_dir
 from peftbench.results.record import Record, describe, differing, find, finished, replacing
@@ -107,6 +108,17 @@ def _below(root: Path, folder: Path) -> str:
     return str(folder.relative_to(root) if folder.is_relative_to(root) else folder.resolve())
 
 
+def _no_choice(run: Run) -> str | None:
+    """Why the trials of a run's search leave nothing to choose, where they do."""
+    try:
+        settled(run)
+    except NoChoice as error:
+        return str(error)
+    except UserError:  # not done yet
+        pass
+    return None
+
+
 def _typed(value: object) -> str:
     return value.name if isinstance(value, Enum) else text(value)
 
@@ -154,7 +166,10 @@ class Sweep:
             sentence(record) for record in records if record.search and record.search.role == "final"
         ):
             console.print(line, highlight=False)
-        console.print(self._summary(records), highlight=False)
+        lost = {folder: fault for folder, run in self.runs.items() if (fault := _no_choice(run))}
+        for line in dict.fromkeys(lost.values()):
+            console.print(line, highlight=False)
+        console.print(self._summary(records, len(lost)), highlight=False)
         return 0 if all(record.status == "done" for record in records) else 1
 
     def _record(self, folder: Path, run: Run) -> Record:
@@ -166,7 +181,7 @@ class Sweep:
         earlier = record.folder in self.done_before and not self.runs[record.folder].rerun
         return "done before" if earlier else record.status
 
-    def _summary(self, records: Sequence[Record]) -> str:
+    def _summary(self, records: Sequence[Record], lost: int) -> str:
         counted = Counter(self._status(record).partition(":")[0] for record in records)
         done = sum(record.status == "done" for record in records)
         sentences = [f"{done} of {len(records)} runs are done."]
@@ -174,7 +189,9 @@ class Sweep:
             sentences[0] = f"{done} of {len(records)} runs are done, {counted['done before']} of them before."
         if counted["failed"]:
             sentences.append(f"{counted['failed']} failed; retry=true trains failed ones again.")
-        unfinished = len(records) - done - counted["failed"]
+        if lost:
+            sentences.append(f"{lost} cannot run: no trial has a score; retry=true trains failed trials again.")
+        unfinished = len(records) - done - counted["failed"] - lost
         if unfinished:
             sentences.append(f"{unfinished} unfinished; the same line goes on with them.")
         return " ".join(sentences)

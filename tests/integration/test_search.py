@@ -126,8 +126,8 @@ def test_a_search_whose_trials_all_fail_ends_in_a_sentence(
     arguments = ["train", *smoke, "search=lr3", "method=lora", "modified_representation.layers=[99]"]
     assert main(arguments) == 1
     captured = capsys.readouterr()
-    assert "all 3 trials of method=lora on task=sst2 failed: trainer.learning_rate" in captured.err
-    assert "Traceback" not in captured.err and "0 of 1 runs are done." in captured.out
+    assert "all 3 trials of method=lora on task=sst2 failed or diverged: trainer.learning_rate" in captured.err
+    assert "Traceback" not in captured.err and "0 of 1 runs are done. 1 cannot run" in captured.out
 
 
 @pytest.mark.slow
