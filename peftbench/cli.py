@@ -45,6 +45,8 @@ Examples:
   peftbench train                                    MAM adapter on the embedded task: offline, on a CPU, in two minutes
   peftbench train method=lora functional_form=relu   a preset with one of its four axes flipped
   peftbench train -m method=full,lora,prefix,mam seed=1,2,3
+  peftbench train -m method=full,lora,prefix,mam seed=1,2,3 search=lr3
+                                                     the same, each with the best of three learning rates
   peftbench train method=mam task=sst2 model.path=FOLDER task.data_dir=FOLDER
 """
 

@@ -237,6 +237,24 @@ class Trainer:
 
 
 @dataclass
+class Variation:
+    """What a search tries for a key: multiples of the value that the run comes with, or values."""
+
+    times: list[float] | None = None
+    values: list[Any] | None = None
+
+
+@dataclass
+class Search:
+    """Runs that are trained first, each combination of the values of `keys` once, to choose by the selection split."""
+
+    name: str = MISSING
+    keys: dict[str, Variation] = field(default_factory=dict)
+    seed: int | None = None  # of the trials; null: the first seed of the sweep
+    trial: int | None = None  # this run is that one of the trials, counted from 0; null: it takes the best one's values
+
+
+@dataclass
 class Run(Modification):
     """The whole config. Keys of `Modification` are its first modification; `mix` holds the others by name."""
 
@@ -256,6 +274,7 @@ class Run(Modification):
     # null: their sizes keep the ratio that they come with.
     budget_split: list[float] | None = None
     seed: int = 42
+    search: Search | None = None
     debug: str | None = None
     output_dir: str = "outputs"
     rerun: bool = False  # train again although the run is done

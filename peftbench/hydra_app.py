@@ -22,10 +22,10 @@ from peftbench.errors import UserError
 from peftbench.progress import Display, is_live
 from peftbench.quick_imports import quick_imports
 from peftbench.results.columns import duration
-from peftbench.results.identity import run_dir
 from peftbench.results.live import LiveSweep
 from peftbench.results.record import differing, find, finished
-from peftbench.results.sweep import FOLDER, Sweep
+from peftbench.results.sweep import FOLDER, Member, Sweep
+from peftbench.search import Point, check, is_open, phases
 from peftbench.workers import Ended, Job, Workers, attempt
 
 INTERRUPTED = 130  # the exit code
@@ -42,28 +42,34 @@ def run(argv: list[str]) -> int:
         job()
         return 0
     composed = compose_points(args)
+    check(composed)
     points = solved(composed)
     own_sweeper = any(word.startswith("hydra/sweeper=") for word in args.overrides)  # decides on its runs as it goes
+    searching = any(is_open(run) for _, run in points)
     jobs = composed[0][1].jobs
     for own in ("hydra/sweeper", "hydra/launcher"):
-        if jobs != "1" and any(word.startswith(f"{own}=") for word in args.overrides):
-            raise UserError(f"{own}= and jobs={jobs} both decide where a run goes; leave one of the two out.")
-    if not args.multirun or own_sweeper:
+        if any(word.startswith(f"{own}=") for word in args.overrides):
+            if jobs != "1":
+                raise UserError(f"{own}= and jobs={jobs} both decide where a run goes; leave one of the two out.")
+            if searching:
+                raise UserError(f"{own}= and search= both decide when what is trained; leave one of the two out.")
+    if not searching and (not args.multirun or own_sweeper):
         job()
         return 0
-    at_once = _places([run for _, run in points])
-    sweep = Sweep.start(points, argv)
+    trials, final = phases(composed)
+    beside_trials, beside_final = (_places([run for _, run in phase]) for phase in (trials, final))
+    sweep = Sweep.start(solved(final), argv, solved(trials))
     put_off.clear()
     try:
         with _shown(sweep):
-            if len(at_once) == 1:
-                job()
+            if searching:
+                _phase(trials, sweep.trials, beside_trials)
+                sweep.settle()
+            if searching or len(beside_final) > 1:
+                _phase(final, sweep.members, beside_final, before=len(trials))
             else:
-                _side_by_side(_jobs(composed, [run_dir(run) for _, run in points]), at_once)
-            while put_off:
-                run, overrides = put_off.pop(0)
-                print(f"\nwaiting for the other process: {' '.join(overrides)}", flush=True)
-                _in_sweep(run, overrides, wait=True)
+                job()
+                _wait_for_put_off()
     except (KeyboardInterrupt, SystemExit) as exit:
         if isinstance(exit, SystemExit) and exit.code != INTERRUPTED:
             raise
@@ -86,6 +92,34 @@ def _shown(sweep: Sweep) -> Iterator[None]:
             yield
     finally:
         display = None
+
+
+def _phase(
+    points: Sequence[Point], members: Sequence[Member], at_once: Sequence[dict[str, str]], before: int = 0
+) -> None:
+    """Train runs that are composed already; when it ends, none of them is under way in another process.
+
+    Args:
+        members: where the runs lie.
+        at_once: of each run that goes on at once, see `places.places`.
+        before: the number of runs before them.
+    """
+    if len(at_once) > 1:
+        _side_by_side(_jobs(points, [member.folder for member in members]), at_once)
+    else:
+        for number, (overrides, run) in enumerate(points, start=before + 1):
+            if display is None:
+                print(f"\nrun {number}: {' '.join(overrides)}", flush=True)
+            _in_sweep(run, overrides)
+    _wait_for_put_off()
+
+
+def _wait_for_put_off() -> None:
+    """The runs that other processes were at, once these have ended."""
+    while put_off:
+        run, overrides = put_off.pop(0)
+        print(f"\nwaiting for the other process: {' '.join(overrides)}", flush=True)
+        _in_sweep(run, overrides, wait=True)
 
 
 def solved(points: list[tuple[list[str], Run]]) -> list[tuple[list[str], Run]]:
@@ -148,7 +182,7 @@ def _places(runs: Sequence[Run]) -> list[dict[str, str]]:
     return places(runs)
 
 
-def _jobs(points: Sequence[tuple[list[str], Run]], folders: Sequence[Path]) -> list[Job]:
+def _jobs(points: Sequence[Point], folders: Sequence[Path]) -> list[Job]:
     """Runs with all that a worker must know of them.
 
     Args:
@@ -169,7 +203,8 @@ def _side_by_side(jobs: Sequence[Job], at_once: Sequence[dict[str, str]]) -> Non
     Args:
         at_once: of each worker, see `places.places`.
     """
-    waiting = [job for job in jobs if job.run.rerun or finished(job.folder) is None]
+    # What a search has chosen is noted in the record of a run that is done.
+    waiting = [job for job in jobs if job.run.rerun or job.run.search is not None or finished(job.folder) is None]
     if not waiting:
         return
     at_once = at_once[: len(waiting)]

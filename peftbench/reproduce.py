@@ -21,11 +21,13 @@ from peftbench.config import Run, conf_dir
 from peftbench.errors import UserError, unknown
 from peftbench.hydra_app import run as train
 from peftbench.hydra_app import solved
+from peftbench.results.choice import known
 from peftbench.results.columns import Column, duration
 from peftbench.results.identity import run_dir
 from peftbench.results.paper import is_backbone, paper_scores
 from peftbench.results.record import Record, differing, find, load_records
 from peftbench.results.table import show_table
+from peftbench.search import phases
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,9 @@ def main(argv: list[str]) -> int:
         raise UserError(unknown("table", arguments.table, names))
 
     sweep = ["-m", f"experiment=paper/{arguments.table}", *arguments.overrides]
-    points = solved(compose_points(get_args_parser().parse_args(sweep)))
+    points = solved(phases(compose_points(get_args_parser().parse_args(sweep)))[1])
     code = 0 if arguments.dry_run else train(sweep)
-    _show(lines(arguments.table, points), Console())
+    _show(lines(arguments.table, [(overrides, known(run)) for overrides, run in points]), Console())
     return code
 
 

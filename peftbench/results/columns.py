@@ -11,7 +11,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from peftbench.errors import unknown
 from peftbench.results.paper import Printed, printed
-from peftbench.results.record import Record, flatten
+from peftbench.results.record import Record, Searched, flatten
 from peftbench.results.row import Row, front, unscored
 
 T = TypeVar("T")
@@ -53,6 +53,8 @@ FIELDS: dict[str, Callable[[Record], Any]] = {
     "scale": lambda r: [axes.scale for axes in r.axes],
     "bottleneck": lambda r: [axes.bottleneck for axes in r.axes],
     "learning_rate": lambda r: r.trainer.get("learning_rate"),
+    "search": lambda r: r.search.name if r.search else None,
+    "searched": lambda r: described(r.search) if r.search else None,
     "fidelity": lambda r: r.fidelity,
     "deviations": lambda r: [deviation.name for deviation in r.deviations],
     "budget": lambda r: r.budget,
@@ -77,6 +79,23 @@ COSTS = ("trained", "stored", "percent", "steps", "memory", "time")  # better wh
 
 
 PAPER = ("paper", "difference")  # columns of `beside_paper`
+
+
+def described(search: Searched) -> str:
+    """The values that a search tried, with the scores on the selection split or with why there is none."""
+    if search.role == "trial":
+        return f"trial: {typed(search.chosen)}"
+    name = typed if len(search.keys) > 1 else lambda settings: text(*settings.values())
+    scores = [trial.status if trial.value is None else _two(trial.value) for trial in search.trials]
+    listed = (f"{name(trial.settings)}: {score}" for trial, score in zip(search.trials, scores, strict=True))
+    return ("" if len(search.keys) > 1 else f"{next(iter(search.keys))} ") + ", ".join(listed)
+
+
+def typed(setting: dict[str, Any]) -> str:
+    """Values as they are typed."""
+    return " ".join(f"{key}={text(value)}" for key, value in setting.items())
+
+
 RUNS = Column[Row]("n", "n", lambda row: str(len(row.scored)), lambda row: len(row.scored))  # that have a score
 
 

@@ -18,10 +18,11 @@ from peftbench.results.columns import Column, Cost, beside_paper, chosen, column
 from peftbench.results.formats import csv_of, latex, markdown, to_csv, to_json, values
 from peftbench.results.pivot import pivot
 from peftbench.results.record import Record, load_records
-from peftbench.results.row import Row, Statistic, over_seeds, rank, single, tables, unscored
+from peftbench.results.row import Row, Statistic, is_trial, over_seeds, rank, single, tables, unscored
 from peftbench.results.select import is_filter, select
 from peftbench.results.table import show_table, title
 
+TRIALS = "trials=true"  # the word that asks for them
 EPILOG = """\
 KEY is a column (method, task, model, seed, status, functional_form, bottleneck, learning_rate, stored, score, time,
 device ...), a metric (rouge1 ...), a baseline, or a dotted key of the record (trainer.batch_size, versions.torch ...).
@@ -30,6 +31,7 @@ examples:
   peftbench results method=mam,lora task=xsum status=done
   peftbench results --mean --sort stored
   peftbench results --rows method --columns insertion_form
+  peftbench results --show method,seed,score,searched      what search= tried; trials=true shows its trials as well
   peftbench results task=xsum --mean --show method,percent,rouge1,rouge2,rougeL --latex
 """
 
@@ -68,7 +70,8 @@ def main(argv: list[str]) -> int:
 def read(words: Sequence[str]) -> list[Record]:
     """The records below the folders among `words` (default: outputs) that pass the filters among them.
 
-    What is no record is named on stderr. Raises UserError where nothing is left.
+    What is no record is named on stderr. The trials of searches are left out unless `trials=true` is among the words:
+    beside the run that has the chosen values they would be rivals. Raises UserError where nothing is left.
     """
     folders = [Path(word) for word in words if not is_filter(word)] or [Path("outputs")]
     records: dict[Path, Record] = {}
@@ -79,8 +82,13 @@ def read(words: Sequence[str]) -> list[Record]:
             print(sentence, file=sys.stderr)
     if not records:
         raise UserError(f"{folders[0]} holds no record of a run; make one with: peftbench train")
-    filters = [word for word in words if is_filter(word)]
-    chosen = select(list(records.values()), filters)
+    filters = [word for word in words if is_filter(word) and word != TRIALS]
+    compared = [record for record in records.values() if TRIALS in words or not is_trial(record)]
+    if hidden := len(records) - len(compared):
+        print(f"{hidden} trials of searches are left out; {TRIALS} shows them.", file=sys.stderr)
+    if not compared:
+        raise UserError(f"{folders[0]} holds trials of a search and no other run yet; {TRIALS} shows them.")
+    chosen = select(compared, filters)
     if not chosen:
         raise UserError(f"No run passes {' '.join(filters)}; peftbench results without filters shows what there is.")
     return chosen

@@ -101,6 +101,41 @@ class Score:
 
 
 @dataclass
+class Selection:
+    """What a search compares: the task's selection metric on the selection split."""
+
+    split: str
+    examples: int
+    metric: str
+    value: float | None  # None: the training diverged
+    of: int | None = None  # examples that the split has, where not all of them were taken
+
+
+@dataclass
+class Trial:
+    """One of the runs that a search compared, and how it came out."""
+
+    settings: dict[str, Any]
+    run: str  # `run_hash`
+    value: float | None  # of `Selection`; None: it failed or diverged
+    status: str
+
+
+@dataclass
+class Searched:
+    """The part of a run in a search: it was a trial, or it has the values of the best of `trials`."""
+
+    name: str
+    role: Literal["trial", "final"]
+    seed: int  # of the trials
+    keys: dict[str, list[Any]]  # the values that were tried
+    chosen: dict[str, Any] = field(default_factory=dict)
+    selection: Selection | None = None  # of the trial that was chosen
+    reported: bool = False  # the selection split is the one that the score is reported on
+    trials: list[Trial] = field(default_factory=list)
+
+
+@dataclass
 class Record:
     """All that is kept of a run. Times are in seconds, dates ISO 8601 in UTC."""
 
@@ -127,6 +162,8 @@ class Record:
     counts: Counts | None = None
     scores: dict[str, Score] = field(default_factory=dict)  # by role: selection, report, report_SPLIT
     score: float | None = None  # the main metric on the report split
+    selection: Selection | None = None
+    search: Searched | None = None
     baselines: dict[str, float] = field(default_factory=dict)  # the main metric of: majority, head, lead1
     trainer: dict[str, Any] = field(default_factory=dict)
     # prepare_s, probe_s, train_s, evaluate_s, baseline_s, total_s; and earlier_s, the part of these that tries before
