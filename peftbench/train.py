@@ -26,7 +26,7 @@ from peftbench.checkpoint import Checkpoints
 from peftbench.config import Keep, Run, TaskKind, Unfreeze, modifications, resolve
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
-from peftbench.fit import Fitted, chosen_device, fit, total_steps, use_bf16
+from peftbench.fit import Fitted, chosen_device, fit, total_steps, use_autocast, with_dtype
 from peftbench.modification.attach import attach, attach_run
 from peftbench.modification.counting import count
 from peftbench.modification.dead_parameters import count_dead
@@ -104,6 +104,7 @@ def _run(run: Run, folder: Path, overrides: Sequence[str], console: Console) -> 
         with _timed(record, "prepare_s"), display.stage("prepare"):
             set_seed(run.seed)
             loaded = load(run.task)
+            run = with_dtype(run)
             backbone = load_backbone(run.model, loaded.task)
             run, record.deviations = attach_run(backbone.model, run, backbone.untrained)
             record.axes = axes_of(run)
@@ -136,7 +137,7 @@ def _run(run: Run, folder: Path, overrides: Sequence[str], console: Console) -> 
 def _probe(run: Run, model: PreTrainedModel, data: TaskData, record: Record) -> None:
     """Refuse to train tensors on which the loss does not depend, unless `allow_unused` says to go on."""
     batch = data.collator([data.train[0]])
-    record.unused = unreached(model, batch, use_bf16(run.trainer, run.model))
+    record.unused = unreached(model, batch, use_autocast(run.trainer, run.model))
     if record.unused and not run.allow_unused:
         raise no_gradient(record.unused)
 
@@ -156,7 +157,7 @@ def _fit(run: Run, backbone: Backbone, data: TaskData, record: Record, display: 
             data,
             run.trainer,
             seed=run.seed,
-            bf16=use_bf16(run.trainer, run.model),
+            bf16=use_autocast(run.trainer, run.model),
             checkpoints=checkpoints,
             evaluate=evaluator.selection,
             metric=run.task.selection_metric or run.task.metric,

@@ -59,14 +59,14 @@ def faults(run: Run) -> list[str]:
     found.extend(_number_faults(run))
     found.extend(_path_faults(run))
     found.extend(_data_faults(run.task))
-    if run.unfreeze is not Unfreeze.none and run.model.dtype is not DType.float32:
+    if run.unfreeze is not Unfreeze.none and run.model.dtype is DType.bfloat16:
         found.append(
             f"unfreeze={run.unfreeze.name} trains the backbone's own parameters, which must then be float32; set "
             "model.dtype=float32."
         )
     if run.trainer.precision is Precision.fp32 and run.model.dtype is DType.bfloat16:
         found.append(
-            "trainer.precision=fp32 with model.dtype=bfloat16: a bfloat16 backbone runs under bfloat16 autocast; set "
+            "trainer.precision=fp32 with model.dtype=bfloat16: a bfloat16 backbone computes in bfloat16; set "
             "trainer.precision=auto, or model.dtype=float32."
         )
     nothing = not run.mix and all(axis == "none" for axis in axes(run)) and run.unfreeze is Unfreeze.none
