@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from peftbench.config import Modification, Run, task_files
 from peftbench.errors import UserError
 
-# Keys that change no result: where the run happens and how it is guarded, tables that have already had their effect on
+# Keys that change no result but by rounding: where the run happens, how fast and how it is guarded, tables that have already had their effect on
 # other keys, what only counting reads, and the budget: by then it has become bottlenecks, and two budgets that come to
 # the same ones are the same run.
 IGNORED = (
@@ -32,6 +32,8 @@ IGNORED = (
     "task.paper",
     "task.quick",
     "trainer.device",
+    "trainer.compile",
+    "trainer.fused_loss",
     "trainer.checkpoint_minutes",
     "trainer.eval_batch_size",
     "trainer.eval_batch_tokens",
