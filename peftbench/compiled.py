@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental import _config as shapes
 from transformers import PreTrainedModel
 
 from peftbench.sites import find_sites
@@ -50,7 +51,8 @@ class CompiledLayers:
             torch.compiler.cudagraph_mark_step_begin()
         limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
         try:
-            with torch._dynamo.config.patch(**{limit: VARIANTS}):
+            # Without duck shapes a width that happens to equal the batch size or a layer's width is no case of its own.
+            with torch._dynamo.config.patch(**{limit: VARIANTS}), shapes.patch(use_duck_shape=False):
                 yield
         finally:
             self._set(active=False)

@@ -142,8 +142,8 @@ class Model:
     hub_id: str | None = None
     revision: str | None = None
     path: str | None = None  # a folder with config.json and weights; wins over hub_id
-    # Of the frozen weights; what is trained stays float32. auto: bfloat16 where the run computes in it on a GPU and trains
-    # nothing of the backbone, else float32.
+    # Of the frozen weights; what is trained stays float32. auto: bfloat16 where the run computes in it on a GPU and
+    # trains nothing of the backbone, else float32.
     dtype: DType = DType.auto
     sizes: str = MISSING  # which column of conf/sizes.yaml the method presets take
     # For counting without weights or network, as in config.json: model_type, the keys that differ from transformers'

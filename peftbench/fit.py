@@ -8,9 +8,9 @@ state, or the best by the main metric on the selection split.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ def fit(
     resume: Checkpoint | None = None,
     stage: Stage | None = None,
     log: Log = lambda values: None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Fitted:
     """Train what of `model` requires gradients, in place.
 
@@ -83,10 +84,11 @@ def fit(
         metric: the score by which `keep=best` chooses; higher is better, but of a loss lower.
         resume: the checkpoint to go on from; None: from the start.
         log: is given a dict for each logged step and evaluation.
+        callbacks: for Trainer, beside our own.
     """
     steps = total_steps(data, settings)
     pace = Pace(model.device)
-    callbacks: list[TrainerCallback] = [_Report(stage, log), SaveByTime(checkpoints.minutes), pace]
+    callbacks = [_Report(stage, log), SaveByTime(checkpoints.minutes), pace, *callbacks]
     keeper = _KeepBest(metric) if settings.keep is config.Keep.best else None
     if keeper is not None:
         callbacks.append(keeper)

@@ -73,13 +73,13 @@ def faults(run: Run) -> list[str]:
         )
     if run.trainer.batching is Batching.bucketed and run.trainer.batch_tokens is not None:
         found.append(
-            f"trainer.batching=bucketed with trainer.batch_tokens={run.trainer.batch_tokens}: batches by tokens have like "
-            "lengths already; leave trainer.batching out, or set trainer.batch_tokens=null."
+            f"trainer.batching=bucketed with trainer.batch_tokens={run.trainer.batch_tokens}: batches by tokens have "
+            "like lengths already; leave trainer.batching out, or set trainer.batch_tokens=null."
         )
     if run.trainer.compile in (Compile.layers, Compile.graphs) and run.trainer.gradient_checkpointing:
         found.append(
-            f"trainer.compile={run.trainer.compile.name} with trainer.gradient_checkpointing=true is not supported; set "
-            "one of them to none or false."
+            f"trainer.compile={run.trainer.compile.name} with trainer.gradient_checkpointing=true is not supported; "
+            "set one of them to none or false."
         )
     nothing = not run.mix and all(axis == "none" for axis in axes(run)) and run.unfreeze is Unfreeze.none
     if nothing and run.task.kind is not TaskKind.text_to_text and run.fidelity.frozen_task_head:

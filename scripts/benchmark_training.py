@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import platform
 import statistics
 import sys
@@ -23,12 +22,10 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import transformers
@@ -42,6 +39,9 @@ from transformers import (
     RobertaConfig,
     RobertaForSequenceClassification,
     Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -54,6 +54,7 @@ from peftbench.modification.attach import attach
 from peftbench.pace import Pace
 
 WARM_UP = 3  # steps at the start of each round that are not counted
+RUN = 2000  # steps of the run that each round begins and then stops: it logs as seldom as a real one
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Shape:
     batch: int
     source: tuple[int, int]  # lengths are uniform between the two
     target: int | None  # tokens; None: a class
-    attachments: dict[str, Any]  # peft's LoRA of the same size: r, alpha, target modules
+    targets: str | list[str]  # of peft's LoRA: the FFN's two weights
 
 
 def _bart(**sizes: Any) -> PreTrainedModel:
@@ -83,18 +84,16 @@ def _roberta() -> PreTrainedModel:
 
 
 SHAPES = {
-    "bart_large": Shape(
-        _bart, "xsum", 64, (256, 512), 64, {"r": 102, "lora_alpha": 408, "target_modules": ["fc1", "fc2"]}
-    ),
+    "bart_large": Shape(_bart, "xsum", 64, (256, 512), 64, ["fc1", "fc2"]),
     "roberta_base": Shape(
         _roberta,
         "sst2",
         32,
         (5, 128),
         None,
-        {"r": 16, "lora_alpha": 32, "target_modules": ["intermediate.dense", "attention.output.dense", "output.dense"]},
+        r".*layer\.\d+\.(intermediate|output)\.dense",
     ),
-    "tiny": Shape(_tiny_bart, "xsum", 4, (16, 64), 8, {"r": 8, "lora_alpha": 32, "target_modules": ["fc1", "fc2"]}),
+    "tiny": Shape(_tiny_bart, "xsum", 4, (16, 64), 8, ["fc1", "fc2"]),
 }
 
 # What is taken back from all fast paths on, by name.
@@ -178,6 +177,17 @@ class Variant:
     own_bytes: int = 0
 
 
+class StopAfter(TrainerCallback):
+    """Ends a training after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= self.steps:
+            control.should_training_stop = True
+
+
 class Bench:
     """The variants of one shape on one device."""
 
@@ -242,7 +252,7 @@ class Bench:
             batch_size=self.shape.batch,
             batch_tokens=None,
             accumulation=1,
-            max_steps=steps,
+            max_steps=RUN,
             keep=Keep.last,
             evaluate_every=None,
             warmup=0.0,
@@ -261,6 +271,7 @@ class Bench:
             evaluate=dict,
             metric="loss",
             log=lambda values: losses.append(values["loss"]) if "loss" in values else None,
+            callbacks=[StopAfter(steps)],
         )
         return fitted.step_seconds, losses
 
@@ -277,7 +288,7 @@ class Bench:
             model.train()
             arguments = TrainingArguments(
                 output_dir=str(self.scratch),
-                max_steps=steps,
+                max_steps=RUN,
                 per_device_train_batch_size=self.shape.batch,
                 learning_rate=1e-4,
                 label_smoothing_factor=self.run("mam").trainer.label_smoothing,
@@ -285,7 +296,7 @@ class Bench:
                 bf16=True,
                 torch_compile=compiled,
                 dataloader_num_workers=2 if cuda else 0,
-                logging_steps=max(1, steps // 4),
+                logging_steps=RUN // 200,
                 save_strategy="no",
                 report_to="none",
                 disable_tqdm=True,
@@ -298,7 +309,11 @@ class Bench:
             # A compiled model whose widths change at every batch would be compiled again and again.
             collator = padded_to(self.data.collator, 64) if compiled else self.data.collator
             trainer = Trainer(
-                model=model, args=arguments, data_collator=collator, train_dataset=self.data.train, callbacks=[pace]
+                model=model,
+                args=arguments,
+                data_collator=collator,
+                train_dataset=self.data.train,
+                callbacks=[pace, StopAfter(steps)],
             )
             trainer.remove_callback(transformers.PrinterCallback)
             trainer.train()
@@ -311,15 +326,25 @@ class Bench:
         """peft's LoRA at the FFN, the size of ours."""
         from peft import LoraConfig, get_peft_model
 
-        more = {} if self.shape.target else {"modules_to_save": ["classifier"]}
-        return get_peft_model(model, LoraConfig(**self.shape.attachments, lora_dropout=0.1, bias="none", **more))
+        run = self.run("lora_ffn")
+        assert run.bottleneck is not None
+        lora = LoraConfig(
+            r=run.bottleneck,
+            lora_alpha=round(run.composition_function.scale * run.bottleneck),
+            lora_dropout=run.input_dropout,
+            target_modules=self.shape.targets,
+            modules_to_save=None if self.shape.target else ["classifier"],
+        )
+        return get_peft_model(model, lora)
 
     def variants(self, ablations: list[str]) -> Iterator[Variant]:
         """All of them, those that the targets are about first."""
         yield self.peer("peft lora eager", self.peft, compiled=False)
+        pairs = (("mam", "mam"), ("lora", "lora_ffn"))
         for change in ablations:
-            for name, method in (("mam", "mam"), ("lora", "lora_ffn")):
-                yield self.ours(f"{name} {change}", method, **WITHOUT[change])
+            if change != "graphs":
+                for name, method in pairs:
+                    yield self.ours(f"{name} {change}", method, **WITHOUT[change])
         yield self.limit("limit on")
         yield self.limit("limit off", **WITHOUT["off"])
         yield self.peer("full Trainer eager", lambda model: model, compiled=False)
@@ -327,6 +352,9 @@ class Bench:
         yield self.ours("full ours on", "full")
         yield self.peer("peft lora compiled", self.peft, compiled=True)
         yield self.peer("full Trainer compiled", lambda model: model, compiled=True)
+        if "graphs" in ablations:  # last of all: a failed capture can leave the GPU useless
+            for name, method in pairs:
+                yield self.ours(f"{name} graphs", method, **WITHOUT["graphs"])
 
 
 @contextmanager
@@ -337,7 +365,7 @@ def attention_kernel(name: str | None) -> Iterator[None]:
         return
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    others = [b for b in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)]
+    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel([getattr(SDPBackend, name), *others], set_priority=True):
         yield
 
@@ -418,7 +446,8 @@ def profile(bench: Bench, variant: Variant, steps: int) -> str:
     lines = [f"profile of {variant.name}, {steps} steps: {total / 1000 / steps:.1f} ms of kernels a step"]
     for event in events[:30]:
         spent = getattr(event, key, 0)
-        lines.append(f"{spent / 1000 / steps:>9.2f} ms {100 * spent / total:>5.1f}% {event.count / steps:>7.0f} x {event.key[:100]}")
+        share = f"{spent / 1000 / steps:>9.2f} ms {100 * spent / total:>5.1f}%"
+        lines.append(f"{share} {event.count / steps:>7.0f} x {event.key[:100]}")
     return "\n".join(lines)
 
 
@@ -429,8 +458,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="steps counted in each round")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=60, help="begin no further variant after so long")
-    parser.add_argument("--only", help="of the variants those with one of these words, parted by commas, in their names")
-    parser.add_argument("--variants", default="on,off", help=f"of ours, parted by commas; all, or of: {', '.join(WITHOUT)}")
+    parser.add_argument(
+        "--only", help="of the variants those with one of these words, parted by commas, in their names"
+    )
+    parser.add_argument(
+        "--variants", default="on,off", help=f"of ours, parted by commas; all, or of: {', '.join(WITHOUT)}"
+    )
     parser.add_argument("--profile", help="print the kernels of the first variant with this in its name")
     parser.add_argument("--out", type=Path, help="a JSON file for every number")
     args = parser.parse_args()

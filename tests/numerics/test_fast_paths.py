@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import LabelSmoother
 
@@ -64,24 +66,26 @@ def test_a_trained_output_layer_is_left_to_the_model() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["mam", "lora_ffn", "prefix", "adapter", "ia3", "unipelt", "mh_parallel_adapter_hidden"])
+@pytest.mark.parametrize(
+    "preset", ["mam", "lora_ffn", "prefix", "adapter", "ia3", "unipelt", "mh_parallel_adapter_hidden"]
+)
 @pytest.mark.parametrize("family", ["bart", "roberta", "t5", "gpt2", "llama"])
 def test_compiled_layers(family: str, preset: str) -> None:
-    """No graph break, no more graphs than two a stack for three layers each, and the same loss and gradients."""
+    """No graph break, no more than two graphs a stack, and the same loss and gradients."""
     torch._dynamo.reset()
     model = model_of(family, preset)
     inputs = batch(family, lengths=(11, 7))
     loss = model(**inputs).loss
     wanted = gradients(model, loss)
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    graphs = CompileCounterWithBackend("aot_eager")
     layers = CompiledLayers(model, backend=graphs)
     with layers.active():
         compiled = model(**inputs).loss
     torch.testing.assert_close(compiled, loss)
     for name, gradient in gradients(model, compiled).items():
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5, msg=name)
-    assert not torch._dynamo.utils.counters["graph_break"]
+    assert not counters["graph_break"]
     before = graphs.frame_count
-    assert 0 < before <= 4
+    assert 0 < sum(1 for graph in graphs.graphs if len(graph.graph.nodes)) <= 4
     model(**inputs)  # outside, the layers are as they were
     assert graphs.frame_count == before
