@@ -52,7 +52,7 @@ class CompiledLayers:
         limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
         try:
             # Without duck shapes a width that happens to equal the batch size or a layer's width is no case of its own.
-            with torch._dynamo.config.patch(**{limit: VARIANTS}), shapes.patch(use_duck_shape=False):
+            with torch._dynamo.config.patch({limit: VARIANTS}), shapes.patch(use_duck_shape=False):
                 yield
         finally:
             self._set(active=False)
@@ -60,4 +60,4 @@ class CompiledLayers:
     def _set(self, *, active: bool) -> None:
         """torch offers no way to take `Module.compile` back: what it sets is this attribute."""
         for layer, call in zip(self.layers, self.calls, strict=True):
-            layer._compiled_call_impl = call if active else None  # type: ignore[assignment]
+            layer._compiled_call_impl = call if active else None

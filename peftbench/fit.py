@@ -265,7 +265,7 @@ class _Trainer(Resumable):
     keeper: _KeepBest | None
     batches: TokenBatches | LengthBatches | None = None
     layers: CompiledLayers | None = None
-    output_layer: nn.Module | None = None  # where the loss is computed from what it reads
+    output_layer: nn.Linear | None = None  # where the loss is computed from what it reads
     control: TrainerControl
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -19,7 +19,7 @@ IGNORED = -100  # a label that is no token
 CHUNK = 1024  # target tokens whose logits are there at a time
 
 
-def output_layer(model: PreTrainedModel) -> nn.Module | None:
+def output_layer(model: PreTrainedModel) -> nn.Linear | None:
     """The frozen Linear that gives a model's logits; None where there is none or it is trained, which needs its
     gradient too."""
     layer = model.get_output_embeddings()

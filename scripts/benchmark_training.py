@@ -79,8 +79,13 @@ def _tiny_bart() -> PreTrainedModel:
     return _bart(vocab_size=500, d_model=32, encoder_ffn_dim=64, decoder_ffn_dim=64, **layers)
 
 
-def _roberta() -> PreTrainedModel:
-    return RobertaForSequenceClassification(RobertaConfig(vocab_size=50265, max_position_embeddings=514, num_labels=2))
+def _roberta(**sizes: Any) -> PreTrainedModel:
+    config = RobertaConfig(**{"vocab_size": 50265, "max_position_embeddings": 514, "num_labels": 2, **sizes})
+    return RobertaForSequenceClassification(config)
+
+
+def _tiny_roberta() -> PreTrainedModel:
+    return _roberta(vocab_size=500, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
 
 
 SHAPES = {
@@ -93,6 +98,7 @@ SHAPES = {
         None,
         r".*layer\.\d+\.(intermediate|output)\.dense",
     ),
+    "tiny_roberta": Shape(_tiny_roberta, "sst2", 4, (5, 64), None, r".*layer\.\d+\.(intermediate|output)\.dense"),
     "tiny": Shape(_tiny_bart, "xsum", 4, (16, 64), 8, ["fc1", "fc2"]),
 }
 

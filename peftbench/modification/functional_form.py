@@ -175,7 +175,7 @@ def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:
     """x (..., d) normed in the dtype of the norm's weights, if it is one, and returned in its own."""
-    if isinstance(norm, nn.Identity):
+    if not isinstance(norm, nn.LayerNorm):
         return x
     normed: Tensor = norm(x.to(norm.weight.dtype)).to(x.dtype)
     return normed
