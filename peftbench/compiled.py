@@ -48,11 +48,13 @@ class CompiledLayers:
         """Run the layers compiled."""
         self._set(active=True)
         if self.graphs:
-            torch.compiler.cudagraph_mark_step_begin()
+            compiler: Any = torch.compiler
+            compiler.cudagraph_mark_step_begin()
+        settings: Any = shapes
         limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
         try:
             # Without duck shapes a width that happens to equal the batch size or a layer's width is no case of its own.
-            with torch._dynamo.config.patch({limit: VARIANTS}), shapes.patch(use_duck_shape=False):
+            with torch._dynamo.config.patch({limit: VARIANTS}), settings.patch(use_duck_shape=False):
                 yield
         finally:
             self._set(active=False)

@@ -72,7 +72,8 @@ def cross_entropy(
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
     if count is None:
         count = (labels != IGNORED).sum()
-    total: Tensor = _Summed.apply(hidden, weight, bias, labels, smoothing, chunk)
+    summed: Any = _Summed
+    total: Tensor = summed.apply(hidden, weight, bias, labels, smoothing, chunk)
     return total / count
 
 
