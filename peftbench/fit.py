@@ -7,6 +7,7 @@ state, or the best by the main metric on the selection split.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -29,6 +30,7 @@ from transformers import (
 )
 
 from peftbench import config
+from peftbench.arithmetic import operations
 from peftbench.batching import LengthBatches, TokenBatches, padded_to
 from peftbench.checkpoint import Checkpoint, Checkpoints, Resumable, SaveByTime
 from peftbench.compiled import CompiledLayers
@@ -49,6 +51,17 @@ class Fitted:
     earlier_seconds: float  # of these, what the interrupted tries took
     tokens_per_s: float  # source and target tokens, padding not counted
     step_seconds: list[float]  # of each optimiser step of this try, but those with an evaluation or a checkpoint
+    operations: float  # that an optimiser step needs, see `arithmetic`
+
+    @property
+    def step_s(self) -> float | None:
+        """The median of the steps."""
+        return statistics.median(self.step_seconds) if self.step_seconds else None
+
+    @property
+    def tflops(self) -> float | None:
+        """10^12 of the operations that the method needs, done in a second of the median step."""
+        return self.operations / self.step_s / 1e12 if self.step_s else None
 
 
 WIDTH = 32  # bucketed batches are padded to multiples of so many tokens
@@ -145,8 +158,11 @@ def fit(
         if keeper.step < steps:  # the last state is a candidate too
             trainer.evaluate()
         keeper.restore(model)
-    seen = steps * settings.accumulation * len(data.train) / batches_per_epoch(data, settings)
-    return Fitted(steps, seconds, earlier, seen * _mean_tokens(data) / seconds, pace.seconds())
+    examples = settings.accumulation * len(data.train) / batches_per_epoch(data, settings)  # of a step
+    sources, targets = _lengths(data)
+    tokens = (sum(sources) + sum(targets)) / max(1, len(data.train))  # of an example
+    needed = operations(model, *((data.lengths, []) if not model.config.is_encoder_decoder else (sources, targets)))
+    return Fitted(steps, seconds, earlier, steps * examples * tokens / seconds, pace.seconds(), examples * needed)
 
 
 def total_steps(data: TaskData, settings: config.Trainer) -> int:
@@ -250,12 +266,10 @@ def _arguments(
     )
 
 
-def _mean_tokens(data: TaskData) -> float:
-    """Tokens of an average training example, without padding: its input and, where it is text, its target."""
-    columns = [data.train["input_ids"]]
-    if len(data.train) and isinstance(data.train[0]["labels"], list):
-        columns.append(data.train["labels"])
-    return sum(len(ids) for column in columns for ids in column) / max(1, len(data.train))
+def _lengths(data: TaskData) -> tuple[list[int], list[int]]:
+    """Tokens of each training example, without padding: of its input and, where it is text, of its target."""
+    texts = len(data.train) > 0 and isinstance(data.train[0]["labels"], list)
+    return [len(ids) for ids in data.train["input_ids"]], [len(ids) for ids in data.train["labels"]] if texts else []
 
 
 class _Trainer(Resumable):

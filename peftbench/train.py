@@ -229,6 +229,7 @@ def _record_data(record: Record, data: TaskData) -> None:
 
 def _record_fit(record: Record, fitted: Fitted) -> None:
     record.steps, record.tokens_per_s = fitted.steps, fitted.tokens_per_s
+    record.step_s, record.tflops = fitted.step_s, fitted.tflops
 
 
 def _show_again(record: Record, console: Console) -> float:

@@ -133,7 +133,9 @@ class Record:
     timings: dict[str, float] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)  # trainable tensors that the loss does not depend on
     steps: int | None = None
-    tokens_per_s: float | None = None
+    tokens_per_s: float | None = None  # of training, padding not counted
+    step_s: float | None = None  # the median optimiser step
+    tflops: float | None = None  # 10^12 operations a second that the method needs, see arithmetic.py
     peak_memory_bytes: int | None = None
     adapter_bytes: int | None = None
     data: dict[str, Any] = field(default_factory=dict)  # fingerprint, package versions
