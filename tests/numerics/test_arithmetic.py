@@ -12,13 +12,21 @@ from tests.families import PRESETS, build, dropout
 
 
 @pytest.mark.parametrize("preset", ["lora_ffn", "scaled_parallel_adapter", "adapter"])
-def test_an_encoder(preset: str) -> None:
-    """Gradients pass through every layer where the embeddings have one. torch's count has the head besides."""
-    model = build("roberta", **dropout("roberta"), hidden_size=64, intermediate_size=256)
+@pytest.mark.parametrize("family", ["roberta", "bart"])
+def test_a_pass(family: str, preset: str) -> None:
+    """Gradients pass through every layer where the embeddings have one. torch's count has RoBERTa's head besides."""
+    widths = {"hidden_size": 64, "intermediate_size": 256}
+    if family == "bart":
+        widths = {"d_model": 64, "encoder_ffn_dim": 256, "decoder_ffn_dim": 256}
+    model = build(family, **dropout(family), **widths)
     attach(model, PRESETS[preset])
     model.set_attn_implementation("eager")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.register_forward_hook(lambda m, args, out: out.requires_grad_())
     ids = torch.randint(5, 90, (2, 40))
-    model.get_input_embeddings().register_forward_hook(lambda m, args, out: out.requires_grad_())
+    labels = torch.randint(5, 90, (2, 12)) if family == "bart" else torch.tensor([0, 1])
     with FlopCounterMode(display=False) as counter:
-        model.train()(input_ids=ids, labels=torch.tensor([0, 1])).loss.backward()
-    assert 2 * operations(model, [40, 40], []) == pytest.approx(counter.get_total_flops(), rel=0.01)
+        model.train()(input_ids=ids, labels=labels).loss.backward()
+    targets = [12, 12] if family == "bart" else []
+    assert 2 * operations(model, [40, 40], targets) == pytest.approx(counter.get_total_flops(), rel=0.01)
