@@ -26,7 +26,7 @@ from peftbench.checkpoint import Checkpoints
 from peftbench.config import Keep, Run, TaskKind, Unfreeze, modifications
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
-from peftbench.fit import LOSS, Fitted, chosen_device, fit, total_steps, use_bf16
+from peftbench.fit import LOSS, Fitted, chosen_device, fit, total_steps, use_autocast, with_dtype
 from peftbench.modification.attach import attach, attach_run
 from peftbench.modification.counting import count
 from peftbench.modification.dead_parameters import count_dead
@@ -125,6 +125,7 @@ def _run(run: Run, folder: Path, overrides: Sequence[str], search: Searched | No
         with _timed(record, "prepare_s"), display.stage("prepare"):
             set_seed(run.seed)
             loaded = load(run.task)
+            run = with_dtype(run)
             backbone = load_backbone(run.model, loaded.task)
             run, record.deviations = attach_run(backbone.model, run, backbone.untrained)
             record.axes = axes_of(run)
@@ -160,7 +161,7 @@ def _run(run: Run, folder: Path, overrides: Sequence[str], search: Searched | No
 def _probe(run: Run, model: PreTrainedModel, data: TaskData, record: Record) -> None:
     """Refuse to train tensors on which the loss does not depend, unless `allow_unused` says to go on."""
     batch = data.collator([data.train[0]])
-    record.unused = unreached(model, batch, use_bf16(run.trainer, run.model))
+    record.unused = unreached(model, batch, use_autocast(run.trainer, run.model))
     if record.unused and not run.allow_unused:
         raise no_gradient(record.unused)
 
@@ -180,7 +181,7 @@ def _fit(run: Run, backbone: Backbone, data: TaskData, record: Record, display: 
             data,
             run.trainer,
             seed=run.seed,
-            bf16=use_bf16(run.trainer, run.model),
+            bf16=use_autocast(run.trainer, run.model),
             checkpoints=checkpoints,
             evaluate=evaluator.selection,
             metric=run.task.selection_metric or run.task.metric,
@@ -253,6 +254,7 @@ def _note(record: Record, search: Searched | None, run: Run, display: Display) -
         with display:
             with display.stage("prepare"):
                 loaded = load(run.task)
+                run = with_dtype(run)
                 backbone = load_backbone(run.model, loaded.task)
                 attach_run(backbone.model, run, backbone.untrained)
                 load_adapter(backbone.model, record.folder / "adapter", backbone.untrained)
@@ -297,6 +299,7 @@ def _record_data(record: Record, data: TaskData) -> None:
 
 def _record_fit(record: Record, fitted: Fitted) -> None:
     record.steps, record.tokens_per_s = fitted.steps, fitted.tokens_per_s
+    record.step_s, record.tflops = fitted.step_s, fitted.tflops
     record.micro_batch = fitted.micro_batch
 
 

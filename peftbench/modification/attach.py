@@ -10,7 +10,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
@@ -79,7 +81,7 @@ def _representation(m: config.Modification) -> str:
 def _freeze(
     model: PreTrainedModel, sites: Sites, unfreeze: config.Unfreeze, untrained: Collection[str], train_head: bool
 ) -> None:
-    norms = _norms(model)
+    norms, computed_in = _norms(model), model.dtype
     for name, parameter in model.named_parameters():
         in_head = name in untrained or name.split(".")[0] in sites.family.task_head
         in_backbone = {
@@ -91,6 +93,16 @@ def _freeze(
         parameter.requires_grad_((in_head and train_head) or in_backbone)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if computed_in is torch.float32:
+        return
+    for module in model.modules():  # the task head's Linears
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            module.register_forward_pre_hook(_read_in_float32)
+
+
+def _read_in_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Forward pre-hook of a trained module of a bfloat16 backbone."""
+    return tuple(a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
 
 
 def _norms(model: PreTrainedModel) -> set[int]:

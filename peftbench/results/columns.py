@@ -69,6 +69,8 @@ FIELDS: dict[str, Callable[[Record], Any]] = {
     "score": lambda r: r.score if r.status == "done" else None,
     "steps": lambda r: r.steps,
     "tokens_per_s": lambda r: r.tokens_per_s,
+    "step": lambda r: r.step_s,
+    "tflops": lambda r: r.tflops,
     "memory": lambda r: None if r.peak_memory_bytes is None else r.peak_memory_bytes / 2**30,
     "time": lambda r: r.timings.get("total_s"),
     "device": lambda r: r.device,

@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 from peftbench.config import Modification, Run, task_files
 from peftbench.errors import UserError
 
-# Keys that change no result: where the run happens and how it is guarded, tables that have already had their effect on
-# other keys, what only counting reads, and the budget: by then it has become bottlenecks, and two budgets that come to
-# the same ones are the same run.
+# Keys that change no result but by rounding: where the run happens, how fast and how it is guarded, tables that have
+# already had their effect on other keys, what only counting reads, and the budget: by then it has become bottlenecks,
+# and two budgets that come to the same ones are the same run.
 IGNORED = (
     "output_dir",
     "rerun",
@@ -33,6 +33,8 @@ IGNORED = (
     "task.paper",
     "task.quick",
     "trainer.device",
+    "trainer.compile",
+    "trainer.fused_loss",
     "trainer.checkpoint_minutes",
     "trainer.micro_batch",
     "trainer.eval_batch_size",

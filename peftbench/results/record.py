@@ -171,7 +171,9 @@ class Record:
     timings: dict[str, float] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)  # trainable tensors that the loss does not depend on
     steps: int | None = None
-    tokens_per_s: float | None = None
+    tokens_per_s: float | None = None  # of training, padding not counted
+    step_s: float | None = None  # the median optimiser step
+    tflops: float | None = None  # 10^12 operations a second that the method needs, see arithmetic.py
     # With trainer.micro_batch: {"parts": 4, "halved_at": [0, 17]}: what a batch was split into at last, and the
     # optimiser steps in which memory ran out, 0 where it was tried.
     micro_batch: dict[str, Any] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from peftbench.progress import Display, is_live
 from peftbench.results.live import READ_EVERY, LiveSweep, progress
 from peftbench.results.lock import holding
 from peftbench.results.record import Failure
-from peftbench.results.sweep import Plan, Sweep
+from peftbench.results.sweep import Sweep
 from tests.unit.test_record import RUN
 from tests.unit.test_table import FFN, record
 
@@ -26,8 +26,7 @@ NOW = datetime(2025, 1, 1, tzinfo=timezone.utc)
 
 def begin(folder: Path, seeds: int) -> Sweep:
     runs = [replace(RUN, seed=seed, output_dir=str(folder)) for seed in range(1, seeds + 1)]
-    plan = Plan.of([([f"seed={run.seed}", "task=doctopic"], run) for run in runs], ["-m", "seed=..."])
-    return Sweep(runs, plan)
+    return Sweep.start([([f"seed={run.seed}", "task=doctopic"], run) for run in runs], ["-m", "seed=..."])
 
 
 def put(sweep: Sweep, seed: int, score: float | None = None, **changes: Any) -> Path:
@@ -56,7 +55,7 @@ def screen(live: LiveSweep, width: int = 80, height: int = 25) -> list[str]:
 def test_the_table_grows_with_the_records(tmp_path: Path) -> None:
     sweep = begin(tmp_path, 4)
     put(sweep, 1, 61.5)
-    sweep = Sweep(list(sweep.runs.values()), sweep.plan)  # which finds the first one done
+    sweep = begin(tmp_path, 4)  # which finds the first one done
     live = LiveSweep(sweep, terminal())
     first = screen(live)
     assert first[0] == "4 runs: 1 done, 3 missing; about 4:37 left"
@@ -94,7 +93,7 @@ def test_a_tall_sweep_fits_the_screen(tmp_path: Path) -> None:
 def test_a_value_takes_one_line_however_long_it_is(tmp_path: Path) -> None:
     runs = [replace(RUN, seed=seed, output_dir=str(tmp_path)) for seed in (1, 2)]
     layers = ["modified_representation.layers=[" + ",".join("0" * n) + "]" for n in (100, 120)]
-    sweep = Sweep(runs, Plan.of([([layer], run) for layer, run in zip(layers, runs, strict=True)], []))
+    sweep = Sweep.start([([layer], run) for layer, run in zip(layers, runs, strict=True)], [])
     put(sweep, 1, 61.5)
     put(sweep, 2, 62.5)
     lines = screen(LiveSweep(sweep, terminal()), 60)

@@ -478,6 +478,9 @@ def test_conf_fits_the_schema(option: Path) -> None:
         "checkpoint_minutes",
         "micro_batch",
         "device",
+        "batching",
+        "compile",
+        "fused_loss",
     }
     assert set(task.quick) <= {"label_smoothing", "batch_tokens", "keep", "evaluate_every"}  # what quick.yaml reads
     assert not task.paper or set(task.paper) == {field.name for field in fields(Trainer)} - elsewhere
