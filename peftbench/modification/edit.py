@@ -73,7 +73,10 @@ class Edit(Modification):
 
     def edit_output(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Forward hook of the target: h is its output, or a slice of it."""
-        x = args[0] if self.own_input else self._take()
+        return self.change(output, args[0] if self.own_input else self._take())
+
+    def change(self, output: Tensor, x: Tensor) -> Tensor:
+        """The output with h, the whole or a slice of it, modified."""
         if self.part is None:
             return self.modify(output, x)
         start, stop = self.part.start, self.part.stop
