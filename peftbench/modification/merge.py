@@ -190,7 +190,7 @@ def _bound(module: nn.Module) -> list[Any]:
 
 
 def _name(module: nn.Module, edit: Edit) -> str:
-    (path,) = (path for path, child in module.named_modules() if child is edit)
+    path: str = next(path for path, child in module.named_modules() if child is edit)
     return path.rpartition(".")[2]
 
 
