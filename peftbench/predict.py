@@ -17,8 +17,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor, PreTrainedModel
 
-from peftbench.modification.merge import merged
-from peftbench.modification.state import folded
+from peftbench.modification.inference import prepared
 from peftbench.partial import Partial
 
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
@@ -61,7 +60,7 @@ def predict(
         on_batch(len(partial.rows))
     was_training = model.training
     model.eval()
-    with torch.no_grad(), folded(model), merged(model), autocast(model.device, bf16):
+    with torch.no_grad(), prepared(model, bf16), autocast(model.device, bf16):
         for chosen in _batches(order, lengths, batch_size, max_tokens):
             padded = collator([examples[i] for i in chosen])
             batch = {name: tensor.to(model.device) for name, tensor in padded.items() if tensor is not None}
@@ -129,7 +128,7 @@ def mean_loss(
     total, tokens = 0.0, 0
     was_training = model.training
     model.eval()
-    with torch.no_grad(), folded(model), merged(model), autocast(model.device, bf16):
+    with torch.no_grad(), prepared(model, bf16), autocast(model.device, bf16):
         for start in range(0, len(dataset), batch_size):
             padded = collator([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
             batch = {name: tensor.to(model.device) for name, tensor in padded.items() if tensor is not None}

@@ -187,7 +187,7 @@ def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: config.Modificatio
             )
             if is_prefix:
                 assert isinstance(function, Bottleneck)
-                _add_to_heads(attention, name, Prefix(function))
+                _add_to_heads(attention, name, Prefix(function, attention.kind == "cross"))
                 continue
             composition = _composition(m, function.in_width, groups)
             normed = head_input is config.HeadInput.normed_query

@@ -7,6 +7,8 @@ that deepcopy, pickling and state_dict treat it as any other part of the model. 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -29,9 +31,12 @@ class Modification(nn.Module):
         self.function = function
         self.insertion = insertion
         self.composition = composition
+        self.quick: Callable[[Tensor, Tensor], Tensor] | None = None  # the same in fewer operations; see inference.py
 
     def modify(self, h: Tensor, x: Tensor) -> Tensor:
         """The modified h, with the shape and dtype of h."""
+        if self.quick is not None:
+            return self.quick(h, x)
         seen = self.insertion(h, x)
         modified: Tensor = self.composition(h, self.function(seen), seen)
         return modified

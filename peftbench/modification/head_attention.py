@@ -26,6 +26,7 @@ from transformers.masking_utils import sdpa_mask
 from peftbench.modification.edit import Modification
 from peftbench.modification.functional_form import Bottleneck, FunctionalForm
 from peftbench.modification.insertion import InsertionForm
+from peftbench.modification.memo import Memo
 from peftbench.modification.prompt import PROMPT, PromptMask, see_also
 
 ATTENTION_NAME = "peftbench"  # what `config._attn_implementation` says while heads are modified
@@ -81,22 +82,48 @@ class HeadModification(Modification):
 
 
 class Prefix(nn.Module):
-    """Prefix tuning, eq. 5: keys and values put before those of the context. `function.weights` are P_k and P_v^T."""
+    """Prefix tuning, eq. 5: keys and values put before those of the context. `function.weights` are P_k and P_v^T.
 
-    def __init__(self, function: Bottleneck) -> None:
+    With a `memo`, which `inference.prepared` lends, what is made of the same tensors is made once.
+
+    Args:
+        cross: in a cross-attention, whose keys and values, those of the source, stay the same while a text is
+            generated: with a memo they are joined once for the whole text.
+    """
+
+    def __init__(self, function: Bottleneck, cross: bool = False) -> None:
         super().__init__()
         self.function = function
+        self.cross = cross
+        self.memo: Memo | None = None
 
     def forward(self, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """key, value: (B, N_kv, K, d_h); mask: (B or 1, 1, Q, K), boolean or additive, or None. Returns the three with
         K + l in place of K."""
+        length = self.function.bottleneck
+        if self.memo is None:
+            prefix_key, prefix_value = self._vectors(key.dtype)
+            key, value = _join(prefix_key, key), _join(prefix_value, value)
+            return key, value, None if mask is None else see_also(mask, length)
+        down, _ = self.function.weights()
+        prefix_key, prefix_value = self.memo.of(down, key.dtype, lambda: self._vectors(key.dtype))
+        if mask is not None:
+            given = mask
+            mask = self.memo.of(given, length, lambda: see_also(given, length))
+        if not self.cross:
+            return _join(prefix_key, key), _join(prefix_value, value), mask
+        joined_key = self.memo.of(key, self, lambda: _join(prefix_key, key))
+        return joined_key, self.memo.of(value, self, lambda: _join(prefix_value, value)), mask
+
+    def _vectors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """P_k and P_v, each (1, N_kv, l, d_h)."""
         down, up = self.function.weights()
-        batch = key.shape[0]
-        prefix_key = down.to(key.dtype).expand(batch, -1, -1, -1)  # (B, N_kv, l, d_h)
-        prefix_value = up.transpose(-1, -2).to(value.dtype).expand(batch, -1, -1, -1)
-        key = torch.cat([prefix_key, key], dim=2)
-        value = torch.cat([prefix_value, value], dim=2)
-        return key, value, None if mask is None else see_also(mask, self.function.bottleneck)
+        return down.to(dtype).unsqueeze(0), up.transpose(-1, -2).to(dtype).unsqueeze(0)
+
+
+def _join(prefix: Tensor, context: Tensor) -> Tensor:
+    """(1, N_kv, l, d_h) and (B, N_kv, K, d_h) -> (B, N_kv, l + K, d_h)."""
+    return torch.cat([prefix.expand(context.shape[0], -1, -1, -1), context], dim=2)
 
 
 def modified_attention(
@@ -132,9 +159,10 @@ def modified_attention(
 
 
 def modified_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """transformers' SDPA mask, but a causal mask is always written out: with a prefix, keys outnumber queries, and the
-    kernel's own causal flag would then align wrongly."""
-    mask: Tensor | None = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    """transformers' SDPA mask, but a causal mask of several queries is always written out: with a prefix, keys outnumber
+    queries, and the kernel's own causal flag would then align wrongly. A single query sees all keys."""
+    single = kwargs.get("q_length") == 1 and kwargs.get("allow_is_causal_skip", True)
+    mask: Tensor | None = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": single})
     return mask
 
 
