@@ -17,6 +17,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor, PreTrainedModel
 
+from peftbench.beams import shared_sources
 from peftbench.modification.inference import prepared
 from peftbench.partial import Partial
 
@@ -93,7 +94,8 @@ def _batches(
 def _generate(model: PreTrainedModel, batch: dict[str, Tensor], generation: GenerationConfig) -> Tensor:
     """Generated ids alone. In a decoder alone n-grams of the prompt may be repeated, as those of a source may."""
     if model.config.is_encoder_decoder:
-        ids: Tensor = model.generate(**batch, generation_config=generation)
+        with shared_sources(model, generation.num_beams) as cache:
+            ids: Tensor = model.generate(**batch, **cache, generation_config=generation)
         return ids
     prompt, size = batch["input_ids"].shape[1], generation.no_repeat_ngram_size
     processors = LogitsProcessorList([_NoRepeatBehind(prompt, size)] if size else [])

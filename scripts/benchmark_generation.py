@@ -6,10 +6,10 @@
     python scripts/benchmark_generation.py --profile mam                  what one variant spends its time on
 
 All variants generate in one process, in turns, from the same sources, by `peftbench.predict` as runs do (bfloat16
-autocast, beams); the first row is transformers' own `generate` of the untouched backbone, under autocast too. Weights
-are random, trained tensors too (none is zero), and every text has the same number of tokens, so that all do the same
-work. What is timed is one pass over the sources; merging and folding, once a pass whatever its length, stand in a column
-of their own. A variant that fails is reported, and the others go on.
+autocast, beams). The first rows are transformers' own `generate` of the untouched backbone, under autocast and in
+bfloat16 whole. Weights are random, trained tensors too (none is zero), and every text has the same number of tokens, so
+that all do the same work. What is timed is one pass over the sources; folding, merging and rounding the weights, once
+for all batches of a data set, stand in a column of their own. A variant that fails is reported, and the others go on.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ from datasets import Dataset
 from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig, PreTrainedModel
 
 from peftbench import config
-from peftbench import predict as predict_module
 from peftbench.compose import compose_runs
+from peftbench.modification import inference
 from peftbench.modification.attach import attach
-from peftbench.modification.merge import merged
 from peftbench.modification.state import fold
 from peftbench.predict import autocast, predict
 
@@ -64,10 +63,12 @@ class Variant:
     overrides: tuple[str, ...] | None
     merge: bool = True
     plain: bool = False  # by transformers alone
+    whole: bool = False  # in bfloat16, without autocast
 
 
 VARIANTS = (
     Variant("bare, transformers", None, plain=True),
+    Variant("bare, all bfloat16", None, plain=True, whole=True),
     Variant("bare", None),
     Variant("mam", ("method=mam", "bottleneck=512", "mix.attention.bottleneck=30", "composition_function.scale=4")),
     Variant("lora_ffn", ("method=lora_ffn", "bottleneck=102"), merge=False),
@@ -97,7 +98,6 @@ def build(shape: str, device: torch.device) -> PreTrainedModel:
     torch.manual_seed(0)
     with device:
         model = BartForConditionalGeneration(BartConfig(**SHAPES[shape]))
-    model.requires_grad_(False)
     return model.eval()
 
 
@@ -105,7 +105,7 @@ def build_variant(variant: Variant, shape: str, device: torch.device) -> PreTrai
     """As a run leaves it after training: attached, folded, no trained tensor zero."""
     model = build(shape, device)
     if variant.plain:
-        return model
+        return model.bfloat16() if variant.whole else model
     modifications: dict[str, config.Modification] = {}
     if variant.overrides is not None:
         overrides = ["task=xsum", "model=bart_large", *variant.overrides]
@@ -154,18 +154,18 @@ def one_pass(
         return predict(model, data, collate, len(data), generation=options, bf16=True)
     order = sorted(range(len(data)), key=lambda i: len(data[i]["input_ids"]), reverse=True)
     batch = {name: tensor.to(model.device) for name, tensor in collate([data[i] for i in order]).items()}
-    with torch.no_grad(), autocast(model.device, True):
+    with torch.no_grad(), autocast(model.device, not variant.whole):
         return model.generate(**batch, generation_config=options).cpu().numpy()
 
 
 @contextmanager
-def prepared(variant: Variant, model: PreTrainedModel) -> Iterator[None]:
+def ready(variant: Variant, model: PreTrainedModel) -> Iterator[None]:
     """What `predict` does before the first batch, so that it finds it done; nothing is merged where that is wanted."""
     with ExitStack() as stack:
         if not variant.merge:
-            stack.enter_context(patch.object(predict_module, "merged", lambda model: nullcontext()))
-        elif not variant.plain:
-            stack.enter_context(merged(model))
+            stack.enter_context(patch.object(inference, "merged", lambda model: nullcontext()))
+        if not variant.plain:
+            stack.enter_context(inference.prepared(model, bf16=True))
         yield
 
 
@@ -181,8 +181,8 @@ def measure(
                 continue
             try:
                 began = clock(model.device)
-                with prepared(variant, model):
-                    ready = clock(model.device)
+                with ready(variant, model):
+                    prepared = clock(model.device)
                     before = reset_memory(model.device)
                     ids = one_pass(variant, model, data, options, arguments)
                     ended = clock(model.device)
@@ -192,8 +192,8 @@ def measure(
                 measured.error = f"{type(error).__name__}: {error}"
                 continue
             if turn:
-                measured.seconds.append(ended - ready)
-                measured.prepare = ready - began
+                measured.seconds.append(ended - prepared)
+                measured.prepare = prepared - began
                 measured.memory = max(measured.memory, peak_memory(model.device) - before)
 
 
@@ -224,7 +224,7 @@ def profile(variant: Variant, model: PreTrainedModel, data: Dataset, beams: int,
     options = generation(beams, arguments.tokens)
     cuda = model.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with prepared(variant, model):
+    with ready(variant, model):
         one_pass(variant, model, data, options, arguments)
         with torch.profiler.profile(activities=activities) as profiler:
             began = clock(model.device)

@@ -137,6 +137,7 @@ def modified_attention(
     """transformers' SDPA attention with this module's prompt, prefixes and head modifications.
 
     query: (B, N_h, Q, d_h), key and value: (B, N_kv, K, d_h), mask: (B, 1, Q, K) or None. Returns (B, Q, N_h, d_h).
+    Keys and values that n beams share (`beams.shared_sources`) have B / n rows.
     """
     prompt: PromptMask | None = getattr(module, PROMPT, None)
     if prompt is not None:
@@ -150,7 +151,7 @@ def modified_attention(
     if attention_mask is None and getattr(module, "is_causal", False) and 1 < query.shape[2] < key.shape[2]:
         # transformers would crop the keys to the queries' length and so drop tokens of the context
         raise RuntimeError(f"{type(module).__name__} is causal and has a prefix but no mask; see `modified_mask`")
-    heads, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    heads = _attend(module, query, key, value, attention_mask, **kwargs)
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
     for modification in modifications:
         if isinstance(modification, HeadModification):
@@ -158,9 +159,23 @@ def modified_attention(
     return heads, None
 
 
+def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
+    """SDPA, in which the n beams of a source are n queries of one row."""
+    sources = key.shape[0]
+    every, count, queries, width = query.shape
+    if every > sources:
+        together = query.view(sources, -1, count, queries, width).transpose(1, 2)  # (B / n, N_h, n, Q, d_h)
+        query = together.reshape(sources, count, -1, width)
+        if mask is not None:
+            mask = mask.expand(every, -1, queries, -1).reshape(sources, 1, -1, mask.shape[-1])
+        kwargs["is_causal"] = False  # a single query sees all keys, and so do n of them
+    heads: Tensor = sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
+    return heads.reshape(every, queries, count, -1)  # (B / n, n Q, N_h, d_h) -> (B, Q, N_h, d_h)
+
+
 def modified_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """transformers' SDPA mask, but a causal mask of several queries is always written out: with a prefix, keys outnumber
-    queries, and the kernel's own causal flag would then align wrongly. A single query sees all keys."""
+    """transformers' SDPA mask, but a causal mask of several queries is always written out: with a prefix, keys
+    outnumber queries, and the kernel's own causal flag would then align wrongly. A single query sees all keys."""
     single = kwargs.get("q_length") == 1 and kwargs.get("allow_is_causal_skip", True)
     mask: Tensor | None = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": single})
     return mask

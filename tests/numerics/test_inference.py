@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from peftbench.modification import head_attention
 from peftbench.modification.attach import attach
 from peftbench.modification.inference import prepared
 from peftbench.modification.state import fold
@@ -28,7 +29,7 @@ TABLE = [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow, id
 
 def attached(family: str, preset: str) -> PreTrainedModel:
     model = build(family)
-    attach(model, PRESETS[preset])
+    attach(model, {} if preset == "bare" else PRESETS[preset])
     shake(model)
     return model
 
@@ -85,10 +86,11 @@ def test_bfloat16_differs_by_its_rounding(preset: str) -> None:
     assert distance < 0.1 * exact.square().mean().sqrt()
 
 
+SOON = (("bart", "bare"), ("bart", "mam"), ("mbart", "mam"), ("t5", "mam"), ("qwen2", "mam"))
 GENERATIONS = [
     (family, preset)
     for family in ("bart", "mbart", "t5", "t5_gated", *CONTINUING)
-    for preset in ("mam", "prefix_no_gating", "prompt", "heads_gate", "unipelt", "lora", "adapter")
+    for preset in ("bare", "mam", "prefix_no_gating", "prompt", "heads_gate", "unipelt", "lora", "adapter")
     if preset != "prompt" or family not in CONTINUING
 ]
 
@@ -96,10 +98,7 @@ GENERATIONS = [
 @pytest.mark.parametrize("beams", [1, 4], ids=["greedy", "beams"])
 @pytest.mark.parametrize(
     ("family", "preset"),
-    [
-        pytest.param(*case, marks=[] if case[1] == "mam" else pytest.mark.slow, id="-".join(case))
-        for case in GENERATIONS
-    ],
+    [pytest.param(*case, marks=[] if case in SOON else pytest.mark.slow, id="-".join(case)) for case in GENERATIONS],
 )
 def test_predict_generates_what_the_model_generates(family: str, preset: str, beams: int) -> None:
     """The naive path: transformers' `generate` on the model as it is hooked, in one padded batch."""
@@ -121,3 +120,36 @@ def test_predict_generates_what_the_model_generates(family: str, preset: str, be
     found = predict(model, Dataset.from_dict(rows), collate, batch_size=2, generation=options)
     new = expected[:, 9:] if family in CONTINUING else expected
     assert torch.equal(torch.from_numpy(found), new)
+
+
+@pytest.mark.parametrize("preset", ["bare", "mam", "lora"])
+def test_beams_share_their_source(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a text is generated, a cross-attention sees one row for each source, and its keys are joined to a prefix
+    once; afterwards the model calls the attention that it called before."""
+    model = attached("bart", preset)
+    fold(model)
+    attention = model.config._attn_implementation
+    calls: list[tuple[int, int, int]] = []
+    original = head_attention.sdpa_attention_forward
+
+    def spy(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not module.is_causal and module.is_decoder:
+            calls.append((key.data_ptr(), query.shape[2], key.shape[0]))
+        return original(module, query, key, *args, **kwargs)
+
+    monkeypatch.setattr(head_attention, "sdpa_attention_forward", spy)
+    given = inputs("bart", (9, 6))
+    options = GenerationConfig(num_beams=4, max_new_tokens=5, min_new_tokens=5, pad_token_id=1, eos_token_id=2)
+    options.decoder_start_token_id = 2
+    rows = {name: tensor.tolist() for name, tensor in given.items()}
+    predict(
+        model,
+        Dataset.from_dict(rows),
+        lambda examples: {name: torch.tensor([example[name] for example in examples]) for name in rows},
+        batch_size=2,
+        generation=options,
+    )
+    assert len(calls) == 2 * 5  # layers x tokens
+    assert {call[1:] for call in calls} == {(4, 2)}
+    assert len({pointer for pointer, _, _ in calls}) == 2  # one tensor for each layer
+    assert model.config._attn_implementation == attention
