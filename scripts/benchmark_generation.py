@@ -33,6 +33,7 @@ from datasets import Dataset
 from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig, PreTrainedModel
 
 from peftbench import config
+from peftbench import predict as predict_module
 from peftbench.compose import compose_runs
 from peftbench.modification import inference
 from peftbench.modification.attach import attach
@@ -166,6 +167,7 @@ def ready(variant: Variant, model: PreTrainedModel) -> Iterator[None]:
             stack.enter_context(patch.object(inference, "merged", lambda model: nullcontext()))
         if not variant.plain:
             stack.enter_context(inference.prepared(model, bf16=True))
+            stack.enter_context(patch.object(predict_module, "prepared", lambda model, bf16: nullcontext()))
         yield
 
 

@@ -8,9 +8,10 @@ subclassed or replaced.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 
 import transformers
 from torch import nn
@@ -208,7 +209,7 @@ def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: config.Modificatio
 def _require_attention_interface(sites: Sites, key: str) -> None:
     """Refuse a transformers whose attention classes do not ask for registered functions: ours would never be called."""
     attention = type(sites.layers[0].attentions[0].module)
-    if not _asks_for_functions(attention):
+    if not _asks_for_functions(attention.__module__, attention.__qualname__):
         raise UserError(
             f"{key}: transformers {transformers.__version__} does not let its {attention.__name__} be modified; "
             "upgrade transformers, or choose another representation."
@@ -217,12 +218,13 @@ def _require_attention_interface(sites: Sites, key: str) -> None:
 
 def takes_our_attention(model: PreTrainedModel) -> bool:
     """Whether the model's attentions ask transformers for registered functions."""
-    return _asks_for_functions(type(find_sites(model).layers[0].attentions[0].module))
+    attention = type(find_sites(model).layers[0].attentions[0].module)
+    return _asks_for_functions(attention.__module__, attention.__qualname__)
 
 
-@lru_cache
-def _asks_for_functions(attention: type[nn.Module]) -> bool:
-    return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(attention)
+@cache
+def _asks_for_functions(module: str, name: str) -> bool:
+    return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(getattr(sys.modules[module], name))
 
 
 def call_our_attention(model: PreTrainedModel, name: str = ATTENTION_NAME) -> None:

@@ -14,6 +14,7 @@ holds the context only, positions do not move, and beams need no special case.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from peftbench.modification.edit import Modification
 from peftbench.modification.functional_form import Bottleneck, FunctionalForm
 from peftbench.modification.insertion import InsertionForm
 from peftbench.modification.memo import Memo
-from peftbench.modification.prompt import PROMPT, PromptMask, see_also
+from peftbench.modification.prompt import PROMPT, see_also
 
 ATTENTION_NAME = "peftbench"  # what `config._attn_implementation` says while heads are modified
 HEADS = "head_modifications"  # the attention module's child that holds them, by name
@@ -100,30 +101,28 @@ class Prefix(nn.Module):
     def forward(self, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """key, value: (B, N_kv, K, d_h); mask: (B or 1, 1, Q, K), boolean or additive, or None. Returns the three with
         K + l in place of K."""
-        length = self.function.bottleneck
-        if self.memo is None:
-            prefix_key, prefix_value = self._vectors(key.dtype)
-            key, value = _join(prefix_key, key), _join(prefix_value, value)
-            return key, value, None if mask is None else see_also(mask, length)
+        length, memo = self.function.bottleneck, self.memo
+        if memo is None:
+            joined = self._join(key, value, self._vectors(key.dtype))
+            return *joined, None if mask is None else see_also(mask, length)
         down, _ = self.function.weights()
-        prefix_key, prefix_value = self.memo.of(down, key.dtype, lambda: self._vectors(key.dtype))
+        vectors = memo.of(down, key.dtype, lambda: self._vectors(key.dtype))
         if mask is not None:
-            given = mask
-            mask = self.memo.of(given, length, lambda: see_also(given, length))
-        if not self.cross:
-            return _join(prefix_key, key), _join(prefix_value, value), mask
-        joined_key = self.memo.of(key, self, lambda: _join(prefix_key, key))
-        return joined_key, self.memo.of(value, self, lambda: _join(prefix_value, value)), mask
+            mask = memo.of(mask, length, partial(see_also, mask, length))
+        if self.cross:
+            return *memo.of(key, self, lambda: self._join(key, value, vectors)), mask
+        return *self._join(key, value, vectors), mask
 
     def _vectors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """P_k and P_v, each (1, N_kv, l, d_h)."""
         down, up = self.function.weights()
         return down.to(dtype).unsqueeze(0), up.transpose(-1, -2).to(dtype).unsqueeze(0)
 
-
-def _join(prefix: Tensor, context: Tensor) -> Tensor:
-    """(1, N_kv, l, d_h) and (B, N_kv, K, d_h) -> (B, N_kv, l + K, d_h)."""
-    return torch.cat([prefix.expand(context.shape[0], -1, -1, -1), context], dim=2)
+    def _join(self, key: Tensor, value: Tensor, vectors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The `vectors` before the context, (B, N_kv, l + K, d_h)."""
+        both = zip(vectors, (key, value), strict=True)
+        joined_key, joined_value = (torch.cat([p.expand(len(c), -1, -1, -1), c], dim=2) for p, c in both)
+        return joined_key, joined_value
 
 
 def modified_attention(
@@ -139,10 +138,11 @@ def modified_attention(
     query: (B, N_h, Q, d_h), key and value: (B, N_kv, K, d_h), mask: (B, 1, Q, K) or None. Returns (B, Q, N_h, d_h).
     Keys and values that n beams share (`beams.shared_sources`) have B / n rows.
     """
-    prompt: PromptMask | None = getattr(module, PROMPT, None)
-    if prompt is not None:
+    children = module._modules  # looked into for every token: hasattr asks three dicts and raises
+    if (prompt := children.get(PROMPT)) is not None:
         attention_mask = prompt(attention_mask, query.shape[2], key.shape[2])
-    modifications = list(getattr(module, HEADS).values()) if hasattr(module, HEADS) else []
+    heads_modifications = children.get(HEADS)
+    modifications = [] if heads_modifications is None else list(heads_modifications.children())
     for modification in modifications:
         if isinstance(modification, Prefix):
             key, value, attention_mask = modification(key, value, attention_mask)

@@ -8,7 +8,8 @@ generated token by token each kernel that is not launched counts: a step of BART
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from peftbench.modification.composition import Add, Scaled
 from peftbench.modification.edit import Edit, SublayerDropout
 from peftbench.modification.functional_form import Bottleneck
 from peftbench.modification.head_attention import Prefix
+from peftbench.modification.insertion import parallel
 from peftbench.modification.memo import Memo
 from peftbench.modification.merge import merged, unhooked
 from peftbench.modification.state import folded
@@ -31,12 +33,9 @@ def prepared(model: nn.Module, bf16: bool = False) -> Iterator[None]:
     Args:
         bf16: it will run under bfloat16 autocast.
     """
-    with folded(model), merged(model), _direct(model), _quick(model, bf16), _remembering(model):
-        if bf16:
-            with _weights_in_bfloat16(model):
-                yield
-        else:
-            yield
+    rounded = _weights_in_bfloat16(model) if bf16 else nullcontext()
+    with folded(model), merged(model), _direct(model), rounded, _quick(model, bf16), _remembering(model):
+        yield
 
 
 @contextmanager
@@ -56,15 +55,27 @@ def _direct(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quick(model: nn.Module, bf16: bool) -> Iterator[None]:
-    """Edits that add a bottleneck do so by `quick_modify`."""
+    """Edits that add a bottleneck do so by `_widen` where that is possible, and else by `quick_modify`."""
     quick = [module for module in model.modules() if isinstance(module, Edit) and _adds_bottleneck(module)]
-    for edit in quick:
-        edit.quick = quick_modify(edit, torch.bfloat16 if bf16 else None)
-    try:
-        yield
-    finally:
-        for edit in quick:
-            edit.quick = None
+    restored: list[tuple[nn.Linear, str, nn.Parameter | None]] = []
+    with unhooked(model) as unhook:
+        try:
+            for edit in quick:
+                constants = Constants.of(edit, torch.bfloat16 if bf16 else None)
+                linears = _reads_and_adds(model, edit, constants.down.dtype)
+                if linears is None:
+                    edit.quick = quick_modify(edit, constants)
+                    continue
+                unhook(edit)
+                for linear in linears:
+                    restored += [(linear, name, getattr(linear, name)) for name in ("weight", "bias")]
+                _widen(*linears, constants)
+            yield
+        finally:
+            for edit in quick:
+                edit.quick = None
+            for module, name, parameter in reversed(restored):
+                setattr(module, name, parameter)
 
 
 def _adds_bottleneck(edit: Edit) -> bool:
@@ -73,25 +84,91 @@ def _adds_bottleneck(edit: Edit) -> bool:
     return plain and isinstance(function.norm_out, nn.Identity) and isinstance(edit.composition, Add | Scaled)
 
 
-@torch.no_grad()
-def quick_modify(edit: Edit, dtype: torch.dtype | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """h + s(f(x W_down + b_down) W_up + b_up) as `edit.modify` has it, in four kernels: s is part of W_up and b_up, and
-    all are of the dtype in which they will be used (None: their own)."""
-    function = edit.function
-    assert isinstance(function, Bottleneck)
-    scale = edit.composition.scale if isinstance(edit.composition, Scaled) else 1.0
-    weights = function.weights()
-    dtype = dtype or weights[0].dtype
-    down, up = weights[0][0].to(dtype), (scale * weights[1][0]).to(dtype)
-    down_bias = None if function.down_bias is None else function.down_bias[0, 0].to(dtype)
-    up_bias = None if function.up_bias is None else (scale * function.up_bias[0, 0]).to(dtype)
-    f, insertion = function.f, edit.insertion
+class Constants(NamedTuple):
+    """W_down, b_down, sW_up, sb_up of an edit with one group, laid out as in `torch.nn.Linear`, and f."""
+
+    down: Tensor
+    down_bias: Tensor | None
+    up: Tensor
+    up_bias: Tensor | None
+    f: nn.Module
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, edit: Edit, dtype: torch.dtype | None) -> Constants:
+        """In the dtype in which they will be used; None: their own."""
+        function = edit.function
+        assert isinstance(function, Bottleneck)
+        down, up = (weight[0] for weight in function.weights())
+        down_bias, up_bias = (None if b is None else b[0, 0] for b in (function.down_bias, function.up_bias))
+        scale = edit.composition.scale if isinstance(edit.composition, Scaled) else 1.0
+        dtype = dtype or down.dtype
+        return cls(
+            down.to(dtype),
+            None if down_bias is None else down_bias.to(dtype),
+            (scale * up).to(dtype),
+            None if up_bias is None else (scale * up_bias).to(dtype),
+            function.f,
+        )
+
+
+def quick_modify(edit: Edit, constants: Constants) -> Callable[[Tensor, Tensor], Tensor]:
+    """h + s(f(x W_down + b_down) W_up + b_up) as `edit.modify` has it, with s inside W_up and b_up."""
+    down, down_bias, up, up_bias, f = constants
+    insertion = edit.insertion
 
     def modify(h: Tensor, x: Tensor) -> Tensor:
-        z = f(F.linear(insertion(h, x).to(dtype), down, down_bias))
+        z = f(F.linear(insertion(h, x).to(down.dtype), down, down_bias))
         return (h + F.linear(z, up, up_bias)).to(h.dtype)
 
     return modify
+
+
+def _reads_and_adds(model: nn.Module, edit: Edit, dtype: torch.dtype) -> tuple[nn.Linear, nn.Linear] | None:
+    """The Linear whose input a parallel edit reads and the one to whose output it adds, if `_widen` can have them."""
+    if edit.insertion is not parallel or edit.own_input:
+        return None
+    sources = [m for m in model.modules() if edit.read in m._forward_pre_hooks.values()]
+    targets = [m for m in model.modules() if edit.edit_output in m._forward_hooks.values()]
+    if len(sources) != 1 or len(targets) != 1:
+        return None
+    source, target = sources[0], targets[0]
+    if not isinstance(source, nn.Linear) or not isinstance(target, nn.Linear):
+        return None
+    alone = len(source._forward_pre_hooks) == len(target._forward_hooks) == 1 and not source._forward_hooks
+    return (source, target) if alone and source.weight.dtype is target.weight.dtype is dtype else None
+
+
+@torch.no_grad()
+def _widen(source: nn.Linear, target: nn.Linear, constants: Constants) -> None:
+    """A parallel bottleneck as r more outputs of the Linear that reads the same x, added into the output of the other.
+
+    An FFN with a parallel adapter is a wider FFN: W_2 g(W_1 x) + sW_up f(W_down x). The one matrix product computes
+    W_1 x and W_down x, the second one adds to what W_2 gave in place; sb_up is part of b_2.
+    """
+    down, down_bias, up, up_bias, f = constants
+    width, bottleneck = len(source.weight), len(down)
+    source.weight = nn.Parameter(torch.cat([source.weight, down]), requires_grad=False)
+    if source.bias is not None or down_bias is not None:
+        own = down.new_zeros(width) if source.bias is None else source.bias
+        more = down.new_zeros(bottleneck) if down_bias is None else down_bias
+        source.bias = nn.Parameter(torch.cat([own, more]), requires_grad=False)
+    if up_bias is not None:
+        total = up_bias if target.bias is None else target.bias + up_bias
+        target.bias = nn.Parameter(total, requires_grad=False)
+    transposed = up.T
+    kept: list[Tensor] = []
+
+    def narrow(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        kept.append(f(output[..., width:]))
+        return output[..., :width]
+
+    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        output.view(-1, output.shape[-1]).addmm_(kept.pop().reshape(-1, bottleneck), transposed)
+        return output
+
+    source.register_forward_hook(narrow)
+    target.register_forward_hook(add)
 
 
 @contextmanager

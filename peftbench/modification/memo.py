@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, MutableMapping
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
+from weakref import ref
 
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 T = TypeVar("T")
 
@@ -18,12 +18,16 @@ class Memo:
     """
 
     def __init__(self) -> None:
-        self._found: MutableMapping[Tensor, dict[Hashable, Any]] = WeakIdKeyDictionary()
+        self._found: dict[int, tuple[Any, dict[Hashable, Any]]] = {}  # by id, with what tells that the tensor is gone
 
     def of(self, tensor: Tensor, what: Hashable, make: Callable[[], T]) -> T:
         """What was made of `tensor` under the name `what`."""
-        made = self._found.setdefault(tensor, {})
+        found = self._found.get(id(tensor))
+        if found is None:
+            key = id(tensor)
+            found = self._found[key] = ref(tensor, lambda _: self._found.pop(key, None)), {}
+        made = found[1]
         if what not in made:
             made[what] = make()
-        found: T = made[what]
-        return found
+        value: T = made[what]
+        return value

@@ -112,12 +112,11 @@ def merged_weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 @contextmanager
 def unhooked(model: nn.Module) -> Iterator[Callable[[nn.Module], None]]:
-    """Gives a function that takes all hooks of a modification off the model; afterwards they are back, in order."""
+    """Gives a function that takes all hooks of a modification off the model; afterwards its hooks are as they were."""
     saved = [
         (hooks, hooks.copy())
         for module in model.modules()
         for hooks in (module._forward_hooks, module._forward_pre_hooks)
-        if hooks
     ]
     try:
         yield lambda modification: _unhook(model, modification)

@@ -12,9 +12,11 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from peftbench.modification import head_attention
 from peftbench.modification.attach import attach
+from peftbench.modification.edit import Edit
 from peftbench.modification.inference import prepared
 from peftbench.modification.state import fold
 from peftbench.predict import predict
+from peftbench.sites import find_sites
 from tests.families import CONTINUING, FAMILIES, MORE_FAMILIES, PRESETS, batch, build, inputs, shake
 
 CASES = [
@@ -153,3 +155,15 @@ def test_beams_share_their_source(preset: str, monkeypatch: pytest.MonkeyPatch) 
     assert {call[1:] for call in calls} == {(4, 2)}
     assert len({pointer for pointer, _, _ in calls}) == 2  # one tensor for each layer
     assert model.config._attn_implementation == attention
+
+
+def test_a_parallel_adapter_is_a_wider_ffn() -> None:
+    """fc1 of every layer has r more rows while the model is prepared, and no hook of the edit is called."""
+    model = attached("bart", "scaled_parallel_adapter")
+    layers = [layer.ffn.source for layer in find_sites(model).layers]
+    rows = [len(layer.get_parameter("weight")) for layer in layers]
+    with prepared(model):
+        assert [len(layer.get_parameter("weight")) for layer in layers] == [count + 8 for count in rows]
+        hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+        assert not any(isinstance(getattr(hook, "__self__", None), Edit) for hook in hooks)
+    assert [len(layer.get_parameter("weight")) for layer in layers] == rows
