@@ -50,6 +50,7 @@ def _direct(model: nn.Module) -> Iterator[None]:
                     continue
                 del hooks[key]  # the last one: it is hooked on when all edits stand
                 hooks.update(dropout._forward_hooks)
+                dropout._forward_hooks.clear()
         yield
 
 
