@@ -101,28 +101,28 @@ class Prefix(nn.Module):
     def forward(self, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """key, value: (B, N_kv, K, d_h); mask: (B or 1, 1, Q, K), boolean or additive, or None. Returns the three with
         K + l in place of K."""
-        length, memo = self.function.bottleneck, self.memo
+        length, memo, batch = self.function.bottleneck, self.memo, len(key)
         if memo is None:
-            joined = self._join(key, value, self._vectors(key.dtype))
+            joined = _join(self._vectors(key.dtype, batch), key, value)
             return *joined, None if mask is None else see_also(mask, length)
         down, _ = self.function.weights()
-        vectors = memo.of(down, key.dtype, lambda: self._vectors(key.dtype))
+        vectors = memo.of(down, (key.dtype, batch), lambda: self._vectors(key.dtype, batch))
         if mask is not None:
             mask = memo.of(mask, length, partial(see_also, mask, length))
         if self.cross:
-            return *memo.of(key, self, lambda: self._join(key, value, vectors)), mask
-        return *self._join(key, value, vectors), mask
+            return *memo.of(key, self, lambda: _join(vectors, key, value)), mask
+        return *_join(vectors, key, value), mask
 
-    def _vectors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """P_k and P_v, each (1, N_kv, l, d_h)."""
+    def _vectors(self, dtype: torch.dtype, batch: int) -> tuple[Tensor, Tensor]:
+        """P_k and P_v, each (B, N_kv, l, d_h)."""
         down, up = self.function.weights()
-        return down.to(dtype).unsqueeze(0), up.transpose(-1, -2).to(dtype).unsqueeze(0)
+        key, value = down.to(dtype), up.transpose(-1, -2).to(dtype)
+        return key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)
 
-    def _join(self, key: Tensor, value: Tensor, vectors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The `vectors` before the context, (B, N_kv, l + K, d_h)."""
-        both = zip(vectors, (key, value), strict=True)
-        joined_key, joined_value = (torch.cat([p.expand(len(c), -1, -1, -1), c], dim=2) for p, c in both)
-        return joined_key, joined_value
+
+def _join(vectors: tuple[Tensor, Tensor], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, N_kv, l, d_h) before (B, N_kv, K, d_h): keys and values of (B, N_kv, l + K, d_h)."""
+    return torch.cat([vectors[0], key], dim=2), torch.cat([vectors[1], value], dim=2)
 
 
 def modified_attention(
