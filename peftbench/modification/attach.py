@@ -209,7 +209,7 @@ def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: config.Modificatio
 def _require_attention_interface(sites: Sites, key: str) -> None:
     """Refuse a transformers whose attention classes do not ask for registered functions: ours would never be called."""
     attention = type(sites.layers[0].attentions[0].module)
-    if not _asks_for_functions(attention.__module__, attention.__qualname__):
+    if not _asks_for_functions(attention):
         raise UserError(
             f"{key}: transformers {transformers.__version__} does not let its {attention.__name__} be modified; "
             "upgrade transformers, or choose another representation."
@@ -219,12 +219,17 @@ def _require_attention_interface(sites: Sites, key: str) -> None:
 def takes_our_attention(model: PreTrainedModel) -> bool:
     """Whether the model's attentions ask transformers for registered functions."""
     attention = type(find_sites(model).layers[0].attentions[0].module)
-    return _asks_for_functions(attention.__module__, attention.__qualname__)
+    return _takes_ours(attention.__module__, attention.__qualname__)
 
 
 @cache
-def _asks_for_functions(module: str, name: str) -> bool:
-    return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(getattr(sys.modules[module], name))
+def _takes_ours(module: str, name: str) -> bool:
+    """By name and once: to find the source of a class takes tens of milliseconds."""
+    return _asks_for_functions(getattr(sys.modules[module], name))
+
+
+def _asks_for_functions(attention: type[nn.Module]) -> bool:
+    return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(attention)
 
 
 def call_our_attention(model: PreTrainedModel, name: str = ATTENTION_NAME) -> None:

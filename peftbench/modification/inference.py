@@ -59,10 +59,11 @@ def _quick(model: nn.Module, bf16: bool) -> Iterator[None]:
     """Edits that add a bottleneck do so by `_widen` where that is possible, and else by `quick_modify`."""
     quick = [module for module in model.modules() if isinstance(module, Edit) and _adds_bottleneck(module)]
     restored: list[tuple[nn.Linear, str, nn.Parameter | None]] = []
+    dtype = torch.bfloat16 if bf16 else None
     with unhooked(model) as unhook:
         try:
             for edit in quick:
-                constants = Constants.of(edit, torch.bfloat16 if bf16 else None)
+                constants = Constants.of(edit, dtype)
                 linears = _reads_and_adds(model, edit, constants.down.dtype)
                 if linears is None:
                     edit.quick = quick_modify(edit, constants)
