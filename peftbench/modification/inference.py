@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peftbench.modification.composition import Add, Scaled
@@ -27,8 +28,10 @@ from peftbench.modification.state import folded
 
 
 @contextmanager
-def prepared(model: nn.Module, bf16: bool = False) -> Iterator[None]:
+def prepared(model: PreTrainedModel, bf16: bool = False) -> Iterator[None]:
     """Inside the block the model, in evaluation mode and without gradients, predicts as before, but for rounding.
+
+    Products are computed in the dtype of autocast or of the backbone.
 
     Args:
         bf16: it will run under bfloat16 autocast.
@@ -55,11 +58,11 @@ def _direct(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _quick(model: nn.Module, bf16: bool) -> Iterator[None]:
+def _quick(model: PreTrainedModel, bf16: bool) -> Iterator[None]:
     """Edits that add a bottleneck do so by `_widen` where that is possible, and else by `quick_modify`."""
     quick = [module for module in model.modules() if isinstance(module, Edit) and _adds_bottleneck(module)]
     restored: list[tuple[nn.Linear, str, nn.Parameter | None]] = []
-    dtype = torch.bfloat16 if bf16 else None
+    dtype = torch.bfloat16 if bf16 else model.dtype
     with unhooked(model) as unhook:
         try:
             for edit in quick:
@@ -97,14 +100,13 @@ class Constants(NamedTuple):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, edit: Edit, dtype: torch.dtype | None) -> Constants:
-        """In the dtype in which they will be used; None: their own."""
+    def of(cls, edit: Edit, dtype: torch.dtype) -> Constants:
+        """In the dtype in which they will be used."""
         function = edit.function
         assert isinstance(function, Bottleneck)
         down, up = (weight[0] for weight in function.weights())
         down_bias, up_bias = (None if b is None else b[0, 0] for b in (function.down_bias, function.up_bias))
         scale = edit.composition.scale if isinstance(edit.composition, Scaled) else 1.0
-        dtype = dtype or down.dtype
         return cls(
             down.to(dtype),
             None if down_bias is None else down_bias.to(dtype),

@@ -167,3 +167,18 @@ def test_a_parallel_adapter_is_a_wider_ffn() -> None:
         hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
         assert not any(isinstance(getattr(hook, "__self__", None), Edit) for hook in hooks)
     assert [len(layer.get_parameter("weight")) for layer in layers] == rows
+
+
+def test_a_bfloat16_backbone_is_quick_without_autocast() -> None:
+    """Its modifications are computed as it is itself; what is trained stays float32 and what it was."""
+    model = build("bart").bfloat16()
+    attach(model, PRESETS["mam"])
+    shake(model)
+    fold(model)
+    source = find_sites(model).layers[0].ffn.source
+    expected, before = logits(model, "bart"), traces(model)
+    with prepared(model):
+        assert len(source.get_parameter("weight")) == 32 + 5
+        difference = logits(model, "bart") - expected
+    assert difference.square().mean().sqrt() < 0.05 * expected.square().mean().sqrt()
+    assert traces(model) == before
