@@ -34,6 +34,7 @@ peftbench: which parameter-efficient fine-tuning method, where in the network, h
   peftbench evaluate RUN [task.split=SPLIT ...]
                                            score a finished run's adapter again, on any split
   peftbench rescore RUN [METRIC]           any metric of a finished run, from its predictions
+  peftbench merge RUN --out FOLDER         a finished run's LoRA inside the backbone's weights, as a plain checkpoint
   peftbench explain [KEY=VALUE ...] [--json]
                                            a method in the paper's terms, and where it stands in the network
   peftbench ls [axes|GROUP]                the choices of a group; the four axes, and which combinations run
@@ -150,6 +151,12 @@ def _rescore(argv: list[str]) -> int:
     return rescore(argv)
 
 
+def _merge(argv: list[str]) -> int:
+    from peftbench.scoring.merge import main as merge
+
+    return merge(argv)
+
+
 def _status(argv: list[str]) -> int:
     from peftbench.results.status import main as status
 
@@ -169,4 +176,5 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "ls": _ls,
     "evaluate": _evaluate,
     "rescore": _rescore,
+    "merge": _merge,
 }

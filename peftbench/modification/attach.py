@@ -8,8 +8,10 @@ subclassed or replaced.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -199,7 +201,7 @@ def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: config.Modificatio
             )
             if is_prefix:
                 assert isinstance(function, Bottleneck)
-                _add_to_heads(attention, name, Prefix(function))
+                _add_to_heads(attention, name, Prefix(function, attention.kind == "cross"))
                 continue
             composition = _composition(m, function.in_width, groups)
             normed = head_input is config.HeadInput.normed_query
@@ -213,24 +215,44 @@ def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: config.Modificatio
             if modification.reads_input:
                 attention.query.register_forward_pre_hook(modification.read)
             _add_to_heads(attention, name, modification)
-    _call_our_attention(model)
+    call_our_attention(model)
 
 
 def _require_attention_interface(sites: Sites, key: str) -> None:
     """Refuse a transformers whose attention classes do not ask for registered functions: ours would never be called."""
     attention = type(sites.layers[0].attentions[0].module)
-    if "ALL_ATTENTION_FUNCTIONS" not in inspect.getsource(attention):
+    if not _asks_for_functions(attention):
         raise UserError(
             f"{key}: transformers {transformers.__version__} does not let its {attention.__name__} be modified; "
             "upgrade transformers, or choose another representation."
         )
 
 
-def _call_our_attention(model: PreTrainedModel) -> None:
-    """Stack by stack: T5's have a config of their own, which transformers 5.17 does not reach from the top."""
+def takes_our_attention(model: PreTrainedModel) -> bool:
+    """Whether the model's attentions ask transformers for registered functions."""
+    attention = type(find_sites(model).layers[0].attentions[0].module)
+    return _takes_ours(attention.__module__, attention.__qualname__)
+
+
+@cache
+def _takes_ours(module: str, name: str) -> bool:
+    """By name and once: to find the source of a class takes tens of milliseconds."""
+    return _asks_for_functions(getattr(sys.modules[module], name))
+
+
+def _asks_for_functions(attention: type[nn.Module]) -> bool:
+    return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(attention)
+
+
+def call_our_attention(model: PreTrainedModel, name: str = ATTENTION_NAME) -> None:
+    """Stack by stack: T5's have a config of their own, which transformers 5.17 does not reach from the top.
+
+    Args:
+        name: of another registered function, to call that one again.
+    """
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            module.set_attn_implementation(ATTENTION_NAME)
+            module.set_attn_implementation(name)
 
 
 def _add_to_heads(attention: Attention, name: str, modification: nn.Module) -> None:
@@ -261,7 +283,7 @@ def _attach_prompt(model: PreTrainedModel, sites: Sites, m: config.Modification,
     last = [layer for layer in sites.layers if layer.stack == stack][-1]
     if len(sites.embedding) == 1 and last.norm is not None:  # an encoder alone: its task head reads fixed positions
         last.norm.register_forward_hook(prompt.strip)
-    _call_our_attention(model)
+    call_our_attention(model)
 
 
 def _function(
