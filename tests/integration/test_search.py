@@ -15,7 +15,7 @@ from peftbench.evaluate import Evaluator
 from peftbench.fit import Fitted
 from peftbench.modification.state import trained_tensors
 from tests.integration.test_cli import SUBPROCESS, records, sentiment, smoke
-from tests.integration.test_sweep import killed_until_done, outcome, replaced, trained
+from tests.integration.test_sweep import SHORT, killed_until_done, outcome, replaced, trained
 
 __all__ = ["sentiment", "smoke"]  # fixtures
 
@@ -156,3 +156,29 @@ def test_two_processes_share_a_search(smoke: list[str], tmp_path: Path) -> None:
     assert sum(trained(out) for out, _ in printed) == 4
     for out, _ in printed:
         assert "2 of 2 runs are done" in out.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_search_side_by_side_is_one_after_another(
+    smoke: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Both phases in two workers: the same trials, choice and scores, also where a trial is a run that is done."""
+    words = [word for word in smoke if not word.startswith("trainer.max_steps")]
+    words += [*SHORT[:-1], OTHER_SPLIT]  # without its seeds
+    search = [*words, "search=lr3", "seed=1,2,3"]
+    alone, beside = tmp_path / "alone", tmp_path / "beside"
+    assert main(["train", "-m", *replaced(search, alone)]) == 0
+    assert main(["train", *replaced([*words, "seed=1"], beside)]) == 0
+    (plain,) = records(beside)
+    capfd.readouterr()
+    assert main(["train", "-m", *replaced(search, beside), "jobs=2"]) == 0
+    printed = capfd.readouterr()
+    assert outcome(beside) == outcome(alone) and len(outcome(alone)) == 5
+    searched = [[r["search"] for r in sorted(records(one), key=lambda r: str(r["run"]))] for one in (alone, beside)]
+    assert searched[0] == searched[1]
+    again = next(record for record in records(beside) if record["run"] == plain["run"])
+    assert again["created"] == plain["created"] and again["selection"]["value"] is not None
+    assert "3 runs, 2 at once" in printed.out and "3 of 3 runs are done" in " ".join(printed.out.split())
+    assert "takes trainer.learning_rate=" in printed.out
+    assert main(["train", "-m", *replaced(search, beside), "jobs=2"]) == 0
+    assert "3 of 3 runs are done, 3 of them before." in " ".join(capfd.readouterr().out.split())

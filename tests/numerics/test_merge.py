@@ -118,6 +118,7 @@ def test_what_cannot_be_merged_stays_beside_what_can() -> None:
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.slow
 def test_every_point_merges_or_says_why() -> None:
     """Over all combinations: whatever `obstacles` lets through computes the same; the rest is never merged."""
     merges = 0

@@ -105,6 +105,8 @@ SPLITS = {
     "two batches": {"batch_size": 4, "accumulation": 2},
     "two batches in parts": {"batch_size": 4, "accumulation": 2, "micro_batch": "3"},
     "as many as fit": {"micro_batch": "auto"},
+    "the batch, fused": {"fused_loss": True},
+    "two batches in parts, fused": {"batch_size": 4, "accumulation": 2, "micro_batch": "3", "fused_loss": True},
 }
 
 
