@@ -174,8 +174,9 @@ def test_a_search_side_by_side_is_one_after_another(
     assert main(["train", "-m", *replaced(search, beside), "jobs=2"]) == 0
     printed = capfd.readouterr()
     assert outcome(beside) == outcome(alone) and len(outcome(alone)) == 5
-    searched = [[r["search"] for r in sorted(records(one), key=lambda r: str(r["run"]))] for one in (alone, beside)]
-    assert searched[0] == searched[1]
+    both = [{record["run"]: record["search"] for record in records(folder)} for folder in (alone, beside)]
+    assert both[1].pop(plain["run"]) is None  # it was trained by itself, and is a trial beside
+    assert both[0].pop(plain["run"])["role"] == "trial" and both[0] == both[1]
     again = next(record for record in records(beside) if record["run"] == plain["run"])
     assert again["created"] == plain["created"] and again["selection"]["value"] is not None
     assert "3 runs, 2 at once" in printed.out and "3 of 3 runs are done" in " ".join(printed.out.split())
