@@ -399,7 +399,7 @@ def train(
     """Trains `model` in place until the time is over. Returns the progress and the held-out loss."""
     device = train_rows[0].tokens.device
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=device.type == "cuda"
+        model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
     progress = Progress()
     state_file = args.out / "checkpoint.pt"
@@ -419,21 +419,22 @@ def train(
 
     began = time.monotonic() - progress.seconds
     next_report, next_checkpoint = progress.seconds + report_every, progress.seconds + checkpoint_every
-    losses = seen = torch.zeros((), device=device)  # since the last report; read only then, as reading waits
+    losses = seen = skipped = torch.zeros((), device=device)  # since the last report; read only then, as reading waits
     reported = copy.copy(progress)
 
     def report() -> float:
-        nonlocal losses, seen, reported
+        nonlocal losses, seen, skipped, reported
         progress.tokens += int(seen)
         progress.seconds = time.monotonic() - began
         steps, seconds = progress.steps - reported.steps, progress.seconds - reported.seconds
         loss = held_out_loss(model, held_out, per_batch)
         print(
             f"{progress.seconds:6.0f} s  step {progress.steps:6d}  loss {float(losses) / max(steps, 1):.4f}  "
-            f"held out {loss:.4f}  {(progress.tokens - reported.tokens) / seconds:,.0f} tokens/s",
+            f"held out {loss:.4f}  {(progress.tokens - reported.tokens) / seconds:,.0f} tokens/s"
+            + (f"  {int(skipped)} steps skipped" if skipped else ""),
             flush=True,
         )
-        losses = seen = torch.zeros((), device=device)
+        losses = seen = skipped = torch.zeros((), device=device)
         reported = copy.copy(progress)
         return loss
 
@@ -447,11 +448,15 @@ def train(
             copying = seconds / (budget * args.copying) if args.copying else 1.0
             loss = infilling_loss(model, rows, generator, copying)
             torch.autograd.backward(loss)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            # A gradient that is not finite would end the run. The fused optimiser leaves the step out, as it does for
+            # torch's GradScaler, and the CPU need not wait to know.
+            optimizer.found_inf = (~norm.isfinite()).float()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             progress.steps += 1
-            losses, seen = losses + loss.detach(), seen + (rows.tokens != PAD).sum()
+            losses, skipped = losses + loss.detach().nan_to_num(), skipped + optimizer.found_inf
+            seen = seen + (rows.tokens != PAD).sum()
             if seconds >= next_report:
                 if math.isfinite(report()):
                     good = copy.deepcopy(model.state_dict())
@@ -567,6 +572,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients were now and then not finite (torch 2.11, H200)
     device = torch.device(args.device)
 
     train_texts = [text for text in texts if not is_held_out(text)]
