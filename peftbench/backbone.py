@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from peftbench.config import Model, Task, TaskKind
+from peftbench.config import DType, Model, Task, TaskKind
 from peftbench.errors import UserError, unknown
 from peftbench.hub import hub_missing
 from peftbench.sites import family_of
@@ -46,7 +46,7 @@ class Backbone:
 
 
 def load_backbone(model: Model, task: Task) -> Backbone:
-    """Load the backbone for a task, on the CPU, in `model.dtype`.
+    """Load the backbone for a task, on the CPU, in `model.dtype`, where `auto` is float32.
 
     Its attention is what transformers takes by itself: SDPA, but eager for T5 in the versions that have no other.
 
@@ -62,7 +62,7 @@ def load_backbone(model: Model, task: Task) -> Backbone:
             source,
             **options,
             config=config,
-            dtype=getattr(torch, model.dtype.name),
+            dtype=torch.bfloat16 if model.dtype is DType.bfloat16 else torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # a folder tuned for other labels: its head is made anew, and trained
         ),

@@ -1,37 +1,45 @@
-"""Training batches of like lengths, as many examples to a batch as fit a number of tokens."""
+"""Training batches of like lengths: of a number of examples, or of as many as fit a number of tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
 
+Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
-class TokenBatches(Sampler[list[int]]):
-    """Batches of at most `max_tokens` tokens, padding included: examples x the longest of them.
+
+class LengthBatches(Sampler[list[int]]):
+    """Batches of `batch_size` examples; the longest examples may be fewer.
 
     In every epoch examples of equal length are shuffled, neighbours in length are put together, and the batches come in
-    a new random order, which follows from `seed` and the epoch. (The paper's code, as fairseq, makes the batches once
-    and gives them in one order, the longest first.) An example longer than `max_tokens` is a batch of its own.
+    a new random order, which follows from `seed` and the epoch.
 
     Args:
         lengths: of each example, the longer of source and target in tokens.
     """
 
-    def __init__(self, lengths: Sequence[int], max_tokens: int, seed: int) -> None:
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
         self.lengths = torch.tensor(list(lengths))
         self.seed = seed
         self.epoch = 0
         # The sorted lengths are the same in every epoch, so the cuts between batches are too.
-        self.cuts = _cuts(self.lengths.sort().values.tolist(), max_tokens)
+        self.cuts = self._cuts(self.lengths.sort().values.tolist(), batch_size)
+
+    @staticmethod
+    def _cuts(lengths: Sequence[int], size: int) -> list[int]:
+        """The number of examples in each batch, for lengths in ascending order."""
+        return [min(size, len(lengths) - start) for start in range(0, len(lengths), size)]
 
     def set_epoch(self, epoch: int) -> None:
         """Number the epoch whose batches `__iter__` gives; the data loader does this."""
         self.epoch = epoch
 
     @property
-    def sampler(self) -> TokenBatches:
+    def sampler(self) -> LengthBatches:
         """Itself: accelerate looks there for `set_epoch` where it skips the batches before a checkpoint.
 
         Newer versions of transformers call it besides. Without either a training would go on with the batches of the
@@ -51,11 +59,27 @@ class TokenBatches(Sampler[list[int]]):
             yield batches[index].tolist()
 
 
-def _cuts(lengths: Sequence[int], max_tokens: int) -> list[int]:
-    """The number of examples in each batch, for lengths in ascending order."""
-    cuts = [0]
-    for length in lengths:
-        if cuts[-1] and (cuts[-1] + 1) * length > max_tokens:
-            cuts.append(0)
-        cuts[-1] += 1
-    return cuts
+class TokenBatches(LengthBatches):
+    """Batches of at most so many tokens, padding included: examples x the longest of them.
+
+    The paper's code, as fairseq, makes the batches once and gives them in one order, the longest first; here they come
+    as those of `LengthBatches`. An example longer than the number of tokens is a batch of its own.
+    """
+
+    @staticmethod
+    def _cuts(lengths: Sequence[int], size: int) -> list[int]:
+        cuts = [0]
+        for length in lengths:
+            if cuts[-1] and (cuts[-1] + 1) * length > size:
+                cuts.append(0)
+            cuts[-1] += 1
+        return cuts
+
+
+def padded_to(collator: Collator, multiple: int) -> Collator:
+    """The collator with widths that are multiples of `multiple`, for one that knows transformers' option for it."""
+    if not hasattr(collator, "pad_to_multiple_of"):
+        return collator
+    wider = copy(collator)
+    wider.pad_to_multiple_of = multiple
+    return wider

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from peftbench import __version__
 from peftbench.errors import UserError, unknown
@@ -17,7 +17,8 @@ HELP = """\
 peftbench: which parameter-efficient fine-tuning method, where in the network, how large, for my model and task.
 
   peftbench train [KEY=VALUE ...]          train one run and record it: score against trainable parameters
-  peftbench train -m KEY=A,B [...]         train every combination; the same line again goes on where it stopped
+  peftbench train -m KEY=A,B [...]         train every combination; the same line again goes on where it stopped;
+                                           jobs=4 or jobs=auto trains several at once, on all GPUs
   peftbench status [FOLDER]                how far the sweeps have come, and how long they still take
   peftbench results [FOLDER] [KEY=VALUE ...] [--mean] [--rows KEY --columns KEY] [--csv|--json|--markdown|--latex]
                                            the recorded runs, best first; results --help has more
@@ -33,6 +34,7 @@ peftbench: which parameter-efficient fine-tuning method, where in the network, h
   peftbench evaluate RUN [task.split=SPLIT ...]
                                            score a finished run's adapter again, on any split
   peftbench rescore RUN [METRIC]           any metric of a finished run, from its predictions
+  peftbench merge RUN --out FOLDER         a finished run's LoRA inside the backbone's weights, as a plain checkpoint
   peftbench explain [KEY=VALUE ...] [--json]
                                            a method in the paper's terms, and where it stands in the network
   peftbench ls [axes|GROUP]                the choices of a group; the four axes, and which combinations run
@@ -44,6 +46,8 @@ Examples:
   peftbench train                                    MAM adapter on the embedded task: offline, on a CPU, in two minutes
   peftbench train method=lora functional_form=relu   a preset with one of its four axes flipped
   peftbench train -m method=full,lora,prefix,mam seed=1,2,3
+  peftbench train -m method=full,lora,prefix,mam seed=1,2,3 search=lr3
+                                                     the same, each with the best of three learning rates
   peftbench train method=mam task=sst2 model.path=FOLDER task.data_dir=FOLDER
 """
 
@@ -66,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(unknown("subcommand", arguments[0], COMMANDS))
         return command(arguments[1:])
     except UserError as error:
-        print_faults(error)
+        print_faults(error.faults)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -75,9 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def print_faults(error: UserError) -> None:
+def print_faults(faults: Iterable[str]) -> None:
     """One plain sentence a line, on stderr."""
-    for sentence in error.faults:
+    for sentence in faults:
         print(f"peftbench: {sentence}", file=sys.stderr)
 
 
@@ -147,6 +151,12 @@ def _rescore(argv: list[str]) -> int:
     return rescore(argv)
 
 
+def _merge(argv: list[str]) -> int:
+    from peftbench.scoring.merge import main as merge
+
+    return merge(argv)
+
+
 def _status(argv: list[str]) -> int:
     from peftbench.results.status import main as status
 
@@ -166,4 +176,5 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "ls": _ls,
     "evaluate": _evaluate,
     "rescore": _rescore,
+    "merge": _merge,
 }

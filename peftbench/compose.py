@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from hydra import compose, version
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -185,9 +185,16 @@ def _options(override: Override) -> list[str]:
 
 def apply(cfg: DictConfig, override: Override) -> str | None:
     """Set one key of `cfg`; the sentence that says what is wrong with it, or None."""
-    key, value = override.key_or_group, override.value()
+    return put(cfg, override.key_or_group, override.value(), force_add=_may_grow(cfg, override))
+
+
+def put(cfg: DictConfig, key: str, value: Any, force_add: bool = False) -> str | None:
+    """Like `apply`, of a key and its value."""
+    group = key.partition(".")[0]
+    if group != key and group in cfg and OmegaConf.select(cfg, group) is None:
+        return f"{key}={value} needs a {group}; give {group}= as well."
     try:
-        OmegaConf.update(cfg, key, value, merge=True, force_add=_may_grow(cfg, override))
+        OmegaConf.update(cfg, key, value, merge=True, force_add=force_add)
     except (ConfigKeyError, ConfigAttributeError):
         return _unknown_key(cfg, key, value)
     except OmegaConfBaseException as error:

@@ -51,10 +51,12 @@ Init = Enum("Init", ["bert", "lora"])
 LayerNormPlace = Enum("LayerNormPlace", ["none", "input", "output"])
 Unfreeze = Enum("Unfreeze", ["none", "bias", "norm", "all"])
 TaskKind = Enum("TaskKind", ["classification", "regression", "text_to_text"])
-DType = Enum("DType", ["float32", "bfloat16"])
+DType = Enum("DType", ["auto", "float32", "bfloat16"])
 Precision = Enum("Precision", ["auto", "fp32", "bf16"])
 Schedule = Enum("Schedule", ["linear", "cosine", "constant"])
 Keep = Enum("Keep", ["best", "last"])
+Batching = Enum("Batching", ["random", "bucketed"])
+Compile = Enum("Compile", ["auto", "none", "layers", "graphs"])
 Device = Enum("Device", ["auto", "cpu", "cuda"])
 
 
@@ -140,7 +142,9 @@ class Model:
     hub_id: str | None = None
     revision: str | None = None
     path: str | None = None  # a folder with config.json and weights; wins over hub_id
-    dtype: DType = DType.float32  # of the frozen weights; what is trained stays float32
+    # Of the frozen weights; what is trained stays float32. auto: bfloat16 where the run computes in it on a GPU and
+    # trains nothing of the backbone, else float32.
+    dtype: DType = DType.auto
     sizes: str = MISSING  # which column of conf/sizes.yaml the method presets take
     # For counting without weights or network, as in config.json: model_type, the keys that differ from transformers'
     # defaults for it, and name_or_path, the hub id that this describes. Training reads config.json itself.
@@ -216,6 +220,11 @@ class Trainer:
     batch_size: int = 32
     batch_tokens: int | None = None  # batches of like lengths, examples x the longest of them; wins over batch_size
     accumulation: int = 1
+    # Which examples a batch holds: random ones, or those of like lengths, padded to a few widths, in random order.
+    batching: Batching = Batching.random
+    # Examples that go through the model at once, a part of the batch where memory is short; the gradient stays that of
+    # the whole batch. auto: the most that fit, halved where memory runs out; null: the batch.
+    micro_batch: str | None = None
     eval_batch_size: int = 64
     eval_batch_tokens: int | None = None  # at most so many input tokens, too, in a batch to be predicted
     schedule: Schedule = Schedule.linear
@@ -229,8 +238,30 @@ class Trainer:
     evaluate_every: int | None = None  # optimiser steps between looks at the selection split; null: once an epoch
     precision: Precision = Precision.auto  # auto: bf16 autocast on a GPU that has it, else fp32
     gradient_checkpointing: bool = False
+    # torch.compile, layer by layer; graphs: replayed as CUDA graphs too, for small backbones. auto: layers, on a GPU in
+    # runs that are long enough to pay for it.
+    compile: Compile = Compile.auto
+    fused_loss: bool | None = None  # the loss of target tokens without all their logits at once; null: on a GPU
     checkpoint_minutes: float = 5.0  # of training between checkpoints, from which an interrupted run goes on
     device: Device = Device.auto
+
+
+@dataclass
+class Variation:
+    """What a search tries for a key: multiples of the value that the run comes with, or values."""
+
+    times: list[float] | None = None
+    values: list[Any] | None = None
+
+
+@dataclass
+class Search:
+    """Runs that are trained first, each combination of the values of `keys` once, to choose by the selection split."""
+
+    name: str = MISSING
+    keys: dict[str, Variation] = field(default_factory=dict)
+    seed: int | None = None  # of the trials; null: the first seed of the sweep
+    trial: int | None = None  # this run is that one of the trials, counted from 0; null: it takes the best one's values
 
 
 @dataclass
@@ -253,10 +284,12 @@ class Run(Modification):
     # null: their sizes keep the ratio that they come with.
     budget_split: list[float] | None = None
     seed: int = 42
+    search: Search | None = None
     debug: str | None = None
     output_dir: str = "outputs"
     rerun: bool = False  # train again although the run is done
     retry: bool = False  # a sweep trains again what failed before
+    jobs: str = "1"  # runs of a sweep at once, in processes of their own; auto: by free memory and cores
 
 
 # `${embedded:mini}`: the folder of a backbone that ships inside the package.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from transformers import GenerationConfig, PreTrainedModel
 
 from peftbench.config import Run, TaskKind
-from peftbench.fit import LOSS, use_bf16
+from peftbench.fit import LOSS, use_autocast
 from peftbench.partial import Partial
 from peftbench.predict import mean_loss, predict
 from peftbench.tasks.base import TaskData
@@ -21,7 +21,7 @@ class Evaluator:
         self.batch_size, self.max_tokens = run.trainer.eval_batch_size, run.trainer.eval_batch_tokens
         self.label_smoothing = run.trainer.label_smoothing
         self.by_loss = run.task.selection_metric == LOSS
-        self.bf16 = use_bf16(run.trainer, run.model)
+        self.bf16 = use_autocast(run.trainer, run.model)
         self.generation = _generation(model, run) if run.task.kind is TaskKind.text_to_text else None
 
     def selection(self) -> dict[str, float]:

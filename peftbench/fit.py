@@ -7,15 +7,18 @@ state, or the best by the main metric on the selection split.
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
@@ -27,12 +30,17 @@ from transformers import (
 )
 
 from peftbench import config
-from peftbench.batching import TokenBatches
+from peftbench.arithmetic import operations
+from peftbench.batching import LengthBatches, TokenBatches, padded_to
 from peftbench.checkpoint import Checkpoint, Checkpoints, Resumable, SaveByTime
+from peftbench.compiled import CompiledLayers
 from peftbench.errors import UserError
+from peftbench.micro_batch import AUTO, MicroBatched, MicroBatches
 from peftbench.modification.state import trained_tensors, write_tensors
+from peftbench.pace import Pace
 from peftbench.progress import Stage
 from peftbench.tasks.base import TaskData
+from peftbench.token_loss import IGNORED, cross_entropy, hidden_states, logits_bias, output_layer
 
 
 @dataclass(frozen=True)
@@ -43,8 +51,23 @@ class Fitted:
     seconds: float  # interrupted tries counted up to the checkpoint that this one went on from
     earlier_seconds: float  # of these, what the interrupted tries took
     tokens_per_s: float  # source and target tokens, padding not counted
+    step_seconds: list[float]  # of each optimiser step of this try, but those with an evaluation or a checkpoint
+    operations: float  # that an optimiser step needs, see `arithmetic`
+    micro_batch: dict[str, Any]  # into how many parts a batch went, and where memory ran out
+
+    @property
+    def step_s(self) -> float | None:
+        """The median of the steps."""
+        return statistics.median(self.step_seconds) if self.step_seconds else None
+
+    @property
+    def tflops(self) -> float | None:
+        """10^12 of the operations that the method needs, done in a second of the median step."""
+        return self.operations / self.step_s / 1e12 if self.step_s else None
 
 
+WIDTH = 32  # bucketed batches are padded to multiples of so many tokens
+COMPILE_FROM = 1000  # optimiser steps; compiling takes about a minute
 LOSS = "loss"  # of the scores the one that is better when lower
 BEST = "best.safetensors"  # in a checkpoint: the trained tensors at the best evaluation so far
 
@@ -65,29 +88,33 @@ def fit(
     resume: Checkpoint | None = None,
     stage: Stage | None = None,
     log: Log = lambda values: None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Fitted:
     """Train what of `model` requires gradients, in place.
 
     Args:
-        bf16: train under bfloat16 autocast, see `use_bf16`.
+        bf16: train under bfloat16 autocast, see `use_autocast`.
         checkpoints: where Trainer may write.
         evaluate: scores the model as it stands on the selection split.
         metric: the score by which `keep=best` chooses; higher is better, but of a loss lower.
         resume: the checkpoint to go on from; None: from the start.
         log: is given a dict for each logged step and evaluation.
+        callbacks: for Trainer, beside our own.
     """
     steps = total_steps(data, settings)
-    callbacks: list[TrainerCallback] = [_Report(stage, log), SaveByTime(checkpoints.minutes)]
+    pace = Pace(model.device)
+    callbacks = [_Report(stage, log), SaveByTime(checkpoints.minutes), pace, *callbacks]
     keeper = _KeepBest(metric) if settings.keep is config.Keep.best else None
     if keeper is not None:
         callbacks.append(keeper)
+    width = WIDTH if settings.batching is config.Batching.bucketed else None
     arguments = _arguments(settings, steps, seed, bf16, checkpoints.folder, data)
     # On a machine with several GPUs Trainer would wrap the model in DataParallel, whose replicas share no hooks.
     arguments._n_gpu = min(1, arguments.n_gpu)
     trainer = _Trainer(
         model=model,
         args=arguments,
-        data_collator=data.collator,
+        data_collator=data.collator if width is None else padded_to(data.collator, width),
         train_dataset=data.train,
         eval_dataset=data.selection,
         callbacks=callbacks,
@@ -97,6 +124,14 @@ def fit(
     trainer.keeper = keeper
     if settings.batch_tokens is not None:
         trainer.batches = TokenBatches(data.lengths, settings.batch_tokens, seed)
+    elif settings.batching is config.Batching.bucketed:
+        trainer.batches = LengthBatches(data.lengths, settings.batch_size, seed)
+    if use_fused_loss(settings):
+        trainer.output_layer = output_layer(model)
+    compiling = use_compile(settings, steps)
+    if compiling is not config.Compile.none:
+        trainer.layers = CompiledLayers(model, graphs=compiling is config.Compile.graphs)
+    trainer.micro = MicroBatches(settings.micro_batch, settings.batch_size, _longest(data, settings))
     earlier = 0.0
     if resume is not None:
         earlier = resume.notes["seconds"]
@@ -114,7 +149,11 @@ def fit(
         "seconds": earlier + time.perf_counter() - began,
         "best": None if keeper is None else {"value": keeper.best, "step": keeper.step},
     }
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
+    cache, model.config.use_cache = model.config.use_cache, False  # training would fill one and never read it
+    try:
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
+    finally:
+        model.config.use_cache = cache
     if torch.cuda.is_available() and model.device.type == "cuda":
         torch.cuda.synchronize()
     seconds = earlier + time.perf_counter() - began
@@ -122,8 +161,14 @@ def fit(
         if keeper.step < steps:  # the last state is a candidate too
             trainer.evaluate()
         keeper.restore(model)
-    seen = steps * settings.accumulation * len(data.train) / batches_per_epoch(data, settings)
-    return Fitted(steps, seconds, earlier, seen * _mean_tokens(data) / seconds)
+    examples = settings.accumulation * len(data.train) / batches_per_epoch(data, settings)  # of a step
+    sources, targets = _lengths(data)
+    tokens = (sum(sources) + sum(targets)) / max(1, len(data.train))  # of an example
+    needed = operations(model, *((data.lengths, []) if not model.config.is_encoder_decoder else (sources, targets)))
+    micro = {"parts": trainer.micro.parts, "halved_at": trainer.micro.halved_at} if trainer.micro.splits else {}
+    return Fitted(
+        steps, seconds, earlier, steps * examples * tokens / seconds, pace.seconds(), examples * needed, micro
+    )
 
 
 def total_steps(data: TaskData, settings: config.Trainer) -> int:
@@ -145,13 +190,49 @@ def batches_per_epoch(data: TaskData, settings: config.Trainer) -> int:
     return -(-len(data.train) // settings.batch_size)
 
 
-def use_bf16(settings: config.Trainer, model: config.Model) -> bool:
-    """Whether to run under bfloat16 autocast: asked for, needed by a bfloat16 backbone, or there for the taking."""
+def _longest(data: TaskData, settings: config.Trainer) -> list[int]:
+    """The training examples of a batch that takes as much memory as any, where it has to be known."""
+    if settings.micro_batch != AUTO:
+        return []
+    by_length = sorted(range(len(data.train)), key=lambda index: -data.lengths[index])
+    if settings.batch_tokens is None:
+        return by_length[: settings.batch_size]
+    return by_length[: max(1, settings.batch_tokens // data.lengths[by_length[0]])]
+
+
+def use_bf16(settings: config.Trainer) -> bool:
+    """Whether to compute in bfloat16: asked for, or there for the taking."""
     if settings.precision is not config.Precision.auto:
         return settings.precision is config.Precision.bf16
-    if model.dtype is config.DType.bfloat16:
-        return True
     return chosen_device(settings).type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def with_dtype(run: config.Run) -> config.Run:
+    """The run with `model.dtype=auto` decided; see config.py."""
+    if run.model.dtype is not config.DType.auto:
+        return run
+    cuda = chosen_device(run.trainer).type == "cuda"
+    small = cuda and use_bf16(run.trainer) and run.unfreeze is config.Unfreeze.none
+    dtype = config.DType.bfloat16 if small else config.DType.float32
+    return replace(run, model=replace(run.model, dtype=dtype))
+
+
+def use_autocast(settings: config.Trainer, model: config.Model) -> bool:
+    """Whether to run under bfloat16 autocast, which a bfloat16 backbone does without."""
+    return use_bf16(settings) and model.dtype is not config.DType.bfloat16
+
+
+def use_compile(settings: config.Trainer, steps: int) -> config.Compile:
+    """`trainer.compile`, with `auto` decided."""
+    if settings.compile is not config.Compile.auto:
+        return settings.compile
+    pays = chosen_device(settings).type == "cuda" and steps >= COMPILE_FROM and not settings.gradient_checkpointing
+    return config.Compile.layers if pays else config.Compile.none
+
+
+def use_fused_loss(settings: config.Trainer) -> bool:
+    """`trainer.fused_loss`, with null decided."""
+    return chosen_device(settings).type == "cuda" if settings.fused_loss is None else settings.fused_loss
 
 
 def chosen_device(settings: config.Trainer) -> torch.device:
@@ -165,6 +246,7 @@ def chosen_device(settings: config.Trainer) -> torch.device:
 def _arguments(
     settings: config.Trainer, steps: int, seed: int, bf16: bool, folder: Path, data: TaskData
 ) -> TrainingArguments:
+    cuda = chosen_device(settings).type == "cuda"
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -179,7 +261,8 @@ def _arguments(
         adam_beta1=settings.betas[0],
         adam_beta2=settings.betas[1],
         adam_epsilon=settings.epsilon,
-        optim="adamw_torch",
+        optim="adamw_torch_fused" if cuda else "adamw_torch",
+        logging_nan_inf_filter=False,  # it waits for the GPU at every step
         bf16=bf16,
         eval_strategy="steps" if settings.keep is config.Keep.best else "no",
         eval_steps=settings.evaluate_every or steps_per_epoch(data, settings),
@@ -190,27 +273,29 @@ def _arguments(
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=chosen_device(settings).type == "cuda",
-        use_cpu=chosen_device(settings).type == "cpu",
+        dataloader_pin_memory=cuda,
+        dataloader_num_workers=2 if cuda else 0,
+        accelerator_config={"non_blocking": cuda},
+        use_cpu=not cuda,
         seed=seed,
         log_level="error",
     )
 
 
-def _mean_tokens(data: TaskData) -> float:
-    """Tokens of an average training example, without padding: its input and, where it is text, its target."""
-    columns = [data.train["input_ids"]]
-    if len(data.train) and isinstance(data.train[0]["labels"], list):
-        columns.append(data.train["labels"])
-    return sum(len(ids) for column in columns for ids in column) / max(1, len(data.train))
+def _lengths(data: TaskData) -> tuple[list[int], list[int]]:
+    """Tokens of each training example, without padding: of its input and, where it is text, of its target."""
+    texts = len(data.train) > 0 and isinstance(data.train[0]["labels"], list)
+    return [len(ids) for ids in data.train["input_ids"]], [len(ids) for ids in data.train["labels"]] if texts else []
 
 
-class _Trainer(Resumable):
+class _Trainer(MicroBatched, Resumable):
     """Trainer whose evaluation is peftbench's own, the same as that of the report."""
 
     scores: Evaluate
     keeper: _KeepBest | None
-    batches: TokenBatches | None = None
+    batches: TokenBatches | LengthBatches | None = None
+    layers: CompiledLayers | None = None
+    output_layer: nn.Linear | None = None  # where the loss is computed from what it reads
     control: TrainerControl
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -225,9 +310,38 @@ class _Trainer(Resumable):
             self.train_dataset,
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
         return self.accelerator.prepare(loader)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with nullcontext() if self.layers is None else self.layers.active():
+            loss: Tensor = super().training_step(*args, **kwargs)
+        return loss
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if self.output_layer is None or return_outputs or inputs["labels"].dim() < 2:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"]
+        given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+        if self.model.config.is_encoder_decoder:
+            if "decoder_input_ids" not in given:
+                given["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
+        else:  # the logits of a token are those of the next
+            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        with hidden_states(self.output_layer) as read:
+            model(**given)
+        return cross_entropy(
+            read[0],
+            self.output_layer.weight,
+            self.output_layer.bias if self.output_layer.bias is not None else logits_bias(self.model),
+            labels,
+            self.args.label_smoothing_factor,
+            count=num_items_in_batch,
+        )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = {f"eval_{name}": value for name, value in self.scores().items()}

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-import math
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from rich.console import Console
 
 from peftbench.cli import print_faults
 from peftbench.compose import CONFIG_NAME, compose_points
-from peftbench.config import Run, conf_dir
+from peftbench.config import Run, conf_dir, resolve
 from peftbench.errors import UserError
-from peftbench.results.lock import Busy
+from peftbench.progress import Display, is_live
+from peftbench.quick_imports import quick_imports
+from peftbench.results.columns import duration
+from peftbench.results.live import LiveSweep
+from peftbench.results.record import differing, find, finished
+from peftbench.results.sweep import FOLDER, Member, Sweep
+from peftbench.search import Point, check, is_open, phases
+from peftbench.workers import Ended, Job, Workers, attempt
 
 INTERRUPTED = 130  # the exit code
 
-put_off: list[tuple[DictConfig, list[str]]] = []  # runs of this sweep that another process was at, with what was typed
+display: Display | None = None  # of the run of a sweep that is shown as a whole
+put_off: list[tuple[Run, list[str]]] = []  # runs of this sweep that another process was at, with what was typed
 
 
 def run(argv: list[str]) -> int:
@@ -29,27 +41,85 @@ def run(argv: list[str]) -> int:
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         job()
         return 0
-    points = solved(compose_points(args))
+    composed = compose_points(args)
+    check(composed)
+    points = solved(composed)
     own_sweeper = any(word.startswith("hydra/sweeper=") for word in args.overrides)  # decides on its runs as it goes
-    if not args.multirun or own_sweeper:
+    searching = any(is_open(run) for _, run in points)
+    jobs = composed[0][1].jobs
+    for own in ("hydra/sweeper", "hydra/launcher"):
+        if any(word.startswith(f"{own}=") for word in args.overrides):
+            if jobs != "1":
+                raise UserError(f"{own}= and jobs={jobs} both decide where a run goes; leave one of the two out.")
+            if searching:
+                raise UserError(f"{own}= and search= both decide when what is trained; leave one of the two out.")
+    if not searching and (not args.multirun or own_sweeper):
         job()
         return 0
-    from peftbench.results.sweep import Sweep
-
-    sweep = Sweep.start(points, argv)
+    trials, final = phases(composed)
+    beside_trials, beside_final = (_places([run for _, run in phase]) for phase in (trials, final))
+    sweep = Sweep.start(solved(final), argv, solved(trials))
     put_off.clear()
     try:
-        job()
-        while put_off:
-            cfg, overrides = put_off.pop(0)
-            print(f"\nwaiting for the other process: {' '.join(overrides)}", flush=True)
-            _in_sweep(cfg, overrides, wait=True)
-    except SystemExit as exit:
-        if exit.code != INTERRUPTED:
+        with _shown(sweep):
+            if searching:
+                _phase(trials, sweep.trials, beside_trials)
+                sweep.settle()
+            if searching or len(beside_final) > 1:
+                _phase(final, sweep.members, beside_final, before=len(trials))
+            else:
+                job()
+                _wait_for_put_off()
+    except (KeyboardInterrupt, SystemExit) as exit:
+        if isinstance(exit, SystemExit) and exit.code != INTERRUPTED:
             raise
         sweep.show()
         return INTERRUPTED
     return sweep.show()
+
+
+@contextmanager
+def _shown(sweep: Sweep) -> Iterator[None]:
+    """The sweep as a table that grows, on a terminal; elsewhere each run prints its own lines."""
+    global display
+    console = Console()
+    if not is_live(console):
+        yield
+        return
+    display = Display(console, within_another=True)
+    try:
+        with LiveSweep(sweep, console, below=display.progress):
+            yield
+    finally:
+        display = None
+
+
+def _phase(
+    points: Sequence[Point], members: Sequence[Member], at_once: Sequence[dict[str, str]], before: int = 0
+) -> None:
+    """Train runs that are composed already; when it ends, none of them is under way in another process.
+
+    Args:
+        members: where the runs lie.
+        at_once: of each run that goes on at once, see `places.places`.
+        before: the number of runs before them.
+    """
+    if len(at_once) > 1:
+        _side_by_side(_jobs(points, [member.folder for member in members]), at_once)
+    else:
+        for number, (overrides, run) in enumerate(points, start=before + 1):
+            if display is None:
+                print(f"\nrun {number}: {' '.join(overrides)}", flush=True)
+            _in_sweep(run, overrides)
+    _wait_for_put_off()
+
+
+def _wait_for_put_off() -> None:
+    """The runs that other processes were at, once these have ended."""
+    while put_off:
+        run, overrides = put_off.pop(0)
+        print(f"\nwaiting for the other process: {' '.join(overrides)}", flush=True)
+        _in_sweep(run, overrides, wait=True)
 
 
 def solved(points: list[tuple[list[str], Run]]) -> list[tuple[list[str], Run]]:
@@ -67,34 +137,91 @@ def solved(points: list[tuple[list[str], Run]]) -> list[tuple[list[str], Run]]:
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)
 def job(cfg: DictConfig) -> float:
     """One run, alone or of a sweep."""
-    overrides = list(HydraConfig.get().overrides.task)
+    run, overrides = resolve(cfg), list(HydraConfig.get().overrides.task)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        print(f"\nrun {HydraConfig.get().job.num + 1}: {' '.join(overrides)}", flush=True)
-        return _in_sweep(cfg, overrides)
-    from peftbench.train import train
+        if display is None:
+            print(f"\nrun {HydraConfig.get().job.num + 1}: {' '.join(overrides)}", flush=True)
+        return _in_sweep(run, overrides)
+    with quick_imports():
+        from peftbench.train import train
 
     try:
-        return train(cfg, overrides)
+        return train(run, overrides)
     except UserError as error:
-        print_faults(error)
+        print_faults(error.faults)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
 
 
-def _in_sweep(cfg: DictConfig, overrides: list[str], wait: bool = False) -> float:
+def _in_sweep(run: Run, overrides: list[str], wait: bool = False) -> float:
     """One run of a sweep: one that fails is recorded as failed, and the next one starts."""
-    from peftbench.train import train
-
     try:
-        return train(cfg, overrides, keep_failed=True, wait=wait)
-    except Busy as error:
-        print_faults(error)
-        put_off.append((cfg, overrides))
-    except UserError as error:
-        print_faults(error)
+        ended = attempt(run, overrides, wait, display)
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
-    except Exception as error:
-        print(f"peftbench: this run failed with {type(error).__name__}: {error}", file=sys.stderr)
-    return math.nan
+    return _take(ended, run, overrides)
+
+
+def _take(ended: Ended, run: Run, overrides: list[str]) -> float:
+    """Say what there is to say of a run that ended; another process's is put off."""
+    if ended.busy:
+        put_off.append((run, overrides))
+    if ended.faults and display is not None:  # elsewhere it stands above them
+        print(f"peftbench: {' '.join(overrides)}", file=sys.stderr)
+    print_faults(ended.faults)
+    return ended.score
+
+
+def _places(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """`places.places`, which takes longer to import than to know that there is one place."""
+    if all(run.jobs == "1" for run in runs):
+        return [{}]
+    from peftbench.places import places
+
+    return places(runs)
+
+
+def _jobs(points: Sequence[Point], folders: Sequence[Path]) -> list[Job]:
+    """Runs with all that a worker must know of them.
+
+    Args:
+        points: the runs as they are trained, with the overrides that make them.
+        folders: of each run; that of one with a budget has the solved bottlenecks in its name.
+    """
+    typed = [[word for word in overrides if not word.startswith(("hydra.", "hydra/"))] for overrides, _ in points]
+    keys = differing([dict(word.partition("=")[::2] for word in words) for words in typed])
+    return [
+        Job(number, words, " ".join(word for word in words if word.partition("=")[0] in keys), run, folder)
+        for number, (words, (_, run), folder) in enumerate(zip(typed, points, folders, strict=True), start=1)
+    ]
+
+
+def _side_by_side(jobs: Sequence[Job], at_once: Sequence[dict[str, str]]) -> None:
+    """Runs in workers, a line for each that ends. Those that are done need no worker.
+
+    Args:
+        at_once: of each worker, see `places.places`.
+    """
+    # What a search has chosen is noted in the record of a run that is done.
+    waiting = [job for job in jobs if job.run.rerun or job.run.search is not None or finished(job.folder) is None]
+    if not waiting:
+        return
+    at_once = at_once[: len(waiting)]
+    logs = Path(waiting[0].run.output_dir).expanduser() / FOLDER / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    print(f"{len(waiting)} runs, {len(at_once)} at once; what they print is in {logs}", flush=True)
+    with Workers(at_once, logs) as workers:
+        for count, (job, ended) in enumerate(workers.run(waiting), start=1):
+            if display is None:
+                print(f"{count} of {len(waiting)}: {job.settings}: {_result(job)}", flush=True)
+            _take(ended, job.run, job.overrides)
+
+
+def _result(job: Job) -> str:
+    """How a run ended, by its record."""
+    record = find(job.folder)
+    if record is None:
+        return "missing"
+    if record.status != "done" or record.score is None:
+        return record.status
+    return f"{record.metric} {record.score:.2f}, {duration(record.timings['total_s'])}"

@@ -17,7 +17,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor, PreTrainedModel
 
-from peftbench.modification.state import folded
+from peftbench.beams import shared_sources
+from peftbench.modification.inference import prepared
 from peftbench.partial import Partial
 
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
@@ -60,7 +61,7 @@ def predict(
         on_batch(len(partial.rows))
     was_training = model.training
     model.eval()
-    with torch.no_grad(), folded(model), autocast(model.device, bf16):
+    with torch.no_grad(), prepared(model, bf16), autocast(model.device, bf16):
         for chosen in _batches(order, lengths, batch_size, max_tokens):
             padded = collator([examples[i] for i in chosen])
             batch = {name: tensor.to(model.device) for name, tensor in padded.items() if tensor is not None}
@@ -93,7 +94,8 @@ def _batches(
 def _generate(model: PreTrainedModel, batch: dict[str, Tensor], generation: GenerationConfig) -> Tensor:
     """Generated ids alone. In a decoder alone n-grams of the prompt may be repeated, as those of a source may."""
     if model.config.is_encoder_decoder:
-        ids: Tensor = model.generate(**batch, generation_config=generation)
+        with shared_sources(model, generation.num_beams) as cache:
+            ids: Tensor = model.generate(**batch, **cache, generation_config=generation)
         return ids
     prompt, size = batch["input_ids"].shape[1], generation.no_repeat_ngram_size
     processors = LogitsProcessorList([_NoRepeatBehind(prompt, size)] if size else [])
@@ -128,7 +130,7 @@ def mean_loss(
     total, tokens = 0.0, 0
     was_training = model.training
     model.eval()
-    with torch.no_grad(), folded(model), autocast(model.device, bf16):
+    with torch.no_grad(), prepared(model, bf16), autocast(model.device, bf16):
         for start in range(0, len(dataset), batch_size):
             padded = collator([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
             batch = {name: tensor.to(model.device) for name, tensor in padded.items() if tensor is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,11 @@ from rich.progress import (
 )
 
 QUIET_FOR = 15.0  # seconds between two plain lines
+
+
+def is_live(console: Console) -> bool:
+    """Whether somebody watches who can be shown what moves: a terminal that can, and not that of a CI job."""
+    return console.is_interactive and not os.environ.get("CI")
 
 
 class Stage:
@@ -44,11 +50,14 @@ class Stage:
 
 
 class Display:
-    """The progress of one run. `console` is where it is shown; what is not a terminal gets a line now and then."""
+    """The progress of one run. `console` is where it is shown; what is not a terminal gets a line now and then.
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.live = console.is_terminal
+    With `within_another`, `progress` is shown by a larger display, that of a sweep, and the run prints nothing.
+    """
+
+    def __init__(self, console: Console, within_another: bool = False) -> None:
+        self.console = Console(quiet=True) if within_another else console
+        self.live = within_another or is_live(console)
         self.progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -59,7 +68,8 @@ class Display:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=not self.live,
+            expand=within_another,
+            disable=within_another or not self.live,  # of a display of its own
         )
 
     @contextmanager

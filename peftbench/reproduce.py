@@ -9,13 +9,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
 
 from hydra._internal.utils import get_args_parser
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from peftbench.compose import compose_points
@@ -23,12 +21,13 @@ from peftbench.config import Run, conf_dir
 from peftbench.errors import UserError, unknown
 from peftbench.hydra_app import run as train
 from peftbench.hydra_app import solved
+from peftbench.results.choice import known
 from peftbench.results.columns import Column, duration
 from peftbench.results.identity import run_dir
+from peftbench.results.paper import is_backbone, paper_scores
 from peftbench.results.record import Record, differing, find, load_records
 from peftbench.results.table import show_table
-
-BACKBONES = ("bart_large", "mbart_large", "mbart_large_cc25", "roberta_base")
+from peftbench.search import phases
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,9 @@ def main(argv: list[str]) -> int:
         raise UserError(unknown("table", arguments.table, names))
 
     sweep = ["-m", f"experiment=paper/{arguments.table}", *arguments.overrides]
-    points = solved(compose_points(get_args_parser().parse_args(sweep)))
+    points = solved(phases(compose_points(get_args_parser().parse_args(sweep)))[1])
     code = 0 if arguments.dry_run else train(sweep)
-    _show(lines(arguments.table, points), Console())
+    _show(lines(arguments.table, [(overrides, known(run)) for overrides, run in points]), Console())
     return code
 
 
@@ -92,16 +91,10 @@ def lines(table: str, points: Sequence[tuple[list[str], Run]]) -> list[Line]:
                 run=run,
                 record=record,
                 seconds=_expected(run, others) if took is None else took,
-                paper=_scores().get(table, {}).get(values.get("row", run.method), {}).get(run.task.name),
+                paper=paper_scores().get(table, {}).get(values.get("row", run.method), {}).get(run.task.name),
             )
         )
     return found
-
-
-@lru_cache(maxsize=1)
-def _scores() -> dict[str, Any]:
-    """{table: {row: {task: score}}}."""
-    return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(conf_dir() / "paper_scores.yaml")))
 
 
 def _records(folder: Path) -> list[Record]:
@@ -140,7 +133,10 @@ def _show(table: Sequence[Line], console: Console) -> None:
     console.print(f"\n{done} of {len(table)} runs are done.", highlight=False)
     if known:
         others = f"the other {len(left)}" if len(known) == len(left) else f"{len(known)} of the other {len(left)}"
-        console.print(f"By the records of runs like them, {others} take about {duration(sum(known))}.", highlight=False)
+        take = "take" if len(known) > 1 else "takes"
+        console.print(
+            f"By the records of runs like them, {others} {take} about {duration(sum(known))}.", highlight=False
+        )
     elif left:
         console.print("No record of such a run tells how long the others take.", highlight=False)
 
@@ -165,7 +161,7 @@ def _difference(line: Line) -> str:
     """Of runs that are the paper's: its backbone, and the whole of the data."""
     run = line.run
     whole = run.debug is None and run.task.max_train is None and run.task.max_eval is None
-    if line.ours is None or line.paper is None or not whole or run.model.name.replace("-", "_") not in BACKBONES:
+    if line.ours is None or line.paper is None or not whole or not is_backbone(run.model.name):
         return ""
     return f"{line.ours - line.paper:+.2f}"
 

@@ -6,6 +6,7 @@ Read `train` as the description of a run; each line is one file of the package.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import time
@@ -16,24 +17,26 @@ from pathlib import Path
 
 import datasets
 import torch
-from omegaconf import DictConfig
 from rich.console import Console
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
 from peftbench.backbone import Backbone, load_backbone
 from peftbench.checkpoint import Checkpoints
-from peftbench.config import Keep, Run, TaskKind, Unfreeze, modifications, resolve
+from peftbench.config import Keep, Run, TaskKind, Unfreeze, modifications
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
-from peftbench.fit import Fitted, chosen_device, fit, total_steps, use_bf16
+from peftbench.fit import LOSS, Fitted, chosen_device, fit, total_steps, use_autocast, with_dtype
 from peftbench.modification.attach import attach, attach_run
 from peftbench.modification.counting import count
 from peftbench.modification.dead_parameters import count_dead
-from peftbench.modification.state import fold, save
+from peftbench.modification.state import fold, save, trained_tensors
+from peftbench.modification.state import load as load_adapter
 from peftbench.params.solve import solve
 from peftbench.probe import no_gradient, unreached
 from peftbench.progress import Display
+from peftbench.results.choice import settled
+from peftbench.results.columns import typed
 from peftbench.results.identity import run_dir
 from peftbench.results.lock import holding
 from peftbench.results.record import (
@@ -41,6 +44,8 @@ from peftbench.results.record import (
     Counts,
     Record,
     Score,
+    Searched,
+    Selection,
     append_metrics,
     axes_of,
     find,
@@ -50,6 +55,7 @@ from peftbench.results.record import (
     write_predictions,
 )
 from peftbench.results.table import single_row
+from peftbench.search import search_faults
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.docstrings import versions
 from peftbench.tasks.load import load
@@ -57,7 +63,14 @@ from peftbench.tasks.prepare import prepare
 from peftbench.validity import faults
 
 
-def train(cfg: DictConfig, overrides: Sequence[str] = (), *, keep_failed: bool = False, wait: bool = False) -> float:
+def train(
+    run: Run,
+    overrides: Sequence[str] = (),
+    *,
+    keep_failed: bool = False,
+    wait: bool = False,
+    display: Display | None = None,
+) -> float:
     """Train, evaluate and record one run; returns the main score, which a sweeper may optimise.
 
     A run that is done already is not trained again unless `rerun=true`: its record is shown. One that was interrupted
@@ -67,36 +80,44 @@ def train(cfg: DictConfig, overrides: Sequence[str] = (), *, keep_failed: bool =
         overrides: what was typed, for the record.
         keep_failed: refuse a run that failed before, unless `retry=true`.
         wait: where another process is at this run, wait until it has ended.
+        display: where the run is shown; by default its own.
 
     Raises:
         Busy: another process is at this run, and we do not wait.
         UserError: for all else that a user can mend.
     """
-    run = resolve(cfg)
     if found := faults(run):
         raise UserError(*found)
+    if found := search_faults(run):
+        raise UserError(*found)
+    run, search = settled(run, lambda trial: run_dir(solve(trial, as_trained=True)))  # a search becomes its choice
     run = solve(run, as_trained=True)  # a budget becomes bottlenecks; the backbone's config.json is all it reads
-    console = quiet_console()
+    console = quiet_console()  # in a sweep's display too: it silences the libraries
+    display = display or Display(console)
+    if search is not None and search.role == "trial":
+        display.console.print(f"a trial: {typed(search.chosen)}", highlight=False)
     folder = run_dir(run)
-    if not run.rerun and (record := finished(folder)) is not None:
-        return _show_again(record, console)
+    if not run.rerun and (record := finished(folder)) is not None and _is_noted(record, search):
+        return _show_again(record, display.console)
     with holding(folder, wait):
         before = find(folder)
         if not run.rerun and before is not None:
-            if before.status == "done":  # by another process, while we waited
-                return _show_again(before, console)
+            if before.status == "done":
+                _note(before, search, run, display)
+                return _show_again(before, display.console)
             if before.status == "failed" and before.error and keep_failed and not run.retry:
                 raise UserError(f"This run failed before with {before.error.name}; retry=true trains it again.")
         if run.rerun:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        record = _run(run, folder, overrides, console)
+        record = _run(run, folder, overrides, search, display)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    return _show(record, console)
+    return _show(record, display.console)
 
 
-def _run(run: Run, folder: Path, overrides: Sequence[str], console: Console) -> Record:
+def _run(run: Run, folder: Path, overrides: Sequence[str], search: Searched | None, display: Display) -> Record:
     """The run itself, with nobody else at it."""
-    with recording(run, folder, overrides) as record, Display(console) as display:
+    with recording(run, folder, overrides) as record, display:
+        record.search = search
         device = chosen_device(run.trainer)
         record.device = (
             torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
@@ -104,6 +125,7 @@ def _run(run: Run, folder: Path, overrides: Sequence[str], console: Console) -> 
         with _timed(record, "prepare_s"), display.stage("prepare"):
             set_seed(run.seed)
             loaded = load(run.task)
+            run = with_dtype(run)
             backbone = load_backbone(run.model, loaded.task)
             run, record.deviations = attach_run(backbone.model, run, backbone.untrained)
             record.axes = axes_of(run)
@@ -111,7 +133,7 @@ def _run(run: Run, folder: Path, overrides: Sequence[str], console: Console) -> 
             data = prepare(loaded, backbone.tokenizer, backbone.model)
             _record_data(record, data)
             for note in data.notes:
-                console.print(note, highlight=False)
+                display.console.print(note, highlight=False)
         backbone.model.to(device)
         with _timed(record, "probe_s"):
             _probe(run, backbone.model, data, record)
@@ -120,11 +142,14 @@ def _run(run: Run, folder: Path, overrides: Sequence[str], console: Console) -> 
 
         with _timed(record, "train_s"):
             _record_fit(record, _fit(run, backbone, data, record, display, f"train {run.method}"))
+        diverged = not all(tensor.isfinite().all() for tensor in trained_tensors(backbone.model).values())
         fold(backbone.model)
         record.adapter_bytes = save(backbone.model, folder / "adapter", backbone.untrained)
 
         with _timed(record, "evaluate_s"):
             _evaluate(run, backbone.model, data, record, display)
+            if search is not None:
+                record.selection = _selection(run, backbone.model, data, record, display, diverged)
         if device.type == "cuda":
             record.peak_memory_bytes = torch.cuda.max_memory_allocated()
         if "head" in run.task.baselines and not _is_head_alone(run):
@@ -136,7 +161,7 @@ def _run(run: Run, folder: Path, overrides: Sequence[str], console: Console) -> 
 def _probe(run: Run, model: PreTrainedModel, data: TaskData, record: Record) -> None:
     """Refuse to train tensors on which the loss does not depend, unless `allow_unused` says to go on."""
     batch = data.collator([data.train[0]])
-    record.unused = unreached(model, batch, use_bf16(run.trainer, run.model))
+    record.unused = unreached(model, batch, use_autocast(run.trainer, run.model))
     if record.unused and not run.allow_unused:
         raise no_gradient(record.unused)
 
@@ -156,7 +181,7 @@ def _fit(run: Run, backbone: Backbone, data: TaskData, record: Record, display: 
             data,
             run.trainer,
             seed=run.seed,
-            bf16=use_bf16(run.trainer, run.model),
+            bf16=use_autocast(run.trainer, run.model),
             checkpoints=checkpoints,
             evaluate=evaluator.selection,
             metric=run.task.selection_metric or run.task.metric,
@@ -194,6 +219,52 @@ def _evaluate(run: Run, model: PreTrainedModel, data: TaskData, record: Record, 
             record.baselines[name] = value
 
 
+def _selection(
+    run: Run, model: PreTrainedModel, data: TaskData, record: Record, display: Display, diverged: bool
+) -> Selection:
+    """What a search compares. A score that `_evaluate` has noted is not computed again."""
+    split, metric = data.splits["selection"], run.task.selection_metric or run.task.metric
+    if diverged:
+        return Selection(**split, metric=metric, value=None)
+    same = "report" if split == data.splits["report"] else "selection"
+    if metric != LOSS and same in record.scores:
+        value = record.scores[same].metrics[metric]
+    else:
+        with display.stage(f"evaluate {split['split']}"):
+            value = Evaluator(model, data, run).selection()[metric]
+    return Selection(**split, metric=metric, value=value if math.isfinite(value) else None)
+
+
+def _is_noted(record: Record, search: Searched | None) -> bool:
+    """Whether the record of a run that is done says of searches what this call has it say."""
+    if search is None:  # a run by itself, which a trial now is too
+        return record.search is None or record.search.role == "final"
+    if search.role == "trial":
+        return record.selection is not None
+    return record.search == search
+
+
+def _note(record: Record, search: Searched | None, run: Run, display: Display) -> None:
+    """Has the record of a run that is done say what it is to a search; scores the selection split where that lacks."""
+    if _is_noted(record, search):  # by another process, while we waited
+        return
+    if search is None or search.role == "final":
+        record.search = search
+    else:
+        with display:
+            with display.stage("prepare"):
+                loaded = load(run.task)
+                run = with_dtype(run)
+                backbone = load_backbone(run.model, loaded.task)
+                attach_run(backbone.model, run, backbone.untrained)
+                load_adapter(backbone.model, record.folder / "adapter", backbone.untrained)
+                data = prepare(loaded, backbone.tokenizer, backbone.model)
+                backbone.model.to(chosen_device(run.trainer))
+            diverged = not all(tensor.isfinite().all() for tensor in trained_tensors(backbone.model).values())
+            record.selection = _selection(run, backbone.model, data, record, display, diverged)
+    record.save()
+
+
 def _head_alone(run: Run, data: TaskData, record: Record, display: Display) -> float:
     """The score of the same task head, trained in the same way on the untouched backbone."""
     set_seed(run.seed)
@@ -228,6 +299,8 @@ def _record_data(record: Record, data: TaskData) -> None:
 
 def _record_fit(record: Record, fitted: Fitted) -> None:
     record.steps, record.tokens_per_s = fitted.steps, fitted.tokens_per_s
+    record.step_s, record.tflops = fitted.step_s, fitted.tflops
+    record.micro_batch = fitted.micro_batch
 
 
 def _show_again(record: Record, console: Console) -> float:

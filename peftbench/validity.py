@@ -13,6 +13,8 @@ from pathlib import Path
 from peftbench.axes import axes, refusals
 from peftbench.budget import limit
 from peftbench.config import (
+    Batching,
+    Compile,
     DType,
     Precision,
     Run,
@@ -59,15 +61,25 @@ def faults(run: Run) -> list[str]:
     found.extend(_number_faults(run))
     found.extend(_path_faults(run))
     found.extend(_data_faults(run.task))
-    if run.unfreeze is not Unfreeze.none and run.model.dtype is not DType.float32:
+    if run.unfreeze is not Unfreeze.none and run.model.dtype is DType.bfloat16:
         found.append(
             f"unfreeze={run.unfreeze.name} trains the backbone's own parameters, which must then be float32; set "
             "model.dtype=float32."
         )
     if run.trainer.precision is Precision.fp32 and run.model.dtype is DType.bfloat16:
         found.append(
-            "trainer.precision=fp32 with model.dtype=bfloat16: a bfloat16 backbone runs under bfloat16 autocast; set "
+            "trainer.precision=fp32 with model.dtype=bfloat16: a bfloat16 backbone computes in bfloat16; set "
             "trainer.precision=auto, or model.dtype=float32."
+        )
+    if run.trainer.batching is Batching.bucketed and run.trainer.batch_tokens is not None:
+        found.append(
+            f"trainer.batching=bucketed with trainer.batch_tokens={run.trainer.batch_tokens}: batches by tokens have "
+            "like lengths already; leave trainer.batching out, or set trainer.batch_tokens=null."
+        )
+    if run.trainer.compile in (Compile.layers, Compile.graphs) and run.trainer.gradient_checkpointing:
+        found.append(
+            f"trainer.compile={run.trainer.compile.name} with trainer.gradient_checkpointing=true is not supported; "
+            "set one of them to none or false."
         )
     nothing = not run.mix and all(axis == "none" for axis in axes(run)) and run.unfreeze is Unfreeze.none
     if nothing and run.task.kind is not TaskKind.text_to_text and run.fidelity.frozen_task_head:
@@ -182,6 +194,16 @@ def _number_faults(run: Run) -> Iterator[str]:
     for key, number in at_least_one.items():
         if number is not None and number < 1:
             yield f"{key}={number}: it must be a whole number of at least 1."
+    if run.jobs != "auto" and not (run.jobs.isdecimal() and int(run.jobs) > 0):
+        yield f"jobs={run.jobs}: it must be a whole number of at least 1, or auto."
+    micro = trainer.micro_batch
+    if micro not in (None, "auto") and not (micro.isdecimal() and int(micro) > 0):
+        yield f"trainer.micro_batch={micro}: it must be a whole number of at least 1, auto or null."
+    elif micro not in (None, "auto") and trainer.batch_tokens is not None:
+        yield (
+            f"trainer.micro_batch={micro} with trainer.batch_tokens={trainer.batch_tokens}: such batches have no fixed "
+            "number of examples; use trainer.micro_batch=auto."
+        )
     for key, value in {"trainer.learning_rate": trainer.learning_rate, "trainer.epochs": trainer.epochs}.items():
         if value <= 0:
             yield f"{key}={value}: it must be above 0."

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from peftbench.compose import compose_runs
 from peftbench.explain.show import show, to_json
-from peftbench.params.command import quick_imports
+from peftbench.quick_imports import quick_imports
 
 
 def main(argv: list[str]) -> int:

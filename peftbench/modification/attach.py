@@ -8,9 +8,13 @@ subclassed or replaced.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from functools import cache
+from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
@@ -79,7 +83,7 @@ def _representation(m: config.Modification) -> str:
 def _freeze(
     model: PreTrainedModel, sites: Sites, unfreeze: config.Unfreeze, untrained: Collection[str], train_head: bool
 ) -> None:
-    norms = _norms(model)
+    norms, computed_in = _norms(model), model.dtype
     for name, parameter in model.named_parameters():
         in_head = name in untrained or name.split(".")[0] in sites.family.task_head
         in_backbone = {
@@ -91,6 +95,16 @@ def _freeze(
         parameter.requires_grad_((in_head and train_head) or in_backbone)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if computed_in is torch.float32:
+        return
+    for module in model.modules():  # the task head's Linears
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            module.register_forward_pre_hook(_read_in_float32)
+
+
+def _read_in_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Forward pre-hook of a trained module of a bfloat16 backbone."""
+    return tuple(a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
 
 
 def _norms(model: PreTrainedModel) -> set[int]:
@@ -187,7 +201,7 @@ def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: config.Modificatio
             )
             if is_prefix:
                 assert isinstance(function, Bottleneck)
-                _add_to_heads(attention, name, Prefix(function))
+                _add_to_heads(attention, name, Prefix(function, attention.kind == "cross"))
                 continue
             composition = _composition(m, function.in_width, groups)
             normed = head_input is config.HeadInput.normed_query
@@ -201,24 +215,44 @@ def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: config.Modificatio
             if modification.reads_input:
                 attention.query.register_forward_pre_hook(modification.read)
             _add_to_heads(attention, name, modification)
-    _call_our_attention(model)
+    call_our_attention(model)
 
 
 def _require_attention_interface(sites: Sites, key: str) -> None:
     """Refuse a transformers whose attention classes do not ask for registered functions: ours would never be called."""
     attention = type(sites.layers[0].attentions[0].module)
-    if "ALL_ATTENTION_FUNCTIONS" not in inspect.getsource(attention):
+    if not _asks_for_functions(attention):
         raise UserError(
             f"{key}: transformers {transformers.__version__} does not let its {attention.__name__} be modified; "
             "upgrade transformers, or choose another representation."
         )
 
 
-def _call_our_attention(model: PreTrainedModel) -> None:
-    """Stack by stack: T5's have a config of their own, which transformers 5.17 does not reach from the top."""
+def takes_our_attention(model: PreTrainedModel) -> bool:
+    """Whether the model's attentions ask transformers for registered functions."""
+    attention = type(find_sites(model).layers[0].attentions[0].module)
+    return _takes_ours(attention.__module__, attention.__qualname__)
+
+
+@cache
+def _takes_ours(module: str, name: str) -> bool:
+    """By name and once: to find the source of a class takes tens of milliseconds."""
+    return _asks_for_functions(getattr(sys.modules[module], name))
+
+
+def _asks_for_functions(attention: type[nn.Module]) -> bool:
+    return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(attention)
+
+
+def call_our_attention(model: PreTrainedModel, name: str = ATTENTION_NAME) -> None:
+    """Stack by stack: T5's have a config of their own, which transformers 5.17 does not reach from the top.
+
+    Args:
+        name: of another registered function, to call that one again.
+    """
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            module.set_attn_implementation(ATTENTION_NAME)
+            module.set_attn_implementation(name)
 
 
 def _add_to_heads(attention: Attention, name: str, modification: nn.Module) -> None:
@@ -249,7 +283,7 @@ def _attach_prompt(model: PreTrainedModel, sites: Sites, m: config.Modification,
     last = [layer for layer in sites.layers if layer.stack == stack][-1]
     if len(sites.embedding) == 1 and last.norm is not None:  # an encoder alone: its task head reads fixed positions
         last.norm.register_forward_hook(prompt.strip)
-    _call_our_attention(model)
+    call_our_attention(model)
 
 
 def _function(

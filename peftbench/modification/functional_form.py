@@ -101,15 +101,14 @@ class Bottleneck(nn.Module):
         return self.down, self.up
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in) for one group; (..., G or 1, T, in) for several. Returns Δh with `out` as last axis, float32
-        unless autocast says otherwise."""
+        """x: (..., in) for one group; (..., G or 1, T, in) for several. Returns Δh with `out` as last axis, in the
+        dtype of x unless autocast says otherwise."""
         down, up = self.weights()
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(down.dtype)  # the backbone may be bfloat16, what is trained is float32
-        x = self.input_dropout(self.norm_in(x))
+        # The backbone may be bfloat16 and what is trained float32: products are computed as the backbone's are.
+        down, up = down.to(x.dtype), up.to(x.dtype)
+        x = self.input_dropout(_normed(self.norm_in, x))
         z = self.dropout(self.f(_grouped_linear(x, down, self.down_bias)))
-        delta: Tensor = self.norm_out(_grouped_linear(z, up, self.up_bias))
-        return delta
+        return _normed(self.norm_out, _grouped_linear(z, up, self.up_bias))
 
     def formula(self) -> int:
         """r (in + out) for each group: W_down and W_up, without biases (He et al. 2022, appendix B)."""
@@ -166,7 +165,17 @@ FunctionalForm = Bottleneck | Constant
 
 def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., G, T, in) · weight (G, out, in)^T + bias (G, 1, out) -> (..., G, T, out); one group takes (..., in)."""
+    if bias is not None:
+        bias = bias.to(x.dtype)
     if weight.shape[0] == 1:
         return F.linear(x, weight[0], None if bias is None else bias[0, 0])
     y = x @ weight.transpose(-1, -2)
     return y if bias is None else y + bias
+
+
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """x (..., d) normed in the dtype of the norm's weights, if it is one, and returned in its own."""
+    if not isinstance(norm, nn.LayerNorm):
+        return x
+    normed: Tensor = norm(x.to(norm.weight.dtype)).to(x.dtype)
+    return normed

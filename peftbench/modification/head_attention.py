@@ -14,6 +14,7 @@ holds the context only, positions do not move, and beams need no special case.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from transformers.masking_utils import sdpa_mask
 from peftbench.modification.edit import Modification
 from peftbench.modification.functional_form import Bottleneck, FunctionalForm
 from peftbench.modification.insertion import InsertionForm
-from peftbench.modification.prompt import PROMPT, PromptMask, see_also
+from peftbench.modification.memo import Memo
+from peftbench.modification.prompt import PROMPT, see_also
 
 ATTENTION_NAME = "peftbench"  # what `config._attn_implementation` says while heads are modified
 HEADS = "head_modifications"  # the attention module's child that holds them, by name
@@ -81,22 +83,46 @@ class HeadModification(Modification):
 
 
 class Prefix(nn.Module):
-    """Prefix tuning, eq. 5: keys and values put before those of the context. `function.weights` are P_k and P_v^T."""
+    """Prefix tuning, eq. 5: keys and values put before those of the context. `function.weights` are P_k and P_v^T.
 
-    def __init__(self, function: Bottleneck) -> None:
+    With a `memo`, which `inference.prepared` lends, what is made of the same tensors is made once.
+
+    Args:
+        cross: in a cross-attention, whose keys and values, those of the source, stay the same while a text is
+            generated: with a memo they are joined once for the whole text.
+    """
+
+    def __init__(self, function: Bottleneck, cross: bool = False) -> None:
         super().__init__()
         self.function = function
+        self.cross = cross
+        self.memo: Memo | None = None
 
     def forward(self, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """key, value: (B, N_kv, K, d_h); mask: (B or 1, 1, Q, K), boolean or additive, or None. Returns the three with
         K + l in place of K."""
+        length, memo, batch = self.function.bottleneck, self.memo, len(key)
+        if memo is None:
+            joined = _join(self._vectors(key.dtype, batch), key, value)
+            return *joined, None if mask is None else see_also(mask, length)
+        down, _ = self.function.weights()
+        vectors = memo.of(down, (key.dtype, batch), lambda: self._vectors(key.dtype, batch))
+        if mask is not None:
+            mask = memo.of(mask, length, partial(see_also, mask, length))
+        if self.cross:
+            return *memo.of(key, self, lambda: _join(vectors, key, value)), mask
+        return *_join(vectors, key, value), mask
+
+    def _vectors(self, dtype: torch.dtype, batch: int) -> tuple[Tensor, Tensor]:
+        """P_k and P_v, each (B, N_kv, l, d_h)."""
         down, up = self.function.weights()
-        batch = key.shape[0]
-        prefix_key = down.to(key.dtype).expand(batch, -1, -1, -1)  # (B, N_kv, l, d_h)
-        prefix_value = up.transpose(-1, -2).to(value.dtype).expand(batch, -1, -1, -1)
-        key = torch.cat([prefix_key, key], dim=2)
-        value = torch.cat([prefix_value, value], dim=2)
-        return key, value, None if mask is None else see_also(mask, self.function.bottleneck)
+        key, value = down.to(dtype), up.transpose(-1, -2).to(dtype)
+        return key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)
+
+
+def _join(vectors: tuple[Tensor, Tensor], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, N_kv, l, d_h) before (B, N_kv, K, d_h): keys and values of (B, N_kv, l + K, d_h)."""
+    return torch.cat([vectors[0], key], dim=2), torch.cat([vectors[1], value], dim=2)
 
 
 def modified_attention(
@@ -110,11 +136,13 @@ def modified_attention(
     """transformers' SDPA attention with this module's prompt, prefixes and head modifications.
 
     query: (B, N_h, Q, d_h), key and value: (B, N_kv, K, d_h), mask: (B, 1, Q, K) or None. Returns (B, Q, N_h, d_h).
+    Keys and values that n beams share (`beams.shared_sources`) have B / n rows.
     """
-    prompt: PromptMask | None = getattr(module, PROMPT, None)
-    if prompt is not None:
+    children = module._modules  # looked into for every token: hasattr asks three dicts and raises
+    if (prompt := children.get(PROMPT)) is not None:
         attention_mask = prompt(attention_mask, query.shape[2], key.shape[2])
-    modifications = list(getattr(module, HEADS).values()) if hasattr(module, HEADS) else []
+    heads_modifications = children.get(HEADS)
+    modifications = [] if heads_modifications is None else list(heads_modifications.children())
     for modification in modifications:
         if isinstance(modification, Prefix):
             key, value, attention_mask = modification(key, value, attention_mask)
@@ -123,7 +151,7 @@ def modified_attention(
     if attention_mask is None and getattr(module, "is_causal", False) and 1 < query.shape[2] < key.shape[2]:
         # transformers would crop the keys to the queries' length and so drop tokens of the context
         raise RuntimeError(f"{type(module).__name__} is causal and has a prefix but no mask; see `modified_mask`")
-    heads, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    heads = _attend(module, query, key, value, attention_mask, **kwargs)
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
     for modification in modifications:
         if isinstance(modification, HeadModification):
@@ -131,10 +159,25 @@ def modified_attention(
     return heads, None
 
 
+def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
+    """SDPA, in which the n beams of a source are n queries of one row."""
+    sources = key.shape[0]
+    every, count, queries, width = query.shape
+    if every > sources:
+        together = query.view(sources, -1, count, queries, width).transpose(1, 2)  # (B / n, N_h, n, Q, d_h)
+        query = together.reshape(sources, count, -1, width)
+        if mask is not None:
+            mask = mask.expand(every, -1, queries, -1).reshape(sources, 1, -1, mask.shape[-1])
+        kwargs["is_causal"] = False  # a single query sees all keys, and so do n of them
+    heads: Tensor = sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
+    return heads.reshape(every, queries, count, -1)  # (B / n, n Q, N_h, d_h) -> (B, Q, N_h, d_h)
+
+
 def modified_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """transformers' SDPA mask, but a causal mask is always written out: with a prefix, keys outnumber queries, and the
-    kernel's own causal flag would then align wrongly."""
-    mask: Tensor | None = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    """transformers' SDPA mask, but a causal mask of several queries is always written out: with a prefix, keys
+    outnumber queries, and the kernel's own causal flag would then align wrongly. A single query sees all keys."""
+    single = kwargs.get("q_length") == 1 and kwargs.get("allow_is_causal_skip", True)
+    mask: Tensor | None = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": single})
     return mask
 
 

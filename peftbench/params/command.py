@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -15,6 +12,7 @@ from peftbench.compose import compose_runs
 from peftbench.config import Run
 from peftbench.errors import UserError
 from peftbench.params.table import show_run, show_sweep, to_json
+from peftbench.quick_imports import quick_imports
 
 if TYPE_CHECKING:
     from peftbench.params.counts import RunCounts
@@ -64,21 +62,3 @@ def _count(run: Run) -> RunCounts:
     with quick_imports():
         from peftbench.params.counts import count_run
     return count_run(run)
-
-
-@contextmanager
-def quick_imports() -> Iterator[None]:
-    """Imports of torch and transformers in half of the time.
-
-    They make millions of objects that live as long as the process. The garbage collector would look through them again
-    and again while they are made, and once more at the end; here it passes them over.
-    """
-    if "torch" in sys.modules:  # the objects that are about are the caller's
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()

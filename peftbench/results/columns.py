@@ -10,7 +10,8 @@ from functools import partial
 from typing import Any, Generic, Literal, TypeVar
 
 from peftbench.errors import unknown
-from peftbench.results.record import Record, flatten
+from peftbench.results.paper import Printed, printed
+from peftbench.results.record import Record, Searched, flatten
 from peftbench.results.row import Row, front, unscored
 
 T = TypeVar("T")
@@ -52,6 +53,8 @@ FIELDS: dict[str, Callable[[Record], Any]] = {
     "scale": lambda r: [axes.scale for axes in r.axes],
     "bottleneck": lambda r: [axes.bottleneck for axes in r.axes],
     "learning_rate": lambda r: r.trainer.get("learning_rate"),
+    "search": lambda r: r.search.name if r.search else None,
+    "searched": lambda r: described(r.search) if r.search else None,
     "fidelity": lambda r: r.fidelity,
     "deviations": lambda r: [deviation.name for deviation in r.deviations],
     "budget": lambda r: r.budget,
@@ -66,6 +69,8 @@ FIELDS: dict[str, Callable[[Record], Any]] = {
     "score": lambda r: r.score if r.status == "done" else None,
     "steps": lambda r: r.steps,
     "tokens_per_s": lambda r: r.tokens_per_s,
+    "step": lambda r: r.step_s,
+    "tflops": lambda r: r.tflops,
     "memory": lambda r: None if r.peak_memory_bytes is None else r.peak_memory_bytes / 2**30,
     "time": lambda r: r.timings.get("total_s"),
     "device": lambda r: r.device,
@@ -73,6 +78,24 @@ FIELDS: dict[str, Callable[[Record], Any]] = {
     "created": lambda r: r.created,
 }
 COSTS = ("trained", "stored", "percent", "steps", "memory", "time")  # better when lower
+
+
+PAPER = ("paper", "difference")  # columns of `beside_paper`
+
+
+def described(search: Searched) -> str:
+    """The values that a search tried, with the scores on the selection split or with why there is none."""
+    if search.role == "trial":
+        return f"trial: {typed(search.chosen)}"
+    name = typed if len(search.keys) > 1 else lambda settings: text(*settings.values())
+    scores = [trial.status if trial.value is None else _two(trial.value) for trial in search.trials]
+    listed = (f"{name(trial.settings)}: {score}" for trial, score in zip(search.trials, scores, strict=True))
+    return ("" if len(search.keys) > 1 else f"{next(iter(search.keys))} ") + ", ".join(listed)
+
+
+def typed(setting: dict[str, Any]) -> str:
+    """Values as they are typed."""
+    return " ".join(f"{key}={text(value)}" for key, value in setting.items())
 
 
 RUNS = Column[Row]("n", "n", lambda row: str(len(row.scored)), lambda row: len(row.scored))  # that have a score
@@ -115,9 +138,18 @@ def text(value: Any) -> str:
 
 
 def columns(
-    rows: Sequence[Row], status: Callable[[Record], str] | None = None, cost: Cost = "stored"
+    rows: Sequence[Row],
+    status: Callable[[Record], str] | None = None,
+    cost: Cost = "stored",
+    paper: bool = False,
 ) -> list[Column[Row]]:
-    """The columns of a table of what may be compared, as it is shown unless it is told otherwise."""
+    """The columns of a table of what may be compared, as it is shown unless it is told otherwise.
+
+    Args:
+        status: says how a run ended; None: that is shown only where some run is not done.
+        cost: of the Pareto front that is marked.
+        paper: show the paper's scores also beside runs with another backbone or less data.
+    """
     records = [record for row in rows for record in row.records]
     seeds = {record.seed for record in records}
     grouped = any(len(row.records) > 1 for row in rows)
@@ -128,12 +160,14 @@ def columns(
         Column("bottleneck", "bottle-\nneck", lambda r: "\n".join(_count(one.bottleneck) for one in r.first.axes)),
         number("trained", "trained", _count, dispensable=5),
         number("stored", "stored", _count, better="lower", dispensable=4),
-        number("percent", "% of\nmodel", _two, dispensable=1 if grouped else 0),  # ± needs its room
+        # ± needs its room, and so do seeds
+        number("percent", "% of\nmodel", _two, dispensable=1 if grouped or len(seeds) > 1 else 0),
         # Every metric of the tasks is better when higher.
         number("score", f"{records[0].metric} ↑", _two, better="higher", of=FIELDS["score"], spread=True),
         *delta(rows),
+        *beside_paper(rows, paper),
         *([RUNS] if grouped else []),
-        *(number(name, name, _two, dispensable=2, of=partial(_baseline, name)) for name in baselines),
+        *(number(name, name, _two, dispensable=5, of=partial(_baseline, name)) for name in baselines),
         number("tokens_per_s", "tokens\n/s", _count, better="higher", dispensable=9),
         number("memory", "peak\nGiB", _two, better="lower", dispensable=8),
         number("time", "time", duration, better="lower", dispensable=6),
@@ -148,10 +182,11 @@ def columns(
     return found
 
 
-def chosen(keys: Sequence[str], rows: Sequence[Row], cost: Cost) -> list[Column[Row]]:
+def chosen(keys: Sequence[str], rows: Sequence[Row], cost: Cost, paper: bool = False) -> list[Column[Row]]:
     """The columns that were asked for by name. Raises KeyError, with a sentence, for a name that is none."""
-    known = {column.key: column for column in columns(rows, _ended, cost)}
+    known = {column.key: column for column in columns(rows, _ended, cost, paper)}
     known |= {"n": RUNS, "deviations": DEVIATIONS}
+    known |= {key: Column(key, key, lambda r: "", lambda r: None) for key in PAPER if key not in known}
     known["front"] = next(iter(pareto(rows, cost)), Column("front", "front", lambda r: ""))
     records = [record for row in rows for record in row.records]
     found = []
@@ -207,6 +242,41 @@ def delta(rows: Sequence[Row]) -> list[Column[Row]]:
         return row.score - best if row.scored and row.score is not None else None
 
     return [Column("delta", "Δ full", lambda row: _signed(value(row)), value, dispensable=2)]
+
+
+def beside_paper(rows: Sequence[Row], everywhere: bool = False) -> list[Column[Row]]:
+    """The paper's scores, and our difference to them; none where no row of the table is one of the paper's.
+
+    They stand beside runs that had the paper's backbone and data. With `everywhere` they do beside other runs of the
+    paper's rows too, with a column that says what they were printed for, and no difference.
+    """
+    known: dict[int, Printed] = {}
+    for row in rows:
+        found = next(filter(None, map(printed, row.records)), None)
+        if found is not None and (found.same or everywhere):
+            known[id(row)] = found
+    if not known:
+        return []
+
+    def score(row: Row) -> float | None:
+        return known[id(row)].score if id(row) in known else None
+
+    def text_of(row: Row) -> str:
+        return _two(known[id(row)].score) if id(row) in known else ""
+
+    def difference(row: Row) -> float | None:
+        found = known.get(id(row))
+        return row.score - found.score if found and found.same and row.scored and row.score is not None else None
+
+    def source(row: Row) -> str:
+        return f"{known[id(row)].table}, {known[id(row)].backbone}" if id(row) in known else ""
+
+    columns: list[Column[Row]] = [
+        Column("paper", "paper", text_of, score, dispensable=0 if everywhere else 1),
+        Column("paper_of", "printed for", source, words=True, wrap=10),
+        Column("difference", "Δ paper", lambda row: _signed(difference(row)), difference, dispensable=1),
+    ]
+    return columns if everywhere else [columns[0], columns[2]]
 
 
 def pareto(rows: Sequence[Row], cost: Cost) -> list[Column[Row]]:
@@ -270,6 +340,8 @@ def _texts(of: Callable[[Record], Any], row: Row) -> str:
 
 def _status(ended: Callable[[Record], str], row: Row) -> str:
     counted = Counter(map(ended, row.records))
+    if len(counted) > 1:  # the errors stand in the table of single runs
+        counted = Counter(record.status for record in row.records)
     if len(counted) == 1:
         return next(iter(counted))
     return ", ".join(f"{number} {status}" for status, number in counted.items())

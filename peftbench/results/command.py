@@ -14,14 +14,15 @@ from rich.console import Console
 from rich.text import Text
 
 from peftbench.errors import UserError
-from peftbench.results.columns import Column, Cost, chosen, columns
+from peftbench.results.columns import Column, Cost, beside_paper, chosen, columns
 from peftbench.results.formats import csv_of, latex, markdown, to_csv, to_json, values
 from peftbench.results.pivot import pivot
 from peftbench.results.record import Record, load_records
-from peftbench.results.row import Row, Statistic, over_seeds, rank, single, tables, unscored
+from peftbench.results.row import Row, Statistic, is_trial, over_seeds, rank, single, tables, unscored
 from peftbench.results.select import is_filter, select
 from peftbench.results.table import show_table, title
 
+TRIALS = "trials=true"  # the word that asks for them
 EPILOG = """\
 KEY is a column (method, task, model, seed, status, functional_form, bottleneck, learning_rate, stored, score, time,
 device ...), a metric (rouge1 ...), a baseline, or a dotted key of the record (trainer.batch_size, versions.torch ...).
@@ -30,6 +31,7 @@ examples:
   peftbench results method=mam,lora task=xsum status=done
   peftbench results --mean --sort stored
   peftbench results --rows method --columns insertion_form
+  peftbench results --show method,seed,score,searched      what search= tried; trials=true shows its trials as well
   peftbench results task=xsum --mean --show method,percent,rouge1,rouge2,rougeL --latex
 """
 
@@ -53,10 +55,12 @@ def main(argv: list[str]) -> int:
     if arguments.mix:
         raise UserError("--mix goes with --rows or --columns; elsewhere what differs has tables of its own.")
     plain = not (arguments.statistic or arguments.show)
-    if arguments.form == "json" and plain:
-        print(to_json(records))
-    elif arguments.form == "csv" and plain:
-        print(to_csv(records), end="")
+    if plain and arguments.form in ("json", "csv"):
+        rows = single(records)
+        columns_beside = beside_paper(rows, arguments.paper)
+        beside = dict(zip(map(id, records), values(columns_beside, rows), strict=True))
+        form = to_json if arguments.form == "json" else to_csv
+        print(form(records, lambda record: beside[id(record)]).rstrip("\n"))
     else:
         rows = over_seeds(records, arguments.statistic) if arguments.statistic else single(records)
         _print([(title(table), *_columns(table, arguments)) for table in tables(rows)], arguments)
@@ -66,7 +70,8 @@ def main(argv: list[str]) -> int:
 def read(words: Sequence[str]) -> list[Record]:
     """The records below the folders among `words` (default: outputs) that pass the filters among them.
 
-    What is no record is named on stderr. Raises UserError where nothing is left.
+    What is no record is named on stderr. The trials of searches are left out unless `trials=true` is among the words:
+    beside the run that has the chosen values they would be rivals. Raises UserError where nothing is left.
     """
     folders = [Path(word) for word in words if not is_filter(word)] or [Path("outputs")]
     records: dict[Path, Record] = {}
@@ -77,8 +82,13 @@ def read(words: Sequence[str]) -> list[Record]:
             print(sentence, file=sys.stderr)
     if not records:
         raise UserError(f"{folders[0]} holds no record of a run; make one with: peftbench train")
-    filters = [word for word in words if is_filter(word)]
-    chosen = select(list(records.values()), filters)
+    filters = [word for word in words if is_filter(word) and word != TRIALS]
+    compared = [record for record in records.values() if TRIALS in words or not is_trial(record)]
+    if hidden := len(records) - len(compared):
+        print(f"{hidden} trials of searches are left out; {TRIALS} shows them.", file=sys.stderr)
+    if not compared:
+        raise UserError(f"{folders[0]} holds trials of a search and no other run yet; {TRIALS} shows them.")
+    chosen = select(compared, filters)
     if not chosen:
         raise UserError(f"No run passes {' '.join(filters)}; peftbench results without filters shows what there is.")
     return chosen
@@ -112,6 +122,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pareto", choices=get_args(Cost), default="stored", help="the cost of the marked Pareto front (◆)"
     )
+    parser.add_argument(
+        "--paper",
+        action="store_true",
+        help="the paper's scores also beside runs of its rows with another backbone or less data, and what they are of",
+    )
     form = parser.add_mutually_exclusive_group()
     for name, what in {
         "json": "a JSON array, of the whole records unless columns are chosen",
@@ -138,10 +153,10 @@ def _columns(table: list[Row], arguments: argparse.Namespace) -> tuple[list[Colu
     table = sorted(table, key=rank)
     try:
         if arguments.sort:
-            (by,) = chosen([arguments.sort], table, arguments.pareto)
+            (by,) = chosen([arguments.sort], table, arguments.pareto, arguments.paper)
             table = _sorted(table, by, arguments.reverse)
-        wanted = chosen(arguments.show, table, arguments.pareto) if arguments.show else None
-        return wanted or columns(table, cost=arguments.pareto), table
+        wanted = chosen(arguments.show, table, arguments.pareto, arguments.paper) if arguments.show else None
+        return wanted or columns(table, cost=arguments.pareto, paper=arguments.paper), table
     except KeyError as error:
         raise UserError(str(error.args[0])) from error
 

@@ -5,26 +5,28 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from peftbench.results.columns import Column, best_of, flat_header
 from peftbench.results.record import Axes, Record, flatten
 
 T = TypeVar("T")
+Beside = Callable[[Record], dict[str, Any]]  # further values of a record
 
 # What pdflatex cannot set as it stands.
 LATEX = {"±": r"$\pm$", "Δ": r"$\Delta$", "λ": r"$\lambda$", "·": r"$\cdot$", "↑": r"$\uparrow$", "◆": r"$\bullet$"}
 
 
-def to_json(records: Iterable[Record]) -> str:
-    """A JSON array of the records, each with its `folder`."""
-    return json.dumps([{**record.to_json(), "folder": str(record.folder)} for record in records], indent=2)
+def to_json(records: Iterable[Record], beside: Beside = lambda record: {}) -> str:
+    """A JSON array of the records, each with its `folder` and with what `beside` gives."""
+    found = [{**record.to_json(), "folder": str(record.folder), **beside(record)} for record in records]
+    return json.dumps(found, indent=2)
 
 
-def to_csv(records: Iterable[Record]) -> str:
+def to_csv(records: Iterable[Record], beside: Beside = lambda record: {}) -> str:
     """One line for each record; dotted keys are the columns. A mixture's axes are joined by " + "."""
-    return csv_of([_flat(record) for record in records])
+    return csv_of([{**_flat(record), **beside(record)} for record in records])
 
 
 def csv_of(rows: Sequence[dict[str, Any]]) -> str:

@@ -13,13 +13,14 @@ from omegaconf import OmegaConf
 from peftbench.config import Modification, Run, task_files
 from peftbench.errors import UserError
 
-# Keys that change no result: where the run happens and how it is guarded, tables that have already had their effect on
-# other keys, what only counting reads, and the budget: by then it has become bottlenecks, and two budgets that come to
-# the same ones are the same run.
+# Keys that change no result but by rounding: where the run happens, how fast and how it is guarded, tables that have
+# already had their effect on other keys, what only counting reads, and the budget: by then it has become bottlenecks,
+# and two budgets that come to the same ones are the same run.
 IGNORED = (
     "output_dir",
     "rerun",
     "retry",
+    "jobs",
     "allow_unused",
     "fidelity.name",
     "budget",
@@ -32,7 +33,10 @@ IGNORED = (
     "task.paper",
     "task.quick",
     "trainer.device",
+    "trainer.compile",
+    "trainer.fused_loss",
     "trainer.checkpoint_minutes",
+    "trainer.micro_batch",
     "trainer.eval_batch_size",
     "trainer.eval_batch_tokens",
 )
@@ -53,6 +57,8 @@ def run_hash(run: Run) -> str:
         for group in groups:
             node = node[group]
         del node[leaf]
+    if config["search"] is None:  # one that is settled, see results/choice.py, is the run that it has come to
+        del config["search"]
 
     # What a path wins over has no effect either.
     model, task = config["model"], config["task"]

@@ -33,6 +33,7 @@ from peftbench.results.lock import is_held
 
 SCHEMA_VERSION = 1
 FILE = "record.json"
+METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints, gone once it is done
 
 # A run that is missing has not begun: no file says so, but the tables of a sweep do.
@@ -100,6 +101,41 @@ class Score:
 
 
 @dataclass
+class Selection:
+    """What a search compares: the task's selection metric on the selection split."""
+
+    split: str
+    examples: int
+    metric: str
+    value: float | None  # None: the training diverged
+    of: int | None = None  # examples that the split has, where not all of them were taken
+
+
+@dataclass
+class Trial:
+    """One of the runs that a search compared, and how it came out."""
+
+    settings: dict[str, Any]
+    run: str  # `run_hash`
+    value: float | None  # of `Selection`; None: it failed or diverged
+    status: str
+
+
+@dataclass
+class Searched:
+    """The part of a run in a search: it was a trial, or it has the values of the best of `trials`."""
+
+    name: str
+    role: Literal["trial", "final"]
+    seed: int  # of the trials
+    keys: dict[str, list[Any]]  # the values that were tried
+    chosen: dict[str, Any] = field(default_factory=dict)
+    selection: Selection | None = None  # of the trial that was chosen
+    reported: bool = False  # the selection split is the one that the score is reported on
+    trials: list[Trial] = field(default_factory=list)
+
+
+@dataclass
 class Record:
     """All that is kept of a run. Times are in seconds, dates ISO 8601 in UTC."""
 
@@ -126,6 +162,8 @@ class Record:
     counts: Counts | None = None
     scores: dict[str, Score] = field(default_factory=dict)  # by role: selection, report, report_SPLIT
     score: float | None = None  # the main metric on the report split
+    selection: Selection | None = None
+    search: Searched | None = None
     baselines: dict[str, float] = field(default_factory=dict)  # the main metric of: majority, head, lead1
     trainer: dict[str, Any] = field(default_factory=dict)
     # prepare_s, probe_s, train_s, evaluate_s, baseline_s, total_s; and earlier_s, the part of these that tries before
@@ -133,7 +171,12 @@ class Record:
     timings: dict[str, float] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)  # trainable tensors that the loss does not depend on
     steps: int | None = None
-    tokens_per_s: float | None = None
+    tokens_per_s: float | None = None  # of training, padding not counted
+    step_s: float | None = None  # the median optimiser step
+    tflops: float | None = None  # 10^12 operations a second that the method needs, see arithmetic.py
+    # With trainer.micro_batch: {"parts": 4, "halved_at": [0, 17]}: what a batch was split into at last, and the
+    # optimiser steps in which memory ran out, 0 where it was tried.
+    micro_batch: dict[str, Any] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
     adapter_bytes: int | None = None
     data: dict[str, Any] = field(default_factory=dict)  # fingerprint, package versions
@@ -210,7 +253,7 @@ def start(run: Run, folder: Path, overrides: Sequence[str]) -> Record:
     for stale in (folder / "error.txt", folder / "predictions.jsonl", *folder.glob("*.tmp")):
         stale.unlink(missing_ok=True)
     if not (folder / CHECKPOINTS).is_dir():
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
+        (folder / METRICS).unlink(missing_ok=True)
     with replacing(folder / "config.yaml") as file:
         OmegaConf.save(OmegaConf.structured(replace(run, sizes=None, size=None)), file)
     return record
@@ -281,7 +324,7 @@ def load_records(folder: Path) -> tuple[list[Record], list[str]]:
 
 def rewind_metrics(folder: Path, stage: str, step: int) -> None:
     """Drops the lines of `metrics.jsonl` that a training wrote after `step`, from which it now goes on."""
-    file = folder / "metrics.jsonl"
+    file = folder / METRICS
     if not file.is_file():
         return
     kept = []
@@ -296,7 +339,7 @@ def rewind_metrics(folder: Path, stage: str, step: int) -> None:
 
 def append_metrics(folder: Path, values: dict[str, Any]) -> None:
     """Appends one line to `metrics.jsonl`, which can be read while the run goes on."""
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+    with (folder / METRICS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(values) + "\n")
 
 

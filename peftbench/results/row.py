@@ -76,6 +76,11 @@ def is_scored(record: Record) -> bool:
     return record.status == "done" and record.score is not None and not math.isnan(record.score)
 
 
+def is_trial(record: Record) -> bool:
+    """Whether a search has trained this run to compare it, and has not chosen it."""
+    return record.search is not None and record.search.role == "trial"
+
+
 def setting(record: Record) -> tuple[str, ...]:
     """What two runs share whose scores may be compared: task, backbone, metric, split and its size."""
     report = record.scores.get("report")

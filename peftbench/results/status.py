@@ -96,11 +96,31 @@ def seconds_left(states: Sequence[State], now: datetime | None = None) -> float 
     return max(sum(left) / at_once, max(left, default=0.0))
 
 
-def _show(plan: Plan, states: Sequence[State], console: Console, everything: bool) -> None:
+def summary(states: Sequence[State]) -> str:
+    """How many runs stand how, and the time left."""
     counted = Counter(state.status for state in states)
     counts = ", ".join(f"{counted[status]} {status}" for status in ORDER if counted[status])
+    return f"{len(states)} runs: {counts}{_left(states)}"
+
+
+def ended(state: State) -> str:
+    """The status, with the error of a run that failed."""
+    error = state.record.error if state.record is not None else None
+    return f"{state.status}: {error.name}" if error else state.status
+
+
+def time_of(state: State) -> str:
+    """How long a run took, or has been running."""
+    if state.record is None:
+        return ""
+    if state.status == "running":
+        return duration((datetime.now(timezone.utc) - datetime.fromisoformat(state.record.created)).total_seconds())
+    return duration(state.record.timings["total_s"]) if "total_s" in state.record.timings else ""
+
+
+def _show(plan: Plan, states: Sequence[State], console: Console, everything: bool) -> None:
     console.print(f"peftbench train {shlex.join(plan.arguments)}", style="dim", soft_wrap=True, highlight=False)
-    console.print(f"{len(states)} runs: {counts}{_left(states)}", highlight=False)
+    console.print(summary(states), highlight=False)
     listed = [state for state in states if everything or state.status != "done"]
     if not listed:
         return
@@ -112,7 +132,7 @@ def _show(plan: Plan, states: Sequence[State], console: Console, everything: boo
         table.add_column(name, overflow="fold", justify="right" if name == "time" else "left")
     for state in sorted(listed, key=lambda state: ORDER.index(state.status)):
         settings = (str(state.point.settings.get(key, "")) for key in keys)
-        table.add_row(*settings, _status(state), _time(state), state.point.folder.rpartition("/")[2])
+        table.add_row(*settings, ended(state), time_of(state), state.point.folder.rpartition("/")[2])
     console.print(table)
 
 
@@ -123,20 +143,6 @@ def _left(states: Sequence[State]) -> str:
     return "; time left is known once a run is done" if seconds is None else f"; about {duration(seconds)} left"
 
 
-def _status(state: State) -> str:
-    error = state.record.error if state.record is not None else None
-    return f"{state.status}: {error.name}" if error else state.status
-
-
-def _time(state: State) -> str:
-    """How long a run took, or has been running."""
-    if state.record is None:
-        return ""
-    if state.status == "running":
-        return duration((datetime.now(timezone.utc) - datetime.fromisoformat(state.record.created)).total_seconds())
-    return duration(state.record.timings["total_s"]) if "total_s" in state.record.timings else ""
-
-
 def _as_json(plan: Plan, states: Sequence[State]) -> dict[str, Any]:
     counted = Counter(state.status for state in states)
     return {
@@ -144,7 +150,6 @@ def _as_json(plan: Plan, states: Sequence[State]) -> dict[str, Any]:
         "counts": {status: counted[status] for status in ORDER},
         "seconds_left": seconds_left(states),
         "runs": [
-            {"folder": state.point.folder, "settings": state.point.settings, "status": _status(state)}
-            for state in states
+            {"folder": state.point.folder, "settings": state.point.settings, "status": ended(state)} for state in states
         ],
     }

@@ -7,14 +7,19 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from enum import Enum
 from pathlib import Path
 
 from rich.console import Console
 
 from peftbench.config import Run
+from peftbench.errors import UserError
+from peftbench.results.choice import NoChoice, known, sentence, settled
+from peftbench.results.columns import text
 from peftbench.results.identity import run_dir
 from peftbench.results.record import Record, describe, differing, find, finished, replacing
 from peftbench.results.table import show
+from peftbench.search import value_at
 
 FOLDER = ".sweeps"  # below the output_dir
 SUFFIX = ".sweep.json"
@@ -29,36 +34,62 @@ class Point:
     settings: dict[str, str]
 
 
+class Member:
+    """A run of a sweep as it was typed, and what it comes to: with a search, another run once its trials are done."""
+
+    def __init__(self, overrides: Sequence[str], run: Run) -> None:
+        self.overrides, self.run, self.comes_to = overrides, run, run
+        self.asked = self.folder = run_dir(run)
+        self.settle()
+
+    def settle(self) -> None:
+        """Look whether it is known by now what the run comes to."""
+        if self.comes_to.search is not None:
+            self.comes_to = known(self.run)
+            self.folder = self.asked if self.comes_to.search is not None else run_dir(self.comes_to)
+
+    def settings(self) -> dict[str, str]:
+        """What was typed, by key, and what a search has set."""
+        words = dict(word.split("=", 1) for word in self.overrides if "=" in word)
+        search = self.run.search
+        if search is None:
+            return words
+        words = {key: value for key, value in words.items() if not key.startswith("search.")}
+        if self.comes_to.search is None:
+            words |= {key: _typed(value_at(self.comes_to, key)) for key in search.keys}
+        return {**words, "search": search.name if search.trial is None else f"{search.name} trial"}
+
+
 @dataclass(frozen=True)
 class Plan:
     """The runs of a sweep as its file keeps them: `OUTPUT_DIR/.sweeps/NAME.sweep.json`."""
 
     arguments: list[str]  # what was typed after `peftbench train`
     points: list[Point]
+    name: str = ""  # of its file
 
     @classmethod
-    def of(cls, points: Sequence[tuple[list[str], Run]], arguments: Sequence[str]) -> Plan:
-        """The plan of runs that are given with the overrides that make them."""
-        root = Path(points[0][1].output_dir).expanduser()
-        given = [dict(word.split("=", 1) for word in overrides if "=" in word) for overrides, _ in points]
+    def of(cls, members: Sequence[Member], arguments: Sequence[str]) -> Plan:
+        """The plan of a sweep's runs and of the trials before them."""
+        root = Path(members[0].run.output_dir).expanduser()
+        name = hashlib.sha256("\n".join(sorted({_below(root, member.asked) for member in members})).encode())
+        given = [member.settings() for member in members]
         keys = differing(given)
         runs = {
-            folder: Point(
-                str(folder.relative_to(root) if folder.is_relative_to(root) else folder.resolve()),
-                run.method,
+            member.folder: Point(
+                _below(root, member.folder),
+                member.run.method,
                 {key: values[key] for key in keys if key in values},
             )
-            for values, (_, run) in zip(given, points, strict=True)
-            for folder in [run_dir(run)]
+            for values, member in zip(given, members, strict=True)
         }
-        return cls(list(arguments), list(runs.values()))
+        return cls(list(arguments), list(runs.values()), name.hexdigest()[:8])
 
     def save(self, root: Path) -> None:
-        """Write the file. The same runs have the same file, however they were typed."""
-        name = hashlib.sha256("\n".join(sorted(point.folder for point in self.points)).encode()).hexdigest()[:8]
+        """Write the file. The same runs have the same file, however they were typed, and whatever searches come to."""
         folder = root / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / f"{name}{SUFFIX}") as file:
+        with replacing(folder / f"{self.name}{SUFFIX}") as file:
             file.write(json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
@@ -66,34 +97,87 @@ class Plan:
         """Read what `save` wrote. Raises ValueError for anything else."""
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
-            return cls(values["arguments"], [Point(**point) for point in values["points"]])
+            return cls(
+                values["arguments"], [Point(**point) for point in values["points"]], file.name.removesuffix(SUFFIX)
+            )
         except (KeyError, TypeError) as error:
             raise ValueError(f"it is not the plan of a sweep ({error})") from error
 
 
-class Sweep:
-    """A sweep that is under way in this process."""
+def _below(root: Path, folder: Path) -> str:
+    return str(folder.relative_to(root) if folder.is_relative_to(root) else folder.resolve())
 
-    def __init__(self, runs: Sequence[Run]) -> None:
-        self.runs = {run_dir(run): run for run in runs}
-        self.done_before = {folder for folder in self.runs if finished(folder) is not None}
+
+def _no_choice(run: Run) -> str | None:
+    """Why the trials of a run's search leave nothing to choose, where they do."""
+    try:
+        settled(run)
+    except NoChoice as error:
+        return str(error)
+    except UserError:  # not done yet
+        pass
+    return None
+
+
+def _typed(value: object) -> str:
+    return value.name if isinstance(value, Enum) else text(value)
+
+
+class Sweep:
+    """A sweep that is under way in this process. `runs` are its own, without the trials of its searches."""
+
+    def __init__(self, members: Sequence[Member], trials: Sequence[Member], arguments: Sequence[str]) -> None:
+        self.members, self.trials, self.arguments = members, trials, arguments
+        self.root = Path(members[0].run.output_dir).expanduser()  # below which the folders of the plan are
+        self.runs: dict[Path, Run] = {}
+        self.done_before = {trial.folder for trial in trials if finished(trial.folder) is not None}
+        self.settle()
 
     @classmethod
-    def start(cls, points: Sequence[tuple[list[str], Run]], arguments: Sequence[str]) -> Sweep:
-        """Write the list of the sweep's runs beside them."""
-        runs = [run for _, run in points]
-        Plan.of(points, arguments).save(Path(runs[0].output_dir).expanduser())
-        return cls(runs)
+    def start(
+        cls,
+        points: Sequence[tuple[list[str], Run]],
+        arguments: Sequence[str],
+        trials: Sequence[tuple[list[str], Run]] = (),
+    ) -> Sweep:
+        """Write the list of the sweep's runs, and of the trials before them, beside them."""
+        return cls([Member(*point) for point in points], [Member(*point) for point in trials], arguments)
+
+    def settle(self) -> None:
+        """Take in what the searches have come to, and write the list of runs."""
+        for member in self.members:
+            member.settle()
+        compared = {trial.folder for trial in self.trials}
+        new = {member.folder for member in self.members} - self.runs.keys() - compared
+        self.done_before |= {folder for folder in new if finished(folder) is not None}
+        self.runs = {member.folder: member.comes_to for member in self.members}
+        self.plan = Plan.of([*self.trials, *self.members], self.arguments)
+        self.plan.save(self.root)
 
     def show(self) -> int:
         """Print the table of all runs with how each ended; returns 0 if every run is done, else 1."""
+        self.settle()
         records = [self._record(folder, run) for folder, run in self.runs.items()]
         console = Console()
         console.print()
         show(records, console, status=self._status)
         console.print()
-        console.print(self._summary(records), highlight=False)
+        # Of runs that differ in their seed one line says what was searched.
+        for line in dict.fromkeys(
+            sentence(record) for record in records if record.search and record.search.role == "final"
+        ):
+            console.print(line, highlight=False)
+        lost = {folder: fault for folder, run in self.runs.items() if (fault := _no_choice(run))}
+        for line in dict.fromkeys(lost.values()):
+            console.print(line, highlight=False)
+        console.print(self._summary(records, len(lost)), highlight=False)
         return 0 if all(record.status == "done" for record in records) else 1
+
+    def was_done_before(self, folder: Path) -> bool:
+        """Whether the run in a folder was done when the sweep began, and is not trained again."""
+        return folder in self.done_before and not any(
+            member.run.rerun for member in [*self.trials, *self.members] if member.folder == folder
+        )
 
     def _record(self, folder: Path, run: Run) -> Record:
         return find(folder) or describe(run, folder, [], "missing")
@@ -101,10 +185,9 @@ class Sweep:
     def _status(self, record: Record) -> str:
         if record.error is not None:
             return f"{record.status}: {record.error.name}"
-        earlier = record.folder in self.done_before and not self.runs[record.folder].rerun
-        return "done before" if earlier else record.status
+        return "done before" if self.was_done_before(record.folder) else record.status
 
-    def _summary(self, records: Sequence[Record]) -> str:
+    def _summary(self, records: Sequence[Record], lost: int) -> str:
         counted = Counter(self._status(record).partition(":")[0] for record in records)
         done = sum(record.status == "done" for record in records)
         sentences = [f"{done} of {len(records)} runs are done."]
@@ -112,7 +195,9 @@ class Sweep:
             sentences[0] = f"{done} of {len(records)} runs are done, {counted['done before']} of them before."
         if counted["failed"]:
             sentences.append(f"{counted['failed']} failed; retry=true trains failed ones again.")
-        unfinished = len(records) - done - counted["failed"]
+        if lost:
+            sentences.append(f"{lost} cannot run: no trial has a score; retry=true trains failed trials again.")
+        unfinished = len(records) - done - counted["failed"] - lost
         if unfinished:
             sentences.append(f"{unfinished} unfinished; the same line goes on with them.")
         return " ".join(sentences)

@@ -22,6 +22,8 @@ from peftbench.results.row import Row, rank, setting, single, tables, unscored
 
 T = TypeVar("T")
 GAP = 2  # characters between two columns
+# Where a cell may go on in the next line: between words, and within one that is too long.
+BETWEEN, WITHIN = re.compile(r"(?<= )(?![\d·])"), re.compile(r"(?<=_)(?=\w)|(?<=[a-z])(?=[A-Z])")
 OVERRIDES_TO_KEEP = re.compile(r"(task|model|trainer|debug|output_dir)\b")  # in the sweep that is proposed
 
 
@@ -55,7 +57,7 @@ def show_table(columns: Sequence[Column[T]], rows: Sequence[T], console: Console
                 fitting.pop()
         rest = rest[len(fitting) - labels :]
         fitting = _fitting(fitting, console.width)
-        console.print(_filled(_table(fitting, console.width), fitting, len(rows), below))
+        console.print(_table(fitting, console.width, len(rows), below))
         if labels and rest:
             console.print()
 
@@ -76,7 +78,7 @@ def single_row(record: Record, console: Console) -> None:
     wanted = [column for column in columns([row]) if column.key not in ("seed", "status")]
     laid = [_lay(column, [row], star=False) for column in wanted]
     if _spare(laid, console.width) >= 0:
-        table = _filled(_table(laid, console.width), laid, 1, 0)
+        table = _table(laid, console.width, 1, 0)
     else:  # nothing of one run is dispensable: a line for each column then
         table = Table.grid(padding=(0, 2))
         for column in wanted:
@@ -131,26 +133,39 @@ def _spare(columns: Sequence[_Laid], width: int) -> int:
     return width - sum(column.least for column in columns) - GAP * (len(columns) - 1)
 
 
-def _table(columns: Sequence[_Laid], width: int) -> Table:
+def _table(columns: Sequence[_Laid], width: int, rows: int, below: int) -> Table:
+    """The table with its rows, and a line above the row `below` where that is not the first."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     spare = max(0, _spare(columns, width))
-    widths = []  # rich's own choice would break words here to keep lines long there
+    widths: list[int] = []  # rich's own choice would break words here to keep lines long there
     for column in reversed(columns):
-        widths.append(min(column.most, column.least + spare))
-        spare -= widths[-1] - column.least
-    for column, taken in zip(columns, reversed(widths), strict=True):
+        widths.insert(0, min(column.most, column.least + spare))
+        spare -= widths[0] - column.least
+    for column, taken in zip(columns, widths, strict=True):
         justify: Literal["left", "right"] = "left" if column.words else "right"
-        table.add_column(column.header, width=taken, justify=justify, overflow="fold")
-    return table
-
-
-def _filled(table: Table, columns: Sequence[_Laid], rows: int, below: int) -> Table:
-    """The table with its rows, and a line above the row `below` where that is not the first."""
+        header = "\n".join(wrapped(line, taken) for line in column.header.split("\n"))
+        table.add_column(header, width=taken, justify=justify, overflow="fold")
     for index in range(rows):
         if index and index == below:
             table.add_section()
         styles = ["bold" if index in column.best else "" for column in columns]
         # One row for each modification, so that its bottleneck stands beside it also where the axes wrap.
         for cells in zip_longest(*(column.cells[index].split("\n") for column in columns), fillvalue=""):
-            table.add_row(*map(Text, cells, styles))
+            table.add_row(*map(Text, map(wrapped, cells, widths), styles))
     return table
+
+
+def wrapped(text: str, width: int) -> str:
+    """The text in lines of at most `width` characters, broken between words, but not before a number or a dot.
+
+    A word that is too long is broken within, as in scaled_parallel_|adapter or Runtime|Error, if it has such a place.
+    """
+    lines = [""]
+    for word in BETWEEN.split(text):
+        parts = WITHIN.split(word) if cell_len(word.rstrip()) > width else [word]
+        for index, part in enumerate(parts):
+            begins = index == 0 and len(parts) > 1  # in a line of its own
+            if lines[-1] and (begins or cell_len((lines[-1] + part).rstrip()) > width):
+                lines.append("")
+            lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)

@@ -17,7 +17,7 @@ from peftbench.compose import apply
 from peftbench.config import Run, resolve
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
-from peftbench.fit import chosen_device
+from peftbench.fit import chosen_device, with_dtype
 from peftbench.modification.attach import attach_run
 from peftbench.modification.state import load as load_adapter
 from peftbench.partial import Partial
@@ -102,6 +102,7 @@ def evaluate(folder: Path, run: Run, console: Console, predictions: Path | None 
     with Display(console) as display:
         with display.stage("prepare"):
             loaded = load(run.task, training=False)
+            run = with_dtype(run)
             backbone = load_backbone(run.model, loaded.task)
             attach_run(backbone.model, run, backbone.untrained)
             load_adapter(backbone.model, folder / "adapter", backbone.untrained)

@@ -65,6 +65,7 @@ def kept(what: dict[str, Any], rows: int, make: Callable[[], Dataset]) -> Datase
         try:
             made.save_to_disk(str(unfinished))
             os.rename(unfinished, folder)  # whole or not at all; where another run was faster, its is as good
+            made = Dataset.load_from_disk(str(folder))  # mapped, not held: many processes share the system's copy
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return made

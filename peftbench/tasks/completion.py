@@ -70,19 +70,22 @@ class PromptCollator:
 
     def __init__(self, pad: int) -> None:
         self.pad = pad
+        self.pad_to_multiple_of: int | None = None  # in training; named as in transformers' collators
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         prompts = [list(example["input_ids"]) for example in examples]
         if "labels" not in examples[0]:
             return _padded(prompts, self.pad, left=True)
         targets = [list(example["labels"]) for example in examples]
-        batch = _padded([prompt + target for prompt, target in zip(prompts, targets, strict=True)], self.pad)
+        whole = [prompt + target for prompt, target in zip(prompts, targets, strict=True)]
+        multiple = self.pad_to_multiple_of or 1
+        batch = _padded(whole, self.pad, multiple=multiple)
         labels = [[-100] * len(prompt) + target for prompt, target in zip(prompts, targets, strict=True)]
-        return {**batch, "labels": _padded(labels, -100)["input_ids"]}
+        return {**batch, "labels": _padded(labels, -100, multiple=multiple)["input_ids"]}
 
 
-def _padded(rows: list[list[int]], pad: int, left: bool = False) -> dict[str, Tensor]:
-    longest = max(map(len, rows))
+def _padded(rows: list[list[int]], pad: int, left: bool = False, multiple: int = 1) -> dict[str, Tensor]:
+    longest = -(-max(map(len, rows)) // multiple) * multiple
     ids, mask = [], []
     for row in rows:
         gap, ones = [pad] * (longest - len(row)), [1] * len(row)

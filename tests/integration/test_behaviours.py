@@ -402,7 +402,13 @@ def test_bf16_agrees_with_fp32(family: str, preset: str, backbone: torch.dtype) 
 # ---- options of a modification ----
 
 
-@pytest.mark.parametrize("options", [{}, {"bias": True, "layer_norm": "output"}], ids=["plain", "bias_and_norm"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"bias": True, "layer_norm": "output"}, id="bias_and_norm", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("family", long_tail(FAMILIES, "mbart", "roberta"))
 def test_zero_initialised_modifications_leave_the_backbone_as_it_is(family: str, options: dict[str, object]) -> None:
     """Init lora with all but gated: Δh = 0, to the bit, wherever it joins h."""

@@ -260,7 +260,7 @@ def test_one_failing_run_does_not_stop_a_sweep(
             ["composition_function=gated", "functional_form=relu", "insertion_form=sequential"],
             ["composition_function=gated with insertion_form=sequential means nothing"],
         ),
-        (["model.dtype=bfloat16", "trainer.precision=fp32"], ["runs under bfloat16 autocast"]),
+        (["model.dtype=bfloat16", "trainer.precision=fp32"], ["computes in bfloat16"]),
         (["method=mam", "modified_representation.attentions=[self]"], ["modified_representation=ffn has none"]),
         (["method=prompt", "modified_representation.layers=[0]"], ["stands before the first stack"]),
         (["method=full", "functional_form=relu"], ["a modification needs all four axes"]),

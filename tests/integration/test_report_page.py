@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
+from peftbench.results.columns import columns
 from peftbench.results.record import load_records, start, write_predictions
 from peftbench.results.report.command import main
-from peftbench.results.row import front, single
+from peftbench.results.row import front, over_seeds, single
 from tests.unit.test_record import RUN
 from tests.unit.test_report import EVIL, make_runs
 
@@ -71,6 +72,29 @@ def _opened(context: Any, outputs: Path, name: str) -> Iterator[Any]:
     if folder := os.environ.get("PEFTBENCH_SCREENSHOTS"):
         page.screenshot(path=Path(folder) / f"{re.sub(r'[^a-z]+', '-', name)}.png", full_page=True)
     context.close()
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three seeds of each of forty points; one run of one of them failed."""
+    folder = tmp_path_factory.mktemp("seeds") / "outputs"
+    make_runs(folder, 120)
+    return folder
+
+
+@pytest.fixture(params=list(SIZES))
+def page_of_seeds(request: pytest.FixtureRequest, browser: Any, seeds: Path) -> Iterator[Any]:
+    width, height = SIZES[request.param]
+    context = browser.new_context(viewport={"width": width, "height": height}, has_touch=width < 500)
+    yield from _opened(context, seeds, request.node.name)
+
+
+def averages(folder: Path, *seeds: int) -> dict[str, tuple[str, str, str]]:
+    """What `peftbench results --mean` says in each row: score, n and difference to full fine-tuning, by the score."""
+    rows = over_seeds((r for r in load_records(folder)[0] if r.seed in seeds), "mean")
+    known = {column.key: column for column in columns(rows)}
+    cells = [tuple(known[key].cell(row) for key in ("score", "n", "delta")) for row in rows]
+    return {score: (score, n, delta.replace("-", "\N{MINUS SIGN}")) for score, n, delta in cells}
 
 
 def column(page: Any, header: str) -> list[str]:
@@ -252,6 +276,56 @@ def test_columns_can_be_added(page: Any) -> None:
     page.get_by_label("accuracy", exact=True).check()
     scores = shown_scores(page)
     assert [float(text) for text in column(page, "accuracy")] == scores
+
+
+def test_seeds_are_averaged_as_in_the_tables(page_of_seeds: Any, seeds: Path) -> None:
+    page = page_of_seeds
+    page.get_by_label("Compared with each other").select_option(index=1)
+    assert len(column(page, "method")) == 60 and page.locator("#scatter .spread").count() == 0
+    page.get_by_label("average seeds").check()
+    expected = averages(seeds / "sst2", 1, 2, 3)
+    shown = zip(column(page, "score"), column(page, "n"), column(page, "Δ full"), strict=True)
+    assert {score: (score, n, delta) for score, n, delta in shown} == expected and len(expected) == 20
+    assert {n for _, n, _ in expected.values()} == {"3", "2"}  # a failed run is in no mean
+    assert "60 of 120 runs in 20 averages" in page.locator("#count").inner_text()
+    scores = [float(text.split(" ±")[0]) for text in column(page, "score")]
+    assert scores == sorted(scores, reverse=True)
+    assert "1, 2, 3" in column(page, "seed") and "2 done, 1 failed" in column(page, "status")
+    # a bar upwards for each; what is stored does not vary
+    assert page.locator("#scatter .point[role=button]").count() == 20 == page.locator("#scatter .bars .spread").count()
+    assert "standard deviation" in page.locator("#legend").inner_text()
+    assert "±" in page.locator("#scatter .point[role=button]").first.get_attribute("aria-label")
+    page.get_by_role("combobox", name="Across").select_option("time")
+    assert page.locator("#scatter .bars .spread").count() == 40
+
+    page.get_by_label("Filter").fill("seed!=3")  # a mean is over the runs that are shown
+    settle(page)
+    shown = zip(column(page, "score"), column(page, "n"), column(page, "Δ full"), strict=True)
+    assert {score: (score, n, delta) for score, n, delta in shown} == averages(seeds / "sst2", 1, 2)
+    page.locator("thead").get_by_role("button", name="score").click()
+    scores = [float(text.split(" ±")[0]) for text in column(page, "score")]
+    assert scores == sorted(scores, reverse=True)
+
+    page.get_by_label("average seeds").uncheck()
+    assert len(column(page, "method")) == 40 and page.locator("#scatter .spread").count() == 0
+
+
+def test_an_average_selects_its_runs(page_of_seeds: Any) -> None:
+    page = page_of_seeds
+    page.get_by_label("average seeds").check()
+    row = page.locator("tbody tr:not([hidden])").first
+    row.get_by_role("checkbox").check()
+    assert page.locator("#chips .badge").all_inner_texts() == ["A", "B", "C"]
+    assert row.locator(".badge").inner_text() == "ABC" and page.locator("#curves .curve").count() == 3
+    assert page.locator("#scatter .ring").count() == 1 and page.locator(".card").count() == 3
+    page.locator("#chips button").first.click()
+    assert not row.get_by_role("checkbox").is_checked() and row.locator(".badge").inner_text() == "BC"
+    page.get_by_label("average seeds").uncheck()
+    assert page.locator("tr.chosen").count() == 2
+
+
+def test_without_seeds_there_is_nothing_to_average(page: Any) -> None:
+    assert page.locator("#averaging").is_hidden()
 
 
 def test_dark_and_light(browser: Any, outputs: Path) -> None:

@@ -213,6 +213,43 @@ def test_ctrl_c_ends_a_sweep_with_its_table(smoke: list[str], tmp_path: Path) ->
     assert "1 of 2 runs are done. 1 unfinished; the same line goes on with them." in " ".join(out.split())
 
 
+@pytest.mark.slow  # tests/unit/test_live.py is the short form
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_on_a_terminal_a_sweep_is_one_growing_table(interrupted: bool, smoke: list[str], tmp_path: Path) -> None:
+    """The last run has no such layer and fails, or it is stopped by Ctrl-C; either way the terminal is as before."""
+    import pty
+
+    last = "trainer.max_steps=2,100000" if interrupted else "modified_representation.layers=[0],[99]"
+    arguments = [*SUBPROCESS, "train", "-m", *smoke, "method=lora", "task.baselines=[]", last]
+    environment = {key: value for key, value in os.environ.items() if key != "CI"}
+    environment |= {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"}
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        arguments, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
+    )
+    os.close(slave)
+    seen, stopped = "", False
+    while True:
+        try:
+            seen += os.read(master, 65536).decode(errors="replace")
+        except OSError:  # the other side is closed
+            break
+        if interrupted and not stopped and "1 done, 1 running" in seen and "1/100000" in seen:
+            process.send_signal(signal.SIGINT)
+            stopped = True
+    os.close(master)
+    assert process.wait(60) == (130 if interrupted else 1)
+    assert seen.rindex("\x1b[?25h") > seen.rindex("\x1b[?25l") >= 0  # the cursor
+    live, final = seen[: seen.rindex("\x1b[?25h")], seen[seen.rindex("\x1b[?25h") :]
+    assert "2 runs: 1 running, 1 missing; time left is known" in live
+    assert "train lora" in live and "train lora" not in final and "run 1:" not in seen and "Traceback" not in seen
+    assert final.count("accuracy") == 2  # one table, that of the end: its title and its column
+    assert "1 of 2 runs are done." in final.splitlines()[-1]
+    if not interrupted:  # the fault stays above the table, with the run that it is of
+        assert "peftbench: task=sst2" in live and "layers=[99]" in live
+
+
 def test_a_failed_run_is_kept_until_retry(smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["train", "-m", *smoke, "method=lora", "modified_representation.layers=[99],[0]", "task.baselines=[]"]
     assert main(arguments) == 1

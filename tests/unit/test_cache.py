@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from datasets.table import MemoryMappedTable
 
 import peftbench.tasks.prepare
 from peftbench.config import Task, TaskKind
@@ -76,6 +77,14 @@ def test_a_second_run_tokenises_nothing(task: Task, made: list[int]) -> None:
     assert made == [6, 5]
     assert rows(prepared(replace(task, name="another", metric="macro_f1"))) == rows(first)
     assert made == [6, 5]
+
+
+def test_what_is_kept_is_mapped_not_held(task: Task, made: list[int]) -> None:
+    """In the run that makes it and in the next, so that the workers of a sweep share one copy."""
+    for _ in range(2):
+        data = prepared(task)
+        assert [Path(file["filename"]).suffix for file in data.train.cache_files] == [".arrow"]
+        assert isinstance(data.train.data, MemoryMappedTable)
 
 
 CHANGES: dict[str, Callable[[Task], Task]] = {

@@ -139,8 +139,10 @@ def test_flags_are_put_back_after_an_error() -> None:
 class Data:
     """What `fit` takes of a task: a few rows of ids of the same length."""
 
+    lengths = (9,) * 12
+
     def __init__(self) -> None:
-        rows = batch("roberta", (9,) * 12)
+        rows = batch("roberta", self.lengths)
         self.train = self.selection = Dataset.from_dict({name: tensor.tolist() for name, tensor in rows.items()})
 
     @staticmethod

@@ -52,6 +52,7 @@ def make_runs(folder: Path, count: int = 30, steps: int = 40) -> None:
             score,
             *(replace(axes, bottleneck=size // 100) for axes in FORMS[method]),
             run=f"{index:08x}",
+            point=f"{method} {task} {size}",
             method=method,
             task=task,
             seed=seed,

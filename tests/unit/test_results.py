@@ -20,7 +20,7 @@ from peftbench.results.columns import best_of, columns
 from peftbench.results.command import main
 from peftbench.results.formats import latex, markdown
 from peftbench.results.pivot import pivot
-from peftbench.results.record import Axes, Backbone, Counts, Record, describe
+from peftbench.results.record import Axes, Backbone, Counts, Failure, Record, describe
 from peftbench.results.row import front, over_seeds, single
 from peftbench.results.select import select
 from tests.unit.test_record import RUN
@@ -139,6 +139,8 @@ def test_only_runs_that_came_through_are_counted() -> None:
     (row,) = over_seeds(runs, "mean")
     assert row.score == 60.0 and len(row.scored) == 1 and row.spread(lambda r: r.score) is None
     status = next(column for column in columns([row]) if column.key == "status")
+    assert status.cell(row) == "2 done, 1 failed"
+    runs[2].error = Failure("OutOfMemoryError", "CUDA")  # which would break a narrow column; single runs name it
     assert status.cell(row) == "2 done, 1 failed"
 
 

@@ -17,7 +17,7 @@ from peftbench.errors import UserError
 from peftbench.results.lock import holding
 from peftbench.results.record import Failure
 from peftbench.results.status import State, main, seconds_left
-from peftbench.results.sweep import Plan, Point
+from peftbench.results.sweep import Member, Plan, Point
 from tests.unit.test_record import RUN
 from tests.unit.test_table import record
 
@@ -57,7 +57,7 @@ def outputs(tmp_path: Path) -> Path:
     """A sweep over five runs, of which one is done, one runs, one died, one failed and one has not begun."""
     now = datetime.now(timezone.utc)
     runs = [(["method=lora", f"seed={seed}"], replace(RUN, seed=seed, output_dir=str(tmp_path))) for seed in range(5)]
-    plan = Plan.of(runs, ["-m", "method=lora", "seed=0,1,2,3,4"])
+    plan = Plan.of([Member(*one) for one in runs], ["-m", "method=lora", "seed=0,1,2,3,4"])
     plan.save(tmp_path)
     kinds: list[dict[str, Any]] = [
         {"status": "done", "timings": {"total_s": 3600.0}},

@@ -16,7 +16,7 @@ from peftbench.fidelity import Deviation
 from peftbench.results.command import main
 from peftbench.results.formats import to_csv, to_json
 from peftbench.results.record import Axes, Backbone, Counts, Failure, Record, Score
-from peftbench.results.table import show, single_row
+from peftbench.results.table import show, single_row, wrapped
 
 HEADS = Axes("", "softmax", "heads", "parallel", "gated", 1.0, 30, {})
 FFN = Axes("mix.ffn.", "relu", "ffn", "parallel", "scaled", 4.0, 512, {})
@@ -64,6 +64,24 @@ def last_table(record: Record, width: int) -> str:
 def positions(text: str, *parts: str) -> list[int]:
     assert [part for part in parts if part not in text] == []
     return [text.index(part) for part in parts]
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "lines"),
+    [
+        ("relu · ffn · parallel · scaled 4", 40, ["relu · ffn · parallel · scaled 4"]),
+        ("relu · ffn · parallel · scaled 4", 30, ["relu · ffn · parallel ·", "scaled 4"]),
+        ("softmax · heads · parallel · gated", 27, ["softmax · heads ·", "parallel · gated"]),
+        ("scaled_parallel_adapter", 16, ["scaled_parallel_", "adapter"]),
+        ("failed: OutOfMemoryError", 18, ["failed:", "OutOfMemoryError"]),
+        ("failed: OutOfMemoryError", 13, ["failed:", "OutOfMemory", "Error"]),
+        ("table5, bart_large", 10, ["table5,", "bart_large"]),
+        ("123456789", 4, ["123456789"]),
+        ("", 4, [""]),
+    ],
+)
+def test_a_cell_wraps_where_it_can_be_read(text: str, width: int, lines: list[str]) -> None:
+    assert wrapped(text, width).split("\n") == lines
 
 
 @pytest.mark.parametrize("width", [80, 200])
@@ -114,6 +132,11 @@ def test_a_part_of_a_split_is_not_ranked_with_the_whole_of_one(width: int) -> No
 def test_a_narrow_console_keeps_the_seeds_that_tell_runs_apart() -> None:
     assert "seed" not in shown([record(1.0, HEADS), record(2.0, HEADS)], 80)
     assert "seed" in shown([record(1.0, HEADS, seed=1), record(2.0, HEADS, seed=2)], 80)
+    failed = record(
+        None, HEADS, method="a_method_of_a_long_name", status="failed", error=Failure("OutOfMemoryError", "")
+    )
+    text = shown([record(1.0, HEADS, seed=1), record(2.0, HEADS, seed=2), failed], 80)
+    positions(text, "seed", "failed:", "OutOfMemory", "Error", "a_method_of_a_")
 
 
 @pytest.mark.parametrize(

@@ -476,7 +476,11 @@ def test_conf_fits_the_schema(option: Path) -> None:
         "precision",
         "gradient_checkpointing",
         "checkpoint_minutes",
+        "micro_batch",
         "device",
+        "batching",
+        "compile",
+        "fused_loss",
     }
     assert set(task.quick) <= {"label_smoothing", "batch_tokens", "keep", "evaluate_every"}  # what quick.yaml reads
     assert not task.paper or set(task.paper) == {field.name for field in fields(Trainer)} - elsewhere

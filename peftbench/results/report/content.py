@@ -15,7 +15,7 @@ from peftbench.results.columns import COSTS, FIELDS, columns, field, text
 from peftbench.results.compare import settings_of
 from peftbench.results.plot import COLOURS, NAMES, logged
 from peftbench.results.record import Axes, Record, differing
-from peftbench.results.row import Row, rank, single, tables
+from peftbench.results.row import Row, point, rank, single, tables
 from peftbench.results.table import title
 
 SAMPLES = 6  # predictions of each run
@@ -24,8 +24,8 @@ POINTS = 100  # of a curve at most
 # A column is shown at first, in this order, if it tells runs apart; the first ones always.
 ALWAYS = ("method", "score", "stored", "percent")
 SHOWN = (
-    *("method", "score", "delta", "task", "model", "axes", "bottleneck", "stored", "percent", "trained"),
-    *("tokens_per_s", "memory", "time", "learning_rate", "seed", "status", "error", "debug"),
+    *("method", "score", "delta", "seed", "task", "model", "axes", "bottleneck", "stored", "percent", "trained"),
+    *("tokens_per_s", "memory", "time", "learning_rate", "status", "error", "debug"),
 )
 HEADERS = {
     "axes": "four axes",
@@ -53,6 +53,7 @@ def content(records: Sequence[Record], words: Sequence[str] = (), samples: int =
     """
     groups = sorted((sorted(table, key=rank) for table in tables(single(records))), key=len, reverse=True)
     rows = [(index, row) for index, table in enumerate(groups) for row in table]
+    points = _points(rows)
     keys, values, settings = _settings([row.first for _, row in rows])
     shown = _columns(groups)
     return {
@@ -68,6 +69,7 @@ def content(records: Sequence[Record], words: Sequence[str] = (), samples: int =
                 "folder": str(row.first.folder),
                 "method": row.first.method,
                 "group": group,
+                "point": points[index],
                 "full": row.first.unfreeze == "all" and not row.first.axes,
                 "unfreeze": row.first.unfreeze,
                 "error": f"{row.first.error.name}: {row.first.error.message}" if row.first.error else None,
@@ -81,6 +83,12 @@ def content(records: Sequence[Record], words: Sequence[str] = (), samples: int =
             for index, (group, row) in enumerate(rows)
         ],
     }
+
+
+def _points(rows: Sequence[tuple[int, Row]]) -> list[int]:
+    """A number for each run; those of a group that differ in nothing but their seed have the same one."""
+    known: dict[tuple[Any, ...], int] = {}
+    return [known.setdefault((group, point(row.first)), len(known)) for group, row in rows]
 
 
 def _columns(groups: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:

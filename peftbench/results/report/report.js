@@ -16,12 +16,15 @@ const state = {
   sort: null, // the order of the data: best first, group by group
   descending: false,
   selected: [], // runs, at the index of their letter
-  shown: [],
+  shown: [], // the runs that pass the filter
+  averaged: false,
+  rows: [], // what the table and the scatter show: those runs, or the averages of them
 };
 
 const $ = id => document.getElementById(id);
 const value = (run, column) => run.cells[column.index];
-const letter = run => LETTERS[state.selected.indexOf(run)];
+const letter = row => row.runs.map(run => LETTERS[state.selected.indexOf(run)]).filter(Boolean).sort().join("") || undefined;
+const rows = () => (state.averaged ? POINTS : RUNS);
 const chosen = () => state.selected.filter(Boolean);
 
 function make(name, attributes = {}, ...children) {
@@ -39,6 +42,76 @@ function draw(name, attributes, text) {
   for (const [key, content] of Object.entries(attributes)) node.setAttribute(key, content);
   if (text !== undefined) node.textContent = text;
   return node;
+}
+
+// Averages: a row for the runs that differ only in their seed
+
+const POINTS = [...RUNS.reduce((found, run) => found.set(run.point, [...(found.get(run.point) ?? []), run]), new Map()).values()]
+  .map(runs => ({ all: runs, runs: [], group: runs[0].group, full: runs[0].full }));
+const COUNT = { key: "n", header: "n", name: "runs averaged", form: "count", better: null, shown: false, same: null, index: COLUMNS.length };
+for (const run of RUNS) {
+  run.runs = [run];
+  run.spreads = [];
+  run.cells.push(value(run, COLUMN.get("score")) === null ? 0 : 1);
+}
+COLUMN.set("n", COUNT);
+COLUMNS.splice(COLUMNS.indexOf(COLUMN.get("score")) + 1, 0, COUNT);
+
+// Fill a row with the means over these of its runs, and their standard deviations (n - 1). As in peftbench results
+// --mean, only runs with a score count, and the difference to full fine-tuning is that of the means.
+function average(row, runs) {
+  const scored = runs.filter(run => value(run, COLUMN.get("score")) !== null), counted = runs.length > 1 ? scored : runs;
+  row.runs = runs;
+  row.cells = [];
+  row.spreads = [];
+  for (const column of COLUMNS) {
+    if (column.form === "words") {
+      row.cells[column.index] = together(runs.map(run => value(run, column)), column.key === "status") || null;
+      continue;
+    }
+    const numbers = counted.map(run => value(run, column)).filter(number => number !== null);
+    const centre = mean(numbers);
+    row.cells[column.index] = centre;
+    if (numbers.length > 1) {
+      row.spreads[column.index] = Math.sqrt(numbers.reduce((sum, number) => sum + (number - centre) ** 2, 0) / (numbers.length - 1));
+    }
+  }
+  row.cells[COUNT.index] = scored.length;
+  const seed = COLUMN.get("seed"), seeds = runs.map(run => value(run, seed));
+  row.cells[seed.index] = Math.min(...seeds);
+  row.seeds = seeds.length < 6 ? seeds.sort((a, b) => a - b).join(", ") : `${seeds.length} seeds`;
+}
+
+function differences() { // to the best full fine-tuning of the group
+  const [delta, score] = [COLUMN.get("delta"), COLUMN.get("score")], best = new Map();
+  if (!delta) return;
+  for (const row of POINTS.filter(row => row.full && row.runs.length && value(row, score) !== null)) {
+    best.set(row.group, Math.max(best.get(row.group) ?? -Infinity, value(row, score)));
+  }
+  for (const row of POINTS.filter(row => row.runs.length)) {
+    const own = value(row, score);
+    row.cells[delta.index] = own === null || !best.has(row.group) ? null : own - best.get(row.group);
+    row.spreads[delta.index] = undefined;
+  }
+}
+
+function mean(numbers) {
+  if (!numbers.length) return null;
+  if (numbers.every(number => number === numbers[0])) return numbers[0]; // to the last digit
+  return numbers.reduce((sum, number) => sum + number, 0) / numbers.length;
+}
+
+function together(words, counted) { // the different ones, with how often each occurs
+  const found = new Map();
+  for (const word of words) if (word !== null) found.set(word, (found.get(word) ?? 0) + 1);
+  return [...found].map(([word, times]) => (counted && found.size > 1 ? `${times} ${word}` : word)).join(", ");
+}
+
+// A row's text in a column: of an average its seeds, and ± beside scores.
+function shownAs(row, column) {
+  if (column.key === "seed" && row.seeds !== undefined) return row.seeds;
+  const spread = column.better === "higher" && column.form === "score" ? row.spreads[column.index] : undefined;
+  return format(column, value(row, column)) + (spread === undefined ? "" : ` ± ${spread.toFixed(2)}`);
 }
 
 // Numbers as text
@@ -131,14 +204,36 @@ function filter() {
   state.shown = RUNS.filter(run => (state.group < 0 || run.group === state.group) && conditions.every(one => one(run)));
   $("count").replaceChildren(
     `${state.shown.length.toLocaleString("en")} of ${RUNS.length.toLocaleString("en")} runs`,
+    state.averaged ? ` in ${new Set(state.shown.map(run => run.point)).size.toLocaleString("en")} averages` : "",
     make("span", { className: "whole-name" }, state.group < 0 ? "" : `: ${DATA.groups[state.group]}`),
     ...faults.map(fault => make("span", { className: "fault" }, ` · ${fault}`)),
   );
   const shown = new Set(state.shown);
-  for (const run of RUNS) if (run.row.hidden === shown.has(run)) run.row.hidden = !shown.has(run);
+  if (state.averaged) averageShown(shown);
+  state.rows = rows().filter(row => row.runs.some(run => shown.has(run)));
+  const visible = new Set(state.rows);
+  for (const row of rows()) if (row.line.hidden === visible.has(row)) row.line.hidden = !visible.has(row);
   markBest();
   drawScatter();
   if (chosen().length === 1) drawDifferences(); // from the other runs shown
+}
+
+function averageShown(shown) { // only over the runs that pass; what has changed is written anew
+  const stale = POINTS.filter(row => {
+    const runs = row.all.filter(run => shown.has(run));
+    const same = runs.length === row.runs.length && runs.every((run, index) => run === row.runs[index]);
+    if (!same && runs.length) average(row, runs);
+    else if (!same) row.runs = [];
+    return !same;
+  });
+  if (!stale.length) return;
+  differences();
+  for (const row of POINTS) for (const [column, cell] of row.tds) {
+    const text = row.runs.length ? shownAs(row, column) : "";
+    if (cell.textContent !== text) cell.textContent = text;
+  }
+  order();
+  showSelection();
 }
 
 // The table
@@ -153,30 +248,30 @@ function buildTable() {
     head.lastChild.dataset.key = column.key;
   }
   const body = make("tbody");
-  for (const run of RUNS) {
-    run.check = make("input", { type: "checkbox", checked: state.selected.includes(run) });
-    run.mark = make("span", { className: "badge", hidden: true });
-    run.row = make("tr");
-    run.tds = new Map();
+  for (const row of rows()) {
+    row.check = make("input", { type: "checkbox" });
+    row.mark = make("span", { className: "badge", hidden: true });
+    row.line = make("tr");
+    row.tds = new Map();
     for (const column of columns) {
-      const text = format(column, value(run, column));
+      const text = shownAs(row, column);
       if (column.key === "method") {
-        run.row.append(make("th", { scope: "row" }, make("label", {}, run.check, run.mark, make("span", {}, ...breakable(text)))));
+        row.line.append(make("th", { scope: "row" }, make("label", {}, row.check, row.mark, make("span", {}, ...breakable(text)))));
         continue;
       }
       const long = column.form === "words" && text.length > 24 && column.key !== "axes";
       const cell = make("td", { className: column.form !== "words" ? "number" : long ? "text" : "" }, text);
-      run.tds.set(column, cell);
-      run.row.append(cell);
+      row.tds.set(column, cell);
+      row.line.append(cell);
     }
-    run.row.run = run;
+    row.line.of = row;
   }
   $("table").replaceChildren(make("thead", {}, head), body);
   body.addEventListener("click", event => {
-    const row = event.target.closest("tr");
+    const line = event.target.closest("tr");
     const label = event.target.closest("label"); // a click on it comes again, from its checkbox
-    if (!row || (label && event.target !== row.run.check)) return;
-    if (!String(getSelection())) toggle(row.run);
+    if (!line || (label && event.target !== line.of.check)) return;
+    if (!String(getSelection())) toggle(line.of);
   });
   order();
   showSelection();
@@ -191,12 +286,13 @@ function sortBy(column) {
 
 function order() {
   const { sort, descending } = state, collator = new Intl.Collator("en", { numeric: true });
-  const sorted = sort === null ? RUNS : RUNS.slice().sort((one, other) => {
+  const unsorted = state.averaged ? POINTS.slice().sort(byScore) : RUNS;
+  const sorted = sort === null ? unsorted : unsorted.slice().sort((one, other) => {
     const [a, b] = [value(one, sort), value(other, sort)];
     if (a === null || b === null) return (a === null) - (b === null); // what has no value comes last
     return (sort.form === "words" ? collator.compare(a, b) : a - b) * (descending ? -1 : 1);
   });
-  $("table").tBodies[0].append(...sorted.map(run => run.row));
+  $("table").tBodies[0].append(...sorted.map(row => row.line));
   for (const head of $("table").tHead.rows[0].cells) {
     const here = head.dataset.key === sort?.key;
     if (here) head.setAttribute("aria-sort", descending ? "descending" : "ascending");
@@ -205,14 +301,19 @@ function order() {
   }
 }
 
+function byScore(one, other) { // as the runs come: group by group, the best first
+  const [a, b] = [one, other].map(row => value(row, COLUMN.get("score")) ?? -Infinity);
+  return one.group - other.group || (a === b ? 0 : b - a);
+}
+
 function markBest() { // of what is shown, and only among runs that may be compared
-  const groups = new Set(state.shown.filter(run => value(run, COLUMN.get("score")) !== null).map(run => run.group));
+  const groups = new Set(state.rows.filter(row => value(row, COLUMN.get("score")) !== null).map(row => row.group));
   for (const column of COLUMNS.filter(column => column.shown && column.better !== null)) {
-    const numbers = state.shown.map(run => value(run, column)).filter(number => number !== null);
+    const numbers = state.rows.map(row => value(row, column)).filter(number => number !== null);
     const sign = column.better === "higher" ? 1 : -1;
     const goal = sign * numbers.reduce((best, number) => Math.max(best, sign * number), -Infinity);
     const plain = groups.size > 1 || numbers.every(number => number === goal);
-    for (const run of RUNS) run.tds.get(column)?.classList.toggle("best", !plain && value(run, column) === goal);
+    for (const row of rows()) row.tds.get(column)?.classList.toggle("best", !plain && row.runs.length > 0 && value(row, column) === goal);
   }
 }
 
@@ -319,21 +420,21 @@ function drawScatter() {
   const name = column => (column.key === "score" && metrics.size === 1 ? `score, ${[...metrics][0]}` : column.name);
   const across = { name: name(x), log: $("xlog").checked }, up = { name: name(y), log: $("ylog").checked };
   const drawable = (number, axis) => number !== null && (!axis.log || number > 0);
-  const points = state.shown
-    .map(run => ({ run, x: value(run, x), y: value(run, y) }))
+  const points = state.rows
+    .map(row => ({ run: row, x: value(row, x), y: value(row, y), spread: [spread(row, x), spread(row, y)] }))
     .filter(point => drawable(point.x, across) && drawable(point.y, up));
-  const names = [...new Set(RUNS.map(run => format(by, value(run, by))))].sort(new Intl.Collator("en", { numeric: true }).compare);
+  const names = [...new Set(rows().map(row => shownAs(row, by)))].sort(new Intl.Collator("en", { numeric: true }).compare);
   const notes = [];
   plotted = [];
   $("scatter").querySelector(".tip").hidden = true;
   $("legend").replaceChildren();
-  const chart = frame($("scatter"), across, up, points);
+  const chart = frame($("scatter"), across, up, [...points, ...points.flatMap(ends).filter(end => drawable(end.x, across) && drawable(end.y, up))]);
   if (chart === null) {
     $("scatter-note").textContent = state.shown.length ? `None of the runs shown has both ${x.name} and ${y.name}.` : "No run passes the filter.";
     return;
   }
-  if (points.length < state.shown.length) {
-    notes.push(`${state.shown.length - points.length} of the runs shown are not drawn: they lack ${x.name} or ${y.name}${across.log || up.log ? ", or are not above 0" : ""}.`);
+  if (points.length < state.rows.length) {
+    notes.push(`${state.rows.length - points.length} of the ${state.averaged ? "averages" : "runs"} shown are not drawn: they lack ${x.name} or ${y.name}${across.log || up.log ? ", or are not above 0" : ""}.`);
   }
   const comparable = new Set(points.map(point => point.run.group)).size === 1;
   const extra = [];
@@ -355,11 +456,23 @@ function drawScatter() {
   plotted = points
     .map(point => Object.assign(point, { left: chart.x(point.x), top: chart.y(point.y) }))
     .sort((a, b) => a.left - b.left || a.top - b.top);
+  const bars = draw("g", { class: "bars" });
+  chart.node.append(bars);
   for (const point of plotted) {
-    const index = names.indexOf(format(by, value(point.run, by)));
-    point.about = `${format(COLUMN.get("method"), value(point.run, COLUMN.get("method")))} · ${point.run.run}\n` +
+    for (const [from, to] of pairs(ends(point))) {
+      const place = (end, axis, low) => (drawable(end[axis], axis === "x" ? across : up) ? chart[axis](end[axis]) : low);
+      bars.append(draw("line", {
+        class: "spread", x1: place(from, "x", chart.left), y1: place(from, "y", chart.bottom), x2: place(to, "x"), y2: place(to, "y"),
+      }));
+    }
+  }
+  if (bars.childNodes.length) extra.push([draw("path", { class: "spread", d: "M11 1V15" }), "± standard deviation over seeds", 22]);
+  for (const point of plotted) {
+    const index = names.indexOf(shownAs(point.run, by));
+    const name = point.run.run ?? `mean of ${value(point.run, COUNT)} run${value(point.run, COUNT) === 1 ? "" : "s"}`;
+    point.about = `${shownAs(point.run, COLUMN.get("method"))} · ${name}\n` +
       [...new Set([y, x, COLUMN.get("bottleneck"), COLUMN.get("seed")])].filter(one => one && value(point.run, one) !== null)
-        .map(one => `${one.header} ${format(one, value(point.run, one))}`).join("\n");
+        .map(one => `${one.header} ${shownAs(point.run, one)}`).join("\n");
     point.node = draw("path", {
       ...look(index), class: "point", transform: `translate(${point.left.toFixed(1)} ${point.top.toFixed(1)})`,
       role: "button", tabindex: -1, "aria-label": point.about.replaceAll("\n", ", "),
@@ -371,7 +484,7 @@ function drawScatter() {
   chart.node.append(draw("g", { class: "rings" }));
   showRings();
 
-  const there = names.map((name, index) => [name, index]).filter(([name]) => points.some(point => format(by, value(point.run, by)) === name));
+  const there = names.map((name, index) => [name, index]).filter(([name]) => points.some(point => shownAs(point.run, by) === name));
   for (const [name, index] of there.filter(([, index]) => index < LOOKS)) {
     extra.push([draw("path", { ...look(index), class: "point", transform: "translate(8 8)" }), name || "none", 16]);
   }
@@ -383,6 +496,18 @@ function drawScatter() {
   }));
   $("scatter-note").textContent = notes.join(" ");
 }
+
+const spread = (row, column) => row.spreads[column.index] || 0;
+
+// The four ends of a point's error bars, or none of them.
+function ends({ x, y, spread: [across, up] }) {
+  const found = [];
+  if (across) found.push({ x: x - across, y }, { x: x + across, y });
+  if (up) found.push({ x, y: y - up }, { x, y: y + up });
+  return found;
+}
+
+function pairs(list) { return Array.from({ length: list.length / 2 }, (_, index) => list.slice(2 * index, 2 * index + 2)); }
 
 // Points that no other one beats in x or in y while it equals them in the other.
 function front(points, x, y) {
@@ -461,12 +586,12 @@ function watchScatter() {
 
 // Selected runs
 
-function toggle(run) {
-  const at = state.selected.indexOf(run);
-  const free = LETTERS.split("").findIndex((_, index) => !state.selected[index]);
-  if (at >= 0) state.selected[at] = undefined;
-  else if (free >= 0) state.selected[free] = run;
-  showSelection(at < 0 && free < 0 ? `${LETTERS.length} runs at most.` : "");
+function toggle(row) { // of an average, all of its runs
+  const missing = row.runs.filter(run => !state.selected.includes(run));
+  const free = LETTERS.split("").map((_, index) => index).filter(index => !state.selected[index]);
+  if (!missing.length) for (const run of row.runs) state.selected[state.selected.indexOf(run)] = undefined;
+  missing.slice(0, free.length).forEach((run, index) => { state.selected[free[index]] = run; });
+  showSelection(missing.length > free.length ? `${LETTERS.length} runs at most.` : "");
 }
 
 function title(run) {
@@ -479,13 +604,13 @@ function badge(run) {
 }
 
 function showSelection(note = "") {
-  for (const run of RUNS) {
-    const here = letter(run);
-    if (run.check.checked !== (here !== undefined)) run.check.checked = here !== undefined;
-    if (run.mark.textContent === (here ?? "")) continue;
-    run.mark.textContent = here ?? "";
-    run.mark.hidden = here === undefined;
-    run.row.classList.toggle("chosen", here !== undefined);
+  for (const row of rows()) {
+    const here = letter(row), whole = here?.length === row.runs.length;
+    if (row.check.checked !== whole) row.check.checked = whole;
+    if (row.mark.textContent === (here ?? "")) continue;
+    row.mark.textContent = here ?? "";
+    row.mark.hidden = here === undefined;
+    row.line.classList.toggle("chosen", here !== undefined);
   }
   const runs = chosen();
   const chips = runs.map(run => {
@@ -549,7 +674,7 @@ function card(run) {
   for (const axes of run.axes) node.append(list(Object.entries(axes)));
   if (!run.axes.length || run.unfreeze !== "none") node.append(list([["trained in the backbone", run.unfreeze]]));
   if (run.error) node.append(make("p", { className: "fault" }, run.error));
-  node.append(list([["group", DATA.groups[run.group]], ["overrides", run.overrides.join(" ")], ["folder", run.folder]].filter(([, text]) => text)));
+  node.append(list([["seed", shownAs(run, COLUMN.get("seed"))], ["group", DATA.groups[run.group]], ["overrides", run.overrides.join(" ")], ["folder", run.folder]].filter(([, text]) => text)));
   return node;
 }
 
@@ -626,7 +751,7 @@ function start() {
   for (const line of [
     "Words that a run's names, axes, error or command line hold; or conditions on columns, all of which must hold:",
     "method=mam,lora   seed!=1   functional_form=relu   device=*H200*   score>60   stored<=200000   functional_form=\"relu + softmax\"",
-    `Columns: ${COLUMNS.map(column => column.key).join(", ")}.`,
+    `Columns: ${COLUMNS.filter(column => column !== COUNT).map(column => column.key).join(", ")}.`,
   ]) help.append(make("p", {}, line));
 
   const axis = NUMBERS.map(column => [column.key, column.name]);
@@ -638,7 +763,7 @@ function start() {
   const curves = [...new Set(RUNS.flatMap(run => run.curves.flatMap(curve => Object.keys(curve.values))))];
   options($("curve"), curves.map(key => [key, key]), "loss");
 
-  $("columns").lastElementChild.append(...COLUMNS.filter(column => column.key !== "method").map(column => {
+  $("columns").lastElementChild.append(...COLUMNS.filter(column => column.key !== "method" && column !== COUNT).map(column => {
     const box = make("input", { type: "checkbox", checked: column.shown });
     box.addEventListener("change", () => { column.shown = box.checked; buildTable(); filter(); });
     return make("label", {}, box, column.header);
@@ -649,6 +774,14 @@ function start() {
 
   let waiting = 0; // at most one filtering for each picture on the screen
   $("filter").addEventListener("input", () => { cancelAnimationFrame(waiting); waiting = requestAnimationFrame(filter); });
+  $("averaging").hidden = POINTS.length === RUNS.length;
+  $("average").addEventListener("change", () => {
+    state.averaged = COUNT.shown = $("average").checked;
+    for (const row of POINTS) average(row, row.all);
+    differences();
+    buildTable();
+    filter();
+  });
   $("group").addEventListener("change", () => { state.group = groups.length > 1 ? Number($("group").value) : -1; filter(); });
   for (const id of ["x", "y", "by", "xlog", "ylog"]) $(id).addEventListener("change", drawScatter);
   for (const id of ["curve", "curvelog"]) $(id).addEventListener("change", drawCurves);

@@ -1,0 +1,65 @@
+"""torch.compile, layer by layer.
+
+The repeated layers of a backbone share their code, so that two graphs a stack serve all of them: one for the first
+layer, whose input needs no gradient, and one for the others. Hooks and the registered attention function are traced
+with the layer they belong to. Only training runs the compiled layers: an evaluation has other shapes, a cache, and no
+gradients, and would compile everything anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx.experimental import _config as shapes
+from transformers import PreTrainedModel
+
+from peftbench.sites import find_sites
+
+VARIANTS = 64  # of a layer's code: stacks x with or without a gradient at the input x shapes that are no free ones
+
+
+class CompiledLayers:
+    """The layers of `model`, which run compiled inside `active` and as they are outside.
+
+    Args:
+        graphs: replay CUDA graphs, which saves small backbones the launch of each kernel; every shape of a batch is
+            then a graph of its own.
+        backend: of torch.compile.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, graphs: bool = False, backend: str = "inductor") -> None:
+        self.layers: Sequence[nn.Module] = [layer.module for layer in find_sites(model).layers]
+        self.graphs = graphs
+        options: dict[str, Any] = {"backend": backend, "dynamic": not graphs}
+        if graphs:
+            options["mode"] = "reduce-overhead"
+        self.calls: list[Callable[..., Any]] = []
+        for layer in self.layers:
+            layer.compile(**options)
+            self.calls.append(layer._compiled_call_impl)  # type: ignore[arg-type]
+        self._set(active=False)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Run the layers compiled."""
+        self._set(active=True)
+        if self.graphs:
+            compiler: Any = torch.compiler
+            compiler.cudagraph_mark_step_begin()
+        settings: Any = shapes
+        limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+        try:
+            # Without duck shapes a width that happens to equal the batch size or a layer's width is no case of its own.
+            with torch._dynamo.config.patch({limit: VARIANTS}), settings.patch(use_duck_shape=False):
+                yield
+        finally:
+            self._set(active=False)
+
+    def _set(self, *, active: bool) -> None:
+        """torch offers no way to take `Module.compile` back: what it sets is this attribute."""
+        for layer, call in zip(self.layers, self.calls, strict=True):
+            layer._compiled_call_impl = call if active else None

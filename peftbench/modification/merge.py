@@ -1,0 +1,214 @@
+r"""Merging: a modification that is affine becomes part of the frozen weights beside it, and costs nothing.
+
+A Linear computes h = W x + b. With f the identity, Δh = W_up W_down x, the modified h = W x + b + sΔh is W' x + b with
+W' = W + s W_up W_down (Hu et al. 2022, section 4.1). With a constant, h ∘ (1 + l) is diag(1 + l) W x + (1 + l) ∘ b (Liu
+et al. 2022, section 3.3). What an affine map is, its values at the origin and at the unit vectors say: b' is the
+modified h of x = 0, and row i of W'^T is that of x = e_i less b'. So the modules themselves say what they do, in every
+layout and order; they are asked in float64, and W' and b' are rounded once.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from peftbench.modification.composition import Gated, Multiply
+from peftbench.modification.edit import Edit
+from peftbench.modification.functional_form import Bottleneck
+from peftbench.modification.head_attention import HeadModification, Prefix
+from peftbench.modification.insertion import sequential
+from peftbench.modification.prompt import Prompt
+
+Hooks = OrderedDict[int, Callable[..., Any]]
+
+
+def obstacles(model: nn.Module) -> dict[str, str]:
+    """Why a modification cannot be merged, by its name (the last part of its module's), one reason for each.
+
+    Empty where the whole of them can be. Works on the meta device.
+    """
+    found: dict[str, str] = {}
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, HeadModification):
+                found.setdefault(name, "it changes single heads between the attention's weights")
+            elif isinstance(child, Prefix | Prompt):
+                found.setdefault(name, "the attention looks at vectors of its own, which no weight can hold")
+        for edit in _edits_before(module) + _edits_after(module):
+            if reason := _obstacle(edit, module):
+                found.setdefault(_name(module, edit), reason)
+    return found
+
+
+def merge(model: nn.Module) -> float:
+    """Put every affine modification into the weights, for good; the others stay. Returns the rounding's share.
+
+    That is the norm of what rounding to the weights' dtype took or gave, over the norm of the merged change: about
+    1e-5 for float32, and not little for bfloat16, of which a small change to a large weight is less than half a step.
+    """
+    lost, changed = 0.0, 0.0
+    for module in _mergeable(model):
+        weight, bias = merged_weights(module)
+        parameter = _weight(module)
+        rounded = weight.to(parameter.dtype)
+        lost += float((rounded.double() - weight).square().sum())
+        changed += float((weight - parameter.double()).square().sum())
+        _put(module, rounded, bias)
+        for edit in _edits_before(module) + _edits_after(module):
+            _unhook(model, edit)
+    return (lost / changed) ** 0.5 if changed else 0.0
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """Inside the block, affine modifications are part of the weights; afterwards the very tensors are back.
+
+    W' is computed in float64 and rounded to the weight's dtype once. Of a small change a bfloat16 W' keeps only what
+    reaches the next step of the weight's own, and so does a float32 W' under bfloat16 autocast, which rounds it: both
+    predict alike. Beside the weights the same change is rounded in the products instead.
+    """
+    replaced: list[tuple[nn.Module, Tensor, Tensor | None]] = []
+    with unhooked(model) as unhook:
+        try:
+            for module in _mergeable(model):
+                weight, bias = _weight(module), _bias(module)
+                replaced.append((module, weight.data, None if bias is None else bias.data))
+                _put(module, *merged_weights(module))
+                for edit in _edits_before(module) + _edits_after(module):
+                    unhook(edit)
+            yield
+        finally:
+            for module, old, old_bias in replaced:
+                _put(module, old, old_bias)
+
+
+@torch.no_grad()
+def merged_weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """W' and b' of a Linear or Conv1D whose edits are all affine, in float64 and W' in the module's own layout."""
+    weight, bias = _weight(module).double(), _bias(module)
+    transposed = weight if isinstance(module, Conv1D) else weight.T  # (in, out)
+    inputs = transposed.shape[0]
+    x = F.pad(torch.eye(inputs, dtype=torch.float64, device=weight.device), (0, 0, 1, 0))  # the origin, then each e_i
+    before, after = _edits_before(module), _edits_after(module)
+    seen = x
+    for edit in before:
+        seen = _in_double(edit).change(seen, seen)
+    h = seen @ transposed if before else F.pad(transposed, (0, 0, 1, 0))
+    if bias is not None:
+        h = h + bias.double()
+    for edit in after:
+        h = _in_double(edit).change(h, seen)
+    rows = h[1:] - h[0]
+    return (rows if isinstance(module, Conv1D) else rows.T), None if bias is None else h[0]
+
+
+@contextmanager
+def unhooked(model: nn.Module) -> Iterator[Callable[[nn.Module], None]]:
+    """Gives a function that takes all hooks of a modification off the model; afterwards its hooks are as they were."""
+    saved = [
+        (hooks, hooks.copy())
+        for module in model.modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+    ]
+    try:
+        yield lambda modification: _unhook(model, modification)
+    finally:
+        for hooks, before in saved:
+            hooks.clear()
+            hooks.update(before)
+
+
+def _unhook(model: nn.Module, modification: nn.Module) -> None:
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is modification]:
+                del hooks[key]
+
+
+def _mergeable(model: nn.Module) -> list[nn.Module]:
+    """The projections with edits that are all affine."""
+    found = []
+    for module in model.modules():
+        edits = _edits_before(module) + _edits_after(module)
+        if edits and all(_obstacle(edit, module) is None for edit in edits):
+            found.append(module)
+    return found
+
+
+def _obstacle(edit: Edit, module: nn.Module) -> str | None:
+    """Why `edit` of `module` is no affine map of what the module's own weights read; None if it is one."""
+    function, composition = edit.function, edit.composition
+    if isinstance(composition, Gated):
+        return "its gate depends on the input"
+    if isinstance(function, Bottleneck):
+        if not isinstance(function.f, nn.Identity):
+            return "its functional form is not linear"
+        if not isinstance(function.norm_in, nn.Identity) or not isinstance(function.norm_out, nn.Identity):
+            return "its LayerNorm is not linear"
+        if isinstance(composition, Multiply):
+            return "h ∘ (1 + Δh) is not linear where Δh depends on the input"
+    if not isinstance(module, nn.Linear | Conv1D):
+        return f"no weights stand right before it, but a {type(module).__name__}"
+    if edit.insertion is not sequential and not edit.own_input:
+        return "it reads another input than the weights beside it"
+    if module.bias is None and _adds_constant(edit):
+        return "the weights beside it have no bias that could hold its own"
+    if any(isinstance(hook.__self__, HeadModification) and hook.__self__.query_norm for hook in _bound(module)):
+        return "the heads' modification reads the weights beside it as the backbone has them"
+    return None
+
+
+def _adds_constant(edit: Edit) -> bool:
+    if isinstance(edit.function, Bottleneck):
+        return edit.function.down_bias is not None
+    return not isinstance(edit.composition, Multiply)
+
+
+def _edits_before(module: nn.Module) -> list[Edit]:
+    """The edits of the module's input, in order."""
+    return [hook.__self__ for hook in _bound(module) if hook.__func__ is Edit.edit_input]
+
+
+def _edits_after(module: nn.Module) -> list[Edit]:
+    """The edits of the module's output, in order."""
+    return [hook.__self__ for hook in _bound(module) if hook.__func__ is Edit.edit_output]
+
+
+def _bound(module: nn.Module) -> list[Any]:
+    """The hooks that are methods."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return [hook for hook in hooks if hasattr(hook, "__self__")]
+
+
+def _name(module: nn.Module, edit: Edit) -> str:
+    path: str = next(path for path, child in module.named_modules() if child is edit)
+    return path.rpartition(".")[2]
+
+
+def _in_double(edit: Edit) -> Edit:
+    return deepcopy(edit).double().eval()
+
+
+def _weight(module: nn.Module) -> Tensor:
+    return module.get_parameter("weight")
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    return None if module.bias is None else module.get_parameter("bias")
+
+
+def _put(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """Under the same Parameters, so that optimisers and ties keep theirs."""
+    parameter = _weight(module)
+    parameter.data = weight.to(parameter.dtype).contiguous()
+    if bias is not None:
+        own = module.get_parameter("bias")
+        own.data = bias.to(own.dtype)

@@ -1,0 +1,124 @@
+"""The choice of a search: of its trials' records, the best on the selection split. Imports no torch.
+
+The report split is never looked at: what is compared is `Record.selection`, and nothing else of a record.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peftbench.config import Run
+from peftbench.errors import UserError
+from peftbench.results.columns import described, typed
+from peftbench.results.identity import run_dir, run_hash
+from peftbench.results.record import Record, Searched, Trial, find
+from peftbench.search import settings, trials, values
+
+LOSS = "loss"  # of the selection metrics the one that is better when lower
+
+
+class NoChoice(UserError):
+    """No trial of a search has a score."""
+
+
+_folders: dict[tuple[str, str], list[Path]] = {}  # of the trials of a search, by where it is and what it is
+
+
+def best(found: Sequence[float | None], metric: str) -> int | None:
+    """The index of the best value, the first of equal ones; None where there is none. None and NaN are the worst."""
+    sign = -1 if metric == LOSS else 1
+    known = [(sign * value, -index) for index, value in enumerate(found) if value is not None and math.isfinite(value)]
+    return -max(known)[1] if known else None
+
+
+def settled(run: Run, folder: Callable[[Run], Path] = run_dir) -> tuple[Run, Searched | None]:
+    """The run that a run with a search has come to, and what the record says of the search.
+
+    A trial is settled as it stands; another run takes the values of the best trial. Without a search: the run itself.
+
+    Args:
+        folder: where the run of a trial lies.
+
+    Raises:
+        NoChoice: all trials failed or diverged.
+        UserError: trials are not done yet.
+    """
+    search = run.search
+    if search is None:
+        return run, None
+    compared = trials(run)
+    seed = run.seed if search.seed is None else search.seed
+    tried = values(run, search)
+    if search.trial is not None:
+        chosen = settings(run, search)[search.trial]
+        return compared[search.trial], Searched(search.name, "trial", seed, tried, chosen)
+
+    key = (run.output_dir, run_hash(replace(run, seed=seed)))
+    if (
+        key not in _folders
+    ):  # the runs of a sweep that differ in their seed have the same, and naming them takes a while
+        _folders[key] = [folder(trial) for trial in compared]
+    folders = _folders[key]
+    records = [find(place) for place in folders]
+    whose = f"search={search.name}: {{}} of method={run.method} on task={run.task.name}"
+    left = sum(record is None or record.status not in ("done", "failed") for record in records)
+    if left:
+        subject = whose.format(f"{left} of {len(records)} trials")
+        raise UserError(f"{subject} {'is' if left == 1 else 'are'} not done; the same line goes on with them.")
+    known = [record for record in records if record is not None]
+    found = [
+        Trial(setting, record.run, _value(record), _status(record))
+        for setting, record in zip(settings(run, search), known, strict=True)
+    ]
+    metric = run.task.selection_metric or run.task.metric
+    note = Searched(search.name, "final", seed, tried, trials=found)
+    index = best([trial.value for trial in found], metric)
+    if index is None:
+        raise NoChoice(f"{whose.format(f'all {len(found)} trials')} failed or diverged: {described(note)}.")
+    splits = known[index].data.get("splits", {})
+    note.chosen, note.selection = found[index].settings, known[index].selection
+    note.reported = splits.get("selection") == splits.get("report")
+    # The trial with this run's seed is this run: it has just been trained.
+    return replace(compared[index], seed=run.seed, rerun=run.rerun and run.seed != seed), note
+
+
+def known(run: Run) -> Run:
+    """What `settled` gives, or the run with its search where its trials do not say yet what it comes to."""
+    try:
+        return settled(run)[0]
+    except UserError:
+        return run
+
+
+def sentence(record: Record) -> str:
+    """What was searched for a run, on a line."""
+    search = record.search
+    assert search is not None and search.selection is not None
+    selection = search.selection
+    split = f"{selection.metric} on {selection.split}, {selection.examples:,} examples, seed {search.seed}"
+    edges = [key for key, value in search.chosen.items() if _at_edge(value, search.keys[key])]
+    edge = f"; the outermost {' and '.join(edges)} that was tried" if edges else ""
+    same = "; chosen on the split that is reported on" if search.reported else ""
+    sizes = " + ".join(str(axes.bottleneck) for axes in record.axes if axes.bottleneck is not None)
+    method = record.method + (f" of bottleneck {sizes}" if sizes else "")
+    where = f"search={search.name}, {method}, {record.model.name} on {record.task} ({split})"
+    return f"{where} takes {typed(search.chosen)}; {described(search)}{edge}{same}."
+
+
+def _value(record: Record) -> float | None:
+    return record.selection.value if record.status == "done" and record.selection is not None else None
+
+
+def _status(record: Record) -> str:
+    if record.status == "failed":
+        return f"failed ({record.error.name})" if record.error is not None else "failed"
+    return "diverged" if _value(record) is None else "done"
+
+
+def _at_edge(value: Any, tried: Sequence[Any]) -> bool:
+    numbers = [one for one in tried if isinstance(one, int | float)]
+    return len(numbers) == len(tried) > 2 and value in (min(numbers), max(numbers))

@@ -1,0 +1,82 @@
+"""What the paper prints for a run that is a row of one of its tables. Imports no torch.
+
+A row is known by what was typed: row=NAME (conf/row), or method=NAME in table 2, with no other axis or size beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+
+from peftbench.config import conf_dir
+from peftbench.results.record import Record
+
+# By task: the metric that conf/paper_scores.yaml gives, and the backbone that the paper trained; mbart_large_cc25 is
+# another name of the same.
+SETTINGS = {
+    "xsum": ("rouge2", ("bart_large",)),
+    "wmt16_enro": ("bleu_ro", ("mbart_large", "mbart_large_cc25")),
+    "mnli": ("accuracy", ("roberta_base",)),
+    "sst2": ("accuracy", ("roberta_base",)),
+}
+BACKBONES = tuple(dict.fromkeys(name for _, names in SETTINGS.values() for name in names))
+GLUE = "table2"  # whose rows are methods at their usual sizes
+# Beside row= or method= these make it another point.
+OTHERWISE = {
+    *("functional_form", "modified_representation", "insertion_form", "composition_function", "mix", "bottleneck"),
+    *("budget", "budget_split", "unfreeze", "sizes", "size"),
+}
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A score of the paper. `same`: the run has the paper's backbone and all of its data, as the paper's own had."""
+
+    score: float
+    table: str
+    backbone: str
+    same: bool
+
+
+@lru_cache(maxsize=1)
+def paper_scores() -> dict[str, Any]:
+    """{table: {row: {task: score}}}."""
+    return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(conf_dir() / "paper_scores.yaml")))
+
+
+def printed(record: Record) -> Printed | None:
+    """What the paper prints for the row that a run is, by the table that was typed or else the first that has it.
+
+    None for a run that is no row of a table with the run's task and metric.
+    """
+    metric, backbones = SETTINGS.get(record.task, (None, ()))
+    if record.metric != metric:
+        return None
+    typed = dict(word.lstrip("+").split("=", 1) for word in record.overrides if "=" in word)
+    row = typed.get("row")
+    if OTHERWISE & {key.split(".")[0] for key in typed} or (row is not None and "method" in typed):
+        return None
+    tables = {
+        table: rows[row or record.method][record.task]
+        for table, rows in paper_scores().items()
+        if (row is None) == (table == GLUE) and record.task in rows.get(row or record.method, {})
+    }
+    if not tables:
+        return None
+    wanted = typed.get("experiment", "").removeprefix("paper/")
+    table = wanted if wanted in tables else next(iter(tables))
+    return Printed(tables[table], table, backbones[0], is_whole(record) and is_backbone(record.model.name, backbones))
+
+
+def is_backbone(name: str, backbones: tuple[str, ...] = BACKBONES) -> bool:
+    """Whether a model's name is that of one of the paper's backbones."""
+    return name.replace("-", "_") in backbones
+
+
+def is_whole(record: Record) -> bool:
+    """Whether a run had all of the examples to train on and to be scored on."""
+    report, train = record.scores.get("report"), record.data.get("splits", {}).get("train", {})
+    return record.debug is None and "of" not in train and (report is None or report.of is None)

@@ -1,0 +1,169 @@
+"""The trials of a search (`search=lr3`): which runs are compared, and what of a search is refused. Imports no torch.
+
+A search is trained in two phases. Its trials are runs of their own, one for each combination of the values, with one
+seed; then the runs that were asked for take the values of the trial that is best on the selection split
+(results/choice.py). Both are told apart by keys of the config: `search.trial=1` is the second trial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from enum import Enum
+from itertools import product
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from peftbench.compose import put
+from peftbench.config import Run, Search, Variation
+from peftbench.errors import UserError
+from peftbench.results.identity import IGNORED, run_hash
+from peftbench.results.record import differing
+from peftbench.validity import faults
+
+# Beside what changes no result: other data or another backbone would make the scores of trials incomparable.
+NOT_SEARCHED = ("task", "model", "method", "fidelity", "debug", "seed", "search")
+
+Point = tuple[list[str], Run]  # the overrides that make a run, and the run
+
+
+def values(run: Run, search: Search) -> dict[str, list[Any]]:
+    """The values that are tried for each key, in the order of preference in which ties are decided.
+
+    A multiple has 12 significant digits; of a whole number it is the nearest whole one, and at least 1.
+    """
+    return {key: _values(variation, value_at(run, key)) for key, variation in search.keys.items()}
+
+
+def _values(variation: Variation, base: Any) -> list[Any]:
+    if variation.times is None:
+        return [float(value) if isinstance(base, float) else value for value in variation.values or []]
+    multiples = [base * factor for factor in variation.times]
+    if isinstance(base, int):
+        return list(dict.fromkeys(max(1, round(value)) for value in multiples))
+    return list(dict.fromkeys(float(f"{value:.12g}") for value in multiples))
+
+
+def settings(run: Run, search: Search) -> list[dict[str, Any]]:
+    """What each trial sets: every combination of the values."""
+    tried = values(run, search)
+    return [dict(zip(tried, combination, strict=True)) for combination in product(*tried.values())]
+
+
+def trials(run: Run) -> list[Run]:
+    """The runs that are compared before `run`."""
+    assert run.search is not None
+    plain = replace(run, search=None, seed=run.seed if run.search.seed is None else run.search.seed)
+    found = []
+    for setting in settings(run, run.search):
+        trial = plain
+        for key, value in setting.items():
+            trial = _changed(trial, key.split("."), value)
+        found.append(trial)
+    return found
+
+
+def value_at(run: Run, key: str) -> Any:
+    """The value of a dotted key."""
+    node: Any = run
+    for part in key.split("."):
+        node = node[part] if isinstance(node, dict) else getattr(node, part)
+    return node
+
+
+def _changed(node: Any, path: Sequence[str], value: Any) -> Any:
+    """A copy of a config with another value at a path."""
+    first, *rest = path
+    old = node[first] if isinstance(node, dict) else getattr(node, first)
+    new = _changed(old, rest, value) if rest else type(old)[value] if isinstance(old, Enum) else value
+    return {**node, first: new} if isinstance(node, dict) else replace(node, **{first: new})
+
+
+def search_faults(run: Run) -> list[str]:
+    """All that is wrong with the search of a run, and with its trials."""
+    search = run.search
+    if search is None:
+        return []
+    whose = f"search={search.name}"
+    if not search.keys:
+        return [f"{whose} names no keys; give it some as conf/search/lr3.yaml does."]
+    cfg = OmegaConf.structured(replace(run, search=None))
+    found = [fault for key, variation in search.keys.items() for fault in _key_faults(key, variation, cfg, run)]
+    if found:
+        return [f"{whose}: {fault}" for fault in found]
+    compared = trials(run)
+    if search.trial is not None and not 0 <= search.trial < len(compared):
+        return [f"search.trial={search.trial}: {whose} has the trials 0 to {len(compared) - 1}."]
+    sound = set(faults(replace(run, search=None)))
+    return list(
+        dict.fromkeys(f"{whose}: {fault}" for trial in compared for fault in faults(trial) if fault not in sound)
+    )
+
+
+def _key_faults(key: str, variation: Variation, cfg: DictConfig, run: Run) -> list[str]:
+    if key in IGNORED:
+        return [f"{key} changes no result, so there is nothing to search over."]
+    if key.split(".")[0] in NOT_SEARCHED:
+        return [f"{key} cannot be searched over, for it changes what is compared; name keys of the training."]
+    if run.budget is not None and not key.startswith("trainer."):
+        return [f"{key} with budget={run.budget}: a budget leaves only trainer.* to search over."]
+    try:
+        base = value_at(run, key)
+    except KeyError as missing:
+        return [f"{key} is no key of method={run.method}, which has no {missing.args[0]}."]
+    except AttributeError:
+        return [put(cfg, key, None) or f"{key} is no key of the config."]
+    if bool(variation.times) == bool(variation.values):
+        return [f"{key} needs either times (multiples of the value that it has) or values."]
+    if variation.times and (isinstance(base, bool) or not isinstance(base, int | float)):
+        return [f"{key} has no number for method={run.method} that could be multiplied; give it values."]
+    return [fault for value in variation.values or [] if (fault := put(cfg.copy(), key, value))]
+
+
+def check(points: Sequence[Point]) -> None:
+    """Raises UserError where a point's search is wrong, or where the sweep goes over what the search chooses."""
+    given = [dict(word.split("=", 1) for word in overrides if "=" in word) for overrides, _ in points]
+    swept = {key.lstrip("+") for key in differing(given)}
+    found = [sentence for _, run in points for sentence in search_faults(run)]
+    for typed, (_, run) in zip(given, points, strict=True):
+        if run.search is None:
+            continue
+        chosen = f"is what search={run.search.name} chooses; leave one of the two out."
+        for key, variation in run.search.keys.items():
+            if key in swept:
+                found.append(f"{key} is swept and {chosen}")
+            elif variation.values and key in typed:
+                found.append(f"{key}={typed[key]} {chosen}")
+    if found:
+        raise UserError(*dict.fromkeys(found))
+
+
+def is_open(run: Run) -> bool:
+    """Whether the run waits for trials."""
+    return run.search is not None and run.search.trial is None
+
+
+def phases(points: Sequence[Point]) -> tuple[list[Point], list[Point]]:
+    """The trials of a sweep's searches, and the sweep's own runs, which are told what seed the trials have.
+
+    Points that differ in nothing but their seed share their trials, which have the first one's seed unless
+    `search.seed` names another.
+    """
+    first: dict[str, int] = {}
+    tried: dict[tuple[str, int], Point] = {}
+    final: list[Point] = []
+    for overrides, run in points:
+        search = run.search
+        if search is None or search.trial is not None:
+            final.append((overrides, run))
+            continue
+        group = run_hash(replace(run, seed=0))
+        if search.seed is None:
+            search = replace(search, seed=first.setdefault(group, run.seed))
+            overrides = [*overrides, f"search.seed={search.seed}"]
+        final.append((overrides, replace(run, search=search)))
+        for index in range(len(settings(run, search))):
+            trial = replace(run, search=replace(search, trial=index))
+            tried.setdefault((group, index), ([*overrides, f"search.trial={index}"], trial))
+    return list(tried.values()), final

@@ -1,0 +1,215 @@
+"""Several runs of a sweep at once: worker processes, each of which trains one run after another. Imports no torch.
+
+A worker imports once, and keeps the rows and the tokens of its runs for the next ones (tasks/cache.py). It trains as a
+process of its own would; who trains what is settled by the locks of the runs' folders. A worker that dies takes one run
+with it, and is replaced; when the parent dies, all of them end.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from peftbench.config import Run
+from peftbench.errors import UserError
+from peftbench.progress import Display
+from peftbench.quick_imports import quick_imports
+from peftbench.results.lock import Busy
+
+PATIENCE = 60.0  # seconds that a worker has, when it is interrupted, to note it in its run's record
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep."""
+
+    number: int  # from 1 on
+    overrides: list[str]  # what was typed
+    settings: str  # of these, what other runs of the sweep have otherwise
+    run: Run
+    folder: Path  # the run's
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run of a sweep ended. The rest stands in its record."""
+
+    score: float = math.nan
+    faults: tuple[str, ...] = ()  # sentences for the user; none where the run is done
+    busy: bool = False  # another process is at it
+
+
+def attempt(run: Run, overrides: Sequence[str], wait: bool = False, display: Display | None = None) -> Ended:
+    """Train one run of a sweep; what makes it fail is said in what is returned, so that the next one can start.
+
+    `display` is where the run is shown, by default its own.
+    """
+    with quick_imports():
+        from peftbench.train import train
+
+    try:
+        return Ended(train(run, overrides, keep_failed=True, wait=wait, display=display))
+    except Busy as error:
+        return Ended(faults=tuple(error.faults), busy=True)
+    except UserError as error:
+        return Ended(faults=tuple(error.faults))
+    except Exception as error:
+        return Ended(faults=(f"this run failed with {type(error).__name__}: {error}",))
+
+
+class Workers:
+    """Processes that train jobs side by side, one at each place; a context, at whose end none of them is left.
+
+    Args:
+        places: for each worker, what it finds in its environment before it imports torch.
+        logs: the folder for what they print, `worker-1.log` and so on.
+    """
+
+    def __init__(self, places: Sequence[dict[str, str]], logs: Path) -> None:
+        self.logs = logs
+        self.workers = [_Worker(place, logs / f"worker-{number}.log") for number, place in enumerate(places, start=1)]
+
+    def __enter__(self) -> Workers:
+        self.logs.mkdir(parents=True, exist_ok=True)
+        for worker in self.workers:
+            worker.start()
+        return self
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Ended]]:
+        """Train the jobs; gives each with how it ended, as they end."""
+        waiting = deque(jobs)
+        busy: dict[Connection, tuple[_Worker, Job]] = {}
+
+        def give(worker: _Worker) -> None:
+            if waiting:
+                job = waiting.popleft()
+                worker.give(job)
+                busy[worker.pipe] = (worker, job)
+
+        for worker in self.workers:
+            give(worker)
+        while busy:
+            for pipe in connection.wait(list(busy)):
+                assert isinstance(pipe, Connection)
+                worker, job = busy.pop(pipe)
+                ended = worker.take()
+                give(worker)
+                yield job, ended
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            for worker in self.workers:
+                worker.dismiss() if error is None else worker.interrupt()
+            for worker in self.workers:
+                worker.process.join(PATIENCE)
+        finally:  # a second Ctrl-C ends the patience
+            for worker in self.workers:
+                worker.process.kill()
+                worker.process.join()
+
+
+class _Worker:
+    """The parent's end of one worker."""
+
+    process: BaseProcess
+    pipe: Connection
+
+    def __init__(self, place: dict[str, str], log: Path) -> None:
+        self.place, self.log = place, log
+
+    def start(self) -> None:
+        context = multiprocessing.get_context("spawn")  # a forked child could not use the GPU
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, self.place, str(self.log)))
+        self.process.start()
+        theirs.close()  # so that our end sees it when the worker dies
+
+    def give(self, job: Job) -> None:
+        with suppress(OSError):  # it has died; `take` finds out
+            self.pipe.send(job)
+
+    def take(self) -> Ended:
+        """How the job ended that it was given last. A worker that has died is replaced."""
+        try:
+            ended: Ended = self.pipe.recv()
+            return ended
+        except (EOFError, OSError):
+            self.process.join()
+            code = self.process.exitcode or 0
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            self.pipe.close()
+            self.start()
+            return Ended(faults=(f"the process of this run {how}; its last words are in {self.log}.",))
+
+    def dismiss(self) -> None:
+        with suppress(OSError):
+            self.pipe.send(None)
+
+    def interrupt(self) -> None:
+        pid = self.process.pid
+        if os.name != "posix":
+            self.process.terminate()
+        elif self.process.is_alive() and pid is not None:
+            os.kill(pid, signal.SIGINT)
+
+
+def _work(pipe: Connection, environment: dict[str, str], log: str) -> None:
+    """A worker's life: jobs from the pipe until there is None."""
+    os.environ.update(environment)  # before torch is imported, which reads it then
+    signal.signal(signal.SIGINT, _interrupted)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with open(log, "a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a TextIOWrapper, over file 1
+    try:
+        with quick_imports():
+            import_module("peftbench.train")  # before there is a job: while the parent starts the others
+        while (job := pipe.recv()) is not None:
+            print(f"\nrun {job.number}: {' '.join(job.overrides)}")
+            ended = attempt(job.run, job.overrides)
+            for sentence in ended.faults:
+                print(f"peftbench: {sentence}")
+            _let_go()
+            pipe.send(ended)
+    except (KeyboardInterrupt, EOFError, OSError):  # the parent knows, or is no more
+        pass
+
+
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C reaches a worker from the terminal and from its parent; once is enough, and the record must be written."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed trains for nobody. What it was at resumes from its last checkpoint."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _let_go() -> None:
+    """Give the memory of the run that ended back to the GPU, where other workers need it."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()

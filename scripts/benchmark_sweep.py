@@ -1,0 +1,164 @@
+"""One sweep with `jobs=` against as many single `peftbench train` commands: the time of both, and their scores.
+
+    python scripts/benchmark_sweep.py --model FOLDER --data FOLDER [--jobs 8] [--all] [--out FILE] [KEY=VALUE]
+
+24 runs on webnlg: 4 methods x 3 learning rates x 2 seeds, 300 steps each. Of the single commands a few are timed, one
+of each method, and their mean stands for all; --all times every one. The first is run once before, untimed, which fills
+the caches and gives the noise from run to run. The folders are those of a backbone, as `model.path`, and of the data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from itertools import product
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from peftbench.results.record import Record, load_records
+
+AXES = {
+    "method": ["lora", "prefix", "adapter", "mam"],
+    "trainer.learning_rate": ["3e-4", "1e-3", "3e-3"],
+    "seed": ["1", "2"],
+}
+TARGET = 1 / 3
+
+
+def main() -> int:
+    arguments = _arguments()
+    fixed = [
+        f"task={arguments.task}",
+        f"task.data_dir={arguments.data.resolve()}",
+        "model=mini",  # for its sizes
+        f"model.path={arguments.model.resolve()}",
+        "trainer=quick",
+        f"trainer.max_steps={arguments.steps}",
+        *arguments.overrides,
+    ]
+    points = [[f"{key}={value}" for key, value in zip(AXES, values, strict=True)] for values in product(*AXES.values())]
+    timed = points if arguments.all else points[:: len(points) // len(AXES["method"])]
+    root = arguments.outputs or Path(tempfile.mkdtemp(prefix="benchmark_sweep-"))
+
+    again = root / "again"
+    _train(root, "again", [*fixed, *timed[0]])
+    singles_s = [_train(root, "singles", [*fixed, *point]) for point in timed]
+    swept = [f"{key}={','.join(values)}" for key, values in AXES.items()]
+    sweep_s = _train(root, "sweep", ["-m", *fixed, *swept, f"jobs={arguments.jobs}"])
+
+    alone, beside = _by_run(root / "singles"), _by_run(root / "sweep")
+    assert len(beside) == len(points) and alone.keys() <= beside.keys()
+    differences = [abs(_score(beside[run]) - _score(record)) for run, record in alone.items()]
+    first = next(iter(_by_run(again).items()))
+    single_s = mean(singles_s) * len(points)
+    example = next(iter(beside.values()))
+    found: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": example.device,
+        "versions": example.versions,
+        "git": example.git,
+        "arguments": fixed,
+        "runs": len(points),
+        "jobs": arguments.jobs,
+        "at_once": len(list((root / "sweep" / ".sweeps").rglob("worker-*.log"))) or 1,
+        "singles_s": singles_s,
+        "singles_in_all_s": single_s,
+        "sweep_s": sweep_s,
+        "ratio": sweep_s / single_s,
+        "run_alone_s": median(record.timings["total_s"] for record in alone.values()),
+        "run_beside_s": median(record.timings["total_s"] for record in beside.values()),
+        "metric": example.metric,
+        "largest_score_difference": max(differences),
+        "run_to_run_difference": abs(_score(first[1]) - _score(alone[first[0]])),
+        "peak_memory_bytes": max((record.peak_memory_bytes or 0 for record in beside.values()), default=0),
+        "scores": {
+            run: {
+                "settings": record.overrides,
+                "sweep": record.score,
+                "single": alone[run].score if run in alone else None,
+            }
+            for run, record in beside.items()
+        },
+    }
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    _show(found, len(timed))
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="further settings of every run")
+    parser.add_argument("--model", type=Path, required=True, help="folder of the backbone")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the task's data")
+    parser.add_argument("--task", default="webnlg", help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=300, help="optimiser steps of each run; default: %(default)s")
+    parser.add_argument("--jobs", default="auto", help="runs at once; default: %(default)s")
+    parser.add_argument("--all", action="store_true", help="time all single commands, not one of each method")
+    parser.add_argument("--outputs", type=Path, help="an empty folder for the runs; default: a temporary one")
+    parser.add_argument("--out", type=Path, help="write the figures there as JSON")
+    arguments = parser.parse_intermixed_args()
+    if arguments.outputs is not None and arguments.outputs.is_dir() and any(arguments.outputs.iterdir()):
+        parser.error(f"--outputs {arguments.outputs} is not empty: runs in it that are done would cost no time.")
+    return arguments
+
+
+def _train(root: Path, folder: str, words: list[str]) -> float:
+    """Seconds of one `peftbench train`; what it prints goes to a file. Ends the script where the command fails."""
+    root.mkdir(parents=True, exist_ok=True)
+    log = root / f"{folder}.log"
+    began = time.perf_counter()
+    with log.open("a", encoding="utf-8") as file:
+        command = [sys.executable, "-m", "peftbench", "train", *words, f"output_dir={root / folder}"]
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+    seconds = time.perf_counter() - began
+    if code:
+        tail = "".join(log.read_text(encoding="utf-8").splitlines(keepends=True)[-20:])
+        sys.exit(f"{tail}\nbenchmark_sweep: exit code {code} of peftbench train {' '.join(words)}; see {log}.")
+    print(f"{seconds:6.1f} s  {folder}: {' '.join(words[-3:])}", flush=True)
+    return seconds
+
+
+def _by_run(folder: Path) -> dict[str, Record]:
+    return {record.run: record for record in load_records(folder)[0]}
+
+
+def _score(record: Record) -> float:
+    assert record.score is not None
+    return record.score
+
+
+def _show(found: dict[str, Any], timed: int) -> None:
+    console = Console()
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    console.print(f"\n{found['device']}, {versions}; {' '.join(found['arguments'])}", highlight=False)
+    counted = "all timed" if timed == found["runs"] else f"{timed} timed, their mean x {found['runs']}"
+    table = Table("", "seconds", "ratio", title=f"{found['runs']} runs", title_justify="left")
+    table.add_row(f"single commands ({counted})", f"{found['singles_in_all_s']:.1f}", "1.000")
+    table.add_row(
+        f"one sweep, {found['at_once']} at once (jobs={found['jobs']})",
+        f"{found['sweep_s']:.1f}",
+        f"{found['ratio']:.3f}",
+    )
+    table.add_row("target", f"{found['singles_in_all_s'] * TARGET:.1f}", f"{TARGET:.3f}")
+    table.add_row("one run alone, without its start", f"{found['run_alone_s']:.1f}", "")
+    table.add_row("one run beside others", f"{found['run_beside_s']:.1f}", "")
+    console.print(table)
+    console.print(
+        f"{found['metric']}: sweep and single differ by at most {found['largest_score_difference']:.4f} "
+        f"over {timed} runs; one run twice alone by {found['run_to_run_difference']:.4f}",
+        highlight=False,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""A model that `prepared` makes quick, and `predict`, against the model as it was trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from peftbench.modification import head_attention
+from peftbench.modification.attach import attach
+from peftbench.modification.edit import Edit
+from peftbench.modification.inference import prepared
+from peftbench.modification.state import fold
+from peftbench.predict import predict
+from peftbench.sites import find_sites
+from tests.families import CONTINUING, FAMILIES, MORE_FAMILIES, PRESETS, batch, build, inputs, shake
+
+CASES = [
+    (family, preset)
+    for family in [*FAMILIES, *MORE_FAMILIES]
+    for preset in PRESETS
+    if preset != "prompt" or family in ("bart", "roberta", "t5")
+]
+QUICK = {("bart", preset) for preset in PRESETS} | {(family, "mam") for family in ("mbart", "bert", "t5", "gpt2")}
+TABLE = [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow, id="-".join(case)) for case in CASES]
+
+
+def attached(family: str, preset: str) -> PreTrainedModel:
+    model = build(family)
+    attach(model, {} if preset == "bare" else PRESETS[preset])
+    shake(model)
+    return model
+
+
+def logits(model: nn.Module, family: str, bf16: bool = False) -> Tensor:
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        found: Tensor = model(**batch(family)).logits
+    return found.float()
+
+
+def traces(model: nn.Module) -> dict[str, Any]:
+    """All that a preparation might leave behind."""
+    hooks = {
+        name: [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        for name, module in model.named_modules()
+    }
+    tensors = {name: (id(p), p.data_ptr(), p.clone()) for name, p in model.named_parameters(remove_duplicate=False)}
+    return {"hooks": hooks, "ids": {name: found[:2] for name, found in tensors.items()}}
+
+
+@pytest.mark.parametrize(("family", "preset"), TABLE)
+def test_prepared_computes_the_same_and_leaves_no_trace(family: str, preset: str) -> None:
+    model = attached(family, preset)
+    expected, before = logits(model, family), traces(model)
+    for bf16 in (False, True):
+        with prepared(model, bf16):
+            if not bf16:
+                assert (logits(model, family) - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
+            else:
+                assert logits(model, family, bf16).isfinite().all()
+        assert traces(model) == before
+    assert torch.equal(logits(model, family), expected)
+
+
+@pytest.mark.parametrize("family", ["bart", "bert", "t5", "llama", "gpt2"])
+def test_bfloat16_weights_are_those_that_autocast_makes(family: str) -> None:
+    """The bare backbone, whose weights are all that is prepared: equal to the last bit."""
+    model = build(family)
+    attach(model, {})
+    expected = logits(model, family, bf16=True)
+    with prepared(model, bf16=True):
+        assert torch.equal(logits(model, family, bf16=True), expected)
+
+
+@pytest.mark.parametrize("preset", ["mam", "adapter", "unipelt", "lora_ffn", "ia3"])
+def test_bfloat16_differs_by_its_rounding(preset: str) -> None:
+    """Prepared and not, both in bf16, are equally far from float32."""
+    model = attached("bart", preset)
+    exact, plain = logits(model, "bart"), logits(model, "bart", bf16=True)
+    with prepared(model, bf16=True):
+        quick = logits(model, "bart", bf16=True)
+    distance = (plain - exact).square().mean().sqrt()
+    assert (quick - exact).square().mean().sqrt() < 1.5 * distance
+    assert distance < 0.1 * exact.square().mean().sqrt()
+
+
+SOON = (("bart", "bare"), ("bart", "mam"), ("mbart", "mam"), ("t5", "mam"), ("qwen2", "mam"))
+GENERATIONS = [
+    (family, preset)
+    for family in ("bart", "mbart", "t5", "t5_gated", *CONTINUING)
+    for preset in ("bare", "mam", "prefix_no_gating", "prompt", "heads_gate", "unipelt", "lora", "adapter")
+    if preset != "prompt" or family not in CONTINUING
+]
+
+
+@pytest.mark.parametrize("beams", [1, 4], ids=["greedy", "beams"])
+@pytest.mark.parametrize(
+    ("family", "preset"),
+    [pytest.param(*case, marks=[] if case in SOON else pytest.mark.slow, id="-".join(case)) for case in GENERATIONS],
+)
+def test_predict_generates_what_the_model_generates(family: str, preset: str, beams: int) -> None:
+    """The naive path: transformers' `generate` on the model as it is hooked, in one padded batch."""
+    model = attached(family, preset)
+    fold(model)
+    given = inputs(family, (9, 7, 6))
+    lengths = {"min_new_tokens": 6, "max_new_tokens": 6}
+    options = GenerationConfig(num_beams=beams, do_sample=False, pad_token_id=1, **lengths)
+    options.eos_token_id, options.decoder_start_token_id = 2, 2
+    if family not in CONTINUING:  # so that a text depends on the order of many logits
+        options.no_repeat_ngram_size = 1
+    with torch.no_grad():
+        expected = model.generate(**given, generation_config=options)
+    rows = {name: tensor.tolist() for name, tensor in given.items()}
+
+    def collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {name: torch.tensor([example[name] for example in examples]) for name in rows}
+
+    found = predict(model, Dataset.from_dict(rows), collate, batch_size=2, generation=options)
+    new = expected[:, 9:] if family in CONTINUING else expected
+    assert torch.equal(torch.from_numpy(found), new)
+
+
+@pytest.mark.parametrize("preset", ["bare", "mam", "lora"])
+def test_beams_share_their_source(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a text is generated, a cross-attention sees one row for each source, and its keys are joined to a prefix
+    once; afterwards the model calls the attention that it called before."""
+    model = attached("bart", preset)
+    fold(model)
+    attention = model.config._attn_implementation
+    calls: list[tuple[int, int, int]] = []
+    original = head_attention.sdpa_attention_forward
+
+    def spy(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not module.is_causal and module.is_decoder:
+            calls.append((key.data_ptr(), query.shape[2], key.shape[0]))
+        return original(module, query, key, *args, **kwargs)
+
+    monkeypatch.setattr(head_attention, "sdpa_attention_forward", spy)
+    given = inputs("bart", (9, 6))
+    options = GenerationConfig(num_beams=4, max_new_tokens=5, min_new_tokens=5, pad_token_id=1, eos_token_id=2)
+    options.decoder_start_token_id = 2
+    rows = {name: tensor.tolist() for name, tensor in given.items()}
+    predict(
+        model,
+        Dataset.from_dict(rows),
+        lambda examples: {name: torch.tensor([example[name] for example in examples]) for name in rows},
+        batch_size=2,
+        generation=options,
+    )
+    assert len(calls) == 2 * 5  # layers x tokens
+    assert {call[1:] for call in calls} == {(4, 2)}
+    assert len({pointer for pointer, _, _ in calls}) == 2  # one tensor for each layer
+    assert model.config._attn_implementation == attention
+
+
+def test_a_parallel_adapter_is_a_wider_ffn() -> None:
+    """fc1 of every layer has r more rows while the model is prepared, and no hook of the edit is called."""
+    model = attached("bart", "scaled_parallel_adapter")
+    layers = [layer.ffn.source for layer in find_sites(model).layers]
+    rows = [len(layer.get_parameter("weight")) for layer in layers]
+    with prepared(model):
+        assert [len(layer.get_parameter("weight")) for layer in layers] == [count + 8 for count in rows]
+        hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+        assert not any(isinstance(getattr(hook, "__self__", None), Edit) for hook in hooks)
+    assert [len(layer.get_parameter("weight")) for layer in layers] == rows
+
+
+def test_a_bfloat16_backbone_is_quick_without_autocast() -> None:
+    """Its modifications are computed as it is itself; what is trained stays float32 and what it was."""
+    model = build("bart").bfloat16()
+    attach(model, PRESETS["mam"])
+    shake(model)
+    fold(model)
+    source = find_sites(model).layers[0].ffn.source
+    expected, before = logits(model, "bart"), traces(model)
+    with prepared(model):
+        assert len(source.get_parameter("weight")) == 32 + 5
+        difference = logits(model, "bart") - expected
+    assert difference.square().mean().sqrt() < 0.05 * expected.square().mean().sqrt()
+    assert traces(model) == before

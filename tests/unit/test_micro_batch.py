@@ -1,0 +1,233 @@
+"""A batch in parts trains as the whole does: against gradients by hand, also where memory runs out on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from peftbench.checkpoint import Checkpoints
+from peftbench.config import Device, Schedule, Trainer
+from peftbench.fit import Fitted, fit
+from peftbench.modification.attach import attach
+from tests.families import CONTINUING, PRESETS, WRITING, batch, build, dropout
+
+EXAMPLES = 8
+EPSILON = 10.0  # so large that a step of AdamW, g / (|g| + EPSILON), shows the gradient's scale
+
+
+class Data:
+    """What `fit` takes of a task: eight rows, with 1 to 5 target tokens to predict where there are any."""
+
+    def __init__(self, family: str) -> None:
+        self.lengths = [9, 8, 7, 6, 5, 4, 4, 4]
+        self.rows = batch(family, tuple(self.lengths))
+        if self.rows["labels"].dim() > 1:
+            for row in range(EXAMPLES):
+                self.rows["labels"][row, 1 + row % 5 :] = -100
+                self.rows["labels"][row, 1] = 7  # which a decoder alone predicts from the first
+        if family in WRITING:
+            shifted = build(family).prepare_decoder_input_ids_from_labels(labels=self.rows["labels"])
+            self.rows["decoder_input_ids"] = shifted
+        self.train = self.selection = Dataset.from_dict({name: rows.tolist() for name, rows in self.rows.items()})
+
+    def collator(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {name: torch.tensor([example[name] for example in examples]) for name in examples[0]}
+
+
+def model_of(family: str, **rates: float) -> PreTrainedModel:
+    model = build(family, **dropout(family, **rates))
+    torch.manual_seed(5)
+    attach(model, PRESETS["parallel_adapter"])
+    return model.train()
+
+
+def trainer(**settings: Any) -> Trainer:
+    return Trainer(
+        **{
+            "learning_rate": 1.0,
+            "max_steps": 1,
+            "batch_size": EXAMPLES,
+            "schedule": Schedule.constant,
+            "warmup": 0.0,
+            "max_grad_norm": 1e9,
+            "epsilon": EPSILON,
+            "device": Device.cpu,
+            **settings,
+        }
+    )
+
+
+def fitted(model: PreTrainedModel, data: Data, settings: Trainer, folder: Path) -> Fitted:
+    return fit(
+        model,
+        data,  # type: ignore[arg-type]  # what of a TaskData fit reads
+        settings,
+        seed=1,
+        bf16=False,
+        checkpoints=Checkpoints(folder, minutes=60, stamp=""),
+        evaluate=dict,
+        metric="loss",
+    )
+
+
+def trained(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def by_hand(family: str, data: Data, smoothing: float) -> dict[str, Tensor]:
+    """The trained tensors after one step with the gradient of the mean over all items of all examples."""
+    model = model_of(family)
+    logits = model(**data.rows).logits
+    labels = data.rows["labels"]
+    if family in CONTINUING:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    F.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=smoothing).backward()  # type: ignore[no-untyped-call]
+    return {
+        name: (p - p.grad / (p.grad.abs() + EPSILON)).detach()
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.grad is not None
+    }
+
+
+SPLITS = {
+    "the batch": {},
+    "parts of three": {"micro_batch": "3"},
+    "one by one": {"micro_batch": "1"},
+    "two batches": {"batch_size": 4, "accumulation": 2},
+    "two batches in parts": {"batch_size": 4, "accumulation": 2, "micro_batch": "3"},
+    "as many as fit": {"micro_batch": "auto"},
+    "the batch, fused": {"fused_loss": True},
+    "two batches in parts, fused": {"batch_size": 4, "accumulation": 2, "micro_batch": "3", "fused_loss": True},
+}
+
+
+QUICK = {("bart", 0.0), ("llama", 0.1), ("roberta", 0.0)}  # of these, the first and the last have losses of their own
+
+
+@pytest.mark.parametrize(
+    ("family", "smoothing"),
+    [
+        pytest.param(family, smoothing, marks=[] if (family, smoothing) in QUICK else pytest.mark.slow)
+        for family in ("bart", "t5", "llama", "roberta")
+        for smoothing in (0.0, 0.1)
+    ],
+)
+def test_the_gradient_is_that_of_the_whole_batch(family: str, smoothing: float, tmp_path: Path) -> None:
+    data = Data(family)
+    expected = by_hand(family, data, smoothing)
+    before = trained(model_of(family))
+    assert all(torch.isfinite(tensor).all() for tensor in expected.values())
+    assert max(float((before[name] - tensor).abs().max()) for name, tensor in expected.items()) > 1e-3
+    for name, split in SPLITS.items():
+        model = model_of(family)
+        fitted(model, data, trainer(label_smoothing=smoothing, **split), tmp_path)
+        for key, tensor in trained(model).items():
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=1e-6, msg=lambda text, at=name: at + text)
+
+
+def starved(model: PreTrainedModel, most: Callable[[], int]) -> list[int]:
+    """Let the model run out of memory for more than `most` examples at once; returns the sizes that it is given."""
+    forward, given = model.forward, []
+
+    @wraps(forward)
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        given.append(len(kwargs["input_ids"]))
+        if given[-1] > most():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return forward(*args, **kwargs)
+
+    model.forward = limited  # type: ignore[method-assign]
+    return given
+
+
+def test_auto_finds_what_fits(tmp_path: Path) -> None:
+    """It tries the longest examples, and the training then is that of the whole batch."""
+    data, settings = Data("bart"), trainer(max_steps=3, batch_size=4)
+    whole = model_of("bart")
+    assert fitted(whole, data, settings, tmp_path).micro_batch == {}
+    model = model_of("bart")
+    given = starved(model, lambda: 2)
+    settings.micro_batch = "auto"
+    assert fitted(model, data, settings, tmp_path).micro_batch == {"parts": 2, "halved_at": [0]}
+    assert given == [4, 2, 2] + [2, 2] * 3
+    for name, tensor in trained(whole).items():
+        torch.testing.assert_close(trained(model)[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_a_try_that_fits_changes_nothing(tmp_path: Path) -> None:
+    """Dropout draws the same numbers as without it."""
+    found = []
+    for micro_batch in (None, "auto"):
+        model = model_of("bart", hidden=0.3)
+        torch.manual_seed(3)
+        fitted(model, Data("bart"), trainer(max_steps=2, micro_batch=micro_batch), tmp_path)
+        found.append(trained(model))
+    assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())
+
+
+@pytest.mark.parametrize(
+    ("where", "accumulation"),
+    [
+        ("forward", 1),
+        ("backward", 2),
+        pytest.param("forward", 2, marks=pytest.mark.slow),
+        pytest.param("backward", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_memory_that_runs_out_later_costs_no_step(where: str, accumulation: int, tmp_path: Path) -> None:
+    """At step 3, in the midst of a backward pass too, when some tensors have their gradients and others do not."""
+    data = Data("bart")
+    settings = trainer(max_steps=5, batch_size=4, accumulation=accumulation, learning_rate=0.1, epsilon=1e-4)
+    whole = model_of("bart")
+    fitted(whole, data, settings, tmp_path)
+
+    model = model_of("bart")
+    calls = 0
+    fails_at = 1 + 3 * accumulation  # the try, then step 3's last batch
+
+    def fail_once(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == fails_at:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    if where == "backward":
+        # the encoder's last layer: behind it the decoder's tensors have gradients already, the first layer's have not
+        next(p for name, p in model.named_parameters() if p.requires_grad and "encoder.layers.1" in name).register_hook(
+            fail_once
+        )
+    else:
+        model.register_forward_pre_hook(fail_once)
+    settings.micro_batch = "auto"
+    assert fitted(model, data, settings, tmp_path).micro_batch == {"parts": 2, "halved_at": [3]}
+    assert calls > fails_at
+    for name, tensor in trained(whole).items():
+        torch.testing.assert_close(trained(model)[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_not_even_one_example_fits(tmp_path: Path) -> None:
+    model = model_of("bart")
+    given = starved(model, lambda: 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        fitted(model, Data("bart"), trainer(micro_batch="auto"), tmp_path)
+    assert given == [8, 4, 2, 1]
+
+
+def test_another_error_is_not_taken_for_it(tmp_path: Path) -> None:
+    model = model_of("bart")
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="mat1"):
+        fitted(model, Data("bart"), trainer(micro_batch="auto"), tmp_path)
