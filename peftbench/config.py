@@ -56,7 +56,7 @@ Precision = Enum("Precision", ["auto", "fp32", "bf16"])
 Schedule = Enum("Schedule", ["linear", "cosine", "constant"])
 Keep = Enum("Keep", ["best", "last"])
 Batching = Enum("Batching", ["random", "bucketed"])
-Compile = Enum("Compile", ["auto", "none", "layers", "graphs"])
+Compile = Enum("Compile", ["none", "layers", "graphs"])
 Device = Enum("Device", ["auto", "cpu", "cuda"])
 
 
@@ -144,7 +144,7 @@ class Model:
     path: str | None = None  # a folder with config.json and weights; wins over hub_id
     # Of the frozen weights; what is trained stays float32. auto: bfloat16 where the run computes in it on a GPU and
     # trains nothing of the backbone, else float32.
-    dtype: DType = DType.auto
+    dtype: DType = DType.float32
     sizes: str = MISSING  # which column of conf/sizes.yaml the method presets take
     # For counting without weights or network, as in config.json: model_type, the keys that differ from transformers'
     # defaults for it, and name_or_path, the hub id that this describes. Training reads config.json itself.
@@ -238,10 +238,9 @@ class Trainer:
     evaluate_every: int | None = None  # optimiser steps between looks at the selection split; null: once an epoch
     precision: Precision = Precision.auto  # auto: bf16 autocast on a GPU that has it, else fp32
     gradient_checkpointing: bool = False
-    # torch.compile, layer by layer; graphs: replayed as CUDA graphs too, for small backbones. auto: layers, on a GPU in
-    # runs that are long enough to pay for it.
-    compile: Compile = Compile.auto
-    fused_loss: bool | None = None  # the loss of target tokens without all their logits at once; null: on a GPU
+    # torch.compile, layer by layer, which takes minutes at the start; graphs: replayed as CUDA graphs too.
+    compile: Compile = Compile.none
+    fused_loss: bool = False  # the loss of target tokens without all their logits at once
     checkpoint_minutes: float = 5.0  # of training between checkpoints, from which an interrupted run goes on
     device: Device = Device.auto
 

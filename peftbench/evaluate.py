@@ -7,8 +7,9 @@ from collections.abc import Callable
 from transformers import GenerationConfig, PreTrainedModel
 
 from peftbench.config import Run, TaskKind
-from peftbench.fit import LOSS, use_autocast
+from peftbench.fit import LOSS
 from peftbench.partial import Partial
+from peftbench.precision import use_autocast
 from peftbench.predict import mean_loss, predict
 from peftbench.tasks.base import TaskData
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,10 @@ from peftbench.arithmetic import operations
 from peftbench.batching import LengthBatches, TokenBatches, padded_to
 from peftbench.checkpoint import Checkpoint, Checkpoints, Resumable, SaveByTime
 from peftbench.compiled import CompiledLayers
-from peftbench.errors import UserError
 from peftbench.micro_batch import AUTO, MicroBatched, MicroBatches
 from peftbench.modification.state import trained_tensors, write_tensors
 from peftbench.pace import Pace
+from peftbench.precision import chosen_device
 from peftbench.progress import Stage
 from peftbench.tasks.base import TaskData
 from peftbench.token_loss import IGNORED, cross_entropy, hidden_states, logits_bias, output_layer
@@ -67,7 +67,6 @@ class Fitted:
 
 
 WIDTH = 32  # bucketed batches are padded to multiples of so many tokens
-COMPILE_FROM = 1000  # optimiser steps; compiling takes about a minute
 LOSS = "loss"  # of the scores the one that is better when lower
 BEST = "best.safetensors"  # in a checkpoint: the trained tensors at the best evaluation so far
 
@@ -93,7 +92,7 @@ def fit(
     """Train what of `model` requires gradients, in place.
 
     Args:
-        bf16: train under bfloat16 autocast, see `use_autocast`.
+        bf16: train under bfloat16 autocast, see `peftbench.precision.use_autocast`.
         checkpoints: where Trainer may write.
         evaluate: scores the model as it stands on the selection split.
         metric: the score by which `keep=best` chooses; higher is better, but of a loss lower.
@@ -126,11 +125,10 @@ def fit(
         trainer.batches = TokenBatches(data.lengths, settings.batch_tokens, seed)
     elif settings.batching is config.Batching.bucketed:
         trainer.batches = LengthBatches(data.lengths, settings.batch_size, seed)
-    if use_fused_loss(settings):
+    if settings.fused_loss:
         trainer.output_layer = output_layer(model)
-    compiling = use_compile(settings, steps)
-    if compiling is not config.Compile.none:
-        trainer.layers = CompiledLayers(model, graphs=compiling is config.Compile.graphs)
+    if settings.compile is not config.Compile.none:
+        trainer.layers = CompiledLayers(model, graphs=settings.compile is config.Compile.graphs)
     trainer.micro = MicroBatches(settings.micro_batch, settings.batch_size, _longest(data, settings))
     earlier = 0.0
     if resume is not None:
@@ -151,7 +149,8 @@ def fit(
     }
     cache, model.config.use_cache = model.config.use_cache, False  # training would fill one and never read it
     try:
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
+        with no_cudnn_attention():
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
     finally:
         model.config.use_cache = cache
     if torch.cuda.is_available() and model.device.type == "cuda":
@@ -169,6 +168,22 @@ def fit(
     return Fitted(
         steps, seconds, earlier, steps * examples * tokens / seconds, pace.seconds(), examples * needed, micro
     )
+
+
+@contextmanager
+def no_cudnn_attention() -> Iterator[None]:
+    """Train inside without cuDNN's kernel of scaled_dot_product_attention.
+
+    Its gradient of the queries is NaN for some batches with a mask whose width is 64 modulo 128, and torch takes it by
+    default on Hopper from 2.11 on (pytorch#196678; one batch in 460 of `scripts/pretrain.py`). The others are right.
+    """
+    enabled: Callable[[], bool] = torch.backends.cuda.cudnn_sdp_enabled
+    before = enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def total_steps(data: TaskData, settings: config.Trainer) -> int:
@@ -198,49 +213,6 @@ def _longest(data: TaskData, settings: config.Trainer) -> list[int]:
     if settings.batch_tokens is None:
         return by_length[: settings.batch_size]
     return by_length[: max(1, settings.batch_tokens // data.lengths[by_length[0]])]
-
-
-def use_bf16(settings: config.Trainer) -> bool:
-    """Whether to compute in bfloat16: asked for, or there for the taking."""
-    if settings.precision is not config.Precision.auto:
-        return settings.precision is config.Precision.bf16
-    return chosen_device(settings).type == "cuda" and torch.cuda.is_bf16_supported()
-
-
-def with_dtype(run: config.Run) -> config.Run:
-    """The run with `model.dtype=auto` decided; see config.py."""
-    if run.model.dtype is not config.DType.auto:
-        return run
-    cuda = chosen_device(run.trainer).type == "cuda"
-    small = cuda and use_bf16(run.trainer) and run.unfreeze is config.Unfreeze.none
-    dtype = config.DType.bfloat16 if small else config.DType.float32
-    return replace(run, model=replace(run.model, dtype=dtype))
-
-
-def use_autocast(settings: config.Trainer, model: config.Model) -> bool:
-    """Whether to run under bfloat16 autocast, which a bfloat16 backbone does without."""
-    return use_bf16(settings) and model.dtype is not config.DType.bfloat16
-
-
-def use_compile(settings: config.Trainer, steps: int) -> config.Compile:
-    """`trainer.compile`, with `auto` decided."""
-    if settings.compile is not config.Compile.auto:
-        return settings.compile
-    pays = chosen_device(settings).type == "cuda" and steps >= COMPILE_FROM and not settings.gradient_checkpointing
-    return config.Compile.layers if pays else config.Compile.none
-
-
-def use_fused_loss(settings: config.Trainer) -> bool:
-    """`trainer.fused_loss`, with null decided."""
-    return chosen_device(settings).type == "cuda" if settings.fused_loss is None else settings.fused_loss
-
-
-def chosen_device(settings: config.Trainer) -> torch.device:
-    """`trainer.device`, with `auto` as the GPU where there is one. Raises UserError for a GPU that is not there."""
-    if settings.device is config.Device.cuda and not torch.cuda.is_available():
-        raise UserError("trainer.device=cuda, but torch sees no CUDA device here; use trainer.device=auto or cpu.")
-    cpu = settings.device is config.Device.cpu or not torch.cuda.is_available()
-    return torch.device("cpu" if cpu else "cuda")
 
 
 def _arguments(
@@ -274,7 +246,6 @@ def _arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,
-        dataloader_num_workers=2 if cuda else 0,
         accelerator_config={"non_blocking": cuda},
         use_cpu=not cuda,
         seed=seed,
@@ -310,7 +281,6 @@ class _Trainer(MicroBatched, Resumable):
             self.train_dataset,
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
         return self.accelerator.prepare(loader)

@@ -26,13 +26,14 @@ from peftbench.checkpoint import Checkpoints
 from peftbench.config import Keep, Run, TaskKind, Unfreeze, modifications
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
-from peftbench.fit import LOSS, Fitted, chosen_device, fit, total_steps, use_autocast, with_dtype
+from peftbench.fit import LOSS, Fitted, fit, total_steps
 from peftbench.modification.attach import attach, attach_run
 from peftbench.modification.counting import count
 from peftbench.modification.dead_parameters import count_dead
 from peftbench.modification.state import fold, save, trained_tensors
 from peftbench.modification.state import load as load_adapter
 from peftbench.params.solve import solve
+from peftbench.precision import chosen_device, use_autocast, with_dtype
 from peftbench.probe import no_gradient, unreached
 from peftbench.progress import Display
 from peftbench.results.choice import settled

@@ -76,7 +76,7 @@ def faults(run: Run) -> list[str]:
             f"trainer.batching=bucketed with trainer.batch_tokens={run.trainer.batch_tokens}: batches by tokens have "
             "like lengths already; leave trainer.batching out, or set trainer.batch_tokens=null."
         )
-    if run.trainer.compile in (Compile.layers, Compile.graphs) and run.trainer.gradient_checkpointing:
+    if run.trainer.compile is not Compile.none and run.trainer.gradient_checkpointing:
         found.append(
             f"trainer.compile={run.trainer.compile.name} with trainer.gradient_checkpointing=true is not supported; "
             "set one of them to none or false."

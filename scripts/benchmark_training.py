@@ -22,7 +22,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -110,7 +109,6 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "no_fused_loss": {"fused_loss": False},
     "no_bf16_backbone": {"dtype": DType.float32},
     "graphs": {"compile": Compile.graphs},
-    "cudnn_attention": {"attention": "CUDNN_ATTENTION"},
     "off": {"compile": Compile.none, "batching": Batching.random, "fused_loss": False, "dtype": DType.float32},
 }
 
@@ -206,7 +204,6 @@ class Bench:
     def ours(self, name: str, method: str, **changes: Any) -> Variant:
         """A preset of peftbench through its own fit."""
         changes = dict(changes)
-        kernel = changes.pop("attention", None)
         dtype = changes.pop("dtype", DType.bfloat16)
         run = self.run(method)
         if run.unfreeze is not Unfreeze.none:
@@ -219,8 +216,7 @@ class Bench:
             return model.to(self.device)
 
         def train(model: PreTrainedModel, steps: int) -> tuple[list[float], list[float]]:
-            with attention_kernel(kernel):
-                return self.fit(model, run, steps, changes)
+            return self.fit(model, run, steps, changes)
 
         return Variant(name, build, train)
 
@@ -363,19 +359,6 @@ class Bench:
                 yield self.ours(f"{name} graphs", method, **WITHOUT["graphs"])
 
 
-@contextmanager
-def attention_kernel(name: str | None) -> Iterator[None]:
-    """Prefer one kernel of scaled_dot_product_attention."""
-    if name is None:
-        yield
-        return
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with sdpa_kernel([getattr(SDPBackend, name), *others], set_priority=True):
-        yield
-
-
 def measure(bench: Bench, variant: Variant, steps: int, result: Result) -> None:
     """One round of a variant, added to its result."""
     cuda = bench.device.type == "cuda"
@@ -476,9 +459,7 @@ def main() -> None:
     device = torch.device(args.device)
     transformers.logging.set_verbosity_error()
     began = time.perf_counter()
-    # A graph that was traced with one attention kernel is not traced anew for another: that one wants its own process.
-    every = [name for name in WITHOUT if name != "cudnn_attention"]
-    ablations = every if args.variants == "all" else args.variants.split(",")
+    ablations = list(WITHOUT) if args.variants == "all" else args.variants.split(",")
 
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(SHAPES[args.shape], device, args.steps, Path(scratch))

@@ -11,7 +11,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from peftbench.errors import unknown
 from peftbench.results.paper import Printed, printed
-from peftbench.results.record import Record, Searched, flatten
+from peftbench.results.record import Record, Searched, differing, flatten
 from peftbench.results.row import Row, front, unscored
 
 T = TypeVar("T")
@@ -79,7 +79,8 @@ FIELDS: dict[str, Callable[[Record], Any]] = {
 }
 COSTS = ("trained", "stored", "percent", "steps", "memory", "time")  # better when lower
 
-
+# Of the trainer's settings those that change no score, but for rounding.
+QUIET = {"device", "compile", "fused_loss", "checkpoint_minutes", "eval_batch_size", "eval_batch_tokens", "micro_batch"}
 PAPER = ("paper", "difference")  # columns of `beside_paper`
 
 
@@ -157,7 +158,8 @@ def columns(
     found: list[Column[Row]] = [
         Column("method", "method", lambda r: f"{r.first.method} {r.first.debug or ''}".rstrip(), words=True, wrap=16),
         Column("axes", "four axes", _four, words=True, wrap=20),
-        Column("bottleneck", "bottle-\nneck", lambda r: "\n".join(_count(one.bottleneck) for one in r.first.axes)),
+        Column("bottleneck", "bottle-\nneck", _bottlenecks),
+        *telling_apart(rows),
         number("trained", "trained", _count, dispensable=5),
         number("stored", "stored", _count, better="lower", dispensable=4),
         # ± needs its room, and so do seeds
@@ -229,6 +231,19 @@ def number(
         better,
         dispensable,
     )
+
+
+def telling_apart(rows: Sequence[Row]) -> list[Column[Row]]:
+    """The trainer's settings, such as its learning rate, in which rows differ that would otherwise look alike."""
+    alike: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        looks = (row.first.method, _four(row), _bottlenecks(row), _seeds(row))
+        alike.setdefault(looks, []).append(row)
+    keys = {key for group in alike.values() for key in differing([row.first.trainer for row in group])}
+    return [
+        Column(f"trainer.{key}", key.replace("_", "\n", 1), partial(_texts, partial(_setting, key)), dispensable=1)
+        for key in sorted(keys - QUIET)
+    ]
 
 
 def delta(rows: Sequence[Row]) -> list[Column[Row]]:
@@ -313,6 +328,15 @@ def duration(seconds: float) -> str:
 
 def _any(column: Column[Row], rows: Sequence[Row]) -> bool:
     return any(column.cell(row) for row in rows)
+
+
+def _setting(key: str, record: Record) -> Any:
+    return record.trainer.get(key)
+
+
+def _bottlenecks(row: Row) -> str:
+    """Of each modification."""
+    return "\n".join(_count(one.bottleneck) for one in row.first.axes)
 
 
 def _four(row: Row) -> str:

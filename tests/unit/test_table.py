@@ -129,6 +129,18 @@ def test_a_part_of_a_split_is_not_ranked_with_the_whole_of_one(width: int) -> No
     positions(text, "accuracy on 1,600 test examples", "accuracy on 1,600 of 9,815 test examples")
 
 
+def test_settings_tell_runs_apart_that_look_alike() -> None:
+    """Not those that all share, nor what changes no score, nor those of runs that another column tells apart."""
+    rates = [
+        record(50.0, FFN, trainer={"learning_rate": rate, "device": device})
+        for rate, device in ((1e-3, "cpu"), (2e-3, "cuda"))
+    ]
+    text = shown(rates, 160)
+    assert "learning" in text and "0.001" in text and "0.002" in text and "device" not in text
+    others = [record(50.0, FFN, seed=seed, trainer={"learning_rate": seed / 1000}) for seed in (1, 2)]
+    assert "learning" not in shown(others, 160)
+
+
 def test_a_narrow_console_keeps_the_seeds_that_tell_runs_apart() -> None:
     assert "seed" not in shown([record(1.0, HEADS), record(2.0, HEADS)], 80)
     assert "seed" in shown([record(1.0, HEADS, seed=1), record(2.0, HEADS, seed=2)], 80)
