@@ -22,6 +22,7 @@ from peftbench import config
 from peftbench.backbone import load_backbone
 from peftbench.cli import main
 from peftbench.config import Model, Task, TaskKind
+from tests.families import long_tail
 
 SUBPROCESS = [sys.executable, "-m", "peftbench"]
 
@@ -107,7 +108,7 @@ def gpt2(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", ["lora", "mam"])
+@pytest.mark.parametrize("method", long_tail(("lora", "mam"), "lora"))
 def test_a_decoder_without_a_pad_token_classifies(method: str, smoke: list[str], gpt2: Path, tmp_path: Path) -> None:
     """Texts of unequal length in one batch, with the end-of-text token behind the shorter ones."""
     arguments = ["train", *smoke, f"method={method}", "model=gpt2", f"model.path={gpt2}"]
@@ -132,7 +133,7 @@ def test_padding_of_a_decoder_stands_behind_the_text(gpt2: Path) -> None:
     assert difference.abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("task", ["stsb", "cola", "mrpc"])
+@pytest.mark.parametrize("task", long_tail(("stsb", "cola", "mrpc"), "stsb"))
 def test_glue_reports_its_own_metrics(task: str, tmp_path: Path) -> None:
     """A regression, Matthews' correlation, and F1 with accuracy, on the selection and the report split."""
     texts = {"sentence": "one", "sentence1": "one", "sentence2": "two"}
@@ -193,6 +194,7 @@ def test_a_sweep_runs_every_combination(smoke: list[str], tmp_path: Path, capsys
     assert "4 of 4 runs are done." in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_budget_is_recorded_with_the_bottlenecks_that_it_became(
     smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

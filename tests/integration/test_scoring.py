@@ -57,6 +57,7 @@ def recorded(run: Path) -> dict[str, Any]:
     return record
 
 
+@pytest.mark.slow
 def test_mnli_reports_both_dev_sets_in_full(pairs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = trained(tmp_path, "task=mnli", pairs, "task.max_eval=null", "task.max_selection=null")
     scores = recorded(run)["scores"]

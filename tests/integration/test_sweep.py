@@ -96,9 +96,10 @@ def killed_until_done(arguments: list[str], log: Path, kills: int, seed: int, ru
     raise AssertionError("unreachable")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sweep", "kills"),
-    [pytest.param(SHORT, 1, id="2 runs"), pytest.param(TWELVE, 3, id="12 runs", marks=pytest.mark.slow)],
+    [pytest.param(SHORT, 1, id="2 runs"), pytest.param(TWELVE, 3, id="12 runs")],
 )
 def test_a_killed_sweep_ends_like_one_that_was_not(
     sweep: list[str], kills: int, smoke: list[str], tmp_path: Path

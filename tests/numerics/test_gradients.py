@@ -120,7 +120,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_run(device: str, way: str, fam
 @pytest.mark.parametrize(
     ("device", "way", "preset"),
     [
-        ("cpu", "compiled", "mam"),
+        pytest.param("cpu", "compiled", "mam", marks=pytest.mark.slow),
         *(
             pytest.param("cuda", way, preset, marks=pytest.mark.gpu)
             for way in ("compiled", "autocast_compiled")

@@ -22,6 +22,7 @@ def script() -> Iterator[ModuleType]:
         yield importlib.import_module("paper_counts")
 
 
+@pytest.mark.slow
 def test_every_row_is_equal_or_has_a_reason(script: ModuleType) -> None:
     rows = {(table.number, row.label): script.verdict(table, row) for table in script.TABLES for row in table.rows}
     assert {number for number, _ in rows} == {2, 3, 4, 5, 6, 12}
@@ -38,6 +39,7 @@ def test_a_wrong_percentage_needs_a_reason_and_a_right_one_has_none(script: Modu
             script.verdict(table, row)
 
 
+@pytest.mark.slow
 def test_the_file_is_what_the_script_prints(script: ModuleType) -> None:
     assert script.document() == (ROOT / "docs" / "paper_counts.md").read_text(encoding="utf-8")
 
