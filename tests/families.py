@@ -377,6 +377,21 @@ def run_on(family: str, folder: Path, found: dict[str, config.Modification], **m
     )
 
 
+# Families whose code is nearly that of one that the default tests have; the slow ones have them all.
+ALIKE = {"bart_classifier", "bert", "t5_classifier", "t5_gated"}
+ALIKE |= {"gpt2_classifier", "llama_classifier", "mistral", "qwen2"}
+
+
+def table(families: Iterable[str]) -> list[Any]:
+    """Every family with every preset; what `ALIKE` names is slow, and prompts are not for a decoder alone."""
+    return [
+        pytest.param(family, preset, id=f"{family}-{preset}", marks=[pytest.mark.slow] if family in ALIKE else [])
+        for family in families
+        for preset in PRESETS
+        if family not in DECODERS or preset != "prompt"
+    ]
+
+
 def long_tail(families: Iterable[str], *quick: str) -> list[Any]:
     """The families, of which all but the quick ones are left to the slow tests."""
     return [family if family in quick else pytest.param(family, marks=pytest.mark.slow) for family in families]

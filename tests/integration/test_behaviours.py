@@ -27,10 +27,22 @@ from peftbench.modification.edit import Edit
 from peftbench.modification.head_attention import HeadModification
 from peftbench.modification.prompt import Prompt
 from peftbench.sites import find_sites
-from tests.families import FAMILIES, GENERATING, PRESETS, batch, build, dropout, long_tail, modification, points, shake
+from tests.families import (
+    FAMILIES,
+    GENERATING,
+    PRESETS,
+    batch,
+    build,
+    dropout,
+    long_tail,
+    modification,
+    points,
+    shake,
+    table,
+)
 
 Modifications = dict[str, config.Modification]
-TABLE = [pytest.param(family, preset, id=f"{family}-{preset}") for family in FAMILIES for preset in PRESETS]
+TABLE = table(FAMILIES)
 TWO_FAMILIES = [case for case in TABLE if case.values[0] in ("bart", "roberta")]  # where the family matters little
 OTHERS = [case for case in TABLE if case not in TWO_FAMILIES]
 MORE = [  # one fused and sliced projection, grouped and rotary heads, position biases

@@ -25,9 +25,10 @@ from tests.families import (
     inputs,
     modification,
     shake,
+    table,
 )
 
-CASES = [(f, p) for f in MORE_FAMILIES for p in PRESETS if f not in DECODERS or p != "prompt"]
+CASES = table(MORE_FAMILIES)
 
 
 def attached(family: str, modifications: dict[str, config.Modification]) -> PreTrainedModel:
@@ -90,7 +91,7 @@ def same(found: Tensor, expected: Tensor) -> bool:
 
 WRITERS = ("t5", "t5_gated", *CONTINUING)
 METHODS = ("mam", "prefix_no_gating", "prompt", "heads_gate", "adapter", "lora")
-GENERATIONS = [(f, p) for f in WRITERS for p in METHODS if (f, p) in CASES]
+GENERATIONS = [case for case in CASES if case.values[0] in WRITERS and case.values[1] in METHODS]
 
 
 @pytest.mark.parametrize(("family", "preset"), GENERATIONS)

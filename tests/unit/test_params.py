@@ -17,12 +17,11 @@ from peftbench.backbone import meta_backbone
 from peftbench.cli import main
 from peftbench.compose import compose_runs
 from peftbench.config import Run
-from peftbench.errors import UserError
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import count, count_places
 from peftbench.modification.state import fold
 from peftbench.params.counts import count_run
-from tests.families import FAMILIES, MORE_FAMILIES, PRESETS, build, skip_prompts
+from tests.families import FAMILIES, MORE_FAMILIES, PRESETS, build, table
 
 NUMBERS = ("trained", "stored", "paper")
 
@@ -39,15 +38,11 @@ def counted(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[st
     return found
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
+@pytest.mark.parametrize(("family", "preset"), table([*FAMILIES, *MORE_FAMILIES]))
 def test_places_sum_to_the_totals(family: str, preset: str) -> None:
     """Place by place and in total, and each place's tensors are those that folding leaves there."""
     model = build(family)
-    try:
-        attach(model, PRESETS[preset])
-    except UserError as error:
-        skip_prompts(error)
+    attach(model, PRESETS[preset])
     totals, places = count(model), count_places(model)
     for name in NUMBERS:
         assert sum(getattr(place, name) for place in places) == getattr(totals, name)
