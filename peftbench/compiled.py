@@ -40,7 +40,7 @@ class CompiledLayers:
         self.calls: list[Callable[..., Any]] = []
         for layer in self.layers:
             layer.compile(**options)
-            self.calls.append(layer._compiled_call_impl)  # type: ignore[arg-type]
+            self.calls.append(layer._compiled_call_impl)  # type: ignore[arg-type]  # None until compile is called
         self._set(active=False)
 
     @contextmanager

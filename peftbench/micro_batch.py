@@ -15,8 +15,9 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
+from peftbench.token_loss import IGNORED
+
 AUTO = "auto"
-IGNORED = -100  # the label of a token that the loss passes over
 MOMENTS = 2  # tensors that AdamW keeps beside each one that is trained
 
 

@@ -265,7 +265,7 @@ class Bench:
         model.train()
         fitted = fit(
             model,
-            self.data,  # type: ignore[arg-type]
+            self.data,  # type: ignore[arg-type]  # what of a TaskData fit reads
             settings,
             seed=1,
             bf16=run.model.dtype is not DType.bfloat16,

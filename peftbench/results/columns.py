@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Generic, Literal, TypeVar
 
 from peftbench.errors import unknown
+from peftbench.results.identity import IGNORED
 from peftbench.results.paper import Printed, printed
 from peftbench.results.record import Record, Searched, differing, flatten
 from peftbench.results.row import Row, front, unscored
@@ -79,8 +80,6 @@ FIELDS: dict[str, Callable[[Record], Any]] = {
 }
 COSTS = ("trained", "stored", "percent", "steps", "memory", "time")  # better when lower
 
-# Of the trainer's settings those that change no score, but for rounding.
-QUIET = {"device", "compile", "fused_loss", "checkpoint_minutes", "eval_batch_size", "eval_batch_tokens", "micro_batch"}
 PAPER = ("paper", "difference")  # columns of `beside_paper`
 
 
@@ -242,7 +241,8 @@ def telling_apart(rows: Sequence[Row]) -> list[Column[Row]]:
     keys = {key for group in alike.values() for key in differing([row.first.trainer for row in group])}
     return [
         Column(f"trainer.{key}", key.replace("_", "\n", 1), partial(_texts, partial(_setting, key)), dispensable=1)
-        for key in sorted(keys - QUIET)
+        for key in sorted(keys)
+        if f"trainer.{key}" not in IGNORED
     ]
 
 

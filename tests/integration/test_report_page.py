@@ -50,9 +50,12 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=list(SIZES))
 def page(request: pytest.FixtureRequest, browser: Any, outputs: Path) -> Iterator[Any]:
     """The page of thirty runs; at its end the browser must have had nothing to complain of."""
-    width, height = SIZES[request.param]
-    context = browser.new_context(viewport={"width": width, "height": height}, has_touch=width < 500)
-    yield from _opened(context, outputs, request.node.name)
+    yield from _opened(_screen(browser, request.param), outputs, request.node.name)
+
+
+def _screen(browser: Any, name: str) -> Any:
+    width, height = SIZES[name]
+    return browser.new_context(viewport={"width": width, "height": height}, has_touch=width < 500)
 
 
 def _opened(context: Any, outputs: Path, name: str) -> Iterator[Any]:
@@ -84,9 +87,7 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=list(SIZES))
 def page_of_seeds(request: pytest.FixtureRequest, browser: Any, seeds: Path) -> Iterator[Any]:
-    width, height = SIZES[request.param]
-    context = browser.new_context(viewport={"width": width, "height": height}, has_touch=width < 500)
-    yield from _opened(context, seeds, request.node.name)
+    yield from _opened(_screen(browser, request.param), seeds, request.node.name)
 
 
 def averages(folder: Path, *seeds: int) -> dict[str, tuple[str, str, str]]:

@@ -81,7 +81,7 @@ def test_lora_is_w_plus_s_b_a(family: str) -> None:
     assert edits
     merge(model)
     for name, edit in edits.items():
-        down, up = edit.function.weights()  # type: ignore[union-attr]
+        down, up = edit.function.weights()  # type: ignore[union-attr]  # a Bottleneck
         change = 4.0 * up[0] @ down[0]
         place = name.rpartition(".")[0]
         weight, old = model.get_submodule(place).weight, bare.get_submodule(place).weight

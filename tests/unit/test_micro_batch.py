@@ -90,7 +90,7 @@ def by_hand(family: str, data: Data, smoothing: float) -> dict[str, Tensor]:
     labels = data.rows["labels"]
     if family in CONTINUING:
         logits, labels = logits[:, :-1], labels[:, 1:]
-    F.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=smoothing).backward()  # type: ignore[no-untyped-call]
+    F.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=smoothing).backward()  # type: ignore[no-untyped-call]  # torch's
     return {
         name: (p - p.grad / (p.grad.abs() + EPSILON)).detach()
         for name, p in model.named_parameters()
@@ -145,7 +145,7 @@ def starved(model: PreTrainedModel, most: Callable[[], int]) -> list[int]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         return forward(*args, **kwargs)
 
-    model.forward = limited  # type: ignore[method-assign]
+    model.forward = limited  # type: ignore[method-assign]  # a stand-in for a full GPU
     return given
 
 
