@@ -10,15 +10,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
@@ -37,10 +36,11 @@ from peftbench.compiled import CompiledLayers
 from peftbench.micro_batch import AUTO, MicroBatched, MicroBatches
 from peftbench.modification.state import trained_tensors, write_tensors
 from peftbench.pace import Pace
+from peftbench.padding_free import PaddingFree, with_lengths
 from peftbench.precision import chosen_device
 from peftbench.progress import Stage
 from peftbench.tasks.base import TaskData
-from peftbench.token_loss import IGNORED, cross_entropy, hidden_states, logits_bias, output_layer
+from peftbench.token_loss import TokenLoss, output_layer
 
 
 @dataclass(frozen=True)
@@ -106,14 +106,18 @@ def fit(
     keeper = _KeepBest(metric) if settings.keep is config.Keep.best else None
     if keeper is not None:
         callbacks.append(keeper)
-    width = WIDTH if settings.batching is config.Batching.bucketed else None
+    collator = data.collator
+    if settings.batching is config.Batching.bucketed and not settings.padding_free:
+        collator = padded_to(collator, WIDTH)
+    if settings.padding_free:
+        collator = with_lengths(collator)
     arguments = _arguments(settings, steps, seed, bf16, checkpoints.folder, data)
     # On a machine with several GPUs Trainer would wrap the model in DataParallel, whose replicas share no hooks.
     arguments._n_gpu = min(1, arguments.n_gpu)
     trainer = _Trainer(
         model=model,
         args=arguments,
-        data_collator=data.collator if width is None else padded_to(data.collator, width),
+        data_collator=collator,
         train_dataset=data.train,
         eval_dataset=data.selection,
         callbacks=callbacks,
@@ -125,8 +129,12 @@ def fit(
         trainer.batches = TokenBatches(data.lengths, settings.batch_tokens, seed)
     elif settings.batching is config.Batching.bucketed:
         trainer.batches = LengthBatches(data.lengths, settings.batch_size, seed)
-    if settings.fused_loss:
-        trainer.output_layer = output_layer(model)
+    if settings.padding_free:
+        sources, targets = _lengths(data)
+        trainer.padding_free = PaddingFree(model, max(sources), max(targets, default=0))
+    if settings.fused_loss and (layer := output_layer(model)) is not None:
+        compiled = settings.compile is not config.Compile.none
+        trainer.token_loss = TokenLoss(model, layer, settings.label_smoothing, compiled=compiled)
     if settings.compile is not config.Compile.none:
         trainer.layers = CompiledLayers(model, graphs=settings.compile is config.Compile.graphs)
     trainer.micro = MicroBatches(settings.micro_batch, settings.batch_size, _longest(data, settings))
@@ -266,7 +274,8 @@ class _Trainer(MicroBatched, Resumable):
     keeper: _KeepBest | None
     batches: TokenBatches | LengthBatches | None = None
     layers: CompiledLayers | None = None
-    output_layer: nn.Linear | None = None  # where the loss is computed from what it reads
+    padding_free: PaddingFree | None = None
+    token_loss: TokenLoss | None = None
     control: TrainerControl
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -286,32 +295,23 @@ class _Trainer(MicroBatched, Resumable):
         return self.accelerator.prepare(loader)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with nullcontext() if self.layers is None else self.layers.active():
+        with ExitStack() as stack:
+            for path in (self.layers, self.padding_free):
+                if path is not None:
+                    stack.enter_context(path.active())
             loss: Tensor = super().training_step(*args, **kwargs)
         return loss
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if self.output_layer is None or return_outputs or inputs["labels"].dim() < 2:
+        pack = {}
+        if self.padding_free is not None:
+            inputs = self.padding_free.load(inputs)
+            pack = {"pack": self.padding_free.targets}
+        if self.token_loss is None or return_outputs or inputs["labels"].dim() < 2:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs["labels"]
-        given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
-        if self.model.config.is_encoder_decoder:
-            if "decoder_input_ids" not in given:
-                given["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
-        else:  # the logits of a token are those of the next
-            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        with hidden_states(self.output_layer) as read:
-            model(**given)
-        return cross_entropy(
-            read[0],
-            self.output_layer.weight,
-            self.output_layer.bias if self.output_layer.bias is not None else logits_bias(self.model),
-            labels,
-            self.args.label_smoothing_factor,
-            count=num_items_in_batch,
-        )
+        return self.token_loss(inputs, num_items_in_batch, **pack)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = {f"eval_{name}": value for name, value in self.scores().items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,12 +37,13 @@ class MicroBatches:
         self.parts = 1 if setting is None or setting == AUTO else -(-batch_size // int(setting))
         self.halved_at: list[int] = []  # optimiser steps in which memory ran out; 0: when it was tried
 
-    def of(self, batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        """The parts of a batch, whose tensors have one row for each example."""
-        parts = min(self.parts, _examples(batch))
-        columns = {name: tensor.tensor_split(parts) for name, tensor in batch.items()}
-        for part in range(parts):
-            yield {name: column[part] for name, column in columns.items()}
+    def of(self, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """The parts of a batch, whose tensors and lists have one row for each example."""
+        examples = _examples(batch)
+        parts = min(self.parts, examples)
+        cuts = [part * examples // parts for part in range(parts + 1)]
+        for start, stop in pairwise(cuts):
+            yield {name: column[start:stop] for name, column in batch.items()}
 
     def halve(self, step: int) -> None:
         """Parts of half the size from now on."""

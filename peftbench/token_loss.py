@@ -6,7 +6,7 @@ copies of them. `cross_entropy` computes them in chunks, each with its part of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,69 @@ from transformers import PreTrainedModel
 
 IGNORED = -100  # a label that is no token
 CHUNK = 1024  # target tokens whose logits are there at a time
+ROWS = 64  # a GPU's matrix products take much longer where the number of words is odd, as BART's is
+
+Chunk = Callable[[Tensor, Tensor, float, int], tuple[Tensor, Tensor]]
+
+
+class TokenLoss:
+    """The loss of a model's target tokens, computed from what its frozen output layer reads.
+
+    Args:
+        smoothing: ε of `cross_entropy`.
+        compiled: what is done with a chunk's logits goes into one kernel.
+    """
+
+    def __init__(self, model: PreTrainedModel, layer: nn.Linear, smoothing: float, *, compiled: bool = False) -> None:
+        self.model, self.layer, self.smoothing = model, layer, smoothing
+        self.chunk: Chunk = torch.compile(_of_chunk, dynamic=True) if compiled else _of_chunk
+        self._kept: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
+
+    def __call__(
+        self,
+        inputs: Mapping[str, Tensor],
+        count: Tensor | float | None = None,
+        pack: Callable[[Tensor], Tensor] = lambda tokens: tokens,
+    ) -> Tensor:
+        """A forward pass and its loss.
+
+        Args:
+            inputs: the model's, with labels.
+            count: what the sum over tokens is divided by, see `cross_entropy`.
+            pack: takes of (B, S, ...) the tokens that have a label, for an encoder-decoder.
+        """
+        labels = inputs["labels"]
+        given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+        if self.model.config.is_encoder_decoder:
+            if "decoder_input_ids" not in given:
+                given["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
+        else:  # the logits of a token are those of the next
+            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        with hidden_states(self.layer) as read:
+            self.model(**given)
+        hidden = pack(read[0])
+        weight, bias = self._weights(_computed_in(hidden))
+        return cross_entropy(
+            hidden, weight, bias, pack(labels), self.smoothing, count=count, words=len(self.layer.weight), of=self.chunk
+        )
+
+    @torch.no_grad()
+    def _weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """W and b in `dtype` with rows of zeros behind them, up to a multiple of `ROWS`; made once."""
+        if dtype not in self._kept:
+            weight = self.layer.weight.detach()
+            bias = self.layer.bias.detach() if self.layer.bias is not None else logits_bias(self.model)
+            more = -len(weight) % ROWS
+            self._kept[dtype] = (
+                F.pad(weight.to(dtype), (0, 0, 0, more)) if more else weight.to(dtype),
+                None if bias is None else F.pad(bias.to(dtype), (0, more)),
+            )
+        return self._kept[dtype]
+
+
+def _computed_in(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def output_layer(model: PreTrainedModel) -> nn.Linear | None:
@@ -44,6 +107,18 @@ def hidden_states(layer: nn.Module) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
+def _of_chunk(logits: Tensor, labels: Tensor, smoothing: float, words: int) -> tuple[Tensor, Tensor]:
+    """logits: (n, V or more columns, which do not count); labels: (n,). Returns the sum of the tokens' losses and its
+    gradient for the logits, in their dtype and shape."""
+    log_p = logits[:, :words].float().log_softmax(-1)
+    active = (labels != IGNORED).unsqueeze(-1)
+    index = labels.clamp(min=0).unsqueeze(-1)
+    loss = (1 - smoothing) * log_p.gather(-1, index) + smoothing / words * log_p.sum(-1, keepdim=True)
+    right = torch.arange(words, device=labels.device) == index
+    slope = (log_p.exp() - smoothing / words - (1 - smoothing) * right) * active
+    return -(loss * active).sum(), F.pad(slope.to(logits.dtype), (0, logits.shape[-1] - words))
+
+
 def cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -52,7 +127,9 @@ def cross_entropy(
     smoothing: float = 0.0,
     *,
     count: Tensor | float | None = None,
+    words: int | None = None,
     chunk: int = CHUNK,
+    of: Chunk = _of_chunk,
 ) -> Tensor:
     """sum over tokens of (1-ε) (-log p_label) + ε mean_v (-log p_v), p = softmax(W hidden + b), divided by `count`.
 
@@ -60,12 +137,14 @@ def cross_entropy(
 
     Args:
         hidden: (..., d).
-        weight: W, (vocabulary, d), frozen; the logits are computed in the dtype of `hidden`.
-        bias: b, (vocabulary,), frozen.
+        weight: W, (vocabulary or more, d), frozen; the logits are computed in its dtype.
+        bias: b, as long as W, frozen.
         labels: (...,), those that are `IGNORED` left out.
         smoothing: ε.
         count: what the sum is divided by; None: the number of labels that are not `IGNORED`.
+        words: the size of the vocabulary; None: as many as W has rows.
         chunk: tokens at a time.
+        of: what computes loss and gradient of a chunk.
 
     Returns a scalar.
     """
@@ -73,7 +152,7 @@ def cross_entropy(
     if count is None:
         count = (labels != IGNORED).sum()
     summed: Any = _Summed
-    total: Tensor = summed.apply(hidden, weight, bias, labels, smoothing, chunk)
+    total: Tensor = summed.apply(hidden, weight, bias, labels, smoothing, words or len(weight), chunk, of)
     return total / count
 
 
@@ -82,31 +161,32 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, smoothing: float, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        smoothing: float,
+        words: int,
+        chunk: int,
+        of: Chunk,
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        weight = weight.to(hidden.dtype)
-        bias = None if bias is None else bias.to(hidden.dtype)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
-            log_p = F.linear(hidden[part], weight, bias).float().log_softmax(-1)
-            active = (labels[part] != IGNORED).unsqueeze(-1)
-            index = labels[part].clamp(min=0).unsqueeze(-1)
-            words = log_p.shape[-1]
-            loss = (1 - smoothing) * log_p.gather(-1, index) + smoothing / words * log_p.sum(-1, keepdim=True)
-            total -= (loss * active).sum()
+            logits = F.linear(hidden[part].to(weight.dtype), weight, bias)
+            loss, slope = of(logits, labels[part], smoothing, words)
+            total += loss
             if gradient is not None:
-                slope = log_p.exp_().sub_(smoothing / words)
-                slope.scatter_add_(-1, index, slope.new_full((), smoothing - 1).expand(index.shape))
-                gradient[part] = (slope * active).to(hidden.dtype) @ weight
+                gradient[part] = (slope @ weight).to(hidden.dtype)
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0].to(gradient.dtype), None, None, None, None, None
+        return gradient * upstream[0].to(gradient.dtype), *(7 * [None])
 
 
 def logits_bias(model: PreTrainedModel) -> Tensor | None:

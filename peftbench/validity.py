@@ -17,6 +17,7 @@ from peftbench.config import (
     Compile,
     DType,
     Precision,
+    Representation,
     Run,
     Task,
     TaskKind,
@@ -71,6 +72,17 @@ def faults(run: Run) -> list[str]:
             "trainer.precision=fp32 with model.dtype=bfloat16: a bfloat16 backbone computes in bfloat16; set "
             "trainer.precision=auto, or model.dtype=float32."
         )
+    if run.trainer.padding_free and run.trainer.compile is Compile.graphs:
+        found.append(
+            "trainer.padding_free=true with trainer.compile=graphs: a CUDA graph is of one shape, and without padding "
+            "every batch has its own; use trainer.compile=layers, or trainer.batching=bucketed without padding_free."
+        )
+    for prefix, m in modifications(run).items():
+        if run.trainer.padding_free and m.modified_representation.name is Representation.embedding:
+            found.append(
+                f"trainer.padding_free=true with {prefix}modified_representation=embedding: prompts join a batch "
+                "behind its embeddings; use trainer.batching=bucketed, which has little padding."
+            )
     if run.trainer.batching is Batching.bucketed and run.trainer.batch_tokens is not None:
         found.append(
             f"trainer.batching=bucketed with trainer.batch_tokens={run.trainer.batch_tokens}: batches by tokens have "

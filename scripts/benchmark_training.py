@@ -105,11 +105,12 @@ SHAPES = {
 WITHOUT: dict[str, dict[str, Any]] = {
     "on": {},
     "no_compile": {"compile": Compile.none},
-    "no_buckets": {"batching": Batching.random},
+    "bucketed": {"padding_free": False, "batching": Batching.bucketed},
+    "padded": {"padding_free": False},
     "no_fused_loss": {"fused_loss": False},
     "no_bf16_backbone": {"dtype": DType.float32},
-    "graphs": {"compile": Compile.graphs},
-    "off": {"compile": Compile.none, "batching": Batching.random, "fused_loss": False, "dtype": DType.float32},
+    "graphs": {"compile": Compile.graphs, "padding_free": False, "batching": Batching.bucketed},
+    "off": {"compile": Compile.none, "padding_free": False, "fused_loss": False, "dtype": DType.float32},
 }
 
 
@@ -247,7 +248,7 @@ class Bench:
         self, model: PreTrainedModel, run: Run, steps: int, changes: dict[str, Any]
     ) -> tuple[list[float], list[float]]:
         """`peftbench.fit.fit` for so many steps with all fast paths but for `changes`."""
-        fast = {"compile": Compile.layers, "batching": Batching.bucketed, "fused_loss": True}
+        fast = {"compile": Compile.layers, "padding_free": True, "fused_loss": True}
         settings = replace(
             run.trainer,
             **{**fast, **changes},

@@ -113,10 +113,14 @@ class Prefix(nn.Module):
             return *memo.of(key, self, lambda: _join(vectors, key, value)), mask
         return *_join(vectors, key, value), mask
 
+    def vectors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """P_k and P_v, each (N_kv, l, d_h)."""
+        down, up = self.function.weights()
+        return down.to(dtype), up.transpose(-1, -2).to(dtype)
+
     def _vectors(self, dtype: torch.dtype, batch: int) -> tuple[Tensor, Tensor]:
         """P_k and P_v, each (B, N_kv, l, d_h)."""
-        down, up = self.function.weights()
-        key, value = down.to(dtype), up.transpose(-1, -2).to(dtype)
+        key, value = self.vectors(dtype)
         return key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)
 
 

@@ -37,6 +37,7 @@ IGNORED = (
     "trainer.fused_loss",
     "trainer.checkpoint_minutes",
     "trainer.micro_batch",
+    "trainer.padding_free",
     "trainer.eval_batch_size",
     "trainer.eval_batch_tokens",
 )

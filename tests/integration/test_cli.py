@@ -263,6 +263,8 @@ def test_one_failing_run_does_not_stop_a_sweep(
             ["composition_function=gated with insertion_form=sequential means nothing"],
         ),
         (["model.dtype=bfloat16", "trainer.precision=fp32"], ["computes in bfloat16"]),
+        (["trainer.padding_free=true", "trainer.compile=graphs"], ["use trainer.compile=layers"]),
+        (["trainer.padding_free=true", "method=prompt"], ["use trainer.batching=bucketed"]),
         (["method=mam", "modified_representation.attentions=[self]"], ["modified_representation=ffn has none"]),
         (["method=prompt", "modified_representation.layers=[0]"], ["stands before the first stack"]),
         (["method=full", "functional_form=relu"], ["a modification needs all four axes"]),

@@ -479,6 +479,7 @@ def test_conf_fits_the_schema(option: Path) -> None:
         "micro_batch",
         "device",
         "batching",
+        "padding_free",
         "compile",
         "fused_loss",
     }

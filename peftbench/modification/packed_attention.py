@@ -1,0 +1,186 @@
+"""Attention over a batch without its padding: the tokens of all examples in one row, each seeing its own example only.
+
+`padding_free.PaddingFree` puts this function in the place of `head_attention.modified_attention` while it packs a
+batch. The kernel is FlashAttention-2 with variable lengths, as torch ships it; elsewhere than on a GPU in half
+precision the examples are padded for the moment, which is its reference too (`tests/numerics/test_padding_free.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from peftbench.modification.head_attention import HEADS, HeadModification, Prefix
+
+PACKED_NAME = "peftbench_packed"  # what `config._attn_implementation` says while batches are packed
+PACKING = "packing"  # the attention module's attribute: the `Packing` of its queries and that of its keys
+
+
+class Packing:
+    """Where the tokens of one stack's batch stand in the row, kept from a forward pass to the next.
+
+    Args:
+        longest: of all examples that will come, in tokens; a constant, so that compiled code does not change with it.
+    """
+
+    example: Tensor  # (T,): the example that each token is of
+    position: Tensor  # (T,): its position there
+    offsets: Tensor  # (B + 1,), int32: where each example begins, and T
+    shape: tuple[int, int]  # of the batch with its padding
+
+    def __init__(self, longest: int) -> None:
+        self.longest = longest
+
+    def load(self, lengths: Sequence[int], width: int, device: torch.device) -> None:
+        """Take the next batch: examples of `lengths` tokens, padded on the right to `width`. Waits for no GPU."""
+        if max(lengths) > min(width, self.longest):
+            raise ValueError(f"an example of {max(lengths)} tokens, in a batch of {width}, was not expected")
+        counts = torch.tensor([0, *lengths])
+        if device.type == "cuda":
+            counts = counts.pin_memory().to(device, non_blocking=True)
+        total, offsets = sum(lengths), counts.cumsum(0)
+        examples = torch.arange(len(lengths), device=device)
+        self.example = examples.repeat_interleave(counts[1:], output_size=total)
+        self.position = torch.arange(total, device=device) - offsets[self.example]
+        self.offsets = offsets.to(torch.int32)
+        self.shape = (len(lengths), width)
+
+    @property
+    def index(self) -> Tensor:
+        """(T,): where each token stands in the batch with its padding, whose rows follow each other."""
+        return self.example * self.shape[1] + self.position
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """(B, S, ...) -> (1, T, ...)."""
+        return padded.flatten(0, 1)[self.index].unsqueeze(0)
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """(1, T, ...) -> (B, S, ...), zero where there is no token."""
+        count, width = self.shape
+        rows = packed.new_zeros(count * width, *packed.shape[2:])
+        return rows.index_copy_(0, self.index, packed[0]).view(count, width, *packed.shape[2:])
+
+
+@dataclass(frozen=True)
+class Row:
+    """Vectors of all examples, one example behind the other."""
+
+    example: Tensor  # (T,): the example that each is of
+    offsets: Tensor  # (B + 1,), int32
+    longest: int  # example, at most
+
+    def behind(self, front: Tensor, vectors: Tensor) -> Tensor:
+        """`vectors` (T, N, d_h) with `front` (l, N, d_h) before those of each example: (T + B l, N, d_h)."""
+        length, count = len(front), len(self.offsets) - 1
+        joined = vectors.new_empty(len(vectors) + count * length, *vectors.shape[1:])
+        steps = torch.arange(length, device=vectors.device)
+        begins = self.longer(length).offsets[:-1, None] + steps  # (B, l)
+        stands = torch.arange(len(vectors), device=vectors.device) + length * (self.example + 1)
+        joined.index_copy_(0, stands, vectors)
+        return joined.index_copy_(0, begins.flatten(), front.repeat(count, 1, 1))
+
+    def longer(self, length: int) -> Row:
+        """The row with `length` vectors more before those of each example; `example` stays that of the others."""
+        more = length * torch.arange(len(self.offsets), device=self.offsets.device, dtype=torch.int32)
+        return Row(self.example, self.offsets + more, self.longest + length)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`head_attention.modified_attention` for packed tokens, which need no mask.
+
+    query: (1, N_h, T, d_h), key and value: (1, N_h, T', d_h). Returns (1, T, N_h, d_h).
+    """
+    queries, keys = getattr(module, PACKING)
+    children = module._modules.get(HEADS)
+    modifications = [] if children is None else list(children.children())
+    rows, row = Row(queries.example, queries.offsets, queries.longest), Row(keys.example, keys.offsets, keys.longest)
+    q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))
+    causal = queries is keys and bool(getattr(module, "is_causal", False))
+    fronts = [each.vectors(k.dtype) for each in modifications if isinstance(each, Prefix)]
+    if fronts:
+        front_k, front_v = (torch.cat(each, dim=1).transpose(0, 1) for each in zip(*fronts, strict=True))
+        k, v, row = row.behind(front_k, k), row.behind(front_v, v), row.longer(len(front_k))
+    scaling = scaling or query.shape[-1] ** -0.5
+    heads = attend(q, k, v, rows, row, causal=causal, dropout=dropout, scaling=scaling).unsqueeze(0)
+    for modification in modifications:
+        if isinstance(modification, HeadModification):
+            heads = modification(heads, query * scaling)
+    return heads, None
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, queries: Row, keys: Row, *, causal: bool, dropout: float, scaling: float
+) -> Tensor:
+    """softmax(q K^T · scaling) V within each example.
+
+    Args:
+        query: (T, N_h, d_h).
+        key, value: (T', N_h, d_h), of the same examples in the same order.
+        causal: the last query of an example sees all its keys, the one before it all but the last, and so on.
+
+    Returns (T, N_h, d_h).
+    """
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0:
+        heads: Tensor = torch.ops.aten._flash_attention_forward(
+            query,
+            key,
+            value,
+            queries.offsets,
+            keys.offsets,
+            queries.longest,
+            keys.longest,
+            dropout,
+            causal,
+            False,
+            scale=scaling,
+        )[0]
+        return heads
+    return _attend_padded(query, key, value, queries, keys, causal=causal, dropout=dropout, scaling=scaling)
+
+
+def _attend_padded(
+    query: Tensor, key: Tensor, value: Tensor, queries: Row, keys: Row, *, causal: bool, dropout: float, scaling: float
+) -> Tensor:
+    """`attend` by torch's SDPA on padded examples."""
+    here, q = _padded(query, queries)
+    k, v = _padded(key, keys)[1], _padded(value, keys)[1]
+    counts_q, counts_k = queries.offsets.diff()[:, None, None, None], keys.offsets.diff()[:, None, None, None]
+    at_q = torch.arange(q.shape[2], device=q.device)[None, None, :, None]
+    at_k = torch.arange(k.shape[2], device=k.device)[None, None, None, :]
+    mask = at_k < counts_k
+    if causal:
+        mask = mask & (at_k - counts_k <= at_q - counts_q)
+    heads = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scaling)
+    return heads.transpose(1, 2)[here]
+
+
+def _padded(vectors: Tensor, row: Row) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """The place (example, position) of each vector, and all in (B, N_h, longest, d_h)."""
+    at = torch.arange(len(vectors), device=vectors.device)
+    example = torch.bucketize(at, row.offsets[1:].long(), right=True)
+    place = example, at - row.offsets[example]
+    padded = vectors.new_zeros(len(row.offsets) - 1, row.longest, *vectors.shape[1:])
+    return place, padded.index_put(place, vectors).transpose(1, 2)
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Packed tokens have no padding to hide, and the kernel knows what is causal."""
+
+
+AttentionInterface.register(PACKED_NAME, packed_attention)
+AttentionMaskInterface.register(PACKED_NAME, _no_mask)
