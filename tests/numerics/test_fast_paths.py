@@ -17,6 +17,7 @@ from peftbench.compiled import CompiledLayers
 from peftbench.config import Compile, Keep
 from peftbench.fit import LOSS, fit
 from peftbench.modification.attach import attach
+from peftbench.modification.functional_form import Bottleneck
 from peftbench.predict import mean_loss
 from peftbench.token_loss import IGNORED, cross_entropy, hidden_states, logits_bias, output_layer
 from tests.families import CONTINUING, PRESETS, WRITING, batch, build, dropout, long_tail, shake
@@ -131,3 +132,26 @@ def test_an_evaluation_leaves_compiled_layers_as_they_are(preset: str, tmp_path:
         graphs.append(counters["stats"]["unique_graphs"])
     assert losses[1] == losses[0] and losses[0][5] < losses[0][0]
     assert graphs[1] == graphs[0] > 0
+
+
+@pytest.mark.parametrize(("form", "width"), [("relu", 8), ("identity", 8), ("sigmoid", 8), ("softmax", 5)])
+def test_compiled_code_fills_a_bottleneck_up(form: str, width: int) -> None:
+    """To a multiple of 8, with the same Δh and gradients; not where f looks across the bottleneck."""
+    torch._dynamo.reset()
+    bottleneck, x = Bottleneck(12, 5, 6, form, bias=True), torch.randn(7, 12)
+    shake(bottleneck)
+    widths: list[int] = []
+
+    def look(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        values = [node.meta["example_value"] for node in graph.graph.nodes if "example_value" in node.meta]
+        widths.extend(value.shape[-1] for value in values if value.shape[:1] == (7,))
+        return graph
+
+    expected = bottleneck(x)
+    found = torch.compile(bottleneck, backend=look)(x)
+    torch.testing.assert_close(found, expected)
+    assert width in widths
+    trained = list(bottleneck.parameters())
+    wanted = torch.autograd.grad(expected.square().sum(), trained)
+    for gradient, right in zip(torch.autograd.grad(found.square().sum(), trained), wanted, strict=True):
+        torch.testing.assert_close(gradient, right)
