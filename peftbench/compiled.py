@@ -10,13 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch._inductor import list_mode_options
+from torch._inductor.compile_fx import compile_fx
 from torch.fx.experimental import _config as shapes
 from transformers import PreTrainedModel
 
+from peftbench.hashed_dropout import with_hashed_dropout
 from peftbench.sites import find_sites
 
 VARIANTS = 64  # of a layer's code: stacks x with or without a gradient at the input x shapes that are no free ones
@@ -28,18 +32,19 @@ class CompiledLayers:
     Args:
         graphs: replay CUDA graphs, which saves small backbones the launch of each kernel; every shape of a batch is
             then a graph of its own.
-        backend: of torch.compile.
+        backend: of torch.compile; None: its own. It is given graphs whose dropouts are `hashed_dropout`'s.
     """
 
-    def __init__(self, model: PreTrainedModel, *, graphs: bool = False, backend: str = "inductor") -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, graphs: bool = False, backend: Callable[..., Any] | None = None
+    ) -> None:
         self.layers: Sequence[nn.Module] = [layer.module for layer in find_sites(model).layers]
         self.graphs = graphs
-        options: dict[str, Any] = {"backend": backend, "dynamic": not graphs}
-        if graphs:
-            options["mode"] = "reduce-overhead"
+        if backend is None:
+            backend = partial(compile_fx, config_patches=list_mode_options("reduce-overhead") if graphs else {})
         self.calls: list[Callable[..., Any]] = []
         for layer in self.layers:
-            layer.compile(**options)
+            layer.compile(backend=with_hashed_dropout(backend), dynamic=not graphs)
             self.calls.append(layer._compiled_call_impl)  # type: ignore[arg-type]  # None until compile is called
         self._set(active=False)
 

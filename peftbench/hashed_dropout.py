@@ -1,0 +1,94 @@
+"""Dropout for compiled layers that decides by a hash of an element's position and a seed.
+
+What torch.compile generates for dropout draws four random numbers of Philox for each element and uses one, which takes
+three times as long as to read and write the elements, and it keeps a mask for the backward pass. A hash takes some 20
+integer operations, and the backward pass computes it again from the seeds. These come from torch's own generator, so
+that a run is as reproducible as before, with other numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.nn import functional as F
+
+SEEDS = 2  # of each dropout, 32 bits each
+
+
+def dropout(x: Tensor, p: float, seeds: Tensor) -> Tensor:
+    """x / (1 - p) where it is kept, 0 elsewhere; each element is dropped with probability p.
+
+    Args:
+        x: of fewer than 2^31 elements.
+        p: 0 < p < 1; its resolution is 2^-31.
+        seeds: (2,), int32; the same seeds drop the same elements.
+    """
+    index = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
+    keep = _hash(index, seeds) >= int(p * 2**31)
+    return torch.where(keep, x * (1 / (1 - p)), 0.0)
+
+
+def _hash(index: Tensor, seeds: Tensor) -> Tensor:
+    """31 bits of each int32, uniform over the seeds.
+
+    The rounds of triple32 (C. Wellons, "Prospecting for Hash Functions", 2018), whose products wrap around; a second
+    seed behind the first round, so that no two dropouts differ by an exchange of their elements alone.
+    """
+    mixed = index ^ seeds[0]
+    mixed = (mixed ^ _right(mixed, 17)) * (0xED5AD4BB - 2**32) ^ seeds[1]
+    mixed = (mixed ^ _right(mixed, 11)) * (0xAC4C1B51 - 2**32)
+    mixed = (mixed ^ _right(mixed, 15)) * 0x31848BAB
+    return (mixed ^ _right(mixed, 14)) & 0x7FFFFFFF
+
+
+def _right(bits: Tensor, count: int) -> Tensor:
+    """Shifted to the right with zeros from the left, as int32's own shift has the sign."""
+    shifted: Tensor = (bits >> count) & (2 ** (32 - count) - 1)
+    return shifted
+
+
+def rewrite(graph: GraphModule) -> GraphModule:
+    """Every dropout of a graph that torch.compile has traced, in place, by `dropout` with seeds of its own."""
+    found = list(_dropouts(graph))
+    if not found:
+        return graph
+    nodes = graph.graph.nodes
+    first = next(node for node in nodes if node.op != "placeholder")
+    with graph.graph.inserting_before(first):
+        device = next(node.meta["example_value"].device for node, _, _ in found)
+        low, high = -(2**31), 2**31
+        size = (len(found), SEEDS)
+        seeds = graph.graph.call_function(torch.randint, (low, high, size), {"dtype": torch.int32, "device": device})
+    for index, (node, x, p) in enumerate(found):
+        with graph.graph.inserting_before(node):
+            own = graph.graph.call_function(torch.select, (seeds, 0, index))
+            new = graph.graph.call_function(dropout, (x, p, own))
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return graph
+
+
+def _dropouts(graph: GraphModule) -> Iterator[tuple[Node, Any, float]]:
+    """The calls of F.dropout that drop something: the node, x and p."""
+    for node in graph.graph.nodes:
+        if node.op != "call_function" or node.target is not F.dropout:
+            continue
+        given = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | dict(node.kwargs)
+        p = given.get("p", 0.5)
+        if given.get("training", True) is True and isinstance(p, float) and 0 < p < 1 and not given.get("inplace"):
+            yield node, given["input"], p
+
+
+def with_hashed_dropout(backend: Callable[..., Any]) -> Callable[..., Any]:
+    """A backend of torch.compile that is given `rewrite`'s graphs."""
+
+    def compile_rewritten(graph: GraphModule, inputs: list[Any]) -> Any:
+        return backend(rewrite(graph), inputs)
+
+    return compile_rewritten
