@@ -222,7 +222,8 @@ class Trainer:
     accumulation: int = 1
     # Which examples a batch holds: random ones, or those of like lengths, padded to a few widths, in random order.
     batching: Batching = Batching.random
-    padding_free: bool = False  # the layers see a batch's tokens in one row and compute nothing for padding
+    # The layers see a batch's tokens in one row and compute nothing for padding; quick on a GPU in bf16 alone.
+    padding_free: bool = False
     # Examples that go through the model at once, a part of the batch where memory is short; the gradient stays that of
     # the whole batch. auto: the most that fit, halved where memory runs out; null: the batch.
     micro_batch: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from peftbench.modification.head_attention import ATTENTION_NAME
 from peftbench.modification.packed_attention import Packing, Row, attend
 from peftbench.padding_free import PaddingFree, with_lengths
 from tests.families import ALIKE, PRESETS, WRITING, batch, build, dropout, modification, shake
+from tests.numerics.test_gradients import relative_error, smooth
 from tests.unit.test_micro_batch import Data, fitted, trained, trainer
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -222,6 +224,36 @@ def test_compiled(family: str, preset: str) -> None:
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
     assert not counters["graph_break"]
     assert 0 < sum(1 for graph in graphs.graphs if len(graph.graph.nodes)) <= 4
+
+
+WIDE = {"bart": {"d_model": 32}, "roberta": {"hidden_size": 32}}  # heads of 8, which the kernel takes
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("preset", ["mam", "lora_ffn"])
+@pytest.mark.parametrize("family", WIDE)
+def test_gradients_on_the_gpu(family: str, preset: str, compiled: bool) -> None:
+    """Under autocast, against float64 on the CPU with padding; the tolerance is that of `test_gradients`."""
+    torch._dynamo.reset()
+
+    def model(dtype: torch.dtype) -> PreTrainedModel:
+        built = build(family, **dropout(family), **WIDE[family]).to(torch.bfloat16).float()
+        attach(built, smooth(preset))
+        shake(built, 0.1)
+        return built.to(dtype).train()
+
+    _, exact = loss_and_gradients(model(torch.float64), uneven(family))
+    on_gpu = model(torch.float32).to("cuda")
+    packed = PaddingFree(on_gpu, max(LENGTHS), 5 if family in WRITING else 0)
+    layers = CompiledLayers(on_gpu) if compiled else None
+    for lengths in (LENGTHS, (2, 8, 9), LENGTHS):  # compiled code meets other lengths in between
+        inputs = {name: tensor.cuda() for name, tensor in uneven(family, lengths).items()}
+        given = packed.load({**lengthened(uneven(family, lengths)), **inputs})
+        with packed.active(), layers.active() if layers else nullcontext(), torch.autocast("cuda", torch.bfloat16):
+            _, gradients = loss_and_gradients(on_gpu, given)
+    assert relative_error({name: g.double().cpu() for name, g in gradients.items()}, exact) < 0.15
 
 
 FIT = {
