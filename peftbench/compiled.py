@@ -42,9 +42,10 @@ class CompiledLayers:
         self.graphs = graphs
         if backend is None:
             backend = partial(compile_fx, config_patches=list_mode_options("reduce-overhead") if graphs else {})
+        shared = with_hashed_dropout(backend)  # code is compiled anew for a backend that is another object
         self.calls: list[Callable[..., Any]] = []
         for layer in self.layers:
-            layer.compile(backend=with_hashed_dropout(backend), dynamic=not graphs)
+            layer.compile(backend=shared, dynamic=not graphs)
             self.calls.append(layer._compiled_call_impl)  # type: ignore[arg-type]  # None until compile is called
         self._set(active=False)
 

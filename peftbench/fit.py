@@ -39,6 +39,7 @@ from peftbench.pace import Pace
 from peftbench.padding_free import PaddingFree, with_lengths
 from peftbench.precision import chosen_device
 from peftbench.progress import Stage
+from peftbench.sites import configs_of
 from peftbench.tasks.base import TaskData
 from peftbench.token_loss import TokenLoss, output_layer
 
@@ -155,12 +156,8 @@ def fit(
         "seconds": earlier + time.perf_counter() - began,
         "best": None if keeper is None else {"value": keeper.best, "step": keeper.step},
     }
-    cache, model.config.use_cache = model.config.use_cache, False  # training would fill one and never read it
-    try:
-        with no_cudnn_attention():
-            trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
-    finally:
-        model.config.use_cache = cache
+    with no_cache(model), no_cudnn_attention():
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
     if torch.cuda.is_available() and model.device.type == "cuda":
         torch.cuda.synchronize()
     seconds = earlier + time.perf_counter() - began
@@ -176,6 +173,20 @@ def fit(
     return Fitted(
         steps, seconds, earlier, steps * examples * tokens / seconds, pace.seconds(), examples * needed, micro
     )
+
+
+@contextmanager
+def no_cache(model: PreTrainedModel) -> Iterator[None]:
+    """Train inside without a KV cache, which a decoder would fill and never read."""
+    read = configs_of(model)
+    before = [each.use_cache for each in read]
+    for each in read:
+        each.use_cache = False
+    try:
+        yield
+    finally:
+        for each, use in zip(read, before, strict=True):
+            each.use_cache = use
 
 
 @contextmanager

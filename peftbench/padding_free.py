@@ -21,7 +21,7 @@ from peftbench.errors import UserError
 from peftbench.modification.attach import takes_our_attention
 from peftbench.modification.packed_attention import PACKED_NAME, PACKING, Packing
 from peftbench.modification.prompt import PROMPT
-from peftbench.sites import find_sites
+from peftbench.sites import configs_of, find_sites
 from peftbench.token_loss import IGNORED
 
 SOURCES, TARGETS = "source_lengths", "target_lengths"  # of each example of a batch, in tokens; no tensors
@@ -66,8 +66,7 @@ class PaddingFree:
                 queries = self.packings[layer.stack]
                 keys = self.packings["encoder"] if attention.kind == "cross" else queries
                 object.__setattr__(attention.module, PACKING, (queries, keys))
-        configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-        self.configs = list({id(config): config for config in configs}.values())
+        self.configs = configs_of(model)
 
     def _refuse(self) -> None:
         family, model_type = self.sites.family, self.model.config.model_type

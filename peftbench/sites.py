@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peftbench.errors import UserError
@@ -251,6 +251,12 @@ def find_sites(model: PreTrainedModel) -> Sites:
         attention_dropout=float(getattr(config, family.attention_dropout)),
         hidden_dropout=float(getattr(config, family.hidden_dropout, 0.0)),
     )
+
+
+def configs_of(model: PreTrainedModel) -> list[PretrainedConfig]:
+    """The configs that a model's parts read, each once: T5's stacks have some of their own."""
+    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return list({id(config): config for config in configs}.values())
 
 
 def _layers(family: Family, base: nn.Module, config: object, names: Mapping[nn.Module, str]) -> Iterator[Layer]:

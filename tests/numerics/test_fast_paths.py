@@ -19,16 +19,24 @@ from peftbench.fit import LOSS, fit
 from peftbench.modification.attach import attach
 from peftbench.modification.functional_form import Bottleneck
 from peftbench.predict import mean_loss
+from peftbench.sites import configs_of, find_sites
 from peftbench.token_loss import IGNORED, cross_entropy, hidden_states, logits_bias, output_layer
 from tests.families import CONTINUING, PRESETS, WRITING, batch, build, dropout, long_tail, shake
-from tests.unit.test_micro_batch import Data, trainer
+from tests.unit.test_micro_batch import Data, fitted, trainer
+
+DEEP = {
+    "bart": {"encoder_layers": 4, "decoder_layers": 4},
+    "t5": {"num_layers": 4},
+    "gpt2": {"n_layer": 4},
+}
 
 
-def model_of(family: str, preset: str) -> PreTrainedModel:
-    model = build(family, **dropout(family))
+def model_of(family: str, preset: str, **more: int) -> PreTrainedModel:
+    model = build(family, **dropout(family), **more)
     attach(model, PRESETS[preset])
     shake(model)
-    model.config.use_cache = False
+    for config in configs_of(model):
+        config.use_cache = False
     return model.train()
 
 
@@ -65,6 +73,22 @@ def test_the_loss_is_that_of_label_smoother(family: str, smoothing: float) -> No
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("family", ["t5", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_training_fills_no_cache(family: str, tmp_path: Path) -> None:
+    """T5's decoder has a config of its own, which says that it wants one."""
+    model, asked = model_of(family, "lora"), []
+    for config in configs_of(model):
+        config.use_cache = True
+    attention = find_sites(model).layers[-1].attentions[0].module
+
+    def look(module: torch.nn.Module, args: tuple[object, ...], given: dict[str, object]) -> None:
+        asked.append(given.get("past_key_values"))
+
+    attention.register_forward_pre_hook(look, with_kwargs=True)
+    fitted(model, Data(family), trainer(max_steps=1), tmp_path)
+    assert asked == [None]
+
+
 def test_a_trained_output_layer_is_left_to_the_model() -> None:
     model = build("bart")
     assert output_layer(model) is None  # nothing is frozen yet
@@ -81,7 +105,7 @@ def test_a_trained_output_layer_is_left_to_the_model() -> None:
 def test_compiled_layers(family: str, preset: str) -> None:
     """No graph break, no more than two graphs a stack, and the same loss and gradients."""
     torch._dynamo.reset()
-    model = model_of(family, preset)
+    model = model_of(family, preset, **DEEP.get(family, {"num_hidden_layers": 4}))
     inputs = batch(family, lengths=(11, 7))
     loss = model(**inputs).loss
     wanted = gradients(model, loss)
