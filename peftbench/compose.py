@@ -43,16 +43,19 @@ CONFIG_NAME = "train"
 ConfigStore.instance().store("schema", Run)
 
 
-def compose_runs(args: Namespace) -> list[Run]:
+def compose_runs(args: Namespace, *, reads_data: bool = True) -> list[Run]:
     """The validated run, or all runs of a sweep, of a command line that Hydra's own parser has split.
+
+    Args:
+        reads_data: see `validity.faults`.
 
     Raises:
         UserError: with a sentence for every fault.
     """
-    return [run for _, run in compose_points(args)]
+    return [run for _, run in compose_points(args, reads_data=reads_data)]
 
 
-def compose_points(args: Namespace) -> list[tuple[list[str], Run]]:
+def compose_points(args: Namespace, *, reads_data: bool = True) -> list[tuple[list[str], Run]]:
     """Like `compose_runs`, each run with the overrides that make it."""
     if args.config_dir is not None and not Path(args.config_dir).is_dir():
         raise UserError(f"--config-dir {args.config_dir} is not a folder; give one with method/, task/ ... below it.")
@@ -72,7 +75,7 @@ def compose_points(args: Namespace) -> list[tuple[list[str], Run]]:
             parsed = [*OverridesParser.create(config_loader=loader).parse_overrides(list(params.values())), *parsed]
         for point in _points(parsed) if args.multirun else [overrides]:
             try:
-                runs.append((point, _compose_one(point, loader)))
+                runs.append((point, _compose_one(point, loader, reads_data)))
             except UserError as error:
                 found.extend(sentence for sentence in error.faults if sentence not in found)
         if found:
@@ -128,7 +131,7 @@ def _all_options(loader: ConfigLoader, group: str) -> list[str]:
     return [*loader.get_group_options(group), *(f"{folder}/{option}" for folder, names in below for option in names)]
 
 
-def _compose_one(overrides: list[str], loader: ConfigLoader) -> Run:
+def _compose_one(overrides: list[str], loader: ConfigLoader, reads_data: bool) -> Run:
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
     found: list[str] = []
     groups: list[str] = []
@@ -156,7 +159,7 @@ def _compose_one(overrides: list[str], loader: ConfigLoader) -> Run:
         run = resolve(cfg)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(*found, _plain(error)) from error
-    found.extend(faults(run))
+    found.extend(faults(run, reads_data=reads_data))
     if run.budget is not None:
         found.extend(
             f"{override.input_line} with budget={run.budget}: the budget is what the bottlenecks are solved for; give "
