@@ -25,15 +25,17 @@ EPSILON = 10.0  # so large that a step of AdamW, g / (|g| + EPSILON), shows the 
 
 
 class Data:
-    """What `fit` takes of a task: eight rows, with 1 to 5 target tokens to predict where there are any."""
+    """What `fit` takes of a task: eight rows, with 1 to 5 target tokens to predict where there are any; only the first
+    `with_targets` of them."""
 
-    def __init__(self, family: str) -> None:
+    def __init__(self, family: str, with_targets: int = EXAMPLES) -> None:
         self.lengths = [9, 8, 7, 6, 5, 4, 4, 4]
         self.rows = batch(family, tuple(self.lengths))
         if self.rows["labels"].dim() > 1:
             for row in range(EXAMPLES):
                 self.rows["labels"][row, 1 + row % 5 :] = -100
                 self.rows["labels"][row, 1] = 7  # which a decoder alone predicts from the first
+            self.rows["labels"][with_targets:] = -100
         if family in WRITING:
             shifted = build(family).prepare_decoder_input_ids_from_labels(labels=self.rows["labels"])
             self.rows["decoder_input_ids"] = shifted
@@ -66,7 +68,10 @@ def trainer(**settings: Any) -> Trainer:
     )
 
 
-def fitted(model: PreTrainedModel, data: Data, settings: Trainer, folder: Path) -> Fitted:
+def fitted(
+    model: PreTrainedModel, data: Data, settings: Trainer, folder: Path, losses: list[float] | None = None
+) -> Fitted:
+    """`fit` with the logged losses added to `losses`."""
     return fit(
         model,
         data,  # type: ignore[arg-type]  # what of a TaskData fit reads
@@ -76,6 +81,7 @@ def fitted(model: PreTrainedModel, data: Data, settings: Trainer, folder: Path) 
         checkpoints=Checkpoints(folder, minutes=60, stamp=""),
         evaluate=dict,
         metric="loss",
+        log=lambda values: losses.append(values["loss"]) if losses is not None and "loss" in values else None,
     )
 
 
@@ -132,6 +138,43 @@ def test_the_gradient_is_that_of_the_whole_batch(family: str, smoothing: float, 
         fitted(model, data, trainer(label_smoothing=smoothing, **split), tmp_path)
         for key, tensor in trained(model).items():
             torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=1e-6, msg=lambda text, at=name: at + text)
+
+
+@pytest.mark.parametrize(
+    ("family", "smoothing"),
+    [
+        pytest.param(family, smoothing, marks=[] if (family, smoothing) == ("bart", 0.1) else pytest.mark.slow)
+        for family in ("bart", "t5", "llama")
+        for smoothing in (0.0, 0.1)
+    ],
+)
+def test_a_part_without_targets_has_no_share(family: str, smoothing: float, tmp_path: Path) -> None:
+    """One row has targets: the gradient stays that of the whole, though most parts have none. No row has: all stays."""
+    one, none = Data(family, with_targets=1), Data(family, with_targets=0)
+    expected, before = by_hand(family, one, smoothing), trained(model_of(family))
+    assert max(float((before[name] - tensor).abs().max()) for name, tensor in expected.items()) > 1e-3
+    for name, split in SPLITS.items():
+        for data, wanted in ((one, expected), (none, before)):
+            model, losses = model_of(family), []
+            fitted(model, data, trainer(label_smoothing=smoothing, **split), tmp_path, losses)
+            for key, tensor in trained(model).items():
+                torch.testing.assert_close(tensor, wanted[key], rtol=1e-4, atol=1e-6, msg=f"{name}: {key}")
+            assert len(losses) == 1 and (losses == [0.0] if data is none else 0 < losses[0] < 100), name
+
+
+def test_a_number_to_predict_is_never_left_out(tmp_path: Path) -> None:
+    """-100 is no token in a text, and a number like others in a regression."""
+    found = []
+    for micro_batch in (None, "3"):
+        data, model = Data("roberta"), build("roberta", num_labels=1, **dropout("roberta"))
+        numbers = [-100.0, 3.0, -100.0, 0.5, 2.0, -100.0, 1.0, -1.0]
+        data.train = data.train.remove_columns("labels").add_column("labels", numbers)
+        torch.manual_seed(5)
+        attach(model, PRESETS["parallel_adapter"])
+        fitted(model, data, trainer(micro_batch=micro_batch), tmp_path)
+        found.append(trained(model))
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def starved(model: PreTrainedModel, most: Callable[[], int]) -> list[int]:
