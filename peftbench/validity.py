@@ -13,6 +13,7 @@ from pathlib import Path
 from peftbench.axes import axes, refusals
 from peftbench.budget import limit
 from peftbench.config import (
+    LOSS,
     Batching,
     Compile,
     DType,
@@ -103,7 +104,7 @@ def faults(run: Run, *, reads_data: bool = True) -> list[str]:
     if run.task.metric not in METRICS[run.task.kind]:
         found.append(unknown("task.metric", run.task.metric, METRICS[run.task.kind]))
     selected_by = run.task.selection_metric
-    selectors = (run.task.metric, *(["loss"] if run.task.kind is TaskKind.text_to_text else []))
+    selectors = (run.task.metric, *([LOSS] if run.task.kind is TaskKind.text_to_text else []))
     if selected_by is not None and selected_by not in selectors:
         found.append(unknown("task.selection_metric", selected_by, selectors))
     return found

@@ -11,14 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peftbench.config import Run
+from peftbench.config import LOSS, Run
 from peftbench.errors import UserError
 from peftbench.results.columns import described, typed
 from peftbench.results.identity import run_dir, run_hash
 from peftbench.results.record import Record, Searched, Trial, find
 from peftbench.search import settings, trials, values
-
-LOSS = "loss"  # of the selection metrics the one that is better when lower
 
 
 class NoChoice(UserError):

@@ -14,8 +14,8 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from peftbench.checkpoint import Checkpoints
 from peftbench.compiled import CompiledLayers
-from peftbench.config import Compile, Keep
-from peftbench.fit import LOSS, fit
+from peftbench.config import LOSS, Compile, Keep
+from peftbench.fit import fit
 from peftbench.modification.attach import attach
 from peftbench.predict import mean_loss
 from peftbench.token_loss import IGNORED, cross_entropy, hidden_states, logits_bias, output_layer

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from peftbench.checkpoint import Checkpoints, SaveByTime
-from peftbench.config import Device, Keep, Trainer
-from peftbench.fit import LOSS, batches_per_epoch, fit
+from peftbench.config import LOSS, Device, Keep, Trainer
+from peftbench.fit import batches_per_epoch, fit
 from peftbench.modification.attach import attach
 from tests.families import PRESETS, batch, build
 
