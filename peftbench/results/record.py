@@ -284,7 +284,7 @@ def describe(run: Run, folder: Path, overrides: Sequence[str], status: Status = 
         budget=run.budget,
         debug=run.debug,
         fidelity=run.fidelity.name,
-        trainer=plain(run)["trainer"],
+        trainer=plain(run.trainer),
         versions=_versions(),
         git=_git(),
     )
