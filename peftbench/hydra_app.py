@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from peftbench.cli import print_faults
-from peftbench.compose import CONFIG_NAME, compose_points
+from peftbench.compose import AND, CONFIG_NAME, compose_points
 from peftbench.config import Run, conf_dir, resolve
 from peftbench.errors import UserError
 from peftbench.progress import Display, is_live
@@ -46,6 +46,7 @@ def run(argv: list[str]) -> int:
     points = solved(composed)
     own_sweeper = any(word.startswith("hydra/sweeper=") for word in args.overrides)  # decides on its runs as it goes
     searching = any(is_open(run) for _, run in points)
+    joined = AND in args.overrides
     jobs = composed[0][1].jobs
     for own in ("hydra/sweeper", "hydra/launcher"):
         if any(word.startswith(f"{own}=") for word in args.overrides):
@@ -53,6 +54,8 @@ def run(argv: list[str]) -> int:
                 raise UserError(f"{own}= and jobs={jobs} both decide where a run goes; leave one of the two out.")
             if searching:
                 raise UserError(f"{own}= and search= both decide when what is trained; leave one of the two out.")
+            if joined:
+                raise UserError(f"{own}= takes one grid and not several; leave it out, or what stands behind {AND}.")
     if not searching and (not args.multirun or own_sweeper):
         job()
         return 0
@@ -65,7 +68,7 @@ def run(argv: list[str]) -> int:
             if searching:
                 _phase(trials, sweep.trials, beside_trials)
                 sweep.settle()
-            if searching or len(beside_final) > 1:
+            if searching or joined or len(beside_final) > 1:
                 _phase(final, sweep.members, beside_final, before=len(trials))
             else:
                 job()
