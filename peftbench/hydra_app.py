@@ -23,7 +23,7 @@ from peftbench.progress import Display, is_live
 from peftbench.quick_imports import quick_imports
 from peftbench.results.columns import duration
 from peftbench.results.live import LiveSweep
-from peftbench.results.record import differing, find, finished
+from peftbench.results.record import distinctive, find, finished
 from peftbench.results.sweep import FOLDER, Member, Sweep
 from peftbench.search import Point, check, is_open, phases
 from peftbench.workers import Ended, Job, Workers, attempt
@@ -193,7 +193,7 @@ def _jobs(points: Sequence[Point], folders: Sequence[Path]) -> list[Job]:
         folders: of each run; that of one with a budget has the solved bottlenecks in its name.
     """
     typed = [[word for word in overrides if not word.startswith(("hydra.", "hydra/"))] for overrides, _ in points]
-    keys = differing([dict(word.partition("=")[::2] for word in words) for words in typed])
+    keys = distinctive([dict(word.partition("=")[::2] for word in words) for words in typed])
     return [
         Job(number, words, " ".join(word for word in words if word.partition("=")[0] in keys), run, folder)
         for number, (words, (_, run), folder) in enumerate(zip(typed, points, folders, strict=True), start=1)

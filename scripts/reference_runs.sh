@@ -6,7 +6,7 @@
 #   text  WebNLG, en-ro and XSum, five methods on a small BART, each with the best of three learning rates on dev: 45
 #   grid  the rows of tables 3, 5, 6 and 12 at the paper's shares of the backbone, on WebNLG, two seeds: 40
 # Each part is one sweep, so that runs of all its grids go on at once: JOBS of them, or as many as memory and cores allow.
-# scripts/reference_runs.sh ... debug=smoke tries all of it in minutes.
+# scripts/reference_runs.sh ... debug=smoke trainer.max_steps=4 tries all of it in minutes.
 set -euo pipefail
 shared=$(cd "$1" && pwd) outputs=$2 part=$3
 shift 3

@@ -13,6 +13,7 @@ import peftbench.hydra_app
 from peftbench.cli import main
 from peftbench.compose import _grids, compose_points
 from peftbench.config import Run
+from peftbench.results.record import distinctive
 from peftbench.workers import Ended
 from tests.integration.test_cli import records, sentiment, smoke
 
@@ -87,6 +88,24 @@ def test_all_grids_are_trained_as_one_sweep(
     assert trained == [("full", None), ("prefix", "3%"), ("lora", "3%")]
     assert "0 of 3 runs are done. 3 unfinished" in capsys.readouterr().out
     assert len(list((tmp_path / "outputs").rglob("*.sweep.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "keys"),
+    [
+        (["task=rte task.data_dir=a seed=1", "task=mnli task.data_dir=null task.train_file=b seed=2"],
+         ["task", "seed"]),
+        (["task=rte task.data_dir=a", "task=rte task.data_dir=b"], ["task.data_dir"]),
+        (["task=rte task.data_dir=a", "task=mnli task.data_dir=b", "task=mnli task.data_dir=c"],
+         ["task", "task.data_dir"]),
+        (["search.trial=0 method=lora", "search.trial=1 method=mam"], ["search.trial", "method"]),
+        (["method=full", "method=mam budget=6%"], ["method", "budget"]),
+        (["seed=1"], []),
+    ],
+)  # fmt: skip
+def test_what_goes_with_the_task_tells_no_runs_apart(words: list[str], keys: list[str]) -> None:
+    """The columns of `peftbench status`: paths that each task has one of would fill it."""
+    assert distinctive([dict(word.split("=") for word in line.split()) for line in words]) == keys
 
 
 @pytest.mark.slow
