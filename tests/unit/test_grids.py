@@ -13,7 +13,9 @@ import peftbench.hydra_app
 from peftbench.cli import main
 from peftbench.compose import _grids, compose_points
 from peftbench.config import Run
+from peftbench.errors import UserError
 from peftbench.results.record import distinctive
+from peftbench.search import check
 from peftbench.workers import Ended
 from tests.integration.test_cli import records, sentiment, smoke
 
@@ -88,6 +90,18 @@ def test_all_grids_are_trained_as_one_sweep(
     assert trained == [("full", None), ("prefix", "3%"), ("lora", "3%")]
     assert "0 of 3 runs are done. 3 unfinished" in capsys.readouterr().out
     assert len(list((tmp_path / "outputs").rglob("*.sweep.json"))) == 1
+
+
+def test_each_grid_may_have_a_value_of_its_own_around_which_is_searched() -> None:
+    """That is no sweep over what the search chooses, which stays refused."""
+    rates = ["trainer.learning_rate=1e-4", "and", "method=lora", "trainer.learning_rate=1e-3"]
+    points = compose_points(get_args_parser().parse_args(["-m", "search=lr3", "method=full", *rates]))
+    check(points)
+    assert [run.trainer.learning_rate for _, run in points] == [1e-4, 1e-3]
+    rates[-1] += ",1e-2"
+    points = compose_points(get_args_parser().parse_args(["-m", "search=lr3", "method=full", *rates]))
+    with pytest.raises(UserError, match=r"trainer\.learning_rate is swept and is what search=lr3 chooses"):
+        check(points)
 
 
 @pytest.mark.parametrize(
