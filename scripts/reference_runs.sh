@@ -31,7 +31,7 @@ glue)
   ;;
 text | grid)
   bart=(model=bart_large model.path="$shared/backbones/bart-mini" trainer=quick trainer.eval_batch_size=256)
-  webnlg=(task=webnlg task.data_dir="$shared/data/webnlg")
+  webnlg=("${bart[@]}" task=webnlg task.data_dir="$shared/data/webnlg") # of the first grid, so that all have the BART
   ;;&
 text)
   enro=(task=wmt16_enro task.data_dir=null task.train_file="$shared/data/en_ro/train_merged.jsonl"
@@ -40,7 +40,7 @@ text)
   xsum=(task=xsum task.data_dir="$shared/data/xsum_subset" trainer.epochs=12 trainer.evaluate_every=390)
   for task in webnlg enro xsum; do
     declare -n words=$task
-    grid "${bart[@]}" "${words[@]}" search=lr3 method=full
+    grid "${words[@]}" search=lr3 method=full
     grid "${words[@]}" method=prefix budget=3.6%
     grid "${words[@]}" method=lora_ffn,scaled_parallel_adapter budget=6.1%
     grid "${words[@]}" method=mam budget=6.7%
@@ -50,7 +50,7 @@ grid)
   at() { # SHARE ROWS: rows of the tables whose share of the backbone is the same
     grid budget="$1" row="$2"
   }
-  grid "${bart[@]}" "${webnlg[@]}" seed=42,1 row=full,bitfit
+  grid "${webnlg[@]}" seed=42,1 row=full,bitfit
   at 2.4% sa_ffn_200,pa_ffn_200
   at 3.6% prefix_200,sa_attention_200,pa_attention_200
   at 6.1% sa_ffn_512,pa_ffn_512,scaled_pa_ffn_512,scaled_pa_ffn_512_trained,lora_ffn_102,lora_ffn_102_s1
