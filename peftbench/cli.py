@@ -19,6 +19,7 @@ peftbench: which parameter-efficient fine-tuning method, where in the network, h
   peftbench train [KEY=VALUE ...]          train one run and record it: score against trainable parameters
   peftbench train -m KEY=A,B [...]         train every combination; the same line again goes on where it stopped;
                                            jobs=4 or jobs=auto trains several at once, on all GPUs
+  peftbench train -m GRID and KEY=C [...]  several grids as one sweep: each later one is the first with other words
   peftbench status [FOLDER]                how far the sweeps have come, and how long they still take
   peftbench results [FOLDER] [KEY=VALUE ...] [--mean] [--rows KEY --columns KEY] [--csv|--json|--markdown|--latex]
                                            the recorded runs, best first; results --help has more
@@ -48,6 +49,8 @@ Examples:
   peftbench train -m method=full,lora,prefix,mam seed=1,2,3
   peftbench train -m method=full,lora,prefix,mam seed=1,2,3 search=lr3
                                                      the same, each with the best of three learning rates
+  peftbench train -m seed=1,2 method=full and method=lora,prefix budget=3% and method=mam budget=6%
+                                                     methods with sizes of their own in one sweep
   peftbench train method=mam task=sst2 model.path=FOLDER task.data_dir=FOLDER
 """
 

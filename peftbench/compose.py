@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from enum import Enum
@@ -40,44 +40,74 @@ from peftbench.errors import UserError, unknown
 from peftbench.validity import faults
 
 CONFIG_NAME = "train"
+AND = "and"  # between the grids of one sweep
 ConfigStore.instance().store("schema", Run)
 
 
-def compose_runs(args: Namespace) -> list[Run]:
+def compose_runs(args: Namespace, *, reads_data: bool = True) -> list[Run]:
     """The validated run, or all runs of a sweep, of a command line that Hydra's own parser has split.
+
+    Args:
+        reads_data: see `validity.faults`.
 
     Raises:
         UserError: with a sentence for every fault.
     """
-    return [run for _, run in compose_points(args)]
+    return [run for _, run in compose_points(args, reads_data=reads_data)]
 
 
-def compose_points(args: Namespace) -> list[tuple[list[str], Run]]:
+def compose_points(args: Namespace, *, reads_data: bool = True) -> list[tuple[list[str], Run]]:
     """Like `compose_runs`, each run with the overrides that make it."""
     if args.config_dir is not None and not Path(args.config_dir).is_dir():
         raise UserError(f"--config-dir {args.config_dir} is not a folder; give one with method/, task/ ... below it.")
-    overrides = list(args.overrides)
+    grids = _grids(args.overrides)
+    if len(grids) > 1 and not args.multirun:
+        raise UserError(f"{AND} joins grids to a sweep; add -m to run it.")
     with _hydra(args.config_dir):
         loader = GlobalHydra.instance().config_loader()
-        try:
-            parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
-        except HydraException as error:
-            raise UserError(_one_line(error)) from error
         found: list[str] = []
         runs: list[tuple[list[str], Run]] = []
-        params = _sweep_of_experiment(parsed)
-        if params and not args.multirun:
-            raise UserError(f"An experiment that goes over {' and '.join(params)} is a sweep; add -m to run it.")
-        if params:
-            parsed = [*OverridesParser.create(config_loader=loader).parse_overrides(list(params.values())), *parsed]
-        for point in _points(parsed) if args.multirun else [overrides]:
+        for point in [point for grid in grids for point in _points_of(grid, args.multirun, loader)]:
             try:
-                runs.append((point, _compose_one(point, loader)))
+                runs.append((point, _compose_one(point, loader, reads_data)))
             except UserError as error:
                 found.extend(sentence for sentence in error.faults if sentence not in found)
         if found:
             raise UserError(*found)
         return runs
+
+
+def _grids(words: Sequence[str]) -> list[list[str]]:
+    """The overrides of each grid of a sweep: the first one's, and behind each `and` the first one's with others in the
+    place of those of the same key, or beside them."""
+    grids: list[list[str]] = [[]]
+    for word in words:
+        if word == AND:
+            grids.append([])
+        else:
+            grids[-1].append(word)
+    if len(grids) > 1 and not all(grids):
+        raise UserError(f"{AND} stands between two grids, as in -m method=full {AND} method=lora,mam budget=1%.")
+    first, *others = grids
+    return [first, *([*(word for word in first if _key(word) not in set(map(_key, own))), *own] for own in others)]
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+~")
+
+
+def _points_of(grid: list[str], multirun: bool, loader: ConfigLoader) -> list[list[str]]:
+    """The override lists of a grid's runs."""
+    try:
+        parsed = OverridesParser.create(config_loader=loader).parse_overrides(grid)
+    except HydraException as error:
+        raise UserError(_one_line(error)) from error
+    params = _sweep_of_experiment(parsed)
+    if params and not multirun:
+        raise UserError(f"An experiment that goes over {' and '.join(params)} is a sweep; add -m to run it.")
+    if params:
+        parsed = [*OverridesParser.create(config_loader=loader).parse_overrides(list(params.values())), *parsed]
+    return _points(parsed) if multirun else [grid]
 
 
 @contextmanager
@@ -128,7 +158,7 @@ def _all_options(loader: ConfigLoader, group: str) -> list[str]:
     return [*loader.get_group_options(group), *(f"{folder}/{option}" for folder, names in below for option in names)]
 
 
-def _compose_one(overrides: list[str], loader: ConfigLoader) -> Run:
+def _compose_one(overrides: list[str], loader: ConfigLoader, reads_data: bool) -> Run:
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
     found: list[str] = []
     groups: list[str] = []
@@ -156,7 +186,7 @@ def _compose_one(overrides: list[str], loader: ConfigLoader) -> Run:
         run = resolve(cfg)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(*found, _plain(error)) from error
-    found.extend(faults(run))
+    found.extend(faults(run, reads_data=reads_data))
     if run.budget is not None:
         found.extend(
             f"{override.input_line} with budget={run.budget}: the budget is what the bottlenecks are solved for; give "

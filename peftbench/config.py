@@ -59,6 +59,8 @@ Batching = Enum("Batching", ["random", "bucketed"])
 Compile = Enum("Compile", ["none", "layers", "graphs"])
 Device = Enum("Device", ["auto", "cpu", "cuda"])
 
+LOSS = "loss"  # of the values of `Task.selection_metric` the one that is better when lower
+
 
 @dataclass
 class FunctionalForm:

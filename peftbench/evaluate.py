@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 from transformers import GenerationConfig, PreTrainedModel
 
-from peftbench.config import Run, TaskKind
-from peftbench.fit import LOSS
+from peftbench.config import LOSS, Run, TaskKind
 from peftbench.partial import Partial
 from peftbench.precision import use_autocast
 from peftbench.predict import mean_loss, predict

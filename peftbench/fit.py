@@ -68,7 +68,6 @@ class Fitted:
 
 
 WIDTH = 32  # bucketed batches are padded to multiples of so many tokens
-LOSS = "loss"  # of the scores the one that is better when lower
 BEST = "best.safetensors"  # in a checkpoint: the trained tensors at the best evaluation so far
 
 Log = Callable[[dict[str, Any]], None]
@@ -364,7 +363,7 @@ class _KeepBest(TrainerCallback):
         self, args: object, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
     ) -> None:
         self.step = state.global_step
-        value = metrics[f"eval_{self.metric}"] * (-1 if self.metric == LOSS else 1)
+        value = metrics[f"eval_{self.metric}"] * (-1 if self.metric == config.LOSS else 1)
         if self.best is None or value > self.best:
             self.best = value
             self.tensors = {name: tensor.cpu().clone() for name, tensor in trained_tensors(kwargs["model"]).items()}

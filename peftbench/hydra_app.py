@@ -16,14 +16,14 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from peftbench.cli import print_faults
-from peftbench.compose import CONFIG_NAME, compose_points
+from peftbench.compose import AND, CONFIG_NAME, compose_points
 from peftbench.config import Run, conf_dir, resolve
 from peftbench.errors import UserError
 from peftbench.progress import Display, is_live
 from peftbench.quick_imports import quick_imports
 from peftbench.results.columns import duration
 from peftbench.results.live import LiveSweep
-from peftbench.results.record import differing, find, finished
+from peftbench.results.record import distinctive, find, finished
 from peftbench.results.sweep import FOLDER, Member, Sweep
 from peftbench.search import Point, check, is_open, phases
 from peftbench.workers import Ended, Job, Workers, attempt
@@ -46,6 +46,7 @@ def run(argv: list[str]) -> int:
     points = solved(composed)
     own_sweeper = any(word.startswith("hydra/sweeper=") for word in args.overrides)  # decides on its runs as it goes
     searching = any(is_open(run) for _, run in points)
+    joined = AND in args.overrides
     jobs = composed[0][1].jobs
     for own in ("hydra/sweeper", "hydra/launcher"):
         if any(word.startswith(f"{own}=") for word in args.overrides):
@@ -53,6 +54,8 @@ def run(argv: list[str]) -> int:
                 raise UserError(f"{own}= and jobs={jobs} both decide where a run goes; leave one of the two out.")
             if searching:
                 raise UserError(f"{own}= and search= both decide when what is trained; leave one of the two out.")
+            if joined:
+                raise UserError(f"{own}= takes one grid and not several; leave it out, or what stands behind {AND}.")
     if not searching and (not args.multirun or own_sweeper):
         job()
         return 0
@@ -65,7 +68,7 @@ def run(argv: list[str]) -> int:
             if searching:
                 _phase(trials, sweep.trials, beside_trials)
                 sweep.settle()
-            if searching or len(beside_final) > 1:
+            if searching or joined or len(beside_final) > 1:
                 _phase(final, sweep.members, beside_final, before=len(trials))
             else:
                 job()
@@ -190,7 +193,7 @@ def _jobs(points: Sequence[Point], folders: Sequence[Path]) -> list[Job]:
         folders: of each run; that of one with a budget has the solved bottlenecks in its name.
     """
     typed = [[word for word in overrides if not word.startswith(("hydra.", "hydra/"))] for overrides, _ in points]
-    keys = differing([dict(word.partition("=")[::2] for word in words) for words in typed])
+    keys = distinctive([dict(word.partition("=")[::2] for word in words) for words in typed])
     return [
         Job(number, words, " ".join(word for word in words if word.partition("=")[0] in keys), run, folder)
         for number, (words, (_, run), folder) in enumerate(zip(typed, points, folders, strict=True), start=1)

@@ -55,8 +55,9 @@ class MicroBatched(Trainer):
     """Trainer that accumulates the gradients of a batch's parts, and of `accumulation` batches, as those of one batch.
 
     The loss of an optimiser step is the mean over all its items, which are target tokens, or examples of a task with
-    one label each: a part with n_i of the N items weighs n_i / N. (Trainer leaves the weights to the models, of which
-    those with a loss of their own, such as BART's, give each batch's mean: two batches then weigh 2 and not 1.)
+    one label each: a part with n_i of the N items weighs n_i / N, and one without an item nothing. (Trainer leaves the
+    weights to the models, of which those with a loss of their own, such as BART's, give each batch's mean: two batches
+    then weigh 2 and not 1.)
 
     Where memory runs out, the gradients of the step are computed anew from parts of half the size. Weights and
     optimiser are then still those that the step before left.
@@ -76,6 +77,14 @@ class MicroBatched(Trainer):
             self._try(model, num_items_in_batch)
         self._begun += 1
         return self._accumulate(model, [inputs], num_items_in_batch, self.state.global_step + 1)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The mean over the items; 0 where there are none, and not 0 / 0. The GPU is not waited for."""
+        count = self._count(inputs)  # before Trainer, for label smoothing, takes the labels out
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return loss if return_outputs else torch.where(count > 0, loss, loss.new_zeros(()))
 
     def _accumulate(self, model: PreTrainedModel, todo: Sequence[Any], items: Any, step: int) -> Tensor:
         """Add up the gradients of the batches `todo`; returns the last one's share of the loss."""
@@ -100,7 +109,7 @@ class MicroBatched(Trainer):
             whole: Tensor = super().training_step(model, batch, items)
             return whole
         model.train()
-        whole_count = torch.stack([self._count(each) for each in self._batches]).sum()
+        whole_count = torch.stack([self._count(each) for each in self._batches]).sum().clamp(min=1)
         losses = []
         for part in self.micro.of(self._prepare_inputs(batch)):
             count = self._count(part)
@@ -127,10 +136,11 @@ class MicroBatched(Trainer):
         self._batches, self._begun = batches, 0
 
     def _count(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """The items of a batch, at least 1. A decoder alone predicts each token but the first."""
+        """The items of a batch. A decoder alone predicts each token but the first."""
         labels = batch["labels"]
-        shifted = labels.dim() > 1 and not self.model.config.is_encoder_decoder
-        return (labels[:, 1:] if shifted else labels).ne(IGNORED).sum().clamp(min=1)
+        if labels.dim() == 1:
+            return torch.ones_like(labels, dtype=torch.long).sum()
+        return (labels if self.model.config.is_encoder_decoder else labels[:, 1:]).ne(IGNORED).sum()
 
 
 def _examples(batch: Mapping[str, Tensor]) -> int:

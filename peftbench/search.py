@@ -19,7 +19,6 @@ from peftbench.compose import put
 from peftbench.config import Run, Search, Variation
 from peftbench.errors import UserError
 from peftbench.results.identity import IGNORED, run_hash
-from peftbench.results.record import differing
 from peftbench.validity import faults
 
 # Beside what changes no result: other data or another backbone would make the scores of trials incomparable.
@@ -122,21 +121,26 @@ def _key_faults(key: str, variation: Variation, cfg: DictConfig, run: Run) -> li
 
 
 def check(points: Sequence[Point]) -> None:
-    """Raises UserError where a point's search is wrong, or where the sweep goes over what the search chooses."""
-    given = [dict(word.split("=", 1) for word in overrides if "=" in word) for overrides, _ in points]
-    swept = {key.lstrip("+") for key in differing(given)}
+    """Raises UserError where a point's search is wrong, or where a grid goes over what the search chooses: where points
+    differ in nothing else."""
+    given = [dict(word.lstrip("+").split("=", 1) for word in overrides if "=" in word) for overrides, _ in points]
     found = [sentence for _, run in points for sentence in search_faults(run)]
     for typed, (_, run) in zip(given, points, strict=True):
         if run.search is None:
             continue
         chosen = f"is what search={run.search.name} chooses; leave one of the two out."
         for key, variation in run.search.keys.items():
-            if key in swept:
+            rest = _without(key, typed)
+            if len({one.get(key) for one in given if _without(key, one) == rest}) > 1:
                 found.append(f"{key} is swept and {chosen}")
             elif variation.values and key in typed:
                 found.append(f"{key}={typed[key]} {chosen}")
     if found:
         raise UserError(*dict.fromkeys(found))
+
+
+def _without(key: str, typed: dict[str, str]) -> dict[str, str]:
+    return {other: value for other, value in typed.items() if other != key}
 
 
 def is_open(run: Run) -> bool:

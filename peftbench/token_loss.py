@@ -133,7 +133,7 @@ def cross_entropy(
 ) -> Tensor:
     """sum over tokens of (1-ε) (-log p_label) + ε mean_v (-log p_v), p = softmax(W hidden + b), divided by `count`.
 
-    As transformers' LabelSmoother, in float32, with a gradient for `hidden` alone.
+    As transformers' LabelSmoother, in float32, with a gradient for `hidden` alone; but 0 where there is no token.
 
     Args:
         hidden: (..., d).
@@ -153,7 +153,7 @@ def cross_entropy(
         count = (labels != IGNORED).sum()
     summed: Any = _Summed
     total: Tensor = summed.apply(hidden, weight, bias, labels, smoothing, words or len(weight), chunk, of)
-    return total / count
+    return total / torch.as_tensor(count).clamp(min=1)
 
 
 class _Summed(torch.autograd.Function):

@@ -23,10 +23,10 @@ from transformers.utils import logging as transformers_logging
 
 from peftbench.backbone import Backbone, load_backbone
 from peftbench.checkpoint import Checkpoints
-from peftbench.config import Keep, Run, TaskKind, Unfreeze, modifications
+from peftbench.config import LOSS, Keep, Run, TaskKind, Unfreeze, modifications
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
-from peftbench.fit import LOSS, Fitted, fit, total_steps
+from peftbench.fit import Fitted, fit, total_steps
 from peftbench.modification.attach import attach, attach_run
 from peftbench.modification.counting import count
 from peftbench.modification.dead_parameters import count_dead

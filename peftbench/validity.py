@@ -13,6 +13,7 @@ from pathlib import Path
 from peftbench.axes import axes, refusals
 from peftbench.budget import limit
 from peftbench.config import (
+    LOSS,
     Batching,
     Compile,
     DType,
@@ -53,14 +54,18 @@ BASELINES = {
 }
 
 
-def faults(run: Run) -> list[str]:
-    """All that is wrong with `run`, one plain sentence each; an empty list where it can run."""
+def faults(run: Run, *, reads_data: bool = True) -> list[str]:
+    """All that is wrong with `run`, one plain sentence each; an empty list where it can run.
+
+    Without `reads_data` it is only to be counted, for which a task needs no data.
+    """
     found = [sentence for prefix, m in modifications(run).items() for sentence in refusals(prefix, m)]
     if run.functional_form.name == "none" and any(axis != "none" for axis in axes(run)):
         found.extend(refusals("", run))
     found.extend(_budget_faults(run))
     found.extend(_number_faults(run))
     found.extend(_path_faults(run))
+    found.extend(_source_faults(run.task, reads_data))
     found.extend(_data_faults(run.task))
     if run.unfreeze is not Unfreeze.none and run.model.dtype is DType.bfloat16:
         found.append(
@@ -111,7 +116,7 @@ def faults(run: Run) -> list[str]:
     if run.task.metric not in METRICS[run.task.kind]:
         found.append(unknown("task.metric", run.task.metric, METRICS[run.task.kind]))
     selected_by = run.task.selection_metric
-    selectors = (run.task.metric, *(["loss"] if run.task.kind is TaskKind.text_to_text else []))
+    selectors = (run.task.metric, *([LOSS] if run.task.kind is TaskKind.text_to_text else []))
     if selected_by is not None and selected_by not in selectors:
         found.append(unknown("task.selection_metric", selected_by, selectors))
     return found
@@ -163,13 +168,24 @@ def _path_faults(run: Run) -> Iterator[str]:
             yield f"{key}={path} is not a file; give the path of an existing one."
 
 
-def _data_faults(task: Task) -> Iterator[str]:
-    """Where the data comes from, and which of its columns are read."""
-    if not any((task_files(task), task.data_dir, task.packages, task.hub_id)):
+def _source_faults(task: Task, reads_data: bool) -> Iterator[str]:
+    """No data where it is needed: to train, and to count a head of as many labels as the data has."""
+    if any((task_files(task), task.data_dir, task.packages, task.hub_id)):
+        return
+    if reads_data:
         yield (
             f"task={task.name} has no data; give task.train_file=FILE (.csv, .tsv, .jsonl, .json or .parquet), with "
             "task.validation_file and task.test_file where you have them, or task.data_dir=FOLDER with all of them."
         )
+    elif task.kind is TaskKind.classification and not task.labels:
+        yield (
+            f"task={task.name} has no labels, whose number is the size of the task head; give task.labels=[A,B], or "
+            "task.train_file=FILE or task.data_dir=FOLDER, whose labels they are."
+        )
+
+
+def _data_faults(task: Task) -> Iterator[str]:
+    """What is read of the data."""
     if task.validation_file and task.test_file and task.selection_split == task.report_split:
         yield (
             f"task.test_file={task.test_file}: task={task.name} selects and reports on its {task.report_split} split; "

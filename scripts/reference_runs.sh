@@ -2,50 +2,55 @@
 # The runs behind docs/results.md: real data, two small pretrained backbones, several runs at once on all GPUs.
 #   scripts/reference_runs.sh SHARED OUTPUTS glue|text|grid [OVERRIDE ...]
 # SHARED holds backbones/minilm-l6, backbones/bart-mini and data/. What is done is skipped when it is run again.
-#   glue  sst2, rte and a pool of NLI sets, five methods on MiniLM-L6
-#   text  en-ro, XSum and WebNLG, five methods on a small BART, each with the best of three learning rates on dev
-#   grid  the rows of tables 3, 5, 6 and 12 at the paper's shares of the backbone, on WebNLG, two seeds
-# scripts/reference_runs.sh ... debug=smoke tries all of it in minutes.
+#   glue  sst2, rte and a pool of NLI sets, five methods on MiniLM-L6: 30 runs
+#   text  WebNLG, en-ro and XSum, five methods on a small BART, each with the best of three learning rates on dev: 45
+#   grid  the rows of tables 3, 5, 6 and 12 at the paper's shares of the backbone, on WebNLG, two seeds: 40
+# Each part is one sweep, so that runs of all its grids go on at once: JOBS of them, or as many as memory and cores allow.
+# scripts/reference_runs.sh ... debug=smoke trainer.max_steps=4 tries all of it in minutes.
 set -euo pipefail
 shared=$(cd "$1" && pwd) outputs=$2 part=$3
 shift 3
 more=("$@")
-failed=0 # a run that fails stops no other sweep either
-sweep() { python3 -m peftbench train -m output_dir="$outputs" jobs="${JOBS:-auto}" "$@" "${more[@]}" || failed=1; }
-
-minilm=(model=bert_base model.path="$shared/backbones/minilm-l6" trainer=quick)
-bart=(model=bart_large model.path="$shared/backbones/bart-mini" trainer=quick trainer.eval_batch_size=256)
-webnlg=(task=webnlg task.data_dir="$shared/data/webnlg" "${bart[@]}" trainer.keep=best)
+sweep=()
+grid() { # a grid of the sweep: the first one's words, with these in the place of those of the same key
+  sweep+=(${sweep[0]:+and} "$@" "${more[@]}")
+}
 
 case $part in
 glue)
-  nli=(task=mnli task.train_file="$shared/data/nli/pool_no_mnli.jsonl"
-    task.validation_file="$shared/data/nli/mnli_dev_matched.jsonl" trainer.epochs=2)
+  minilm=(model=bert_base model.path="$shared/backbones/minilm-l6" trainer=quick)
+  rte=(task=rte task.data_dir="$shared/data/rte" seed=42,1,2)
+  nli=(task=mnli task.data_dir=null task.train_file="$shared/data/nli/pool_no_mnli.jsonl"
+    task.validation_file="$shared/data/nli/mnli_dev_matched.jsonl" trainer.epochs=2 seed=42)
   # Pairs take a fifth of the presets' rates with a prefix: at 5e-4 the loss stays where it began.
-  sweep task=sst2 task.data_dir="$shared/data/sst2" "${minilm[@]}" method=full,lora,adapter,prefix,mam seed=42,1
-  sweep task=rte task.data_dir="$shared/data/rte" "${minilm[@]}" method=full,lora,adapter seed=42,1,2
-  sweep task=rte task.data_dir="$shared/data/rte" "${minilm[@]}" method=prefix,mam trainer.learning_rate=1e-4 seed=42,1,2
-  sweep "${nli[@]}" "${minilm[@]}" method=full,lora,adapter
-  sweep "${nli[@]}" "${minilm[@]}" method=prefix,mam trainer.learning_rate=1e-4
+  grid "${minilm[@]}" task=sst2 task.data_dir="$shared/data/sst2" method=full,lora,adapter,prefix,mam seed=42,1
+  grid "${rte[@]}" method=full,lora,adapter
+  grid "${rte[@]}" method=prefix,mam trainer.learning_rate=1e-4
+  grid "${nli[@]}" method=full,lora,adapter
+  grid "${nli[@]}" method=prefix,mam trainer.learning_rate=1e-4
   ;;
+text | grid)
+  bart=(model=bart_large model.path="$shared/backbones/bart-mini" trainer=quick trainer.eval_batch_size=256)
+  webnlg=("${bart[@]}" task=webnlg task.data_dir="$shared/data/webnlg") # of the first grid, so that all have the BART
+  ;;&
 text)
-  enro=(task=wmt16_enro task.train_file="$shared/data/en_ro/train_merged.jsonl"
+  enro=(task=wmt16_enro task.data_dir=null task.train_file="$shared/data/en_ro/train_merged.jsonl"
     task.validation_file="$shared/data/en_ro/newsdev2016.jsonl" task.test_file="$shared/data/en_ro/newstest2016.jsonl"
-    "${bart[@]}" trainer.max_steps=1500 trainer.evaluate_every=500)
-  xsum=(task=xsum task.data_dir="$shared/data/xsum_subset" "${bart[@]}" trainer.epochs=12 trainer.evaluate_every=390)
+    trainer.max_steps=1500 trainer.evaluate_every=500)
+  xsum=(task=xsum task.data_dir="$shared/data/xsum_subset" trainer.epochs=12 trainer.evaluate_every=390)
   for task in webnlg enro xsum; do
     declare -n words=$task
-    sweep "${words[@]}" search=lr3 method=full
-    sweep "${words[@]}" search=lr3 method=prefix budget=3.6%
-    sweep "${words[@]}" search=lr3 method=lora_ffn,scaled_parallel_adapter budget=6.1%
-    sweep "${words[@]}" search=lr3 method=mam budget=6.7%
+    grid "${words[@]}" search=lr3 method=full
+    grid "${words[@]}" method=prefix budget=3.6%
+    grid "${words[@]}" method=lora_ffn,scaled_parallel_adapter budget=6.1%
+    grid "${words[@]}" method=mam budget=6.7%
   done
   ;;
 grid)
-  at() { # SHARE ROWS: a table's rows whose share of the backbone is the same
-    sweep "${webnlg[@]}" seed=42,1 budget="$1" row="$2"
+  at() { # SHARE ROWS: rows of the tables whose share of the backbone is the same
+    grid budget="$1" row="$2"
   }
-  sweep "${webnlg[@]}" seed=42,1 row=full,bitfit
+  grid "${webnlg[@]}" seed=42,1 row=full,bitfit
   at 2.4% sa_ffn_200,pa_ffn_200
   at 3.6% prefix_200,sa_attention_200,pa_attention_200
   at 6.1% sa_ffn_512,pa_ffn_512,scaled_pa_ffn_512,scaled_pa_ffn_512_trained,lora_ffn_102,lora_ffn_102_s1
@@ -59,4 +64,4 @@ grid)
   exit 2
   ;;
 esac
-exit $failed
+exec python3 -m peftbench train -m output_dir="$outputs" jobs="${JOBS:-auto}" "${sweep[@]}"

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("-cd", "--config-dir", help="a folder of your own with method/, model/ ... below it")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_intermixed_args(argv)
-    (run,) = compose_runs(argparse.Namespace(**vars(args), multirun=False))
+    (run,) = compose_runs(argparse.Namespace(**vars(args), multirun=False), reads_data=False)
     with quick_imports():
         from peftbench.explain.explanation import explain
     explained = explain(run)

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
         UserError: the command line is refused, or its one run does not fit its backbone.
     """
     args = _arguments(argv)
-    runs = compose_runs(args)
+    runs = compose_runs(args, reads_data=False)
     counted: list[RunCounts] = []
     for run in runs:
         try:

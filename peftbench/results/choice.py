@@ -11,21 +11,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peftbench.config import Run
+from peftbench.config import LOSS, Run
 from peftbench.errors import UserError
 from peftbench.results.columns import described, typed
-from peftbench.results.identity import run_dir, run_hash
+from peftbench.results.identity import run_dir
 from peftbench.results.record import Record, Searched, Trial, find
 from peftbench.search import settings, trials, values
-
-LOSS = "loss"  # of the selection metrics the one that is better when lower
 
 
 class NoChoice(UserError):
     """No trial of a search has a score."""
 
 
-_folders: dict[tuple[str, str], list[Path]] = {}  # of the trials of a search, by where it is and what it is
+_folders: dict[str, list[Path]] = {}  # of the trials of a search, by the run that has it
 
 
 def best(found: Sequence[float | None], metric: str) -> int | None:
@@ -57,10 +55,8 @@ def settled(run: Run, folder: Callable[[Run], Path] = run_dir) -> tuple[Run, Sea
         chosen = settings(run, search)[search.trial]
         return compared[search.trial], Searched(search.name, "trial", seed, tried, chosen)
 
-    key = (run.output_dir, run_hash(replace(run, seed=seed)))
-    if (
-        key not in _folders
-    ):  # the runs of a sweep that differ in their seed have the same, and naming them takes a while
+    key = repr(replace(run, seed=seed))  # the runs of a sweep that differ in their seed have the same trials
+    if key not in _folders:
         _folders[key] = [folder(trial) for trial in compared]
     folders = _folders[key]
     records = [find(place) for place in folders]

@@ -284,7 +284,7 @@ def describe(run: Run, folder: Path, overrides: Sequence[str], status: Status = 
         budget=run.budget,
         debug=run.debug,
         fidelity=run.fidelity.name,
-        trainer=plain(run)["trainer"],
+        trainer=plain(run.trainer),
         versions=_versions(),
         git=_git(),
     )
@@ -373,6 +373,18 @@ def differing(values: Sequence[Mapping[str, Any]]) -> list[str]:
     keys = dict.fromkeys(key for one in values for key in one)
     absent = object()
     return [key for key in keys if any(one.get(key, absent) != values[0].get(key, absent) for one in values)]
+
+
+def distinctive(typed: Sequence[Mapping[str, str]]) -> list[str]:
+    """The keys in which what was typed for runs differs, but for those below a group that differs and says as much:
+    task.data_dir where each task has one."""
+
+    def says_as_much(group: str, key: str) -> bool:
+        values = {one.get(group) for one in typed}
+        return group != key and len(values) == len({(one.get(group), one.get(key)) for one in typed})
+
+    keys = differing(typed)
+    return [key for key in keys if not ((group := key.partition(".")[0]) in keys and says_as_much(group, key))]
 
 
 def axes_of(run: Run) -> list[Axes]:

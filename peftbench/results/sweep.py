@@ -17,7 +17,7 @@ from peftbench.errors import UserError
 from peftbench.results.choice import NoChoice, known, sentence, settled
 from peftbench.results.columns import text
 from peftbench.results.identity import run_dir
-from peftbench.results.record import Record, describe, differing, find, finished, replacing
+from peftbench.results.record import Record, describe, distinctive, find, finished, replacing
 from peftbench.results.table import show
 from peftbench.search import value_at
 
@@ -74,7 +74,7 @@ class Plan:
         root = Path(members[0].run.output_dir).expanduser()
         name = hashlib.sha256("\n".join(sorted({_below(root, member.asked) for member in members})).encode())
         given = [member.settings() for member in members]
-        keys = differing(given)
+        keys = distinctive(given)
         runs = {
             member.folder: Point(
                 _below(root, member.folder),

@@ -12,17 +12,15 @@ from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import LabelSmoother
 
-from peftbench.checkpoint import Checkpoints
 from peftbench.compiled import CompiledLayers
-from peftbench.config import Compile, Keep
-from peftbench.fit import LOSS, fit
+from peftbench.config import LOSS, Compile, Keep
 from peftbench.modification.attach import attach
 from peftbench.modification.functional_form import Bottleneck
 from peftbench.predict import mean_loss
 from peftbench.sites import configs_of, find_sites
 from peftbench.token_loss import IGNORED, cross_entropy, hidden_states, logits_bias, output_layer
 from tests.families import CONTINUING, PRESETS, WRITING, batch, build, dropout, long_tail, shake
-from tests.unit.test_micro_batch import Data, fitted, trainer
+from tests.fitting import Targets, fitted, one_step
 
 DEEP = {
     "bart": {"encoder_layers": 4, "decoder_layers": 4},
@@ -85,7 +83,7 @@ def test_training_fills_no_cache(family: str, tmp_path: Path) -> None:
         asked.append(given.get("past_key_values"))
 
     attention.register_forward_pre_hook(look, with_kwargs=True)
-    fitted(model, Data(family), trainer(max_steps=1), tmp_path)
+    fitted(model, Targets(family), one_step(), tmp_path)
     assert asked == [None]
 
 
@@ -128,27 +126,27 @@ def test_compiled_layers(family: str, preset: str) -> None:
 def test_an_evaluation_leaves_compiled_layers_as_they_are(preset: str, tmp_path: Path) -> None:
     """Training with evaluations, which fold, merge and widen the model for a while, has the losses of a training
     without, and compiles no more graphs."""
-    losses, graphs = [], []
+    data, losses, graphs = Targets("bart"), [], []
     for keep in (Keep.last, Keep.best):
         torch._dynamo.reset()
         counters.clear()
-        model, data = model_of("bart", preset), Data("bart")
+        model = model_of("bart", preset)
         seen: list[float] = []
         looks: list[float] = []
 
-        def evaluate(model: PreTrainedModel = model, data: Data = data, looks: list[float] = looks) -> dict[str, float]:
+        def evaluate(model: PreTrainedModel = model, looks: list[float] = looks) -> dict[str, float]:
             looks.append(mean_loss(model, data.selection, data.collator, batch_size=4))
             return {LOSS: looks[-1]}
 
-        fit(
+        settings = one_step(
+            compile=Compile.layers, keep=keep, evaluate_every=2, max_steps=6, learning_rate=1e-2, epsilon=1e-8
+        )
+        fitted(
             model,
-            data,  # type: ignore[arg-type]  # what of a TaskData fit reads
-            trainer(compile=Compile.layers, keep=keep, evaluate_every=2, max_steps=6, learning_rate=1e-2, epsilon=1e-8),
-            seed=1,
-            bf16=False,
-            checkpoints=Checkpoints(tmp_path, minutes=60, stamp=""),
+            data,
+            settings,
+            tmp_path,
             evaluate=evaluate,
-            metric=LOSS,
             log=lambda values, seen=seen: seen.extend([values["loss"]] if "loss" in values else []),  # type: ignore[misc]  # a default
         )
         assert len(seen) == 6 and len(looks) == (3 if keep is Keep.best else 0)

@@ -21,8 +21,8 @@ from peftbench.modification.head_attention import ATTENTION_NAME
 from peftbench.modification.packed_attention import Packing, Row, attend
 from peftbench.padding_free import PaddingFree, with_lengths
 from tests.families import ALIKE, PRESETS, WRITING, batch, build, dropout, modification, shake
+from tests.fitting import Targets, fitted, one_step, trained
 from tests.numerics.test_gradients import relative_error, smooth
-from tests.unit.test_micro_batch import Data, fitted, trained, trainer
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 PACKED = ("bart", "mbart", "bart_classifier", "roberta", "bert", "electra", "distilbert")
@@ -276,8 +276,8 @@ def test_fit(family: str, settings: str, tmp_path: Path) -> None:
     ends = []
     for padding_free in (False, True):
         model = model_of(family, "mam")
-        given = trainer(max_steps=3, learning_rate=1e-2, padding_free=padding_free, **FIT[settings])
-        fitted(model, Data(family), given, tmp_path)
+        given = one_step(max_steps=3, learning_rate=1e-2, padding_free=padding_free, **FIT[settings])
+        fitted(model, Targets(family), given, tmp_path)
         ends.append(trained(model))
     before = trained(model_of(family, "mam"))
     for name, end in ends[0].items():

@@ -7,36 +7,34 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback
 
 from peftbench.checkpoint import Checkpoints, SaveByTime
-from peftbench.config import Device, Keep, Trainer
-from peftbench.fit import LOSS, batches_per_epoch, fit
+from peftbench.config import LOSS, Device, Keep, Trainer
+from peftbench.fit import batches_per_epoch
 from peftbench.modification.attach import attach
 from tests.families import PRESETS, batch, build
+from tests.fitting import Rows, fitted, trained
 
 
 class Killed(Exception):
     pass
 
 
-class Data:
-    """What `fit` takes of a task: a few rows of ids, padded; `lengths` say how many of them count."""
+class Noted(Rows):
+    """A few rows of ids, with a note of each batch; `lengths` say how many of the ids count."""
 
     def __init__(self) -> None:
-        rows = batch("roberta", (9,) * 12)
-        self.train = self.selection = Dataset.from_dict({name: tensor.tolist() for name, tensor in rows.items()})
-        self.lengths = [3 + i % 6 for i in range(12)]
+        super().__init__(batch("roberta", (9,) * 12), [3 + i % 6 for i in range(12)])
         self.seen: list[int] = []
 
     def collator(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         self.seen.append(sum(sum(example["input_ids"]) for example in examples))
-        return {name: torch.tensor([example[name] for example in examples]) for name in examples[0]}
+        return super().collator(examples)
 
 
-def trained(folder: Path, settings: Trainer, data: Data, resume: bool) -> dict[str, Tensor]:
+def gone_on(folder: Path, settings: Trainer, data: Noted, resume: bool) -> dict[str, Tensor]:
     """The trained tensors after a training, in which a state is the better the smaller the first of them is."""
     model = build("roberta", hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
     torch.manual_seed(5)
@@ -46,18 +44,12 @@ def trained(folder: Path, settings: Trainer, data: Data, resume: bool) -> dict[s
     taken = checkpoints.take_up() if resume else None
     assert not resume or (taken is not None and taken.step == 8)
     weight = next(p for p in model.parameters() if p.requires_grad)
-    fit(
-        model,
-        data,  # type: ignore[arg-type]  # what of a TaskData fit reads
-        settings,
-        seed=1,
-        bf16=False,
-        checkpoints=checkpoints,
-        evaluate=lambda: {LOSS: float(weight.detach().abs().sum())},
-        metric=LOSS,
-        resume=taken,
-    )
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    def evaluate() -> dict[str, float]:
+        return {LOSS: float(weight.detach().abs().sum())}
+
+    fitted(model, data, settings, folder, checkpoints=checkpoints, evaluate=evaluate, resume=taken)
+    return trained(model)
 
 
 @pytest.mark.parametrize("batch_tokens", [None, 20])
@@ -68,9 +60,9 @@ def test_the_batches_go_on(
     """Killed at step 8, in the second epoch of batches by tokens or the third of batches of 4."""
     settings = Trainer(learning_rate=1e-2, batch_size=4, max_steps=11, evaluate_every=2, keep=keep)
     settings.device, settings.batch_tokens = Device.cpu, batch_tokens
-    whole, parts = Data(), Data()
-    assert 1 < 8 / batches_per_epoch(whole, settings) < 11 / batches_per_epoch(whole, settings)  # type: ignore[arg-type]  # Data is all they read
-    expected = trained(tmp_path / "whole", settings, whole, resume=False)
+    whole, parts = Noted(), Noted()
+    assert 1 < 8 / batches_per_epoch(whole, settings) < 11 / batches_per_epoch(whole, settings)  # type: ignore[arg-type]  # Noted is all they read
+    expected = gone_on(tmp_path / "whole", settings, whole, resume=False)
 
     def killed(self: TrainerCallback, args: object, state: Any, control: object, **kwargs: object) -> None:
         if state.global_step == 8:
@@ -78,8 +70,8 @@ def test_the_batches_go_on(
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(SaveByTime, "on_save", killed)
-        trained(tmp_path / "parts", settings, parts, resume=False)
+        gone_on(tmp_path / "parts", settings, parts, resume=False)
     parts.seen.clear()
-    found = trained(tmp_path / "parts", settings, parts, resume=True)
+    found = gone_on(tmp_path / "parts", settings, parts, resume=True)
     assert parts.seen[-3:] == whole.seen[-3:]
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import re
+from functools import partial
 from pathlib import Path
+from timeit import repeat
 
 import pytest
+from hydra._internal.utils import get_args_parser
+from omegaconf import OmegaConf
 
-from peftbench.config import Composition, CompositionFunction, Device, Generation, Model, Run, Task, TaskKind, Trainer
+from peftbench.compose import compose_points
+from peftbench.config import (
+    Composition,
+    CompositionFunction,
+    Device,
+    Generation,
+    Model,
+    Modification,
+    Run,
+    Search,
+    Task,
+    TaskKind,
+    Trainer,
+    Variation,
+)
 from peftbench.errors import UserError
 from peftbench.results.identity import content_stamp, plain, run_dir, run_hash
 
@@ -120,5 +139,33 @@ def test_a_missing_path_is_named() -> None:
         run_hash(run(model__path="/nowhere"))
 
 
-def test_enum_members_go_by_name() -> None:
+def nodes(config: object) -> object:
+    """What OmegaConf makes of a config."""
+    return OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+
+
+def test_a_run_in_plain_values_is_what_omegaconf_makes_of_it() -> None:
+    """Enum members by their names, whole numbers where the schema has floats as floats, free keys as they are."""
+    words = ["task=xsum", "method=mam", "search=lr3", "budget=5%", "budget_split=[9,1]", "debug=smoke"]
+    ((_, composed),) = compose_points(get_args_parser().parse_args(words))
+    whole = run(
+        trainer__betas=[0, 1],
+        trainer__epochs=3,
+        dropout=1,
+        budget_split=[9, 1],
+        allow_unused=True,
+        sizes={"a": [1, 2.0, None, {"b": True}]},
+        search=Search("own", {"dropout": Variation(times=[1, 2]), "init": Variation(values=["bert", 0, 0.5])}),
+        mix={"a": run(bottleneck=3), "b": Modification(composition_function=CompositionFunction(scale=4))},
+    )
+    for config in (composed, *composed.mix.values(), composed.trainer, whole, run()):
+        assert json.dumps(plain(config)) == json.dumps(nodes(config))
     assert plain(run())["task"]["kind"] == "classification"
+
+
+def test_a_run_is_named_quickly() -> None:
+    """A sweep names each of its runs before the first one starts, and each run names itself in its record."""
+    config = run(sizes={"a": 1})
+    plain(config)
+    slow, quick = (min(repeat(partial(function, config), number=1, repeat=3)) for function in (nodes, run_hash))
+    assert quick < slow / 5

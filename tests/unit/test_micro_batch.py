@@ -4,43 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from peftbench.checkpoint import Checkpoints
-from peftbench.config import Device, Schedule, Trainer
-from peftbench.fit import Fitted, fit
 from peftbench.modification.attach import attach
-from tests.families import CONTINUING, PRESETS, WRITING, batch, build, dropout
-
-EXAMPLES = 8
-EPSILON = 10.0  # so large that a step of AdamW, g / (|g| + EPSILON), shows the gradient's scale
-
-
-class Data:
-    """What `fit` takes of a task: eight rows, with 1 to 5 target tokens to predict where there are any."""
-
-    def __init__(self, family: str) -> None:
-        self.lengths = [9, 8, 7, 6, 5, 4, 4, 4]
-        self.rows = batch(family, tuple(self.lengths))
-        if self.rows["labels"].dim() > 1:
-            for row in range(EXAMPLES):
-                self.rows["labels"][row, 1 + row % 5 :] = -100
-                self.rows["labels"][row, 1] = 7  # which a decoder alone predicts from the first
-        if family in WRITING:
-            shifted = build(family).prepare_decoder_input_ids_from_labels(labels=self.rows["labels"])
-            self.rows["decoder_input_ids"] = shifted
-        self.train = self.selection = Dataset.from_dict({name: rows.tolist() for name, rows in self.rows.items()})
-
-    def collator(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        return {name: torch.tensor([example[name] for example in examples]) for name in examples[0]}
+from tests.families import CONTINUING, PRESETS, build, dropout
+from tests.fitting import EPSILON, Targets, fitted, one_step, trained
 
 
 def model_of(family: str, **rates: float) -> PreTrainedModel:
@@ -50,40 +26,7 @@ def model_of(family: str, **rates: float) -> PreTrainedModel:
     return model.train()
 
 
-def trainer(**settings: Any) -> Trainer:
-    return Trainer(
-        **{
-            "learning_rate": 1.0,
-            "max_steps": 1,
-            "batch_size": EXAMPLES,
-            "schedule": Schedule.constant,
-            "warmup": 0.0,
-            "max_grad_norm": 1e9,
-            "epsilon": EPSILON,
-            "device": Device.cpu,
-            **settings,
-        }
-    )
-
-
-def fitted(model: PreTrainedModel, data: Data, settings: Trainer, folder: Path) -> Fitted:
-    return fit(
-        model,
-        data,  # type: ignore[arg-type]  # what of a TaskData fit reads
-        settings,
-        seed=1,
-        bf16=False,
-        checkpoints=Checkpoints(folder, minutes=60, stamp=""),
-        evaluate=dict,
-        metric="loss",
-    )
-
-
-def trained(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def by_hand(family: str, data: Data, smoothing: float) -> dict[str, Tensor]:
+def by_hand(family: str, data: Targets, smoothing: float) -> dict[str, Tensor]:
     """The trained tensors after one step with the gradient of the mean over all items of all examples."""
     model = model_of(family)
     logits = model(**data.rows).logits
@@ -122,16 +65,54 @@ QUICK = {("llama", 0.1)}
     ],
 )
 def test_the_gradient_is_that_of_the_whole_batch(family: str, smoothing: float, tmp_path: Path) -> None:
-    data = Data(family)
+    data = Targets(family)
     expected = by_hand(family, data, smoothing)
     before = trained(model_of(family))
     assert all(torch.isfinite(tensor).all() for tensor in expected.values())
     assert max(float((before[name] - tensor).abs().max()) for name, tensor in expected.items()) > 1e-3
     for name, split in SPLITS.items():
         model = model_of(family)
-        fitted(model, data, trainer(label_smoothing=smoothing, **split), tmp_path)
+        fitted(model, data, one_step(label_smoothing=smoothing, **split), tmp_path)
         for key, tensor in trained(model).items():
             torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=1e-6, msg=lambda text, at=name: at + text)
+
+
+QUICK_SPLITS = {("bart", 0.1, "one by one"), ("bart", 0.1, "two batches in parts, fused"), ("bart", 0.0, "the batch")}
+
+
+@pytest.mark.parametrize(
+    ("family", "smoothing", "split"),
+    [
+        pytest.param(*point, marks=[] if point in QUICK_SPLITS else pytest.mark.slow)
+        for point in product(("bart", "t5", "llama"), (0.0, 0.1), SPLITS)
+    ],
+)
+def test_a_part_without_targets_has_no_share(family: str, smoothing: float, split: str, tmp_path: Path) -> None:
+    """One row has targets: the gradient stays that of the whole, though most parts have none. No row has: all stays."""
+    one, none = Targets(family, with_targets=1), Targets(family, with_targets=0)
+    expected, before = by_hand(family, one, smoothing), trained(model_of(family))
+    assert max(float((before[name] - tensor).abs().max()) for name, tensor in expected.items()) > 1e-3
+    for data, wanted in ((one, expected), (none, before)):
+        model, logged = model_of(family), []
+        fitted(model, data, one_step(label_smoothing=smoothing, **SPLITS[split]), tmp_path, log=logged.append)
+        for name, tensor in trained(model).items():
+            torch.testing.assert_close(tensor, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
+        assert logged[0]["loss"] == 0.0 if data is none else 0 < logged[0]["loss"] < 100
+
+
+def test_a_number_to_predict_is_never_left_out(tmp_path: Path) -> None:
+    """-100 is no token in a text, and a number like others in a regression."""
+    found = []
+    for micro_batch in (None, "3"):
+        data, model = Targets("roberta"), build("roberta", num_labels=1, **dropout("roberta"))
+        numbers = [-100.0, 3.0, -100.0, 0.5, 2.0, -100.0, 1.0, -1.0]
+        data.train = data.train.remove_columns("labels").add_column("labels", numbers)
+        torch.manual_seed(5)
+        attach(model, PRESETS["parallel_adapter"])
+        fitted(model, data, one_step(micro_batch=micro_batch), tmp_path)
+        found.append(trained(model))
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def starved(model: PreTrainedModel, most: Callable[[], int]) -> list[int]:
@@ -151,7 +132,7 @@ def starved(model: PreTrainedModel, most: Callable[[], int]) -> list[int]:
 
 def test_auto_finds_what_fits(tmp_path: Path) -> None:
     """It tries the longest examples, and the training then is that of the whole batch."""
-    data, settings = Data("bart"), trainer(max_steps=3, batch_size=4)
+    data, settings = Targets("bart"), one_step(max_steps=3, batch_size=4)
     whole = model_of("bart")
     assert fitted(whole, data, settings, tmp_path).micro_batch == {}
     model = model_of("bart")
@@ -169,7 +150,7 @@ def test_a_try_that_fits_changes_nothing(tmp_path: Path) -> None:
     for micro_batch in (None, "auto"):
         model = model_of("bart", hidden=0.3)
         torch.manual_seed(3)
-        fitted(model, Data("bart"), trainer(max_steps=2, micro_batch=micro_batch), tmp_path)
+        fitted(model, Targets("bart"), one_step(max_steps=2, micro_batch=micro_batch), tmp_path)
         found.append(trained(model))
     assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())
 
@@ -185,8 +166,8 @@ def test_a_try_that_fits_changes_nothing(tmp_path: Path) -> None:
 )
 def test_memory_that_runs_out_later_costs_no_step(where: str, accumulation: int, tmp_path: Path) -> None:
     """At step 3, in the midst of a backward pass too, when some tensors have their gradients and others do not."""
-    data = Data("bart")
-    settings = trainer(max_steps=5, batch_size=4, accumulation=accumulation, learning_rate=0.1, epsilon=1e-4)
+    data = Targets("bart")
+    settings = one_step(max_steps=5, batch_size=4, accumulation=accumulation, learning_rate=0.1, epsilon=1e-4)
     whole = model_of("bart")
     fitted(whole, data, settings, tmp_path)
 
@@ -218,7 +199,7 @@ def test_not_even_one_example_fits(tmp_path: Path) -> None:
     model = model_of("bart")
     given = starved(model, lambda: 0)
     with pytest.raises(torch.OutOfMemoryError):
-        fitted(model, Data("bart"), trainer(micro_batch="auto"), tmp_path)
+        fitted(model, Targets("bart"), one_step(micro_batch="auto"), tmp_path)
     assert given == [8, 4, 2, 1]
 
 
@@ -230,4 +211,4 @@ def test_another_error_is_not_taken_for_it(tmp_path: Path) -> None:
 
     model.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="mat1"):
-        fitted(model, Data("bart"), trainer(micro_batch="auto"), tmp_path)
+        fitted(model, Targets("bart"), one_step(micro_batch="auto"), tmp_path)

@@ -19,6 +19,7 @@ from peftbench.config import conf_dir
 from peftbench.results.command import main
 from peftbench.results.paper import SETTINGS, printed
 from peftbench.results.record import Backbone, Record, Score
+from peftbench.results.report.command import main as report
 from tests.unit.test_results import LORA
 from tests.unit.test_table import FFN, record
 
@@ -146,3 +147,30 @@ def test_all_formats_have_it(outputs: Path, capsys: pytest.CaptureFixture[str]) 
     first, *_ = csv.DictReader(io.StringIO(printed_by(capsys, outputs, "--sort", "difference", "--csv", "--mean")))
     assert first["difference"]
     assert "paper" not in printed_by(capsys, outputs, "model=mini", "--csv").splitlines()[0].split(",")
+
+
+@pytest.mark.parametrize(("words", "of_mini"), [([], None), (["--paper"], 20.98)])
+def test_it_stands_in_the_report_as_in_the_tables(words: list[str], of_mini: float | None, outputs: Path) -> None:
+    file = outputs / "report.html"
+    assert report([str(outputs), "--out", str(file), *words]) == 0
+    content = json.loads(re.findall(r"<script[^>]*>(.*?)</script>", file.read_text(encoding="utf-8"), re.S)[0])
+    keys = [column["key"] for column in content["columns"]]
+
+    def cells(key: str) -> list[Any]:
+        return [run["cells"][keys.index(key)] for run in content["runs"]]
+
+    assert cells("score") == [22.0, 21.0, 20.0, 5.0]
+    assert cells("paper") == [20.98, 20.98, None, of_mini]
+    assert cells("difference") == [pytest.approx(1.02), pytest.approx(0.02), None, None]
+    assert ("paper_of" in keys) == bool(words)
+    assert not words or cells("paper_of") == [*2 * ["table5, bart_large"], None, "table5, bart_large"]
+    for key, header, form in (("paper", "paper", "score"), ("difference", "Δ paper", "signed")):
+        column = content["columns"][keys.index(key)]
+        assert (column["header"], column["form"], column["shown"]) == (header, form, True)
+        assert column["better"] is None  # no run's score, of which the best were marked
+
+
+def test_a_report_without_a_row_of_the_papers_has_no_such_columns(outputs: Path) -> None:
+    file = outputs / "report.html"
+    assert report([str(outputs), "model=mini", "--out", str(file)]) == 0
+    assert "Δ paper" not in file.read_text(encoding="utf-8")

@@ -174,6 +174,41 @@ def test_known_counts(
         assert found["percent"][name] == pytest.approx(100 * found[name] / found["backbone"])
 
 
+OWN_FILES = ("text_classification", "text_to_text", "webnlg")  # whose data is on no hub
+TASKS = sorted(path.stem for path in (config.conf_dir() / "task").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("command", ["params", "explain"])
+@pytest.mark.parametrize(
+    "task", [pytest.param(task, marks=[] if task in OWN_FILES else pytest.mark.slow) for task in TASKS]
+)
+def test_no_task_needs_data(task: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """But for its labels, where only the data has them: their number is the size of the head."""
+    assert {"webnlg", "wmt16_enro", "text_to_text"} <= set(TASKS)
+    words = [command, "method=lora", f"task={task}", "--json"]
+    if task == "text_classification":
+        assert main(words) == 2
+        sentence = "task=text_classification has no labels, whose number is the size of the task head; give task.labels"
+        captured = capsys.readouterr()
+        assert sentence in captured.err and len(captured.err.splitlines()) == 1 and not captured.out
+        words.append("task.labels=[a,b,c]")
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    numbers = found[0] if command == "params" else {**found, **found["totals"]}
+    run = composed(*words[1:3], "task.data_dir=.")
+    assert (numbers["task"], numbers["model"]) == (task, run.model.name) and numbers["stored"] > 0
+    assert (numbers["head"] > 0) == (run.task.kind is not config.TaskKind.text_to_text)
+
+
+def test_labels_are_counted_where_a_file_has_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same number as with the labels named."""
+    file = tmp_path / "train.csv"
+    file.write_text("text,label\n" + "".join(f"text {row},{'abc'[row % 3]}\n" for row in range(12)), encoding="utf-8")
+    (named,) = counted(capsys, "task=text_classification", "task.labels=[a,b,c]")
+    (read,) = counted(capsys, "task=text_classification", f"task.train_file={file}")
+    assert read["head"] == named["head"] > 0
+
+
 def test_the_table_of_one_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["params", "method=mam", "task=xsum"]) == 0

@@ -9,18 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
 from peftbench import config
-from peftbench.checkpoint import Checkpoints
 from peftbench.errors import UserError
-from peftbench.fit import fit
 from peftbench.modification.attach import attach
 from peftbench.modification.edit import Edit
 from peftbench.probe import no_gradient, unreached
 from tests.families import DECODERS, FAMILIES, MORE_FAMILIES, PRESETS, batch, build, long_tail, modification
+from tests.fitting import Rows, fitted, trained
 
 
 def with_idle_cross_attention() -> PreTrainedModel:
@@ -136,24 +134,11 @@ def test_flags_are_put_back_after_an_error() -> None:
     assert all(module.training for module in model.modules())
 
 
-class Data:
-    """What `fit` takes of a task: a few rows of ids of the same length."""
-
-    lengths = (9,) * 12
-
-    def __init__(self) -> None:
-        rows = batch("roberta", self.lengths)
-        self.train = self.selection = Dataset.from_dict({name: tensor.tolist() for name, tensor in rows.items()})
-
-    @staticmethod
-    def collator(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        return {name: torch.tensor([example[name] for example in examples]) for name in examples[0]}
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_training_is_the_same_to_the_bit_with_and_without_the_probe(checkpointing: bool, tmp_path: Path) -> None:
     """With dropout everywhere, so that one random number more would show."""
-    data, settings = Data(), config.Trainer(learning_rate=1e-2, batch_size=4, max_steps=5, evaluate_every=5)
+    data = Rows(batch("roberta", (9,) * 12), (9,) * 12)
+    settings = config.Trainer(learning_rate=1e-2, batch_size=4, max_steps=5, evaluate_every=5)
     settings.device, settings.gradient_checkpointing = config.Device.cpu, checkpointing
     results = []
     for probed in (False, True):
@@ -163,17 +148,8 @@ def test_training_is_the_same_to_the_bit_with_and_without_the_probe(checkpointin
         if probed:
             assert unreached(model, data.collator([data.train[0]]), bf16=False) == []
         state = torch.get_rng_state()
-        fit(
-            model,
-            data,  # type: ignore[arg-type]  # what of a TaskData fit reads
-            settings,
-            seed=1,
-            bf16=False,
-            checkpoints=Checkpoints(tmp_path, minutes=60, stamp=""),
-            evaluate=lambda: {},
-            metric="accuracy",
-        )
-        results.append((state, {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}))
+        fitted(model, data, settings, tmp_path)
+        results.append((state, trained(model)))
     (plain_state, plain), (probed_state, probed_weights) = results
     assert torch.equal(plain_state, probed_state)
     assert all(torch.equal(plain[name], probed_weights[name]) for name in plain)

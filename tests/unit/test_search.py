@@ -13,7 +13,7 @@ import pytest
 from hydra._internal.utils import get_args_parser
 
 from peftbench.compose import compose_points
-from peftbench.config import Init, Run, Search, Variation, conf_dir
+from peftbench.config import LOSS, Init, Run, Search, Variation, conf_dir
 from peftbench.errors import UserError
 from peftbench.results.choice import best, known, sentence, settled
 from peftbench.results.command import main
@@ -110,11 +110,11 @@ def test_a_search_does_not_change_what_a_run_without_one_is_called() -> None:
     ("values", "metric", "index"),
     [
         ([1.0, 3.0, 2.0], "accuracy", 1),
-        ([1.0, 3.0, 2.0], "loss", 0),
+        ([1.0, 3.0, 2.0], LOSS, 0),
         ([2.0, 2.0, 1.0], "accuracy", 0),  # the first of equal ones
-        ([2.0, 1.0, 1.0], "loss", 1),
+        ([2.0, 1.0, 1.0], LOSS, 1),
         ([math.nan, 1.0, None], "accuracy", 1),
-        ([math.nan, 1.0, None], "loss", 1),
+        ([math.nan, 1.0, None], LOSS, 1),
         ([math.inf, -5.0], "accuracy", 1),
         ([None, math.nan], "accuracy", None),
         ([None, 0.0], "accuracy", 1),

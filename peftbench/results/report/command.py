@@ -27,13 +27,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--predictions", metavar="N", type=int, default=SAMPLES, help="samples of each run; default: %(default)s"
     )
+    parser.add_argument("--paper", action="store_true", help="as for peftbench results")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.predictions < 0:
         raise UserError(f"--predictions {arguments.predictions}: it must be a whole number, or 0 for none.")
     if arguments.out.is_dir():
         raise UserError(f"--out {arguments.out} is a folder; give the name of a file, such as report.html.")
 
-    text = page(content(read(arguments.words), arguments.words, arguments.predictions))
+    text = page(content(read(arguments.words), arguments.words, arguments.predictions, arguments.paper))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(arguments.out) as file:
         file.write(text)

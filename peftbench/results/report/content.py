@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 from peftbench import __version__
-from peftbench.results.columns import COSTS, FIELDS, columns, field, text
+from peftbench.results.columns import COSTS, FIELDS, PAPER, columns, field, text
 from peftbench.results.compare import settings_of
 from peftbench.results.plot import COLOURS, NAMES, logged
 from peftbench.results.record import Axes, Record, differing
@@ -24,12 +24,14 @@ POINTS = 100  # of a curve at most
 # A column is shown at first, in this order, if it tells runs apart; the first ones always.
 ALWAYS = ("method", "score", "stored", "percent")
 SHOWN = (
-    *("method", "score", "delta", "seed", "task", "model", "axes", "bottleneck", "stored", "percent", "trained"),
-    *("tokens_per_s", "memory", "time", "learning_rate", "status", "error", "debug"),
+    *("method", "score", "delta", "paper", "paper_of", "difference", "seed", "task", "model", "axes", "bottleneck"),
+    *("stored", "percent", "trained", "tokens_per_s", "memory", "time", "learning_rate", "status", "error", "debug"),
 )
 HEADERS = {
     "axes": "four axes",
     "delta": "Δ full",
+    "paper_of": "printed for",
+    "difference": "Δ paper",
     "percent": "% stored",
     "memory": "peak GiB",
     "tokens_per_s": "tokens/s",
@@ -37,25 +39,30 @@ HEADERS = {
 FORMS = {
     **dict.fromkeys(("trained", "stored", "backbone", "examples", "train_examples", "steps", "tokens_per_s"), "count"),
     "score": "score",
+    "paper": "score",
     "percent": "score",
     "memory": "score",
     "time": "duration",
     "delta": "signed",
+    "difference": "signed",
 }
 
 
-def content(records: Sequence[Record], words: Sequence[str] = (), samples: int = SAMPLES) -> dict[str, Any]:
+def content(
+    records: Sequence[Record], words: Sequence[str] = (), samples: int = SAMPLES, paper: bool = False
+) -> dict[str, Any]:
     """All that the page shows of the runs, best first; those that may be compared are one group.
 
     Args:
         words: what was typed to choose the runs.
         samples: how many predictions of each run.
+        paper: show the paper's scores also beside runs with another backbone or less data.
     """
     groups = sorted((sorted(table, key=rank) for table in tables(single(records))), key=len, reverse=True)
     rows = [(index, row) for index, table in enumerate(groups) for row in table]
     points = _points(rows)
     keys, values, settings = _settings([row.first for _, row in rows])
-    shown = _columns(groups)
+    shown = _columns(groups, paper)
     return {
         "made": f"peftbench {__version__}, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
         "words": " ".join(words),
@@ -91,18 +98,19 @@ def _points(rows: Sequence[tuple[int, Row]]) -> list[int]:
     return [known.setdefault((group, point(row.first)), len(known)) for group, row in rows]
 
 
-def _columns(groups: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
+def _columns(groups: Sequence[Sequence[Row]], paper: bool) -> list[dict[str, Any]]:
     """What `peftbench results` knows of each run, with the cells in the order of the rows."""
     records = [row.first for table in groups for row in table]
     measured = dict.fromkeys(name for r in records if "report" in r.scores for name in r.scores["report"].metrics)
     measured |= dict.fromkeys(name for r in records for name in r.baselines)
     found = {key: [field(key, records)(record) for record in records] for key in [*FIELDS, *measured]}
-    found["axes"], found["delta"] = [], []
+    beside: dict[str, list[Any]] = {key: [] for key in ("axes", "paper_of", "delta", *PAPER)}
     for table in groups:
-        known = {column.key: column for column in columns(table)}
-        delta = known["delta"].value if "delta" in known else None
-        found["axes"] += [known["axes"].cell(row) for row in table]
-        found["delta"] += [delta(row) if delta else None for row in table]
+        known = {column.key: column for column in columns(table, paper=paper)}
+        for key, cells in beside.items():
+            column = known.get(key)
+            cells += [None if column is None else (column.value or column.cell)(row) for row in table]
+    found |= beside
 
     made = []
     for key in dict.fromkeys([*SHOWN, *found]):
@@ -120,13 +128,20 @@ def _columns(groups: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
                 "header": HEADERS.get(key, key.replace("_", " ")),
                 "name": NAMES.get(key, HEADERS.get(key, key.replace("_", " "))),
                 "form": form,
-                "better": "lower" if key in COSTS else "higher" if form == "score" or key == "tokens_per_s" else None,
+                "better": _better(key, form),
                 "shown": key in ALWAYS or (key in SHOWN and apart),
                 "same": None if apart else cells[0],
                 "cells": [None if cell is None else str(cell) for cell in cells] if words else cells,
             }
         )
     return made
+
+
+def _better(key: str, form: str) -> str | None:
+    """Which end of a column is marked as the best. What the paper printed is no score of ours."""
+    if key in COSTS:
+        return "lower"
+    return "higher" if key == "tokens_per_s" or (form == "score" and key != "paper") else None
 
 
 def _cell(value: Any) -> Any:

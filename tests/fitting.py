@@ -1,0 +1,81 @@
+"""A training of a tiny model by `fit`, on a few rows, as several tests have it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from peftbench.checkpoint import Checkpoints
+from peftbench.config import LOSS, Device, Schedule, Trainer
+from peftbench.fit import Fitted, fit
+from tests.families import WRITING, batch, build
+
+EXAMPLES = 8
+EPSILON = 10.0  # so large that a step of AdamW, g / (|g| + EPSILON), shows the gradient's scale
+
+
+class Rows:
+    """What `fit` takes of a task: rows that are padded already, to train and to select on."""
+
+    def __init__(self, rows: dict[str, Tensor], lengths: Sequence[int]) -> None:
+        self.rows, self.lengths = rows, list(lengths)
+        self.train = self.selection = Dataset.from_dict({name: column.tolist() for name, column in rows.items()})
+
+    def collator(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {name: torch.tensor([example[name] for example in examples]) for name in examples[0]}
+
+
+class Targets(Rows):
+    """Eight rows, with 1 to 5 target tokens to predict where there are any; only the first `with_targets` of them."""
+
+    def __init__(self, family: str, with_targets: int = EXAMPLES) -> None:
+        lengths = (9, 8, 7, 6, 5, 4, 4, 4)
+        rows = batch(family, lengths)
+        if rows["labels"].dim() > 1:
+            for row in range(EXAMPLES):
+                rows["labels"][row, 1 + row % 5 :] = -100
+                rows["labels"][row, 1] = 7  # which a decoder alone predicts from the first
+            rows["labels"][with_targets:] = -100
+        if family in WRITING:
+            rows["decoder_input_ids"] = build(family).prepare_decoder_input_ids_from_labels(labels=rows["labels"])
+        super().__init__(rows, lengths)
+
+
+def one_step(**settings: Any) -> Trainer:
+    """Settings of a step of the plain gradient, or nearly so, on all of `Targets`; others by name."""
+    return Trainer(
+        **{
+            "learning_rate": 1.0,
+            "max_steps": 1,
+            "batch_size": EXAMPLES,
+            "schedule": Schedule.constant,
+            "warmup": 0.0,
+            "max_grad_norm": 1e9,
+            "epsilon": EPSILON,
+            "device": Device.cpu,
+            **settings,
+        }
+    )
+
+
+def fitted(model: PreTrainedModel, data: Rows, settings: Trainer, folder: Path, **more: Any) -> Fitted:
+    """`fit` without checkpoints and scores, but for what of its arguments is given."""
+    usual = {
+        "seed": 1,
+        "bf16": False,
+        "checkpoints": Checkpoints(folder, minutes=60, stamp=""),
+        "evaluate": dict,
+        "metric": LOSS,
+    }
+    return fit(model, data, settings, **{**usual, **more})  # type: ignore[arg-type]  # what of a TaskData fit reads
+
+
+def trained(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A copy of the tensors that are trained."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

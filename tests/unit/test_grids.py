@@ -1,0 +1,134 @@
+"""Several grids are one sweep: `peftbench train -m method=full and method=lora,prefix budget=3%`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra._internal.utils import get_args_parser
+
+import peftbench.hydra_app
+from peftbench.cli import main
+from peftbench.compose import _grids, compose_points
+from peftbench.config import Run
+from peftbench.errors import UserError
+from peftbench.results.record import distinctive
+from peftbench.search import check
+from peftbench.workers import Ended
+from tests.integration.test_cli import records, sentiment, smoke
+
+__all__ = ["sentiment", "smoke"]  # fixtures
+
+
+def test_each_grid_is_the_first_one_with_other_words() -> None:
+    words = ["-m", "seed=1,2", "method=full", "and", "method=lora", "budget=3%"]
+    found = compose_points(get_args_parser().parse_args(words))
+    assert [overrides for overrides, _ in found] == [
+        ["seed=1", "method=full"],
+        ["seed=2", "method=full"],
+        ["seed=1", "method=lora", "budget=3%"],
+        ["seed=2", "method=lora", "budget=3%"],
+    ]
+    runs = [(run.seed, run.method, run.budget) for _, run in found]
+    assert runs == [(1, "full", None), (2, "full", None), (1, "lora", "3%"), (2, "lora", "3%")]
+
+
+def test_a_word_takes_the_place_of_that_of_the_same_key() -> None:
+    words = ["seed=1,2", "+task.data_files.train=a", "bottleneck=4", "and", "task.data_files.train=b", "seed=3"]
+    grids = _grids(words)
+    assert grids == [words[:3], ["bottleneck=4", *words[4:]]]
+    assert _grids(["seed=1", "and", "seed=2", "and", "method=full"]) == [
+        ["seed=1"],
+        ["seed=2"],
+        ["seed=1", "method=full"],
+    ]
+    assert _grids([]) == [[]]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["method=full", "and", "method=lora"], "and joins grids to a sweep; add -m to run it."),
+        (
+            ["-m", "method=full", "and"],
+            "and stands between two grids, as in -m method=full and method=lora,mam budget=1%.",
+        ),
+        (["-m", "and", "method=full"], "and stands between two grids"),
+        (["-m", "method=full", "and", "and", "method=lora"], "and stands between two grids"),
+        (["-m", "method=full", "and", "method=lroa"], "method=lroa is unknown; did you mean lora?"),
+        (["-m", "seed=1", "and", "seed=2", "hydra/sweeper=basic"], "hydra/sweeper= takes one grid and not several"),
+    ],
+)
+def test_what_is_refused(
+    words: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *words]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_all_grids_are_trained_as_one_sweep(
+    smoke: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One run after the other, with one plan and one table; whoever trains them."""
+    trained: list[tuple[str, str | None]] = []
+
+    def attempt(run: Run, overrides: Sequence[str], *_: Any) -> Ended:
+        trained.append((run.method, run.budget))
+        return Ended()
+
+    monkeypatch.setattr(peftbench.hydra_app, "attempt", attempt)
+    assert main(["train", "-m", *smoke, "method=full", "and", "method=prefix,lora", "budget=3%"]) == 1
+    assert trained == [("full", None), ("prefix", "3%"), ("lora", "3%")]
+    assert "0 of 3 runs are done. 3 unfinished" in capsys.readouterr().out
+    assert len(list((tmp_path / "outputs").rglob("*.sweep.json"))) == 1
+
+
+def test_each_grid_may_have_a_value_of_its_own_around_which_is_searched() -> None:
+    """That is no sweep over what the search chooses, which stays refused."""
+    rates = ["trainer.learning_rate=1e-4", "and", "method=lora", "trainer.learning_rate=1e-3"]
+    points = compose_points(get_args_parser().parse_args(["-m", "search=lr3", "method=full", *rates]))
+    check(points)
+    assert [run.trainer.learning_rate for _, run in points] == [1e-4, 1e-3]
+    rates[-1] += ",1e-2"
+    points = compose_points(get_args_parser().parse_args(["-m", "search=lr3", "method=full", *rates]))
+    with pytest.raises(UserError, match=r"trainer\.learning_rate is swept and is what search=lr3 chooses"):
+        check(points)
+
+
+@pytest.mark.parametrize(
+    ("words", "keys"),
+    [
+        (["task=rte task.data_dir=a seed=1", "task=mnli task.data_dir=null task.train_file=b seed=2"],
+         ["task", "seed"]),
+        (["task=rte task.data_dir=a", "task=rte task.data_dir=b"], ["task.data_dir"]),
+        (["task=rte task.data_dir=a", "task=mnli task.data_dir=b", "task=mnli task.data_dir=c"],
+         ["task", "task.data_dir"]),
+        (["search.trial=0 method=lora", "search.trial=1 method=mam"], ["search.trial", "method"]),
+        (["method=full", "method=mam budget=6%"], ["method", "budget"]),
+        (["seed=1"], []),
+    ],
+)  # fmt: skip
+def test_what_goes_with_the_task_tells_no_runs_apart(words: list[str], keys: list[str]) -> None:
+    """The columns of `peftbench status`: paths that each task has one of would fill it."""
+    assert distinctive([dict(word.split("=") for word in line.split()) for line in words]) == keys
+
+
+@pytest.mark.slow
+def test_grids_side_by_side_with_a_search(smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each run has its own size, and each method its own trials."""
+    words = [*smoke, "jobs=2", "search=lr3", "method=head", "and", "method=lora", "budget=1%"]
+    assert main(["train", "-m", *words]) == 0
+    assert "2 of 2 runs are done" in capsys.readouterr().out
+    found = records(tmp_path / "outputs")
+    assert sorted((record["method"], record["budget"]) for record in found) == 3 * [("head", None)] + 3 * [
+        ("lora", "1%")
+    ]
