@@ -7,9 +7,9 @@ from collections.abc import Callable
 from transformers import GenerationConfig, PreTrainedModel
 
 from peftbench.config import LOSS, Run, TaskKind
-from peftbench.partial import Partial
 from peftbench.precision import use_autocast
-from peftbench.predict import mean_loss, predict
+from peftbench.prediction.partial import Partial
+from peftbench.prediction.predict import mean_loss, predict
 from peftbench.tasks.base import TaskData
 
 

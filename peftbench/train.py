@@ -22,11 +22,9 @@ from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
 from peftbench.backbone import Backbone, load_backbone
-from peftbench.checkpoint import Checkpoints
 from peftbench.config import LOSS, Keep, Run, TaskKind, Unfreeze, modifications
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
-from peftbench.fit import Fitted, fit, total_steps
 from peftbench.modification.attach import attach, attach_run
 from peftbench.modification.counting import count
 from peftbench.modification.dead_parameters import count_dead
@@ -34,7 +32,6 @@ from peftbench.modification.state import fold, save, trained_tensors
 from peftbench.modification.state import load as load_adapter
 from peftbench.params.solve import solve
 from peftbench.precision import chosen_device, use_autocast, with_dtype
-from peftbench.probe import no_gradient, unreached
 from peftbench.progress import Display
 from peftbench.results.choice import settled
 from peftbench.results.columns import typed
@@ -61,6 +58,9 @@ from peftbench.tasks.base import TaskData
 from peftbench.tasks.docstrings import versions
 from peftbench.tasks.load import load
 from peftbench.tasks.prepare import prepare
+from peftbench.training.checkpoint import Checkpoints
+from peftbench.training.fit import Fitted, fit, total_steps
+from peftbench.training.probe import no_gradient, unreached
 from peftbench.validity import faults
 
 

@@ -5,11 +5,12 @@
     python scripts/benchmark_generation.py --shape tiny --device cpu      whether it runs at all
     python scripts/benchmark_generation.py --profile mam                  what one variant spends its time on
 
-All variants generate in one process, in turns, from the same sources, by `peftbench.predict` as runs do (bfloat16
-autocast, beams). The first rows are transformers' own `generate` of the untouched backbone, under autocast and in
-bfloat16 whole. Weights are random, trained tensors too (none is zero), and every text has the same number of tokens, so
-that all do the same work. What is timed is one pass over the sources; folding, merging and rounding the weights, once
-for all batches of a data set, stand in a column of their own. A variant that fails is reported, and the others go on.
+All variants generate in one process, in turns, from the same sources, by `peftbench.prediction.predict` as runs do
+(bfloat16 autocast, beams). The first rows are transformers' own `generate` of the untouched backbone, under autocast
+and in bfloat16 whole. Weights are random, trained tensors too (none is zero), and every text has the same number of
+tokens, so that all do the same work. What is timed is one pass over the sources; folding, merging and rounding the
+weights, once for all batches of a data set, stand in a column of their own. A variant that fails is reported, and the
+others go on.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from peftbench.compose import compose_runs
 from peftbench.modification import inference
 from peftbench.modification.attach import attach
 from peftbench.modification.state import fold
-from peftbench.predict import autocast, predict
+from peftbench.prediction.predict import autocast, predict
 
 SHAPES: dict[str, dict[str, Any]] = {
     "bart_large": {},  # transformers' defaults are BART-large's

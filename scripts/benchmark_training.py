@@ -1,8 +1,8 @@
 """Training steps of peftbench beside peft, full fine-tuning and a bare frozen backbone: seconds and memory.
 
 Every variant trains on the same random examples in one process, in turn, for several rounds; random weights, no hub.
-Ours go through `peftbench.fit.fit`, the others through transformers' Trainer as their users run it. A variant that
-fails is reported with its error, and the others go on.
+Ours go through `peftbench.training.fit.fit`, the others through transformers' Trainer as their users run it. A variant
+that fails is reported with its error, and the others go on.
 
     python scripts/benchmark_training.py --shape bart_large --out training.json
     python scripts/benchmark_training.py --shape roberta_base --only "mam,lora,peft"
@@ -44,13 +44,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from peftbench.batching import padded_to
-from peftbench.checkpoint import Checkpoints
 from peftbench.compose import compose_runs
 from peftbench.config import Batching, Compile, Device, DType, Keep, Precision, Run, Unfreeze, modifications
-from peftbench.fit import fit
 from peftbench.modification.attach import attach
-from peftbench.pace import Pace
+from peftbench.training.batching import padded_to
+from peftbench.training.checkpoint import Checkpoints
+from peftbench.training.fit import fit
+from peftbench.training.pace import Pace
 
 WARM_UP = 3  # steps at the start of each round that are not counted
 RUN = 2000  # steps of the run that each round begins and then stops: it logs as seldom as a real one
@@ -247,7 +247,7 @@ class Bench:
     def fit(
         self, model: PreTrainedModel, run: Run, steps: int, changes: dict[str, Any]
     ) -> tuple[list[float], list[float]]:
-        """`peftbench.fit.fit` for so many steps with all fast paths but for `changes`."""
+        """`peftbench.training.fit.fit` for so many steps with all fast paths but for `changes`."""
         fast = {"compile": Compile.layers, "padding_free": True, "fused_loss": True}
         settings = replace(
             run.trainer,

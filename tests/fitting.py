@@ -11,9 +11,9 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from peftbench.checkpoint import Checkpoints
 from peftbench.config import LOSS, Device, Schedule, Trainer
-from peftbench.fit import Fitted, fit
+from peftbench.training.checkpoint import Checkpoints
+from peftbench.training.fit import Fitted, fit
 from tests.families import WRITING, batch, build
 
 EXAMPLES = 8

@@ -19,8 +19,8 @@ from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
 from peftbench.modification.attach import attach_run
 from peftbench.modification.state import load as load_adapter
-from peftbench.partial import Partial
 from peftbench.precision import chosen_device, with_dtype
+from peftbench.prediction.partial import Partial
 from peftbench.progress import Display
 from peftbench.results.identity import content_stamp
 from peftbench.results.record import Record, write_lines

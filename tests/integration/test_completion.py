@@ -16,7 +16,7 @@ from peftbench.cli import main
 from peftbench.config import Generation, Run, Task, TaskKind, Trainer
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
-from peftbench.predict import mean_loss, predict
+from peftbench.prediction.predict import mean_loss, predict
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.load import load
 from peftbench.tasks.prepare import prepare

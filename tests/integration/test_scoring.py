@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from peftbench import predict as predict_module
 from peftbench.cli import main
+from peftbench.prediction import predict as predict_module
 from peftbench.tasks.metrics import compute_metrics
 
 SMOKE = ("model=mini", "debug=smoke", "trainer.max_steps=3", "method=mam")

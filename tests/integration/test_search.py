@@ -12,8 +12,8 @@ import torch
 import peftbench.train
 from peftbench.cli import main
 from peftbench.evaluate import Evaluator
-from peftbench.fit import Fitted
 from peftbench.modification.state import trained_tensors
+from peftbench.training.fit import Fitted
 from tests.integration.test_cli import SUBPROCESS, records, sentiment, smoke
 from tests.integration.test_sweep import SHORT, killed_until_done, outcome, replaced, trained
 

@@ -128,7 +128,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(stage: str, smoke: list[str], 
     assert main(["train", *replaced(arguments, tmp_path / "whole")]) == 0
     code = (
         "import sys, os, signal\n"
-        "from peftbench.checkpoint import SaveByTime\n"
+        "from peftbench.training.checkpoint import SaveByTime\n"
         "def on_save(self, args, state, control, **kwargs):\n"
         f"    if state.global_step == 7 and {stage!r} in args.output_dir: os.kill(os.getpid(), signal.SIGKILL)\n"
         "SaveByTime.on_save = on_save\n"

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from peftbench.arithmetic import operations
 from peftbench.modification.attach import attach
+from peftbench.training.arithmetic import operations
 from tests.families import PRESETS, build, dropout
 
 

@@ -12,13 +12,13 @@ from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import LabelSmoother
 
-from peftbench.compiled import CompiledLayers
 from peftbench.config import LOSS, Compile, Keep
 from peftbench.modification.attach import attach
 from peftbench.modification.functional_form import Bottleneck
-from peftbench.predict import mean_loss
+from peftbench.prediction.predict import mean_loss
 from peftbench.sites import configs_of, find_sites
-from peftbench.token_loss import IGNORED, cross_entropy, hidden_states, logits_bias, output_layer
+from peftbench.training.compiled import CompiledLayers
+from peftbench.training.token_loss import IGNORED, cross_entropy, hidden_states, logits_bias, output_layer
 from tests.families import CONTINUING, PRESETS, WRITING, batch, build, dropout, long_tail, shake
 from tests.fitting import Targets, fitted, one_step
 

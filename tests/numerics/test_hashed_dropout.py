@@ -13,9 +13,9 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
-from peftbench.compiled import CompiledLayers
-from peftbench.hashed_dropout import dropout, with_hashed_dropout
 from peftbench.modification.attach import attach
+from peftbench.training.compiled import CompiledLayers
+from peftbench.training.hashed_dropout import dropout, with_hashed_dropout
 from tests.families import PRESETS, batch, build
 from tests.families import dropout as rates
 

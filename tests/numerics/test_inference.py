@@ -15,7 +15,7 @@ from peftbench.modification.attach import attach
 from peftbench.modification.edit import Edit
 from peftbench.modification.inference import prepared
 from peftbench.modification.state import fold
-from peftbench.predict import predict
+from peftbench.prediction.predict import predict
 from peftbench.sites import find_sites
 from tests.families import CONTINUING, FAMILIES, MORE_FAMILIES, PRESETS, batch, build, inputs, shake
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from peftbench.batching import TokenBatches
+from peftbench.training.batching import TokenBatches
 
 LENGTHS = random.Random(0).choices(range(3, 60), k=500)
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from peftbench.checkpoint import Checkpoints, SaveByTime
 from peftbench.config import LOSS, Device, Keep, Trainer
-from peftbench.fit import batches_per_epoch
 from peftbench.modification.attach import attach
+from peftbench.training.checkpoint import Checkpoints, SaveByTime
+from peftbench.training.fit import batches_per_epoch
 from tests.families import PRESETS, batch, build
 from tests.fitting import Rows, fitted, trained
 

@@ -16,7 +16,7 @@ from peftbench import config
 from peftbench.errors import UserError
 from peftbench.modification.attach import attach
 from peftbench.modification.edit import Edit
-from peftbench.probe import no_gradient, unreached
+from peftbench.training.probe import no_gradient, unreached
 from tests.families import DECODERS, FAMILIES, MORE_FAMILIES, PRESETS, batch, build, long_tail, modification
 from tests.fitting import Rows, fitted, trained
 

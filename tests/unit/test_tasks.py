@@ -33,17 +33,17 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from peftbench.checkpoint import Checkpoints
 from peftbench.compose import compose_runs
 from peftbench.config import Device, Keep, Run, Task, TaskKind, Trainer, conf_dir
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
-from peftbench.fit import batches_per_epoch, fit
-from peftbench.predict import mean_loss, predict
+from peftbench.prediction.predict import mean_loss, predict
 from peftbench.tasks.files import read_file
 from peftbench.tasks.load import load
 from peftbench.tasks.prepare import KINDS, prepare
 from peftbench.tasks.tokens import Encoder, positions
+from peftbench.training.checkpoint import Checkpoints
+from peftbench.training.fit import batches_per_epoch, fit
 
 TEXTS = ["the film is good", "a bad film </s> <mask>", "good [SEP] bad", "", "good good good good good good good good"]
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]

@@ -29,19 +29,19 @@ from transformers import (
 )
 
 from peftbench import config
-from peftbench.arithmetic import operations
-from peftbench.batching import LengthBatches, TokenBatches, padded_to
-from peftbench.checkpoint import Checkpoint, Checkpoints, Resumable, SaveByTime
-from peftbench.compiled import CompiledLayers
-from peftbench.micro_batch import AUTO, MicroBatched, MicroBatches
 from peftbench.modification.state import trained_tensors, write_tensors
-from peftbench.pace import Pace
-from peftbench.padding_free import PaddingFree, with_lengths
 from peftbench.precision import chosen_device
 from peftbench.progress import Stage
 from peftbench.sites import configs_of
 from peftbench.tasks.base import TaskData
-from peftbench.token_loss import TokenLoss, output_layer
+from peftbench.training.arithmetic import operations
+from peftbench.training.batching import LengthBatches, TokenBatches, padded_to
+from peftbench.training.checkpoint import Checkpoint, Checkpoints, Resumable, SaveByTime
+from peftbench.training.compiled import CompiledLayers
+from peftbench.training.micro_batch import AUTO, MicroBatched, MicroBatches
+from peftbench.training.pace import Pace
+from peftbench.training.padding_free import PaddingFree, with_lengths
+from peftbench.training.token_loss import TokenLoss, output_layer
 
 
 @dataclass(frozen=True)

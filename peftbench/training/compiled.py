@@ -20,8 +20,8 @@ from torch._inductor.compile_fx import compile_fx
 from torch.fx.experimental import _config as shapes
 from transformers import PreTrainedModel
 
-from peftbench.hashed_dropout import with_hashed_dropout
 from peftbench.sites import find_sites
+from peftbench.training.hashed_dropout import with_hashed_dropout
 
 VARIANTS = 64  # of a layer's code: stacks x with or without a gradient at the input x shapes that are no free ones
 

@@ -17,9 +17,9 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor, PreTrainedModel
 
-from peftbench.beams import shared_sources
 from peftbench.modification.inference import prepared
-from peftbench.partial import Partial
+from peftbench.prediction.beams import shared_sources
+from peftbench.prediction.partial import Partial
 
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 PADDING = -100  # what fills the end of shorter predictions

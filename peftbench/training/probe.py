@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from peftbench.errors import UserError
-from peftbench.predict import autocast
+from peftbench.prediction.predict import autocast
 
 NAMED = 6  # in the error; the record has them all
 

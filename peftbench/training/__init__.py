@@ -1,0 +1,1 @@
+"""Fine-tuning: `fit` around transformers' Trainer, and what makes its steps quicker or smaller."""
