@@ -62,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"peftbench {__version__}")
         return 0
     if arguments[0] in ("-sc", "--shell-completion"):  # Hydra's tab completion calls the program without a subcommand
-        os.environ["COMP_LINE"] = os.environ.get("COMP_LINE", "").replace("peftbench train", "peftbench", 1)
-        return _train(arguments)
+        return _complete(arguments)
     command = COMMANDS.get(arguments[0])
     try:
         if command is None:
@@ -77,6 +76,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _complete(argv: list[str]) -> int:
+    """The subcommands, or behind one that takes them the keys and values of `peftbench train`."""
+    program, _, rest = os.environ.get("COMP_LINE", "").partition(" ")
+    typed, space, overrides = rest.partition(" ")
+    if any(word.startswith("query") for word in argv) and not space:
+        print(" ".join(name for name in COMMANDS if name.startswith(typed)))
+        return 0
+    if typed in ("train", "reproduce", "params", "evaluate", "explain"):
+        os.environ["COMP_LINE"] = f"{program} {overrides}"
+    elif typed:
+        return 0
+    return _train(argv)
 
 
 def print_faults(faults: Iterable[str]) -> None:
