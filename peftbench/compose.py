@@ -36,7 +36,7 @@ from omegaconf.errors import (
 )
 
 from peftbench.config import Run, conf_dir, resolve
-from peftbench.errors import UserError, unknown
+from peftbench.errors import UserError, meant, unknown
 from peftbench.validity import faults
 
 CONFIG_NAME = "train"
@@ -59,10 +59,7 @@ def compose_points(args: Namespace) -> list[tuple[list[str], Run]]:
     overrides = list(args.overrides)
     with _hydra(args.config_dir):
         loader = GlobalHydra.instance().config_loader()
-        try:
-            parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
-        except HydraException as error:
-            raise UserError(_one_line(error)) from error
+        parsed = _parsed(overrides, loader)
         found: list[str] = []
         runs: list[tuple[list[str], Run]] = []
         params = _sweep_of_experiment(parsed)
@@ -78,6 +75,26 @@ def compose_points(args: Namespace) -> list[tuple[list[str], Run]]:
         if found:
             raise UserError(*found)
         return runs
+
+
+def _parsed(overrides: list[str], loader: ConfigLoader) -> list[Override]:
+    """Raises UserError with a sentence for each word that is no override."""
+    parser, found, parsed = OverridesParser.create(config_loader=loader), [], []
+    for line in overrides:
+        try:
+            parsed.extend(parser.parse_overrides([line]))
+        except HydraException:
+            key = line.partition("=")[0]
+            if key and "=" in line:
+                found.append(
+                    f"{line} cannot be read; where the value has commas, quotes, brackets, braces or = of its own, put "
+                    f"it in both kinds of quotes, '{key}=\"...\"'."
+                )
+            else:
+                found.append(f"{line} is no KEY=VALUE, such as method=lora; leave no spaces around the =.")
+    if found:
+        raise UserError(*found)
+    return parsed
 
 
 @contextmanager
@@ -139,6 +156,9 @@ def _compose_one(overrides: list[str], loader: ConfigLoader) -> Run:
             found.append(f"{line} names several values; add -m to run each of them.{meant}")
             continue
         options = _all_options(loader, override.key_or_group)
+        if options and override.is_add() and override.package is None and (conf_dir() / override.key_or_group).is_dir():
+            found.append(f"{line}: {override.key_or_group} has its place in the config; leave out the +.")
+            continue
         if options and not override.is_delete():
             wrong = [unknown(_group_key(override), o, options) for o in _options(override) if o not in options]
             found.extend(wrong)
@@ -218,13 +238,24 @@ def _unknown_key(cfg: DictConfig, key: str, value: object) -> str:
             return f"{key}={value}: {'.'.join(parts[:depth])} is a single value and has no keys below it."
         if parts[depth] not in parent:
             choices = sorted(str(name) for name in parent if depth or name not in ("sizes", "size"))
+            if parts[0] == "mix" and depth == 1 and not choices:
+                return f"{key}={value}: there is no {parts[1]} in the mixture; add one, such as mix=[prefix]."
             at = f" (in {'.'.join(parts[:depth])})" if depth else ""
-            # "key=x is unknown" reads as if the value were wrong, so the sentence is turned around
-            return f"{key} is no key of the config{at}; " + unknown("", parts[depth], choices).split("; ", 1)[1]
+            return f"{key} is no key of the config{at}{_one_level_below(cfg, key) or meant(parts[depth], choices)}"
     return f"{key}={value} does not fit the config."
 
 
+def _one_level_below(cfg: DictConfig, key: str) -> str | None:
+    """How the sentence ends where `key` is one of the trainer, the task or the model, typed without that name."""
+    for group in ("trainer", "task", "model"):
+        if key.partition(".")[0] in cfg[group]:
+            return f"; did you mean {group}.{key}?"
+    return None
+
+
 def _bad_value(cfg: DictConfig, key: str, value: object, error: OmegaConfBaseException) -> str:
+    if OmegaConf.is_list(OmegaConf.select(cfg, key)) and isinstance(value, (str, int, float)):
+        return f"{key}={value}: a list is expected, as in {key}=[{value}]."
     kind = _type_of(cfg, key)
     if kind is not None and issubclass(kind, Enum):
         return unknown(key, value, kind.__members__)

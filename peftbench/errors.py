@@ -22,9 +22,14 @@ def unknown(what: str, value: object, choices: Iterable[object]) -> str:
     """The sentence for a `value` that is none of `choices`: the closest match first, then all of them.
 
     >>> unknown("method", "lroa", ["lora", "mam"])
-    "method=lroa is unknown; did you mean lora? Choices: lora, mam."
+    'method=lroa is unknown; did you mean lora? Choices: lora, mam.'
     """
+    return f"{what}={value} is unknown{meant(value, choices)}"
+
+
+def meant(value: object, choices: Iterable[object]) -> str:
+    """How a sentence ends that says of `value` that it is none of `choices`."""
     names = [str(choice) for choice in choices]
     close = get_close_matches(str(value), names, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return f"{what}={value} is unknown; {hint}Choices: {', '.join(names)}."
+    hint = f"; did you mean {close[0]}?" if close else "."
+    return f"{hint} Choices: {', '.join(names)}." if names else hint

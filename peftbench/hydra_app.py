@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -36,9 +37,12 @@ put_off: list[tuple[Run, list[str]]] = []  # runs of this sweep that another pro
 
 def run(argv: list[str]) -> int:
     """Check the whole command line, run its jobs, and close a sweep with the table of its runs."""
-    args = get_args_parser().parse_args(argv)
+    args = _arguments(argv)
+    argv = [*(word for word in argv if word not in args.overrides), *args.overrides]  # as Hydra's own parser wants them
     sys.argv = ["peftbench train", *argv]
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
+        if args.cfg:
+            compose_points(args)
         job()
         return 0
     composed = compose_points(args)
@@ -76,6 +80,20 @@ def run(argv: list[str]) -> int:
         sweep.show()
         return INTERRUPTED
     return sweep.show()
+
+
+def _arguments(argv: list[str]) -> Namespace:
+    parser = get_args_parser()
+    parser.prog = "peftbench train"
+    args, rest = parser.parse_known_intermixed_args(argv)
+    if rest:
+        raise UserError(
+            f"{rest[0]} is no option of peftbench train: -m, --config-dir FOLDER, --cfg job and --help are; keys have "
+            "no dashes, as in method=lora."
+        )
+    if args.cfg and args.multirun:
+        raise UserError("--cfg shows the config of one run; leave out -m, and name one value of each key.")
+    return args
 
 
 @contextmanager

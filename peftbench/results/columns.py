@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Literal, TypeVar
 
-from peftbench.errors import unknown
+from peftbench.errors import meant
 from peftbench.results.identity import IGNORED
 from peftbench.results.paper import Printed, printed
 from peftbench.results.record import Record, Searched, differing, flatten
@@ -126,8 +126,7 @@ def field(key: str, records: Sequence[Record]) -> Callable[[Record], Any]:
     if any(key in values for values in flat.values()):
         return lambda record: flat[id(record)].get(key)
     metrics = dict.fromkeys(name for r in records if "report" in r.scores for name in r.scores["report"].metrics)
-    # "key=x is unknown" reads as if the value were wrong, so the sentence is turned around
-    raise KeyError(f"{key} is no column; " + unknown("", key, [*FIELDS, *metrics]).split("; ", 1)[1])
+    raise KeyError(f"{key} is no column{meant(key, [*FIELDS, *metrics])}")
 
 
 def text(value: Any) -> str:

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         "trainer. or model., such as task.generation.num_beams=1 or trainer.eval_batch_size=8.",
     )
     parser.add_argument("run", type=Path, help="the folder of the run")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="what to do otherwise than the run did")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="what to do otherwise than then")
     parser.add_argument("--json", action="store_true", help="print a JSON array with one object for each split")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="write the predictions of the split there")
     arguments = parser.parse_intermixed_args(argv)

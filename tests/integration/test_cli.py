@@ -243,6 +243,19 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["bottleneck=-3"], ["bottleneck=-3: the bottleneck must be a whole number of at least 1."]),
         (["bottleneck=many"], ["bottleneck=many: a whole number is expected."]),
         (["init=brt"], ["init=brt is unknown; did you mean bert?"]),
+        (["init=xavier"], ["init=xavier is unknown. Choices: bert, lora."]),
+        (["learning_rate=1", "path=x"], ["did you mean trainer.learning_rate?", "did you mean model.path?"]),
+        (["modified_representation.stacks=decoder"], ["a list is expected, as in modified_representation.stacks=["]),
+        (["mix=[]", "mix.prefix.bottleneck=3"], ["there is no prefix in the mixture; add one, such as mix=[prefix]."]),
+        (["method", "lora"], ["method is no KEY=VALUE", "lora is no KEY=VALUE"]),
+        (["task.prompt=read: {source}"], ["cannot be read; where the value has commas"]),
+        (["+experiment=paper/table5"], ["experiment has its place in the config; leave out the +."]),
+        (["--method", "lora"], ["--method is no option of peftbench train"]),
+        (["-m", "method=lora,mam", "--cfg", "job"], ["--cfg shows the config of one run"]),
+        (["--cfg", "job", "metod=lora"], ["did you mean method?"]),
+        (["seed=-1"], ["seed=-1: it must be a whole number from 0 to 4294967295."]),
+        (["trainer.learning_rate=nan", "trainer.weight_decay=-1"], ["above 0.", "trainer.weight_decay=-1.0"]),
+        (["composition_function.scale=inf"], ["composition_function.scale=inf: it must be a finite number."]),
         (["bottlenek=3"], ["bottlenek is no key of the config; did you mean bottleneck?"]),
         (["trainer.epoch=3"], ["trainer.epoch is no key of the config (in trainer); did you mean epochs?"]),
         (["task.data_dir=/nowhere"], ["task.data_dir=/nowhere is not a folder"]),
@@ -252,7 +265,7 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["task.text_columns=[]"], ["task.text_columns=[] must name one column, or two for a pair."]),
         (["task.labels=[a,b,a]"], ["task.labels=[a,b,a] names a label twice."]),
         (["task.metric=f1"], ["task.metric=f1 is that of the second of two labels"]),
-        (["task.metric=bleu"], ["task.metric=bleu is unknown; Choices: accuracy, f1, macro_f1, matthews."]),
+        (["task.metric=bleu"], ["task.metric=bleu is unknown. Choices: accuracy, f1, macro_f1, matthews."]),
         (
             ["task=sst2", f"task.validation_file={__file__}", f"task.test_file={__file__}"],
             ["task=sst2 selects and reports on its validation split"],
@@ -424,11 +437,19 @@ def test_hydras_own_flags_work(arguments: list[str]) -> None:
     assert "functional_form" in done.stdout
 
 
-def test_tab_completion_knows_groups_and_choices() -> None:
-    line = "peftbench train method=ma"
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("peftbench train method=ma", ["method=mam"]),
+        ("peftbench params -m insertion_form=s", ["insertion_form=sequential"]),
+        ("peftbench re", ["results", "report", "reproduce", "rescore"]),
+        ("peftbench results me", []),
+    ],
+)
+def test_tab_completion_knows_subcommands_groups_and_choices(line: str, words: list[str]) -> None:
     environment = {**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line))}
     done = subprocess.run([*SUBPROCESS, "-sc", "query=bash"], capture_output=True, text=True, env=environment)
-    assert done.stdout.split() == ["method=mam"]
+    assert done.stdout.split() == words
 
 
 def test_ctrl_c_leaves_an_interrupted_record(smoke: list[str], tmp_path: Path) -> None:

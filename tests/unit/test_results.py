@@ -336,7 +336,7 @@ def test_a_wide_pivot_goes_on_below(outputs: Path, capsys: pytest.CaptureFixture
         (["--rows", "methd"], "methd is no column; did you mean method"),
         (["--rows", "method", "--show", "score"], "--show goes with a row for each run"),
         (["--mix", "split"], "--mix goes with --rows or --columns"),
-        (["status=failed", "--rows", "method"], "status=failed is unknown; Choices: done."),
+        (["status=failed", "--rows", "method"], "status=failed is unknown. Choices: done."),
     ],
 )
 def test_refusals(outputs: Path, arguments: list[str], sentence: str) -> None:
