@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 
 from peftbench import __version__
-from peftbench.errors import UserError, unknown
+from peftbench.errors import UserError, of_the_machine, unknown
 
 HELP = """\
 peftbench: which parameter-efficient fine-tuning method, where in the network, how large, for my model and task.
@@ -76,6 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if (sentence := of_the_machine(error)) is None:
+            raise
+        print_faults([sentence])
+        return 1
 
 
 def _complete(argv: list[str]) -> int:

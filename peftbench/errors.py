@@ -6,6 +6,7 @@ The command line prints them without a traceback and exits with code 2.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -16,6 +17,17 @@ class UserError(Exception):
     def __init__(self, *faults: str) -> None:
         super().__init__("\n".join(faults))
         self.faults = list(faults)
+
+
+# A full disk, and places that cannot be written to or read: what is wrong there is wrong outside of peftbench.
+OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT)
+
+
+def of_the_machine(error: OSError) -> str | None:
+    """The sentence for an error of the file system that the user can mend; None for any other."""
+    if error.errno not in OF_THE_MACHINE or error.strerror is None:
+        return None
+    return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
 
 
 def unknown(what: str, value: object, choices: Iterable[object]) -> str:

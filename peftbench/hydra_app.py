@@ -19,7 +19,7 @@ from rich.console import Console
 from peftbench.cli import print_faults
 from peftbench.compose import CONFIG_NAME, compose_points
 from peftbench.config import Run, conf_dir, resolve
-from peftbench.errors import UserError
+from peftbench.errors import UserError, of_the_machine
 from peftbench.progress import Display, is_live
 from peftbench.quick_imports import quick_imports
 from peftbench.results.columns import duration
@@ -168,6 +168,11 @@ def job(cfg: DictConfig) -> float:
     except UserError as error:
         print_faults(error.faults)
         raise SystemExit(2) from None
+    except OSError as error:
+        if (sentence := of_the_machine(error)) is None:
+            raise
+        print_faults([sentence])
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
 

@@ -51,6 +51,7 @@ from peftbench.results.record import (
     axes_of,
     find,
     finished,
+    forget_refused,
     recording,
     rewind_metrics,
     write_predictions,
@@ -79,7 +80,8 @@ def train(
 
     Args:
         overrides: what was typed, for the record.
-        keep_failed: refuse a run that failed before, unless `retry=true`.
+        keep_failed: refuse a run that failed before, unless `retry=true`, and keep the record of one that is refused
+            while it is prepared, for the tables of its sweep.
         wait: where another process is at this run, wait until it has ended.
         display: where the run is shown; by default its own.
 
@@ -107,10 +109,15 @@ def train(
                 _note(before, search, run, display)
                 return _show_again(before, display.console)
             if before.status == "failed" and before.error and keep_failed and not run.retry:
-                raise UserError(f"This run failed before with {before.error.name}; retry=true trains it again.")
+                raise UserError(f"This run failed before ({before.error.said}); retry=true trains it again.")
         if run.rerun:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        record = _run(run, folder, overrides, search, display)
+        try:
+            record = _run(run, folder, overrides, search, display)
+        except UserError:
+            if not keep_failed and (before is None or before.status == "failed"):
+                forget_refused(folder)
+            raise
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return _show(record, display.console)
 

@@ -44,8 +44,13 @@ Status = Literal["running", "done", "failed", "interrupted", "missing"]
 class Failure:
     """The exception that ended a run; its traceback stands in `error.txt`."""
 
-    name: str  # the exception's class
+    name: str  # the exception's class; refused: a UserError
     message: str
+
+    @property
+    def said(self) -> str:
+        """The failure on one line."""
+        return " ".join(f"{self.name}: {self.message}".split())
 
 
 @dataclass
@@ -215,7 +220,7 @@ class Record:
 
     def fail(self, error: BaseException) -> None:
         """The run ended by `error`, whose traceback goes to `error.txt`."""
-        self.error = Failure(type(error).__name__, str(error))
+        self.error = Failure("refused" if isinstance(error, UserError) else type(error).__name__, str(error))
         with replacing(self.folder / "error.txt") as file:
             file.writelines(traceback.format_exception(error))
         self._end("failed")
@@ -240,6 +245,14 @@ def recording(run: Run, folder: Path, overrides: Sequence[str]) -> Iterator[Reco
     except BaseException as error:
         record.fail(error)
         raise
+
+
+def forget_refused(folder: Path) -> None:
+    """No record of a run that was refused while it was prepared: else a mistyped path would be a row of every table."""
+    record = find(folder)
+    if record is not None and record.status == "failed" and "prepare_s" not in record.timings:
+        for name in (FILE, "config.yaml", "error.txt"):
+            (folder / name).unlink(missing_ok=True)
 
 
 def start(run: Run, folder: Path, overrides: Sequence[str]) -> Record:

@@ -385,7 +385,14 @@ def test_bad_files_are_named_with_their_line(
     assert exit.value.code == 2
     error = capsys.readouterr().err
     assert sentence in error and len(error.splitlines()) == 1
-    assert [record["status"] for record in records(tmp_path / "outputs")] == ["failed"]
+    assert records(tmp_path / "outputs") == []
+
+    assert main(["train", "-m", *smoke, "method=head", "seed=1,2"]) == 1
+    failed = records(tmp_path / "outputs")
+    assert [record["error"]["name"] for record in failed] == ["refused", "refused"]
+    capsys.readouterr()
+    assert main(["train", "-m", *smoke, "method=head", "seed=1,2"]) == 1
+    assert f"This run failed before (refused: {failed[0]['error']['message']})" in capsys.readouterr().err
 
 
 def test_a_model_folder_without_config_and_a_hub_id_without_network(
