@@ -387,6 +387,12 @@ def test_bad_files_are_named_with_their_line(
     assert sentence in error and len(error.splitlines()) == 1
     assert records(tmp_path / "outputs") == []
 
+
+@pytest.mark.slow
+def test_a_sweep_keeps_what_was_refused_and_says_why(
+    smoke: list[str], sentiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _missing_column(sentiment)
     assert main(["train", "-m", *smoke, "method=head", "seed=1,2"]) == 1
     failed = records(tmp_path / "outputs")
     assert [record["error"]["name"] for record in failed] == ["refused", "refused"]
