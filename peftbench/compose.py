@@ -34,6 +34,7 @@ from omegaconf.errors import (
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
+from yaml import MarkedYAMLError
 
 from peftbench.config import Run, conf_dir, resolve
 from peftbench.errors import UserError, meant, unknown
@@ -174,8 +175,9 @@ def _compose_one(overrides: list[str], loader: ConfigLoader) -> Run:
             sentence = apply(cfg, override)
             found.extend([sentence] if sentence else [])
         run = resolve(cfg)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, MarkedYAMLError) as error:
         raise UserError(*found, _plain(error)) from error
+    found.extend(_misnamed(parsed, run))
     found.extend(faults(run))
     if run.budget is not None:
         found.extend(
@@ -187,6 +189,15 @@ def _compose_one(overrides: list[str], loader: ConfigLoader) -> Run:
     if found:
         raise UserError(*found)
     return run
+
+
+def _misnamed(parsed: list[Override], run: Run) -> Iterator[str]:
+    """A copy of a preset that still has its name, by which folders and tables would know its runs."""
+    names = {"method": ("method", run.method), "task": ("name", run.task.name)}
+    given = {override.key_or_group: override.value() for override in parsed}
+    for group, (key, name) in names.items():
+        if group in given and "row" not in given and given[group] != name:
+            yield f"{group}/{given[group]}.yaml has {key}: {name}; write {key}: {given[group]}, the name of its file."
 
 
 def _is_hydras(override: Override) -> bool:
@@ -280,6 +291,15 @@ def _plain(error: Exception) -> str:
     """A message of Hydra or OmegaConf as one sentence."""
     if isinstance(error, InterpolationKeyError) and "task.paper" in str(error):
         return "trainer=paper: this task has no settings in the paper; use trainer=quick."
+    if isinstance(error, MarkedYAMLError):
+        mark = error.problem_mark
+        where = f"{mark.name.removeprefix('file://')}:{mark.line + 1}" if mark is not None else "A file"
+        return f"{where} is no YAML: {error.problem}."
+    if found := re.match(r"In '(.+)': \w+ raised while composing config:\n(?:Key '(.+)' not in)?(.*)", str(error)):
+        file, key, other = found.groups()
+        return f"{file}.yaml: {key} is no key of the config there." if key else f"{file}.yaml: {other}."
+    if "Could not override" in str(error) and "@" in str(error):
+        return f"{_one_line(error)} A file that overrides groups begins with the line # @package _global_."
     if isinstance(error, MissingMandatoryValue):
         return f"{getattr(error, 'full_key', '')} has no value; give one."
     return _one_line(error)

@@ -443,6 +443,33 @@ def test_a_users_own_folder_adds_methods(smoke: list[str], tmp_path: Path) -> No
     assert record["method"] == "tiny_lora" and record["axes"][0]["bottleneck"] == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "# @package _global_\ndefaults:\n  - lora\nbottleneck: 1\n",
+            "own.yaml has method: lora; write method: own, the",
+        ),
+        (
+            "# @package _global_\nmethod: own\nbottlneck: 1\n",
+            "method/own.yaml: bottlneck is no key of the config there.",
+        ),
+        ("# @package _global_\nbottleneck: three\n", "method/own.yaml: Value 'three' of type 'str' could not be conv"),
+        ("method: own\nbias: [\n", "own.yaml:3 is no YAML: "),
+        ("defaults:\n  - override /functional_form: relu\n", "begins with the line # @package _global_."),
+    ],
+)
+def test_what_is_wrong_in_a_users_own_file(
+    text: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "method" / "own.yaml"
+    file.parent.mkdir()
+    file.write_text(text)
+    assert main(["train", "method=own", "--config-dir", str(tmp_path), f"output_dir={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("arguments", [["--cfg", "job"], ["--info", "defaults-tree"], ["--help"]])
 def test_hydras_own_flags_work(arguments: list[str]) -> None:
     done = subprocess.run([*SUBPROCESS, "train", "method=lora", *arguments], capture_output=True, text=True)
