@@ -37,7 +37,8 @@ peftbench: which parameter-efficient fine-tuning method, where in the network, h
   peftbench merge RUN --out FOLDER         a finished run's LoRA inside the backbone's weights, as a plain checkpoint
   peftbench explain [KEY=VALUE ...] [--json]
                                            a method in the paper's terms, and where it stands in the network
-  peftbench ls [axes|GROUP]                the choices of a group; the four axes, and which combinations run
+  peftbench ls [axes|keys|GROUP]           the choices of a group; the four axes, and which combinations run; what
+                                           every key means
   peftbench train --help                   every group and its choices
   peftbench train [KEY=VALUE ...] --cfg job
                                            show the config and stop
