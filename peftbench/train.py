@@ -298,7 +298,12 @@ def _record_counts(record: Record, run: Run, model: PreTrainedModel) -> None:
 
 
 def _record_data(record: Record, data: TaskData) -> None:
-    record.data = {"fingerprint": data.fingerprint, "splits": data.splits, "notes": data.notes}
+    record.data = {
+        "fingerprint": data.fingerprint,
+        "scored_on": data.scored_on,
+        "splits": data.splits,
+        "notes": data.notes,
+    }
     if data.task.kind is TaskKind.classification:
         record.data["labels"] = data.task.labels
     if data.task.packages is not None:

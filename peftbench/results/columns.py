@@ -62,6 +62,7 @@ FIELDS: dict[str, Callable[[Record], Any]] = {
     "metric": lambda r: r.metric,
     "split": lambda r: r.scores["report"].split if "report" in r.scores else None,
     "examples": lambda r: r.scores["report"].examples if "report" in r.scores else None,
+    "data": lambda r: r.data.get("scored_on", "")[:8] or None,
     "train_examples": lambda r: r.data.get("splits", {}).get("train", {}).get("examples"),
     "backbone": lambda r: r.counts.backbone if r.counts else None,
     "trained": lambda r: r.counts.trained if r.counts else None,

@@ -20,7 +20,7 @@ from peftbench.results.pivot import pivot
 from peftbench.results.record import Record, load_records
 from peftbench.results.row import Row, Statistic, is_trial, over_seeds, rank, single, tables, unscored
 from peftbench.results.select import is_filter, select
-from peftbench.results.table import show_table, title
+from peftbench.results.table import show_table, titles
 
 TRIALS = "trials=true"  # the word that asks for them
 EPILOG = """\
@@ -63,7 +63,9 @@ def main(argv: list[str]) -> int:
         print(form(records, lambda record: beside[id(record)]).rstrip("\n"))
     else:
         rows = over_seeds(records, arguments.statistic) if arguments.statistic else single(records)
-        _print([(title(table), *_columns(table, arguments)) for table in tables(rows)], arguments)
+        found = tables(rows)
+        headed = zip(titles(found), found, strict=True)
+        _print([(heading, *_columns(table, arguments)) for heading, table in headed], arguments)
     return 0
 
 

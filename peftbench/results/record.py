@@ -184,7 +184,7 @@ class Record:
     micro_batch: dict[str, Any] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
     adapter_bytes: int | None = None
-    data: dict[str, Any] = field(default_factory=dict)  # fingerprint, package versions
+    data: dict[str, Any] = field(default_factory=dict)  # fingerprint, scored_on, package versions
     device: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     git: dict[str, Any] | None = None  # commit, dirty; of the checkout that peftbench runs from

@@ -354,3 +354,23 @@ def test_a_thousand_records_are_shown_in_two_seconds(tmp_path: Path, capsys: pyt
     main([str(tmp_path)])
     main([str(tmp_path), "--mean"])
     assert time.process_time() - began < 4  # two commands
+
+
+def test_runs_that_were_scored_on_other_rows_have_a_table_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files of one's own go by one task's name; a record from before this was kept stands with the only others."""
+    contents = {("lora", 1): "a" * 64, ("mam", 1): "a" * 64, ("full", 1): None}
+    for other in ({}, {("mam", 2): "b" * 64}):
+        for (method, seed), content in {**contents, **other}.items():
+            data = {"scored_on": content} if content else {}
+            made = run(method, seed, SCORES[method, seed], tmp_path / f"{method}-{seed}", data=data)
+            made.folder.mkdir(exist_ok=True)
+            made.save()
+        text = printed(capsys, tmp_path)
+        headings = [line.rpartition("(")[2] for line in text.splitlines() if line.endswith(")")]
+        assert headings == (["data unknown)", "data aaaaaaaa)", "data bbbbbbbb)"] if other else [])
+        assert text.count("method") == (3 if other else 1)
+    with pytest.raises(UserError, match=r"differ in data: aaaaaaaa \(2 runs\), bbbbbbbb \(1 runs\)"):
+        main([str(tmp_path), "--rows", "method"])
+    assert main([str(tmp_path), "--rows", "method", "--mix", "data", "data=aaaaaaaa"]) == 0

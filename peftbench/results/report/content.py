@@ -16,7 +16,7 @@ from peftbench.results.compare import settings_of
 from peftbench.results.plot import COLOURS, NAMES, logged
 from peftbench.results.record import Axes, Record, differing
 from peftbench.results.row import Row, point, rank, single, tables
-from peftbench.results.table import title
+from peftbench.results.table import titles
 
 SAMPLES = 6  # predictions of each run
 LONGEST = 600  # characters of each
@@ -60,7 +60,7 @@ def content(records: Sequence[Record], words: Sequence[str] = (), samples: int =
         "made": f"peftbench {__version__}, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
         "words": " ".join(words),
         "colours": COLOURS,
-        "groups": [title(table).plain for table in groups],
+        "groups": [heading.plain for heading in titles(groups)],
         "columns": [{key: value for key, value in column.items() if key != "cells"} for column in shown],
         "settings": {"keys": keys, "values": values},
         "runs": [
