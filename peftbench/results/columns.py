@@ -343,9 +343,8 @@ def _four(row: Row) -> str:
     """The four axes of each modification, then what else is trained."""
     lines = []
     for axes in row.first.axes:
-        scale = f" {axes.scale:g}" if axes.composition_function == "scaled" else ""
-        names = (axes.functional_form, axes.modified_representation, axes.insertion_form, axes.composition_function)
-        lines.append(" · ".join(names) + scale)
+        names = (axes.functional_form, axes.modified_representation, axes.insertion_form, axes.composition)
+        lines.append(" · ".join(names))
     unfreeze = row.first.unfreeze
     if unfreeze != "none":
         named = {"bias": "the biases", "norm": "the norms", "all": "all parameters"}

@@ -77,6 +77,13 @@ class Axes:
     bottleneck: int | None
     options: dict[str, Any]  # the other keys that differ from their defaults, dotted
 
+    @property
+    def composition(self) -> str:
+        """The composition function with its scale: scaled 4, or scaled 1 learned."""
+        if self.composition_function != "scaled":
+            return self.composition_function
+        return f"scaled {self.scale:g}" + (" learned" if self.options.get("composition_function.learned") else "")
+
 
 @dataclass
 class Counts:

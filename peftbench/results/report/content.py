@@ -140,12 +140,11 @@ def _cell(value: Any) -> Any:
 
 def _axes(axes: Axes) -> dict[str, str]:
     """The four axes of a modification, its size and its options, by name."""
-    scale = f" {axes.scale:g}" if axes.composition_function == "scaled" else ""
     return {
         "functional form": axes.functional_form,
         "modified representation": axes.modified_representation,
         "insertion form": axes.insertion_form,
-        "composition function": axes.composition_function + scale,
+        "composition function": axes.composition,
         "bottleneck": text(axes.bottleneck),
         **{key: _setting(value) or "none" for key, value in axes.options.items()},
     }
