@@ -80,8 +80,8 @@ def train(
 
     Args:
         overrides: what was typed, for the record.
-        keep_failed: refuse a run that failed before, unless `retry=true`, and keep the record of one that is refused
-            while it is prepared, for the tables of its sweep.
+        keep_failed: the run is one of a sweep: refuse it if it failed before, unless `retry=true`, and keep its record
+            where it is refused while it is prepared.
         wait: where another process is at this run, wait until it has ended.
         display: where the run is shown; by default its own.
 
@@ -101,13 +101,13 @@ def train(
         display.console.print(f"a trial: {typed(search.chosen)}", highlight=False)
     folder = run_dir(run)
     if not run.rerun and (record := finished(folder)) is not None and _is_noted(record, search):
-        return _show_again(record, display.console)
+        return _show_again(record, display.console, keep_failed)
     with holding(folder, wait):
         before = find(folder)
         if not run.rerun and before is not None:
             if before.status == "done":
                 _note(before, search, run, display)
-                return _show_again(before, display.console)
+                return _show_again(before, display.console, keep_failed)
             if before.status == "failed" and before.error and keep_failed and not run.retry:
                 raise UserError(f"This run failed before ({before.error.said}); retry=true trains it again.")
         if run.rerun:
@@ -119,7 +119,7 @@ def train(
                 forget_refused(folder)
             raise
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    return _show(record, display.console)
+    return _show(record, display.console, keep_failed)
 
 
 def _run(run: Run, folder: Path, overrides: Sequence[str], search: Searched | None, display: Display) -> Record:
@@ -316,14 +316,14 @@ def _record_fit(record: Record, fitted: Fitted) -> None:
     record.micro_batch = fitted.micro_batch
 
 
-def _show_again(record: Record, console: Console) -> float:
+def _show_again(record: Record, console: Console, in_sweep: bool) -> float:
     console.print("This run is done already; rerun=true trains it again.")
-    return _show(record, console)
+    return _show(record, console, in_sweep)
 
 
-def _show(record: Record, console: Console) -> float:
+def _show(record: Record, console: Console, in_sweep: bool) -> float:
     console.print()
-    single_row(record, console)
+    single_row(record, console, alone=not in_sweep)
     assert record.score is not None
     return record.score
 

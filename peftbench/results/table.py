@@ -86,8 +86,8 @@ def title(table: Sequence[Row]) -> Text:
     return Text.assemble((task, "bold"), " with ", (model, "bold"), version, size, where)
 
 
-def single_row(record: Record, console: Console) -> None:
-    """Prints the table of one finished run, its folder, and two commands to try next."""
+def single_row(record: Record, console: Console, alone: bool = True) -> None:
+    """Prints the table of one finished run and its folder; of one that is `alone`, not of a sweep, what to try next."""
     row = Row((record,))
     wanted = [column for column in columns([row]) if column.key not in ("seed", "status")]
     laid = [_lay(column, [row], star=False) for column in wanted]
@@ -108,7 +108,7 @@ def single_row(record: Record, console: Console) -> None:
         ("The run is in", str(record.folder)),
         ("All runs", results),
         ("Other methods", f"peftbench train -m method=lora,adapter,prefix,mam {kept}".rstrip()),
-    ):
+    )[: 3 if alone else 1]:
         console.print(Text.assemble((f"{label}: ".ljust(15), "dim"), line), soft_wrap=True)
 
 
