@@ -29,6 +29,7 @@ device ...), a metric (rouge1 ...), a baseline, or a dotted key of the record (t
 
 examples:
   peftbench results method=mam,lora task=xsum status=done
+  peftbench results 'score>60' 'stored<1e6'                numbers too, in quotes because of the shell
   peftbench results --mean --sort stored
   peftbench results --rows method --columns insertion_form
   peftbench results --show method,seed,score,searched      what search= tried; trials=true shows its trials as well

@@ -90,6 +90,9 @@ def printed_rows(capsys: pytest.CaptureFixture[str], *arguments: object) -> list
         (["unfreeze=all"], 1),
         (["bottleneck=8"], 3),
         (["trainer.learning_rate=0.001"], 6),
+        (["seed>1"], 3),
+        (["stored>=1000", "stored<1e5"], 5),
+        (["seed<=1", "method!=full"], 2),
     ],
 )
 def test_filters(filters: list[str], expected: int) -> None:
@@ -104,6 +107,7 @@ def test_filters(filters: list[str], expected: int) -> None:
         (["method=lroa"], ["method=lroa is unknown; did you mean lora? Choices: full, lora, mam."]),
         (["method=lroa", "sed=1"], ["did you mean lora?", "sed is no column; did you mean seed?"]),
         (["trainer.lr=1"], ["trainer.lr is no column"]),
+        (["score>high"], ["score>high: > needs a number behind it."]),
     ],
 )
 def test_a_filter_that_matches_nothing_says_what_there_is(filters: list[str], sentences: list[str]) -> None:
