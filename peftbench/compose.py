@@ -177,7 +177,7 @@ def _compose_one(overrides: list[str], loader: ConfigLoader) -> Run:
         run = resolve(cfg)
     except (HydraException, OmegaConfBaseException, MarkedYAMLError) as error:
         raise UserError(*found, _plain(error)) from error
-    found.extend(_misnamed(parsed, run))
+    found.extend(_misnamed([override for override in parsed if override.input_line in groups], run))
     found.extend(faults(run))
     if run.budget is not None:
         found.extend(
