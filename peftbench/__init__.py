@@ -4,4 +4,19 @@ A command-line tool over the four axes of He et al. (ICLR 2022, arXiv 2110.04366
 no torch; the subcommands do that when they need it.
 """
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 __version__ = "0.1.0"
+
+
+def load_run(folder: str | Path, *overrides: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A finished run's model with its adapter, and its tokenizer: see `peftbench.scoring.load`, which imports torch."""
+    from peftbench.scoring import load
+
+    return load.load_run(folder, *overrides)

@@ -28,7 +28,7 @@ from transformers import (
 from transformers.utils import logging
 
 from peftbench.config import DType, Model, Task, TaskKind
-from peftbench.errors import UserError, unknown
+from peftbench.errors import UserError, meant
 from peftbench.hub import hub_missing
 from peftbench.sites import family_of
 
@@ -136,9 +136,9 @@ def _described(model: Model) -> PretrainedConfig:
     family_of(model_type)
     known = AutoConfig.for_model(model_type)
     if wrong := [key for key in values if not hasattr(known, key)]:
-        choices = {key: unknown("", key, known.to_dict()).split("; ", 1)[1] for key in wrong}
+        choices = known.to_dict()
         raise UserError(
-            *(f"model.architecture.{key} is no key of {model_type}'s config; {choices[key]}" for key in wrong)
+            *(f"model.architecture.{key} is no key of {model_type}'s config{meant(key, choices)}" for key in wrong)
         )
     try:
         return AutoConfig.for_model(model_type, **values)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 
 from peftbench import __version__
-from peftbench.errors import UserError, unknown
+from peftbench.errors import UserError, of_the_machine, unknown
 
 HELP = """\
 peftbench: which parameter-efficient fine-tuning method, where in the network, how large, for my model and task.
@@ -38,7 +38,8 @@ peftbench: which parameter-efficient fine-tuning method, where in the network, h
   peftbench merge RUN --out FOLDER         a finished run's LoRA inside the backbone's weights, as a plain checkpoint
   peftbench explain [KEY=VALUE ...] [--json]
                                            a method in the paper's terms, and where it stands in the network
-  peftbench ls [axes|GROUP]                the choices of a group; the four axes, and which combinations run
+  peftbench ls [axes|keys|GROUP]           the choices of a group; the four axes, and which combinations run; what
+                                           every key means
   peftbench train --help                   every group and its choices
   peftbench train [KEY=VALUE ...] --cfg job
                                            show the config and stop
@@ -65,8 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"peftbench {__version__}")
         return 0
     if arguments[0] in ("-sc", "--shell-completion"):  # Hydra's tab completion calls the program without a subcommand
-        os.environ["COMP_LINE"] = os.environ.get("COMP_LINE", "").replace("peftbench train", "peftbench", 1)
-        return _train(arguments)
+        return _complete(arguments)
     command = COMMANDS.get(arguments[0])
     try:
         if command is None:
@@ -80,6 +80,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if (sentence := of_the_machine(error)) is None:
+            raise
+        print_faults([sentence])
+        return 1
+
+
+def _complete(argv: list[str]) -> int:
+    """The subcommands, or behind one that takes them the keys and values of `peftbench train`."""
+    program, _, rest = os.environ.get("COMP_LINE", "").partition(" ")
+    typed, space, overrides = rest.partition(" ")
+    if any(word.startswith("query") for word in argv) and not space:
+        print(" ".join(name for name in COMMANDS if name.startswith(typed)))
+        return 0
+    if typed in ("train", "reproduce", "params", "evaluate", "explain"):
+        os.environ["COMP_LINE"] = f"{program} {overrides}"
+    elif typed:
+        return 0
+    return _train(argv)
 
 
 def print_faults(faults: Iterable[str]) -> None:

@@ -34,9 +34,10 @@ from omegaconf.errors import (
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
+from yaml import MarkedYAMLError
 
 from peftbench.config import Run, conf_dir, resolve
-from peftbench.errors import UserError, unknown
+from peftbench.errors import UserError, meant, unknown
 from peftbench.validity import faults
 
 CONFIG_NAME = "train"
@@ -98,16 +99,33 @@ def _key(word: str) -> str:
 
 def _points_of(grid: list[str], multirun: bool, loader: ConfigLoader) -> list[list[str]]:
     """The override lists of a grid's runs."""
-    try:
-        parsed = OverridesParser.create(config_loader=loader).parse_overrides(grid)
-    except HydraException as error:
-        raise UserError(_one_line(error)) from error
+    parsed = _parsed(grid, loader)
     params = _sweep_of_experiment(parsed)
     if params and not multirun:
         raise UserError(f"An experiment that goes over {' and '.join(params)} is a sweep; add -m to run it.")
     if params:
         parsed = [*OverridesParser.create(config_loader=loader).parse_overrides(list(params.values())), *parsed]
     return _points(parsed) if multirun else [grid]
+
+
+def _parsed(overrides: list[str], loader: ConfigLoader) -> list[Override]:
+    """Raises UserError with a sentence for each word that is no override."""
+    parser, found, parsed = OverridesParser.create(config_loader=loader), [], []
+    for line in overrides:
+        try:
+            parsed.extend(parser.parse_overrides([line]))
+        except HydraException:
+            key = line.partition("=")[0]
+            if key and "=" in line:
+                found.append(
+                    f"{line} cannot be read; where the value has commas, quotes, brackets, braces or = of its own, put "
+                    f"it in both kinds of quotes, '{key}=\"...\"'."
+                )
+            else:
+                found.append(f"{line} is no KEY=VALUE, such as method=lora; leave no spaces around the =.")
+    if found:
+        raise UserError(*found)
+    return parsed
 
 
 @contextmanager
@@ -169,6 +187,9 @@ def _compose_one(overrides: list[str], loader: ConfigLoader, reads_data: bool) -
             found.append(f"{line} names several values; add -m to run each of them.{meant}")
             continue
         options = _all_options(loader, override.key_or_group)
+        if options and override.is_add() and override.package is None and (conf_dir() / override.key_or_group).is_dir():
+            found.append(f"{line}: {override.key_or_group} has its place in the config; leave out the +.")
+            continue
         if options and not override.is_delete():
             wrong = [unknown(_group_key(override), o, options) for o in _options(override) if o not in options]
             found.extend(wrong)
@@ -184,8 +205,9 @@ def _compose_one(overrides: list[str], loader: ConfigLoader, reads_data: bool) -
             sentence = apply(cfg, override)
             found.extend([sentence] if sentence else [])
         run = resolve(cfg)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, MarkedYAMLError) as error:
         raise UserError(*found, _plain(error)) from error
+    found.extend(_misnamed([override for override in parsed if override.input_line in groups], run))
     found.extend(faults(run, reads_data=reads_data))
     if run.budget is not None:
         found.extend(
@@ -197,6 +219,15 @@ def _compose_one(overrides: list[str], loader: ConfigLoader, reads_data: bool) -
     if found:
         raise UserError(*found)
     return run
+
+
+def _misnamed(parsed: list[Override], run: Run) -> Iterator[str]:
+    """A copy of a preset that still has its name, by which folders and tables would know its runs."""
+    names = {"method": ("method", run.method), "task": ("name", run.task.name)}
+    given = {override.key_or_group: override.value() for override in parsed}
+    for group, (key, name) in names.items():
+        if group in given and "row" not in given and given[group] != name:
+            yield f"{group}/{given[group]}.yaml has {key}: {name}; write {key}: {given[group]}, the name of its file."
 
 
 def _is_hydras(override: Override) -> bool:
@@ -248,13 +279,24 @@ def _unknown_key(cfg: DictConfig, key: str, value: object) -> str:
             return f"{key}={value}: {'.'.join(parts[:depth])} is a single value and has no keys below it."
         if parts[depth] not in parent:
             choices = sorted(str(name) for name in parent if depth or name not in ("sizes", "size"))
+            if parts[0] == "mix" and depth == 1 and not choices:
+                return f"{key}={value}: there is no {parts[1]} in the mixture; add one, such as mix=[prefix]."
             at = f" (in {'.'.join(parts[:depth])})" if depth else ""
-            # "key=x is unknown" reads as if the value were wrong, so the sentence is turned around
-            return f"{key} is no key of the config{at}; " + unknown("", parts[depth], choices).split("; ", 1)[1]
+            return f"{key} is no key of the config{at}{_one_level_below(cfg, key) or meant(parts[depth], choices)}"
     return f"{key}={value} does not fit the config."
 
 
+def _one_level_below(cfg: DictConfig, key: str) -> str | None:
+    """How the sentence ends where `key` is one of the trainer, the task or the model, typed without that name."""
+    for group in ("trainer", "task", "model"):
+        if key.partition(".")[0] in cfg[group]:
+            return f"; did you mean {group}.{key}?"
+    return None
+
+
 def _bad_value(cfg: DictConfig, key: str, value: object, error: OmegaConfBaseException) -> str:
+    if OmegaConf.is_list(OmegaConf.select(cfg, key)) and isinstance(value, (str, int, float)):
+        return f"{key}={value}: a list is expected, as in {key}=[{value}]."
     kind = _type_of(cfg, key)
     if kind is not None and issubclass(kind, Enum):
         return unknown(key, value, kind.__members__)
@@ -279,6 +321,15 @@ def _plain(error: Exception) -> str:
     """A message of Hydra or OmegaConf as one sentence."""
     if isinstance(error, InterpolationKeyError) and "task.paper" in str(error):
         return "trainer=paper: this task has no settings in the paper; use trainer=quick."
+    if isinstance(error, MarkedYAMLError):
+        mark = error.problem_mark
+        where = f"{mark.name.removeprefix('file://')}:{mark.line + 1}" if mark is not None else "A file"
+        return f"{where} is no YAML: {error.problem}."
+    if found := re.match(r"In '(.+)': \w+ raised while composing config:\n(?:Key '(.+)' not in)?(.*)", str(error)):
+        file, key, other = found.groups()
+        return f"{file}.yaml: {key} is no key of the config there." if key else f"{file}.yaml: {other}."
+    if "Could not override" in str(error) and "@" in str(error):
+        return f"{_one_line(error)} A file that overrides groups begins with the line # @package _global_."
     if isinstance(error, MissingMandatoryValue):
         return f"{getattr(error, 'full_key', '')} has no value; give one."
     return _one_line(error)

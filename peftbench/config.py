@@ -110,9 +110,9 @@ class Modification:
     insertion_form: InsertionForm = field(default_factory=InsertionForm)
     composition_function: CompositionFunction = field(default_factory=CompositionFunction)
     bottleneck: int | None = None  # r, or the number l of prefix vectors; null for a constant
-    init: Init = Init.lora
-    bias: bool = False
-    layer_norm: LayerNormPlace = LayerNormPlace.none
+    init: Init = Init.lora  # bert: both weights from N(0, 0.02); lora: W_up = 0, so that a run begins as the backbone
+    bias: bool = False  # beside W_down and W_up
+    layer_norm: LayerNormPlace = LayerNormPlace.none  # one of its own: before W_down, or behind W_up
     dropout: float | None = None  # after f; null: the backbone's own rate, as in the paper's code
     input_dropout: float = 0.0  # on x, before W_down (LoRA's dropout)
     prefix_mlp: int | None = None  # width of the MLP that produces the prefix in training; null: none
@@ -182,17 +182,16 @@ class Task:
     test_file: str | None = None
     packages: list[str] | None = None  # docstring tasks: where the text comes from
     train_split: str = "train"
-    selection_split: str = "validation"
-    report_split: str = "test"
+    selection_split: str = "validation"  # by which a state, and the trial of a search, is selected
+    report_split: str = "test"  # which the score stands on
     further_splits: list[str] = field(default_factory=list)  # scored beside the report split, such as mismatched MNLI
-    max_train: int | None = None
-    max_selection: int | None = None
-    max_eval: int | None = None
+    max_train: int | None = None  # examples, the first ones of the split; null: all
+    max_selection: int | None = None  # likewise of selection_split
+    max_eval: int | None = None  # likewise of report_split and further_splits
     text_columns: list[str] = field(default_factory=list)  # classification: one text or a pair
     label_column: str = "label"
-    labels: list[str] = field(
-        default_factory=list
-    )  # names in the order of their codes; []: those of the training split
+    # Names in the order of their codes; []: those of the training split.
+    labels: list[str] = field(default_factory=list)
     source_column: str = "document"
     target_column: str = "summary"  # a text, or a list of texts that are all right
     source_join: str | None = None  # what to put between the parts of a source that is a list; null: none is
@@ -221,7 +220,7 @@ class Trainer:
     max_steps: int | None = None  # optimiser steps; wins over epochs
     batch_size: int = 32
     batch_tokens: int | None = None  # batches of like lengths, examples x the longest of them; wins over batch_size
-    accumulation: int = 1
+    accumulation: int = 1  # batches to an optimiser step
     # Which examples a batch holds: random ones, or those of like lengths, padded to a few widths, in random order.
     batching: Batching = Batching.random
     # The layers see a batch's tokens in one row and compute nothing for padding; quick on a GPU in bf16 alone.
@@ -271,7 +270,7 @@ class Search:
 class Run(Modification):
     """The whole config. Keys of `Modification` are its first modification; `mix` holds the others by name."""
 
-    mix: dict[str, Modification] = field(default_factory=dict)
+    mix: dict[str, Modification] = field(default_factory=dict)  # further modifications: mix.NAME.KEY as KEY above
     unfreeze: Unfreeze = Unfreeze.none  # backbone parameters that are trained too: biases (BitFit), norms or all
     allow_unused: bool = False  # train although the loss does not depend on every trainable tensor
     fidelity: Fidelity = field(default_factory=Fidelity)
@@ -289,7 +288,7 @@ class Run(Modification):
     seed: int = 42
     search: Search | None = None
     debug: str | None = None
-    output_dir: str = "outputs"
+    output_dir: str = "outputs"  # runs lie there as TASK/MODEL/METHOD/HASH
     rerun: bool = False  # train again although the run is done
     retry: bool = False  # a sweep trains again what failed before
     jobs: str = "1"  # runs of a sweep at once, in processes of their own; auto: by free memory and cores

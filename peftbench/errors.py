@@ -6,6 +6,7 @@ The command line prints them without a traceback and exits with code 2.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -18,13 +19,29 @@ class UserError(Exception):
         self.faults = list(faults)
 
 
+# A full disk, and places that cannot be written to or read: what is wrong there is wrong outside of peftbench.
+OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT)
+
+
+def of_the_machine(error: OSError) -> str | None:
+    """The sentence for an error of the file system that the user can mend; None for any other."""
+    if error.errno not in OF_THE_MACHINE or error.strerror is None:
+        return None
+    return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+
+
 def unknown(what: str, value: object, choices: Iterable[object]) -> str:
     """The sentence for a `value` that is none of `choices`: the closest match first, then all of them.
 
     >>> unknown("method", "lroa", ["lora", "mam"])
-    "method=lroa is unknown; did you mean lora? Choices: lora, mam."
+    'method=lroa is unknown; did you mean lora? Choices: lora, mam.'
     """
+    return f"{what}={value} is unknown{meant(value, choices)}"
+
+
+def meant(value: object, choices: Iterable[object]) -> str:
+    """How a sentence ends that says of `value` that it is none of `choices`."""
     names = [str(choice) for choice in choices]
     close = get_close_matches(str(value), names, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return f"{what}={value} is unknown; {hint}Choices: {', '.join(names)}."
+    hint = f"; did you mean {close[0]}?" if close else "."
+    return f"{hint} Choices: {', '.join(names)}." if names else hint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -18,7 +19,7 @@ from rich.console import Console
 from peftbench.cli import print_faults
 from peftbench.compose import AND, CONFIG_NAME, compose_points
 from peftbench.config import Run, conf_dir, resolve
-from peftbench.errors import UserError
+from peftbench.errors import UserError, of_the_machine
 from peftbench.progress import Display, is_live
 from peftbench.quick_imports import quick_imports
 from peftbench.results.columns import duration
@@ -36,9 +37,12 @@ put_off: list[tuple[Run, list[str]]] = []  # runs of this sweep that another pro
 
 def run(argv: list[str]) -> int:
     """Check the whole command line, run its jobs, and close a sweep with the table of its runs."""
-    args = get_args_parser().parse_args(argv)
+    args = _arguments(argv)
+    argv = [*(word for word in argv if word not in args.overrides), *args.overrides]  # as Hydra's own parser wants them
     sys.argv = ["peftbench train", *argv]
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
+        if args.cfg:
+            compose_points(args)
         job()
         return 0
     composed = compose_points(args)
@@ -79,6 +83,20 @@ def run(argv: list[str]) -> int:
         sweep.show()
         return INTERRUPTED
     return sweep.show()
+
+
+def _arguments(argv: list[str]) -> Namespace:
+    parser = get_args_parser()
+    parser.prog = "peftbench train"
+    args, rest = parser.parse_known_intermixed_args(argv)
+    if rest:
+        raise UserError(
+            f"{rest[0]} is no option of peftbench train: -m, --config-dir FOLDER, --cfg job and --help are; keys have "
+            "no dashes, as in method=lora."
+        )
+    if args.cfg and args.multirun:
+        raise UserError("--cfg shows the config of one run; leave out -m, and name one value of each key.")
+    return args
 
 
 @contextmanager
@@ -153,6 +171,11 @@ def job(cfg: DictConfig) -> float:
     except UserError as error:
         print_faults(error.faults)
         raise SystemExit(2) from None
+    except OSError as error:
+        if (sentence := of_the_machine(error)) is None:
+            raise
+        print_faults([sentence])
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
 

@@ -8,12 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from peftbench.axes import CHOICES, Point, points, runs
 from peftbench.config import ACTIVATIONS, conf_dir
-from peftbench.errors import UserError, unknown
+from peftbench.errors import UserError, meant, unknown
+from peftbench.fidelity import SWITCHES
+from peftbench.keys import keys
 
 MEANINGS = {  # of the choices of the axes; He et al. (2022), table 1
     "identity": "Δh = x W_down W_up",
@@ -48,29 +51,40 @@ MEANINGS = {  # of the choices of the axes; He et al. (2022), table 1
 def main(argv: Sequence[str]) -> int:
     """`peftbench ls [GROUP]`."""
     parser = argparse.ArgumentParser("peftbench ls", description=__doc__)
-    parser.add_argument("group", nargs="?", help="axes, or a group of conf/ such as method, task or model")
+    parser.add_argument("group", nargs="?", help="axes, keys, or a group of conf/ such as method, task or model")
+    parser.add_argument("start", nargs="?", default="", help="of keys: those that begin so, such as trainer")
+    parser.add_argument("-cd", "--config-dir", type=Path, help="a folder of your own with method/, task/ ... below it")
     parser.add_argument("--json", action="store_true", help="of axes: every point, and whether it runs")
     arguments = parser.parse_args(argv)
-    console, groups = Console(), _groups()
+    console, groups = Console(), _groups(conf_dir())
+    if arguments.config_dir is not None:
+        if not arguments.config_dir.is_dir():
+            raise UserError(f"--config-dir {arguments.config_dir} is not a folder.")
+        for name, options in _groups(arguments.config_dir).items():
+            groups[name] = {**groups.get(name, {}), **options}
     if arguments.group is None:
         for name, options in groups.items():
             console.print(Text.assemble((name, "bold"), f": {', '.join(options)}"))
-        console.print("peftbench ls GROUP says what they are; peftbench ls axes which combinations run.")
+        console.print(
+            "peftbench ls GROUP says what they are, ls axes which combinations run, ls keys what each key means."
+        )
     elif arguments.group == "axes":
         if arguments.json:
             print(json.dumps([{**point._asdict(), "runs": runs(point)} for point in points()], indent=1))
         else:
             _show_axes(console)
+    elif arguments.group == "keys":
+        _show_keys(arguments.start, console)
     elif arguments.group in groups:
         _show_group(groups[arguments.group], console)
     else:
-        raise UserError(unknown("group", arguments.group, ["axes", *groups]))
+        raise UserError(unknown("group", arguments.group, ["axes", "keys", *groups]))
     return 0
 
 
-def _groups() -> dict[str, dict[str, Path]]:
-    """The groups of conf/ that hold anything, and the files of their options, as paper/table5, by name."""
-    folders = sorted(path for path in conf_dir().iterdir() if path.is_dir())
+def _groups(conf: Path) -> dict[str, dict[str, Path]]:
+    """The groups of a folder that hold anything, and the files of their options, as paper/table5, by name."""
+    folders = sorted(path for path in conf.iterdir() if path.is_dir())
     found = {
         folder.name: {
             file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.rglob("*.yaml"))
@@ -98,6 +112,22 @@ def _opening(lines: Sequence[str]) -> Iterator[str]:
         if not line.startswith("#"):
             return
         yield line.lstrip("# ").rstrip()
+
+
+def _show_keys(start: str, console: Console) -> None:
+    """Keys with their choices, or else the schema's default, and their meanings."""
+    found = [key for key in keys() if key.name.startswith(start)]
+    if not found:
+        groups = dict.fromkeys(key.name.partition(".")[0] for key in keys())
+        raise UserError(f"No key begins with {start}{meant(start, groups)}")
+    for key in found:
+        console.print(Text.assemble((key.name, "bold"), f": {', '.join(key.choices) or key.default}"))
+        switch = SWITCHES.get(key.name.removeprefix("fidelity."))
+        if meaning := switch.sentence if switch else key.meaning:
+            console.print(Padding(Text(meaning), (0, 0, 0, 4)))
+    console.print(
+        "Behind a key are its choices, or else what it is unless the method, the task or the trainer sets it."
+    )
 
 
 def _show_axes(console: Console) -> None:

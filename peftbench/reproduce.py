@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("table", metavar="TABLE", help="such as table5")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for peftbench train -m")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="as for peftbench train -m")
     parser.add_argument("--dry-run", action="store_true", help="list the runs, what is done, and the time expected")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.table not in names:

@@ -48,6 +48,7 @@ from peftbench.results.record import (
     axes_of,
     find,
     finished,
+    forget_refused,
     recording,
     rewind_metrics,
     write_predictions,
@@ -79,7 +80,8 @@ def train(
 
     Args:
         overrides: what was typed, for the record.
-        keep_failed: refuse a run that failed before, unless `retry=true`.
+        keep_failed: the run is one of a sweep: refuse it if it failed before, unless `retry=true`, and keep its record
+            where it is refused while it is prepared.
         wait: where another process is at this run, wait until it has ended.
         display: where the run is shown; by default its own.
 
@@ -99,20 +101,25 @@ def train(
         display.console.print(f"a trial: {typed(search.chosen)}", highlight=False)
     folder = run_dir(run)
     if not run.rerun and (record := finished(folder)) is not None and _is_noted(record, search):
-        return _show_again(record, display.console)
+        return _show_again(record, display.console, keep_failed)
     with holding(folder, wait):
         before = find(folder)
         if not run.rerun and before is not None:
             if before.status == "done":
                 _note(before, search, run, display)
-                return _show_again(before, display.console)
+                return _show_again(before, display.console, keep_failed)
             if before.status == "failed" and before.error and keep_failed and not run.retry:
-                raise UserError(f"This run failed before with {before.error.name}; retry=true trains it again.")
+                raise UserError(f"This run failed before ({before.error.said}); retry=true trains it again.")
         if run.rerun:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        record = _run(run, folder, overrides, search, display)
+        try:
+            record = _run(run, folder, overrides, search, display)
+        except UserError:
+            if not keep_failed and (before is None or before.status == "failed"):
+                forget_refused(folder)
+            raise
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    return _show(record, display.console)
+    return _show(record, display.console, keep_failed)
 
 
 def _run(run: Run, folder: Path, overrides: Sequence[str], search: Searched | None, display: Display) -> Record:
@@ -291,7 +298,12 @@ def _record_counts(record: Record, run: Run, model: PreTrainedModel) -> None:
 
 
 def _record_data(record: Record, data: TaskData) -> None:
-    record.data = {"fingerprint": data.fingerprint, "splits": data.splits, "notes": data.notes}
+    record.data = {
+        "fingerprint": data.fingerprint,
+        "scored_on": data.scored_on,
+        "splits": data.splits,
+        "notes": data.notes,
+    }
     if data.task.kind is TaskKind.classification:
         record.data["labels"] = data.task.labels
     if data.task.packages is not None:
@@ -304,14 +316,14 @@ def _record_fit(record: Record, fitted: Fitted) -> None:
     record.micro_batch = fitted.micro_batch
 
 
-def _show_again(record: Record, console: Console) -> float:
+def _show_again(record: Record, console: Console, in_sweep: bool) -> float:
     console.print("This run is done already; rerun=true trains it again.")
-    return _show(record, console)
+    return _show(record, console, in_sweep)
 
 
-def _show(record: Record, console: Console) -> float:
+def _show(record: Record, console: Console, in_sweep: bool) -> float:
     console.print()
-    single_row(record, console)
+    single_row(record, console, alone=not in_sweep)
     assert record.score is not None
     return record.score
 

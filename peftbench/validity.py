@@ -222,6 +222,8 @@ def _number_faults(run: Run) -> Iterator[str]:
     for key, number in at_least_one.items():
         if number is not None and number < 1:
             yield f"{key}={number}: it must be a whole number of at least 1."
+    if not 0 <= run.seed < 2**32:  # what numpy's generator takes
+        yield f"seed={run.seed}: it must be a whole number from 0 to 4294967295."
     if run.jobs != "auto" and not (run.jobs.isdecimal() and int(run.jobs) > 0):
         yield f"jobs={run.jobs}: it must be a whole number of at least 1, or auto."
     micro = trainer.micro_batch
@@ -233,13 +235,23 @@ def _number_faults(run: Run) -> Iterator[str]:
             "number of examples; use trainer.micro_batch=auto."
         )
     for key, value in {"trainer.learning_rate": trainer.learning_rate, "trainer.epochs": trainer.epochs}.items():
-        if value <= 0:
-            yield f"{key}={value}: it must be above 0."
+        if not 0 < value < math.inf:
+            yield f"{key}={value}: it must be a number above 0."
     for key, share in {"trainer.warmup": trainer.warmup, "trainer.label_smoothing": trainer.label_smoothing}.items():
         if not 0 <= share < 1:
             yield f"{key}={share}: it lies in [0, 1)."
-    if trainer.checkpoint_minutes < 0:
-        yield f"trainer.checkpoint_minutes={trainer.checkpoint_minutes}: it must be at least 0."
+    at_least_zero = {
+        "trainer.weight_decay": trainer.weight_decay,
+        "trainer.max_grad_norm": trainer.max_grad_norm,
+        "trainer.epsilon": trainer.epsilon,
+        "trainer.checkpoint_minutes": trainer.checkpoint_minutes,
+    }
+    for key, value in at_least_zero.items():
+        if not 0 <= value < math.inf:
+            yield f"{key}={value}: it must be a number of at least 0."
+    for prefix, m in modifications(run).items():
+        if not math.isfinite(m.composition_function.scale):
+            yield f"{prefix}composition_function.scale={m.composition_function.scale}: it must be a finite number."
     if task.generation.min_length > task.generation.max_length:
         yield (
             f"task.generation.min_length={task.generation.min_length} is above "

@@ -166,7 +166,9 @@ def _axes_of(m: Modification) -> dict[str, Any]:
 def _axes(m: Modification) -> str:
     """The four axes in one line, as `peftbench results` writes them."""
     form, representation, insertion, composition, _ = _axes_of(m).values()
-    scale = f" {m.composition_function.scale:g}" if m.composition_function.name is Composition.scaled else ""
+    joined = m.composition_function
+    scale = f" {joined.scale:g}" if joined.name is Composition.scaled else ""
+    scale += " learned" if joined.learned else ""
     return f"{form} · {representation} · {insertion} · {composition}{scale}"
 
 

@@ -97,7 +97,7 @@ def sentence(record: Record) -> str:
     selection = search.selection
     split = f"{selection.metric} on {selection.split}, {selection.examples:,} examples, seed {search.seed}"
     edges = [key for key, value in search.chosen.items() if _at_edge(value, search.keys[key])]
-    edge = f"; the outermost {' and '.join(edges)} that was tried" if edges else ""
+    edge = f"; the outermost {' and '.join(edges)} that was tried: the best may lie beyond it" if edges else ""
     same = "; chosen on the split that is reported on" if search.reported else ""
     sizes = " + ".join(str(axes.bottleneck) for axes in record.axes if axes.bottleneck is not None)
     method = record.method + (f" of bottleneck {sizes}" if sizes else "")

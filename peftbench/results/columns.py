@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Literal, TypeVar
 
-from peftbench.errors import unknown
+from peftbench.errors import meant
 from peftbench.results.identity import IGNORED
 from peftbench.results.paper import Printed, printed
 from peftbench.results.record import Record, Searched, differing, flatten
@@ -62,6 +62,7 @@ FIELDS: dict[str, Callable[[Record], Any]] = {
     "metric": lambda r: r.metric,
     "split": lambda r: r.scores["report"].split if "report" in r.scores else None,
     "examples": lambda r: r.scores["report"].examples if "report" in r.scores else None,
+    "data": lambda r: r.data.get("scored_on", "")[:8] or None,
     "train_examples": lambda r: r.data.get("splits", {}).get("train", {}).get("examples"),
     "backbone": lambda r: r.counts.backbone if r.counts else None,
     "trained": lambda r: r.counts.trained if r.counts else None,
@@ -126,8 +127,7 @@ def field(key: str, records: Sequence[Record]) -> Callable[[Record], Any]:
     if any(key in values for values in flat.values()):
         return lambda record: flat[id(record)].get(key)
     metrics = dict.fromkeys(name for r in records if "report" in r.scores for name in r.scores["report"].metrics)
-    # "key=x is unknown" reads as if the value were wrong, so the sentence is turned around
-    raise KeyError(f"{key} is no column; " + unknown("", key, [*FIELDS, *metrics]).split("; ", 1)[1])
+    raise KeyError(f"{key} is no column{meant(key, [*FIELDS, *metrics])}")
 
 
 def text(value: Any) -> str:
@@ -343,9 +343,8 @@ def _four(row: Row) -> str:
     """The four axes of each modification, then what else is trained."""
     lines = []
     for axes in row.first.axes:
-        scale = f" {axes.scale:g}" if axes.composition_function == "scaled" else ""
-        names = (axes.functional_form, axes.modified_representation, axes.insertion_form, axes.composition_function)
-        lines.append(" · ".join(names) + scale)
+        names = (axes.functional_form, axes.modified_representation, axes.insertion_form, axes.composition)
+        lines.append(" · ".join(names))
     unfreeze = row.first.unfreeze
     if unfreeze != "none":
         named = {"bias": "the biases", "norm": "the norms", "all": "all parameters"}

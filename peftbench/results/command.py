@@ -20,7 +20,7 @@ from peftbench.results.pivot import pivot
 from peftbench.results.record import Record, load_records
 from peftbench.results.row import Row, Statistic, is_trial, over_seeds, rank, single, tables, unscored
 from peftbench.results.select import is_filter, select
-from peftbench.results.table import show_table, title
+from peftbench.results.table import show_table, titles
 
 TRIALS = "trials=true"  # the word that asks for them
 EPILOG = """\
@@ -29,6 +29,7 @@ device ...), a metric (rouge1 ...), a baseline, or a dotted key of the record (t
 
 examples:
   peftbench results method=mam,lora task=xsum status=done
+  peftbench results 'score>60' 'stored<1e6'                numbers too, in quotes because of the shell
   peftbench results --mean --sort stored
   peftbench results --rows method --columns insertion_form
   peftbench results --show method,seed,score,searched      what search= tried; trials=true shows its trials as well
@@ -63,7 +64,9 @@ def main(argv: list[str]) -> int:
         print(form(records, lambda record: beside[id(record)]).rstrip("\n"))
     else:
         rows = over_seeds(records, arguments.statistic) if arguments.statistic else single(records)
-        _print([(title(table), *_columns(table, arguments)) for table in tables(rows)], arguments)
+        found = tables(rows)
+        headed = zip(titles(found), found, strict=True)
+        _print([(heading, *_columns(table, arguments)) for heading, table in headed], arguments)
     return 0
 
 

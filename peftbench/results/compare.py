@@ -99,8 +99,8 @@ def _side(name: str, word: str, folder: Path) -> Row:
     rows = [row for row in over_seeds(records, "mean") if not unscored(row)]
     if not records:
         raise UserError(
-            f"{name}={word} is neither the folder of a run nor the first digits of one below {folder}; peftbench "
-            "results --show method,run,score lists them, and --folder says where to look."
+            f"{name}={word} is neither the folder of a run nor the first digits of one below {folder}, nor a filter "
+            "such as method=lora; peftbench results --show method,run,score lists them, --folder where to look."
         )
     if not rows:
         ended = ", ".join(sorted({record.status for record in records}))

@@ -107,6 +107,7 @@ def _incomparable(columns: dict[str, list[Record]], told: set[str]) -> str | Non
     refused = []
     for name, records in columns.items():
         counted = {key: Counter(text(FIELDS[key](record)) or "none" for record in records) for key in COMPARABLE}
+        counted["data"] = Counter(content for record in records if (content := text(FIELDS["data"](record))))
         mixed = {key: values for key, values in counted.items() if key not in told and len(values) > 1}
         refused += [name] if mixed else []
         for key, values in mixed.items():

@@ -44,8 +44,13 @@ Status = Literal["running", "done", "failed", "interrupted", "missing"]
 class Failure:
     """The exception that ended a run; its traceback stands in `error.txt`."""
 
-    name: str  # the exception's class
+    name: str  # the exception's class; refused: a UserError
     message: str
+
+    @property
+    def said(self) -> str:
+        """The failure on one line."""
+        return " ".join(f"{self.name}: {self.message}".split())
 
 
 @dataclass
@@ -71,6 +76,13 @@ class Axes:
     scale: float
     bottleneck: int | None
     options: dict[str, Any]  # the other keys that differ from their defaults, dotted
+
+    @property
+    def composition(self) -> str:
+        """The composition function with its scale: scaled 4, or scaled 1 learned."""
+        if self.composition_function != "scaled":
+            return self.composition_function
+        return f"scaled {self.scale:g}" + (" learned" if self.options.get("composition_function.learned") else "")
 
 
 @dataclass
@@ -179,7 +191,7 @@ class Record:
     micro_batch: dict[str, Any] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
     adapter_bytes: int | None = None
-    data: dict[str, Any] = field(default_factory=dict)  # fingerprint, package versions
+    data: dict[str, Any] = field(default_factory=dict)  # fingerprint, scored_on, package versions
     device: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     git: dict[str, Any] | None = None  # commit, dirty; of the checkout that peftbench runs from
@@ -215,7 +227,7 @@ class Record:
 
     def fail(self, error: BaseException) -> None:
         """The run ended by `error`, whose traceback goes to `error.txt`."""
-        self.error = Failure(type(error).__name__, str(error))
+        self.error = Failure("refused" if isinstance(error, UserError) else type(error).__name__, str(error))
         with replacing(self.folder / "error.txt") as file:
             file.writelines(traceback.format_exception(error))
         self._end("failed")
@@ -240,6 +252,14 @@ def recording(run: Run, folder: Path, overrides: Sequence[str]) -> Iterator[Reco
     except BaseException as error:
         record.fail(error)
         raise
+
+
+def forget_refused(folder: Path) -> None:
+    """No record of a run that was refused while it was prepared: else a mistyped path would be a row of every table."""
+    record = find(folder)
+    if record is not None and record.status == "failed" and "prepare_s" not in record.timings:
+        for name in (FILE, "config.yaml", "error.txt"):
+            (folder / name).unlink(missing_ok=True)
 
 
 def start(run: Run, folder: Path, overrides: Sequence[str]) -> Record:

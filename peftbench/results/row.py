@@ -82,9 +82,14 @@ def is_trial(record: Record) -> bool:
 
 
 def setting(record: Record) -> tuple[str, ...]:
-    """What two runs share whose scores may be compared: task, backbone, metric, split and its size."""
+    """What two runs share whose scores may be compared: task, backbone, metric, split, its size and its content.
+
+    The content is that of the rows that were scored, since files of one's own go by one name; "" where a record from
+    before this was kept does not tell.
+    """
     report = record.scores.get("report")
-    split = (report.split, _examples(report)) if report and is_scored(record) else ("", "")
+    content = str(record.data.get("scored_on", ""))[:8]
+    split = (report.split, _examples(report), content) if report and is_scored(record) else ("", "", "")
     model = record.model
     version = model.content or model.revision or ""
     return (record.task, model.hub_id or model.name, version, record.metric, *split)
@@ -101,8 +106,16 @@ def unscored(row: object) -> bool:
 
 def tables(rows: Sequence[Row]) -> list[list[Row]]:
     """The rows in tables of what may be compared; those without a score are with their task, backbone and metric."""
-    scored = sorted((row for row in rows if row.scored), key=lambda row: setting(row.scored[0]))
-    found = [list(group) for _, group in groupby(scored, key=lambda row: setting(row.scored[0]))]
+    contents: dict[tuple[str, ...], set[str]] = {}
+    for *known, content in (setting(row.scored[0]) for row in rows if row.scored):
+        contents.setdefault(tuple(known), set()).update([content] if content else [])
+
+    def key(row: Row) -> tuple[str, ...]:
+        *known, content = setting(row.scored[0])
+        others = contents[tuple(known)]
+        return (*known, min(others) if len(others) == 1 else content)  # one that does not tell is with the others
+
+    found = [list(group) for _, group in groupby(sorted((row for row in rows if row.scored), key=key), key=key)]
     for row in rows:
         if not row.scored:
             _home(found, row).append(row)

@@ -1,7 +1,9 @@
-"""Which of the runs found are shown: filters such as method=mam,lora, seed!=1 or device=*H200*. Imports no torch."""
+"""Which of the runs found are shown: filters such as method=mam,lora, seed!=1, device=*H200* or score>60. Imports no
+torch."""
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -11,7 +13,8 @@ from peftbench.errors import UserError, unknown
 from peftbench.results.columns import field, text
 from peftbench.results.record import Record
 
-FILTER = re.compile(r"(?P<key>[\w.]+)(?P<sign>!?=)(?P<values>.*)", re.DOTALL)
+FILTER = re.compile(r"(?P<key>[\w.]+)(?P<sign>!=|>=|<=|=|>|<)(?P<values>.*)", re.DOTALL)
+ORDER = {">": operator.gt, "<": operator.lt, ">=": operator.ge, "<=": operator.le}
 
 
 def is_filter(word: str) -> bool:
@@ -22,7 +25,8 @@ def is_filter(word: str) -> bool:
 def select(records: Sequence[Record], filters: Sequence[str]) -> list[Record]:
     """The records that pass all filters KEY=VALUE,... or KEY!=VALUE,...; `*` in a value stands for anything.
 
-    Raises UserError for a key that no record has, and for a value that none has.
+    KEY>NUMBER, <, >= and <= are for numbers. Raises UserError for a key that no record has, and for a value that none
+    has.
     """
     found, faults = list(records), []
     for word in filters:
@@ -33,6 +37,14 @@ def select(records: Sequence[Record], filters: Sequence[str]) -> list[Record]:
             of = field(key, records)
         except KeyError as error:
             faults.append(str(error.args[0]))
+            continue
+        if holds := ORDER.get(match["sign"]):
+            try:
+                limit = float(match["values"])
+            except ValueError:
+                faults.append(f"{word}: {match['sign']} needs a number behind it.")
+                continue
+            found = [r for r in found if isinstance(number := of(r), int | float) and holds(number, limit)]
             continue
         there = sorted({value for record in records for value in _texts(of(record))})
         for value in wanted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -24,7 +25,8 @@ T = TypeVar("T")
 GAP = 2  # characters between two columns
 # Where a cell may go on in the next line: between words, and within one that is too long.
 BETWEEN, WITHIN = re.compile(r"(?<= )(?![\d·])"), re.compile(r"(?<=_)(?=\w)|(?<=[a-z])(?=[A-Z])")
-OVERRIDES_TO_KEEP = re.compile(r"(task|model|trainer|debug|output_dir)\b")  # in the sweep that is proposed
+# In the sweep that is proposed. A learning rate is a method's own.
+OVERRIDES_TO_KEEP = re.compile(r"(task|model|trainer(?!\.learning_rate=)|debug|output_dir)\b")
 
 
 def show(records: Sequence[Record], console: Console, status: Callable[[Record], str] | None = None) -> None:
@@ -33,11 +35,12 @@ def show(records: Sequence[Record], console: Console, status: Callable[[Record],
     Runs without a score stand below those of their task and backbone. `status` says how a run ended; without it that
     is shown only where some run is not done.
     """
-    for index, table in enumerate(tables(single(records))):
+    found = tables(single(records))
+    for index, (table, heading) in enumerate(zip(found, titles(found), strict=True)):
         if index:
             console.print()
         table.sort(key=rank)
-        console.print(title(table))
+        console.print(heading)
         show_table(columns(table, status), table, console)
 
 
@@ -62,18 +65,29 @@ def show_table(columns: Sequence[Column[T]], rows: Sequence[T], console: Console
             console.print()
 
 
+def titles(found: Sequence[Sequence[Row]]) -> list[Text]:
+    """What the rows of each table have in common; what they were scored on, where nothing else tells two apart."""
+    plain = [title(table) for table in found]
+    counted = Counter(heading.plain for heading in plain)
+    contents = [setting(next((run for row in table for run in row.scored), table[0].first))[-1] for table in found]
+    return [
+        Text.assemble(heading, f" (data {content or 'unknown'})") if counted[heading.plain] > 1 else heading
+        for heading, content in zip(plain, contents, strict=True)
+    ]
+
+
 def title(table: Sequence[Row]) -> Text:
     """What the rows of a table have in common."""
     record = next((run for row in table for run in row.scored), table[0].first)
-    task, model, version, metric, split, examples = setting(record)
+    task, model, version, metric, split, examples, _ = setting(record)
     size = f" of {record.counts.backbone:,} parameters" if record.counts else ""
     where = f", {metric} on {examples} {split} examples" if split else ""
     version = f"@{version[:8]}" if version else ""
     return Text.assemble((task, "bold"), " with ", (model, "bold"), version, size, where)
 
 
-def single_row(record: Record, console: Console) -> None:
-    """Prints the table of one finished run, its folder, and two commands to try next."""
+def single_row(record: Record, console: Console, alone: bool = True) -> None:
+    """Prints the table of one finished run and its folder; of one that is `alone`, not of a sweep, what to try next."""
     row = Row((record,))
     wanted = [column for column in columns([row]) if column.key not in ("seed", "status")]
     laid = [_lay(column, [row], star=False) for column in wanted]
@@ -94,7 +108,7 @@ def single_row(record: Record, console: Console) -> None:
         ("The run is in", str(record.folder)),
         ("All runs", results),
         ("Other methods", f"peftbench train -m method=lora,adapter,prefix,mam {kept}".rstrip()),
-    ):
+    )[: 3 if alone else 1]:
         console.print(Text.assemble((f"{label}: ".ljust(15), "dim"), line), soft_wrap=True)
 
 

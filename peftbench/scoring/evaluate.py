@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
         "trainer. or model., such as task.generation.num_beams=1 or trainer.eval_batch_size=8.",
     )
     parser.add_argument("run", type=Path, help="the folder of the run")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="what to do otherwise than the run did")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="what to do otherwise than then")
     parser.add_argument("--json", action="store_true", help="print a JSON array with one object for each split")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="write the predictions of the split there")
     arguments = parser.parse_intermixed_args(argv)
@@ -64,8 +65,16 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def changed_run(folder: Path, record: Record, overrides: list[str]) -> Run:
+def changed_run(folder: Path, record: Record, overrides: Sequence[str]) -> Run:
     """The run that lies in `folder`, with overrides, checked as `peftbench train` checks them."""
+    run = saved_run(folder, record, overrides)
+    if found := faults(run):
+        raise UserError(*found)
+    return run
+
+
+def saved_run(folder: Path, record: Record, overrides: Sequence[str] = ()) -> Run:
+    """Like `changed_run`, where nothing but the backbone must be there; its data may have gone."""
     config = saved_config(folder)
     try:
         lines = [re.sub(r"^task\.split=", "task.report_split=", override) for override in overrides]
@@ -82,8 +91,8 @@ def changed_run(folder: Path, record: Record, overrides: list[str]) -> Run:
     if found:
         raise UserError(*found)
     run = resolve(config)
-    if found := faults(run):
-        raise UserError(*found)
+    if run.model.path and not Path(run.model.path).expanduser().is_dir():
+        raise UserError(f"model.path={run.model.path} is not a folder; give the path of an existing one.")
     if run.model.path and record.model.content and content_stamp(run.model.path) != record.model.content:
         raise UserError(f"model.path={run.model.path} holds another backbone than the one that the run was trained on.")
     if "labels" in record.data:

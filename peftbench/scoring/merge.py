@@ -11,7 +11,7 @@ from peftbench.errors import UserError
 from peftbench.modification.attach import attach_run
 from peftbench.modification.merge import merge, obstacles
 from peftbench.modification.state import load as load_adapter
-from peftbench.scoring.evaluate import changed_run
+from peftbench.scoring.evaluate import saved_run
 from peftbench.scoring.saved import saved_record
 from peftbench.train import quiet_console
 
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", type=Path, help="the folder of the run")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to write, new or empty")
     arguments = parser.parse_args(argv)
-    run = changed_run(arguments.run, saved_record(arguments.run), [])
+    run = saved_run(arguments.run, saved_record(arguments.run))
     if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
         raise UserError(f"--out {arguments.out} is there already; give a folder that is new or empty.")
     console = quiet_console()

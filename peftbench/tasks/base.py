@@ -44,6 +44,7 @@ class TaskData(ABC):
     # By role: {"split": "test", "examples": 1600, "of": 11334}, the last where not all rows were taken.
     splits: dict[str, dict[str, Any]]
     fingerprint: str  # sha256 over the splits that were read
+    scored_on: str  # sha256 over the rows that are reported on
     collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]  # examples -> a padded batch of tensors
 
     def __init__(self, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -67,6 +68,8 @@ class TaskData(ABC):
             self.splits[role] = {"split": split, "examples": len(getattr(self, role))}
             if len(getattr(self, f"{role}_rows")) < loaded.sizes[split]:
                 self.splits[role]["of"] = loaded.sizes[split]
+
+        self.scored_on = data_fingerprint(self.task, self.report_rows)
 
     def serving(self, model: PreTrainedModel) -> Self:
         """The same data for a model of the backbone: a copy, which shares all but what `serve` sets."""

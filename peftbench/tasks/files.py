@@ -151,9 +151,8 @@ def _parse(file: Path, line: int, text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{file}:{line + error.lineno - 1} is torn or not JSON: {error.msg} at column {error.colno}."
-        ) from error
+        what = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        raise UserError(f"{file}:{line + error.lineno - 1} is torn or not JSON: {what}.") from error
 
 
 def _read_parquet(file: Path) -> pa.Table:

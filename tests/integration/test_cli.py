@@ -243,6 +243,19 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["bottleneck=-3"], ["bottleneck=-3: the bottleneck must be a whole number of at least 1."]),
         (["bottleneck=many"], ["bottleneck=many: a whole number is expected."]),
         (["init=brt"], ["init=brt is unknown; did you mean bert?"]),
+        (["init=xavier"], ["init=xavier is unknown. Choices: bert, lora."]),
+        (["learning_rate=1", "path=x"], ["did you mean trainer.learning_rate?", "did you mean model.path?"]),
+        (["modified_representation.stacks=decoder"], ["a list is expected, as in modified_representation.stacks=["]),
+        (["mix=[]", "mix.prefix.bottleneck=3"], ["there is no prefix in the mixture; add one, such as mix=[prefix]."]),
+        (["method", "lora"], ["method is no KEY=VALUE", "lora is no KEY=VALUE"]),
+        (["task.prompt=read: {source}"], ["cannot be read; where the value has commas"]),
+        (["+experiment=paper/table5"], ["experiment has its place in the config; leave out the +."]),
+        (["--method", "lora"], ["--method is no option of peftbench train"]),
+        (["-m", "method=lora,mam", "--cfg", "job"], ["--cfg shows the config of one run"]),
+        (["--cfg", "job", "metod=lora"], ["did you mean method?"]),
+        (["seed=-1"], ["seed=-1: it must be a whole number from 0 to 4294967295."]),
+        (["trainer.learning_rate=nan", "trainer.weight_decay=-1"], ["above 0.", "trainer.weight_decay=-1.0"]),
+        (["composition_function.scale=inf"], ["composition_function.scale=inf: it must be a finite number."]),
         (["bottlenek=3"], ["bottlenek is no key of the config; did you mean bottleneck?"]),
         (["trainer.epoch=3"], ["trainer.epoch is no key of the config (in trainer); did you mean epochs?"]),
         (["task.data_dir=/nowhere"], ["task.data_dir=/nowhere is not a folder"]),
@@ -252,7 +265,7 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["task.text_columns=[]"], ["task.text_columns=[] must name one column, or two for a pair."]),
         (["task.labels=[a,b,a]"], ["task.labels=[a,b,a] names a label twice."]),
         (["task.metric=f1"], ["task.metric=f1 is that of the second of two labels"]),
-        (["task.metric=bleu"], ["task.metric=bleu is unknown; Choices: accuracy, f1, macro_f1, matthews."]),
+        (["task.metric=bleu"], ["task.metric=bleu is unknown. Choices: accuracy, f1, macro_f1, matthews."]),
         (
             ["task=sst2", f"task.validation_file={__file__}", f"task.test_file={__file__}"],
             ["task=sst2 selects and reports on its validation split"],
@@ -374,7 +387,20 @@ def test_bad_files_are_named_with_their_line(
     assert exit.value.code == 2
     error = capsys.readouterr().err
     assert sentence in error and len(error.splitlines()) == 1
-    assert [record["status"] for record in records(tmp_path / "outputs")] == ["failed"]
+    assert records(tmp_path / "outputs") == []
+
+
+@pytest.mark.slow
+def test_a_sweep_keeps_what_was_refused_and_says_why(
+    smoke: list[str], sentiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _missing_column(sentiment)
+    assert main(["train", "-m", *smoke, "method=head", "seed=1,2"]) == 1
+    failed = records(tmp_path / "outputs")
+    assert [record["error"]["name"] for record in failed] == ["refused", "refused"]
+    capsys.readouterr()
+    assert main(["train", "-m", *smoke, "method=head", "seed=1,2"]) == 1
+    assert f"This run failed before (refused: {failed[0]['error']['message']})" in capsys.readouterr().err
 
 
 def test_a_model_folder_without_config_and_a_hub_id_without_network(
@@ -419,6 +445,33 @@ def test_a_users_own_folder_adds_methods(smoke: list[str], tmp_path: Path) -> No
     assert record["method"] == "tiny_lora" and record["axes"][0]["bottleneck"] == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "# @package _global_\ndefaults:\n  - lora\nbottleneck: 1\n",
+            "own.yaml has method: lora; write method: own, the",
+        ),
+        (
+            "# @package _global_\nmethod: own\nbottlneck: 1\n",
+            "method/own.yaml: bottlneck is no key of the config there.",
+        ),
+        ("# @package _global_\nbottleneck: three\n", "method/own.yaml: Value 'three' of type 'str' could not be conv"),
+        ("method: own\nbias: [\n", "own.yaml:3 is no YAML: "),
+        ("defaults:\n  - override /functional_form: relu\n", "begins with the line # @package _global_."),
+    ],
+)
+def test_what_is_wrong_in_a_users_own_file(
+    text: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "method" / "own.yaml"
+    file.parent.mkdir()
+    file.write_text(text)
+    assert main(["train", "method=own", "--config-dir", str(tmp_path), f"output_dir={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("arguments", [["--cfg", "job"], ["--info", "defaults-tree"], ["--help"]])
 def test_hydras_own_flags_work(arguments: list[str]) -> None:
     done = subprocess.run([*SUBPROCESS, "train", "method=lora", *arguments], capture_output=True, text=True)
@@ -426,11 +479,19 @@ def test_hydras_own_flags_work(arguments: list[str]) -> None:
     assert "functional_form" in done.stdout
 
 
-def test_tab_completion_knows_groups_and_choices() -> None:
-    line = "peftbench train method=ma"
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("peftbench train method=ma", ["method=mam"]),
+        ("peftbench params -m insertion_form=s", ["insertion_form=sequential"]),
+        ("peftbench re", ["results", "report", "reproduce", "rescore"]),
+        ("peftbench results me", []),
+    ],
+)
+def test_tab_completion_knows_subcommands_groups_and_choices(line: str, words: list[str]) -> None:
     environment = {**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line))}
     done = subprocess.run([*SUBPROCESS, "-sc", "query=bash"], capture_output=True, text=True, env=environment)
-    assert done.stdout.split() == ["method=mam"]
+    assert done.stdout.split() == words
 
 
 def test_ctrl_c_leaves_an_interrupted_record(smoke: list[str], tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def published(tmp_path: Path) -> Path:
 
 
 def train(tmp_path: Path, home: str, **environment: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
-    """A run of `me/tiny` on `me/reviews` with its cache in the folder `home`, and its record."""
+    """A run of `me/tiny` on `me/reviews` with its cache in the folder `home`, and its record if it has one."""
     outputs = tmp_path / f"outputs-{home}-{'-'.join(environment)}"
     overrides = ["task=text_classification", "task.hub_id=me/reviews", "task.text_columns=[sentence]", "method=lora"]
     overrides += ["model=bart_large", "model.hub_id=me/tiny", "model.sizes=mini", "debug=smoke", "trainer.max_steps=2"]
@@ -42,8 +42,8 @@ def train(tmp_path: Path, home: str, **environment: str) -> tuple[subprocess.Com
         text=True,
         env={**os.environ, "HF_HOME": str(tmp_path / home), **environment},
     )
-    (file,) = outputs.rglob("record.json")
-    return done, json.loads(file.read_text())
+    found = [json.loads(file.read_text()) for file in outputs.rglob("record.json")]
+    return done, found[0] if found else {}
 
 
 @pytest.mark.slow
@@ -65,7 +65,7 @@ def test_from_the_hub_then_offline_from_its_cache_then_without_one(published: Pa
     assert offline["scores"] == online["scores"]
 
     done, missing = train(tmp_path, "empty", HF_HUB_OFFLINE="1")
-    assert (done.returncode, missing["status"]) == (2, "failed")
+    assert (done.returncode, missing) == (2, {})
     assert len(done.stderr.splitlines()) == 1
     assert "task.hub_id=me/reviews is not in this machine's cache and HF_HUB_OFFLINE is set; give task.data_dir=" in (
         done.stderr

@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import BartForSequenceClassification
 
+from peftbench import load_run
 from peftbench.cli import main
+from peftbench.errors import UserError
 from peftbench.prediction import predict as predict_module
 from peftbench.tasks.metrics import compute_metrics
 
@@ -70,6 +74,32 @@ def test_mnli_reports_both_dev_sets_in_full(pairs: str, tmp_path: Path, capsys: 
     }
     (other,) = scored(capsys, "evaluate", str(run), "task.split=validation_mismatched")
     assert other["metrics"] == scores["report_validation_mismatched"]["metrics"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["mam", "pfeiffer", "full"])
+def test_a_run_is_loaded_in_python_without_its_data(pairs: str, method: str, tmp_path: Path) -> None:
+    """The logits of `load_run` choose the labels that the run predicted; transformers' own class, no peftbench call."""
+    rows = [{"premise": name * 9, "hypothesis": "so", "label": name} for name in ("neutral", "contradiction") * 16]
+    for name in ("train", "dev_matched", "dev_mismatched"):
+        write(tmp_path, f"{name}.jsonl", rows)
+    settings = ("trainer.learning_rate=0.003", "trainer.max_steps=30", "trainer.batch_size=8")
+    run = trained(tmp_path, "task=mnli", pairs, f"method={method}", *settings)
+    for file in tmp_path.glob("*.jsonl"):
+        file.unlink()
+    model, tokenizer = load_run(run)
+    assert type(model) is BartForSequenceClassification and not model.training
+    batch = tokenizer([r["premise"] for r in rows], [r["hypothesis"] for r in rows], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        chosen = model(batch["input_ids"], batch["attention_mask"]).logits.argmax(-1)
+    predicted = [json.loads(line)["prediction"] for line in (run / "predictions.jsonl").read_text().splitlines()]
+    labels = recorded(run)["data"]["labels"]
+    assert [labels[index] for index in chosen][: len(predicted)] == predicted
+    assert len(set(predicted)) > 1
+    with pytest.raises(UserError, match=r"model\.path=/nowhere is not a folder"):
+        load_run(run, "model.path=/nowhere")
+    with pytest.raises(UserError, match="holds no run"):
+        load_run(tmp_path)
 
 
 def test_a_part_of_a_split_is_called_one(pairs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,7 +195,7 @@ def test_what_cannot_be_scored_is_refused(texts: str, tmp_path: Path, capsys: py
         (["evaluate", str(run), "bottleneck=3"], "bottleneck=3: evaluate takes task.KEY, trainer.KEY, model.KEY only"),
         (["evaluate", str(run), "task.splt=train"], "task.splt is no key of the config (in task)"),
         (["evaluate", str(run), "task.split=dev"], "holds no file for the dev split"),
-        (["rescore", str(run), "accuracy"], "metric=accuracy is unknown; Choices: rouge1"),
+        (["rescore", str(run), "accuracy"], "metric=accuracy is unknown. Choices: rouge1"),
     ):
         assert main(arguments) == 2
         assert sentence in capsys.readouterr().err

@@ -63,7 +63,7 @@ def test_all_missing_columns_are_named_with_their_keys(tmp_path: Path) -> None:
     file = task.data_files["train"]
     assert caught.value.faults == [
         f"{file}: task.text_columns=text is unknown; did you mean texts? Choices: texts, sentiment.",
-        f"{file}: task.label_column=label is unknown; Choices: texts, sentiment.",
+        f"{file}: task.label_column=label is unknown. Choices: texts, sentiment.",
     ]
 
 

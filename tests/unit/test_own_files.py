@@ -116,7 +116,7 @@ def test_labels_are_found_and_sorted(tmp_path: Path, cells: list[Any], labels: l
             "text,label\n" + "".join(f"{i},{i}\n" for i in range(9)),
             r"own\.csv: column label holds 9 labels in 9 rows; name the column of labels by task\.label_column",
         ),
-        ("text,grade\na,x\n", r"own\.csv: task\.label_column=label is unknown; Choices: text, grade\."),
+        ("text,grade\na,x\n", r"own\.csv: task\.label_column=label is unknown\. Choices: text, grade\."),
     ],
 )
 def test_labels_that_are_none(tmp_path: Path, content: str, sentence: str) -> None:

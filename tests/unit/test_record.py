@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from peftbench.config import (
 )
 from peftbench.errors import UserError
 from peftbench.results.record import (
+    Axes,
     Counts,
     Record,
     Score,
@@ -196,3 +198,10 @@ def test_a_missing_folder_is_the_users_mistake(tmp_path: Path) -> None:
 def test_from_json_refuses_what_is_no_record(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not the record"):
         Record.from_json(None, tmp_path)
+
+
+def test_a_scale_that_is_trained_is_called_learned() -> None:
+    fixed = Axes("", "relu", "ffn", "parallel", "scaled", 4.0, 8, {})
+    assert fixed.composition == "scaled 4"
+    assert replace(fixed, scale=1.0, options={"composition_function.learned": True}).composition == "scaled 1 learned"
+    assert replace(fixed, composition_function="add").composition == "add"

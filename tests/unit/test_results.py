@@ -90,6 +90,9 @@ def printed_rows(capsys: pytest.CaptureFixture[str], *arguments: object) -> list
         (["unfreeze=all"], 1),
         (["bottleneck=8"], 3),
         (["trainer.learning_rate=0.001"], 6),
+        (["seed>1"], 3),
+        (["stored>=1000", "stored<1e5"], 5),
+        (["seed<=1", "method!=full"], 2),
     ],
 )
 def test_filters(filters: list[str], expected: int) -> None:
@@ -104,6 +107,7 @@ def test_filters(filters: list[str], expected: int) -> None:
         (["method=lroa"], ["method=lroa is unknown; did you mean lora? Choices: full, lora, mam."]),
         (["method=lroa", "sed=1"], ["did you mean lora?", "sed is no column; did you mean seed?"]),
         (["trainer.lr=1"], ["trainer.lr is no column"]),
+        (["score>high"], ["score>high: > needs a number behind it."]),
     ],
 )
 def test_a_filter_that_matches_nothing_says_what_there_is(filters: list[str], sentences: list[str]) -> None:
@@ -336,7 +340,7 @@ def test_a_wide_pivot_goes_on_below(outputs: Path, capsys: pytest.CaptureFixture
         (["--rows", "methd"], "methd is no column; did you mean method"),
         (["--rows", "method", "--show", "score"], "--show goes with a row for each run"),
         (["--mix", "split"], "--mix goes with --rows or --columns"),
-        (["status=failed", "--rows", "method"], "status=failed is unknown; Choices: done."),
+        (["status=failed", "--rows", "method"], "status=failed is unknown. Choices: done."),
     ],
 )
 def test_refusals(outputs: Path, arguments: list[str], sentence: str) -> None:
@@ -354,3 +358,23 @@ def test_a_thousand_records_are_shown_in_two_seconds(tmp_path: Path, capsys: pyt
     main([str(tmp_path)])
     main([str(tmp_path), "--mean"])
     assert time.process_time() - began < 4  # two commands
+
+
+def test_runs_that_were_scored_on_other_rows_have_a_table_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files of one's own go by one task's name; a record from before this was kept stands with the only others."""
+    contents = {("lora", 1): "a" * 64, ("mam", 1): "a" * 64, ("full", 1): None}
+    for other in ({}, {("mam", 2): "b" * 64}):
+        for (method, seed), content in {**contents, **other}.items():
+            data = {"scored_on": content} if content else {}
+            made = run(method, seed, SCORES[method, seed], tmp_path / f"{method}-{seed}", data=data)
+            made.folder.mkdir(exist_ok=True)
+            made.save()
+        text = printed(capsys, tmp_path)
+        headings = [line.rpartition("(")[2] for line in text.splitlines() if line.endswith(")")]
+        assert headings == (["data unknown)", "data aaaaaaaa)", "data bbbbbbbb)"] if other else [])
+        assert text.count("method") == (3 if other else 1)
+    with pytest.raises(UserError, match=r"differ in data: aaaaaaaa \(2 runs\), bbbbbbbb \(1 runs\)"):
+        main([str(tmp_path), "--rows", "method"])
+    assert main([str(tmp_path), "--rows", "method", "--mix", "data", "data=aaaaaaaa"]) == 0

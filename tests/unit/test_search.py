@@ -303,5 +303,6 @@ def test_a_line_says_what_was_searched() -> None:
     assert sentence(record(50.0, search=replace(NOTE, reported=True))) == (
         "search=lr3, mam, mini on doctopic (bleu on validation, 1,500 examples, seed 1) takes "
         "trainer.learning_rate=0.003; trainer.learning_rate 0.001: 40.25, 0.0003: diverged, 0.003: 41.50; the "
-        "outermost trainer.learning_rate that was tried; chosen on the split that is reported on."
+        "outermost trainer.learning_rate that was tried: the best may lie beyond it; chosen on the split that is "
+        "reported on."
     )

@@ -16,7 +16,7 @@ from peftbench.results.compare import settings_of
 from peftbench.results.plot import COLOURS, NAMES, logged
 from peftbench.results.record import Axes, Record, differing
 from peftbench.results.row import Row, point, rank, single, tables
-from peftbench.results.table import title
+from peftbench.results.table import titles
 
 SAMPLES = 6  # predictions of each run
 LONGEST = 600  # characters of each
@@ -67,7 +67,7 @@ def content(
         "made": f"peftbench {__version__}, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
         "words": " ".join(words),
         "colours": COLOURS,
-        "groups": [title(table).plain for table in groups],
+        "groups": [heading.plain for heading in titles(groups)],
         "columns": [{key: value for key, value in column.items() if key != "cells"} for column in shown],
         "settings": {"keys": keys, "values": values},
         "runs": [
@@ -155,12 +155,11 @@ def _cell(value: Any) -> Any:
 
 def _axes(axes: Axes) -> dict[str, str]:
     """The four axes of a modification, its size and its options, by name."""
-    scale = f" {axes.scale:g}" if axes.composition_function == "scaled" else ""
     return {
         "functional form": axes.functional_form,
         "modified representation": axes.modified_representation,
         "insertion form": axes.insertion_form,
-        "composition function": axes.composition_function + scale,
+        "composition function": axes.composition,
         "bottleneck": text(axes.bottleneck),
         **{key: _setting(value) or "none" for key, value in axes.options.items()},
     }

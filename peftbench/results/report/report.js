@@ -307,13 +307,13 @@ function byScore(one, other) { // as the runs come: group by group, the best fir
 }
 
 function markBest() { // of what is shown, and only among runs that may be compared
-  const groups = new Set(state.rows.filter(row => value(row, COLUMN.get("score")) !== null).map(row => row.group));
+  const scored = state.rows.filter(row => value(row, COLUMN.get("score")) !== null), groups = new Set(scored.map(row => row.group));
   for (const column of COLUMNS.filter(column => column.shown && column.better !== null)) {
-    const numbers = state.rows.map(row => value(row, column)).filter(number => number !== null);
+    const numbers = scored.map(row => value(row, column)).filter(number => number !== null);
     const sign = column.better === "higher" ? 1 : -1;
     const goal = sign * numbers.reduce((best, number) => Math.max(best, sign * number), -Infinity);
     const plain = groups.size > 1 || numbers.every(number => number === goal);
-    for (const row of rows()) row.tds.get(column)?.classList.toggle("best", !plain && row.runs.length > 0 && value(row, column) === goal);
+    for (const row of rows()) row.tds.get(column)?.classList.toggle("best", !plain && row.runs.length > 0 && value(row, column) === goal && value(row, COLUMN.get("score")) !== null);
   }
 }
 

@@ -1,0 +1,34 @@
+"""A finished run's model in Python, as a notebook wants it: `peftbench.load_run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from peftbench.backbone import load_backbone
+from peftbench.modification.attach import attach_run
+from peftbench.modification.state import load as load_adapter
+from peftbench.scoring.evaluate import saved_run
+from peftbench.scoring.saved import saved_record
+
+
+def load_run(folder: str | Path, *overrides: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The backbone with the run's adapter attached, on the CPU and in evaluation mode, and its tokenizer.
+
+    The model is one of transformers' own classes and is called and generates as they do. Its input is what the run's
+    was: a source of a task with `task.prompt` stands in that prompt. The run's data need not be there.
+
+    Args:
+        folder: of the run, as `peftbench train` names it at its end.
+        overrides: what is otherwise than then, such as `model.path=FOLDER` of a backbone that has moved.
+
+    Raises:
+        UserError: there is no finished run, or not the backbone that it was trained on.
+    """
+    folder = Path(folder).expanduser()
+    run = saved_run(folder, saved_record(folder), overrides)
+    backbone = load_backbone(run.model, run.task)
+    attach_run(backbone.model, run, backbone.untrained)
+    load_adapter(backbone.model, folder / "adapter", backbone.untrained)
+    return backbone.model.eval(), backbone.tokenizer

@@ -1,0 +1,39 @@
+"""Errors that are told in a sentence: of overrides, and of the file system."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from peftbench.cli import main
+from peftbench.errors import of_the_machine, unknown
+
+
+def test_an_unknown_value_is_told_its_choices() -> None:
+    assert (
+        unknown("method", "lroa", ["lora", "mam"]) == "method=lroa is unknown; did you mean lora? Choices: lora, mam."
+    )
+    assert unknown("init", "xavier", ["bert", "lora"]) == "init=xavier is unknown. Choices: bert, lora."
+    assert unknown("init", "xavier", []) == "init=xavier is unknown."
+
+
+def test_a_full_disk_is_told_and_a_broken_pipe_is_not() -> None:
+    assert of_the_machine(OSError(errno.ENOSPC, "No space left on device")) == "No space left on device."
+    assert of_the_machine(OSError(errno.EACCES, "Permission denied", "/a/b")) == "/a/b: Permission denied."
+    assert of_the_machine(OSError(errno.EPIPE, "Broken pipe")) is None
+    assert of_the_machine(OSError("a library's own")) is None
+
+
+@pytest.mark.parametrize("sweep", [[], ["-m", "seed=1,2"]])
+def test_an_output_folder_that_cannot_be_made(
+    sweep: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    try:
+        code = main(["train", "debug=smoke", f"output_dir={tmp_path / 'file' / 'outputs'}", *sweep])
+    except SystemExit as exit:
+        code = exit.code
+    error = capsys.readouterr().err
+    assert code == 1 and error.count("\n") == 1 and error.endswith("Not a directory.\n")
