@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialised
 from torch import Tensor, nn
 
 from peftbench.errors import UserError
@@ -66,8 +67,11 @@ def save(model: nn.Module, folder: Path, untrained: Collection[str] = ()) -> int
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write named tensors, from any device, as safetensors."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    """Write named tensors, from any device, as safetensors. Raises OSError where the disk is full.
+
+    By way of bytes: safetensors' own writing gives a file that nobody else may read, and an error of its own.
+    """
+    path.write_bytes(serialised({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def load(model: nn.Module, folder: Path, untrained: Collection[str] = ()) -> None:

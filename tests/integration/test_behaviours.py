@@ -317,6 +317,13 @@ def test_saved_and_loaded_into_a_fresh_model(family: str, preset: str, tmp_path:
     assert torch.equal(logits(fresh, family), stored)
 
 
+def test_others_may_read_what_is_saved(tmp_path: Path) -> None:
+    """As any file that one writes: a colleague on the same cluster evaluates it."""
+    (tmp_path / "any").touch()
+    state.save(attached("bart", PRESETS["lora"]), tmp_path)
+    assert (tmp_path / state.FILE_NAME).stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
 def test_file_of_other_settings_is_refused(tmp_path: Path) -> None:
     """One sentence for a missing file, for other tensors, for other shapes; the model is left as it was."""
     model = attached("bart", PRESETS["lora"])
