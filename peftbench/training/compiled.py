@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -23,7 +23,15 @@ from transformers import PreTrainedModel
 from peftbench.sites import find_sites
 from peftbench.training.hashed_dropout import with_hashed_dropout
 
-VARIANTS = 64  # of a layer's code: stacks x with or without a gradient at the input x shapes that are no free ones
+# Of a layer's code in one process: stacks x with or without a gradient at the input x shapes that are no free ones, for
+# each method of a sweep.
+VARIANTS = 256
+
+
+@cache
+def _backend(graphs: bool) -> Callable[..., Any]:
+    """Inductor: one object, since code is compiled anew for another one, in each layer and in each run of a sweep."""
+    return partial(compile_fx, config_patches=list_mode_options("reduce-overhead") if graphs else {})
 
 
 class CompiledLayers:
@@ -40,12 +48,10 @@ class CompiledLayers:
     ) -> None:
         self.layers: Sequence[nn.Module] = [layer.module for layer in find_sites(model).layers]
         self.graphs = graphs
-        if backend is None:
-            backend = partial(compile_fx, config_patches=list_mode_options("reduce-overhead") if graphs else {})
-        shared = with_hashed_dropout(backend)  # code is compiled anew for a backend that is another object
+        rewriting = with_hashed_dropout(backend or _backend(graphs))
         self.calls: list[Callable[..., Any]] = []
         for layer in self.layers:
-            layer.compile(backend=shared, dynamic=not graphs)
+            layer.compile(backend=rewriting, dynamic=not graphs)
             self.calls.append(layer._compiled_call_impl)  # type: ignore[arg-type]  # None until compile is called
         self._set(active=False)
 

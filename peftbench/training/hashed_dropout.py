@@ -9,6 +9,7 @@ that a run is as reproducible as before, with other numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -85,8 +86,9 @@ def _dropouts(graph: GraphModule) -> Iterator[tuple[Node, Any, float]]:
             yield node, given["input"], p
 
 
+@cache
 def with_hashed_dropout(backend: Callable[..., Any]) -> Callable[..., Any]:
-    """A backend of torch.compile that is given `rewrite`'s graphs."""
+    """A backend of torch.compile that is given `rewrite`'s graphs; for one backend always the same object."""
 
     def compile_rewritten(graph: GraphModule, inputs: list[Any]) -> Any:
         return backend(rewrite(graph), inputs)

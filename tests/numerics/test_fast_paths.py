@@ -122,6 +122,23 @@ def test_compiled_layers(family: str, preset: str) -> None:
 
 
 @pytest.mark.slow
+def test_the_next_run_of_a_process_is_compiled_already() -> None:
+    """Another model of the same kind, with weights of its own."""
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    losses, counts = [], []
+    for seed in (1, 2):
+        model = model_of("bart", "mam")
+        shake(model, seed=seed)
+        expected = model(**batch("bart")).loss
+        with CompiledLayers(model, backend=graphs).active():
+            torch.testing.assert_close(model(**batch("bart")).loss, expected)
+        losses.append(float(expected.detach()))
+        counts.append(graphs.frame_count)
+    assert counts[1] == counts[0] > 0 and losses[1] != losses[0]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["mam", "lora_ffn"])
 def test_an_evaluation_leaves_compiled_layers_as_they_are(preset: str, tmp_path: Path) -> None:
     """Training with evaluations, which fold, merge and widen the model for a while, has the losses of a training
