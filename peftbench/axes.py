@@ -239,6 +239,11 @@ RULES = (
 )
 
 
+def composed(name: str, scale: float, learned: bool) -> str:
+    """A composition function in a table, with its scale: scaled 4, or scaled 1 learned."""
+    return name + (f" {scale:g}" + (" learned" if learned else "") if name == Composition.scaled.name else "")
+
+
 def axes(m: Modification) -> Point:
     """The point at which a modification stands."""
     return Point(

@@ -104,7 +104,7 @@ def _points_of(grid: list[str], multirun: bool, loader: ConfigLoader) -> list[li
     if params and not multirun:
         raise UserError(f"An experiment that goes over {' and '.join(params)} is a sweep; add -m to run it.")
     if params:
-        parsed = [*OverridesParser.create(config_loader=loader).parse_overrides(list(params.values())), *parsed]
+        parsed = [*_parsed(list(params.values()), loader), *parsed]
     return _points(parsed) if multirun else [grid]
 
 
@@ -183,8 +183,8 @@ def _compose_one(overrides: list[str], loader: ConfigLoader, reads_data: bool) -
     values: list[Override] = []
     for line, override in zip(overrides, parsed, strict=True):
         if override.is_sweep_override():
-            meant = " A decimal has a point, as in budget=6.7%." if override.key_or_group == "budget" else ""
-            found.append(f"{line} names several values; add -m to run each of them.{meant}")
+            hint = " A decimal has a point, as in budget=6.7%." if override.key_or_group == "budget" else ""
+            found.append(f"{line} names several values; add -m to run each of them.{hint}")
             continue
         options = _all_options(loader, override.key_or_group)
         if options and override.is_add() and override.package is None and (conf_dir() / override.key_or_group).is_dir():

@@ -6,7 +6,8 @@ To support an architecture, add a row and a test case (README.md, "Add your own"
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -257,6 +258,19 @@ def configs_of(model: PreTrainedModel) -> list[PretrainedConfig]:
     """The configs that a model's parts read, each once: T5's stacks have some of their own."""
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     return list({id(config): config for config in configs}.values())
+
+
+@contextmanager
+def configured(configs: Iterable[PretrainedConfig], key: str, value: object) -> Iterator[None]:
+    """Inside, all of the configs say that `key` is `value`."""
+    before = [(config, getattr(config, key)) for config in configs]
+    for config, _ in before:
+        setattr(config, key, value)
+    try:
+        yield
+    finally:
+        for config, was in before:
+            setattr(config, key, was)
 
 
 def _layers(family: Family, base: nn.Module, config: object, names: Mapping[nn.Module, str]) -> Iterator[Layer]:

@@ -12,9 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from peftbench.config import LOSS, Device, Schedule, Trainer
+from peftbench.modification.attach import attach
+from peftbench.sites import configs_of
 from peftbench.training.checkpoint import Checkpoints
 from peftbench.training.fit import Fitted, fit
-from tests.families import WRITING, batch, build
+from tests.families import PRESETS, WRITING, batch, build, dropout, shake
 
 EXAMPLES = 8
 EPSILON = 10.0  # so large that a step of AdamW, g / (|g| + EPSILON), shows the gradient's scale
@@ -45,6 +47,23 @@ class Targets(Rows):
         if family in WRITING:
             rows["decoder_input_ids"] = build(family).prepare_decoder_input_ids_from_labels(labels=rows["labels"])
         super().__init__(rows, lengths)
+
+
+def model_of(family: str, preset: str, **more: float) -> PreTrainedModel:
+    """A model to be trained, its modifications shaken, without dropout and KV cache; `more` is for its config."""
+    model = build(family, **{**dropout(family), **more})
+    attach(model, PRESETS[preset])
+    shake(model)
+    for config in configs_of(model):
+        config.use_cache = False
+    return model.train()
+
+
+def gradients_of(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
+    """By name, of the trained tensors on which the loss depends."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {name: g for name, g in zip(named, found, strict=True) if g is not None}
 
 
 def one_step(**settings: Any) -> Trainer:

@@ -22,57 +22,12 @@ PACKED_NAME = "peftbench_packed"  # what `config._attn_implementation` says whil
 PACKING = "packing"  # the attention module's attribute: the `Packing` of its queries and that of its keys
 
 
-class Packing:
-    """Where the tokens of one stack's batch stand in the row, kept from a forward pass to the next.
-
-    Args:
-        longest: of all examples that will come, in tokens; a constant, so that compiled code does not change with it.
-    """
-
-    example: Tensor  # (T,): the example that each token is of
-    position: Tensor  # (T,): its position there
-    offsets: Tensor  # (B + 1,), int32: where each example begins, and T
-    shape: tuple[int, int]  # of the batch with its padding
-
-    def __init__(self, longest: int) -> None:
-        self.longest = longest
-
-    def load(self, lengths: Sequence[int], width: int, device: torch.device) -> None:
-        """Take the next batch: examples of `lengths` tokens, padded on the right to `width`. Waits for no GPU."""
-        if max(lengths) > min(width, self.longest):
-            raise ValueError(f"an example of {max(lengths)} tokens, in a batch of {width}, was not expected")
-        counts = torch.tensor([0, *lengths])
-        if device.type == "cuda":
-            counts = counts.pin_memory().to(device, non_blocking=True)
-        total, offsets = sum(lengths), counts.cumsum(0)
-        examples = torch.arange(len(lengths), device=device)
-        self.example = examples.repeat_interleave(counts[1:], output_size=total)
-        self.position = torch.arange(total, device=device) - offsets[self.example]
-        self.offsets = offsets.to(torch.int32)
-        self.shape = (len(lengths), width)
-
-    @property
-    def index(self) -> Tensor:
-        """(T,): where each token stands in the batch with its padding, whose rows follow each other."""
-        return self.example * self.shape[1] + self.position
-
-    def pack(self, padded: Tensor) -> Tensor:
-        """(B, S, ...) -> (1, T, ...)."""
-        return padded.flatten(0, 1)[self.index].unsqueeze(0)
-
-    def pad(self, packed: Tensor) -> Tensor:
-        """(1, T, ...) -> (B, S, ...), zero where there is no token."""
-        count, width = self.shape
-        rows = packed.new_zeros(count * width, *packed.shape[2:])
-        return rows.index_copy_(0, self.index, packed[0]).view(count, width, *packed.shape[2:])
-
-
 @dataclass(frozen=True)
 class Row:
     """Vectors of all examples, one example behind the other."""
 
     example: Tensor  # (T,): the example that each is of
-    offsets: Tensor  # (B + 1,), int32
+    offsets: Tensor  # (B + 1,), int32: where each example begins, and T
     longest: int  # example, at most
 
     def behind(self, front: Tensor, vectors: Tensor) -> Tensor:
@@ -89,6 +44,45 @@ class Row:
         """The row with `length` vectors more before those of each example; `example` stays that of the others."""
         more = length * torch.arange(len(self.offsets), device=self.offsets.device, dtype=torch.int32)
         return Row(self.example, self.offsets + more, self.longest + length)
+
+
+class Packing:
+    """Where the tokens of one stack's batch stand in the row, kept from a forward pass to the next.
+
+    Args:
+        longest: of all examples that will come, in tokens; a constant, so that compiled code does not change with it.
+    """
+
+    row: Row
+    index: Tensor  # (T,): where each token stands in the batch with its padding, whose rows follow each other
+    shape: tuple[int, int]  # of that batch
+
+    def __init__(self, longest: int) -> None:
+        self.longest = longest
+
+    def load(self, lengths: Sequence[int], width: int, device: torch.device) -> None:
+        """Take the next batch: examples of `lengths` tokens, padded on the right to `width`. Waits for no GPU."""
+        if max(lengths) > min(width, self.longest):
+            raise ValueError(f"an example of {max(lengths)} tokens, in a batch of {width}, was not expected")
+        counts = torch.tensor([0, *lengths])
+        if device.type == "cuda":
+            counts = counts.pin_memory().to(device, non_blocking=True)
+        total, offsets = sum(lengths), counts.cumsum(0)
+        examples = torch.arange(len(lengths), device=device)
+        example = examples.repeat_interleave(counts[1:], output_size=total)
+        self.row = Row(example, offsets.to(torch.int32), self.longest)
+        self.index = torch.arange(total, device=device) - offsets[example] + example * width
+        self.shape = (len(lengths), width)
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """(B, S, ...) -> (1, T, ...)."""
+        return padded.flatten(0, 1)[self.index].unsqueeze(0)
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """(1, T, ...) -> (B, S, ...), zero where there is no token."""
+        count, width = self.shape
+        rows = packed.new_zeros(count * width, *packed.shape[2:])
+        return rows.index_copy_(0, self.index, packed[0]).view(count, width, *packed.shape[2:])
 
 
 def packed_attention(
@@ -108,7 +102,7 @@ def packed_attention(
     queries, keys = getattr(module, PACKING)
     children = module._modules.get(HEADS)
     modifications = [] if children is None else list(children.children())
-    rows, row = Row(queries.example, queries.offsets, queries.longest), Row(keys.example, keys.offsets, keys.longest)
+    row = keys.row
     q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))
     causal = queries is keys and bool(getattr(module, "is_causal", False))
     fronts = [each.vectors(k.dtype) for each in modifications if isinstance(each, Prefix)]
@@ -116,7 +110,7 @@ def packed_attention(
         front_k, front_v = (torch.cat(each, dim=1).transpose(0, 1) for each in zip(*fronts, strict=True))
         k, v, row = row.behind(front_k, k), row.behind(front_v, v), row.longer(len(front_k))
     scaling = scaling or query.shape[-1] ** -0.5
-    heads = attend(q, k, v, rows, row, causal=causal, dropout=dropout, scaling=scaling).unsqueeze(0)
+    heads = attend(q, k, v, queries.row, row, causal=causal, dropout=dropout, scaling=scaling).unsqueeze(0)
     for modification in modifications:
         if isinstance(modification, HeadModification):
             heads = modification(heads, query * scaling)

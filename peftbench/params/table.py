@@ -13,8 +13,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from peftbench.axes import composed
 from peftbench.budget import limit
-from peftbench.config import Composition, Modification, Run, Unfreeze, modifications
+from peftbench.config import Modification, Run, Unfreeze, modifications
 
 if TYPE_CHECKING:
     from peftbench.modification.counting import Counts
@@ -166,10 +167,8 @@ def _axes_of(m: Modification) -> dict[str, Any]:
 def _axes(m: Modification) -> str:
     """The four axes in one line, as `peftbench results` writes them."""
     form, representation, insertion, composition, _ = _axes_of(m).values()
-    joined = m.composition_function
-    scale = f" {joined.scale:g}" if joined.name is Composition.scaled else ""
-    scale += " learned" if joined.learned else ""
-    return f"{form} · {representation} · {insertion} · {composition}{scale}"
+    joined = composed(composition, m.composition_function.scale, m.composition_function.learned)
+    return f"{form} · {representation} · {insertion} · {joined}"
 
 
 def _bottleneck(m: Modification) -> str:

@@ -25,6 +25,7 @@ from typing import Any, Literal, TextIO, get_args, get_origin, get_type_hints
 from omegaconf import OmegaConf
 
 import peftbench
+from peftbench.axes import composed
 from peftbench.config import Modification, Run, modifications
 from peftbench.errors import UserError
 from peftbench.fidelity import Deviation
@@ -79,10 +80,9 @@ class Axes:
 
     @property
     def composition(self) -> str:
-        """The composition function with its scale: scaled 4, or scaled 1 learned."""
-        if self.composition_function != "scaled":
-            return self.composition_function
-        return f"scaled {self.scale:g}" + (" learned" if self.options.get("composition_function.learned") else "")
+        """The composition function with its scale."""
+        learned = bool(self.options.get("composition_function.learned"))
+        return composed(self.composition_function, self.scale, learned)
 
 
 @dataclass

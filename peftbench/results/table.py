@@ -69,16 +69,21 @@ def titles(found: Sequence[Sequence[Row]]) -> list[Text]:
     """What the rows of each table have in common; what they were scored on, where nothing else tells two apart."""
     plain = [title(table) for table in found]
     counted = Counter(heading.plain for heading in plain)
-    contents = [setting(next((run for row in table for run in row.scored), table[0].first))[-1] for table in found]
+    contents = [setting(_scored(table))[-1] for table in found]
     return [
         Text.assemble(heading, f" (data {content or 'unknown'})") if counted[heading.plain] > 1 else heading
         for heading, content in zip(plain, contents, strict=True)
     ]
 
 
+def _scored(table: Sequence[Row]) -> Record:
+    """A run of the table, one with a score where there is one."""
+    return next((run for row in table for run in row.scored), table[0].first)
+
+
 def title(table: Sequence[Row]) -> Text:
     """What the rows of a table have in common."""
-    record = next((run for row in table for run in row.scored), table[0].first)
+    record = _scored(table)
     task, model, version, metric, split, examples, _ = setting(record)
     size = f" of {record.counts.backbone:,} parameters" if record.counts else ""
     where = f", {metric} on {examples} {split} examples" if split else ""

@@ -13,9 +13,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from rich.console import Console
 
-from peftbench.backbone import load_backbone
+from peftbench.backbone import Backbone, load_backbone
 from peftbench.compose import apply
-from peftbench.config import Run, resolve
+from peftbench.config import Run, Task, resolve
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
 from peftbench.modification.attach import attach_run
@@ -100,6 +100,14 @@ def saved_run(folder: Path, record: Record, overrides: Sequence[str] = ()) -> Ru
     return run
 
 
+def restored(folder: Path, run: Run, task: Task) -> Backbone:
+    """The backbone of the run in `folder` with its adapter; `task` is the run's, with labels that the data had."""
+    backbone = load_backbone(run.model, task)
+    attach_run(backbone.model, run, backbone.untrained)
+    load_adapter(backbone.model, folder / "adapter", backbone.untrained)
+    return backbone
+
+
 def evaluate(folder: Path, run: Run, console: Console, predictions: Path | None = None) -> list[dict[str, Any]]:
     """The scores of each split, as `rescore` gives them.
 
@@ -112,9 +120,7 @@ def evaluate(folder: Path, run: Run, console: Console, predictions: Path | None 
         with display.stage("prepare"):
             loaded = load(run.task, training=False)
             run = with_dtype(run)
-            backbone = load_backbone(run.model, loaded.task)
-            attach_run(backbone.model, run, backbone.untrained)
-            load_adapter(backbone.model, folder / "adapter", backbone.untrained)
+            backbone = restored(folder, run, loaded.task)
             data = prepare(loaded, backbone.tokenizer, backbone.model)
             backbone.model.to(chosen_device(run.trainer))
             evaluator = Evaluator(backbone.model, data, run)

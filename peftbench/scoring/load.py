@@ -6,10 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftbench.backbone import load_backbone
-from peftbench.modification.attach import attach_run
-from peftbench.modification.state import load as load_adapter
-from peftbench.scoring.evaluate import saved_run
+from peftbench.scoring.evaluate import restored, saved_run
 from peftbench.scoring.saved import saved_record
 
 
@@ -28,7 +25,5 @@ def load_run(folder: str | Path, *overrides: str) -> tuple[PreTrainedModel, PreT
     """
     folder = Path(folder).expanduser()
     run = saved_run(folder, saved_record(folder), overrides)
-    backbone = load_backbone(run.model, run.task)
-    attach_run(backbone.model, run, backbone.untrained)
-    load_adapter(backbone.model, folder / "adapter", backbone.untrained)
+    backbone = restored(folder, run, run.task)
     return backbone.model.eval(), backbone.tokenizer

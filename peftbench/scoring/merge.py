@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from peftbench.backbone import load_backbone, load_config, meta_backbone
+from peftbench.backbone import load_config, meta_backbone
 from peftbench.config import DType, Run
 from peftbench.errors import UserError
 from peftbench.modification.attach import attach_run
 from peftbench.modification.merge import merge, obstacles
-from peftbench.modification.state import load as load_adapter
-from peftbench.scoring.evaluate import saved_run
+from peftbench.scoring.evaluate import restored, saved_run
 from peftbench.scoring.saved import saved_record
 from peftbench.train import quiet_console
 
@@ -64,9 +63,7 @@ def write_merged(folder: Path, run: Run, out: Path) -> tuple[str, float]:
     if found := obstacles(bare):
         why = "; ".join(found[n] if n == "modification" else f"mix.{n}: {found[n]}" for n in sorted(found))
         raise UserError(f"method={run.method} cannot be merged into the backbone's weights: {why}.")
-    backbone = load_backbone(run.model, run.task)
-    attach_run(backbone.model, run, backbone.untrained)
-    load_adapter(backbone.model, folder / "adapter", backbone.untrained)
+    backbone = restored(folder, run, run.task)
     share = merge(backbone.model)
     tensors = backbone.model.state_dict()
     backbone.model.save_pretrained(out, state_dict={name: tensors[name] for name in plain})

@@ -32,7 +32,7 @@ from peftbench import config
 from peftbench.modification.state import trained_tensors, write_tensors
 from peftbench.precision import chosen_device
 from peftbench.progress import Stage
-from peftbench.sites import configs_of
+from peftbench.sites import configs_of, configured
 from peftbench.tasks.base import TaskData
 from peftbench.training.arithmetic import operations
 from peftbench.training.batching import LengthBatches, TokenBatches, padded_to
@@ -107,10 +107,10 @@ def fit(
     if keeper is not None:
         callbacks.append(keeper)
     collator = data.collator
-    if settings.batching is config.Batching.bucketed and not settings.padding_free:
-        collator = padded_to(collator, WIDTH)
     if settings.padding_free:
         collator = with_lengths(collator)
+    elif settings.batching is config.Batching.bucketed:
+        collator = padded_to(collator, WIDTH)
     arguments = _arguments(settings, steps, seed, bf16, checkpoints.folder, data)
     # On a machine with several GPUs Trainer would wrap the model in DataParallel, whose replicas share no hooks.
     arguments._n_gpu = min(1, arguments.n_gpu)
@@ -134,7 +134,8 @@ def fit(
         trainer.padding_free = PaddingFree(model, max(sources), max(targets, default=0))
     if settings.fused_loss and (layer := output_layer(model)) is not None:
         compiled = settings.compile is not config.Compile.none
-        trainer.token_loss = TokenLoss(model, layer, settings.label_smoothing, compiled=compiled)
+        pack = None if trainer.padding_free is None else trainer.padding_free.targets
+        trainer.token_loss = TokenLoss(model, layer, settings.label_smoothing, compiled=compiled, pack=pack)
     if settings.compile is not config.Compile.none:
         trainer.layers = CompiledLayers(model, graphs=settings.compile is config.Compile.graphs)
     trainer.micro = MicroBatches(settings.micro_batch, settings.batch_size, _longest(data, settings))
@@ -155,7 +156,8 @@ def fit(
         "seconds": earlier + time.perf_counter() - began,
         "best": None if keeper is None else {"value": keeper.best, "step": keeper.step},
     }
-    with no_cache(model), no_cudnn_attention():
+    no_cache = configured(configs_of(model), "use_cache", False)  # which a decoder would fill and never read
+    with no_cache, no_cudnn_attention():
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
     if torch.cuda.is_available() and model.device.type == "cuda":
         torch.cuda.synchronize()
@@ -172,20 +174,6 @@ def fit(
     return Fitted(
         steps, seconds, earlier, steps * examples * tokens / seconds, pace.seconds(), examples * needed, micro
     )
-
-
-@contextmanager
-def no_cache(model: PreTrainedModel) -> Iterator[None]:
-    """Train inside without a KV cache, which a decoder would fill and never read."""
-    read = configs_of(model)
-    before = [each.use_cache for each in read]
-    for each in read:
-        each.use_cache = False
-    try:
-        yield
-    finally:
-        for each, use in zip(read, before, strict=True):
-            each.use_cache = use
 
 
 @contextmanager
@@ -315,13 +303,11 @@ class _Trainer(MicroBatched, Resumable):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        pack = {}
         if self.padding_free is not None:
             inputs = self.padding_free.load(inputs)
-            pack = {"pack": self.padding_free.targets}
         if self.token_loss is None or return_outputs or inputs["labels"].dim() < 2:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return self.token_loss(inputs, num_items_in_batch, **pack)
+        return self.token_loss(inputs, num_items_in_batch)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = {f"eval_{name}": value for name, value in self.scores().items()}

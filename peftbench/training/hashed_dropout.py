@@ -57,10 +57,9 @@ def rewrite(graph: GraphModule) -> GraphModule:
     found = list(_dropouts(graph))
     if not found:
         return graph
-    nodes = graph.graph.nodes
-    first = next(node for node in nodes if node.op != "placeholder")
+    first = next(node for node in graph.graph.nodes if node.op != "placeholder")
     with graph.graph.inserting_before(first):
-        device = next(node.meta["example_value"].device for node, _, _ in found)
+        device = found[0][0].meta["example_value"].device
         low, high = -(2**31), 2**31
         size = (len(found), SEEDS)
         seeds = graph.graph.call_function(torch.randint, (low, high, size), {"dtype": torch.int32, "device": device})

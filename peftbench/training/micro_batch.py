@@ -139,7 +139,7 @@ class MicroBatched(Trainer):
         """The items of a batch. A decoder alone predicts each token but the first."""
         labels = batch["labels"]
         if labels.dim() == 1:
-            return torch.ones_like(labels, dtype=torch.long).sum()
+            return torch.full((), len(labels), device=labels.device)
         return (labels if self.model.config.is_encoder_decoder else labels[:, 1:]).ne(IGNORED).sum()
 
 

@@ -20,7 +20,7 @@ from peftbench.errors import UserError
 from peftbench.modification.attach import takes_our_attention
 from peftbench.modification.packed_attention import PACKED_NAME, PACKING, Packing
 from peftbench.modification.prompt import PROMPT
-from peftbench.sites import configs_of, find_sites
+from peftbench.sites import configs_of, configured, find_sites
 from peftbench.training.batching import Collator
 from peftbench.training.token_loss import IGNORED
 
@@ -93,7 +93,6 @@ class PaddingFree:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Inside, a forward pass packs the batch that was loaded last."""
-        before = [config._attn_implementation for config in self.configs]
         handles = []
         base = self.model.base_model
         for stack, module in self.sites.embedding.items():
@@ -101,13 +100,10 @@ class PaddingFree:
         last = list(self.sites.family.stacks)[-1]
         end = base.get_submodule(self.sites.family.stacks[last].rpartition(".")[0])
         handles.append(end.register_forward_hook(self._pad(last)))
-        for config in self.configs:
-            config._attn_implementation = PACKED_NAME
         try:
-            yield
+            with configured(self.configs, "_attn_implementation", PACKED_NAME):
+                yield
         finally:
-            for config, name in zip(self.configs, before, strict=True):
-                config._attn_implementation = name
             for handle in handles:
                 handle.remove()
 

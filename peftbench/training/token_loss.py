@@ -28,25 +28,28 @@ class TokenLoss:
     Args:
         smoothing: ε of `cross_entropy`.
         compiled: what is done with a chunk's logits goes into one kernel.
+        pack: takes of (B, S, ...) the tokens that have a label, for an encoder-decoder; None: all are taken.
     """
 
-    def __init__(self, model: PreTrainedModel, layer: nn.Linear, smoothing: float, *, compiled: bool = False) -> None:
-        self.model, self.layer, self.smoothing = model, layer, smoothing
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layer: nn.Linear,
+        smoothing: float,
+        *,
+        compiled: bool = False,
+        pack: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.model, self.layer, self.smoothing, self.pack = model, layer, smoothing, pack
         self.chunk: Chunk = torch.compile(_of_chunk, dynamic=True) if compiled else _of_chunk
         self._kept: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
 
-    def __call__(
-        self,
-        inputs: Mapping[str, Tensor],
-        count: Tensor | float | None = None,
-        pack: Callable[[Tensor], Tensor] = lambda tokens: tokens,
-    ) -> Tensor:
+    def __call__(self, inputs: Mapping[str, Tensor], count: Tensor | float | None = None) -> Tensor:
         """A forward pass and its loss.
 
         Args:
             inputs: the model's, with labels.
             count: what the sum over tokens is divided by, see `cross_entropy`.
-            pack: takes of (B, S, ...) the tokens that have a label, for an encoder-decoder.
         """
         labels = inputs["labels"]
         given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
@@ -57,10 +60,12 @@ class TokenLoss:
             labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         with hidden_states(self.layer) as read:
             self.model(**given)
-        hidden = pack(read[0])
+        hidden = read[0]
+        if self.pack is not None:
+            hidden, labels = self.pack(hidden), self.pack(labels)
         weight, bias = self._weights(_computed_in(hidden))
         return cross_entropy(
-            hidden, weight, bias, pack(labels), self.smoothing, count=count, words=len(self.layer.weight), of=self.chunk
+            hidden, weight, bias, labels, self.smoothing, count=count, words=len(self.layer.weight), of=self.chunk
         )
 
     @torch.no_grad()

@@ -19,29 +19,14 @@ from peftbench.prediction.predict import mean_loss
 from peftbench.sites import configs_of, find_sites
 from peftbench.training.compiled import CompiledLayers
 from peftbench.training.token_loss import IGNORED, cross_entropy, hidden_states, logits_bias, output_layer
-from tests.families import CONTINUING, PRESETS, WRITING, batch, build, dropout, long_tail, shake
-from tests.fitting import Targets, fitted, one_step
+from tests.families import CONTINUING, PRESETS, WRITING, batch, build, long_tail, shake
+from tests.fitting import Targets, fitted, gradients_of, model_of, one_step
 
 DEEP = {
     "bart": {"encoder_layers": 4, "decoder_layers": 4},
     "t5": {"num_layers": 4},
     "gpt2": {"n_layer": 4},
 }
-
-
-def model_of(family: str, preset: str, **more: int) -> PreTrainedModel:
-    model = build(family, **dropout(family), **more)
-    attach(model, PRESETS[preset])
-    shake(model)
-    for config in configs_of(model):
-        config.use_cache = False
-    return model.train()
-
-
-def gradients(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return {name: g for name, g in zip(named, found, strict=True) if g is not None}
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -65,7 +50,7 @@ def test_the_loss_is_that_of_label_smoother(family: str, smoothing: float) -> No
     hidden, right = (read[0][:, :-1], labels[:, 1:]) if family in CONTINUING else (read[0], labels)
     loss = cross_entropy(hidden, layer.weight, logits_bias(model), right, smoothing, chunk=4)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    wanted, found = gradients(model, expected), gradients(model, loss)
+    wanted, found = gradients_of(model, expected), gradients_of(model, loss)
     assert wanted.keys() == found.keys()
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
@@ -106,13 +91,13 @@ def test_compiled_layers(family: str, preset: str) -> None:
     model = model_of(family, preset, **DEEP.get(family, {"num_hidden_layers": 4}))
     inputs = batch(family, lengths=(11, 7))
     loss = model(**inputs).loss
-    wanted = gradients(model, loss)
+    wanted = gradients_of(model, loss)
     graphs = CompileCounterWithBackend("aot_eager")
     layers = CompiledLayers(model, backend=graphs)
     with layers.active():
         compiled = model(**inputs).loss
     torch.testing.assert_close(compiled, loss)
-    for name, gradient in gradients(model, compiled).items():
+    for name, gradient in gradients_of(model, compiled).items():
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5, msg=name)
     assert not counters["graph_break"]
     before = graphs.frame_count

@@ -21,10 +21,9 @@ from peftbench.modification.packed_attention import Packing, Row, attend
 from peftbench.training.compiled import CompiledLayers
 from peftbench.training.padding_free import PaddingFree, with_lengths
 from tests.families import ALIKE, PRESETS, WRITING, batch, build, dropout, modification, shake
-from tests.fitting import Targets, fitted, one_step, trained
+from tests.fitting import Targets, fitted, gradients_of, model_of, one_step, trained
 from tests.numerics.test_gradients import relative_error, smooth
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 PACKED = ("bart", "mbart", "bart_classifier", "roberta", "bert", "electra", "distilbert")
 LENGTHS = (9, 3, 6)
 
@@ -32,7 +31,7 @@ LENGTHS = (9, 3, 6)
 def row_of(lengths: tuple[int, ...], longest: int, device: str = "cpu") -> Row:
     packing = Packing(longest)
     packing.load(lengths, longest, torch.device(device))
-    return Row(packing.example, packing.offsets, longest)
+    return packing.row
 
 
 def one_by_one(query: Tensor, key: Tensor, value: Tensor, counts: list[tuple[int, int]], causal: bool) -> Tensor:
@@ -75,7 +74,6 @@ def test_attention(causal: bool) -> None:
 
 
 @pytest.mark.gpu
-@GPU
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_kernel(causal: bool) -> None:
     """bfloat16 on the GPU against float64: no worse than bfloat16 rounds."""
@@ -94,7 +92,6 @@ def test_the_kernel(causal: bool) -> None:
 
 
 @pytest.mark.gpu
-@GPU
 def test_the_kernels_dropout() -> None:
     """Leaves the mean as it is, and gives gradients of the same numbers: the loss's slope along them is their norm."""
     tensors, queries, keys, _ = attention_case("cuda", torch.bfloat16)
@@ -134,14 +131,6 @@ def test_packed_and_padded_again() -> None:
         packing.load((5,), 8, torch.device("cpu"))
 
 
-def model_of(family: str, preset: str, **rates: float) -> PreTrainedModel:
-    model = build(family, **dropout(family, **rates))
-    attach(model, PRESETS[preset])
-    shake(model)
-    model.config.use_cache = False
-    return model.train()
-
-
 def uneven(family: str, lengths: tuple[int, ...] = LENGTHS) -> dict[str, Tensor]:
     """A batch in which targets, too, have different lengths."""
     inputs = batch(family, lengths)
@@ -161,9 +150,7 @@ def lengthened(inputs: dict[str, Tensor]) -> dict[str, Any]:
 def loss_and_gradients(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
     torch.manual_seed(11)  # DistilBERT's task head has a dropout of its own
     loss = model(**inputs).loss
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return loss.detach(), {name: g for name, g in zip(named, found, strict=True) if g is not None}
+    return loss.detach(), gradients_of(model, loss)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +217,6 @@ WIDE = {"bart": {"d_model": 32}, "roberta": {"hidden_size": 32}}  # heads of 8, 
 
 
 @pytest.mark.gpu
-@GPU
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("preset", ["mam", "lora_ffn"])
 @pytest.mark.parametrize("family", WIDE)
@@ -286,7 +272,7 @@ def test_fit(family: str, settings: str, tmp_path: Path) -> None:
 
 
 def test_attention_dropout_is_there_in_training_alone() -> None:
-    model = model_of("bart", "lora_ffn", attention=0.5)
+    model = model_of("bart", "lora_ffn", **dropout("bart", attention=0.5))
     packed = PaddingFree(model, max(LENGTHS), 5)
     given = packed.load(lengthened(uneven("bart")))
     with packed.active(), torch.no_grad():
