@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # The runs behind docs/results.md: real data, two small pretrained backbones, several runs at once on all GPUs.
-#   scripts/reference_runs.sh SHARED OUTPUTS glue|text|grid [OVERRIDE ...]
+#   scripts/reference_runs.sh SHARED OUTPUTS glue|text|grid|grid_sst2 [OVERRIDE ...]
 # SHARED holds backbones/minilm-l6, backbones/bart-mini and data/. What is done is skipped when it is run again.
 #   glue  sst2, rte and a pool of NLI sets, five methods on MiniLM-L6: 30 runs
 #   text  WebNLG, en-ro and XSum, five methods on a small BART, each with the best of three learning rates on dev: 45
-#   grid  the rows of tables 3, 5, 6 and 12 at the paper's shares of the backbone, on WebNLG, two seeds: 40
+#   grid  the rows of tables 3, 5, 6 and 12 at the paper's shares of the backbone, on WebNLG, two seeds: 40. As in the
+#         paper all rows have one learning rate, but full fine-tuning, whose best one is lower.
+#   grid_sst2  the same rows on SST-2, one epoch: 40
 # Each part is one sweep, so that runs of all its grids go on at once: JOBS of them, or as many as memory and cores allow.
 # scripts/reference_runs.sh ... debug=smoke trainer.max_steps=4 tries all of it in minutes.
 set -euo pipefail
@@ -16,14 +18,15 @@ grid() { # a grid of the sweep: the first one's words, with these in the place o
   sweep+=(${sweep[0]:+and} "$@" "${more[@]}")
 }
 
+minilm=(model=bert_base model.path="$shared/backbones/minilm-l6" trainer=quick)
+sst2=("${minilm[@]}" task=sst2 task.data_dir="$shared/data/sst2")
 case $part in
 glue)
-  minilm=(model=bert_base model.path="$shared/backbones/minilm-l6" trainer=quick)
   rte=(task=rte task.data_dir="$shared/data/rte" seed=42,1,2)
   nli=(task=mnli task.data_dir=null task.train_file="$shared/data/nli/pool_no_mnli.jsonl"
     task.validation_file="$shared/data/nli/mnli_dev_matched.jsonl" trainer.epochs=2 seed=42)
   # Pairs take a fifth of the presets' rates with a prefix: at 5e-4 the loss stays where it began.
-  grid "${minilm[@]}" task=sst2 task.data_dir="$shared/data/sst2" method=full,lora,adapter,prefix,mam seed=42,1
+  grid "${sst2[@]}" method=full,lora,adapter,prefix,mam seed=42,1
   grid "${rte[@]}" method=full,lora,adapter
   grid "${rte[@]}" method=prefix,mam trainer.learning_rate=1e-4
   grid "${nli[@]}" method=full,lora,adapter
@@ -46,11 +49,17 @@ text)
     grid "${words[@]}" method=mam budget=6.7%
   done
   ;;
-grid)
+grid | grid_sst2)
+  if [ "$part" = grid ]; then
+    words=("${webnlg[@]}") full=3e-4 others=1e-3
+  else
+    words=("${sst2[@]}" trainer.epochs=1) full=1e-4 others=5e-4
+  fi
   at() { # SHARE ROWS: rows of the tables whose share of the backbone is the same
-    grid budget="$1" row="$2"
+    grid budget="$1" row="$2" trainer.learning_rate="$others"
   }
-  grid "${webnlg[@]}" seed=42,1 row=full,bitfit
+  grid "${words[@]}" seed=42,1 row=full trainer.learning_rate="$full"
+  grid row=bitfit trainer.learning_rate="$others"
   at 2.4% sa_ffn_200,pa_ffn_200
   at 3.6% prefix_200,sa_attention_200,pa_attention_200
   at 6.1% sa_ffn_512,pa_ffn_512,scaled_pa_ffn_512,scaled_pa_ffn_512_trained,lora_ffn_102,lora_ffn_102_s1
@@ -60,7 +69,7 @@ grid)
   at 12.3% sa_ffn_1024,pa_ffn_1024
   ;;
 *)
-  echo "reference_runs.sh: $part is none of glue, text, grid" >&2
+  echo "reference_runs.sh: $part is none of glue, text, grid, grid_sst2" >&2
   exit 2
   ;;
 esac

@@ -63,10 +63,11 @@ def rewrite(graph: GraphModule) -> GraphModule:
         low, high = -(2**31), 2**31
         size = (len(found), SEEDS)
         seeds = graph.graph.call_function(torch.randint, (low, high, size), {"dtype": torch.int32, "device": device})
-    for index, (node, x, p) in enumerate(found):
+    for index, (node, p) in enumerate(found):
         with graph.graph.inserting_before(node):
             own = graph.graph.call_function(torch.select, (seeds, 0, index))
-            new = graph.graph.call_function(dropout, (x, p, own))
+            # Its input as it is by now: that of a dropout behind a dropout is a new node.
+            new = graph.graph.call_function(dropout, (_arguments(node)["input"], p, own))
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         graph.graph.erase_node(node)
@@ -74,15 +75,19 @@ def rewrite(graph: GraphModule) -> GraphModule:
     return graph
 
 
-def _dropouts(graph: GraphModule) -> Iterator[tuple[Node, Any, float]]:
-    """The calls of F.dropout that drop something: the node, x and p."""
+def _dropouts(graph: GraphModule) -> Iterator[tuple[Node, float]]:
+    """The calls of F.dropout that drop something: the node and p."""
     for node in graph.graph.nodes:
         if node.op != "call_function" or node.target is not F.dropout:
             continue
-        given = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | dict(node.kwargs)
+        given = _arguments(node)
         p = given.get("p", 0.5)
         if given.get("training", True) is True and isinstance(p, float) and 0 < p < 1 and not given.get("inplace"):
-            yield node, given["input"], p
+            yield node, p
+
+
+def _arguments(node: Node) -> dict[str, Any]:
+    return dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | dict(node.kwargs)
 
 
 @cache

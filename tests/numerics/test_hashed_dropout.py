@@ -73,7 +73,7 @@ def test_every_dropout_is_rewritten_and_no_mask_is_kept() -> None:
 
     def layer(x: Tensor) -> Tensor:
         hidden = F.dropout(F.gelu(linear(x)), p=0.1, training=True)
-        return module(F.dropout(hidden, 0.5, training=False)) + F.dropout(x, 0.0)
+        return module(F.dropout(hidden, 0.5, training=False)) + F.dropout(F.dropout(F.dropout(x, 0.0), 0.2), 0.3)
 
     looked = aot_autograd(fw_compiler=look, bw_compiler=look, partition_fn=min_cut_rematerialization_partition)
     compiled = torch.compile(layer, backend=with_hashed_dropout(looked), dynamic=True)
@@ -90,7 +90,7 @@ def test_every_dropout_is_rewritten_and_no_mask_is_kept() -> None:
     saved = [node.meta["val"] for node in backward.graph.nodes if node.op == "placeholder"]
     assert not [value for value in saved if isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8)]
     (shape,) = {tuple(value.shape) for value in saved if isinstance(value, Tensor) and value.dtype == torch.int32}
-    assert shape == (2, 2)
+    assert shape == (4, 2)
 
 
 @pytest.mark.slow
