@@ -34,11 +34,11 @@ from datasets import Dataset
 from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig, PreTrainedModel
 
 from peftbench import config
-from peftbench import predict as predict_module
 from peftbench.compose import compose_runs
 from peftbench.modification import inference
 from peftbench.modification.attach import attach
 from peftbench.modification.state import fold
+from peftbench.prediction import predict as predict_module
 from peftbench.prediction.predict import autocast, predict
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -148,9 +148,14 @@ def _widen(source: nn.Linear, target: nn.Linear, constants: Constants) -> None:
     """A parallel bottleneck as r more outputs of the Linear that reads the same x, added into the output of the other.
 
     An FFN with a parallel adapter is a wider FFN: W_2 g(W_1 x) + sW_up f(W_down x). The one matrix product computes
-    W_1 x and W_down x, the second one adds to what W_2 gave in place; sb_up is part of b_2.
+    W_1 x and W_down x, the second one adds to what W_2 gave in place; sb_up is part of b_2. The bottleneck is filled up
+    to a multiple of 8 with zeros, which W_up drops again: attention's kernels take only rows of W_1 x that begin at
+    multiples of 16 bytes.
     """
     down, down_bias, up, up_bias, f = constants
+    filling = -len(down) % 8
+    down, up = F.pad(down, (0, 0, 0, filling)), F.pad(up, (0, filling))
+    down_bias = None if down_bias is None else F.pad(down_bias, (0, filling))
     width, bottleneck = len(source.weight), len(down)
     source.weight = nn.Parameter(torch.cat([source.weight, down]), requires_grad=False)
     if source.bias is not None or down_bias is not None:

@@ -58,7 +58,9 @@ def smoke_words() -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("part", "trials", "runs"), [("glue", 0, 30), ("text", 45, 15), ("grid", 0, 40)])
+@pytest.mark.parametrize(
+    ("part", "trials", "runs"), [("glue", 0, 30), ("text", 45, 15), ("grid", 0, 40), ("grid_sst2", 0, 40)]
+)
 def test_a_part_is_one_sweep(part: str, trials: int, runs: int, shared: Path) -> None:
     points = compose_points(get_args_parser().parse_args(arguments(shared, part, *smoke_words())))
     check(points)

@@ -17,7 +17,7 @@ from peftbench.modification.inference import prepared
 from peftbench.modification.state import fold
 from peftbench.prediction.predict import predict
 from peftbench.sites import find_sites
-from tests.families import CONTINUING, FAMILIES, MORE_FAMILIES, PRESETS, batch, build, inputs, shake
+from tests.families import CONTINUING, FAMILIES, MORE_FAMILIES, PRESETS, batch, build, inputs, modification, shake
 
 CASES = [
     (family, preset)
@@ -169,6 +169,23 @@ def test_a_parallel_adapter_is_a_wider_ffn() -> None:
     assert [len(layer.get_parameter("weight")) for layer in layers] == rows
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_queries_beside_a_bottleneck_are_aligned(device: str) -> None:
+    """W_down stands below the query's weight; on a GPU attention refuses rows that do not begin at 16 bytes."""
+    model = build("bart").to(device)
+    attach(model, {"": modification("relu", "attention", "parallel", "add", 5, bias=True)})
+    shake(model)
+    given = {name: tensor.to(device) for name, tensor in batch("bart").items()}
+    query = model.get_submodule("model.encoder.layers.0.self_attn.q_proj")
+    strides: list[tuple[int, ...]] = []
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        expected = model(**given).logits
+        with prepared(model, bf16=True), query.register_forward_hook(lambda *call: strides.append(call[2].stride())):
+            found = model(**given).logits
+    assert [stride[-2] for stride in strides] == [16 + 8]
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
 def test_a_bfloat16_backbone_is_quick_without_autocast() -> None:
     """Its modifications are computed as it is itself; what is trained stays float32 and what it was."""
     model = build("bart").bfloat16()
@@ -178,7 +195,7 @@ def test_a_bfloat16_backbone_is_quick_without_autocast() -> None:
     source = find_sites(model).layers[0].ffn.source
     expected, before = logits(model, "bart"), traces(model)
     with prepared(model):
-        assert len(source.get_parameter("weight")) == 32 + 5
+        assert len(source.get_parameter("weight")) == 32 + 8  # r = 5, filled up
         difference = logits(model, "bart") - expected
     assert difference.square().mean().sqrt() < 0.05 * expected.square().mean().sqrt()
     assert traces(model) == before
