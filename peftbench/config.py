@@ -56,7 +56,7 @@ Precision = Enum("Precision", ["auto", "fp32", "bf16"])
 Schedule = Enum("Schedule", ["linear", "cosine", "constant"])
 Keep = Enum("Keep", ["best", "last"])
 Batching = Enum("Batching", ["random", "bucketed"])
-Compile = Enum("Compile", ["none", "layers", "graphs"])
+Compile = Enum("Compile", ["none", "layers"])
 Device = Enum("Device", ["auto", "cpu", "cuda"])
 
 LOSS = "loss"  # of the values of `Task.selection_metric` the one that is better when lower
@@ -241,8 +241,10 @@ class Trainer:
     evaluate_every: int | None = None  # optimiser steps between looks at the selection split; null: once an epoch
     precision: Precision = Precision.auto  # auto: bf16 autocast on a GPU that has it, else fp32
     gradient_checkpointing: bool = False
-    # torch.compile, layer by layer, which takes minutes at the start; graphs: replayed as CUDA graphs too.
-    compile: Compile = Compile.none
+    compile: Compile = Compile.none  # torch.compile, layer by layer, which takes a minute at the start
+    # On a GPU each shape of batch is recorded as a CUDA graph, forward and backward pass, and replayed: quick where
+    # Python takes longer to launch a backbone's kernels than they take.
+    graphs: bool = False
     fused_loss: bool = False  # the loss of target tokens without all their logits at once
     checkpoint_minutes: float = 5.0  # of training between checkpoints, from which an interrupted run goes on
     device: Device = Device.auto

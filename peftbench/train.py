@@ -159,7 +159,9 @@ def _run(run: Run, folder: Path, overrides: Sequence[str], search: Searched | No
             if search is not None:
                 record.selection = _selection(run, backbone.model, data, record, display, diverged)
         if device.type == "cuda":
-            record.peak_memory_bytes = torch.cuda.max_memory_allocated()
+            # Recorded steps hold memory that is not counted as allocated.
+            peak = torch.cuda.max_memory_reserved if run.trainer.graphs else torch.cuda.max_memory_allocated
+            record.peak_memory_bytes = peak()
         if "head" in run.task.baselines and not _is_head_alone(run):
             with _timed(record, "baseline_s"):
                 record.baselines["head"] = _head_alone(run, data, record, display)

@@ -16,6 +16,7 @@ from peftbench.config import (
     LOSS,
     Batching,
     Compile,
+    Device,
     DType,
     Precision,
     Representation,
@@ -77,11 +78,18 @@ def faults(run: Run, *, reads_data: bool = True) -> list[str]:
             "trainer.precision=fp32 with model.dtype=bfloat16: a bfloat16 backbone computes in bfloat16; set "
             "trainer.precision=auto, or model.dtype=float32."
         )
-    if run.trainer.padding_free and run.trainer.compile is Compile.graphs:
-        found.append(
-            "trainer.padding_free=true with trainer.compile=graphs: a CUDA graph is of one shape, and without padding "
-            "every batch has its own; use trainer.compile=layers, or trainer.batching=bucketed without padding_free."
-        )
+    for key, other, on in (
+        ("gradient_checkpointing", "false", run.trainer.gradient_checkpointing),
+        ("micro_batch", "null", run.trainer.micro_batch is not None),
+        ("accumulation", "1", run.trainer.accumulation > 1),
+    ):
+        if run.trainer.graphs and on:
+            found.append(
+                f"trainer.graphs=true with trainer.{key}: a CUDA graph is of a whole batch that fits in memory; use "
+                f"trainer.graphs=false, or trainer.{key}={other}."
+            )
+    if run.trainer.graphs and run.trainer.device is Device.cpu:
+        found.append("trainer.graphs=true with trainer.device=cpu: CUDA graphs need a GPU; use trainer.graphs=false.")
     for prefix, m in modifications(run).items():
         if run.trainer.padding_free and m.modified_representation.name is Representation.embedding:
             found.append(

@@ -52,7 +52,7 @@ from peftbench.training.checkpoint import Checkpoints
 from peftbench.training.fit import fit
 from peftbench.training.pace import Pace
 
-WARM_UP = 3  # steps at the start of each round that are not counted
+WARM_UP = 10  # steps at the start of each round that are not counted: kernels are loaded, graphs recorded
 RUN = 2000  # steps of the run that each round begins and then stops: it logs as seldom as a real one
 
 
@@ -109,7 +109,9 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "padded": {"padding_free": False},
     "no_fused_loss": {"fused_loss": False},
     "no_bf16_backbone": {"dtype": DType.float32},
-    "graphs": {"compile": Compile.graphs, "padding_free": False, "batching": Batching.bucketed},
+    "graphs": {"graphs": True},
+    "graphs_no_compile": {"graphs": True, "compile": Compile.none},
+    "graphs_padded": {"graphs": True, "padding_free": False, "batching": Batching.bucketed},
     "off": {"compile": Compile.none, "padding_free": False, "fused_loss": False, "dtype": DType.float32},
 }
 
@@ -162,7 +164,8 @@ class Result:
     trained: int = 0
     seconds: list[float] = field(default_factory=list)  # of each step counted
     first_s: float = 0.0  # of the first round as a whole, compilation included
-    peak_bytes: int | None = None
+    peak_bytes: int | None = None  # of tensors
+    reserved_bytes: int | None = None  # of these and of what torch keeps for others, CUDA graphs' memory too
     loss: list[float] = field(default_factory=list)
     error: str | None = None
 
@@ -345,7 +348,7 @@ class Bench:
         yield self.peer("peft lora eager", self.peft, compiled=False)
         pairs = (("mam", "mam"), ("lora", "lora_ffn"))
         for change in ablations:
-            if change != "graphs":
+            if "graphs" not in change:
                 for name, method in pairs:
                     yield self.ours(f"{name} {change}", method, **WITHOUT[change])
         yield self.limit("limit on")
@@ -355,9 +358,10 @@ class Bench:
         yield self.ours("full ours on", "full")
         yield self.peer("peft lora compiled", self.peft, compiled=True)
         yield self.peer("full Trainer compiled", lambda model: model, compiled=True)
-        if "graphs" in ablations:  # last of all: a failed capture can leave the GPU useless
-            for name, method in pairs:
-                yield self.ours(f"{name} graphs", method, **WITHOUT["graphs"])
+        for change in ablations:  # last of all: a recording that failed can leave the GPU useless
+            if "graphs" in change:
+                for name, method in (*pairs, ("full", "full")):
+                    yield self.ours(f"{name} {change}", method, **WITHOUT[change])
 
 
 def measure(bench: Bench, variant: Variant, steps: int, result: Result) -> None:
@@ -380,6 +384,7 @@ def measure(bench: Bench, variant: Variant, steps: int, result: Result) -> None:
     result.loss += losses
     if cuda:
         result.peak_bytes = max(result.peak_bytes or 0, torch.cuda.max_memory_allocated() - others)
+        result.reserved_bytes = max(result.reserved_bytes or 0, torch.cuda.max_memory_reserved() - others)
 
 
 def clean(device: torch.device) -> None:
@@ -394,12 +399,15 @@ def table(results: list[Result]) -> str:
     done = {result.name: result for result in results if result.seconds}
     lines = [
         f"{'variant':<24}{'trained':>9}{'ms':>9}{'min':>8}{'max':>8}{'x peft':>8}{'x comp.':>8}{'GiB':>8}{'x peft':>8}"
-        f"{'first s':>9}{'loss':>8}"
+        f"{'reserved':>9}{'first s':>9}{'loss':>8}"
     ]
     eager, compiled = done.get("peft lora eager"), done.get("peft lora compiled")
 
     def ratio(value: float | None, base: float | None) -> str:
         return f"{value / base:>8.2f}" if value and base else f"{'-':>8}"
+
+    def gib(count: int | None) -> str:
+        return f"{count / 2**30:.2f}" if count else "-"
 
     for result in results:
         if not result.seconds:
@@ -410,7 +418,7 @@ def table(results: list[Result]) -> str:
             f"{result.name:<24}{result.trained / 1e6:>8.1f}M{1000 * result.median:>9.1f}"
             f"{1000 * min(result.seconds):>8.1f}{1000 * max(result.seconds):>8.1f}"
             f"{ratio(result.median, eager and eager.median)}{ratio(result.median, compiled and compiled.median)}"
-            f"{f'{peak / 2**30:.2f}' if peak else '-':>8}{ratio(peak, eager and eager.peak_bytes)}"
+            f"{gib(peak):>8}{ratio(peak, eager and eager.peak_bytes)}{gib(result.reserved_bytes):>9}"
             f"{result.first_s:>9.1f}{result.loss[-1] if result.loss else float('nan'):>8.3f}"
             f"{' FAILED LATER: ' + result.error if result.error else ''}"
         )

@@ -49,6 +49,9 @@ class Row:
 class Packing:
     """Where the tokens of one stack's batch stand in the row, kept from a forward pass to the next.
 
+    A row can be filled up with tokens of further examples, so that rows come in few lengths T. What they hold is never
+    read: they see no other example, and have no place in the batch.
+
     Args:
         longest: of all examples that will come, in tokens; a constant, so that compiled code does not change with it.
     """
@@ -62,27 +65,40 @@ class Packing:
 
     def load(self, lengths: Sequence[int], width: int, device: torch.device) -> None:
         """Take the next batch: examples of `lengths` tokens, padded on the right to `width`. Waits for no GPU."""
+        self.take(self.tensors(lengths, width, device), (len(lengths), width))
+
+    def tensors(
+        self, lengths: Sequence[int], width: int, device: torch.device, fillers: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`Row.example`, `Row.offsets` and `index` of a batch and behind it examples of `fillers` tokens."""
         if max(lengths) > min(width, self.longest):
             raise ValueError(f"an example of {max(lengths)} tokens, in a batch of {width}, was not expected")
-        counts = torch.tensor([0, *lengths])
+        every = [*lengths, *fillers]
+        counts = torch.tensor([0, *every])
         if device.type == "cuda":
             counts = counts.pin_memory().to(device, non_blocking=True)
-        total, offsets = sum(lengths), counts.cumsum(0)
-        examples = torch.arange(len(lengths), device=device)
-        example = examples.repeat_interleave(counts[1:], output_size=total)
-        self.row = Row(example, offsets.to(torch.int32), self.longest)
-        self.index = torch.arange(total, device=device) - offsets[example] + example * width
-        self.shape = (len(lengths), width)
+        total, offsets = sum(every), counts.cumsum(0)
+        example = torch.arange(len(every), device=device).repeat_interleave(counts[1:], output_size=total)
+        at = torch.arange(total, device=device)
+        index = torch.where(example < len(lengths), at - offsets[example] + example * width, len(lengths) * width)
+        return example, offsets.to(torch.int32), index
 
-    def pack(self, padded: Tensor) -> Tensor:
-        """(B, S, ...) -> (1, T, ...)."""
-        return padded.flatten(0, 1)[self.index].unsqueeze(0)
+    def take(self, tensors: tuple[Tensor, Tensor, Tensor], shape: tuple[int, int]) -> None:
+        """The batch of these `tensors` is the next one; `shape` is that of the examples with their padding."""
+        example, offsets, self.index = tensors
+        self.row = Row(example, offsets, self.longest)
+        self.shape = shape
+
+    def pack(self, padded: Tensor, filler: float = 0.0) -> Tensor:
+        """(B, S, ...) -> (1, T, ...), `filler` where the row is filled up."""
+        flat = padded.flatten(0, 1)
+        return torch.cat([flat, flat.new_full((1, *flat.shape[1:]), filler)])[self.index].unsqueeze(0)
 
     def pad(self, packed: Tensor) -> Tensor:
         """(1, T, ...) -> (B, S, ...), zero where there is no token."""
         count, width = self.shape
-        rows = packed.new_zeros(count * width, *packed.shape[2:])
-        return rows.index_copy_(0, self.index, packed[0]).view(count, width, *packed.shape[2:])
+        rows = packed.new_zeros(count * width + 1, *packed.shape[2:])  # the last one for what fills the row up
+        return rows.index_copy_(0, self.index, packed[0])[:-1].view(count, width, *packed.shape[2:])
 
 
 def packed_attention(

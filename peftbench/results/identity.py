@@ -35,6 +35,7 @@ IGNORED = (
     "task.quick",
     "trainer.device",
     "trainer.compile",
+    "trainer.graphs",
     "trainer.fused_loss",
     "trainer.checkpoint_minutes",
     "trainer.micro_batch",

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch.fx.experimental import _config as shapes
 from transformers import PreTrainedModel
@@ -28,30 +26,20 @@ from peftbench.training.hashed_dropout import with_hashed_dropout
 VARIANTS = 256
 
 
-@cache
-def _backend(graphs: bool) -> Callable[..., Any]:
-    """Inductor: one object, since code is compiled anew for another one, in each layer and in each run of a sweep."""
-    return partial(compile_fx, config_patches=list_mode_options("reduce-overhead") if graphs else {})
-
-
 class CompiledLayers:
     """The layers of `model`, which run compiled inside `active` and as they are outside.
 
     Args:
-        graphs: replay CUDA graphs, which saves small backbones the launch of each kernel; every shape of a batch is
-            then a graph of its own.
-        backend: of torch.compile; None: its own. It is given graphs whose dropouts are `hashed_dropout`'s.
+        backend: of torch.compile, one object for all runs of a process, as code is compiled anew for another one. It is
+            given graphs whose dropouts are `hashed_dropout`'s.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, *, graphs: bool = False, backend: Callable[..., Any] | None = None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, *, backend: Callable[..., Any] = compile_fx) -> None:
         self.layers: Sequence[nn.Module] = [layer.module for layer in find_sites(model).layers]
-        self.graphs = graphs
-        rewriting = with_hashed_dropout(backend or _backend(graphs))
+        rewriting = with_hashed_dropout(backend)
         self.calls: list[Callable[..., Any]] = []
         for layer in self.layers:
-            layer.compile(backend=rewriting, dynamic=not graphs)
+            layer.compile(backend=rewriting, dynamic=True)
             self.calls.append(layer._compiled_call_impl)  # type: ignore[arg-type]  # None until compile is called
         self._set(active=False)
 
@@ -59,9 +47,6 @@ class CompiledLayers:
     def active(self) -> Iterator[None]:
         """Run the layers compiled."""
         self._set(active=True)
-        if self.graphs:
-            compiler: Any = torch.compiler
-            compiler.cudagraph_mark_step_begin()
         settings: Any = shapes
         limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
         try:

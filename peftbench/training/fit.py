@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from peftbench import config
+from peftbench.errors import UserError
 from peftbench.modification.state import trained_tensors, write_tensors
 from peftbench.precision import chosen_device
 from peftbench.progress import Stage
@@ -40,7 +41,8 @@ from peftbench.training.checkpoint import Checkpoint, Checkpoints, Resumable, Sa
 from peftbench.training.compiled import CompiledLayers
 from peftbench.training.micro_batch import AUTO, MicroBatched, MicroBatches
 from peftbench.training.pace import Pace
-from peftbench.training.padding_free import PaddingFree, with_lengths
+from peftbench.training.padding_free import PaddingFree, row_step, with_lengths
+from peftbench.training.replay import Record, Replayed
 from peftbench.training.token_loss import TokenLoss, output_layer
 
 
@@ -68,6 +70,7 @@ class Fitted:
 
 
 WIDTH = 32  # bucketed batches are padded to multiples of so many tokens
+ITEMS = "items"  # beside a batch's tensors: by how many target tokens or examples the optimiser step divides
 BEST = "best.safetensors"  # in a checkpoint: the trained tensors at the best evaluation so far
 
 Log = Callable[[dict[str, Any]], None]
@@ -88,6 +91,7 @@ def fit(
     stage: Stage | None = None,
     log: Log = lambda values: None,
     callbacks: Sequence[TrainerCallback] = (),
+    record: Record | None = None,
 ) -> Fitted:
     """Train what of `model` requires gradients, in place.
 
@@ -99,17 +103,28 @@ def fit(
         resume: the checkpoint to go on from; None: from the start.
         log: is given a dict for each logged step and evaluation.
         callbacks: for Trainer, beside our own.
+        record: what records a step for `settings.graphs`; None: CUDA.
+
+    Raises:
+        UserError: `settings.graphs` without a GPU.
     """
+    if settings.graphs and record is None and model.device.type != "cuda":
+        raise UserError(
+            "trainer.graphs=true: CUDA graphs need a GPU, and there is none here; use trainer.graphs=false."
+        )
     steps = total_steps(data, settings)
     pace = Pace(model.device)
     callbacks = [_Report(stage, log), SaveByTime(checkpoints.minutes), pace, *callbacks]
     keeper = _KeepBest(metric) if settings.keep is config.Keep.best else None
     if keeper is not None:
         callbacks.append(keeper)
+    sources, targets = _lengths(data)
+    longest = max(sources), max(targets, default=0)
     collator = data.collator
     if settings.padding_free:
-        collator = with_lengths(collator)
-    elif settings.batching is config.Batching.bucketed:
+        pad = model.config.pad_token_id or 0
+        collator = with_lengths(collator, longest, pad) if settings.graphs else with_lengths(collator)
+    elif settings.graphs or settings.batching is config.Batching.bucketed:
         collator = padded_to(collator, WIDTH)
     arguments = _arguments(settings, steps, seed, bf16, checkpoints.folder, data)
     # On a machine with several GPUs Trainer would wrap the model in DataParallel, whose replicas share no hooks.
@@ -130,14 +145,18 @@ def fit(
     elif settings.batching is config.Batching.bucketed:
         trainer.batches = LengthBatches(data.lengths, settings.batch_size, seed)
     if settings.padding_free:
-        sources, targets = _lengths(data)
-        trainer.padding_free = PaddingFree(model, max(sources), max(targets, default=0))
+        size = min(len(data.train), settings.batch_size)
+        multiples = (row_step(sources, size), row_step(targets or sources, size)) if settings.graphs else (1, 1)
+        trainer.padding_free = PaddingFree(model, *longest, multiples)
     if settings.fused_loss and (layer := output_layer(model)) is not None:
         compiled = settings.compile is not config.Compile.none
         pack = None if trainer.padding_free is None else trainer.padding_free.targets
         trainer.token_loss = TokenLoss(model, layer, settings.label_smoothing, compiled=compiled, pack=pack)
     if settings.compile is not config.Compile.none:
-        trainer.layers = CompiledLayers(model, graphs=settings.compile is config.Compile.graphs)
+        trainer.layers = CompiledLayers(model)
+    if settings.graphs:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        trainer.replayed = Replayed(trainer.whole_batch, trained, record)
     trainer.micro = MicroBatches(settings.micro_batch, settings.batch_size, _longest(data, settings))
     earlier = 0.0
     if resume is not None:
@@ -167,7 +186,6 @@ def fit(
             trainer.evaluate()
         keeper.restore(model)
     examples = settings.accumulation * len(data.train) / batches_per_epoch(data, settings)  # of a step
-    sources, targets = _lengths(data)
     tokens = (sum(sources) + sum(targets)) / max(1, len(data.train))  # of an example
     needed = operations(model, *((data.lengths, []) if not model.config.is_encoder_decoder else (sources, targets)))
     micro = {"parts": trainer.micro.parts, "halved_at": trainer.micro.halved_at} if trainer.micro.splits else {}
@@ -274,6 +292,7 @@ class _Trainer(MicroBatched, Resumable):
     layers: CompiledLayers | None = None
     padding_free: PaddingFree | None = None
     token_loss: TokenLoss | None = None
+    replayed: Replayed | None = None
     control: TrainerControl
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -299,6 +318,20 @@ class _Trainer(MicroBatched, Resumable):
                     stack.enter_context(path.active())
             loss: Tensor = super().training_step(*args, **kwargs)
         return loss
+
+    def _add_gradients(self, model: PreTrainedModel, batch: Any, items: Any) -> Tensor:
+        if self.replayed is None:
+            return super()._add_gradients(model, batch, items)
+        inputs = self._prepare_inputs(batch)
+        if self.padding_free is not None:
+            inputs = self.padding_free.rows(inputs)
+        if items is not None:
+            inputs = {**inputs, ITEMS: torch.as_tensor(items, device=self.args.device)}
+        return self.replayed(inputs)
+
+    def whole_batch(self, inputs: dict[str, Any]) -> Tensor:
+        """Add a batch's gradients; returns its loss. What is recorded where `settings.graphs`."""
+        return super()._add_gradients(self.model, inputs, inputs.pop(ITEMS, None))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

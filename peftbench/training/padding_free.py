@@ -8,12 +8,14 @@ it was. An encoder's output stays packed for the cross-attentions of its decoder
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from peftbench.errors import UserError
@@ -27,8 +29,13 @@ from peftbench.training.token_loss import IGNORED
 SOURCES, TARGETS = "source_lengths", "target_lengths"  # of each example of a batch, in tokens; no tensors
 
 
-def with_lengths(collator: Collator) -> Collator:
-    """The collator with lists of lengths beside its tensors: known on the CPU, nobody has to ask the GPU for them."""
+def with_lengths(collator: Collator, widths: tuple[int, int] | None = None, pad: int = 0) -> Collator:
+    """The collator with lists of lengths beside its tensors: known on the CPU, nobody has to ask the GPU for them.
+
+    Args:
+        widths: to which sources and targets are padded, so that all batches have one shape; None: as they come.
+        pad: the id of the token that is no token.
+    """
 
     def collate(examples: list[dict[str, Any]]) -> Mapping[str, Any]:
         batch = dict(collator(examples))
@@ -37,9 +44,23 @@ def with_lengths(collator: Collator) -> Collator:
             width = batch["labels"].shape[1]
             last = batch["labels"].ne(IGNORED) * torch.arange(1, width + 1)
             batch[TARGETS] = last.amax(1).tolist()
+        if widths is not None:
+            for name, value in (("input_ids", pad), ("attention_mask", 0), ("token_type_ids", 0)):
+                if name in batch:
+                    batch[name] = F.pad(batch[name], (0, widths[0] - batch[name].shape[1]), value=value)
+            for name, value in (("labels", IGNORED), ("decoder_input_ids", pad)):
+                if name in batch and batch[name].dim() > 1:
+                    batch[name] = F.pad(batch[name], (0, widths[1] - batch[name].shape[1]), value=value)
         return batch
 
     return collate
+
+
+def row_step(lengths: Sequence[int], batch_size: int) -> int:
+    """Rows in multiples of so many tokens come in few lengths, about six: the tokens of a batch of random examples are
+    spread by this much, up to the next power of two."""
+    spread = float(torch.tensor(list(lengths), dtype=torch.float64).std(correction=0)) * batch_size**0.5
+    return 1 << max(0, math.ceil(math.log2(spread))) if spread > 0 else 1
 
 
 class PaddingFree:
@@ -47,12 +68,13 @@ class PaddingFree:
 
     Args:
         sources, targets: tokens of the longest example; targets 0 where an example has none.
+        steps: the rows of encoder and decoder are filled up to multiples of so many tokens.
 
     Raises:
         UserError: for a family whose layers know positions (T5, decoders alone).
     """
 
-    def __init__(self, model: PreTrainedModel, sources: int, targets: int) -> None:
+    def __init__(self, model: PreTrainedModel, sources: int, targets: int, steps: tuple[int, int] = (1, 1)) -> None:
         prompts = [name for name, _ in model.named_modules() if name.endswith(f".{PROMPT}")]
         assert not prompts, "validity.py refuses prompts, which join a batch behind its embeddings"
         self.model = model
@@ -61,6 +83,10 @@ class PaddingFree:
         self.packings = {"encoder": Packing(sources), "decoder": Packing(max(1, targets))}
         if targets == 0:  # a classifier with a decoder reads the source there once more
             self.packings["decoder"] = self.packings["encoder"]
+        self.steps = dict(zip(self.packings, steps, strict=True))
+        # Both stacks have as many examples, each with a token at least: a query sees one key at least.
+        rooms = [(step - 1, self.packings[stack].longest - 1) for stack, step in self.steps.items()]
+        self.fillers = max(math.ceil(most / max(1, each)) for most, each in rooms)
         for layer in self.sites.layers:
             for attention in layer.attentions:
                 queries = self.packings[layer.stack]
@@ -77,18 +103,40 @@ class PaddingFree:
             )
 
     def load(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Take the lengths of the next batch from it; returns what is left, the model's inputs."""
-        batch = dict(batch)
-        sources, targets = batch.pop(SOURCES), batch.pop(TARGETS, None)
-        ids = batch["input_ids"]
-        self.packings["encoder"].load(sources, ids.shape[1], ids.device)
-        if targets is not None:
-            self.packings["decoder"].load(targets, batch["labels"].shape[1], ids.device)
+        """Take the lengths of the next batch from it, or what `rows` made of them; returns what is left, the model's
+        inputs."""
+        batch = self.rows(batch) if SOURCES in batch else dict(batch)
+        for stack, column in (("encoder", "input_ids"), ("decoder", "labels")):
+            if _names(stack)[0] in batch:
+                example, offsets, index = (batch.pop(name) for name in _names(stack))
+                self.packings[stack].take((example, offsets, index), tuple(batch[column].shape))
         return batch
 
+    def rows(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The batch with tensors on its device in place of the lengths."""
+        batch = dict(batch)
+        for stack, column, lengths in (("encoder", "input_ids", SOURCES), ("decoder", "labels", TARGETS)):
+            if lengths in batch:
+                counts, padded = batch.pop(lengths), batch[column]
+                made = self.packings[stack].tensors(
+                    counts, padded.shape[1], padded.device, self._fillers(stack, sum(counts))
+                )
+                batch.update(zip(_names(stack), made, strict=True))
+        return batch
+
+    def _fillers(self, stack: str, tokens: int) -> list[int]:
+        """The lengths of what fills a row of so many tokens up."""
+        more = -(tokens + self.fillers) % self.steps[stack]
+        found = []
+        for _ in range(self.fillers):
+            found.append(1 + min(more, self.packings[stack].longest - 1))
+            more -= found[-1] - 1
+        return found
+
     def targets(self, padded: Tensor) -> Tensor:
-        """Of (B, S, ...) the target tokens of the batch that was loaded last, (1, T, ...)."""
-        return self.packings["decoder"].pack(padded)
+        """Of (B, S, ...) the target tokens of the batch that was loaded last, (1, T, ...); of labels, `IGNORED` where
+        the row is filled up."""
+        return self.packings["decoder"].pack(padded, 0.0 if padded.is_floating_point() else IGNORED)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -121,3 +169,7 @@ class PaddingFree:
             return output
 
         return pad
+
+
+def _names(stack: str) -> list[str]:
+    return [f"{stack}_{part}" for part in ("example", "offsets", "index")]

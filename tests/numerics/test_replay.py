@@ -1,0 +1,217 @@
+"""Steps that are recorded and replayed give what steps one by one give: gradients, losses, and a whole training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from peftbench.config import Compile, Device
+from peftbench.errors import UserError
+from peftbench.modification.packed_attention import Packing
+from peftbench.training import replay
+from peftbench.training.padding_free import PaddingFree, row_step
+from peftbench.training.replay import Replayed
+from tests.families import WRITING
+from tests.fitting import Targets, fitted, model_of, one_step, trained
+from tests.numerics.test_padding_free import LENGTHS, lengthened, loss_and_gradients, uneven
+
+
+class Recorder:
+    """In the place of CUDA: a recording computes nothing, a replay calls the function."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        self.recorded += 1
+        outcome = torch.zeros(())
+
+        def again() -> None:
+            self.replayed += 1
+            outcome.copy_(function())
+
+        return again, outcome
+
+
+def linear() -> tuple[nn.Linear, Callable[[dict[str, Tensor]], Tensor]]:
+    torch.manual_seed(0)
+    module = nn.Linear(3, 2)
+
+    def step(batch: dict[str, Tensor]) -> Tensor:
+        loss = module(batch.pop("x")).square().sum() / batch.pop("count")
+        loss.backward()
+        return loss.detach()
+
+    return module, step
+
+
+def test_gradients_and_losses() -> None:
+    """Batches of two shapes in turn, two for each optimiser step; what was given is not changed by what comes after."""
+    batches = [{"x": torch.randn(rows, 3), "count": torch.tensor(float(rows))} for rows in 6 * [4, 2, 2]]
+    found: list[list[Tensor]] = []
+    recorder = Recorder()
+    for replays in (False, True):
+        module, step = linear()
+        add = Replayed(step, module.parameters(), recorder) if replays else lambda batch, step=step: step(dict(batch))
+        outcome: list[Tensor] = []
+        for number, batch in enumerate(batches):
+            outcome.append(add(batch))
+            if number % 2:
+                outcome += [p.grad.clone() for p in module.parameters() if p.grad is not None]
+                module.zero_grad()
+        found.append(outcome)
+    assert len(found[0]) == len(found[1]) == 18 + 9 * 2
+    for plain, replayed in zip(*found, strict=True):
+        assert torch.equal(plain, replayed)
+    assert (recorder.recorded, recorder.replayed) == (2, 16)  # of each shape the first batch is computed
+
+
+def test_further_shapes_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "MOST", 1)
+    module, step = linear()
+    recorder = Recorder()
+    replayed = Replayed(step, module.parameters(), recorder)
+    for rows in (1, 1, 2, 2, 2, 1):
+        replayed({"x": torch.ones(rows, 3), "count": torch.tensor(1.0)})
+    assert (recorder.recorded, recorder.replayed) == (1, 2)
+
+
+def test_rows_come_in_few_lengths() -> None:
+    """Multiples of a power of two near the spread of a batch's tokens; equal lengths need none."""
+    lengths = [3, 9] * 50
+    assert row_step(lengths, 16) == 16  # of one: 3; of 16 examples: 12
+    assert row_step([7] * 10, 16) == 1
+
+
+@pytest.mark.parametrize("steps", [(16, 8), (1, 32), (64, 1)])
+@pytest.mark.parametrize(("family", "preset"), [("bart", "mam"), ("bart", "lora"), ("roberta", "mam")])
+def test_what_fills_a_row_changes_nothing(family: str, preset: str, steps: tuple[int, int]) -> None:
+    model = model_of(family, preset)
+    targets = 5 if family in WRITING else 0
+    shapes = set()
+    for lengths in (LENGTHS, (9, 9, 9), (1, 2, 1)):
+        inputs = uneven(family, lengths)
+        wanted, expected = loss_and_gradients(model, inputs)
+        packed = PaddingFree(model, max(LENGTHS), targets, steps)
+        rows = packed.rows(lengthened(inputs))
+        assert len(rows["encoder_example"]) % steps[0] == 0
+        if family in WRITING:
+            assert len(rows["decoder_example"]) % steps[1] == 0
+            assert len(rows["decoder_offsets"]) == len(rows["encoder_offsets"])
+        shapes.add(len(rows["encoder_offsets"]))
+        with packed.active():
+            loss, gradients = loss_and_gradients(model, packed.load(rows))
+        torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
+        assert gradients.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+    assert len(shapes) == 1
+
+
+def test_a_row_that_is_filled_up() -> None:
+    packing = Packing(4)
+    packing.take(packing.tensors((2, 3), 3, torch.device("cpu"), (1, 2)), (2, 3))
+    labels = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    assert packing.pack(labels, -100).tolist() == [[1, 2, 4, 5, 6, -100, -100, -100]]
+    assert packing.row.offsets.tolist() == [0, 2, 5, 6, 8]
+    assert packing.pad(torch.arange(1.0, 9.0)[None, :, None])[..., 0].tolist() == [[1, 2, 0], [3, 4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        pytest.param(family, settings, marks=[] if family == "bart" and settings else pytest.mark.slow)
+        for family in ("bart", "roberta", "gpt2", "t5")
+        for settings in ({}, {"fused_loss": True, "padding_free": True})
+        if not settings or family not in ("gpt2", "t5")
+    ],
+)
+def test_fit(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Some passes over eight examples end where they end without graphs."""
+    ends, recorder = [], Recorder()
+    for graphs in (False, True):
+        model = model_of(family, "mam")
+        given = one_step(max_steps=24 if settings else 8, batch_size=4, learning_rate=1e-2, graphs=graphs, **settings)
+        fitted(model, Targets(family), given, tmp_path, record=recorder)
+        ends.append(trained(model))
+    before = trained(model_of(family, "mam"))
+    for name, end in ends[0].items():
+        torch.testing.assert_close(ends[1][name], end, rtol=1e-4, atol=1e-5, msg=name)
+    assert any(not torch.equal(ends[0][name], tensor) for name, tensor in before.items())
+    assert recorder.replayed >= 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [Compile.none, Compile.layers])
+@pytest.mark.parametrize(
+    ("family", "preset", "settings"),
+    [
+        ("bart", "mam", {"fused_loss": True, "padding_free": True}),
+        ("bart", "lora_ffn", {"fused_loss": True, "padding_free": True}),
+        ("bart", "full", {}),
+        ("roberta", "mam", {"padding_free": True}),
+        ("roberta", "prefix", {}),
+        ("gpt2", "lora", {"fused_loss": True}),
+        ("llama", "mam", {}),
+        ("t5", "mam", {}),
+    ],
+)
+def test_fit_on_the_gpu(family: str, preset: str, settings: dict[str, Any], compiled: Compile, tmp_path: Path) -> None:
+    """Under bfloat16 autocast, as runs have it: with and without graphs to its rounding, and not where it began."""
+    torch._dynamo.reset()
+    ends = []
+    for graphs in (False, True):
+        torch.manual_seed(3)
+        model = model_of(family, "mam" if preset == "full" else preset).cuda()
+        if preset == "full":
+            model.requires_grad_(True)
+        begun = trained(model)
+        given = one_step(max_steps=24, batch_size=4, learning_rate=1e-2, device=Device.cuda, compile=compiled)
+        settings_of = replace(given, graphs=graphs, **settings)
+        fitted(model, Targets(family), settings_of, tmp_path, bf16=True)
+        ends.append({name: tensor - begun[name] for name, tensor in trained(model).items()})
+    moved = torch.cat([tensor.flatten() for tensor in ends[0].values()])
+    difference = torch.cat([(ends[1][name] - tensor).flatten() for name, tensor in ends[0].items()])
+    assert difference.norm() < 0.05 * moved.norm()
+
+
+@pytest.mark.gpu
+def test_dropout_differs_from_replay_to_replay() -> None:
+    torch.manual_seed(0)
+    parameter = nn.Parameter(torch.ones(1000, device="cuda"))
+
+    def step(batch: dict[str, Tensor]) -> Tensor:
+        loss = nn.functional.dropout(parameter * batch["x"], 0.5).sum()
+        loss.backward()
+        return loss.detach()
+
+    replayed = Replayed(step, [parameter])
+    losses = {round(float(replayed({"x": torch.ones(1000, device="cuda")}))) for _ in range(12)}
+    assert len(losses) > 6
+
+
+@pytest.mark.gpu
+def test_what_waits_for_the_gpu_cannot_be_recorded() -> None:
+    parameter = nn.Parameter(torch.ones(3, device="cuda"))
+
+    def step(batch: dict[str, Tensor]) -> Tensor:
+        loss = (parameter * float(batch["x"].sum())).sum()
+        loss.backward()
+        return loss.detach()
+
+    replayed = Replayed(step, [parameter])
+    replayed({"x": torch.ones(3, device="cuda")})
+    with pytest.raises(UserError, match=r"use trainer\.graphs=false"):
+        replayed({"x": torch.ones(3, device="cuda")})
+    assert float(step({"x": torch.ones(3, device="cuda")})) == 9.0  # the GPU goes on
+
+
+def test_graphs_need_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"trainer\.graphs=true: CUDA graphs need a GPU"):
+        fitted(model_of("bart", "mam"), Targets("bart"), one_step(graphs=True), tmp_path)
