@@ -481,6 +481,7 @@ def test_conf_fits_the_schema(option: Path) -> None:
         "batching",
         "padding_free",
         "compile",
+        "graphs",
         "fused_loss",
     }
     assert set(task.quick) <= {"label_smoothing", "batch_tokens", "keep", "evaluate_every"}  # what quick.yaml reads
