@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--x", choices=list(NAMES), default="stored", help="the cost; default: %(default)s")
     parser.add_argument("--y", metavar="KEY", help="a metric (default: the main one); of curves what was logged (loss)")
-    parser.add_argument("--by", metavar="KEY", default="method", help="a line for each value of; default: %(default)s")
+    parser.add_argument("--by", metavar="KEY", default="method", help="a line for each of; default: method (and axes)")
     parser.add_argument("--curves", action="store_true", help="draw what was logged in training, a line for each run")
     parser.add_argument("--statistic", choices=get_args(Statistic), default="mean", help="over seeds; default: mean")
     arguments = parser.parse_intermixed_args(argv)
@@ -90,7 +90,7 @@ def draw(rows: Sequence[Row], *, x: str = "stored", y: str = "score", by: str = 
     Args:
         x: the cost, one of `NAMES`; on a logarithmic axis.
         y: "score", or a metric.
-        by: the key whose values are the lines.
+        by: the key whose values are the lines; a method tried with several axes has a line for each.
 
     Raises:
         UserError: no row has both, or a key is none.
