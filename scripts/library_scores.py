@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Checks the recorded ROUGE, BLEU and chrF of finished runs against the libraries' own command lines.
 
-    python scripts/library_scores.py outputs/reference
+    python scripts/library_scores.py outputs
 
 Each run's saved predictions and references are written to files, which `python -m sacrebleu` and `python -m
 rouge_score.rouge` score; a row of the table has the record's figure beside theirs, to the last digit that the command
@@ -23,6 +23,7 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 from rich.table import Table
 
+from peftbench.errors import UserError
 from peftbench.results.record import load_records
 from peftbench.scoring.saved import saved_predictions
 from peftbench.tasks.romanian import prepared
@@ -120,4 +121,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as error:  # a folder of no runs, or runs without their predictions, as in outputs/reference
+        sys.exit(str(error))

@@ -159,20 +159,20 @@ def columns(
         Column("axes", "four axes", _four, words=True, wrap=20),
         Column("bottleneck", "bottle-\nneck", _bottlenecks),
         *telling_apart(rows),
-        number("trained", "trained", _count, dispensable=5),
-        number("stored", "stored", _count, better="lower", dispensable=4),
-        # ± needs its room, and so do seeds
-        number("percent", "% of\nmodel", _two, dispensable=1 if grouped or len(seeds) > 1 else 0),
+        number("trained", "trained", _count, dispensable=6),
+        number("stored", "stored", _count, better="lower", dispensable=5),
+        # ± needs its room, and so do seeds and what else tells rows apart
+        number("percent", "% of\nmodel", _two, dispensable=2 if grouped or len(seeds) > 1 else 0),
         # Every metric of the tasks is better when higher.
         number("score", f"{records[0].metric} ↑", _two, better="higher", of=FIELDS["score"], spread=True),
         *delta(rows),
         *beside_paper(rows, paper),
         *([RUNS] if grouped else []),
-        *(number(name, name, _two, dispensable=5, of=partial(_baseline, name)) for name in baselines),
-        number("tokens_per_s", "tokens\n/s", _count, better="higher", dispensable=9),
-        number("memory", "peak\nGiB", _two, better="lower", dispensable=8),
-        number("time", "time", duration, better="lower", dispensable=6),
-        Column("seed", "seed", _seeds, dispensable=1 if len(seeds) > 1 and not grouped else 7, words=grouped),
+        *(number(name, name, _two, dispensable=6, of=partial(_baseline, name)) for name in baselines),
+        number("tokens_per_s", "tokens\n/s", _count, better="higher", dispensable=10),
+        number("memory", "peak\nGiB", _two, better="lower", dispensable=9),
+        number("time", "time", duration, better="lower", dispensable=7),
+        Column("seed", "seed", _seeds, dispensable=1 if len(seeds) > 1 and not grouped else 8, words=grouped),
         *pareto(rows, cost),
     ]
     found = [column for column in found if column.key not in ("tokens_per_s", "memory") or _any(column, rows)]
@@ -235,8 +235,9 @@ def number(
 def telling_apart(rows: Sequence[Row]) -> list[Column[Row]]:
     """The trainer's settings, such as its learning rate, in which rows differ that would otherwise look alike."""
     alike: dict[tuple[str, ...], list[Row]] = {}
+    grouped = any(len(row.records) > 1 for row in rows)  # their seeds tell nothing apart that does not differ otherwise
     for row in rows:
-        looks = (row.first.method, _four(row), _bottlenecks(row), _seeds(row))
+        looks = (row.first.method, _four(row), _bottlenecks(row), "" if grouped else _seeds(row))
         alike.setdefault(looks, []).append(row)
     keys = {key for group in alike.values() for key in differing([row.first.trainer for row in group])}
     return [
@@ -256,7 +257,7 @@ def delta(rows: Sequence[Row]) -> list[Column[Row]]:
     def value(row: Row) -> float | None:
         return row.score - best if row.scored and row.score is not None else None
 
-    return [Column("delta", "Δ full", lambda row: _signed(value(row)), value, dispensable=2)]
+    return [Column("delta", "Δ full", lambda row: _signed(value(row)), value, dispensable=3)]
 
 
 def beside_paper(rows: Sequence[Row], everywhere: bool = False) -> list[Column[Row]]:
@@ -299,7 +300,7 @@ def pareto(rows: Sequence[Row], cost: Cost) -> list[Column[Row]]:
     best = {id(row) for row in front(rows, FIELDS[cost])}
     if sum(1 for row in rows if row.scored) < 3 or not best:
         return []
-    return [Column("front", "front", lambda row: "◆" if id(row) in best else "", dispensable=3)]
+    return [Column("front", "front", lambda row: "◆" if id(row) in best else "", dispensable=4)]
 
 
 def best_of(column: Column[T], rows: Sequence[T]) -> set[int]:

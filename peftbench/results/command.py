@@ -17,7 +17,7 @@ from peftbench.errors import UserError
 from peftbench.results.columns import Column, Cost, beside_paper, chosen, columns
 from peftbench.results.formats import csv_of, latex, markdown, to_csv, to_json, values
 from peftbench.results.pivot import pivot
-from peftbench.results.record import Record, load_records
+from peftbench.results.record import Record, kept_apart, load_records
 from peftbench.results.row import Row, Statistic, is_trial, over_seeds, rank, single, tables, unscored
 from peftbench.results.select import is_filter, select
 from peftbench.results.table import show_table, titles
@@ -84,7 +84,8 @@ def read(words: Sequence[str]) -> list[Record]:
         for sentence in left_out:
             print(sentence, file=sys.stderr)
     if not records:
-        raise UserError(f"{folders[0]} holds no record of a run; make one with: peftbench train")
+        others = "".join(f", or show those in {place}: peftbench results {place}" for place in kept_apart(folders[0]))
+        raise UserError(f"{folders[0]} holds no record of a run; make one with: peftbench train{others}")
     filters = [word for word in words if is_filter(word) and word != TRIALS]
     compared = [record for record in records.values() if TRIALS in words or not is_trial(record)]
     if hidden := len(records) - len(compared):

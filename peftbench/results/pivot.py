@@ -190,11 +190,11 @@ def _spread(head: tuple[str, ...], of: Callable[[Record], float | None], line: L
 
 
 def _natural(labels: tuple[str, ...]) -> list[tuple[list[float], str]]:
-    """Orders numbers as numbers, also those of a mixture, and words as words."""
+    """Orders numbers as numbers, also those of a mixture and those in percent, and words as words."""
     found = []
     for label in labels:
         try:
-            found.append(([float(part) for part in label.split(" + ")], ""))
+            found.append(([float(part.removesuffix("%")) for part in label.split(" + ")], ""))
         except ValueError:
             found.append(([math.inf], label))
     return found

@@ -1,7 +1,7 @@
 """`peftbench plot`: score against what a method costs, as in figures 2, 4 and 5 of He et al. (2022); training curves.
 
-A panel for each task, backbone, metric, split and size; a line for each method over its sizes; full fine-tuning dashed;
-the Pareto front behind them. Imports no torch.
+A panel for each task, backbone, metric, split and size; a line for each method over its sizes, or for each of the axes
+that it was tried with; full fine-tuning dashed; the Pareto front behind them. Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from peftbench.errors import UserError, unknown
 from peftbench.results.columns import FIELDS, field, text
 from peftbench.results.command import read
+from peftbench.results.record import differing
 from peftbench.results.row import Row, Statistic, front, over_seeds, single, tables
 from peftbench.results.table import title
 
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--x", choices=list(NAMES), default="stored", help="the cost; default: %(default)s")
     parser.add_argument("--y", metavar="KEY", help="a metric (default: the main one); of curves what was logged (loss)")
-    parser.add_argument("--by", metavar="KEY", default="method", help="a line for each value of; default: %(default)s")
+    parser.add_argument("--by", metavar="KEY", default="method", help="a line for each of; default: method (and axes)")
     parser.add_argument("--curves", action="store_true", help="draw what was logged in training, a line for each run")
     parser.add_argument("--statistic", choices=get_args(Statistic), default="mean", help="over seeds; default: mean")
     arguments = parser.parse_intermixed_args(argv)
@@ -89,7 +90,7 @@ def draw(rows: Sequence[Row], *, x: str = "stored", y: str = "score", by: str = 
     Args:
         x: the cost, one of `NAMES`; on a logarithmic axis.
         y: "score", or a metric.
-        by: the key whose values are the lines.
+        by: the key whose values are the lines; a method tried with several axes has a line for each.
 
     Raises:
         UserError: no row has both, or a key is none.
@@ -100,8 +101,8 @@ def draw(rows: Sequence[Row], *, x: str = "stored", y: str = "score", by: str = 
     panels = [shown for table in tables(scored) if (shown := _points(table, x, y))]
     if not panels:
         raise UserError(f"None of these runs has both {x} and {y} to draw.")
-    names = sorted({_name(row, by) for panel in panels for row, _, _ in panel if not _is_full(row)})
-    return _figure([partial(_panel, points=panel, names=names, x=x, y=y, by=by) for panel in panels])
+    lines = _lines([row for panel in panels for row, _, _ in panel if not _is_full(row)], by)
+    return _figure([partial(_panel, points=panel, lines=lines, x=x, y=y) for panel in panels])
 
 
 def draw_curves(rows: Sequence[Row], *, y: str = "loss", by: str = "method") -> Figure:
@@ -130,12 +131,13 @@ def _check(key: str, rows: Sequence[Row]) -> None:
 def _figure(panels: Sequence[Callable[[Axes], None]]) -> Figure:
     """Panels beside and below each other, with one legend."""
     from matplotlib import rc_context
+    from matplotlib.container import ErrorbarContainer
     from matplotlib.figure import Figure
 
     across = min(len(panels), COLUMNS)
     down = -(-len(panels) // across)
     with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(4.4 * across + 1.6, 3.5 * down), layout="constrained")
+        figure = Figure(layout="constrained")
         grid = list(figure.subplots(down, across, squeeze=False).flat)
         for axes, panel in zip(grid, panels, strict=False):
             panel(axes)
@@ -144,7 +146,9 @@ def _figure(panels: Sequence[Callable[[Axes], None]]) -> Figure:
         handles: dict[str, Any] = {}
         for axes in figure.axes:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-                handles.setdefault(label, handle)
+                handles.setdefault(label, handle[0] if isinstance(handle, ErrorbarContainer) else handle)
+        longest = max(map(len, handles), default=0)
+        figure.set_size_inches(4.4 * across + 0.6 + 0.075 * longest, 3.5 * down)
         figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
     return figure
 
@@ -162,7 +166,7 @@ def _points(table: Sequence[Row], x: str, y: str) -> list[Point]:
     return [(row, cost, score) for row, cost, score in found if cost and score is not None and not math.isnan(score)]
 
 
-def _panel(axes: Axes, points: Sequence[Point], names: Sequence[str], x: str, y: str, by: str) -> None:
+def _panel(axes: Axes, points: Sequence[Point], lines: dict[int, str], x: str, y: str) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     full = [point for point in points if _is_full(point[0])]
@@ -177,8 +181,8 @@ def _panel(axes: Axes, points: Sequence[Point], names: Sequence[str], x: str, y:
         if len(edge) > 1:
             costs, scores = zip(*edge, strict=True)
             axes.plot(costs, scores, label="Pareto front", color="#DDDDDD", linewidth=5, zorder=0)
-    for index, name in enumerate(names):
-        line = sorted((cost, score, row.spread(of) or 0.0) for row, cost, score in tuned if _name(row, by) == name)
+    for index, name in enumerate(sorted(set(lines.values()))):
+        line = sorted((cost, score, row.spread(of) or 0.0) for row, cost, score in tuned if lines[id(row)] == name)
         if not line:
             continue
         costs, scores, spreads = zip(*line, strict=True)
@@ -191,12 +195,16 @@ def _panel(axes: Axes, points: Sequence[Point], names: Sequence[str], x: str, y:
             marker=MARKERS[index % len(MARKERS)],
             linestyle=("-", "--", ":")[index // len(COLOURS) % 3],
             linewidth=1.3,
-            markersize=5,
+            markersize=7,
+            markeredgecolor="white",  # so that marks that lie on each other are told apart
+            markeredgewidth=0.5,
             capsize=2,
         )
     if tuned:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        spent = [cost for _, cost, _ in tuned]
+        is_short = max(spent) < 10 * min(spent)  # so short an axis would have one number or none
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8) if is_short else (1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(_short))
         axes.xaxis.set_minor_formatter(NullFormatter())
     _label(axes, [row for row, _, _ in points], NAMES[x], points[0][0].first.metric if y == "score" else y)
@@ -246,6 +254,28 @@ def _label(axes: Axes, rows: Sequence[Row], x: str, y: str) -> None:
 
 def _is_full(row: Row) -> bool:
     return row.first.unfreeze == "all" and not row.first.axes
+
+
+def _lines(rows: Sequence[Row], by: str) -> dict[int, str]:
+    """The name of the line on which each row is a point.
+
+    By method, one that was tried with several axes has a line for each: adapter · ffn, adapter · attention.
+    """
+    if by != "method":
+        return {id(row): _name(row, by) for row in rows}
+    found = {}
+    for method in {row.first.method for row in rows}:
+        alike = [(row, _four(row)) for row in rows if row.first.method == method]
+        apart = differing([axes for _, axes in alike])
+        found.update({id(row): " · ".join([method, *(axes[key] for key in apart)]) for row, axes in alike})
+    return found
+
+
+def _four(row: Row) -> dict[str, str]:
+    """The four axes of a row, the composition function with its scale."""
+    keys = ("functional_form", "modified_representation", "insertion_form")
+    composition = text([axes.composition for axes in row.first.axes])
+    return {**{key: text(FIELDS[key](row.first)) for key in keys}, "composition_function": composition}
 
 
 def _name(row: Row, by: str) -> str:

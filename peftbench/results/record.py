@@ -36,6 +36,9 @@ SCHEMA_VERSION = 1
 FILE = "record.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints, gone once it is done
+# A folder with this file in it is passed over by who asks for a folder above it: outputs/reference came with the
+# checkout, and its runs are no rivals of one's own.
+APART = ".apart"
 
 # A run that is missing has not begun: no file says so, but the tables of a sweep do.
 Status = Literal["running", "done", "failed", "interrupted", "missing"]
@@ -327,12 +330,19 @@ def find(folder: Path) -> Record | None:
 def load_records(folder: Path) -> tuple[list[Record], list[str]]:
     """The records anywhere below `folder`, and a sentence for each `record.json` that could not be read as one.
 
-    Raises UserError where there is no such folder.
+    Folders that are kept `APART` are passed over, unless `folder` is one or lies in one. Raises UserError where there
+    is no such folder.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give the output_dir of runs, or make one with: peftbench train")
+    files = []
+    for place, below, names in os.walk(folder):
+        if APART in names and Path(place) != folder:
+            below.clear()
+        elif FILE in names:
+            files.append(Path(place, FILE))
     records, left_out = [], []
-    for file in sorted(folder.rglob(FILE)):
+    for file in sorted(files):
         try:
             records.append(_read(file))
         except json.JSONDecodeError as error:
@@ -340,6 +350,11 @@ def load_records(folder: Path) -> tuple[list[Record], list[str]]:
         except (OSError, ValueError, RecursionError) as error:
             left_out.append(f"{file} is left out: {error}.")
     return records, left_out
+
+
+def kept_apart(folder: Path) -> list[Path]:
+    """The folders right below `folder` that `load_records` passes over."""
+    return sorted(mark.parent for mark in folder.glob(f"*/{APART}"))
 
 
 def rewind_metrics(folder: Path, stage: str, step: int) -> None:

@@ -48,7 +48,8 @@ def show_table(columns: Sequence[Column[T]], rows: Sequence[T], console: Console
     """Prints a table with as many of the columns as there is room for, the best value of each marked.
 
     Rows without a score, which come last, stand below a line. With `labels`, the number of columns that name a row,
-    columns that do not fit stand in a further table below, which begins with the same labels.
+    columns that do not fit stand in a further table below, which begins with the same labels; each has the rows with a
+    value in its columns.
     """
     laid = [_lay(column, rows, star=not console.is_terminal) for column in columns]
     below = next((index for index, row in enumerate(rows) if unscored(row)), 0)
@@ -60,7 +61,8 @@ def show_table(columns: Sequence[Column[T]], rows: Sequence[T], console: Console
                 fitting.pop()
         rest = rest[len(fitting) - labels :]
         fitting = _fitting(fitting, console.width)
-        console.print(_table(fitting, console.width, len(rows), below))
+        shown = [index for index in range(len(rows)) if not labels or any(one.cells[index] for one in fitting[labels:])]
+        console.print(_table(fitting, console.width, shown, below))
         if labels and rest:
             console.print()
 
@@ -97,7 +99,7 @@ def single_row(record: Record, console: Console, alone: bool = True) -> None:
     wanted = [column for column in columns([row]) if column.key not in ("seed", "status")]
     laid = [_lay(column, [row], star=False) for column in wanted]
     if _spare(laid, console.width) >= 0:
-        table = _table(laid, console.width, 1, 0)
+        table = _table(laid, console.width, [0], 0)
     else:  # nothing of one run is dispensable: a line for each column then
         table = Table.grid(padding=(0, 2))
         for column in wanted:
@@ -152,8 +154,8 @@ def _spare(columns: Sequence[_Laid], width: int) -> int:
     return width - sum(column.least for column in columns) - GAP * (len(columns) - 1)
 
 
-def _table(columns: Sequence[_Laid], width: int, rows: int, below: int) -> Table:
-    """The table with its rows, and a line above the row `below` where that is not the first."""
+def _table(columns: Sequence[_Laid], width: int, rows: Sequence[int], below: int) -> Table:
+    """The table with these of its rows, and a line above the row `below` where that is not the first."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     spare = max(0, _spare(columns, width))
     widths: list[int] = []  # rich's own choice would break words here to keep lines long there
@@ -164,7 +166,7 @@ def _table(columns: Sequence[_Laid], width: int, rows: int, below: int) -> Table
         justify: Literal["left", "right"] = "left" if column.words else "right"
         header = "\n".join(wrapped(line, taken) for line in column.header.split("\n"))
         table.add_column(header, width=taken, justify=justify, overflow="fold")
-    for index in range(rows):
+    for index in rows:
         if index and index == below:
             table.add_section()
         styles = ["bold" if index in column.best else "" for column in columns]

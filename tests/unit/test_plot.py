@@ -57,6 +57,21 @@ def test_another_axis_and_other_lines() -> None:
     assert {container.get_label() for container in axes.containers} == {"identity", "relu + softmax"}
 
 
+def test_a_method_has_a_line_for_each_of_the_axes_it_was_tried_with() -> None:
+    tried = []
+    for index, place in enumerate(("ffn", "attention")):
+        for record in (record for record in runs() if record.method == "lora"):
+            axes = [replace(one, modified_representation=place) for one in record.axes]
+            tried.append(replace(record, axes=axes, point=f"{record.point} {place}", score=record.score + 10 * index))
+    (axes,) = draw(over_seeds([*runs()[4:], *tried], "mean")).axes
+    lines = {container.get_label(): container[0].get_xydata().tolist() for container in axes.containers}
+    assert lines == {
+        "lora · attention": [[1000, 71.6], [10_000, 72.5]],
+        "lora · ffn": [[1000, 61.6], [10_000, 62.5]],
+        "mam": [[3000, 66.8], [30_000, 69.5]],
+    }
+
+
 def test_what_may_not_be_compared_has_panels_of_its_own() -> None:
     other = run("lora", 1, 50.0, task="sst2")
     other.scores["report"] = Score("dev", 872, {"accuracy": 50.0, "mcc": 10.0})

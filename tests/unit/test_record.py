@@ -26,7 +26,10 @@ from peftbench.config import (
     Trainer,
 )
 from peftbench.errors import UserError
+from peftbench.results.command import read
 from peftbench.results.record import (
+    APART,
+    FILE,
     Axes,
     Counts,
     Record,
@@ -188,6 +191,19 @@ def test_what_is_no_record_is_named_and_left_out(tmp_path: Path, change: object,
     assert len(left_out) == 1
     assert left_out[0].startswith(f"{bad} is left out: ")
     assert complaint in left_out[0]
+
+
+def test_runs_that_are_kept_apart_are_no_rivals_of_ones_own(tmp_path: Path) -> None:
+    """As outputs/reference is: it is read where it, or a folder in it, is named."""
+    for place in ("task/own", "reference/grid/one", "reference/grid/two"):
+        (tmp_path / place).mkdir(parents=True)
+        start(RUN, tmp_path / place, []).finish()
+    (tmp_path / "reference" / APART).touch()
+    found = {folder: len(load_records(tmp_path / folder)[0]) for folder in ("", "reference", "reference/grid")}
+    assert found == {"": 1, "reference": 2, "reference/grid": 2}
+    (tmp_path / "task" / "own" / FILE).unlink()
+    with pytest.raises(UserError, match=r"or show those in .*reference: peftbench results .*reference"):
+        read([str(tmp_path)])
 
 
 def test_a_missing_folder_is_the_users_mistake(tmp_path: Path) -> None:

@@ -334,6 +334,36 @@ def test_a_wide_pivot_goes_on_below(outputs: Path, capsys: pytest.CaptureFixture
     assert sum(f"{50.0 + seed:.2f}" in " ".join(lines) for seed in range(10, 40)) == 30
 
 
+def test_the_parts_of_a_wide_pivot_have_the_rows_with_a_value_and_shares_in_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index, share in enumerate(("12.3%", "2.4%", "6.1%", None)):
+        name = f"a_method_of_quite_a_long_name_{index}"
+        made = replace(run("lora", 1, 50.0, tmp_path / name, budget=share), method=name)
+        made.folder.mkdir()
+        made.save()
+    keys = "method,functional_form,insertion_form"
+    parts = printed(capsys, tmp_path, "--rows", keys, "--columns", "budget").split("\n\n")
+    heads = [next(line for line in part.splitlines() if line.startswith("method")).split() for part in parts]
+    assert [[word for word in head if word[-1] == "%" or word == "none"] for head in heads] == [
+        ["2.4%", "6.1%", "12.3%"],
+        ["none"],
+    ]
+    assert [part.count("a_method") for part in parts] == [3, 1]
+
+
+def test_means_tell_apart_what_differs_in_more_than_the_seed_at_any_width(
+    outputs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = run("lora", 1, 66.0, outputs / "other", trainer={"learning_rate": 5e-4}, point="other")
+    other.folder.mkdir()
+    other.save()
+    for width in ("80", "160"):
+        monkeypatch.setenv("COLUMNS", width)
+        text = printed(capsys, outputs, "--mean")
+        assert "learning" in text and "0.0005" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
