@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -44,12 +45,10 @@ class Machine:
         self.folder, self.calls = folder, folder / "calls"
         self.folder.joinpath("bin").mkdir()
         said = 'if [ "$1" = -d ]; then said=-d; else said=$(cat); fi'
-        self.control = self._script(
-            CONTROL, f'{said}; {CALL} {self.calls}; if [ "$1" = -d ]; then {control or ":"}; fi'
-        )
-        self.python = self._script("python", f"said=client; {CALL} {self.calls}; {client}")
+        self.control = self.script(CONTROL, f'{said}; {CALL} {self.calls}; if [ "$1" = -d ]; then {control or ":"}; fi')
+        self.python = self.script("python", f"said=client; {CALL} {self.calls}; {client}")
 
-    def _script(self, name: str, body: str) -> Path:
+    def script(self, name: str, body: str) -> Path:
         script = self.folder / "bin" / name
         script.write_text(f"#!/bin/sh\n{body}\n")
         script.chmod(0o755)
@@ -272,7 +271,7 @@ def test_a_worker_that_lost_its_gpu_is_replaced(tmp_path: Path, monkeypatch: pyt
     def start() -> None:
         events.append("start")
         worker.pipe, theirs = multiprocessing.Pipe()
-        worker.process = SimpleNamespace(  # type: ignore[assignment]  # only what is used of a process
+        worker.process = SimpleNamespace(
             exitcode=0, join=lambda *_: events.append("join"), kill=lambda: events.append("kill")
         )
         theirs.send(Ended(1.0) if len(events) > 1 else Ended(faults=("a fault",), last=True))
@@ -295,3 +294,30 @@ def test_whether_a_gpu_is_lost_is_seen_after_a_run(lost: bool, monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     assert workers._let_go() is not lost
+
+
+@pytest.mark.gpu
+def test_processes_share_a_gpu(tmp_path: Path) -> None:
+    """The real one: two programs are clients of one server, and one with a fault in a kernel does not spoil it."""
+    if shutil.which(CONTROL) is None or module._users_own():
+        pytest.skip(f"needs {CONTROL}, and no daemon that is there already")
+    gpu = places.visible_gpus()[0].name
+    program = "import torch; x = torch.arange(8, device='cuda'); print(int(x[x + {}].sum()))"
+    right, wrong = program.format(0), program.format(1)
+
+    def start(code: str) -> subprocess.Popen[str]:
+        environment = {**os.environ, **place}
+        return subprocess.Popen([PYTHON, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+
+    with shared(True, [{"CUDA_VISIBLE_DEVICES": gpu}] * 2, tmp_path) as found:
+        place = found[0]
+        assert [process.communicate(timeout=120)[0] for process in (start(right), start(right))] == ["28\n"] * 2
+        ask = {"input": "get_server_list\n", "capture_output": True, "text": True}
+        servers = subprocess.run([CONTROL], env={**os.environ, **place}, **ask)
+        assert len(servers.stdout.split()) == 1, servers
+        fault = start(wrong)
+        fault.communicate(timeout=120)
+        assert fault.returncode != 0
+        await_gpu(place)
+        assert start(right).communicate(timeout=120)[0] == "28\n"
+    assert not Path(place[PIPES]).exists()
