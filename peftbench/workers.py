@@ -151,13 +151,13 @@ class _Worker:
         """How the job ended that it was given last. A worker that has died is replaced."""
         try:
             ended: Ended = self.pipe.recv()
-            if ended.last:
-                self._replace()
-            return ended
         except (EOFError, OSError):
             code = self._replace()
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             return Ended(faults=(f"the process of this run {how}; its last words are in {self.log}.",))
+        if ended.last:
+            self._replace()
+        return ended
 
     def _replace(self) -> int:
         """Start another process in the place of one that ends; returns that one's exit code."""
