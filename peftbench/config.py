@@ -294,6 +294,9 @@ class Run(Modification):
     rerun: bool = False  # train again although the run is done
     retry: bool = False  # a sweep trains again what failed before
     jobs: str = "1"  # runs of a sweep at once, in processes of their own; auto: by free memory and cores
+    # true: runs at once on one GPU share it through NVIDIA's Multi-Process Service, whose daemon the sweep starts and
+    # ends; auto: where that is installed.
+    mps: bool | str = False
 
 
 # `${embedded:mini}`: the folder of a backbone that ships inside the package.

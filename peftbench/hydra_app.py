@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
+from peftbench import mps
 from peftbench.cli import print_faults
 from peftbench.compose import AND, CONFIG_NAME, compose_points
 from peftbench.config import Run, conf_dir, resolve
@@ -200,12 +201,27 @@ def _take(ended: Ended, run: Run, overrides: list[str]) -> float:
 
 
 def _places(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """`places.places`, which takes longer to import than to know that there is one place."""
+    """`places.places`, which takes longer to import than to know that there is one place.
+
+    Raises:
+        UserError: there, or because of `mps`.
+    """
     if all(run.jobs == "1" for run in runs):
         return [{}]
     from peftbench.places import places
 
-    return places(runs)
+    found = places(runs)
+    mps.wanted(_mps(runs), found)  # refused before anything is written
+    return found
+
+
+def _mps(runs: Sequence[Run]) -> bool | str:
+    """The `mps` of a sweep. Raises UserError where it differs from run to run."""
+    asked = {str(run.mps).lower(): run.mps for run in runs}
+    if len(asked) > 1:
+        raise UserError(f"mps={','.join(sorted(asked))}: a sweep has one way to share its GPUs, not several.")
+    (mode,) = asked.values()
+    return mode
 
 
 def _jobs(points: Sequence[Point], folders: Sequence[Path]) -> list[Job]:
@@ -235,8 +251,12 @@ def _side_by_side(jobs: Sequence[Job], at_once: Sequence[dict[str, str]]) -> Non
         return
     at_once = at_once[: len(waiting)]
     logs = Path(waiting[0].run.output_dir).expanduser() / FOLDER / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    print(f"{len(waiting)} runs, {len(at_once)} at once; what they print is in {logs}", flush=True)
-    with Workers(at_once, logs) as workers:
+    with (
+        mps.shared(_mps([job.run for job in waiting]), at_once, logs) as shared,
+        Workers(shared, logs) as workers,
+    ):
+        through = " through MPS" if any(mps.PIPES in place for place in shared) else ""
+        print(f"{len(waiting)} runs, {len(at_once)} at once{through}; what they print is in {logs}", flush=True)
         for count, (job, ended) in enumerate(workers.run(waiting), start=1):
             if display is None:
                 print(f"{count} of {len(waiting)}: {job.settings}: {_result(job)}", flush=True)

@@ -234,6 +234,8 @@ def _number_faults(run: Run) -> Iterator[str]:
         yield f"seed={run.seed}: it must be a whole number from 0 to 4294967295."
     if run.jobs != "auto" and not (run.jobs.isdecimal() and int(run.jobs) > 0):
         yield f"jobs={run.jobs}: it must be a whole number of at least 1, or auto."
+    if isinstance(run.mps, str) and run.mps != "auto":
+        yield f"mps={run.mps}: it must be auto, true or false."
     micro = trainer.micro_batch
     if micro not in (None, "auto") and not (micro.isdecimal() and int(micro) > 0):
         yield f"trainer.micro_batch={micro}: it must be a whole number of at least 1, auto or null."

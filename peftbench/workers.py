@@ -17,7 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -27,6 +27,7 @@ from types import FrameType, TracebackType
 
 from peftbench.config import Run
 from peftbench.errors import UserError
+from peftbench.mps import NotToBeHadError, await_gpu
 from peftbench.progress import Display
 from peftbench.quick_imports import quick_imports
 from peftbench.results.lock import Busy
@@ -52,6 +53,7 @@ class Ended:
     score: float = math.nan
     faults: tuple[str, ...] = ()  # sentences for the user; none where the run is done
     busy: bool = False  # another process is at it
+    last: bool = False  # of its worker, which has lost its GPU
 
 
 def attempt(run: Run, overrides: Sequence[str], wait: bool = False, display: Display | None = None) -> Ended:
@@ -149,14 +151,23 @@ class _Worker:
         """How the job ended that it was given last. A worker that has died is replaced."""
         try:
             ended: Ended = self.pipe.recv()
-            return ended
         except (EOFError, OSError):
-            self.process.join()
-            code = self.process.exitcode or 0
+            code = self._replace()
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            self.pipe.close()
-            self.start()
             return Ended(faults=(f"the process of this run {how}; its last words are in {self.log}.",))
+        if ended.last:
+            self._replace()
+        return ended
+
+    def _replace(self) -> int:
+        """Start another process in the place of one that ends; returns that one's exit code."""
+        self.process.join(PATIENCE)
+        self.process.kill()  # what hangs in its exit holds its GPU
+        self.process.join()
+        self.pipe.close()
+        code = self.process.exitcode or 0
+        self.start()
+        return code
 
     def dismiss(self) -> None:
         with suppress(OSError):
@@ -182,15 +193,20 @@ def _work(pipe: Connection, environment: dict[str, str], log: str) -> None:
     try:
         with quick_imports():
             import_module("peftbench.train")  # before there is a job: while the parent starts the others
+        await_gpu(environment)
         while (job := pipe.recv()) is not None:
             print(f"\nrun {job.number}: {' '.join(job.overrides)}")
             ended = attempt(job.run, job.overrides)
             for sentence in ended.faults:
                 print(f"peftbench: {sentence}")
-            _let_go()
-            pipe.send(ended)
+            usable = _let_go()
+            pipe.send(replace(ended, last=not usable))
+            if not usable:
+                return
     except (KeyboardInterrupt, EOFError, OSError):  # the parent knows, or is no more
         pass
+    except NotToBeHadError as error:
+        sys.exit(f"peftbench: the GPU cannot be used through MPS: {error}.")
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:
@@ -207,9 +223,19 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _let_go() -> None:
-    """Give the memory of the run that ended back to the GPU, where other workers need it."""
+def _let_go() -> bool:
+    """Give the memory of the run that ended back to the GPU, where other workers need it.
+
+    Returns whether this process can use its GPU still: after a fault in a kernel no call of it succeeds.
+    """
     import torch
 
     gc.collect()
-    torch.cuda.empty_cache()
+    try:
+        torch.cuda.empty_cache()
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch leaves it without types
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"peftbench: this process has lost its GPU: {error}")
+        return False
+    return True

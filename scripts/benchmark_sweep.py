@@ -1,10 +1,12 @@
 """One sweep with `jobs=` against as many single `peftbench train` commands: the time of both, and their scores.
 
-    python scripts/benchmark_sweep.py --model FOLDER --data FOLDER [--jobs 8] [--all] [--out FILE] [KEY=VALUE]
+    python scripts/benchmark_sweep.py --model FOLDER --data FOLDER [--jobs 8] [--mps both] [--all] [--out FILE]
+                                      [KEY=VALUE ...]
 
 24 runs on webnlg: 4 methods x 3 learning rates x 2 seeds, 300 steps each. Of the single commands a few are timed, one
 of each method, and their mean stands for all; --all times every one. The first is run once before, untimed, which fills
-the caches and gives the noise from run to run. The folders are those of a backbone, as `model.path`, and of the data.
+the caches and gives the noise from run to run. --mps both sweeps twice, without and with `mps=true`, against the same
+single commands. The folders are those of a backbone, as `model.path`, and of the data.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from itertools import product
+from math import prod
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -32,6 +36,7 @@ AXES = {
     "seed": ["1", "2"],
 }
 TARGET = 1 / 3
+MPS = {"false": ["false"], "true": ["true"], "both": ["false", "true"]}
 
 
 def main() -> int:
@@ -52,15 +57,10 @@ def main() -> int:
     again = root / "again"
     _train(root, "again", [*fixed, *timed[0]])
     singles_s = [_train(root, "singles", [*fixed, *point]) for point in timed]
-    swept = [f"{key}={','.join(values)}" for key, values in AXES.items()]
-    sweep_s = _train(root, "sweep", ["-m", *fixed, *swept, f"jobs={arguments.jobs}"])
-
-    alone, beside = _by_run(root / "singles"), _by_run(root / "sweep")
-    assert len(beside) == len(points) and alone.keys() <= beside.keys()
-    differences = [abs(_score(beside[run]) - _score(record)) for run, record in alone.items()]
+    alone = _by_run(root / "singles")
     first = next(iter(_by_run(again).items()))
     single_s = mean(singles_s) * len(points)
-    example = next(iter(beside.values()))
+    example = next(iter(alone.values()))
     found: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": example.device,
@@ -69,16 +69,40 @@ def main() -> int:
         "arguments": fixed,
         "runs": len(points),
         "jobs": arguments.jobs,
-        "at_once": len(list((root / "sweep" / ".sweeps").rglob("worker-*.log"))) or 1,
         "singles_s": singles_s,
         "singles_in_all_s": single_s,
+        "run_alone_s": median(record.timings["total_s"] for record in alone.values()),
+        "metric": example.metric,
+        "run_to_run_difference": abs(_score(first[1]) - _score(alone[first[0]])),
+        "sweeps": [_sweep(root, fixed, arguments.jobs, mps, single_s, alone) for mps in MPS[arguments.mps]],
+    }
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    _show(found, len(timed))
+    return 0
+
+
+def _sweep(
+    root: Path, fixed: list[str], jobs: str, mps: str, single_s: float, alone: Mapping[str, Record]
+) -> dict[str, Any]:
+    """All runs as one sweep.
+
+    Args:
+        single_s: what they take as single commands.
+        alone: of those that were timed so, the records.
+    """
+    folder = f"sweep-mps-{mps}"
+    swept = [f"{key}={','.join(values)}" for key, values in AXES.items()]
+    sweep_s = _train(root, folder, ["-m", *fixed, *swept, f"jobs={jobs}", f"mps={mps}"])
+    beside = _by_run(root / folder)
+    assert len(beside) == prod(map(len, AXES.values())) and alone.keys() <= beside.keys()
+    return {
+        "mps": mps,
+        "at_once": len(list((root / folder / ".sweeps").rglob("worker-*.log"))) or 1,
         "sweep_s": sweep_s,
         "ratio": sweep_s / single_s,
-        "run_alone_s": median(record.timings["total_s"] for record in alone.values()),
         "run_beside_s": median(record.timings["total_s"] for record in beside.values()),
-        "metric": example.metric,
-        "largest_score_difference": max(differences),
-        "run_to_run_difference": abs(_score(first[1]) - _score(alone[first[0]])),
+        "largest_score_difference": max(abs(_score(beside[run]) - _score(record)) for run, record in alone.items()),
         "peak_memory_bytes": max((record.peak_memory_bytes or 0 for record in beside.values()), default=0),
         "scores": {
             run: {
@@ -89,10 +113,6 @@ def main() -> int:
             for run, record in beside.items()
         },
     }
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    _show(found, len(timed))
-    return 0
 
 
 def _arguments() -> argparse.Namespace:
@@ -103,6 +123,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--task", default="webnlg", help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=300, help="optimiser steps of each run; default: %(default)s")
     parser.add_argument("--jobs", default="auto", help="runs at once; default: %(default)s")
+    parser.add_argument("--mps", default="false", choices=MPS, help="the sweep's mps=; both: one after the other")
     parser.add_argument("--all", action="store_true", help="time all single commands, not one of each method")
     parser.add_argument("--outputs", type=Path, help="an empty folder for the runs; default: a temporary one")
     parser.add_argument("--out", type=Path, help="write the figures there as JSON")
@@ -144,20 +165,24 @@ def _show(found: dict[str, Any], timed: int) -> None:
     counted = "all timed" if timed == found["runs"] else f"{timed} timed, their mean x {found['runs']}"
     table = Table("", "seconds", "ratio", title=f"{found['runs']} runs", title_justify="left")
     table.add_row(f"single commands ({counted})", f"{found['singles_in_all_s']:.1f}", "1.000")
-    table.add_row(
-        f"one sweep, {found['at_once']} at once (jobs={found['jobs']})",
-        f"{found['sweep_s']:.1f}",
-        f"{found['ratio']:.3f}",
-    )
+    for sweep in found["sweeps"]:
+        table.add_row(
+            f"one sweep, {sweep['at_once']} at once (jobs={found['jobs']} mps={sweep['mps']})",
+            f"{sweep['sweep_s']:.1f}",
+            f"{sweep['ratio']:.3f}",
+        )
     table.add_row("target", f"{found['singles_in_all_s'] * TARGET:.1f}", f"{TARGET:.3f}")
     table.add_row("one run alone, without its start", f"{found['run_alone_s']:.1f}", "")
-    table.add_row("one run beside others", f"{found['run_beside_s']:.1f}", "")
+    for sweep in found["sweeps"]:
+        table.add_row(f"one run beside others (mps={sweep['mps']})", f"{sweep['run_beside_s']:.1f}", "")
     console.print(table)
-    console.print(
-        f"{found['metric']}: sweep and single differ by at most {found['largest_score_difference']:.4f} "
-        f"over {timed} runs; one run twice alone by {found['run_to_run_difference']:.4f}",
-        highlight=False,
-    )
+    for sweep in found["sweeps"]:
+        console.print(
+            f"{found['metric']}: sweep (mps={sweep['mps']}) and single differ by at most "
+            f"{sweep['largest_score_difference']:.4f} over {timed} runs; one run twice alone by "
+            f"{found['run_to_run_difference']:.4f}",
+            highlight=False,
+        )
 
 
 if __name__ == "__main__":

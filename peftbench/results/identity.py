@@ -22,6 +22,7 @@ IGNORED = (
     "rerun",
     "retry",
     "jobs",
+    "mps",
     "allow_unused",
     "fidelity.name",
     "budget",

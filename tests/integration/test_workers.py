@@ -17,6 +17,7 @@ from peftbench.cli import main
 from peftbench.results.record import load_records
 from tests.integration.test_cli import SUBPROCESS, records, sentiment, smoke
 from tests.integration.test_sweep import SHORT, outcome, replaced
+from tests.unit.test_mps import Machine
 
 __all__ = ["sentiment", "smoke"]  # fixtures
 
@@ -123,3 +124,18 @@ def test_a_worker_that_is_killed_is_replaced(smoke: list[str], tmp_path: Path) -
     found, _ = load_records(tmp_path / "outputs")
     assert {(record.trainer["max_steps"], record.status) for record in found} == {(4000, "interrupted"), (2, "done")}
     assert len(found) == 4
+
+
+def test_mps_that_serves_nobody_is_left(
+    smoke: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A GPU is listed and a daemon starts, but no CUDA program gets through: mps=auto trains as without it."""
+    machine = Machine(tmp_path)
+    machine.script("nvidia-smi", "echo 0, GPU-none, 143000")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY", raising=False)
+    assert main(["train", "-m", *smoke, "method=lora", "task.baselines=[]", "seed=1,2", "jobs=2", "mps=auto"]) == 0
+    assert machine.said() == ["-d", "quit -t 10"]
+    assert [record["status"] for record in records(tmp_path / "outputs")] == ["done"] * 2
+    assert "2 runs, 2 at once; what" in capfd.readouterr().out

@@ -75,6 +75,7 @@ def test_what_can_change_a_result_changes_the_hash(key: str, value: object) -> N
     [
         ("output_dir", "/elsewhere"),
         ("rerun", True),
+        ("mps", True),
         ("allow_unused", True),
         ("budget", "5%"),  # by then it has become bottlenecks
         ("budget_split", [9.0, 1.0]),

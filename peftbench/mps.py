@@ -1,0 +1,224 @@
+"""NVIDIA's Multi-Process Service (`mps`): the runs of a sweep that share a GPU compute on it side by side.
+
+Without it a GPU gives each process a slice of its time. A daemon of our own is there for as long as a sweep's workers,
+its pipes in a folder that no one else looks into; workers find it by their environment. Imports no torch.
+
+    python -m peftbench.mps    does what each CUDA program does first, and says what hinders it
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from peftbench.errors import UserError
+
+CONTROL = "nvidia-cuda-mps-control"
+PIPES, LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
+DEFAULT_PIPES = Path("/tmp/nvidia-mps")
+# Beside that one: the paths of the sockets in it have at most 107 characters, so TMPDIR may be too long.
+PARENT = DEFAULT_PIPES.parent
+ERROR = "CUDA error"
+NOT_READY = 807  # CUDA_ERROR_MPS_SERVER_NOT_READY: it starts, or waits for its clients to end, of which one has failed
+PATIENCE = 60.0  # seconds for the daemon to start, and for its server to be ready
+# What a shell does when its input ends. With -t the servers of clients that hang are ended too, after 10 seconds.
+AT_THE_END = f'cat; echo "quit -t 10" | {CONTROL}; rm -rf "${PIPES}"'
+QUIT_S = 20.0
+
+
+class NotToBeHadError(Exception):
+    """Why runs cannot share their GPUs."""
+
+
+def wanted(mode: bool | str, places: Sequence[Mapping[str, str]]) -> bool:
+    """Whether workers at these places need a daemon of ours.
+
+    Args:
+        mode: the key `mps`.
+        places: of each worker, see `places.places`.
+
+    Raises:
+        UserError: `mps=true` where there can be none.
+    """
+    if mode is False or len(places) < 2 or _users_own():
+        return False
+    gpus = Counter(place["CUDA_VISIBLE_DEVICES"] for place in places if "CUDA_VISIBLE_DEVICES" in place)
+    if mode is True and not gpus:
+        raise UserError("mps=true: the runs of this sweep have no NVIDIA GPU to share; leave it out, or use mps=auto.")
+    if max(gpus.values(), default=0) < 2:
+        return False
+    installed = shutil.which(CONTROL) is not None
+    if mode is True and not installed:
+        raise UserError(
+            f"mps=true: {CONTROL} is not on PATH; it comes with NVIDIA's driver. Install it, or use mps=auto."
+        )
+    return installed
+
+
+@contextmanager
+def shared(mode: bool | str, places: Sequence[Mapping[str, str]], logs: Path) -> Iterator[list[dict[str, str]]]:
+    """The places, with what makes workers there share their GPUs where `mode` wants it; a context, as long as they do.
+
+    Args:
+        logs: the folder for what the daemon and its server say, `mps/control.log` and `mps/server.log`.
+
+    Raises:
+        UserError: `mps=true`, and the daemon does not start, or lets nobody at a GPU.
+    """
+    with ExitStack() as stack:
+        own: dict[str, str] = {}
+        if wanted(mode, places):
+            try:
+                own = stack.enter_context(_daemon(places, logs / "mps"))
+            except NotToBeHadError as error:
+                if mode is True:
+                    raise UserError(f"mps=true: {error}; mps=false trains without it.") from None
+        yield [{**place, **own} for place in places]
+
+
+def await_gpu(place: Mapping[str, str]) -> None:
+    """Return when a process at this place can use its GPU, at once where MPS has no part in that.
+
+    A server that takes no clients makes torch see no GPU, and a run would train on the CPU instead.
+
+    Raises:
+        NotToBeHadError: it cannot, or not within `PATIENCE`.
+    """
+    if PIPES not in place:
+        return
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            asked = subprocess.run(
+                [sys.executable, "-m", "peftbench.mps"],
+                env={**os.environ, **place},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE,
+            )
+        except subprocess.TimeoutExpired:
+            raise NotToBeHadError(f"no answer within {PATIENCE:.0f} s") from None
+        if asked.returncode == 0:
+            return
+        said = asked.stdout.strip() or f"exit code {asked.returncode}"
+        if not said.startswith(f"{ERROR} {NOT_READY}:") or time.monotonic() > deadline:
+            raise NotToBeHadError(said)
+        time.sleep(1)
+
+
+def _users_own() -> bool:
+    """Whether the workers find a daemon that is there already: a folder that is named, or one that listens."""
+    if PIPES in os.environ:
+        return True
+    if not hasattr(socket, "AF_UNIX"):
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        try:
+            client.connect(str(DEFAULT_PIPES / "control"))
+        except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):  # refused: the daemon is no more
+            return False
+        except OSError:  # it listens, though not to us
+            return True
+    return True
+
+
+@contextmanager
+def _daemon(places: Sequence[Mapping[str, str]], logs: Path) -> Iterator[dict[str, str]]:
+    """A daemon for the GPUs of these places, and what its clients find in their environment.
+
+    A shell waits for our end of a pipe to close, and then quits it: when the context ends, however it does, and also
+    when we are killed. It is of another session, where a terminal's Ctrl-C does not reach it.
+
+    Raises:
+        NotToBeHadError: it does not start, or lets nobody at a GPU.
+    """
+    logs = logs.resolve()  # the daemon has another working directory
+    logs.mkdir(parents=True, exist_ok=True)
+    own = {PIPES: tempfile.mkdtemp(prefix="peftbench-mps-", dir=PARENT), LOGS: str(logs)}
+    keeper = subprocess.Popen(
+        ["sh", "-c", AT_THE_END],
+        env={**os.environ, **own},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    assert keeper.stdin is not None
+    try:
+        gpus = sorted({place["CUDA_VISIBLE_DEVICES"] for place in places})
+        _start(gpus, own)
+        for gpu in gpus:
+            try:
+                await_gpu({**own, "CUDA_VISIBLE_DEVICES": gpu})
+            except NotToBeHadError as error:
+                raise NotToBeHadError(f"GPU {gpu} cannot be used through it ({error}; see {logs})") from None
+        yield own
+    finally:
+        keeper.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            keeper.wait(QUIT_S)
+
+
+def _start(gpus: Sequence[str], own: Mapping[str, str]) -> None:
+    """Start the daemon. It goes into the background by itself when it listens.
+
+    UUIDs name the same GPUs to the daemon and to its clients. Indices would not: those of a client count among the GPUs
+    that the daemon was given. With them it is given all, so that they mean what they mean to nvidia-smi.
+    """
+    environment = {**os.environ, **own}
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    if all(gpu.startswith(("GPU-", "MIG-")) for gpu in gpus):
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    try:
+        started = subprocess.run(
+            [CONTROL, "-d"],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=PATIENCE,
+        )
+    except subprocess.TimeoutExpired:
+        raise NotToBeHadError(f"{CONTROL} -d did not come back within {PATIENCE:.0f} s") from None
+    except OSError as error:
+        raise NotToBeHadError(f"{CONTROL} cannot be started ({error.strerror})") from None
+    if started.returncode:
+        said = " ".join(started.stdout.split()) or "without a word"
+        raise NotToBeHadError(f"{CONTROL} -d ended with exit code {started.returncode} ({said})")
+
+
+def main() -> int:
+    """Use the GPU that the environment names; where that fails, print why. Returns the exit code."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        print(error)
+        return 1
+    device, context, words = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_char_p()
+    steps: list[Callable[[], int]] = [
+        lambda: cuda.cuInit(0),
+        lambda: cuda.cuDeviceGet(ctypes.byref(device), 0),
+        lambda: cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device),
+    ]
+    for step in steps:
+        if code := step():
+            cuda.cuGetErrorString(code, ctypes.byref(words))
+            print(f"{ERROR} {code}: {(words.value or b'').decode()}")
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
