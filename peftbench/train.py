@@ -160,8 +160,10 @@ def _run(run: Run, folder: Path, overrides: Sequence[str], search: Searched | No
                 record.selection = _selection(run, backbone.model, data, record, display, diverged)
         if device.type == "cuda":
             # Recorded steps hold memory that is not counted as allocated.
-            peak = torch.cuda.max_memory_reserved if run.trainer.graphs else torch.cuda.max_memory_allocated
-            record.peak_memory_bytes = peak()
+            recorded = "graphs" in record.fast_paths
+            record.peak_memory_bytes = (
+                torch.cuda.max_memory_reserved() if recorded else torch.cuda.max_memory_allocated()
+            )
         if "head" in run.task.baselines and not _is_head_alone(run):
             with _timed(record, "baseline_s"):
                 record.baselines["head"] = _head_alone(run, data, record, display)
@@ -315,7 +317,7 @@ def _record_data(record: Record, data: TaskData) -> None:
 def _record_fit(record: Record, fitted: Fitted) -> None:
     record.steps, record.tokens_per_s = fitted.steps, fitted.tokens_per_s
     record.step_s, record.tflops = fitted.step_s, fitted.tflops
-    record.micro_batch = fitted.micro_batch
+    record.micro_batch, record.fast_paths = fitted.micro_batch, fitted.fast_paths
 
 
 def _show_again(record: Record, console: Console, in_sweep: bool) -> float:

@@ -83,15 +83,15 @@ def faults(run: Run, *, reads_data: bool = True) -> list[str]:
         ("micro_batch", "null", run.trainer.micro_batch is not None),
         ("accumulation", "1", run.trainer.accumulation > 1),
     ):
-        if run.trainer.graphs and on:
+        if run.trainer.graphs is True and on:
             found.append(
                 f"trainer.graphs=true with trainer.{key}: a CUDA graph is of a whole batch that fits in memory; use "
                 f"trainer.graphs=false, or trainer.{key}={other}."
             )
-    if run.trainer.graphs and run.trainer.device is Device.cpu:
+    if run.trainer.graphs is True and run.trainer.device is Device.cpu:
         found.append("trainer.graphs=true with trainer.device=cpu: CUDA graphs need a GPU; use trainer.graphs=false.")
     for prefix, m in modifications(run).items():
-        if run.trainer.padding_free and m.modified_representation.name is Representation.embedding:
+        if run.trainer.padding_free is True and m.modified_representation.name is Representation.embedding:
             found.append(
                 f"trainer.padding_free=true with {prefix}modified_representation=embedding: prompts join a batch "
                 "behind its embeddings; use trainer.batching=bucketed, which has little padding."
@@ -234,8 +234,13 @@ def _number_faults(run: Run) -> Iterator[str]:
         yield f"seed={run.seed}: it must be a whole number from 0 to 4294967295."
     if run.jobs != "auto" and not (run.jobs.isdecimal() and int(run.jobs) > 0):
         yield f"jobs={run.jobs}: it must be a whole number of at least 1, or auto."
-    if isinstance(run.mps, str) and run.mps != "auto":
-        yield f"mps={run.mps}: it must be auto, true or false."
+    for key, switch in (
+        ("mps", run.mps),
+        ("trainer.padding_free", trainer.padding_free),
+        ("trainer.graphs", trainer.graphs),
+    ):
+        if isinstance(switch, str) and switch != "auto":
+            yield f"{key}={switch}: it must be auto, true or false."
     micro = trainer.micro_batch
     if micro not in (None, "auto") and not (micro.isdecimal() and int(micro) > 0):
         yield f"trainer.micro_batch={micro}: it must be a whole number of at least 1, auto or null."

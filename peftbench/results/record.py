@@ -192,6 +192,7 @@ class Record:
     # With trainer.micro_batch: {"parts": 4, "halved_at": [0, 17]}: what a batch was split into at last, and the
     # optimiser steps in which memory ran out, 0 where it was tried.
     micro_batch: dict[str, Any] = field(default_factory=dict)
+    fast_paths: list[str] = field(default_factory=list)  # that the training took: padding_free, fused_loss, ...
     peak_memory_bytes: int | None = None
     adapter_bytes: int | None = None
     data: dict[str, Any] = field(default_factory=dict)  # fingerprint, scored_on, package versions

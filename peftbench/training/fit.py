@@ -29,7 +29,6 @@ from transformers import (
 )
 
 from peftbench import config
-from peftbench.errors import UserError
 from peftbench.modification.state import trained_tensors, write_tensors
 from peftbench.precision import chosen_device
 from peftbench.progress import Stage
@@ -42,6 +41,7 @@ from peftbench.training.compiled import CompiledLayers
 from peftbench.training.micro_batch import AUTO, MicroBatched, MicroBatches
 from peftbench.training.pace import Pace
 from peftbench.training.padding_free import PaddingFree, row_step, with_lengths
+from peftbench.training.paths import settled
 from peftbench.training.replay import Record, Replayed
 from peftbench.training.token_loss import TokenLoss, output_layer
 
@@ -57,6 +57,7 @@ class Fitted:
     step_seconds: list[float]  # of each optimiser step of this try, but those with an evaluation or a checkpoint
     operations: float  # that an optimiser step needs, see `arithmetic`
     micro_batch: dict[str, Any]  # into how many parts a batch went, and where memory ran out
+    fast_paths: list[str]  # those taken, by their keys
 
     @property
     def step_s(self) -> float | None:
@@ -106,12 +107,11 @@ def fit(
         record: what records a step for `settings.graphs`; None: CUDA.
 
     Raises:
-        UserError: `settings.graphs` without a GPU.
+        UserError: `settings.graphs` without a GPU, or for a step that cannot be recorded; `settings.padding_free` for a
+            backbone that cannot have it.
     """
-    if settings.graphs and record is None and model.device.type != "cuda":
-        raise UserError(
-            "trainer.graphs=true: CUDA graphs need a GPU, and there is none here; use trainer.graphs=false."
-        )
+    typed = settings
+    settings = settled(settings, model, bf16=bf16, records=record is not None or model.device.type == "cuda")
     steps = total_steps(data, settings)
     pace = Pace(model.device)
     callbacks = [_Report(stage, log), SaveByTime(checkpoints.minutes), pace, *callbacks]
@@ -156,7 +156,7 @@ def fit(
         trainer.layers = CompiledLayers(model)
     if settings.graphs:
         trained = [p for p in model.parameters() if p.requires_grad]
-        trainer.replayed = Replayed(trainer.whole_batch, trained, record)
+        trainer.replayed = Replayed(trainer.whole_batch, trained, record, required=typed.graphs is True)
     trainer.micro = MicroBatches(settings.micro_batch, settings.batch_size, _longest(data, settings))
     earlier = 0.0
     if resume is not None:
@@ -189,8 +189,16 @@ def fit(
     tokens = (sum(sources) + sum(targets)) / max(1, len(data.train))  # of an example
     needed = operations(model, *((data.lengths, []) if not model.config.is_encoder_decoder else (sources, targets)))
     micro = {"parts": trainer.micro.parts, "halved_at": trainer.micro.halved_at} if trainer.micro.splits else {}
+    taken = {
+        "padding_free": trainer.padding_free,
+        "fused_loss": trainer.token_loss,
+        "compile": trainer.layers,
+        "graphs": trainer.replayed and trainer.replayed.record,
+    }
+    fast_paths = [key for key, path in taken.items() if path is not None]
+    pace_s = pace.seconds()
     return Fitted(
-        steps, seconds, earlier, steps * examples * tokens / seconds, pace.seconds(), examples * needed, micro
+        steps, seconds, earlier, steps * examples * tokens / seconds, pace_s, examples * needed, micro, fast_paths
     )
 
 

@@ -63,6 +63,16 @@ def row_step(lengths: Sequence[int], batch_size: int) -> int:
     return 1 << max(0, math.ceil(math.log2(spread))) if spread > 0 else 1
 
 
+def refusal(model: PreTrainedModel) -> str | None:
+    """Which of a model's parts cannot be trained without padding; None: all can."""
+    sites = find_sites(model)
+    if not sites.embedding or sites.family.embedding_at != "input" or not takes_our_attention(model):
+        return f"{model.config.model_type}, whose layers count positions"
+    if any(name.endswith(f".{PROMPT}") for name, _ in model.named_modules()):
+        return "prompts, which join a batch behind its embeddings"
+    return None
+
+
 class PaddingFree:
     """Packs the batches of `model` inside `active`.
 
@@ -71,15 +81,17 @@ class PaddingFree:
         steps: the rows of encoder and decoder are filled up to multiples of so many tokens.
 
     Raises:
-        UserError: for a family whose layers know positions (T5, decoders alone).
+        UserError: for a family whose layers know positions (T5, decoders alone), and for prompts.
     """
 
     def __init__(self, model: PreTrainedModel, sources: int, targets: int, steps: tuple[int, int] = (1, 1)) -> None:
-        prompts = [name for name, _ in model.named_modules() if name.endswith(f".{PROMPT}")]
-        assert not prompts, "validity.py refuses prompts, which join a batch behind its embeddings"
+        if (why := refusal(model)) is not None:
+            raise UserError(
+                f"trainer.padding_free=true is not supported for {why}; use trainer.batching=bucketed, which has "
+                "little padding."
+            )
         self.model = model
         self.sites = find_sites(model)
-        self._refuse()
         self.packings = {"encoder": Packing(sources), "decoder": Packing(max(1, targets))}
         if targets == 0:  # a classifier with a decoder reads the source there once more
             self.packings["decoder"] = self.packings["encoder"]
@@ -93,14 +105,6 @@ class PaddingFree:
                 keys = self.packings["encoder"] if attention.kind == "cross" else queries
                 object.__setattr__(attention.module, PACKING, (queries, keys))
         self.configs = configs_of(model)
-
-    def _refuse(self) -> None:
-        family, model_type = self.sites.family, self.model.config.model_type
-        if not self.sites.embedding or family.embedding_at != "input" or not takes_our_attention(self.model):
-            raise UserError(
-                f"trainer.padding_free=true is not supported for {model_type}, whose layers count positions; use "
-                "trainer.batching=bucketed, which has little padding."
-            )
 
     def load(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Take the lengths of the next batch from it, or what `rows` made of them; returns what is left, the model's

@@ -34,15 +34,23 @@ class Replayed:
             must not wait for the GPU.
         parameters: those that are trained.
         record: gives what replays a function, and the tensor in which each replay leaves the function's outcome.
+        required: a step that cannot be recorded is an error; else all are computed from then on.
+
+    Raises:
+        UserError: when called, see `required`.
     """
+
+    record: Record | None
 
     def __init__(
         self,
         step: Callable[[dict[str, Tensor]], Tensor],
         parameters: Iterable[nn.Parameter],
         record: Record | None = None,
+        *,
+        required: bool = True,
     ) -> None:
-        self.step, self.parameters = step, list(parameters)
+        self.step, self.parameters, self.required = step, list(parameters), required
         self.record = record or CudaGraphs()
         self.gradients = [torch.zeros_like(p) for p in self.parameters]
         self.seen: set[Key] = set()
@@ -52,17 +60,28 @@ class Replayed:
         """Add the batch's gradients; returns its loss."""
         self._give_gradients()
         key = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.items())
-        if key not in self.recorded and (key not in self.seen or len(self.recorded) >= MOST):
-            self.seen.add(key)
+        if key not in self.recorded and not self._record(key, batch):
             return self.step(dict(batch))
-        if key not in self.recorded:
-            kept = {name: tensor.clone() for name, tensor in batch.items()}
-            self.recorded[key] = (kept, *self.record(lambda: self.step(dict(kept))))
         kept, replay, loss = self.recorded[key]
         for name, tensor in batch.items():
             kept[name].copy_(tensor, non_blocking=True)
         replay()
         return loss.clone()
+
+    def _record(self, key: Key, batch: Mapping[str, Tensor]) -> bool:
+        """Record the step for batches of a shape that comes again; whether that was done."""
+        if self.record is None or key not in self.seen or len(self.recorded) >= MOST:
+            self.seen.add(key)
+            return False
+        kept = {name: tensor.clone() for name, tensor in batch.items()}
+        try:
+            self.recorded[key] = (kept, *self.record(lambda: self.step(dict(kept))))
+        except UserError:
+            if self.required:
+                raise
+            self.record = None
+            return False
+        return True
 
     def _give_gradients(self) -> None:
         """Zeros in the tensors to which all graphs add, where an optimiser step begins and `zero_grad` took them."""

@@ -278,6 +278,7 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["model.dtype=bfloat16", "trainer.precision=fp32"], ["computes in bfloat16"]),
         (["trainer.graphs=true", "trainer.micro_batch=auto"], ["trainer.graphs=false, or trainer.micro_batch=null"]),
         (["trainer.graphs=true", "trainer.device=cpu"], ["CUDA graphs need a GPU"]),
+        (["trainer.graphs=maybe"], ["trainer.graphs=maybe: it must be auto, true or false"]),
         (["trainer.padding_free=true", "method=prompt"], ["use trainer.batching=bucketed"]),
         (["method=mam", "modified_representation.attentions=[self]"], ["modified_representation=ffn has none"]),
         (["method=prompt", "modified_representation.layers=[0]"], ["stands before the first stack"]),

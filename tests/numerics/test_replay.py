@@ -82,6 +82,28 @@ def test_further_shapes_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (recorder.recorded, recorder.replayed) == (1, 2)
 
 
+def test_what_cannot_be_recorded_is_computed_where_that_is_wanted() -> None:
+    def fail(function: Callable[[], Tensor]) -> Any:
+        raise UserError("it waits for the GPU")
+
+    module, step = linear()
+    batch = {"x": torch.ones(1, 3), "count": torch.tensor(1.0)}
+    with pytest.raises(UserError, match="waits"):
+        for replayed in 2 * [Replayed(step, module.parameters(), fail)]:
+            replayed(batch)
+    module.zero_grad()
+    replayed = Replayed(step, module.parameters(), fail, required=False)
+    losses = [replayed(batch) for _ in range(3)]
+    assert replayed.record is None and torch.equal(losses[0], losses[2])
+    found = [p.grad.clone() for p in module.parameters() if p.grad is not None]
+    module.zero_grad()
+    for _ in range(3):
+        step(dict(batch))
+    assert all(
+        torch.equal(mine, p.grad) for mine, p in zip(found, module.parameters(), strict=True) if p.grad is not None
+    )
+
+
 def test_rows_come_in_few_lengths() -> None:
     """Multiples of a power of two near the spread of a batch's tokens; equal lengths need none."""
     lengths = [3, 9] * 50
