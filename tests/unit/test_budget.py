@@ -219,6 +219,7 @@ def test_training_takes_the_hubs_config(monkeypatch: pytest.MonkeyPatch) -> None
     assert size is not None and size * 2 * 4 * 16 <= 0.05 * backbone < (size + 1) * 2 * 4 * 16  # 2 layers, 4 r d each
 
 
+@pytest.mark.slow
 def test_params_prints_the_solved_bottlenecks(capsys: pytest.CaptureFixture[str]) -> None:
     sweep = ["params", "-m", "budget=0.5%,2%", "method=lora,mam", "task=sst2"]
     assert main([*sweep, "--json"]) == 0

@@ -52,8 +52,15 @@ def gone_on(folder: Path, settings: Trainer, data: Noted, resume: bool) -> dict[
     return trained(model)
 
 
-@pytest.mark.parametrize("batch_tokens", [None, 20])
-@pytest.mark.parametrize("keep", Keep)
+@pytest.mark.parametrize(
+    ("keep", "batch_tokens"),
+    [
+        (Keep.best, 20),
+        pytest.param(Keep.best, None, marks=pytest.mark.slow),
+        pytest.param(Keep.last, 20, marks=pytest.mark.slow),
+        pytest.param(Keep.last, None, marks=pytest.mark.slow),
+    ],
+)
 def test_the_batches_go_on(
     batch_tokens: int | None, keep: Keep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

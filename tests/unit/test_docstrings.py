@@ -185,6 +185,7 @@ def test_versions() -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_standard_library_is_found_without_its_tests(tmp_path: Path) -> None:
     found = {docstring.name: docstring for docstring in gather(["python"], tmp_path)}
     assert found["json.dumps"].summary.startswith("Serialize ``obj`` to a JSON formatted")

@@ -183,6 +183,7 @@ def test_held_out_docstrings_are_left_out_under_any_name(
     assert list(pretrain.read_texts([corpus])) == [fine]
 
 
+@pytest.mark.slow
 def test_a_short_run_learns_resumes_and_saves_a_model_that_loads(
     pretrain: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
