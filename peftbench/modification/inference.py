@@ -148,20 +148,17 @@ def _widen(source: nn.Linear, target: nn.Linear, constants: Constants) -> None:
     """A parallel bottleneck as r more outputs of the Linear that reads the same x, added into the output of the other.
 
     An FFN with a parallel adapter is a wider FFN: W_2 g(W_1 x) + sW_up f(W_down x). The one matrix product computes
-    W_1 x and W_down x, the second one adds to what W_2 gave in place; sb_up is part of b_2. The bottleneck is filled up
-    to a multiple of 8 with zeros, which W_up drops again: attention's kernels take only rows of W_1 x that begin at
-    multiples of 16 bytes.
+    W_1 x and W_down x, the second one adds to what W_2 gave in place; sb_up is part of b_2. Zeros below W_down, which f
+    does not see, make the rows of W_1 x begin at multiples of 16 bytes: attention's kernels take no others.
     """
     down, down_bias, up, up_bias, f = constants
-    filling = -len(down) % 8
-    down, up = F.pad(down, (0, 0, 0, filling)), F.pad(up, (0, filling))
-    down_bias = None if down_bias is None else F.pad(down_bias, (0, filling))
     width, bottleneck = len(source.weight), len(down)
-    source.weight = nn.Parameter(torch.cat([source.weight, down]), requires_grad=False)
+    filling = -(width + bottleneck) % 8
+    source.weight = nn.Parameter(F.pad(torch.cat([source.weight, down]), (0, 0, 0, filling)), requires_grad=False)
     if source.bias is not None or down_bias is not None:
         own = down.new_zeros(width) if source.bias is None else source.bias
         more = down.new_zeros(bottleneck) if down_bias is None else down_bias
-        source.bias = nn.Parameter(torch.cat([own, more]), requires_grad=False)
+        source.bias = nn.Parameter(F.pad(torch.cat([own, more]), (0, filling)), requires_grad=False)
     if up_bias is not None:
         total = up_bias if target.bias is None else target.bias + up_bias
         target.bias = nn.Parameter(total, requires_grad=False)
@@ -169,7 +166,7 @@ def _widen(source: nn.Linear, target: nn.Linear, constants: Constants) -> None:
     kept: list[Tensor] = []
 
     def narrow(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        kept.append(f(output[..., width:]))
+        kept.append(f(output[..., width : width + bottleneck]))
         return output[..., :width]
 
     def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -186,6 +186,17 @@ def test_queries_beside_a_bottleneck_are_aligned(device: str) -> None:
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
+@pytest.mark.parametrize("form", ["softmax", "identity"])
+def test_what_fills_a_bottleneck_up_is_not_seen(form: str) -> None:
+    """A softmax goes across the bottleneck: over r = 5 columns, not over the 8 that are computed."""
+    model = build("bart")
+    attach(model, {"": modification(form, "ffn", "parallel", "add", 5, bias=True)})
+    shake(model, 1.0)
+    expected = logits(model, "bart")
+    with prepared(model):
+        torch.testing.assert_close(logits(model, "bart"), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_bfloat16_backbone_is_quick_without_autocast() -> None:
     """Its modifications are computed as it is itself; what is trained stays float32 and what it was."""
     model = build("bart").bfloat16()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,10 +36,10 @@ def test_padding_free_on_a_gpu(family: str, bf16: bool, expected: bool) -> None:
 
 
 @pytest.mark.parametrize("other", [{"micro_batch": "4"}, {"accumulation": 2}, {"gradient_checkpointing": True}])
-def test_graphs_are_of_whole_batches(other: dict[str, object]) -> None:
+def test_graphs_are_of_whole_batches(other: dict[str, Any]) -> None:
     model = build("bart")
     assert settled(Trainer(**AUTO), model, bf16=False, records=True).graphs is True
-    assert settled(Trainer(**AUTO, **other), model, bf16=False, records=True).graphs is False  # type: ignore[arg-type]
+    assert settled(Trainer(**AUTO, **other), model, bf16=False, records=True).graphs is False
 
 
 @pytest.mark.parametrize(
