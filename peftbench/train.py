@@ -59,8 +59,9 @@ from peftbench.tasks.base import TaskData
 from peftbench.tasks.docstrings import versions
 from peftbench.tasks.load import load
 from peftbench.tasks.prepare import prepare
+from peftbench.training.batching import total_steps
 from peftbench.training.checkpoint import Checkpoints
-from peftbench.training.fit import Fitted, fit, total_steps
+from peftbench.training.fit import Fitted, fit
 from peftbench.training.probe import no_gradient, unreached
 from peftbench.validity import faults
 

@@ -23,6 +23,7 @@ from peftbench.config import (
     Run,
     Task,
     TaskKind,
+    Trainer,
     Unfreeze,
     modifications,
     task_files,
@@ -78,15 +79,11 @@ def faults(run: Run, *, reads_data: bool = True) -> list[str]:
             "trainer.precision=fp32 with model.dtype=bfloat16: a bfloat16 backbone computes in bfloat16; set "
             "trainer.precision=auto, or model.dtype=float32."
         )
-    for key, other, on in (
-        ("gradient_checkpointing", "false", run.trainer.gradient_checkpointing),
-        ("micro_batch", "null", run.trainer.micro_batch is not None),
-        ("accumulation", "1", run.trainer.accumulation > 1),
-    ):
-        if run.trainer.graphs is True and on:
+    if run.trainer.graphs is True:
+        for key, value in unrecordable(run.trainer).items():
             found.append(
                 f"trainer.graphs=true with trainer.{key}: a CUDA graph is of a whole batch that fits in memory; use "
-                f"trainer.graphs=false, or trainer.{key}={other}."
+                f"trainer.graphs=false, or trainer.{key}={value}."
             )
     if run.trainer.graphs is True and run.trainer.device is Device.cpu:
         found.append("trainer.graphs=true with trainer.device=cpu: CUDA graphs need a GPU; use trainer.graphs=false.")
@@ -128,6 +125,16 @@ def faults(run: Run, *, reads_data: bool = True) -> list[str]:
     if selected_by is not None and selected_by not in selectors:
         found.append(unknown("task.selection_metric", selected_by, selectors))
     return found
+
+
+def unrecordable(trainer: Trainer) -> dict[str, str]:
+    """The keys that keep a step from being recorded as a CUDA graph, each with the value that it would need."""
+    needed = {
+        "gradient_checkpointing": ("false", trainer.gradient_checkpointing),
+        "micro_batch": ("null", trainer.micro_batch is not None),
+        "accumulation": ("1", trainer.accumulation > 1),
+    }
+    return {key: value for key, (value, hinders) in needed.items() if hinders}
 
 
 def _budget_faults(run: Run) -> Iterator[str]:

@@ -1,13 +1,16 @@
-"""Training batches of like lengths: of a number of examples, or of as many as fit a number of tokens."""
+"""Training batches: how many there are, and those of like lengths, by examples or by tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Sampler
+
+from peftbench import config
+from peftbench.tasks.base import TaskData
 
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
@@ -83,3 +86,54 @@ def padded_to(collator: Collator, multiple: int) -> Collator:
     wider = copy(collator)
     wider.pad_to_multiple_of = multiple
     return wider
+
+
+class Lengths(NamedTuple):
+    """Tokens of each training example, without padding."""
+
+    sources: list[int]  # of its input
+    targets: list[int]  # of its target, where that is text; else empty
+
+    @classmethod
+    def of(cls, data: TaskData) -> Lengths:
+        """Those of a task's training examples."""
+        texts = len(data.train) > 0 and isinstance(data.train[0]["labels"], list)
+        sources = [len(ids) for ids in data.train["input_ids"]]
+        return cls(sources, [len(ids) for ids in data.train["labels"]] if texts else [])
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        """Of the sources and of the targets; 0 where there are none."""
+        return max(self.sources), max(self.targets, default=0)
+
+    @property
+    def mean(self) -> float:
+        """Of source and target together."""
+        return (sum(self.sources) + sum(self.targets)) / max(1, len(self.sources))
+
+
+def batches_of(data: TaskData, settings: config.Trainer, seed: int) -> LengthBatches | None:
+    """Batches of like lengths where the settings ask for them; None: random ones of `batch_size`."""
+    if settings.batch_tokens is not None:
+        return TokenBatches(data.lengths, settings.batch_tokens, seed)
+    if settings.batching is config.Batching.bucketed:
+        return LengthBatches(data.lengths, settings.batch_size, seed)
+    return None
+
+
+def total_steps(data: TaskData, settings: config.Trainer) -> int:
+    """The number of optimiser steps: `max_steps`, or `epochs` passes over the training examples."""
+    if settings.max_steps is not None:
+        return settings.max_steps
+    return max(1, round(settings.epochs * steps_per_epoch(data, settings)))
+
+
+def steps_per_epoch(data: TaskData, settings: config.Trainer) -> int:
+    """Optimiser steps in one pass; the last one of a pass may see fewer examples."""
+    return -(-batches_per_epoch(data, settings) // settings.accumulation)
+
+
+def batches_per_epoch(data: TaskData, settings: config.Trainer) -> int:
+    """Batches in one pass over the training examples."""
+    batches = batches_of(data, settings, seed=0)
+    return -(-len(data.train) // settings.batch_size) if batches is None else len(batches)

@@ -50,6 +50,11 @@ class MicroBatches:
         self.parts *= 2
         self.halved_at.append(step)
 
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What the record keeps; empty where batches stay whole."""
+        return {"parts": self.parts, "halved_at": self.halved_at} if self.splits else {}
+
 
 class MicroBatched(Trainer):
     """Trainer that accumulates the gradients of a batch's parts, and of `accumulation` batches, as those of one batch.

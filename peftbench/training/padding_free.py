@@ -45,12 +45,16 @@ def with_lengths(collator: Collator, widths: tuple[int, int] | None = None, pad:
             last = batch["labels"].ne(IGNORED) * torch.arange(1, width + 1)
             batch[TARGETS] = last.amax(1).tolist()
         if widths is not None:
-            for name, value in (("input_ids", pad), ("attention_mask", 0), ("token_type_ids", 0)):
-                if name in batch:
-                    batch[name] = F.pad(batch[name], (0, widths[0] - batch[name].shape[1]), value=value)
-            for name, value in (("labels", IGNORED), ("decoder_input_ids", pad)):
+            sources, targets = widths
+            for name, width, value in (
+                ("input_ids", sources, pad),
+                ("attention_mask", sources, 0),
+                ("token_type_ids", sources, 0),
+                ("labels", targets, IGNORED),
+                ("decoder_input_ids", targets, pad),
+            ):
                 if name in batch and batch[name].dim() > 1:
-                    batch[name] = F.pad(batch[name], (0, widths[1] - batch[name].shape[1]), value=value)
+                    batch[name] = F.pad(batch[name], (0, width - batch[name].shape[1]), value=value)
         return batch
 
     return collate

@@ -1,17 +1,26 @@
-"""Which fast paths a training takes: what `auto` means for a backbone on a device."""
+"""Which fast paths a training takes: what `auto` means for a backbone on a device, and the paths themselves."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from peftbench import config
 from peftbench.errors import UserError
-from peftbench.training.padding_free import refusal
+from peftbench.sites import configs_of
+from peftbench.training.batching import Collator, Lengths, padded_to
+from peftbench.training.compiled import CompiledLayers
+from peftbench.training.padding_free import PaddingFree, refusal, row_step, with_lengths
+from peftbench.training.token_loss import TokenLoss, output_layer
+from peftbench.validity import unrecordable
 
 AUTO = "auto"
+WIDTH = 32  # bucketed batches are padded to multiples of so many tokens
 
 
 def settled(settings: config.Trainer, model: PreTrainedModel, *, bf16: bool, records: bool) -> config.Trainer:
@@ -28,11 +37,85 @@ def settled(settings: config.Trainer, model: PreTrainedModel, *, bf16: bool, rec
         raise UserError(
             "trainer.graphs=true: CUDA graphs need a GPU, and there is none here; use trainer.graphs=false."
         )
+    if settings.graphs is True and (key := layer_drop(model)) is not None:
+        raise UserError(
+            f"trainer.graphs=true: this backbone leaves layers out at random ({key} in its config.json), and a CUDA "
+            "graph always has the same; use trainer.graphs=false."
+        )
     padding_free, graphs = settings.padding_free, settings.graphs
     if padding_free == AUTO:
         quick = model.device.type == "cuda" and (bf16 or model.dtype is torch.bfloat16)
         padding_free = quick and refusal(model) is None
     if graphs == AUTO:
-        whole = settings.micro_batch is None and settings.accumulation == 1 and not settings.gradient_checkpointing
-        graphs = records and whole
+        graphs = records and not unrecordable(settings) and layer_drop(model) is None
     return replace(settings, padding_free=padding_free, graphs=graphs)
+
+
+def layer_drop(model: PreTrainedModel) -> str | None:
+    """The config key by which the backbone leaves out a layer now and then in training; None: it never does."""
+    for each in configs_of(model):
+        for key, rate in each.to_dict().items():
+            if key.endswith("layerdrop") and rate:
+                return f"{key}={rate}"
+    return None
+
+
+def collator_of(collator: Collator, settings: config.Trainer, lengths: Lengths, pad: int) -> Collator:
+    """The task's collator as the paths need it.
+
+    Args:
+        pad: the id of the token that is no token.
+    """
+    if settings.padding_free:
+        return with_lengths(collator, lengths.longest if settings.graphs else None, pad)
+    if settings.graphs or settings.batching is config.Batching.bucketed:
+        return padded_to(collator, WIDTH)
+    return collator
+
+
+@dataclass(frozen=True)
+class FastPaths:
+    """The paths of one training that its forward pass takes; None for one that it does not take."""
+
+    padding_free: PaddingFree | None = None
+    token_loss: TokenLoss | None = None
+    layers: CompiledLayers | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, settings: config.Trainer, lengths: Lengths) -> FastPaths:
+        """Those that the settings ask for and the model can have.
+
+        Raises:
+            UserError: `padding_free` for a backbone that cannot have it.
+        """
+        compiled = settings.compile is not config.Compile.none
+        padding_free, token_loss = None, None
+        if settings.padding_free:
+            multiples = (1, 1)
+            if settings.graphs:
+                size = min(len(lengths.sources), settings.batch_size)
+                multiples = (row_step(lengths.sources, size), row_step(lengths.targets or lengths.sources, size))
+            padding_free = PaddingFree(model, *lengths.longest, multiples)
+        if settings.fused_loss and (layer := output_layer(model)) is not None:
+            pack = None if padding_free is None else padding_free.targets
+            token_loss = TokenLoss(model, layer, settings.label_smoothing, compiled=compiled, pack=pack)
+        return cls(padding_free, token_loss, CompiledLayers(model) if compiled else None)
+
+    @property
+    def taken(self) -> list[str]:
+        """By their keys."""
+        paths = {"padding_free": self.padding_free, "fused_loss": self.token_loss, "compile": self.layers}
+        return [key for key, path in paths.items() if path is not None]
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, the model's passes go along them."""
+        with ExitStack() as stack:
+            for path in (self.layers, self.padding_free):
+                if path is not None:
+                    stack.enter_context(path.active())
+            yield
+
+    def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What a pass takes of a batch."""
+        return dict(batch) if self.padding_free is None else self.padding_free.load(batch)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,21 @@ from peftbench.errors import UserError
 
 MOST = 64  # graphs, each of a few MB; batches of further shapes are computed without one
 
-Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 Key = tuple[tuple[str, torch.Size, torch.dtype], ...]
+
+
+class Recorder(Protocol):
+    """What records functions, and computes others meanwhile."""
+
+    def record(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """What replays the function, and the tensor in which each replay leaves the function's outcome.
+
+        Raises:
+            UserError: it cannot be recorded.
+        """
+
+    def compute(self, function: Callable[[], Tensor]) -> Tensor:
+        """The function's outcome."""
 
 
 class Replayed:
@@ -33,25 +46,25 @@ class Replayed:
         step: adds the gradients of a batch's loss to those of `parameters`, and returns the loss, which has none. It
             must not wait for the GPU.
         parameters: those that are trained.
-        record: gives what replays a function, and the tensor in which each replay leaves the function's outcome.
+        recorder: what records it; by default CUDA.
         required: a step that cannot be recorded is an error; else all are computed from then on.
 
     Raises:
         UserError: when called, see `required`.
     """
 
-    record: Record | None
+    recorder: Recorder | None
 
     def __init__(
         self,
         step: Callable[[dict[str, Tensor]], Tensor],
         parameters: Iterable[nn.Parameter],
-        record: Record | None = None,
+        recorder: Recorder | None = None,
         *,
         required: bool = True,
     ) -> None:
         self.step, self.parameters, self.required = step, list(parameters), required
-        self.record = record or CudaGraphs()
+        self.recorder = recorder or CudaGraphs()
         self.gradients = [torch.zeros_like(p) for p in self.parameters]
         self.seen: set[Key] = set()
         self.recorded: dict[Key, tuple[dict[str, Tensor], Callable[[], None], Tensor]] = {}
@@ -61,7 +74,9 @@ class Replayed:
         self._give_gradients()
         key = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.items())
         if key not in self.recorded and not self._record(key, batch):
-            return self.step(dict(batch))
+            if self.recorder is None:
+                return self.step(dict(batch))
+            return self.recorder.compute(lambda: self.step(dict(batch)))
         kept, replay, loss = self.recorded[key]
         for name, tensor in batch.items():
             kept[name].copy_(tensor, non_blocking=True)
@@ -70,16 +85,16 @@ class Replayed:
 
     def _record(self, key: Key, batch: Mapping[str, Tensor]) -> bool:
         """Record the step for batches of a shape that comes again; whether that was done."""
-        if self.record is None or key not in self.seen or len(self.recorded) >= MOST:
+        if self.recorder is None or key not in self.seen or len(self.recorded) >= MOST:
             self.seen.add(key)
             return False
         kept = {name: tensor.clone() for name, tensor in batch.items()}
         try:
-            self.recorded[key] = (kept, *self.record(lambda: self.step(dict(kept))))
+            self.recorded[key] = (kept, *self.recorder.record(lambda: self.step(dict(kept))))
         except UserError:
             if self.required:
                 raise
-            self.record = None
+            self.recorder = None
             return False
         return True
 
@@ -93,14 +108,29 @@ class Replayed:
 
 
 class CudaGraphs:
-    """Records functions as CUDA graphs that share their memory, as they are never replayed at the same time."""
+    """Records functions as CUDA graphs that share their memory, as they are never replayed at the same time.
+
+    What is computed between two replays may write that memory too. It does so once there is a graph, so that a training
+    takes no second share of the GPU for the batches that it does not replay. What the first pass leaves behind for all
+    others, such as weights in another dtype, is out of the graphs' reach.
+    """
 
     def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
         cuda: Any = torch.cuda
-        self.stream = cuda.Stream()
+        self.pool, self.stream = cuda.MemPool(), cuda.Stream()
+        self.graphs = 0
 
-    def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def compute(self, function: Callable[[], Tensor]) -> Tensor:
+        """The function's outcome."""
+        if self.graphs == 0:
+            return function()
+        torch.cuda.empty_cache()  # allocations for a pool do not by themselves take memory that others keep unused
+        # The backward pass must run in this thread, whose allocations are the pool's.
+        with self._stream(), torch.autograd.set_multithreading_enabled(False), torch.cuda.use_mem_pool(self.pool):
+            outcome = function()
+        return outcome.clone()  # a graph may write where it stands
+
+    def record(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """The graph's replay and the function's outcome, whose memory the replays write.
 
         Raises:
@@ -109,9 +139,9 @@ class CudaGraphs:
         graph: Any = torch.cuda.CUDAGraph()
         torch.cuda.empty_cache()  # a graph cannot use what unrecorded steps leave behind
         torch.cuda.synchronize()
-        with torch.cuda.stream(self.stream), _no_collection():
+        with self._stream(), _no_collection():
             # Other threads, such as one that pins batches, may go on.
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=self.pool.id, capture_error_mode="thread_local")
             try:
                 outcome = function()
                 graph.capture_end()
@@ -124,8 +154,16 @@ class CudaGraphs:
                     f"trainer.graphs=true: a step of this model cannot be recorded as a CUDA graph ({error}); use "
                     "trainer.graphs=false."
                 ) from error
-        torch.cuda.current_stream().wait_stream(self.stream)
+        self.graphs += 1
         return graph.replay, outcome
+
+    @contextmanager
+    def _stream(self) -> Iterator[None]:
+        """Inside, the GPU goes on in the graphs' stream, behind all that was launched before."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self.stream)
 
 
 @contextmanager

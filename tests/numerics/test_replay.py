@@ -28,7 +28,10 @@ class Recorder:
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
 
-    def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def compute(self, function: Callable[[], Tensor]) -> Tensor:
+        return function()
+
+    def record(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         self.recorded += 1
         outcome = torch.zeros(())
 
@@ -83,18 +86,19 @@ def test_further_shapes_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_cannot_be_recorded_is_computed_where_that_is_wanted() -> None:
-    def fail(function: Callable[[], Tensor]) -> Any:
-        raise UserError("it waits for the GPU")
+    class Failing(Recorder):
+        def record(self, function: Callable[[], Tensor]) -> Any:
+            raise UserError("it waits for the GPU")
 
     module, step = linear()
     batch = {"x": torch.ones(1, 3), "count": torch.tensor(1.0)}
     with pytest.raises(UserError, match="waits"):
-        for replayed in 2 * [Replayed(step, module.parameters(), fail)]:
+        for replayed in 2 * [Replayed(step, module.parameters(), Failing())]:
             replayed(batch)
     module.zero_grad()
-    replayed = Replayed(step, module.parameters(), fail, required=False)
+    replayed = Replayed(step, module.parameters(), Failing(), required=False)
     losses = [replayed(batch) for _ in range(3)]
-    assert replayed.record is None and torch.equal(losses[0], losses[2])
+    assert replayed.recorder is None and torch.equal(losses[0], losses[2])
     found = [p.grad.clone() for p in module.parameters() if p.grad is not None]
     module.zero_grad()
     for _ in range(3):
@@ -160,7 +164,7 @@ def test_fit(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
     for graphs in (False, True):
         model = model_of(family, "mam")
         given = one_step(max_steps=24 if settings else 8, batch_size=4, learning_rate=1e-2, graphs=graphs, **settings)
-        fitted(model, Targets(family), given, tmp_path, record=recorder)
+        fitted(model, Targets(family), given, tmp_path, recorder=recorder)
         ends.append(trained(model))
     before = trained(model_of(family, "mam"))
     for name, end in ends[0].items():
@@ -216,6 +220,31 @@ def test_dropout_differs_from_replay_to_replay() -> None:
     replayed = Replayed(step, [parameter])
     losses = {round(float(replayed({"x": torch.ones(1000, device="cuda")}))) for _ in range(12)}
     assert len(losses) > 6
+
+
+@pytest.mark.gpu
+def test_all_shapes_share_the_memory_of_the_largest() -> None:
+    """What is computed between two replays too; and neither spoils the other."""
+    parameter = nn.Parameter(torch.full((), 0.5, device="cuda"))
+
+    def step(batch: dict[str, Tensor]) -> Tensor:
+        loss = ((parameter * batch["x"].repeat(2**20)).square() + 1).mean()
+        loss.backward()
+        return loss.detach()
+
+    replayed = Replayed(step, [parameter])
+    reserved, losses = [], []
+    for width in (64, 32, 48, 16):
+        batch = {"x": torch.full((width,), float(width), device="cuda")}
+        for _ in range(3):
+            parameter.grad = None
+            losses.append((replayed(batch), (width / 2) ** 2 + 1))
+            assert parameter.grad is not None
+            torch.testing.assert_close(float(parameter.grad), float(width**2), rtol=1e-5, atol=0)
+        reserved.append(torch.cuda.memory_reserved())
+    for loss, expected in losses:
+        torch.testing.assert_close(float(loss), expected, rtol=1e-5, atol=0)
+    assert reserved[-1] < 1.2 * reserved[0]
 
 
 @pytest.mark.gpu

@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 
 from peftbench.config import LOSS, Device, Keep, Trainer
 from peftbench.modification.attach import attach
+from peftbench.training.batching import batches_per_epoch
 from peftbench.training.checkpoint import Checkpoints, SaveByTime
-from peftbench.training.fit import batches_per_epoch
 from tests.families import PRESETS, batch, build
 from tests.fitting import Rows, fitted, trained
 

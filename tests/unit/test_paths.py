@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from peftbench.config import Trainer
+from peftbench.errors import UserError
 from peftbench.modification.attach import attach
 from peftbench.training.padding_free import refusal
 from peftbench.training.paths import settled
@@ -42,6 +43,14 @@ def test_graphs_are_of_whole_batches(other: dict[str, Any]) -> None:
     assert settled(Trainer(**AUTO, **other), model, bf16=False, records=True).graphs is False
 
 
+def test_layers_that_are_left_out_at_random_cannot_be_recorded() -> None:
+    """A graph would have the same ones at every step."""
+    model = build("bart", encoder_layerdrop=0.1)
+    assert settled(Trainer(**AUTO), model, bf16=False, records=True).graphs is False
+    with pytest.raises(UserError, match=r"encoder_layerdrop=0\.1 in its config\.json"):
+        settled(Trainer(graphs=True), model, bf16=False, records=True)
+
+
 @pytest.mark.parametrize(
     ("family", "preset", "expected"),
     [("bart", "mam", None), ("t5", "lora", "positions"), ("gpt2", "lora", "positions"), ("bart", "prompt", "prompts")],
@@ -56,7 +65,7 @@ def test_what_cannot_be_without_padding(family: str, preset: str, expected: str 
 def test_the_paths_taken_are_told(tmp_path: Path) -> None:
     torch.manual_seed(0)
     settings = one_step(max_steps=4, graphs="auto", fused_loss=True, padding_free=True)
-    fit = fitted(model_of("bart", "mam"), Targets("bart"), settings, tmp_path, record=Recorder())
+    fit = fitted(model_of("bart", "mam"), Targets("bart"), settings, tmp_path, recorder=Recorder())
     assert fit.fast_paths == ["padding_free", "fused_loss", "graphs"]
     fit = fitted(model_of("bart", "mam"), Targets("bart"), one_step(graphs="auto"), tmp_path)
     assert fit.fast_paths == []

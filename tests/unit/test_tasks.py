@@ -42,8 +42,9 @@ from peftbench.tasks.files import read_file
 from peftbench.tasks.load import load
 from peftbench.tasks.prepare import KINDS, prepare
 from peftbench.tasks.tokens import Encoder, positions
+from peftbench.training.batching import batches_per_epoch
 from peftbench.training.checkpoint import Checkpoints
-from peftbench.training.fit import batches_per_epoch, fit
+from peftbench.training.fit import fit
 
 TEXTS = ["the film is good", "a bad film </s> <mask>", "good [SEP] bad", "", "good good good good good good good good"]
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]

@@ -1,0 +1,57 @@
+"""The state of the best evaluation so far: `trainer.keep=best`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+
+from peftbench.config import LOSS
+from peftbench.modification.state import trained_tensors, write_tensors
+from peftbench.training.checkpoint import Checkpoint
+
+BEST = "best.safetensors"  # in a checkpoint: the trained tensors at the best evaluation so far
+
+
+class KeepBest(TrainerCallback):
+    """Keeps a copy, on the CPU, of the trained tensors at the best evaluation so far."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+        self.best: float | None = None
+        self.step = 0  # of the last evaluation
+        self.tensors: dict[str, Tensor] = {}
+
+    def on_evaluate(
+        self, args: object, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
+        self.step = state.global_step
+        value = metrics[f"eval_{self.metric}"] * (-1 if self.metric == LOSS else 1)
+        if self.best is None or value > self.best:
+            self.best = value
+            self.tensors = {name: tensor.cpu().clone() for name, tensor in trained_tensors(kwargs["model"]).items()}
+
+    @property
+    def notes(self) -> dict[str, float | None]:
+        """What a checkpoint notes beside the tensors."""
+        return {"value": self.best, "step": self.step}
+
+    def save(self, folder: Path) -> None:
+        """Write what is kept to a checkpoint's folder."""
+        write_tensors(self.tensors, folder / BEST)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Take up what was kept when the checkpoint was written."""
+        self.best, self.step = checkpoint.notes["best"]["value"], checkpoint.notes["best"]["step"]
+        self.tensors = load_file(checkpoint.folder / BEST)
+
+    @torch.no_grad()
+    def restore(self, model: PreTrainedModel) -> None:
+        """Put the best state back."""
+        for name, parameter in model.named_parameters():
+            if name in self.tensors:
+                parameter.copy_(self.tensors[name])
