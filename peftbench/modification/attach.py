@@ -33,6 +33,10 @@ from peftbench.modification.reparameterization import PrefixMLP, PrefixTrunk
 from peftbench.modification.representation import REPRESENTATIONS
 from peftbench.sites import Attention, Layer, Sites, find_sites
 
+# A module can end a projection, its sub-layer and its layer at once, as W_2 does in Llama: what is nearer to the weights
+# is hooked first. All other representations: 1.
+OUTWARDS = {"ffn_weights": 0, "attention": 2, "attention_ffn": 2, "layer": 3}
+
 
 def attach(
     model: PreTrainedModel,
@@ -53,9 +57,8 @@ def attach(
     sites = find_sites(model)
     _freeze(model, sites, unfreeze, untrained, train_head)
     sites, dropouts = _own_dropout(sites) if modifications else (sites, [])
-    # W_o has up to two edits, its own and the attention's: what is nearer to the weights is hooked first.
     with model.device:  # new parameters are made where the backbone is, on the meta device too
-        for prefix, m in sorted(modifications.items(), key=lambda item: "attention" in _representation(item[1])):
+        for prefix, m in sorted(modifications.items(), key=lambda item: OUTWARDS.get(_representation(item[1]), 1)):
             _attach_one(model, sites, prefix, m)
     for linear, dropout in dropouts:
         linear.register_forward_hook(dropout.drop)
