@@ -282,7 +282,8 @@ def _attach_prompt(model: PreTrainedModel, sites: Sites, m: config.Modification,
     for layer in sites.layers:
         for attention in layer.attentions:
             if layer.stack == stack or attention.kind == "cross":
-                attention.module.add_module(PROMPT, PromptMask(_size(m)))
+                there = getattr(attention.module, PROMPT, None)  # of another prompt
+                attention.module.add_module(PROMPT, PromptMask(_size(m) + (there.length if there else 0)))
     last = [layer for layer in sites.layers if layer.stack == stack][-1]
     if len(sites.embedding) == 1 and last.norm is not None:  # an encoder alone: its task head reads fixed positions
         last.norm.register_forward_hook(prompt.strip)
