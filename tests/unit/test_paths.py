@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from peftbench.config import Trainer
+from peftbench.errors import UserError
 from peftbench.modification.attach import attach
 from peftbench.training.padding_free import refusal
 from peftbench.training.paths import settled
@@ -40,6 +41,13 @@ def test_graphs_are_of_whole_batches(other: dict[str, Any]) -> None:
     model = build("bart")
     assert settled(Trainer(**AUTO), model, bf16=False, records=True).graphs is True
     assert settled(Trainer(**AUTO, **other), model, bf16=False, records=True).graphs is False
+
+
+def test_a_graph_would_drop_the_same_layers_in_every_step() -> None:
+    model = build("bart", decoder_layerdrop=0.1)
+    assert settled(Trainer(**AUTO), model, bf16=False, records=True).graphs is False
+    with pytest.raises(UserError, match=r"trainer\.graphs=true: .*\(decoder_layerdrop in its config\.json\)"):
+        settled(Trainer(graphs=True), model, bf16=False, records=True)
 
 
 @pytest.mark.parametrize(
