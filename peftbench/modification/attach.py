@@ -33,8 +33,8 @@ from peftbench.modification.reparameterization import PrefixMLP, PrefixTrunk
 from peftbench.modification.representation import REPRESENTATIONS
 from peftbench.sites import Attention, Layer, Sites, find_sites
 
-# A module can end a projection, its sub-layer and its layer at once, as W_2 does in Llama: what is nearer to the weights
-# is hooked first. All other representations: 1.
+# A module can end a projection, its sub-layer and its layer at once, as W_2 does in Llama: what is nearer to the
+# weights is hooked first. All other representations: 1.
 OUTWARDS = {"ffn_weights": 0, "attention": 2, "attention_ffn": 2, "layer": 3}
 
 
