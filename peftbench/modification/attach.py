@@ -87,17 +87,25 @@ def _freeze(
     model: PreTrainedModel, sites: Sites, unfreeze: config.Unfreeze, untrained: Collection[str], train_head: bool
 ) -> None:
     norms, computed_in = _norms(model), model.dtype
+    nothing = unfreeze is not config.Unfreeze.none
     for name, parameter in model.named_parameters():
         in_head = name in untrained or name.split(".")[0] in sites.family.task_head
         in_backbone = {
             config.Unfreeze.none: False,
-            config.Unfreeze.bias: "bias" in name,
+            # T5's relative_attention_bias.weight is a table of positions.
+            config.Unfreeze.bias: name.rpartition(".")[2] == "bias",
             config.Unfreeze.norm: id(parameter) in norms,
             config.Unfreeze.all: True,
         }[unfreeze]
         parameter.requires_grad_((in_head and train_head) or in_backbone)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+        nothing = nothing and (in_head or not in_backbone)
+    if nothing:
+        raise UserError(
+            f"unfreeze={unfreeze.name}: {model.config.model_type} has no {unfreeze.name} to train; use unfreeze=norm, or a "
+            "method that adds parameters, such as method=lora."
+        )
     if computed_in is torch.float32:
         return
     for module in model.modules():  # the task head's Linears
