@@ -34,6 +34,7 @@ from peftbench.precision import chosen_device
 from peftbench.progress import Stage
 from peftbench.sites import configs_of, configured
 from peftbench.tasks.base import TaskData
+from peftbench.tasks.tokens import positions
 from peftbench.training.arithmetic import operations
 from peftbench.training.batching import LengthBatches, TokenBatches, padded_to
 from peftbench.training.checkpoint import Checkpoint, Checkpoints, Resumable, SaveByTime
@@ -70,7 +71,7 @@ class Fitted:
         return self.operations / self.step_s / 1e12 if self.step_s else None
 
 
-WIDTH = 32  # bucketed batches are padded to multiples of so many tokens
+WIDTH = 32  # bucketed batches are padded to multiples of so many tokens, if the backbone has positions for them
 ITEMS = "items"  # beside a batch's tensors: by how many target tokens or examples the optimiser step divides
 BEST = "best.safetensors"  # in a checkpoint: the trained tensors at the best evaluation so far
 
@@ -125,7 +126,9 @@ def fit(
         pad = model.config.pad_token_id or 0
         collator = with_lengths(collator, longest, pad) if settings.graphs else with_lengths(collator)
     elif settings.graphs or settings.batching is config.Batching.bucketed:
-        collator = padded_to(collator, WIDTH)
+        limit = positions(model)
+        fits = limit is None or -(-max(data.lengths) // WIDTH) * WIDTH <= limit
+        collator = padded_to(collator, WIDTH if fits else 1)
     arguments = _arguments(settings, steps, seed, bf16, checkpoints.folder, data)
     # On a machine with several GPUs Trainer would wrap the model in DataParallel, whose replicas share no hooks.
     arguments._n_gpu = min(1, arguments.n_gpu)
