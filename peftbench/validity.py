@@ -103,6 +103,11 @@ def faults(run: Run, *, reads_data: bool = True) -> list[str]:
             f"trainer.compile={run.trainer.compile.name} with trainer.gradient_checkpointing=true is not supported; "
             "set one of them to none or false."
         )
+    if run.trainer.label_smoothing and run.task.kind is TaskKind.regression:
+        found.append(
+            f"trainer.label_smoothing={run.trainer.label_smoothing} with task={run.task.name}: a number is predicted, "
+            "and there are no labels among which probability could be spread; set trainer.label_smoothing=0."
+        )
     nothing = not run.mix and all(axis == "none" for axis in axes(run)) and run.unfreeze is Unfreeze.none
     if nothing and run.task.kind is not TaskKind.text_to_text and run.fidelity.frozen_task_head:
         found.append(

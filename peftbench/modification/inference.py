@@ -171,7 +171,8 @@ def widened(source: nn.Linear, target: nn.Linear, constants: Constants) -> tuple
 
     def read(x: Tensor) -> Tensor:
         both = F.linear(x, weight, bias)
-        kept.append(activate(both[..., width : width + bottleneck]))
+        # CUDA's autocast computes softmax and powers in float32.
+        kept.append(activate(both[..., width : width + bottleneck]).to(both.dtype))
         return both[..., :width]
 
     def add(x: Tensor) -> Tensor:

@@ -33,8 +33,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from peftbench.backbone import load_backbone
 from peftbench.compose import compose_runs
-from peftbench.config import Device, Keep, Run, Task, TaskKind, Trainer, conf_dir
+from peftbench.config import Device, Generation, Keep, Model, Run, Task, TaskKind, Trainer, conf_dir
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
 from peftbench.prediction.predict import mean_loss, predict
@@ -324,6 +325,17 @@ def test_the_selection_loss_is_the_mean_over_all_tokens(news: Task) -> None:
         assert loss == pytest.approx(total / tokens, rel=1e-5)
 
 
+def test_padding_stands_behind_a_text(news: Task, tmp_path: Path) -> None:
+    """Whatever the tokenizer prefers: the loss of a batch is that of its examples alone."""
+    tiny_bart().save_pretrained(tmp_path)
+    byte_level().save_pretrained(tmp_path)
+    PreTrainedTokenizerFast.from_pretrained(tmp_path, padding_side="left").save_pretrained(tmp_path)
+    backbone = load_backbone(Model(path=str(tmp_path)), news)
+    data, model = prepare(load(news), backbone.tokenizer, backbone.model), backbone.model.eval()
+    alone, together = (mean_loss(model, data.selection, data.collator, batch_size) for batch_size in (1, 3))
+    assert together == pytest.approx(alone, rel=1e-6)
+
+
 def test_training_sees_every_example_once_an_epoch_in_batches_of_tokens(news: Task, tmp_path: Path) -> None:
     """Through transformers' Trainer: no batch is too large, and the second epoch has another order than the first."""
     rows = [{"document": "good " * (1 + i % 7), "summary": "bad"} for i in range(40)]
@@ -346,6 +358,26 @@ def test_training_sees_every_example_once_an_epoch_in_batches_of_tokens(news: Ta
     first, second = seen[:each], seen[each:]
     assert sorted(chain(*first)) == sorted(chain(*second)) == sorted(data.lengths)
     assert first != second
+
+
+@pytest.mark.parametrize(
+    "own", [{"do_sample": True, "temperature": 2.0}, {"repetition_penalty": 5.0}, {"max_new_tokens": 9}]
+)
+def test_what_a_backbone_says_of_generation_is_not_done(own: dict[str, Any], news: Task) -> None:
+    """As a chat model's generation_config.json does; its beams end as it says, and its file stays what it is."""
+    model = tiny_bart().eval()
+    task = replace(news, generation=Generation(num_beams=2, min_length=4, max_length=6, no_repeat_ngram_size=0))
+    data, run = prepare(load(task), byte_level(), model), Run(task=task, trainer=Trainer(learning_rate=1.0))
+    _, expected = Evaluator(model, data, run).score("report")
+    for key, value in own.items():
+        setattr(model.generation_config, key, value)
+    before = model.generation_config
+    for early_stopping in (None, True):
+        before.early_stopping = early_stopping
+        evaluator = Evaluator(model, data, run)
+        assert evaluator.score("report")[1] == expected
+        assert evaluator.generation is not None and evaluator.generation.early_stopping is early_stopping
+    assert model.generation_config is before
 
 
 def test_predictions_do_not_depend_on_the_batches(news: Task) -> None:
