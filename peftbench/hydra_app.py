@@ -36,7 +36,7 @@ display: Display | None = None  # of the run of a sweep that is shown as a whole
 put_off: list[tuple[Run, list[str]]] = []  # runs of this sweep that another process was at, with what was typed
 
 
-def run(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Check the whole command line, run its jobs, and close a sweep with the table of its runs."""
     args = _arguments(argv)
     argv = [*(word for word in argv if word not in args.overrides), *args.overrides]  # as Hydra's own parser wants them

@@ -19,7 +19,7 @@ from rich.console import Console
 from peftbench.compose import compose_points
 from peftbench.config import Run, conf_dir
 from peftbench.errors import UserError, unknown
-from peftbench.hydra_app import run as train
+from peftbench.hydra_app import main as train
 from peftbench.hydra_app import solved
 from peftbench.results.choice import known
 from peftbench.results.columns import Column, duration
