@@ -329,6 +329,14 @@ def modifications(run: Run) -> dict[str, Modification]:
     return found
 
 
+def value_at(run: Run, key: str) -> Any:
+    """The value of a dotted key. Raises AttributeError, or in a mapping KeyError, where there is none."""
+    node: Any = run
+    for part in key.split("."):
+        node = node[part] if isinstance(node, dict) else getattr(node, part)
+    return node
+
+
 def resolve(cfg: DictConfig) -> Run:
     """The composed config as a typed `Run` with every interpolation resolved."""
     run = OmegaConf.to_object(cfg)

@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from peftbench.compose import put
-from peftbench.config import Run, Search, Variation
+from peftbench.config import Run, Search, Variation, value_at
 from peftbench.errors import UserError
 from peftbench.results.identity import IGNORED, run_hash
 from peftbench.validity import faults
@@ -61,14 +61,6 @@ def trials(run: Run) -> list[Run]:
             trial = _changed(trial, key.split("."), value)
         found.append(trial)
     return found
-
-
-def value_at(run: Run, key: str) -> Any:
-    """The value of a dotted key."""
-    node: Any = run
-    for part in key.split("."):
-        node = node[part] if isinstance(node, dict) else getattr(node, part)
-    return node
 
 
 def _changed(node: Any, path: Sequence[str], value: Any) -> Any:

@@ -12,14 +12,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from peftbench.config import Run
+from peftbench.config import Run, value_at
 from peftbench.errors import UserError
 from peftbench.results.choice import NoChoice, known, sentence, settled
 from peftbench.results.columns import text
 from peftbench.results.identity import run_dir
 from peftbench.results.record import Record, describe, distinctive, find, finished, replacing
 from peftbench.results.table import show
-from peftbench.search import value_at
 
 FOLDER = ".sweeps"  # below the output_dir
 SUFFIX = ".sweep.json"
