@@ -15,9 +15,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from peftbench.compose import put
 from peftbench.config import Run, Search, Variation, value_at
 from peftbench.errors import UserError
+from peftbench.overrides import set_key
 from peftbench.results.identity import IGNORED, run_hash
 from peftbench.validity import faults
 
@@ -104,12 +104,12 @@ def _key_faults(key: str, variation: Variation, cfg: DictConfig, run: Run) -> li
     except KeyError as missing:
         return [f"{key} is no key of method={run.method}, which has no {missing.args[0]}."]
     except AttributeError:
-        return [put(cfg, key, None) or f"{key} is no key of the config."]
+        return [set_key(cfg, key, None) or f"{key} is no key of the config."]
     if bool(variation.times) == bool(variation.values):
         return [f"{key} needs either times (multiples of the value that it has) or values."]
     if variation.times and (isinstance(base, bool) or not isinstance(base, int | float)):
         return [f"{key} has no number for method={run.method} that could be multiplied; give it values."]
-    return [fault for value in variation.values or [] if (fault := put(cfg.copy(), key, value))]
+    return [fault for value in variation.values or [] if (fault := set_key(cfg.copy(), key, value))]
 
 
 def check(points: Sequence[Point]) -> None:

@@ -14,12 +14,12 @@ from hydra.errors import HydraException
 from rich.console import Console
 
 from peftbench.backbone import Backbone, load_backbone
-from peftbench.compose import apply
 from peftbench.config import Run, Task, resolve
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
 from peftbench.modification.attach import attach_run
 from peftbench.modification.state import load as load_adapter
+from peftbench.overrides import apply_override
 from peftbench.precision import chosen_device, with_dtype
 from peftbench.prediction.partial import Partial
 from peftbench.progress import Display
@@ -86,7 +86,7 @@ def saved_run(folder: Path, record: Record, overrides: Sequence[str] = ()) -> Ru
         if override.key_or_group.split(".")[0] not in GROUPS or "." not in override.key_or_group:
             keys = ", ".join(f"{group}.KEY" for group in GROUPS)
             found.append(f"{override.input_line}: evaluate takes {keys} only, such as task.split=test.")
-        elif sentence := apply(config, override):
+        elif sentence := apply_override(config, override):
             found.append(sentence)
     if found:
         raise UserError(*found)
