@@ -209,7 +209,9 @@ def _override_faults(override: Override, options: list[str]) -> Iterator[str]:
     elif options and not override.is_delete():
         value = override.value()
         for option in value if isinstance(value, list) else [value]:
-            if option is not None and str(option) not in options:
+            if option is None:
+                yield f"{line} chooses nothing; leave {group} out for its default, or give one of: {', '.join(options)}."
+            elif str(option) not in options:
                 yield unknown(override.get_key_element().lstrip("+"), option, options)
 
 
