@@ -210,7 +210,8 @@ def _override_faults(override: Override, options: list[str]) -> Iterator[str]:
         value = override.value()
         for option in value if isinstance(value, list) else [value]:
             if option is None:
-                yield f"{line} chooses nothing; leave {group} out for its default, or give one of: {', '.join(options)}."
+                choices = ", ".join(options)
+                yield f"{line} chooses nothing; leave {group} out for its default, or give one of: {choices}."
             elif str(option) not in options:
                 yield unknown(override.get_key_element().lstrip("+"), option, options)
 

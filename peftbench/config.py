@@ -8,6 +8,7 @@ Which combinations mean something is said in `axes.py`.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -335,6 +336,11 @@ def value_at(run: Run, key: str) -> Any:
     for part in key.split("."):
         node = node[part] if isinstance(node, dict) else getattr(node, part)
     return node
+
+
+def by_key(overrides: Iterable[str]) -> dict[str, str]:
+    """The values of overrides KEY=VALUE, as typed, by their keys without a +."""
+    return dict(word.lstrip("+").split("=", 1) for word in overrides if "=" in word)
 
 
 def resolve(cfg: DictConfig) -> Run:

@@ -19,7 +19,7 @@ from rich.console import Console
 from peftbench import mps
 from peftbench.cli import print_faults
 from peftbench.compose import AND, CONFIG_NAME, compose_points
-from peftbench.config import Run, conf_dir, resolve
+from peftbench.config import Run, by_key, conf_dir, resolve
 from peftbench.errors import UserError, of_the_machine
 from peftbench.progress import Display, is_live
 from peftbench.quick_imports import quick_imports
@@ -225,17 +225,19 @@ def _mps(runs: Sequence[Run]) -> bool | str:
 
 
 def _jobs(points: Sequence[Point], folders: Sequence[Path]) -> list[Job]:
-    """Runs with all that a worker must know of them.
+    """What a worker must know of each run.
 
     Args:
-        points: the runs as they are trained, with the overrides that make them.
-        folders: of each run; that of one with a budget has the solved bottlenecks in its name.
+        points: the runs, with the overrides that make them.
+        folders: of the runs, with budgets solved: a folder's name depends on the bottlenecks.
     """
     typed = [[word for word in overrides if not word.startswith(("hydra.", "hydra/"))] for overrides, _ in points]
-    keys = distinctive([dict(word.partition("=")[::2] for word in words) for words in typed])
+    given = [by_key(words) for words in typed]
+    keys = distinctive(given)
+    settings = [" ".join(f"{key}={value}" for key, value in values.items() if key in keys) for values in given]
     return [
-        Job(number, words, " ".join(word for word in words if word.partition("=")[0] in keys), run, folder)
-        for number, (words, (_, run), folder) in enumerate(zip(typed, points, folders, strict=True), start=1)
+        Job(number, words, told, run, folder)
+        for number, (words, told, (_, run), folder) in enumerate(zip(typed, settings, points, folders, strict=True), 1)
     ]
 
 

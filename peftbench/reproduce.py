@@ -17,7 +17,7 @@ from hydra._internal.utils import get_args_parser
 from rich.console import Console
 
 from peftbench.compose import compose_points
-from peftbench.config import Run, conf_dir
+from peftbench.config import Run, by_key, conf_dir
 from peftbench.errors import UserError, unknown
 from peftbench.hydra_app import main as train
 from peftbench.hydra_app import solved
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
 
 def lines(table: str, points: Sequence[tuple[list[str], Run]]) -> list[Line]:
     """A line for each run, with what is known of it."""
-    given = [dict(word.split("=", 1) for word in overrides if "=" in word) for overrides, _ in points]
+    given = [by_key(overrides) for overrides, _ in points]
     keys = differing(given) or ["row"]
     others = _records(Path(points[0][1].output_dir).expanduser())
     found = []
@@ -118,7 +118,7 @@ def _show(table: Sequence[Line], console: Console) -> None:
     keys = list(dict.fromkeys(key for line in table for key in line.settings))
     columns = [Column[Line](key, key, partial(_setting, key), words=True) for key in keys]
     columns += [
-        Column("status", "status", _status, words=True, wrap=11),
+        Column("status", "status", lambda line: line.record.outcome if line.record else "missing", words=True, wrap=11),
         Column("time", "time", _time),
         Column("metric", "metric", lambda line: line.run.task.metric, words=True, dispensable=1),
         Column("paper", "paper", lambda line: _two(line.paper)),
@@ -143,12 +143,6 @@ def _show(table: Sequence[Line], console: Console) -> None:
 
 def _setting(key: str, line: Line) -> str:
     return line.settings.get(key, "")
-
-
-def _status(line: Line) -> str:
-    if line.record is None:
-        return "missing"
-    return f"{line.record.status}: {line.record.error.name}" if line.record.error else line.record.status
 
 
 def _time(line: Line) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from peftbench.config import Run, Search, Variation, value_at
+from peftbench.config import Run, Search, Variation, by_key, value_at
 from peftbench.errors import UserError
 from peftbench.overrides import set_key
 from peftbench.results.identity import IGNORED, run_hash
@@ -115,7 +115,7 @@ def _key_faults(key: str, variation: Variation, cfg: DictConfig, run: Run) -> li
 def check(points: Sequence[Point]) -> None:
     """Raises UserError where a point's search is wrong, or where a grid goes over what the search chooses: where points
     differ in nothing else."""
-    given = [dict(word.lstrip("+").split("=", 1) for word in overrides if "=" in word) for overrides, _ in points]
+    given = [by_key(overrides) for overrides, _ in points]
     found = [sentence for _, run in points for sentence in search_faults(run)]
     for typed, (_, run) in zip(given, points, strict=True):
         if run.search is None:

@@ -41,7 +41,7 @@ class Job:
 
     number: int  # from 1 on
     overrides: list[str]  # what was typed
-    settings: str  # of these, what other runs of the sweep have otherwise
+    settings: str  # those of them in which the sweep's runs differ
     run: Run
     folder: Path  # the run's
 

@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from peftbench.axes import composed
+from peftbench.axes import UNFROZEN, composed
 from peftbench.budget import limit
 from peftbench.config import Modification, Run, Unfreeze, modifications
 
@@ -106,7 +106,7 @@ def _row(counted: RunCounts) -> dict[str, list[str]]:
     found = list(modifications(run).values())
     axes = [_axes(m) for m in found]
     if run.unfreeze is not Unfreeze.none:
-        axes.append({"bias": "the biases", "norm": "the norms", "all": "all parameters"}[run.unfreeze.name])
+        axes.append(UNFROZEN[run.unfreeze.name])
     return {
         "method": [run.method],
         "task": [run.task.name],

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Literal, TypeVar
 
+from peftbench.axes import UNFROZEN
 from peftbench.errors import meant
 from peftbench.results.identity import IGNORED
 from peftbench.results.paper import Printed, printed
@@ -179,13 +180,13 @@ def columns(
     if any(record.deviations for record in records):
         found.insert(2, DEVIATIONS)
     if status is not None or any(record.status != "done" for record in records):
-        found.append(Column("status", "status", partial(_status, status or _ended), words=True, wrap=11))
+        found.append(Column("status", "status", partial(_status, status or _outcome), words=True, wrap=11))
     return found
 
 
 def chosen(keys: Sequence[str], rows: Sequence[Row], cost: Cost, paper: bool = False) -> list[Column[Row]]:
     """The columns that were asked for by name. Raises KeyError, with a sentence, for a name that is none."""
-    known = {column.key: column for column in columns(rows, _ended, cost, paper)}
+    known = {column.key: column for column in columns(rows, _outcome, cost, paper)}
     known |= {"n": RUNS, "deviations": DEVIATIONS}
     known |= {key: Column(key, key, lambda r: "", lambda r: None) for key in PAPER if key not in known}
     known["front"] = next(iter(pareto(rows, cost)), Column("front", "front", lambda r: ""))
@@ -249,7 +250,7 @@ def telling_apart(rows: Sequence[Row]) -> list[Column[Row]]:
 
 def delta(rows: Sequence[Row]) -> list[Column[Row]]:
     """The difference to the best full fine-tuning of the table, where there is one."""
-    full = [row.score for row in rows if row.scored and row.first.unfreeze == "all" and not row.first.axes]
+    full = [row.score for row in rows if row.scored and row.first.is_full]
     best = max((score for score in full if score is not None), default=None)
     if best is None or len(rows) < 2:
         return []
@@ -348,8 +349,7 @@ def _four(row: Row) -> str:
         lines.append(" · ".join(names))
     unfreeze = row.first.unfreeze
     if unfreeze != "none":
-        named = {"bias": "the biases", "norm": "the norms", "all": "all parameters"}
-        lines.append(named.get(unfreeze, unfreeze))
+        lines.append(UNFROZEN.get(unfreeze, unfreeze))
     return "\n".join(lines)
 
 
@@ -362,8 +362,8 @@ def _texts(of: Callable[[Record], Any], row: Row) -> str:
     return ", ".join(dict.fromkeys(text(of(record)) for record in row.records))
 
 
-def _status(ended: Callable[[Record], str], row: Row) -> str:
-    counted = Counter(map(ended, row.records))
+def _status(outcome: Callable[[Record], str], row: Row) -> str:
+    counted = Counter(map(outcome, row.records))
     if len(counted) > 1:  # the errors stand in the table of single runs
         counted = Counter(record.status for record in row.records)
     if len(counted) == 1:
@@ -371,8 +371,8 @@ def _status(ended: Callable[[Record], str], row: Row) -> str:
     return ", ".join(f"{number} {status}" for status, number in counted.items())
 
 
-def _ended(record: Record) -> str:
-    return f"{record.status}: {record.error.name}" if record.error else record.status
+def _outcome(record: Record) -> str:
+    return record.outcome
 
 
 def _metric(name: str, record: Record) -> float | None:

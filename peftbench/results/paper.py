@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
-from peftbench.config import conf_dir
+from peftbench.config import by_key, conf_dir
 from peftbench.results.record import Record
 
 # By task: the metric that conf/paper_scores.yaml gives, and the backbone that the paper trained; mbart_large_cc25 is
@@ -55,7 +55,7 @@ def printed(record: Record) -> Printed | None:
     metric, backbones = SETTINGS.get(record.task, (None, ()))
     if record.metric != metric:
         return None
-    typed = dict(word.lstrip("+").split("=", 1) for word in record.overrides if "=" in word)
+    typed = by_key(record.overrides)
     row = typed.get("row")
     if OTHERWISE & {key.split(".")[0] for key in typed} or (row is not None and "method" in typed):
         return None

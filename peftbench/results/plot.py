@@ -101,7 +101,7 @@ def draw(rows: Sequence[Row], *, x: str = "stored", y: str = "score", by: str = 
     panels = [shown for table in tables(scored) if (shown := _points(table, x, y))]
     if not panels:
         raise UserError(f"None of these runs has both {x} and {y} to draw.")
-    lines = _lines([row for panel in panels for row, _, _ in panel if not _is_full(row)], by)
+    lines = _lines([row for panel in panels for row, _, _ in panel if not row.first.is_full], by)
     return _figure([partial(_panel, points=panel, lines=lines, x=x, y=y) for panel in panels])
 
 
@@ -169,8 +169,8 @@ def _points(table: Sequence[Row], x: str, y: str) -> list[Point]:
 def _panel(axes: Axes, points: Sequence[Point], lines: dict[int, str], x: str, y: str) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    full = [point for point in points if _is_full(point[0])]
-    tuned = [point for point in points if not _is_full(point[0])]
+    full = [point for point in points if point[0].first.is_full]
+    tuned = [point for point in points if not point[0].first.is_full]
     of = field(y, [record for row, _, _ in points for record in row.records])
     if full:
         best = max(score for _, _, score in full)
@@ -250,10 +250,6 @@ def _label(axes: Axes, rows: Sequence[Row], x: str, y: str) -> None:
     axes.set_ylabel(y)
     axes.grid(True, which="major", color="#EEEEEE", linewidth=0.8)
     axes.set_axisbelow(True)
-
-
-def _is_full(row: Row) -> bool:
-    return row.first.unfreeze == "all" and not row.first.axes
 
 
 def _lines(rows: Sequence[Row], by: str) -> dict[int, str]:

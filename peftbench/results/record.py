@@ -200,6 +200,16 @@ class Record:
     versions: dict[str, str] = field(default_factory=dict)
     git: dict[str, Any] | None = None  # commit, dirty; of the checkout that peftbench runs from
 
+    @property
+    def outcome(self) -> str:
+        """The status, with the error of a run that failed."""
+        return f"{self.status}: {self.error.name}" if self.error else self.status
+
+    @property
+    def is_full(self) -> bool:
+        """Whether this is full fine-tuning: the whole backbone is trained, and no representation is modified."""
+        return self.unfreeze == "all" and not self.axes
+
     def to_json(self) -> dict[str, Any]:
         """The record as nested dicts and lists of JSON values."""
         values = asdict(self)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from peftbench.config import Run, value_at
+from peftbench.config import Run, by_key, value_at
 from peftbench.errors import UserError
 from peftbench.results.choice import NoChoice, known, sentence, settled
 from peftbench.results.columns import text
@@ -49,7 +49,7 @@ class Member:
 
     def settings(self) -> dict[str, str]:
         """What was typed, by key, and what a search has set."""
-        words = dict(word.split("=", 1) for word in self.overrides if "=" in word)
+        words = by_key(self.overrides)
         search = self.run.search
         if search is None:
             return words
@@ -182,9 +182,8 @@ class Sweep:
         return find(folder) or describe(run, folder, [], "missing")
 
     def _status(self, record: Record) -> str:
-        if record.error is not None:
-            return f"{record.status}: {record.error.name}"
-        return "done before" if self.was_done_before(record.folder) else record.status
+        earlier = record.status == "done" and self.was_done_before(record.folder)
+        return "done before" if earlier else record.outcome
 
     def _summary(self, records: Sequence[Record], lost: int) -> str:
         counted = Counter(self._status(record).partition(":")[0] for record in records)

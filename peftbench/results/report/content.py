@@ -77,7 +77,7 @@ def content(
                 "method": row.first.method,
                 "group": group,
                 "point": points[index],
-                "full": row.first.unfreeze == "all" and not row.first.axes,
+                "full": row.first.is_full,
                 "unfreeze": row.first.unfreeze,
                 "error": f"{row.first.error.name}: {row.first.error.message}" if row.first.error else None,
                 "overrides": row.first.overrides,
