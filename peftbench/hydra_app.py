@@ -24,8 +24,9 @@ from peftbench.errors import UserError, of_the_machine
 from peftbench.progress import Display, is_live
 from peftbench.quick_imports import quick_imports
 from peftbench.results.columns import duration
+from peftbench.results.differences import distinctive
 from peftbench.results.live import LiveSweep
-from peftbench.results.record import distinctive, find, finished
+from peftbench.results.record import find, finished
 from peftbench.results.sweep import FOLDER, Member, Sweep
 from peftbench.search import Point, check, is_open, phases
 from peftbench.workers import Ended, Job, Workers, attempt

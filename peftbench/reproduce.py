@@ -23,9 +23,10 @@ from peftbench.hydra_app import main as train
 from peftbench.hydra_app import solved
 from peftbench.results.choice import known
 from peftbench.results.columns import Column, duration
+from peftbench.results.differences import differing
 from peftbench.results.identity import run_dir
 from peftbench.results.paper import is_backbone, paper_scores
-from peftbench.results.record import Record, differing, find, load_records
+from peftbench.results.record import Record, find, load_records
 from peftbench.results.table import show_table
 from peftbench.search import phases
 

@@ -11,9 +11,10 @@ from typing import Any, Generic, Literal, TypeVar
 
 from peftbench.axes import UNFROZEN
 from peftbench.errors import meant
+from peftbench.results.differences import differing, flatten
 from peftbench.results.identity import IGNORED
 from peftbench.results.paper import Printed, printed
-from peftbench.results.record import Record, Searched, differing, flatten
+from peftbench.results.record import Record, Searched
 from peftbench.results.row import Row, front, unscored
 
 T = TypeVar("T")

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from peftbench.errors import UserError
 from peftbench.results.columns import COSTS, FIELDS, Column, field, text
-from peftbench.results.record import Record, differing, flatten
+from peftbench.results.differences import differing, flatten
+from peftbench.results.record import Record
 from peftbench.results.row import Row, Statistic, is_scored, point
 
 # What runs must share for their scores to stand in one column.

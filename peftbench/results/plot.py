@@ -7,10 +7,8 @@ that it was tried with; full fine-tuning dashed; the Pareto front behind them. I
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -18,8 +16,9 @@ from typing import TYPE_CHECKING, Any, get_args
 from peftbench.errors import UserError, unknown
 from peftbench.results.columns import FIELDS, field, text
 from peftbench.results.command import read
-from peftbench.results.record import differing
+from peftbench.results.differences import differing
 from peftbench.results.row import Row, Statistic, front, over_seeds, single, tables
+from peftbench.results.run_files import logged
 from peftbench.results.table import title
 
 if TYPE_CHECKING:
@@ -115,7 +114,7 @@ def draw_curves(rows: Sequence[Row], *, y: str = "loss", by: str = "method") -> 
     curves = {id(row): curve for row in rows if (curve := _curve(row, y))}
     panels = [shown for table in tables(rows) if (shown := [row for row in table if id(row) in curves])]
     if not panels:
-        keys = sorted({key for row in rows for line in logged(row) for key in line} - {"stage", "step"})
+        keys = sorted({key for row in rows for line in logged(row.first.folder) for key in line} - {"stage", "step"})
         raise UserError(unknown("--y", y, keys) if keys else "None of these runs has logged anything to draw.")
     names = sorted({_name(row, by) for panel in panels for row in panel})
     return _figure([partial(_curves, rows=panel, curves=curves, names=names, y=y, by=by) for panel in panels])
@@ -225,22 +224,8 @@ def _curves(
 
 def _curve(row: Row, y: str) -> list[tuple[int, float]]:
     """(step, value) of each time that a run logged `y`; the training of its head alone is not part of it."""
-    lines = logged(row)
+    lines = logged(row.first.folder)
     return [(line["step"], line[y]) for line in lines if y in line and line["stage"] == lines[0]["stage"]]
-
-
-def logged(row: Row) -> list[dict[str, Any]]:
-    """The lines of the `metrics.jsonl` of a single run."""
-    file = row.first.folder / "metrics.jsonl"
-    if not file.is_file():
-        return []
-    found = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError):  # the last line of a run that goes on may be half written
-            values = json.loads(line)
-            if isinstance(values, dict) and {"stage", "step"} <= values.keys():
-                found.append(values)
-    return found
 
 
 def _label(axes: Axes, rows: Sequence[Row], x: str, y: str) -> None:

@@ -16,8 +16,11 @@ from peftbench.config import Run, by_key, value_at
 from peftbench.errors import UserError
 from peftbench.results.choice import NoChoice, known, sentence, settled
 from peftbench.results.columns import text
+from peftbench.results.differences import distinctive
 from peftbench.results.identity import run_dir
-from peftbench.results.record import Record, describe, distinctive, find, finished, replacing
+from peftbench.results.record import Record, find, finished
+from peftbench.results.recording import describe
+from peftbench.results.run_files import replacing
 from peftbench.results.table import show
 
 FOLDER = ".sweeps"  # below the output_dir

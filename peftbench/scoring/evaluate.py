@@ -24,7 +24,8 @@ from peftbench.precision import chosen_device, with_dtype
 from peftbench.prediction.partial import Partial
 from peftbench.progress import Display
 from peftbench.results.identity import content_stamp
-from peftbench.results.record import Record, write_lines
+from peftbench.results.record import Record
+from peftbench.results.run_files import write_lines
 from peftbench.scoring.saved import saved_config, saved_record
 from peftbench.scoring.show import show_scores
 from peftbench.tasks.load import load

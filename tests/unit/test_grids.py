@@ -14,7 +14,7 @@ from peftbench.cli import main
 from peftbench.compose import _grids, compose_points
 from peftbench.config import Run
 from peftbench.errors import UserError
-from peftbench.results.record import distinctive
+from peftbench.results.differences import distinctive
 from peftbench.search import check
 from peftbench.workers import Ended
 from tests.integration.test_cli import records, sentiment, smoke

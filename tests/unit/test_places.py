@@ -18,7 +18,7 @@ from peftbench.config import Run
 from peftbench.errors import UserError
 from peftbench.places import GIB, Gpu, places, visible_gpus
 from peftbench.places import _listed as listed
-from peftbench.results.record import start
+from peftbench.results.recording import start
 
 GPUS = [("0", "GPU-aaaa", 143000 << 20), ("1", "GPU-bbbb", 71000 << 20)]
 

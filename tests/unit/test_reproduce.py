@@ -19,7 +19,8 @@ from peftbench.config import Run, conf_dir
 from peftbench.errors import UserError
 from peftbench.reproduce import lines, main
 from peftbench.results.paper import SETTINGS, is_backbone
-from peftbench.results.record import Score, recording
+from peftbench.results.record import Score
+from peftbench.results.recording import recording
 
 TABLES = sorted(file.stem for file in (conf_dir() / "experiment" / "paper").glob("*.yaml"))
 SEEDS = [42, 2, 4, 6, 8]

@@ -18,7 +18,8 @@ from peftbench.errors import UserError
 from peftbench.results.choice import best, known, sentence, settled
 from peftbench.results.command import main
 from peftbench.results.identity import run_dir, run_hash
-from peftbench.results.record import Failure, Score, Searched, Selection, Trial, describe, find
+from peftbench.results.record import Failure, Score, Searched, Selection, Trial, find
+from peftbench.results.recording import describe
 from peftbench.results.status import main as status
 from peftbench.results.sweep import Sweep
 from peftbench.search import Point, check, phases, search_faults, settings, trials

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from peftbench.errors import UserError
 from peftbench.results.command import read
-from peftbench.results.record import replacing
 from peftbench.results.report.content import SAMPLES, content
 from peftbench.results.report.page import page
+from peftbench.results.run_files import replacing
 
 
 def main(argv: list[str]) -> int:

@@ -13,9 +13,11 @@ from typing import Any
 from peftbench import __version__
 from peftbench.results.columns import COSTS, FIELDS, PAPER, columns, field, text
 from peftbench.results.compare import settings_of
-from peftbench.results.plot import COLOURS, NAMES, logged
-from peftbench.results.record import Axes, Record, differing
+from peftbench.results.differences import differing
+from peftbench.results.plot import COLOURS, NAMES
+from peftbench.results.record import Axes, Record
 from peftbench.results.row import Row, point, rank, single, tables
+from peftbench.results.run_files import logged
 from peftbench.results.table import titles
 
 SAMPLES = 6  # predictions of each run
@@ -183,7 +185,7 @@ def _setting(value: Any) -> str:
 
 def _curves(row: Row) -> list[dict[str, Any]]:
     """What a run logged in training: numbers that were logged at the same steps together, thinned out evenly."""
-    lines = logged(row)
+    lines = logged(row.first.folder)
     found: dict[str, list[tuple[int, float]]] = {}
     for line in lines:  # the training of the head alone, which comes second, is not part of it
         for key, value in line.items():
