@@ -34,7 +34,7 @@ from peftbench.params.solve import solve
 from peftbench.precision import chosen_device, use_autocast, with_dtype
 from peftbench.progress import Display
 from peftbench.results.choice import settled
-from peftbench.results.columns import typed
+from peftbench.results.fields import typed
 from peftbench.results.identity import run_dir
 from peftbench.results.lock import holding
 from peftbench.results.record import Counts, Record, Score, Searched, Selection, find, finished

@@ -13,7 +13,7 @@ from typing import Any
 
 from peftbench.config import LOSS, Run
 from peftbench.errors import UserError
-from peftbench.results.columns import described, typed
+from peftbench.results.fields import described, typed
 from peftbench.results.identity import run_dir
 from peftbench.results.record import Record, Searched, Trial, find
 from peftbench.search import settings, trials, values

@@ -155,14 +155,12 @@ def _check_pivot(arguments: argparse.Namespace) -> None:
 def _columns(table: list[Row], arguments: argparse.Namespace) -> tuple[list[Column[Row]], list[Row]]:
     """The columns of a table, and its rows in order."""
     table = sorted(table, key=rank)
-    try:
-        if arguments.sort:
-            (by,) = chosen([arguments.sort], table, arguments.pareto, arguments.paper)
-            table = _sorted(table, by, arguments.reverse)
-        wanted = chosen(arguments.show, table, arguments.pareto, arguments.paper) if arguments.show else None
-        return wanted or columns(table, cost=arguments.pareto, paper=arguments.paper), table
-    except KeyError as error:
-        raise UserError(str(error.args[0])) from error
+    if arguments.sort:
+        (by,) = chosen([arguments.sort], table, arguments.pareto, arguments.paper)
+        table = _sorted(table, by, arguments.reverse)
+    if arguments.show:
+        return chosen(arguments.show, table, arguments.pareto, arguments.paper), table
+    return columns(table, cost=arguments.pareto, paper=arguments.paper), table
 
 
 def _sorted(table: list[Row], column: Column[Row], descending: bool) -> list[Row]:

@@ -20,8 +20,8 @@ from rich.table import Table
 
 from peftbench.errors import UserError
 from peftbench.results.bootstrap import Difference, paired_bootstrap
-from peftbench.results.columns import text
 from peftbench.results.differences import differing, flatten
+from peftbench.results.fields import text
 from peftbench.results.identity import IGNORED
 from peftbench.results.record import FILE, Record, load_records
 from peftbench.results.row import Row, over_seeds, unscored

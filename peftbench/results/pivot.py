@@ -14,8 +14,9 @@ from functools import partial
 from typing import Any, Literal
 
 from peftbench.errors import UserError
-from peftbench.results.columns import COSTS, FIELDS, Column, field, text
+from peftbench.results.columns import Column
 from peftbench.results.differences import differing, flatten
+from peftbench.results.fields import COSTS, FIELDS, field, text
 from peftbench.results.record import Record
 from peftbench.results.row import Row, Statistic, is_scored, point
 
@@ -52,13 +53,14 @@ def pivot(
     scored = [record for record in records if is_scored(record)]
     if not scored:
         raise UserError("None of these runs has a score to put into a table.")
-    across, down, shown = _fields(columns, scored), _fields(rows, scored), _fields([value], scored)[value]
+    across, down = ([field(key, scored) for key in keys] for keys in (columns, rows))
+    shown = field(value, scored)
     told = {*rows, *columns, *mixed}
 
     grid: dict[tuple[str, ...], dict[tuple[str, ...], list[Record]]] = {}
     for record in scored:
-        label = tuple(text(of(record)) for of in down.values())
-        head = tuple(text(of(record)) for of in across.values())
+        label = tuple(text(of(record)) for of in down)
+        head = tuple(text(of(record)) for of in across)
         grid.setdefault(label, {}).setdefault(head, []).append(record)
     heads = sorted({head for cells in grid.values() for head in cells}, key=_natural)
     in_columns = {" ".join(head): [run for cells in grid.values() for run in cells.get(head, [])] for head in heads}
@@ -93,13 +95,6 @@ def _title(value: str, records: Sequence[Record]) -> str:
     shared = {key: {text(FIELDS[key](record)) for record in records} for key in ("method", *COMPARABLE)}
     told = [f"{key}={found.pop()}" for key, found in shared.items() if len(found) == 1]
     return f"{value} of {len(records)} runs: " + ", ".join(word for word in told if not word.endswith("="))
-
-
-def _fields(keys: Sequence[str], records: Sequence[Record]) -> dict[str, Callable[[Record], Any]]:
-    try:
-        return {key: field(key, records) for key in keys}
-    except KeyError as error:
-        raise UserError(str(error.args[0])) from error
 
 
 def _incomparable(columns: dict[str, list[Record]], told: set[str]) -> str | None:

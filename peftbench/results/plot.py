@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from peftbench.errors import UserError, unknown
-from peftbench.results.columns import FIELDS, field, text
 from peftbench.results.command import read
 from peftbench.results.differences import differing
+from peftbench.results.fields import FIELDS, field, text
+from peftbench.results.record import Record
 from peftbench.results.row import Row, Statistic, front, over_seeds, single, tables
 from peftbench.results.run_files import logged
 from peftbench.results.table import title
@@ -96,7 +97,7 @@ def draw(rows: Sequence[Row], *, x: str = "stored", y: str = "score", by: str = 
     """
     scored = [row for row in rows if row.scored]
     for key in (y, by):
-        _check(key, scored)
+        _field(key, scored)  # is there one?
     panels = [shown for table in tables(scored) if (shown := _points(table, x, y))]
     if not panels:
         raise UserError(f"None of these runs has both {x} and {y} to draw.")
@@ -110,7 +111,7 @@ def draw_curves(rows: Sequence[Row], *, y: str = "loss", by: str = "method") -> 
     Raises:
         UserError: none of the runs has logged it, or the key is none.
     """
-    _check(by, rows)
+    _field(by, rows)  # is there one?
     curves = {id(row): curve for row in rows if (curve := _curve(row, y))}
     panels = [shown for table in tables(rows) if (shown := [row for row in table if id(row) in curves])]
     if not panels:
@@ -120,11 +121,8 @@ def draw_curves(rows: Sequence[Row], *, y: str = "loss", by: str = "method") -> 
     return _figure([partial(_curves, rows=panel, curves=curves, names=names, y=y, by=by) for panel in panels])
 
 
-def _check(key: str, rows: Sequence[Row]) -> None:
-    try:
-        field(key, [record for row in rows for record in row.records])
-    except KeyError as error:
-        raise UserError(str(error.args[0])) from error
+def _field(key: str, rows: Sequence[Row]) -> Callable[[Record], Any]:
+    return field(key, [record for row in rows for record in row.records])
 
 
 def _figure(panels: Sequence[Callable[[Axes], None]]) -> Figure:
@@ -158,8 +156,8 @@ Point = tuple[Row, float, float]  # a row, its cost and its score
 def _points(table: Sequence[Row], x: str, y: str) -> list[Point]:
     """The rows of a table that have both numbers; none where `y` is another task's metric."""
     try:
-        of = field(y, [record for row in table for record in row.records])
-    except KeyError:
+        of = _field(y, table)
+    except UserError:
         return []
     found = [(row, row.number(FIELDS[x]), row.number(of)) for row in table]
     return [(row, cost, score) for row, cost, score in found if cost and score is not None and not math.isnan(score)]
@@ -170,7 +168,7 @@ def _panel(axes: Axes, points: Sequence[Point], lines: dict[int, str], x: str, y
 
     full = [point for point in points if point[0].first.is_full]
     tuned = [point for point in points if not point[0].first.is_full]
-    of = field(y, [record for row, _, _ in points for record in row.records])
+    of = _field(y, [row for row, _, _ in points])
     if full:
         best = max(score for _, _, score in full)
         axes.axhline(best, color="#666666", linestyle="--", linewidth=1, label="full fine-tuning", zorder=1)

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from peftbench.errors import UserError, unknown
-from peftbench.results.columns import field, text
+from peftbench.results.fields import field, text
 from peftbench.results.record import Record
 
 FILTER = re.compile(r"(?P<key>[\w.]+)(?P<sign>!=|>=|<=|=|>|<)(?P<values>.*)", re.DOTALL)
@@ -35,8 +35,8 @@ def select(records: Sequence[Record], filters: Sequence[str]) -> list[Record]:
         key, wanted = match["key"], match["values"].split(",")
         try:
             of = field(key, records)
-        except KeyError as error:
-            faults.append(str(error.args[0]))
+        except UserError as error:
+            faults.extend(error.faults)
             continue
         if holds := ORDER.get(match["sign"]):
             try:

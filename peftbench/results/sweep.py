@@ -15,8 +15,8 @@ from rich.console import Console
 from peftbench.config import Run, by_key, value_at
 from peftbench.errors import UserError
 from peftbench.results.choice import NoChoice, known, sentence, settled
-from peftbench.results.columns import text
 from peftbench.results.differences import distinctive
+from peftbench.results.fields import text
 from peftbench.results.identity import run_dir
 from peftbench.results.record import Record, find, finished
 from peftbench.results.recording import describe

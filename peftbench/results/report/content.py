@@ -11,9 +11,10 @@ from itertools import islice
 from typing import Any
 
 from peftbench import __version__
-from peftbench.results.columns import COSTS, FIELDS, PAPER, columns, field, text
+from peftbench.results.columns import PAPER, columns
 from peftbench.results.compare import settings_of
 from peftbench.results.differences import differing
+from peftbench.results.fields import COSTS, FIELDS, field, text
 from peftbench.results.plot import COLOURS, NAMES
 from peftbench.results.record import Axes, Record
 from peftbench.results.row import Row, point, rank, single, tables
