@@ -15,7 +15,8 @@ import argparse
 from pathlib import Path
 
 from peftbench.results.record import FILE, Record, load_records
-from peftbench.results.run_files import METRICS, logged, write_lines
+from peftbench.results.run_files import METRICS, logged
+from peftbench.whole_files import write_lines
 
 EVERY = 5  # lines of the training's log
 DIGITS = 6  # of its numbers

@@ -20,7 +20,7 @@ from peftbench.axes import composed
 from peftbench.errors import UserError
 from peftbench.fidelity import Deviation
 from peftbench.results.lock import is_held
-from peftbench.results.run_files import replacing
+from peftbench.whole_files import replacing
 
 SCHEMA_VERSION = 1
 FILE = "record.json"

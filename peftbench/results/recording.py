@@ -19,7 +19,8 @@ from peftbench.config import Modification, Run, modifications
 from peftbench.results.differences import flatten
 from peftbench.results.identity import content_stamp, plain, run_hash
 from peftbench.results.record import FILE, Axes, Backbone, Record, Status, find, now
-from peftbench.results.run_files import CHECKPOINTS, METRICS, replacing
+from peftbench.results.run_files import CHECKPOINTS, METRICS
+from peftbench.whole_files import replacing
 
 
 @contextmanager

@@ -1,32 +1,17 @@
-"""The files of a run beside its record: what was logged in training, and predictions. Imports no torch.
-
-A file is written beside its place and then renamed, so that no reader ever sees half of it.
-"""
+"""The files of a run beside its record: what was logged in training, and predictions. Imports no torch."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from peftbench.whole_files import write_lines
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints, gone once it is done
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[TextIO]:
-    """A text file to write to that takes the place of `path` once it is complete."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        # Half a surrogate pair, which UTF-8 cannot hold, becomes \udxxx: what JSON calls it too.
-        with unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            yield file
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
@@ -64,9 +49,3 @@ def predictions_file(role: str) -> str:
 def write_predictions(folder: Path, predictions: Iterable[dict[str, Any]], role: str = "report") -> None:
     """Writes `predictions.jsonl`, one line for each example."""
     write_lines(folder / predictions_file(role), predictions)
-
-
-def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes one JSON object on each line of a file."""
-    with replacing(path) as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

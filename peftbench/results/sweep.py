@@ -20,8 +20,8 @@ from peftbench.results.fields import text
 from peftbench.results.identity import run_dir
 from peftbench.results.record import Record, find, finished
 from peftbench.results.recording import describe
-from peftbench.results.run_files import replacing
 from peftbench.results.table import show
+from peftbench.whole_files import replacing
 
 FOLDER = ".sweeps"  # below the output_dir
 SUFFIX = ".sweep.json"

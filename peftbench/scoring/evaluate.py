@@ -25,13 +25,13 @@ from peftbench.prediction.partial import Partial
 from peftbench.progress import Display
 from peftbench.results.identity import content_stamp
 from peftbench.results.record import Record
-from peftbench.results.run_files import write_lines
 from peftbench.scoring.saved import saved_config, saved_record
 from peftbench.scoring.show import show_scores
 from peftbench.tasks.load import load
 from peftbench.tasks.prepare import prepare
 from peftbench.train import quiet_console
 from peftbench.validity import faults
+from peftbench.whole_files import write_lines
 
 GROUPS = ("task", "trainer", "model")  # what may be changed of a run without making it another
 

@@ -9,7 +9,7 @@ from peftbench.errors import UserError
 from peftbench.results.command import read
 from peftbench.results.report.content import SAMPLES, content
 from peftbench.results.report.page import page
-from peftbench.results.run_files import replacing
+from peftbench.whole_files import replacing
 
 
 def main(argv: list[str]) -> int:
