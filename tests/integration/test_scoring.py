@@ -15,7 +15,7 @@ from peftbench import load_run
 from peftbench.cli import main
 from peftbench.errors import UserError
 from peftbench.prediction import predict as predict_module
-from peftbench.tasks.metrics import compute_metrics
+from peftbench.tasks.metrics import measure
 
 SMOKE = ("model=mini", "debug=smoke", "trainer.max_steps=3", "method=mam")
 
@@ -132,7 +132,7 @@ def test_generated_text_is_scored_again(texts: str, tmp_path: Path, capsys: pyte
     assert from_file["metrics"] == report["metrics"]
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     (bleu,) = scored(capsys, "rescore", str(run), "bleu")
-    expected = compute_metrics("bleu", [row["prediction"] for row in rows], [row["reference"] for row in rows])
+    expected = measure("bleu", [row["prediction"] for row in rows], [row["reference"] for row in rows]).scores
     assert bleu["metrics"] == expected and "tok:13a" in bleu["signatures"]["bleu"]
     assert main(["rescore", str(run)]) == 0
     printed = capsys.readouterr().out
