@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hydra._internal.utils import get_args_parser
 
-import peftbench.hydra_app
+import peftbench.sweeper
 from peftbench.cli import main
 from peftbench.compose import _grids, compose_points
 from peftbench.config import Run
@@ -85,7 +85,7 @@ def test_all_grids_are_trained_as_one_sweep(
         trained.append((run.method, run.budget))
         return Ended()
 
-    monkeypatch.setattr(peftbench.hydra_app, "attempt", attempt)
+    monkeypatch.setattr(peftbench.sweeper, "attempt", attempt)
     assert main(["train", "-m", *smoke, "method=full", "and", "method=prefix,lora", "budget=3%"]) == 1
     assert trained == [("full", None), ("prefix", "3%"), ("lora", "3%")]
     assert "0 of 3 runs are done. 3 unfinished" in capsys.readouterr().out
