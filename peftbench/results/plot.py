@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from peftbench.errors import UserError, unknown
 from peftbench.results.command import read
@@ -101,7 +101,7 @@ def draw(rows: Sequence[Row], *, x: str = "stored", y: str = "score", by: str = 
     panels = [shown for table in tables(scored) if (shown := _points(table, x, y))]
     if not panels:
         raise UserError(f"None of these runs has both {x} and {y} to draw.")
-    lines = _lines([row for panel in panels for row, _, _ in panel if not row.first.is_full], by)
+    lines = _lines([point.row for panel in panels for point in panel if not point.row.first.is_full], by)
     return _figure([partial(_panel, points=panel, lines=lines, x=x, y=y) for panel in panels])
 
 
@@ -150,73 +150,98 @@ def _figure(panels: Sequence[Callable[[Axes], None]]) -> Figure:
     return figure
 
 
-Point = tuple[Row, float, float]  # a row, its cost and its score
+class Point(NamedTuple):
+    """A row in a panel."""
+
+    cost: float
+    score: float
+    spread: float  # the standard deviation over seeds; 0 for one seed
+    row: Row
 
 
 def _points(table: Sequence[Row], x: str, y: str) -> list[Point]:
-    """The rows of a table that have both numbers; none where `y` is another task's metric."""
+    """The rows of a table that have both numbers, by cost; none where `y` is another task's metric."""
     try:
         of = _field(y, table)
     except UserError:
         return []
-    found = [(row, row.number(FIELDS[x]), row.number(of)) for row in table]
-    return [(row, cost, score) for row, cost, score in found if cost and score is not None and not math.isnan(score)]
+    found = []
+    for row in table:
+        cost, score = row.number(FIELDS[x]), row.number(of)
+        if cost and score is not None and not math.isnan(score):
+            found.append(Point(cost, score, row.spread(of) or 0.0, row))
+    return sorted(found, key=lambda point: point[:3])
 
 
 def _panel(axes: Axes, points: Sequence[Point], lines: dict[int, str], x: str, y: str) -> None:
+    full = [point.score for point in points if point.row.first.is_full]
+    tuned = [point for point in points if not point.row.first.is_full]
+    if full:
+        axes.axhline(max(full), color="#666666", linestyle="--", linewidth=1, label="full fine-tuning", zorder=1)
+    if y == "score":
+        _draw_front(axes, tuned, x)
+    for index, name in enumerate(sorted(set(lines.values()))):
+        if line := [point for point in tuned if lines[id(point.row)] == name]:
+            _draw_line(axes, line, name, index)
+    if tuned:
+        _log_scale(axes, [point.cost for point in tuned])
+    rows = [point.row for point in points]
+    _label(axes, rows, NAMES[x], rows[0].first.metric if y == "score" else y)
+
+
+def _draw_front(axes: Axes, points: Sequence[Point], x: str) -> None:
+    best = {id(row) for row in front([point.row for point in points], FIELDS[x])}
+    edge = [point for point in points if id(point.row) in best]
+    if len(edge) > 1:
+        costs, scores, *_ = zip(*edge, strict=True)
+        axes.plot(costs, scores, label="Pareto front", color="#DDDDDD", linewidth=5, zorder=0)
+
+
+def _draw_line(axes: Axes, points: Sequence[Point], name: str, index: int) -> None:
+    costs, scores, spreads, _ = zip(*points, strict=True)
+    axes.errorbar(
+        costs,
+        scores,
+        yerr=spreads if any(spreads) else None,
+        label=name,
+        **_look(index),
+        linewidth=1.3,
+        markersize=7,
+        markeredgecolor="white",  # so that marks that lie on each other are told apart
+        markeredgewidth=0.5,
+        capsize=2,
+    )
+
+
+def _look(index: int) -> dict[str, Any]:
+    """Colour, mark and dashes of a line."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": ("-", "--", ":")[index // len(COLOURS) % 3],
+    }
+
+
+def _log_scale(axes: Axes, costs: Sequence[float]) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    full = [point for point in points if point[0].first.is_full]
-    tuned = [point for point in points if not point[0].first.is_full]
-    of = _field(y, [row for row, _, _ in points])
-    if full:
-        best = max(score for _, _, score in full)
-        axes.axhline(best, color="#666666", linestyle="--", linewidth=1, label="full fine-tuning", zorder=1)
-    if y == "score":
-        best_rows = {id(row) for row in front([row for row, _, _ in tuned], FIELDS[x])}
-        edge = sorted((cost, score) for row, cost, score in tuned if id(row) in best_rows)
-        if len(edge) > 1:
-            costs, scores = zip(*edge, strict=True)
-            axes.plot(costs, scores, label="Pareto front", color="#DDDDDD", linewidth=5, zorder=0)
-    for index, name in enumerate(sorted(set(lines.values()))):
-        line = sorted((cost, score, row.spread(of) or 0.0) for row, cost, score in tuned if lines[id(row)] == name)
-        if not line:
-            continue
-        costs, scores, spreads = zip(*line, strict=True)
-        axes.errorbar(
-            costs,
-            scores,
-            yerr=spreads if any(spreads) else None,
-            label=name,
-            color=COLOURS[index % len(COLOURS)],
-            marker=MARKERS[index % len(MARKERS)],
-            linestyle=("-", "--", ":")[index // len(COLOURS) % 3],
-            linewidth=1.3,
-            markersize=7,
-            markeredgecolor="white",  # so that marks that lie on each other are told apart
-            markeredgewidth=0.5,
-            capsize=2,
-        )
-    if tuned:
-        axes.set_xscale("log")
-        spent = [cost for _, cost, _ in tuned]
-        is_short = max(spent) < 10 * min(spent)  # so short an axis would have one number or none
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8) if is_short else (1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(_short))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    _label(axes, [row for row, _, _ in points], NAMES[x], points[0][0].first.metric if y == "score" else y)
+    axes.set_xscale("log")
+    is_short = max(costs) < 10 * min(costs)  # so short an axis would have one number or none
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8) if is_short else (1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(_short))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _curves(
     axes: Axes, rows: Sequence[Row], curves: dict[int, list[tuple[int, float]]], names: Sequence[str], y: str, by: str
 ) -> None:
     for row in sorted(rows, key=lambda row: names.index(_name(row, by))):
-        index = names.index(_name(row, by))
+        name = _name(row, by)
         steps, values = zip(*curves[id(row)], strict=True)
-        look = ("-", "--", ":")[index // len(COLOURS) % 3]
-        marker = MARKERS[index % len(MARKERS)] if len(steps) < 30 else None  # looks at the selection split are few
-        colour = COLOURS[index % len(COLOURS)]
-        axes.plot(steps, values, label=names[index], color=colour, linestyle=look, marker=marker, markersize=4)
+        look = _look(names.index(name))
+        if len(steps) >= 30:  # marks are for the few looks at the selection split
+            look["marker"] = None
+        axes.plot(steps, values, label=name, **look, markersize=4)
     _label(axes, rows, "step", y)
 
 
