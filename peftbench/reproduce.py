@@ -25,7 +25,7 @@ from peftbench.results.choice import known
 from peftbench.results.columns import Column, duration
 from peftbench.results.differences import differing
 from peftbench.results.identity import run_dir
-from peftbench.results.paper import is_backbone, paper_scores
+from peftbench.results.paper import is_the_papers, paper_scores
 from peftbench.results.record import Record, find, load_records
 from peftbench.results.table import show_table
 from peftbench.search import phases
@@ -153,10 +153,7 @@ def _time(line: Line) -> str:
 
 
 def _difference(line: Line) -> str:
-    """Of runs that are the paper's: its backbone, and the whole of the data."""
-    run = line.run
-    whole = run.debug is None and run.task.max_train is None and run.task.max_eval is None
-    if line.ours is None or line.paper is None or not whole or not is_backbone(run.model.name):
+    if line.record is None or line.ours is None or line.paper is None or not is_the_papers(line.record):
         return ""
     return f"{line.ours - line.paper:+.2f}"
 

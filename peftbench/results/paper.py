@@ -22,7 +22,6 @@ SETTINGS = {
     "mnli": ("accuracy", ("roberta_base",)),
     "sst2": ("accuracy", ("roberta_base",)),
 }
-BACKBONES = tuple(dict.fromkeys(name for _, names in SETTINGS.values() for name in names))
 GLUE = "table2"  # whose rows are methods at their usual sizes
 # Beside row= or method= these make it another point.
 OTHERWISE = {
@@ -68,15 +67,12 @@ def printed(record: Record) -> Printed | None:
         return None
     wanted = typed.get("experiment", "").removeprefix("paper/")
     table = wanted if wanted in tables else next(iter(tables))
-    return Printed(tables[table], table, backbones[0], is_whole(record) and is_backbone(record.model.name, backbones))
+    return Printed(tables[table], table, backbones[0], is_the_papers(record))
 
 
-def is_backbone(name: str, backbones: tuple[str, ...] = BACKBONES) -> bool:
-    """Whether a model's name is that of one of the paper's backbones."""
-    return name.replace("-", "_") in backbones
-
-
-def is_whole(record: Record) -> bool:
-    """Whether a run had all of the examples to train on and to be scored on."""
+def is_the_papers(record: Record) -> bool:
+    """Whether a run had the paper's backbone for its task, and all of the examples to train on and to be scored on."""
+    _, backbones = SETTINGS.get(record.task, (None, ()))
     report, train = record.scores.get("report"), record.data.get("splits", {}).get("train", {})
-    return record.debug is None and "of" not in train and (report is None or report.of is None)
+    is_whole = record.debug is None and "of" not in train and (report is None or report.of is None)
+    return is_whole and record.model.name.replace("-", "_") in backbones
