@@ -28,8 +28,9 @@ from peftbench.evaluate import Evaluator
 from peftbench.results.record import find
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.cache import Recent
-from peftbench.tasks.load import Source, load
+from peftbench.tasks.load import load
 from peftbench.tasks.prepare import prepare
+from peftbench.tasks.rows import Source
 from tests.integration.test_cli import SUBPROCESS, records, sentiment, smoke
 
 __all__ = ["sentiment", "smoke"]  # fixtures
@@ -302,7 +303,7 @@ def test_runs_of_one_process_leave_nothing_to_each_other(
     """A, B, A in one process, on data that is read and tokenised once: A twice, to the bit."""
     read: list[str] = []
     tokenised: list[bool] = []
-    really_read, really_tokenise = peftbench.tasks.load._read, TaskData._tokenise
+    really_read, really_tokenise = peftbench.tasks.load.read_split, TaskData._tokenise
 
     def counted_read(task: Task, split: str) -> Source:
         read.append(split)
@@ -312,7 +313,7 @@ def test_runs_of_one_process_leave_nothing_to_each_other(
         tokenised.append(training)
         return really_tokenise(self, rows, training, fingerprint)
 
-    monkeypatch.setattr(peftbench.tasks.load, "_read", counted_read)
+    monkeypatch.setattr(peftbench.tasks.load, "read_split", counted_read)
     monkeypatch.setattr(TaskData, "_tokenise", counted_tokenise)
     monkeypatch.setattr(peftbench.tasks.load, "_recent", Recent())
     monkeypatch.setattr(peftbench.tasks.prepare, "_recent", Recent())

@@ -441,7 +441,7 @@ def test_a_split_in_two_roles_is_loaded_once(reviews: Task, monkeypatch: pytest.
         read.append(path)
         return read_file(path)
 
-    monkeypatch.setattr("peftbench.tasks.load.read_file", counted)
+    monkeypatch.setattr("peftbench.tasks.source.read_file", counted)
     prepare(load(reviews), byte_level(), tiny_bert())
     assert [Path(file).name for file in read] == ["train.jsonl", "dev.jsonl"]
 
