@@ -267,7 +267,9 @@ class Search:
     name: str = MISSING
     keys: dict[str, Variation] = field(default_factory=dict)
     seed: int | None = None  # of the trials; null: the first seed of the sweep
-    trial: int | None = None  # this run is that one of the trials, counted from 0; null: it takes the best one's values
+    trial: int | None = (
+        None  # the run is this one of the trials, counted from 0; null: it takes the best trial's values
+    )
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """Where the paper's text and its released code differ, one switch for each place. Imports no torch.
 
-The code is jxhe/unify-parameter-efficient-tuning at 3222ce2; docs/fidelity.md has the lines. What it does otherwise is
-nearly always another point of the four axes, or another option of one: `with_deviations` rewrites a run's modifications
-so, and neither `attach` nor a layer knows that there are two readings. Two switches are no matter of a modification:
+The code is jxhe/unify-parameter-efficient-tuning at 3222ce2; docs/fidelity.md has the lines. Where it differs, it is
+nearly always at another point of the four axes, or has another option of one: `with_deviations` rewrites a run's
+modifications, so that neither `attach` nor a layer knows of two readings. Two switches are not about a modification:
 `attach` leaves the task head frozen, and `modification/dead_parameters.py` counts dead parameters.
 """
 
@@ -55,7 +55,7 @@ class Switch:
 
 
 def with_deviations(run: Run, model_type: str) -> tuple[Run, list[Deviation]]:
-    """The run on a backbone of this `model_type` with the code's ways put in, and the switches that touch it.
+    """The run as the released code would have it on a backbone of this `model_type`, and the switches that touch it.
 
     Raises:
         UserError: a switch that was set by itself, not with its set, does not touch the run.

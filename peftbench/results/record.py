@@ -126,7 +126,7 @@ class Trial:
 
 @dataclass
 class Searched:
-    """The part of a run in a search: it was a trial, or it has the values of the best of `trials`."""
+    """What a run was in a search: a trial, or the run that has the values of the best of `trials`."""
 
     name: str
     role: Literal["trial", "final"]
@@ -169,8 +169,8 @@ class Record:
     search: Searched | None = None
     baselines: dict[str, float] = field(default_factory=dict)  # the main metric of: majority, head, lead1
     trainer: dict[str, Any] = field(default_factory=dict)
-    # prepare_s, probe_s, train_s, evaluate_s, baseline_s, total_s; and earlier_s, the part of these that tries before
-    # spent on training up to the checkpoints that this one went on from
+    # prepare_s, probe_s, train_s, evaluate_s, baseline_s, total_s; and earlier_s, the part of these that interrupted
+    # tries spent on training up to the checkpoints from which the run was resumed
     timings: dict[str, float] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)  # trainable tensors that the loss does not depend on
     steps: int | None = None

@@ -39,7 +39,7 @@ def recording(run: Run, folder: Path, overrides: Sequence[str]) -> Iterator[Reco
 
 
 def forget_refused(folder: Path) -> None:
-    """No record of a run that was refused while it was prepared: else a mistyped path would be a row of every table."""
+    """Delete the record of a run that was refused before it trained: a mistyped path should be in no table."""
     record = find(folder)
     if record is not None and record.status == "failed" and "prepare_s" not in record.timings:
         for name in (FILE, "config.yaml", "error.txt"):
@@ -53,7 +53,7 @@ def start(run: Run, folder: Path, overrides: Sequence[str]) -> Record:
     """
     folder.mkdir(parents=True, exist_ok=True)
     record = describe(run, folder, overrides)
-    record.save()  # first of all: from here on the folder of an earlier run, if it is one, no longer says done
+    record.save()  # first of all: if an earlier run was done in this folder, it no longer is
     for stale in (folder / "error.txt", folder / "predictions.jsonl", *folder.glob("*.tmp")):
         stale.unlink(missing_ok=True)
     if not (folder / CHECKPOINTS).is_dir():

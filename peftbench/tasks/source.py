@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import datasets
 from datasets import Dataset, load_dataset
@@ -12,7 +12,7 @@ from datasets import Dataset, load_dataset
 from peftbench.config import Task, TaskKind, task_files
 from peftbench.errors import UserError
 from peftbench.hub import hub_missing
-from peftbench.tasks.docstrings import Split, summary_rows, topic_rows
+from peftbench.tasks.docstrings import SPLITS, summary_rows, topic_rows
 from peftbench.tasks.files import find_split, read_file
 from peftbench.tasks.roles import splits
 from peftbench.tasks.rows import Source, check_cells, used_columns
@@ -57,12 +57,11 @@ def _read_raw(task: Task, split: str) -> Source:
 
 
 def _read_docstrings(kind: TaskKind, packages: Sequence[str], split: str) -> Dataset:
-    names: tuple[Split, ...] = get_args(Split)
-    for name in names:
+    for name in SPLITS:
         if name == split:
             make = topic_rows if kind is TaskKind.classification else summary_rows
             return Dataset.from_list(make(packages, name))
-    raise UserError(f"Docstrings have no {split} split; their splits are {', '.join(names)}.")
+    raise UserError(f"Docstrings have no {split} split; their splits are {', '.join(SPLITS)}.")
 
 
 def _read_hub(task: Task, hub_id: str, split: str) -> Dataset:
