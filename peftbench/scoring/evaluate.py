@@ -125,14 +125,7 @@ def evaluate(folder: Path, run: Run, console: Console, predictions: Path | None 
             data = prepare(loaded, backbone.tokenizer, backbone.model)
             backbone.model.to(chosen_device(run.trainer))
             evaluator = Evaluator(backbone.model, data, run)
-        partial = None
-        if predictions is not None and evaluator.generation is not None:
-            source = content_stamp(run.model.path) if run.model.path else f"{run.model.hub_id} {run.model.revision}"
-            task = run.task
-            reads = [task.max_source_length, task.prompt, task.source_language, task.target_language]
-            how = [evaluator.generation.to_json_string(), evaluator.bf16, run.model.dtype.name, *reads]
-            stamp = json.dumps([source, content_stamp(folder / "adapter"), data.fingerprint, *how])
-            partial = Partial(predictions.with_name(f"{predictions.name}.partial"), stamp)
+        partial = None if predictions is None else _partial(folder, run, evaluator, predictions)
         for role, split in data.splits.items():
             with display.stage(f"evaluate {split['split']}", split["examples"]) as stage:
                 metrics, decoded = evaluator.score(role, stage.advance, partial if role == "report" else None)
@@ -142,3 +135,15 @@ def evaluate(folder: Path, run: Run, console: Console, predictions: Path | None 
     if partial is not None:
         partial.remove()
     return found
+
+
+def _partial(folder: Path, run: Run, evaluator: Evaluator, predictions: Path) -> Partial | None:
+    """Where generated texts are kept until all are there, with a stamp of all that they depend on."""
+    if evaluator.generation is None:
+        return None
+    model, task = run.model, run.task
+    source = content_stamp(model.path) if model.path else f"{model.hub_id} {model.revision}"
+    reads = [task.max_source_length, task.prompt, task.source_language, task.target_language]
+    how = [evaluator.generation.to_json_string(), evaluator.bf16, model.dtype.name, *reads]
+    stamp = json.dumps([source, content_stamp(folder / "adapter"), evaluator.data.fingerprint, *how])
+    return Partial(predictions.with_name(f"{predictions.name}.partial"), stamp)
