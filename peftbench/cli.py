@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 
 from peftbench import __version__
-from peftbench.errors import UserError, of_the_machine, unknown
+from peftbench.errors import UserError, of_the_machine, print_faults, unknown
 
 HELP = """\
 peftbench: which parameter-efficient fine-tuning method, where in the network, how large, for my model and task.
@@ -120,9 +120,3 @@ def _complete(argv: list[str]) -> int:
     elif typed:
         return 0
     return _run("train", argv)
-
-
-def print_faults(faults: Iterable[str]) -> None:
-    """One plain sentence a line, on stderr."""
-    for sentence in faults:
-        print(f"peftbench: {sentence}", file=sys.stderr)

@@ -12,10 +12,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from peftbench.cli import print_faults
 from peftbench.compose import AND, CONFIG_NAME, compose_points
 from peftbench.config import conf_dir, resolve
-from peftbench.errors import UserError, of_the_machine
+from peftbench.errors import UserError, of_the_machine, print_faults
 from peftbench.quick_imports import quick_imports
 from peftbench.results.sweep import Sweep
 from peftbench.search import Point, check, is_open, phases

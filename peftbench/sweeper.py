@@ -11,9 +11,8 @@ from pathlib import Path
 from rich.console import Console
 
 from peftbench import mps
-from peftbench.cli import print_faults
 from peftbench.config import Run, by_key
-from peftbench.errors import UserError
+from peftbench.errors import UserError, print_faults
 from peftbench.progress import Display, is_live
 from peftbench.results.columns import duration
 from peftbench.results.differences import distinctive

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from peftbench.errors import UserError, unknown
-from peftbench.results.command import read
 from peftbench.results.differences import differing
 from peftbench.results.fields import FIELDS, field, text
 from peftbench.results.record import Record
 from peftbench.results.row import Row, Statistic, front, over_seeds, single, tables
 from peftbench.results.run_files import logged
+from peftbench.results.select import read
 from peftbench.results.table import title
 
 if TYPE_CHECKING:

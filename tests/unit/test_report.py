@@ -16,13 +16,13 @@ import pytest
 import yaml
 
 from peftbench.errors import UserError
-from peftbench.results.command import read
 from peftbench.results.identity import plain
 from peftbench.results.record import Axes, Counts, Failure, load_records
 from peftbench.results.recording import start
 from peftbench.results.report.command import main
 from peftbench.results.report.content import LONGEST, POINTS, SAMPLES
 from peftbench.results.run_files import write_predictions
+from peftbench.results.select import read
 from tests.unit.test_record import RUN
 from tests.unit.test_results import LORA
 from tests.unit.test_table import FFN, HEADS

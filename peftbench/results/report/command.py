@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from peftbench.errors import UserError
-from peftbench.results.command import read
 from peftbench.results.report.content import SAMPLES, content
 from peftbench.results.report.page import page
+from peftbench.results.select import read
 from peftbench.whole_files import replacing
 
 
