@@ -1,4 +1,4 @@
-"""What a user is told of a mistake: plain sentences that say what is wrong, by the key as typed, and what would be right.
+"""What a user is told of a mistake: plain sentences that say what is wrong, by the key as typed, and what is right.
 
 `UserError` holds them. The command line prints them without a traceback and exits with code 2.
 """

@@ -4,7 +4,7 @@ Source files are parsed with `ast`; no package is imported. `gather` returns the
 into train, validation and test by name, and two tasks are made from them: `topic_rows` (which package does this
 text come from?) and `summary_rows` (write the first paragraph, given the rest).
 
-The standard library goes by the package name `python`.
+The standard library goes by the package name `python`. Imports no torch.
 """
 
 from __future__ import annotations
