@@ -22,6 +22,7 @@ from peftbench import config
 from peftbench.backbone import load_backbone
 from peftbench.cli import main
 from peftbench.config import Model, Task, TaskKind
+from peftbench.whole_files import write_lines
 from tests.families import long_tail
 
 SUBPROCESS = [sys.executable, "-m", "peftbench"]
@@ -153,7 +154,7 @@ def test_translation_by_loss_in_batches_of_tokens(tmp_path: Path) -> None:
     """The paper's way, on a backbone without language codes: raw and normalised BLEU with their signatures."""
     rows = [{"en": "the house " * (1 + i % 5), "ro": "casă " * (1 + i % 5)} for i in range(32)]
     for name in ("train", "dev", "test"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(tmp_path / f"{name}.jsonl", rows)
     overrides = ["task=wmt16_enro", "model=mini", f"task.data_dir={tmp_path}", "debug=smoke", "method=lora"]
     overrides += [
         "trainer.batch_tokens=64",

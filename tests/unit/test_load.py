@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from peftbench.tasks import source
 from peftbench.tasks.load import data_fingerprint
 from peftbench.tasks.rows import checked
 from peftbench.tasks.source import read_split
+from peftbench.whole_files import write_lines
 
 REVIEWS = Task(
     name="reviews",
@@ -39,7 +39,7 @@ def load_rows(task: Task, split: str, limit: int | None = None) -> Dataset:
 def with_file(task: Task, folder: Path, *rows: dict[str, Any]) -> Task:
     """`task` with a training file of `rows`."""
     file = folder / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(file, rows)
     return replace(task, data_files={"train": str(file)})
 
 

@@ -21,6 +21,7 @@ from peftbench.results.report.command import main
 from peftbench.results.report.content import LONGEST, POINTS, SAMPLES
 from peftbench.results.run_files import write_predictions
 from peftbench.results.select import read
+from peftbench.whole_files import write_lines
 from tests.unit.test_record import RUN
 from tests.unit.test_results import LORA
 from tests.unit.test_table import FFN, HEADS
@@ -76,7 +77,7 @@ def make_runs(folder: Path, count: int = 30, steps: int = 40) -> None:
             {"stage": "train", "step": steps, "train_runtime": 1.0},
             {"stage": "train the head alone", "step": 1, "loss": 99.0},
         ]
-        (record.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logged))
+        write_lines(record.folder / "metrics.jsonl", logged)
         words = ["positive", "negative"]
         write_predictions(
             record.folder,

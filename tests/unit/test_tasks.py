@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
@@ -45,6 +44,7 @@ from peftbench.tasks.tokens import Encoder, positions
 from peftbench.training.batching import batches_per_epoch
 from peftbench.training.checkpoint import Checkpoints
 from peftbench.training.fit import fit
+from peftbench.whole_files import write_lines
 
 TEXTS = ["the film is good", "a bad film </s> <mask>", "good [SEP] bad", "", "good good good good good good good good"]
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
@@ -126,8 +126,8 @@ def reviews(tmp_path: Path) -> Task:
     """Five training rows, of which three are good, and three to select and report on."""
     labels = ["good", "bad", "good", "bad", "good"]
     rows = [{"text": text, "label": label} for text, label in zip(TEXTS, labels, strict=True)]
-    write(tmp_path / "train.jsonl", rows)
-    write(tmp_path / "dev.jsonl", rows[:3])
+    write_lines(tmp_path / "train.jsonl", rows)
+    write_lines(tmp_path / "dev.jsonl", rows[:3])
     return Task(
         name="reviews",
         kind=TaskKind.classification,
@@ -146,7 +146,7 @@ def reviews(tmp_path: Path) -> Task:
 def news(tmp_path: Path) -> Task:
     rows = [{"id": f"n{i}", "document": f"{text}. More.", "summary": text} for i, text in enumerate(TEXTS)]
     for split in ("train", "validation", "test"):
-        write(tmp_path / f"{split}.jsonl", rows)
+        write_lines(tmp_path / f"{split}.jsonl", rows)
     return Task(
         name="news",
         kind=TaskKind.text_to_text,
@@ -155,10 +155,6 @@ def news(tmp_path: Path) -> Task:
         baselines=["lead1"],
         max_eval=1,
     )
-
-
-def write(file: Path, rows: list[dict[str, Any]]) -> None:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -234,7 +230,7 @@ def test_regression(tmp_path: Path) -> None:
     """One output, the mean squared error, and predictions that lose no digit on their way through words."""
     rows = [{"text": text, "label": number / 2} for number, text in enumerate(TEXTS)]
     for name in ("train", "dev"):
-        write(tmp_path / f"{name}.jsonl", rows)
+        write_lines(tmp_path / f"{name}.jsonl", rows)
     task = Task(
         name="scores",
         kind=TaskKind.regression,
@@ -327,7 +323,7 @@ def test_the_selection_loss_is_the_mean_over_all_tokens(news: Task) -> None:
 def test_training_sees_every_example_once_an_epoch_in_batches_of_tokens(news: Task, tmp_path: Path) -> None:
     """Through transformers' Trainer: no batch is too large, and the second epoch has another order than the first."""
     rows = [{"document": "good " * (1 + i % 7), "summary": "bad"} for i in range(40)]
-    write(tmp_path / "train.jsonl", rows)
+    write_lines(tmp_path / "train.jsonl", rows)
     model = tiny_bart()
     data = prepare(load(news), byte_level(), model)
     collate, seen = data.collator, []
@@ -379,14 +375,14 @@ def test_columns_of_columns_are_opened_and_lists_joined(tmp_path: Path, news: Ta
     rows = [{"translation": {"en": ["good", "bad"], "ro": f"n{i}"}} for i in (1, 2)]
     rows.append({"translation": {"en": ["bad"], "ro": "n3"}})
     for split in ("train", "validation", "test"):
-        write(tmp_path / f"{split}.jsonl", rows)
+        write_lines(tmp_path / f"{split}.jsonl", rows)
     task = replace(news, source_column="en", target_column="ro", source_join=" | ", max_eval=None)
     loaded = load(task).rows["test"]
     assert loaded["en"][:] == ["good | bad", "good | bad", "bad"]
     assert loaded["ro"][:] == ["n1", "n2", "n3"]
     merged = load(replace(task, merge_references=True)).rows["test"]
     assert (merged["en"][:], merged["ro"][:]) == (["good | bad", "bad"], [["n1", "n2"], ["n3"]])
-    write(tmp_path / "test.jsonl", [*rows, {"translation": {"en": ["bad"], "ro": None}}])
+    write_lines(tmp_path / "test.jsonl", [*rows, {"translation": {"en": ["bad"], "ro": None}}])
     with pytest.raises(UserError, match=r"test\.jsonl:4: column ro holds None, not text"):
         load(replace(task, merge_references=True))
 
@@ -394,7 +390,7 @@ def test_columns_of_columns_are_opened_and_lists_joined(tmp_path: Path, news: Ta
 def test_a_row_with_two_targets_trains_on_both(news: Task, tmp_path: Path) -> None:
     rows = [{"document": text, "summary": ["good", "bad"] if i % 2 else ["bad"]} for i, text in enumerate(TEXTS)]
     for split in ("train", "validation", "test"):
-        write(tmp_path / f"{split}.jsonl", rows)
+        write_lines(tmp_path / f"{split}.jsonl", rows)
     tokenizer = byte_level()
     data = prepare(load(news), tokenizer, tiny_bart())
     written = tokenizer.batch_decode(data.train["labels"][:], skip_special_tokens=True)
