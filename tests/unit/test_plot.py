@@ -13,6 +13,7 @@ from peftbench.results.plot import COLOURS, draw, draw_curves, main
 from peftbench.results.record import Counts, Record, Score
 from peftbench.results.row import over_seeds, single
 from tests.unit.test_results import run
+from tests.unit.test_table import saved
 
 SIZES = {"lora": (1_000, 10_000), "mam": (3_000, 30_000)}
 
@@ -87,8 +88,7 @@ def test_more_methods_than_colours_are_still_told_apart() -> None:
 
 def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for made in runs(tmp_path / "outputs"):
-        made.folder.mkdir(parents=True)
-        made.save()
+        saved(made)
     png, svg = tmp_path / "new" / "a.png", tmp_path / "new" / "a.svg"
     assert main([str(tmp_path / "outputs"), "--out", str(png), "--out", str(svg)]) == 0
     assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 10_000

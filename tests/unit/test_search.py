@@ -24,7 +24,7 @@ from peftbench.results.status import main as status
 from peftbench.results.sweep import Sweep
 from peftbench.search import Point, check, phases, search_faults, settings, trials
 from tests.unit.test_record import RUN as BARE
-from tests.unit.test_table import record
+from tests.unit.test_table import record, saved
 
 RUN = replace(BARE, model=replace(BARE.model, sizes="mini"), task=replace(BARE.task, sizes="mini"))
 
@@ -288,8 +288,7 @@ NOTE = Searched(
 def test_results_leave_trials_out_unless_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trial = Searched("lr3", "trial", 1, NOTE.keys, {"trainer.learning_rate": 3e-4})
     for name, search in (("plain", None), ("final", NOTE), ("trial", trial)):
-        (tmp_path / name).mkdir()
-        record(50.0, run=name, folder=tmp_path / name, search=search).save()
+        saved(record(50.0, run=name, folder=tmp_path / name, search=search))
     assert (found := find(tmp_path / "final")) is not None and found.search == NOTE
     assert main([str(tmp_path), "--show", "run,search,searched", "--csv"]) == 0
     captured = capsys.readouterr()

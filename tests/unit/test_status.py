@@ -17,7 +17,7 @@ from peftbench.results.record import Failure
 from peftbench.results.status import State, main, seconds_left
 from peftbench.results.sweep import Member, Plan, Point
 from tests.unit.test_record import RUN
-from tests.unit.test_table import record
+from tests.unit.test_table import record, saved
 
 NOW = datetime(2025, 1, 1, 0, 1, tzinfo=timezone.utc)  # a minute after the records of `test_table` were created
 
@@ -64,9 +64,7 @@ def outputs(tmp_path: Path) -> Path:
         {"status": "failed", "error": Failure("OutOfMemoryError", "CUDA"), "timings": {"total_s": 5.0}},
     ]
     for point, kind in zip(plan.points, kinds, strict=False):
-        folder = tmp_path / point.folder
-        folder.mkdir(parents=True)
-        record(None, folder=folder, **kind).save()
+        saved(record(None, folder=tmp_path / point.folder, **kind))
     return tmp_path
 
 
