@@ -332,6 +332,11 @@ def modifications(run: Run) -> dict[str, Modification]:
     return found
 
 
+def module_name(prefix: str) -> str:
+    """The name of a modification's modules in the model: NAME for "mix.NAME.", "modification" for the root's."""
+    return prefix.split(".")[1] if prefix else "modification"
+
+
 def value_at(run: Run, key: str) -> Any:
     """The value of a dotted key. Raises AttributeError, or in a mapping KeyError, where there is none."""
     node: Any = run

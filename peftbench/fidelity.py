@@ -26,6 +26,7 @@ from peftbench.config import (
     TaskKind,
     Unfreeze,
     modifications,
+    module_name,
 )
 from peftbench.errors import UserError
 
@@ -105,7 +106,7 @@ def _apply(run: Run, model_type: str | None) -> tuple[Run, list[str]]:
             continue
         found[prefix], *ffn = after
         for part in ffn:
-            name = f"{prefix.split('.')[1] if prefix else 'modification'}_ffn"
+            name = f"{module_name(prefix)}_ffn"
             while name in run.mix:
                 name += "_"
             found[f"mix.{name}."] = part
@@ -131,7 +132,7 @@ def _bare(m: Modification) -> Modification:
 def _with(run: Run, found: Mapping[str, Modification]) -> Run:
     """The run with other modifications, by the prefix of their keys."""
     root = {item.name: getattr(found.get("", run), item.name) for item in fields(Modification)}
-    return replace(run, **root, mix={prefix.split(".")[1]: m for prefix, m in found.items() if prefix})
+    return replace(run, **root, mix={module_name(prefix): m for prefix, m in found.items() if prefix})
 
 
 def _is_adapter(m: Modification, *places: Representation, insertion: Insertion | None = None) -> bool:

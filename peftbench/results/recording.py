@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 import peftbench
+from peftbench.axes import axes
 from peftbench.config import Modification, Run, modifications
 from peftbench.results.differences import flatten
 from peftbench.results.identity import content_stamp, plain, run_hash
@@ -101,10 +102,7 @@ def axes_of(run: Run) -> list[Axes]:
     return [
         Axes(
             prefix=prefix,
-            functional_form=modification.functional_form.name,
-            modified_representation=modification.modified_representation.name.name,
-            insertion_form=modification.insertion_form.name.name,
-            composition_function=modification.composition_function.name.name,
+            **axes(modification)._asdict(),
             scale=modification.composition_function.scale,
             bottleneck=modification.bottleneck,
             options={
