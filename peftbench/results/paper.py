@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
+from peftbench.axes import CHOICES
 from peftbench.config import by_key, conf_dir
 from peftbench.results.record import Record
 
@@ -25,8 +26,8 @@ SETTINGS = {
 GLUE = "table2"  # whose rows are methods at their usual sizes
 # Beside row= or method= these make it another point.
 OTHERWISE = {
-    *("functional_form", "modified_representation", "insertion_form", "composition_function", "mix", "bottleneck"),
-    *("budget", "budget_split", "unfreeze", "sizes", "size"),
+    *CHOICES,  # the four axes
+    *("mix", "bottleneck", "budget", "budget_split", "unfreeze", "sizes", "size"),
 }
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from peftbench.axes import CHOICES
 from peftbench.errors import UserError
 from peftbench.results.columns import Column
 from peftbench.results.differences import differing, flatten
@@ -154,15 +155,10 @@ def _several(cells: Sequence[Sequence[Record]], told: set[str]) -> str | None:
 
 def _visible(record: Record) -> dict[str, Any]:
     """The settings of a run that its record shows."""
-    axes = {key: FIELDS[key](record) for key in ("method", "unfreeze", "debug", "deviations", "bottleneck", "scale")}
-    for key in ("functional_form", "modified_representation", "insertion_form", "composition_function"):
-        axes[key] = FIELDS[key](record)
-    options = {f"{one.prefix}{key}": value for one in record.axes for key, value in asdict(one)["options"].items()}
-    return {**axes, **options, **{key: FIELDS[key](record) for key in COMPARABLE}, **_trainer(record)}
-
-
-def _trainer(record: Record) -> dict[str, Any]:
-    return {"learning_rate" if key == "learning_rate" else f"trainer.{key}": v for key, v in flatten(record.trainer)}
+    keys = ("method", "unfreeze", "debug", "deviations", "bottleneck", "scale", *CHOICES, *COMPARABLE)
+    options = {f"{one.prefix}{key}": value for one in record.axes for key, value in one.options.items()}
+    trainer = {"learning_rate" if key == "learning_rate" else f"trainer.{key}": v for key, v in flatten(record.trainer)}
+    return {**{key: FIELDS[key](record) for key in keys}, **options, **trainer}
 
 
 def _label(index: int, line: Line) -> str:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
+from peftbench.axes import CHOICES
 from peftbench.errors import UserError, unknown
 from peftbench.results.differences import differing
 from peftbench.results.fields import FIELDS, field, text
@@ -277,9 +278,8 @@ def _lines(rows: Sequence[Row], by: str) -> dict[int, str]:
 
 def _four(row: Row) -> dict[str, str]:
     """The four axes of a row, the composition function with its scale."""
-    keys = ("functional_form", "modified_representation", "insertion_form")
     composition = text([axes.composition for axes in row.first.axes])
-    return {**{key: text(FIELDS[key](row.first)) for key in keys}, "composition_function": composition}
+    return {**{axis: text(FIELDS[axis](row.first)) for axis in CHOICES}, "composition_function": composition}
 
 
 def _name(row: Row, by: str) -> str:
