@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from peftbench import mps
+from peftbench.compose import Point
 from peftbench.config import Run, by_key
 from peftbench.errors import UserError, print_faults
 from peftbench.progress import Display, is_live
@@ -19,7 +20,6 @@ from peftbench.results.differences import distinctive
 from peftbench.results.live import LiveSweep
 from peftbench.results.record import find, finished
 from peftbench.results.sweep import FOLDER, Member, Sweep
-from peftbench.search import Point
 from peftbench.workers import Ended, Job, Workers, attempt
 
 INTERRUPTED = 130  # the exit code
