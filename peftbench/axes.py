@@ -239,6 +239,10 @@ RULES = (
 )
 
 
+# What `unfreeze` is called in a table, where a modification has its axes.
+UNFROZEN = {"bias": "the biases", "norm": "the norms", "all": "all parameters"}
+
+
 def composed(name: str, scale: float, learned: bool) -> str:
     """A composition function in a table, with its scale: scaled 4, or scaled 1 learned."""
     return name + (f" {scale:g}" + (" learned" if learned else "") if name == Composition.scaled.name else "")

@@ -1,6 +1,5 @@
-"""The command line: `peftbench SUBCOMMAND ...`. Imports torch only where a subcommand trains or counts.
+"""The command line: `peftbench SUBCOMMAND ...`. Imports a subcommand's module only when it is asked for.
 
-`train` is a Hydra application; its configs are checked before Hydra starts (compose.py), and its jobs end in records.
 Exit codes: 0 done, 1 a run failed, 2 the user's input was refused, 130 interrupted.
 """
 
@@ -8,10 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 
 from peftbench import __version__
-from peftbench.errors import UserError, of_the_machine, unknown
+from peftbench.errors import UserError, of_the_machine, print_faults, unknown
 
 HELP = """\
 peftbench: which parameter-efficient fine-tuning method, where in the network, how large, for my model and task.
@@ -55,6 +55,23 @@ Examples:
   peftbench train method=mam task=sst2 model.path=FOLDER task.data_dir=FOLDER
 """
 
+# Subcommands, each the `main` of a module.
+COMMANDS = {
+    "train": "hydra_app",
+    "status": "results.status",
+    "results": "results.command",
+    "compare": "results.compare",
+    "plot": "results.plot",
+    "report": "results.report.command",
+    "reproduce": "reproduce",
+    "params": "params.command",
+    "explain": "explain.command",
+    "ls": "listing",
+    "evaluate": "scoring.evaluate",
+    "rescore": "scoring.rescore",
+    "merge": "scoring.merge",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code."""
@@ -67,11 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments[0] in ("-sc", "--shell-completion"):  # Hydra's tab completion calls the program without a subcommand
         return _complete(arguments)
-    command = COMMANDS.get(arguments[0])
     try:
-        if command is None:
+        if arguments[0] not in COMMANDS:
             raise UserError(unknown("subcommand", arguments[0], COMMANDS))
-        return command(arguments[1:])
+        return _run(arguments[0], arguments[1:])
     except UserError as error:
         print_faults(error.faults)
         return 2
@@ -87,6 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _run(command: str, argv: list[str]) -> int:
+    code: int = import_module(f"peftbench.{COMMANDS[command]}").main(argv)
+    return code
+
+
 def _complete(argv: list[str]) -> int:
     """The subcommands, or behind one that takes them the keys and values of `peftbench train`."""
     program, _, rest = os.environ.get("COMP_LINE", "").partition(" ")
@@ -98,105 +119,4 @@ def _complete(argv: list[str]) -> int:
         os.environ["COMP_LINE"] = f"{program} {overrides}"
     elif typed:
         return 0
-    return _train(argv)
-
-
-def print_faults(faults: Iterable[str]) -> None:
-    """One plain sentence a line, on stderr."""
-    for sentence in faults:
-        print(f"peftbench: {sentence}", file=sys.stderr)
-
-
-def _train(argv: list[str]) -> int:
-    from peftbench.hydra_app import run
-
-    return run(argv)
-
-
-def _results(argv: list[str]) -> int:
-    from peftbench.results.command import main as results
-
-    return results(argv)
-
-
-def _compare(argv: list[str]) -> int:
-    from peftbench.results.compare import main as compare
-
-    return compare(argv)
-
-
-def _plot(argv: list[str]) -> int:
-    from peftbench.results.plot import main as plot
-
-    return plot(argv)
-
-
-def _report(argv: list[str]) -> int:
-    from peftbench.results.report.command import main as report
-
-    return report(argv)
-
-
-def _reproduce(argv: list[str]) -> int:
-    from peftbench.reproduce import main as reproduce
-
-    return reproduce(argv)
-
-
-def _params(argv: list[str]) -> int:
-    from peftbench.params.command import main as params
-
-    return params(argv)
-
-
-def _explain(argv: list[str]) -> int:
-    from peftbench.explain.command import main as explain
-
-    return explain(argv)
-
-
-def _ls(argv: list[str]) -> int:
-    from peftbench.listing import main as listing
-
-    return listing(argv)
-
-
-def _evaluate(argv: list[str]) -> int:
-    from peftbench.scoring.evaluate import main as evaluate
-
-    return evaluate(argv)
-
-
-def _rescore(argv: list[str]) -> int:
-    from peftbench.scoring.rescore import main as rescore
-
-    return rescore(argv)
-
-
-def _merge(argv: list[str]) -> int:
-    from peftbench.scoring.merge import main as merge
-
-    return merge(argv)
-
-
-def _status(argv: list[str]) -> int:
-    from peftbench.results.status import main as status
-
-    return status(argv)
-
-
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": _train,
-    "status": _status,
-    "results": _results,
-    "compare": _compare,
-    "plot": _plot,
-    "report": _report,
-    "reproduce": _reproduce,
-    "params": _params,
-    "explain": _explain,
-    "ls": _ls,
-    "evaluate": _evaluate,
-    "rescore": _rescore,
-    "merge": _merge,
-}
+    return _run("train", argv)

@@ -1,20 +1,15 @@
 """From a command line to validated configs: Hydra composes, and every fault is found before anything is loaded.
 
-Hydra stops at the first fault and reports it in its own terms. Here each override is tried by itself, so that all
-faults come out in one message, as sentences, with the key as it was typed. A sweep's points are all composed and
-checked before the first of them runs. Imports no torch.
+Hydra stops at the first fault and reports it in its own terms. Here each override is tried by itself, so that one
+message has all faults, as sentences, with the keys as they were typed. All runs of a sweep are composed and checked
+before the first of them starts. Imports no torch.
 """
 
 from __future__ import annotations
 
-import re
-from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import is_dataclass
-from enum import Enum
 from pathlib import Path
-from typing import Any, get_args
 
 from hydra import compose, version
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -26,18 +21,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import (
-    ConfigAttributeError,
-    ConfigKeyError,
-    InterpolationKeyError,
-    MissingMandatoryValue,
-    OmegaConfBaseException,
-)
+from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
 from peftbench.config import Run, conf_dir, resolve
-from peftbench.errors import UserError, meant, unknown
+from peftbench.errors import UserError, unknown
+from peftbench.overrides import apply_override, in_words
 from peftbench.validity import faults
 
 CONFIG_NAME = "train"
@@ -45,30 +34,37 @@ AND = "and"  # between the grids of one sweep
 ConfigStore.instance().store("schema", Run)
 
 
-def compose_runs(args: Namespace, *, reads_data: bool = True) -> list[Run]:
-    """The validated run, or all runs of a sweep, of a command line that Hydra's own parser has split.
+Point = tuple[list[str], Run]  # the overrides that make a run, and the run
+
+
+def compose_run(overrides: Sequence[str], *, config_dir: str | None = None, reads_data: bool = True) -> Run:
+    """The validated run of a command line. Arguments and errors are those of `compose_points`."""
+    ((_, run),) = compose_points(overrides, config_dir=config_dir, reads_data=reads_data)
+    return run
+
+
+def compose_points(
+    overrides: Sequence[str], *, multirun: bool = False, config_dir: str | None = None, reads_data: bool = True
+) -> list[Point]:
+    """The validated run, or with `multirun` all runs of a sweep, each with the overrides that make it.
 
     Args:
+        config_dir: a folder with groups of the user's own.
         reads_data: see `validity.faults`.
 
     Raises:
         UserError: with a sentence for every fault.
     """
-    return [run for _, run in compose_points(args, reads_data=reads_data)]
-
-
-def compose_points(args: Namespace, *, reads_data: bool = True) -> list[tuple[list[str], Run]]:
-    """Like `compose_runs`, each run with the overrides that make it."""
-    if args.config_dir is not None and not Path(args.config_dir).is_dir():
-        raise UserError(f"--config-dir {args.config_dir} is not a folder; give one with method/, task/ ... below it.")
-    grids = _grids(args.overrides)
-    if len(grids) > 1 and not args.multirun:
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise UserError(f"--config-dir {config_dir} is not a folder; give one with method/, task/ ... below it.")
+    grids = _grids(overrides)
+    if len(grids) > 1 and not multirun:
         raise UserError(f"{AND} joins grids to a sweep; add -m to run it.")
-    with _hydra(args.config_dir):
+    with _hydra(config_dir):
         loader = GlobalHydra.instance().config_loader()
         found: list[str] = []
-        runs: list[tuple[list[str], Run]] = []
-        for point in [point for grid in grids for point in _points_of(grid, args.multirun, loader)]:
+        runs: list[Point] = []
+        for point in [point for grid in grids for point in _points_of(grid, multirun, loader)]:
             try:
                 runs.append((point, _compose_one(point, loader, reads_data)))
             except UserError as error:
@@ -177,37 +173,24 @@ def _all_options(loader: ConfigLoader, group: str) -> list[str]:
 
 
 def _compose_one(overrides: list[str], loader: ConfigLoader, reads_data: bool) -> Run:
-    parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
     found: list[str] = []
-    groups: list[str] = []
+    groups: list[Override] = []
     values: list[Override] = []
-    for line, override in zip(overrides, parsed, strict=True):
-        if override.is_sweep_override():
-            hint = " A decimal has a point, as in budget=6.7%." if override.key_or_group == "budget" else ""
-            found.append(f"{line} names several values; add -m to run each of them.{hint}")
-            continue
+    for override in OverridesParser.create(config_loader=loader).parse_overrides(overrides):
         options = _all_options(loader, override.key_or_group)
-        if options and override.is_add() and override.package is None and (conf_dir() / override.key_or_group).is_dir():
-            found.append(f"{line}: {override.key_or_group} has its place in the config; leave out the +.")
-            continue
-        if options and not override.is_delete():
-            wrong = [unknown(_group_key(override), o, options) for o in _options(override) if o not in options]
+        if wrong := list(_override_faults(override, options)):
             found.extend(wrong)
-            if not wrong:
-                groups.append(line)
-        elif override.is_delete() or _is_hydras(override):
-            groups.append(line)
+        elif options or override.is_delete() or _is_hydras(override):
+            groups.append(override)
         else:
             values.append(override)
     try:
-        cfg = compose(CONFIG_NAME, overrides=groups)
-        for override in values:
-            sentence = apply(cfg, override)
-            found.extend([sentence] if sentence else [])
+        cfg = compose(CONFIG_NAME, overrides=[str(override.input_line) for override in groups])
+        found.extend(sentence for override in values if (sentence := apply_override(cfg, override)))
         run = resolve(cfg)
     except (HydraException, OmegaConfBaseException, MarkedYAMLError) as error:
-        raise UserError(*found, _plain(error)) from error
-    found.extend(_misnamed([override for override in parsed if override.input_line in groups], run))
+        raise UserError(*found, in_words(error)) from error
+    found.extend(_misnamed(groups, run))
     found.extend(faults(run, reads_data=reads_data))
     if run.budget is not None:
         found.extend(
@@ -221,10 +204,28 @@ def _compose_one(overrides: list[str], loader: ConfigLoader, reads_data: bool) -
     return run
 
 
-def _misnamed(parsed: list[Override], run: Run) -> Iterator[str]:
+def _override_faults(override: Override, options: list[str]) -> Iterator[str]:
+    """What is wrong with an override by itself; `options` are those of its group, if it names one."""
+    line, group = override.input_line, override.key_or_group
+    if override.is_sweep_override():
+        hint = " A decimal has a point, as in budget=6.7%." if group == "budget" else ""
+        yield f"{line} names several values; add -m to run each of them.{hint}"
+    elif options and override.is_add() and override.package is None and (conf_dir() / group).is_dir():
+        yield f"{line}: {group} has its place in the config; leave out the +."
+    elif options and not override.is_delete():
+        value = override.value()
+        for option in value if isinstance(value, list) else [value]:
+            if option is None:
+                choices = ", ".join(options)
+                yield f"{line} chooses nothing; leave {group} out for its default, or give one of: {choices}."
+            elif str(option) not in options:
+                yield unknown(override.get_key_element().lstrip("+"), option, options)
+
+
+def _misnamed(groups: list[Override], run: Run) -> Iterator[str]:
     """A copy of a preset that still has its name, by which folders and tables would know its runs."""
     names = {"method": ("method", run.method), "task": ("name", run.task.name)}
-    given = {override.key_or_group: override.value() for override in parsed}
+    given = {override.key_or_group: override.value() for override in groups}
     for group, (key, name) in names.items():
         if group in given and "row" not in given and given[group] != name:
             yield f"{group}/{given[group]}.yaml has {key}: {name}; write {key}: {given[group]}, the name of its file."
@@ -232,109 +233,3 @@ def _misnamed(parsed: list[Override], run: Run) -> Iterator[str]:
 
 def _is_hydras(override: Override) -> bool:
     return override.key_or_group.split(".")[0].split("/")[0] == "hydra"
-
-
-def _group_key(override: Override) -> str:
-    return override.get_key_element().lstrip("+")
-
-
-def _options(override: Override) -> list[str]:
-    value = override.value()
-    chosen = value if isinstance(value, list) else [value]
-    return [str(option) for option in chosen if option is not None]
-
-
-def apply(cfg: DictConfig, override: Override) -> str | None:
-    """Set one key of `cfg`; the sentence that says what is wrong with it, or None."""
-    return put(cfg, override.key_or_group, override.value(), force_add=_may_grow(cfg, override))
-
-
-def put(cfg: DictConfig, key: str, value: Any, force_add: bool = False) -> str | None:
-    """Like `apply`, of a key and its value."""
-    group = key.partition(".")[0]
-    if group != key and group in cfg and OmegaConf.select(cfg, group) is None:
-        return f"{key}={value} needs a {group}; give {group}= as well."
-    try:
-        OmegaConf.update(cfg, key, value, merge=True, force_add=force_add)
-    except (ConfigKeyError, ConfigAttributeError):
-        return _unknown_key(cfg, key, value)
-    except OmegaConfBaseException as error:
-        return _bad_value(cfg, key, value, error)
-    return None
-
-
-def _may_grow(cfg: DictConfig, override: Override) -> bool:
-    """Whether +KEY=VALUE adds to a mapping of free keys, such as task.data_files; in a schema + adds nothing."""
-    parent = OmegaConf.select(cfg, override.key_or_group.rpartition(".")[0])
-    is_mapping = isinstance(parent, DictConfig) and not is_dataclass(OmegaConf.get_type(parent))
-    return is_mapping and (override.is_add() or override.is_force_add())
-
-
-def _unknown_key(cfg: DictConfig, key: str, value: object) -> str:
-    """`key` is in no schema: name the part that is wrong and what stands at its level."""
-    parts = key.split(".")
-    for depth in range(len(parts)):
-        parent = cfg if depth == 0 else OmegaConf.select(cfg, ".".join(parts[:depth]))
-        if not isinstance(parent, DictConfig):
-            return f"{key}={value}: {'.'.join(parts[:depth])} is a single value and has no keys below it."
-        if parts[depth] not in parent:
-            choices = sorted(str(name) for name in parent if depth or name not in ("sizes", "size"))
-            if parts[0] == "mix" and depth == 1 and not choices:
-                return f"{key}={value}: there is no {parts[1]} in the mixture; add one, such as mix=[prefix]."
-            at = f" (in {'.'.join(parts[:depth])})" if depth else ""
-            return f"{key} is no key of the config{at}{_one_level_below(cfg, key) or meant(parts[depth], choices)}"
-    return f"{key}={value} does not fit the config."
-
-
-def _one_level_below(cfg: DictConfig, key: str) -> str | None:
-    """How the sentence ends where `key` is one of the trainer, the task or the model, typed without that name."""
-    for group in ("trainer", "task", "model"):
-        if key.partition(".")[0] in cfg[group]:
-            return f"; did you mean {group}.{key}?"
-    return None
-
-
-def _bad_value(cfg: DictConfig, key: str, value: object, error: OmegaConfBaseException) -> str:
-    if OmegaConf.is_list(OmegaConf.select(cfg, key)) and isinstance(value, (str, int, float)):
-        return f"{key}={value}: a list is expected, as in {key}=[{value}]."
-    kind = _type_of(cfg, key)
-    if kind is not None and issubclass(kind, Enum):
-        return unknown(key, value, kind.__members__)
-    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    if kind in wanted:
-        return f"{key}={value}: {wanted[kind]} is expected."
-    return f"{key}={value}: {_plain(error)}"
-
-
-def _type_of(cfg: DictConfig, key: str) -> type | None:
-    """The type that the schema gives a key, where the key exists."""
-    node = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
-    if not isinstance(node, DictConfig):
-        return None
-    child = node._get_node(key.rpartition(".")[2])
-    kind = getattr(getattr(child, "_metadata", None), "ref_type", None)
-    kind = next((t for t in get_args(kind) if t is not type(None)), kind)  # X | None -> X
-    return kind if isinstance(kind, type) else None
-
-
-def _plain(error: Exception) -> str:
-    """A message of Hydra or OmegaConf as one sentence."""
-    if isinstance(error, InterpolationKeyError) and "task.paper" in str(error):
-        return "trainer=paper: this task has no settings in the paper; use trainer=quick."
-    if isinstance(error, MarkedYAMLError):
-        mark = error.problem_mark
-        where = f"{mark.name.removeprefix('file://')}:{mark.line + 1}" if mark is not None else "A file"
-        return f"{where} is no YAML: {error.problem}."
-    if found := re.match(r"In '(.+)': \w+ raised while composing config:\n(?:Key '(.+)' not in)?(.*)", str(error)):
-        file, key, other = found.groups()
-        return f"{file}.yaml: {key} is no key of the config there." if key else f"{file}.yaml: {other}."
-    if "Could not override" in str(error) and "@" in str(error):
-        return f"{_one_line(error)} A file that overrides groups begins with the line # @package _global_."
-    if isinstance(error, MissingMandatoryValue):
-        return f"{getattr(error, 'full_key', '')} has no value; give one."
-    return _one_line(error)
-
-
-def _one_line(error: Exception) -> str:
-    text = str(error).split("\n    full_key:")[0].split("\nConfig search path")[0]
-    return re.sub(r"\s+", " ", text).strip()

@@ -8,6 +8,7 @@ Which combinations mean something is said in `axes.py`.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -266,7 +267,9 @@ class Search:
     name: str = MISSING
     keys: dict[str, Variation] = field(default_factory=dict)
     seed: int | None = None  # of the trials; null: the first seed of the sweep
-    trial: int | None = None  # this run is that one of the trials, counted from 0; null: it takes the best one's values
+    trial: int | None = (
+        None  # the run is this one of the trials, counted from 0; null: it takes the best trial's values
+    )
 
 
 @dataclass
@@ -327,6 +330,24 @@ def modifications(run: Run) -> dict[str, Modification]:
         found[""] = run
     found.update({f"mix.{name}.": modification for name, modification in run.mix.items()})
     return found
+
+
+def module_name(prefix: str) -> str:
+    """The name of a modification's modules in the model: NAME for "mix.NAME.", "modification" for the root's."""
+    return prefix.split(".")[1] if prefix else "modification"
+
+
+def value_at(run: Run, key: str) -> Any:
+    """The value of a dotted key. Raises AttributeError, or in a mapping KeyError, where there is none."""
+    node: Any = run
+    for part in key.split("."):
+        node = node[part] if isinstance(node, dict) else getattr(node, part)
+    return node
+
+
+def by_key(overrides: Iterable[str]) -> dict[str, str]:
+    """The values of overrides KEY=VALUE, as typed, by their keys without a +."""
+    return dict(word.lstrip("+").split("=", 1) for word in overrides if "=" in word)
 
 
 def resolve(cfg: DictConfig) -> Run:

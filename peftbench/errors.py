@@ -1,12 +1,12 @@
-"""The one exception a user is meant to see, and the sentence it carries.
+"""What a user is told of a mistake: plain sentences that say what is wrong, by the key as typed, and what is right.
 
-`UserError` holds one or more plain sentences: what is wrong, in the key as typed, and what would be right.
-The command line prints them without a traceback and exits with code 2.
+`UserError` holds them. The command line prints them without a traceback and exits with code 2.
 """
 
 from __future__ import annotations
 
 import errno
+import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -17,6 +17,12 @@ class UserError(Exception):
     def __init__(self, *faults: str) -> None:
         super().__init__("\n".join(faults))
         self.faults = list(faults)
+
+
+def print_faults(faults: Iterable[str]) -> None:
+    """One plain sentence a line, on stderr."""
+    for sentence in faults:
+        print(f"peftbench: {sentence}", file=sys.stderr)
 
 
 # A full disk, and places that cannot be written to or read: what is wrong there is wrong outside of peftbench.

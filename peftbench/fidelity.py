@@ -1,8 +1,8 @@
 """Where the paper's text and its released code differ, one switch for each place. Imports no torch.
 
-The code is jxhe/unify-parameter-efficient-tuning at 3222ce2; docs/fidelity.md has the lines. What it does otherwise is
-nearly always another point of the four axes, or another option of one: `with_deviations` rewrites a run's modifications
-so, and neither `attach` nor a layer knows that there are two readings. Two switches are no matter of a modification:
+The code is jxhe/unify-parameter-efficient-tuning at 3222ce2; docs/fidelity.md has the lines. Where it differs, it is
+nearly always at another point of the four axes, or has another option of one: `with_deviations` rewrites a run's
+modifications, so that neither `attach` nor a layer knows of two readings. Two switches are not about a modification:
 `attach` leaves the task head frozen, and `modification/dead_parameters.py` counts dead parameters.
 """
 
@@ -26,6 +26,7 @@ from peftbench.config import (
     TaskKind,
     Unfreeze,
     modifications,
+    module_name,
 )
 from peftbench.errors import UserError
 
@@ -55,7 +56,7 @@ class Switch:
 
 
 def with_deviations(run: Run, model_type: str) -> tuple[Run, list[Deviation]]:
-    """The run on a backbone of this `model_type` with the code's ways put in, and the switches that touch it.
+    """The run as the released code would have it on a backbone of this `model_type`, and the switches that touch it.
 
     Raises:
         UserError: a switch that was set by itself, not with its set, does not touch the run.
@@ -105,7 +106,7 @@ def _apply(run: Run, model_type: str | None) -> tuple[Run, list[str]]:
             continue
         found[prefix], *ffn = after
         for part in ffn:
-            name = f"{prefix.split('.')[1] if prefix else 'modification'}_ffn"
+            name = f"{module_name(prefix)}_ffn"
             while name in run.mix:
                 name += "_"
             found[f"mix.{name}."] = part
@@ -131,7 +132,7 @@ def _bare(m: Modification) -> Modification:
 def _with(run: Run, found: Mapping[str, Modification]) -> Run:
     """The run with other modifications, by the prefix of their keys."""
     root = {item.name: getattr(found.get("", run), item.name) for item in fields(Modification)}
-    return replace(run, **root, mix={prefix.split(".")[1]: m for prefix, m in found.items() if prefix})
+    return replace(run, **root, mix={module_name(prefix): m for prefix, m in found.items() if prefix})
 
 
 def _is_adapter(m: Modification, *places: Representation, insertion: Insertion | None = None) -> bool:

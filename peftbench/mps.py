@@ -1,9 +1,9 @@
 """NVIDIA's Multi-Process Service (`mps`): the runs of a sweep that share a GPU compute on it side by side.
 
-Without it a GPU gives each process a slice of its time. A daemon of our own is there for as long as a sweep's workers,
-its pipes in a folder that no one else looks into; workers find it by their environment. Imports no torch.
+Without it a GPU gives each process a slice of its time. A daemon of our own runs for as long as a sweep's workers. Its
+pipes lie in a folder of its own, which the workers find by their environment. Imports no torch.
 
-    python -m peftbench.mps    does what each CUDA program does first, and says what hinders it
+    python -m peftbench.mps    starts CUDA as every CUDA program does, and prints why that fails
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ PARENT = DEFAULT_PIPES.parent
 ERROR = "CUDA error"
 NOT_READY = 807  # CUDA_ERROR_MPS_SERVER_NOT_READY: it starts, or waits for its clients to end, of which one has failed
 PATIENCE = 60.0  # seconds for the daemon to start, and for its server to be ready
-# What a shell does when its input ends. With -t the servers of clients that hang are ended too, after 10 seconds.
+# The shell waits here until its input ends. With -t, servers whose clients hang are ended too, after 10 seconds.
 AT_THE_END = f'cat; echo "quit -t 10" | {CONTROL}; rm -rf "${PIPES}"'
 QUIT_S = 20.0
 
 
-class NotToBeHadError(Exception):
-    """Why runs cannot share their GPUs."""
+class UnusableError(Exception):
+    """Why runs cannot share their GPUs through MPS."""
 
 
 def wanted(mode: bool | str, places: Sequence[Mapping[str, str]]) -> bool:
@@ -67,7 +67,9 @@ def wanted(mode: bool | str, places: Sequence[Mapping[str, str]]) -> bool:
 
 @contextmanager
 def shared(mode: bool | str, places: Sequence[Mapping[str, str]], logs: Path) -> Iterator[list[dict[str, str]]]:
-    """The places, with what makes workers there share their GPUs where `mode` wants it; a context, as long as they do.
+    """A context in which workers at these places can share their GPUs, if `mode` wants it.
+
+    Gives the places, with what the workers then need in their environment.
 
     Args:
         logs: the folder for what the daemon and its server say, `mps/control.log` and `mps/server.log`.
@@ -80,19 +82,19 @@ def shared(mode: bool | str, places: Sequence[Mapping[str, str]], logs: Path) ->
         if wanted(mode, places):
             try:
                 own = stack.enter_context(_daemon(places, logs / "mps"))
-            except NotToBeHadError as error:
+            except UnusableError as error:
                 if mode is True:
                     raise UserError(f"mps=true: {error}; mps=false trains without it.") from None
         yield [{**place, **own} for place in places]
 
 
 def await_gpu(place: Mapping[str, str]) -> None:
-    """Return when a process at this place can use its GPU, at once where MPS has no part in that.
+    """Wait until a process at this place can use its GPU through MPS; returns at once where the place has no MPS.
 
     A server that takes no clients makes torch see no GPU, and a run would train on the CPU instead.
 
     Raises:
-        NotToBeHadError: it cannot, or not within `PATIENCE`.
+        UnusableError: it cannot, or not within `PATIENCE`.
     """
     if PIPES not in place:
         return
@@ -108,17 +110,17 @@ def await_gpu(place: Mapping[str, str]) -> None:
                 timeout=PATIENCE,
             )
         except subprocess.TimeoutExpired:
-            raise NotToBeHadError(f"no answer within {PATIENCE:.0f} s") from None
+            raise UnusableError(f"no answer within {PATIENCE:.0f} s") from None
         if asked.returncode == 0:
             return
         said = asked.stdout.strip() or f"exit code {asked.returncode}"
         if not said.startswith(f"{ERROR} {NOT_READY}:") or time.monotonic() > deadline:
-            raise NotToBeHadError(said)
+            raise UnusableError(said)
         time.sleep(1)
 
 
 def _users_own() -> bool:
-    """Whether the workers find a daemon that is there already: a folder that is named, or one that listens."""
+    """Whether there is a daemon of the user's: one whose folder the environment names, or one that listens."""
     if PIPES in os.environ:
         return True
     if not hasattr(socket, "AF_UNIX"):
@@ -137,11 +139,11 @@ def _users_own() -> bool:
 def _daemon(places: Sequence[Mapping[str, str]], logs: Path) -> Iterator[dict[str, str]]:
     """A daemon for the GPUs of these places, and what its clients find in their environment.
 
-    A shell waits for our end of a pipe to close, and then quits it: when the context ends, however it does, and also
-    when we are killed. It is of another session, where a terminal's Ctrl-C does not reach it.
+    A shell waits for our end of a pipe to close and then quits the daemon: when the context ends, or when we are
+    killed. The shell is in a session of its own, where a terminal's Ctrl-C does not reach it.
 
     Raises:
-        NotToBeHadError: it does not start, or lets nobody at a GPU.
+        UnusableError: it does not start, or lets nobody at a GPU.
     """
     logs = logs.resolve()  # the daemon has another working directory
     logs.mkdir(parents=True, exist_ok=True)
@@ -161,8 +163,8 @@ def _daemon(places: Sequence[Mapping[str, str]], logs: Path) -> Iterator[dict[st
         for gpu in gpus:
             try:
                 await_gpu({**own, "CUDA_VISIBLE_DEVICES": gpu})
-            except NotToBeHadError as error:
-                raise NotToBeHadError(f"GPU {gpu} cannot be used through it ({error}; see {logs})") from None
+            except UnusableError as error:
+                raise UnusableError(f"GPU {gpu} cannot be used through it ({error}; see {logs})") from None
         yield own
     finally:
         keeper.stdin.close()
@@ -191,12 +193,12 @@ def _start(gpus: Sequence[str], own: Mapping[str, str]) -> None:
             timeout=PATIENCE,
         )
     except subprocess.TimeoutExpired:
-        raise NotToBeHadError(f"{CONTROL} -d did not come back within {PATIENCE:.0f} s") from None
+        raise UnusableError(f"{CONTROL} -d did not come back within {PATIENCE:.0f} s") from None
     except OSError as error:
-        raise NotToBeHadError(f"{CONTROL} cannot be started ({error.strerror})") from None
+        raise UnusableError(f"{CONTROL} cannot be started ({error.strerror})") from None
     if started.returncode:
         said = " ".join(started.stdout.split()) or "without a word"
-        raise NotToBeHadError(f"{CONTROL} -d ended with exit code {started.returncode} ({said})")
+        raise UnusableError(f"{CONTROL} -d ended with exit code {started.returncode} ({said})")
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ def chosen_device(settings: config.Trainer) -> torch.device:
 
 
 def use_bf16(settings: config.Trainer) -> bool:
-    """Whether to compute in bfloat16: asked for, or there for the taking."""
+    """Whether to compute in bfloat16: `precision=bf16`, or `auto` on a GPU that has it."""
     if settings.precision is not config.Precision.auto:
         return settings.precision is config.Precision.bf16
     return chosen_device(settings).type == "cuda" and torch.cuda.is_bf16_supported()

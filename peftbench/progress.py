@@ -22,7 +22,7 @@ QUIET_FOR = 15.0  # seconds between two plain lines
 
 
 def is_live(console: Console) -> bool:
-    """Whether somebody watches who can be shown what moves: a terminal that can, and not that of a CI job."""
+    """Whether a display that moves can be shown: on an interactive terminal, but not in a CI job."""
     return console.is_interactive and not os.environ.get("CI")
 
 
@@ -44,15 +44,15 @@ class Stage:
             self.display.console.print(f"{self.name}: {self.done}/{self.total} {self.note}".rstrip())
 
     def say(self, note: str) -> None:
-        """Put a short note, such as the loss, beside the bar."""
+        """Show a short note, such as the loss, beside the bar."""
         self.note = note
         self.display.progress.update(self.task, note=note)
 
 
 class Display:
-    """The progress of one run. `console` is where it is shown; what is not a terminal gets a line now and then.
+    """The progress of one run on `console`: bars on a terminal, elsewhere a line now and then.
 
-    With `within_another`, `progress` is shown by a larger display, that of a sweep, and the run prints nothing.
+    With `within_another` the run prints nothing, and the display of its sweep shows `progress`.
     """
 
     def __init__(self, console: Console, within_another: bool = False) -> None:

@@ -13,19 +13,19 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from hydra._internal.utils import get_args_parser
 from rich.console import Console
 
 from peftbench.compose import compose_points
-from peftbench.config import Run, conf_dir
+from peftbench.config import Run, by_key, conf_dir
 from peftbench.errors import UserError, unknown
-from peftbench.hydra_app import run as train
+from peftbench.hydra_app import main as train
 from peftbench.hydra_app import solved
 from peftbench.results.choice import known
 from peftbench.results.columns import Column, duration
+from peftbench.results.differences import differing
 from peftbench.results.identity import run_dir
-from peftbench.results.paper import is_backbone, paper_scores
-from peftbench.results.record import Record, differing, find, load_records
+from peftbench.results.paper import is_the_papers, paper_scores
+from peftbench.results.record import Record, find, load_records
 from peftbench.results.table import show_table
 from peftbench.search import phases
 
@@ -69,16 +69,16 @@ def main(argv: list[str]) -> int:
     if arguments.table not in names:
         raise UserError(unknown("table", arguments.table, names))
 
-    sweep = ["-m", f"experiment=paper/{arguments.table}", *arguments.overrides]
-    points = solved(phases(compose_points(get_args_parser().parse_args(sweep)))[1])
-    code = 0 if arguments.dry_run else train(sweep)
+    overrides = [f"experiment=paper/{arguments.table}", *arguments.overrides]
+    points = solved(phases(compose_points(overrides, multirun=True))[1])
+    code = 0 if arguments.dry_run else train(["-m", *overrides])
     _show(lines(arguments.table, [(overrides, known(run)) for overrides, run in points]), Console())
     return code
 
 
 def lines(table: str, points: Sequence[tuple[list[str], Run]]) -> list[Line]:
     """A line for each run, with what is known of it."""
-    given = [dict(word.split("=", 1) for word in overrides if "=" in word) for overrides, _ in points]
+    given = [by_key(overrides) for overrides, _ in points]
     keys = differing(given) or ["row"]
     others = _records(Path(points[0][1].output_dir).expanduser())
     found = []
@@ -118,7 +118,7 @@ def _show(table: Sequence[Line], console: Console) -> None:
     keys = list(dict.fromkeys(key for line in table for key in line.settings))
     columns = [Column[Line](key, key, partial(_setting, key), words=True) for key in keys]
     columns += [
-        Column("status", "status", _status, words=True, wrap=11),
+        Column("status", "status", lambda line: line.record.outcome if line.record else "missing", words=True, wrap=11),
         Column("time", "time", _time),
         Column("metric", "metric", lambda line: line.run.task.metric, words=True, dispensable=1),
         Column("paper", "paper", lambda line: _two(line.paper)),
@@ -145,12 +145,6 @@ def _setting(key: str, line: Line) -> str:
     return line.settings.get(key, "")
 
 
-def _status(line: Line) -> str:
-    if line.record is None:
-        return "missing"
-    return f"{line.record.status}: {line.record.error.name}" if line.record.error else line.record.status
-
-
 def _time(line: Line) -> str:
     if line.seconds is None:
         return ""
@@ -158,10 +152,7 @@ def _time(line: Line) -> str:
 
 
 def _difference(line: Line) -> str:
-    """Of runs that are the paper's: its backbone, and the whole of the data."""
-    run = line.run
-    whole = run.debug is None and run.task.max_train is None and run.task.max_eval is None
-    if line.ours is None or line.paper is None or not whole or not is_backbone(run.model.name):
+    if line.record is None or line.ours is None or line.paper is None or not is_the_papers(line.record):
         return ""
     return f"{line.ours - line.paper:+.2f}"
 

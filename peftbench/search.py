@@ -15,16 +15,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from peftbench.compose import put
-from peftbench.config import Run, Search, Variation
+from peftbench.compose import Point
+from peftbench.config import Run, Search, Variation, by_key, value_at
 from peftbench.errors import UserError
+from peftbench.overrides import set_key
 from peftbench.results.identity import IGNORED, run_hash
 from peftbench.validity import faults
 
 # Beside what changes no result: other data or another backbone would make the scores of trials incomparable.
 NOT_SEARCHED = ("task", "model", "method", "fidelity", "debug", "seed", "search")
-
-Point = tuple[list[str], Run]  # the overrides that make a run, and the run
 
 
 def values(run: Run, search: Search) -> dict[str, list[Any]]:
@@ -61,14 +60,6 @@ def trials(run: Run) -> list[Run]:
             trial = _changed(trial, key.split("."), value)
         found.append(trial)
     return found
-
-
-def value_at(run: Run, key: str) -> Any:
-    """The value of a dotted key."""
-    node: Any = run
-    for part in key.split("."):
-        node = node[part] if isinstance(node, dict) else getattr(node, part)
-    return node
 
 
 def _changed(node: Any, path: Sequence[str], value: Any) -> Any:
@@ -112,18 +103,18 @@ def _key_faults(key: str, variation: Variation, cfg: DictConfig, run: Run) -> li
     except KeyError as missing:
         return [f"{key} is no key of method={run.method}, which has no {missing.args[0]}."]
     except AttributeError:
-        return [put(cfg, key, None) or f"{key} is no key of the config."]
+        return [set_key(cfg, key, None) or f"{key} is no key of the config."]
     if bool(variation.times) == bool(variation.values):
         return [f"{key} needs either times (multiples of the value that it has) or values."]
     if variation.times and (isinstance(base, bool) or not isinstance(base, int | float)):
         return [f"{key} has no number for method={run.method} that could be multiplied; give it values."]
-    return [fault for value in variation.values or [] if (fault := put(cfg.copy(), key, value))]
+    return [fault for value in variation.values or [] if (fault := set_key(cfg.copy(), key, value))]
 
 
 def check(points: Sequence[Point]) -> None:
     """Raises UserError where a point's search is wrong, or where a grid goes over what the search chooses: where points
     differ in nothing else."""
-    given = [dict(word.lstrip("+").split("=", 1) for word in overrides if "=" in word) for overrides, _ in points]
+    given = [by_key(overrides) for overrides, _ in points]
     found = [sentence for _, run in points for sentence in search_faults(run)]
     for typed, (_, run) in zip(given, points, strict=True):
         if run.search is None:

@@ -34,25 +34,12 @@ from peftbench.params.solve import solve
 from peftbench.precision import chosen_device, use_autocast, with_dtype
 from peftbench.progress import Display
 from peftbench.results.choice import settled
-from peftbench.results.columns import typed
+from peftbench.results.fields import typed
 from peftbench.results.identity import run_dir
 from peftbench.results.lock import holding
-from peftbench.results.record import (
-    CHECKPOINTS,
-    Counts,
-    Record,
-    Score,
-    Searched,
-    Selection,
-    append_metrics,
-    axes_of,
-    find,
-    finished,
-    forget_refused,
-    recording,
-    rewind_metrics,
-    write_predictions,
-)
+from peftbench.results.record import Counts, Record, Score, Searched, Selection, find, finished
+from peftbench.results.recording import axes_of, forget_refused, recording
+from peftbench.results.run_files import CHECKPOINTS, append_metrics, rewind_metrics, write_predictions
 from peftbench.results.table import single_row
 from peftbench.search import search_faults
 from peftbench.tasks.base import TaskData

@@ -7,8 +7,9 @@ a table of rules in axes.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from peftbench.axes import axes, refusals
 from peftbench.budget import limit
@@ -27,6 +28,7 @@ from peftbench.config import (
     Unfreeze,
     modifications,
     task_files,
+    value_at,
 )
 from peftbench.errors import UserError, unknown
 from peftbench.fidelity import idle_switches
@@ -36,18 +38,8 @@ EMBEDDED = Path(__file__).resolve().parent  # the folder of the backbones that s
 METRICS = {
     TaskKind.classification: ("accuracy", "f1", "macro_f1", "matthews"),
     TaskKind.regression: ("pearson", "spearman"),
-    TaskKind.text_to_text: (
-        "rouge1",
-        "rouge2",
-        "rougeL",
-        "rougeLsum",
-        "bleu",
-        "chrf",
-        "bleu_ro",
-        "exact_match",
-    ),
+    TaskKind.text_to_text: ("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "chrf", "bleu_ro", "exact_match"),
 }
-
 
 BASELINES = {
     TaskKind.classification: ("majority", "head"),
@@ -56,90 +48,80 @@ BASELINES = {
 }
 
 
+def _is_count(value: str) -> bool:
+    return value.isdecimal() and int(value) > 0
+
+
+# Keys, what holds of their values (where they are not null), and the sentence that says so.
+RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (
+        (
+            "trainer.batch_size",
+            "trainer.batch_tokens",
+            "trainer.accumulation",
+            "trainer.eval_batch_size",
+            "trainer.eval_batch_tokens",
+            "trainer.max_steps",
+            "trainer.evaluate_every",
+            "task.max_train",
+            "task.max_selection",
+            "task.max_eval",
+            "task.max_source_length",
+            "task.max_target_length",
+            "task.generation.num_beams",
+            "task.generation.max_length",
+        ),
+        lambda number: number >= 1,
+        "it must be a whole number of at least 1",
+    ),
+    # What numpy's generator takes.
+    (("seed",), lambda number: 0 <= number < 2**32, "it must be a whole number from 0 to 4294967295"),
+    (("jobs",), lambda jobs: jobs == "auto" or _is_count(jobs), "it must be a whole number of at least 1, or auto"),
+    (
+        ("mps", "trainer.padding_free", "trainer.graphs"),
+        lambda switch: switch in (True, False, "auto"),
+        "it must be auto, true or false",
+    ),
+    (
+        ("trainer.micro_batch",),
+        lambda examples: examples == "auto" or _is_count(examples),
+        "it must be a whole number of at least 1, auto or null",
+    ),
+    (("trainer.learning_rate", "trainer.epochs"), lambda number: 0 < number < math.inf, "it must be a number above 0"),
+    (("trainer.warmup", "trainer.label_smoothing"), lambda share: 0 <= share < 1, "it lies in [0, 1)"),
+    (
+        ("trainer.weight_decay", "trainer.max_grad_norm", "trainer.epsilon", "trainer.checkpoint_minutes"),
+        lambda number: 0 <= number < math.inf,
+        "it must be a number of at least 0",
+    ),
+)
+
+
 def faults(run: Run, *, reads_data: bool = True) -> list[str]:
     """All that is wrong with `run`, one plain sentence each; an empty list where it can run.
 
-    Without `reads_data` it is only to be counted, for which a task needs no data.
+    Without `reads_data` the run is only counted, for which a task needs no data.
     """
-    found = [sentence for prefix, m in modifications(run).items() for sentence in refusals(prefix, m)]
-    if run.functional_form.name == "none" and any(axis != "none" for axis in axes(run)):
-        found.extend(refusals("", run))
-    found.extend(_budget_faults(run))
-    found.extend(_number_faults(run))
-    found.extend(_path_faults(run))
-    found.extend(_source_faults(run.task, reads_data))
-    found.extend(_data_faults(run.task))
-    if run.unfreeze is not Unfreeze.none and run.model.dtype is DType.bfloat16:
-        found.append(
-            f"unfreeze={run.unfreeze.name} trains the backbone's own parameters, which must then be float32; set "
-            "model.dtype=float32."
-        )
-    if run.trainer.precision is Precision.fp32 and run.model.dtype is DType.bfloat16:
-        found.append(
-            "trainer.precision=fp32 with model.dtype=bfloat16: a bfloat16 backbone computes in bfloat16; set "
-            "trainer.precision=auto, or model.dtype=float32."
-        )
-    if run.trainer.graphs is True:
-        for key, value in unrecordable(run.trainer).items():
-            found.append(
-                f"trainer.graphs=true with trainer.{key}: a CUDA graph is of a whole batch that fits in memory; use "
-                f"trainer.graphs=false, or trainer.{key}={value}."
-            )
-    if run.trainer.graphs is True and run.trainer.device is Device.cpu:
-        found.append("trainer.graphs=true with trainer.device=cpu: CUDA graphs need a GPU; use trainer.graphs=false.")
+    return [
+        *_axes_faults(run),
+        *_budget_faults(run),
+        *_number_faults(run),
+        *_path_faults(run),
+        *_source_faults(run.task, reads_data),
+        *_data_faults(run.task),
+        *_dtype_faults(run),
+        *_trainer_faults(run),
+        *_nothing_to_train(run),
+        *idle_switches(run),
+        *_metric_faults(run.task),
+    ]
+
+
+def _axes_faults(run: Run) -> Iterator[str]:
     for prefix, m in modifications(run).items():
-        if run.trainer.padding_free is True and m.modified_representation.name is Representation.embedding:
-            found.append(
-                f"trainer.padding_free=true with {prefix}modified_representation=embedding: prompts join a batch "
-                "behind its embeddings; use trainer.batching=bucketed, which has little padding."
-            )
-    if run.trainer.batching is Batching.bucketed and run.trainer.batch_tokens is not None:
-        found.append(
-            f"trainer.batching=bucketed with trainer.batch_tokens={run.trainer.batch_tokens}: batches by tokens have "
-            "like lengths already; leave trainer.batching out, or set trainer.batch_tokens=null."
-        )
-    if run.trainer.compile is not Compile.none and run.trainer.gradient_checkpointing:
-        found.append(
-            f"trainer.compile={run.trainer.compile.name} with trainer.gradient_checkpointing=true is not supported; "
-            "set one of them to none or false."
-        )
-    if run.trainer.label_smoothing and run.task.kind is TaskKind.regression:
-        found.append(
-            f"trainer.label_smoothing={run.trainer.label_smoothing} with task={run.task.name}: a number is predicted, "
-            "and there are no labels among which probability could be spread; set trainer.label_smoothing=0."
-        )
-    nothing = not run.mix and all(axis == "none" for axis in axes(run)) and run.unfreeze is Unfreeze.none
-    if nothing and run.task.kind is not TaskKind.text_to_text and run.fidelity.frozen_task_head:
-        found.append(
-            f"fidelity.frozen_task_head=true with method={run.method} leaves nothing to train; use "
-            "fidelity.frozen_task_head=false, or a method that changes the backbone, such as method=lora."
-        )
-    found.extend(idle_switches(run))
-    if nothing and run.task.kind is TaskKind.text_to_text:
-        found.append(
-            f"method={run.method} with task={run.task.name} leaves nothing to train: a task that writes text has no "
-            "head; use a method that changes the backbone, such as method=lora or method=full."
-        )
-    for baseline in run.task.baselines:
-        if baseline not in BASELINES[run.task.kind]:
-            found.append(unknown("task.baselines", baseline, BASELINES[run.task.kind]))
-    if run.task.metric not in METRICS[run.task.kind]:
-        found.append(unknown("task.metric", run.task.metric, METRICS[run.task.kind]))
-    selected_by = run.task.selection_metric
-    selectors = (run.task.metric, *([LOSS] if run.task.kind is TaskKind.text_to_text else []))
-    if selected_by is not None and selected_by not in selectors:
-        found.append(unknown("task.selection_metric", selected_by, selectors))
-    return found
-
-
-def unrecordable(trainer: Trainer) -> dict[str, str]:
-    """The keys that keep a step from being recorded as a CUDA graph, each with the value that it would need."""
-    needed = {
-        "gradient_checkpointing": ("false", trainer.gradient_checkpointing),
-        "micro_batch": ("null", trainer.micro_batch is not None),
-        "accumulation": ("1", trainer.accumulation > 1),
-    }
-    return {key: value for key, (value, hinders) in needed.items() if hinders}
+        yield from refusals(prefix, m)
+    if run.functional_form.name == "none" and any(axis != "none" for axis in axes(run)):
+        yield from refusals("", run)
 
 
 def _budget_faults(run: Run) -> Iterator[str]:
@@ -222,67 +204,109 @@ def _data_faults(task: Task) -> Iterator[str]:
 
 
 def _number_faults(run: Run) -> Iterator[str]:
-    trainer, task = run.trainer, run.task
-    at_least_one = {
-        "trainer.batch_size": trainer.batch_size,
-        "trainer.batch_tokens": trainer.batch_tokens,
-        "trainer.accumulation": trainer.accumulation,
-        "trainer.eval_batch_size": trainer.eval_batch_size,
-        "trainer.eval_batch_tokens": trainer.eval_batch_tokens,
-        "trainer.max_steps": trainer.max_steps,
-        "trainer.evaluate_every": trainer.evaluate_every,
-        "task.max_train": task.max_train,
-        "task.max_selection": task.max_selection,
-        "task.max_eval": task.max_eval,
-        "task.max_source_length": task.max_source_length,
-        "task.max_target_length": task.max_target_length,
-        "task.generation.num_beams": task.generation.num_beams,
-        "task.generation.max_length": task.generation.max_length,
-    }
-    for key, number in at_least_one.items():
-        if number is not None and number < 1:
-            yield f"{key}={number}: it must be a whole number of at least 1."
-    if not 0 <= run.seed < 2**32:  # what numpy's generator takes
-        yield f"seed={run.seed}: it must be a whole number from 0 to 4294967295."
-    if run.jobs != "auto" and not (run.jobs.isdecimal() and int(run.jobs) > 0):
-        yield f"jobs={run.jobs}: it must be a whole number of at least 1, or auto."
-    for key, switch in (
-        ("mps", run.mps),
-        ("trainer.padding_free", trainer.padding_free),
-        ("trainer.graphs", trainer.graphs),
-    ):
-        if isinstance(switch, str) and switch != "auto":
-            yield f"{key}={switch}: it must be auto, true or false."
-    micro = trainer.micro_batch
-    if micro not in (None, "auto") and not (micro.isdecimal() and int(micro) > 0):
-        yield f"trainer.micro_batch={micro}: it must be a whole number of at least 1, auto or null."
-    elif micro not in (None, "auto") and trainer.batch_tokens is not None:
-        yield (
-            f"trainer.micro_batch={micro} with trainer.batch_tokens={trainer.batch_tokens}: such batches have no fixed "
-            "number of examples; use trainer.micro_batch=auto."
-        )
-    for key, value in {"trainer.learning_rate": trainer.learning_rate, "trainer.epochs": trainer.epochs}.items():
-        if not 0 < value < math.inf:
-            yield f"{key}={value}: it must be a number above 0."
-    for key, share in {"trainer.warmup": trainer.warmup, "trainer.label_smoothing": trainer.label_smoothing}.items():
-        if not 0 <= share < 1:
-            yield f"{key}={share}: it lies in [0, 1)."
-    at_least_zero = {
-        "trainer.weight_decay": trainer.weight_decay,
-        "trainer.max_grad_norm": trainer.max_grad_norm,
-        "trainer.epsilon": trainer.epsilon,
-        "trainer.checkpoint_minutes": trainer.checkpoint_minutes,
-    }
-    for key, value in at_least_zero.items():
-        if not 0 <= value < math.inf:
-            yield f"{key}={value}: it must be a number of at least 0."
+    for keys, holds, sentence in RANGES:
+        for key in keys:
+            value = value_at(run, key)
+            if value is not None and not holds(value):
+                yield f"{key}={value}: {sentence}."
     for prefix, m in modifications(run).items():
         if not math.isfinite(m.composition_function.scale):
             yield f"{prefix}composition_function.scale={m.composition_function.scale}: it must be a finite number."
-    if task.generation.min_length > task.generation.max_length:
+    generation, betas = run.task.generation, run.trainer.betas
+    if generation.min_length > generation.max_length:
         yield (
-            f"task.generation.min_length={task.generation.min_length} is above "
-            f"task.generation.max_length={task.generation.max_length}; make it at most that."
+            f"task.generation.min_length={generation.min_length} is above "
+            f"task.generation.max_length={generation.max_length}; make it at most that."
         )
-    if len(trainer.betas) != 2 or not all(0 <= beta < 1 for beta in trainer.betas):
-        yield f"trainer.betas={trainer.betas}: Adam takes two numbers in [0, 1), such as [0.9,0.999]."
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        yield f"trainer.betas={betas}: Adam takes two numbers in [0, 1), such as [0.9,0.999]."
+
+
+def _dtype_faults(run: Run) -> Iterator[str]:
+    if run.model.dtype is not DType.bfloat16:
+        return
+    if run.unfreeze is not Unfreeze.none:
+        yield (
+            f"unfreeze={run.unfreeze.name} trains the backbone's own parameters, which must then be float32; set "
+            "model.dtype=float32."
+        )
+    if run.trainer.precision is Precision.fp32:
+        yield (
+            "trainer.precision=fp32 with model.dtype=bfloat16: a bfloat16 backbone computes in bfloat16; set "
+            "trainer.precision=auto, or model.dtype=float32."
+        )
+
+
+def _trainer_faults(run: Run) -> Iterator[str]:
+    """Settings of the trainer that exclude each other."""
+    trainer = run.trainer
+    if trainer.graphs is True:
+        for key, value in unrecordable(trainer).items():
+            yield (
+                f"trainer.graphs=true with trainer.{key}: a CUDA graph is of a whole batch that fits in memory; use "
+                f"trainer.graphs=false, or trainer.{key}={value}."
+            )
+        if trainer.device is Device.cpu:
+            yield "trainer.graphs=true with trainer.device=cpu: CUDA graphs need a GPU; use trainer.graphs=false."
+    for prefix, m in modifications(run).items():
+        if trainer.padding_free is True and m.modified_representation.name is Representation.embedding:
+            yield (
+                f"trainer.padding_free=true with {prefix}modified_representation=embedding: prompts join a batch "
+                "behind its embeddings; use trainer.batching=bucketed, which has little padding."
+            )
+    if trainer.batching is Batching.bucketed and trainer.batch_tokens is not None:
+        yield (
+            f"trainer.batching=bucketed with trainer.batch_tokens={trainer.batch_tokens}: batches by tokens have "
+            "like lengths already; leave trainer.batching out, or set trainer.batch_tokens=null."
+        )
+    if trainer.compile is not Compile.none and trainer.gradient_checkpointing:
+        yield (
+            f"trainer.compile={trainer.compile.name} with trainer.gradient_checkpointing=true is not supported; "
+            "set one of them to none or false."
+        )
+    if trainer.label_smoothing and run.task.kind is TaskKind.regression:
+        yield (
+            f"trainer.label_smoothing={trainer.label_smoothing} with task={run.task.name}: a number is predicted, "
+            "and there are no labels among which probability could be spread; set trainer.label_smoothing=0."
+        )
+    if trainer.micro_batch is not None and trainer.micro_batch.isdecimal() and trainer.batch_tokens is not None:
+        yield (
+            f"trainer.micro_batch={trainer.micro_batch} with trainer.batch_tokens={trainer.batch_tokens}: such batches "
+            "have no fixed number of examples; use trainer.micro_batch=auto."
+        )
+
+
+def unrecordable(trainer: Trainer) -> dict[str, str]:
+    """The keys that keep a step from being recorded as a CUDA graph, each with the value that it would need."""
+    needed = {
+        "gradient_checkpointing": ("false", trainer.gradient_checkpointing),
+        "micro_batch": ("null", trainer.micro_batch is not None),
+        "accumulation": ("1", trainer.accumulation > 1),
+    }
+    return {key: value for key, (value, hinders) in needed.items() if hinders}
+
+
+def _nothing_to_train(run: Run) -> Iterator[str]:
+    if run.mix or any(axis != "none" for axis in axes(run)) or run.unfreeze is not Unfreeze.none:
+        return
+    if run.task.kind is TaskKind.text_to_text:
+        yield (
+            f"method={run.method} with task={run.task.name} leaves nothing to train: a task that writes text has no "
+            "head; use a method that changes the backbone, such as method=lora or method=full."
+        )
+    elif run.fidelity.frozen_task_head:
+        yield (
+            f"fidelity.frozen_task_head=true with method={run.method} leaves nothing to train; use "
+            "fidelity.frozen_task_head=false, or a method that changes the backbone, such as method=lora."
+        )
+
+
+def _metric_faults(task: Task) -> Iterator[str]:
+    for baseline in task.baselines:
+        if baseline not in BASELINES[task.kind]:
+            yield unknown("task.baselines", baseline, BASELINES[task.kind])
+    if task.metric not in METRICS[task.kind]:
+        yield unknown("task.metric", task.metric, METRICS[task.kind])
+    selectors = (task.metric, *([LOSS] if task.kind is TaskKind.text_to_text else []))
+    if task.selection_metric is not None and task.selection_metric not in selectors:
+        yield unknown("task.selection_metric", task.selection_metric, selectors)

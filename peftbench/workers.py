@@ -1,8 +1,8 @@
 """Several runs of a sweep at once: worker processes, each of which trains one run after another. Imports no torch.
 
-A worker imports once, and keeps the rows and the tokens of its runs for the next ones (tasks/cache.py). It trains as a
-process of its own would; who trains what is settled by the locks of the runs' folders. A worker that dies takes one run
-with it, and is replaced; when the parent dies, all of them end.
+A worker imports torch once, and keeps the rows and tokens of its runs for the next ones (tasks/cache.py). The locks of
+the runs' folders settle who trains what. When a worker dies its run fails, and another worker takes its place; when the
+parent dies, all workers end.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from types import FrameType, TracebackType
 
 from peftbench.config import Run
 from peftbench.errors import UserError
-from peftbench.mps import NotToBeHadError, await_gpu
+from peftbench.mps import UnusableError, await_gpu
 from peftbench.progress import Display
 from peftbench.quick_imports import quick_imports
 from peftbench.results.lock import Busy
@@ -41,7 +41,7 @@ class Job:
 
     number: int  # from 1 on
     overrides: list[str]  # what was typed
-    settings: str  # of these, what other runs of the sweep have otherwise
+    settings: str  # those of them in which the sweep's runs differ
     run: Run
     folder: Path  # the run's
 
@@ -53,13 +53,13 @@ class Ended:
     score: float = math.nan
     faults: tuple[str, ...] = ()  # sentences for the user; none where the run is done
     busy: bool = False  # another process is at it
-    last: bool = False  # of its worker, which has lost its GPU
+    last: bool = False  # the worker has lost its GPU and can train no other
 
 
 def attempt(run: Run, overrides: Sequence[str], wait: bool = False, display: Display | None = None) -> Ended:
-    """Train one run of a sweep; what makes it fail is said in what is returned, so that the next one can start.
+    """Train one run of a sweep. Why it failed is returned, not raised, so that the next one can start.
 
-    `display` is where the run is shown, by default its own.
+    `display` is where the run is shown, by default a display of its own.
     """
     with quick_imports():
         from peftbench.train import train
@@ -75,7 +75,7 @@ def attempt(run: Run, overrides: Sequence[str], wait: bool = False, display: Dis
 
 
 class Workers:
-    """Processes that train jobs side by side, one at each place; a context, at whose end none of them is left.
+    """Processes that train jobs side by side, one at each place; a context manager that ends them all.
 
     Args:
         places: for each worker, what it finds in its environment before it imports torch.
@@ -182,7 +182,7 @@ class _Worker:
 
 
 def _work(pipe: Connection, environment: dict[str, str], log: str) -> None:
-    """A worker's life: jobs from the pipe until there is None."""
+    """What a worker process does: it trains the jobs from the pipe until None comes."""
     os.environ.update(environment)  # before torch is imported, which reads it then
     signal.signal(signal.SIGINT, _interrupted)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -205,7 +205,7 @@ def _work(pipe: Connection, environment: dict[str, str], log: str) -> None:
                 return
     except (KeyboardInterrupt, EOFError, OSError):  # the parent knows, or is no more
         pass
-    except NotToBeHadError as error:
+    except UnusableError as error:
         sys.exit(f"peftbench: the GPU cannot be used through MPS: {error}.")
 
 
@@ -216,7 +216,7 @@ def _interrupted(number: int, frame: FrameType | None) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed trains for nobody. What it was at resumes from its last checkpoint."""
+    """End this process when its parent is killed. Its run can be resumed from the last checkpoint."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])
@@ -224,9 +224,9 @@ def _end_with_parent() -> None:
 
 
 def _let_go() -> bool:
-    """Give the memory of the run that ended back to the GPU, where other workers need it.
+    """Free the GPU memory of the run that ended, for the other workers.
 
-    Returns whether this process can use its GPU still: after a fault in a kernel no call of it succeeds.
+    Returns whether this process can still use its GPU: after a fault in a kernel no call succeeds.
     """
     import torch
 

@@ -12,10 +12,11 @@ them stand the references, which are the data's own.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-from peftbench.results.record import FILE, METRICS, Record, load_records
+from peftbench.results.record import FILE, Record, load_records
+from peftbench.results.run_files import METRICS, logged
+from peftbench.whole_files import write_lines
 
 EVERY = 5  # lines of the training's log
 DIGITS = 6  # of its numbers
@@ -28,8 +29,7 @@ def keep(record: Record, target: Path, shared: str) -> None:
     for name in (FILE, "config.yaml"):
         text = (record.folder / name).read_text(encoding="utf-8")
         (target / name).write_text(text.replace(shared, "SHARED").replace(outputs, "OUTPUTS"), encoding="utf-8")
-    lines = (record.folder / METRICS).read_text(encoding="utf-8").splitlines()
-    (target / METRICS).write_text("".join(f"{json.dumps(line)}\n" for line in thinned(list(map(json.loads, lines)))))
+    write_lines(target / METRICS, thinned(logged(record.folder)))
 
 
 def thinned(lines: list[dict[str, object]]) -> list[dict[str, object]]:

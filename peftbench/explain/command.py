@@ -6,7 +6,7 @@ import argparse
 
 from rich.console import Console
 
-from peftbench.compose import compose_runs
+from peftbench.compose import compose_run
 from peftbench.explain.show import show, to_json
 from peftbench.quick_imports import quick_imports
 
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("-cd", "--config-dir", help="a folder of your own with method/, model/ ... below it")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_intermixed_args(argv)
-    (run,) = compose_runs(argparse.Namespace(**vars(args), multirun=False), reads_data=False)
+    run = compose_run(args.overrides, config_dir=args.config_dir, reads_data=False)
     with quick_imports():
         from peftbench.explain.explanation import explain
     explained = explain(run)

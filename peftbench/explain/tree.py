@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 from transformers import PreTrainedModel
 
-from peftbench.config import Run, modifications
+from peftbench.config import Run, modifications, module_name
 from peftbench.modification.counting import count_places
 from peftbench.modification.edit import Edit
 from peftbench.modification.head_attention import HEADS, HeadModification, Prefix
@@ -73,16 +73,12 @@ class _Tree:
     """Branches of one model."""
 
     def __init__(self, model: PreTrainedModel, sites: Sites, run: Run) -> None:
-        names = {
-            prefix.split(".")[1] if prefix else "modification": prefix.rstrip(".") for prefix in modifications(run)
-        }
+        names = {module_name(prefix): prefix.rstrip(".") or "modification" for prefix in modifications(run)}
         self.inserted: dict[nn.Module, Branch] = {}
         for place in count_places(model):
-            key = place.name.rpartition(".")[2]
-            name = names[key] or "modification"
-            self.inserted[model.get_submodule(place.name)] = Branch(
-                name, ", ".join(weights(place.tensors)), inserted=True
-            )
+            name = names[place.name.rpartition(".")[2]]
+            branch = Branch(name, ", ".join(weights(place.tensors)), inserted=True)
+            self.inserted[model.get_submodule(place.name)] = branch
         self.marks = _marks(model, sites)
         self.seen: dict[int, nn.Module] = {}  # a tied tensor is shown at the first module that has it
 

@@ -148,7 +148,7 @@ def _own_dropout(sites: Sites) -> tuple[Sites, list[tuple[nn.Module, SublayerDro
 
 def _attach_one(model: PreTrainedModel, sites: Sites, prefix: str, m: config.Modification) -> None:
     """`prefix` is that of the modification's keys: "" or "mix.NAME."; its modules are named after it."""
-    name = prefix.split(".")[1] if prefix else "modification"
+    name = config.module_name(prefix)
     representation = _representation(m)
     if representation == "embedding":
         _attach_prompt(model, sites, m, name)

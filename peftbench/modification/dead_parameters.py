@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from torch import nn
 from transformers import PreTrainedModel
 
-from peftbench.config import Modification
+from peftbench.config import Modification, module_name
 from peftbench.fidelity import dead_kinds
 from peftbench.modification.head_attention import HEADS
 from peftbench.sites import find_sites
@@ -23,7 +23,7 @@ def count_dead(model: PreTrainedModel, modifications: Mapping[str, Modification]
     sites = find_sites(model)
     total = 0
     for prefix, m in modifications.items():
-        name = prefix.split(".")[1] if prefix else "modification"  # what `attach` calls its modules
+        name = module_name(prefix)
         kinds = dead_kinds(m, model.config.model_type)
         at_ffns = [layer.ffn.dropout for layer in sites.layers]
         at_heads = [getattr(a.module, HEADS, None) for layer in sites.layers for a in layer.attentions]

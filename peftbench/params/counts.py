@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peftbench.backbone import meta_backbone
-from peftbench.config import Modification, Representation, Run, Task, TaskKind, Unfreeze, modifications
+from peftbench.config import Modification, Representation, Run, Task, TaskKind, Unfreeze, modifications, module_name
 from peftbench.fidelity import Deviation
 from peftbench.modification.attach import attach_run
 from peftbench.modification.counting import Counts, PlaceCounts, count, count_places
@@ -113,7 +113,7 @@ def _groups(model: PreTrainedModel, run: Run) -> Iterator[Group]:
     owners = _owners(sites)
     places = count_places(model)
     for prefix, modification in modifications(run).items():
-        name = prefix.split(".")[1] if prefix else "modification"  # what `attach` calls its modules
+        name = module_name(prefix)
         alike: dict[tuple[object, ...], list[tuple[Owner, PlaceCounts]]] = {}
         for place in places:
             if place.name.rpartition(".")[2] == name:

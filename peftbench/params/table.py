@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from peftbench.axes import composed
+from peftbench.axes import UNFROZEN, axes, composed
 from peftbench.budget import limit
 from peftbench.config import Modification, Run, Unfreeze, modifications
 
@@ -104,15 +104,15 @@ def _row(counted: RunCounts) -> dict[str, list[str]]:
     """The lines of each column of a sweep's table."""
     run, totals = counted.run, counted.totals
     found = list(modifications(run).values())
-    axes = [_axes(m) for m in found]
+    four = [_axes(m) for m in found]
     if run.unfreeze is not Unfreeze.none:
-        axes.append({"bias": "the biases", "norm": "the norms", "all": "all parameters"}[run.unfreeze.name])
+        four.append(UNFROZEN[run.unfreeze.name])
     return {
         "method": [run.method],
         "task": [run.task.name],
         "model": [run.model.name],
         "budget": [run.budget or ""],
-        "four axes": axes,
+        "four axes": four,
         "as in the code": [deviation.name.replace("_", " ") for deviation in counted.deviations],
         "bottle-\nneck": ["" if m.bottleneck is None else str(m.bottleneck) for m in found],
         **{name: [f"{getattr(totals, name):,}"] for name in (*NUMBERS, "head")},
@@ -132,7 +132,10 @@ def _object(counted: RunCounts) -> dict[str, Any]:
         "method": run.method,
         "task": run.task.name,
         "model": run.model.name,
-        "axes": [{"prefix": prefix, **_axes_of(m)} for prefix, m in modifications(run).items()],
+        "axes": [
+            {"prefix": prefix, **axes(m)._asdict(), "bottleneck": m.bottleneck}
+            for prefix, m in modifications(run).items()
+        ],
         "unfreeze": run.unfreeze.name,
         "fidelity": run.fidelity.name,
         "deviations": [deviation.name for deviation in counted.deviations],
@@ -154,21 +157,11 @@ def _object(counted: RunCounts) -> dict[str, Any]:
     }
 
 
-def _axes_of(m: Modification) -> dict[str, Any]:
-    return {
-        "functional_form": m.functional_form.name,
-        "modified_representation": m.modified_representation.name.name,
-        "insertion_form": m.insertion_form.name.name,
-        "composition_function": m.composition_function.name.name,
-        "bottleneck": m.bottleneck,
-    }
-
-
 def _axes(m: Modification) -> str:
     """The four axes in one line, as `peftbench results` writes them."""
-    form, representation, insertion, composition, _ = _axes_of(m).values()
+    *names, composition = axes(m)
     joined = composed(composition, m.composition_function.scale, m.composition_function.learned)
-    return f"{form} · {representation} · {insertion} · {joined}"
+    return " · ".join([*names, joined])
 
 
 def _bottleneck(m: Modification) -> str:

@@ -19,7 +19,7 @@ Scores = Mapping[str, ExampleScores]
 
 @dataclass(frozen=True)
 class Difference:
-    """Scores of two sides, each the mean over its seeds, and what chance there is in the difference a - b."""
+    """Scores of two sides, each the mean over its seeds, and the uncertainty of the difference a - b."""
 
     a: float
     b: float

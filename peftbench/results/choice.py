@@ -13,7 +13,7 @@ from typing import Any
 
 from peftbench.config import LOSS, Run
 from peftbench.errors import UserError
-from peftbench.results.columns import described, typed
+from peftbench.results.fields import described, typed
 from peftbench.results.identity import run_dir
 from peftbench.results.record import Record, Searched, Trial, find
 from peftbench.search import settings, trials, values
@@ -34,9 +34,9 @@ def best(found: Sequence[float | None], metric: str) -> int | None:
 
 
 def settled(run: Run, folder: Callable[[Run], Path] = run_dir) -> tuple[Run, Searched | None]:
-    """The run that a run with a search has come to, and what the record says of the search.
+    """The run with the values that its search has chosen, and what its record says of the search.
 
-    A trial is settled as it stands; another run takes the values of the best trial. Without a search: the run itself.
+    A trial keeps its own values; without a search it is the run itself.
 
     Args:
         folder: where the run of a trial lies.
@@ -83,7 +83,7 @@ def settled(run: Run, folder: Callable[[Run], Path] = run_dir) -> tuple[Run, Sea
 
 
 def known(run: Run) -> Run:
-    """What `settled` gives, or the run with its search where its trials do not say yet what it comes to."""
+    """The run of `settled`, or the run as it is where its trials are not done or leave no choice."""
     try:
         return settled(run)[0]
     except UserError:

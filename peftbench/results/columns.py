@@ -7,12 +7,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Any, Generic, Literal, TypeVar
 
-from peftbench.errors import meant
+from peftbench.axes import UNFROZEN
+from peftbench.results.differences import differing
+from peftbench.results.fields import FIELDS, baseline, field, text
 from peftbench.results.identity import IGNORED
 from peftbench.results.paper import Printed, printed
-from peftbench.results.record import Record, Searched, differing, flatten
+from peftbench.results.record import Record
 from peftbench.results.row import Row, front, unscored
 
 T = TypeVar("T")
@@ -37,70 +40,11 @@ class Column(Generic[T]):
     wrap: int | None = None  # width in characters down to which cells may wrap; None: they never do
 
 
-# What a run has one value of, by the names that filters, --rows, --columns, --show and --sort know.
-FIELDS: dict[str, Callable[[Record], Any]] = {
-    "method": lambda r: r.method,
-    "task": lambda r: r.task,
-    "model": lambda r: r.model.name,
-    "seed": lambda r: r.seed,
-    "status": lambda r: r.status,
-    "error": lambda r: r.error.name if r.error else None,
-    "debug": lambda r: r.debug,
-    "unfreeze": lambda r: r.unfreeze,
-    "functional_form": lambda r: [axes.functional_form for axes in r.axes],
-    "modified_representation": lambda r: [axes.modified_representation for axes in r.axes],
-    "insertion_form": lambda r: [axes.insertion_form for axes in r.axes],
-    "composition_function": lambda r: [axes.composition_function for axes in r.axes],
-    "scale": lambda r: [axes.scale for axes in r.axes],
-    "bottleneck": lambda r: [axes.bottleneck for axes in r.axes],
-    "learning_rate": lambda r: r.trainer.get("learning_rate"),
-    "search": lambda r: r.search.name if r.search else None,
-    "searched": lambda r: described(r.search) if r.search else None,
-    "fidelity": lambda r: r.fidelity,
-    "deviations": lambda r: [deviation.name for deviation in r.deviations],
-    "budget": lambda r: r.budget,
-    "metric": lambda r: r.metric,
-    "split": lambda r: r.scores["report"].split if "report" in r.scores else None,
-    "examples": lambda r: r.scores["report"].examples if "report" in r.scores else None,
-    "data": lambda r: r.data.get("scored_on", "")[:8] or None,
-    "train_examples": lambda r: r.data.get("splits", {}).get("train", {}).get("examples"),
-    "backbone": lambda r: r.counts.backbone if r.counts else None,
-    "trained": lambda r: r.counts.trained if r.counts else None,
-    "stored": lambda r: r.counts.stored if r.counts else None,
-    "percent": lambda r: r.counts.percent.get("stored") if r.counts else None,
-    "score": lambda r: r.score if r.status == "done" else None,
-    "steps": lambda r: r.steps,
-    "tokens_per_s": lambda r: r.tokens_per_s,
-    "step": lambda r: r.step_s,
-    "tflops": lambda r: r.tflops,
-    "memory": lambda r: None if r.peak_memory_bytes is None else r.peak_memory_bytes / 2**30,
-    "time": lambda r: r.timings.get("total_s"),
-    "device": lambda r: r.device,
-    "run": lambda r: r.run,
-    "created": lambda r: r.created,
-}
-COSTS = ("trained", "stored", "percent", "steps", "memory", "time")  # better when lower
-
 PAPER = ("paper", "difference")  # columns of `beside_paper`
-
-
-def described(search: Searched) -> str:
-    """The values that a search tried, with the scores on the selection split or with why there is none."""
-    if search.role == "trial":
-        return f"trial: {typed(search.chosen)}"
-    name = typed if len(search.keys) > 1 else lambda settings: text(*settings.values())
-    scores = [trial.status if trial.value is None else _two(trial.value) for trial in search.trials]
-    listed = (f"{name(trial.settings)}: {score}" for trial, score in zip(search.trials, scores, strict=True))
-    return ("" if len(search.keys) > 1 else f"{next(iter(search.keys))} ") + ", ".join(listed)
-
-
-def typed(setting: dict[str, Any]) -> str:
-    """Values as they are typed."""
-    return " ".join(f"{key}={text(value)}" for key, value in setting.items())
-
 
 RUNS = Column[Row]("n", "n", lambda row: str(len(row.scored)), lambda row: len(row.scored))  # that have a score
 
+OUTCOME = attrgetter("outcome")  # of a record
 
 # Where a run follows the paper's released code instead of its text.
 DEVIATIONS = Column[Row](
@@ -112,41 +56,16 @@ DEVIATIONS = Column[Row](
 )
 
 
-def field(key: str, records: Sequence[Record]) -> Callable[[Record], Any]:
-    """What `key` stands for: one of `FIELDS`, a metric or a baseline of the report split, or a dotted key of a record.
-
-    Raises KeyError, with the sentence that says so, for a key that none of the records has.
-    """
-    if key in FIELDS:
-        return FIELDS[key]
-    if any(key in r.scores["report"].metrics for r in records if "report" in r.scores):
-        return partial(_metric, key)
-    if any(key in r.baselines for r in records):
-        return partial(_baseline, key)
-    flat = {id(record): dict(flatten(record.to_json())) for record in records} if "." in key else {}
-    if any(key in values for values in flat.values()):
-        return lambda record: flat[id(record)].get(key)
-    metrics = dict.fromkeys(name for r in records if "report" in r.scores for name in r.scores["report"].metrics)
-    raise KeyError(f"{key} is no column{meant(key, [*FIELDS, *metrics])}")
-
-
-def text(value: Any) -> str:
-    """A value as it is shown and typed: a mixture's joined by " + ", nothing for none."""
-    if isinstance(value, list):
-        return " + ".join(map(text, value))
-    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def columns(
     rows: Sequence[Row],
     status: Callable[[Record], str] | None = None,
     cost: Cost = "stored",
     paper: bool = False,
 ) -> list[Column[Row]]:
-    """The columns of a table of what may be compared, as it is shown unless it is told otherwise.
+    """The columns that a table of comparable runs has by default.
 
     Args:
-        status: says how a run ended; None: that is shown only where some run is not done.
+        status: what to show of how a run ended; None: its outcome, and only where some run is not done.
         cost: of the Pareto front that is marked.
         paper: show the paper's scores also beside runs with another backbone or less data.
     """
@@ -168,24 +87,24 @@ def columns(
         *delta(rows),
         *beside_paper(rows, paper),
         *([RUNS] if grouped else []),
-        *(number(name, name, _two, dispensable=6, of=partial(_baseline, name)) for name in baselines),
+        *(number(name, name, _two, dispensable=6, of=partial(baseline, name)) for name in baselines),
         number("tokens_per_s", "tokens\n/s", _count, better="higher", dispensable=10),
         number("memory", "peak\nGiB", _two, better="lower", dispensable=9),
         number("time", "time", duration, better="lower", dispensable=7),
         Column("seed", "seed", _seeds, dispensable=1 if len(seeds) > 1 and not grouped else 8, words=grouped),
         *pareto(rows, cost),
     ]
-    found = [column for column in found if column.key not in ("tokens_per_s", "memory") or _any(column, rows)]
+    found = [c for c in found if c.key not in ("tokens_per_s", "memory") or any(c.cell(row) for row in rows)]
     if any(record.deviations for record in records):
         found.insert(2, DEVIATIONS)
     if status is not None or any(record.status != "done" for record in records):
-        found.append(Column("status", "status", partial(_status, status or _ended), words=True, wrap=11))
+        found.append(Column("status", "status", partial(_status, status or OUTCOME), words=True, wrap=11))
     return found
 
 
 def chosen(keys: Sequence[str], rows: Sequence[Row], cost: Cost, paper: bool = False) -> list[Column[Row]]:
-    """The columns that were asked for by name. Raises KeyError, with a sentence, for a name that is none."""
-    known = {column.key: column for column in columns(rows, _ended, cost, paper)}
+    """The columns that were asked for by name. Raises UserError for a name that is none."""
+    known = {column.key: column for column in columns(rows, OUTCOME, cost, paper)}
     known |= {"n": RUNS, "deviations": DEVIATIONS}
     known |= {key: Column(key, key, lambda r: "", lambda r: None) for key in PAPER if key not in known}
     known["front"] = next(iter(pareto(rows, cost)), Column("front", "front", lambda r: ""))
@@ -249,7 +168,7 @@ def telling_apart(rows: Sequence[Row]) -> list[Column[Row]]:
 
 def delta(rows: Sequence[Row]) -> list[Column[Row]]:
     """The difference to the best full fine-tuning of the table, where there is one."""
-    full = [row.score for row in rows if row.scored and row.first.unfreeze == "all" and not row.first.axes]
+    full = [row.score for row in rows if row.scored and row.first.is_full]
     best = max((score for score in full if score is not None), default=None)
     if best is None or len(rows) < 2:
         return []
@@ -327,10 +246,6 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _any(column: Column[Row], rows: Sequence[Row]) -> bool:
-    return any(column.cell(row) for row in rows)
-
-
 def _setting(key: str, record: Record) -> Any:
     return record.trainer.get(key)
 
@@ -348,8 +263,7 @@ def _four(row: Row) -> str:
         lines.append(" · ".join(names))
     unfreeze = row.first.unfreeze
     if unfreeze != "none":
-        named = {"bias": "the biases", "norm": "the norms", "all": "all parameters"}
-        lines.append(named.get(unfreeze, unfreeze))
+        lines.append(UNFROZEN.get(unfreeze, unfreeze))
     return "\n".join(lines)
 
 
@@ -362,25 +276,13 @@ def _texts(of: Callable[[Record], Any], row: Row) -> str:
     return ", ".join(dict.fromkeys(text(of(record)) for record in row.records))
 
 
-def _status(ended: Callable[[Record], str], row: Row) -> str:
-    counted = Counter(map(ended, row.records))
+def _status(outcome: Callable[[Record], str], row: Row) -> str:
+    counted = Counter(map(outcome, row.records))
     if len(counted) > 1:  # the errors stand in the table of single runs
         counted = Counter(record.status for record in row.records)
     if len(counted) == 1:
         return next(iter(counted))
     return ", ".join(f"{number} {status}" for status, number in counted.items())
-
-
-def _ended(record: Record) -> str:
-    return f"{record.status}: {record.error.name}" if record.error else record.status
-
-
-def _metric(name: str, record: Record) -> float | None:
-    return record.scores["report"].metrics.get(name) if "report" in record.scores else None
-
-
-def _baseline(name: str, record: Record) -> float | None:
-    return record.baselines.get(name)
 
 
 def _count(number: float | None) -> str:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
@@ -17,12 +15,10 @@ from peftbench.errors import UserError
 from peftbench.results.columns import Column, Cost, beside_paper, chosen, columns
 from peftbench.results.formats import csv_of, latex, markdown, to_csv, to_json, values
 from peftbench.results.pivot import pivot
-from peftbench.results.record import Record, kept_apart, load_records
-from peftbench.results.row import Row, Statistic, is_trial, over_seeds, rank, single, tables, unscored
-from peftbench.results.select import is_filter, select
+from peftbench.results.row import Row, Statistic, over_seeds, rank, single, tables, unscored
+from peftbench.results.select import read
 from peftbench.results.table import show_table, titles
 
-TRIALS = "trials=true"  # the word that asks for them
 EPILOG = """\
 KEY is a column (method, task, model, seed, status, functional_form, bottleneck, learning_rate, stored, score, time,
 device ...), a metric (rouge1 ...), a baseline, or a dotted key of the record (trainer.batch_size, versions.torch ...).
@@ -68,34 +64,6 @@ def main(argv: list[str]) -> int:
         headed = zip(titles(found), found, strict=True)
         _print([(heading, *_columns(table, arguments)) for heading, table in headed], arguments)
     return 0
-
-
-def read(words: Sequence[str]) -> list[Record]:
-    """The records below the folders among `words` (default: outputs) that pass the filters among them.
-
-    What is no record is named on stderr. The trials of searches are left out unless `trials=true` is among the words:
-    beside the run that has the chosen values they would be rivals. Raises UserError where nothing is left.
-    """
-    folders = [Path(word) for word in words if not is_filter(word)] or [Path("outputs")]
-    records: dict[Path, Record] = {}
-    for folder in folders:
-        found, left_out = load_records(folder)
-        records.update((record.folder.resolve(), record) for record in found)
-        for sentence in left_out:
-            print(sentence, file=sys.stderr)
-    if not records:
-        others = "".join(f", or show those in {place}: peftbench results {place}" for place in kept_apart(folders[0]))
-        raise UserError(f"{folders[0]} holds no record of a run; make one with: peftbench train{others}")
-    filters = [word for word in words if is_filter(word) and word != TRIALS]
-    compared = [record for record in records.values() if TRIALS in words or not is_trial(record)]
-    if hidden := len(records) - len(compared):
-        print(f"{hidden} trials of searches are left out; {TRIALS} shows them.", file=sys.stderr)
-    if not compared:
-        raise UserError(f"{folders[0]} holds trials of a search and no other run yet; {TRIALS} shows them.")
-    chosen = select(compared, filters)
-    if not chosen:
-        raise UserError(f"No run passes {' '.join(filters)}; peftbench results without filters shows what there is.")
-    return chosen
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -155,14 +123,12 @@ def _check_pivot(arguments: argparse.Namespace) -> None:
 def _columns(table: list[Row], arguments: argparse.Namespace) -> tuple[list[Column[Row]], list[Row]]:
     """The columns of a table, and its rows in order."""
     table = sorted(table, key=rank)
-    try:
-        if arguments.sort:
-            (by,) = chosen([arguments.sort], table, arguments.pareto, arguments.paper)
-            table = _sorted(table, by, arguments.reverse)
-        wanted = chosen(arguments.show, table, arguments.pareto, arguments.paper) if arguments.show else None
-        return wanted or columns(table, cost=arguments.pareto, paper=arguments.paper), table
-    except KeyError as error:
-        raise UserError(str(error.args[0])) from error
+    if arguments.sort:
+        (by,) = chosen([arguments.sort], table, arguments.pareto, arguments.paper)
+        table = _sorted(table, by, arguments.reverse)
+    if arguments.show:
+        return chosen(arguments.show, table, arguments.pareto, arguments.paper), table
+    return columns(table, cost=arguments.pareto, paper=arguments.paper), table
 
 
 def _sorted(table: list[Row], column: Column[Row], descending: bool) -> list[Row]:

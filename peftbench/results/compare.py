@@ -20,9 +20,10 @@ from rich.table import Table
 
 from peftbench.errors import UserError
 from peftbench.results.bootstrap import Difference, paired_bootstrap
-from peftbench.results.columns import text
+from peftbench.results.differences import differing, flatten
+from peftbench.results.fields import text
 from peftbench.results.identity import IGNORED
-from peftbench.results.record import FILE, Record, differing, flatten, load_records
+from peftbench.results.record import FILE, Record, load_records
 from peftbench.results.row import Row, over_seeds, unscored
 from peftbench.results.select import is_filter, select
 from peftbench.scoring.saved import saved_predictions

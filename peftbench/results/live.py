@@ -22,9 +22,10 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from peftbench.results.record import FILE, METRICS, Record, find
+from peftbench.results.record import FILE, Record, find
 from peftbench.results.row import is_scored
-from peftbench.results.status import State, ended, summary, time_of
+from peftbench.results.run_files import METRICS
+from peftbench.results.status import State, summary, time_of
 from peftbench.results.sweep import Sweep
 
 READ_EVERY = 1.0  # seconds
@@ -122,7 +123,7 @@ class _Picture:
         if state.status == "running":
             return f"running {progress(state.record)}".rstrip()
         earlier = state.status == "done" and self.sweep.was_done_before(state.record.folder)
-        return "done before" if earlier else ended(state)
+        return "done before" if earlier else state.outcome
 
 
 def most_relevant(states: Sequence[State], room: int) -> list[State]:

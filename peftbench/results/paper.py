@@ -11,7 +11,8 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
-from peftbench.config import conf_dir
+from peftbench.axes import CHOICES
+from peftbench.config import by_key, conf_dir
 from peftbench.results.record import Record
 
 # By task: the metric that conf/paper_scores.yaml gives, and the backbone that the paper trained; mbart_large_cc25 is
@@ -22,12 +23,11 @@ SETTINGS = {
     "mnli": ("accuracy", ("roberta_base",)),
     "sst2": ("accuracy", ("roberta_base",)),
 }
-BACKBONES = tuple(dict.fromkeys(name for _, names in SETTINGS.values() for name in names))
 GLUE = "table2"  # whose rows are methods at their usual sizes
 # Beside row= or method= these make it another point.
 OTHERWISE = {
-    *("functional_form", "modified_representation", "insertion_form", "composition_function", "mix", "bottleneck"),
-    *("budget", "budget_split", "unfreeze", "sizes", "size"),
+    *CHOICES,  # the four axes
+    *("mix", "bottleneck", "budget", "budget_split", "unfreeze", "sizes", "size"),
 }
 
 
@@ -55,7 +55,7 @@ def printed(record: Record) -> Printed | None:
     metric, backbones = SETTINGS.get(record.task, (None, ()))
     if record.metric != metric:
         return None
-    typed = dict(word.lstrip("+").split("=", 1) for word in record.overrides if "=" in word)
+    typed = by_key(record.overrides)
     row = typed.get("row")
     if OTHERWISE & {key.split(".")[0] for key in typed} or (row is not None and "method" in typed):
         return None
@@ -68,15 +68,12 @@ def printed(record: Record) -> Printed | None:
         return None
     wanted = typed.get("experiment", "").removeprefix("paper/")
     table = wanted if wanted in tables else next(iter(tables))
-    return Printed(tables[table], table, backbones[0], is_whole(record) and is_backbone(record.model.name, backbones))
+    return Printed(tables[table], table, backbones[0], is_the_papers(record))
 
 
-def is_backbone(name: str, backbones: tuple[str, ...] = BACKBONES) -> bool:
-    """Whether a model's name is that of one of the paper's backbones."""
-    return name.replace("-", "_") in backbones
-
-
-def is_whole(record: Record) -> bool:
-    """Whether a run had all of the examples to train on and to be scored on."""
+def is_the_papers(record: Record) -> bool:
+    """Whether a run had the paper's backbone for its task, and all of the examples to train on and to be scored on."""
+    _, backbones = SETTINGS.get(record.task, (None, ()))
     report, train = record.scores.get("report"), record.data.get("splits", {}).get("train", {})
-    return record.debug is None and "of" not in train and (report is None or report.of is None)
+    is_whole = record.debug is None and "of" not in train and (report is None or report.of is None)
+    return is_whole and record.model.name.replace("-", "_") in backbones

@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from peftbench.axes import CHOICES
 from peftbench.errors import UserError
-from peftbench.results.columns import COSTS, FIELDS, Column, field, text
-from peftbench.results.record import Record, differing, flatten
+from peftbench.results.columns import Column
+from peftbench.results.differences import differing, flatten
+from peftbench.results.fields import COSTS, FIELDS, field, text
+from peftbench.results.record import Record
 from peftbench.results.row import Row, Statistic, is_scored, point
 
 # What runs must share for their scores to stand in one column.
@@ -51,13 +54,14 @@ def pivot(
     scored = [record for record in records if is_scored(record)]
     if not scored:
         raise UserError("None of these runs has a score to put into a table.")
-    across, down, shown = _fields(columns, scored), _fields(rows, scored), _fields([value], scored)[value]
+    across, down = ([field(key, scored) for key in keys] for keys in (columns, rows))
+    shown = field(value, scored)
     told = {*rows, *columns, *mixed}
 
     grid: dict[tuple[str, ...], dict[tuple[str, ...], list[Record]]] = {}
     for record in scored:
-        label = tuple(text(of(record)) for of in down.values())
-        head = tuple(text(of(record)) for of in across.values())
+        label = tuple(text(of(record)) for of in down)
+        head = tuple(text(of(record)) for of in across)
         grid.setdefault(label, {}).setdefault(head, []).append(record)
     heads = sorted({head for cells in grid.values() for head in cells}, key=_natural)
     in_columns = {" ".join(head): [run for cells in grid.values() for run in cells.get(head, [])] for head in heads}
@@ -92,13 +96,6 @@ def _title(value: str, records: Sequence[Record]) -> str:
     shared = {key: {text(FIELDS[key](record)) for record in records} for key in ("method", *COMPARABLE)}
     told = [f"{key}={found.pop()}" for key, found in shared.items() if len(found) == 1]
     return f"{value} of {len(records)} runs: " + ", ".join(word for word in told if not word.endswith("="))
-
-
-def _fields(keys: Sequence[str], records: Sequence[Record]) -> dict[str, Callable[[Record], Any]]:
-    try:
-        return {key: field(key, records) for key in keys}
-    except KeyError as error:
-        raise UserError(str(error.args[0])) from error
 
 
 def _incomparable(columns: dict[str, list[Record]], told: set[str]) -> str | None:
@@ -158,15 +155,10 @@ def _several(cells: Sequence[Sequence[Record]], told: set[str]) -> str | None:
 
 def _visible(record: Record) -> dict[str, Any]:
     """The settings of a run that its record shows."""
-    axes = {key: FIELDS[key](record) for key in ("method", "unfreeze", "debug", "deviations", "bottleneck", "scale")}
-    for key in ("functional_form", "modified_representation", "insertion_form", "composition_function"):
-        axes[key] = FIELDS[key](record)
-    options = {f"{one.prefix}{key}": value for one in record.axes for key, value in asdict(one)["options"].items()}
-    return {**axes, **options, **{key: FIELDS[key](record) for key in COMPARABLE}, **_trainer(record)}
-
-
-def _trainer(record: Record) -> dict[str, Any]:
-    return {"learning_rate" if key == "learning_rate" else f"trainer.{key}": v for key, v in flatten(record.trainer)}
+    keys = ("method", "unfreeze", "debug", "deviations", "bottleneck", "scale", *CHOICES, *COMPARABLE)
+    options = {f"{one.prefix}{key}": value for one in record.axes for key, value in one.options.items()}
+    trainer = {"learning_rate" if key == "learning_rate" else f"trainer.{key}": v for key, v in flatten(record.trainer)}
+    return {**{key: FIELDS[key](record) for key in keys}, **options, **trainer}
 
 
 def _label(index: int, line: Line) -> str:

@@ -7,19 +7,20 @@ that it was tried with; full fine-tuning dashed; the Pareto front behind them. I
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
+from peftbench.axes import CHOICES
 from peftbench.errors import UserError, unknown
-from peftbench.results.columns import FIELDS, field, text
-from peftbench.results.command import read
-from peftbench.results.record import differing
+from peftbench.results.differences import differing
+from peftbench.results.fields import FIELDS, field, text
+from peftbench.results.record import Record
 from peftbench.results.row import Row, Statistic, front, over_seeds, single, tables
+from peftbench.results.run_files import logged
+from peftbench.results.select import read
 from peftbench.results.table import title
 
 if TYPE_CHECKING:
@@ -97,11 +98,11 @@ def draw(rows: Sequence[Row], *, x: str = "stored", y: str = "score", by: str = 
     """
     scored = [row for row in rows if row.scored]
     for key in (y, by):
-        _check(key, scored)
+        _field(key, scored)  # is there one?
     panels = [shown for table in tables(scored) if (shown := _points(table, x, y))]
     if not panels:
         raise UserError(f"None of these runs has both {x} and {y} to draw.")
-    lines = _lines([row for panel in panels for row, _, _ in panel if not _is_full(row)], by)
+    lines = _lines([point.row for panel in panels for point in panel if not point.row.first.is_full], by)
     return _figure([partial(_panel, points=panel, lines=lines, x=x, y=y) for panel in panels])
 
 
@@ -111,21 +112,18 @@ def draw_curves(rows: Sequence[Row], *, y: str = "loss", by: str = "method") -> 
     Raises:
         UserError: none of the runs has logged it, or the key is none.
     """
-    _check(by, rows)
+    _field(by, rows)  # is there one?
     curves = {id(row): curve for row in rows if (curve := _curve(row, y))}
     panels = [shown for table in tables(rows) if (shown := [row for row in table if id(row) in curves])]
     if not panels:
-        keys = sorted({key for row in rows for line in logged(row) for key in line} - {"stage", "step"})
+        keys = sorted({key for row in rows for line in logged(row.first.folder) for key in line} - {"stage", "step"})
         raise UserError(unknown("--y", y, keys) if keys else "None of these runs has logged anything to draw.")
     names = sorted({_name(row, by) for panel in panels for row in panel})
     return _figure([partial(_curves, rows=panel, curves=curves, names=names, y=y, by=by) for panel in panels])
 
 
-def _check(key: str, rows: Sequence[Row]) -> None:
-    try:
-        field(key, [record for row in rows for record in row.records])
-    except KeyError as error:
-        raise UserError(str(error.args[0])) from error
+def _field(key: str, rows: Sequence[Row]) -> Callable[[Record], Any]:
+    return field(key, [record for row in rows for record in row.records])
 
 
 def _figure(panels: Sequence[Callable[[Axes], None]]) -> Figure:
@@ -153,94 +151,105 @@ def _figure(panels: Sequence[Callable[[Axes], None]]) -> Figure:
     return figure
 
 
-Point = tuple[Row, float, float]  # a row, its cost and its score
+class Point(NamedTuple):
+    """A row in a panel."""
+
+    cost: float
+    score: float
+    spread: float  # the standard deviation over seeds; 0 for one seed
+    row: Row
 
 
 def _points(table: Sequence[Row], x: str, y: str) -> list[Point]:
-    """The rows of a table that have both numbers; none where `y` is another task's metric."""
+    """The rows of a table that have both numbers, by cost; none where `y` is another task's metric."""
     try:
-        of = field(y, [record for row in table for record in row.records])
-    except KeyError:
+        of = _field(y, table)
+    except UserError:
         return []
-    found = [(row, row.number(FIELDS[x]), row.number(of)) for row in table]
-    return [(row, cost, score) for row, cost, score in found if cost and score is not None and not math.isnan(score)]
+    found = []
+    for row in table:
+        cost, score = row.number(FIELDS[x]), row.number(of)
+        if cost and score is not None and not math.isnan(score):
+            found.append(Point(cost, score, row.spread(of) or 0.0, row))
+    return sorted(found, key=lambda point: point[:3])
 
 
 def _panel(axes: Axes, points: Sequence[Point], lines: dict[int, str], x: str, y: str) -> None:
+    full = [point.score for point in points if point.row.first.is_full]
+    tuned = [point for point in points if not point.row.first.is_full]
+    if full:
+        axes.axhline(max(full), color="#666666", linestyle="--", linewidth=1, label="full fine-tuning", zorder=1)
+    if y == "score":
+        _draw_front(axes, tuned, x)
+    for index, name in enumerate(sorted(set(lines.values()))):
+        if line := [point for point in tuned if lines[id(point.row)] == name]:
+            _draw_line(axes, line, name, index)
+    if tuned:
+        _log_scale(axes, [point.cost for point in tuned])
+    rows = [point.row for point in points]
+    _label(axes, rows, NAMES[x], rows[0].first.metric if y == "score" else y)
+
+
+def _draw_front(axes: Axes, points: Sequence[Point], x: str) -> None:
+    best = {id(row) for row in front([point.row for point in points], FIELDS[x])}
+    edge = [point for point in points if id(point.row) in best]
+    if len(edge) > 1:
+        costs, scores, *_ = zip(*edge, strict=True)
+        axes.plot(costs, scores, label="Pareto front", color="#DDDDDD", linewidth=5, zorder=0)
+
+
+def _draw_line(axes: Axes, points: Sequence[Point], name: str, index: int) -> None:
+    costs, scores, spreads, _ = zip(*points, strict=True)
+    axes.errorbar(
+        costs,
+        scores,
+        yerr=spreads if any(spreads) else None,
+        label=name,
+        **_look(index),
+        linewidth=1.3,
+        markersize=7,
+        markeredgecolor="white",  # so that marks that lie on each other are told apart
+        markeredgewidth=0.5,
+        capsize=2,
+    )
+
+
+def _look(index: int) -> dict[str, Any]:
+    """Colour, mark and dashes of a line."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": ("-", "--", ":")[index // len(COLOURS) % 3],
+    }
+
+
+def _log_scale(axes: Axes, costs: Sequence[float]) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    full = [point for point in points if _is_full(point[0])]
-    tuned = [point for point in points if not _is_full(point[0])]
-    of = field(y, [record for row, _, _ in points for record in row.records])
-    if full:
-        best = max(score for _, _, score in full)
-        axes.axhline(best, color="#666666", linestyle="--", linewidth=1, label="full fine-tuning", zorder=1)
-    if y == "score":
-        best_rows = {id(row) for row in front([row for row, _, _ in tuned], FIELDS[x])}
-        edge = sorted((cost, score) for row, cost, score in tuned if id(row) in best_rows)
-        if len(edge) > 1:
-            costs, scores = zip(*edge, strict=True)
-            axes.plot(costs, scores, label="Pareto front", color="#DDDDDD", linewidth=5, zorder=0)
-    for index, name in enumerate(sorted(set(lines.values()))):
-        line = sorted((cost, score, row.spread(of) or 0.0) for row, cost, score in tuned if lines[id(row)] == name)
-        if not line:
-            continue
-        costs, scores, spreads = zip(*line, strict=True)
-        axes.errorbar(
-            costs,
-            scores,
-            yerr=spreads if any(spreads) else None,
-            label=name,
-            color=COLOURS[index % len(COLOURS)],
-            marker=MARKERS[index % len(MARKERS)],
-            linestyle=("-", "--", ":")[index // len(COLOURS) % 3],
-            linewidth=1.3,
-            markersize=7,
-            markeredgecolor="white",  # so that marks that lie on each other are told apart
-            markeredgewidth=0.5,
-            capsize=2,
-        )
-    if tuned:
-        axes.set_xscale("log")
-        spent = [cost for _, cost, _ in tuned]
-        is_short = max(spent) < 10 * min(spent)  # so short an axis would have one number or none
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8) if is_short else (1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(_short))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    _label(axes, [row for row, _, _ in points], NAMES[x], points[0][0].first.metric if y == "score" else y)
+    axes.set_xscale("log")
+    is_short = max(costs) < 10 * min(costs)  # so short an axis would have one number or none
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8) if is_short else (1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(_short))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _curves(
     axes: Axes, rows: Sequence[Row], curves: dict[int, list[tuple[int, float]]], names: Sequence[str], y: str, by: str
 ) -> None:
     for row in sorted(rows, key=lambda row: names.index(_name(row, by))):
-        index = names.index(_name(row, by))
+        name = _name(row, by)
         steps, values = zip(*curves[id(row)], strict=True)
-        look = ("-", "--", ":")[index // len(COLOURS) % 3]
-        marker = MARKERS[index % len(MARKERS)] if len(steps) < 30 else None  # looks at the selection split are few
-        colour = COLOURS[index % len(COLOURS)]
-        axes.plot(steps, values, label=names[index], color=colour, linestyle=look, marker=marker, markersize=4)
+        look = _look(names.index(name))
+        if len(steps) >= 30:  # marks are for the few looks at the selection split
+            look["marker"] = None
+        axes.plot(steps, values, label=name, **look, markersize=4)
     _label(axes, rows, "step", y)
 
 
 def _curve(row: Row, y: str) -> list[tuple[int, float]]:
     """(step, value) of each time that a run logged `y`; the training of its head alone is not part of it."""
-    lines = logged(row)
+    lines = logged(row.first.folder)
     return [(line["step"], line[y]) for line in lines if y in line and line["stage"] == lines[0]["stage"]]
-
-
-def logged(row: Row) -> list[dict[str, Any]]:
-    """The lines of the `metrics.jsonl` of a single run."""
-    file = row.first.folder / "metrics.jsonl"
-    if not file.is_file():
-        return []
-    found = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError):  # the last line of a run that goes on may be half written
-            values = json.loads(line)
-            if isinstance(values, dict) and {"stage", "step"} <= values.keys():
-                found.append(values)
-    return found
 
 
 def _label(axes: Axes, rows: Sequence[Row], x: str, y: str) -> None:
@@ -250,10 +259,6 @@ def _label(axes: Axes, rows: Sequence[Row], x: str, y: str) -> None:
     axes.set_ylabel(y)
     axes.grid(True, which="major", color="#EEEEEE", linewidth=0.8)
     axes.set_axisbelow(True)
-
-
-def _is_full(row: Row) -> bool:
-    return row.first.unfreeze == "all" and not row.first.axes
 
 
 def _lines(rows: Sequence[Row], by: str) -> dict[int, str]:
@@ -273,9 +278,8 @@ def _lines(rows: Sequence[Row], by: str) -> dict[int, str]:
 
 def _four(row: Row) -> dict[str, str]:
     """The four axes of a row, the composition function with its scale."""
-    keys = ("functional_form", "modified_representation", "insertion_form")
     composition = text([axes.composition for axes in row.first.axes])
-    return {**{key: text(FIELDS[key](row.first)) for key in keys}, "composition_function": composition}
+    return {**{axis: text(FIELDS[axis](row.first)) for axis in CHOICES}, "composition_function": composition}
 
 
 def _name(row: Row, by: str) -> str:

@@ -1,46 +1,34 @@
 """The record of one run: what was trained, how it scored and what it cost. Imports no torch.
 
-`recording` keeps `record.json` in the run's folder true from the first second to the last; `load_records` reads the
-records below a folder. Tables, plots and reports read records and nothing else. A file of a run is written beside its
-place and then renamed, so that no reader ever sees half of it.
+It lies in the run's folder as `record.json`; `load_records` reads the records below a folder. Tables, plots and reports
+are made from records. `recording.py` writes them.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from datetime import datetime, timezone
-from functools import lru_cache
-from importlib import metadata
+from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TextIO, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from omegaconf import OmegaConf
-
-import peftbench
 from peftbench.axes import composed
-from peftbench.config import Modification, Run, modifications
 from peftbench.errors import UserError
 from peftbench.fidelity import Deviation
-from peftbench.results.identity import content_stamp, plain, run_hash
 from peftbench.results.lock import is_held
+from peftbench.whole_files import replacing
 
 SCHEMA_VERSION = 1
 FILE = "record.json"
-METRICS = "metrics.jsonl"
-CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints, gone once it is done
-# A folder with this file in it is passed over by who asks for a folder above it: outputs/reference came with the
-# checkout, and its runs are no rivals of one's own.
+# A folder that holds this file is left out where the records of a folder above it are read: outputs/reference came
+# with the checkout, and its runs are not the user's.
 APART = ".apart"
 
-# A run that is missing has not begun: no file says so, but the tables of a sweep do.
+# missing: a run of a sweep that has not begun; no file says so.
 Status = Literal["running", "done", "failed", "interrupted", "missing"]
 
 
@@ -138,7 +126,7 @@ class Trial:
 
 @dataclass
 class Searched:
-    """The part of a run in a search: it was a trial, or it has the values of the best of `trials`."""
+    """What a run was in a search: a trial, or the run that has the values of the best of `trials`."""
 
     name: str
     role: Literal["trial", "final"]
@@ -181,8 +169,8 @@ class Record:
     search: Searched | None = None
     baselines: dict[str, float] = field(default_factory=dict)  # the main metric of: majority, head, lead1
     trainer: dict[str, Any] = field(default_factory=dict)
-    # prepare_s, probe_s, train_s, evaluate_s, baseline_s, total_s; and earlier_s, the part of these that tries before
-    # spent on training up to the checkpoints that this one went on from
+    # prepare_s, probe_s, train_s, evaluate_s, baseline_s, total_s; and earlier_s, the part of these that interrupted
+    # tries spent on training up to the checkpoints from which the run was resumed
     timings: dict[str, float] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)  # trainable tensors that the loss does not depend on
     steps: int | None = None
@@ -199,6 +187,16 @@ class Record:
     device: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     git: dict[str, Any] | None = None  # commit, dirty; of the checkout that peftbench runs from
+
+    @property
+    def outcome(self) -> str:
+        """The status, with the error of a run that failed."""
+        return f"{self.status}: {self.error.name}" if self.error else self.status
+
+    @property
+    def is_full(self) -> bool:
+        """Whether this is full fine-tuning: the whole backbone is trained, and no representation is modified."""
+        return self.unfreeze == "all" and not self.axes
 
     def to_json(self) -> dict[str, Any]:
         """The record as nested dicts and lists of JSON values."""
@@ -237,81 +235,10 @@ class Record:
         self._end("failed")
 
     def _end(self, status: Status) -> None:
-        self.status, self.finished = status, _now()
+        self.status, self.finished = status, now()
         began, ended = datetime.fromisoformat(self.created), datetime.fromisoformat(self.finished)
         self.timings["total_s"] = (ended - began).total_seconds() + self.timings.get("earlier_s", 0.0)
         self.save()
-
-
-@contextmanager
-def recording(run: Run, folder: Path, overrides: Sequence[str]) -> Iterator[Record]:
-    """The record of what happens inside: done at its end, interrupted by Ctrl-C, failed by any other exception."""
-    record = start(run, folder, overrides)
-    try:  # so that nothing half-done is ever called done
-        yield record
-        record.finish()
-    except KeyboardInterrupt:
-        record.interrupt()
-        raise
-    except BaseException as error:
-        record.fail(error)
-        raise
-
-
-def forget_refused(folder: Path) -> None:
-    """No record of a run that was refused while it was prepared: else a mistyped path would be a row of every table."""
-    record = find(folder)
-    if record is not None and record.status == "failed" and "prepare_s" not in record.timings:
-        for name in (FILE, "config.yaml", "error.txt"):
-            (folder / name).unlink(missing_ok=True)
-
-
-def start(run: Run, folder: Path, overrides: Sequence[str]) -> Record:
-    """A record of status running, and the resolved `config.yaml` beside it.
-
-    What an earlier try left is cleared away, but for its checkpoints and the metrics up to them.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    record = describe(run, folder, overrides)
-    record.save()  # first of all: from here on the folder of an earlier run, if it is one, no longer says done
-    for stale in (folder / "error.txt", folder / "predictions.jsonl", *folder.glob("*.tmp")):
-        stale.unlink(missing_ok=True)
-    if not (folder / CHECKPOINTS).is_dir():
-        (folder / METRICS).unlink(missing_ok=True)
-    with replacing(folder / "config.yaml") as file:
-        OmegaConf.save(OmegaConf.structured(replace(run, sizes=None, size=None)), file)
-    return record
-
-
-def describe(run: Run, folder: Path, overrides: Sequence[str], status: Status = "running") -> Record:
-    """The record of a run that has no results yet."""
-    content = content_stamp(run.model.path) if run.model.path else None
-    return Record(
-        run=run_hash(run),
-        point=run_hash(replace(run, seed=0)),
-        status=status,
-        created=_now(),
-        method=run.method,
-        task=run.task.name,
-        model=Backbone(
-            run.model.name,
-            hub_id=None if content else run.model.hub_id,
-            revision=None if content else run.model.revision,
-            content=content,
-        ),
-        axes=axes_of(run),
-        unfreeze=run.unfreeze.name,
-        metric=run.task.metric,
-        seed=run.seed,
-        folder=folder,
-        overrides=list(overrides),
-        budget=run.budget,
-        debug=run.debug,
-        fidelity=run.fidelity.name,
-        trainer=plain(run.trainer),
-        versions=_versions(),
-        git=_git(),
-    )
 
 
 def finished(folder: Path) -> Record | None:
@@ -358,121 +285,8 @@ def kept_apart(folder: Path) -> list[Path]:
     return sorted(mark.parent for mark in folder.glob(f"*/{APART}"))
 
 
-def rewind_metrics(folder: Path, stage: str, step: int) -> None:
-    """Drops the lines of `metrics.jsonl` that a training wrote after `step`, from which it now goes on."""
-    file = folder / METRICS
-    if not file.is_file():
-        return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError):  # the last line of a process that died may be torn
-            values = json.loads(line)
-            if values["stage"] != stage or values["step"] <= step:
-                kept.append(line + "\n")
-    with replacing(file) as replacement:
-        replacement.writelines(kept)
-
-
-def append_metrics(folder: Path, values: dict[str, Any]) -> None:
-    """Appends one line to `metrics.jsonl`, which can be read while the run goes on."""
-    with (folder / METRICS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
-
-
-def predictions_file(role: str) -> str:
-    """What the file with a role's predictions is called: `predictions.jsonl`, or `predictions.SPLIT.jsonl`."""
-    return f"predictions{role.removeprefix('report').replace('_', '.', 1)}.jsonl"
-
-
-def write_predictions(folder: Path, predictions: Iterable[dict[str, Any]], role: str = "report") -> None:
-    """Writes `predictions.jsonl`, one line for each example."""
-    write_lines(folder / predictions_file(role), predictions)
-
-
-def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes one JSON object on each line of a file."""
-    with replacing(path) as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf of nested dicts."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def differing(values: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys that do not have the same value in all of `values`, in the order in which they first come."""
-    keys = dict.fromkeys(key for one in values for key in one)
-    absent = object()
-    return [key for key in keys if any(one.get(key, absent) != values[0].get(key, absent) for one in values)]
-
-
-def distinctive(typed: Sequence[Mapping[str, str]]) -> list[str]:
-    """The keys in which what was typed for runs differs, but for those below a group that differs and says as much:
-    task.data_dir where each task has one."""
-
-    def says_as_much(group: str, key: str) -> bool:
-        values = {one.get(group) for one in typed}
-        return group != key and len(values) == len({(one.get(group), one.get(key)) for one in typed})
-
-    keys = differing(typed)
-    return [key for key in keys if not ((group := key.partition(".")[0]) in keys and says_as_much(group, key))]
-
-
-def axes_of(run: Run) -> list[Axes]:
-    """The modifications of a run, each with the options in which it differs from a bare one."""
-    bare = dict(flatten(plain(Modification())))
-    shown = {"bottleneck", "composition_function.scale"} | {key for key in bare if key.endswith(".name")}
-    return [
-        Axes(
-            prefix=prefix,
-            functional_form=modification.functional_form.name,
-            modified_representation=modification.modified_representation.name.name,
-            insertion_form=modification.insertion_form.name.name,
-            composition_function=modification.composition_function.name.name,
-            scale=modification.composition_function.scale,
-            bottleneck=modification.bottleneck,
-            options={
-                key: value
-                for key, value in flatten(plain(modification))
-                if key in bare and key not in shown and value != bare[key]
-            },
-        )
-        for prefix, modification in modifications(run).items()
-    ]
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "peftbench": peftbench.__version__}
-    for package in ("torch", "transformers", "datasets"):
-        with suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
-
-
-@lru_cache(maxsize=1)
-def _git() -> dict[str, Any] | None:
-    """Commit and state of the checkout that peftbench runs from; None if it is installed, or git is not."""
-    checkout = Path(peftbench.__file__).resolve().parent.parent
-
-    def git(*command: str) -> str:
-        done = subprocess.run(["git", *command], cwd=checkout, capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
-
-    try:
-        top, commit = git("rev-parse", "--show-toplevel", "HEAD").splitlines()
-        if Path(top) != checkout:  # installed in an environment that lies inside somebody else's checkout
-            return None
-        return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return None
-
-
-def _now() -> str:
+def now() -> str:
+    """The time in UTC, as records have it."""
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
@@ -483,20 +297,7 @@ def _read(file: Path) -> Record:
     return record
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[TextIO]:
-    """A text file to write to that takes the place of `path` once it is complete."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        # Half a surrogate pair, which UTF-8 cannot hold, becomes \udxxx: what JSON calls it too.
-        with unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            yield file
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-_hints = lru_cache(get_type_hints)
+_hints = cache(get_type_hints)
 
 
 def _decode(kind: Any, value: Any, key: str = "") -> Any:

@@ -45,7 +45,7 @@ class Row:
         return stdev(values) if len(values) > 1 else None
 
     def _values(self, of: Callable[[Record], float | None]) -> list[float]:
-        # Of a single run all is shown that is known; in a mean only runs count that came through.
+        # A single run shows all that is known of it; a mean is over the runs with a score.
         records = self.scored if len(self.records) > 1 else self.records
         return [float(value) for record in records if (value := of(record)) is not None]
 

@@ -1,20 +1,52 @@
-"""Which of the runs found are shown: filters such as method=mam,lora, seed!=1, device=*H200* or score>60. Imports no
-torch."""
+"""Which runs are shown: those below the folders that pass filters such as method=mam,lora, seed!=1, device=*H200* or
+score>60. Imports no torch."""
 
 from __future__ import annotations
 
 import operator
 import re
+import sys
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from peftbench.errors import UserError, unknown
-from peftbench.results.columns import field, text
-from peftbench.results.record import Record
+from peftbench.results.fields import field, text
+from peftbench.results.record import Record, kept_apart, load_records
+from peftbench.results.row import is_trial
 
+TRIALS = "trials=true"  # the word that asks for them
 FILTER = re.compile(r"(?P<key>[\w.]+)(?P<sign>!=|>=|<=|=|>|<)(?P<values>.*)", re.DOTALL)
 ORDER = {">": operator.gt, "<": operator.lt, ">=": operator.ge, "<=": operator.le}
+
+
+def read(words: Sequence[str]) -> list[Record]:
+    """The records below the folders among `words` (default: outputs) that pass the filters among them.
+
+    What is no record is named on stderr. The trials of searches are left out unless `trials=true` is among the words:
+    beside the run that has the chosen values they would be rivals. Raises UserError where nothing is left.
+    """
+    folders = [Path(word) for word in words if not is_filter(word)] or [Path("outputs")]
+    records: dict[Path, Record] = {}
+    for folder in folders:
+        found, left_out = load_records(folder)
+        records.update((record.folder.resolve(), record) for record in found)
+        for sentence in left_out:
+            print(sentence, file=sys.stderr)
+    if not records:
+        others = "".join(f", or show those in {place}: peftbench results {place}" for place in kept_apart(folders[0]))
+        raise UserError(f"{folders[0]} holds no record of a run; make one with: peftbench train{others}")
+    filters = [word for word in words if is_filter(word) and word != TRIALS]
+    compared = [record for record in records.values() if TRIALS in words or not is_trial(record)]
+    if hidden := len(records) - len(compared):
+        print(f"{hidden} trials of searches are left out; {TRIALS} shows them.", file=sys.stderr)
+    if not compared:
+        raise UserError(f"{folders[0]} holds trials of a search and no other run yet; {TRIALS} shows them.")
+    chosen = select(compared, filters)
+    if not chosen:
+        raise UserError(f"No run passes {' '.join(filters)}; peftbench results without filters shows what there is.")
+    return chosen
 
 
 def is_filter(word: str) -> bool:
@@ -35,8 +67,8 @@ def select(records: Sequence[Record], filters: Sequence[str]) -> list[Record]:
         key, wanted = match["key"], match["values"].split(",")
         try:
             of = field(key, records)
-        except KeyError as error:
-            faults.append(str(error.args[0]))
+        except UserError as error:
+            faults.extend(error.faults)
             continue
         if holds := ORDER.get(match["sign"]):
             try:

@@ -37,6 +37,11 @@ class State:
     def status(self) -> str:
         return "missing" if self.record is None else self.record.status
 
+    @property
+    def outcome(self) -> str:
+        """The status, with the error of a run that failed."""
+        return "missing" if self.record is None else self.record.outcome
+
 
 def main(argv: list[str]) -> int:
     """Prints the sweeps, the latest last; returns 1 if a run of one failed, else 0. Raises UserError without any."""
@@ -103,12 +108,6 @@ def summary(states: Sequence[State]) -> str:
     return f"{len(states)} runs: {counts}{_left(states)}"
 
 
-def ended(state: State) -> str:
-    """The status, with the error of a run that failed."""
-    error = state.record.error if state.record is not None else None
-    return f"{state.status}: {error.name}" if error else state.status
-
-
 def time_of(state: State) -> str:
     """How long a run took, or has been running."""
     if state.record is None:
@@ -132,7 +131,7 @@ def _show(plan: Plan, states: Sequence[State], console: Console, everything: boo
         table.add_column(name, overflow="fold", justify="right" if name == "time" else "left")
     for state in sorted(listed, key=lambda state: ORDER.index(state.status)):
         settings = (str(state.point.settings.get(key, "")) for key in keys)
-        table.add_row(*settings, ended(state), time_of(state), state.point.folder.rpartition("/")[2])
+        table.add_row(*settings, state.outcome, time_of(state), state.point.folder.rpartition("/")[2])
     console.print(table)
 
 
@@ -150,6 +149,7 @@ def _as_json(plan: Plan, states: Sequence[State]) -> dict[str, Any]:
         "counts": {status: counted[status] for status in ORDER},
         "seconds_left": seconds_left(states),
         "runs": [
-            {"folder": state.point.folder, "settings": state.point.settings, "status": ended(state)} for state in states
+            {"folder": state.point.folder, "settings": state.point.settings, "status": state.outcome}
+            for state in states
         ],
     }

@@ -12,14 +12,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from peftbench.config import Run
+from peftbench.config import Run, by_key, value_at
 from peftbench.errors import UserError
 from peftbench.results.choice import NoChoice, known, sentence, settled
-from peftbench.results.columns import text
+from peftbench.results.differences import distinctive
+from peftbench.results.fields import text
 from peftbench.results.identity import run_dir
-from peftbench.results.record import Record, describe, distinctive, find, finished, replacing
+from peftbench.results.record import Record, find, finished
+from peftbench.results.recording import describe
 from peftbench.results.table import show
-from peftbench.search import value_at
+from peftbench.whole_files import replacing
 
 FOLDER = ".sweeps"  # below the output_dir
 SUFFIX = ".sweep.json"
@@ -50,7 +52,7 @@ class Member:
 
     def settings(self) -> dict[str, str]:
         """What was typed, by key, and what a search has set."""
-        words = dict(word.split("=", 1) for word in self.overrides if "=" in word)
+        words = by_key(self.overrides)
         search = self.run.search
         if search is None:
             return words
@@ -183,9 +185,8 @@ class Sweep:
         return find(folder) or describe(run, folder, [], "missing")
 
     def _status(self, record: Record) -> str:
-        if record.error is not None:
-            return f"{record.status}: {record.error.name}"
-        return "done before" if self.was_done_before(record.folder) else record.status
+        earlier = record.status == "done" and self.was_done_before(record.folder)
+        return "done before" if earlier else record.outcome
 
     def _summary(self, records: Sequence[Record], lost: int) -> str:
         counted = Counter(self._status(record).partition(":")[0] for record in records)

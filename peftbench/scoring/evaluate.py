@@ -14,23 +14,24 @@ from hydra.errors import HydraException
 from rich.console import Console
 
 from peftbench.backbone import Backbone, load_backbone
-from peftbench.compose import apply
 from peftbench.config import Run, Task, resolve
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
 from peftbench.modification.attach import attach_run
 from peftbench.modification.state import load as load_adapter
+from peftbench.overrides import apply_override
 from peftbench.precision import chosen_device, with_dtype
 from peftbench.prediction.partial import Partial
 from peftbench.progress import Display
 from peftbench.results.identity import content_stamp
-from peftbench.results.record import Record, write_lines
+from peftbench.results.record import Record
 from peftbench.scoring.saved import saved_config, saved_record
 from peftbench.scoring.show import show_scores
 from peftbench.tasks.load import load
 from peftbench.tasks.prepare import prepare
 from peftbench.train import quiet_console
 from peftbench.validity import faults
+from peftbench.whole_files import write_lines
 
 GROUPS = ("task", "trainer", "model")  # what may be changed of a run without making it another
 
@@ -86,7 +87,7 @@ def saved_run(folder: Path, record: Record, overrides: Sequence[str] = ()) -> Ru
         if override.key_or_group.split(".")[0] not in GROUPS or "." not in override.key_or_group:
             keys = ", ".join(f"{group}.KEY" for group in GROUPS)
             found.append(f"{override.input_line}: evaluate takes {keys} only, such as task.split=test.")
-        elif sentence := apply(config, override):
+        elif sentence := apply_override(config, override):
             found.append(sentence)
     if found:
         raise UserError(*found)
@@ -124,14 +125,7 @@ def evaluate(folder: Path, run: Run, console: Console, predictions: Path | None 
             data = prepare(loaded, backbone.tokenizer, backbone.model)
             backbone.model.to(chosen_device(run.trainer))
             evaluator = Evaluator(backbone.model, data, run)
-        partial = None
-        if predictions is not None and evaluator.generation is not None:
-            source = content_stamp(run.model.path) if run.model.path else f"{run.model.hub_id} {run.model.revision}"
-            task = run.task
-            reads = [task.max_source_length, task.prompt, task.source_language, task.target_language]
-            how = [evaluator.generation.to_json_string(), evaluator.bf16, run.model.dtype.name, *reads]
-            stamp = json.dumps([source, content_stamp(folder / "adapter"), data.fingerprint, *how])
-            partial = Partial(predictions.with_name(f"{predictions.name}.partial"), stamp)
+        partial = None if predictions is None else _partial(folder, run, evaluator, predictions)
         for role, split in data.splits.items():
             with display.stage(f"evaluate {split['split']}", split["examples"]) as stage:
                 metrics, decoded = evaluator.score(role, stage.advance, partial if role == "report" else None)
@@ -141,3 +135,15 @@ def evaluate(folder: Path, run: Run, console: Console, predictions: Path | None 
     if partial is not None:
         partial.remove()
     return found
+
+
+def _partial(folder: Path, run: Run, evaluator: Evaluator, predictions: Path) -> Partial | None:
+    """Where generated texts are kept until all are there, with a stamp of all that they depend on."""
+    if evaluator.generation is None:
+        return None
+    model, task = run.model, run.task
+    source = content_stamp(model.path) if model.path else f"{model.hub_id} {model.revision}"
+    reads = [task.max_source_length, task.prompt, task.source_language, task.target_language]
+    how = [evaluator.generation.to_json_string(), evaluator.bf16, model.dtype.name, *reads]
+    stamp = json.dumps([source, content_stamp(folder / "adapter"), evaluator.data.fingerprint, *how])
+    return Partial(predictions.with_name(f"{predictions.name}.partial"), stamp)

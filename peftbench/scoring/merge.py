@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from peftbench.backbone import load_config, meta_backbone
-from peftbench.config import DType, Run
+from peftbench.config import DType, Run, module_name
 from peftbench.errors import UserError
 from peftbench.modification.attach import attach_run
 from peftbench.modification.merge import merge, obstacles
@@ -61,7 +61,7 @@ def write_merged(folder: Path, run: Run, out: Path) -> tuple[str, float]:
     plain = list(bare.state_dict())
     attach_run(bare, run)
     if found := obstacles(bare):
-        why = "; ".join(found[n] if n == "modification" else f"mix.{n}: {found[n]}" for n in sorted(found))
+        why = "; ".join(found[n] if n == module_name("") else f"mix.{n}: {found[n]}" for n in sorted(found))
         raise UserError(f"method={run.method} cannot be merged into the backbone's weights: {why}.")
     backbone = restored(folder, run, run.task)
     share = merge(backbone.model)

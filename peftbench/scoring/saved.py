@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from peftbench.config import Run
 from peftbench.errors import UserError
-from peftbench.results.record import FILE, Record, finished, predictions_file
+from peftbench.results.record import FILE, Record, finished
+from peftbench.results.run_files import predictions_file
 
 
 def saved_record(folder: Path) -> Record:

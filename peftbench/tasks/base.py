@@ -15,8 +15,9 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftbench.tasks.cache import kept
-from peftbench.tasks.load import Loaded, data_fingerprint, head
+from peftbench.tasks.load import Loaded, data_fingerprint
 from peftbench.tasks.metrics import Measured, References, measure
+from peftbench.tasks.rows import head
 from peftbench.tasks.tokens import Encoder
 
 if TYPE_CHECKING:

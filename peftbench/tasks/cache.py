@@ -1,5 +1,5 @@
-"""What is worth keeping between runs: tokenised rows on disk, under a name that is a hash of all that they follow from;
-in memory what the last runs of this process have read and prepared, for the further runs of a sweep."""
+"""What is kept between runs: tokenised rows on disk, under a hash of all that determines them, and in memory what the
+last runs of this process have read and prepared."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ MIN_ROWS = 2_000  # fewer are tokenised faster than they are found
 
 
 class Recent(Generic[T]):
-    """The values that were asked for last, `RECENT` of them, by all that they follow from."""
+    """The `RECENT` values that were asked for last, each under a key that determines it."""
 
     def __init__(self) -> None:
         self.values: OrderedDict[Hashable, T] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The value under `key`, from `make` where it is not there. The eldest is let go before a new one is made."""
+        """The value under `key`, from `make` if it is not there; the oldest is dropped before a new one is made."""
         if key not in self.values:
             while len(self.values) >= RECENT:
                 self.values.popitem(last=False)
@@ -47,8 +47,8 @@ def kept(what: dict[str, Any], rows: int, make: Callable[[], Dataset]) -> Datase
     """The Dataset that `make` gives, from the cache where another run has made it.
 
     Args:
-        what: JSON values that the Dataset follows from, and nothing else does.
-        rows: how many are read to make it.
+        what: JSON values that determine the Dataset.
+        rows: how many rows it is made from.
     """
     if rows < MIN_ROWS:
         return make()

@@ -4,7 +4,7 @@ Source files are parsed with `ast`; no package is imported. `gather` returns the
 into train, validation and test by name, and two tasks are made from them: `topic_rows` (which package does this
 text come from?) and `summary_rows` (write the first paragraph, given the rest).
 
-The standard library goes by the package name `python`.
+The standard library goes by the package name `python`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import platform
 import re
 import sys
 import sysconfig
-import tempfile
 import textwrap
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,7 +30,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from peftbench.errors import UserError
-from peftbench.tasks.cache import cache_dir as default_cache_dir
+from peftbench.tasks.cache import cache_dir
+from peftbench.whole_files import write_lines
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -81,24 +81,24 @@ class Docstring:
         return f"{self.summary}\n\n{self.body}" if self.body else self.summary
 
 
-def gather(packages: Sequence[str], cache_dir: Path | None = None) -> list[Docstring]:
+def gather(packages: Sequence[str]) -> list[Docstring]:
     """The docstrings of `packages`, sorted by name; of those with equal text (see `normalised`) only the first.
 
     Names are not quite unique: a function that is defined twice, say once per platform, is listed twice.
-    What a package yields is cached in `cache_dir`, by default `$PEFTBENCH_CACHE` or `~/.cache/peftbench`.
+    What a package yields is cached in `cache_dir()`.
     Raises UserError for packages that are not installed.
     """
     installed = versions(packages)
-    folder = cache_dir or default_cache_dir()
     found: list[Docstring] = []
     for package, version in installed.items():
-        cache = folder / f"docstrings-{package}-{version}-v{_SCHEMA}.jsonl"
+        cache = cache_dir() / f"docstrings-{package}-{version}-v{_SCHEMA}.jsonl"
         if cache.is_file():
             found += _load(cache)
             continue
         fresh = _read_all(package, _sources(package))
         with suppress(OSError):  # a cache that cannot be written costs seconds, not the run
-            _save(fresh, cache)
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_lines(cache, map(asdict, fresh))
         found += fresh
     return _unique(found)
 
@@ -128,36 +128,21 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
     return {package: _version(package) for package in packages}
 
 
-def fingerprint(docstrings: Iterable[Docstring]) -> str:
-    """The sha256, in hexadecimal, of all names and texts, in order."""
-    digest = hashlib.sha256()
-    for docstring in docstrings:
-        digest.update(json.dumps([docstring.name, docstring.summary, docstring.body]).encode())
-    return digest.hexdigest()
-
-
 def normalised(text: str) -> str:
     """`text` in lower case with single spaces: what two docstrings share when they count as the same."""
     return " ".join(text.lower().split())
 
 
-def topic_rows(
-    packages: Sequence[str],
-    split: Split,
-    *,
-    per_class: int | None = None,
-    seed: int = 0,
-    cache_dir: Path | None = None,
-) -> list[dict[str, str]]:
+def topic_rows(packages: Sequence[str], split: Split) -> list[dict[str, str]]:
     """Rows `{"name", "text", "label"}` for the task "which of `packages` does this docstring come from?".
 
     The names of all `packages` are masked in the text. Every label has equally many rows: as many as the rarest
-    one has, and no more than `per_class`. Which rows are taken, and their order, follow from `seed`.
+    one has. Which rows are taken, and their order, follow from a hash of their content.
     Raises UserError where a package is not installed or has no row in this split.
     """
     names = _names_of(packages)
     by_label: dict[str, list[dict[str, str]]] = {package: [] for package in packages}
-    for docstring in gather(packages, cache_dir):
+    for docstring in gather(packages):
         if split_of(docstring.name) != split:
             continue
         text = names.sub(MASK_WORD, docstring.text)
@@ -171,23 +156,21 @@ def topic_rows(
         )
 
     def order(row: dict[str, str]) -> int:
-        return _hash_order(f"{seed} {row['name']} {row['text']}")
+        return _hash_order(f"0 {row['name']} {row['text']}")  # the 0 stays: without it the task would have other rows
 
     count = min(len(rows) for rows in by_label.values())
-    if per_class is not None:
-        count = min(count, per_class)
     taken = [row for rows in by_label.values() for row in sorted(rows, key=order)[:count]]
     return sorted(taken, key=order)  # labels mixed, so that any leading part of the rows is fair
 
 
-def summary_rows(packages: Sequence[str], split: Split, *, cache_dir: Path | None = None) -> list[dict[str, str]]:
+def summary_rows(packages: Sequence[str], split: Split) -> list[dict[str, str]]:
     """Rows `{"name", "document", "summary"}`, sorted by name, for the task "write the summary of this document".
 
     One summary may head several documents ("Fill missing values."). A validation or test row is left out if its
     summary stands in an earlier split, where it could be learnt by heart.
     Raises UserError for packages that are not installed.
     """
-    docstrings = gather(packages, cache_dir)
+    docstrings = gather(packages)
     earlier = SPLITS[: SPLITS.index(split)]
     taken = {normalised(docstring.summary) for docstring in docstrings if split_of(docstring.name) in earlier}
     return [
@@ -335,11 +318,3 @@ def _unique(docstrings: Iterable[Docstring]) -> list[Docstring]:
 def _load(path: Path) -> list[Docstring]:
     with path.open(encoding="utf-8") as lines:
         return [Docstring(**json.loads(line)) for line in lines]
-
-
-def _save(docstrings: list[Docstring], path: Path) -> None:
-    """Writes a file beside `path` and renames it, so that no reader ever sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-        file.writelines(json.dumps(asdict(docstring)) + "\n" for docstring in docstrings)
-    os.replace(file.name, path)

@@ -33,23 +33,15 @@ class Measured(NamedTuple):
 def measure(name: str, predictions: Sequence[str], references: References, labels: Sequence[str] = ()) -> Measured:
     """All scores of the metric that has a score called `name`.
 
+    >>> measure("accuracy", ["yes", "no", "no", "no"], ["yes", "no", "no", "yes"]).scores
+    {'accuracy': 75.0}
+
     Args:
         labels: the task's, in the order of their codes; of two labels, the second is the one that F1 looks for.
     """
     metric = METRICS[name](labels)
     scores: dict[str, float] = metric.compute(predictions=predictions, references=metric.shaped(references))
     return Measured(scores, metric.signatures)
-
-
-def compute_metrics(
-    name: str, predictions: Sequence[str], references: References, labels: Sequence[str] = ()
-) -> dict[str, float]:
-    """The scores of `measure` alone.
-
-    >>> compute_metrics("accuracy", ["yes", "no", "no", "no"], ["yes", "no", "no", "yes"])
-    {'accuracy': 75.0}
-    """
-    return measure(name, predictions, references, labels).scores
 
 
 class _Metric(Metric):

@@ -22,6 +22,7 @@ from peftbench import config
 from peftbench.backbone import load_backbone
 from peftbench.cli import main
 from peftbench.config import Model, Task, TaskKind
+from peftbench.whole_files import write_lines
 from tests.families import long_tail
 
 SUBPROCESS = [sys.executable, "-m", "peftbench"]
@@ -153,7 +154,7 @@ def test_translation_by_loss_in_batches_of_tokens(tmp_path: Path) -> None:
     """The paper's way, on a backbone without language codes: raw and normalised BLEU with their signatures."""
     rows = [{"en": "the house " * (1 + i % 5), "ro": "casă " * (1 + i % 5)} for i in range(32)]
     for name in ("train", "dev", "test"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(tmp_path / f"{name}.jsonl", rows)
     overrides = ["task=wmt16_enro", "model=mini", f"task.data_dir={tmp_path}", "debug=smoke", "method=lora"]
     overrides += [
         "trainer.batch_tokens=64",
@@ -249,6 +250,8 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["mix=[]", "mix.prefix.bottleneck=3"], ["there is no prefix in the mixture; add one, such as mix=[prefix]."]),
         (["method", "lora"], ["method is no KEY=VALUE", "lora is no KEY=VALUE"]),
         (["task.prompt=read: {source}"], ["cannot be read; where the value has commas"]),
+        (["search=null"], ["search=null chooses nothing; leave search out for its default, or give one of: lr3."]),
+        (["mix=[null]", "debug=null"], ["mix=[null] chooses nothing; leave mix out", "debug=null chooses nothing;"]),
         (["+experiment=paper/table5"], ["experiment has its place in the config; leave out the +."]),
         (["--method", "lora"], ["--method is no option of peftbench train"]),
         (["-m", "method=lora,mam", "--cfg", "job"], ["--cfg shows the config of one run"]),

@@ -20,6 +20,7 @@ from peftbench.prediction.predict import mean_loss, predict
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.load import load
 from peftbench.tasks.prepare import prepare
+from peftbench.whole_files import write_lines
 from tests.unit.test_tasks import byte_level
 
 ROWS = [{"source": "good film " * count, "target": "bad " * (1 + count % 3)} for count in (1, 4, 2, 3, 1)]
@@ -46,7 +47,7 @@ def tiny_llama(**more: Any) -> PreTrainedModel:
 @pytest.fixture
 def task(tmp_path: Path) -> Task:
     for split in ("train", "validation", "test"):
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+        write_lines(tmp_path / f"{split}.jsonl", ROWS)
     return Task(
         name="own",
         kind=TaskKind.text_to_text,

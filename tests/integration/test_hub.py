@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from peftbench.config import conf_dir
+from peftbench.whole_files import write_lines
 from tests.hub import REVISION, hub
 
 MINI = conf_dir().parent / "peftbench" / "mini"
@@ -27,7 +28,7 @@ def published(tmp_path: Path) -> Path:
     folder.mkdir(parents=True)
     for split, count in (("train", 40), ("validation", 16), ("test", 16)):
         rows = [{"sentence": f"a film, number {i}", "label": i % 2} for i in range(count)]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(folder / f"{split}.jsonl", rows)
     return root
 
 

@@ -16,6 +16,7 @@ from peftbench.modification.attach import attach_run
 from peftbench.modification.state import load as load_adapter
 from peftbench.scoring.evaluate import changed_run
 from peftbench.scoring.saved import saved_record
+from peftbench.whole_files import write_lines
 
 pytestmark = pytest.mark.slow
 SMOKE = ("model=mini", "debug=smoke", "trainer.max_steps=3", "trainer.learning_rate=0.1")
@@ -28,7 +29,7 @@ def data(tmp_path: Path) -> list[str]:
     row = {"document": "A text about rain.", "summary": "Rain.", "sentence": "a"}
     rows = [{**row, "label": i % 2} for i in range(24)]
     for name in ("train", "validation", "test"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(tmp_path / f"{name}.jsonl", rows)
     return [f"task.data_dir={tmp_path}", f"output_dir={tmp_path / 'outputs'}"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from peftbench import load_run
 from peftbench.cli import main
 from peftbench.errors import UserError
 from peftbench.prediction import predict as predict_module
-from peftbench.tasks.metrics import compute_metrics
+from peftbench.tasks.metrics import measure
+from peftbench.whole_files import write_lines
 
 SMOKE = ("model=mini", "debug=smoke", "trainer.max_steps=3", "method=mam")
 
@@ -27,17 +27,13 @@ def trained(folder: Path, *overrides: str) -> Path:
     return file.parent
 
 
-def write(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:
-    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 @pytest.fixture
 def pairs(tmp_path: Path) -> str:
     """A folder as `task=mnli` reads it: 40 pairs to train, 20 matched, 10 mismatched."""
     names = ("entailment", "neutral", "contradiction")
     rows = [{"premise": f"it rained {i} times", "hypothesis": "rain", "label": names[i % 3]} for i in range(40)]
     for name, count in (("train", 40), ("dev_matched", 20), ("dev_mismatched", 10)):
-        write(tmp_path, f"{name}.jsonl", rows[:count])
+        write_lines(tmp_path / f"{name}.jsonl", rows[:count])
     return f"task.data_dir={tmp_path}"
 
 
@@ -45,7 +41,7 @@ def pairs(tmp_path: Path) -> str:
 def texts(tmp_path: Path) -> str:
     rows = [{"document": f"Text {i} is about rain. It has an end.", "summary": f"Rain {i}."} for i in range(24)]
     for name in ("train", "validation", "test"):
-        write(tmp_path, f"{name}.jsonl", rows)
+        write_lines(tmp_path / f"{name}.jsonl", rows)
     return f"task.data_dir={tmp_path}"
 
 
@@ -82,7 +78,7 @@ def test_a_run_is_loaded_in_python_without_its_data(pairs: str, method: str, tmp
     """The logits of `load_run` choose the labels that the run predicted; transformers' own class, no peftbench call."""
     rows = [{"premise": name * 9, "hypothesis": "so", "label": name} for name in ("neutral", "contradiction") * 16]
     for name in ("train", "dev_matched", "dev_mismatched"):
-        write(tmp_path, f"{name}.jsonl", rows)
+        write_lines(tmp_path / f"{name}.jsonl", rows)
     settings = ("trainer.learning_rate=0.003", "trainer.max_steps=30", "trainer.batch_size=8")
     run = trained(tmp_path, "task=mnli", pairs, f"method={method}", *settings)
     for file in tmp_path.glob("*.jsonl"):
@@ -132,7 +128,7 @@ def test_generated_text_is_scored_again(texts: str, tmp_path: Path, capsys: pyte
     assert from_file["metrics"] == report["metrics"]
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     (bleu,) = scored(capsys, "rescore", str(run), "bleu")
-    expected = compute_metrics("bleu", [row["prediction"] for row in rows], [row["reference"] for row in rows])
+    expected = measure("bleu", [row["prediction"] for row in rows], [row["reference"] for row in rows]).scores
     assert bleu["metrics"] == expected and "tok:13a" in bleu["signatures"]["bleu"]
     assert main(["rescore", str(run)]) == 0
     printed = capsys.readouterr().out
@@ -177,7 +173,7 @@ def test_labels_that_were_found_keep_their_order(tmp_path: Path, capsys: pytest.
     """Also where the training file is gone, and where another split has only some of them."""
     rows = [{"text": f"text {i}", "label": ("b", "a", "c")[i % 3]} for i in range(30)]
     for name in ("train", "dev", "test"):
-        write(tmp_path, f"{name}.jsonl", rows)
+        write_lines(tmp_path / f"{name}.jsonl", rows)
     run = trained(tmp_path, "task=text_classification", f"task.data_dir={tmp_path}", "task.metric=macro_f1")
     for name in ("train", "dev"):
         (tmp_path / f"{name}.jsonl").unlink()

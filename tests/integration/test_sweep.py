@@ -16,20 +16,20 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from hydra._internal.utils import get_args_parser
 
 import peftbench.tasks.load
 import peftbench.tasks.prepare
 from peftbench.backbone import load_backbone
 from peftbench.cli import main
-from peftbench.compose import compose_runs
+from peftbench.compose import compose_run
 from peftbench.config import Task
 from peftbench.evaluate import Evaluator
 from peftbench.results.record import find
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.cache import Recent
-from peftbench.tasks.load import Source, load
+from peftbench.tasks.load import load
 from peftbench.tasks.prepare import prepare
+from peftbench.tasks.rows import Source
 from tests.integration.test_cli import SUBPROCESS, records, sentiment, smoke
 
 __all__ = ["sentiment", "smoke"]  # fixtures
@@ -302,7 +302,7 @@ def test_runs_of_one_process_leave_nothing_to_each_other(
     """A, B, A in one process, on data that is read and tokenised once: A twice, to the bit."""
     read: list[str] = []
     tokenised: list[bool] = []
-    really_read, really_tokenise = peftbench.tasks.load._read, TaskData._tokenise
+    really_read, really_tokenise = peftbench.tasks.load.read_split, TaskData._tokenise
 
     def counted_read(task: Task, split: str) -> Source:
         read.append(split)
@@ -312,7 +312,7 @@ def test_runs_of_one_process_leave_nothing_to_each_other(
         tokenised.append(training)
         return really_tokenise(self, rows, training, fingerprint)
 
-    monkeypatch.setattr(peftbench.tasks.load, "_read", counted_read)
+    monkeypatch.setattr(peftbench.tasks.load, "read_split", counted_read)
     monkeypatch.setattr(TaskData, "_tokenise", counted_tokenise)
     monkeypatch.setattr(peftbench.tasks.load, "_recent", Recent())
     monkeypatch.setattr(peftbench.tasks.prepare, "_recent", Recent())
@@ -336,7 +336,7 @@ def test_changed_files_are_read_again(smoke: list[str], sentiment: Path, tmp_pat
 
 def test_prepared_data_holds_no_model() -> None:
     """A model that an earlier run trained would fill the GPU."""
-    run = compose_runs(get_args_parser().parse_args(["task=docsum", "debug=smoke"]))[0]
+    run = compose_run(["task=docsum", "debug=smoke"])
     loaded = load(run.task)
     backbone = load_backbone(run.model, loaded.task)
     data = prepare(loaded, backbone.tokenizer, backbone.model)

@@ -10,7 +10,7 @@ import pytest
 from peftbench.errors import UserError
 from peftbench.results.bootstrap import paired_bootstrap
 from peftbench.tasks.example_scores import FAMILIES, ExampleScores, example_scores
-from peftbench.tasks.metrics import METRICS, compute_metrics
+from peftbench.tasks.metrics import METRICS, measure
 
 PREDICTIONS = ["The cats sat on a mat. It rained.", "", "Prices rose again", "a b c"]
 REFERENCES = ["It was raining. A cat sat on the mat.", "Nothing was said.", "Prices rose again", "a b c"]
@@ -49,7 +49,7 @@ def test_of_their_mean_the_score_is_the_metric(metric: str) -> None:
     drawn = np.random.default_rng(2).integers(0, 60, 60)
     for chosen in (np.arange(60), drawn):
         scores = {name: float(one.score(one.statistics[chosen].mean(axis=0))) for name, one in found.items()}
-        expected = compute_metrics(metric, [ours[i] for i in chosen], [right[i] for i in chosen], labels)
+        expected = measure(metric, [ours[i] for i in chosen], [right[i] for i in chosen], labels).scores
         assert scores.keys() == expected.keys()
         if chosen is drawn and "spearman" in scores:
             assert scores.pop("spearman") == pytest.approx(expected.pop("spearman"), abs=3)
@@ -62,7 +62,7 @@ def test_where_all_predictions_are_one_the_score_is_the_metric(metric: str) -> N
     ours = [right[0]] * 60
     found = example_scores(metric, ours, right, labels)
     scores = {name: float(one.score(one.statistics.mean(axis=0))) for name, one in found.items()}
-    assert scores == pytest.approx(compute_metrics(metric, ours, right, labels), abs=1e-6)
+    assert scores == pytest.approx(measure(metric, ours, right, labels).scores, abs=1e-6)
 
 
 def test_predictions_that_are_nearly_one() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import partial
@@ -21,6 +20,7 @@ from peftbench.tasks.cache import Recent
 from peftbench.tasks.classification import Classification
 from peftbench.tasks.load import load
 from peftbench.tasks.prepare import prepare
+from peftbench.whole_files import write_lines
 from tests.unit.test_tasks import byte_level, tiny_bert
 
 
@@ -52,7 +52,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
 def task(tmp_path: Path) -> Task:
     for name, count in (("train", 6), ("dev", 5)):
         rows = [{"text": f"film {i}", "label": ("bad", "good")[i % 2]} for i in range(count)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(tmp_path / f"{name}.jsonl", rows)
     return Task(
         name="own",
         kind=TaskKind.classification,

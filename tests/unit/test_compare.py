@@ -16,7 +16,9 @@ from peftbench.config import Trainer
 from peftbench.errors import UserError
 from peftbench.results.compare import main
 from peftbench.results.identity import run_dir
-from peftbench.results.record import Score, recording, write_predictions
+from peftbench.results.record import Score
+from peftbench.results.recording import recording
+from peftbench.results.run_files import write_predictions
 from tests.unit.test_record import RUN
 
 REFERENCES = ["yes", "no"] * 50

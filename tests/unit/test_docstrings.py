@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from peftbench.tasks import docstrings
 from peftbench.tasks.docstrings import (
     SPLITS,
     Docstring,
-    fingerprint,
     gather,
     gather_folder,
     split_of,
@@ -146,21 +144,21 @@ def test_a_single_file_module_and_a_folder_that_is_not_installed(write: Write, t
 
 def test_the_cache_is_hit_until_the_files_change(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write("alpha/__init__.py", '"""The alpha package."""')
-    first = gather(["alpha"], tmp_path / "mine")
-    assert [path.suffix for path in (tmp_path / "mine").iterdir()] == [".jsonl"]
+    first = gather(["alpha"])
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".jsonl"]
 
     with monkeypatch.context() as patched:
         patched.setattr(docstrings, "_read_file", lambda _: pytest.fail("parsed again"))
-        assert gather(["alpha"], tmp_path / "mine") == first
+        assert gather(["alpha"]) == first
 
     write("alpha/__init__.py", '"""Another alpha package altogether."""')
-    assert gather(["alpha"], tmp_path / "mine") != first
+    assert gather(["alpha"]) != first
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(write: Write, tmp_path: Path) -> None:
     write("alpha/__init__.py", '"""The alpha package."""')
-    (tmp_path / "file").touch()
-    assert names(gather(["alpha"], tmp_path / "file")) == ["alpha"]
+    (tmp_path / "cache").touch()
+    assert names(gather(["alpha"])) == ["alpha"]
 
 
 def test_workers_find_what_one_process_finds(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,8 +184,8 @@ def test_versions() -> None:
 
 
 @pytest.mark.slow
-def test_the_standard_library_is_found_without_its_tests(tmp_path: Path) -> None:
-    found = {docstring.name: docstring for docstring in gather(["python"], tmp_path)}
+def test_the_standard_library_is_found_without_its_tests(write: Write) -> None:
+    found = {docstring.name: docstring for docstring in gather(["python"])}
     assert found["json.dumps"].summary.startswith("Serialize ``obj`` to a JSON formatted")
     assert not [name for name in found if name.startswith(("test.", "idlelib.", "site-packages.", "unittest.test."))]
 
@@ -198,13 +196,6 @@ def test_splits_depend_on_the_name_alone_and_are_80_10_10() -> None:
     assert 7_800 < counts["train"] < 8_200
     assert 850 < counts["validation"] < 1_150
     assert 850 < counts["test"] < 1_150
-
-
-def test_the_fingerprint_sees_every_change() -> None:
-    first = Docstring("p", "p.a", "Summary.", "Body.")
-    assert fingerprint([first]) == fingerprint([first])
-    others = [Docstring("p", "p.b", "Summary.", "Body."), Docstring("p", "p.a", "Summary.Body.", "")]
-    assert len({fingerprint([d]) for d in [first, *others]} | {fingerprint([]), fingerprint([first, first])}) == 5
 
 
 def test_own_names_are_masked_as_whole_identifiers() -> None:
@@ -227,10 +218,6 @@ def test_topic_rows_are_masked_balanced_and_reproducible(write: Write) -> None:
         assert all(split_of(row["name"]) == split for row in rows[split])
     text = " ".join(row["text"].lower() for split in SPLITS for row in rows[split])
     assert "alpha" not in text and "beta" not in text and "package.word" in text
-
-    few = topic_rows(["alpha", "beta"], "train", per_class=5)
-    assert Counter(row["label"] for row in few) == {"alpha": 5, "beta": 5}
-    assert few != topic_rows(["alpha", "beta"], "train", per_class=5, seed=1)
 
 
 def test_a_package_with_too_little_text_is_named(write: Write) -> None:
@@ -266,8 +253,3 @@ def test_no_summary_stands_in_two_splits(write: Write) -> None:
     summaries = [{row["summary"] for row in rows[split]} for split in SPLITS]
     assert all(summaries)
     assert not (summaries[0] & summaries[1] or summaries[0] & summaries[2] or summaries[1] & summaries[2])
-
-
-def test_this_module_does_not_import_torch() -> None:
-    check = "import sys, peftbench.tasks.docstrings; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", check]).returncode == 0

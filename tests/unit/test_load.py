@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +10,15 @@ from typing import Any
 import datasets
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
-from hydra._internal.utils import get_args_parser
 
-from peftbench.compose import compose_runs
+from peftbench.compose import compose_run
 from peftbench.config import Task, TaskKind
 from peftbench.errors import UserError
-from peftbench.tasks import load
-from peftbench.tasks.load import data_fingerprint, load_rows
+from peftbench.tasks import source
+from peftbench.tasks.load import data_fingerprint
+from peftbench.tasks.rows import checked
+from peftbench.tasks.source import read_split
+from peftbench.whole_files import write_lines
 
 REVIEWS = Task(
     name="reviews",
@@ -30,10 +31,14 @@ REVIEWS = Task(
 NEWS = Task(name="news", kind=TaskKind.text_to_text)
 
 
+def load_rows(task: Task, split: str, limit: int | None = None) -> Dataset:
+    return checked(task, split, read_split(task, split), limit)
+
+
 def with_file(task: Task, folder: Path, *rows: dict[str, Any]) -> Task:
     """`task` with a training file of `rows`."""
     file = folder / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(file, rows)
     return replace(task, data_files={"train": str(file)})
 
 
@@ -93,9 +98,9 @@ def test_order_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     def docstrings(packages: list[str], split: str) -> list[dict[str, str]]:
         return [{"name": "json.dumps", "text": f"{packages} {split}", "label": "good"}]
 
-    monkeypatch.setattr(load, "load_dataset", hub)
-    monkeypatch.setattr(load, "hub_missing", lambda: None)
-    monkeypatch.setattr(load, "topic_rows", docstrings)
+    monkeypatch.setattr(source, "load_dataset", hub)
+    monkeypatch.setattr(source, "hub_missing", lambda: None)
+    monkeypatch.setattr(source, "topic_rows", docstrings)
     task = replace(REVIEWS, hub_id="me/reviews", hub_config="en")
     assert load_rows(task, "train").to_list() == [{"text": "me/reviews en train", "label": 1}]
     task = replace(task, packages=["json"])
@@ -141,8 +146,8 @@ def test_the_hub_fails(monkeypatch: pytest.MonkeyPatch, error: Exception, senten
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(load, "load_dataset", fail)
-    monkeypatch.setattr(load, "hub_missing", lambda: "no cable is in")
+    monkeypatch.setattr(source, "load_dataset", fail)
+    monkeypatch.setattr(source, "hub_missing", lambda: "no cable is in")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # puts back what the call sets
     with pytest.raises(UserError, match=sentence):
         load_rows(replace(REVIEWS, hub_id="me/reviews"), "train")
@@ -157,14 +162,14 @@ def test_a_dataset_script_is_read_as_the_hub_converted_it(monkeypatch: pytest.Mo
             raise RuntimeError("Dataset scripts are no longer supported, but found reviews.py")
         return Dataset.from_list([{"text": "fine", "label": 1}])
 
-    monkeypatch.setattr(load, "load_dataset", scripted)
-    monkeypatch.setattr(load, "hub_missing", lambda: None)
+    monkeypatch.setattr(source, "load_dataset", scripted)
+    monkeypatch.setattr(source, "hub_missing", lambda: None)
     assert load_rows(replace(REVIEWS, hub_id="me/reviews"), "train").to_list() == [{"text": "fine", "label": 1}]
     assert asked == [None, "refs/convert/parquet"]
 
 
 def test_webnlg_has_lists_of_triples_and_of_texts(shared: Path) -> None:
-    (run,) = compose_runs(get_args_parser().parse_args(["task=webnlg", f"task.data_dir={shared / 'webnlg'}"]))
+    run = compose_run(["task=webnlg", f"task.data_dir={shared / 'webnlg'}"])
     rows = load_rows(run.task, "test")
     assert len(rows) == 1862 and all(isinstance(text, str) for text in rows["triples"][:])
     assert max(len(texts) for texts in rows["texts"][:]) > 1
@@ -193,7 +198,7 @@ def test_sst2_as_glue_has_it(shared: Path) -> None:
 
 
 def test_rte_as_glue_has_it(shared: Path) -> None:
-    (run,) = compose_runs(get_args_parser().parse_args(["task=rte", f"task.data_dir={shared / 'rte'}"]))
+    run = compose_run(["task=rte", f"task.data_dir={shared / 'rte'}"])
     labels = load_rows(run.task, "validation")["label"][:]
     assert [labels.count(code) for code in range(2)] == [146, 131]
 

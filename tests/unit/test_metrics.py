@@ -12,7 +12,7 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
 from peftbench.config import TaskKind
-from peftbench.tasks.metrics import METRICS, ROUGE_TYPES, compute_metrics, measure
+from peftbench.tasks.metrics import METRICS, ROUGE_TYPES, measure
 from peftbench.tasks.sentences import first_sentence, sentences
 from peftbench.validity import METRICS as METRICS_OF_KIND
 
@@ -21,17 +21,17 @@ REFERENCES = ["It was raining. A cat sat on the mat.", "Nothing was said.", "Pri
 
 
 def test_accuracy() -> None:
-    assert compute_metrics("accuracy", ["a", "b", "b"], ["a", "b", "c"]) == {"accuracy": pytest.approx(200 / 3)}
+    assert measure("accuracy", ["a", "b", "b"], ["a", "b", "c"]).scores == {"accuracy": pytest.approx(200 / 3)}
 
 
 def test_rouge_by_hand() -> None:
     # 2 of 3 words are shared, 1 of 2 pairs of words, and the longest common subsequence is "the cat"
-    scores = compute_metrics("rouge2", ["the cat sat"], ["the cat ran"])
+    scores = measure("rouge2", ["the cat sat"], ["the cat ran"]).scores
     assert scores == pytest.approx({"rouge1": 200 / 3, "rouge2": 50, "rougeL": 200 / 3, "rougeLsum": 200 / 3})
 
 
 def test_rouge_stems() -> None:
-    assert compute_metrics("rouge1", ["cats running"], ["cat runs"])["rouge1"] == 100
+    assert measure("rouge1", ["cats running"], ["cat runs"]).scores["rouge1"] == 100
 
 
 def test_rouge_is_the_mean_of_rouge_score() -> None:
@@ -39,11 +39,11 @@ def test_rouge_is_the_mean_of_rouge_score() -> None:
     lines = [text.replace(". ", ".\n") for text in PREDICTIONS], [text.replace(". ", ".\n") for text in REFERENCES]
     direct = [scorer.score(reference, prediction) for prediction, reference in zip(*lines, strict=True)]
     expected = {kind: 100 * sum(score[kind].fmeasure for score in direct) / 3 for kind in ROUGE_TYPES}
-    assert compute_metrics("rougeL", PREDICTIONS, REFERENCES) == pytest.approx(expected, abs=1e-9)
+    assert measure("rougeL", PREDICTIONS, REFERENCES).scores == pytest.approx(expected, abs=1e-9)
 
 
 def test_lsum_does_not_mind_the_order_of_sentences() -> None:
-    scores = compute_metrics("rougeLsum", ["It rained. He left."], ["He left. It rained."])
+    scores = measure("rougeLsum", ["It rained. He left."], ["He left. It rained."]).scores
     assert scores["rougeLsum"] == 100 > scores["rougeL"]
 
 
@@ -75,29 +75,29 @@ def test_first_sentence() -> None:
 def test_f1_is_that_of_the_second_label() -> None:
     # 2 found, of which 1 is right; 3 are there, of which 1 is found: P = 1/2, R = 1/3
     predictions, references = ["no", "yes", "yes", "no", "no"], ["yes", "yes", "no", "yes", "no"]
-    scores = compute_metrics("f1", predictions, references, ["no", "yes"])
+    scores = measure("f1", predictions, references, ["no", "yes"]).scores
     assert scores == pytest.approx({"f1": 40, "accuracy": 40})
-    assert compute_metrics("f1", ["no"] * 5, references, ["no", "yes"])["f1"] == 0
+    assert measure("f1", ["no"] * 5, references, ["no", "yes"]).scores["f1"] == 0
 
 
 def test_macro_f1_is_the_mean_over_all_labels() -> None:
     # a: P 1, R 1/2; b: P 1/2, R 1; c: never predicted, never right
-    scores = compute_metrics("macro_f1", ["a", "b", "b"], ["a", "a", "b"], ["a", "b", "c"])
+    scores = measure("macro_f1", ["a", "b", "b"], ["a", "a", "b"], ["a", "b", "c"]).scores
     assert scores["macro_f1"] == pytest.approx(100 * (2 / 3 + 2 / 3 + 0) / 3)
 
 
 def test_matthews_by_hand() -> None:
     # true positives 2, true negatives 1, false positives 1, false negatives 1: (2 - 1) / sqrt(3 * 3 * 2 * 2)
     predictions, references = ["1", "1", "0", "1", "0"], ["1", "1", "0", "0", "1"]
-    assert compute_metrics("matthews", predictions, references)["matthews"] == pytest.approx(100 / 6)
-    assert compute_metrics("matthews", ["1"] * 5, references)["matthews"] == 0
+    assert measure("matthews", predictions, references).scores["matthews"] == pytest.approx(100 / 6)
+    assert measure("matthews", ["1"] * 5, references).scores["matthews"] == 0
 
 
 def test_correlations_by_hand() -> None:
     # deviations (-1, 0, 1) and (-2, -1, 3): covariance 5, variances 2 and 14; the ranks agree
-    scores = compute_metrics("pearson", ["1", "2", "3"], ["0", "1.0", "5"])
+    scores = measure("pearson", ["1", "2", "3"], ["0", "1.0", "5"]).scores
     assert scores == pytest.approx({"pearson": 500 / 28**0.5, "spearman": 100})
-    assert compute_metrics("spearman", ["2.0", "2.0"], ["1", "3"]) == {"pearson": 0, "spearman": 0}
+    assert measure("spearman", ["2.0", "2.0"], ["1", "3"]).scores == {"pearson": 0, "spearman": 0}
 
 
 def test_bleu_by_hand() -> None:
@@ -113,8 +113,8 @@ def test_every_reference_counts_and_their_number_may_differ() -> None:
     measured = measure("bleu", predictions, references)
     assert measured.scores == pytest.approx({"bleu": 100, "chrf": 100})
     assert "nrefs:var" in measured.signatures["bleu"]
-    assert compute_metrics("rougeL", predictions, references)["rougeL"] == 100
-    assert compute_metrics("exact_match", ["a  b c d e", "f g h"], references) == {"exact_match": 50}
+    assert measure("rougeL", predictions, references).scores["rougeL"] == 100
+    assert measure("exact_match", ["a  b c d e", "f g h"], references).scores == {"exact_match": 50}
 
 
 def test_rouge_equals_the_libraries_own_command_line(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_rouge_equals_the_libraries_own_command_line(tmp_path: Path) -> None:
     printed = list(csv.DictReader((tmp_path / "out.csv").open()))
     assert len(printed) == len(PREDICTIONS)
     for row, ours, right in zip(printed, PREDICTIONS, REFERENCES, strict=True):
-        scores = compute_metrics("rougeL", [ours], [right])
+        scores = measure("rougeL", [ours], [right]).scores
         assert {kind: f"{scores[kind] / 100:.6f}" for kind in ROUGE_TYPES} == {
             kind: row[f"{kind}-F"] for kind in ROUGE_TYPES
         }
@@ -147,7 +147,7 @@ def test_bleu_equals_the_libraries_own_command_line(tmp_path: Path, second: int)
         (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
     command = [sys.executable, "-m", "sacrebleu", "first", "last", "-i", "ours", "-m", "bleu", "chrf", "-w", "10"]
     printed = json.loads(subprocess.run(command, cwd=tmp_path, capture_output=True, check=True, text=True).stdout)
-    scores = compute_metrics("chrf", ours, references)
+    scores = measure("chrf", ours, references).scores
     assert [round(scores["bleu"], 10), round(scores["chrf"], 10)] == [entry["score"] for entry in printed]
 
 

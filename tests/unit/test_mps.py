@@ -25,7 +25,7 @@ from peftbench import mps as module
 from peftbench import places, workers
 from peftbench.cli import main
 from peftbench.errors import UserError
-from peftbench.mps import CONTROL, LOGS, PIPES, NotToBeHadError, await_gpu, shared
+from peftbench.mps import CONTROL, LOGS, PIPES, UnusableError, await_gpu, shared
 from peftbench.workers import Ended
 
 TWO_ON_ONE = [{"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpu} for gpu in ("GPU-b", "GPU-a", "GPU-b")]
@@ -200,7 +200,7 @@ def test_a_server_that_is_not_ready_is_asked_again(machine: Any, monkeypatch: py
     await_gpu({PIPES: "pipes", "CUDA_VISIBLE_DEVICES": "GPU-a"})
     assert made.said() == ["client"] * 3 and len(waited) == 2
     waited.clear()
-    with pytest.raises(NotToBeHadError, match="CUDA error 807: not ready"):
+    with pytest.raises(UnusableError, match="CUDA error 807: not ready"):
         await_gpu({PIPES: "pipes"})  # three clients are noted already
     assert 20.0 * len(waited) > module.PATIENCE and len(waited) == 4
     made.calls.unlink()
@@ -211,7 +211,7 @@ def test_a_server_that_is_not_ready_is_asked_again(machine: Any, monkeypatch: py
 def test_a_server_that_does_not_answer(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(client="exec sleep 5")
     monkeypatch.setattr(module, "PATIENCE", 0.2)
-    with pytest.raises(NotToBeHadError, match="no answer within 0 s"):
+    with pytest.raises(UnusableError, match="no answer within 0 s"):
         await_gpu({PIPES: "pipes"})
 
 

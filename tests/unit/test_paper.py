@@ -21,7 +21,7 @@ from peftbench.results.paper import SETTINGS, printed
 from peftbench.results.record import Backbone, Record, Score
 from peftbench.results.report.command import main as report
 from tests.unit.test_results import LORA
-from tests.unit.test_table import FFN, record
+from tests.unit.test_table import FFN, record, saved
 
 BART = Backbone("bart_large", "facebook/bart-large", None, None)
 MINI = Backbone("mini", None, None, "0123456789ab")
@@ -106,8 +106,7 @@ def outputs(tmp_path: Path) -> Path:
     for index, run in enumerate(runs):
         run.axes = [LORA] if index == 2 else run.axes
         run.folder, run.run = tmp_path / str(index), str(index)
-        run.folder.mkdir()
-        run.save()
+        saved(run)
     return tmp_path
 
 

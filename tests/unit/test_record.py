@@ -26,21 +26,10 @@ from peftbench.config import (
     Trainer,
 )
 from peftbench.errors import UserError
-from peftbench.results.command import read
-from peftbench.results.record import (
-    APART,
-    FILE,
-    Axes,
-    Counts,
-    Record,
-    Score,
-    append_metrics,
-    finished,
-    load_records,
-    recording,
-    start,
-    write_predictions,
-)
+from peftbench.results.record import APART, FILE, Axes, Counts, Record, Score, finished, load_records
+from peftbench.results.recording import recording, start
+from peftbench.results.run_files import append_metrics, write_predictions
+from peftbench.results.select import read
 
 RUN = Run(
     method="mam",

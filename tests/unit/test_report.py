@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,11 +14,14 @@ import pytest
 import yaml
 
 from peftbench.errors import UserError
-from peftbench.results.command import read
 from peftbench.results.identity import plain
-from peftbench.results.record import Axes, Counts, Failure, load_records, start, write_predictions
+from peftbench.results.record import Axes, Counts, Failure, load_records
+from peftbench.results.recording import start
 from peftbench.results.report.command import main
 from peftbench.results.report.content import LONGEST, POINTS, SAMPLES
+from peftbench.results.run_files import write_predictions
+from peftbench.results.select import read
+from peftbench.whole_files import write_lines
 from tests.unit.test_record import RUN
 from tests.unit.test_results import LORA
 from tests.unit.test_table import FFN, HEADS
@@ -76,7 +77,7 @@ def make_runs(folder: Path, count: int = 30, steps: int = 40) -> None:
             {"stage": "train", "step": steps, "train_runtime": 1.0},
             {"stage": "train the head alone", "step": 1, "loss": 99.0},
         ]
-        (record.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logged))
+        write_lines(record.folder / "metrics.jsonl", logged)
         words = ["positive", "negative"]
         write_predictions(
             record.folder,
@@ -259,8 +260,3 @@ def test_refusals(outputs: Path) -> None:
             main([str(outputs), *arguments])
     with pytest.raises(UserError, match="is not a folder"):
         main([str(outputs / "nowhere")])
-
-
-def test_reporting_imports_no_torch() -> None:
-    code = "import sys, peftbench.results.report.command; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -20,11 +20,12 @@ from peftbench.results.columns import best_of, columns
 from peftbench.results.command import main
 from peftbench.results.formats import latex, markdown
 from peftbench.results.pivot import pivot
-from peftbench.results.record import Axes, Backbone, Counts, Failure, Record, describe
+from peftbench.results.record import Axes, Backbone, Counts, Failure, Record
+from peftbench.results.recording import describe
 from peftbench.results.row import front, over_seeds, single
 from peftbench.results.select import select
 from tests.unit.test_record import RUN
-from tests.unit.test_table import FFN, HEADS, record
+from tests.unit.test_table import FFN, HEADS, record, saved
 
 SCORES = {
     ("lora", 1): 60.0,
@@ -59,9 +60,7 @@ def run(method: str, seed: int, score: float | None = 50.0, folder: Path | None 
 @pytest.fixture
 def outputs(tmp_path: Path) -> Path:
     for (method, seed), score in SCORES.items():
-        made = run(method, seed, score, tmp_path / f"{method}-{seed}")
-        made.folder.mkdir()
-        made.save()
+        saved(run(method, seed, score, tmp_path / f"{method}-{seed}"))
     return tmp_path
 
 
@@ -291,9 +290,7 @@ def test_a_pivot_by_hand(outputs: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_what_may_not_be_compared_is_not_put_into_one_column(
     outputs: Path, changes: dict[str, Any], key: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    odd = run("full", 9, 73.0, outputs / "odd", **changes)
-    odd.folder.mkdir()
-    odd.save()
+    saved(run("full", 9, 73.0, outputs / "odd", **changes))
     with pytest.raises(UserError) as refused:
         main([str(outputs), "--rows", "method,seed"])
     (sentence,) = refused.value.faults
@@ -314,9 +311,7 @@ def test_fidelity_is_compared_where_a_record_has_it() -> None:
 
 
 def test_a_cell_is_no_mean_over_different_settings(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other = run("lora", 1, 10.0, outputs / "other", trainer={"learning_rate": 0.5})
-    other.folder.mkdir()
-    other.save()
+    saved(run("lora", 1, 10.0, outputs / "other", trainer={"learning_rate": 0.5}))
     with pytest.raises(UserError, match=r"The cell of lora .* the seed \(learning_rate: , 0.5\).*--mix learning_rate"):
         main([str(outputs), "--rows", "method"])
     assert "49.75" in printed(capsys, outputs, "--rows", "method", "--mix", "learning_rate")
@@ -325,9 +320,7 @@ def test_a_cell_is_no_mean_over_different_settings(outputs: Path, capsys: pytest
 
 def test_a_wide_pivot_goes_on_below(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in range(10, 40):
-        made = run("lora", seed, 50.0 + seed, outputs / f"lora-{seed}")
-        made.folder.mkdir()
-        made.save()
+        saved(run("lora", seed, 50.0 + seed, outputs / f"lora-{seed}"))
     lines = printed(capsys, outputs, "--rows", "method", "--columns", "seed").splitlines()
     assert max(map(len, lines)) <= 80
     assert sum(line.startswith("method") for line in lines) > 1
@@ -340,8 +333,7 @@ def test_the_parts_of_a_wide_pivot_have_the_rows_with_a_value_and_shares_in_orde
     for index, share in enumerate(("12.3%", "2.4%", "6.1%", None)):
         name = f"a_method_of_quite_a_long_name_{index}"
         made = replace(run("lora", 1, 50.0, tmp_path / name, budget=share), method=name)
-        made.folder.mkdir()
-        made.save()
+        saved(made)
     keys = "method,functional_form,insertion_form"
     parts = printed(capsys, tmp_path, "--rows", keys, "--columns", "budget").split("\n\n")
     heads = [next(line for line in part.splitlines() if line.startswith("method")).split() for part in parts]
@@ -355,9 +347,7 @@ def test_the_parts_of_a_wide_pivot_have_the_rows_with_a_value_and_shares_in_orde
 def test_means_tell_apart_what_differs_in_more_than_the_seed_at_any_width(
     outputs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = run("lora", 1, 66.0, outputs / "other", trainer={"learning_rate": 5e-4}, point="other")
-    other.folder.mkdir()
-    other.save()
+    saved(run("lora", 1, 66.0, outputs / "other", trainer={"learning_rate": 5e-4}, point="other"))
     for width in ("80", "160"):
         monkeypatch.setenv("COLUMNS", width)
         text = printed(capsys, outputs, "--mean")
@@ -381,9 +371,7 @@ def test_refusals(outputs: Path, arguments: list[str], sentence: str) -> None:
 @pytest.mark.slow
 def test_a_thousand_records_are_shown_in_two_seconds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in range(1000):
-        made = run("mam", seed, 50.0 + seed / 1000, tmp_path / str(seed))
-        made.folder.mkdir()
-        made.save()
+        saved(run("mam", seed, 50.0 + seed / 1000, tmp_path / str(seed)))
     began = time.process_time()
     main([str(tmp_path)])
     main([str(tmp_path), "--mean"])
@@ -398,9 +386,7 @@ def test_runs_that_were_scored_on_other_rows_have_a_table_of_their_own(
     for other in ({}, {("mam", 2): "b" * 64}):
         for (method, seed), content in {**contents, **other}.items():
             data = {"scored_on": content} if content else {}
-            made = run(method, seed, SCORES[method, seed], tmp_path / f"{method}-{seed}", data=data)
-            made.folder.mkdir(exist_ok=True)
-            made.save()
+            saved(run(method, seed, SCORES[method, seed], tmp_path / f"{method}-{seed}", data=data))
         text = printed(capsys, tmp_path)
         headings = [line.rpartition("(")[2] for line in text.splitlines() if line.endswith(")")]
         assert headings == (["data unknown)", "data aaaaaaaa)", "data bbbbbbbb)"] if other else [])

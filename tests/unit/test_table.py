@@ -45,6 +45,12 @@ def record(score: float | None, *axes: Axes, split: str = "test", examples: int 
     return Record(**{**values, **changes})
 
 
+def saved(made: Record) -> None:
+    """Write the record to its folder."""
+    made.folder.mkdir(parents=True, exist_ok=True)
+    made.save()
+
+
 def shown(records: list[Record], width: int) -> str:
     console = Console(width=width, file=io.StringIO(), force_terminal=False)
     show(records, console)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
-from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -34,7 +32,7 @@ from transformers import (
 )
 
 from peftbench.backbone import load_backbone
-from peftbench.compose import compose_runs
+from peftbench.compose import compose_run
 from peftbench.config import Device, Generation, Keep, Model, Run, Task, TaskKind, Trainer, conf_dir
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
@@ -46,6 +44,7 @@ from peftbench.tasks.tokens import Encoder, positions
 from peftbench.training.batching import batches_per_epoch
 from peftbench.training.checkpoint import Checkpoints
 from peftbench.training.fit import fit
+from peftbench.whole_files import write_lines
 
 TEXTS = ["the film is good", "a bad film </s> <mask>", "good [SEP] bad", "", "good good good good good good good good"]
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
@@ -127,8 +126,8 @@ def reviews(tmp_path: Path) -> Task:
     """Five training rows, of which three are good, and three to select and report on."""
     labels = ["good", "bad", "good", "bad", "good"]
     rows = [{"text": text, "label": label} for text, label in zip(TEXTS, labels, strict=True)]
-    write(tmp_path / "train.jsonl", rows)
-    write(tmp_path / "dev.jsonl", rows[:3])
+    write_lines(tmp_path / "train.jsonl", rows)
+    write_lines(tmp_path / "dev.jsonl", rows[:3])
     return Task(
         name="reviews",
         kind=TaskKind.classification,
@@ -147,7 +146,7 @@ def reviews(tmp_path: Path) -> Task:
 def news(tmp_path: Path) -> Task:
     rows = [{"id": f"n{i}", "document": f"{text}. More.", "summary": text} for i, text in enumerate(TEXTS)]
     for split in ("train", "validation", "test"):
-        write(tmp_path / f"{split}.jsonl", rows)
+        write_lines(tmp_path / f"{split}.jsonl", rows)
     return Task(
         name="news",
         kind=TaskKind.text_to_text,
@@ -156,10 +155,6 @@ def news(tmp_path: Path) -> Task:
         baselines=["lead1"],
         max_eval=1,
     )
-
-
-def write(file: Path, rows: list[dict[str, Any]]) -> None:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -235,7 +230,7 @@ def test_regression(tmp_path: Path) -> None:
     """One output, the mean squared error, and predictions that lose no digit on their way through words."""
     rows = [{"text": text, "label": number / 2} for number, text in enumerate(TEXTS)]
     for name in ("train", "dev"):
-        write(tmp_path / f"{name}.jsonl", rows)
+        write_lines(tmp_path / f"{name}.jsonl", rows)
     task = Task(
         name="scores",
         kind=TaskKind.regression,
@@ -339,7 +334,7 @@ def test_padding_stands_behind_a_text(news: Task, tmp_path: Path) -> None:
 def test_training_sees_every_example_once_an_epoch_in_batches_of_tokens(news: Task, tmp_path: Path) -> None:
     """Through transformers' Trainer: no batch is too large, and the second epoch has another order than the first."""
     rows = [{"document": "good " * (1 + i % 7), "summary": "bad"} for i in range(40)]
-    write(tmp_path / "train.jsonl", rows)
+    write_lines(tmp_path / "train.jsonl", rows)
     model = tiny_bart()
     data = prepare(load(news), byte_level(), model)
     collate, seen = data.collator, []
@@ -411,14 +406,14 @@ def test_columns_of_columns_are_opened_and_lists_joined(tmp_path: Path, news: Ta
     rows = [{"translation": {"en": ["good", "bad"], "ro": f"n{i}"}} for i in (1, 2)]
     rows.append({"translation": {"en": ["bad"], "ro": "n3"}})
     for split in ("train", "validation", "test"):
-        write(tmp_path / f"{split}.jsonl", rows)
+        write_lines(tmp_path / f"{split}.jsonl", rows)
     task = replace(news, source_column="en", target_column="ro", source_join=" | ", max_eval=None)
     loaded = load(task).rows["test"]
     assert loaded["en"][:] == ["good | bad", "good | bad", "bad"]
     assert loaded["ro"][:] == ["n1", "n2", "n3"]
     merged = load(replace(task, merge_references=True)).rows["test"]
     assert (merged["en"][:], merged["ro"][:]) == (["good | bad", "bad"], [["n1", "n2"], ["n3"]])
-    write(tmp_path / "test.jsonl", [*rows, {"translation": {"en": ["bad"], "ro": None}}])
+    write_lines(tmp_path / "test.jsonl", [*rows, {"translation": {"en": ["bad"], "ro": None}}])
     with pytest.raises(UserError, match=r"test\.jsonl:4: column ro holds None, not text"):
         load(replace(task, merge_references=True))
 
@@ -426,7 +421,7 @@ def test_columns_of_columns_are_opened_and_lists_joined(tmp_path: Path, news: Ta
 def test_a_row_with_two_targets_trains_on_both(news: Task, tmp_path: Path) -> None:
     rows = [{"document": text, "summary": ["good", "bad"] if i % 2 else ["bad"]} for i, text in enumerate(TEXTS)]
     for split in ("train", "validation", "test"):
-        write(tmp_path / f"{split}.jsonl", rows)
+        write_lines(tmp_path / f"{split}.jsonl", rows)
     tokenizer = byte_level()
     data = prepare(load(news), tokenizer, tiny_bart())
     written = tokenizer.batch_decode(data.train["labels"][:], skip_special_tokens=True)
@@ -473,7 +468,7 @@ def test_a_split_in_two_roles_is_loaded_once(reviews: Task, monkeypatch: pytest.
         read.append(path)
         return read_file(path)
 
-    monkeypatch.setattr("peftbench.tasks.load.read_file", counted)
+    monkeypatch.setattr("peftbench.tasks.source.read_file", counted)
     prepare(load(reviews), byte_level(), tiny_bert())
     assert [Path(file).name for file in read] == ["train.jsonl", "dev.jsonl"]
 
@@ -538,7 +533,7 @@ def test_the_papers_tasks_have_the_papers_settings(name: str) -> None:
     """Table 8 by default, for every method; trainer=quick is shorter and has the method's learning rate."""
 
     def trainer(*overrides: str) -> Trainer:
-        (run,) = compose_runs(get_args_parser().parse_args([f"task={name}", "method=lora", *overrides]))
+        run = compose_run([f"task={name}", "method=lora", *overrides])
         return run.trainer
 
     paper = trainer()

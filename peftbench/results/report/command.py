@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 
 from peftbench.errors import UserError
-from peftbench.results.command import read
-from peftbench.results.record import replacing
 from peftbench.results.report.content import SAMPLES, content
 from peftbench.results.report.page import page
+from peftbench.results.select import read
+from peftbench.whole_files import replacing
 
 
 def main(argv: list[str]) -> int:

@@ -11,11 +11,14 @@ from itertools import islice
 from typing import Any
 
 from peftbench import __version__
-from peftbench.results.columns import COSTS, FIELDS, PAPER, columns, field, text
+from peftbench.results.columns import PAPER, columns
 from peftbench.results.compare import settings_of
-from peftbench.results.plot import COLOURS, NAMES, logged
-from peftbench.results.record import Axes, Record, differing
+from peftbench.results.differences import differing
+from peftbench.results.fields import COSTS, FIELDS, field, text
+from peftbench.results.plot import COLOURS, NAMES
+from peftbench.results.record import Axes, Record
 from peftbench.results.row import Row, point, rank, single, tables
+from peftbench.results.run_files import logged
 from peftbench.results.table import titles
 
 SAMPLES = 6  # predictions of each run
@@ -77,7 +80,7 @@ def content(
                 "method": row.first.method,
                 "group": group,
                 "point": points[index],
-                "full": row.first.unfreeze == "all" and not row.first.axes,
+                "full": row.first.is_full,
                 "unfreeze": row.first.unfreeze,
                 "error": f"{row.first.error.name}: {row.first.error.message}" if row.first.error else None,
                 "overrides": row.first.overrides,
@@ -183,7 +186,7 @@ def _setting(value: Any) -> str:
 
 def _curves(row: Row) -> list[dict[str, Any]]:
     """What a run logged in training: numbers that were logged at the same steps together, thinned out evenly."""
-    lines = logged(row)
+    lines = logged(row.first.folder)
     found: dict[str, list[tuple[int, float]]] = {}
     for line in lines:  # the training of the head alone, which comes second, is not part of it
         for key, value in line.items():

@@ -1,0 +1,117 @@
+"""Setting a key of a config; what is wrong with the key, its value or a YAML file becomes a sentence. No torch here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import is_dataclass
+from enum import Enum
+from typing import Any, get_args
+
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+from yaml import MarkedYAMLError
+
+from peftbench.errors import meant, unknown
+
+
+def apply_override(cfg: DictConfig, override: Override) -> str | None:
+    """Set the key of an override in `cfg`. Returns what is wrong with it as a sentence, or None."""
+    return set_key(cfg, override.key_or_group, override.value(), force_add=_may_grow(cfg, override))
+
+
+def set_key(cfg: DictConfig, key: str, value: Any, force_add: bool = False) -> str | None:
+    """Like `apply_override`, for a key and a value; `force_add` adds a key that is not there."""
+    group = key.partition(".")[0]
+    if group != key and group in cfg and OmegaConf.select(cfg, group) is None:
+        return f"{key}={value} needs a {group}; give {group}= as well."
+    try:
+        OmegaConf.update(cfg, key, value, merge=True, force_add=force_add)
+    except (ConfigKeyError, ConfigAttributeError):
+        return _unknown_key(cfg, key, value)
+    except OmegaConfBaseException as error:
+        return _bad_value(cfg, key, value, error)
+    return None
+
+
+def _may_grow(cfg: DictConfig, override: Override) -> bool:
+    """Whether +KEY=VALUE adds to a mapping of free keys, such as task.data_files; in a schema + adds nothing."""
+    parent = OmegaConf.select(cfg, override.key_or_group.rpartition(".")[0])
+    is_mapping = isinstance(parent, DictConfig) and not is_dataclass(OmegaConf.get_type(parent))
+    return is_mapping and (override.is_add() or override.is_force_add())
+
+
+def _unknown_key(cfg: DictConfig, key: str, value: object) -> str:
+    """The sentence for a key that is in no schema: the part that is wrong, and the choices at its level."""
+    parts = key.split(".")
+    for depth in range(len(parts)):
+        parent = cfg if depth == 0 else OmegaConf.select(cfg, ".".join(parts[:depth]))
+        if not isinstance(parent, DictConfig):
+            return f"{key}={value}: {'.'.join(parts[:depth])} is a single value and has no keys below it."
+        if parts[depth] not in parent:
+            choices = sorted(str(name) for name in parent if depth or name not in ("sizes", "size"))
+            if parts[0] == "mix" and depth == 1 and not choices:
+                return f"{key}={value}: there is no {parts[1]} in the mixture; add one, such as mix=[prefix]."
+            at = f" (in {'.'.join(parts[:depth])})" if depth else ""
+            return f"{key} is no key of the config{at}{_one_level_below(cfg, key) or meant(parts[depth], choices)}"
+    return f"{key}={value} does not fit the config."
+
+
+def _one_level_below(cfg: DictConfig, key: str) -> str | None:
+    """The end of that sentence where the key is one of the trainer, task or model, typed without that prefix."""
+    for group in ("trainer", "task", "model"):
+        if key.partition(".")[0] in cfg[group]:
+            return f"; did you mean {group}.{key}?"
+    return None
+
+
+def _bad_value(cfg: DictConfig, key: str, value: object, error: OmegaConfBaseException) -> str:
+    if OmegaConf.is_list(OmegaConf.select(cfg, key)) and isinstance(value, (str, int, float)):
+        return f"{key}={value}: a list is expected, as in {key}=[{value}]."
+    kind = _type_of(cfg, key)
+    if kind is not None and issubclass(kind, Enum):
+        return unknown(key, value, kind.__members__)
+    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    if kind in wanted:
+        return f"{key}={value}: {wanted[kind]} is expected."
+    return f"{key}={value}: {in_words(error)}"
+
+
+def _type_of(cfg: DictConfig, key: str) -> type | None:
+    """The type that the schema gives a key, where the key exists."""
+    node = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
+    if not isinstance(node, DictConfig):
+        return None
+    child = node._get_node(key.rpartition(".")[2])
+    kind = getattr(getattr(child, "_metadata", None), "ref_type", None)
+    kind = next((t for t in get_args(kind) if t is not type(None)), kind)  # X | None -> X
+    return kind if isinstance(kind, type) else None
+
+
+def in_words(error: Exception) -> str:
+    """A message of Hydra or OmegaConf as one sentence."""
+    if isinstance(error, InterpolationKeyError) and "task.paper" in str(error):
+        return "trainer=paper: this task has no settings in the paper; use trainer=quick."
+    if isinstance(error, MarkedYAMLError):
+        mark = error.problem_mark
+        where = f"{mark.name.removeprefix('file://')}:{mark.line + 1}" if mark is not None else "A file"
+        return f"{where} is no YAML: {error.problem}."
+    if found := re.match(r"In '(.+)': \w+ raised while composing config:\n(?:Key '(.+)' not in)?(.*)", str(error)):
+        file, key, other = found.groups()
+        return f"{file}.yaml: {key} is no key of the config there." if key else f"{file}.yaml: {other}."
+    if "Could not override" in str(error) and "@" in str(error):
+        return f"{_one_line(error)} A file that overrides groups begins with the line # @package _global_."
+    if isinstance(error, MissingMandatoryValue):
+        return f"{getattr(error, 'full_key', '')} has no value; give one."
+    return _one_line(error)
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).split("\n    full_key:")[0].split("\nConfig search path")[0]
+    return re.sub(r"\s+", " ", text).strip()

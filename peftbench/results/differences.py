@@ -1,0 +1,36 @@
+"""In which keys runs differ. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf of nested dicts."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def differing(values: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys that do not have the same value in all of `values`, in the order of their first occurrence."""
+    keys = dict.fromkeys(key for one in values for key in one)
+    absent = object()
+    return [key for key in keys if any(one.get(key, absent) != values[0].get(key, absent) for one in values)]
+
+
+def distinctive(typed: Sequence[Mapping[str, str]]) -> list[str]:
+    """The keys that were typed with different values for different runs.
+
+    Left out are keys below a group that tells the runs apart just as well: task.data_dir, where each task has its own.
+    """
+
+    def tells_as_much(group: str, key: str) -> bool:
+        values = {one.get(group) for one in typed}
+        return group != key and len(values) == len({(one.get(group), one.get(key)) for one in typed})
+
+    keys = differing(typed)
+    return [key for key in keys if not ((group := key.partition(".")[0]) in keys and tells_as_much(group, key))]

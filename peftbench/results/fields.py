@@ -1,0 +1,103 @@
+"""What a run has one value of, by the names that filters, --rows, --columns, --show and --sort take. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from peftbench.errors import UserError, meant
+from peftbench.results.differences import flatten
+from peftbench.results.record import Record, Searched
+
+FIELDS: dict[str, Callable[[Record], Any]] = {
+    "method": lambda r: r.method,
+    "task": lambda r: r.task,
+    "model": lambda r: r.model.name,
+    "seed": lambda r: r.seed,
+    "status": lambda r: r.status,
+    "error": lambda r: r.error.name if r.error else None,
+    "debug": lambda r: r.debug,
+    "unfreeze": lambda r: r.unfreeze,
+    "functional_form": lambda r: [axes.functional_form for axes in r.axes],
+    "modified_representation": lambda r: [axes.modified_representation for axes in r.axes],
+    "insertion_form": lambda r: [axes.insertion_form for axes in r.axes],
+    "composition_function": lambda r: [axes.composition_function for axes in r.axes],
+    "scale": lambda r: [axes.scale for axes in r.axes],
+    "bottleneck": lambda r: [axes.bottleneck for axes in r.axes],
+    "learning_rate": lambda r: r.trainer.get("learning_rate"),
+    "search": lambda r: r.search.name if r.search else None,
+    "searched": lambda r: described(r.search) if r.search else None,
+    "fidelity": lambda r: r.fidelity,
+    "deviations": lambda r: [deviation.name for deviation in r.deviations],
+    "budget": lambda r: r.budget,
+    "metric": lambda r: r.metric,
+    "split": lambda r: r.scores["report"].split if "report" in r.scores else None,
+    "examples": lambda r: r.scores["report"].examples if "report" in r.scores else None,
+    "data": lambda r: r.data.get("scored_on", "")[:8] or None,
+    "train_examples": lambda r: r.data.get("splits", {}).get("train", {}).get("examples"),
+    "backbone": lambda r: r.counts.backbone if r.counts else None,
+    "trained": lambda r: r.counts.trained if r.counts else None,
+    "stored": lambda r: r.counts.stored if r.counts else None,
+    "percent": lambda r: r.counts.percent.get("stored") if r.counts else None,
+    "score": lambda r: r.score if r.status == "done" else None,
+    "steps": lambda r: r.steps,
+    "tokens_per_s": lambda r: r.tokens_per_s,
+    "step": lambda r: r.step_s,
+    "tflops": lambda r: r.tflops,
+    "memory": lambda r: None if r.peak_memory_bytes is None else r.peak_memory_bytes / 2**30,
+    "time": lambda r: r.timings.get("total_s"),
+    "device": lambda r: r.device,
+    "run": lambda r: r.run,
+    "created": lambda r: r.created,
+}
+COSTS = ("trained", "stored", "percent", "steps", "memory", "time")  # better when lower
+
+
+def field(key: str, records: Sequence[Record]) -> Callable[[Record], Any]:
+    """What `key` stands for: one of `FIELDS`, a metric or a baseline of the report split, or a dotted key of a record.
+
+    Raises UserError for a key that none of the records has.
+    """
+    if key in FIELDS:
+        return FIELDS[key]
+    if any(key in r.scores["report"].metrics for r in records if "report" in r.scores):
+        return partial(_metric, key)
+    if any(key in r.baselines for r in records):
+        return partial(baseline, key)
+    flat = {id(record): dict(flatten(record.to_json())) for record in records} if "." in key else {}
+    if any(key in values for values in flat.values()):
+        return lambda record: flat[id(record)].get(key)
+    metrics = dict.fromkeys(name for r in records if "report" in r.scores for name in r.scores["report"].metrics)
+    raise UserError(f"{key} is no column{meant(key, [*FIELDS, *metrics])}")
+
+
+def text(value: Any) -> str:
+    """A value as it is shown and typed: a mixture's joined by " + ", nothing for none."""
+    if isinstance(value, list):
+        return " + ".join(map(text, value))
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def described(search: Searched) -> str:
+    """The values that a search tried, with the scores on the selection split or with why there is none."""
+    if search.role == "trial":
+        return f"trial: {typed(search.chosen)}"
+    name = typed if len(search.keys) > 1 else lambda settings: text(*settings.values())
+    scores = [trial.status if trial.value is None else f"{trial.value:.2f}" for trial in search.trials]
+    listed = (f"{name(trial.settings)}: {score}" for trial, score in zip(search.trials, scores, strict=True))
+    return ("" if len(search.keys) > 1 else f"{next(iter(search.keys))} ") + ", ".join(listed)
+
+
+def typed(setting: dict[str, Any]) -> str:
+    """Values as they are typed."""
+    return " ".join(f"{key}={text(value)}" for key, value in setting.items())
+
+
+def _metric(name: str, record: Record) -> float | None:
+    return record.scores["report"].metrics.get(name) if "report" in record.scores else None
+
+
+def baseline(name: str, record: Record) -> float | None:
+    """The main metric of a baseline, such as majority."""
+    return record.baselines.get(name)

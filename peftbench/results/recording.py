@@ -1,0 +1,141 @@
+"""Keeps the record of a run true from its first second to its last. Imports no torch."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+import peftbench
+from peftbench.axes import axes
+from peftbench.config import Modification, Run, modifications
+from peftbench.results.differences import flatten
+from peftbench.results.identity import content_stamp, plain, run_hash
+from peftbench.results.record import FILE, Axes, Backbone, Record, Status, find, now
+from peftbench.results.run_files import CHECKPOINTS, METRICS
+from peftbench.whole_files import replacing
+
+
+@contextmanager
+def recording(run: Run, folder: Path, overrides: Sequence[str]) -> Iterator[Record]:
+    """The record of what happens inside: done at its end, interrupted by Ctrl-C, failed by any other exception."""
+    record = start(run, folder, overrides)
+    try:  # so that nothing half-done is ever called done
+        yield record
+        record.finish()
+    except KeyboardInterrupt:
+        record.interrupt()
+        raise
+    except BaseException as error:
+        record.fail(error)
+        raise
+
+
+def forget_refused(folder: Path) -> None:
+    """Delete the record of a run that was refused before it trained: a mistyped path should be in no table."""
+    record = find(folder)
+    if record is not None and record.status == "failed" and "prepare_s" not in record.timings:
+        for name in (FILE, "config.yaml", "error.txt"):
+            (folder / name).unlink(missing_ok=True)
+
+
+def start(run: Run, folder: Path, overrides: Sequence[str]) -> Record:
+    """A record of status running, and the resolved `config.yaml` beside it.
+
+    What an earlier try left is cleared away, but for its checkpoints and the metrics up to them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    record = describe(run, folder, overrides)
+    record.save()  # first of all: if an earlier run was done in this folder, it no longer is
+    for stale in (folder / "error.txt", folder / "predictions.jsonl", *folder.glob("*.tmp")):
+        stale.unlink(missing_ok=True)
+    if not (folder / CHECKPOINTS).is_dir():
+        (folder / METRICS).unlink(missing_ok=True)
+    with replacing(folder / "config.yaml") as file:
+        OmegaConf.save(OmegaConf.structured(replace(run, sizes=None, size=None)), file)
+    return record
+
+
+def describe(run: Run, folder: Path, overrides: Sequence[str], status: Status = "running") -> Record:
+    """The record of a run that has no results yet."""
+    content = content_stamp(run.model.path) if run.model.path else None
+    return Record(
+        run=run_hash(run),
+        point=run_hash(replace(run, seed=0)),
+        status=status,
+        created=now(),
+        method=run.method,
+        task=run.task.name,
+        model=Backbone(
+            run.model.name,
+            hub_id=None if content else run.model.hub_id,
+            revision=None if content else run.model.revision,
+            content=content,
+        ),
+        axes=axes_of(run),
+        unfreeze=run.unfreeze.name,
+        metric=run.task.metric,
+        seed=run.seed,
+        folder=folder,
+        overrides=list(overrides),
+        budget=run.budget,
+        debug=run.debug,
+        fidelity=run.fidelity.name,
+        trainer=plain(run.trainer),
+        versions=_versions(),
+        git=_git(),
+    )
+
+
+def axes_of(run: Run) -> list[Axes]:
+    """The modifications of a run, each with the options in which it differs from a bare one."""
+    bare = dict(flatten(plain(Modification())))
+    shown = {"bottleneck", "composition_function.scale"} | {key for key in bare if key.endswith(".name")}
+    return [
+        Axes(
+            prefix=prefix,
+            **axes(modification)._asdict(),
+            scale=modification.composition_function.scale,
+            bottleneck=modification.bottleneck,
+            options={
+                key: value
+                for key, value in flatten(plain(modification))
+                if key in bare and key not in shown and value != bare[key]
+            },
+        )
+        for prefix, modification in modifications(run).items()
+    ]
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "peftbench": peftbench.__version__}
+    for package in ("torch", "transformers", "datasets"):
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+@cache
+def _git() -> dict[str, Any] | None:
+    """Commit and state of the checkout that peftbench runs from; None if it is installed, or git is not."""
+    checkout = Path(peftbench.__file__).resolve().parent.parent
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", *command], cwd=checkout, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        top, commit = git("rev-parse", "--show-toplevel", "HEAD").splitlines()
+        if Path(top) != checkout:  # installed in an environment that lies inside somebody else's checkout
+            return None
+        return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None

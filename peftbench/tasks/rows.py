@@ -1,0 +1,136 @@
+"""The rows of a split as they were read, and what they must hold for a task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from datasets import ClassLabel, Dataset
+
+from peftbench.config import Task, TaskKind
+from peftbench.errors import UserError, unknown
+from peftbench.tasks.files import place
+
+
+class Source(NamedTuple):
+    """The rows of a split as they were read, and where they come from."""
+
+    rows: Dataset
+    name: str  # what to call it in a message
+    file: str | None = None
+
+    def at(self, row: int) -> str:
+        """Where a row (numbered from 1) stands."""
+        return place(self.file, row) if self.file else f"{self.name}, row {row}"
+
+
+def checked(task: Task, split: str, source: Source, limit: int | None) -> Dataset:
+    """The first `limit` rows of a split (null: all), with every column that the source has.
+
+    Inputs must be texts, and a target a text or a list of them. Labels, given by name or by code, come out as codes,
+    ints that index `task.labels`, or for a regression as numbers.
+
+    Raises:
+        UserError: there are no rows, a column is missing, or a cell holds something else or an unknown label.
+    """
+    if not len(source.rows):
+        raise UserError(f"{source.name}: the {split} split has no rows.")
+    rows = head(source.rows, limit)
+    _require_columns(source, used_columns(task))
+    check_cells(task, rows, source)
+    if task.kind is TaskKind.text_to_text:
+        return rows
+    cells = rows[task.label_column][:]
+    regression = task.kind is TaskKind.regression
+    codes: Sequence[float] = _numbers(cells, source) if regression else _codes(task.labels, cells, source)
+    return rows.remove_columns(task.label_column).add_column(task.label_column, codes)
+
+
+def head(rows: Dataset, limit: int | None) -> Dataset:
+    """The first `limit` rows; all of them where there are no more than that."""
+    return rows if limit is None or limit >= len(rows) else rows.select(range(limit))
+
+
+def input_columns(task: Task) -> list[str]:
+    """The columns that the model reads: one or two texts to classify, or a source."""
+    if task.kind is TaskKind.text_to_text:
+        return [task.source_column]
+    return list(task.text_columns)
+
+
+def used_columns(task: Task) -> list[tuple[str, str]]:
+    """(key as typed, column) for each column that the task uses."""
+    if task.kind is TaskKind.text_to_text:
+        return [("task.source_column", task.source_column), ("task.target_column", task.target_column)]
+    return [*(("task.text_columns", column) for column in task.text_columns), ("task.label_column", task.label_column)]
+
+
+def _require_columns(source: Source, keys: Sequence[tuple[str, str]]) -> None:
+    there = source.rows.column_names
+    missing = [unknown(key, column, there) for key, column in keys if column not in there]
+    if missing:
+        raise UserError(*(f"{source.name}: {sentence}" for sentence in missing))
+
+
+def check_cells(task: Task, rows: Dataset, source: Source) -> None:
+    """Inputs are texts; a target is a text or a list of them."""
+    for column in input_columns(task):
+        for number, cell in enumerate(rows[column][:], 1):
+            if not isinstance(cell, str):
+                raise UserError(f"{source.at(number)}: column {column} holds {cell!r:.40}, not text.")
+    if task.kind is TaskKind.text_to_text:
+        for number, cell in enumerate(rows[task.target_column][:], 1):
+            texts = [cell] if isinstance(cell, str) else cell
+            if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+                raise UserError(
+                    f"{source.at(number)}: column {task.target_column} holds {cell!r:.40}, not text or a list of texts."
+                )
+
+
+def with_labels(task: Task, train: Source) -> tuple[Task, str]:
+    """The task with the labels of its training split, and the note that says so."""
+    _require_columns(train, used_columns(task))
+    feature = train.rows.features[task.label_column]
+    if isinstance(feature, ClassLabel):
+        names = list(feature.names)  # in the order of their codes
+    else:
+        cells = train.rows[task.label_column][:]
+        for number, cell in enumerate(cells, 1):
+            if cell is None or not str(cell).strip():
+                raise UserError(f"{train.at(number)}: column {task.label_column} is empty; every row needs a label.")
+        names = sorted({str(cell) for cell in cells})
+        if all(name.isdecimal() for name in names):
+            names.sort(key=int)
+    if len(names) < 2:
+        raise UserError(f"{train.name}: all rows have the label {', '.join(names)}; two or more are needed.")
+    if len(names) > max(2, len(train.rows) // 2):
+        raise UserError(
+            f"{train.name}: column {task.label_column} holds {len(names)} labels in {len(train.rows)} rows; name the "
+            "column of labels by task.label_column, or all labels by task.labels."
+        )
+    return replace(task, labels=names), f"The labels are those of {train.name}, in this order: {', '.join(names)}."
+
+
+def _codes(labels: Sequence[str], cells: Sequence[object], source: Source) -> list[int]:
+    names = {label: code for code, label in enumerate(labels)}
+    digits = {str(code): code for code in range(len(labels))}
+    # Where a name is a number, such as a star rating, a number in a cell can only be meant as a name.
+    known = names if names.keys() & digits.keys() else names | digits
+    for number, cell in enumerate(cells, 1):
+        if str(cell) not in known:
+            raise UserError(f"{source.at(number)}: label {cell!r} is none of {', '.join(list(known))}.")
+    return [known[str(cell)] for cell in cells]
+
+
+def _numbers(cells: Sequence[Any], source: Source) -> list[float]:
+    numbers = []
+    for row, cell in enumerate(cells, 1):
+        try:
+            numbers.append(float(cell))
+        except (TypeError, ValueError):
+            numbers.append(math.nan)
+        if not math.isfinite(numbers[-1]):
+            raise UserError(f"{source.at(row)}: label {cell!r:.40} is no number.")
+    return numbers

@@ -1,0 +1,126 @@
+"""Reads the rows of a split: from the user's files, the docstrings of installed packages, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+from datasets import Dataset, load_dataset
+
+from peftbench.config import Task, TaskKind, task_files
+from peftbench.errors import UserError
+from peftbench.hub import hub_missing
+from peftbench.tasks.docstrings import SPLITS, summary_rows, topic_rows
+from peftbench.tasks.files import find_split, read_file
+from peftbench.tasks.roles import splits
+from peftbench.tasks.rows import Source, check_cells, used_columns
+
+
+def read_split(task: Task, split: str) -> Source:
+    """The rows of a split from the first source that the task has: the user's files, `task.data_dir`, `task.packages`,
+    `task.hub_id`. Dicts are opened as columns, and lists made into texts or references.
+
+    Raises:
+        UserError: there is no source, or it cannot be read.
+    """
+    return _in_shape(task, _read_raw(task, split))
+
+
+def has_source(task: Task, split: str) -> bool:
+    """Whether there is anything to read the split from; without even a training file reading is left to say so."""
+    elsewhere = any((task.data_dir, task.packages, task.hub_id)) or task.train_split not in task_files(task)
+    return split in task_files(task) or elsewhere
+
+
+def _read_raw(task: Task, split: str) -> Source:
+    for named in task.data_files:
+        if named not in splits(task):
+            raise UserError(
+                f"task.data_files.{named} is no split of this task; its splits are {', '.join(splits(task))}."
+            )
+    if file := task_files(task).get(split):
+        return Source(read_file(file), file, file)
+    if task.data_dir is not None:
+        found = str(find_split(task.data_dir, split))
+        return Source(read_file(found), found, found)
+    if task.packages is not None:
+        return Source(
+            _read_docstrings(task.kind, task.packages, split), f"The docstrings of {', '.join(task.packages)}"
+        )
+    if task.hub_id is not None:
+        return Source(_read_hub(task, task.hub_id, split), " ".join(filter(None, [task.hub_id, task.hub_config])))
+    raise UserError(
+        f"task={task.name} has no data; give task.data_dir=FOLDER, with files for {', '.join(splits(task))}."
+    )
+
+
+def _read_docstrings(kind: TaskKind, packages: Sequence[str], split: str) -> Dataset:
+    for name in SPLITS:
+        if name == split:
+            make = topic_rows if kind is TaskKind.classification else summary_rows
+            return Dataset.from_list(make(packages, name))
+    raise UserError(f"Docstrings have no {split} split; their splits are {', '.join(SPLITS)}.")
+
+
+def _read_hub(task: Task, hub_id: str, split: str) -> Dataset:
+    missing = hub_missing()
+    if missing:
+        datasets.config.HF_HUB_OFFLINE = True  # spares 20 s of retries; what is in the cache still loads
+    try:
+        try:
+            return load_dataset(hub_id, task.hub_config, split=split, revision=task.hub_revision)
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error) or task.hub_revision is not None:
+                raise
+            # The hub keeps what such a script yielded on a branch of its own.
+            return load_dataset(hub_id, task.hub_config, split=split, revision="refs/convert/parquet")
+    except ConnectionError as error:
+        columns = [column for _, column in used_columns(task)]
+        raise UserError(
+            f"task.hub_id={hub_id} is not in this machine's cache and {missing or 'the hub does not answer'}; give "
+            f"task.data_dir=FOLDER with files for {', '.join(splits(task))} (such as {split}.jsonl) that hold the "
+            f"columns {', '.join(columns)}, or set HF_HOME to a copy of the cache of a machine that has loaded it."
+        ) from error
+    except (OSError, ValueError, RuntimeError) as error:  # no such dataset, config or split; a torn download
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"task.hub_id={hub_id}, task.hub_config={task.hub_config or 'null'}: the {split} split cannot be loaded: "
+            f"{reason}"
+        ) from error
+
+
+def _in_shape(task: Task, source: Source) -> Source:
+    """Dicts opened, so that WMT's `translation: {en, ro}` is two columns, and lists made into texts or references."""
+    rows = source.rows
+    dicts = [name for name, feature in rows.features.items() if isinstance(feature, dict)]
+    if dicts:
+        opened = {f"{name}.{part}": part for name in dicts for part in rows.features[name]}
+        free = {long: part for long, part in opened.items() if part not in rows.column_names}
+        rows = rows.flatten().rename_columns(free)
+    if task.kind is TaskKind.text_to_text and {task.source_column, task.target_column} <= set(rows.column_names):
+        if task.source_join is not None:
+            joined = [_joined(task.source_join, cell) for cell in rows[task.source_column][:]]
+            rows = rows.remove_columns(task.source_column).add_column(task.source_column, joined)
+        if task.merge_references:
+            check_cells(task, rows, source)  # while a row is a row of the file
+            rows = _merged(task, rows)
+    return source._replace(rows=rows)
+
+
+def _joined(between: str, cell: Any) -> Any:
+    """A list of texts as one; anything else as it is, for the check of the cells to name."""
+    is_list = isinstance(cell, list) and all(isinstance(part, str) for part in cell)
+    return between.join(cell) if is_list else cell
+
+
+def _merged(task: Task, rows: Dataset) -> Dataset:
+    """One row for each source, the first with it, whose target is the list of all its targets."""
+    first: dict[str, int] = {}
+    targets: dict[str, list[str]] = defaultdict(list)
+    for index, (text, cell) in enumerate(zip(rows[task.source_column][:], rows[task.target_column][:], strict=True)):
+        first.setdefault(text, index)
+        targets[text].extend([cell] if isinstance(cell, str) else cell)
+    kept = rows.select(list(first.values())).remove_columns(task.target_column)
+    return kept.add_column(task.target_column, list(targets.values()))

@@ -1,0 +1,29 @@
+"""Files that are written beside their place and then renamed, so that no reader ever sees half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """A text file to write to that takes the place of `path` once it is complete."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        # Half a surrogate pair, which UTF-8 cannot hold, becomes \udxxx: what JSON calls it too.
+        with unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            yield file
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes one JSON object on each line of a file."""
+    with replacing(path) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
