@@ -113,12 +113,13 @@ def fit(
         callbacks=[*own, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.trained = [p for p in model.parameters() if p.requires_grad]
     trainer.scores, trainer.keeper = evaluate, keeper
     trainer.batches = batches_of(data, settings, seed)
     trainer.micro = MicroBatches(settings.micro_batch, settings.batch_size, _longest(data, settings))
     trainer.paths = FastPaths.of(model, settings, lengths)
     if settings.graphs:
-        trainer.record_steps((p for p in model.parameters() if p.requires_grad), recorder, required=required)
+        trainer.record_steps(recorder, required=required)
     if settings.gradient_checkpointing:
         # transformers renames it; the re-entrant kind would need inputs with gradients
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)

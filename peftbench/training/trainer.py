@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ Evaluate = Callable[[], dict[str, float]]
 class FineTuner(MicroBatched, Resumable):
     """Trainer whose evaluation is peftbench's own, the same as that of the report."""
 
+    trained: Sequence[nn.Parameter]
     scores: Evaluate
     keeper: KeepBest | None = None
     batches: LengthBatches | None = None  # None: random ones
@@ -33,9 +34,9 @@ class FineTuner(MicroBatched, Resumable):
     replayed: Replayed | None = None
     control: TrainerControl
 
-    def record_steps(self, trained: Iterable[nn.Parameter], recorder: Recorder | None, *, required: bool) -> None:
+    def record_steps(self, recorder: Recorder | None, *, required: bool) -> None:
         """Record the step of each shape of batch and replay it; see `Replayed`."""
-        self.replayed = Replayed(self._whole_batch, trained, recorder, required=required)
+        self.replayed = Replayed(self._whole_batch, self.trained, recorder, required=required)
 
     @property
     def paths_taken(self) -> list[str]:
@@ -86,6 +87,10 @@ class FineTuner(MicroBatched, Resumable):
         if token_loss is None or return_outputs or inputs["labels"].dim() < 2:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         return token_loss(inputs, num_items_in_batch)
+
+    def _clip_grad_norm(self, model: PreTrainedModel) -> Any:
+        """Of what is trained: to look for it among all of a backbone's tensors takes milliseconds, at every step."""
+        return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not Trainer's estimate, which walks through all modules at every step; `arithmetic` has what is recorded."""

@@ -26,14 +26,21 @@ def model_of(family: str, **rates: float) -> PreTrainedModel:
     return model.train()
 
 
-def by_hand(family: str, data: Targets, smoothing: float) -> dict[str, Tensor]:
-    """The trained tensors after one step with the gradient of the mean over all items of all examples."""
+def by_hand(family: str, data: Targets, smoothing: float, norm: float | None = None) -> dict[str, Tensor]:
+    """The trained tensors after one step with the gradient of the mean over all items of all examples; with a `norm`,
+    the gradient made as long as that."""
     model = model_of(family)
     logits = model(**data.rows).logits
     labels = data.rows["labels"]
     if family in CONTINUING:
         logits, labels = logits[:, :-1], labels[:, 1:]
     F.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=smoothing).backward()  # type: ignore[no-untyped-call]  # torch's
+    if norm is not None:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        length = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+        assert length > 2 * norm
+        for gradient in gradients:
+            gradient *= norm / length
     return {
         name: (p - p.grad / (p.grad.abs() + EPSILON)).detach()
         for name, p in model.named_parameters()
@@ -75,6 +82,16 @@ def test_the_gradient_is_that_of_the_whole_batch(family: str, smoothing: float, 
         fitted(model, data, one_step(label_smoothing=smoothing, **split), tmp_path)
         for key, tensor in trained(model).items():
             torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=1e-6, msg=lambda text, at=name: at + text)
+
+
+def test_gradients_are_clipped_to_their_norm(tmp_path: Path) -> None:
+    data, norm = Targets("bart"), 0.1
+    expected = by_hand("bart", data, 0.0, norm)
+    for split in ({}, SPLITS["two batches in parts"]):
+        model = model_of("bart")
+        fitted(model, data, one_step(max_grad_norm=norm, **split), tmp_path)
+        for key, tensor in trained(model).items():
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=1e-7, msg=key)
 
 
 QUICK_SPLITS = {("bart", 0.1, "one by one"), ("bart", 0.1, "two batches in parts, fused"), ("bart", 0.0, "the batch")}
