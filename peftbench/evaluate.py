@@ -10,6 +10,7 @@ from peftbench.config import LOSS, Run, TaskKind
 from peftbench.precision import use_autocast
 from peftbench.prediction.partial import Partial
 from peftbench.prediction.predict import mean_loss, predict
+from peftbench.sites import configured
 from peftbench.tasks.base import TaskData
 
 
@@ -37,26 +38,30 @@ class Evaluator:
         self, role: str, on_batch: Callable[[int], None] = lambda examples: None, partial: Partial | None = None
     ) -> tuple[dict[str, float], list[str]]:
         """The metrics on a role of the data, and what was predicted for each example, in words."""
-        predictions = predict(
-            self.model,
-            getattr(self.data, role),
-            self.data.collator,
-            self.batch_size,
-            max_tokens=self.max_tokens,
-            generation=self.generation,
-            bf16=self.bf16,
-            partial=partial,
-            on_batch=on_batch,
-        )
+        # `generate` fills up what is unset with the backbone's own settings: a chat model's would have it sample.
+        with configured([] if self.generation is None else [self.model], "generation_config", GenerationConfig()):
+            predictions = predict(
+                self.model,
+                getattr(self.data, role),
+                self.data.collator,
+                self.batch_size,
+                max_tokens=self.max_tokens,
+                generation=self.generation,
+                bf16=self.bf16,
+                partial=partial,
+                on_batch=on_batch,
+            )
         decoded = self.data.decode(predictions)
         return self.data.score(decoded, getattr(self.data, f"{role}_rows")), decoded
 
 
 def _generation(model: PreTrainedModel, run: Run) -> GenerationConfig:
-    """The backbone's own special tokens with the task's beam search."""
+    """The backbone's own special tokens with the task's beam search, which ends as the backbone says (BART-large's with
+    early_stopping, in the paper's code too)."""
     wanted = run.task.generation
     assert model.generation_config is not None
-    own = {key: value for key, value in model.generation_config.to_dict().items() if key.endswith("_token_id")}
+    settings = model.generation_config.to_dict()
+    own = {key: value for key, value in settings.items() if key.endswith("_token_id") or key == "early_stopping"}
     if model.config.is_encoder_decoder:
         lengths = {"min_length": wanted.min_length, "max_length": wanted.max_length}
     else:  # whose lengths would count the prompt

@@ -33,6 +33,10 @@ from peftbench.modification.reparameterization import PrefixMLP, PrefixTrunk
 from peftbench.modification.representation import REPRESENTATIONS
 from peftbench.sites import Attention, Layer, Sites, find_sites
 
+# A module can end a projection, its sub-layer and its layer at once, as W_2 does in Llama: what is nearer to the
+# weights is hooked first. All other representations: 1.
+OUTWARDS = {"ffn_weights": 0, "attention": 2, "attention_ffn": 2, "layer": 3}
+
 
 def attach(
     model: PreTrainedModel,
@@ -53,9 +57,8 @@ def attach(
     sites = find_sites(model)
     _freeze(model, sites, unfreeze, untrained, train_head)
     sites, dropouts = _own_dropout(sites) if modifications else (sites, [])
-    # W_o has up to two edits, its own and the attention's: what is nearer to the weights is hooked first.
     with model.device:  # new parameters are made where the backbone is, on the meta device too
-        for prefix, m in sorted(modifications.items(), key=lambda item: "attention" in _representation(item[1])):
+        for prefix, m in sorted(modifications.items(), key=lambda item: OUTWARDS.get(_representation(item[1]), 1)):
             _attach_one(model, sites, prefix, m)
     for linear, dropout in dropouts:
         linear.register_forward_hook(dropout.drop)
@@ -84,17 +87,25 @@ def _freeze(
     model: PreTrainedModel, sites: Sites, unfreeze: config.Unfreeze, untrained: Collection[str], train_head: bool
 ) -> None:
     norms, computed_in = _norms(model), model.dtype
+    nothing = unfreeze is not config.Unfreeze.none
     for name, parameter in model.named_parameters():
         in_head = name in untrained or name.split(".")[0] in sites.family.task_head
         in_backbone = {
             config.Unfreeze.none: False,
-            config.Unfreeze.bias: "bias" in name,
+            # T5's relative_attention_bias.weight is a table of positions.
+            config.Unfreeze.bias: name.rpartition(".")[2] == "bias",
             config.Unfreeze.norm: id(parameter) in norms,
             config.Unfreeze.all: True,
         }[unfreeze]
         parameter.requires_grad_((in_head and train_head) or in_backbone)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+        nothing = nothing and (in_head or not in_backbone)
+    if nothing:
+        raise UserError(
+            f"unfreeze={unfreeze.name}: {model.config.model_type} has no {unfreeze.name} to train; use unfreeze=norm, or a "
+            "method that adds parameters, such as method=lora."
+        )
     if computed_in is torch.float32:
         return
     for module in model.modules():  # the task head's Linears
@@ -279,7 +290,8 @@ def _attach_prompt(model: PreTrainedModel, sites: Sites, m: config.Modification,
     for layer in sites.layers:
         for attention in layer.attentions:
             if layer.stack == stack or attention.kind == "cross":
-                attention.module.add_module(PROMPT, PromptMask(_size(m)))
+                there = getattr(attention.module, PROMPT, None)  # of another prompt
+                attention.module.add_module(PROMPT, PromptMask(_size(m) + (there.length if there else 0)))
     last = [layer for layer in sites.layers if layer.stack == stack][-1]
     if len(sites.embedding) == 1 and last.norm is not None:  # an encoder alone: its task head reads fixed positions
         last.norm.register_forward_hook(prompt.strip)

@@ -166,7 +166,8 @@ def _widen(source: nn.Linear, target: nn.Linear, constants: Constants) -> None:
     kept: list[Tensor] = []
 
     def narrow(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        kept.append(f(output[..., width : width + bottleneck]))
+        # CUDA's autocast computes softmax and powers in float32.
+        kept.append(f(output[..., width : width + bottleneck]).to(output.dtype))
         return output[..., :width]
 
     def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

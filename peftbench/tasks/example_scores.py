@@ -103,10 +103,10 @@ def _correlations(
     from scipy.stats import rankdata
 
     ours, right = (np.array([float(str(number)) for number in side]) for side in (predictions, references))
-    middle = right.mean()  # moments about a point near the data lose no digits
     half = (len(right) + 1) / 2
     return {
-        "pearson": _correlation(ours - middle, right - middle),
+        # moments about a point in the midst of the numbers lose no digits
+        "pearson": _correlation(ours - ours.mean(), right - right.mean()),
         "spearman": _correlation(rankdata(ours) - half, rankdata(right) - half),
     }
 

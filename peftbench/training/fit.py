@@ -186,6 +186,13 @@ def _longest(data: TaskData, settings: config.Trainer) -> list[int]:
     return by_length[: max(1, settings.batch_tokens // data.lengths[by_length[0]])]
 
 
+_SCHEDULES = {  # in transformers' words, whose "constant" knows no warm-up
+    config.Schedule.linear: "linear",
+    config.Schedule.cosine: "cosine",
+    config.Schedule.constant: "constant_with_warmup",
+}
+
+
 def _arguments(
     settings: config.Trainer, steps: int, seed: int, bf16: bool, folder: Path, data: TaskData
 ) -> TrainingArguments:
@@ -196,7 +203,7 @@ def _arguments(
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule.name,
+        lr_scheduler_type=_SCHEDULES[settings.schedule],
         warmup_steps=round(settings.warmup * steps),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,

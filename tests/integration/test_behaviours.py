@@ -252,6 +252,20 @@ def test_prompt_stands_before_the_tokens_and_is_seen_by_all(family: str) -> None
     assert (logits(bare, family) - expected).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("family", ["bart", "roberta", "t5"])
+def test_two_prompts_are_one_longer_prompt(family: str) -> None:
+    """The second one stands before the first; the batch is padded."""
+    found = {length: modification("softmax", "embedding", "parallel", "gated", length) for length in (2, 3, 5)}
+    two, one = attached(family, {"": found[2], "mix.second.": found[3]}), attached(family, {"": found[5]})
+    first, second = (module.vectors for module in two.modules() if isinstance(module, Prompt))
+    (both,) = (module.vectors for module in one.modules() if isinstance(module, Prompt))
+    both.data = torch.cat([second.data, first.data])
+    for name, parameter in one.named_parameters():  # the task head
+        if parameter is not both:
+            parameter.data = two.get_parameter(name).data
+    assert torch.allclose(logits(two, family), logits(one, family), atol=1e-5)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("family", GENERATING)
 @pytest.mark.parametrize("beams", [1, 4], ids=["greedy", "beams"])

@@ -258,6 +258,7 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["--cfg", "job", "metod=lora"], ["did you mean method?"]),
         (["seed=-1"], ["seed=-1: it must be a whole number from 0 to 4294967295."]),
         (["trainer.learning_rate=nan", "trainer.weight_decay=-1"], ["above 0.", "trainer.weight_decay=-1.0"]),
+        (["task=stsb", "trainer.label_smoothing=0.1"], ["label_smoothing=0.1 with task=stsb: a number is predicted"]),
         (["composition_function.scale=inf"], ["composition_function.scale=inf: it must be a finite number."]),
         (["bottlenek=3"], ["bottlenek is no key of the config; did you mean bottleneck?"]),
         (["trainer.epoch=3"], ["trainer.epoch is no key of the config (in trainer); did you mean epochs?"]),

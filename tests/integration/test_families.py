@@ -170,6 +170,13 @@ NORMS = {  # by hand, of width 16: LayerNorms have a weight and a bias, RMSNorms
 }
 
 
+@pytest.mark.parametrize("family", ["t5", "t5_classifier", "llama", "llama_classifier"])
+def test_a_backbone_without_biases_has_none_to_train(family: str) -> None:
+    """T5's relative_attention_bias is a table of positions; a classifier's head is none of the backbone's."""
+    with pytest.raises(UserError, match=r"unfreeze=bias: .* has no bias to train; use unfreeze=norm"):
+        attach(build(family), {}, config.Unfreeze.bias)
+
+
 @pytest.mark.parametrize("family", NORMS)
 def test_norms_are_trained_alone(family: str) -> None:
     """unfreeze=norm: all norms and the head have a gradient, and nothing else."""

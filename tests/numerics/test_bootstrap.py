@@ -65,6 +65,16 @@ def test_where_all_predictions_are_one_the_score_is_the_metric(metric: str) -> N
     assert scores == pytest.approx(measure(metric, ours, right, labels).scores, abs=1e-6)
 
 
+def test_predictions_that_are_nearly_one() -> None:
+    """Far from the true numbers and close together, as those of a head that has learned little."""
+    draw = np.random.default_rng(1)
+    right = draw.integers(0, 6, 60).astype(float)
+    ours = list(map(repr, (40.0 + 1e-6 * (right + draw.normal(0, 2, 60))).tolist()))
+    found = example_scores("pearson", ours, list(map(repr, right.tolist())))
+    scores = {name: float(one.score(one.statistics.mean(axis=0))) for name, one in found.items()}
+    assert scores == pytest.approx(compute_metrics("pearson", ours, list(map(repr, right.tolist()))), abs=1e-4)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_scores_of_several_seeds_at_once(metric: str) -> None:
     _, right, labels = sample(metric, 20, seed=1)

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from peftbench.modification import head_attention
 from peftbench.modification.attach import attach
 from peftbench.modification.edit import Edit
+from peftbench.modification.functional_form import Bottleneck
 from peftbench.modification.inference import prepared
 from peftbench.modification.state import fold
 from peftbench.prediction.predict import predict
@@ -195,6 +196,25 @@ def test_what_fills_a_bottleneck_up_is_not_seen(form: str) -> None:
     expected = logits(model, "bart")
     with prepared(model):
         torch.testing.assert_close(logits(model, "bart"), expected, rtol=1e-4, atol=1e-4)
+
+
+class InFloat32(nn.Softmax):
+    """Softmax as CUDA's autocast has it; that of the CPU stays in bfloat16."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return super().forward(z.float()).float()
+
+
+@pytest.mark.parametrize("place", ["ffn", "attention"])
+def test_a_form_that_autocast_computes_in_float32(place: str) -> None:
+    model = build("bart")
+    attach(model, {"": modification("softmax", place, "parallel", "add", 5, bias=True)})
+    shake(model)
+    for function in (module for module in model.modules() if isinstance(module, Bottleneck)):
+        function.f = InFloat32(dim=-1)
+    expected = logits(model, "bart", bf16=True)
+    with prepared(model, bf16=True):
+        assert (logits(model, "bart", bf16=True) - expected).norm() < 0.05 * expected.norm()
 
 
 def test_a_bfloat16_backbone_is_quick_without_autocast() -> None:

@@ -60,6 +60,15 @@ METHODS: dict[str, dict[str, config.Modification]] = {
         "": modification("relu", "attention", "sequential", bias=True),
         "mix.output.": modification("identity", "output", "parallel", dropout=0),
     },
+    "ffn_and_its_weights": {
+        "": modification("relu", "ffn", "sequential", bias=True),
+        "mix.weights.": modification("identity", "ffn_weights", "parallel", dropout=0),
+    },
+    "layer_and_sublayers": {
+        "": modification("relu", "layer", "sequential", bias=True),
+        "mix.houlsby.": modification("relu", "attention_ffn", "sequential", bias=True),
+        "mix.weights.": modification("identity", "ffn_weights", "parallel", dropout=0),
+    },
 }
 
 Changes = dict[str, tuple[Bottleneck, float]]

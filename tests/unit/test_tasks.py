@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from peftbench.compose import compose_runs
-from peftbench.config import Device, Keep, Run, Task, TaskKind, Trainer, conf_dir
+from peftbench.config import Device, Generation, Keep, Run, Task, TaskKind, Trainer, conf_dir
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
 from peftbench.prediction.predict import mean_loss, predict
@@ -342,6 +342,26 @@ def test_training_sees_every_example_once_an_epoch_in_batches_of_tokens(news: Ta
     first, second = seen[:each], seen[each:]
     assert sorted(chain(*first)) == sorted(chain(*second)) == sorted(data.lengths)
     assert first != second
+
+
+@pytest.mark.parametrize(
+    "own", [{"do_sample": True, "temperature": 2.0}, {"repetition_penalty": 5.0}, {"max_new_tokens": 9}]
+)
+def test_what_a_backbone_says_of_generation_is_not_done(own: dict[str, Any], news: Task) -> None:
+    """As a chat model's generation_config.json does; its beams end as it says, and its file stays what it is."""
+    model = tiny_bart().eval()
+    task = replace(news, generation=Generation(num_beams=2, min_length=4, max_length=6, no_repeat_ngram_size=0))
+    data, run = prepare(load(task), byte_level(), model), Run(task=task, trainer=Trainer(learning_rate=1.0))
+    _, expected = Evaluator(model, data, run).score("report")
+    for key, value in own.items():
+        setattr(model.generation_config, key, value)
+    before = model.generation_config
+    for early_stopping in (None, True):
+        before.early_stopping = early_stopping
+        evaluator = Evaluator(model, data, run)
+        assert evaluator.score("report")[1] == expected
+        assert evaluator.generation is not None and evaluator.generation.early_stopping is early_stopping
+    assert model.generation_config is before
 
 
 def test_predictions_do_not_depend_on_the_batches(news: Task) -> None:
