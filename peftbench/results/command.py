@@ -18,7 +18,7 @@ from peftbench.results.columns import Column, Cost, beside_paper, chosen, column
 from peftbench.results.formats import csv_of, latex, markdown, to_csv, to_json, values
 from peftbench.results.pivot import pivot
 from peftbench.results.record import Record, kept_apart, load_records
-from peftbench.results.row import Row, Statistic, is_trial, over_seeds, rank, single, tables, unscored
+from peftbench.results.row import Row, Statistic, is_trial, once, over_seeds, rank, single, tables, unscored
 from peftbench.results.select import is_filter, select
 from peftbench.results.table import show_table, titles
 
@@ -41,7 +41,11 @@ def main(argv: list[str]) -> int:
     """Prints the runs and returns the exit code. Raises UserError where there are none."""
     arguments = _parser().parse_intermixed_args(argv)
     records = read(arguments.words)
-    if arguments.rows or arguments.columns:
+    pivoted = arguments.rows or arguments.columns
+    if (pivoted or arguments.statistic) and (again := len(records) - len(once(records))):
+        runs = "1 run was" if again == 1 else f"{again} runs were"
+        print(f"{runs} trained more than once; a mean takes the last time.", file=sys.stderr)
+    if pivoted:
         _check_pivot(arguments)
         heading, wanted, lines = pivot(
             records,

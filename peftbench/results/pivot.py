@@ -16,7 +16,7 @@ from typing import Any, Literal
 from peftbench.errors import UserError
 from peftbench.results.columns import COSTS, FIELDS, Column, field, text
 from peftbench.results.record import Record, differing, flatten
-from peftbench.results.row import Row, Statistic, is_scored, point
+from peftbench.results.row import Row, Statistic, is_scored, once, point
 
 # What runs must share for their scores to stand in one column.
 COMPARABLE = ("task", "model", "metric", "split", "examples", "train_examples", "fidelity", "debug")
@@ -68,7 +68,7 @@ def pivot(
         raise UserError(fault)
 
     lines = [
-        Line(label, {head: Row(tuple(cell), statistic) for head, cell in grid[label].items()})
+        Line(label, {head: Row(tuple(once(cell)), statistic) for head, cell in grid[label].items()})
         for label in sorted(grid, key=_natural)
     ]
     labels = [Column[Line](key, key, partial(_label, index), words=True, wrap=20) for index, key in enumerate(rows)]
