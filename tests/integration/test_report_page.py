@@ -80,7 +80,7 @@ def _opened(context: Any, outputs: Path, name: str) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three seeds of each of forty points; one run of one of them failed, and one was trained before with another score."""
+    """Three seeds of each of forty points; one run of one of them failed, and one was trained twice."""
     folder = tmp_path_factory.mktemp("seeds") / "outputs"
     make_runs(folder, 120)
     record = finished(folder / "sst2" / "0006")
