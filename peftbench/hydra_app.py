@@ -160,6 +160,8 @@ def solved(points: list[tuple[list[str], Run]]) -> list[tuple[list[str], Run]]:
 def job(cfg: DictConfig) -> float:
     """One run, alone or of a sweep."""
     run, overrides = resolve(cfg), list(HydraConfig.get().overrides.task)
+    sources = HydraConfig.get().runtime.config_sources
+    own = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         if display is None:
             print(f"\nrun {HydraConfig.get().job.num + 1}: {' '.join(overrides)}", flush=True)
@@ -168,7 +170,7 @@ def job(cfg: DictConfig) -> float:
         from peftbench.train import train
 
     try:
-        return train(run, overrides)
+        return train(run, [*own, *overrides])
     except UserError as error:
         print_faults(error.faults)
         raise SystemExit(2) from None

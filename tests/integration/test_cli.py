@@ -438,13 +438,18 @@ def test_results_as_table_json_and_csv(smoke: list[str], tmp_path: Path, capsys:
     assert main(["results", str(tmp_path / "nowhere")]) == 2
 
 
-def test_a_users_own_folder_adds_methods(smoke: list[str], tmp_path: Path) -> None:
+def test_a_users_own_folder_adds_methods(
+    smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     preset = tmp_path / "own" / "method" / "tiny_lora.yaml"
     preset.parent.mkdir(parents=True)
     preset.write_text("# @package _global_\ndefaults:\n  - lora\nmethod: tiny_lora\nbottleneck: 1\n")
     assert main(["train", *smoke, "method=tiny_lora", "--config-dir", str(tmp_path / "own")]) == 0
     (record,) = records(tmp_path / "outputs")
     assert record["method"] == "tiny_lora" and record["axes"][0]["bottleneck"] == 1
+    proposed = capsys.readouterr().out.splitlines()[-1].split()
+    assert f"--config-dir={tmp_path / 'own'}" in proposed  # the task may be of that folder too
+    assert main(["params", *proposed[proposed.index("-m") :]]) == 0
 
 
 @pytest.mark.parametrize(
