@@ -19,7 +19,7 @@ from peftbench.config import Task, TaskKind, task_files
 from peftbench.errors import UserError, unknown
 from peftbench.hub import hub_missing
 from peftbench.tasks.cache import Recent
-from peftbench.tasks.deal import deal
+from peftbench.tasks.deal import deal, numbered
 from peftbench.tasks.docstrings import Split, summary_rows, topic_rows
 from peftbench.tasks.files import find_split, has_split, place, read_file
 
@@ -78,8 +78,11 @@ def _load(task: Task, training: bool) -> Loaded:
         train = read(task.train_split)
         whole = _checked(task, task.train_split, train, None)
         rows = deal(whole, input_columns(task), task.train_split, homeless, train.name)
-        each = "have one in ten of the different inputs each" if len(homeless) > 1 else "has one in ten of them"
-        notes.append(f"{train.name} is dealt by a hash of the input: {' and '.join(homeless)} {each}.")
+        each = "each have" if len(homeless) > 1 else "has"
+        notes.append(
+            f"{train.name} is dealt by a hash of the input: {' and '.join(homeless)} {each} one in ten of the "
+            "different inputs."
+        )
     sizes = {split: len(rows[split] if split in rows else read(split).rows) for split in limits}
     for split, limit in limits.items():
         rows[split] = head(rows[split], limit) if split in rows else _checked(task, split, read(split), limit)
@@ -215,7 +218,7 @@ def _merged(task: Task, rows: Dataset) -> Dataset:
     for index, (text, cell) in enumerate(zip(rows[task.source_column][:], rows[task.target_column][:], strict=True)):
         first.setdefault(text, index)
         targets[text].extend([cell] if isinstance(cell, str) else cell)
-    kept = rows.select(list(first.values())).remove_columns(task.target_column)
+    kept = numbered(rows).select(list(first.values())).remove_columns(task.target_column)
     return kept.add_column(task.target_column, list(targets.values()))
 
 
