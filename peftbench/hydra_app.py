@@ -14,7 +14,6 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from rich.console import Console
 
 from peftbench import mps
 from peftbench.cli import print_faults
@@ -28,6 +27,7 @@ from peftbench.results.live import LiveSweep
 from peftbench.results.record import distinctive, find, finished
 from peftbench.results.sweep import FOLDER, Member, Sweep
 from peftbench.search import Point, check, is_open, phases
+from peftbench.terminal import terminal
 from peftbench.workers import Ended, Job, Workers, attempt
 
 INTERRUPTED = 130  # the exit code
@@ -104,7 +104,7 @@ def _arguments(argv: list[str]) -> Namespace:
 def _shown(sweep: Sweep) -> Iterator[None]:
     """The sweep as a table that grows, on a terminal; elsewhere each run prints its own lines."""
     global display
-    console = Console()
+    console = terminal()
     if not is_live(console):
         yield
         return

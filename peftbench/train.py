@@ -59,6 +59,7 @@ from peftbench.tasks.base import TaskData
 from peftbench.tasks.docstrings import versions
 from peftbench.tasks.load import load
 from peftbench.tasks.prepare import prepare
+from peftbench.terminal import terminal
 from peftbench.training.checkpoint import Checkpoints
 from peftbench.training.fit import Fitted, fit, total_steps
 from peftbench.training.probe import no_gradient, unreached
@@ -346,7 +347,7 @@ def quiet_console(stderr: bool = False) -> Console:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    return Console(stderr=stderr)
+    return terminal(stderr)
 
 
 if __name__ == "__main__":

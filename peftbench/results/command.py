@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from rich.console import Console
 from rich.text import Text
 
 from peftbench.errors import UserError
@@ -21,6 +20,7 @@ from peftbench.results.record import Record, kept_apart, load_records
 from peftbench.results.row import Row, Statistic, is_trial, once, over_seeds, rank, single, tables, unscored
 from peftbench.results.select import is_filter, select
 from peftbench.results.table import show_table, titles
+from peftbench.terminal import terminal
 
 TRIALS = "trials=true"  # the word that asks for them
 EPILOG = """\
@@ -188,7 +188,7 @@ def _print(tables: Sequence[tuple[Text, list[Column[Any]], Sequence[Any]]], argu
         rows = [row for _, wanted, lines in tables for row in values(wanted, lines)]
         print(json.dumps(rows, indent=2) if arguments.form == "json" else csv_of(rows).rstrip("\n"))
         return
-    console = Console()
+    console = terminal()
     for index, (heading, wanted, lines) in enumerate(tables):
         if index:
             print()

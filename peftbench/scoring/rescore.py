@@ -7,13 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from peftbench.config import Task
 from peftbench.errors import UserError, unknown
 from peftbench.scoring.saved import saved_config, saved_predictions, saved_record
 from peftbench.scoring.show import show_scores
 from peftbench.tasks.metrics import measure
+from peftbench.terminal import terminal
 from peftbench.validity import METRICS
 
 
@@ -30,7 +29,7 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:
-        show_scores(found, saved_record(arguments.run), Console())
+        show_scores(found, saved_record(arguments.run), terminal())
     return 0
 
 

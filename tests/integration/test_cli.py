@@ -438,9 +438,7 @@ def test_results_as_table_json_and_csv(smoke: list[str], tmp_path: Path, capsys:
     assert main(["results", str(tmp_path / "nowhere")]) == 2
 
 
-def test_a_users_own_folder_adds_methods(
-    smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_users_own_folder_adds_methods(smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     preset = tmp_path / "own" / "method" / "tiny_lora.yaml"
     preset.parent.mkdir(parents=True)
     preset.write_text("# @package _global_\ndefaults:\n  - lora\nmethod: tiny_lora\nbottleneck: 1\n")
