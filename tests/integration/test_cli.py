@@ -459,9 +459,29 @@ def test_a_users_own_folder_adds_methods(smoke: list[str], tmp_path: Path, capsy
         ),
         (
             "# @package _global_\nmethod: own\nbottlneck: 1\n",
-            "method/own.yaml: bottlneck is no key of the config there.",
+            "method/own.yaml: bottlneck is no key of the config; did you mean bottleneck? Choices: ",
         ),
-        ("# @package _global_\nbottleneck: three\n", "method/own.yaml: Value 'three' of type 'str' could not be conv"),
+        (
+            "# @package _global_\ndefaults: [mam]\nmix:\n  attention:\n    initt: bert\n",
+            "method/own.yaml: mix.attention.initt is no key of the config (in mix.attention); did you mean init?",
+        ),
+        ("# @package _global_\nbottleneck: three\n", "method/own.yaml: bottleneck: a whole number is expected."),
+        (
+            "# @package _global_\nmodified_representation:\n  layers: 1\n  stacks: encoder\n",
+            "method/own.yaml: modified_representation.layers: a list, such as [a, b], is expected.",
+        ),
+        ("# @package _global_\nlearning_rate: 1\n", "learning_rate is no key of the config; did you mean trainer."),
+        (
+            "# @package _global_\nfunctional_form: relu\n",
+            "own.yaml: functional_form: relu has its place among the defaults, as - override /functional_form: relu.",
+        ),
+        ("# @package _global_\ndefaults:\n  - override /functional_form: rellu\n", "functional_form=rellu is unknown"),
+        ("# @package _global_\ndefaults: lora\n", "Invalid defaults list in 'method/own', defaults must be a list"),
+        ("# @package _global_\ndefaults: [lora]\nbottleneck: ${size.lra.r}\n", "bottleneck: Interpolation key"),
+        (
+            "method: own\nbottleneck: 1\n",
+            "own.yaml: its keys are taken for method's own; a file with method: begins with # @package _global_.",
+        ),
         ("method: own\nbias: [\n", "own.yaml:3 is no YAML: "),
         ("defaults:\n  - override /functional_form: relu\n", "begins with the line # @package _global_."),
     ],
