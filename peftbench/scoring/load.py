@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftbench.scoring.evaluate import restored, saved_run
-from peftbench.scoring.saved import saved_record
+from peftbench.scoring.saved import run_folder, saved_record
 
 
 def load_run(folder: str | Path, *overrides: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -17,13 +17,13 @@ def load_run(folder: str | Path, *overrides: str) -> tuple[PreTrainedModel, PreT
     was: a source of a task with `task.prompt` stands in that prompt. The run's data need not be there.
 
     Args:
-        folder: of the run, as `peftbench train` names it at its end.
+        folder: of the run, as `peftbench train` names it at its end, or the first digits of its name below `outputs`.
         overrides: what is otherwise than then, such as `model.path=FOLDER` of a backbone that has moved.
 
     Raises:
         UserError: there is no finished run, or not the backbone that it was trained on.
     """
-    folder = Path(folder).expanduser()
+    folder = run_folder(str(folder))
     run = saved_run(folder, saved_record(folder), overrides)
     backbone = restored(folder, run, run.task)
     return backbone.model.eval(), backbone.tokenizer
