@@ -12,7 +12,6 @@ from peftbench.config import Run
 from peftbench.errors import UserError
 from peftbench.results.record import FILE, Record, finished, load_records, predictions_file
 
-
 OUTPUTS = Path("outputs")  # the default output_dir
 
 
