@@ -65,7 +65,7 @@ class _Metric(Metric):
         self.signatures: dict[str, str] = {}
 
     def _build_data_dir(self) -> str:
-        """Where evaluate would make a folder in the user's home, which need not be there or let itself be written to."""
+        """evaluate would make a folder in the user's home, which need not be one that can be written to."""
         root: str = self._data_dir_root
         return root
 
