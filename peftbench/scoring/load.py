@@ -14,7 +14,8 @@ def load_run(folder: str | Path, *overrides: str) -> tuple[PreTrainedModel, PreT
     """The backbone with the run's adapter attached, on the CPU and in evaluation mode, and its tokenizer.
 
     The model is one of transformers' own classes and is called and generates as they do. Its input is what the run's
-    was: a source of a task with `task.prompt` stands in that prompt. The run's data need not be there.
+    was: a source of a task with `task.prompt` stands in that prompt. The run's data need not be there. What its
+    `save_pretrained` writes plain transformers loads without the adapter; `peftbench merge` writes what it can load.
 
     Args:
         folder: of the run, as `peftbench train` names it at its end, or the first digits of its name below `outputs`.
