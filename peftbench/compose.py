@@ -182,7 +182,7 @@ def _compose_one(overrides: list[str], loader: ConfigLoader, reads_data: bool) -
         cfg = compose(CONFIG_NAME, overrides=[str(override.input_line) for override in groups])
         found.extend(sentence for override in values if (sentence := apply_override(cfg, override)))
         run = resolve(cfg)
-    except (HydraException, OmegaConfBaseException, MarkedYAMLError) as error:
+    except (HydraException, OmegaConfBaseException, MarkedYAMLError, ValueError) as error:  # defaults that are no list
         raise UserError(*found, in_words(error)) from error
     found.extend(_misnamed(groups, run))
     found.extend(faults(run, reads_data=reads_data))

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from rich.console import Console
-
 from peftbench import mps
 from peftbench.config import Run, by_key
 from peftbench.errors import UserError, print_faults
@@ -20,6 +18,7 @@ from peftbench.results.live import LiveSweep
 from peftbench.results.record import find, finished
 from peftbench.results.sweep import FOLDER, Member, Sweep
 from peftbench.search import Point
+from peftbench.terminal import terminal
 from peftbench.workers import Ended, Job, Workers, attempt
 
 INTERRUPTED = 130  # the exit code
@@ -32,7 +31,7 @@ put_off: list[tuple[Run, list[str]]] = []  # runs that another process was at, w
 def shown(sweep: Sweep) -> Iterator[None]:
     """The sweep as a table that grows, on a terminal; elsewhere each run prints its own lines."""
     global display
-    console = Console()
+    console = terminal()
     if not is_live(console):
         yield
         return

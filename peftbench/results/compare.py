@@ -28,6 +28,7 @@ from peftbench.results.row import Row, over_seeds, unscored
 from peftbench.results.select import is_filter, select
 from peftbench.scoring.saved import saved_predictions
 from peftbench.tasks.example_scores import ExampleScores, example_scores
+from peftbench.terminal import terminal
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C, where PyYAML was built with it
 
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> int:
         runs = {name: [record.run for record in row.scored] for name, row in (("a", a), ("b", b))}
         print(json.dumps({**runs, "metrics": scores, "settings": settings}, indent=2))
     else:
-        _show(a, b, differences, settings, Console())
+        _show(a, b, differences, settings, terminal())
     return 0
 
 

@@ -26,7 +26,7 @@ GAP = 2  # characters between two columns
 # Where a cell may go on in the next line: between words, and within one that is too long.
 BETWEEN, WITHIN = re.compile(r"(?<= )(?![\d·])"), re.compile(r"(?<=_)(?=\w)|(?<=[a-z])(?=[A-Z])")
 # In the sweep that is proposed. A learning rate is a method's own.
-OVERRIDES_TO_KEEP = re.compile(r"(task|model|trainer(?!\.learning_rate=)|debug|output_dir)\b")
+OVERRIDES_TO_KEEP = re.compile(r"(--config-dir|task|model|trainer(?!\.learning_rate=)|debug|output_dir)\b")
 
 
 def show(records: Sequence[Record], console: Console, status: Callable[[Record], str] | None = None) -> None:

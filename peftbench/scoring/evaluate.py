@@ -25,7 +25,7 @@ from peftbench.prediction.partial import Partial
 from peftbench.progress import Display
 from peftbench.results.identity import content_stamp
 from peftbench.results.record import Record
-from peftbench.scoring.saved import saved_config, saved_record
+from peftbench.scoring.saved import run_folder, saved_config, saved_record
 from peftbench.scoring.show import show_scores
 from peftbench.tasks.load import load
 from peftbench.tasks.prepare import prepare
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
         epilog="task.split=SPLIT scores another split; other keys are those of peftbench train that begin with task., "
         "trainer. or model., such as task.generation.num_beams=1 or trainer.eval_batch_size=8.",
     )
-    parser.add_argument("run", type=Path, help="the folder of the run")
+    parser.add_argument("run", type=run_folder, help="its folder, or the first digits of its name")
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="what to do otherwise than then")
     parser.add_argument("--json", action="store_true", help="print a JSON array with one object for each split")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="write the predictions of the split there")

@@ -60,8 +60,11 @@ def _load(task: Task, training: bool) -> Loaded:
         train = read(task.train_split)
         whole = checked(task, task.train_split, train, None)
         rows = deal(whole, input_columns(task), task.train_split, homeless, train.name)
-        each = "have one in ten of the different inputs each" if len(homeless) > 1 else "has one in ten of them"
-        notes.append(f"{train.name} is dealt by a hash of the input: {' and '.join(homeless)} {each}.")
+        each = "each have" if len(homeless) > 1 else "has"
+        notes.append(
+            f"{train.name} is dealt by a hash of the input: {' and '.join(homeless)} {each} one in ten of the "
+            "different inputs."
+        )
     sizes = {split: len(rows[split] if split in rows else read(split).rows) for split in limits}
     for split, limit in limits.items():
         rows[split] = head(rows[split], limit) if split in rows else checked(task, split, read(split), limit)

@@ -14,8 +14,10 @@ from peftbench import load_run
 from peftbench.cli import main
 from peftbench.errors import UserError
 from peftbench.prediction import predict as predict_module
+from peftbench.scoring.saved import run_folder
 from peftbench.tasks.metrics import measure
 from peftbench.whole_files import write_lines
+from tests.unit.test_table import record
 
 SMOKE = ("model=mini", "debug=smoke", "trainer.max_steps=3", "method=mam")
 
@@ -180,6 +182,20 @@ def test_labels_that_were_found_keep_their_order(tmp_path: Path, capsys: pytest.
     metrics = recorded(run)["scores"]["report"]["metrics"]
     assert [entry["metrics"] for entry in scored(capsys, "evaluate", str(run))] == [metrics]
     assert [entry["metrics"] for entry in scored(capsys, "rescore", str(run))] == [metrics]
+
+
+def test_a_run_goes_by_the_first_digits_of_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_folder("3f2a") == Path("3f2a")  # without outputs
+    folders = [Path("outputs", name) for name in ("3f2a91c0", "3f77d01b")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        record(50.0, run=folder.name, folder=folder).save()
+    assert run_folder("3f2") == run_folder(str(folders[0])) == folders[0] and run_folder("abc") == Path("abc")
+    assert main(["rescore", "3f"]) == 2
+    assert "3f stands for 2 runs: outputs/3f2a91c0, outputs/3f77d01b; give one." in capsys.readouterr().err
 
 
 def test_what_cannot_be_scored_is_refused(texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,3 +40,19 @@ def test_an_output_folder_that_cannot_be_made(
         code = exit.code
     error = capsys.readouterr().err
     assert code == 1 and error.count("\n") == 1 and error.endswith("Not a directory.\n")
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure() -> None:
+    command = [sys.executable, "-m", "peftbench", "ls", "keys"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
+def test_what_an_encoding_lacks_is_replaced() -> None:
+    command = [sys.executable, "-m", "peftbench", "ls", "axes"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "?h = x W_down W_up" in done.stdout
