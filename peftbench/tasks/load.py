@@ -49,8 +49,12 @@ class Source(NamedTuple):
         return place(self.file, row) if self.file else f"{self.name}, row {row}"
 
 
-def load(task: Task, training: bool = True) -> Loaded:
+def load(task: Task, training: bool = True, dealt: Sequence[str] | None = None) -> Loaded:
     """The checked rows of all splits of the task, see `load_rows`; without `training`, of those that are reported on.
+
+    Args:
+        dealt: the splits that were dealt from the training file, where that was for another task; by default those
+            that are `homeless` in this one.
 
     A split without a source of its own is dealt from the training file (`deal.py`); where the task names no labels,
     those of the training split are taken, sorted; a further split that the user's files do not have is left out. All
@@ -58,11 +62,17 @@ def load(task: Task, training: bool = True) -> Loaded:
 
     What an earlier run of this process has read is given again where the task and its files are the same.
     """
-    key = json.dumps([asdict(task), training, *_stats(task)], default=str)
-    return _recent.get(key, lambda: _load(task, training))
+    key = json.dumps([asdict(task), training, dealt, *_stats(task)], default=str)
+    return _recent.get(key, lambda: _load(task, training, homeless(task) if dealt is None else dealt))
 
 
-def _load(task: Task, training: bool) -> Loaded:
+def homeless(task: Task) -> list[str]:
+    """The splits without a source of their own, which are dealt from the training file."""
+    task, _ = _without_absent(task)
+    return [split for split in splits(task) if not _has_source(task, split)]
+
+
+def _load(task: Task, training: bool, dealt: Sequence[str]) -> Loaded:
     task, notes = _without_absent(task)
     read = cache(partial(_read, task))
     wanted = (
@@ -73,14 +83,14 @@ def _load(task: Task, training: bool) -> Loaded:
         task, note = _with_labels(task, read(task.train_split))
         notes.append(note)
     rows: dict[str, Dataset] = {}
-    homeless = [split for split in splits(task) if not _has_source(task, split)]
-    if limits.keys() & set(homeless):
+    if dealt and limits.keys() & {*dealt, task.train_split}:
         train = read(task.train_split)
         whole = _checked(task, task.train_split, train, None)
-        rows = deal(whole, input_columns(task), task.train_split, homeless, train.name)
-        each = "each have" if len(homeless) > 1 else "has"
+        rows = deal(whole, input_columns(task), task.train_split, dealt, train.name)
+        rows = {split: part for split, part in rows.items() if split not in task_files(task) or split not in dealt}
+        each = "each have" if len(dealt) > 1 else "has"
         notes.append(
-            f"{train.name} is dealt by a hash of the input: {' and '.join(homeless)} {each} one in ten of the "
+            f"{train.name} is dealt by a hash of the input: {' and '.join(dealt)} {each} one in ten of the "
             "different inputs."
         )
     sizes = {split: len(rows[split] if split in rows else read(split).rows) for split in limits}
