@@ -190,6 +190,9 @@ def _compose_one(overrides: list[str], loader: ConfigLoader, reads_data: bool) -
         if options and override.is_add() and override.package is None and (conf_dir() / override.key_or_group).is_dir():
             found.append(f"{line}: {override.key_or_group} has its place in the config; leave out the +.")
             continue
+        if options and isinstance(override.value(), list) and override.key_or_group != "mix":
+            found.append(f"{line}: {override.key_or_group} takes one option; -m with commas trains several.")
+            continue
         if options and not override.is_delete():
             wrong = [unknown(_group_key(override), o, options) for o in _options(override) if o not in options]
             found.extend(wrong)
@@ -241,7 +244,7 @@ def _group_key(override: Override) -> str:
 def _options(override: Override) -> list[str]:
     value = override.value()
     chosen = value if isinstance(value, list) else [value]
-    return [str(option) for option in chosen if option is not None]
+    return ["null" if option is None else str(option) for option in chosen]
 
 
 def apply(cfg: DictConfig, override: Override) -> str | None:

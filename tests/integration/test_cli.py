@@ -272,6 +272,8 @@ def test_one_failing_run_does_not_stop_a_sweep(
             ["task=sst2 selects and reports on its validation split"],
         ),
         (["bottleneck=8,16"], ["add -m to run each of them"]),
+        (["debug=null"], ["debug=null is unknown. Choices: smoke."]),
+        (["method=[lora,mam]"], ["method=[lora,mam]: method takes one option; -m with commas trains several."]),
         (
             ["composition_function=gated", "functional_form=relu", "insertion_form=sequential"],
             ["composition_function=gated with insertion_form=sequential means nothing"],
