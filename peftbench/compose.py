@@ -206,6 +206,8 @@ def _override_faults(override: Override, options: list[str]) -> Iterator[str]:
         yield f"{line} names several values; add -m to run each of them.{hint}"
     elif options and override.is_add() and override.package is None and (conf_dir() / group).is_dir():
         yield f"{line}: {group} has its place in the config; leave out the +."
+    elif options and isinstance(override.value(), list) and group != "mix":
+        yield f"{line}: {group} takes one option; -m with commas trains several."
     elif options and not override.is_delete():
         value = override.value()
         for option in value if isinstance(value, list) else [value]:

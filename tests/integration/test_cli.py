@@ -276,6 +276,7 @@ def test_one_failing_run_does_not_stop_a_sweep(
             ["task=sst2 selects and reports on its validation split"],
         ),
         (["bottleneck=8,16"], ["add -m to run each of them"]),
+        (["method=[lora,mam]"], ["method=[lora,mam]: method takes one option; -m with commas trains several."]),
         (
             ["composition_function=gated", "functional_form=relu", "insertion_form=sequential"],
             ["composition_function=gated with insertion_form=sequential means nothing"],
@@ -356,7 +357,9 @@ def test_a_csv_of_ten_lines_is_enough(
         "report": 1,
     }
     notes = record["data"]["notes"]
-    assert any("own.csv is dealt by a hash of the input: validation and test each have one in ten" in note for note in notes)
+    assert any(
+        "own.csv is dealt by a hash of the input: validation and test each have one in ten" in note for note in notes
+    )
     if task == "text_classification":
         assert record["data"]["labels"] == ["bad", "good"]
         assert any("The labels are those of" in note and "in this order: bad, good." in note for note in notes)

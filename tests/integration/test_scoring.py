@@ -171,6 +171,29 @@ def test_a_generation_that_was_stopped_goes_on(
     assert sum(sizes) == 16
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("files", [("train",), ("train", "test"), ("train", "validation", "test")])
+def test_a_split_of_ones_own_files_is_the_one_that_the_run_had(
+    files: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file of the split that was reported on is not that of another one that is now."""
+    for number, name in enumerate(files):
+        rows = [{"text": f"{name} {i}", "label": "ab"[i % 2]} for i in range(60 - 20 * number)]
+        write_lines(tmp_path / f"{name}.jsonl", rows)
+    given = [f"task.{name}_file={tmp_path / name}.jsonl" for name in files]
+    whole = ("task.max_train=null", "task.max_selection=null", "task.max_eval=null")
+    run = trained(tmp_path, "task=text_classification", "task.metric=macro_f1", *whole, *given)
+    record = recorded(run)
+    for role, split in (("selection", "validation"), ("report", "test")):
+        (again,) = scored(capsys, "evaluate", str(run), f"task.split={split}")
+        assert {**again, "role": role}.items() >= {**record["data"]["splits"][role], "role": role}.items()
+        assert again["metrics"] == record["scores"][role]["metrics"]
+    (again,) = scored(capsys, "evaluate", str(run), "task.split=train")
+    assert again["examples"] == record["data"]["splits"]["train"]["examples"]
+    assert main(["evaluate", str(run), "task.split=dev"]) == 2
+    assert "task.split=dev is unknown. Choices: train, validation, test." in capsys.readouterr().err
+
+
 def test_labels_that_were_found_keep_their_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also where the training file is gone, and where another split has only some of them."""
     rows = [{"text": f"text {i}", "label": ("b", "a", "c")[i % 3]} for i in range(30)]

@@ -12,7 +12,7 @@ import pytest
 from peftbench.config import Task, TaskKind
 from peftbench.errors import UserError
 from peftbench.tasks.deal import ROW
-from peftbench.tasks.load import label_names, load
+from peftbench.tasks.load import homeless, label_names, load
 
 OWN = Task(name="own", kind=TaskKind.classification, text_columns=["text"], metric="accuracy")
 WRITING = Task(name="own", kind=TaskKind.text_to_text, source_column="source", target_column="target", metric="rougeL")
@@ -53,6 +53,17 @@ def test_one_file_is_dealt_by_content(tmp_path: Path) -> None:
     again = load(replace(OWN, train_file=jsonl(tmp_path, "reversed.jsonl", *reversed(rows))))
     assert {split: set(of_split["text"][:]) for split, of_split in again.rows.items()} == texts
     assert "validation and test each have one in ten of the different inputs." in loaded.notes[1]
+
+
+def test_a_split_is_dealt_as_for_the_task_that_was_trained(tmp_path: Path) -> None:
+    trained = replace(OWN, train_file=jsonl(tmp_path, "all.jsonl", *reviews(40)))
+    expected = load(trained)
+    assert homeless(trained) == ["validation", "test"]
+    for split, rows in expected.rows.items():
+        again = load(replace(expected.task, report_split=split), training=False, dealt=homeless(trained))
+        assert again.rows[split]["text"][:] == rows["text"][:]
+    other = replace(expected.task, test_file=jsonl(tmp_path, "other.jsonl", *reviews(7)))  # given since
+    assert len(load(other, training=False, dealt=homeless(trained)).rows["test"]) == 7
 
 
 def test_equal_inputs_are_dealt_to_one_split(tmp_path: Path) -> None:
