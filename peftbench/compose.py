@@ -7,7 +7,6 @@ before the first of them starts. Imports no torch.
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,30 +34,37 @@ AND = "and"  # between the grids of one sweep
 ConfigStore.instance().store("schema", Run)
 
 
-def compose_runs(args: Namespace, *, reads_data: bool = True) -> list[Run]:
-    """The validated run, or all runs of a sweep, of a command line that Hydra's own parser has split.
+Point = tuple[list[str], Run]  # the overrides that make a run, and the run
+
+
+def compose_run(overrides: Sequence[str], *, config_dir: str | None = None, reads_data: bool = True) -> Run:
+    """The validated run of a command line. Arguments and errors are those of `compose_points`."""
+    ((_, run),) = compose_points(overrides, config_dir=config_dir, reads_data=reads_data)
+    return run
+
+
+def compose_points(
+    overrides: Sequence[str], *, multirun: bool = False, config_dir: str | None = None, reads_data: bool = True
+) -> list[Point]:
+    """The validated run, or with `multirun` all runs of a sweep, each with the overrides that make it.
 
     Args:
+        config_dir: a folder with groups of the user's own.
         reads_data: see `validity.faults`.
 
     Raises:
         UserError: with a sentence for every fault.
     """
-    return [run for _, run in compose_points(args, reads_data=reads_data)]
-
-
-def compose_points(args: Namespace, *, reads_data: bool = True) -> list[tuple[list[str], Run]]:
-    """Like `compose_runs`, each run with the overrides that make it."""
-    if args.config_dir is not None and not Path(args.config_dir).is_dir():
-        raise UserError(f"--config-dir {args.config_dir} is not a folder; give one with method/, task/ ... below it.")
-    grids = _grids(args.overrides)
-    if len(grids) > 1 and not args.multirun:
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise UserError(f"--config-dir {config_dir} is not a folder; give one with method/, task/ ... below it.")
+    grids = _grids(overrides)
+    if len(grids) > 1 and not multirun:
         raise UserError(f"{AND} joins grids to a sweep; add -m to run it.")
-    with _hydra(args.config_dir):
+    with _hydra(config_dir):
         loader = GlobalHydra.instance().config_loader()
         found: list[str] = []
-        runs: list[tuple[list[str], Run]] = []
-        for point in [point for grid in grids for point in _points_of(grid, args.multirun, loader)]:
+        runs: list[Point] = []
+        for point in [point for grid in grids for point in _points_of(grid, multirun, loader)]:
             try:
                 runs.append((point, _compose_one(point, loader, reads_data)))
             except UserError as error:

@@ -12,12 +12,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from peftbench.compose import AND, CONFIG_NAME, compose_points
+from peftbench.compose import AND, CONFIG_NAME, Point, compose_points
 from peftbench.config import conf_dir, resolve
 from peftbench.errors import UserError, of_the_machine, print_faults
 from peftbench.quick_imports import quick_imports
 from peftbench.results.sweep import Sweep
-from peftbench.search import Point, check, is_open, phases
+from peftbench.search import check, is_open, phases
 from peftbench.sweeper import INTERRUPTED, places_of, put_off, shown, train_all, train_one, wait_for_others
 
 
@@ -28,10 +28,10 @@ def main(argv: list[str]) -> int:
     sys.argv = ["peftbench train", *argv]
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         if args.cfg:
-            compose_points(args)
+            compose_points(args.overrides, config_dir=args.config_dir)
         job()
         return 0
-    points = compose_points(args)
+    points = compose_points(args.overrides, multirun=args.multirun, config_dir=args.config_dir)
     check(points)
     searching = any(is_open(run) for _, run in points)
     _check_plugins(args.overrides, points[0][1].jobs, searching)

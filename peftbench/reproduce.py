@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from hydra._internal.utils import get_args_parser
 from rich.console import Console
 
 from peftbench.compose import compose_points
@@ -71,9 +70,9 @@ def main(argv: list[str]) -> int:
     if arguments.table not in names:
         raise UserError(unknown("table", arguments.table, names))
 
-    sweep = ["-m", f"experiment=paper/{arguments.table}", *arguments.overrides]
-    points = solved(phases(compose_points(get_args_parser().parse_args(sweep)))[1])
-    code = 0 if arguments.dry_run else train(sweep)
+    overrides = [f"experiment=paper/{arguments.table}", *arguments.overrides]
+    points = solved(phases(compose_points(overrides, multirun=True))[1])
+    code = 0 if arguments.dry_run else train(["-m", *overrides])
     _show(lines(arguments.table, [(overrides, known(run)) for overrides, run in points]), terminal())
     return code
 

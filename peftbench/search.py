@@ -15,6 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from peftbench.compose import Point
 from peftbench.config import Run, Search, Variation, by_key, value_at
 from peftbench.errors import UserError
 from peftbench.overrides import set_key
@@ -23,8 +24,6 @@ from peftbench.validity import faults
 
 # Beside what changes no result: other data or another backbone would make the scores of trials incomparable.
 NOT_SEARCHED = ("task", "model", "method", "fidelity", "debug", "seed", "search")
-
-Point = tuple[list[str], Run]  # the overrides that make a run, and the run
 
 
 def values(run: Run, search: Search) -> dict[str, list[Any]]:

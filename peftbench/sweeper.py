@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from peftbench import mps
+from peftbench.compose import Point
 from peftbench.config import Run, by_key
 from peftbench.errors import UserError, print_faults
 from peftbench.progress import Display, is_live
@@ -17,7 +18,6 @@ from peftbench.results.differences import distinctive
 from peftbench.results.live import LiveSweep
 from peftbench.results.record import find, finished
 from peftbench.results.sweep import FOLDER, Member, Sweep
-from peftbench.search import Point
 from peftbench.terminal import terminal
 from peftbench.workers import Ended, Job, Workers, attempt
 

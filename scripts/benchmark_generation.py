@@ -34,7 +34,7 @@ from datasets import Dataset
 from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig, PreTrainedModel
 
 from peftbench import config
-from peftbench.compose import compose_runs
+from peftbench.compose import compose_run
 from peftbench.modification import inference
 from peftbench.modification.attach import attach
 from peftbench.modification.state import fold
@@ -111,7 +111,7 @@ def build_variant(variant: Variant, shape: str, device: torch.device) -> PreTrai
     modifications: dict[str, config.Modification] = {}
     if variant.overrides is not None:
         overrides = ["task=xsum", "model=bart_large", *variant.overrides]
-        (run,) = compose_runs(Namespace(overrides=overrides, multirun=False, config_dir=None))
+        run = compose_run(overrides)
         modifications = config.modifications(run)
     attach(model, modifications)
     with torch.no_grad():

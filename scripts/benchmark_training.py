@@ -29,7 +29,6 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from hydra._internal.utils import get_args_parser
 from torch import Tensor, nn
 from transformers import (
     BartConfig,
@@ -44,7 +43,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from peftbench.compose import compose_runs
+from peftbench.compose import compose_run
 from peftbench.config import Batching, Compile, Device, DType, Keep, Precision, Run, Unfreeze, modifications
 from peftbench.modification.attach import attach
 from peftbench.training.batching import padded_to
@@ -244,7 +243,7 @@ class Bench:
     def run(self, method: str) -> Run:
         """The preset as `peftbench train` would have it, for the shape's task."""
         words = [f"method={method}", f"task={self.shape.task}"]
-        (run,) = compose_runs(get_args_parser().parse_args([*words, "task.data_dir=.", "task.hub_id=null"]))
+        run = compose_run([*words, "task.data_dir=.", "task.hub_id=null"])
         return run
 
     def fit(

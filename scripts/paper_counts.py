@@ -10,13 +10,12 @@ The counts are those of `peftbench params`. A percentage that is not the printed
 from __future__ import annotations
 
 import math
-from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from decimal import ROUND_DOWN, ROUND_HALF_UP, Decimal
 from functools import cache
 
-from peftbench.compose import compose_runs
+from peftbench.compose import compose_run
 from peftbench.config import Run
 from peftbench.modification.counting import Counts
 from peftbench.params.counts import count_run
@@ -277,8 +276,7 @@ def counted(task: str, model: str, overrides: str) -> Counts:
 @cache
 def composed(overrides: str) -> Run:
     """The validated run. Hydra takes longer over it than the count does, so the backbone is put in afterwards."""
-    (run,) = compose_runs(Namespace(overrides=overrides.split(), config_dir=None, multirun=False))
-    return run
+    return compose_run(overrides.split())
 
 
 if __name__ == "__main__":

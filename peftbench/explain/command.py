@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from peftbench.compose import compose_runs
+from peftbench.compose import compose_run
 from peftbench.explain.show import show, to_json
 from peftbench.quick_imports import quick_imports
 from peftbench.terminal import terminal
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("-cd", "--config-dir", help="a folder of your own with method/, model/ ... below it")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_intermixed_args(argv)
-    (run,) = compose_runs(argparse.Namespace(**vars(args), multirun=False), reads_data=False)
+    run = compose_run(args.overrides, config_dir=args.config_dir, reads_data=False)
     with quick_imports():
         from peftbench.explain.explanation import explain
     explained = explain(run)

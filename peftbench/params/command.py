@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from peftbench.compose import compose_runs
+from peftbench.compose import compose_points
 from peftbench.config import Run
 from peftbench.errors import UserError
 from peftbench.params.table import show_run, show_sweep, to_json
@@ -24,9 +24,9 @@ def main(argv: list[str]) -> int:
         UserError: the command line is refused, or its one run does not fit its backbone.
     """
     args = _arguments(argv)
-    runs = compose_runs(args, reads_data=False)
+    points = compose_points(args.overrides, multirun=args.multirun, config_dir=args.config_dir, reads_data=False)
     counted: list[RunCounts] = []
-    for run in runs:
+    for _, run in points:
         try:
             counted.append(_count(run))
         except UserError as error:
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
         show_sweep(counted, terminal())
     else:
         show_run(counted[0], terminal())
-    return 0 if len(counted) == len(runs) else 1
+    return 0 if len(counted) == len(points) else 1
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:

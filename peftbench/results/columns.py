@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Any, Generic, Literal, TypeVar
 
 from peftbench.axes import UNFROZEN
@@ -43,6 +44,8 @@ PAPER = ("paper", "difference")  # columns of `beside_paper`
 
 RUNS = Column[Row]("n", "n", lambda row: str(len(row.scored)), lambda row: len(row.scored))  # that have a score
 
+OUTCOME = attrgetter("outcome")  # of a record
+
 # Where a run follows the paper's released code instead of its text.
 DEVIATIONS = Column[Row](
     "deviations",
@@ -59,10 +62,10 @@ def columns(
     cost: Cost = "stored",
     paper: bool = False,
 ) -> list[Column[Row]]:
-    """The columns of a table of what may be compared, as it is shown unless it is told otherwise.
+    """The columns that a table of comparable runs has by default.
 
     Args:
-        status: says how a run ended; None: that is shown only where some run is not done.
+        status: what to show of how a run ended; None: its outcome, and only where some run is not done.
         cost: of the Pareto front that is marked.
         paper: show the paper's scores also beside runs with another backbone or less data.
     """
@@ -91,17 +94,17 @@ def columns(
         Column("seed", "seed", _seeds, dispensable=1 if len(seeds) > 1 and not grouped else 8, words=grouped),
         *pareto(rows, cost),
     ]
-    found = [column for column in found if column.key not in ("tokens_per_s", "memory") or _any(column, rows)]
+    found = [c for c in found if c.key not in ("tokens_per_s", "memory") or any(c.cell(row) for row in rows)]
     if any(record.deviations for record in records):
         found.insert(2, DEVIATIONS)
     if status is not None or any(record.status != "done" for record in records):
-        found.append(Column("status", "status", partial(_status, status or _outcome), words=True, wrap=11))
+        found.append(Column("status", "status", partial(_status, status or OUTCOME), words=True, wrap=11))
     return found
 
 
 def chosen(keys: Sequence[str], rows: Sequence[Row], cost: Cost, paper: bool = False) -> list[Column[Row]]:
     """The columns that were asked for by name. Raises UserError for a name that is none."""
-    known = {column.key: column for column in columns(rows, _outcome, cost, paper)}
+    known = {column.key: column for column in columns(rows, OUTCOME, cost, paper)}
     known |= {"n": RUNS, "deviations": DEVIATIONS}
     known |= {key: Column(key, key, lambda r: "", lambda r: None) for key in PAPER if key not in known}
     known["front"] = next(iter(pareto(rows, cost)), Column("front", "front", lambda r: ""))
@@ -243,10 +246,6 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _any(column: Column[Row], rows: Sequence[Row]) -> bool:
-    return any(column.cell(row) for row in rows)
-
-
 def _setting(key: str, record: Record) -> Any:
     return record.trainer.get(key)
 
@@ -284,10 +283,6 @@ def _status(outcome: Callable[[Record], str], row: Row) -> str:
     if len(counted) == 1:
         return next(iter(counted))
     return ", ".join(f"{number} {status}" for status, number in counted.items())
-
-
-def _outcome(record: Record) -> str:
-    return record.outcome
 
 
 def _count(number: float | None) -> str:

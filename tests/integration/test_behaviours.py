@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra._internal.utils import get_args_parser
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from peftbench import config
-from peftbench.compose import compose_runs
+from peftbench.compose import compose_run
 from peftbench.errors import UserError
 from peftbench.modification import state
 from peftbench.modification.attach import attach
@@ -619,7 +618,7 @@ METHODS = sorted(path.stem for path in (config.conf_dir() / "method").glob("*.ya
 )
 def test_presets_in_conf_train(family: str, task: str, method: str) -> None:
     """With the sizes of their task, on a tiny model: the loss stays finite and what is trained moves."""
-    (run,) = compose_runs(get_args_parser().parse_args([f"method={method}", f"task={task}"]))
+    run = compose_run([f"method={method}", f"task={task}"])
     model = build(family)
     attach(model, config.modifications(run), run.unfreeze)
     before = tensors(model, trained=True)
@@ -634,5 +633,5 @@ def test_presets_in_conf_train(family: str, task: str, method: str) -> None:
 def test_nothing_to_train_is_refused(overrides: list[str]) -> None:
     """The task head alone means something in classification only."""
     with pytest.raises(UserError, match="with task=xsum leaves nothing to train"):
-        compose_runs(get_args_parser().parse_args([*overrides, "task=xsum"]))
-    assert compose_runs(get_args_parser().parse_args([*overrides, "task=sst2"]))
+        compose_run([*overrides, "task=xsum"])
+    assert compose_run([*overrides, "task=sst2"])

@@ -7,10 +7,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hydra._internal.utils import get_args_parser
 
 from peftbench.cli import main
-from peftbench.compose import compose_runs
+from peftbench.compose import compose_points
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 BLOCKS = re.findall(r"```bash\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
@@ -35,7 +34,8 @@ def test_the_readme_has_commands() -> None:
     ],  # dozens of runs
 )
 def test_commands_compose(command: str, tmp_path: Path) -> None:
-    assert compose_runs(get_args_parser().parse_args(arguments(command, tmp_path)[1:]))
+    words = arguments(command, tmp_path)[1:]
+    assert compose_points([word for word in words if word != "-m"], multirun="-m" in words)
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra._internal.utils import get_args_parser
 
 from peftbench.compose import compose_points
 from peftbench.results.identity import run_hash
@@ -63,7 +62,9 @@ def smoke_words() -> list[str]:
     [("glue", 0, 30), ("text", 45, 15), ("text_long", 0, 10), ("grid", 0, 40), ("grid_sst2", 0, 40)],
 )
 def test_a_part_is_one_sweep(part: str, trials: int, runs: int, shared: Path) -> None:
-    points = compose_points(get_args_parser().parse_args(arguments(shared, part, *smoke_words())))
+    option, *words = arguments(shared, part, *smoke_words())
+    assert option == "-m"
+    points = compose_points(words, multirun=True)
     check(points)
     tried, final = phases(points)
     assert (len(tried), len(final)) == (trials, runs)

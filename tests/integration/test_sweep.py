@@ -16,13 +16,12 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from hydra._internal.utils import get_args_parser
 
 import peftbench.tasks.load
 import peftbench.tasks.prepare
 from peftbench.backbone import load_backbone
 from peftbench.cli import main
-from peftbench.compose import compose_runs
+from peftbench.compose import compose_run
 from peftbench.config import Task
 from peftbench.evaluate import Evaluator
 from peftbench.results.record import find
@@ -337,7 +336,7 @@ def test_changed_files_are_read_again(smoke: list[str], sentiment: Path, tmp_pat
 
 def test_prepared_data_holds_no_model() -> None:
     """A model that an earlier run trained would fill the GPU."""
-    run = compose_runs(get_args_parser().parse_args(["task=docsum", "debug=smoke"]))[0]
+    run = compose_run(["task=docsum", "debug=smoke"])
     loaded = load(run.task)
     backbone = load_backbone(run.model, loaded.task)
     data = prepare(loaded, backbone.tokenizer, backbone.model)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra._internal.utils import get_args_parser
 from safetensors.torch import load_file
 from transformers import (
     BartConfig,
@@ -21,7 +20,7 @@ from transformers import (
 )
 
 from peftbench import config
-from peftbench.compose import compose_runs
+from peftbench.compose import compose_run
 from peftbench.modification import state
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import Counts, count
@@ -207,7 +206,7 @@ def roberta_base() -> PreTrainedModel:
 
 def counted(model: PreTrainedModel, *overrides: str) -> Counts:
     """The counts of the preset that a command line names, on a model."""
-    (run,) = compose_runs(get_args_parser().parse_args(list(overrides)))
+    run = compose_run(overrides)
     attach(model, config.modifications(run), run.unfreeze)
     assert all(parameter.is_meta for parameter in model.parameters())
     return count(model)

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra._internal.utils import get_args_parser
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from peftbench import config
-from peftbench.compose import compose_runs
+from peftbench.compose import compose_run
 from peftbench.errors import UserError
 from peftbench.fidelity import with_deviations
 from peftbench.modification import state
@@ -32,8 +31,7 @@ TASKS = {"bart": "xsum", "mbart": "xsum", "roberta": "sst2"}
 
 
 def composed(*overrides: str) -> config.Run:
-    (run,) = compose_runs(get_args_parser().parse_args(list(overrides)))
-    return run
+    return compose_run(overrides)
 
 
 def attached(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from argparse import Namespace
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 from peftbench.backbone import load_config, meta_backbone
 from peftbench.budget import largest_sizes, limit
 from peftbench.cli import main
-from peftbench.compose import compose_runs
+from peftbench.compose import compose_run
 from peftbench.config import Modification, Run, Unfreeze, modifications
 from peftbench.errors import UserError
 from peftbench.modification.attach import attach
@@ -152,8 +151,7 @@ def test_several_bottlenecks_keep_their_ratio(family: str, mix: str, unfreeze: U
 
 
 def composed(*overrides: str) -> Run:
-    (run,) = compose_runs(Namespace(overrides=list(overrides), config_dir=None, multirun=False))
-    return run
+    return compose_run(overrides)
 
 
 PAPER = [  # the paper's own sizes, and counts that tests/numerics/test_counts.py has by hand

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
-from peftbench.compose import compose_runs
+from peftbench.compose import compose_run
 from peftbench.config import Fidelity, HeadInput, LayerNormPlace, Representation, Run, TaskKind, conf_dir, modifications
 from peftbench.errors import UserError
 from peftbench.fidelity import DEAD, SWITCHES, with_deviations
@@ -19,8 +18,7 @@ METHODS = sorted(path.stem for path in (conf_dir() / "method").glob("*.yaml"))
 
 
 def composed(*overrides: str) -> Run:
-    (run,) = compose_runs(Namespace(overrides=list(overrides), config_dir=None, multirun=False))
-    return run
+    return compose_run(overrides)
 
 
 def names(run: Run, model_type: str) -> list[str]:

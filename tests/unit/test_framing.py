@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from peftbench.compose import compose_runs
+from peftbench.compose import compose_run
 from peftbench.config import conf_dir
 from peftbench.errors import UserError
 from peftbench.tasks.framing import framed
@@ -56,5 +55,5 @@ def test_what_cannot_be_framed_is_refused(encoder: Encoder) -> None:
 
 
 def test_a_typed_line_break_is_one() -> None:
-    (run,) = compose_runs(Namespace(overrides=['task.prompt="{mask}\\n\\n{source}"'], config_dir=None, multirun=False))
+    run = compose_run(['task.prompt="{mask}\\n\\n{source}"'])
     assert run.task.prompt == "{mask}\n\n{source}"

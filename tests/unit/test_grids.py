@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra._internal.utils import get_args_parser
 
 import peftbench.sweeper
 from peftbench.cli import main
@@ -23,8 +22,8 @@ __all__ = ["sentiment", "smoke"]  # fixtures
 
 
 def test_each_grid_is_the_first_one_with_other_words() -> None:
-    words = ["-m", "seed=1,2", "method=full", "and", "method=lora", "budget=3%"]
-    found = compose_points(get_args_parser().parse_args(words))
+    words = ["seed=1,2", "method=full", "and", "method=lora", "budget=3%"]
+    found = compose_points(words, multirun=True)
     assert [overrides for overrides, _ in found] == [
         ["seed=1", "method=full"],
         ["seed=2", "method=full"],
@@ -95,11 +94,11 @@ def test_all_grids_are_trained_as_one_sweep(
 def test_each_grid_may_have_a_value_of_its_own_around_which_is_searched() -> None:
     """That is no sweep over what the search chooses, which stays refused."""
     rates = ["trainer.learning_rate=1e-4", "and", "method=lora", "trainer.learning_rate=1e-3"]
-    points = compose_points(get_args_parser().parse_args(["-m", "search=lr3", "method=full", *rates]))
+    points = compose_points(["search=lr3", "method=full", *rates], multirun=True)
     check(points)
     assert [run.trainer.learning_rate for _, run in points] == [1e-4, 1e-3]
     rates[-1] += ",1e-2"
-    points = compose_points(get_args_parser().parse_args(["-m", "search=lr3", "method=full", *rates]))
+    points = compose_points(["search=lr3", "method=full", *rates], multirun=True)
     with pytest.raises(UserError, match=r"trainer\.learning_rate is swept and is what search=lr3 chooses"):
         check(points)
 

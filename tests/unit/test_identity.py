@@ -9,10 +9,9 @@ from pathlib import Path
 from timeit import repeat
 
 import pytest
-from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
-from peftbench.compose import compose_points
+from peftbench.compose import compose_run
 from peftbench.config import (
     Composition,
     CompositionFunction,
@@ -148,7 +147,7 @@ def nodes(config: object) -> object:
 def test_a_run_in_plain_values_is_what_omegaconf_makes_of_it() -> None:
     """Enum members by their names, whole numbers where the schema has floats as floats, free keys as they are."""
     words = ["task=xsum", "method=mam", "search=lr3", "budget=5%", "budget_split=[9,1]", "debug=smoke"]
-    ((_, composed),) = compose_points(get_args_parser().parse_args(words))
+    composed = compose_run(words)
     whole = run(
         trainer__betas=[0, 1],
         trainer__epochs=3,

@@ -10,9 +10,8 @@ from typing import Any
 import datasets
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
-from hydra._internal.utils import get_args_parser
 
-from peftbench.compose import compose_runs
+from peftbench.compose import compose_run
 from peftbench.config import Task, TaskKind
 from peftbench.errors import UserError
 from peftbench.tasks import source
@@ -170,7 +169,7 @@ def test_a_dataset_script_is_read_as_the_hub_converted_it(monkeypatch: pytest.Mo
 
 
 def test_webnlg_has_lists_of_triples_and_of_texts(shared: Path) -> None:
-    (run,) = compose_runs(get_args_parser().parse_args(["task=webnlg", f"task.data_dir={shared / 'webnlg'}"]))
+    run = compose_run(["task=webnlg", f"task.data_dir={shared / 'webnlg'}"])
     rows = load_rows(run.task, "test")
     assert len(rows) == 1862 and all(isinstance(text, str) for text in rows["triples"][:])
     assert max(len(texts) for texts in rows["texts"][:]) > 1
@@ -199,7 +198,7 @@ def test_sst2_as_glue_has_it(shared: Path) -> None:
 
 
 def test_rte_as_glue_has_it(shared: Path) -> None:
-    (run,) = compose_runs(get_args_parser().parse_args(["task=rte", f"task.data_dir={shared / 'rte'}"]))
+    run = compose_run(["task=rte", f"task.data_dir={shared / 'rte'}"])
     labels = load_rows(run.task, "validation")["label"][:]
     assert [labels.count(code) for code in range(2)] == [146, 131]
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hydra._internal.utils import get_args_parser
 
-from peftbench.compose import compose_runs
+from peftbench.compose import compose_run
 from peftbench.config import conf_dir, modifications
 
 METHODS = sorted(path.stem for path in (conf_dir() / "method").glob("*.yaml"))
@@ -37,7 +36,7 @@ def test_the_page_names_every_preset() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_page_has_the_axes_of_the_preset(method: str) -> None:
-    (run,) = compose_runs(get_args_parser().parse_args([f"method={method}", "task=sst2"]))
+    run = compose_run([f"method={method}", "task=sst2"])
     assert documented()[method] == [
         (
             prefix,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from peftbench import config
 from peftbench.backbone import meta_backbone
 from peftbench.cli import main
-from peftbench.compose import compose_runs
+from peftbench.compose import compose_run
 from peftbench.config import Run
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import count, count_places
@@ -27,8 +26,7 @@ NUMBERS = ("trained", "stored", "paper")
 
 
 def composed(*overrides: str) -> Run:
-    (run,) = compose_runs(Namespace(overrides=list(overrides), config_dir=None, multirun=False))
-    return run
+    return compose_run(overrides)
 
 
 def counted(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:

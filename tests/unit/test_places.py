@@ -9,11 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hydra._internal.utils import get_args_parser
 
 from peftbench import places as module
 from peftbench.cli import main
-from peftbench.compose import compose_runs
+from peftbench.compose import compose_run
 from peftbench.config import Run
 from peftbench.errors import UserError
 from peftbench.places import GIB, Gpu, places, visible_gpus
@@ -34,7 +33,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def runs(folder: Path, count: int, *overrides: str) -> list[Run]:
-    return compose_runs(get_args_parser().parse_args([f"output_dir={folder}", *overrides])) * count
+    return [compose_run([f"output_dir={folder}", *overrides])] * count
 
 
 def test_gpus_are_dealt_and_cores_shared_out(tmp_path: Path) -> None:

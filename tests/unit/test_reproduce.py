@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
-from peftbench.compose import compose_points, compose_runs
+from peftbench.compose import compose_points, compose_run
 from peftbench.config import Run, conf_dir
 from peftbench.errors import UserError
 from peftbench.reproduce import lines, main
@@ -40,7 +39,7 @@ def composed(names: list[str], *default: str) -> list[Any]:
 
 @cache
 def points(*overrides: str) -> list[tuple[list[str], Run]]:
-    return compose_points(get_args_parser().parse_args(list(overrides)))
+    return compose_points(overrides, multirun=True)
 
 
 def names(found: list[tuple[list[str], Run]]) -> list[str]:
@@ -59,14 +58,14 @@ def test_a_table_names_the_rows_whose_scores_are_known(table: str) -> None:
 @pytest.mark.parametrize("table", composed(TABLES, "table5"))
 def test_a_table_sweeps_the_rows_whose_scores_are_known(table: str) -> None:
     if table == "table2":
-        found = points("-m", f"experiment=paper/{table}", "seed=42")
+        found = points(f"experiment=paper/{table}", "seed=42")
         assert {(run.task.name, run.method) for _, run in found} == {
             (t, m) for m, of in SCORES[table].items() for t in of
         }
         assert {run.trainer.learning_rate for _, run in found} == {1e-4}
-        assert [run.seed for _, run in points("-m", f"experiment=paper/{table}", "method=lora", "task=sst2")] == SEEDS
+        assert [run.seed for _, run in points(f"experiment=paper/{table}", "method=lora", "task=sst2")] == SEEDS
         return
-    found = points("-m", f"experiment=paper/{table}")
+    found = points(f"experiment=paper/{table}")
     tasks = {"xsum": ("bart_large", 100_000), "wmt16_enro": ("mbart_large", 50_000)}
     assert all((run.model.name, run.trainer.max_steps) == tasks[run.task.name] for _, run in found)
     of_task = {task: [point for point in found if point[1].task.name == task] for task in tasks}
@@ -76,7 +75,7 @@ def test_a_table_sweeps_the_rows_whose_scores_are_known(table: str) -> None:
     else:
         assert of_task["xsum"] == found
     assert all(len(set(names(runs))) == len(runs) for runs in of_task.values())
-    assert points("-m", f"experiment=paper/{table}", "row=prefix_200")[0][1].bottleneck == 200
+    assert points(f"experiment=paper/{table}", "row=prefix_200")[0][1].bottleneck == 200
 
 
 def test_every_row_stands_in_a_table() -> None:
@@ -85,7 +84,7 @@ def test_every_row_stands_in_a_table() -> None:
 
 @pytest.mark.parametrize("row", composed(ROWS, "mam_30_512", "lora_ffn_102_s1"))
 def test_a_row_has_the_sizes_in_its_name(row: str) -> None:
-    (run,) = compose_runs(get_args_parser().parse_args(["task=xsum", f"row={row}"]))
+    run = compose_run(["task=xsum", f"row={row}"])
     sizes = [run.bottleneck, *(one.bottleneck for one in run.mix.values())]
     assert sorted(int(digits) for digits in re.findall(r"(?<=_)\d+", row)) == sorted(s for s in sizes if s is not None)
 
@@ -95,11 +94,8 @@ def test_rows_are_those_whose_parameters_are_counted() -> None:
     """scripts/paper_counts.py has the same tables, and shows that their percentages are the paper's."""
     script = runpy.run_path(str(Path(__file__).resolve().parents[2] / "scripts" / "paper_counts.py"))
     for table in script["TABLES"]:
-        ours = [run for _, run in points("-m", f"experiment=paper/table{table.number}", "task=xsum", "seed=42")]
-        theirs = [
-            compose_runs(get_args_parser().parse_args(["task=xsum", "trainer=paper", *row.overrides.split()]))[0]
-            for row in table.rows
-        ]
+        ours = [run for _, run in points(f"experiment=paper/table{table.number}", "task=xsum", "seed=42")]
+        theirs = [compose_run(["task=xsum", "trainer=paper", *row.overrides.split()]) for row in table.rows]
         assert sorted(map(repr, ours)) == sorted(map(repr, theirs))
 
 
@@ -112,15 +108,15 @@ def test_scores_are_within_what_the_tables_can_hold() -> None:
 
 def test_a_sweep_needs_m(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="An experiment that goes over row is a sweep; add -m to run it"):
-        points("experiment=paper/table5")
-    assert len(points("experiment=paper/table5", "row=pa_ffn_512")) == 1
+        compose_run(["experiment=paper/table5"])
+    assert compose_run(["experiment=paper/table5", "row=pa_ffn_512"]).bottleneck == 512
     with pytest.raises(UserError, match="experiment=paper/table55 is unknown; did you mean paper/table5"):
-        points("-m", "experiment=paper/table55")
+        points("experiment=paper/table55")
 
 
 def test_a_dry_run_lists_what_is_done_and_what_is_to_come(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["task=docsum", "trainer=quick", "debug=smoke", f"output_dir={tmp_path}"]
-    (row,) = points("-m", "experiment=paper/table5", "row=pa_ffn_512", *overrides)
+    (row,) = points("experiment=paper/table5", "row=pa_ffn_512", *overrides)
     (line,) = lines("table5", [row])
     from peftbench.results.identity import run_dir
 
@@ -136,7 +132,7 @@ def test_a_dry_run_lists_what_is_done_and_what_is_to_come(tmp_path: Path, capsys
 
 
 def test_the_papers_score_and_the_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (row,) = points("-m", "experiment=paper/table5", "row=pa_ffn_512", f"output_dir={tmp_path}")
+    (row,) = points("experiment=paper/table5", "row=pa_ffn_512", f"output_dir={tmp_path}")
     from peftbench.results.identity import run_dir
 
     with recording(row[1], run_dir(row[1]), []) as record:

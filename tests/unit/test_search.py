@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra._internal.utils import get_args_parser
 
-from peftbench.compose import compose_points
+from peftbench.compose import Point, compose_points
 from peftbench.config import LOSS, Init, Run, Search, Variation, conf_dir
 from peftbench.errors import UserError
 from peftbench.results.choice import best, known, sentence, settled
@@ -22,7 +21,7 @@ from peftbench.results.record import Failure, Score, Searched, Selection, Trial,
 from peftbench.results.recording import describe
 from peftbench.results.status import main as status
 from peftbench.results.sweep import Sweep
-from peftbench.search import Point, check, phases, search_faults, settings, trials
+from peftbench.search import check, phases, search_faults, settings, trials
 from tests.unit.test_record import RUN as BARE
 from tests.unit.test_table import record, saved
 
@@ -46,7 +45,7 @@ def ended(run: Run, value: float | None, report: float = 50.0, **changes: Any) -
 
 
 def points(*words: str) -> list[Point]:
-    return compose_points(get_args_parser().parse_args(list(words)))
+    return compose_points(words, multirun=True)
 
 
 def test_multiples_are_of_the_value_that_the_run_has() -> None:
@@ -259,7 +258,7 @@ def test_only_the_training_is_searched_under_a_budget() -> None:
 )
 def test_what_is_typed_wrong_is_refused(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check(points("-m", *words))
+        check(points(*words))
 
 
 @pytest.mark.parametrize("name", [file.stem for file in (conf_dir() / "search").glob("*.yaml")])

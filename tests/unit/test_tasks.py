@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
-from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -32,7 +31,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from peftbench.compose import compose_runs
+from peftbench.compose import compose_run
 from peftbench.config import Device, Generation, Keep, Run, Task, TaskKind, Trainer, conf_dir
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
@@ -526,7 +525,7 @@ def test_the_papers_tasks_have_the_papers_settings(name: str) -> None:
     """Table 8 by default, for every method; trainer=quick is shorter and has the method's learning rate."""
 
     def trainer(*overrides: str) -> Trainer:
-        (run,) = compose_runs(get_args_parser().parse_args([f"task={name}", "method=lora", *overrides]))
+        run = compose_run([f"task={name}", "method=lora", *overrides])
         return run.trainer
 
     paper = trainer()
