@@ -76,13 +76,15 @@ def load_backbone(model: Model, task: Task) -> Backbone:
 def _can_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
     """Let texts of unequal length be one batch: GPT-2 and Llama have no pad token, and a mask hides what stands for it.
 
-    A classifier on a decoder alone reads the last token that is not padding, and its tokens count positions from 0 on.
+    Padding stands behind a text, whatever the tokenizer prefers: positions are counted from the first token on, a
+    decoder's mask is the causal one alone, and a classifier on a decoder alone reads the last token that is no padding.
+    A text that a decoder alone goes on with is padded by `tasks.completion`.
     """
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    if task.kind is not TaskKind.text_to_text:
+    if task.kind is not TaskKind.text_to_text or model.config.is_encoder_decoder:
         tokenizer.padding_side = "right"
 
 

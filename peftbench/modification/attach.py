@@ -103,8 +103,8 @@ def _freeze(
         nothing = nothing and (in_head or not in_backbone)
     if nothing:
         raise UserError(
-            f"unfreeze={unfreeze.name}: {model.config.model_type} has no {unfreeze.name} to train; use unfreeze=norm, or a "
-            "method that adds parameters, such as method=lora."
+            f"unfreeze={unfreeze.name}: {model.config.model_type} has no {unfreeze.name} to train; use unfreeze=norm, "
+            "or a method that adds parameters, such as method=lora."
         )
     if computed_in is torch.float32:
         return

@@ -31,8 +31,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from peftbench.backbone import load_backbone
 from peftbench.compose import compose_run
-from peftbench.config import Device, Generation, Keep, Run, Task, TaskKind, Trainer, conf_dir
+from peftbench.config import Device, Generation, Keep, Model, Run, Task, TaskKind, Trainer, conf_dir
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
 from peftbench.prediction.predict import mean_loss, predict
@@ -320,6 +321,17 @@ def test_the_selection_loss_is_the_mean_over_all_tokens(news: Task) -> None:
     for batch_size in (1, 3):
         loss = mean_loss(model, data.selection, data.collator, batch_size, label_smoothing=0.1)
         assert loss == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_padding_stands_behind_a_text(news: Task, tmp_path: Path) -> None:
+    """Whatever the tokenizer prefers: the loss of a batch is that of its examples alone."""
+    tiny_bart().save_pretrained(tmp_path)
+    byte_level().save_pretrained(tmp_path)
+    PreTrainedTokenizerFast.from_pretrained(tmp_path, padding_side="left").save_pretrained(tmp_path)
+    backbone = load_backbone(Model(path=str(tmp_path)), news)
+    data, model = prepare(load(news), backbone.tokenizer, backbone.model), backbone.model.eval()
+    alone, together = (mean_loss(model, data.selection, data.collator, batch_size) for batch_size in (1, 3))
+    assert together == pytest.approx(alone, rel=1e-6)
 
 
 def test_training_sees_every_example_once_an_epoch_in_batches_of_tokens(news: Task, tmp_path: Path) -> None:
