@@ -21,9 +21,10 @@ from rich.table import Table
 from peftbench.errors import UserError
 from peftbench.results.bootstrap import Difference, paired_bootstrap
 from peftbench.results.columns import text
+from peftbench.results.command import TRIALS
 from peftbench.results.identity import IGNORED
 from peftbench.results.record import FILE, Record, differing, flatten, load_records
-from peftbench.results.row import Row, over_seeds, unscored
+from peftbench.results.row import Row, is_trial, over_seeds, unscored
 from peftbench.results.select import is_filter, select
 from peftbench.scoring.saved import saved_predictions
 from peftbench.tasks.example_scores import ExampleScores, example_scores
@@ -120,7 +121,9 @@ def _found(word: str, folder: Path) -> list[Record]:
         return load_records(Path(word))[0]
     records, _ = load_records(folder)
     if is_filter(word):
-        return select(records, shlex.split(word))
+        filters = shlex.split(word)
+        compared = [record for record in records if TRIALS in filters or not is_trial(record)]
+        return select(compared, [one for one in filters if one != TRIALS])
     return [record for record in records if record.run.startswith(word)]
 
 
