@@ -27,7 +27,7 @@ from peftbench.results.live import LiveSweep
 from peftbench.results.record import distinctive, find, finished
 from peftbench.results.sweep import FOLDER, Member, Sweep
 from peftbench.search import Point, check, is_open, phases
-from peftbench.terminal import terminal
+from peftbench.terminal import say, terminal
 from peftbench.workers import Ended, Job, Workers, attempt
 
 INTERRUPTED = 130  # the exit code
@@ -131,7 +131,7 @@ def _phase(
     else:
         for number, (overrides, run) in enumerate(points, start=before + 1):
             if display is None:
-                print(f"\nrun {number}: {' '.join(overrides)}", flush=True)
+                say(f"\nrun {number}: {' '.join(overrides)}")
             _in_sweep(run, overrides)
     _wait_for_put_off()
 
@@ -140,7 +140,7 @@ def _wait_for_put_off() -> None:
     """The runs that other processes were at, once these have ended."""
     while put_off:
         run, overrides = put_off.pop(0)
-        print(f"\nwaiting for the other process: {' '.join(overrides)}", flush=True)
+        say(f"\nwaiting for the other process: {' '.join(overrides)}")
         _in_sweep(run, overrides, wait=True)
 
 
@@ -164,7 +164,7 @@ def job(cfg: DictConfig) -> float:
     own = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         if display is None:
-            print(f"\nrun {HydraConfig.get().job.num + 1}: {' '.join(overrides)}", flush=True)
+            say(f"\nrun {HydraConfig.get().job.num + 1}: {' '.join(overrides)}")
         return _in_sweep(run, overrides)
     with quick_imports():
         from peftbench.train import train
@@ -258,10 +258,10 @@ def _side_by_side(jobs: Sequence[Job], at_once: Sequence[dict[str, str]]) -> Non
         Workers(shared, logs) as workers,
     ):
         through = " through MPS" if any(mps.PIPES in place for place in shared) else ""
-        print(f"{len(waiting)} runs, {len(at_once)} at once{through}; what they print is in {logs}", flush=True)
+        say(f"{len(waiting)} runs, {len(at_once)} at once{through}; what they print is in {logs}")
         for count, (job, ended) in enumerate(workers.run(waiting), start=1):
             if display is None:
-                print(f"{count} of {len(waiting)}: {job.settings}: {_result(job)}", flush=True)
+                say(f"{count} of {len(waiting)}: {job.settings}: {_result(job)}")
             _take(ended, job.run, job.overrides)
 
 
