@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from peftbench.results.record import (
     load_records,
     recording,
     start,
+    write_lines,
     write_predictions,
 )
 
@@ -221,3 +223,13 @@ def test_a_scale_that_is_trained_is_called_learned() -> None:
     assert fixed.composition == "scaled 4"
     assert replace(fixed, scale=1.0, options={"composition_function.learned": True}).composition == "scaled 1 learned"
     assert replace(fixed, composition_function="add").composition == "add"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_lines(pipe, [{"a": 1}])
+    assert os.read(reader, 100) == b'{"a": 1}\n' and pipe.is_fifo()
+    os.close(reader)
