@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from peftbench.config import Trainer
+from peftbench.config import FunctionalForm, Modification, Trainer
 from peftbench.errors import UserError
-from peftbench.results.compare import main
+from peftbench.results.compare import main, settings_that_differ
 from peftbench.results.identity import run_dir
-from peftbench.results.record import Score, Searched, find, recording, write_predictions
+from peftbench.results.record import Score, Searched, find, load_records, recording, write_predictions
+from peftbench.results.row import single
 from tests.unit.test_record import RUN
 
 REFERENCES = ["yes", "no"] * 50
@@ -64,6 +65,17 @@ def test_two_settings_over_their_seeds(outputs: Path, capsys: pytest.CaptureFixt
         "bottleneck": [4, 9],
         "method": ["mam", "lora"],
         "trainer.learning_rate": [1e-3, 5e-3],
+    }
+
+
+def test_a_further_modification_is_told_by_what_is_its_own(tmp_path: Path) -> None:
+    mix = replace(Modification(), bottleneck=7, bias=True, functional_form=FunctionalForm("relu"))
+    folders = [trained(tmp_path, 50), trained(tmp_path, 50, mix={**RUN.mix, "other": mix})]
+    a, b = (single(load_records(folder)[0])[0] for folder in folders)
+    assert settings_that_differ(a, b) == {
+        "mix.other.functional_form.name": [None, "relu"],
+        "mix.other.bottleneck": [None, 7],
+        "mix.other.bias": [None, True],
     }
 
 
