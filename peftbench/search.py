@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from peftbench.compose import put
 from peftbench.config import Run, Search, Variation
-from peftbench.errors import UserError
+from peftbench.errors import UserError, meant
 from peftbench.results.identity import IGNORED, run_hash
 from peftbench.validity import faults
 
@@ -110,7 +110,9 @@ def _key_faults(key: str, variation: Variation, cfg: DictConfig, run: Run) -> li
     try:
         base = value_at(run, key)
     except KeyError as missing:
-        return [f"{key} is no key of method={run.method}, which has no {missing.args[0]}."]
+        return [
+            f"{key} is no key of method={run.method}, whose mix has no {missing.args[0]}{meant(missing.args[0], run.mix)}"
+        ]
     except AttributeError:
         return [put(cfg, key, None) or f"{key} is no key of the config."]
     if bool(variation.times) == bool(variation.values):
