@@ -97,8 +97,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        from peftbench.terminal import let_go
+
+        let_go(sys.stdout)
         return 0
     except OSError as error:
         if (sentence := of_the_machine(error)) is None:

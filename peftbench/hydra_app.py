@@ -132,4 +132,5 @@ def job(cfg: DictConfig) -> float:
         print_faults([sentence])
         raise SystemExit(1) from None
     except KeyboardInterrupt:
+        print_faults(["interrupted; the same line goes on with this run."])
         raise SystemExit(INTERRUPTED) from None

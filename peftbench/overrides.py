@@ -92,6 +92,8 @@ def _wrong_in_file(file: str, fault: str, key: str) -> str:
     Args:
         key: "" where Hydra does not name it.
     """
+    if file.startswith("search/"):
+        return f"{file}: {fault}; each of its keys has times: [...] or values: [...], as in conf/search/lr3.yaml."
     schema = OmegaConf.structured(Run)
     if found := re.match(r"Merge error: \w+ is not a subclass of (\w+)\. value: (.*)", fault):
         (group,) = [name for name in schema if getattr(OmegaConf.get_type(schema, name), "__name__", None) == found[1]]

@@ -24,7 +24,7 @@ from peftbench.results.row import Row, rank, setting, single, tables, unscored
 T = TypeVar("T")
 GAP = 2  # characters between two columns
 # Where a cell may go on in the next line: between words, and within one that is too long.
-BETWEEN, WITHIN = re.compile(r"(?<= )(?![\d·])"), re.compile(r"(?<=_)(?=\w)|(?<=[a-z])(?=[A-Z])")
+BETWEEN, WITHIN = re.compile(r"(?<= )(?![\d·])|(?<=, )"), re.compile(r"(?<=_)(?=\w)|(?<=[a-z])(?=[A-Z])")
 # In the sweep that is proposed. A learning rate is a method's own.
 OVERRIDES_TO_KEEP = re.compile(r"(--config-dir|task|model|trainer(?!\.learning_rate=)|debug|output_dir)\b")
 

@@ -82,6 +82,7 @@ def positions(text: str, *parts: str) -> list[int]:
         ("failed: OutOfMemoryError", 18, ["failed:", "OutOfMemoryError"]),
         ("failed: OutOfMemoryError", 13, ["failed:", "OutOfMemory", "Error"]),
         ("table5, bart_large", 10, ["table5,", "bart_large"]),
+        ("learning_rate 0.001: 60.00, 0.003: 65.00", 30, ["learning_rate 0.001: 60.00,", "0.003: 65.00"]),
         ("123456789", 4, ["123456789"]),
         ("", 4, [""]),
     ],
