@@ -99,4 +99,5 @@ def _metric(name: str, record: Record) -> float | None:
 
 
 def baseline(name: str, record: Record) -> float | None:
+    """The main metric of a baseline, such as majority."""
     return record.baselines.get(name)

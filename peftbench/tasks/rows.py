@@ -38,7 +38,7 @@ def checked(task: Task, split: str, source: Source, limit: int | None) -> Datase
     if not len(source.rows):
         raise UserError(f"{source.name}: the {split} split has no rows.")
     rows = head(source.rows, limit)
-    require_columns(source, used_columns(task))
+    _require_columns(source, used_columns(task))
     check_cells(task, rows, source)
     if task.kind is TaskKind.text_to_text:
         return rows
@@ -67,7 +67,7 @@ def used_columns(task: Task) -> list[tuple[str, str]]:
     return [*(("task.text_columns", column) for column in task.text_columns), ("task.label_column", task.label_column)]
 
 
-def require_columns(source: Source, keys: Sequence[tuple[str, str]]) -> None:
+def _require_columns(source: Source, keys: Sequence[tuple[str, str]]) -> None:
     there = source.rows.column_names
     missing = [unknown(key, column, there) for key, column in keys if column not in there]
     if missing:
@@ -91,7 +91,7 @@ def check_cells(task: Task, rows: Dataset, source: Source) -> None:
 
 def with_labels(task: Task, train: Source) -> tuple[Task, str]:
     """The task with the labels of its training split, and the note that says so."""
-    require_columns(train, used_columns(task))
+    _require_columns(train, used_columns(task))
     feature = train.rows.features[task.label_column]
     if isinstance(feature, ClassLabel):
         names = list(feature.names)  # in the order of their codes
