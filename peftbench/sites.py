@@ -57,6 +57,7 @@ class Family:
     functional_dropout: str | None = None  # attribute of a layer that holds the rate of its functional dropout
     attention_dropout: str = "attention_dropout"  # config attribute
     hidden_dropout: str = "dropout"  # config attribute; a rate of 0 where the config has none
+    counts_keys: bool = False  # its attentions add a bias to each key by its place among the keys
     task_head: tuple[str, ...] = ("classification_head", "classifier", "score", "pre_classifier")
 
 
@@ -135,6 +136,7 @@ FAMILIES = (
         residual="layer.-1.layer_norm",
         attention_dropout="dropout_rate",
         hidden_dropout="dropout_rate",
+        counts_keys=True,
     ),
     Family(
         model_types=("llama", "mistral", "qwen2", "qwen3"),

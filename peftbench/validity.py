@@ -274,6 +274,11 @@ def _trainer_faults(run: Run) -> Iterator[str]:
             f"trainer.compile={trainer.compile.name} with trainer.gradient_checkpointing=true is not supported; "
             "set one of them to none or false."
         )
+    if trainer.label_smoothing and run.task.kind is TaskKind.regression:
+        yield (
+            f"trainer.label_smoothing={trainer.label_smoothing} with task={run.task.name}: a number is predicted, "
+            "and there are no labels among which probability could be spread; set trainer.label_smoothing=0."
+        )
     if trainer.micro_batch is not None and trainer.micro_batch.isdecimal() and trainer.batch_tokens is not None:
         yield (
             f"trainer.micro_batch={trainer.micro_batch} with trainer.batch_tokens={trainer.batch_tokens}: such batches "

@@ -212,7 +212,7 @@ def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: config.Modificatio
             )
             if is_prefix:
                 assert isinstance(function, Bottleneck)
-                _add_to_heads(attention, name, Prefix(function, attention.kind == "cross"))
+                _add_to_heads(attention, name, Prefix(function))
                 continue
             composition = _composition(m, function.in_width, groups)
             normed = head_input is config.HeadInput.normed_query
@@ -255,15 +255,11 @@ def _asks_for_functions(attention: type[nn.Module]) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(attention)
 
 
-def call_our_attention(model: PreTrainedModel, name: str = ATTENTION_NAME) -> None:
-    """Stack by stack: T5's have a config of their own, which transformers 5.17 does not reach from the top.
-
-    Args:
-        name: of another registered function, to call that one again.
-    """
+def call_our_attention(model: PreTrainedModel) -> None:
+    """Stack by stack: T5's have a config of their own, which transformers 5.17 does not reach from the top."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            module.set_attn_implementation(name)
+            module.set_attn_implementation(ATTENTION_NAME)
 
 
 def _add_to_heads(attention: Attention, name: str, modification: nn.Module) -> None:

@@ -8,13 +8,12 @@ the gated composition of the bottleneck f(q W_down) W_up with f = softmax, W_dow
 is its fast path (`tests/numerics/test_head_attention.py` has eq. 7 written out). Every other form or composition is
 computed beside the attention, from the same scaled query.
 
-The prefix never enters the KV cache: the function sees keys and values after the cache has been updated, so the cache
-holds the context only, positions do not move, and beams need no special case.
+The function sees keys and values after the KV cache has been updated, so that a cache holds the context only, positions
+do not move, and beams need no special case. (`predict` gives `generate` a cache in which prefixes stand already.)
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -83,50 +82,31 @@ class HeadModification(Modification):
 
 
 class Prefix(nn.Module):
-    """Prefix tuning, eq. 5: keys and values put before those of the context. `function.weights` are P_k and P_v^T.
+    """Prefix tuning, eq. 5: keys and values put before those of the context. `function.weights` are P_k and P_v^T."""
 
-    With a `memo`, which `inference.prepared` lends, what is made of the same tensors is made once.
+    in_cache = False  # the keys and values that it is given have it already, see prediction/kv_cache.py
 
-    Args:
-        cross: in a cross-attention, whose keys and values, those of the source, stay the same while a text is
-            generated: with a memo they are joined once for the whole text.
-    """
-
-    def __init__(self, function: Bottleneck, cross: bool = False) -> None:
+    def __init__(self, function: Bottleneck) -> None:
         super().__init__()
         self.function = function
-        self.cross = cross
-        self.memo: Memo | None = None
 
     def forward(self, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """key, value: (B, N_kv, K, d_h); mask: (B or 1, 1, Q, K), boolean or additive, or None. Returns the three with
         K + l in place of K."""
-        length, memo, batch = self.function.bottleneck, self.memo, len(key)
-        if memo is None:
-            joined = _join(self._vectors(key.dtype, batch), key, value)
-            return *joined, None if mask is None else see_also(mask, length)
-        down, _ = self.function.weights()
-        vectors = memo.of(down, (key.dtype, batch), lambda: self._vectors(key.dtype, batch))
-        if mask is not None:
-            mask = memo.of(mask, length, partial(see_also, mask, length))
-        if self.cross:
-            return *memo.of(key, self, lambda: _join(vectors, key, value)), mask
-        return *_join(vectors, key, value), mask
+        length = self.function.bottleneck
+        if self.in_cache:  # all layers have the same mask: it is widened once for each token
+            return key, value, None if mask is None else _WIDENED.of(mask, length, lambda: see_also(mask, length))
+        front_k, front_v = (vectors.expand(len(key), -1, -1, -1) for vectors in self.vectors(key.dtype))
+        joined = torch.cat([front_k, key], dim=2), torch.cat([front_v, value], dim=2)
+        return *joined, None if mask is None else see_also(mask, length)
 
     def vectors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """P_k and P_v, each (N_kv, l, d_h)."""
         down, up = self.function.weights()
         return down.to(dtype), up.transpose(-1, -2).to(dtype)
 
-    def _vectors(self, dtype: torch.dtype, batch: int) -> tuple[Tensor, Tensor]:
-        """P_k and P_v, each (B, N_kv, l, d_h)."""
-        key, value = self.vectors(dtype)
-        return key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)
 
-
-def _join(vectors: tuple[Tensor, Tensor], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, N_kv, l, d_h) before (B, N_kv, K, d_h): keys and values of (B, N_kv, l + K, d_h)."""
-    return torch.cat([vectors[0], key], dim=2), torch.cat([vectors[1], value], dim=2)
+_WIDENED = Memo()
 
 
 def modified_attention(
@@ -140,7 +120,7 @@ def modified_attention(
     """transformers' SDPA attention with this module's prompt, prefixes and head modifications.
 
     query: (B, N_h, Q, d_h), key and value: (B, N_kv, K, d_h), mask: (B, 1, Q, K) or None. Returns (B, Q, N_h, d_h).
-    Keys and values that n beams share (`beams.shared_sources`) have B / n rows.
+    Keys and values that n beams share (`kv_cache.SourceLayer`) have B / n rows.
     """
     children = module._modules  # looked into for every token: hasattr asks three dicts and raises
     if (prompt := children.get(PROMPT)) is not None:
@@ -149,6 +129,8 @@ def modified_attention(
     modifications = [] if heads_modifications is None else list(heads_modifications.children())
     for modification in modifications:
         if isinstance(modification, Prefix):
+            if modification.in_cache and attention_mask is None:
+                continue
             key, value, attention_mask = modification(key, value, attention_mask)
             if kwargs.get("position_bias") is not None:  # T5's; a prefix has no position
                 kwargs["position_bias"] = F.pad(kwargs["position_bias"], (modification.function.bottleneck, 0))

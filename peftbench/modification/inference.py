@@ -20,9 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from peftbench.modification.composition import Add, Scaled
 from peftbench.modification.edit import Edit, SublayerDropout
 from peftbench.modification.functional_form import Bottleneck
-from peftbench.modification.head_attention import Prefix
 from peftbench.modification.insertion import parallel
-from peftbench.modification.memo import Memo
 from peftbench.modification.merge import merged, unhooked
 from peftbench.modification.state import folded
 
@@ -37,7 +35,7 @@ def prepared(model: PreTrainedModel, bf16: bool = False) -> Iterator[None]:
         bf16: it will run under bfloat16 autocast.
     """
     rounded = _weights_in_bfloat16(model) if bf16 else nullcontext()
-    with folded(model), merged(model), _direct(model), rounded, _quick(model, bf16), _remembering(model):
+    with folded(model), merged(model), _direct(model), rounded, _quick(model, bf16):
         yield
 
 
@@ -59,9 +57,9 @@ def _direct(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quick(model: PreTrainedModel, bf16: bool) -> Iterator[None]:
-    """Edits that add a bottleneck do so by `_widen` where that is possible, and else by `quick_modify`."""
+    """Edits that add a bottleneck do so by `widened` where that is possible, and else by `quick_modify`."""
     quick = [module for module in model.modules() if isinstance(module, Edit) and _adds_bottleneck(module)]
-    restored: list[tuple[nn.Linear, str, nn.Parameter | None]] = []
+    replaced: list[nn.Linear] = []
     dtype = torch.bfloat16 if bf16 else model.dtype
     with unhooked(model) as unhook:
         try:
@@ -72,15 +70,15 @@ def _quick(model: PreTrainedModel, bf16: bool) -> Iterator[None]:
                     edit.quick = quick_modify(edit, constants)
                     continue
                 unhook(edit)
-                for linear in linears:
-                    restored += [(linear, name, getattr(linear, name)) for name in ("weight", "bias")]
-                _widen(*linears, constants)
+                replaced += linears
+                for linear, forward in zip(linears, widened(*linears, constants), strict=True):
+                    vars(linear)["forward"] = forward  # before the class's own; a hook takes longer, at every token
             yield
         finally:
             for edit in quick:
                 edit.quick = None
-            for module, name, parameter in reversed(restored):
-                setattr(module, name, parameter)
+            for linear in replaced:
+                del vars(linear)["forward"]
 
 
 def _adds_bottleneck(edit: Edit) -> bool:
@@ -129,7 +127,7 @@ def quick_modify(edit: Edit, constants: Constants) -> Callable[[Tensor, Tensor],
 
 
 def _reads_and_adds(model: nn.Module, edit: Edit, dtype: torch.dtype) -> tuple[nn.Linear, nn.Linear] | None:
-    """The Linear whose input a parallel edit reads and the one to whose output it adds, if `_widen` can have them."""
+    """The Linear whose input a parallel edit reads and the one to whose output it adds, if `widened` can have them."""
     if edit.insertion is not parallel or edit.own_input:
         return None
     sources = [m for m in model.modules() if edit.read in m._forward_pre_hooks.values()]
@@ -140,12 +138,17 @@ def _reads_and_adds(model: nn.Module, edit: Edit, dtype: torch.dtype) -> tuple[n
     if not isinstance(source, nn.Linear) or not isinstance(target, nn.Linear):
         return None
     alone = len(source._forward_pre_hooks) == len(target._forward_hooks) == 1 and not source._forward_hooks
-    return (source, target) if alone and source.weight.dtype is target.weight.dtype is dtype else None
+    as_built = "forward" not in vars(source) and "forward" not in vars(target)
+    return (source, target) if alone and as_built and source.weight.dtype is target.weight.dtype is dtype else None
+
+
+Forward = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def _widen(source: nn.Linear, target: nn.Linear, constants: Constants) -> None:
-    """A parallel bottleneck as r more outputs of the Linear that reads the same x, added into the output of the other.
+def widened(source: nn.Linear, target: nn.Linear, constants: Constants) -> tuple[Forward, Forward]:
+    """What the two compute so that a parallel bottleneck is r more outputs of the Linear that reads the same x, added
+    into the output of the other.
 
     An FFN with a parallel adapter is a wider FFN: W_2 g(W_1 x) + sW_up f(W_down x). The one matrix product computes
     W_1 x and W_down x, the second one adds to what W_2 gave in place; sb_up is part of b_2. Zeros below W_down, which f
@@ -154,42 +157,30 @@ def _widen(source: nn.Linear, target: nn.Linear, constants: Constants) -> None:
     down, down_bias, up, up_bias, f = constants
     width, bottleneck = len(source.weight), len(down)
     filling = -(width + bottleneck) % 8
-    source.weight = nn.Parameter(F.pad(torch.cat([source.weight, down]), (0, 0, 0, filling)), requires_grad=False)
+    weight, bias = F.pad(torch.cat([source.weight, down]), (0, 0, 0, filling)), None
     if source.bias is not None or down_bias is not None:
         own = down.new_zeros(width) if source.bias is None else source.bias
         more = down.new_zeros(bottleneck) if down_bias is None else down_bias
-        source.bias = nn.Parameter(F.pad(torch.cat([own, more]), (0, filling)), requires_grad=False)
+        bias = F.pad(torch.cat([own, more]), (0, filling))
+    target_weight: Tensor = target.weight
+    target_bias: Tensor | None = target.bias
     if up_bias is not None:
-        total = up_bias if target.bias is None else target.bias + up_bias
-        target.bias = nn.Parameter(total, requires_grad=False)
-    transposed = up.T
+        target_bias = up_bias if target_bias is None else target_bias + up_bias
+    transposed, activate = up.T, f.forward
     kept: list[Tensor] = []
 
-    def narrow(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def read(x: Tensor) -> Tensor:
+        both = F.linear(x, weight, bias)
         # CUDA's autocast computes softmax and powers in float32.
-        kept.append(f(output[..., width : width + bottleneck]).to(output.dtype))
-        return output[..., :width]
+        kept.append(activate(both[..., width : width + bottleneck]).to(both.dtype))
+        return both[..., :width]
 
-    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def add(x: Tensor) -> Tensor:
+        output = F.linear(x, target_weight, target_bias)
         output.view(-1, output.shape[-1]).addmm_(kept.pop().reshape(-1, bottleneck), transposed)
         return output
 
-    source.register_forward_hook(narrow)
-    target.register_forward_hook(add)
-
-
-@contextmanager
-def _remembering(model: nn.Module) -> Iterator[None]:
-    """Prefixes join keys and values that stay the same, those of a cross-attention, once; see `Prefix`."""
-    memo = Memo()
-    prefixes = [module for module in model.modules() if isinstance(module, Prefix)]
-    for prefix in prefixes:
-        prefix.memo = memo
-    try:
-        yield
-    finally:
-        for prefix in prefixes:
-            prefix.memo = None
+    return read, add
 
 
 @contextmanager

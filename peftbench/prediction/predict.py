@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor, PreTrainedModel
 
 from peftbench.modification.inference import prepared
-from peftbench.prediction.beams import shared_sources
+from peftbench.prediction.kv_cache import NewCache, generation_caches
 from peftbench.prediction.partial import Partial
 
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
@@ -61,11 +61,14 @@ def predict(
         on_batch(len(partial.rows))
     was_training = model.training
     model.eval()
-    with torch.no_grad(), prepared(model, bf16), autocast(model.device, bf16):
+    caches = nullcontext(dict) if generation is None else generation_caches(model, generation.num_beams)
+    with torch.no_grad(), prepared(model, bf16), autocast(model.device, bf16), caches as new_cache:
         for chosen in _batches(order, lengths, batch_size, max_tokens):
             padded = collator([examples[i] for i in chosen])
             batch = {name: tensor.to(model.device) for name, tensor in padded.items() if tensor is not None}
-            outputs = model(**batch).logits.float() if generation is None else _generate(model, batch, generation)
+            outputs = (
+                model(**batch).logits.float() if generation is None else _generate(model, batch, generation, new_cache)
+            )
             predicted = list(outputs.cpu().numpy())
             for index, row in zip(chosen, predicted, strict=True):
                 rows[index] = row
@@ -91,17 +94,18 @@ def _batches(
         start = end
 
 
-def _generate(model: PreTrainedModel, batch: dict[str, Tensor], generation: GenerationConfig) -> Tensor:
+def _generate(
+    model: PreTrainedModel, batch: dict[str, Tensor], generation: GenerationConfig, new_cache: NewCache
+) -> Tensor:
     """Generated ids alone. In a decoder alone n-grams of the prompt may be repeated, as those of a source may."""
     if model.config.is_encoder_decoder:
-        with shared_sources(model, generation.num_beams) as cache:
-            ids: Tensor = model.generate(**batch, **cache, generation_config=generation)
+        ids: Tensor = model.generate(**batch, **new_cache(), generation_config=generation)
         return ids
     prompt, size = batch["input_ids"].shape[1], generation.no_repeat_ngram_size
     processors = LogitsProcessorList([_NoRepeatBehind(prompt, size)] if size else [])
     free = copy(generation)
     free.no_repeat_ngram_size = 0
-    ids = model.generate(**batch, generation_config=free, logits_processor=processors)
+    ids = model.generate(**batch, **new_cache(), generation_config=free, logits_processor=processors)
     return ids[:, prompt:]
 
 

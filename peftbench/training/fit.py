@@ -107,7 +107,7 @@ def fit(
     trainer = FineTuner(
         model=model,
         args=_arguments(settings, steps, seed, bf16, checkpoints.folder, data),
-        data_collator=collator_of(data.collator, settings, lengths, pad=model.config.pad_token_id or 0),
+        data_collator=collator_of(data, model, settings, lengths),
         train_dataset=data.train,
         eval_dataset=data.selection,
         callbacks=[*own, *callbacks],

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from peftbench import config
 from peftbench.errors import UserError
 from peftbench.sites import configs_of
+from peftbench.tasks.base import TaskData
+from peftbench.tasks.tokens import positions
 from peftbench.training.batching import Collator, Lengths, padded_to
 from peftbench.training.compiled import CompiledLayers
 from peftbench.training.padding_free import PaddingFree, refusal, row_step, with_lengths
@@ -20,7 +22,7 @@ from peftbench.training.token_loss import TokenLoss, output_layer
 from peftbench.validity import unrecordable
 
 AUTO = "auto"
-WIDTH = 32  # bucketed batches are padded to multiples of so many tokens
+WIDTH = 32  # bucketed batches are padded to multiples of so many tokens, if the backbone has positions for them
 
 
 def settled(settings: config.Trainer, model: PreTrainedModel, *, bf16: bool, records: bool) -> config.Trainer:
@@ -60,17 +62,15 @@ def layer_drop(model: PreTrainedModel) -> str | None:
     return None
 
 
-def collator_of(collator: Collator, settings: config.Trainer, lengths: Lengths, pad: int) -> Collator:
-    """The task's collator as the paths need it.
-
-    Args:
-        pad: the id of the token that is no token.
-    """
+def collator_of(data: TaskData, model: PreTrainedModel, settings: config.Trainer, lengths: Lengths) -> Collator:
+    """The task's collator as the paths need it."""
     if settings.padding_free:
-        return with_lengths(collator, lengths.longest if settings.graphs else None, pad)
+        return with_lengths(data.collator, lengths.longest if settings.graphs else None, model.config.pad_token_id or 0)
     if settings.graphs or settings.batching is config.Batching.bucketed:
-        return padded_to(collator, WIDTH)
-    return collator
+        limit, longest = positions(model), max(*data.lengths, *lengths.longest)
+        fits = limit is None or -(-longest // WIDTH) * WIDTH <= limit
+        return padded_to(data.collator, WIDTH if fits else 1)
+    return data.collator
 
 
 @dataclass(frozen=True)

@@ -68,13 +68,14 @@ class Tape(TorchDispatchMode):
                     old.copy_(made)
 
 
-class Taped:
+class Taped(Recorder):
     """In the place of CUDA for the training of `model`: replays what a graph would."""
 
     def __init__(self, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.model, self.monkeypatch, self.replayed = model, monkeypatch, 0
+        super().__init__()
+        self.model, self.monkeypatch = model, monkeypatch
 
-    def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def record(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         with self.monkeypatch.context() as patch, Tape() as tape:
             patch.setattr("transformers.utils.import_utils.is_cuda_stream_capturing", lambda: True, raising=False)
             loss = function()

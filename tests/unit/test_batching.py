@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
+from peftbench.config import Batching
+from peftbench.modification.attach import attach
+from peftbench.tasks.completion import PromptCollator
 from peftbench.training.batching import TokenBatches
+from tests.families import PRESETS, build
+from tests.fitting import Rows, fitted, one_step
 
 LENGTHS = random.Random(0).choices(range(3, 60), k=500)
 
@@ -50,3 +57,15 @@ def test_each_epoch_has_its_own_batches_in_its_own_order() -> None:
 def test_an_example_that_is_too_long_stands_alone() -> None:
     found = batches(TokenBatches([5, 300, 5, 400], 256, seed=0), 0)
     assert sorted(map(sorted, found)) == [[0, 2], [1], [3]]
+
+
+@pytest.mark.parametrize(("count", "width"), [(64, 64), (40, 35)])
+def test_no_batch_is_padded_beyond_the_backbones_positions(count: int, width: int, tmp_path: Path) -> None:
+    data = Rows({}, [35, 20])
+    data.train = Dataset.from_dict({"input_ids": [[7] * 30, [8] * 15], "labels": [[9] * 5] * 2})
+    data.collator = PromptCollator(1)  # type: ignore[method-assign]
+    model, widths = build("gpt2", n_positions=count), []
+    attach(model, PRESETS["lora"])
+    model.transformer.h[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
+    fitted(model, data, one_step(batching=Batching.bucketed), tmp_path)
+    assert widths == [width]
