@@ -264,7 +264,7 @@ def configs_of(model: PreTrainedModel) -> list[PretrainedConfig]:
 
 @contextmanager
 def configured(configs: Iterable[object], key: str, value: object) -> Iterator[None]:
-    """Inside, all of the configs, or of what has settings else, say that `key` is `value`."""
+    """Inside, all of the configs (or models) say that `key` is `value`."""
     before = [(config, getattr(config, key)) for config in configs]
     for config, _ in before:
         setattr(config, key, value)

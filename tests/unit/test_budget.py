@@ -130,11 +130,11 @@ def test_one_bottleneck_is_the_largest_that_fits(family: str, preset: str, tmp_p
         assert sizes_of(solve(replace(run, budget=str(budget)))) == (expected,)
 
 
-@pytest.mark.parametrize("unfreeze", [Unfreeze.none, Unfreeze.bias])
+@pytest.mark.parametrize("unfreeze", [Unfreeze.none, Unfreeze.norm])
 @pytest.mark.parametrize("mix", MIX)
 @pytest.mark.parametrize("family", long_tail([*FAMILIES, *MORE_FAMILIES], "roberta"))
 def test_several_bottlenecks_keep_their_ratio(family: str, mix: str, unfreeze: Unfreeze, tmp_path: Path) -> None:
-    """Against counting at every scale factor in order, on models with weights; the trained biases count too."""
+    """Against counting at every scale factor in order, on models with weights; the trained norms count too."""
     weights = [m.bottleneck or 0 for m in MIX[mix].values()]
     factors = sorted({Fraction(2 * k + 1, 2 * w) for w in weights for k in range(1, 40)})
     reached: list[tuple[int, ...]] = [(1,) * len(weights)]
