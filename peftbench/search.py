@@ -110,9 +110,8 @@ def _key_faults(key: str, variation: Variation, cfg: DictConfig, run: Run) -> li
     try:
         base = value_at(run, key)
     except KeyError as missing:
-        return [
-            f"{key} is no key of method={run.method}, whose mix has no {missing.args[0]}{meant(missing.args[0], run.mix)}"
-        ]
+        (name,) = missing.args
+        return [f"{key} is no key of method={run.method}, whose mix has no {name}{meant(name, run.mix)}"]
     except AttributeError:
         return [put(cfg, key, None) or f"{key} is no key of the config."]
     if bool(variation.times) == bool(variation.values):
