@@ -145,7 +145,10 @@ def _lay(column: Column[T], rows: Sequence[T], star: bool) -> _Laid:
 def _fitting(columns: list[_Laid], width: int) -> list[_Laid]:
     """As many of the columns as there is room for."""
     least = max(columns, key=lambda column: column.dispensable)
-    if not least.dispensable or _spare(columns, width) >= 0:
+    spare = _spare(columns, width)
+    if least.dispensable == 1:  # what tells rows apart goes only where words cannot give way to it
+        spare += sum(max(0, column.least - NARROWEST) for column in columns if column.words)
+    if not least.dispensable or spare >= 0:
         return columns
     return _fitting([column for column in columns if column is not least], width)
 

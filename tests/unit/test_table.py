@@ -153,6 +153,8 @@ def test_settings_tell_runs_apart_that_look_alike() -> None:
     ]
     text = shown(rates, 160)
     assert "learning" in text and "0.001" in text and "0.002" in text and "device" not in text
+    failed = record(None, FFN, method="lora", status="failed", error=Failure("RuntimeError", ""))
+    assert "learning" in shown([*(replace(run, method="parallel_adapter") for run in rates), failed], 80)
     others = [record(50.0, FFN, seed=seed, trainer={"learning_rate": seed / 1000}) for seed in (1, 2)]
     assert "learning" not in shown(others, 160)
 
