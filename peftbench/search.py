@@ -101,7 +101,7 @@ def _key_faults(key: str, variation: Variation, cfg: DictConfig, run: Run) -> li
     try:
         base = value_at(run, key)
     except KeyError as missing:
-        name = missing.args[0]
+        (name,) = missing.args
         return [f"{key} is no key of method={run.method}, whose mix has no {name}{meant(name, run.mix)}"]
     except AttributeError:
         return [set_key(cfg, key, None) or f"{key} is no key of the config."]

@@ -14,6 +14,7 @@ from rich.text import Text
 from peftbench.errors import UserError
 from peftbench.results.columns import Column, Cost, beside_paper, chosen, columns
 from peftbench.results.formats import csv_of, latex, markdown, to_csv, to_json, values
+from peftbench.results.paper import printed
 from peftbench.results.pivot import pivot
 from peftbench.results.row import Row, Statistic, once, over_seeds, rank, single, tables, unscored
 from peftbench.results.select import read
@@ -38,6 +39,8 @@ def main(argv: list[str]) -> int:
     """Prints the runs and returns the exit code. Raises UserError where there are none."""
     arguments = _parser().parse_intermixed_args(argv)
     records = read(arguments.words)
+    if arguments.paper and not any(map(printed, records)):
+        print("None of these runs is a row of the paper's tables, at its size; row=NAME trains one.", file=sys.stderr)
     pivoted = arguments.rows or arguments.columns
     if (pivoted or arguments.statistic) and (again := len(records) - len(once(records))):
         runs = "1 run was" if again == 1 else f"{again} runs were"
