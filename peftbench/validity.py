@@ -264,11 +264,6 @@ def _trainer_faults(run: Run) -> Iterator[str]:
             f"trainer.batching=bucketed with trainer.batch_tokens={trainer.batch_tokens}: batches by tokens have "
             "like lengths already; leave trainer.batching out, or set trainer.batch_tokens=null."
         )
-    if trainer.label_smoothing and run.task.kind is TaskKind.regression:
-        yield (
-            f"trainer.label_smoothing={trainer.label_smoothing} with task={run.task.name}: a number is predicted, and "
-            "there are no labels among which probability could be spread; set trainer.label_smoothing=0."
-        )
     if trainer.compile is not Compile.none and trainer.gradient_checkpointing:
         yield (
             f"trainer.compile={trainer.compile.name} with trainer.gradient_checkpointing=true is not supported; "

@@ -145,11 +145,11 @@ def test_a_generation_that_was_stopped_goes_on(
     file, arguments = tmp_path / "again.jsonl", ["evaluate", str(run), "trainer.eval_batch_size=5"]
     generate, sizes = predict_module._generate, []
 
-    def stopped(model: Any, batch: dict[str, Any], generation: Any) -> Any:
+    def stopped(model: Any, batch: dict[str, Any], *others: Any) -> Any:
         sizes.append(len(batch["input_ids"]))
         if len(sizes) == 3:
             raise KeyboardInterrupt
-        return generate(model, batch, generation)
+        return generate(model, batch, *others)
 
     monkeypatch.setattr(predict_module, "_generate", stopped)
     assert main([*arguments, "--predictions", str(file)]) == 130
