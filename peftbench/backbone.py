@@ -156,9 +156,10 @@ def _auto_class(model: Model, task: Task, config: PretrainedConfig) -> Any:
     """
     family_of(config.model_type)
     if task.kind is TaskKind.classification:
-        config.num_labels = len(task.labels)
-        config.id2label = dict(enumerate(task.labels))
-        config.label2id = {label: code for code, label in enumerate(task.labels)}
+        if task.labels:  # none: a budget is solved before data is read, whatever the size of the head
+            config.num_labels = len(task.labels)
+            config.id2label = dict(enumerate(task.labels))
+            config.label2id = {label: code for code, label in enumerate(task.labels)}
         return AutoModelForSequenceClassification
     if task.kind is TaskKind.regression:
         config.num_labels = 1

@@ -188,7 +188,7 @@ def _compose_one(overrides: list[str], loader: ConfigLoader, reads_data: bool) -
         cfg = compose(CONFIG_NAME, overrides=[str(override.input_line) for override in groups])
         found.extend(sentence for override in values if (sentence := apply_override(cfg, override)))
         run = resolve(cfg)
-    except (HydraException, OmegaConfBaseException, MarkedYAMLError) as error:
+    except (HydraException, OmegaConfBaseException, MarkedYAMLError, ValueError) as error:  # defaults that are no list
         raise UserError(*found, in_words(error)) from error
     found.extend(_misnamed(groups, run))
     found.extend(faults(run, reads_data=reads_data))
@@ -212,6 +212,8 @@ def _override_faults(override: Override, options: list[str]) -> Iterator[str]:
         yield f"{line} names several values; add -m to run each of them.{hint}"
     elif options and override.is_add() and override.package is None and (conf_dir() / group).is_dir():
         yield f"{line}: {group} has its place in the config; leave out the +."
+    elif options and isinstance(override.value(), list) and group != "mix":
+        yield f"{line}: {group} takes one option; -m with commas trains several."
     elif options and not override.is_delete():
         value = override.value()
         for option in value if isinstance(value, list) else [value]:

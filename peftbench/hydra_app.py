@@ -114,13 +114,15 @@ def _check_plugins(overrides: Sequence[str], jobs: str, searching: bool) -> None
 def job(cfg: DictConfig) -> float:
     """One run, alone or of a sweep."""
     run, overrides = resolve(cfg), list(HydraConfig.get().overrides.task)
+    sources = HydraConfig.get().runtime.config_sources
+    own = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return train_one(HydraConfig.get().job.num + 1, run, overrides)
     with quick_imports():
         from peftbench.train import train
 
     try:
-        return train(run, overrides)
+        return train(run, [*own, *overrides])
     except UserError as error:
         print_faults(error.faults)
         raise SystemExit(2) from None
@@ -130,4 +132,5 @@ def job(cfg: DictConfig) -> float:
         print_faults([sentence])
         raise SystemExit(1) from None
     except KeyboardInterrupt:
+        print_faults(["interrupted; the same line goes on with this run."])
         raise SystemExit(INTERRUPTED) from None

@@ -17,6 +17,7 @@ from peftbench.config import ACTIVATIONS, conf_dir
 from peftbench.errors import UserError, meant, unknown
 from peftbench.fidelity import SWITCHES
 from peftbench.keys import keys
+from peftbench.terminal import terminal
 
 MEANINGS = {  # of the choices of the axes; He et al. (2022), table 1
     "identity": "Δh = x W_down W_up",
@@ -56,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("-cd", "--config-dir", type=Path, help="a folder of your own with method/, task/ ... below it")
     parser.add_argument("--json", action="store_true", help="of axes: every point, and whether it runs")
     arguments = parser.parse_args(argv)
-    console, groups = Console(), _groups(conf_dir())
+    console, groups = terminal(), _groups(conf_dir())
     if arguments.config_dir is not None:
         if not arguments.config_dir.is_dir():
             raise UserError(f"--config-dir {arguments.config_dir} is not a folder.")

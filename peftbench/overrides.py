@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import is_dataclass
 from enum import Enum
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
@@ -18,6 +18,7 @@ from omegaconf.errors import (
 )
 from yaml import MarkedYAMLError
 
+from peftbench.config import Modification, Run
 from peftbench.errors import meant, unknown
 
 
@@ -66,32 +67,61 @@ def _unknown_key(cfg: DictConfig, key: str, value: object) -> str:
 def _one_level_below(cfg: DictConfig, key: str) -> str | None:
     """The end of that sentence where the key is one of the trainer, task or model, typed without that prefix."""
     for group in ("trainer", "task", "model"):
-        if key.partition(".")[0] in cfg[group]:
+        if key.partition(".")[0] in list(cfg[group]):  # those without a value too
             return f"; did you mean {group}.{key}?"
     return None
 
 
+WANTED: dict[type | None, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
 def _bad_value(cfg: DictConfig, key: str, value: object, error: OmegaConfBaseException) -> str:
-    if OmegaConf.is_list(OmegaConf.select(cfg, key)) and isinstance(value, (str, int, float)):
+    kind, is_list = _type_of(cfg, key)
+    if is_list and isinstance(value, (str, int, float)):
         return f"{key}={value}: a list is expected, as in {key}=[{value}]."
-    kind = _type_of(cfg, key)
     if kind is not None and issubclass(kind, Enum):
         return unknown(key, value, kind.__members__)
-    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    if kind in wanted:
-        return f"{key}={value}: {wanted[kind]} is expected."
+    if kind in WANTED:
+        return f"{key}={value}: {WANTED[kind]} is expected."
     return f"{key}={value}: {in_words(error)}"
 
 
-def _type_of(cfg: DictConfig, key: str) -> type | None:
-    """The type that the schema gives a key, where the key exists."""
+def _wrong_in_file(file: str, fault: str, key: str) -> str:
+    """The sentence for a file of a group of which Hydra cannot take a key.
+
+    Args:
+        key: "" where Hydra does not name it.
+    """
+    if file.startswith("search/"):
+        return f"{file}: {fault}; each of its keys has times: [...] or values: [...], as in conf/search/lr3.yaml."
+    schema = OmegaConf.structured(Run)
+    if found := re.match(r"Merge error: \w+ is not a subclass of (\w+)\. value: (.*)", fault):
+        (group,) = [name for name in schema if getattr(OmegaConf.get_type(schema, name), "__name__", None) == found[1]]
+        return f"{file}: {group}: {found[2]} has its place among the defaults, as - override /{group}: {found[2]}."
+    if not key:
+        return f"{file}: {fault}."
+    if key.startswith("mix."):
+        schema.mix[key.split(".")[1]] = Modification()
+    group, last = file.partition("/")[0], key.rpartition(".")[2]
+    if last in ("method", "model", "task", "trainer") and key in (last, f"{group}.{last}"):
+        return f"{file}: its keys are taken for {group}'s own; a file with {last}: begins with # @package _global_."
+    if fault.startswith("Key "):
+        return f"{file}: {_unknown_key(schema, key, '')}"
+    kind, is_list = _type_of(schema, key)
+    if kind in WANTED:
+        return f"{file}: {key}: {'a list, such as [a, b],' if is_list else WANTED[kind]} is expected."
+    return f"{file}: {key}: {fault}."
+
+
+def _type_of(cfg: DictConfig, key: str) -> tuple[type | None, bool]:
+    """The type that the schema gives a key, where the key exists, and whether it is that of the elements of a list."""
     node = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
     if not isinstance(node, DictConfig):
-        return None
+        return None, False
     child = node._get_node(key.rpartition(".")[2])
-    kind = getattr(getattr(child, "_metadata", None), "ref_type", None)
-    kind = next((t for t in get_args(kind) if t is not type(None)), kind)  # X | None -> X
-    return kind if isinstance(kind, type) else None
+    declared = getattr(getattr(child, "_metadata", None), "ref_type", None)
+    kind = next(iter(get_args(declared)), declared)
+    return kind if isinstance(kind, type) else None, get_origin(declared) is list
 
 
 def in_words(error: Exception) -> str:
@@ -102,13 +132,19 @@ def in_words(error: Exception) -> str:
         mark = error.problem_mark
         where = f"{mark.name.removeprefix('file://')}:{mark.line + 1}" if mark is not None else "A file"
         return f"{where} is no YAML: {error.problem}."
-    if found := re.match(r"In '(.+)': \w+ raised while composing config:\n(?:Key '(.+)' not in)?(.*)", str(error)):
-        file, key, other = found.groups()
-        return f"{file}.yaml: {key} is no key of the config there." if key else f"{file}.yaml: {other}."
+    if found := re.match(r"In '(.+)': \w+ raised while composing config:\n(.*)\n +full_key: (.*)", str(error)):
+        file, fault, key = found.groups()
+        return _wrong_in_file(f"{file}.yaml", fault, key)
+    if isinstance(error, InterpolationKeyError):
+        return f"{error.full_key}: {_one_line(error)}."
+    if found := re.match(r"In '.*': Could not find '(.+)/(.+)'\n\nAvailable options in .+:\n([\w\s]*)\n", str(error)):
+        return unknown(found[1], found[2], found[3].split())
     if "Could not override" in str(error) and "@" in str(error):
         return f"{_one_line(error)} A file that overrides groups begins with the line # @package _global_."
     if isinstance(error, MissingMandatoryValue):
-        return f"{getattr(error, 'full_key', '')} has no value; give one."
+        key = str(getattr(error, "full_key", ""))
+        own = " A task's file may begin with defaults: [text_classification] or [text_to_text], and change some keys."
+        return f"{key} has no value; give one.{own if key.startswith('task.') else ''}"
     return _one_line(error)
 
 

@@ -28,6 +28,7 @@ from peftbench.results.paper import is_the_papers, paper_scores
 from peftbench.results.record import Record, find, load_records
 from peftbench.results.table import show_table
 from peftbench.search import phases
+from peftbench.terminal import terminal
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> int:
     overrides = [f"experiment=paper/{arguments.table}", *arguments.overrides]
     points = solved(phases(compose_points(overrides, multirun=True))[1])
     code = 0 if arguments.dry_run else train(["-m", *overrides])
-    _show(lines(arguments.table, [(overrides, known(run)) for overrides, run in points]), Console())
+    _show(lines(arguments.table, [(overrides, known(run)) for overrides, run in points]), terminal())
     return code
 
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from peftbench.compose import Point
 from peftbench.config import Run, Search, Variation, by_key, value_at
-from peftbench.errors import UserError
+from peftbench.errors import UserError, meant
 from peftbench.overrides import set_key
 from peftbench.results.identity import IGNORED, run_hash
 from peftbench.validity import faults
@@ -101,7 +101,8 @@ def _key_faults(key: str, variation: Variation, cfg: DictConfig, run: Run) -> li
     try:
         base = value_at(run, key)
     except KeyError as missing:
-        return [f"{key} is no key of method={run.method}, which has no {missing.args[0]}."]
+        (name,) = missing.args
+        return [f"{key} is no key of method={run.method}, whose mix has no {name}{meant(name, run.mix)}"]
     except AttributeError:
         return [set_key(cfg, key, None) or f"{key} is no key of the config."]
     if bool(variation.times) == bool(variation.values):

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from rich.console import Console
-
 from peftbench import mps
 from peftbench.compose import Point
 from peftbench.config import Run, by_key
@@ -20,6 +18,7 @@ from peftbench.results.differences import distinctive
 from peftbench.results.live import LiveSweep
 from peftbench.results.record import find, finished
 from peftbench.results.sweep import FOLDER, Member, Sweep
+from peftbench.terminal import say, terminal
 from peftbench.workers import Ended, Job, Workers, attempt
 
 INTERRUPTED = 130  # the exit code
@@ -32,7 +31,7 @@ put_off: list[tuple[Run, list[str]]] = []  # runs that another process was at, w
 def shown(sweep: Sweep) -> Iterator[None]:
     """The sweep as a table that grows, on a terminal; elsewhere each run prints its own lines."""
     global display
-    console = Console()
+    console = terminal()
     if not is_live(console):
         yield
         return
@@ -80,7 +79,7 @@ def train_all(
 def train_one(number: int, run: Run, overrides: list[str]) -> float:
     """Train one run in this process; returns its score. One that fails is recorded as failed and ends nothing."""
     if display is None:
-        print(f"\nrun {number}: {' '.join(overrides)}", flush=True)
+        say(f"\nrun {number}: {' '.join(overrides)}")
     return _attempt(run, overrides)
 
 
@@ -88,7 +87,7 @@ def wait_for_others() -> None:
     """Go on with the runs that other processes were at, once these have ended."""
     while put_off:
         run, overrides = put_off.pop(0)
-        print(f"\nwaiting for the other process: {' '.join(overrides)}", flush=True)
+        say(f"\nwaiting for the other process: {' '.join(overrides)}")
         _attempt(run, overrides, wait=True)
 
 
@@ -153,10 +152,10 @@ def _side_by_side(jobs: Sequence[Job], places: Sequence[dict[str, str]]) -> None
         Workers(shared, logs) as workers,
     ):
         through = " through MPS" if any(mps.PIPES in place for place in shared) else ""
-        print(f"{len(waiting)} runs, {len(places)} at once{through}; what they print is in {logs}", flush=True)
+        say(f"{len(waiting)} runs, {len(places)} at once{through}; what they print is in {logs}")
         for count, (job, ended) in enumerate(workers.run(waiting), start=1):
             if display is None:
-                print(f"{count} of {len(waiting)}: {job.settings}: {_result(job)}", flush=True)
+                say(f"{count} of {len(waiting)}: {job.settings}: {_result(job)}")
             _take(ended, job.run, job.overrides)
 
 

@@ -46,6 +46,7 @@ from peftbench.tasks.base import TaskData
 from peftbench.tasks.docstrings import versions
 from peftbench.tasks.load import load
 from peftbench.tasks.prepare import prepare
+from peftbench.terminal import terminal
 from peftbench.training.batching import total_steps
 from peftbench.training.checkpoint import Checkpoints
 from peftbench.training.fit import Fitted, fit
@@ -334,7 +335,7 @@ def quiet_console(stderr: bool = False) -> Console:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    return Console(stderr=stderr)
+    return terminal(stderr)
 
 
 if __name__ == "__main__":

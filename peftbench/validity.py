@@ -164,10 +164,15 @@ def _path_faults(run: Run) -> Iterator[str]:
         )
     for key, path in folders.items():
         if path is not None and not Path(path).expanduser().is_dir():
-            yield f"{key}={path} is not a folder; give the path of an existing one."
+            yield f"{key}={path} is not a folder{_seen_from(path)}; give the path of an existing one."
     for key, path in files.items():
         if path is not None and not Path(path).expanduser().is_file():
-            yield f"{key}={path} is not a file; give the path of an existing one."
+            yield f"{key}={path} is not a file{_seen_from(path)}; give the path of an existing one."
+
+
+def _seen_from(path: str) -> str:
+    """Where a relative path leads from: a run's own were typed in a folder that may have been another one."""
+    return "" if Path(path).expanduser().is_absolute() else f" below {Path.cwd()}"
 
 
 def _source_faults(task: Task, reads_data: bool) -> Iterator[str]:

@@ -13,6 +13,10 @@ from typing import Any, TextIO
 @contextmanager
 def replacing(path: Path) -> Iterator[TextIO]:
     """A text file to write to that takes the place of `path` once it is complete."""
+    if path.exists() and not path.is_file():  # nothing takes the place of /dev/stdout
+        with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            yield file
+        return
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         # Half a surrogate pair, which UTF-8 cannot hold, becomes \udxxx: what JSON calls it too.

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from rich.console import Console
-
 from peftbench.compose import compose_run
 from peftbench.explain.show import show, to_json
 from peftbench.quick_imports import quick_imports
+from peftbench.terminal import terminal
 
 
 def main(argv: list[str]) -> int:
@@ -34,5 +33,5 @@ def main(argv: list[str]) -> int:
     if args.json:
         print(to_json(explained))
     else:
-        show(explained, Console())
+        show(explained, terminal())
     return 0

@@ -6,13 +6,12 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from peftbench.compose import compose_points
 from peftbench.config import Run
 from peftbench.errors import UserError
 from peftbench.params.table import show_run, show_sweep, to_json
 from peftbench.quick_imports import quick_imports
+from peftbench.terminal import terminal
 
 if TYPE_CHECKING:
     from peftbench.params.counts import RunCounts
@@ -38,9 +37,9 @@ def main(argv: list[str]) -> int:
     if args.json:
         print(to_json(counted))
     elif args.multirun:
-        show_sweep(counted, Console())
+        show_sweep(counted, terminal())
     else:
-        show_run(counted[0], Console())
+        show_run(counted[0], terminal())
     return 0 if len(counted) == len(points) else 1
 
 

@@ -73,15 +73,16 @@ def columns(
     seeds = {record.seed for record in records}
     grouped = any(len(row.records) > 1 for row in rows)
     baselines = dict.fromkeys(name for record in records for name in record.baselines)
+    apart = telling_apart(rows)
     found: list[Column[Row]] = [
         Column("method", "method", lambda r: f"{r.first.method} {r.first.debug or ''}".rstrip(), words=True, wrap=16),
         Column("axes", "four axes", _four, words=True, wrap=20),
         Column("bottleneck", "bottle-\nneck", _bottlenecks),
-        *telling_apart(rows),
+        *apart,
         number("trained", "trained", _count, dispensable=6),
         number("stored", "stored", _count, better="lower", dispensable=5),
         # ± needs its room, and so do seeds and what else tells rows apart
-        number("percent", "% of\nmodel", _two, dispensable=2 if grouped or len(seeds) > 1 else 0),
+        number("percent", "% of\nmodel", _two, dispensable=2 if grouped or apart or len(seeds) > 1 else 0),
         # Every metric of the tasks is better when higher.
         number("score", f"{records[0].metric} ↑", _two, better="higher", of=FIELDS["score"], spread=True),
         *delta(rows),

@@ -5,19 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from rich.console import Console
 from rich.text import Text
 
 from peftbench.errors import UserError
 from peftbench.results.columns import Column, Cost, beside_paper, chosen, columns
 from peftbench.results.formats import csv_of, latex, markdown, to_csv, to_json, values
+from peftbench.results.paper import printed
 from peftbench.results.pivot import pivot
-from peftbench.results.row import Row, Statistic, over_seeds, rank, single, tables, unscored
+from peftbench.results.row import Row, Statistic, once, over_seeds, rank, single, tables, unscored
 from peftbench.results.select import read
 from peftbench.results.table import show_table, titles
+from peftbench.terminal import terminal
 
 EPILOG = """\
 KEY is a column (method, task, model, seed, status, functional_form, bottleneck, learning_rate, stored, score, time,
@@ -37,7 +39,13 @@ def main(argv: list[str]) -> int:
     """Prints the runs and returns the exit code. Raises UserError where there are none."""
     arguments = _parser().parse_intermixed_args(argv)
     records = read(arguments.words)
-    if arguments.rows or arguments.columns:
+    if arguments.paper and not any(map(printed, records)):
+        print("None of these runs is a row of the paper's tables, at its size; row=NAME trains one.", file=sys.stderr)
+    pivoted = arguments.rows or arguments.columns
+    if (pivoted or arguments.statistic) and (again := len(records) - len(once(records))):
+        runs = "1 run was" if again == 1 else f"{again} runs were"
+        print(f"{runs} trained more than once; a mean takes the last time.", file=sys.stderr)
+    if pivoted:
         _check_pivot(arguments)
         heading, wanted, lines = pivot(
             records,
@@ -150,7 +158,7 @@ def _print(tables: Sequence[tuple[Text, list[Column[Any]], Sequence[Any]]], argu
         rows = [row for _, wanted, lines in tables for row in values(wanted, lines)]
         print(json.dumps(rows, indent=2) if arguments.form == "json" else csv_of(rows).rstrip("\n"))
         return
-    console = Console()
+    console = terminal()
     for index, (heading, wanted, lines) in enumerate(tables):
         if index:
             print()

@@ -18,16 +18,18 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from peftbench.config import Modification
 from peftbench.errors import UserError
 from peftbench.results.bootstrap import Difference, paired_bootstrap
 from peftbench.results.differences import differing, flatten
 from peftbench.results.fields import text
-from peftbench.results.identity import IGNORED
+from peftbench.results.identity import IGNORED, plain
 from peftbench.results.record import FILE, Record, load_records
-from peftbench.results.row import Row, over_seeds, unscored
-from peftbench.results.select import is_filter, select
+from peftbench.results.row import Row, is_trial, over_seeds, unscored
+from peftbench.results.select import TRIALS, is_filter, select
 from peftbench.scoring.saved import saved_predictions
 from peftbench.tasks.example_scores import ExampleScores, example_scores
+from peftbench.terminal import terminal
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C, where PyYAML was built with it
 
@@ -68,7 +70,7 @@ def main(argv: list[str]) -> int:
         runs = {name: [record.run for record in row.scored] for name, row in (("a", a), ("b", b))}
         print(json.dumps({**runs, "metrics": scores, "settings": settings}, indent=2))
     else:
-        _show(a, b, differences, settings, Console())
+        _show(a, b, differences, settings, terminal())
     return 0
 
 
@@ -89,9 +91,15 @@ def compare(a: Row, b: Row, resamples: int) -> dict[str, Difference]:
 
 
 def settings_that_differ(a: Row, b: Row) -> dict[str, list[Any]]:
-    """Of each key of the config, and of the record's circumstances, that differs: its value in A and in B."""
+    """Of each key of the config, and of the record's circumstances, that differs: its value in A and in B.
+
+    Of a modification that one of them has alone: its axes, and what is not as in any.
+    """
     both = [settings_of(row.first) for row in (a, b)]
-    return {key: [one.get(key) for one in both] for key in differing(both)}
+    one, other = ({key.split(".")[1] for key in side if key.startswith("mix.")} for side in both)
+    bare = {f"mix.{name}.{key}": value for name in one ^ other for key, value in flatten(plain(Modification()))}
+    own = [{key: value for key, value in side.items() if key not in bare or value != bare[key]} for side in both]
+    return {key: [side.get(key) for side in own] for key in differing(own)}
 
 
 def _side(name: str, word: str, folder: Path) -> Row:
@@ -120,7 +128,9 @@ def _found(word: str, folder: Path) -> list[Record]:
         return load_records(Path(word))[0]
     records, _ = load_records(folder)
     if is_filter(word):
-        return select(records, shlex.split(word))
+        filters = shlex.split(word)
+        compared = [record for record in records if TRIALS in filters or not is_trial(record)]
+        return select(compared, [one for one in filters if one != TRIALS])
     return [record for record in records if record.run.startswith(word)]
 
 

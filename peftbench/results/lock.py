@@ -45,7 +45,18 @@ def holding(folder: Path, wait: bool = False) -> Iterator[None]:
             (folder / FILE).write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
         yield
     finally:
+        if [file.name for file in folder.iterdir()] == [FILE]:  # the run was refused
+            _remove(folder)
         lock.release()
+
+
+def _remove(folder: Path) -> None:
+    """Take away a run's folder with nothing in it but the lock that we hold, and those of METHOD, MODEL and TASK above
+    it that are empty then."""
+    with suppress(OSError):  # Windows keeps a file that is open
+        (folder / FILE).unlink()
+        for place in (folder, *folder.parents[:3]):
+            place.rmdir()
 
 
 def is_held(folder: Path) -> bool:

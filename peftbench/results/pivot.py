@@ -19,7 +19,7 @@ from peftbench.results.columns import Column
 from peftbench.results.differences import differing, flatten
 from peftbench.results.fields import COSTS, FIELDS, field, text
 from peftbench.results.record import Record
-from peftbench.results.row import Row, Statistic, is_scored, point
+from peftbench.results.row import Row, Statistic, is_scored, once, point
 
 # What runs must share for their scores to stand in one column.
 COMPARABLE = ("task", "model", "metric", "split", "examples", "train_examples", "fidelity", "debug")
@@ -72,7 +72,7 @@ def pivot(
         raise UserError(fault)
 
     lines = [
-        Line(label, {head: Row(tuple(cell), statistic) for head, cell in grid[label].items()})
+        Line(label, {head: Row(tuple(once(cell)), statistic) for head, cell in grid[label].items()})
         for label in sorted(grid, key=_natural)
     ]
     labels = [Column[Line](key, key, partial(_label, index), words=True, wrap=20) for index, key in enumerate(rows)]

@@ -60,7 +60,14 @@ def over_seeds(records: Iterable[Record], statistic: Statistic) -> list[Row]:
     found: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
         found.setdefault((point(record), *setting(record)[:4]), []).append(record)
-    return [Row(tuple(sorted(runs, key=lambda run: run.seed)), statistic) for runs in found.values()]
+    return [Row(tuple(sorted(once(runs), key=lambda run: run.seed)), statistic) for runs in found.values()]
+
+
+def once(records: Iterable[Record]) -> list[Record]:
+    """Of a run that was trained more than once, in folders of their own, the one with a score that began last: a second
+    one with the same seed tells a mean nothing."""
+    in_turn = sorted(records, key=lambda record: (is_scored(record), record.created))
+    return list({record.run: record for record in in_turn}.values())
 
 
 def point(record: Record) -> str:

@@ -22,6 +22,7 @@ from peftbench.errors import UserError
 from peftbench.results.columns import duration
 from peftbench.results.record import Record, find
 from peftbench.results.sweep import FOLDER, SUFFIX, Plan, Point
+from peftbench.terminal import terminal
 
 ORDER = ("done", "running", "interrupted", "failed", "missing")  # in which they are counted and listed
 
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         print(json.dumps([_as_json(plan, states) for plan, states in sweeps], indent=2))
     else:
-        console = Console()
+        console = terminal()
         for index, (plan, states) in enumerate(sweeps):
             if index:
                 console.print()
@@ -126,7 +127,7 @@ def _show(plan: Plan, states: Sequence[State], console: Console, everything: boo
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     keys = list(dict.fromkeys(key for state in listed for key in state.point.settings))
     for key in keys:
-        table.add_column(key, overflow="fold")
+        table.add_column(key.replace(".", ".\n"), overflow="fold")
     for name in ("status", "time", "run"):
         table.add_column(name, overflow="fold", justify="right" if name == "time" else "left")
     for state in sorted(listed, key=lambda state: ORDER.index(state.status)):

@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 
-from rich.console import Console
-
 from peftbench.config import Run, by_key, value_at
 from peftbench.errors import UserError
 from peftbench.results.choice import NoChoice, known, sentence, settled
@@ -21,6 +19,7 @@ from peftbench.results.identity import run_dir
 from peftbench.results.record import Record, find, finished
 from peftbench.results.recording import describe
 from peftbench.results.table import show
+from peftbench.terminal import terminal
 from peftbench.whole_files import replacing
 
 FOLDER = ".sweeps"  # below the output_dir
@@ -160,7 +159,7 @@ class Sweep:
         """Print the table of all runs with how each ended; returns 0 if every run is done, else 1."""
         self.settle()
         records = [self._record(folder, run) for folder, run in self.runs.items()]
-        console = Console()
+        console = terminal()
         console.print()
         show(records, console, status=self._status)
         console.print()

@@ -23,10 +23,11 @@ from peftbench.results.row import Row, rank, setting, single, tables, unscored
 
 T = TypeVar("T")
 GAP = 2  # characters between two columns
+NARROWEST = 10  # characters to which a column of words shrinks where there is no room for it otherwise
 # Where a cell may go on in the next line: between words, and within one that is too long.
-BETWEEN, WITHIN = re.compile(r"(?<= )(?![\d·])"), re.compile(r"(?<=_)(?=\w)|(?<=[a-z])(?=[A-Z])")
+BETWEEN, WITHIN = re.compile(r"(?<= )(?![\d·])|(?<=, )"), re.compile(r"(?<=_)(?=\w)|(?<=[a-z])(?=[A-Z])")
 # In the sweep that is proposed. A learning rate is a method's own.
-OVERRIDES_TO_KEEP = re.compile(r"(task|model|trainer(?!\.learning_rate=)|debug|output_dir)\b")
+OVERRIDES_TO_KEEP = re.compile(r"(--config-dir|task|model|trainer(?!\.learning_rate=)|debug|output_dir)\b")
 
 
 def show(records: Sequence[Record], console: Console, status: Callable[[Record], str] | None = None) -> None:
@@ -144,7 +145,10 @@ def _lay(column: Column[T], rows: Sequence[T], star: bool) -> _Laid:
 def _fitting(columns: list[_Laid], width: int) -> list[_Laid]:
     """As many of the columns as there is room for."""
     least = max(columns, key=lambda column: column.dispensable)
-    if not least.dispensable or _spare(columns, width) >= 0:
+    spare = _spare(columns, width)
+    if least.dispensable == 1:  # what tells rows apart goes only where words cannot give way to it
+        spare += sum(max(0, column.least - NARROWEST) for column in columns if column.words)
+    if not least.dispensable or spare >= 0:
         return columns
     return _fitting([column for column in columns if column is not least], width)
 
@@ -162,6 +166,11 @@ def _table(columns: Sequence[_Laid], width: int, rows: Sequence[int], below: int
     for column in reversed(columns):
         widths.insert(0, min(column.most, column.least + spare))
         spare -= widths[0] - column.least
+    lacking = max(0, -_spare(columns, width))
+    for index in sorted(range(len(columns)), key=lambda index: -widths[index]):  # the widest gives first
+        if columns[index].words:
+            given = min(lacking, max(0, widths[index] - NARROWEST))
+            widths[index], lacking = widths[index] - given, lacking - given
     for column, taken in zip(columns, widths, strict=True):
         justify: Literal["left", "right"] = "left" if column.words else "right"
         header = "\n".join(wrapped(line, taken) for line in column.header.split("\n"))

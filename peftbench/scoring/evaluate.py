@@ -6,16 +6,18 @@ import argparse
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from peftbench.backbone import Backbone, load_backbone
-from peftbench.config import Run, Task, resolve
-from peftbench.errors import UserError
+from peftbench.config import Run, Task, resolve, task_files
+from peftbench.errors import UserError, unknown
 from peftbench.evaluate import Evaluator
 from peftbench.modification.attach import attach_run
 from peftbench.modification.state import load as load_adapter
@@ -25,10 +27,11 @@ from peftbench.prediction.partial import Partial
 from peftbench.progress import Display
 from peftbench.results.identity import content_stamp
 from peftbench.results.record import Record
-from peftbench.scoring.saved import saved_config, saved_record
+from peftbench.scoring.saved import run_folder, saved_config, saved_record
 from peftbench.scoring.show import show_scores
-from peftbench.tasks.load import load
+from peftbench.tasks.load import homeless, load
 from peftbench.tasks.prepare import prepare
+from peftbench.tasks.roles import splits
 from peftbench.train import quiet_console
 from peftbench.validity import faults
 from peftbench.whole_files import write_lines
@@ -48,7 +51,7 @@ def main(argv: list[str]) -> int:
         epilog="task.split=SPLIT scores another split; other keys are those of peftbench train that begin with task., "
         "trainer. or model., such as task.generation.num_beams=1 or trainer.eval_batch_size=8.",
     )
-    parser.add_argument("run", type=Path, help="the folder of the run")
+    parser.add_argument("run", type=run_folder, help="its folder, or the first digits of its name")
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="what to do otherwise than then")
     parser.add_argument("--json", action="store_true", help="print a JSON array with one object for each split")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="write the predictions of the split there")
@@ -92,6 +95,7 @@ def saved_run(folder: Path, record: Record, overrides: Sequence[str] = ()) -> Ru
     if found:
         raise UserError(*found)
     run = resolve(config)
+    run.task = _reporting(run.task, trained_task(folder))
     if run.model.path and not Path(run.model.path).expanduser().is_dir():
         raise UserError(f"model.path={run.model.path} is not a folder; give the path of an existing one.")
     if run.model.path and record.model.content and content_stamp(run.model.path) != record.model.content:
@@ -99,6 +103,24 @@ def saved_run(folder: Path, record: Record, overrides: Sequence[str] = ()) -> Ru
     if "labels" in record.data:
         run.task.labels = record.data["labels"]
     return run
+
+
+def trained_task(folder: Path) -> Task:
+    """The task of the run in `folder` as it was trained."""
+    task = OmegaConf.to_object(saved_config(folder).task)
+    assert isinstance(task, Task)
+    return task
+
+
+def _reporting(task: Task, trained: Task) -> Task:
+    """The task, each of its files still that of the split that it was, though another split is reported on now."""
+    if task.report_split == trained.report_split:
+        return task
+    files = task_files(replace(task, report_split=trained.report_split))
+    if files and not any((task.data_dir, task.packages, task.hub_id)) and task.report_split not in splits(trained):
+        raise UserError(unknown("task.split", task.report_split, splits(trained)))
+    files = {split: file for split, file in files.items() if split in splits(task)}
+    return replace(task, data_files=files, train_file=None, validation_file=None, test_file=None)
 
 
 def restored(folder: Path, run: Run, task: Task) -> Backbone:
@@ -119,7 +141,7 @@ def evaluate(folder: Path, run: Run, console: Console, predictions: Path | None 
     found: list[dict[str, Any]] = []
     with Display(console) as display:
         with display.stage("prepare"):
-            loaded = load(run.task, training=False)
+            loaded = load(run.task, training=False, dealt=homeless(trained_task(folder)))
             run = with_dtype(run)
             backbone = restored(folder, run, loaded.task)
             data = prepare(loaded, backbone.tokenizer, backbone.model)

@@ -11,7 +11,7 @@ from peftbench.errors import UserError
 from peftbench.modification.attach import attach_run
 from peftbench.modification.merge import merge, obstacles
 from peftbench.scoring.evaluate import restored, saved_run
-from peftbench.scoring.saved import saved_record
+from peftbench.scoring.saved import run_folder, saved_record
 from peftbench.train import quiet_console
 
 
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
         "transformers' from_pretrained, with the tokenizer, that needs no peftbench.",
         epilog="Methods that are affine have such a form: lora, lora_ffn, ia3, bitfit, full and the like.",
     )
-    parser.add_argument("run", type=Path, help="the folder of the run")
+    parser.add_argument("run", type=run_folder, help="its folder, or the first digits of its name")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to write, new or empty")
     arguments = parser.parse_args(argv)
     run = saved_run(arguments.run, saved_record(arguments.run))

@@ -7,13 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from peftbench.config import Task
 from peftbench.errors import UserError, unknown
-from peftbench.scoring.saved import saved_config, saved_predictions, saved_record
+from peftbench.scoring.saved import run_folder, saved_config, saved_predictions, saved_record
 from peftbench.scoring.show import show_scores
 from peftbench.tasks.metrics import measure
+from peftbench.terminal import terminal
 from peftbench.validity import METRICS
 
 
@@ -22,7 +21,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="peftbench rescore", description="Compute a metric of a finished run from its saved predictions."
     )
-    parser.add_argument("run", type=Path, help="the folder of the run")
+    parser.add_argument("run", type=run_folder, help="its folder, or the first digits of its name")
     parser.add_argument("metric", nargs="?", help="default: the metric of the run")
     parser.add_argument("--json", action="store_true", help="print a JSON array with one object for each split")
     arguments = parser.parse_args(argv)
@@ -30,7 +29,7 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:
-        show_scores(found, saved_record(arguments.run), Console())
+        show_scores(found, saved_record(arguments.run), terminal())
     return 0
 
 

@@ -10,8 +10,22 @@ from omegaconf import DictConfig, OmegaConf
 
 from peftbench.config import Run
 from peftbench.errors import UserError
-from peftbench.results.record import FILE, Record, finished
+from peftbench.results.record import FILE, Record, finished, load_records
 from peftbench.results.run_files import predictions_file
+
+OUTPUTS = Path("outputs")  # the default output_dir
+
+
+def run_folder(word: str) -> Path:
+    """The folder of a run, from what stands for it on the command line: itself, or the first digits of its name where
+    that is below `outputs`. Raises UserError where these are of several runs."""
+    folder = Path(word).expanduser()
+    if folder.exists() or not OUTPUTS.is_dir():
+        return folder
+    found = [record.folder for record in load_records(OUTPUTS)[0] if record.run.startswith(word)]
+    if len(found) > 1:
+        raise UserError(f"{word} stands for {len(found)} runs: {', '.join(map(str, found))}; give one.")
+    return found[0] if found else folder
 
 
 def saved_record(folder: Path) -> Record:
@@ -19,7 +33,10 @@ def saved_record(folder: Path) -> Record:
     record = finished(folder)
     if record is None:
         there = "holds no run" if not (folder / FILE).is_file() else "holds a run that is not done"
-        raise UserError(f"{folder} {there}; give the folder that peftbench train named at the end of a run.")
+        raise UserError(
+            f"{folder} {there}; give the folder that peftbench train named at the end of a run, or the first digits of "
+            f"the name of one below {OUTPUTS}."
+        )
     return record
 
 

@@ -15,6 +15,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftbench.tasks.cache import kept
+from peftbench.tasks.deal import ROW
 from peftbench.tasks.load import Loaded, data_fingerprint
 from peftbench.tasks.metrics import Measured, References, measure
 from peftbench.tasks.rows import head
@@ -112,10 +113,14 @@ class TaskData(ABC):
         return scores
 
     def records(self, decoded: Sequence[str], rows: Dataset) -> Iterator[dict[str, Any]]:
-        """One `{"index", "id", "prediction", "reference"}` for each example; no id where the rows have none."""
+        """One `{"index", "id", "prediction", "reference"}` for each example; no id where the rows have none.
+
+        The index is that of the row in the file that it was read from, from 0.
+        """
         column = next((name for name in ID_COLUMNS if name in rows.column_names), None)
         names = [{"id": name} for name in rows[column][:]] if column else [{}] * len(rows)
-        for index, (name, prediction, reference) in enumerate(zip(names, decoded, self.references(rows), strict=True)):
+        indices = rows[ROW][:] if ROW in rows.column_names else range(len(rows))
+        for index, name, prediction, reference in zip(indices, names, decoded, self.references(rows), strict=True):
             yield {"index": index, **name, "prediction": prediction, "reference": reference}
 
     def _measure(self, decoded: Sequence[str], rows: Dataset) -> Measured:

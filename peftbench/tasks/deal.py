@@ -12,6 +12,12 @@ from datasets import Dataset
 from peftbench.errors import UserError
 
 SHARE = 10  # one in so many texts goes to each split that is dealt
+ROW = "row of the file"  # the column of `numbered`
+
+
+def numbered(rows: Dataset) -> Dataset:
+    """The rows with a column that says which of their file's each is, from 0, whichever of them are taken then."""
+    return rows if ROW in rows.column_names else rows.add_column(ROW, range(len(rows)))
 
 
 def deal(rows: Dataset, columns: Sequence[str], train: str, others: Sequence[str], source: str) -> dict[str, Dataset]:
@@ -31,6 +37,7 @@ def deal(rows: Dataset, columns: Sequence[str], train: str, others: Sequence[str
         )
     share = max(1, len(places) // SHARE)
     groups = [places[key] for key in sorted(places)]
+    rows = numbered(rows)
     dealt: dict[str, Dataset] = {}
     for number, split in enumerate(others):
         dealt[split] = _rows(rows, groups[number * share : (number + 1) * share])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -31,8 +31,12 @@ class Loaded:
     notes: list[str] = field(default_factory=list)  # what was decided here, a sentence each, for the record
 
 
-def load(task: Task, training: bool = True) -> Loaded:
+def load(task: Task, training: bool = True, dealt: Sequence[str] | None = None) -> Loaded:
     """The checked rows of all splits of the task; without `training`, of those that are reported on.
+
+    Args:
+        dealt: the splits that were dealt from the training file, where that was for another task; by default those
+            that are `homeless` in this one.
 
     A split without a source of its own is dealt from the training file (`deal.py`); where the task names no labels,
     those of the training split are taken, sorted; a further split that the user's files do not have is left out. All
@@ -42,11 +46,17 @@ def load(task: Task, training: bool = True) -> Loaded:
     Raises:
         UserError: as `read_split` and `checked`.
     """
-    key = json.dumps([asdict(task), training, *_stats(task)], default=str)
-    return _recent.get(key, lambda: _load(task, training))
+    key = json.dumps([asdict(task), training, dealt, *_stats(task)], default=str)
+    return _recent.get(key, lambda: _load(task, training, homeless(task) if dealt is None else dealt))
 
 
-def _load(task: Task, training: bool) -> Loaded:
+def homeless(task: Task) -> list[str]:
+    """The splits without a source of their own, which are dealt from the training file."""
+    task, _ = _without_absent(task)
+    return [split for split in splits(task) if not has_source(task, split)]
+
+
+def _load(task: Task, training: bool, dealt: Sequence[str]) -> Loaded:
     task, notes = _without_absent(task)
     read = cache(partial(read_split, task))
     wanted = {role: place for role, place in roles(task).items() if training or role.startswith("report")}
@@ -55,13 +65,16 @@ def _load(task: Task, training: bool) -> Loaded:
         task, note = with_labels(task, read(task.train_split))
         notes.append(note)
     rows: dict[str, Dataset] = {}
-    homeless = [split for split in splits(task) if not has_source(task, split)]
-    if limits.keys() & set(homeless):
+    if dealt and limits.keys() & {*dealt, task.train_split}:
         train = read(task.train_split)
         whole = checked(task, task.train_split, train, None)
-        rows = deal(whole, input_columns(task), task.train_split, homeless, train.name)
-        each = "have one in ten of the different inputs each" if len(homeless) > 1 else "has one in ten of them"
-        notes.append(f"{train.name} is dealt by a hash of the input: {' and '.join(homeless)} {each}.")
+        rows = deal(whole, input_columns(task), task.train_split, dealt, train.name)
+        rows = {split: part for split, part in rows.items() if split not in task_files(task) or split not in dealt}
+        each = "each have" if len(dealt) > 1 else "has"
+        notes.append(
+            f"{train.name} is dealt by a hash of the input: {' and '.join(dealt)} {each} one in ten of the "
+            "different inputs."
+        )
     sizes = {split: len(rows[split] if split in rows else read(split).rows) for split in limits}
     for split, limit in limits.items():
         rows[split] = head(rows[split], limit) if split in rows else checked(task, split, read(split), limit)

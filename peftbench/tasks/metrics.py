@@ -56,6 +56,11 @@ class _Metric(Metric):
         self.labels = labels
         self.signatures: dict[str, str] = {}
 
+    def _build_data_dir(self) -> str:
+        """evaluate would make a folder in the user's home, which need not be one that can be written to."""
+        root: str = self._data_dir_root
+        return root
+
     def shaped(self, references: References) -> References:
         """`references` as this metric takes them."""
         return references

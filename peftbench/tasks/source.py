@@ -12,6 +12,7 @@ from datasets import Dataset, load_dataset
 from peftbench.config import Task, TaskKind, task_files
 from peftbench.errors import UserError
 from peftbench.hub import hub_missing
+from peftbench.tasks.deal import numbered
 from peftbench.tasks.docstrings import SPLITS, summary_rows, topic_rows
 from peftbench.tasks.files import find_split, read_file
 from peftbench.tasks.roles import splits
@@ -122,5 +123,5 @@ def _merged(task: Task, rows: Dataset) -> Dataset:
     for index, (text, cell) in enumerate(zip(rows[task.source_column][:], rows[task.target_column][:], strict=True)):
         first.setdefault(text, index)
         targets[text].extend([cell] if isinstance(cell, str) else cell)
-    kept = rows.select(list(first.values())).remove_columns(task.target_column)
+    kept = numbered(rows).select(list(first.values())).remove_columns(task.target_column)
     return kept.add_column(task.target_column, list(targets.values()))

@@ -10,13 +10,14 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from peftbench.results.columns import columns
-from peftbench.results.record import load_records
+from peftbench.results.record import finished, load_records
 from peftbench.results.recording import start
 from peftbench.results.report.command import main
 from peftbench.results.row import front, over_seeds, single
@@ -81,9 +82,15 @@ def _opened(context: Any, outputs: Path, name: str) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three seeds of each of forty points; one run of one of them failed."""
+    """Three seeds of each of forty points; one run of one of them failed, and one was trained twice."""
     folder = tmp_path_factory.mktemp("seeds") / "outputs"
     make_runs(folder, 120)
+    record = finished(folder / "sst2" / "0006")
+    assert record is not None and record.score is not None
+    again = {"score": record.score - 9, "created": "2024-01-01T00:00:00.000+00:00", "folder": folder / "sst2/before"}
+    before = replace(record, **again)
+    before.folder.mkdir()
+    before.save()
     return folder
 
 
@@ -283,14 +290,14 @@ def test_columns_can_be_added(page: Any) -> None:
 
 def test_seeds_are_averaged_as_in_the_tables(page_of_seeds: Any, seeds: Path) -> None:
     page = page_of_seeds
-    page.get_by_label("Compared with each other").select_option(index=1)
-    assert len(column(page, "method")) == 60 and page.locator("#scatter .spread").count() == 0
+    page.get_by_label("Compared with each other").select_option(index=0)
+    assert len(column(page, "method")) == 61 and page.locator("#scatter .spread").count() == 0
     page.get_by_label("average seeds").check()
     expected = averages(seeds / "sst2", 1, 2, 3)
     shown = zip(column(page, "score"), column(page, "n"), column(page, "Δ full"), strict=True)
     assert {score: (score, n, delta) for score, n, delta in shown} == expected and len(expected) == 20
     assert {n for _, n, _ in expected.values()} == {"3", "2"}  # a failed run is in no mean
-    assert "60 of 120 runs in 20 averages" in page.locator("#count").inner_text()
+    assert "61 of 121 runs in 20 averages" in page.locator("#count").inner_text()
     scores = [float(text.split(" ±")[0]) for text in column(page, "score")]
     assert scores == sorted(scores, reverse=True)
     assert "1, 2, 3" in column(page, "seed") and "2 done, 1 failed" in column(page, "status")
@@ -310,7 +317,7 @@ def test_seeds_are_averaged_as_in_the_tables(page_of_seeds: Any, seeds: Path) ->
     assert scores == sorted(scores, reverse=True)
 
     page.get_by_label("average seeds").uncheck()
-    assert len(column(page, "method")) == 40 and page.locator("#scatter .spread").count() == 0
+    assert len(column(page, "method")) == 41 and page.locator("#scatter .spread").count() == 0
 
 
 def test_an_average_selects_its_runs(page_of_seeds: Any) -> None:

@@ -14,8 +14,10 @@ from peftbench import load_run
 from peftbench.cli import main
 from peftbench.errors import UserError
 from peftbench.prediction import predict as predict_module
+from peftbench.scoring.saved import run_folder
 from peftbench.tasks.metrics import measure
 from peftbench.whole_files import write_lines
+from tests.unit.test_table import record
 
 SMOKE = ("model=mini", "debug=smoke", "trainer.max_steps=3", "method=mam")
 
@@ -143,11 +145,11 @@ def test_a_generation_that_was_stopped_goes_on(
     file, arguments = tmp_path / "again.jsonl", ["evaluate", str(run), "trainer.eval_batch_size=5"]
     generate, sizes = predict_module._generate, []
 
-    def stopped(model: Any, batch: dict[str, Any], generation: Any) -> Any:
+    def stopped(model: Any, batch: dict[str, Any], *others: Any) -> Any:
         sizes.append(len(batch["input_ids"]))
         if len(sizes) == 3:
             raise KeyboardInterrupt
-        return generate(model, batch, generation)
+        return generate(model, batch, *others)
 
     monkeypatch.setattr(predict_module, "_generate", stopped)
     assert main([*arguments, "--predictions", str(file)]) == 130
@@ -169,6 +171,29 @@ def test_a_generation_that_was_stopped_goes_on(
     assert sum(sizes) == 16
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("files", [("train",), ("train", "test"), ("train", "validation", "test")])
+def test_a_split_of_ones_own_files_is_the_one_that_the_run_had(
+    files: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file of the split that was reported on is not that of another one that is now."""
+    for number, name in enumerate(files):
+        rows = [{"text": f"{name} {i}", "label": "ab"[i % 2]} for i in range(60 - 20 * number)]
+        write_lines(tmp_path / f"{name}.jsonl", rows)
+    given = [f"task.{name}_file={tmp_path / name}.jsonl" for name in files]
+    whole = ("task.max_train=null", "task.max_selection=null", "task.max_eval=null")
+    run = trained(tmp_path, "task=text_classification", "task.metric=macro_f1", *whole, *given)
+    record = recorded(run)
+    for role, split in (("selection", "validation"), ("report", "test")):
+        (again,) = scored(capsys, "evaluate", str(run), f"task.split={split}")
+        assert {**again, "role": role}.items() >= {**record["data"]["splits"][role], "role": role}.items()
+        assert again["metrics"] == record["scores"][role]["metrics"]
+    (again,) = scored(capsys, "evaluate", str(run), "task.split=train")
+    assert again["examples"] == record["data"]["splits"]["train"]["examples"]
+    assert main(["evaluate", str(run), "task.split=dev"]) == 2
+    assert "task.split=dev is unknown. Choices: train, validation, test." in capsys.readouterr().err
+
+
 def test_labels_that_were_found_keep_their_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also where the training file is gone, and where another split has only some of them."""
     rows = [{"text": f"text {i}", "label": ("b", "a", "c")[i % 3]} for i in range(30)]
@@ -180,6 +205,20 @@ def test_labels_that_were_found_keep_their_order(tmp_path: Path, capsys: pytest.
     metrics = recorded(run)["scores"]["report"]["metrics"]
     assert [entry["metrics"] for entry in scored(capsys, "evaluate", str(run))] == [metrics]
     assert [entry["metrics"] for entry in scored(capsys, "rescore", str(run))] == [metrics]
+
+
+def test_a_run_goes_by_the_first_digits_of_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_folder("3f2a") == Path("3f2a")  # without outputs
+    folders = [Path("outputs", name) for name in ("3f2a91c0", "3f77d01b")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        record(50.0, run=folder.name, folder=folder).save()
+    assert run_folder("3f2") == run_folder(str(folders[0])) == folders[0] and run_folder("abc") == Path("abc")
+    assert main(["rescore", "3f"]) == 2
+    assert "3f stands for 2 runs: outputs/3f2a91c0, outputs/3f77d01b; give one." in capsys.readouterr().err
 
 
 def test_what_cannot_be_scored_is_refused(texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -183,6 +184,14 @@ def test_a_split_is_of_what_is_stored() -> None:
         assert 0 < 27_221_527 - 24 * 1024 - r * r_cost - length * l_cost < r_cost + l_cost
     as_in_the_paper = [512.0 * r_cost, 30.0 * l_cost]
     assert sizes_of(solve(replace(run, budget="6.75%", budget_split=as_in_the_paper))) == (512, 30)
+
+
+def test_a_budget_needs_no_labels() -> None:
+    """torch has something to say of a task head for none."""
+    run = composed("method=lora", "task=text_classification", "task.data_dir=.", "budget=1%")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert sizes_of(solve(run)) == sizes_of(solve(replace(run, task=replace(run.task, labels=["a", "b"]))))
 
 
 def test_without_a_budget_nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:

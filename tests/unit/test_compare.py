@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from peftbench.config import Trainer
+from peftbench.config import FunctionalForm, Modification, Trainer
 from peftbench.errors import UserError
-from peftbench.results.compare import main
+from peftbench.results.compare import main, settings_that_differ
 from peftbench.results.identity import run_dir
-from peftbench.results.record import Score
+from peftbench.results.record import Score, Searched, find, load_records
 from peftbench.results.recording import recording
+from peftbench.results.row import single
 from peftbench.results.run_files import write_predictions
 from tests.unit.test_record import RUN
 
@@ -67,6 +68,28 @@ def test_two_settings_over_their_seeds(outputs: Path, capsys: pytest.CaptureFixt
         "method": ["mam", "lora"],
         "trainer.learning_rate": [1e-3, 5e-3],
     }
+
+
+def test_a_further_modification_is_told_by_what_is_its_own(tmp_path: Path) -> None:
+    mix = replace(Modification(), bottleneck=7, bias=True, functional_form=FunctionalForm("relu"))
+    folders = [trained(tmp_path, 50), trained(tmp_path, 50, mix={**RUN.mix, "other": mix})]
+    a, b = (single(load_records(folder)[0])[0] for folder in folders)
+    assert settings_that_differ(a, b) == {
+        "mix.other.functional_form.name": [None, "relu"],
+        "mix.other.bottleneck": [None, 7],
+        "mix.other.bias": [None, True],
+    }
+
+
+def test_the_trials_of_a_search_stand_back(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trial = find(trained(outputs, 99, method="mam", trainer=Trainer(learning_rate=1e-2), seed=1))
+    assert trial is not None
+    trial.search = Searched("lr3", "trial", 1, {"trainer.learning_rate": [1e-2, 1e-3]}, {"trainer.learning_rate": 1e-2})
+    trial.save()
+    assert compared(capsys, "method=mam", "method=lora", "--folder", outputs)["metrics"]["accuracy"]["a"] == 82
+    with pytest.raises(UserError, match=r"A=method=mam trials=true stands for 2 settings"):
+        main(["method=mam trials=true", "method=lora", "--folder", str(outputs)])
+    assert compared(capsys, "method=mam trials=true score>90", "method=lora seed=1", "--folder", outputs)["a"]
 
 
 def test_runs_by_folder_and_by_the_start_of_their_name(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:

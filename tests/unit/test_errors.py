@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,3 +40,30 @@ def test_an_output_folder_that_cannot_be_made(
         code = exit.code
     error = capsys.readouterr().err
     assert code == 1 and error.count("\n") == 1 and error.endswith("Not a directory.\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "ls keys",
+        "train --help",
+        pytest.param("train debug=smoke", marks=pytest.mark.slow),
+        pytest.param("train -m debug=smoke seed=1,2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_reader_that_has_seen_enough_ends_nothing(words: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "peftbench", *words.split()]
+    command += [f"output_dir={tmp_path}"] if "debug" in words else []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+    assert len(list(tmp_path.rglob("predictions.jsonl"))) == ("smoke" in words) * (1 + ("-m" in words))
+
+
+def test_what_an_encoding_lacks_is_replaced() -> None:
+    command = [sys.executable, "-m", "peftbench", "ls", "axes"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "?h = x W_down W_up" in done.stdout

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import evaluate
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
@@ -157,3 +158,9 @@ def test_romanian_bleu_compares_prepared_texts() -> None:
     assert measured.scores["bleu"] < 90
     assert "tok:none|smooth:none" in measured.signatures["bleu_ro"]
     assert "sacremoses:" in measured.signatures["bleu_ro"]
+
+
+def test_no_home_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("")
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path / "home" / "metrics"))
+    assert measure("accuracy", ["a", "b"], ["a", "a"]).scores == {"accuracy": 50.0}

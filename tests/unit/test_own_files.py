@@ -11,7 +11,8 @@ import pytest
 
 from peftbench.config import Task, TaskKind
 from peftbench.errors import UserError
-from peftbench.tasks.load import label_names, load
+from peftbench.tasks.deal import ROW
+from peftbench.tasks.load import homeless, label_names, load
 
 OWN = Task(name="own", kind=TaskKind.classification, text_columns=["text"], metric="accuracy")
 WRITING = Task(name="own", kind=TaskKind.text_to_text, source_column="source", target_column="target", metric="rougeL")
@@ -44,12 +45,25 @@ def test_each_role_has_its_file(tmp_path: Path) -> None:
 def test_one_file_is_dealt_by_content(tmp_path: Path) -> None:
     rows = reviews(40)
     loaded = load(replace(OWN, train_file=jsonl(tmp_path, "all.jsonl", *rows)))
+    for of_split in loaded.rows.values():  # each row knows its place in the file
+        assert of_split["text"][:] == [rows[index]["text"] for index in of_split[ROW][:]]
     texts = {split: set(of_split["text"][:]) for split, of_split in loaded.rows.items()}
     assert {split: len(found) for split, found in texts.items()} == {"train": 32, "validation": 4, "test": 4}
     assert texts["train"] | texts["validation"] | texts["test"] == {row["text"] for row in rows}
     again = load(replace(OWN, train_file=jsonl(tmp_path, "reversed.jsonl", *reversed(rows))))
     assert {split: set(of_split["text"][:]) for split, of_split in again.rows.items()} == texts
-    assert "validation and test have one in ten of the different inputs each." in loaded.notes[1]
+    assert "validation and test each have one in ten of the different inputs." in loaded.notes[1]
+
+
+def test_a_split_is_dealt_as_for_the_task_that_was_trained(tmp_path: Path) -> None:
+    trained = replace(OWN, train_file=jsonl(tmp_path, "all.jsonl", *reviews(40)))
+    expected = load(trained)
+    assert homeless(trained) == ["validation", "test"]
+    for split, rows in expected.rows.items():
+        again = load(replace(expected.task, report_split=split), training=False, dealt=homeless(trained))
+        assert again.rows[split]["text"][:] == rows["text"][:]
+    other = replace(expected.task, test_file=jsonl(tmp_path, "other.jsonl", *reviews(7)))  # given since
+    assert len(load(other, training=False, dealt=homeless(trained)).rows["test"]) == 7
 
 
 def test_equal_inputs_are_dealt_to_one_split(tmp_path: Path) -> None:
@@ -68,7 +82,7 @@ def test_only_what_has_no_file_is_dealt(tmp_path: Path) -> None:
     )
     loaded = load(task)
     assert {split: len(rows) for split, rows in loaded.rows.items()} == {"train": 18, "validation": 2, "test": 5}
-    assert "validation has one in ten of them." in loaded.notes[1]
+    assert "validation has one in ten of the different inputs." in loaded.notes[1]
     assert len(load(replace(task, max_train=7)).rows["train"]) == 7
 
 

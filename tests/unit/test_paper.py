@@ -169,6 +169,12 @@ def test_it_stands_in_the_report_as_in_the_tables(words: list[str], of_mini: flo
         assert column["better"] is None  # no run's score, of which the best were marked
 
 
+def test_that_no_run_is_a_row_of_the_papers_is_said(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, said in ((["run=2"], True), ([], False)):
+        main([str(outputs), "--paper", *words])
+        assert ("None of these runs is a row of the paper's tables" in capsys.readouterr().err) is said
+
+
 def test_a_report_without_a_row_of_the_papers_has_no_such_columns(outputs: Path) -> None:
     file = outputs / "report.html"
     assert report([str(outputs), "model=mini", "--out", str(file)]) == 0

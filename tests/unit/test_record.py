@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from peftbench.results.record import APART, FILE, Axes, Counts, Record, Score, f
 from peftbench.results.recording import recording, start
 from peftbench.results.run_files import append_metrics, write_predictions
 from peftbench.results.select import read
+from peftbench.whole_files import write_lines
 
 RUN = Run(
     method="mam",
@@ -210,3 +212,13 @@ def test_a_scale_that_is_trained_is_called_learned() -> None:
     assert fixed.composition == "scaled 4"
     assert replace(fixed, scale=1.0, options={"composition_function.learned": True}).composition == "scaled 1 learned"
     assert replace(fixed, composition_function="add").composition == "add"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_lines(pipe, [{"a": 1}])
+    assert os.read(reader, 100) == b'{"a": 1}\n' and pipe.is_fifo()
+    os.close(reader)

@@ -147,6 +147,26 @@ def test_only_runs_that_came_through_are_counted() -> None:
     assert status.cell(row) == "2 done, 1 failed"
 
 
+def test_a_run_that_was_trained_twice_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    began = [f"2026-11-2{day}T00:00:00.000+00:00" for day in (3, 1, 2, 4)]
+    scores = [61.0, 90.0, 64.0, None]
+    runs = [run("lora", seed, score) for seed, score in zip((1, 1, 2, 1), scores, strict=True)]
+    runs = [
+        replace(one, created=at, folder=tmp_path / at[:10], status="done" if one.score else "running")
+        for one, at in zip(runs, began, strict=True)
+    ]
+    (row,) = over_seeds(runs, "mean")
+    assert [(one.seed, one.score) for one in row.records] == [(1, 61.0), (2, 64.0)]  # the last one that has a score
+    for one in runs[:3]:
+        one.folder.mkdir()
+        one.save()
+    for words in (["--mean"], ["--rows", "method"]):
+        assert main([str(tmp_path), *words]) == 0
+        told = capsys.readouterr()
+        assert "62.50 ± 2.12" in told.out
+        assert told.err == "1 run was trained more than once; a mean takes the last time.\n"
+
+
 def test_what_differs_in_more_than_the_seed_has_rows_of_its_own() -> None:
     runs = [run("lora", seed, trainer={"learning_rate": rate}) for seed, rate in product((1, 2), (1e-3, 1e-4))]
     assert [len(row.records) for row in over_seeds(runs, "mean")] == [2, 2]
@@ -311,7 +331,7 @@ def test_fidelity_is_compared_where_a_record_has_it() -> None:
 
 
 def test_a_cell_is_no_mean_over_different_settings(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    saved(run("lora", 1, 10.0, outputs / "other", trainer={"learning_rate": 0.5}))
+    saved(run("lora", 1, 10.0, outputs / "other", run="other", trainer={"learning_rate": 0.5}))
     with pytest.raises(UserError, match=r"The cell of lora .* the seed \(learning_rate: , 0.5\).*--mix learning_rate"):
         main([str(outputs), "--rows", "method"])
     assert "49.75" in printed(capsys, outputs, "--rows", "method", "--mix", "learning_rate")

@@ -83,6 +83,16 @@ def test_every_run_of_a_sweep_is_counted(outputs: Path, capsys: pytest.CaptureFi
     assert sweep["counts"]["interrupted"] == 1
 
 
+def test_what_was_typed_is_shown_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    typed = [f"mix=[{name}] trainer.learning_rate=0.1 task.prompt=:smile:{name}" for name in ("prefix", "ia3_ffn")]
+    runs = [(line.split(), replace(RUN, seed=seed, output_dir=str(tmp_path))) for seed, line in enumerate(typed)]
+    Plan.of([Member(*one) for one in runs], ["-m", "mix=[prefix],[ia3_ffn]"]).save(tmp_path)
+    assert main([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "'mix=[prefix],[ia3_ffn]'" in printed
+    assert re.search(r"\[prefix\] +:smile:prefix", printed)
+
+
 def test_done_runs_are_listed_where_asked(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(outputs)])
     assert "1:00:00" not in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from rich.console import Console
 
 from peftbench.errors import UserError
 from peftbench.fidelity import Deviation
+from peftbench.results.columns import columns
 from peftbench.results.command import main
 from peftbench.results.formats import to_csv, to_json
 from peftbench.results.record import Axes, Backbone, Counts, Failure, Record, Score
-from peftbench.results.table import show, single_row, wrapped
+from peftbench.results.row import over_seeds
+from peftbench.results.table import show, show_table, single_row, wrapped
 
 HEADS = Axes("", "softmax", "heads", "parallel", "gated", 1.0, 30, {})
 FFN = Axes("mix.ffn.", "relu", "ffn", "parallel", "scaled", 4.0, 512, {})
@@ -82,6 +85,7 @@ def positions(text: str, *parts: str) -> list[int]:
         ("failed: OutOfMemoryError", 18, ["failed:", "OutOfMemoryError"]),
         ("failed: OutOfMemoryError", 13, ["failed:", "OutOfMemory", "Error"]),
         ("table5, bart_large", 10, ["table5,", "bart_large"]),
+        ("learning_rate 0.001: 60.00, 0.003: 65.00", 30, ["learning_rate 0.001: 60.00,", "0.003: 65.00"]),
         ("123456789", 4, ["123456789"]),
         ("", 4, [""]),
     ],
@@ -97,6 +101,18 @@ def test_eight_runs_best_first(width: int) -> None:
     places = positions(text, *(f"{score:.2f}" for score in sorted(scores, reverse=True)))
     assert places == sorted(places)
     assert text.count("doctopic") == 1
+
+
+@pytest.mark.parametrize("width", [48, 54, 60])
+def test_on_a_narrow_terminal_words_give_way_to_numbers(width: int) -> None:
+    runs = [record(63.17, FFN, method="scaled_parallel_adapter", seed=seed) for seed in (1, 2)]
+    console = Console(width=width, file=io.StringIO(), force_terminal=False)
+    rows = over_seeds([replace(run, run=str(run.seed)) for run in runs], "mean")
+    show_table(columns(rows), rows, console)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    positions(text, "bottle-", "scaled_", "parallel_", "adapter", "relu", "63.17 ± 0.00", " 2")
 
 
 @pytest.mark.parametrize("width", [80, 200])
@@ -143,6 +159,8 @@ def test_settings_tell_runs_apart_that_look_alike() -> None:
     ]
     text = shown(rates, 160)
     assert "learning" in text and "0.001" in text and "0.002" in text and "device" not in text
+    failed = record(None, FFN, method="lora", status="failed", error=Failure("RuntimeError", ""))
+    assert "learning" in shown([*(replace(run, method="parallel_adapter") for run in rates), failed], 80)
     others = [record(50.0, FFN, seed=seed, trainer={"learning_rate": seed / 1000}) for seed in (1, 2)]
     assert "learning" not in shown(others, 160)
 

@@ -37,6 +37,7 @@ from peftbench.config import Device, Generation, Keep, Model, Run, Task, TaskKin
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
 from peftbench.prediction.predict import mean_loss, predict
+from peftbench.tasks.deal import ROW, numbered
 from peftbench.tasks.files import read_file
 from peftbench.tasks.load import load
 from peftbench.tasks.prepare import KINDS, prepare
@@ -224,6 +225,8 @@ def test_classification(reviews: Task) -> None:
         {"index": 0, "prediction": "bad", "reference": "good"},
         {"index": 1, "prediction": "bad", "reference": "bad"},
     ]
+    taken = numbered(task.report_rows).select([2, 0])
+    assert [one["index"] for one in task.records(["bad", "bad"], taken)] == [2, 0]
 
 
 def test_regression(tmp_path: Path) -> None:
@@ -413,6 +416,7 @@ def test_columns_of_columns_are_opened_and_lists_joined(tmp_path: Path, news: Ta
     assert loaded["ro"][:] == ["n1", "n2", "n3"]
     merged = load(replace(task, merge_references=True)).rows["test"]
     assert (merged["en"][:], merged["ro"][:]) == (["good | bad", "bad"], [["n1", "n2"], ["n3"]])
+    assert merged[ROW][:] == [0, 2]
     write_lines(tmp_path / "test.jsonl", [*rows, {"translation": {"en": ["bad"], "ro": None}}])
     with pytest.raises(UserError, match=r"test\.jsonl:4: column ro holds None, not text"):
         load(replace(task, merge_references=True))

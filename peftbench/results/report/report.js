@@ -52,16 +52,16 @@ const COUNT = { key: "n", header: "n", name: "runs averaged", form: "count", bet
 for (const run of RUNS) {
   run.runs = [run];
   run.spreads = [];
-  run.cells.push(value(run, COLUMN.get("score")) === null ? 0 : 1);
+  run.cells.push(isScored(run) ? 1 : 0);
 }
 COLUMN.set("n", COUNT);
 COLUMNS.splice(COLUMNS.indexOf(COLUMN.get("score")) + 1, 0, COUNT);
 
 // Fill a row with the means over these of its runs, and their standard deviations (n - 1). As in peftbench results
 // --mean, only runs with a score count, and the difference to full fine-tuning is that of the means.
-function average(row, runs) {
-  const scored = runs.filter(run => value(run, COLUMN.get("score")) !== null), counted = runs.length > 1 ? scored : runs;
-  row.runs = runs;
+function average(row, found) {
+  const runs = once(found), scored = runs.filter(isScored), counted = runs.length > 1 ? scored : runs;
+  row.runs = found;
   row.cells = [];
   row.spreads = [];
   for (const column of COLUMNS) {
@@ -81,6 +81,16 @@ function average(row, runs) {
   row.cells[seed.index] = Math.min(...seeds);
   row.seeds = seeds.length < 6 ? seeds.sort((a, b) => a - b).join(", ") : `${seeds.length} seeds`;
 }
+
+// Of a run that was trained more than once, in folders of their own, the one with a score that began last.
+function once(runs) {
+  const turn = run => `${Number(isScored(run))} ${value(run, COLUMN.get("created"))}`;
+  const last = new Map();
+  for (const run of runs) if (!last.has(run.run) || turn(run) > turn(last.get(run.run))) last.set(run.run, run);
+  return [...last.values()];
+}
+
+function isScored(run) { return value(run, COLUMN.get("score")) !== null; }
 
 function differences() { // to the best full fine-tuning of the group
   const [delta, score] = [COLUMN.get("delta"), COLUMN.get("score")], best = new Map();
