@@ -156,13 +156,14 @@ class Sweep:
         self.plan.save(self.root)
 
     def show(self) -> int:
-        """Print the table of all runs with how each ended; returns 0 if every run is done, else 1."""
+        """Print the table of the runs that have begun, with how each ended; returns 0 if all runs are done, else 1."""
         self.settle()
         records = [self._record(folder, run) for folder, run in self.runs.items()]
         console = terminal()
         console.print()
-        show(records, console, status=self._status)
-        console.print()
+        if begun := [record for record in records if record.status != "missing"]:
+            show(begun, console, status=self._status)
+            console.print()
         # Of runs that differ in their seed one line says what was searched.
         for line in dict.fromkeys(
             sentence(record) for record in records if record.search and record.search.role == "final"

@@ -193,7 +193,10 @@ def test_an_interrupt_ends_a_sweep_with_its_table(
     monkeypatch.setattr(Evaluator, "score", interrupted)
     assert main(["train", "-m", *smoke, "method=lora,head,bitfit", "task.baselines=[]"]) == 130
     assert sorted(record["status"] for record in records(tmp_path / "outputs")) == ["done", "interrupted"]
-    assert "1 of 3 runs are done. 2 unfinished; the same line" in " ".join(capsys.readouterr().out.split())
+    out = capsys.readouterr().out
+    assert "1 of 3 runs are done. 2 unfinished; the same line" in " ".join(out.split())
+    table = out[out.rindex("method  ") :]
+    assert "head smoke" in table and "bitfit" not in table  # which has not begun
 
 
 @pytest.mark.slow  # with a real Ctrl-C
