@@ -17,8 +17,8 @@ from peftbench.config import conf_dir, resolve
 from peftbench.errors import UserError, of_the_machine, print_faults
 from peftbench.quick_imports import quick_imports
 from peftbench.results.sweep import Sweep
-from peftbench.search import check, is_open, phases
-from peftbench.sweeper import INTERRUPTED, places_of, put_off, shown, train_all, train_one, wait_for_others
+from peftbench.sweeps.search import check, is_open, phases
+from peftbench.sweeps.sweeper import INTERRUPTED, places_of, put_off, shown, train_all, train_one, wait_for_others
 
 
 def main(argv: list[str]) -> int:

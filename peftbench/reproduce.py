@@ -27,7 +27,7 @@ from peftbench.results.identity import run_dir
 from peftbench.results.paper import is_the_papers, paper_scores
 from peftbench.results.record import Record, find, load_records
 from peftbench.results.table import show_table
-from peftbench.search import phases
+from peftbench.sweeps.search import phases
 from peftbench.terminal import terminal
 
 

@@ -41,7 +41,7 @@ from peftbench.results.record import Counts, Record, Score, Searched, Selection,
 from peftbench.results.recording import axes_of, forget_refused, recording
 from peftbench.results.run_files import CHECKPOINTS, append_metrics, rewind_metrics, write_predictions
 from peftbench.results.table import single_row
-from peftbench.search import search_faults
+from peftbench.sweeps.search import search_faults
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.docstrings import versions
 from peftbench.tasks.load import load

@@ -86,22 +86,15 @@ def _representation(m: config.Modification) -> str:
 def _freeze(
     model: PreTrainedModel, sites: Sites, unfreeze: config.Unfreeze, untrained: Collection[str], train_head: bool
 ) -> None:
-    norms, computed_in = _norms(model), model.dtype
-    nothing = unfreeze is not config.Unfreeze.none
+    computed_in, unfrozen = model.dtype, _unfrozen(model, unfreeze)
+    in_backbone = False
     for name, parameter in model.named_parameters():
         in_head = name in untrained or name.split(".")[0] in sites.family.task_head
-        in_backbone = {
-            config.Unfreeze.none: False,
-            # T5's relative_attention_bias.weight is a table of positions.
-            config.Unfreeze.bias: name.rpartition(".")[2] == "bias",
-            config.Unfreeze.norm: id(parameter) in norms,
-            config.Unfreeze.all: True,
-        }[unfreeze]
-        parameter.requires_grad_((in_head and train_head) or in_backbone)
+        in_backbone = in_backbone or (name in unfrozen and not in_head)
+        parameter.requires_grad_((in_head and train_head) or name in unfrozen)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-        nothing = nothing and (in_head or not in_backbone)
-    if nothing:
+    if unfreeze is not config.Unfreeze.none and not in_backbone:
         raise UserError(
             f"unfreeze={unfreeze.name}: {model.config.model_type} has no {unfreeze.name} to train; use unfreeze=norm, "
             "or a method that adds parameters, such as method=lora."
@@ -111,6 +104,19 @@ def _freeze(
     for module in model.modules():  # the task head's Linears
         if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
             module.register_forward_pre_hook(_read_in_float32)
+
+
+def _unfrozen(model: PreTrainedModel, unfreeze: config.Unfreeze) -> set[str]:
+    """The names of the parameters that `unfreeze` says are trained."""
+    names = {name for name, _ in model.named_parameters()}
+    if unfreeze is config.Unfreeze.none:
+        return set()
+    if unfreeze is config.Unfreeze.bias:  # not T5's relative_attention_bias.weight, a table of positions
+        return {name for name in names if name.rpartition(".")[2] == "bias"}
+    if unfreeze is config.Unfreeze.norm:
+        norms = _norms(model)
+        return {name for name, parameter in model.named_parameters() if id(parameter) in norms}
+    return names
 
 
 def _read_in_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

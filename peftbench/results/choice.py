@@ -16,7 +16,7 @@ from peftbench.errors import UserError
 from peftbench.results.fields import described, typed
 from peftbench.results.identity import run_dir
 from peftbench.results.record import Record, Searched, Trial, find
-from peftbench.search import settings, trials, values
+from peftbench.sweeps.search import settings, trials, values
 
 
 class NoChoice(UserError):

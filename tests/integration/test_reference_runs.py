@@ -13,7 +13,7 @@ import pytest
 
 from peftbench.compose import compose_points
 from peftbench.results.identity import run_hash
-from peftbench.search import check, phases
+from peftbench.sweeps.search import check, phases
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "reference_runs.sh"
 FOLDERS = ("backbones/minilm-l6", "backbones/bart-mini", "data/sst2", "data/rte", "data/webnlg", "data/xsum_subset")

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-import peftbench.sweeper
+import peftbench.sweeps.sweeper
 from peftbench.cli import main
 from peftbench.compose import _grids, compose_points
 from peftbench.config import Run
 from peftbench.errors import UserError
 from peftbench.results.differences import distinctive
-from peftbench.search import check
-from peftbench.workers import Ended
+from peftbench.sweeps.search import check
+from peftbench.sweeps.workers import Ended
 from tests.integration.test_cli import records, sentiment, smoke
 
 __all__ = ["sentiment", "smoke"]  # fixtures
@@ -84,7 +84,7 @@ def test_all_grids_are_trained_as_one_sweep(
         trained.append((run.method, run.budget))
         return Ended()
 
-    monkeypatch.setattr(peftbench.sweeper, "attempt", attempt)
+    monkeypatch.setattr(peftbench.sweeps.sweeper, "attempt", attempt)
     assert main(["train", "-m", *smoke, "method=full", "and", "method=prefix,lora", "budget=3%"]) == 1
     assert trained == [("full", None), ("prefix", "3%"), ("lora", "3%")]
     assert "0 of 3 runs are done. 3 unfinished" in capsys.readouterr().out

@@ -21,12 +21,12 @@ from typing import Any
 import pytest
 import torch
 
-from peftbench import mps as module
-from peftbench import places, workers
 from peftbench.cli import main
 from peftbench.errors import UserError
-from peftbench.mps import CONTROL, LOGS, PIPES, UnusableError, await_gpu, shared
-from peftbench.workers import Ended
+from peftbench.sweeps import mps as module
+from peftbench.sweeps import places, workers
+from peftbench.sweeps.mps import CONTROL, LOGS, PIPES, UnusableError, await_gpu, shared
+from peftbench.sweeps.workers import Ended
 
 TWO_ON_ONE = [{"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpu} for gpu in ("GPU-b", "GPU-a", "GPU-b")]
 PYTHON = sys.executable
@@ -222,7 +222,7 @@ def test_it_ends_with_the_sweep(number: signal.Signals, machine: Any, tmp_path: 
     code = f"""
 import sys, time
 from pathlib import Path
-from peftbench import mps
+from peftbench.sweeps import mps
 mps.PARENT, mps.DEFAULT_PIPES, sys.executable = Path({str(tmp_path)!r}), Path("/nonexistent"), {str(made.python)!r}
 with mps.shared(True, {TWO_ON_ONE!r}, Path({str(tmp_path)!r})):
     try:

@@ -21,7 +21,7 @@ from peftbench.results.record import Failure, Score, Searched, Selection, Trial,
 from peftbench.results.recording import describe
 from peftbench.results.status import main as status
 from peftbench.results.sweep import Sweep
-from peftbench.search import check, phases, search_faults, settings, trials
+from peftbench.sweeps.search import check, phases, search_faults, settings, trials
 from tests.unit.test_record import RUN as BARE
 from tests.unit.test_table import record, saved
 

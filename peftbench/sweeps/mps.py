@@ -3,7 +3,7 @@
 Without it a GPU gives each process a slice of its time. A daemon of our own runs for as long as a sweep's workers. Its
 pipes lie in a folder of its own, which the workers find by their environment. Imports no torch.
 
-    python -m peftbench.mps    starts CUDA as every CUDA program does, and prints why that fails
+    python -m peftbench.sweeps.mps    starts CUDA as every CUDA program does, and prints why that fails
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def await_gpu(place: Mapping[str, str]) -> None:
     while True:
         try:
             asked = subprocess.run(
-                [sys.executable, "-m", "peftbench.mps"],
+                [sys.executable, "-m", "peftbench.sweeps.mps"],
                 env={**os.environ, **place},
                 stdin=subprocess.DEVNULL,
                 capture_output=True,

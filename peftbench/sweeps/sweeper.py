@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from peftbench import mps
 from peftbench.compose import Point
 from peftbench.config import Run, by_key
 from peftbench.errors import UserError, print_faults
@@ -18,8 +17,9 @@ from peftbench.results.differences import distinctive
 from peftbench.results.live import LiveSweep
 from peftbench.results.record import find, finished
 from peftbench.results.sweep import FOLDER, Member, Sweep
+from peftbench.sweeps import mps
+from peftbench.sweeps.workers import Ended, Job, Workers, attempt
 from peftbench.terminal import say, terminal
-from peftbench.workers import Ended, Job, Workers, attempt
 
 INTERRUPTED = 130  # the exit code
 
@@ -51,7 +51,7 @@ def places_of(runs: Sequence[Run]) -> list[dict[str, str]]:
     """
     if all(run.jobs == "1" for run in runs):
         return [{}]
-    from peftbench.places import places
+    from peftbench.sweeps.places import places
 
     found = places(runs)
     mps.wanted(_mps(runs), found)  # refused before anything is written
