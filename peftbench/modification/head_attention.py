@@ -130,7 +130,7 @@ def modified_attention(
     for modification in modifications:
         if isinstance(modification, Prefix):
             if modification.in_cache and attention_mask is None:
-                continue
+                continue  # it would change nothing, and to call a module takes time, at every token
             key, value, attention_mask = modification(key, value, attention_mask)
             if kwargs.get("position_bias") is not None:  # T5's; a prefix has no position
                 kwargs["position_bias"] = F.pad(kwargs["position_bias"], (modification.function.bottleneck, 0))

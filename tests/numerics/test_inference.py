@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -90,6 +91,22 @@ def test_bfloat16_differs_by_its_rounding(preset: str) -> None:
     assert distance < 0.1 * exact.square().mean().sqrt()
 
 
+def tokens(count: int, **options: Any) -> GenerationConfig:
+    """Generate just so many."""
+    special = {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    return GenerationConfig(min_new_tokens=count, max_new_tokens=count, do_sample=False, **special, **options)
+
+
+def predicted(model: PreTrainedModel, given: dict[str, Tensor], generation: GenerationConfig) -> np.ndarray:
+    """`predict` on rows that are padded already, two at a time."""
+
+    def collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {name: torch.tensor([example[name] for example in examples]) for name in given}
+
+    rows = Dataset.from_dict({name: tensor.tolist() for name, tensor in given.items()})
+    return predict(model, rows, collate, batch_size=2, generation=generation)
+
+
 SOON = (("bart", "bare"), ("bart", "mam"), ("mbart", "mam"), ("t5", "mam"), ("qwen2", "mam"))
 GENERATIONS = [
     (family, preset)
@@ -109,19 +126,12 @@ def test_predict_generates_what_the_model_generates(family: str, preset: str, be
     model = attached(family, preset)
     fold(model)
     given = inputs(family, (9, 7, 6))
-    lengths = {"min_new_tokens": 6, "max_new_tokens": 6}
-    options = GenerationConfig(num_beams=beams, do_sample=False, pad_token_id=1, **lengths)
-    options.eos_token_id, options.decoder_start_token_id = 2, 2
+    options = tokens(6, num_beams=beams)
     if family not in CONTINUING:  # so that a text depends on the order of many logits
         options.no_repeat_ngram_size = 1
     with torch.no_grad():
         expected = model.generate(**given, generation_config=options)
-    rows = {name: tensor.tolist() for name, tensor in given.items()}
-
-    def collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        return {name: torch.tensor([example[name] for example in examples]) for name in rows}
-
-    found = predict(model, Dataset.from_dict(rows), collate, batch_size=2, generation=options)
+    found = predicted(model, given, options)
     new = expected[:, 9:] if family in CONTINUING else expected
     assert torch.equal(torch.from_numpy(found), new)
 
@@ -143,16 +153,8 @@ def test_beams_share_their_source(preset: str, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(head_attention, "sdpa_attention_forward", spy)
     given = inputs("bart", (9, 6))
-    options = GenerationConfig(num_beams=4, max_new_tokens=5, min_new_tokens=5, pad_token_id=1, eos_token_id=2)
-    options.decoder_start_token_id = 2
-    rows = {name: tensor.tolist() for name, tensor in given.items()}
-    predict(
-        model,
-        Dataset.from_dict(rows),
-        lambda examples: {name: torch.tensor([example[name] for example in examples]) for name in rows},
-        batch_size=2,
-        generation=options,
-    )
+    options = tokens(5, num_beams=4)
+    predicted(model, given, options)
     assert len(calls) == 2 * 5  # layers x tokens
     assert {call[1:] for call in calls} == {(4, 2)}
     assert len({pointer for pointer, _, _ in calls}) == 2  # one tensor for each layer
@@ -173,18 +175,10 @@ def test_a_prefix_is_joined_once_for_a_text(family: str, joins: int, monkeypatch
         return vectors(prefix, dtype)
 
     given = inputs(family, (9, 9))
-    options = GenerationConfig(num_beams=3, max_new_tokens=5, min_new_tokens=5, pad_token_id=1, eos_token_id=2)
-    options.decoder_start_token_id = 2
-    rows = {name: tensor.tolist() for name, tensor in given.items()}
+    options = tokens(5, num_beams=3)
     expected = logits(model, family)
     monkeypatch.setattr(head_attention.Prefix, "vectors", counting)
-    predict(
-        model,
-        Dataset.from_dict(rows),
-        lambda examples: {name: torch.tensor([example[name] for example in examples]) for name in rows},
-        batch_size=2,
-        generation=options,
-    )
+    predicted(model, given, options)
     assert len(calls) == joins
     assert torch.equal(logits(model, family), expected)
 

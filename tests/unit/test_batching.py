@@ -63,7 +63,7 @@ def test_an_example_that_is_too_long_stands_alone() -> None:
 def test_no_batch_is_padded_beyond_the_backbones_positions(count: int, width: int, tmp_path: Path) -> None:
     data = Rows({}, [35, 20])
     data.train = Dataset.from_dict({"input_ids": [[7] * 30, [8] * 15], "labels": [[9] * 5] * 2})
-    data.collator = PromptCollator(1)  # type: ignore[method-assign]
+    data.collator = PromptCollator(1)  # type: ignore[method-assign]  # a method of the stand-in for a task
     model, widths = build("gpt2", n_positions=count), []
     attach(model, PRESETS["lora"])
     model.transformer.h[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
