@@ -15,7 +15,7 @@ from peftbench.results.row import over_seeds, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "outputs" / "reference"
-RUNS = {"grid": 38, "text": 45}
+RUNS = {"grid": 40, "text": 45, "text_long": 4, "grid_sst2": 29}
 
 
 @pytest.mark.parametrize("part", RUNS)
@@ -51,7 +51,13 @@ def test_the_readme_prints_what_the_records_say() -> None:
         ["trials=true", "--show", "method,score,searched"],
         ["--paper", "--csv"],
         ["method=mam,lora", "--mean"],
-        ["task=webnlg", "--rows", "method,scale,modified_representation,learning_rate", "--columns", "budget"],
+        [
+            "task=webnlg",
+            "--rows",
+            "method,scale,modified_representation,trainer.epochs,learning_rate",
+            "--columns",
+            "budget",
+        ],
     ],
 )
 def test_tables(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
