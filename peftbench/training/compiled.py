@@ -49,9 +49,11 @@ class CompiledLayers:
         self._set(active=True)
         settings: Any = shapes
         limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+        # A layer's scales and rates never change: as symbols, which `dynamic` makes of them, they are traced twice.
+        tracing = torch._dynamo.config.patch({limit: VARIANTS, "specialize_float": True})
         try:
             # Without duck shapes a width that happens to equal the batch size or a layer's width is no case of its own.
-            with torch._dynamo.config.patch({limit: VARIANTS}), settings.patch(use_duck_shape=False):
+            with tracing, settings.patch(use_duck_shape=False):
                 yield
         finally:
             self._set(active=False)
