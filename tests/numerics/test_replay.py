@@ -49,12 +49,18 @@ class Tape(TorchDispatchMode):
 
     def __init__(self) -> None:
         self.kernels: list[tuple[Callable[..., Any], Any, Any, Any]] = []
+        # What BART draws for LayerDrop, on the CPU wherever it runs; before transformers 5.24 also where it has none.
+        self.drawn: list[Any] = []
         super().__init__()
 
     def __torch_dispatch__(self, kernel: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if kernel is torch.ops.aten._local_scalar_dense.default:
+        read = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        on_cpu = bool(read) and all(any(leaf is each for each in self.drawn) for leaf in read)
+        if kernel is torch.ops.aten._local_scalar_dense.default and not on_cpu:
             raise UserError("it waits for the GPU")
         outcome = kernel(*args, **(kwargs or {}))
+        if on_cpu or (kernel is torch.ops.aten.rand.default and args[0] == []):
+            self.drawn.append(outcome)
         self.kernels.append((kernel, args, kwargs or {}, outcome))
         return outcome
 
