@@ -52,6 +52,7 @@ from peftbench.training.fit import fit
 from peftbench.training.pace import Pace
 
 WARM_UP = 10  # steps at the start of each round that are not counted: kernels are loaded, graphs recorded
+PROFILED = 45  # kernels that a profile lists
 RUN = 2000  # steps of the run that each round begins and then stops: it logs as seldom as a real one
 
 
@@ -441,7 +442,7 @@ def profile(bench: Bench, variant: Variant, steps: int) -> str:
         events = [event for event in events if "CUDA" in str(event.device_type)] or events
     total = sum(getattr(event, key, 0) for event in events) or 1
     lines = [f"profile of {variant.name}, {steps} steps: {total / 1000 / steps:.1f} ms of kernels a step"]
-    for event in events[:30]:
+    for event in events[:PROFILED]:
         spent = getattr(event, key, 0)
         share = f"{spent / 1000 / steps:>9.2f} ms {100 * spent / total:>5.1f}%"
         lines.append(f"{share} {event.count / steps:>7.0f} x {event.key[:100]}")
@@ -512,7 +513,7 @@ def main() -> None:
         if args.profile:
             chosen = next((v for v in variants if args.profile in v.name), None)
             try:
-                print(profile(bench, chosen, 5) if chosen else f"no variant has {args.profile} in its name", flush=True)
+                print(profile(bench, chosen, 12) if chosen else f"no variant has {args.profile} in its name", flush=True)
             except Exception:
                 traceback.print_exc()
         print(f"\n{args.shape}, {args.rounds} rounds of {args.steps} steps, torch {torch.__version__}")
