@@ -513,7 +513,9 @@ def main() -> None:
         if args.profile:
             chosen = next((v for v in variants if args.profile in v.name), None)
             try:
-                print(profile(bench, chosen, 12) if chosen else f"no variant has {args.profile} in its name", flush=True)
+                print(
+                    profile(bench, chosen, 12) if chosen else f"no variant has {args.profile} in its name", flush=True
+                )
             except Exception:
                 traceback.print_exc()
         print(f"\n{args.shape}, {args.rounds} rounds of {args.steps} steps, torch {torch.__version__}")

@@ -95,6 +95,7 @@ class Replayed:
             if self.required:
                 raise
             self.recorder = None
+            self.recorded.clear()
             return False
         return True
 
@@ -137,6 +138,8 @@ class CudaGraphs:
             UserError: the function waits for the GPU, or does what else a graph cannot.
         """
         graph: Any = torch.cuda.CUDAGraph()
+        generator: Any = torch.cuda.default_generators[torch.cuda.current_device()]
+        random = generator.clone_state()
         torch.cuda.empty_cache()  # a graph cannot use what unrecorded steps leave behind
         torch.cuda.synchronize()
         with self._stream(), _no_collection():
@@ -148,6 +151,7 @@ class CudaGraphs:
             except RuntimeError as error:
                 with suppress(RuntimeError):  # that of a recording that failed
                     graph.capture_end()
+                generator.graphsafe_set_state(random)  # as torch left it, it would give numbers to recordings alone
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
                 raise UserError(

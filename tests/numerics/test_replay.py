@@ -317,6 +317,25 @@ def test_what_waits_for_the_gpu_cannot_be_recorded() -> None:
     with pytest.raises(UserError, match=r"use trainer\.graphs=false"):
         replayed({"x": torch.ones(3, device="cuda")})
     assert float(step({"x": torch.ones(3, device="cuda")})) == 9.0  # the GPU goes on
+    assert float(torch.rand(9, device="cuda").sum()) > 0
+
+
+@pytest.mark.gpu
+def test_a_step_that_cannot_be_recorded_drops_out_as_ever() -> None:
+    """Also where a graph of another shape had been recorded before, which is replayed no more."""
+    torch.manual_seed(0)
+    parameter = nn.Parameter(torch.rand(1000, device="cuda"))  # sums tell what was dropped
+
+    def step(batch: dict[str, Tensor]) -> Tensor:
+        loss = nn.functional.dropout(parameter * batch["x"].sum(), 0.5).mean()
+        if len(batch["x"]) > 1:
+            loss = loss * float(batch["x"].mean())
+        loss.backward()
+        return loss.detach()
+
+    replayed = Replayed(step, [parameter], required=False)
+    losses = {float(replayed({"x": torch.ones(rows, device="cuda")})) for rows in (1, 1, 1, 2, 2, 2, 1, 1)}
+    assert replayed.recorder is None and len(losses) == 8
 
 
 def test_graphs_need_a_gpu(tmp_path: Path) -> None:
