@@ -104,15 +104,20 @@ SHAPES = {
 # What is taken back from all fast paths on, by name.
 WITHOUT: dict[str, dict[str, Any]] = {
     "on": {},
+    "no_graphs": {"graphs": False},
     "no_compile": {"compile": Compile.none},
     "bucketed": {"padding_free": False, "batching": Batching.bucketed},
     "padded": {"padding_free": False},
     "no_fused_loss": {"fused_loss": False},
     "no_bf16_backbone": {"dtype": DType.float32},
-    "graphs": {"graphs": True},
-    "graphs_no_compile": {"graphs": True, "compile": Compile.none},
-    "graphs_padded": {"graphs": True, "padding_free": False, "batching": Batching.bucketed},
-    "off": {"compile": Compile.none, "padding_free": False, "fused_loss": False, "dtype": DType.float32},
+    "defaults": {"compile": Compile.none, "dtype": DType.float32},
+    "off": {
+        "compile": Compile.none,
+        "padding_free": False,
+        "fused_loss": False,
+        "graphs": False,
+        "dtype": DType.float32,
+    },
 }
 
 
@@ -251,7 +256,12 @@ class Bench:
         self, model: PreTrainedModel, run: Run, steps: int, changes: dict[str, Any]
     ) -> tuple[list[float], list[float]]:
         """`peftbench.training.fit.fit` for so many steps with all fast paths but for `changes`."""
-        fast = {"compile": Compile.layers, "padding_free": True, "fused_loss": True}
+        fast = {
+            "compile": Compile.layers,
+            "padding_free": True,
+            "fused_loss": True,
+            "graphs": self.device.type == "cuda",
+        }
         settings = replace(
             run.trainer,
             **{**fast, **changes},
@@ -344,24 +354,16 @@ class Bench:
         return get_peft_model(model, lora)
 
     def variants(self, ablations: list[str]) -> Iterator[Variant]:
-        """All of them, those that the targets are about first."""
+        """All of them: peft, ours with each of the ablations, the frozen limit, full fine-tuning by Trainer."""
         yield self.peer("peft lora eager", self.peft, compiled=False)
-        pairs = (("mam", "mam"), ("lora", "lora_ffn"))
         for change in ablations:
-            if "graphs" not in change:
-                for name, method in pairs:
-                    yield self.ours(f"{name} {change}", method, **WITHOUT[change])
+            for name, method in (("mam", "mam"), ("lora", "lora_ffn"), ("full", "full")):
+                yield self.ours(f"{name} {change}", method, **WITHOUT[change])
         yield self.limit("limit on")
         yield self.limit("limit off", **WITHOUT["off"])
         yield self.peer("full Trainer eager", lambda model: model, compiled=False)
-        yield self.ours("full ours eager", "full", **WITHOUT["off"])
-        yield self.ours("full ours on", "full")
         yield self.peer("peft lora compiled", self.peft, compiled=True)
         yield self.peer("full Trainer compiled", lambda model: model, compiled=True)
-        for change in ablations:  # last of all: a recording that failed can leave the GPU useless
-            if "graphs" in change:
-                for name, method in (*pairs, ("full", "full")):
-                    yield self.ours(f"{name} {change}", method, **WITHOUT[change])
 
 
 def measure(bench: Bench, variant: Variant, steps: int, result: Result) -> None:

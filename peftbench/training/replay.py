@@ -36,6 +36,9 @@ class Recorder(Protocol):
     def compute(self, function: Callable[[], Tensor]) -> Tensor:
         """The function's outcome."""
 
+    def release(self) -> None:
+        """Give back the memory of all that was recorded, which is replayed no more."""
+
 
 class Replayed:
     """A step that is computed where the shape of its batch is new, recorded when it comes again, and then replayed.
@@ -82,6 +85,12 @@ class Replayed:
             kept[name].copy_(tensor, non_blocking=True)
         replay()
         return loss.clone()
+
+    def release(self) -> None:
+        """Give back the memory of all that was recorded; what comes then is recorded anew."""
+        self.recorded.clear()
+        if self.recorder is not None:
+            self.recorder.release()
 
     def _record(self, key: Key, batch: Mapping[str, Tensor]) -> bool:
         """Record the step for batches of a shape that comes again; whether that was done."""
@@ -160,6 +169,11 @@ class CudaGraphs:
                 ) from error
         self.graphs += 1
         return graph.replay, outcome
+
+    def release(self) -> None:
+        """Give back the memory of all graphs, which are gone by now."""
+        self.pool, self.graphs = type(self.pool)(), 0
+        torch.cuda.empty_cache()
 
     @contextmanager
     def _stream(self) -> Iterator[None]:

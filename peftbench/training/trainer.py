@@ -97,7 +97,17 @@ class FineTuner(MicroBatched, Resumable):
         return 0
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if self.replayed is not None and _crowded(self.args.device):
+            self.replayed.release()  # nothing but graphs can use their memory
         metrics = {f"eval_{name}": value for name, value in self.scores().items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def _crowded(device: torch.device) -> bool:
+    """Whether less than half of a GPU's memory is free."""
+    if device.type != "cuda":
+        return False
+    free, total = torch.cuda.mem_get_info(device)
+    return free < total / 2

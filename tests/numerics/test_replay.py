@@ -28,7 +28,10 @@ class Recorder:
     """In the place of CUDA: a recording computes nothing, a replay calls the function."""
 
     def __init__(self) -> None:
-        self.recorded = self.replayed = 0
+        self.recorded = self.replayed = self.released = 0
+
+    def release(self) -> None:
+        self.released += 1
 
     def compute(self, function: Callable[[], Tensor]) -> Tensor:
         return function()
@@ -160,6 +163,37 @@ def test_what_cannot_be_recorded_is_computed_where_that_is_wanted() -> None:
     assert all(
         torch.equal(mine, p.grad) for mine, p in zip(found, module.parameters(), strict=True) if p.grad is not None
     )
+
+
+def test_what_was_released_is_recorded_anew() -> None:
+    module, step = linear()
+    recorder = Recorder()
+    replayed = Replayed(step, module.parameters(), recorder)
+    batch = {"x": torch.ones(1, 3), "count": torch.tensor(1.0)}
+    losses = [replayed(batch) for _ in range(3)]
+    replayed.release()
+    losses += [replayed(batch) for _ in range(2)]
+    assert (recorder.recorded, recorder.replayed, recorder.released) == (2, 4, 1)
+    assert all(torch.equal(loss, losses[0]) for loss in losses)
+
+
+@pytest.mark.gpu
+def test_released_memory_is_for_all() -> None:
+    parameter = nn.Parameter(torch.ones((), device="cuda"))
+
+    def step(batch: dict[str, Tensor]) -> Tensor:
+        loss = (parameter * batch["x"].repeat(2**20)).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    replayed = Replayed(step, [parameter])
+    before = torch.cuda.memory_reserved()
+    for _ in range(2):
+        losses = [float(replayed({"x": torch.full((32,), 3.0, device="cuda")})) for _ in range(3)]
+        assert losses == 3 * [9.0]
+        assert torch.cuda.memory_reserved() > before + 2**27
+        replayed.release()
+        assert torch.cuda.memory_reserved() < before + 2**26
 
 
 def test_rows_come_in_few_lengths() -> None:
