@@ -287,11 +287,11 @@ def _status(outcome: Callable[[Record], str], row: Row) -> str:
 
 
 def _count(number: float | None) -> str:
-    return "" if number is None else f"{round(number):,}"
+    return "" if number is None else f"{number:,.0f}"
 
 
 def _shortest(number: float) -> str:
-    return f"{number:,.0f}" if number == round(number) else _two(number) if number >= 0.1 else f"{number:g}"
+    return f"{number:,.0f}" if number % 1 == 0 else _two(number) if number >= 0.1 else f"{number:g}"
 
 
 def _two(number: float) -> str:

@@ -22,7 +22,7 @@ from peftbench.config import Modification
 from peftbench.errors import UserError
 from peftbench.results.bootstrap import Difference, paired_bootstrap
 from peftbench.results.differences import differing, flatten
-from peftbench.results.fields import text
+from peftbench.results.fields import FIELDS, text
 from peftbench.results.identity import IGNORED, plain
 from peftbench.results.record import FILE, Record, load_records
 from peftbench.results.row import Row, is_trial, over_seeds, unscored
@@ -136,14 +136,10 @@ def _found(word: str, folder: Path) -> list[Record]:
 
 def _check_comparable(a: Row, b: Row) -> None:
     one, other = a.scored[0], b.scored[0]
-    for what, values in {
-        "task": (one.task, other.task),
-        "metric": (one.metric, other.metric),
-        "split": (one.scores["report"].split, other.scores["report"].split),
-        "examples": (one.scores["report"].examples, other.scores["report"].examples),
-    }.items():
+    for key in ("task", "metric", "split", "examples"):
+        values = [FIELDS[key](record) for record in (one, other)]
         if values[0] != values[1]:
-            raise UserError(f"A and B cannot be compared, for they differ in {what}: {values[0]} and {values[1]}.")
+            raise UserError(f"A and B cannot be compared, for they differ in {key}: {values[0]} and {values[1]}.")
 
 
 def _asked(predictions: Sequence[dict[str, Any]]) -> list[Any]:

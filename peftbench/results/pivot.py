@@ -49,13 +49,15 @@ def pivot(
         mixed: keys that may differ within a column or a cell.
 
     Raises:
-        UserError: a key is none; or a column or a cell would mix what differs in a key that is not `mixed`.
+        UserError: a key is none, or `value` is that of no number; or a column or a cell would mix what differs in a key that is not `mixed`.
     """
     scored = [record for record in records if is_scored(record)]
     if not scored:
         raise UserError("None of these runs has a score to put into a table.")
     across, down = ([field(key, scored) for key in keys] for keys in (columns, rows))
     shown = field(value, scored)
+    if not all(isinstance(shown(record), int | float | None) for record in scored):
+        raise UserError(f"--value {value} is no number, as score, stored and time are; put it into --rows or --columns.")
     told = {*rows, *columns, *mixed}
 
     grid: dict[tuple[str, ...], dict[tuple[str, ...], list[Record]]] = {}
@@ -145,9 +147,10 @@ def _several(cells: Sequence[Sequence[Record]], told: set[str]) -> str | None:
     if not refused:
         return None
     seen = "; ".join(f"{key}: {', '.join(map(str, found))}" for key, found in list(differences.items())[:4])
-    where = f"{len(refused)} cells, such as that of" if len(refused) > 1 else "The cell of"
+    where = f"cell of {refused[0].method} on {refused[0].task}"
+    where = f"{len(refused)} cells, such as the {where}," if len(refused) > 1 else f"The {where}"
     return (
-        f"{where} {refused[0].method} on {refused[0].task}, would hold a mean over settings that differ in more than "
+        f"{where} would hold a mean over settings that differ in more than "
         f"the seed ({seen or 'compare two of them with peftbench compare'}). Choose by a filter, put the key into "
         f"--rows or --columns, or allow it with --mix {','.join(differences) or 'all'}."
     )
@@ -169,7 +172,7 @@ def _cell(head: tuple[str, ...], of: Callable[[Record], float | None], line: Lin
     value, spread = _number(head, of, line), _spread(head, of, line)
     if value is None:
         return ""
-    shown = f"{value:.2f}" if abs(value) < 1e4 else f"{round(value):,}"
+    shown = f"{value:.2f}" if abs(value) < 1e4 else f"{value:,.0f}"
     return shown if spread is None else f"{shown} ± {spread:.2f} ({len(line.cells[head].records)})"
 
 

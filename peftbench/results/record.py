@@ -7,6 +7,7 @@ are made from records. `recording.py` writes them.
 from __future__ import annotations
 
 import json
+import math
 import os
 import traceback
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
@@ -30,6 +31,10 @@ APART = ".apart"
 
 # missing: a run of a sweep that has not begun; no file says so.
 Status = Literal["running", "done", "failed", "interrupted", "missing"]
+
+
+class NewerError(ValueError):
+    """A later version of peftbench wrote the record, which this one cannot read."""
 
 
 @dataclass
@@ -209,9 +214,13 @@ class Record:
         """The record that `to_json` gave; unknown keys are passed over. Raises ValueError for anything else."""
         if not isinstance(values, dict) or "schema_version" not in values:
             raise ValueError("it is not the record of a run")
-        if values["schema_version"] != SCHEMA_VERSION:
-            raise ValueError(f"its schema_version is {values['schema_version']}, not {SCHEMA_VERSION}")
+        version = values["schema_version"]
+        if type(version) is int and version > SCHEMA_VERSION:
+            raise NewerError(f"a newer peftbench wrote it (schema_version {version}; this one reads {SCHEMA_VERSION})")
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"its schema_version is {version!r}, not {SCHEMA_VERSION}")
         record: Record = _decode(cls, {**values, "folder": folder})
+        _check(record)
         return record
 
     def save(self) -> None:
@@ -323,4 +332,23 @@ def _decode(kind: Any, value: Any, key: str = "") -> Any:
         return float(value)
     if kind is Any or (origin is Literal and value in arguments) or type(value) is kind or isinstance(value, Path):
         return value
-    raise ValueError(f"{key or 'it'} is {str(value)[:40]!r}, which no record holds there")
+    raise _misplaced(value, key or "it")
+
+
+def _check(record: Record) -> None:
+    """Raises ValueError for what the types of a record let pass, and what its readers rely on."""
+    try:
+        zone = datetime.fromisoformat(record.created).tzinfo
+    except ValueError:
+        zone = None
+    if zone is None:
+        raise _misplaced(record.created, "created")
+    for name, seconds in record.timings.items():
+        if not math.isfinite(seconds):
+            raise _misplaced(seconds, f"timings.{name}")
+    _decode(dict[str, dict[str, Any]], record.data.get("splits", {}), "data.splits")
+    _decode(str, record.data.get("scored_on", ""), "data.scored_on")
+
+
+def _misplaced(value: object, key: str) -> ValueError:
+    return ValueError(f"{key} is {str(value)[:40]!r}, which no record holds there")

@@ -147,6 +147,23 @@ def test_only_runs_that_came_through_are_counted() -> None:
     assert status.cell(row) == "2 done, 1 failed"
 
 
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_numbers_that_are_none_are_shown_and_are_in_no_mean(
+    odd: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, value in ((1, 10.0), (2, 20.0), (3, odd)):
+        saved(run("lora", seed, 60.0 + seed, tmp_path / str(seed), tokens_per_s=value))
+    saved(run("mam", 1, odd, tmp_path / "diverged"))
+    keys = "method,seed,score,tokens_per_s"
+    rows = json.loads(printed(capsys, tmp_path, "--show", keys, "--json"), parse_constant=pytest.fail)
+    assert [row["tokens_per_s"] for row in rows] == [None, 20, 10, None]
+    whole = json.loads(printed(capsys, tmp_path, "--json"), parse_constant=pytest.fail)
+    assert [record["score"] for record in whole] == [61, 62, 63, None]
+    for form in ("--csv", "--markdown", "--latex", "--mean"):
+        assert str(odd) in printed(capsys, tmp_path, form, "--show", keys)
+    assert "15" in printed(capsys, tmp_path, "--rows", "method", "--value", "tokens_per_s")
+
+
 def test_a_run_that_was_trained_twice_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     began = [f"2026-11-2{day}T00:00:00.000+00:00" for day in (3, 1, 2, 4)]
     scores = [61.0, 90.0, 64.0, None]
@@ -332,7 +349,7 @@ def test_fidelity_is_compared_where_a_record_has_it() -> None:
 
 def test_a_cell_is_no_mean_over_different_settings(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved(run("lora", 1, 10.0, outputs / "other", run="other", trainer={"learning_rate": 0.5}))
-    with pytest.raises(UserError, match=r"The cell of lora .* the seed \(learning_rate: , 0.5\).*--mix learning_rate"):
+    with pytest.raises(UserError, match=r"The cell of lora on doctopic would hold .* the seed \(learning_rate: , 0.5\).*--mix learning_rate"):
         main([str(outputs), "--rows", "method"])
     assert "49.75" in printed(capsys, outputs, "--rows", "method", "--mix", "learning_rate")
     assert "10.00" in printed(capsys, outputs, "--rows", "method", "--columns", "learning_rate")
@@ -380,6 +397,9 @@ def test_means_tell_apart_what_differs_in_more_than_the_seed_at_any_width(
         (["--rows", "methd"], "methd is no column; did you mean method"),
         (["--rows", "method", "--show", "score"], "--show goes with a row for each run"),
         (["--mix", "split"], "--mix goes with --rows or --columns"),
+        (["--reverse"], "--reverse goes with --sort"),
+        (["--rows", "method", "--reverse"], "--reverse goes with --sort"),
+        (["--rows", "method", "--value", "functional_form"], "--value functional_form is no number"),
         (["status=failed", "--rows", "method"], "status=failed is unknown. Choices: done."),
     ],
 )
