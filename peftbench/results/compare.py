@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -154,13 +155,25 @@ def _scores(record: Record, predictions: Sequence[dict[str, Any]]) -> dict[str, 
 
 def settings_of(record: Record) -> dict[str, Any]:
     """A run's config as dotted keys, without what is no setting of it, and the circumstances that the record has."""
-    file = record.folder / "config.yaml"
-    # what OmegaConf.save wrote is plain YAML, which OmegaConf.load would read fifteen times as slowly
-    config = yaml.load(file.read_text(encoding="utf-8"), LOADER) if file.is_file() else {}
-    found = dict(flatten(config))
+    found = dict(flatten(_config(record.folder / "config.yaml")))
     kept = {key: value for key, value in found.items() if value is not None and not _is_ignored(key)}
     circumstances = {"device": record.device, "data": record.data.get("fingerprint"), **record.versions}
     return kept | {f"({key})": value for key, value in circumstances.items() if value is not None}
+
+
+def _config(file: Path) -> dict[str, Any]:
+    """The config of a run as it lies on disk; empty, and named on stderr, where it is torn."""
+    if not file.is_file():
+        return {}
+    try:
+        # what OmegaConf.save wrote is plain YAML, which OmegaConf.load would read fifteen times as slowly
+        config = yaml.load(file.read_text(encoding="utf-8"), LOADER)
+    except (yaml.YAMLError, UnicodeDecodeError):
+        config = None
+    if isinstance(config, dict):
+        return config
+    print(f"{file} is left out: it is torn or not the config of a run.", file=sys.stderr)
+    return {}
 
 
 def _is_ignored(key: str) -> bool:

@@ -49,7 +49,8 @@ def pivot(
         mixed: keys that may differ within a column or a cell.
 
     Raises:
-        UserError: a key is none, or `value` is that of no number; or a column or a cell would mix what differs in a key that is not `mixed`.
+        UserError: a key is none, or `value` is that of no number; or a column or a cell would mix what differs in a
+            key that is not `mixed`.
     """
     scored = [record for record in records if is_scored(record)]
     if not scored:
@@ -57,7 +58,7 @@ def pivot(
     across, down = ([field(key, scored) for key in keys] for keys in (columns, rows))
     shown = field(value, scored)
     if not all(isinstance(shown(record), int | float | None) for record in scored):
-        raise UserError(f"--value {value} is no number, as score, stored and time are; put it into --rows or --columns.")
+        raise UserError(f"--value {value} is no number, as score and stored are; put it into --rows or --columns.")
     told = {*rows, *columns, *mixed}
 
     grid: dict[tuple[str, ...], dict[tuple[str, ...], list[Record]]] = {}

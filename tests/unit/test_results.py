@@ -349,7 +349,8 @@ def test_fidelity_is_compared_where_a_record_has_it() -> None:
 
 def test_a_cell_is_no_mean_over_different_settings(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved(run("lora", 1, 10.0, outputs / "other", run="other", trainer={"learning_rate": 0.5}))
-    with pytest.raises(UserError, match=r"The cell of lora on doctopic would hold .* the seed \(learning_rate: , 0.5\).*--mix learning_rate"):
+    told = r"The cell of lora on doctopic would hold .* the seed \(learning_rate: , 0.5\).*--mix learning_rate"
+    with pytest.raises(UserError, match=told):
         main([str(outputs), "--rows", "method"])
     assert "49.75" in printed(capsys, outputs, "--rows", "method", "--mix", "learning_rate")
     assert "10.00" in printed(capsys, outputs, "--rows", "method", "--columns", "learning_rate")
