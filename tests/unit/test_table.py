@@ -165,6 +165,22 @@ def test_settings_tell_runs_apart_that_look_alike() -> None:
     assert "learning" not in shown(others, 160)
 
 
+def test_options_and_what_was_typed_tell_runs_apart_that_look_alike() -> None:
+    """Places within the network are options of an axis; how a task is read stands in no record but as it was typed."""
+    layers = [replace(HEADS, prefix="mix.heads.", options={"modified_representation.layers": [at]}) for at in (0, -1)]
+    text = shown([record(50.0, FFN, one) for one in layers], 160)
+    assert "heads" in text and "layers" in text and "-1" in text
+    assert "layers" not in shown([record(50.0, FFN, layers[0]), record(60.0, FFN, layers[0])], 160)
+
+    typed = [
+        record(50.0, FFN, point=length, overrides=[f"task.max_source_length={length}", f"model.path={length}", "seed=1"])
+        for length in ("48", "96")
+    ]
+    text = shown(typed, 160)
+    assert "max" in text and "source" in text and "48" in text and "96" in text and "path" not in text
+    assert "source" not in shown([replace(run, point="the same") for run in typed], 160)  # 48 may be the default
+
+
 def test_a_narrow_console_keeps_the_seeds_that_tell_runs_apart() -> None:
     assert "seed" not in shown([record(1.0, HEADS), record(2.0, HEADS)], 80)
     assert "seed" in shown([record(1.0, HEADS, seed=1), record(2.0, HEADS, seed=2)], 80)
