@@ -219,7 +219,7 @@ class Record:
             raise NewerError(f"a newer peftbench wrote it (schema_version {version}; this one reads {SCHEMA_VERSION})")
         if version != SCHEMA_VERSION:
             raise ValueError(f"its schema_version is {version!r}, not {SCHEMA_VERSION}")
-        record: Record = _decode(cls, {**values, "folder": folder})
+        record: Record = decode(cls, {**values, "folder": folder})
         _check(record)
         return record
 
@@ -262,6 +262,16 @@ def find(folder: Path) -> Record | None:
         return _read(folder / FILE)
     except (OSError, ValueError):
         return None
+
+
+def keep_newer(folder: Path) -> None:
+    """Raises UserError where a newer peftbench wrote the record in `folder`: it is not to be written over."""
+    try:
+        _read(folder / FILE)
+    except NewerError as error:
+        raise UserError(f"{folder / FILE}: {error}; train with that version, or in another output_dir.") from None
+    except (OSError, ValueError):  # none, or one that is torn
+        pass
 
 
 def load_records(folder: Path) -> tuple[list[Record], list[str]]:
@@ -309,14 +319,14 @@ def _read(file: Path) -> Record:
 _hints = cache(get_type_hints)
 
 
-def _decode(kind: Any, value: Any, key: str = "") -> Any:
+def decode(kind: Any, value: Any, key: str = "") -> Any:
     """`value`, as JSON gives it, as the type `kind`. Raises ValueError that names the key where it does not fit."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is UnionType:  # always X | None here
-        return None if value is None else _decode(arguments[0], value, key)
+        return None if value is None else decode(arguments[0], value, key)
     if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
         known = {
-            item.name: _decode(_hints(kind)[item.name], value[item.name], f"{key}.{item.name}".lstrip("."))
+            item.name: decode(_hints(kind)[item.name], value[item.name], f"{key}.{item.name}".lstrip("."))
             for item in fields(kind)
             if item.init and item.name in value
         }
@@ -325,9 +335,9 @@ def _decode(kind: Any, value: Any, key: str = "") -> Any:
             raise ValueError(f"{key or 'it'} lacks {', '.join(missing)}")
         return kind(**known)
     if origin is list and isinstance(value, list):
-        return [_decode(arguments[0], item, f"{key}[{index}]") for index, item in enumerate(value)]
+        return [decode(arguments[0], item, f"{key}[{index}]") for index, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
-        return {name: _decode(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
+        return {name: decode(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
     if kind is float and type(value) is int:
         return float(value)
     if kind is Any or (origin is Literal and value in arguments) or type(value) is kind or isinstance(value, Path):
@@ -346,8 +356,8 @@ def _check(record: Record) -> None:
     for name, seconds in record.timings.items():
         if not math.isfinite(seconds):
             raise _misplaced(seconds, f"timings.{name}")
-    _decode(dict[str, dict[str, Any]], record.data.get("splits", {}), "data.splits")
-    _decode(str, record.data.get("scored_on", ""), "data.scored_on")
+    decode(dict[str, dict[str, Any]], record.data.get("splits", {}), "data.splits")
+    decode(str, record.data.get("scored_on", ""), "data.scored_on")
 
 
 def _misplaced(value: object, key: str) -> ValueError:

@@ -173,8 +173,8 @@ def test_options_and_what_was_typed_tell_runs_apart_that_look_alike() -> None:
     assert "layers" not in shown([record(50.0, FFN, layers[0]), record(60.0, FFN, layers[0])], 160)
 
     typed = [
-        record(50.0, FFN, point=length, overrides=[f"task.max_source_length={length}", f"model.path={length}", "seed=1"])
-        for length in ("48", "96")
+        record(50.0, FFN, point=size, overrides=[f"task.max_source_length={size}", f"model.path={size}", "seed=1"])
+        for size in ("48", "96")
     ]
     text = shown(typed, 160)
     assert "max" in text and "source" in text and "48" in text and "96" in text and "path" not in text
