@@ -79,7 +79,7 @@ def columns(
     baselines = dict.fromkeys(name for record in records for name in record.baselines)
     apart = telling_apart(rows)
     found: list[Column[Row]] = [
-        Column("method", "method", lambda r: f"{r.first.method} {r.first.debug or ''}".rstrip(), words=True, wrap=16),
+        Column("method", "method", lambda r: f"{r.first.method} {r.first.debug or ''}".rstrip(), words=True, wrap=17),
         Column("axes", "four axes", _four, words=True, wrap=20),
         Column("bottleneck", "bottle-\nneck", _bottlenecks),
         *apart,

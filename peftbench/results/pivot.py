@@ -61,10 +61,10 @@ def pivot(
         raise UserError(f"--value {value} is no number, as score and stored are; put it into --rows or --columns.")
     told = {*rows, *columns, *mixed}
 
+    sides = ((rows, down), (columns, across))
     grid: dict[tuple[str, ...], dict[tuple[str, ...], list[Record]]] = {}
     for record in scored:
-        label = tuple(text(of(record)) for of in down)
-        head = tuple(text(of(record)) for of in across)
+        label, head = (tuple(map(_label_of, keys, (of(record) for of in side))) for keys, side in sides)
         grid.setdefault(label, {}).setdefault(head, []).append(record)
     heads = sorted({head for cells in grid.values() for head in cells}, key=_natural)
     in_columns = {" ".join(head): [run for cells in grid.values() for run in cells.get(head, [])] for head in heads}
@@ -163,6 +163,11 @@ def _visible(record: Record) -> dict[str, Any]:
     options = {f"{one.prefix}{key}": value for one in record.axes for key, value in one.options.items()}
     trainer = {"learning_rate" if key == "learning_rate" else f"trainer.{key}": v for key, v in flatten(record.trainer)}
     return {**{key: FIELDS[key](record) for key in keys}, **options, **trainer}
+
+
+def _label_of(key: str, value: Any) -> str:
+    """What names a line or a column. A share as tables show it: bottlenecks are whole, and meet no share exactly."""
+    return f"{value:.2f}" if key == "percent" and value is not None else text(value)
 
 
 def _label(index: int, line: Line) -> str:

@@ -313,6 +313,14 @@ def test_a_pivot_by_hand(outputs: Path, capsys: pytest.CaptureFixture[str]) -> N
     )
 
 
+def test_sizes_of_the_same_share_are_one_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for stored, (method, seed) in zip((60_930, 60_931), (("lora", 1), ("mam", 2)), strict=True):
+        counts = Counts(backbone=1_000_000, trained=stored, stored=stored, head=0, paper=None)
+        saved(run(method, seed, 50.0 + seed, tmp_path / method, counts=counts))
+    rows = printed_rows(capsys, tmp_path, "--rows", "method", "--columns", "percent")
+    assert rows == [{"method": "lora", "6.09": "51.0"}, {"method": "mam", "6.09": "52.0"}]
+
+
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
