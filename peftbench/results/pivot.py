@@ -18,6 +18,7 @@ from peftbench.errors import UserError
 from peftbench.results.columns import Column
 from peftbench.results.differences import differing, flatten
 from peftbench.results.fields import COSTS, FIELDS, field, text
+from peftbench.results.identity import IGNORED
 from peftbench.results.record import Record
 from peftbench.results.row import Row, Statistic, is_scored, once, point
 
@@ -161,7 +162,11 @@ def _visible(record: Record) -> dict[str, Any]:
     """The settings of a run that its record shows."""
     keys = ("method", "unfreeze", "debug", "deviations", "bottleneck", "scale", *CHOICES, *COMPARABLE)
     options = {f"{one.prefix}{key}": value for one in record.axes for key, value in one.options.items()}
-    trainer = {"learning_rate" if key == "learning_rate" else f"trainer.{key}": v for key, v in flatten(record.trainer)}
+    trainer = {
+        "learning_rate" if key == "trainer.learning_rate" else key: value
+        for key, value in flatten(record.trainer, "trainer.")
+        if key not in IGNORED
+    }
     return {**{key: FIELDS[key](record) for key in keys}, **options, **trainer}
 
 

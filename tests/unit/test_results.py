@@ -361,6 +361,10 @@ def test_a_cell_is_no_mean_over_different_settings(outputs: Path, capsys: pytest
     with pytest.raises(UserError, match=told):
         main([str(outputs), "--rows", "method"])
     assert "49.75" in printed(capsys, outputs, "--rows", "method", "--mix", "learning_rate")
+    saved(run("lora", 2, 10.0, outputs / "another", run="another", trainer={"learning_rate": 0.5, "graphs": False}))
+    with pytest.raises(UserError, match=r"the seed \(learning_rate: [^;]*\).*--mix learning_rate\.$"):
+        main([str(outputs), "--rows", "method"])  # recorded steps are as good as others
+    (outputs / "another" / "record.json").unlink()
     assert "10.00" in printed(capsys, outputs, "--rows", "method", "--columns", "learning_rate")
 
 
