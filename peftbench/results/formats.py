@@ -95,6 +95,7 @@ def _finite(value: Any) -> Any:
 
 
 def _escaped(text: str) -> str:
+    text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, as in the name of a file, is no letter
     for letter in "\\&%$#_{}~^":
         text = text.replace(letter, {"\\": r"\textbackslash ", "~": r"\~{}", "^": r"\^{}"}.get(letter, "\\" + letter))
     for letter, command in LATEX.items():

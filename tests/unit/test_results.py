@@ -276,7 +276,7 @@ def test_markdown_and_latex(outputs: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_letters_that_latex_takes_for_commands() -> None:
-    odd = replace(run("lora", 1), method="a_b & 100% #1 {x} ~ ^ \\")
+    odd = replace(run("lora", 1), method="a_b & 100% #1 {x} ~ ^ \\ \udcff")
     rows = single([odd, run("lora", 2)])
     text = latex([columns(rows)[0]], rows)
     assert r"a\_b \& 100\% \#1 \{x\} \~{} \^{} \textbackslash" in text

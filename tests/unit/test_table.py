@@ -103,15 +103,16 @@ def test_eight_runs_best_first(width: int) -> None:
     assert text.count("doctopic") == 1
 
 
-@pytest.mark.parametrize("width", [48, 54, 60])
+@pytest.mark.parametrize("width", [1, 30, 48, 54, 60])
 def test_on_a_narrow_terminal_words_give_way_to_numbers(width: int) -> None:
+    """Where there is no room for the numbers alone, lines are longer: the terminal breaks them, not we the numbers."""
     runs = [record(63.17, FFN, method="scaled_parallel_adapter", seed=seed) for seed in (1, 2)]
     console = Console(width=width, file=io.StringIO(), force_terminal=False)
     rows = over_seeds([replace(run, run=str(run.seed)) for run in runs], "mean")
     show_table(columns(rows), rows, console)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
-    assert max(map(len, text.splitlines())) <= width
+    assert max(map(len, text.splitlines())) <= max(width, 48)
     positions(text, "bottle-", "scaled_", "parallel_", "adapter", "relu", "63.17 ± 0.00", " 2")
 
 
