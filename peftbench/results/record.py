@@ -275,26 +275,37 @@ def keep_newer(folder: Path) -> None:
 
 
 def load_records(folder: Path) -> tuple[list[Record], list[str]]:
-    """The records anywhere below `folder`, and a sentence for each `record.json` that could not be read as one.
+    """The records anywhere below `folder`, and a sentence for each `record.json` or folder that could not be read.
 
     Folders that are kept `APART` are passed over, unless `folder` is one or lies in one. Raises UserError where there
     is no such folder.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give the output_dir of runs, or make one with: peftbench train")
-    files = []
-    for place, below, names in os.walk(folder):
-        if APART in names and Path(place) != folder:
+    records: list[Record] = []
+    left_out: list[str] = []
+    files, seen = [], set[str]()
+
+    def unreadable(error: OSError) -> None:
+        left_out.append(f"{error.filename} is left out: {error.strerror}.")
+
+    # Part of the folders may be links to another disk, and links may lead to each other.
+    for place, below, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen or (APART in names and Path(place) != folder):
             below.clear()
         elif FILE in names:
             files.append(Path(place, FILE))
-    records, left_out = [], []
+        seen.add(real)
+        below.sort()
     for file in sorted(files):
         try:
             records.append(_read(file))
         except json.JSONDecodeError as error:
             left_out.append(f"{file} is left out: it is torn or no JSON (line {error.lineno}: {error.msg}).")
-        except (OSError, ValueError, RecursionError) as error:
+        except OSError as error:
+            left_out.append(f"{file} is left out: {error.strerror or error}.")
+        except (ValueError, RecursionError) as error:
             left_out.append(f"{file} is left out: {error}.")
     return records, left_out
 

@@ -206,6 +206,33 @@ def test_runs_that_are_kept_apart_are_no_rivals_of_ones_own(tmp_path: Path) -> N
         read([str(tmp_path)])
 
 
+def test_folders_that_are_links_are_read_once_and_loops_end(tmp_path: Path) -> None:
+    """outputs/TASK may lie on another disk."""
+    start(RUN, tmp_path / "disk" / "run", []).finish()
+    outputs = tmp_path / "outputs"
+    start(RUN, outputs / "here" / "run", []).finish()
+    for name, target in (("task", tmp_path / "disk"), ("same", outputs / "here"), ("loop", outputs)):
+        (outputs / name).symlink_to(target, target_is_directory=True)
+    records, left_out = load_records(outputs)
+    assert [record.folder for record in records] == [outputs / "here" / "run", outputs / "task" / "run"]
+    assert left_out == []
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(RUN, tmp_path / "mine", []).finish()
+    (tmp_path / "theirs").mkdir()
+    scandir = os.scandir
+
+    def guarded(place: str) -> object:
+        if Path(place).name == "theirs":  # root, as which tests may run, reads everything
+            raise PermissionError(13, "Permission denied", place)
+        return scandir(place)
+
+    monkeypatch.setattr("os.scandir", guarded)
+    records, left_out = load_records(tmp_path)
+    assert len(records) == 1 and left_out == [f"{tmp_path / 'theirs'} is left out: Permission denied."]
+
+
 def test_a_missing_folder_is_the_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a folder"):
         load_records(tmp_path / "nowhere")
