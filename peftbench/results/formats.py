@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -100,7 +101,7 @@ def _escaped(text: str) -> str:
         text = text.replace(letter, {"\\": r"\textbackslash ", "~": r"\~{}", "^": r"\^{}"}.get(letter, "\\" + letter))
     for letter, command in LATEX.items():
         text = text.replace(letter, command)
-    return text
+    return re.sub(r"(?<![\w.])-(?=\d)", "$-$", text)  # a minus, where there is no hyphen
 
 
 def _one_line(cell: str) -> str:

@@ -280,6 +280,13 @@ def test_letters_that_latex_takes_for_commands() -> None:
     rows = single([odd, run("lora", 2)])
     text = latex([columns(rows)[0]], rows)
     assert r"a\_b \& 100\% \#1 \{x\} \~{} \^{} \textbackslash" in text
+    assert "$-$0.75 & 2026-11-25 a-1" in latex(
+        [
+            replace(columns(rows)[0], cell=lambda row: "-0.75"),
+            replace(columns(rows)[0], cell=lambda row: "2026-11-25 a-1"),
+        ],
+        rows,
+    )  # a minus, not a hyphen
     assert r"| a\|b |" in markdown([columns(rows)[0]], single([replace(odd, method="a|b")]))
 
 
