@@ -37,7 +37,7 @@ from peftbench.results.choice import settled
 from peftbench.results.fields import typed
 from peftbench.results.identity import run_dir
 from peftbench.results.lock import holding
-from peftbench.results.record import Counts, Record, Score, Searched, Selection, find, finished
+from peftbench.results.record import Counts, Record, Score, Searched, Selection, find, finished, keep_newer
 from peftbench.results.recording import axes_of, forget_refused, recording
 from peftbench.results.run_files import CHECKPOINTS, append_metrics, rewind_metrics, write_predictions
 from peftbench.results.table import single_row
@@ -92,6 +92,7 @@ def train(
     if not run.rerun and (record := finished(folder)) is not None and _is_noted(record, search):
         return _show_again(record, display.console, keep_failed)
     with holding(folder, wait):
+        keep_newer(folder)
         before = find(folder)
         if not run.rerun and before is not None:
             if before.status == "done":

@@ -55,8 +55,12 @@ def saved_predictions(folder: Path, role: str) -> list[dict[str, Any]]:
     """What `TaskData.records` gave, a dict for each example. Raises UserError where the file is missing or torn."""
     file = folder / predictions_file(role)
     try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        found = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
     except FileNotFoundError:
         raise UserError(f"{file} is missing; a run that is done keeps its predictions there.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}.") from error
+    for number, one in enumerate(found, start=1):
+        if not isinstance(one, dict) or not {"reference", "prediction"} <= one.keys():
+            raise UserError(f"{file} cannot be read: line {number} has no reference and prediction.")
+    return found
