@@ -33,14 +33,16 @@ class Store:
     """Keys and values of A self-attentions of a decoder, whose prefixes are equally long.
 
     They stand in one tensor, (l + room, 2 A, B, N_kv, d_h): first the prefixes', then a row for each token. A token is
-    written there, and no other one is touched; a search's beams are moved in all attentions by one kernel, and prefixes
-    not at all, as all beams have the same.
+    written there, and no other one is touched. A search's beams are moved in all attentions by one kernel, to a second
+    such tensor that then takes the first one's place; prefixes stand in both, as all beams have the same. (A new tensor
+    for each token's move would be a little larger than all before it, and none of their memory could be used for it.)
 
     Args:
         prefixes: of each attention.
     """
 
     _all: Tensor
+    _spare: Tensor | None = None
     _new: tuple[Tensor, ...]  # where the keys and values of the last tokens go, each (B, N_kv, tokens, d_h)
     _until_now: tuple[Tensor, ...]  # those of the prefix and all tokens, each (B, N_kv, l + tokens, d_h)
 
@@ -61,11 +63,15 @@ class Store:
 
     def reorder(self, beams: Tensor) -> None:
         """Move the tokens: row b becomes what row `beams`[b] was."""
-        tokens = self._all[self.length : self.length + self.tokens]
-        count, width = len(beams), tokens[0, 0, 0].numel()
-        starts = torch.arange(0, tokens.shape[0] * tokens.shape[1] * count, count, device=beams.device)
-        rows = tokens.view(-1, width)
-        rows.copy_(rows[(starts.unsqueeze(1) + beams).flatten()])
+        begin, end = self.length, self.length + self.tokens
+        count, width = len(beams), self._all[0, 0, 0].numel()
+        starts = torch.arange(0, self.tokens * self._all.shape[1] * count, count, device=beams.device)
+        if self._spare is None:
+            self._spare = torch.empty_like(self._all)
+            self._spare[:begin] = self._all[:begin]
+        rows, moved = (each[begin:end].view(-1, width) for each in (self._all, self._spare))
+        torch.index_select(rows, 0, (starts.unsqueeze(1) + beams).flatten(), out=moved)
+        self._all, self._spare = self._spare, self._all
 
     def _extend(self, key: Tensor) -> None:
         more = key.shape[2]
@@ -87,7 +93,7 @@ class Store:
             pairs = [[prefix.vectors(key.dtype) for prefix in own] for own in self.prefixes]
             fronts = [torch.cat(vectors, dim=1) for own in pairs for vectors in zip(*own, strict=True)]
             larger[: self.length] = torch.stack(fronts).permute(2, 0, 1, 3).unsqueeze(2)  # (l, 2 A, 1, N_kv, d_h)
-        self._all = larger
+        self._all, self._spare = larger, None
 
 
 class StoredLayer(DynamicLayer):

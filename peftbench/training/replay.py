@@ -26,6 +26,8 @@ Key = tuple[tuple[str, torch.Size, torch.dtype], ...]
 class Recorder(Protocol):
     """What records functions, and computes others meanwhile."""
 
+    memory: int  # bytes that the recordings hold between replays, at most so far
+
     def record(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """What replays the function, and the tensor in which each replay leaves the function's outcome.
 
@@ -128,7 +130,7 @@ class CudaGraphs:
     def __init__(self) -> None:
         cuda: Any = torch.cuda
         self.pool, self.stream = cuda.MemPool(), cuda.Stream()
-        self.graphs = 0
+        self.graphs = self.held = self.memory = 0
 
     def compute(self, function: Callable[[], Tensor]) -> Tensor:
         """The function's outcome."""
@@ -136,7 +138,12 @@ class CudaGraphs:
             return function()
         torch.cuda.empty_cache()  # allocations for a pool do not by themselves take memory that others keep unused
         # The backward pass must run in this thread, whose allocations are the pool's.
-        with self._stream(), torch.autograd.set_multithreading_enabled(False), torch.cuda.use_mem_pool(self.pool):
+        with (
+            self._growing(),
+            self._stream(),
+            torch.autograd.set_multithreading_enabled(False),
+            torch.cuda.use_mem_pool(self.pool),
+        ):
             outcome = function()
         return outcome.clone()  # a graph may write where it stands
 
@@ -151,7 +158,7 @@ class CudaGraphs:
         random = generator.clone_state()
         torch.cuda.empty_cache()  # a graph cannot use what unrecorded steps leave behind
         torch.cuda.synchronize()
-        with self._stream(), _no_collection():
+        with self._growing(), self._stream(), _no_collection():
             # Other threads, such as one that pins batches, may go on.
             graph.capture_begin(pool=self.pool.id, capture_error_mode="thread_local")
             try:
@@ -172,8 +179,16 @@ class CudaGraphs:
 
     def release(self) -> None:
         """Give back the memory of all graphs, which are gone by now."""
-        self.pool, self.graphs = type(self.pool)(), 0
+        self.pool, self.graphs, self.held = type(self.pool)(), 0, 0
         torch.cuda.empty_cache()
+
+    @contextmanager
+    def _growing(self) -> Iterator[None]:
+        """What is taken from the GPU inside is the graphs'."""
+        before = torch.cuda.memory_reserved()
+        yield
+        self.held += max(0, torch.cuda.memory_reserved() - before)
+        self.memory = max(self.memory, self.held)
 
     @contextmanager
     def _stream(self) -> Iterator[None]:

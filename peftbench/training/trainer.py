@@ -44,6 +44,15 @@ class FineTuner(MicroBatched, Resumable):
         replays = self.replayed is not None and self.replayed.recorder is not None
         return [*self.paths.taken, *(["graphs"] if replays else [])]
 
+    @property
+    def replay_bytes(self) -> int:
+        """GPU memory of a replayed step, what is allocated between steps and what its graphs hold; 0 without graphs."""
+        recorder = None if self.replayed is None else self.replayed.recorder
+        if recorder is None or recorder.memory == 0:
+            return 0
+        allocated: int = torch.cuda.memory_allocated(self.args.device)
+        return allocated + recorder.memory
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.keeper is not None and output_dir is not None:

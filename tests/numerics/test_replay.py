@@ -28,7 +28,7 @@ class Recorder:
     """In the place of CUDA: a recording computes nothing, a replay calls the function."""
 
     def __init__(self) -> None:
-        self.recorded = self.replayed = self.released = 0
+        self.recorded = self.replayed = self.released = self.memory = 0
 
     def release(self) -> None:
         self.released += 1
