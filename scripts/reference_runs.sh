@@ -8,7 +8,8 @@
 #   grid  the rows of tables 3, 5, 6 and 12 at the paper's shares of the backbone, on WebNLG, two seeds: 40. As in the
 #         paper all rows have one learning rate, but full fine-tuning, whose best one is lower.
 #   grid_sst2  the same rows on SST-2, one epoch: 40
-#   curves  200 steps of MAM on WebNLG with no fast path and with all of them, three seeds: 6
+#   curves  200 steps of MAM on WebNLG, three seeds: 3. For losses with and without fast paths, in a folder each:
+#         trainer.graphs=false trainer.padding_free=false trainer.fused_loss=false, or model.dtype=auto trainer.compile=layers
 # Each part is one sweep, so that runs of all its grids go on at once: JOBS of them, or as many as memory and cores allow.
 # scripts/reference_runs.sh ... debug=smoke trainer.max_steps=4 tries all of it in minutes.
 set -euo pipefail
@@ -86,7 +87,6 @@ grid | grid_sst2)
   ;;
 curves)
   grid "${webnlg[@]}" method=mam budget=6.7% seed=42,1,2 trainer.max_steps=200 task.max_selection=100 task.max_eval=100
-  grid model.dtype=auto trainer.padding_free=true trainer.fused_loss=true trainer.graphs=true trainer.compile=layers
   ;;
 *)
   echo "reference_runs.sh: $part is none of glue, text, text_long, grid, grid_sst2, curves" >&2

@@ -31,6 +31,7 @@ FIELDS: dict[str, Callable[[Record], Any]] = {
     "fidelity": lambda r: r.fidelity,
     "deviations": lambda r: [deviation.name for deviation in r.deviations],
     "budget": lambda r: r.budget,
+    "fast_paths": lambda r: r.fast_paths,
     "metric": lambda r: r.metric,
     "split": lambda r: r.scores["report"].split if "report" in r.scores else None,
     "examples": lambda r: r.scores["report"].examples if "report" in r.scores else None,

@@ -109,6 +109,8 @@ class FineTuner(MicroBatched, Resumable):
         if self.replayed is not None and _crowded(self.args.device):
             self.replayed.release()  # nothing but graphs can use their memory
         metrics = {f"eval_{name}": value for name, value in self.scores().items()}
+        if self.args.device.type == "cuda":
+            torch.cuda.empty_cache()  # runs that share the GPU may need what a generation took
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
