@@ -13,7 +13,7 @@ from peftbench.scoring.saved import run_folder, saved_config, saved_predictions,
 from peftbench.scoring.show import show_scores
 from peftbench.tasks.metrics import measure
 from peftbench.terminal import terminal
-from peftbench.validity import METRICS
+from peftbench.validity import METRICS, label_faults
 
 
 def main(argv: list[str]) -> int:
@@ -44,13 +44,16 @@ def rescore(folder: Path, metric: str | None = None) -> list[dict[str, Any]]:
     metric = metric or record.metric
     if metric not in METRICS[task.kind]:
         raise UserError(unknown("metric", metric, METRICS[task.kind]))
+    labels = record.data.get("labels", ())
+    if faults := list(label_faults("metric", metric, labels)):
+        raise UserError(*faults)
     found = []
     for role, score in record.scores.items():
         if not role.startswith("report"):
             continue
         rows = saved_predictions(folder, role)
         predictions, references = [row["prediction"] for row in rows], [row["reference"] for row in rows]
-        scores, signatures = measure(metric, predictions, references, record.data.get("labels", ()))
+        scores, signatures = measure(metric, predictions, references, labels)
         found.append(
             {
                 "role": role,

@@ -12,6 +12,7 @@ from datasets import ClassLabel, Dataset
 from peftbench.config import Task, TaskKind
 from peftbench.errors import UserError, unknown
 from peftbench.tasks.files import place
+from peftbench.validity import label_faults
 
 
 class Source(NamedTuple):
@@ -98,8 +99,10 @@ def with_labels(task: Task, train: Source) -> tuple[Task, str]:
     else:
         cells = train.rows[task.label_column][:]
         for number, cell in enumerate(cells, 1):
-            if cell is None or not str(cell).strip():
+            if cell is None or cell != cell or not str(cell).strip():  # pandas writes what is missing as nan
                 raise UserError(f"{train.at(number)}: column {task.label_column} is empty; every row needs a label.")
+            if isinstance(cell, (list, dict)):
+                raise UserError(f"{train.at(number)}: column {task.label_column} holds {cell!r:.40}, not one label.")
         names = sorted({str(cell) for cell in cells})
         if all(name.isdecimal() for name in names):
             names.sort(key=int)
@@ -110,6 +113,8 @@ def with_labels(task: Task, train: Source) -> tuple[Task, str]:
             f"{train.name}: column {task.label_column} holds {len(names)} labels in {len(train.rows)} rows; name the "
             "column of labels by task.label_column, or all labels by task.labels."
         )
+    if found := list(label_faults("task.metric", task.metric, names)):
+        raise UserError(*(f"{train.name}: {sentence}" for sentence in found))
     return replace(task, labels=names), f"The labels are those of {train.name}, in this order: {', '.join(names)}."
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,11 +95,10 @@ def _read_hub(task: Task, hub_id: str, split: str) -> Dataset:
 def _in_shape(task: Task, source: Source) -> Source:
     """Dicts opened, so that WMT's `translation: {en, ro}` is two columns, and lists made into texts or references."""
     rows = source.rows
-    dicts = [name for name, feature in rows.features.items() if isinstance(feature, dict)]
-    if dicts:
-        opened = {f"{name}.{part}": part for name in dicts for part in rows.features[name]}
-        free = {long: part for long, part in opened.items() if part not in rows.column_names}
-        rows = rows.flatten().rename_columns(free)
+    flat = rows.flatten()  # dicts within dicts too, and what the hub calls a Translation
+    if opened := {long: long.rpartition(".")[2] for long in flat.column_names if long not in rows.column_names}:
+        names = Counter([*opened.values(), *(name for name in flat.column_names if name not in opened)])
+        rows = flat.rename_columns({long: part for long, part in opened.items() if names[part] == 1})
     if task.kind is TaskKind.text_to_text and {task.source_column, task.target_column} <= set(rows.column_names):
         if task.source_join is not None:
             joined = [_joined(task.source_join, cell) for cell in rows[task.source_column][:]]

@@ -269,6 +269,7 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["task.train_file=nowhere.csv"], ["task.train_file=nowhere.csv is not a file below /"]),
         (["task.text_columns=[]"], ["task.text_columns=[] must name one column, or two for a pair."]),
         (["task.labels=[a,b,a]"], ["task.labels=[a,b,a] names a label twice."]),
+        (["task.labels=[a]"], ["task.labels=[a] names one label; two or more are needed."]),
         (["task.metric=f1"], ["task.metric=f1 is that of the second of two labels"]),
         (["task.metric=bleu"], ["task.metric=bleu is unknown. Choices: accuracy, f1, macro_f1, matthews."]),
         (

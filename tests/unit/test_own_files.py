@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,25 @@ def test_labels_are_found_and_sorted(tmp_path: Path, cells: list[Any], labels: l
 def test_labels_that_are_none(tmp_path: Path, content: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         load(replace(OWN, train_file=write(tmp_path, "own.csv", content)))
+
+
+@pytest.mark.parametrize(
+    ("cell", "sentence"),
+    [
+        (["x"], r"own\.jsonl:1: column label holds \['x'\], not one label\."),
+        (math.nan, r"own\.jsonl:1: column label is empty; every row needs a label\."),
+    ],
+)
+def test_cells_that_are_no_label(tmp_path: Path, cell: object, sentence: str) -> None:
+    rows = [{"text": "a", "label": cell}, {"text": "b", "label": cell}]
+    with pytest.raises(UserError, match=sentence):
+        load(replace(OWN, train_file=jsonl(tmp_path, "own.jsonl", *rows)))
+
+
+def test_three_labels_have_no_f1_whether_named_or_found(tmp_path: Path) -> None:
+    file = write(tmp_path, "own.csv", "text,label\n" + "".join(f"{i},{'xyz'[i % 3]}\n" for i in range(30)))
+    with pytest.raises(UserError, match=r"own\.csv: task\.metric=f1 is that of the second of two labels"):
+        load(replace(OWN, metric="f1", train_file=file))
 
 
 def test_a_label_that_training_has_not_seen(tmp_path: Path) -> None:
