@@ -9,6 +9,7 @@ from typing import Any
 
 from peftbench.config import Task
 from peftbench.errors import UserError, unknown
+from peftbench.results.run_files import predictions_file
 from peftbench.scoring.saved import run_folder, saved_config, saved_predictions, saved_record
 from peftbench.scoring.show import show_scores
 from peftbench.tasks.metrics import measure
@@ -52,6 +53,11 @@ def rescore(folder: Path, metric: str | None = None) -> list[dict[str, Any]]:
         if not role.startswith("report"):
             continue
         rows = saved_predictions(folder, role)
+        if len(rows) != score.examples:
+            file = folder / predictions_file(role)
+            raise UserError(
+                f"{file} holds {len(rows)} predictions, and the run made {score.examples}; restore the file."
+            )
         predictions, references = [row["prediction"] for row in rows], [row["reference"] for row in rows]
         scores, signatures = measure(metric, predictions, references, labels)
         found.append(

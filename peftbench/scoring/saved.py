@@ -55,8 +55,15 @@ def saved_predictions(folder: Path, role: str) -> list[dict[str, Any]]:
     """What `TaskData.records` gave, a dict for each example. Raises UserError where the file is missing or torn."""
     file = folder / predictions_file(role)
     try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        lines = file.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise UserError(f"{file} is missing; a run that is done keeps its predictions there.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}.") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.extend([json.loads(line)] if line else [])
+        except ValueError as error:
+            raise UserError(f"{file}:{number} is torn: {error}.") from error
+    return rows
