@@ -294,6 +294,14 @@ def test_mbart50_is_forced_to_write_the_language_first(translation: Task) -> Non
     assert model.generation_config is not None and model.generation_config.forced_bos_token_id == romanian
 
 
+def test_no_more_is_written_than_the_backbone_has_positions_for(news: Task) -> None:
+    model = tiny_bart().eval()
+    data = prepare(load(replace(news, generation=Generation(min_length=100, max_length=200))), byte_level(), model)
+    evaluator = Evaluator(model, data, Run(task=data.task, trainer=Trainer(learning_rate=1.0)))
+    evaluator.score("report")
+    assert evaluator.generation is not None and evaluator.generation.max_length == 32
+
+
 def test_a_language_that_the_backbone_has_not(translation: Task) -> None:
     with pytest.raises(UserError, match=r"task\.target_language=ro is unknown; did you mean ro_RO\?"):
         prepare(load(replace(translation, target_language="ro")), multilingual(MBartTokenizer), tiny_mbart())
