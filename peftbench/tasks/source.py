@@ -78,18 +78,27 @@ def _read_hub(task: Task, hub_id: str, split: str) -> Dataset:
             # The hub keeps what such a script yielded on a branch of its own.
             return load_dataset(hub_id, task.hub_config, split=split, revision="refs/convert/parquet")
     except ConnectionError as error:
-        columns = [column for _, column in used_columns(task)]
         raise UserError(
-            f"task.hub_id={hub_id} is not in this machine's cache and {missing or 'the hub does not answer'}; give "
-            f"task.data_dir=FOLDER with files for {', '.join(splits(task))} (such as {split}.jsonl) that hold the "
-            f"columns {', '.join(columns)}, or set HF_HOME to a copy of the cache of a machine that has loaded it."
+            f"task.hub_id={hub_id} is not in this machine's cache and {missing or 'the hub does not answer'}; "
+            f"{_without_hub(task, split)}"
         ) from error
     except (OSError, ValueError, RuntimeError) as error:  # no such dataset, config or split; a torn download
         reason = str(error).partition("\n")[0]
+        if missing and (isinstance(error, FileNotFoundError) or "find cache" in reason):  # which has a part of it
+            reason = f"{reason.rstrip('.')}, and {missing}; {_without_hub(task, split)}"
         raise UserError(
             f"task.hub_id={hub_id}, task.hub_config={task.hub_config or 'null'}: the {split} split cannot be loaded: "
             f"{reason}"
         ) from error
+
+
+def _without_hub(task: Task, split: str) -> str:
+    """What to bring to a machine that has no hub."""
+    columns = [column for _, column in used_columns(task)]
+    return (
+        f"give task.data_dir=FOLDER with files for {', '.join(splits(task))} (such as {split}.jsonl) that hold the "
+        f"columns {', '.join(columns)}, or set HF_HOME to a copy of the cache of a machine that has loaded it."
+    )
 
 
 def _in_shape(task: Task, source: Source) -> Source:
