@@ -114,8 +114,8 @@ def _parsed(overrides: list[str], loader: ConfigLoader) -> list[Override]:
             key = line.partition("=")[0]
             if key and "=" in line:
                 found.append(
-                    f"{line} cannot be read; where the value has commas, quotes, brackets, braces or = of its own, put "
-                    f"it in both kinds of quotes, '{key}=\"...\"'."
+                    f"{line} cannot be read; where the value has commas, quotes, brackets, braces, ~ or = of its own, "
+                    f"put it in both kinds of quotes, '{key}=\"...\"'."
                 )
             else:
                 found.append(f"{line} is no KEY=VALUE, such as method=lora; leave no spaces around the =.")

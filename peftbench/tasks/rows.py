@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from peftbench.config import Task, TaskKind
 from peftbench.errors import UserError, unknown
 from peftbench.tasks.files import place
 from peftbench.validity import label_faults
+
+NUMBER = re.compile(r"[+-]?\d*\.?\d+")  # a label that is one
 
 
 class Source(NamedTuple):
@@ -103,7 +106,7 @@ def with_labels(task: Task, train: Source) -> tuple[Task, str]:
                 raise UserError(f"{train.at(number)}: column {task.label_column} is empty; every row needs a label.")
             if isinstance(cell, (list, dict)):
                 raise UserError(f"{train.at(number)}: column {task.label_column} holds {cell!r:.40}, not one label.")
-        names = sorted({str(cell) for cell in cells})
+        names = sorted({_name(cell) for cell in cells})
         if all(name.isdecimal() for name in names):
             names.sort(key=int)
     if len(names) < 2:
@@ -122,11 +125,19 @@ def _codes(labels: Sequence[str], cells: Sequence[object], source: Source) -> li
     names = {label: code for code, label in enumerate(labels)}
     digits = {str(code): code for code in range(len(labels))}
     # Where a name is a number, such as a star rating, a number in a cell can only be meant as a name.
-    known = names if names.keys() & digits.keys() else names | digits
+    known = names if any(NUMBER.fullmatch(name) for name in names) else names | digits
+    codes = []
     for number, cell in enumerate(cells, 1):
-        if str(cell) not in known:
+        code = (names if isinstance(cell, float) else known).get(_name(cell))
+        if code is None:
             raise UserError(f"{source.at(number)}: label {cell!r} is none of {', '.join(list(known))}.")
-    return [known[str(cell)] for cell in cells]
+        codes.append(code)
+    return codes
+
+
+def _name(cell: object) -> str:
+    """What a label is called: 1.0 is 1, as a column of whole numbers is written where some were missing."""
+    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
 
 
 def _numbers(cells: Sequence[Any], source: Source) -> list[float]:

@@ -168,6 +168,36 @@ def test_a_label_that_training_has_not_seen(tmp_path: Path) -> None:
         load(task)
 
 
+@pytest.mark.parametrize(
+    ("trained", "scored", "label"),
+    [
+        ([1.0, 2.0], 1, "1"),  # a number is one label, with a decimal point or without: pandas writes either
+        ([1, 2], 1.0, "1"),
+        ([0.5, 1.5], 1, None),  # not the code of 1.5
+        ([0.0, 1.0], 0, "0"),
+        ([10.0, 2.0], "2", "2"),
+    ],
+)
+def test_numbers_as_labels_are_names(tmp_path: Path, trained: list[float], scored: float, label: str | None) -> None:
+    rows = [{"text": f"{i}", "label": trained[i % 2]} for i in range(20)]
+    task = replace(OWN, train_file=jsonl(tmp_path, "train.jsonl", *rows))
+    task.test_file = jsonl(tmp_path, "test.jsonl", {"text": "a", "label": scored})
+    if label is None:
+        with pytest.raises(UserError, match=r"test\.jsonl:1: label 1 is none of 0\.5, 1\.5\."):
+            load(task)
+    else:
+        loaded = load(task)
+        assert [loaded.task.labels[code] for code in loaded.rows["test"]["label"]] == [label]
+
+
+def test_a_file_that_is_trained_on_and_scored_on_is_noted(tmp_path: Path) -> None:
+    file = jsonl(tmp_path, "own.jsonl", *reviews(20))
+    loaded = load(replace(OWN, train_file=file, validation_file=f"{tmp_path}/./own.jsonl", test_file=file))
+    assert (
+        f"{file} is the file of train and of validation and test: rows that are trained on are scored." in loaded.notes
+    )
+
+
 def test_oddities_that_work(tmp_path: Path) -> None:
     """A byte order mark, quotes, empty texts and a text of 100,000 characters."""
     rows = [f'"a ""quoted"", text {i}",{"xy"[i % 2]}' for i in range(9)] + [f"{'long ' * 20_000},x", ",y"]
