@@ -65,5 +65,5 @@ def saved_predictions(folder: Path, role: str) -> list[dict[str, Any]]:
         try:
             rows.extend([json.loads(line)] if line else [])
         except ValueError as error:
-            raise UserError(f"{file}:{number} is torn: {error}.") from error
+            raise UserError(f"{file} cannot be read: line {number} is torn.") from error
     return rows

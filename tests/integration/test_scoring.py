@@ -256,7 +256,7 @@ def test_what_cannot_be_scored_is_refused(texts: str, tmp_path: Path, capsys: py
     assert "--predictions /nowhere/file: /nowhere is not a folder." in capsys.readouterr().err
     predictions = (run / "predictions.jsonl").read_text()
     for content, sentence in (
-        (predictions + '{"prediction": "to', "predictions.jsonl:17 is torn: Unterminated string"),
+        (predictions + '{"prediction": "to', "predictions.jsonl cannot be read: line 17 is torn."),
         (predictions.partition("\n")[2], "predictions.jsonl holds 15 predictions, and the run made 16"),
     ):
         (run / "predictions.jsonl").write_text(content)
