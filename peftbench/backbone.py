@@ -198,7 +198,8 @@ def _explained(model: Model, load: Callable[[], T]) -> T:
     try:
         return load()
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if model.path is None and (reason := hub_missing()):
+        torn = isinstance(error, SafetensorError)
+        if model.path is None and not torn and (reason := hub_missing()):
             raise UserError(
                 f"model.hub_id={model.hub_id} is not in this machine's cache and {reason}; bring its folder "
                 "(config.json, model.safetensors, the tokenizer's files) and give it as model.path=FOLDER, set HF_HOME "

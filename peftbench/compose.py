@@ -119,7 +119,7 @@ def _parsed(overrides: list[str], loader: ConfigLoader) -> list[Override]:
             key = line.partition("=")[0]
             if key and "=" in line:
                 found.append(
-                    f"{line} cannot be read; where the value has commas, quotes, brackets, braces or = of its own, "
+                    f"{line} cannot be read; where the value has commas, quotes, brackets, braces, ~ or = of its own, "
                     "another sign such as # or ; or a letter beyond A to Z, put it in both kinds of quotes, "
                     f"'{key}=\"...\"'."
                 )

@@ -12,6 +12,7 @@ from peftbench.prediction.partial import Partial
 from peftbench.prediction.predict import mean_loss, predict
 from peftbench.sites import configured
 from peftbench.tasks.base import TaskData
+from peftbench.tasks.tokens import positions
 
 
 class Evaluator:
@@ -57,13 +58,14 @@ class Evaluator:
 
 def _generation(model: PreTrainedModel, run: Run) -> GenerationConfig:
     """The backbone's own special tokens with the task's beam search, which ends as the backbone says (BART-large's with
-    early_stopping, in the paper's code too)."""
+    early_stopping, in the paper's code too) and writes no more than the backbone has positions for."""
     wanted = run.task.generation
     assert model.generation_config is not None
     settings = model.generation_config.to_dict()
     own = {key: value for key, value in settings.items() if key.endswith("_token_id") or key == "early_stopping"}
     if model.config.is_encoder_decoder:
-        lengths = {"min_length": wanted.min_length, "max_length": wanted.max_length}
+        longest = min(wanted.max_length, positions(model) or wanted.max_length)
+        lengths = {"min_length": min(wanted.min_length, longest), "max_length": longest}
     else:  # whose lengths would count the prompt
         lengths = {"min_new_tokens": wanted.min_length, "max_new_tokens": wanted.max_length}
     return GenerationConfig(

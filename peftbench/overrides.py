@@ -42,9 +42,11 @@ def set_key(cfg: DictConfig, key: str, value: Any, force_add: bool = False) -> s
 
 
 def _may_grow(cfg: DictConfig, override: Override) -> bool:
-    """Whether +KEY=VALUE adds to a mapping of free keys, such as task.data_files; in a schema + adds nothing."""
-    parent = OmegaConf.select(cfg, override.key_or_group.rpartition(".")[0])
-    is_mapping = isinstance(parent, DictConfig) and not is_dataclass(OmegaConf.get_type(parent))
+    """Whether an override adds to a mapping of free keys: +task.data_files.SPLIT=FILE or +task.data_files={SPLIT:FILE};
+    in a schema + adds nothing."""
+    key = override.key_or_group
+    grown = OmegaConf.select(cfg, key if isinstance(override.value(), dict) else key.rpartition(".")[0])
+    is_mapping = isinstance(grown, DictConfig) and not is_dataclass(OmegaConf.get_type(grown))
     return is_mapping and (override.is_add() or override.is_force_add())
 
 
@@ -60,7 +62,14 @@ def _unknown_key(cfg: DictConfig, key: str, value: object) -> str:
             if parts[0] == "mix" and depth == 1 and not choices:
                 return f"{key}={value}: there is no {parts[1]} in the mixture; add one, such as mix=[prefix]."
             at = f" (in {'.'.join(parts[:depth])})" if depth else ""
+            if depth and not choices:
+                return f"{key} is no key of the config{at}; +{key}=... adds it."
             return f"{key} is no key of the config{at}{_one_level_below(cfg, key) or meant(parts[depth], choices)}"
+    if isinstance(value, dict):
+        node = OmegaConf.select(cfg, key)
+        for name in value:
+            if isinstance(node, DictConfig) and name not in node:
+                return _unknown_key(cfg, f"{key}.{name}", value[name])
     return f"{key}={value} does not fit the config."
 
 

@@ -333,6 +333,7 @@ def quiet_console(stderr: bool = False) -> Console:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
     return terminal(stderr)
 
 

@@ -7,7 +7,7 @@ a table of rules in axes.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,8 +204,15 @@ def _data_faults(task: Task) -> Iterator[str]:
         yield f"task.prompt={task.prompt!r} must hold {{source}} once, where the source is put."
     if len(set(task.labels)) < len(task.labels):
         yield f"task.labels=[{','.join(task.labels)}] names a label twice."
-    if task.metric == "f1" and len(task.labels) > 2:
-        yield "task.metric=f1 is that of the second of two labels; with more of them use macro_f1."
+    elif len(task.labels) == 1 and task.kind is TaskKind.classification:
+        yield f"task.labels=[{task.labels[0]}] names one label; two or more are needed."
+    yield from label_faults("task.metric", task.metric, task.labels)
+
+
+def label_faults(key: str, metric: str, labels: Sequence[str]) -> Iterator[str]:
+    """What a metric, which was typed as `key`, cannot say of the labels; these may be found in the data only."""
+    if metric == "f1" and len(labels) > 2:
+        yield f"{key}=f1 is that of the second of two labels; with more of them use macro_f1."
 
 
 def _number_faults(run: Run) -> Iterator[str]:

@@ -101,6 +101,11 @@ def saved_run(folder: Path, record: Record, overrides: Sequence[str] = ()) -> Ru
     if run.model.path and record.model.content and content_stamp(run.model.path) != record.model.content:
         raise UserError(f"model.path={run.model.path} holds another backbone than the one that the run was trained on.")
     if "labels" in record.data:
+        if run.task.labels not in ([], record.data["labels"]):
+            raise UserError(
+                f"task.labels=[{','.join(run.task.labels)}]: the run was trained on the labels "
+                f"{', '.join(record.data['labels'])}, in this order; leave task.labels out."
+            )
         run.task.labels = record.data["labels"]
     return run
 
@@ -117,8 +122,9 @@ def _reporting(task: Task, trained: Task) -> Task:
     if task.report_split == trained.report_split:
         return task
     files = task_files(replace(task, report_split=trained.report_split))
-    if files and not any((task.data_dir, task.packages, task.hub_id)) and task.report_split not in splits(trained):
-        raise UserError(unknown("task.split", task.report_split, splits(trained)))
+    known = list(dict.fromkeys([*splits(trained), *files]))
+    if files and not any((task.data_dir, task.packages, task.hub_id)) and task.report_split not in known:
+        raise UserError(unknown("task.split", task.report_split, known))
     files = {split: file for split, file in files.items() if split in splits(task)}
     return replace(task, data_files=files, train_file=None, validation_file=None, test_file=None)
 
@@ -147,6 +153,10 @@ def evaluate(folder: Path, run: Run, console: Console, predictions: Path | None 
             data = prepare(loaded, backbone.tokenizer, backbone.model)
             backbone.model.to(chosen_device(run.trainer))
             evaluator = Evaluator(backbone.model, data, run)
+        before = saved_record(folder).data
+        if before["splits"]["report"] == data.splits["report"] and before["scored_on"] != data.scored_on:
+            split = data.splits["report"]["split"]
+            display.console.print(f"These are other rows of the {split} split than the run was scored on.")
         partial = None if predictions is None else _partial(folder, run, evaluator, predictions)
         for role, split in data.splits.items():
             with display.stage(f"evaluate {split['split']}", split["examples"]) as stage:

@@ -9,11 +9,12 @@ from typing import Any
 
 from peftbench.config import Task
 from peftbench.errors import UserError, unknown
+from peftbench.results.run_files import predictions_file
 from peftbench.scoring.saved import run_folder, saved_config, saved_predictions, saved_record
 from peftbench.scoring.show import show_scores
 from peftbench.tasks.metrics import measure
 from peftbench.terminal import terminal
-from peftbench.validity import METRICS
+from peftbench.validity import METRICS, label_faults
 
 
 def main(argv: list[str]) -> int:
@@ -44,13 +45,21 @@ def rescore(folder: Path, metric: str | None = None) -> list[dict[str, Any]]:
     metric = metric or record.metric
     if metric not in METRICS[task.kind]:
         raise UserError(unknown("metric", metric, METRICS[task.kind]))
+    labels = record.data.get("labels", ())
+    if faults := list(label_faults("metric", metric, labels)):
+        raise UserError(*faults)
     found = []
     for role, score in record.scores.items():
         if not role.startswith("report"):
             continue
         rows = saved_predictions(folder, role)
+        if len(rows) != score.examples:
+            file = folder / predictions_file(role)
+            raise UserError(
+                f"{file} holds {len(rows)} predictions, and the run made {score.examples}; restore the file."
+            )
         predictions, references = [row["prediction"] for row in rows], [row["reference"] for row in rows]
-        scores, signatures = measure(metric, predictions, references, record.data.get("labels", ()))
+        scores, signatures = measure(metric, predictions, references, labels)
         found.append(
             {
                 "role": role,

@@ -55,12 +55,19 @@ def saved_predictions(folder: Path, role: str) -> list[dict[str, Any]]:
     """What `TaskData.records` gave, a dict for each example. Raises UserError where the file is missing or torn."""
     file = folder / predictions_file(role)
     try:
-        found = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        lines = file.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise UserError(f"{file} is missing; a run that is done keeps its predictions there.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}.") from error
-    for number, one in enumerate(found, start=1):
-        if not isinstance(one, dict) or not {"reference", "prediction"} <= one.keys():
-            raise UserError(f"{file} cannot be read: line {number} has no reference and prediction.")
+    return [_read(file, number, line) for number, line in enumerate(lines, start=1) if line]
+
+
+def _read(file: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{file} cannot be read: line {number} is torn.") from error
+    if not isinstance(found, dict) or not {"reference", "prediction"} <= found.keys():
+        raise UserError(f"{file} cannot be read: line {number} has no reference and prediction.")
     return found

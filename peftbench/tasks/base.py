@@ -83,6 +83,10 @@ class TaskData(ABC):
     def serve(self, model: PreTrainedModel) -> None:
         """Set `collator`, and whatever the model must know of the task to generate."""
 
+    def settings(self) -> list[Any]:
+        """JSON values of the task on which `encode` depends."""
+        return [self.task.max_source_length, self.task.max_target_length, self.task.prompt]
+
     @abstractmethod
     def encode(self, rows: dict[str, list[Any]], training: bool) -> dict[str, list[Any]]:
         """The columns that `collator` takes, labels among them, for a batch of rows given as columns.
@@ -146,7 +150,7 @@ class TaskData(ABC):
 
         what = {
             "encode": [type(self).__name__, ENCODE_VERSION, training],
-            "task": [self.task.max_source_length, self.task.max_target_length, self.task.prompt],
+            "task": self.settings(),
             "rows": [fingerprint, len(rows)],
             "tokenizer": self.encoder.fingerprint,
         }

@@ -19,6 +19,11 @@ class Completion(TextToText):
     """`task.prompt` around the source in, the target and an end of text out; only the latter two have a loss."""
 
     def __init__(self, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+        if tokenizer.eos_token is None:
+            raise UserError(
+                f"The tokenizer of {tokenizer.name_or_path or 'the backbone'} has no token that ends a text, with "
+                "which a decoder alone says that it is done; name one as eos_token in its tokenizer_config.json."
+            )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token  # masked wherever it pads
         super().__init__(loaded, tokenizer, model)
@@ -36,6 +41,10 @@ class Completion(TextToText):
         pairs = zip(self.train["input_ids"], self.train["labels"], strict=True)
         return [len(prompt) + len(target) for prompt, target in pairs]
 
+    def settings(self) -> list[Any]:
+        """A prompt leaves room for what is generated, too."""
+        return [*super().settings(), self.task.generation.max_length]
+
     def encode(self, rows: dict[str, list[Any]], training: bool) -> dict[str, list[Any]]:
         """`input_ids` of the prompts, and the ids of the targets with the end of text as `labels`.
 
@@ -48,19 +57,26 @@ class Completion(TextToText):
                 f"task.prompt has {MASK}, and a decoder alone has no mask token; write it without, or task.prompt=null."
             )
         behind = self.encoder([after], max_length=self.task.max_source_length, special=False)["input_ids"][0]
-        room = min(self.task.max_source_length, self.encoder.limit - self.task.max_target_length) - len(behind)
+        lengths = {
+            "task.max_target_length": self.task.max_target_length,
+            "task.generation.max_length": self.task.generation.max_length,
+        }
+        longest = max(lengths, key=lengths.__getitem__)
+        room = min(self.task.max_source_length, self.encoder.limit - lengths[longest]) - len(behind)
         if room < 1:
             raise UserError(
-                f"task.max_target_length={self.task.max_target_length} leaves no room for a source: the backbone has "
+                f"{longest}={lengths[longest]} leaves no room for a source: the backbone has "
                 f"{self.encoder.limit} positions, and task.max_source_length={self.task.max_source_length} counts the "
                 "whole prompt."
             )
         # One more, for the tokenizers that end a text: a prompt goes on.
         prompts = self.encoder([f"{before}{source}" for source in sources], max_length=room + 1)["input_ids"]
         end = self.tokenizer.eos_token_id
+        begin = end if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
         written = self.encoder(targets, max_length=self.task.max_target_length - 1, special=False)["input_ids"]
         return {
-            "input_ids": [(ids[:-1] if ids[-1] == end else ids[:room]) + behind for ids in prompts],
+            # of nothing at all no model can go on
+            "input_ids": [(ids[:-1] if ids[-1:] == [end] else ids[:room]) + behind or [begin] for ids in prompts],
             "labels": [[*ids, end] for ids in written],
         }
 

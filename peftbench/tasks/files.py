@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -157,6 +158,9 @@ def _parse(file: Path, line: int, text: str) -> Any:
 
 def _read_parquet(file: Path) -> pa.Table:
     try:
+        names = pq.read_schema(file).names
+        if len(set(names)) < len(names):
+            raise UserError(f"{file} names a column twice: {', '.join(names)}.")
         return pq.read_table(file)
     except pa.ArrowInvalid as error:
         raise UserError(f"{file} is torn or not Parquet: {error}") from error
@@ -168,17 +172,24 @@ def _table(file: Path, columns: dict[str, Sequence[Any]]) -> pa.Table:
         try:
             arrays[name] = pa.array(values)
         except (ValueError, TypeError, OverflowError) as error:  # what Arrow raises is one of these as well
-            raise UserError(_odd_cell(file, name, values) or f"{file}: column {name}: {error}.") from error
+            raise UserError(_odd_cell(file, name, values, error)) from error
     return pa.table(arrays)
 
 
-def _odd_cell(file: Path, name: str, values: Sequence[Any]) -> str | None:
-    """The sentence for the first cell of a column that is of another type than those above it."""
-    first = next((value for value in values if value is not None), None)
-    for row, value in enumerate(values, 1):
-        if value is not None and type(value) is not type(first):
-            return f"{place(file, row)}: column {name} holds {value!r:.40}, where the rows above hold {first!r:.40}."
-    return None
+def _odd_cell(file: Path, name: str, values: Sequence[Any], error: Exception) -> str:
+    """The sentence for the first cell of a column that Arrow cannot hold together with those above it."""
+    row = bisect_left(range(1, len(values)), True, key=lambda count: not _is_column(values[:count])) + 1
+    value, first = values[row - 1], next(value for value in values if value is not None)
+    holds = f"{place(file, row)}: column {name} holds {value!r:.40}"
+    return f"{holds}, where the rows above hold {first!r:.40}." if _is_column([value]) else f"{holds}: {error}."
+
+
+def _is_column(values: Sequence[Any]) -> bool:
+    try:
+        pa.array(values)
+    except (ValueError, TypeError, OverflowError):
+        return False
+    return True
 
 
 DIALECTS: dict[str, dict[str, Any]] = {

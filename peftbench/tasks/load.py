@@ -58,6 +58,7 @@ def homeless(task: Task) -> list[str]:
 
 def _load(task: Task, training: bool, dealt: Sequence[str]) -> Loaded:
     task, notes = _without_absent(task)
+    notes.extend(_also_trained_on(task))
     read = cache(partial(read_split, task))
     wanted = {role: place for role, place in roles(task).items() if training or role.startswith("report")}
     limits = limits_of(wanted)
@@ -109,6 +110,19 @@ def data_fingerprint(task: Task, rows: Dataset) -> str:
         for cells in zip(*(batch[column] for column in columns), strict=True):
             digest.update(json.dumps(cells).encode() + b"\n")
     return digest.hexdigest()
+
+
+def _also_trained_on(task: Task) -> list[str]:
+    """The note that a file is that of training and of another split too."""
+    files = {split: Path(file).expanduser().resolve() for split, file in task_files(task).items()}
+    train = files.pop(task.train_split, None)
+    others = [split for split, file in files.items() if file == train]
+    if not others:
+        return []
+    file = task_files(task)[task.train_split]
+    return [
+        f"{file} is the file of {task.train_split} and of {' and '.join(others)}: rows that are trained on are scored."
+    ]
 
 
 def _without_absent(task: Task) -> tuple[Task, list[str]]:

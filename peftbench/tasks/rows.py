@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -12,6 +13,9 @@ from datasets import ClassLabel, Dataset
 from peftbench.config import Task, TaskKind
 from peftbench.errors import UserError, unknown
 from peftbench.tasks.files import place
+from peftbench.validity import label_faults
+
+NUMBER = re.compile(r"[+-]?\d*\.?\d+")  # a label that is one
 
 
 class Source(NamedTuple):
@@ -98,9 +102,11 @@ def with_labels(task: Task, train: Source) -> tuple[Task, str]:
     else:
         cells = train.rows[task.label_column][:]
         for number, cell in enumerate(cells, 1):
-            if cell is None or not str(cell).strip():
+            if cell is None or cell != cell or not str(cell).strip():  # pandas writes what is missing as nan
                 raise UserError(f"{train.at(number)}: column {task.label_column} is empty; every row needs a label.")
-        names = sorted({str(cell) for cell in cells})
+            if isinstance(cell, (list, dict)):
+                raise UserError(f"{train.at(number)}: column {task.label_column} holds {cell!r:.40}, not one label.")
+        names = sorted({_name(cell) for cell in cells})
         if all(name.isdecimal() for name in names):
             names.sort(key=int)
     if len(names) < 2:
@@ -110,6 +116,8 @@ def with_labels(task: Task, train: Source) -> tuple[Task, str]:
             f"{train.name}: column {task.label_column} holds {len(names)} labels in {len(train.rows)} rows; name the "
             "column of labels by task.label_column, or all labels by task.labels."
         )
+    if found := list(label_faults("task.metric", task.metric, names)):
+        raise UserError(*(f"{train.name}: {sentence}" for sentence in found))
     return replace(task, labels=names), f"The labels are those of {train.name}, in this order: {', '.join(names)}."
 
 
@@ -117,11 +125,19 @@ def _codes(labels: Sequence[str], cells: Sequence[object], source: Source) -> li
     names = {label: code for code, label in enumerate(labels)}
     digits = {str(code): code for code in range(len(labels))}
     # Where a name is a number, such as a star rating, a number in a cell can only be meant as a name.
-    known = names if names.keys() & digits.keys() else names | digits
+    known = names if any(NUMBER.fullmatch(name) for name in names) else names | digits
+    codes = []
     for number, cell in enumerate(cells, 1):
-        if str(cell) not in known:
+        code = (names if isinstance(cell, float) else known).get(_name(cell))
+        if code is None:
             raise UserError(f"{source.at(number)}: label {cell!r} is none of {', '.join(list(known))}.")
-    return [known[str(cell)] for cell in cells]
+        codes.append(code)
+    return codes
+
+
+def _name(cell: object) -> str:
+    """What a label is called: 1.0 is 1, as a column of whole numbers is written where some were missing."""
+    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
 
 
 def _numbers(cells: Sequence[Any], source: Source) -> list[float]:

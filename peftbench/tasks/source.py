@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,28 +78,36 @@ def _read_hub(task: Task, hub_id: str, split: str) -> Dataset:
             # The hub keeps what such a script yielded on a branch of its own.
             return load_dataset(hub_id, task.hub_config, split=split, revision="refs/convert/parquet")
     except ConnectionError as error:
-        columns = [column for _, column in used_columns(task)]
         raise UserError(
-            f"task.hub_id={hub_id} is not in this machine's cache and {missing or 'the hub does not answer'}; give "
-            f"task.data_dir=FOLDER with files for {', '.join(splits(task))} (such as {split}.jsonl) that hold the "
-            f"columns {', '.join(columns)}, or set HF_HOME to a copy of the cache of a machine that has loaded it."
+            f"task.hub_id={hub_id} is not in this machine's cache and {missing or 'the hub does not answer'}; "
+            f"{_without_hub(task, split)}"
         ) from error
     except (OSError, ValueError, RuntimeError) as error:  # no such dataset, config or split; a torn download
         reason = str(error).partition("\n")[0]
+        if missing and (isinstance(error, FileNotFoundError) or "find cache" in reason):  # which has a part of it
+            reason = f"{reason.rstrip('.')}, and {missing}; {_without_hub(task, split)}"
         raise UserError(
             f"task.hub_id={hub_id}, task.hub_config={task.hub_config or 'null'}: the {split} split cannot be loaded: "
             f"{reason}"
         ) from error
 
 
+def _without_hub(task: Task, split: str) -> str:
+    """What to bring to a machine that has no hub."""
+    columns = [column for _, column in used_columns(task)]
+    return (
+        f"give task.data_dir=FOLDER with files for {', '.join(splits(task))} (such as {split}.jsonl) that hold the "
+        f"columns {', '.join(columns)}, or set HF_HOME to a copy of the cache of a machine that has loaded it."
+    )
+
+
 def _in_shape(task: Task, source: Source) -> Source:
     """Dicts opened, so that WMT's `translation: {en, ro}` is two columns, and lists made into texts or references."""
     rows = source.rows
-    dicts = [name for name, feature in rows.features.items() if isinstance(feature, dict)]
-    if dicts:
-        opened = {f"{name}.{part}": part for name in dicts for part in rows.features[name]}
-        free = {long: part for long, part in opened.items() if part not in rows.column_names}
-        rows = rows.flatten().rename_columns(free)
+    flat = rows.flatten()  # dicts within dicts too, and what the hub calls a Translation
+    if opened := {long: long.rpartition(".")[2] for long in flat.column_names if long not in rows.column_names}:
+        names = Counter([*opened.values(), *(name for name in flat.column_names if name not in opened)])
+        rows = flat.rename_columns({long: part for long, part in opened.items() if names[part] == 1})
     if task.kind is TaskKind.text_to_text and {task.source_column, task.target_column} <= set(rows.column_names):
         if task.source_join is not None:
             joined = [_joined(task.source_join, cell) for cell in rows[task.source_column][:]]

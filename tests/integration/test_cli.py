@@ -267,9 +267,17 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["model.path=/nowhere"], ["model.path=/nowhere is not a folder"]),
         (["task=text_to_text"], ["task=text_to_text has no data; give task.train_file=FILE"]),
         (["task.train_file=/nowhere.csv"], ["task.train_file=/nowhere.csv is not a file; give"]),
+        (
+            ["task.data_files.train=a.csv"],
+            ["no key of the config (in task.data_files); +task.data_files.train=... adds"],
+        ),
+        (["task.data_files={train:a.csv}"], ["+task.data_files.train=... adds it."]),
+        (["+task.data_files={train:/nowhere.csv}"], ["task.data_files.train=/nowhere.csv is not a file; give"]),
+        (["task=sst2", "task.paper.lerning_rate=1"], ["(in task.paper); did you mean learning_rate?"]),
         (["task.train_file=nowhere.csv"], ["task.train_file=nowhere.csv is not a file below /"]),
         (["task.text_columns=[]"], ["task.text_columns=[] must name one column, or two for a pair."]),
         (["task.labels=[a,b,a]"], ["task.labels=[a,b,a] names a label twice."]),
+        (["task.labels=[a]"], ["task.labels=[a] names one label; two or more are needed."]),
         (["task.metric=f1"], ["task.metric=f1 is that of the second of two labels"]),
         (["task.metric=bleu"], ["task.metric=bleu is unknown. Choices: accuracy, f1, macro_f1, matthews."]),
         (

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from peftbench.cli import main
@@ -88,6 +89,33 @@ def test_a_long_source_is_cut_and_the_end_of_the_prompt_stays(task: Task) -> Non
 def test_no_room_for_a_source(task: Task) -> None:
     with pytest.raises(UserError, match=r"task\.max_target_length=64 leaves no room for a source"):
         prepare(load(replace(task, max_target_length=64)), byte_level(), tiny_llama())
+
+
+def test_what_is_generated_has_room_behind_the_prompt(task: Task) -> None:
+    """Of the 64 positions, where more is generated than trained on."""
+    task = replace(task, generation=replace(task.generation, max_length=44))
+    data = prepare(load(task), byte_level(), tiny_llama())
+    assert max(map(len, data.report["input_ids"])) == 20
+    with pytest.raises(UserError, match=r"task\.generation\.max_length=80 leaves no room for a source"):
+        prepare(load(replace(task, generation=replace(task.generation, max_length=80))), byte_level(), tiny_llama())
+
+
+def test_an_empty_source_is_begun_where_nothing_else_is(task: Task, tmp_path: Path) -> None:
+    """As with GPT-2's tokenizer, which puts no token around a text."""
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("$A", special_tokens=[])
+    write_lines(tmp_path / "test.jsonl", [{"source": "", "target": "bad"}, *ROWS])
+    for prompt, expected in ((None, tokenizer("\n")["input_ids"]), ("{source}", [0])):
+        data = prepare(load(replace(task, prompt=prompt)), tokenizer, tiny_llama())
+        assert data.report[0]["input_ids"] == expected
+        Evaluator(tiny_llama(), data, Run(task=data.task, trainer=Trainer(learning_rate=1.0))).score("report")
+
+
+def test_a_tokenizer_that_cannot_end_a_text(task: Task) -> None:
+    tokenizer = byte_level()
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match=r"has no token that ends a text.*name one as eos_token"):
+        prepare(load(task), tokenizer, tiny_llama())
 
 
 def test_the_loss_is_that_of_the_target(data: TaskData) -> None:

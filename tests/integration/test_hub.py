@@ -62,8 +62,14 @@ def test_from_the_hub_then_offline_from_its_cache_then_without_one(published: Pa
     assert (tmp_path / "home" / "hub" / "models--me--tiny" / "snapshots" / REVISION / "config.json").exists()
 
     done, offline = train(tmp_path, "home", HF_HUB_OFFLINE="1")
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     assert offline["scores"] == online["scores"]
+
+    shutil.copytree(tmp_path / "home", tmp_path / "torn", symlinks=True)
+    (weights,) = (tmp_path / "torn" / "hub").glob("models--me--tiny/snapshots/*/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    done, _ = train(tmp_path, "torn", HF_HUB_OFFLINE="1")
+    assert done.returncode == 2 and "model.hub_id=me/tiny cannot be loaded: Error while deserializing" in done.stderr
 
     done, missing = train(tmp_path, "empty", HF_HUB_OFFLINE="1")
     assert (done.returncode, missing) == (2, {})

@@ -207,6 +207,24 @@ def test_labels_that_were_found_keep_their_order(tmp_path: Path, capsys: pytest.
     assert [entry["metrics"] for entry in scored(capsys, "rescore", str(run))] == [metrics]
 
 
+def test_a_run_is_scored_on_a_file_that_it_has_not_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(20)]
+    for name in ("train", "test"):
+        write_lines(tmp_path / f"{name}.jsonl", rows[:8])
+    write_lines(tmp_path / "new.jsonl", rows)
+    files = [f"task.{name}_file={tmp_path / name}.jsonl" for name in ("train", "test")]
+    run = trained(tmp_path, "task=text_classification", *files)
+    (new,) = scored(capsys, "evaluate", str(run), f"+task.data_files.new={tmp_path}/new.jsonl", "task.split=new")
+    assert (new["split"], new["examples"], new["of"]) == ("new", 16, 20)
+    assert main(["evaluate", str(run), "task.labels=[b,a]"]) == 2
+    assert "task.labels=[b,a]: the run was trained on the labels a, b" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "task.labels=[a,b]"]) == 0
+    assert "other rows" not in capsys.readouterr().out
+    write_lines(tmp_path / "test.jsonl", rows[8:16])
+    assert main(["evaluate", str(run)]) == 0
+    assert "These are other rows of the test split than the run was scored on." in capsys.readouterr().out
+
+
 def test_a_run_goes_by_the_first_digits_of_its_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,9 +254,14 @@ def test_what_cannot_be_scored_is_refused(texts: str, tmp_path: Path, capsys: py
         assert sentence in capsys.readouterr().err
     assert main(["evaluate", str(run), "--predictions", "/nowhere/file"]) == 2
     assert "--predictions /nowhere/file: /nowhere is not a folder." in capsys.readouterr().err
-    (run / "predictions.jsonl").write_text('{"prediction": "to')
-    assert main(["rescore", str(run)]) == 2
-    assert "predictions.jsonl cannot be read" in capsys.readouterr().err
+    predictions = (run / "predictions.jsonl").read_text()
+    for content, sentence in (
+        (predictions + '{"prediction": "to', "predictions.jsonl cannot be read: line 17 is torn."),
+        (predictions.partition("\n")[2], "predictions.jsonl holds 15 predictions, and the run made 16"),
+    ):
+        (run / "predictions.jsonl").write_text(content)
+        assert main(["rescore", str(run)]) == 2
+        assert sentence in capsys.readouterr().err
     record = recorded(run)
     (run / "record.json").write_text(json.dumps({**record, "status": "failed"}))
     assert main(["evaluate", str(run)]) == 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
@@ -68,6 +70,17 @@ def test_oddities_that_are_no_mistakes(tmp_path: Path, name: str, content: str |
             "text\tlabel\na\t1\nb\n",
             r"short\.tsv:3 should have one cell for each .* \(text, label\); it has 1",
         ),
+        (
+            "nested.jsonl",
+            '{"meta": {"lang": "en"}}\n\n{"meta": {"lang": 5}}',
+            r"nested\.jsonl:3: column meta holds {'lang': 5}, where the rows above hold {'lang': 'en'}\.",
+        ),
+        (
+            "half.jsonl",
+            '{"text": "a"}\n{"text": "b\\ud800"}',
+            r"half\.jsonl:2: column text holds .*: .* surrogates not",
+        ),
+        ("large.jsonl", f'{{"n": 1}}\n{{"n": {10**30}}}', r"large\.jsonl:2: column n holds 10{30}: .* too large"),
         ("wide.csv", "text,label\na,b,1\n", r"wide\.csv:2 should .*; it has 3"),
         ("twice.csv", "text,text\na,b\n", r"twice\.csv:1 names a column twice"),
         ("open.csv", 'text\n"never closed\n', r"open\.csv:2 is torn: unexpected end of data"),
@@ -81,6 +94,13 @@ def test_oddities_that_are_no_mistakes(tmp_path: Path, name: str, content: str |
 def test_a_bad_file_ends_in_a_sentence(tmp_path: Path, name: str, content: str | bytes, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         read_file(write(tmp_path, name, content))
+
+
+def test_a_parquet_file_that_names_a_column_twice(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "twice.parquet")
+    with pytest.raises(UserError, match=r"twice\.parquet names a column twice: text, text\.$"):
+        read_file(tmp_path / "twice.parquet")
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

@@ -140,6 +140,14 @@ def test_no_source_at_all() -> None:
         ),
         (ValueError("Unknown split 'train'.\nMore"), r"the train split cannot be loaded: Unknown split 'train'\.$"),
         (FileNotFoundError("no such data set"), r"task\.hub_config=null: the train split cannot be loaded: no such"),
+        (
+            ValueError("Couldn't find cache for me/reviews for config 'en'\nAvailable configs in the cache: ['fr']"),
+            r"Couldn't find cache for me/reviews for config 'en', and no cable is in; give task\.data_dir=FOLDER with",
+        ),
+        (
+            FileNotFoundError("No file reviews-train.arrow"),
+            r"-train\.arrow, and no cable is in; give task\.data_dir=FOLDER",
+        ),
     ],
 )
 def test_the_hub_fails(monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,25 @@ def test_labels_that_are_none(tmp_path: Path, content: str, sentence: str) -> No
         load(replace(OWN, train_file=write(tmp_path, "own.csv", content)))
 
 
+@pytest.mark.parametrize(
+    ("cell", "sentence"),
+    [
+        (["x"], r"own\.jsonl:1: column label holds \['x'\], not one label\."),
+        (math.nan, r"own\.jsonl:1: column label is empty; every row needs a label\."),
+    ],
+)
+def test_cells_that_are_no_label(tmp_path: Path, cell: object, sentence: str) -> None:
+    rows = [{"text": "a", "label": cell}, {"text": "b", "label": cell}]
+    with pytest.raises(UserError, match=sentence):
+        load(replace(OWN, train_file=jsonl(tmp_path, "own.jsonl", *rows)))
+
+
+def test_three_labels_have_no_f1_whether_named_or_found(tmp_path: Path) -> None:
+    file = write(tmp_path, "own.csv", "text,label\n" + "".join(f"{i},{'xyz'[i % 3]}\n" for i in range(30)))
+    with pytest.raises(UserError, match=r"own\.csv: task\.metric=f1 is that of the second of two labels"):
+        load(replace(OWN, metric="f1", train_file=file))
+
+
 def test_a_label_that_training_has_not_seen(tmp_path: Path) -> None:
     task = replace(
         OWN,
@@ -146,6 +166,36 @@ def test_a_label_that_training_has_not_seen(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"dev\.csv:4: label 'z' is none of x, y"):
         load(task)
+
+
+@pytest.mark.parametrize(
+    ("trained", "scored", "label"),
+    [
+        ([1.0, 2.0], 1, "1"),  # a number is one label, with a decimal point or without: pandas writes either
+        ([1, 2], 1.0, "1"),
+        ([0.5, 1.5], 1, None),  # not the code of 1.5
+        ([0.0, 1.0], 0, "0"),
+        ([10.0, 2.0], "2", "2"),
+    ],
+)
+def test_numbers_as_labels_are_names(tmp_path: Path, trained: list[float], scored: float, label: str | None) -> None:
+    rows = [{"text": f"{i}", "label": trained[i % 2]} for i in range(20)]
+    task = replace(OWN, train_file=jsonl(tmp_path, "train.jsonl", *rows))
+    task.test_file = jsonl(tmp_path, "test.jsonl", {"text": "a", "label": scored})
+    if label is None:
+        with pytest.raises(UserError, match=r"test\.jsonl:1: label 1 is none of 0\.5, 1\.5\."):
+            load(task)
+    else:
+        loaded = load(task)
+        assert [loaded.task.labels[code] for code in loaded.rows["test"]["label"]] == [label]
+
+
+def test_a_file_that_is_trained_on_and_scored_on_is_noted(tmp_path: Path) -> None:
+    file = jsonl(tmp_path, "own.jsonl", *reviews(20))
+    loaded = load(replace(OWN, train_file=file, validation_file=f"{tmp_path}/./own.jsonl", test_file=file))
+    assert (
+        f"{file} is the file of train and of validation and test: rows that are trained on are scored." in loaded.notes
+    )
 
 
 def test_oddities_that_work(tmp_path: Path) -> None:

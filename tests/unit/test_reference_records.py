@@ -53,6 +53,7 @@ def test_the_readme_prints_what_the_records_say() -> None:
         ["method=mam,lora", "--mean"],
         [
             "task=webnlg",
+            "examples=1862",
             "--rows",
             "method,scale,modified_representation,trainer.epochs,learning_rate",
             "--columns",

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, Translation
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -294,6 +294,14 @@ def test_mbart50_is_forced_to_write_the_language_first(translation: Task) -> Non
     assert model.generation_config is not None and model.generation_config.forced_bos_token_id == romanian
 
 
+def test_no_more_is_written_than_the_backbone_has_positions_for(news: Task) -> None:
+    model = tiny_bart().eval()
+    data = prepare(load(replace(news, generation=Generation(min_length=100, max_length=200))), byte_level(), model)
+    evaluator = Evaluator(model, data, Run(task=data.task, trainer=Trainer(learning_rate=1.0)))
+    evaluator.score("report")
+    assert evaluator.generation is not None and evaluator.generation.max_length == 32
+
+
 def test_a_language_that_the_backbone_has_not(translation: Task) -> None:
     with pytest.raises(UserError, match=r"task\.target_language=ro is unknown; did you mean ro_RO\?"):
         prepare(load(replace(translation, target_language="ro")), multilingual(MBartTokenizer), tiny_mbart())
@@ -420,6 +428,27 @@ def test_columns_of_columns_are_opened_and_lists_joined(tmp_path: Path, news: Ta
     write_lines(tmp_path / "test.jsonl", [*rows, {"translation": {"en": ["bad"], "ro": None}}])
     with pytest.raises(UserError, match=r"test\.jsonl:4: column ro holds None, not text"):
         load(replace(task, merge_references=True))
+
+
+def test_a_translation_of_the_hub_is_opened(tmp_path: Path, news: Task) -> None:
+    """wmt/wmt16 says that its column is a Translation, which is no dict to `datasets`."""
+    features = Features({"translation": Translation(languages=["ro", "en"])})
+    rows = {"translation": [{"en": "good", "ro": f"n{i}"} for i in range(3)]}
+    (tmp_path / "hub").mkdir()
+    for split in ("train", "validation", "test"):
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "hub" / f"{split}.parquet")
+    task = replace(news, data_dir=str(tmp_path / "hub"), source_column="en", target_column="ro", max_eval=None)
+    loaded = load(task).rows["test"]
+    assert (loaded["en"][:], loaded["ro"][:]) == (["good"] * 3, ["n0", "n1", "n2"])
+
+
+def test_parts_of_columns_keep_their_long_names_where_the_short_one_is_taken(tmp_path: Path, news: Task) -> None:
+    rows = [{"a": {"text": "x", "deep": {"in": "y"}}, "b": {"text": "z"}, "in": "w", "c": {"c": "v"}}]
+    for split in ("train", "validation", "test"):
+        write_lines(tmp_path / f"{split}.jsonl", rows)
+    task = replace(news, source_column="a.text", target_column="b.text")
+    found = load(task).rows["test"]
+    assert found[0] == {"a.text": "x", "a.deep.in": "y", "b.text": "z", "in": "w", "c": "v"}
 
 
 def test_a_row_with_two_targets_trains_on_both(news: Task, tmp_path: Path) -> None:
