@@ -7,9 +7,12 @@ before the first of them starts. Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 from hydra import compose, version
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -21,6 +24,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
@@ -62,11 +66,12 @@ def compose_points(
         raise UserError(f"{AND} joins grids to a sweep; add -m to run it.")
     with _hydra(config_dir):
         loader = GlobalHydra.instance().config_loader()
+        known = _Known(cache(partial(_all_options, loader)), cache(_compose))
         found: list[str] = []
         runs: list[Point] = []
         for point in [point for grid in grids for point in _points_of(grid, multirun, loader)]:
             try:
-                runs.append((point, _compose_one(point, loader, reads_data)))
+                runs.append((point, _compose_one(point, loader, known, reads_data)))
             except UserError as error:
                 found.extend(sentence for sentence in error.faults if sentence not in found)
         if found:
@@ -114,8 +119,9 @@ def _parsed(overrides: list[str], loader: ConfigLoader) -> list[Override]:
             key = line.partition("=")[0]
             if key and "=" in line:
                 found.append(
-                    f"{line} cannot be read; where the value has commas, quotes, brackets, braces, ~ or = of its own, "
-                    f"put it in both kinds of quotes, '{key}=\"...\"'."
+                    f"{line} cannot be read; where the value has commas, quotes, brackets, braces or = of its own, "
+                    "another sign such as ~, # or ; or a letter beyond A to Z, put it in both kinds of quotes, "
+                    f"'{key}=\"...\"'."
                 )
             else:
                 found.append(f"{line} is no KEY=VALUE, such as method=lora; leave no spaces around the =.")
@@ -172,12 +178,23 @@ def _all_options(loader: ConfigLoader, group: str) -> list[str]:
     return [*loader.get_group_options(group), *(f"{folder}/{option}" for folder, names in below for option in names)]
 
 
-def _compose_one(overrides: list[str], loader: ConfigLoader, reads_data: bool) -> Run:
+class _Known(NamedTuple):
+    """What the runs of one command line share: Hydra needs 0.1 s for it, and a sweep names the same choices often."""
+
+    options: Callable[[str], list[str]]  # of a group
+    composed: Callable[[tuple[str, ...]], DictConfig]  # the config of these choices of groups, not to be changed
+
+
+def _compose(groups: tuple[str, ...]) -> DictConfig:
+    return compose(CONFIG_NAME, overrides=list(groups))
+
+
+def _compose_one(overrides: list[str], loader: ConfigLoader, known: _Known, reads_data: bool) -> Run:
     found: list[str] = []
     groups: list[Override] = []
     values: list[Override] = []
     for override in OverridesParser.create(config_loader=loader).parse_overrides(overrides):
-        options = _all_options(loader, override.key_or_group)
+        options = known.options(override.key_or_group)
         if wrong := list(_override_faults(override, options)):
             found.extend(wrong)
         elif options or override.is_delete() or _is_hydras(override):
@@ -185,7 +202,7 @@ def _compose_one(overrides: list[str], loader: ConfigLoader, reads_data: bool) -
         else:
             values.append(override)
     try:
-        cfg = compose(CONFIG_NAME, overrides=[str(override.input_line) for override in groups])
+        cfg = deepcopy(known.composed(tuple(str(override.input_line) for override in groups)))
         found.extend(sentence for override in values if (sentence := apply_override(cfg, override)))
         run = resolve(cfg)
     except (HydraException, OmegaConfBaseException, MarkedYAMLError, ValueError) as error:  # defaults that are no list

@@ -226,7 +226,7 @@ class Trainer:
     batching: Batching = Batching.random
     # The layers see a batch's tokens in one row and compute nothing for padding; quick on a GPU in bf16 alone. auto:
     # there, and for backbones that can have it.
-    padding_free: bool | str = False
+    padding_free: bool | str = "auto"
     # Examples that go through the model at once, a part of the batch where memory is short; the gradient stays that of
     # the whole batch. auto: the most that fit, halved where memory runs out; null: the batch.
     micro_batch: str | None = None
@@ -246,8 +246,8 @@ class Trainer:
     compile: Compile = Compile.none  # torch.compile, layer by layer, which takes a minute at the start
     # On a GPU each shape of batch is recorded as a CUDA graph, forward and backward pass, and replayed: quick where
     # Python takes longer to launch a backbone's kernels than they take. auto: where a step can be recorded.
-    graphs: bool | str = False
-    fused_loss: bool = False  # the loss of target tokens without all their logits at once
+    graphs: bool | str = "auto"
+    fused_loss: bool = True  # the loss of target tokens without all their logits at once
     checkpoint_minutes: float = 5.0  # of training between checkpoints, from which an interrupted run goes on
     device: Device = Device.auto
 

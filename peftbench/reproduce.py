@@ -24,7 +24,7 @@ from peftbench.results.choice import known
 from peftbench.results.columns import Column, duration
 from peftbench.results.differences import differing
 from peftbench.results.identity import run_dir
-from peftbench.results.paper import is_the_papers, paper_scores
+from peftbench.results.paper import is_the_papers, score_of
 from peftbench.results.record import Record, find, load_records
 from peftbench.results.table import show_table
 from peftbench.sweeps.search import phases
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     overrides = [f"experiment=paper/{arguments.table}", *arguments.overrides]
     points = solved(phases(compose_points(overrides, multirun=True))[1])
     code = 0 if arguments.dry_run else train(["-m", *overrides])
-    _show(lines(arguments.table, [(overrides, known(run)) for overrides, run in points]), terminal())
+    _show(arguments.table, lines(arguments.table, [(overrides, known(run)) for overrides, run in points]), terminal())
     return code
 
 
@@ -85,6 +85,7 @@ def lines(table: str, points: Sequence[tuple[list[str], Run]]) -> list[Line]:
     found = []
     for values, (_, run) in zip(given, points, strict=True):
         record = find(run_dir(run))
+        printed = score_of(values.get("row"), run.method, run.task.name, table)
         took = record.timings.get("total_s") if record is not None and record.status == "done" else None
         found.append(
             Line(
@@ -92,7 +93,7 @@ def lines(table: str, points: Sequence[tuple[list[str], Run]]) -> list[Line]:
                 run=run,
                 record=record,
                 seconds=_expected(run, others) if took is None else took,
-                paper=paper_scores().get(table, {}).get(values.get("row", run.method), {}).get(run.task.name),
+                paper=None if printed is None else printed[1],
             )
         )
     return found
@@ -115,7 +116,7 @@ def _expected(run: Run, records: Sequence[Record]) -> float | None:
     return fmean(record.timings["total_s"] for record in same) if same else None
 
 
-def _show(table: Sequence[Line], console: Console) -> None:
+def _show(name: str, table: Sequence[Line], console: Console) -> None:
     keys = list(dict.fromkeys(key for line in table for key in line.settings))
     columns = [Column[Line](key, key, partial(_setting, key), words=True) for key in keys]
     columns += [
@@ -126,7 +127,8 @@ def _show(table: Sequence[Line], console: Console) -> None:
         Column("ours", "ours", lambda line: _two(line.ours)),
         Column("difference", "ours -\npaper", _difference),
     ]
-    console.print()
+    of = dict.fromkeys(f"{line.run.task.name} with {line.run.model.name}" for line in table)
+    console.print(f"\n{name}: {', '.join(of)}", highlight=False)
     show_table(columns, table, console)
     done = sum(line.is_done for line in table)
     left = [line.seconds for line in table if not line.is_done]

@@ -37,7 +37,7 @@ from peftbench.results.choice import settled
 from peftbench.results.fields import typed
 from peftbench.results.identity import run_dir
 from peftbench.results.lock import holding
-from peftbench.results.record import Counts, Record, Score, Searched, Selection, find, finished
+from peftbench.results.record import Counts, Record, Score, Searched, Selection, find, finished, keep_newer
 from peftbench.results.recording import axes_of, forget_refused, recording
 from peftbench.results.run_files import CHECKPOINTS, append_metrics, rewind_metrics, write_predictions
 from peftbench.results.table import single_row
@@ -92,6 +92,7 @@ def train(
     if not run.rerun and (record := finished(folder)) is not None and _is_noted(record, search):
         return _show_again(record, display.console, keep_failed)
     with holding(folder, wait):
+        keep_newer(folder)
         before = find(folder)
         if not run.rerun and before is not None:
             if before.status == "done":
@@ -138,7 +139,8 @@ def _run(run: Run, folder: Path, overrides: Sequence[str], search: Searched | No
             torch.cuda.reset_peak_memory_stats()  # the probe, and a sweep's earlier runs, had their own
 
         with _timed(record, "train_s"):
-            _record_fit(record, _fit(run, backbone, data, record, display, f"train {run.method}"))
+            fitted = _fit(run, backbone, data, record, display, f"train {run.method}")
+            _record_fit(record, fitted)
         diverged = not all(tensor.isfinite().all() for tensor in trained_tensors(backbone.model).values())
         fold(backbone.model)
         record.adapter_bytes = save(backbone.model, folder / "adapter", backbone.untrained)
@@ -148,11 +150,7 @@ def _run(run: Run, folder: Path, overrides: Sequence[str], search: Searched | No
             if search is not None:
                 record.selection = _selection(run, backbone.model, data, record, display, diverged)
         if device.type == "cuda":
-            # Recorded steps hold memory that is not counted as allocated.
-            recorded = "graphs" in record.fast_paths
-            record.peak_memory_bytes = (
-                torch.cuda.max_memory_reserved() if recorded else torch.cuda.max_memory_allocated()
-            )
+            record.peak_memory_bytes = max(torch.cuda.max_memory_allocated(), fitted.replay_bytes)
         if "head" in run.task.baselines and not _is_head_alone(run):
             with _timed(record, "baseline_s"):
                 record.baselines["head"] = _head_alone(run, data, record, display)

@@ -23,6 +23,10 @@ def replacing(path: Path) -> Iterator[TextIO]:
         with unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
             yield file
         os.replace(unfinished, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # a full disk does not say whose
+            error.filename = str(path)
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
 

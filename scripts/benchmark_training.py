@@ -52,6 +52,7 @@ from peftbench.training.fit import fit
 from peftbench.training.pace import Pace
 
 WARM_UP = 10  # steps at the start of each round that are not counted: kernels are loaded, graphs recorded
+PROFILED = 45  # kernels that a profile lists
 RUN = 2000  # steps of the run that each round begins and then stops: it logs as seldom as a real one
 
 
@@ -103,15 +104,20 @@ SHAPES = {
 # What is taken back from all fast paths on, by name.
 WITHOUT: dict[str, dict[str, Any]] = {
     "on": {},
+    "no_graphs": {"graphs": False},
     "no_compile": {"compile": Compile.none},
     "bucketed": {"padding_free": False, "batching": Batching.bucketed},
     "padded": {"padding_free": False},
     "no_fused_loss": {"fused_loss": False},
     "no_bf16_backbone": {"dtype": DType.float32},
-    "graphs": {"graphs": True},
-    "graphs_no_compile": {"graphs": True, "compile": Compile.none},
-    "graphs_padded": {"graphs": True, "padding_free": False, "batching": Batching.bucketed},
-    "off": {"compile": Compile.none, "padding_free": False, "fused_loss": False, "dtype": DType.float32},
+    "defaults": {"compile": Compile.none, "dtype": DType.float32},
+    "off": {
+        "compile": Compile.none,
+        "padding_free": False,
+        "fused_loss": False,
+        "graphs": False,
+        "dtype": DType.float32,
+    },
 }
 
 
@@ -250,7 +256,12 @@ class Bench:
         self, model: PreTrainedModel, run: Run, steps: int, changes: dict[str, Any]
     ) -> tuple[list[float], list[float]]:
         """`peftbench.training.fit.fit` for so many steps with all fast paths but for `changes`."""
-        fast = {"compile": Compile.layers, "padding_free": True, "fused_loss": True}
+        fast = {
+            "compile": Compile.layers,
+            "padding_free": True,
+            "fused_loss": True,
+            "graphs": self.device.type == "cuda",
+        }
         settings = replace(
             run.trainer,
             **{**fast, **changes},
@@ -343,24 +354,16 @@ class Bench:
         return get_peft_model(model, lora)
 
     def variants(self, ablations: list[str]) -> Iterator[Variant]:
-        """All of them, those that the targets are about first."""
+        """All of them: peft, ours with each of the ablations, the frozen limit, full fine-tuning by Trainer."""
         yield self.peer("peft lora eager", self.peft, compiled=False)
-        pairs = (("mam", "mam"), ("lora", "lora_ffn"))
         for change in ablations:
-            if "graphs" not in change:
-                for name, method in pairs:
-                    yield self.ours(f"{name} {change}", method, **WITHOUT[change])
+            for name, method in (("mam", "mam"), ("lora", "lora_ffn"), ("full", "full")):
+                yield self.ours(f"{name} {change}", method, **WITHOUT[change])
         yield self.limit("limit on")
         yield self.limit("limit off", **WITHOUT["off"])
         yield self.peer("full Trainer eager", lambda model: model, compiled=False)
-        yield self.ours("full ours eager", "full", **WITHOUT["off"])
-        yield self.ours("full ours on", "full")
         yield self.peer("peft lora compiled", self.peft, compiled=True)
         yield self.peer("full Trainer compiled", lambda model: model, compiled=True)
-        for change in ablations:  # last of all: a recording that failed can leave the GPU useless
-            if "graphs" in change:
-                for name, method in (*pairs, ("full", "full")):
-                    yield self.ours(f"{name} {change}", method, **WITHOUT[change])
 
 
 def measure(bench: Bench, variant: Variant, steps: int, result: Result) -> None:
@@ -441,7 +444,7 @@ def profile(bench: Bench, variant: Variant, steps: int) -> str:
         events = [event for event in events if "CUDA" in str(event.device_type)] or events
     total = sum(getattr(event, key, 0) for event in events) or 1
     lines = [f"profile of {variant.name}, {steps} steps: {total / 1000 / steps:.1f} ms of kernels a step"]
-    for event in events[:30]:
+    for event in events[:PROFILED]:
         spent = getattr(event, key, 0)
         share = f"{spent / 1000 / steps:>9.2f} ms {100 * spent / total:>5.1f}%"
         lines.append(f"{share} {event.count / steps:>7.0f} x {event.key[:100]}")
@@ -512,7 +515,9 @@ def main() -> None:
         if args.profile:
             chosen = next((v for v in variants if args.profile in v.name), None)
             try:
-                print(profile(bench, chosen, 5) if chosen else f"no variant has {args.profile} in its name", flush=True)
+                print(
+                    profile(bench, chosen, 12) if chosen else f"no variant has {args.profile} in its name", flush=True
+                )
             except Exception:
                 traceback.print_exc()
         print(f"\n{args.shape}, {args.rounds} rounds of {args.steps} steps, torch {torch.__version__}")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs behind docs/results.md: real data, two small pretrained backbones, several runs at once on all GPUs.
-#   scripts/reference_runs.sh SHARED OUTPUTS glue|text|text_long|grid|grid_sst2 [OVERRIDE ...]
+#   scripts/reference_runs.sh SHARED OUTPUTS glue|text|text_long|grid|grid_sst2|curves [OVERRIDE ...]
 # SHARED holds backbones/minilm-l6, backbones/bart-mini and data/. What is done is skipped when it is run again.
 #   glue  sst2, rte and a pool of NLI sets, five methods on MiniLM-L6: 30 runs
 #   text  WebNLG, en-ro and XSum, five methods on a small BART, each with the best of three learning rates on dev: 45
@@ -8,6 +8,7 @@
 #   grid  the rows of tables 3, 5, 6 and 12 at the paper's shares of the backbone, on WebNLG, two seeds: 40. As in the
 #         paper all rows have one learning rate, but full fine-tuning, whose best one is lower.
 #   grid_sst2  the same rows on SST-2, one epoch: 40
+#   curves  200 steps of MAM on WebNLG with no fast path and with all of them, three seeds: 6
 # Each part is one sweep, so that runs of all its grids go on at once: JOBS of them, or as many as memory and cores allow.
 # scripts/reference_runs.sh ... debug=smoke trainer.max_steps=4 tries all of it in minutes.
 set -euo pipefail
@@ -33,7 +34,7 @@ glue)
   grid "${nli[@]}" method=full,lora,adapter
   grid "${nli[@]}" method=prefix,mam trainer.learning_rate=1e-4
   ;;
-text | text_long | grid)
+text | text_long | grid | curves)
   bart=(model=bart_large model.path="$shared/backbones/bart-mini" trainer=quick trainer.eval_batch_size=256)
   webnlg=("${bart[@]}" task=webnlg task.data_dir="$shared/data/webnlg") # of the first grid, so that all have the BART
   ;;&
@@ -83,8 +84,12 @@ grid | grid_sst2)
   at 9.2% prefix_512,sa_attention_512,pa_attention_512
   at 12.3% sa_ffn_1024,pa_ffn_1024
   ;;
+curves)
+  grid "${webnlg[@]}" method=mam budget=6.7% seed=42,1,2 trainer.max_steps=200 task.max_selection=100 task.max_eval=100
+  grid model.dtype=auto trainer.padding_free=true trainer.fused_loss=true trainer.graphs=true trainer.compile=layers
+  ;;
 *)
-  echo "reference_runs.sh: $part is none of glue, text, text_long, grid, grid_sst2" >&2
+  echo "reference_runs.sh: $part is none of glue, text, text_long, grid, grid_sst2, curves" >&2
   exit 2
   ;;
 esac

@@ -1,15 +1,19 @@
 """The KV cache of a generation, in which prefixes stand once and the beams of a source share its keys and values.
 
 A prefix that is joined to the keys at every token is two kernels more for each attention: in the cache it is joined
-when the text begins. It counts as no tokens there, so that positions and masks stay those of the text. And transformers
-repeats the source for each beam: six beams read six equal copies of a cross-attention's keys and values at every token,
-and the search moves them among each other. Here each source has one row, and the attention function takes its beams as
-queries of that row (`head_attention.modified_attention`).
+when the text begins. It counts as no tokens there, so that positions and masks stay those of the text. Of tokens a
+layer's cache in transformers makes new tensors at every token, and a search that reorders its beams moves all of them,
+layer by layer: here a token is written behind the others, and the tokens of all layers are moved at once. And
+transformers repeats the source for each beam: six beams read six equal copies of a cross-attention's keys and values at
+every token, and the search moves them among each other. Here each source has one row, and the attention function takes
+its beams as queries of that row (`head_attention.modified_attention`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,17 +26,109 @@ from peftbench.modification.attach import takes_our_attention
 from peftbench.modification.head_attention import ATTENTION_NAME, HEADS, Prefix
 from peftbench.sites import Attention, configs_of, configured, find_sites
 
+ROOM = 64  # tokens for which a store has room at first, and by which it grows
 
-class PrefixedLayer(DynamicLayer):
-    """An attention's keys and values, (B, N_kv, l + K, d_h), of which the first l are its prefixes'."""
 
-    def __init__(self, prefixes: list[Prefix]) -> None:
-        super().__init__()
+class Store:
+    """Keys and values of A self-attentions of a decoder, whose prefixes are equally long.
+
+    They stand in one tensor, (l + room, 2 A, B, N_kv, d_h): first the prefixes', then a row for each token. A token is
+    written there, and no other one is touched. A search's beams are moved in all attentions by one kernel, to a second
+    such tensor that then takes the first one's place; prefixes stand in both, as all beams have the same. (A new tensor
+    for each token's move would be a little larger than all before it, and none of their memory could be used for it.)
+
+    Args:
+        prefixes: of each attention.
+    """
+
+    _all: Tensor
+    _spare: Tensor | None = None
+    _new: tuple[Tensor, ...]  # where the keys and values of the last tokens go, each (B, N_kv, tokens, d_h)
+    _until_now: tuple[Tensor, ...]  # those of the prefix and all tokens, each (B, N_kv, l + tokens, d_h)
+
+    def __init__(self, prefixes: Sequence[Sequence[Prefix]]) -> None:
         self.prefixes = prefixes
+        self.length = sum(prefix.function.bottleneck for prefix in prefixes[0])
+        self.tokens = 0  # that one attention has seen at least
+
+    def write(self, attention: int, before: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put an attention's keys and values of further tokens, (B, N_kv, tokens, d_h), behind those of `before`
+        tokens; returns all that it has."""
+        if before == self.tokens:  # it is the first one to see them
+            self._extend(key)
+        at = 2 * attention
+        self._new[at].copy_(key)
+        self._new[at + 1].copy_(value)
+        return self._until_now[at], self._until_now[at + 1]
+
+    def reorder(self, beams: Tensor) -> None:
+        """Move the tokens: row b becomes what row `beams`[b] was."""
+        begin, end = self.length, self.length + self.tokens
+        count, width = len(beams), self._all[0, 0, 0].numel()
+        starts = torch.arange(0, self.tokens * self._all.shape[1] * count, count, device=beams.device)
+        if self._spare is None:
+            self._spare = torch.empty_like(self._all)
+            self._spare[:begin] = self._all[:begin]
+        rows, moved = (each[begin:end].view(-1, width) for each in (self._all, self._spare))
+        torch.index_select(rows, 0, (starts.unsqueeze(1) + beams).flatten(), out=moved)
+        self._all, self._spare = self._spare, self._all
+
+    def _extend(self, key: Tensor) -> None:
+        more = key.shape[2]
+        start = self.length + self.tokens
+        if self.tokens == 0 or start + more > len(self._all):
+            self._grow(start + more, key)
+        self.tokens += more
+        self._new, self._until_now = (
+            self._all[begin : start + more].permute(1, 2, 3, 0, 4).unbind() for begin in (start, 0)
+        )
+
+    def _grow(self, length: int, key: Tensor) -> None:
+        """Room for `length` vectors and `ROOM` more."""
+        batch, heads, _, width = key.shape
+        larger = key.new_empty(length + ROOM, 2 * len(self.prefixes), batch, heads, width)
+        if self.tokens:
+            larger[: len(self._all)] = self._all
+        elif self.length:
+            pairs = [[prefix.vectors(key.dtype) for prefix in own] for own in self.prefixes]
+            fronts = [torch.cat(vectors, dim=1) for own in pairs for vectors in zip(*own, strict=True)]
+            larger[: self.length] = torch.stack(fronts).permute(2, 0, 1, 3).unsqueeze(2)  # (l, 2 A, 1, N_kv, d_h)
+        self._all, self._spare = larger, None
+
+
+class StoredLayer(DynamicLayer):
+    """A self-attention's keys and values, in a store that it shares with others."""
+
+    def __init__(self, store: Store, attention: int) -> None:
+        super().__init__()
+        self.store, self.attention, self.tokens = store, attention, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keep those of further tokens; returns all, behind those of the prefix."""
+        found = self.store.write(self.attention, self.tokens, key_states, value_states)
+        self.tokens += key_states.shape[2]
+        return found
+
+    def get_seq_length(self) -> int:
+        """The number of tokens."""
+        return self.tokens
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Move the beams, with the store's first layer those of all."""
+        if self.attention == 0 and self.tokens:
+            self.store.reorder(beam_idx)
+
+
+class SourceLayer(DynamicLayer):
+    """A cross-attention's keys and values, (sources, N_kv, l + K, d_h), the prefixes' first, as those of all beams."""
+
+    def __init__(self, prefixes: Sequence[Prefix], beams: int) -> None:
+        super().__init__()
+        self.prefixes, self.beams = prefixes, beams
         self.length = sum(prefix.function.bottleneck for prefix in prefixes)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Begin with the prefixes, for as many rows as the first token has."""
+        """Begin with the prefixes."""
         super().lazy_initialization(key_states, value_states)
         if self.prefixes:
             pairs = [prefix.vectors(key_states.dtype) for prefix in self.prefixes]
@@ -40,25 +136,17 @@ class PrefixedLayer(DynamicLayer):
                 torch.cat(vectors, dim=1).expand(len(key_states), -1, -1, -1) for vectors in zip(*pairs, strict=True)
             )
 
-    def get_seq_length(self) -> int:
-        """The number of tokens."""
-        count: int = super().get_seq_length()
-        return max(0, count - self.length)
-
-
-class SourceLayer(PrefixedLayer):
-    """A cross-attention's keys and values, (sources, N_kv, l + K, d_h), given as those of all beams."""
-
-    def __init__(self, prefixes: list[Prefix], beams: int) -> None:
-        super().__init__(prefixes)
-        self.beams = beams
-
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keep every first beam's, and return what is kept."""
         kept: tuple[Tensor, Tensor] = super().update(
             key_states[:: self.beams], value_states[:: self.beams], *args, **kwargs
         )
         return kept
+
+    def get_seq_length(self) -> int:
+        """The number of the source's tokens."""
+        count: int = super().get_seq_length()
+        return max(0, count - self.length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Nothing to do: a beam is never moved to another source."""
@@ -84,21 +172,30 @@ def generation_caches(model: PreTrainedModel, beams: int) -> Iterator[NewCache]:
         yield dict
         return
 
+    argument = cache_argument(model)
+
     def new_self() -> DynamicCache:
         return DynamicCache(config=model.config.get_text_config(decoder=True))
 
-    for index, layer in enumerate(new_self().layers):
-        if type(layer) is not DynamicLayer:  # one with a window would push its prefix out
-            prefixes.update({each.name: [] for at, each in attentions if at == index and each.kind == "self"})
+    stores: dict[int, list[tuple[int, list[Prefix]]]] = defaultdict(list)  # of a length, the layers and their prefixes
+    windowed = {index for index, layer in enumerate(new_self().layers) if type(layer) is not DynamicLayer}
+    for index, attention in attentions:
+        if attention.kind == "self" and index in windowed:  # its window would push a prefix out
+            prefixes[attention.name] = []
+        elif attention.kind == "self":
+            own = prefixes[attention.name]
+            stores[sum(prefix.function.bottleneck for prefix in own)].append((index, own))
 
     def new() -> dict[str, Cache]:
-        own, sources = new_self(), Cache(layers=[])
-        for index, attention in attentions:
+        cache, sources = new_self(), Cache(layers=[])
+        for members in stores.values():
+            store = Store([own for _, own in members])
+            for place, (index, _) in enumerate(members):
+                cache.layers[index] = StoredLayer(store, place)
+        for _, attention in attentions:
             if attention.kind == "cross":
                 sources.layers.append(SourceLayer(prefixes[attention.name], beams))
-            elif prefixes[attention.name]:
-                own.layers[index] = PrefixedLayer(prefixes[attention.name])
-        return {"past_key_values": EncoderDecoderCache(own, sources) if both else own}
+        return {argument: EncoderDecoderCache(cache, sources) if both else cache}
 
     cached = [prefix for each in prefixes.values() for prefix in each]
     for prefix in cached:
@@ -109,6 +206,11 @@ def generation_caches(model: PreTrainedModel, beams: int) -> Iterator[NewCache]:
     finally:
         for prefix in cached:
             prefix.in_cache = False
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What a model calls the cache that it is given; since transformers 5.24 the older name warns."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _prefixes(attention: Attention) -> list[Prefix]:

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor, PreTrainedModel
 
 from peftbench.modification.inference import prepared
 from peftbench.prediction.kv_cache import NewCache, generation_caches
 from peftbench.prediction.partial import Partial
+from peftbench.token_loss import TokenLoss
 
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 PADDING = -100  # what fills the end of shorter predictions
@@ -130,20 +130,22 @@ def mean_loss(
     *,
     bf16: bool = False,
 ) -> float:
-    """The cross-entropy of the labels, with label smoothing, averaged over all tokens of `dataset` but -100."""
+    """The cross-entropy of the labels, with label smoothing, averaged over all tokens of `dataset` but -100.
+
+    The logits of a batch, 3 GB for 256 targets of 200 tokens over 16,384 words, are never there all at once.
+    """
     total, tokens = 0.0, 0
     was_training = model.training
     model.eval()
+    layer = model.get_output_embeddings()
+    assert isinstance(layer, nn.Linear), f"{type(model).__name__} writes no text"
     with torch.no_grad(), prepared(model, bf16), autocast(model.device, bf16):
+        summed = TokenLoss(model, layer, label_smoothing)
         for start in range(0, len(dataset), batch_size):
             padded = collator([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
             batch = {name: tensor.to(model.device) for name, tensor in padded.items() if tensor is not None}
-            labels = batch.pop("labels")
-            logits = model(**batch).logits
-            if not model.config.is_encoder_decoder:  # a causal model's logits are those of the next token
-                logits, labels = logits[:, :-1], labels[:, 1:]
-            for row, right in zip(logits, labels, strict=True):  # a batch of mBART's 250,027 in fp32 would fill a GPU
-                total += float(F.cross_entropy(row.float(), right, reduction="sum", label_smoothing=label_smoothing))
+            labels = batch["labels"] if model.config.is_encoder_decoder else batch["labels"][:, 1:]
+            total += float(summed(batch, count=1))
             tokens += int((labels != PADDING).sum())
     model.train(was_training)
     return total / tokens

@@ -11,12 +11,13 @@ from operator import attrgetter
 from typing import Any, Generic, Literal, TypeVar
 
 from peftbench.axes import UNFROZEN
+from peftbench.config import by_key
 from peftbench.results.differences import differing
 from peftbench.results.fields import FIELDS, baseline, field, text
 from peftbench.results.identity import IGNORED
 from peftbench.results.paper import Printed, printed
 from peftbench.results.record import Record
-from peftbench.results.row import Row, front, unscored
+from peftbench.results.row import Row, front, point, unscored
 
 T = TypeVar("T")
 Cost = Literal["stored", "memory", "time"]
@@ -39,6 +40,9 @@ class Column(Generic[T]):
     words: bool = False  # on the left; numbers stand on the right
     wrap: int | None = None  # width in characters down to which cells may wrap; None: they never do
 
+
+# Where files lie; their content counts, which is another data set or backbone.
+PATHS = ("model.path", "task.data_dir", "task.train_file", "task.validation_file", "task.test_file")
 
 PAPER = ("paper", "difference")  # columns of `beside_paper`
 
@@ -75,7 +79,7 @@ def columns(
     baselines = dict.fromkeys(name for record in records for name in record.baselines)
     apart = telling_apart(rows)
     found: list[Column[Row]] = [
-        Column("method", "method", lambda r: f"{r.first.method} {r.first.debug or ''}".rstrip(), words=True, wrap=16),
+        Column("method", "method", lambda r: f"{r.first.method} {r.first.debug or ''}".rstrip(), words=True, wrap=17),
         Column("axes", "four axes", _four, words=True, wrap=20),
         Column("bottleneck", "bottle-\nneck", _bottlenecks),
         *apart,
@@ -153,18 +157,50 @@ def number(
 
 
 def telling_apart(rows: Sequence[Row]) -> list[Column[Row]]:
-    """The trainer's settings, such as its learning rate, in which rows differ that would otherwise look alike."""
+    """The settings in which rows differ that would otherwise look alike.
+
+    They are the trainer's, such as its learning rate, and the options of the axes, such as their layers; for rows that
+    differ in none of them, what was typed of the task and the model.
+    """
     alike: dict[tuple[str, ...], list[Row]] = {}
     grouped = any(len(row.records) > 1 for row in rows)  # their seeds tell nothing apart that does not differ otherwise
     for row in rows:
         looks = (row.first.method, _four(row), _bottlenecks(row), "" if grouped else _seeds(row))
         alike.setdefault(looks, []).append(row)
-    keys = {key for group in alike.values() for key in differing([row.first.trainer for row in group])}
+    settings: dict[str, Callable[[Record], Any]] = {}
+    for group in alike.values():
+        runs = [row.first for row in group]
+        for of in (_recorded, _typed) if len({point(run) for run in runs}) > 1 else (_recorded,):
+            if keys := [key for key in differing(list(map(of, runs))) if key not in (*IGNORED, *PATHS)]:
+                settings |= {key: partial(_setting, of, key) for key in keys}
+                break
     return [
-        Column(f"trainer.{key}", key.replace("_", "\n", 1), partial(_texts, partial(_setting, key)), dispensable=1)
-        for key in sorted(keys)
-        if f"trainer.{key}" not in IGNORED
+        Column(key, _setting_header(key), partial(_texts, settings[key]), dispensable=1, wrap=16)
+        for key in sorted(settings)
     ]
+
+
+def _recorded(run: Record) -> dict[str, Any]:
+    """The settings of a run's trainer, and the options of its axes."""
+    options = {f"{axes.prefix}{key}": value for axes in run.axes for key, value in axes.options.items()}
+    return {**{f"trainer.{key}": value for key, value in run.trainer.items()}, **options}
+
+
+def _typed(run: Record) -> dict[str, Any]:
+    """What was typed of a run's task and model."""
+    return {key: value for key, value in by_key(run.overrides).items() if key.startswith(("task.", "model."))}
+
+
+def _setting(of: Callable[[Record], dict[str, Any]], key: str, run: Record) -> Any:
+    value = of(run).get(key)
+    return ", ".join(map(text, value)) if isinstance(value, list) else value
+
+
+def _setting_header(key: str) -> str:
+    """Its last part; of a modification in a mixture the name of that one too."""
+    *groups, last = key.split(".")
+    name = [groups[1]] if groups[0] == "mix" else []
+    return "\n".join([*name, last.replace("_", "\n")])
 
 
 def delta(rows: Sequence[Row]) -> list[Column[Row]]:
@@ -247,10 +283,6 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _setting(key: str, record: Record) -> Any:
-    return record.trainer.get(key)
-
-
 def _bottlenecks(row: Row) -> str:
     """Of each modification."""
     return "\n".join(_count(one.bottleneck) for one in row.first.axes)
@@ -287,11 +319,11 @@ def _status(outcome: Callable[[Record], str], row: Row) -> str:
 
 
 def _count(number: float | None) -> str:
-    return "" if number is None else f"{round(number):,}"
+    return "" if number is None else f"{number:,.0f}"
 
 
 def _shortest(number: float) -> str:
-    return f"{number:,.0f}" if number == round(number) else _two(number) if number >= 0.1 else f"{number:g}"
+    return f"{number:,.0f}" if number % 1 == 0 else _two(number) if number >= 0.1 else f"{number:g}"
 
 
 def _two(number: float) -> str:

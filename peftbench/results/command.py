@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from rich.text import Text
 
 from peftbench.errors import UserError
 from peftbench.results.columns import Column, Cost, beside_paper, chosen, columns
-from peftbench.results.formats import csv_of, latex, markdown, to_csv, to_json, values
+from peftbench.results.formats import csv_of, dumped, latex, markdown, to_csv, to_json, values
 from peftbench.results.paper import printed
 from peftbench.results.pivot import pivot
 from peftbench.results.row import Row, Statistic, once, over_seeds, rank, single, tables, unscored
@@ -39,6 +38,8 @@ def main(argv: list[str]) -> int:
     """Prints the runs and returns the exit code. Raises UserError where there are none."""
     arguments = _parser().parse_intermixed_args(argv)
     records = read(arguments.words)
+    if arguments.reverse and not arguments.sort:
+        raise UserError("--reverse goes with --sort, and turns its order round.")
     if arguments.paper and not any(map(printed, records)):
         print("None of these runs is a row of the paper's tables, at its size; row=NAME trains one.", file=sys.stderr)
     pivoted = arguments.rows or arguments.columns
@@ -156,7 +157,7 @@ def _sorted(table: list[Row], column: Column[Row], descending: bool) -> list[Row
 def _print(tables: Sequence[tuple[Text, list[Column[Any]], Sequence[Any]]], arguments: argparse.Namespace) -> None:
     if arguments.form in ("json", "csv"):
         rows = [row for _, wanted, lines in tables for row in values(wanted, lines)]
-        print(json.dumps(rows, indent=2) if arguments.form == "json" else csv_of(rows).rstrip("\n"))
+        print(dumped(rows) if arguments.form == "json" else csv_of(rows).rstrip("\n"))
         return
     console = terminal()
     for index, (heading, wanted, lines) in enumerate(tables):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +23,7 @@ from peftbench.config import Modification
 from peftbench.errors import UserError
 from peftbench.results.bootstrap import Difference, paired_bootstrap
 from peftbench.results.differences import differing, flatten
-from peftbench.results.fields import text
+from peftbench.results.fields import FIELDS, text
 from peftbench.results.identity import IGNORED, plain
 from peftbench.results.record import FILE, Record, load_records
 from peftbench.results.row import Row, is_trial, over_seeds, unscored
@@ -136,14 +137,10 @@ def _found(word: str, folder: Path) -> list[Record]:
 
 def _check_comparable(a: Row, b: Row) -> None:
     one, other = a.scored[0], b.scored[0]
-    for what, values in {
-        "task": (one.task, other.task),
-        "metric": (one.metric, other.metric),
-        "split": (one.scores["report"].split, other.scores["report"].split),
-        "examples": (one.scores["report"].examples, other.scores["report"].examples),
-    }.items():
+    for key in ("task", "metric", "split", "examples"):
+        values = [FIELDS[key](record) for record in (one, other)]
         if values[0] != values[1]:
-            raise UserError(f"A and B cannot be compared, for they differ in {what}: {values[0]} and {values[1]}.")
+            raise UserError(f"A and B cannot be compared, for they differ in {key}: {values[0]} and {values[1]}.")
 
 
 def _asked(predictions: Sequence[dict[str, Any]]) -> list[Any]:
@@ -158,13 +155,25 @@ def _scores(record: Record, predictions: Sequence[dict[str, Any]]) -> dict[str, 
 
 def settings_of(record: Record) -> dict[str, Any]:
     """A run's config as dotted keys, without what is no setting of it, and the circumstances that the record has."""
-    file = record.folder / "config.yaml"
-    # what OmegaConf.save wrote is plain YAML, which OmegaConf.load would read fifteen times as slowly
-    config = yaml.load(file.read_text(encoding="utf-8"), LOADER) if file.is_file() else {}
-    found = dict(flatten(config))
+    found = dict(flatten(_config(record.folder / "config.yaml")))
     kept = {key: value for key, value in found.items() if value is not None and not _is_ignored(key)}
     circumstances = {"device": record.device, "data": record.data.get("fingerprint"), **record.versions}
     return kept | {f"({key})": value for key, value in circumstances.items() if value is not None}
+
+
+def _config(file: Path) -> dict[str, Any]:
+    """The config of a run as it lies on disk; empty, and named on stderr, where it is torn."""
+    if not file.is_file():
+        return {}
+    try:
+        # what OmegaConf.save wrote is plain YAML, which OmegaConf.load would read fifteen times as slowly
+        config = yaml.load(file.read_text(encoding="utf-8"), LOADER)
+    except (yaml.YAMLError, UnicodeDecodeError):
+        config = None
+    if isinstance(config, dict):
+        return config
+    print(f"{file} is left out: it is torn or not the config of a run.", file=sys.stderr)
+    return {}
 
 
 def _is_ignored(key: str) -> bool:

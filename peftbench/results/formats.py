@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -22,7 +24,12 @@ LATEX = {"±": r"$\pm$", "Δ": r"$\Delta$", "λ": r"$\lambda$", "·": r"$\cdot$"
 def to_json(records: Iterable[Record], beside: Beside = lambda record: {}) -> str:
     """A JSON array of the records, each with its `folder` and with what `beside` gives."""
     found = [{**record.to_json(), "folder": str(record.folder), **beside(record)} for record in records]
-    return json.dumps(found, indent=2)
+    return dumped(found)
+
+
+def dumped(values: Any) -> str:
+    """JSON with null for NaN and infinity, for which it has no numbers."""
+    return json.dumps(_finite(values), indent=2)
 
 
 def to_csv(records: Iterable[Record], beside: Beside = lambda record: {}) -> str:
@@ -80,12 +87,21 @@ def latex(columns: Sequence[Column[T]], rows: Sequence[T]) -> str:
     return tabular
 
 
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(below) for key, below in value.items()}
+    if isinstance(value, list):
+        return [_finite(below) for below in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _escaped(text: str) -> str:
+    text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, as in the name of a file, is no letter
     for letter in "\\&%$#_{}~^":
         text = text.replace(letter, {"\\": r"\textbackslash ", "~": r"\~{}", "^": r"\^{}"}.get(letter, "\\" + letter))
     for letter, command in LATEX.items():
         text = text.replace(letter, command)
-    return text
+    return re.sub(r"(?<![\w.])-(?=\d)", "$-$", text)  # a minus, where there is no hyphen
 
 
 def _one_line(cell: str) -> str:

@@ -24,6 +24,8 @@ SETTINGS = {
     "sst2": ("accuracy", ("roberta_base",)),
 }
 GLUE = "table2"  # whose rows are methods at their usual sizes
+# Figures print no numbers: the tables that have those of their points, which print some rows differently.
+FIGURES = {"figure2": ("table6",), "figure4": ("table6", "table12"), "figure5": ("table12", "table6")}
 # Beside row= or method= these make it another point.
 OTHERWISE = {
     *CHOICES,  # the four axes
@@ -59,16 +61,22 @@ def printed(record: Record) -> Printed | None:
     row = typed.get("row")
     if OTHERWISE & {key.split(".")[0] for key in typed} or (row is not None and "method" in typed):
         return None
+    found = score_of(row, record.method, record.task, typed.get("experiment", "").removeprefix("paper/"))
+    return None if found is None else Printed(found[1], found[0], backbones[0], is_the_papers(record))
+
+
+def score_of(row: str | None, method: str, task: str, wanted: str) -> tuple[str, float] | None:
+    """(table, score) of a row, or of a method in table 2: of the `wanted` table, or else of the first that has it."""
+    name = row or method
     tables = {
-        table: rows[row or record.method][record.task]
+        table: rows[name][task]
         for table, rows in paper_scores().items()
-        if (row is None) == (table == GLUE) and record.task in rows.get(row or record.method, {})
+        if (row is None) == (table == GLUE) and task in rows.get(name, {})
     }
-    if not tables:
-        return None
-    wanted = typed.get("experiment", "").removeprefix("paper/")
-    table = wanted if wanted in tables else next(iter(tables))
-    return Printed(tables[table], table, backbones[0], is_the_papers(record))
+    for table in (wanted, *FIGURES.get(wanted, ()), *tables):
+        if table in tables:
+            return table, tables[table]
+    return None
 
 
 def is_the_papers(record: Record) -> bool:

@@ -18,6 +18,7 @@ from peftbench.errors import UserError
 from peftbench.results.columns import Column
 from peftbench.results.differences import differing, flatten
 from peftbench.results.fields import COSTS, FIELDS, field, text
+from peftbench.results.identity import IGNORED
 from peftbench.results.record import Record
 from peftbench.results.row import Row, Statistic, is_scored, once, point
 
@@ -49,19 +50,22 @@ def pivot(
         mixed: keys that may differ within a column or a cell.
 
     Raises:
-        UserError: a key is none; or a column or a cell would mix what differs in a key that is not `mixed`.
+        UserError: a key is none, or `value` is that of no number; or a column or a cell would mix what differs in a
+            key that is not `mixed`.
     """
     scored = [record for record in records if is_scored(record)]
     if not scored:
         raise UserError("None of these runs has a score to put into a table.")
     across, down = ([field(key, scored) for key in keys] for keys in (columns, rows))
     shown = field(value, scored)
+    if not all(isinstance(shown(record), int | float | None) for record in scored):
+        raise UserError(f"--value {value} is no number, as score and stored are; put it into --rows or --columns.")
     told = {*rows, *columns, *mixed}
 
+    sides = ((rows, down), (columns, across))
     grid: dict[tuple[str, ...], dict[tuple[str, ...], list[Record]]] = {}
     for record in scored:
-        label = tuple(text(of(record)) for of in down)
-        head = tuple(text(of(record)) for of in across)
+        label, head = (tuple(map(_label_of, keys, (of(record) for of in side))) for keys, side in sides)
         grid.setdefault(label, {}).setdefault(head, []).append(record)
     heads = sorted({head for cells in grid.values() for head in cells}, key=_natural)
     in_columns = {" ".join(head): [run for cells in grid.values() for run in cells.get(head, [])] for head in heads}
@@ -145,9 +149,10 @@ def _several(cells: Sequence[Sequence[Record]], told: set[str]) -> str | None:
     if not refused:
         return None
     seen = "; ".join(f"{key}: {', '.join(map(str, found))}" for key, found in list(differences.items())[:4])
-    where = f"{len(refused)} cells, such as that of" if len(refused) > 1 else "The cell of"
+    where = f"cell of {refused[0].method} on {refused[0].task}"
+    where = f"{len(refused)} cells, such as the {where}," if len(refused) > 1 else f"The {where}"
     return (
-        f"{where} {refused[0].method} on {refused[0].task}, would hold a mean over settings that differ in more than "
+        f"{where} would hold a mean over settings that differ in more than "
         f"the seed ({seen or 'compare two of them with peftbench compare'}). Choose by a filter, put the key into "
         f"--rows or --columns, or allow it with --mix {','.join(differences) or 'all'}."
     )
@@ -157,8 +162,17 @@ def _visible(record: Record) -> dict[str, Any]:
     """The settings of a run that its record shows."""
     keys = ("method", "unfreeze", "debug", "deviations", "bottleneck", "scale", *CHOICES, *COMPARABLE)
     options = {f"{one.prefix}{key}": value for one in record.axes for key, value in one.options.items()}
-    trainer = {"learning_rate" if key == "learning_rate" else f"trainer.{key}": v for key, v in flatten(record.trainer)}
+    trainer = {
+        "learning_rate" if key == "trainer.learning_rate" else key: value
+        for key, value in flatten(record.trainer, "trainer.")
+        if key not in IGNORED
+    }
     return {**{key: FIELDS[key](record) for key in keys}, **options, **trainer}
+
+
+def _label_of(key: str, value: Any) -> str:
+    """What names a line or a column. A share as tables show it: bottlenecks are whole, and meet no share exactly."""
+    return f"{value:.2f}" if key == "percent" and value is not None else text(value)
 
 
 def _label(index: int, line: Line) -> str:
@@ -169,7 +183,7 @@ def _cell(head: tuple[str, ...], of: Callable[[Record], float | None], line: Lin
     value, spread = _number(head, of, line), _spread(head, of, line)
     if value is None:
         return ""
-    shown = f"{value:.2f}" if abs(value) < 1e4 else f"{round(value):,}"
+    shown = f"{value:.2f}" if abs(value) < 1e4 else f"{value:,.0f}"
     return shown if spread is None else f"{shown} ± {spread:.2f} ({len(line.cells[head].records)})"
 
 

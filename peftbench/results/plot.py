@@ -39,6 +39,7 @@ NAMES = {
     "time": "time, s",
 }
 COLUMNS = 3  # panels beside each other
+IN_LEGEND = 17  # names below each other, beside one panel
 
 
 def main(argv: list[str]) -> int:
@@ -102,7 +103,7 @@ def draw(rows: Sequence[Row], *, x: str = "stored", y: str = "score", by: str = 
     panels = [shown for table in tables(scored) if (shown := _points(table, x, y))]
     if not panels:
         raise UserError(f"None of these runs has both {x} and {y} to draw.")
-    lines = _lines([point.row for panel in panels for point in panel if not point.row.first.is_full], by)
+    lines = _lines([[point.row for point in panel if not point.row.first.is_full] for panel in panels], by)
     return _figure([partial(_panel, points=panel, lines=lines, x=x, y=y) for panel in panels])
 
 
@@ -146,8 +147,9 @@ def _figure(panels: Sequence[Callable[[Axes], None]]) -> Figure:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
                 handles.setdefault(label, handle[0] if isinstance(handle, ErrorbarContainer) else handle)
         longest = max(map(len, handles), default=0)
-        figure.set_size_inches(4.4 * across + 0.6 + 0.075 * longest, 3.5 * down)
-        figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
+        beside = math.ceil(len(handles) / (IN_LEGEND * down)) or 1
+        figure.set_size_inches(4.4 * across + (0.6 + 0.075 * longest) * beside, 3.5 * down)
+        figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, ncols=beside)
     return figure
 
 
@@ -261,11 +263,13 @@ def _label(axes: Axes, rows: Sequence[Row], x: str, y: str) -> None:
     axes.set_axisbelow(True)
 
 
-def _lines(rows: Sequence[Row], by: str) -> dict[int, str]:
+def _lines(panels: Sequence[Sequence[Row]], by: str) -> dict[int, str]:
     """The name of the line on which each row is a point.
 
-    By method, one that was tried with several axes has a line for each: adapter · ffn, adapter · attention.
+    By method, one that was tried with several axes has a line for each: adapter · ffn, adapter · attention. So has, in
+    a panel, one that was trained for longer and shorter; but not one whose sizes have learning rates of their own.
     """
+    rows = [row for panel in panels for row in panel]
     if by != "method":
         return {id(row): _name(row, by) for row in rows}
     found = {}
@@ -273,6 +277,11 @@ def _lines(rows: Sequence[Row], by: str) -> dict[int, str]:
         alike = [(row, _four(row)) for row in rows if row.first.method == method]
         apart = differing([axes for _, axes in alike])
         found.update({id(row): " · ".join([method, *(axes[key] for key in apart)]) for row, axes in alike})
+    for panel in panels:
+        lengths: dict[str, set[str]] = {}
+        for row in panel:
+            lengths.setdefault(found[id(row)], set()).add(_length(row))
+        found |= {id(row): f"{name} · {_length(row)}" for row in panel if len(lengths[name := found[id(row)]]) > 1}
     return found
 
 
@@ -280,6 +289,13 @@ def _four(row: Row) -> dict[str, str]:
     """The four axes of a row, the composition function with its scale."""
     composition = text([axes.composition for axes in row.first.axes])
     return {**{axis: text(FIELDS[axis](row.first)) for axis in CHOICES}, "composition_function": composition}
+
+
+def _length(row: Row) -> str:
+    """How long the runs of a row were trained, as it was asked for; a number of steps wins over one of epochs."""
+    trainer = row.first.trainer
+    steps, epochs = (text(trainer.get(key)) for key in ("max_steps", "epochs"))
+    return f"{steps} steps" if steps else f"{epochs} epochs" if epochs else ""
 
 
 def _name(row: Row, by: str) -> str:

@@ -7,6 +7,7 @@ are made from records. `recording.py` writes them.
 from __future__ import annotations
 
 import json
+import math
 import os
 import traceback
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
@@ -30,6 +31,10 @@ APART = ".apart"
 
 # missing: a run of a sweep that has not begun; no file says so.
 Status = Literal["running", "done", "failed", "interrupted", "missing"]
+
+
+class NewerError(ValueError):
+    """A later version of peftbench wrote the record, which this one cannot read."""
 
 
 @dataclass
@@ -209,9 +214,13 @@ class Record:
         """The record that `to_json` gave; unknown keys are passed over. Raises ValueError for anything else."""
         if not isinstance(values, dict) or "schema_version" not in values:
             raise ValueError("it is not the record of a run")
-        if values["schema_version"] != SCHEMA_VERSION:
-            raise ValueError(f"its schema_version is {values['schema_version']}, not {SCHEMA_VERSION}")
-        record: Record = _decode(cls, {**values, "folder": folder})
+        version = values["schema_version"]
+        if type(version) is int and version > SCHEMA_VERSION:
+            raise NewerError(f"a newer peftbench wrote it (schema_version {version}; this one reads {SCHEMA_VERSION})")
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"its schema_version is {version!r}, not {SCHEMA_VERSION}")
+        record: Record = decode(cls, {**values, "folder": folder})
+        _check(record)
         return record
 
     def save(self) -> None:
@@ -255,27 +264,48 @@ def find(folder: Path) -> Record | None:
         return None
 
 
+def keep_newer(folder: Path) -> None:
+    """Raises UserError where a newer peftbench wrote the record in `folder`: it is not to be written over."""
+    try:
+        _read(folder / FILE)
+    except NewerError as error:
+        raise UserError(f"{folder / FILE}: {error}; train with that version, or in another output_dir.") from None
+    except (OSError, ValueError):  # none, or one that is torn
+        pass
+
+
 def load_records(folder: Path) -> tuple[list[Record], list[str]]:
-    """The records anywhere below `folder`, and a sentence for each `record.json` that could not be read as one.
+    """The records anywhere below `folder`, and a sentence for each `record.json` or folder that could not be read.
 
     Folders that are kept `APART` are passed over, unless `folder` is one or lies in one. Raises UserError where there
     is no such folder.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give the output_dir of runs, or make one with: peftbench train")
-    files = []
-    for place, below, names in os.walk(folder):
-        if APART in names and Path(place) != folder:
+    records: list[Record] = []
+    left_out: list[str] = []
+    files, seen = [], set[str]()
+
+    def unreadable(error: OSError) -> None:
+        left_out.append(f"{error.filename} is left out: {error.strerror}.")
+
+    # Part of the folders may be links to another disk, and links may lead to each other.
+    for place, below, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen or (APART in names and Path(place) != folder):
             below.clear()
         elif FILE in names:
             files.append(Path(place, FILE))
-    records, left_out = [], []
+        seen.add(real)
+        below.sort()
     for file in sorted(files):
         try:
             records.append(_read(file))
         except json.JSONDecodeError as error:
             left_out.append(f"{file} is left out: it is torn or no JSON (line {error.lineno}: {error.msg}).")
-        except (OSError, ValueError, RecursionError) as error:
+        except OSError as error:
+            left_out.append(f"{file} is left out: {error.strerror or error}.")
+        except (ValueError, RecursionError) as error:
             left_out.append(f"{file} is left out: {error}.")
     return records, left_out
 
@@ -300,14 +330,14 @@ def _read(file: Path) -> Record:
 _hints = cache(get_type_hints)
 
 
-def _decode(kind: Any, value: Any, key: str = "") -> Any:
+def decode(kind: Any, value: Any, key: str = "") -> Any:
     """`value`, as JSON gives it, as the type `kind`. Raises ValueError that names the key where it does not fit."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is UnionType:  # always X | None here
-        return None if value is None else _decode(arguments[0], value, key)
+        return None if value is None else decode(arguments[0], value, key)
     if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
         known = {
-            item.name: _decode(_hints(kind)[item.name], value[item.name], f"{key}.{item.name}".lstrip("."))
+            item.name: decode(_hints(kind)[item.name], value[item.name], f"{key}.{item.name}".lstrip("."))
             for item in fields(kind)
             if item.init and item.name in value
         }
@@ -316,11 +346,30 @@ def _decode(kind: Any, value: Any, key: str = "") -> Any:
             raise ValueError(f"{key or 'it'} lacks {', '.join(missing)}")
         return kind(**known)
     if origin is list and isinstance(value, list):
-        return [_decode(arguments[0], item, f"{key}[{index}]") for index, item in enumerate(value)]
+        return [decode(arguments[0], item, f"{key}[{index}]") for index, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
-        return {name: _decode(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
+        return {name: decode(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
     if kind is float and type(value) is int:
         return float(value)
     if kind is Any or (origin is Literal and value in arguments) or type(value) is kind or isinstance(value, Path):
         return value
-    raise ValueError(f"{key or 'it'} is {str(value)[:40]!r}, which no record holds there")
+    raise _misplaced(value, key or "it")
+
+
+def _check(record: Record) -> None:
+    """Raises ValueError for what the types of a record let pass, and what its readers rely on."""
+    try:
+        zone = datetime.fromisoformat(record.created).tzinfo
+    except ValueError:
+        zone = None
+    if zone is None:
+        raise _misplaced(record.created, "created")
+    for name, seconds in record.timings.items():
+        if not math.isfinite(seconds):
+            raise _misplaced(seconds, f"timings.{name}")
+    decode(dict[str, dict[str, Any]], record.data.get("splits", {}), "data.splits")
+    decode(str, record.data.get("scored_on", ""), "data.scored_on")
+
+
+def _misplaced(value: object, key: str) -> ValueError:
+    return ValueError(f"{key} is {str(value)[:40]!r}, which no record holds there")

@@ -45,9 +45,10 @@ class Row:
         return stdev(values) if len(values) > 1 else None
 
     def _values(self, of: Callable[[Record], float | None]) -> list[float]:
-        # A single run shows all that is known of it; a mean is over the runs with a score.
-        records = self.scored if len(self.records) > 1 else self.records
-        return [float(value) for record in records if (value := of(record)) is not None]
+        # A single run shows all that is known of it; a mean is over the runs with a score, of numbers that have one.
+        alone = len(self.records) == 1
+        values = [of(record) for record in (self.records if alone else self.scored)]
+        return [float(value) for value in values if value is not None and (alone or math.isfinite(value))]
 
 
 def single(records: Iterable[Record]) -> list[Row]:
@@ -80,7 +81,7 @@ def point(record: Record) -> str:
 
 
 def is_scored(record: Record) -> bool:
-    return record.status == "done" and record.score is not None and not math.isnan(record.score)
+    return record.status == "done" and record.score is not None and math.isfinite(record.score)
 
 
 def is_trial(record: Record) -> bool:

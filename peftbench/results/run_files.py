@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,25 @@ CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints, gone once it i
 
 def logged(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl`, in the order in which they were written."""
-    file = folder / METRICS
+    # the last line may be half written, or torn where the process died
+    lines = [values for values in read_lines(folder / METRICS) if values is not None]
+    return [values for values in lines if "stage" in values and isinstance(values.get("step"), int)]
+
+
+def read_lines(file: Path, most: int | None = None) -> Iterator[dict[str, Any] | None]:
+    """The objects in the lines of a file, `most` lines at most; None for a line that holds none.
+
+    There are none in a file that is missing.
+    """
     if not file.is_file():
-        return []
-    found = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError):  # the last line may be half written, or torn where the process died
-            values = json.loads(line)
-            if isinstance(values, dict) and {"stage", "step"} <= values.keys():
-                found.append(values)
-    return found
+        return
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for line in islice(lines, most):
+            try:
+                values = json.loads(line)
+            except (ValueError, RecursionError):
+                values = None
+            yield values if isinstance(values, dict) else None
 
 
 def rewind_metrics(folder: Path, stage: str, step: int) -> None:

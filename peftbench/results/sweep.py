@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
@@ -16,7 +18,7 @@ from peftbench.results.choice import NoChoice, known, sentence, settled
 from peftbench.results.differences import distinctive
 from peftbench.results.fields import text
 from peftbench.results.identity import run_dir
-from peftbench.results.record import Record, find, finished
+from peftbench.results.record import Record, decode, find, finished
 from peftbench.results.recording import describe
 from peftbench.results.table import show
 from peftbench.terminal import terminal
@@ -88,21 +90,23 @@ class Plan:
 
     def save(self, root: Path) -> None:
         """Write the file. The same runs have the same file, however they were typed, and whatever searches come to."""
-        folder = root / FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / f"{self.name}{SUFFIX}") as file:
+        path = root / FOLDER / f"{self.name}{SUFFIX}"
+        with suppress(OSError, ValueError):
+            if Plan.load(path) == self:  # nothing new: the table of a sweep comes also where the disk is full
+                os.utime(path)  # `peftbench status` has the latest sweep last
+                return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
             file.write(json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, file: Path) -> Plan:
         """Read what `save` wrote. Raises ValueError for anything else."""
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-            return cls(
-                values["arguments"], [Point(**point) for point in values["points"]], file.name.removesuffix(SUFFIX)
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"it is not the plan of a sweep ({error})") from error
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it is not the plan of a sweep")
+        plan: Plan = decode(cls, {**values, "name": file.name.removesuffix(SUFFIX)})
+        return plan
 
 
 def _below(root: Path, folder: Path) -> str:

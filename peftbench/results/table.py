@@ -63,7 +63,7 @@ def show_table(columns: Sequence[Column[T]], rows: Sequence[T], console: Console
         rest = rest[len(fitting) - labels :]
         fitting = _fitting(fitting, console.width)
         shown = [index for index in range(len(rows)) if not labels or any(one.cells[index] for one in fitting[labels:])]
-        console.print(_table(fitting, console.width, shown, below))
+        console.print(_table(fitting, console.width, shown, below), crop=False)
         if labels and rest:
             console.print()
 
@@ -171,6 +171,8 @@ def _table(columns: Sequence[_Laid], width: int, rows: Sequence[int], below: int
         if columns[index].words:
             given = min(lacking, max(0, widths[index] - NARROWEST))
             widths[index], lacking = widths[index] - given, lacking - given
+    if lacking:  # longer lines than there is room for: the terminal breaks them, but rich would break numbers
+        table.width = sum(widths) + GAP * (len(widths) - 1)
     for column, taken in zip(columns, widths, strict=True):
         justify: Literal["left", "right"] = "left" if column.words else "right"
         header = "\n".join(wrapped(line, taken) for line in column.header.split("\n"))

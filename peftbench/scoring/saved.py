@@ -60,10 +60,15 @@ def saved_predictions(folder: Path, role: str) -> list[dict[str, Any]]:
         raise UserError(f"{file} is missing; a run that is done keeps its predictions there.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}.") from error
-    rows = []
+    found = []
     for number, line in enumerate(lines, 1):
+        if not line:
+            continue
         try:
-            rows.extend([json.loads(line)] if line else [])
+            one = json.loads(line)
         except ValueError as error:
             raise UserError(f"{file} cannot be read: line {number} is torn.") from error
-    return rows
+        if not isinstance(one, dict) or not {"reference", "prediction"} <= one.keys():
+            raise UserError(f"{file} cannot be read: line {number} has no reference and prediction.")
+        found.append(one)
+    return found

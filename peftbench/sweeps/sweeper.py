@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -146,7 +147,8 @@ def _side_by_side(jobs: Sequence[Job], places: Sequence[dict[str, str]]) -> None
     if not waiting:
         return
     places = places[: len(waiting)]
-    logs = Path(waiting[0].run.output_dir).expanduser() / FOLDER / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{os.getpid()}"  # two processes may start on a sweep in one second
+    logs = Path(waiting[0].run.output_dir).expanduser() / FOLDER / name
     with (
         mps.shared(_mps([job.run for job in waiting]), places, logs) as shared,
         Workers(shared, logs) as workers,

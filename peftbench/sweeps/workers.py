@@ -184,7 +184,8 @@ class _Worker:
 def _work(pipe: Connection, environment: dict[str, str], log: str) -> None:
     """What a worker process does: it trains the jobs from the pipe until None comes."""
     os.environ.update(environment)  # before torch is imported, which reads it then
-    signal.signal(signal.SIGINT, _interrupted)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is where a script has started the sweep with &
+        signal.signal(signal.SIGINT, _interrupted)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(log, "a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)

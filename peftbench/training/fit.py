@@ -55,6 +55,7 @@ class Fitted:
     operations: float  # that an optimiser step needs, see `arithmetic`
     micro_batch: dict[str, Any]  # into how many parts a batch went, and where memory ran out
     fast_paths: list[str]  # those taken, by their keys
+    replay_bytes: int  # GPU memory of a step that CUDA graphs replay, which is not counted as allocated
 
     @property
     def step_s(self) -> float | None:
@@ -140,6 +141,7 @@ def fit(
     no_cache = configured(configs_of(model), "use_cache", False)  # which a decoder would fill and never read
     with no_cache, no_cudnn_attention():
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
+    replay_bytes = trainer.replay_bytes
     step_seconds = pace.seconds()
     seconds = earlier + time.perf_counter() - began
     if keeper is not None:
@@ -157,6 +159,7 @@ def fit(
         operations=examples * operations(model, *read),
         micro_batch=trainer.micro.notes,
         fast_paths=trainer.paths_taken,
+        replay_bytes=replay_bytes,
     )
 
 

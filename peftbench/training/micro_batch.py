@@ -16,7 +16,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
-from peftbench.training.token_loss import IGNORED
+from peftbench.token_loss import IGNORED
 
 AUTO = "auto"
 MOMENTS = 2  # tensors that AdamW keeps beside each one that is trained

@@ -23,8 +23,8 @@ from peftbench.modification.attach import takes_our_attention
 from peftbench.modification.packed_attention import PACKED_NAME, PACKING, Packing
 from peftbench.modification.prompt import PROMPT
 from peftbench.sites import configs_of, configured, find_sites
+from peftbench.token_loss import IGNORED
 from peftbench.training.batching import Collator
-from peftbench.training.token_loss import IGNORED
 
 SOURCES, TARGETS = "source_lengths", "target_lengths"  # of each example of a batch, in tokens; no tensors
 

@@ -26,6 +26,8 @@ Key = tuple[tuple[str, torch.Size, torch.dtype], ...]
 class Recorder(Protocol):
     """What records functions, and computes others meanwhile."""
 
+    memory: int  # bytes that the recordings hold between replays, at most so far
+
     def record(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """What replays the function, and the tensor in which each replay leaves the function's outcome.
 
@@ -35,6 +37,9 @@ class Recorder(Protocol):
 
     def compute(self, function: Callable[[], Tensor]) -> Tensor:
         """The function's outcome."""
+
+    def release(self) -> None:
+        """Give back the memory of all that was recorded, which is replayed no more."""
 
 
 class Replayed:
@@ -83,6 +88,12 @@ class Replayed:
         replay()
         return loss.clone()
 
+    def release(self) -> None:
+        """Give back the memory of all that was recorded; what comes then is recorded anew."""
+        self.recorded.clear()
+        if self.recorder is not None:
+            self.recorder.release()
+
     def _record(self, key: Key, batch: Mapping[str, Tensor]) -> bool:
         """Record the step for batches of a shape that comes again; whether that was done."""
         if self.recorder is None or key not in self.seen or len(self.recorded) >= MOST:
@@ -95,6 +106,7 @@ class Replayed:
             if self.required:
                 raise
             self.recorder = None
+            self.recorded.clear()
             return False
         return True
 
@@ -118,7 +130,7 @@ class CudaGraphs:
     def __init__(self) -> None:
         cuda: Any = torch.cuda
         self.pool, self.stream = cuda.MemPool(), cuda.Stream()
-        self.graphs = 0
+        self.graphs = self.held = self.memory = 0
 
     def compute(self, function: Callable[[], Tensor]) -> Tensor:
         """The function's outcome."""
@@ -126,7 +138,12 @@ class CudaGraphs:
             return function()
         torch.cuda.empty_cache()  # allocations for a pool do not by themselves take memory that others keep unused
         # The backward pass must run in this thread, whose allocations are the pool's.
-        with self._stream(), torch.autograd.set_multithreading_enabled(False), torch.cuda.use_mem_pool(self.pool):
+        with (
+            self._growing(),
+            self._stream(),
+            torch.autograd.set_multithreading_enabled(False),
+            torch.cuda.use_mem_pool(self.pool),
+        ):
             outcome = function()
         return outcome.clone()  # a graph may write where it stands
 
@@ -137,9 +154,11 @@ class CudaGraphs:
             UserError: the function waits for the GPU, or does what else a graph cannot.
         """
         graph: Any = torch.cuda.CUDAGraph()
+        generator: Any = torch.cuda.default_generators[torch.cuda.current_device()]
+        random = generator.clone_state()
         torch.cuda.empty_cache()  # a graph cannot use what unrecorded steps leave behind
         torch.cuda.synchronize()
-        with self._stream(), _no_collection():
+        with self._growing(), self._stream(), _no_collection():
             # Other threads, such as one that pins batches, may go on.
             graph.capture_begin(pool=self.pool.id, capture_error_mode="thread_local")
             try:
@@ -148,6 +167,7 @@ class CudaGraphs:
             except RuntimeError as error:
                 with suppress(RuntimeError):  # that of a recording that failed
                     graph.capture_end()
+                generator.graphsafe_set_state(random)  # as torch left it, it would give numbers to recordings alone
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
                 raise UserError(
@@ -156,6 +176,19 @@ class CudaGraphs:
                 ) from error
         self.graphs += 1
         return graph.replay, outcome
+
+    def release(self) -> None:
+        """Give back the memory of all graphs, which are gone by now."""
+        self.pool, self.graphs, self.held = type(self.pool)(), 0, 0
+        torch.cuda.empty_cache()
+
+    @contextmanager
+    def _growing(self) -> Iterator[None]:
+        """What is taken from the GPU inside is the graphs'."""
+        before = torch.cuda.memory_reserved()
+        yield
+        self.held += max(0, torch.cuda.memory_reserved() - before)
+        self.memory = max(self.memory, self.held)
 
     @contextmanager
     def _stream(self) -> Iterator[None]:

@@ -44,6 +44,15 @@ class FineTuner(MicroBatched, Resumable):
         replays = self.replayed is not None and self.replayed.recorder is not None
         return [*self.paths.taken, *(["graphs"] if replays else [])]
 
+    @property
+    def replay_bytes(self) -> int:
+        """GPU memory of a replayed step, what is allocated between steps and what its graphs hold; 0 without graphs."""
+        recorder = None if self.replayed is None else self.replayed.recorder
+        if recorder is None or recorder.memory == 0:
+            return 0
+        allocated: int = torch.cuda.memory_allocated(self.args.device)
+        return allocated + recorder.memory
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.keeper is not None and output_dir is not None:
@@ -97,7 +106,17 @@ class FineTuner(MicroBatched, Resumable):
         return 0
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if self.replayed is not None and _crowded(self.args.device):
+            self.replayed.release()  # nothing but graphs can use their memory
         metrics = {f"eval_{name}": value for name, value in self.scores().items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def _crowded(device: torch.device) -> bool:
+    """Whether less than half of a GPU's memory is free."""
+    if device.type != "cuda":
+        return False
+    free, total = torch.cuda.mem_get_info(device)
+    return free < total / 2

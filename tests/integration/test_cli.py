@@ -250,6 +250,7 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["mix=[]", "mix.prefix.bottleneck=3"], ["there is no prefix in the mixture; add one, such as mix=[prefix]."]),
         (["method", "lora"], ["method is no KEY=VALUE", "lora is no KEY=VALUE"]),
         (["task.prompt=read: {source}"], ["cannot be read; where the value has commas"]),
+        (["output_dir=Jörg"], ["a letter beyond A to Z, put it in both kinds of quotes, 'output_dir=\"...\"'."]),
         (["search=null"], ["search=null chooses nothing; leave search out for its default, or give one of: lr3."]),
         (["mix=[null]", "debug=null"], ["mix=[null] chooses nothing; leave mix out", "debug=null chooses nothing;"]),
         (["+experiment=paper/table5"], ["experiment has its place in the config; leave out the +."]),

@@ -298,6 +298,21 @@ def test_a_run_that_another_process_is_at_is_refused(
     assert main([*arguments, "rerun=true"]) == 0  # a dead process holds nothing
 
 
+def test_the_record_of_a_newer_version_is_not_written_over(
+    smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", "-m", *smoke, "method=lora", "task.baselines=[]"]
+    assert main(arguments) == 0
+    (file,) = (tmp_path / "outputs").rglob("record.json")
+    newer = file.read_text().replace('"schema_version": 1', '"schema_version": 2')
+    file.write_text(newer)
+    for word in ("retry=true", "rerun=true"):
+        capsys.readouterr()
+        assert main([*arguments, word]) == 1
+        assert f"{file}: a newer peftbench wrote it (schema_version 2" in capsys.readouterr().err
+        assert file.read_text() == newer
+
+
 @pytest.mark.parametrize("task", ["docsum", pytest.param("doctopic", marks=pytest.mark.slow)])
 def test_runs_of_one_process_leave_nothing_to_each_other(
     task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -26,9 +26,9 @@ pytestmark = pytest.mark.slow  # each worker imports torch and transformers
 ENDLESS = ["method=lora", "trainer.max_steps=4000", "trainer.checkpoint_minutes=0", "task.baselines=[]", "seed=1,2,3"]
 
 
-def started(arguments: list[str]) -> subprocess.Popen[str]:
+def started(arguments: list[str], *before: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*SUBPROCESS, "train", "-m", *arguments, "jobs=2"],
+        [*before, *SUBPROCESS, "train", "-m", *arguments, "jobs=2"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -95,6 +95,21 @@ def test_ctrl_c_ends_all(to: str, smoke: list[str], tmp_path: Path) -> None:
     assert [record["status"] for record in records(tmp_path / "outputs")] == ["interrupted"] * 2
     assert "0 of 3 runs are done. 3 unfinished; the same line goes on" in " ".join(out.split())
     assert not any(map(psutil.pid_exists, workers))
+
+
+def test_a_sweep_in_the_background_of_a_script_is_not_interrupted(smoke: list[str], tmp_path: Path) -> None:
+    """A shell has what a script starts with & ignore Ctrl-C, and its workers are part of that."""
+    process = started([*smoke, *ENDLESS], "sh", "-c", 'trap "" INT; exec "$@"', "sh")
+    try:
+        until(lambda: len(training(tmp_path)) == 2)
+        workers = training(tmp_path)
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(3)
+        assert process.poll() is None and training(tmp_path) == workers
+        assert all(map(psutil.pid_exists, workers))
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def test_no_orphans_train_on(smoke: list[str], tmp_path: Path) -> None:

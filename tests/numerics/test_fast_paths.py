@@ -15,10 +15,11 @@ from transformers.trainer_pt_utils import LabelSmoother
 from peftbench.config import LOSS, Compile, Keep
 from peftbench.modification.attach import attach
 from peftbench.modification.functional_form import Bottleneck
+from peftbench.prediction.kv_cache import cache_argument
 from peftbench.prediction.predict import mean_loss
 from peftbench.sites import configs_of, find_sites
+from peftbench.token_loss import IGNORED, cross_entropy, hidden_states, logits_bias, output_layer
 from peftbench.training.compiled import CompiledLayers
-from peftbench.training.token_loss import IGNORED, cross_entropy, hidden_states, logits_bias, output_layer
 from tests.families import CONTINUING, PRESETS, WRITING, batch, build, long_tail, shake
 from tests.fitting import Targets, fitted, gradients_of, model_of, one_step
 
@@ -65,7 +66,7 @@ def test_training_fills_no_cache(family: str, tmp_path: Path) -> None:
     attention = find_sites(model).layers[-1].attentions[0].module
 
     def look(module: torch.nn.Module, args: tuple[object, ...], given: dict[str, object]) -> None:
-        asked.append(given.get("past_key_values"))
+        asked.append(given[cache_argument(model)])
 
     attention.register_forward_pre_hook(look, with_kwargs=True)
     fitted(model, Targets(family), one_step(), tmp_path)

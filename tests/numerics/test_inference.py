@@ -17,6 +17,7 @@ from peftbench.modification.edit import Edit
 from peftbench.modification.functional_form import Bottleneck
 from peftbench.modification.inference import prepared
 from peftbench.modification.state import fold
+from peftbench.prediction import kv_cache
 from peftbench.prediction.predict import predict
 from peftbench.sites import find_sites
 from tests.families import CONTINUING, FAMILIES, MORE_FAMILIES, PRESETS, batch, build, inputs, modification, shake
@@ -121,8 +122,12 @@ GENERATIONS = [
     ("family", "preset"),
     [pytest.param(*case, marks=[] if case in SOON else pytest.mark.slow, id="-".join(case)) for case in GENERATIONS],
 )
-def test_predict_generates_what_the_model_generates(family: str, preset: str, beams: int) -> None:
-    """The naive path: transformers' `generate` on the model as it is hooked, in one padded batch."""
+def test_predict_generates_what_the_model_generates(
+    family: str, preset: str, beams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The naive path: transformers' `generate` on the model as it is hooked, in one padded batch. The cache of ours has
+    to grow on the way."""
+    monkeypatch.setattr(kv_cache, "ROOM", 2)
     model = attached(family, preset)
     fold(model)
     given = inputs(family, (9, 7, 6))
@@ -134,6 +139,22 @@ def test_predict_generates_what_the_model_generates(family: str, preset: str, be
     found = predicted(model, given, options)
     new = expected[:, 9:] if family in CONTINUING else expected
     assert torch.equal(torch.from_numpy(found), new)
+
+
+def test_a_token_is_moved_in_two_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without room for a further token in either, a search would leave behind a tensor of each length."""
+    model = attached("bart", "mam")
+    fold(model)
+    homes: set[int] = set()
+    reorder = kv_cache.Store.reorder
+
+    def spy(store: kv_cache.Store, beams: Tensor) -> None:
+        reorder(store, beams)
+        homes.add(store._all.untyped_storage().data_ptr())
+
+    monkeypatch.setattr(kv_cache.Store, "reorder", spy)
+    predicted(model, inputs("bart", (9, 6)), tokens(9, num_beams=4))
+    assert len(homes) == 2
 
 
 @pytest.mark.parametrize("preset", ["bare", "mam", "lora"])

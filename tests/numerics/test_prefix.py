@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from peftbench.modification.attach import attach
 from peftbench.modification.functional_form import Bottleneck
 from peftbench.modification.state import bottlenecks
+from peftbench.prediction.kv_cache import cache_argument
 from tests.families import batch, build, dropout, modification
 
 LENGTH = 5
@@ -61,7 +62,8 @@ def told(theirs: PeftModel, inputs: dict[str, Tensor], position_ids: Tensor) -> 
     """peft's model with the positions of its tokens given, and its prefix in the cache as peft has it."""
     mask = torch.cat([torch.ones(2, LENGTH, dtype=torch.long), inputs["attention_mask"]], dim=1)
     prefix = theirs.get_prompt(batch_size=2)
-    return theirs.base_model(**{**inputs, "attention_mask": mask}, position_ids=position_ids, past_key_values=prefix)
+    given = {**inputs, "attention_mask": mask, cache_argument(theirs.base_model): prefix}
+    return theirs.base_model(**given, position_ids=position_ids)
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])

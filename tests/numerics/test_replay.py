@@ -28,7 +28,10 @@ class Recorder:
     """In the place of CUDA: a recording computes nothing, a replay calls the function."""
 
     def __init__(self) -> None:
-        self.recorded = self.replayed = 0
+        self.recorded = self.replayed = self.released = self.memory = 0
+
+    def release(self) -> None:
+        self.released += 1
 
     def compute(self, function: Callable[[], Tensor]) -> Tensor:
         return function()
@@ -160,6 +163,37 @@ def test_what_cannot_be_recorded_is_computed_where_that_is_wanted() -> None:
     assert all(
         torch.equal(mine, p.grad) for mine, p in zip(found, module.parameters(), strict=True) if p.grad is not None
     )
+
+
+def test_what_was_released_is_recorded_anew() -> None:
+    module, step = linear()
+    recorder = Recorder()
+    replayed = Replayed(step, module.parameters(), recorder)
+    batch = {"x": torch.ones(1, 3), "count": torch.tensor(1.0)}
+    losses = [replayed(batch) for _ in range(3)]
+    replayed.release()
+    losses += [replayed(batch) for _ in range(2)]
+    assert (recorder.recorded, recorder.replayed, recorder.released) == (2, 4, 1)
+    assert all(torch.equal(loss, losses[0]) for loss in losses)
+
+
+@pytest.mark.gpu
+def test_released_memory_is_for_all() -> None:
+    parameter = nn.Parameter(torch.ones((), device="cuda"))
+
+    def step(batch: dict[str, Tensor]) -> Tensor:
+        loss = (parameter * batch["x"].repeat(2**20)).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    replayed = Replayed(step, [parameter])
+    before = torch.cuda.memory_reserved()
+    for _ in range(2):
+        losses = [float(replayed({"x": torch.full((32,), 3.0, device="cuda")})) for _ in range(3)]
+        assert losses == 3 * [9.0]
+        assert torch.cuda.memory_reserved() > before + 2**27
+        replayed.release()
+        assert torch.cuda.memory_reserved() < before + 2**26
 
 
 def test_rows_come_in_few_lengths() -> None:
@@ -317,6 +351,25 @@ def test_what_waits_for_the_gpu_cannot_be_recorded() -> None:
     with pytest.raises(UserError, match=r"use trainer\.graphs=false"):
         replayed({"x": torch.ones(3, device="cuda")})
     assert float(step({"x": torch.ones(3, device="cuda")})) == 9.0  # the GPU goes on
+    assert float(torch.rand(9, device="cuda").sum()) > 0
+
+
+@pytest.mark.gpu
+def test_a_step_that_cannot_be_recorded_drops_out_as_ever() -> None:
+    """Also where a graph of another shape had been recorded before, which is replayed no more."""
+    torch.manual_seed(0)
+    parameter = nn.Parameter(torch.rand(1000, device="cuda"))  # sums tell what was dropped
+
+    def step(batch: dict[str, Tensor]) -> Tensor:
+        loss = nn.functional.dropout(parameter * batch["x"].sum(), 0.5).mean()
+        if len(batch["x"]) > 1:
+            loss = loss * float(batch["x"].mean())
+        loss.backward()
+        return loss.detach()
+
+    replayed = Replayed(step, [parameter], required=False)
+    losses = {float(replayed({"x": torch.ones(rows, device="cuda")})) for rows in (1, 1, 1, 2, 2, 2, 1, 1)}
+    assert replayed.recorder is None and len(losses) == 8
 
 
 def test_graphs_need_a_gpu(tmp_path: Path) -> None:

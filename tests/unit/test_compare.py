@@ -134,6 +134,10 @@ def _torn_predictions(root: Path) -> None:
     (trained(root, 50, method="full") / "predictions.jsonl").write_text('{"index": 0, "pred')
 
 
+def _foreign_predictions(root: Path) -> None:
+    (trained(root, 50, method="full") / "predictions.jsonl").write_text('{"reference": "yes"}\n[1]\n')
+
+
 def _failed(root: Path) -> None:
     file = trained(root, 50, method="full") / "record.json"
     file.write_text(file.read_text().replace('"status": "done"', '"status": "failed"'))
@@ -148,6 +152,7 @@ def _failed(root: Path) -> None:
         (_two_settings, "B=method=full stands for 2 settings, which differ in bottleneck; choose one"),
         (_without_predictions, "predictions.jsonl is missing"),
         (_torn_predictions, "predictions.jsonl cannot be read"),
+        (_foreign_predictions, "predictions.jsonl cannot be read: line 1 has no reference and prediction."),
         (_failed, "B=method=full has no score to compare: it is failed"),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 
 from peftbench.cli import main
 from peftbench.errors import of_the_machine, unknown
+from peftbench.whole_files import replacing
 
 
 def test_an_unknown_value_is_told_its_choices() -> None:
@@ -27,6 +28,12 @@ def test_a_full_disk_is_told_and_a_broken_pipe_is_not() -> None:
     assert of_the_machine(OSError(errno.EACCES, "Permission denied", "/a/b")) == "/a/b: Permission denied."
     assert of_the_machine(OSError(errno.EPIPE, "Broken pipe")) is None
     assert of_the_machine(OSError("a library's own")) is None
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as error, replacing(tmp_path / "record.json"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert of_the_machine(error.value) == f"{tmp_path / 'record.json'}: No space left on device."
 
 
 @pytest.mark.parametrize("sweep", [[], ["-m", "seed=1,2"]])

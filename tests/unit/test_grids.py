@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+import peftbench.compose
 import peftbench.sweeps.sweeper
 from peftbench.cli import main
-from peftbench.compose import _grids, compose_points
+from peftbench.compose import _grids, compose_points, compose_run
 from peftbench.config import Run
 from peftbench.errors import UserError
 from peftbench.results.differences import distinctive
@@ -131,3 +132,18 @@ def test_grids_side_by_side_with_a_search(smoke: list[str], tmp_path: Path, caps
     assert sorted((record["method"], record["budget"]) for record in found) == 3 * [("head", None)] + 3 * [
         ("lora", "1%")
     ]
+
+
+def test_the_same_choices_are_composed_once_and_leave_nothing_to_the_next_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    composed: list[list[str]] = []
+
+    def counted(*arguments: Any, overrides: list[str]) -> Any:
+        composed.append(overrides)
+        return compose(*arguments, overrides=overrides)
+
+    compose = peftbench.compose.compose
+    monkeypatch.setattr("peftbench.compose.compose", counted)
+    words = ["method=lora,mam", "seed=1,2", "modified_representation.layers=[0],[1,2]", "task.baselines=[],[majority]"]
+    points = compose_points(words, multirun=True)
+    assert len(points) == 16 and len(composed) == 2
+    assert all(compose_run(typed) == run for typed, run in points)

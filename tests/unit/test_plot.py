@@ -86,6 +86,34 @@ def test_more_methods_than_colours_are_still_told_apart() -> None:
     assert len(looks) == 2 * len(COLOURS)
 
 
+@pytest.mark.parametrize("number", [3, 60])
+def test_the_legend_is_whole(number: int) -> None:
+    many = [replace(run("lora", 1, 50.0 + i, point=str(i)), method=f"method_{i:02}") for i in range(number)]
+    figure = draw(over_seeds(many, "mean"))
+    figure.draw_without_rendering()
+    (axes,), (legend,) = figure.axes, figure.legends
+    box, panel = legend.get_window_extent(), axes.get_window_extent()
+    assert box.y0 >= 0 and box.x1 <= figure.bbox.x1 + 1 and len(legend.get_texts()) == number
+    assert panel.x1 < box.x0 and panel.width > 3 * figure.dpi
+
+
+def test_a_method_has_a_line_for_each_length_of_training() -> None:
+    longer = [
+        replace(record, point=f"long {record.point}", score=record.score + 10, trainer={"epochs": 12.0})
+        for record in runs()
+        if record.method == "lora"
+    ]
+    short = [replace(record, trainer={"epochs": 3.0, "learning_rate": record.score}) for record in runs()]
+    short[4:8] = [replace(record, trainer={"epochs": 3.0, "max_steps": 500}) for record in short[4:8]]
+    (axes,) = draw(over_seeds([*short, *longer], "mean")).axes
+    lines = {container.get_label(): container[0].get_xydata().tolist() for container in axes.containers}
+    assert list(lines) == ["lora · 12 epochs", "lora · 3 epochs", "mam"]
+    assert lines["lora · 12 epochs"] == [[1000, 71.6], [10_000, 72.5]]
+    elsewhere = [replace(record, task="sst2", trainer={"epochs": 1.0}) for record in runs() if record.method == "mam"]
+    names = [{c.get_label() for c in axes.containers} for axes in draw(over_seeds([*short, *elsewhere], "mean")).axes]
+    assert names == [{"lora", "mam"}, {"mam"}]
+
+
 def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for made in runs(tmp_path / "outputs"):
         saved(made)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -158,7 +159,7 @@ def test_records_survive_the_round_trip_and_unknown_keys(tmp_path: Path) -> None
         ("", "torn or no JSON"),
         ("[1, 2]", "not the record of a run"),
         ('{"name": "somebody else\'s"}', "not the record of a run"),
-        ('{"schema_version": 2}', "schema_version is 2, not 1"),
+        ('{"schema_version": 0}', "schema_version is 0, not 1"),
         ('{"schema_version": 1}', "lacks axes, created"),
         ({"status": "asleep"}, "status is 'asleep'"),
         ({"score": "high"}, "score is 'high'"),
@@ -167,6 +168,14 @@ def test_records_survive_the_round_trip_and_unknown_keys(tmp_path: Path) -> None
             {"scores": {"report": {"split": "test", "examples": "all", "metrics": {}}}},
             "scores.report.examples is 'all'",
         ),
+        ({"created": "yesterday"}, "created is 'yesterday'"),
+        ({"created": "2026-11-23T10:00:00"}, "created is '2026-11-23T10:00:00'"),  # in which zone?
+        ({"timings": {"total_s": math.nan}}, "timings.total_s is 'nan'"),
+        ({"data": {"scored_on": 7}}, "data.scored_on is '7'"),
+        ({"data": {"splits": [1]}}, "data.splits is '[1]'"),
+        ({"data": {"splits": {"train": 3}}}, "data.splits.train is '3'"),
+        ({"schema_version": "1"}, "schema_version is '1', not 1"),
+        ({"schema_version": 2}, "a newer peftbench wrote it (schema_version 2; this one reads 1)"),
         (b"\xff\xfe", "left out"),
     ],
 )
@@ -195,6 +204,33 @@ def test_runs_that_are_kept_apart_are_no_rivals_of_ones_own(tmp_path: Path) -> N
     (tmp_path / "task" / "own" / FILE).unlink()
     with pytest.raises(UserError, match=r"or show those in .*reference: peftbench results .*reference"):
         read([str(tmp_path)])
+
+
+def test_folders_that_are_links_are_read_once_and_loops_end(tmp_path: Path) -> None:
+    """outputs/TASK may lie on another disk."""
+    start(RUN, tmp_path / "disk" / "run", []).finish()
+    outputs = tmp_path / "outputs"
+    start(RUN, outputs / "here" / "run", []).finish()
+    for name, target in (("task", tmp_path / "disk"), ("same", outputs / "here"), ("loop", outputs)):
+        (outputs / name).symlink_to(target, target_is_directory=True)
+    records, left_out = load_records(outputs)
+    assert [record.folder for record in records] == [outputs / "here" / "run", outputs / "task" / "run"]
+    assert left_out == []
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(RUN, tmp_path / "mine", []).finish()
+    (tmp_path / "theirs").mkdir()
+    scandir = os.scandir
+
+    def guarded(place: str) -> object:
+        if Path(place).name == "theirs":  # root, as which tests may run, reads everything
+            raise PermissionError(13, "Permission denied", place)
+        return scandir(place)
+
+    monkeypatch.setattr("os.scandir", guarded)
+    records, left_out = load_records(tmp_path)
+    assert len(records) == 1 and left_out == [f"{tmp_path / 'theirs'} is left out: Permission denied."]
 
 
 def test_a_missing_folder_is_the_users_mistake(tmp_path: Path) -> None:

@@ -213,14 +213,22 @@ def test_what_is_torn_is_named_and_left_out(outputs: Path, capsys: pytest.Captur
         '5\n{"index": 1, "prediction": "a", "reference": "b"}\n{"other": 1}\n{"index": 2, "pre'
     )
     with (first / "metrics.jsonl").open("a") as lines:
-        lines.write('[1]\n{"loss": 1}\n{"stage": "tr')
+        lines.write('[1]\n{"loss": 1}\n{"stage": "train", "step": "last", "loss": 1}\n{"stage": "tr')
     (outputs / "doctopic" / "0001" / "predictions.jsonl").unlink()
+    binary, configs = outputs / "doctopic" / "0002", [outputs / "doctopic" / f"000{index}" for index in range(3)]
+    for name in ("predictions.jsonl", "metrics.jsonl"):
+        (binary / name).write_bytes(b"\xff\xfe\n")
+    for place, text in zip(configs, (b"a: [1,", b"- 1", b"\xff\xfe\x00"), strict=True):
+        (place / "config.yaml").write_bytes(text)
     content = report(outputs).content
     errors = capsys.readouterr().err
     assert f"{torn} is left out: it is torn" in errors and f"{foreign} is left out" in errors
+    assert all(f"{place / 'config.yaml'} is left out: " in errors for place in configs)
+    assert errors.count("\n") == 5
     runs = {run["folder"].rpartition("/")[2]: run for run in content["runs"]}
     assert len(runs) == 30 and runs["0000"]["predictions"] == [["1", "b", "a"]] and runs["0001"]["predictions"] == []
     assert runs["0000"]["curves"][0]["steps"] == list(range(1, 41))
+    assert runs["0002"]["predictions"] == [] and runs["0002"]["curves"] == []
 
 
 def test_curves_are_thinned_evenly_and_hold_the_last_step(tmp_path: Path) -> None:

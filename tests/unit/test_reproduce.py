@@ -149,6 +149,19 @@ def test_the_papers_score_and_the_difference(tmp_path: Path, capsys: pytest.Capt
         main(["tabel5"])
 
 
+def test_figures_have_the_scores_that_tables_print(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Figures 2, 4 and 5 print none of their own; all their points are rows of tables."""
+    for figure in ("figure2", "figure4", "figure5"):
+        found = lines(figure, points(f"experiment=paper/{figure}", f"output_dir={tmp_path}"))
+        assert all(line.paper is not None for line in found)
+    main(["figure5", "row=full,pa_ffn_1024", "--dry-run", f"output_dir={tmp_path}"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("\nfigure5: xsum with bart_large\n")
+    assert re.search(r"full .* 21\.94\s", printed) and re.search(r"pa_ffn_1024 .* 21\.24\s", printed)
+    main(["table12", "--dry-run", f"output_dir={tmp_path}"])
+    assert "table12: xsum with bart_large, wmt16_enro with mbart_large\n" in capsys.readouterr().out
+
+
 def test_a_dry_run_imports_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from peftbench.cli import main; "

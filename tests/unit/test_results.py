@@ -147,6 +147,23 @@ def test_only_runs_that_came_through_are_counted() -> None:
     assert status.cell(row) == "2 done, 1 failed"
 
 
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_numbers_that_are_none_are_shown_and_are_in_no_mean(
+    odd: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, value in ((1, 10.0), (2, 20.0), (3, odd)):
+        saved(run("lora", seed, 60.0 + seed, tmp_path / str(seed), tokens_per_s=value))
+    saved(run("mam", 1, odd, tmp_path / "diverged"))
+    keys = "method,seed,score,tokens_per_s"
+    rows = json.loads(printed(capsys, tmp_path, "--show", keys, "--json"), parse_constant=pytest.fail)
+    assert [row["tokens_per_s"] for row in rows] == [None, 20, 10, None]
+    whole = json.loads(printed(capsys, tmp_path, "--json"), parse_constant=pytest.fail)
+    assert [record["score"] for record in whole] == [61, 62, 63, None]
+    for form in ("--csv", "--markdown", "--latex", "--mean"):
+        assert str(odd) in printed(capsys, tmp_path, form, "--show", keys)
+    assert "15" in printed(capsys, tmp_path, "--rows", "method", "--value", "tokens_per_s")
+
+
 def test_a_run_that_was_trained_twice_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     began = [f"2026-11-2{day}T00:00:00.000+00:00" for day in (3, 1, 2, 4)]
     scores = [61.0, 90.0, 64.0, None]
@@ -259,10 +276,17 @@ def test_markdown_and_latex(outputs: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_letters_that_latex_takes_for_commands() -> None:
-    odd = replace(run("lora", 1), method="a_b & 100% #1 {x} ~ ^ \\")
+    odd = replace(run("lora", 1), method="a_b & 100% #1 {x} ~ ^ \\ \udcff")
     rows = single([odd, run("lora", 2)])
     text = latex([columns(rows)[0]], rows)
     assert r"a\_b \& 100\% \#1 \{x\} \~{} \^{} \textbackslash" in text
+    assert "$-$0.75 & 2026-11-25 a-1" in latex(
+        [
+            replace(columns(rows)[0], cell=lambda row: "-0.75"),
+            replace(columns(rows)[0], cell=lambda row: "2026-11-25 a-1"),
+        ],
+        rows,
+    )  # a minus, not a hyphen
     assert r"| a\|b |" in markdown([columns(rows)[0]], single([replace(odd, method="a|b")]))
 
 
@@ -294,6 +318,14 @@ def test_a_pivot_by_hand(outputs: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "score of 6 runs: task=doctopic, model=mini, metric=accuracy, split=test, examples=1000" in " ".join(
         text.split()
     )
+
+
+def test_sizes_of_the_same_share_are_one_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for stored, (method, seed) in zip((60_930, 60_931), (("lora", 1), ("mam", 2)), strict=True):
+        counts = Counts(backbone=1_000_000, trained=stored, stored=stored, head=0, paper=None)
+        saved(run(method, seed, 50.0 + seed, tmp_path / method, counts=counts))
+    rows = printed_rows(capsys, tmp_path, "--rows", "method", "--columns", "percent")
+    assert rows == [{"method": "lora", "6.09": "51.0"}, {"method": "mam", "6.09": "52.0"}]
 
 
 @pytest.mark.parametrize(
@@ -332,9 +364,14 @@ def test_fidelity_is_compared_where_a_record_has_it() -> None:
 
 def test_a_cell_is_no_mean_over_different_settings(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved(run("lora", 1, 10.0, outputs / "other", run="other", trainer={"learning_rate": 0.5}))
-    with pytest.raises(UserError, match=r"The cell of lora .* the seed \(learning_rate: , 0.5\).*--mix learning_rate"):
+    told = r"The cell of lora on doctopic would hold .* the seed \(learning_rate: , 0.5\).*--mix learning_rate"
+    with pytest.raises(UserError, match=told):
         main([str(outputs), "--rows", "method"])
     assert "49.75" in printed(capsys, outputs, "--rows", "method", "--mix", "learning_rate")
+    saved(run("lora", 2, 10.0, outputs / "another", run="another", trainer={"learning_rate": 0.5, "graphs": False}))
+    with pytest.raises(UserError, match=r"the seed \(learning_rate: [^;]*\).*--mix learning_rate\.$"):
+        main([str(outputs), "--rows", "method"])  # recorded steps are as good as others
+    (outputs / "another" / "record.json").unlink()
     assert "10.00" in printed(capsys, outputs, "--rows", "method", "--columns", "learning_rate")
 
 
@@ -380,6 +417,9 @@ def test_means_tell_apart_what_differs_in_more_than_the_seed_at_any_width(
         (["--rows", "methd"], "methd is no column; did you mean method"),
         (["--rows", "method", "--show", "score"], "--show goes with a row for each run"),
         (["--mix", "split"], "--mix goes with --rows or --columns"),
+        (["--reverse"], "--reverse goes with --sort"),
+        (["--rows", "method", "--reverse"], "--reverse goes with --sort"),
+        (["--rows", "method", "--value", "functional_form"], "--value functional_form is no number"),
         (["status=failed", "--rows", "method"], "status=failed is unknown. Choices: done."),
     ],
 )

@@ -102,10 +102,27 @@ def test_done_runs_are_listed_where_asked(outputs: Path, capsys: pytest.CaptureF
 
 def test_a_torn_plan_is_named_and_left_out(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (outputs / ".sweeps" / "torn.sweep.json").write_text('{"arguments": [')
-    (outputs / ".sweeps" / "other.sweep.json").write_text('{"a": 1}')
+    others = ['{"a": 1}', "[]", '{"arguments": [], "points": [{"folder": 3, "method": "lora", "settings": {}}]}']
+    for number, text in enumerate(others):
+        (outputs / ".sweeps" / f"other{number}.sweep.json").write_text(text)
     main([str(outputs)])
     captured = capsys.readouterr()
-    assert captured.err.count("is left out") == 2 and "5 runs" in captured.out
+    assert "points[0].folder is '3'" in captured.err
+    assert captured.err.count("is left out") == 4 and "5 runs" in captured.out
+
+
+def test_a_plan_that_is_there_is_not_written_again(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a sweep that has filled the disk still ends with its table."""
+    (file,) = outputs.rglob("*.sweep.json")
+    plan = Plan.load(file)
+
+    def disk_full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.replace", disk_full)
+    plan.save(outputs)
+    with pytest.raises(OSError, match="no space"):
+        replace(plan, arguments=["-m", "other"]).save(outputs)
 
 
 def test_without_a_sweep_the_way_to_one_is_shown(tmp_path: Path) -> None:

@@ -103,15 +103,16 @@ def test_eight_runs_best_first(width: int) -> None:
     assert text.count("doctopic") == 1
 
 
-@pytest.mark.parametrize("width", [48, 54, 60])
+@pytest.mark.parametrize("width", [1, 30, 48, 54, 60])
 def test_on_a_narrow_terminal_words_give_way_to_numbers(width: int) -> None:
+    """Where there is no room for the numbers alone, lines are longer: the terminal breaks them, not we the numbers."""
     runs = [record(63.17, FFN, method="scaled_parallel_adapter", seed=seed) for seed in (1, 2)]
     console = Console(width=width, file=io.StringIO(), force_terminal=False)
     rows = over_seeds([replace(run, run=str(run.seed)) for run in runs], "mean")
     show_table(columns(rows), rows, console)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
-    assert max(map(len, text.splitlines())) <= width
+    assert max(map(len, text.splitlines())) <= max(width, 48)
     positions(text, "bottle-", "scaled_", "parallel_", "adapter", "relu", "63.17 ± 0.00", " 2")
 
 
@@ -163,6 +164,22 @@ def test_settings_tell_runs_apart_that_look_alike() -> None:
     assert "learning" in shown([*(replace(run, method="parallel_adapter") for run in rates), failed], 80)
     others = [record(50.0, FFN, seed=seed, trainer={"learning_rate": seed / 1000}) for seed in (1, 2)]
     assert "learning" not in shown(others, 160)
+
+
+def test_options_and_what_was_typed_tell_runs_apart_that_look_alike() -> None:
+    """Places within the network are options of an axis; how a task is read stands in no record but as it was typed."""
+    layers = [replace(HEADS, prefix="mix.heads.", options={"modified_representation.layers": [at]}) for at in (0, -1)]
+    text = shown([record(50.0, FFN, one) for one in layers], 160)
+    assert "heads" in text and "layers" in text and "-1" in text
+    assert "layers" not in shown([record(50.0, FFN, layers[0]), record(60.0, FFN, layers[0])], 160)
+
+    typed = [
+        record(50.0, FFN, point=size, overrides=[f"task.max_source_length={size}", f"model.path={size}", "seed=1"])
+        for size in ("48", "96")
+    ]
+    text = shown(typed, 160)
+    assert "max" in text and "source" in text and "48" in text and "96" in text and "path" not in text
+    assert "source" not in shown([replace(run, point="the same") for run in typed], 160)  # 48 may be the default
 
 
 def test_a_narrow_console_keeps_the_seeds_that_tell_runs_apart() -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import datetime, timezone
-from itertools import islice
 from typing import Any
 
 from peftbench import __version__
@@ -18,7 +15,7 @@ from peftbench.results.fields import COSTS, FIELDS, field, text
 from peftbench.results.plot import COLOURS, NAMES
 from peftbench.results.record import Axes, Record
 from peftbench.results.row import Row, point, rank, single, tables
-from peftbench.results.run_files import logged
+from peftbench.results.run_files import logged, predictions_file, read_lines
 from peftbench.results.table import titles
 
 SAMPLES = 6  # predictions of each run
@@ -205,12 +202,10 @@ def _curves(row: Row) -> list[dict[str, Any]]:
 def _predictions(record: Record, samples: int) -> list[list[str]]:
     """The first predictions, each as (example, reference, prediction). They are the same examples in each run."""
     found: list[list[str]] = []
-    with suppress(OSError), (record.folder / "predictions.jsonl").open(encoding="utf-8") as file:
-        for line in islice(file, samples):
-            with suppress(ValueError, KeyError, TypeError, AttributeError):  # a torn line, or another program's
-                one = json.loads(line)
-                name = str(one.get("id", one.get("index", len(found))))
-                found.append([name, _cut(one["reference"]), _cut(one["prediction"])])
+    for one in read_lines(record.folder / predictions_file("report"), samples):
+        if one is not None and {"reference", "prediction"} <= one.keys():  # no torn line, nor another program's
+            name = str(one.get("id", one.get("index", len(found))))
+            found.append([name, _cut(one["reference"]), _cut(one["prediction"])])
     return found
 
 

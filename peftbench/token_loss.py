@@ -23,7 +23,7 @@ Chunk = Callable[[Tensor, Tensor, float, int], tuple[Tensor, Tensor]]
 
 
 class TokenLoss:
-    """The loss of a model's target tokens, computed from what its frozen output layer reads.
+    """The loss of a model's target tokens, computed from what its output layer reads, which gets no gradient.
 
     Args:
         smoothing: ε of `cross_entropy`.
