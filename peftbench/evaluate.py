@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -10,6 +12,7 @@ from peftbench.config import LOSS, Run, TaskKind
 from peftbench.precision import use_autocast
 from peftbench.prediction.partial import Partial
 from peftbench.prediction.predict import mean_loss, predict
+from peftbench.results.identity import content_stamp
 from peftbench.sites import configured
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.tokens import positions
@@ -25,6 +28,7 @@ class Evaluator:
         self.by_loss = run.task.selection_metric == LOSS
         self.bf16 = use_autocast(run.trainer, run.model)
         self.generation = _generation(model, run) if run.task.kind is TaskKind.text_to_text else None
+        self.run = run
 
     def selection(self) -> dict[str, float]:
         """What a state is selected by: the metrics on the selection split, or the loss there, as in training."""
@@ -34,6 +38,22 @@ class Evaluator:
             self.model, self.data.selection, self.data.collator, self.batch_size, self.label_smoothing, bf16=self.bf16
         )
         return {LOSS: loss}
+
+    def partial(self, path: Path, adapter: Path) -> Partial | None:
+        """Where generated texts are kept until all are there, with a stamp of all that they depend on; None for a task
+        that generates none.
+
+        Args:
+            path: of the file.
+            adapter: the folder of what was trained of the model.
+        """
+        if self.generation is None:
+            return None
+        model, task = self.run.model, self.run.task
+        source = content_stamp(model.path) if model.path else f"{model.hub_id} {model.revision}"
+        reads = [task.max_source_length, task.prompt, task.source_language, task.target_language]
+        how = [self.generation.to_json_string(), self.bf16, model.dtype.name, *reads]
+        return Partial(path, json.dumps([source, content_stamp(adapter), self.data.fingerprint, *how]))
 
     def score(
         self, role: str, on_batch: Callable[[int], None] = lambda examples: None, partial: Partial | None = None

@@ -28,7 +28,7 @@ from peftbench.evaluate import Evaluator
 from peftbench.modification.attach import attach, attach_run
 from peftbench.modification.counting import count
 from peftbench.modification.dead_parameters import count_dead
-from peftbench.modification.state import fold, save, trained_tensors
+from peftbench.modification.state import fold, save, size, trained_tensors
 from peftbench.modification.state import load as load_adapter
 from peftbench.params.solve import solve
 from peftbench.precision import chosen_device, use_autocast, with_dtype
@@ -49,6 +49,8 @@ from peftbench.tasks.prepare import prepare
 from peftbench.terminal import terminal
 from peftbench.training.batching import total_steps
 from peftbench.training.checkpoint import Checkpoints
+from peftbench.training.ended import ended
+from peftbench.training.ended import keep as keep_ended
 from peftbench.training.fit import Fitted, fit
 from peftbench.training.probe import no_gradient, unreached
 from peftbench.validity import faults
@@ -139,11 +141,9 @@ def _run(run: Run, folder: Path, overrides: Sequence[str], search: Searched | No
             torch.cuda.reset_peak_memory_stats()  # the probe, and a sweep's earlier runs, had their own
 
         with _timed(record, "train_s"):
-            fitted = _fit(run, backbone, data, record, display, f"train {run.method}")
+            fitted = _trained(run, backbone, data, record, display)
             _record_fit(record, fitted)
         diverged = not all(tensor.isfinite().all() for tensor in trained_tensors(backbone.model).values())
-        fold(backbone.model)
-        record.adapter_bytes = save(backbone.model, folder / "adapter", backbone.untrained)
 
         with _timed(record, "evaluate_s"):
             _evaluate(run, backbone.model, data, record, display)
@@ -165,11 +165,39 @@ def _probe(run: Run, model: PreTrainedModel, data: TaskData, record: Record) -> 
         raise no_gradient(record.unused)
 
 
+def _trained(run: Run, backbone: Backbone, data: TaskData, record: Record, display: Display) -> Fitted:
+    """Train, fold and save the adapter; or take that of an earlier try, whose evaluation was stopped."""
+    name, adapter, noted = f"train {run.method}", record.folder / "adapter", record.folder / CHECKPOINTS / "ended.json"
+    stamp = _stamp(data, record)
+    fitted = ended(noted, stamp)
+    if fitted is None:
+        noted.unlink(missing_ok=True)
+        fitted = _fit(run, backbone, data, record, display, name)
+        fold(backbone.model)
+        save(backbone.model, adapter, backbone.untrained)
+        keep_ended(noted, stamp, fitted)
+    else:
+        load_adapter(backbone.model, adapter, backbone.untrained)
+        _count_earlier(record, fitted.seconds)
+        display.console.print(f"{name}: has ended before", highlight=False)
+    record.adapter_bytes = size(adapter)
+    return fitted
+
+
+def _stamp(data: TaskData, record: Record) -> str:
+    """What must be the same for an earlier try to be gone on with, beside the run."""
+    return json.dumps([data.fingerprint, record.versions])
+
+
+def _count_earlier(record: Record, seconds: float) -> None:
+    record.timings["earlier_s"] = round(record.timings.get("earlier_s", 0.0) + seconds, 3)
+
+
 def _fit(run: Run, backbone: Backbone, data: TaskData, record: Record, display: Display, name: str) -> Fitted:
     """Train what is trainable in the backbone's model, from the last checkpoint if there is one; log to the folder."""
     evaluator = Evaluator(backbone.model, data, run)
-    stamp = json.dumps([data.fingerprint, record.versions])
-    checkpoints = Checkpoints(record.folder / CHECKPOINTS / name, run.trainer.checkpoint_minutes, stamp)
+    folder = record.folder / CHECKPOINTS / name
+    checkpoints = Checkpoints(folder, run.trainer.checkpoint_minutes, _stamp(data, record))
     resume = checkpoints.take_up()
     rewind_metrics(record.folder, name, resume.step if resume else 0)
     if resume is not None:
@@ -189,7 +217,7 @@ def _fit(run: Run, backbone: Backbone, data: TaskData, record: Record, display: 
             log=lambda values: append_metrics(record.folder, {"stage": name, **values}),
         )
     if resume is not None:
-        record.timings["earlier_s"] = round(record.timings.get("earlier_s", 0.0) + fitted.earlier_seconds, 3)
+        _count_earlier(record, fitted.earlier_seconds)
     return fitted
 
 
@@ -203,8 +231,9 @@ def _evaluate(run: Run, model: PreTrainedModel, data: TaskData, record: Record, 
     for role, split in data.splits.items():
         if role == "train" or (role == "selection" and not selected):
             continue
+        partial = evaluator.partial(record.folder / CHECKPOINTS / f"{role}.partial", record.folder / "adapter")
         with display.stage(f"evaluate {split['split']}", split["examples"]) as stage:
-            metrics, decoded = evaluator.score(role, stage.advance)
+            metrics, decoded = evaluator.score(role, stage.advance, partial)
         record.scores[role] = Score(**split, metrics=metrics)
         if role != "selection":
             write_predictions(record.folder, data.records(decoded, getattr(data, f"{role}_rows")), role)

@@ -55,14 +55,18 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def save(model: nn.Module, folder: Path, untrained: Collection[str] = ()) -> int:
-    """Write the trained tensors of a folded model to `folder`; returns the file's size in bytes.
+def save(model: nn.Module, folder: Path, untrained: Collection[str] = ()) -> None:
+    """Write the trained tensors of a folded model to `folder`.
 
     Args:
         untrained: names of parameters that the backbone's files do not have, as `attach` takes them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(_needed(model, untrained), folder / FILE_NAME)
+
+
+def size(folder: Path) -> int:
+    """Bytes of what `save` wrote."""
     return (folder / FILE_NAME).stat().st_size
 
 

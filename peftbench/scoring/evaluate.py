@@ -23,7 +23,6 @@ from peftbench.modification.attach import attach_run
 from peftbench.modification.state import load as load_adapter
 from peftbench.overrides import apply_override
 from peftbench.precision import chosen_device, with_dtype
-from peftbench.prediction.partial import Partial
 from peftbench.progress import Display
 from peftbench.results.identity import content_stamp
 from peftbench.results.record import Record
@@ -157,7 +156,8 @@ def evaluate(folder: Path, run: Run, console: Console, predictions: Path | None 
         if before["splits"]["report"] == data.splits["report"] and before["scored_on"] != data.scored_on:
             split = data.splits["report"]["split"]
             display.console.print(f"These are other rows of the {split} split than the run was scored on.")
-        partial = None if predictions is None else _partial(folder, run, evaluator, predictions)
+        kept = None if predictions is None else predictions.with_name(f"{predictions.name}.partial")
+        partial = None if kept is None else evaluator.partial(kept, folder / "adapter")
         for role, split in data.splits.items():
             with display.stage(f"evaluate {split['split']}", split["examples"]) as stage:
                 metrics, decoded = evaluator.score(role, stage.advance, partial if role == "report" else None)
@@ -167,15 +167,3 @@ def evaluate(folder: Path, run: Run, console: Console, predictions: Path | None 
     if partial is not None:
         partial.remove()
     return found
-
-
-def _partial(folder: Path, run: Run, evaluator: Evaluator, predictions: Path) -> Partial | None:
-    """Where generated texts are kept until all are there, with a stamp of all that they depend on."""
-    if evaluator.generation is None:
-        return None
-    model, task = run.model, run.task
-    source = content_stamp(model.path) if model.path else f"{model.hub_id} {model.revision}"
-    reads = [task.max_source_length, task.prompt, task.source_language, task.target_language]
-    how = [evaluator.generation.to_json_string(), evaluator.bf16, model.dtype.name, *reads]
-    stamp = json.dumps([source, content_stamp(folder / "adapter"), evaluator.data.fingerprint, *how])
-    return Partial(predictions.with_name(f"{predictions.name}.partial"), stamp)

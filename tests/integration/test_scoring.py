@@ -11,9 +11,12 @@ import torch
 from transformers import BartForSequenceClassification
 
 from peftbench import load_run
+from peftbench import train as train_module
 from peftbench.cli import main
 from peftbench.errors import UserError
+from peftbench.modification.state import FILE_NAME
 from peftbench.prediction import predict as predict_module
+from peftbench.results.run_files import logged
 from peftbench.scoring.saved import run_folder
 from peftbench.tasks.metrics import measure
 from peftbench.whole_files import write_lines
@@ -266,3 +269,47 @@ def test_what_cannot_be_scored_is_refused(texts: str, tmp_path: Path, capsys: py
     (run / "record.json").write_text(json.dumps({**record, "status": "failed"}))
     assert main(["evaluate", str(run)]) == 2
     assert "holds a run that is not done" in capsys.readouterr().err
+
+
+def test_a_run_that_was_stopped_while_it_generated_goes_on(
+    texts: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is not trained again, what was generated before is not either, and the end is that of a run undisturbed."""
+    words = ("task=xsum", texts, "trainer.keep=last", "trainer.eval_batch_size=5")
+    outputs = tmp_path_factory.mktemp("outputs")  # not in the folder of the data, whose content names a run
+    whole = trained(outputs / "whole", *words)
+    generate, fit = predict_module._generate, train_module.fit
+    sizes: list[int] = []
+    trainings: list[int] = []
+
+    def stopped(model: Any, batch: dict[str, Any], *others: Any) -> Any:
+        sizes.append(len(batch["input_ids"]))
+        if len(sizes) == 3:
+            raise KeyboardInterrupt
+        return generate(model, batch, *others)
+
+    def counted(*given: Any, **more: Any) -> Any:
+        trainings.append(1)
+        return fit(*given, **more)
+
+    monkeypatch.setattr(predict_module, "_generate", stopped)
+    monkeypatch.setattr(train_module, "fit", counted)
+    line = ["train", *SMOKE, *words, f"output_dir={outputs / 'stopped'}"]
+    with pytest.raises(SystemExit, match="130"):
+        main(line)
+    assert (sum(sizes), sizes[-1], len(trainings)) == (15, 5, 1)
+    sizes[:] = [0, 0, 0]
+    capsys.readouterr()
+    assert main(line) == 0
+    assert (sum(sizes), len(trainings)) == (16 - 10, 1)
+    assert "train mam: has ended before" in capsys.readouterr().out
+    (file,) = (outputs / "stopped").rglob("record.json")
+    for name in ("predictions.jsonl", f"adapter/{FILE_NAME}"):
+        assert (file.parent / name).read_bytes() == (whole / name).read_bytes()
+    before, after = recorded(whole), recorded(file.parent)
+    assert after["scores"] == before["scores"] and after["adapter_bytes"] == before["adapter_bytes"]
+    assert after["steps"] == before["steps"] and len(logged(file.parent)) == len(logged(whole))
+    assert after["timings"]["earlier_s"] > 0 and not (file.parent / "checkpoints").exists()
