@@ -52,7 +52,8 @@ class Replayed:
             must not wait for the GPU.
         parameters: those that are trained.
         recorder: what records it; by default CUDA.
-        required: a step that cannot be recorded is an error; else all are computed from then on.
+        required: a step that cannot be recorded is an error; else all are computed from then on, also where memory is
+            too short for a recording.
 
     Raises:
         UserError: when called, see `required`.
@@ -102,7 +103,7 @@ class Replayed:
         kept = {name: tensor.clone() for name, tensor in batch.items()}
         try:
             self.recorded[key] = (kept, *self.recorder.record(lambda: self.step(dict(kept))))
-        except UserError:
+        except (UserError, torch.OutOfMemoryError):
             if self.required:
                 raise
             self.recorder = None

@@ -142,14 +142,15 @@ def test_further_shapes_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (recorder.recorded, recorder.replayed) == (1, 2)
 
 
-def test_what_cannot_be_recorded_is_computed_where_that_is_wanted() -> None:
+@pytest.mark.parametrize("error", [UserError("it waits for the GPU"), torch.OutOfMemoryError("it waits for memory")])
+def test_what_cannot_be_recorded_is_computed_where_that_is_wanted(error: Exception) -> None:
     class Failing(Recorder):
         def record(self, function: Callable[[], Tensor]) -> Any:
-            raise UserError("it waits for the GPU")
+            raise error
 
     module, step = linear()
     batch = {"x": torch.ones(1, 3), "count": torch.tensor(1.0)}
-    with pytest.raises(UserError, match="waits"):
+    with pytest.raises(type(error), match="waits"):
         for replayed in 2 * [Replayed(step, module.parameters(), Failing())]:
             replayed(batch)
     module.zero_grad()
