@@ -16,6 +16,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor, PreTrainedModel
 
+from peftbench.memory import make_room, out_of_memory
 from peftbench.modification.inference import prepared
 from peftbench.prediction.kv_cache import NewCache, generation_caches
 from peftbench.prediction.partial import Partial
@@ -40,7 +41,7 @@ def predict(
     """Returns (examples, labels) logits, or with `generation` (examples, longest) ids, filled up with -100.
 
     Args:
-        batch_size: how many examples a batch has at most.
+        batch_size: how many examples a batch has at most; halved where memory runs out.
         max_tokens: how many tokens its inputs have at most, padding included; None: any number.
         generation: how to generate; None: the model's logits.
         bf16: run under bfloat16 autocast.
@@ -63,13 +64,22 @@ def predict(
     model.eval()
     caches = nullcontext(dict) if generation is None else generation_caches(model, generation.num_beams)
     with torch.no_grad(), prepared(model, bf16), autocast(model.device, bf16), caches as new_cache:
-        for chosen in _batches(order, lengths, batch_size, max_tokens):
+
+        def outputs(batch: dict[str, Tensor]) -> Tensor:
+            if generation is None:
+                logits: Tensor = model(**batch).logits.float()
+                return logits
+            return _generate(model, batch, generation, new_cache)
+
+        waiting = list(_batches(order, lengths, batch_size, max_tokens))
+        while waiting:
+            chosen = waiting.pop(0)
             padded = collator([examples[i] for i in chosen])
-            batch = {name: tensor.to(model.device) for name, tensor in padded.items() if tensor is not None}
-            outputs = (
-                model(**batch).logits.float() if generation is None else _generate(model, batch, generation, new_cache)
-            )
-            predicted = list(outputs.cpu().numpy())
+            predicted = _if_it_fits(outputs, padded, model.device, last=len(chosen) == 1)
+            if predicted is None:
+                make_room()
+                waiting = [half for each in (chosen, *waiting) for half in _halves(each)]
+                continue
             for index, row in zip(chosen, predicted, strict=True):
                 rows[index] = row
             if partial is not None:
@@ -92,6 +102,24 @@ def _batches(
         end = start + max(1, min(batch_size, fitting))
         yield order[start:end]
         start = end
+
+
+def _halves(batch: Sequence[int]) -> Iterator[Sequence[int]]:
+    middle = (len(batch) + 1) // 2
+    yield from filter(None, (batch[:middle], batch[middle:]))
+
+
+def _if_it_fits(
+    outputs: Callable[[dict[str, Tensor]], Tensor], padded: Mapping[str, Any], device: torch.device, last: bool
+) -> list[np.ndarray] | None:
+    """The outputs for a batch, or None where memory runs out, but for the `last` size that there is."""
+    try:
+        batch = {name: tensor.to(device) for name, tensor in padded.items() if tensor is not None}
+        return list(outputs(batch).cpu().numpy())
+    except RuntimeError as error:
+        if last or not out_of_memory(error):
+            raise
+    return None
 
 
 def _generate(

@@ -6,16 +6,15 @@ batch, and so train something else. Here a batch stays what it is: its parts' gr
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
+from peftbench.memory import make_room, out_of_memory
 from peftbench.token_loss import IGNORED
 
 AUTO = "auto"
@@ -99,13 +98,11 @@ class MicroBatched(Trainer):
                     loss = self._add_gradients(model, batch, items)
                 return loss
             except RuntimeError as error:
-                if not self.micro.splits or not _out_of_memory(error) or self.micro.parts >= max(map(_examples, todo)):
+                if not self.micro.splits or not out_of_memory(error) or self.micro.parts >= max(map(_examples, todo)):
                     raise
-            # Behind the `except`, whose error holds on to all that was computed. An error in the midst of a backward
-            # pass leaves some tensors with gradients and some without.
+            # An error in the midst of a backward pass leaves some tensors with gradients and some without.
             model.zero_grad()
-            gc.collect()
-            torch.cuda.empty_cache()
+            make_room()
             self.micro.halve(step)
             todo = self._batches[: self._begun]
 
@@ -150,7 +147,3 @@ class MicroBatched(Trainer):
 
 def _examples(batch: Mapping[str, Tensor]) -> int:
     return len(batch["labels"])
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset, Features, Translation
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -36,6 +37,7 @@ from peftbench.compose import compose_run
 from peftbench.config import Device, Generation, Keep, Model, Run, Task, TaskKind, Trainer, conf_dir
 from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
+from peftbench.prediction import predict as predict_module
 from peftbench.prediction.predict import mean_loss, predict
 from peftbench.tasks.deal import ROW, numbered
 from peftbench.tasks.files import read_file
@@ -410,6 +412,28 @@ def test_predictions_do_not_depend_on_the_batches(news: Task) -> None:
         longest = [sorted(lengths, reverse=True)[start] for start in starts]
         fits = [size * length <= (max_tokens or 10**6) for size, length in zip(sizes, longest, strict=True)]
         assert all(fit or size == 1 for fit, size in zip(fits, sizes, strict=True))
+
+
+def test_a_batch_that_does_not_fit_is_halved(news: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And those behind it, which are nearly as long; one example that does not fit is an error."""
+    model = tiny_bart().eval()
+    data = prepare(load(replace(news, max_eval=None)), byte_level(), model)
+    generation = GenerationConfig(max_length=6, num_beams=2, decoder_start_token_id=2, eos_token_id=2, pad_token_id=1)
+    expected = predict(model, data.report, data.collator, 5, generation=generation)
+    generate, room = predict_module._generate, 2
+
+    def small(model: Any, batch: dict[str, Any], *others: Any) -> Any:
+        if len(batch["input_ids"]) > room:
+            raise torch.OutOfMemoryError("no room")
+        return generate(model, batch, *others)
+
+    monkeypatch.setattr(predict_module, "_generate", small)
+    sizes: list[int] = []
+    ids = predict(model, data.report, data.collator, 4, generation=generation, on_batch=sizes.append)
+    assert np.array_equal(ids, expected) and sizes == [2, 2, 1]
+    room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        predict(model, data.report, data.collator, 4, generation=generation)
 
 
 def test_columns_of_columns_are_opened_and_lists_joined(tmp_path: Path, news: Task) -> None:
