@@ -48,7 +48,7 @@ class Store:
 
     def __init__(self, prefixes: Sequence[Sequence[Prefix]]) -> None:
         self.prefixes = prefixes
-        self.length = sum(prefix.function.bottleneck for prefix in prefixes[0])
+        self.length = _length(prefixes[0])
         self.tokens = 0  # that one attention has seen at least
 
     def write(self, attention: int, before: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,8 +90,7 @@ class Store:
         if self.tokens:
             larger[: len(self._all)] = self._all
         elif self.length:
-            pairs = [[prefix.vectors(key.dtype) for prefix in own] for own in self.prefixes]
-            fronts = [torch.cat(vectors, dim=1) for own in pairs for vectors in zip(*own, strict=True)]
+            fronts = [vectors for own in self.prefixes for vectors in _joined(own, key.dtype)]
             larger[: self.length] = torch.stack(fronts).permute(2, 0, 1, 3).unsqueeze(2)  # (l, 2 A, 1, N_kv, d_h)
         self._all, self._spare = larger, None
 
@@ -125,16 +124,14 @@ class SourceLayer(DynamicLayer):
     def __init__(self, prefixes: Sequence[Prefix], beams: int) -> None:
         super().__init__()
         self.prefixes, self.beams = prefixes, beams
-        self.length = sum(prefix.function.bottleneck for prefix in prefixes)
+        self.length = _length(prefixes)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Begin with the prefixes."""
         super().lazy_initialization(key_states, value_states)
         if self.prefixes:
-            pairs = [prefix.vectors(key_states.dtype) for prefix in self.prefixes]
-            self.keys, self.values = (
-                torch.cat(vectors, dim=1).expand(len(key_states), -1, -1, -1) for vectors in zip(*pairs, strict=True)
-            )
+            fronts = _joined(self.prefixes, key_states.dtype)
+            self.keys, self.values = (vectors.expand(len(key_states), -1, -1, -1) for vectors in fronts)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keep every first beam's, and return what is kept."""
@@ -184,7 +181,7 @@ def generation_caches(model: PreTrainedModel, beams: int) -> Iterator[NewCache]:
             prefixes[attention.name] = []
         elif attention.kind == "self":
             own = prefixes[attention.name]
-            stores[sum(prefix.function.bottleneck for prefix in own)].append((index, own))
+            stores[_length(own)].append((index, own))
 
     def new() -> dict[str, Cache]:
         cache, sources = new_self(), Cache(layers=[])
@@ -217,3 +214,14 @@ def _prefixes(attention: Attention) -> list[Prefix]:
     """In the order in which they stand before the keys: each joins in front of those before it."""
     modifications = getattr(attention.module, HEADS, {})
     return [each for each in reversed(modifications.values()) if isinstance(each, Prefix)]
+
+
+def _length(prefixes: Sequence[Prefix]) -> int:
+    """How many keys they put before those of the text."""
+    return sum(prefix.function.bottleneck for prefix in prefixes)
+
+
+def _joined(prefixes: Sequence[Prefix], dtype: torch.dtype) -> list[Tensor]:
+    """P_k and P_v of all, one prefix behind the other, each (N_kv, l, d_h)."""
+    pairs = [prefix.vectors(dtype) for prefix in prefixes]
+    return [torch.cat(vectors, dim=1) for vectors in zip(*pairs, strict=True)]
