@@ -16,6 +16,7 @@ others go on.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -183,12 +184,13 @@ def measure(
             if measured.error is not None:
                 continue
             try:
-                began = clock(model.device)
-                with ready(variant, model):
-                    prepared = clock(model.device)
-                    before = reset_memory(model.device)
-                    ids = one_pass(variant, model, data, options, arguments)
-                    ended = clock(model.device)
+                with no_collection():
+                    began = clock(model.device)
+                    with ready(variant, model):
+                        prepared = clock(model.device)
+                        before = reset_memory(model.device)
+                        ids = one_pass(variant, model, data, options, arguments)
+                        ended = clock(model.device)
                 assert ids.shape == (len(data), arguments.tokens + 1), ids.shape
             except Exception as error:  # one variant that fails is no reason to know nothing of the others
                 traceback.print_exc()
@@ -198,6 +200,18 @@ def measure(
                 measured.seconds.append(ended - prepared)
                 measured.prepare = prepared - began
                 measured.memory = max(measured.memory, peak_memory(model.device) - before)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """As timeit does: a look through all objects of torch, which commands leave out (`peftbench.quick_imports`), would
+    count in the pass of one variant or another."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def clock(device: torch.device) -> float:

@@ -94,11 +94,14 @@ class Prefix(nn.Module):
         """key, value: (B, N_kv, K, d_h); mask: (B or 1, 1, Q, K), boolean or additive, or None. Returns the three with
         K + l in place of K."""
         length = self.function.bottleneck
-        if self.in_cache:  # all layers have the same mask: it is widened once for each token
-            return key, value, None if mask is None else _WIDENED.of(mask, length, lambda: see_also(mask, length))
         front_k, front_v = (vectors.expand(len(key), -1, -1, -1) for vectors in self.vectors(key.dtype))
         joined = torch.cat([front_k, key], dim=2), torch.cat([front_v, value], dim=2)
         return *joined, None if mask is None else see_also(mask, length)
+
+    def widened(self, mask: Tensor | None) -> Tensor | None:
+        """The mask for keys that have the prefix already: all layers have the same, made once for each token."""
+        length = self.function.bottleneck
+        return None if mask is None else _WIDENED.of(mask, length, lambda: see_also(mask, length))
 
     def vectors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """P_k and P_v, each (N_kv, l, d_h)."""
@@ -126,11 +129,12 @@ def modified_attention(
     if (prompt := children.get(PROMPT)) is not None:
         attention_mask = prompt(attention_mask, query.shape[2], key.shape[2])
     heads_modifications = children.get(HEADS)
-    modifications = [] if heads_modifications is None else list(heads_modifications.children())
+    modifications = () if heads_modifications is None else heads_modifications._modules.values()
     for modification in modifications:
         if isinstance(modification, Prefix):
-            if modification.in_cache and attention_mask is None:
-                continue  # it would change nothing, and to call a module takes time, at every token
+            if modification.in_cache:
+                attention_mask = modification.widened(attention_mask)
+                continue
             key, value, attention_mask = modification(key, value, attention_mask)
             if kwargs.get("position_bias") is not None:  # T5's; a prefix has no position
                 kwargs["position_bias"] = F.pad(kwargs["position_bias"], (modification.function.bottleneck, 0))

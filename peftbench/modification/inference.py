@@ -7,7 +7,7 @@ generated token by token each kernel that is not launched counts: a step of BART
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from peftbench.modification.functional_form import Bottleneck
 from peftbench.modification.insertion import parallel
 from peftbench.modification.merge import merged, unhooked
 from peftbench.modification.state import folded
+from peftbench.sites import Layer, find_sites
 
 
 @contextmanager
@@ -59,19 +60,20 @@ def _direct(model: nn.Module) -> Iterator[None]:
 def _quick(model: PreTrainedModel, bf16: bool) -> Iterator[None]:
     """Edits that add a bottleneck do so by `widened` where that is possible, and else by `quick_modify`."""
     quick = [module for module in model.modules() if isinstance(module, Edit) and _adds_bottleneck(module)]
+    layers = find_sites(model).layers if quick else ()
     replaced: list[nn.Linear] = []
     dtype = torch.bfloat16 if bf16 else model.dtype
     with unhooked(model) as unhook:
         try:
             for edit in quick:
                 constants = Constants.of(edit, dtype)
-                linears = _reads_and_adds(model, edit, constants.down.dtype)
-                if linears is None:
+                ffn = _ffn_of(edit, layers)
+                if ffn is None or ffn[0].weight.dtype is not dtype:
                     edit.quick = quick_modify(edit, constants)
                     continue
                 unhook(edit)
-                replaced += linears
-                for linear, forward in zip(linears, widened(*linears, constants), strict=True):
+                replaced += ffn
+                for linear, forward in zip(ffn, widened(*ffn, constants), strict=True):
                     vars(linear)["forward"] = forward  # before the class's own; a hook takes longer, at every token
             yield
         finally:
@@ -126,61 +128,63 @@ def quick_modify(edit: Edit, constants: Constants) -> Callable[[Tensor, Tensor],
     return modify
 
 
-def _reads_and_adds(model: nn.Module, edit: Edit, dtype: torch.dtype) -> tuple[nn.Linear, nn.Linear] | None:
-    """The Linear whose input a parallel edit reads and the one to whose output it adds, if `widened` can have them."""
+def _ffn_of(edit: Edit, layers: Sequence[Layer]) -> tuple[nn.Linear, nn.Linear] | None:
+    """W_1 and W_2 of the FFN to which a parallel edit, and no other one, adds; None if it cannot be `widened`.
+
+    With one W_1, what stands before W_2 is an activation of each column by itself; with two it is a product of columns.
+    """
     if edit.insertion is not parallel or edit.own_input:
         return None
-    sources = [m for m in model.modules() if edit.read in m._forward_pre_hooks.values()]
-    targets = [m for m in model.modules() if edit.edit_output in m._forward_hooks.values()]
-    if len(sources) != 1 or len(targets) != 1:
-        return None
-    source, target = sources[0], targets[0]
-    if not isinstance(source, nn.Linear) or not isinstance(target, nn.Linear):
-        return None
-    alone = len(source._forward_pre_hooks) == len(target._forward_hooks) == 1 and not source._forward_hooks
-    as_built = "forward" not in vars(source) and "forward" not in vars(target)
-    return (source, target) if alone and as_built and source.weight.dtype is target.weight.dtype is dtype else None
+    for ffn in (layer.ffn for layer in layers):
+        first, second = ffn.source, ffn.second
+        ahead, behind = first._forward_pre_hooks, second._forward_hooks
+        if edit.read not in ahead.values() or edit.edit_output not in behind.values():
+            continue
+        if len(ffn.first) > 1 or not isinstance(first, nn.Linear) or not isinstance(second, nn.Linear):
+            return None
+        alone = len(ahead) == len(behind) == 1 and not first._forward_hooks and not second._forward_pre_hooks
+        return (first, second) if alone and first.weight.dtype is second.weight.dtype else None
+    return None
 
 
 Forward = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def widened(source: nn.Linear, target: nn.Linear, constants: Constants) -> tuple[Forward, Forward]:
-    """What the two compute so that a parallel bottleneck is r more outputs of the Linear that reads the same x, added
-    into the output of the other.
+def widened(first: nn.Linear, second: nn.Linear, constants: Constants) -> tuple[Forward, Forward]:
+    """What W_1 and W_2 of an FFN compute so that a parallel bottleneck is r more of its inner columns:
 
-    An FFN with a parallel adapter is a wider FFN: W_2 g(W_1 x) + sW_up f(W_down x). The one matrix product computes
-    W_1 x and W_down x, the second one adds to what W_2 gave in place; sb_up is part of b_2. Zeros below W_down, which f
-    does not see, make the rows of W_1 x begin at multiples of 16 bytes: attention's kernels take no others.
+        W_2 g(W_1 x + b_1) + b_2 + s(W_up f(W_down x + b_down) + b_up)
+            = [W_2, sW_up] [g(W_1 x + b_1), f(W_down x + b_down)] + (b_2 + sb_up)
+
+    The layer applies g to all columns; then those of the bottleneck are written over. Zeros, which g leaves finite and
+    W_2 does not see, fill the columns up to a multiple of 8: products of bfloat16 matrices want rows of whole 16 bytes.
     """
     down, down_bias, up, up_bias, f = constants
-    width, bottleneck = len(source.weight), len(down)
+    width, bottleneck = len(first.weight), len(down)
     filling = -(width + bottleneck) % 8
-    weight, bias = F.pad(torch.cat([source.weight, down]), (0, 0, 0, filling)), None
-    if source.bias is not None or down_bias is not None:
-        own = down.new_zeros(width) if source.bias is None else source.bias
-        more = down.new_zeros(bottleneck) if down_bias is None else down_bias
-        bias = F.pad(torch.cat([own, more]), (0, filling))
-    target_weight: Tensor = target.weight
-    target_bias: Tensor | None = target.bias
-    if up_bias is not None:
-        target_bias = up_bias if target_bias is None else target_bias + up_bias
-    transposed, activate = up.T, f.forward
-    kept: list[Tensor] = []
+    weight_1 = F.pad(torch.cat([first.weight, down]), (0, 0, 0, filling))
+    weight_2 = F.pad(torch.cat([second.weight, up], dim=1), (0, filling))
+    bias_1, bias_2 = None, _sum(second.bias, up_bias)
+    if first.bias is not None or down_bias is not None:
+        parts = (first.bias, first.weight.new_zeros(width)), (down_bias, down.new_zeros(bottleneck))
+        bias_1 = F.pad(torch.cat([zeros if own is None else own for own, zeros in parts]), (0, filling))
+    activate, kept = f.forward, list[Tensor]()
 
     def read(x: Tensor) -> Tensor:
-        both = F.linear(x, weight, bias)
-        # CUDA's autocast computes softmax and powers in float32.
-        kept.append(activate(both[..., width : width + bottleneck]).to(both.dtype))
-        return both[..., :width]
+        inner = F.linear(x, weight_1, bias_1)
+        kept.append(activate(inner.narrow(-1, width, bottleneck)))
+        return inner
 
     def add(x: Tensor) -> Tensor:
-        output = F.linear(x, target_weight, target_bias)
-        output.view(-1, output.shape[-1]).addmm_(kept.pop().reshape(-1, bottleneck), transposed)
-        return output
+        x.narrow(-1, width, bottleneck).copy_(kept.pop())
+        return F.linear(x, weight_2, bias_2)
 
     return read, add
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return one if other is None else other if one is None else one + other
 
 
 @contextmanager

@@ -6,7 +6,7 @@ Examples are batched by length, so that little is spent on padding, and come bac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from typing import Any
 
@@ -16,6 +16,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor, PreTrainedModel
 
+from peftbench.attention_kernels import no_cudnn_attention
 from peftbench.memory import make_room, out_of_memory
 from peftbench.modification.inference import prepared
 from peftbench.prediction.kv_cache import NewCache, generation_caches
@@ -60,10 +61,8 @@ def predict(
             rows[index] = row
         order = [index for index in order if index not in partial.rows]
         on_batch(len(partial.rows))
-    was_training = model.training
-    model.eval()
     caches = nullcontext(dict) if generation is None else generation_caches(model, generation.num_beams)
-    with torch.no_grad(), prepared(model, bf16), autocast(model.device, bf16), caches as new_cache:
+    with _predicting(model, bf16), caches as new_cache:
 
         def outputs(batch: dict[str, Tensor]) -> Tensor:
             if generation is None:
@@ -85,7 +84,6 @@ def predict(
             if partial is not None:
                 partial.add(chosen, predicted)
             on_batch(len(chosen))
-    model.train(was_training)
     width = max((len(row) for row in rows), default=0)
     if generation is None:
         return np.stack(rows)
@@ -163,11 +161,9 @@ def mean_loss(
     The logits of a batch, 3 GB for 256 targets of 200 tokens over 16,384 words, are never there all at once.
     """
     total, tokens = 0.0, 0
-    was_training = model.training
-    model.eval()
     layer = model.get_output_embeddings()
     assert isinstance(layer, nn.Linear), f"{type(model).__name__} writes no text"
-    with torch.no_grad(), prepared(model, bf16), autocast(model.device, bf16):
+    with _predicting(model, bf16):
         summed = TokenLoss(model, layer, label_smoothing)
         for start in range(0, len(dataset), batch_size):
             padded = collator([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
@@ -175,8 +171,19 @@ def mean_loss(
             labels = batch["labels"] if model.config.is_encoder_decoder else batch["labels"][:, 1:]
             total += float(summed(batch, count=1))
             tokens += int((labels != PADDING).sum())
-    model.train(was_training)
     return total / tokens
+
+
+@contextmanager
+def _predicting(model: PreTrainedModel, bf16: bool) -> Iterator[None]:
+    """Inside, the model is in evaluation mode and prepared, and no gradients are kept."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), no_cudnn_attention(), prepared(model, bf16), autocast(model.device, bf16):
+            yield
+    finally:
+        model.train(was_training)
 
 
 def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[object]:

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -26,6 +24,7 @@ from transformers import (
 )
 
 from peftbench import config
+from peftbench.attention_kernels import no_cudnn_attention
 from peftbench.precision import chosen_device
 from peftbench.progress import Stage
 from peftbench.sites import configs_of, configured
@@ -161,22 +160,6 @@ def fit(
         fast_paths=trainer.paths_taken,
         replay_bytes=replay_bytes,
     )
-
-
-@contextmanager
-def no_cudnn_attention() -> Iterator[None]:
-    """Train inside without cuDNN's kernel of scaled_dot_product_attention.
-
-    Its gradient of the queries is NaN for some batches with a mask whose width is 64 modulo 128, and torch takes it by
-    default on Hopper from 2.11 on (pytorch#196678; one batch in 460 of `scripts/pretrain.py`). The others are right.
-    """
-    enabled: Callable[[], bool] = torch.backends.cuda.cudnn_sdp_enabled
-    before = enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def _longest(data: TaskData, settings: config.Trainer) -> list[int]:
