@@ -98,10 +98,10 @@ class Prefix(nn.Module):
         joined = torch.cat([front_k, key], dim=2), torch.cat([front_v, value], dim=2)
         return *joined, None if mask is None else see_also(mask, length)
 
-    def widened(self, mask: Tensor | None) -> Tensor | None:
+    def widened(self, mask: Tensor) -> Tensor:
         """The mask for keys that have the prefix already: all layers have the same, made once for each token."""
         length = self.function.bottleneck
-        return None if mask is None else _WIDENED.of(mask, length, lambda: see_also(mask, length))
+        return _WIDENED.of(mask, length, lambda: see_also(mask, length))
 
     def vectors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """P_k and P_v, each (N_kv, l, d_h)."""
@@ -133,7 +133,8 @@ def modified_attention(
     for modification in modifications:
         if isinstance(modification, Prefix):
             if modification.in_cache:
-                attention_mask = modification.widened(attention_mask)
+                if attention_mask is not None:
+                    attention_mask = modification.widened(attention_mask)
                 continue
             key, value, attention_mask = modification(key, value, attention_mask)
             if kwargs.get("position_bias") is not None:  # T5's; a prefix has no position
@@ -153,14 +154,40 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: 
     """SDPA, in which the n beams of a source are n queries of one row."""
     sources = key.shape[0]
     every, count, queries, width = query.shape
+    if mask is not None:
+        mask = _mask_of_sources(mask, sources, query, kwargs.get("position_bias") is not None)
     if every > sources:
         together = query.view(sources, -1, count, queries, width).transpose(1, 2)  # (B / n, N_h, n, Q, d_h)
         query = together.reshape(sources, count, -1, width)
-        if mask is not None:
-            mask = mask.expand(every, -1, queries, -1).reshape(sources, 1, -1, mask.shape[-1])
         kwargs["is_causal"] = False  # a single query sees all keys, and so do n of them
     heads: Tensor = sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
     return heads.reshape(every, queries, count, -1)  # (B / n, n Q, N_h, d_h) -> (B, Q, N_h, d_h)
+
+
+def _mask_of_sources(mask: Tensor, sources: int, query: Tensor, biased: bool) -> Tensor:
+    """The mask (B or 1, 1, Q, K) of all queries of a source, (B / n or 1, 1, n Q, K). A boolean one, which SDPA would
+    turn into the query's dtype in every layer, is turned once for all layers that are given it, at every token."""
+    every, _, queries, _ = query.shape
+
+    def joined() -> Tensor:
+        if every == sources:
+            return mask
+        return mask.expand(every, -1, queries, -1).reshape(sources, 1, -1, mask.shape[-1])
+
+    if mask.dtype != torch.bool or biased or torch.is_grad_enabled():
+        return joined()
+    return _ADDITIVE.of(mask, (sources, queries, query.dtype), lambda: additive(joined(), query.dtype))
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as what is added to the scores, 0 for keys that are seen and else -inf. Its rows begin at
+    multiples of 16 bytes: others are copied to such ones before each attention."""
+    keys = mask.shape[-1]
+    wide = mask.new_zeros((*mask.shape[:-1], keys + -keys % 8), dtype=dtype)
+    return wide[..., :keys].masked_fill_(~mask, float("-inf"))
+
+
+_ADDITIVE = Memo()
 
 
 def modified_mask(*args: Any, **kwargs: Any) -> Tensor | None:

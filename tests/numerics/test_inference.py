@@ -182,6 +182,33 @@ def test_beams_share_their_source(preset: str, monkeypatch: pytest.MonkeyPatch) 
     assert model.config._attn_implementation == attention
 
 
+@pytest.mark.parametrize("preset", ["bare", "mam"])
+def test_a_source_mask_is_made_once_for_a_token(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both layers of the decoder are given the same one; no mask is remembered when all is generated."""
+    model = attached("bart", preset)
+    fold(model)
+    made: list[tuple[int, ...]] = []
+    additive = head_attention.additive
+
+    def spy(mask: Tensor, dtype: torch.dtype) -> Tensor:
+        made.append(tuple(mask.shape))
+        return additive(mask, dtype)
+
+    monkeypatch.setattr(head_attention, "additive", spy)
+    predicted(model, inputs("bart", (9, 6)), tokens(5, num_beams=4))
+    prefixes = [each for each in model.modules() if isinstance(each, head_attention.Prefix)]
+    length = 9 + (prefixes[0].function.bottleneck if prefixes else 0)
+    assert [shape for shape in made if shape[2] == 4] == 5 * [(2, 1, 4, length)]
+    assert not head_attention._ADDITIVE._found and not head_attention._WIDENED._found
+
+
+def test_rows_of_an_additive_mask_are_aligned() -> None:
+    mask = torch.tensor([[True, False, True, True, True]]).expand(3, -1)
+    found = head_attention.additive(mask, torch.bfloat16)
+    assert found.stride() == (8, 1)
+    assert found.tolist() == 3 * [[0.0, float("-inf"), 0.0, 0.0, 0.0]]
+
+
 @pytest.mark.parametrize(("family", "joins"), [("bart", 2 + 2 + 2), ("llama", 2), ("t5", 2 + (2 + 2) * 5)])
 def test_a_prefix_is_joined_once_for_a_text(family: str, joins: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In each layer of the encoder, in the cache of each attention of the decoder; T5's, whose keys' places count, at
