@@ -204,8 +204,7 @@ def measure(
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """As timeit does: a look through all objects of torch, which commands leave out (`peftbench.quick_imports`), would
-    count in the pass of one variant or another."""
+    """As timeit does: a collection would count in the pass of one variant or another."""
     gc.collect()
     gc.disable()
     try:
@@ -312,6 +311,7 @@ def main() -> None:
         except Exception as error:  # as in `measure`
             traceback.print_exc()
             broken[variant.name] = f"{type(error).__name__}: {error}"
+    gc.freeze()  # as commands do (`peftbench.quick_imports`): what torch made on import is not looked through again
     vocabulary = int(next(iter(models.values())).config.vocab_size)
     data = sources(arguments.sources, arguments.longest, vocabulary)
     if arguments.profile:

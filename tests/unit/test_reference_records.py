@@ -15,7 +15,7 @@ from peftbench.results.row import over_seeds, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "outputs" / "reference"
-RUNS = {"grid": 40, "text": 45, "text_long": 8, "grid_sst2": 37, "curves": 6}
+RUNS = {"grid": 40, "text": 45, "text_long": 10, "grid_sst2": 40, "curves": 9}
 
 
 @pytest.mark.parametrize("part", RUNS)
