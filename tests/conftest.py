@@ -1,12 +1,18 @@
 """One thread for each test process: the models are tiny, and several processes' threads would fight over the cores.
 
+A shell that starts the tests in the background has them ignore Ctrl-C, and the commands that they start would inherit
+that, among them those that are to be interrupted.
+
 Tests marked `gpu` are skipped where there is none, also when another mark has chosen them.
 """
 
 import os
+import signal
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
