@@ -36,6 +36,7 @@ from transformers import BartConfig, BartForConditionalGeneration, GenerationCon
 
 from peftbench import config
 from peftbench.compose import compose_run
+from peftbench.memory import no_collection
 from peftbench.modification import inference
 from peftbench.modification.attach import attach
 from peftbench.modification.state import fold
@@ -184,7 +185,8 @@ def measure(
             if measured.error is not None:
                 continue
             try:
-                with no_collection():
+                gc.collect()
+                with no_collection():  # as timeit has it
                     began = clock(model.device)
                     with ready(variant, model):
                         prepared = clock(model.device)
@@ -200,17 +202,6 @@ def measure(
                 measured.seconds.append(ended - prepared)
                 measured.prepare = prepared - began
                 measured.memory = max(measured.memory, peak_memory(model.device) - before)
-
-
-@contextmanager
-def no_collection() -> Iterator[None]:
-    """As timeit does: a collection would count in the pass of one variant or another."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def clock(device: torch.device) -> float:

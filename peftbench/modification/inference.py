@@ -68,7 +68,7 @@ def _quick(model: PreTrainedModel, bf16: bool) -> Iterator[None]:
             for edit in quick:
                 constants = Constants.of(edit, dtype)
                 ffn = _ffn_of(edit, layers)
-                if ffn is None or ffn[0].weight.dtype is not dtype:
+                if ffn is None or any(linear.weight.dtype is not dtype for linear in ffn):
                     edit.quick = quick_modify(edit, constants)
                     continue
                 unhook(edit)
@@ -143,7 +143,7 @@ def _ffn_of(edit: Edit, layers: Sequence[Layer]) -> tuple[nn.Linear, nn.Linear] 
         if len(ffn.first) > 1 or not isinstance(first, nn.Linear) or not isinstance(second, nn.Linear):
             return None
         alone = len(ahead) == len(behind) == 1 and not first._forward_hooks and not second._forward_pre_hooks
-        return (first, second) if alone and first.weight.dtype is second.weight.dtype else None
+        return (first, second) if alone else None
     return None
 
 

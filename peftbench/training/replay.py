@@ -8,7 +8,6 @@ the gradients of all graphs are added to the same tensors.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peftbench.errors import UserError
+from peftbench.memory import no_collection
 
 MOST = 64  # graphs, each of a few MB; batches of further shapes are computed without one
 
@@ -159,7 +159,8 @@ class CudaGraphs:
         random = generator.clone_state()
         torch.cuda.empty_cache()  # a graph cannot use what unrecorded steps leave behind
         torch.cuda.synchronize()
-        with self._growing(), self._stream(), _no_collection():
+        # Objects with GPU memory must not be destroyed in the middle of a recording.
+        with self._growing(), self._stream(), no_collection():
             # Other threads, such as one that pins batches, may go on.
             graph.capture_begin(pool=self.pool.id, capture_error_mode="thread_local")
             try:
@@ -198,15 +199,3 @@ class CudaGraphs:
         with torch.cuda.stream(self.stream):
             yield
         torch.cuda.current_stream().wait_stream(self.stream)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Objects with GPU memory must not be destroyed in the middle of a recording."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
