@@ -68,7 +68,7 @@ def _opened(context: Any, outputs: Path, name: str) -> Iterator[Any]:
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))
-    page.set_default_timeout(5000)
+    page.set_default_timeout(30_000)  # ms; a busy machine takes its time
     page.goto(file.as_uri())
     yield page
     assert complaints == []
@@ -360,26 +360,20 @@ def test_text_of_runs_stays_text(browser: Any, tmp_path: Path) -> None:
 
 
 def test_a_thousand_runs(browser: Any, tmp_path: Path) -> None:
-    """Opened and filtered without a wait; the bounds are wide, for a slow and busy machine."""
+    """They stand in one file of some size, and a filter finds its own; scripts/benchmark_records.py takes the time."""
     make_runs(tmp_path / "outputs", 1000)
+    wanted = [
+        record.method
+        for record in load_records(tmp_path / "outputs")[0]
+        if record.method in ("mam", "lora") and record.status == "done" and record.score > 82
+    ]
+    assert 100 < len(wanted) < 400
     for page in _opened(browser.new_context(), tmp_path / "outputs", "thousand"):
         assert (tmp_path / "report.html").stat().st_size < 4_000_000
-        assert page.evaluate("performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd") < 5000
         page.get_by_label("Compared with each other").select_option(label="all 1000 runs")
-        times = page.evaluate(TYPING, "method=mam,lora score>82")
-        assert sorted(times)[len(times) // 2] < 300, times
-        assert 0 < len(column(page, "method")) < 400
-
-
-# The milliseconds from each letter that is typed into the filter to the page drawn anew.
-TYPING = """async text => {
-  const field = document.getElementById("filter"), times = [];
-  for (let length = 1; length <= text.length; length++) {
-    const began = performance.now();
-    field.value = text.slice(0, length);
-    field.dispatchEvent(new Event("input"));
-    await new Promise(done => requestAnimationFrame(() => setTimeout(done)));
-    times.push(performance.now() - began);
-  }
-  return times;
-}"""
+        settle(page)
+        assert len(column(page, "method")) == 1000
+        page.get_by_label("Filter").press_sequentially("method=mam,lora score>82")
+        settle(page)
+        assert sorted(column(page, "method")) == sorted(wanted)
+        assert page.locator("#scatter .point[role=button]").count() == len(wanted)

@@ -36,8 +36,8 @@ def started(arguments: list[str], *before: str) -> subprocess.Popen[str]:
     )
 
 
-def until(condition: Callable[[], Any], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
+def until(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline, "it took too long"
         time.sleep(0.1)
@@ -118,7 +118,7 @@ def test_no_orphans_train_on(smoke: list[str], tmp_path: Path) -> None:
     workers = training(tmp_path)
     process.kill()
     process.wait()
-    until(lambda: not any(map(psutil.pid_exists, workers)), seconds=10)
+    until(lambda: not any(map(psutil.pid_exists, workers)))
     found, _ = load_records(tmp_path / "outputs")
     assert [record.status for record in found] == ["interrupted"] * 2
 
