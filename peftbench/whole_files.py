@@ -17,11 +17,17 @@ def replacing(path: Path) -> Iterator[TextIO]:
         with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
             yield file
         return
+    # Half a surrogate pair, which UTF-8 cannot hold, becomes \udxxx: what JSON calls it too.
+    with beside(path) as unfinished, unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        yield file
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes the place of `path` once it is complete."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        # Half a surrogate pair, which UTF-8 cannot hold, becomes \udxxx: what JSON calls it too.
-        with unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            yield file
+        yield unfinished
         os.replace(unfinished, path)
     except OSError as error:
         if error.errno is not None and error.filename is None:  # a full disk does not say whose

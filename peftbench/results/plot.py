@@ -22,6 +22,7 @@ from peftbench.results.row import Row, Statistic, front, over_seeds, single, tab
 from peftbench.results.run_files import logged
 from peftbench.results.select import read
 from peftbench.results.table import title
+from peftbench.whole_files import beside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,8 +83,8 @@ def save(figure: Figure, file: Path) -> None:
     from matplotlib import rc_context
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    with rc_context({"svg.fonttype": "none"}):
-        figure.savefig(file, dpi=200)
+    with rc_context({"svg.fonttype": "none"}), beside(file) as unfinished:
+        figure.savefig(unfinished, format=file.suffix.lower().removeprefix("."), dpi=200)
 
 
 def draw(rows: Sequence[Row], *, x: str = "stored", y: str = "score", by: str = "method") -> Figure:

@@ -28,7 +28,7 @@ from peftbench.results.identity import content_stamp
 from peftbench.results.record import Record
 from peftbench.scoring.saved import run_folder, saved_config, saved_record
 from peftbench.scoring.show import show_scores
-from peftbench.tasks.load import homeless, load
+from peftbench.tasks.load import homeless, load, reported_on
 from peftbench.tasks.prepare import prepare
 from peftbench.tasks.roles import splits
 from peftbench.train import quiet_console
@@ -69,9 +69,10 @@ def main(argv: list[str]) -> int:
 
 
 def changed_run(folder: Path, record: Record, overrides: Sequence[str]) -> Run:
-    """The run that lies in `folder`, with overrides, checked as `peftbench train` checks them."""
+    """The run that lies in `folder`, with overrides, checked as `peftbench train` checks them; of its own files those
+    must be there that are read."""
     run = saved_run(folder, record, overrides)
-    if found := faults(run):
+    if found := faults(replace(run, task=reported_on(run.task, homeless(trained_task(folder))))):
         raise UserError(*found)
     return run
 

@@ -56,11 +56,30 @@ def homeless(task: Task) -> list[str]:
     return [split for split in splits(task) if not has_source(task, split)]
 
 
+def reported_on(task: Task, dealt: Sequence[str]) -> Task:
+    """The task with those of the user's files alone that are read to report: a split that is dealt is part of the
+    training file."""
+    read = {split for role, (split, _) in roles(task).items() if _reports(role)}
+    if read & set(dealt):
+        read.add(task.train_split)
+    return replace(
+        task,
+        data_files={split: file for split, file in task.data_files.items() if split in read},
+        train_file=task.train_file if task.train_split in read else None,
+        validation_file=task.validation_file if task.selection_split in read else None,
+        test_file=task.test_file if task.report_split in read else None,
+    )
+
+
+def _reports(role: str) -> bool:
+    return role.startswith("report")
+
+
 def _load(task: Task, training: bool, dealt: Sequence[str]) -> Loaded:
     task, notes = _without_absent(task)
     notes.extend(_also_trained_on(task))
     read = cache(partial(read_split, task))
-    wanted = {role: place for role, place in roles(task).items() if training or role.startswith("report")}
+    wanted = {role: place for role, place in roles(task).items() if training or _reports(role)}
     limits = limits_of(wanted)
     if task.kind is TaskKind.classification and not task.labels:
         task, note = with_labels(task, read(task.train_split))

@@ -210,6 +210,27 @@ def test_labels_that_were_found_keep_their_order(tmp_path: Path, capsys: pytest.
     assert [entry["metrics"] for entry in scored(capsys, "rescore", str(run))] == [metrics]
 
 
+def test_files_that_are_not_read_need_not_be_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On another machine a run may find the file that it reports on and no other; one that it reads is asked for."""
+    rows = [{"text": f"text {i}", "label": ("b", "a", "c")[i % 3]} for i in range(60)]
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("train", "validation", "test")}
+    for file in files.values():
+        write_lines(file, rows)
+    given = {name: f"task.{name}_file={file}" for name, file in files.items()}
+    whole = trained(tmp_path / "whole", "task=text_classification", "task.metric=macro_f1", *given.values())
+    dealt = trained(tmp_path / "dealt", "task=text_classification", "task.metric=macro_f1", given["train"])
+    for name in ("train", "validation"):
+        files[name].unlink()
+    (again,) = scored(capsys, "evaluate", str(whole))
+    assert again["metrics"] == recorded(whole)["scores"]["report"]["metrics"]
+    for arguments, missing in (
+        ([str(whole), "task.split=validation"], f"task.data_files.validation={files['validation']}"),
+        ([str(dealt)], f"task.train_file={files['train']}"),
+    ):
+        assert main(["evaluate", *arguments]) == 2
+        assert f"{missing} is not a file; give the path of an existing one." in capsys.readouterr().err
+
+
 def test_a_run_is_scored_on_a_file_that_it_has_not_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(20)]
     for name in ("train", "test"):

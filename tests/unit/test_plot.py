@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
-from peftbench.errors import UserError
+from peftbench.errors import UserError, of_the_machine
 from peftbench.results.plot import COLOURS, draw, draw_curves, main
 from peftbench.results.record import Counts, Record, Score
 from peftbench.results.row import over_seeds, single
@@ -131,6 +133,25 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ):
         with pytest.raises(UserError, match=sentence):
             main([str(tmp_path / "outputs"), *arguments])
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for made in runs(tmp_path / "outputs"):
+        saved(made)
+
+    def full(self: Figure, file: Path, **settings: object) -> None:
+        file.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "a.png").write_bytes(b"whole")
+    monkeypatch.setattr(Figure, "savefig", full)
+    for name in ("a.png", "b.png"):
+        with pytest.raises(OSError) as error:
+            main([str(tmp_path / "outputs"), "--out", str(tmp_path / name)])
+        assert of_the_machine(error.value) == f"{tmp_path / name}: No space left on device."
+    assert [(file.name, file.read_bytes()) for file in tmp_path.glob("*.*")] == [("a.png", b"whole")]
 
 
 def test_curves(tmp_path: Path) -> None:
