@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from peftbench.errors import UserError
+
+Columns = dict[str, Sequence[Any]]
 
 # The file stems that stand for a split; any other split is looked for under its own name.
 ALIASES = {
@@ -62,8 +64,12 @@ def _files(folder: Path, split: str) -> list[Path]:
     return [file for stem in _stems(split) for ending in READERS if (file := folder / f"{stem}{ending}").is_file()]
 
 
-def read_file(path: str | Path) -> Dataset:
+def read_file(path: str | Path, used: Collection[str] = ()) -> Dataset:
     """The rows of one file, in memory; a .tsv or .csv file starts with a header and its cells are strings.
+
+    Args:
+        used: the columns that are needed. Where the file has all of them, another one may hold what is no column, such
+            as numbers and texts, and is left out.
 
     Raises UserError, with file and line where there is one, for a file that is missing, empty, torn or not UTF-8.
     """
@@ -74,7 +80,8 @@ def read_file(path: str | Path) -> Dataset:
     if reader is None:
         raise UserError(f"{path} cannot be read: the ending must be one of {', '.join(READERS)}.")
     try:
-        rows = Dataset(reader(file))
+        read = reader(file)
+        rows = Dataset(read if isinstance(read, pa.Table) else _table(file, read, used))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     if not len(rows):
@@ -113,7 +120,7 @@ def _text(file: Path) -> str:
         raise UserError(f"{file}:{line} is not UTF-8 text; save the file as UTF-8.") from error
 
 
-def _read_cells(file: Path) -> pa.Table:
+def _read_cells(file: Path) -> Columns:
     csv.field_size_limit(2**31 - 1)  # an article may be longer than csv's own limit of 131,072 characters
     reader = csv.reader(io.StringIO(_text(file), newline=""), **DIALECTS[file.suffix.lower()])
     rows: list[list[str]] = []
@@ -130,10 +137,10 @@ def _read_cells(file: Path) -> pa.Table:
             rows.append(row)
     except csv.Error as error:
         raise UserError(f"{file}:{reader.line_num} is torn: {error}.") from error
-    return _table(file, dict(zip(header, zip(*rows, strict=True), strict=False)))
+    return dict(zip(header, zip(*rows, strict=True), strict=False))
 
 
-def _read_json(file: Path) -> pa.Table:
+def _read_json(file: Path) -> Columns:
     """An array of objects or an object on each line: files of either kind are called .json."""
     text = _text(file)
     if text.lstrip().startswith("["):
@@ -145,7 +152,7 @@ def _read_json(file: Path) -> pa.Table:
         if not isinstance(row, dict):
             raise UserError(f'{place} holds {row!r:.40}, not an object such as {{"text": "..."}}.')
     names = dict.fromkeys(chain.from_iterable(row for _, row in rows))
-    return _table(file, {name: [row.get(name) for _, row in rows] for name in names})
+    return {name: [row.get(name) for _, row in rows] for name in names}
 
 
 def _parse(file: Path, line: int, text: str) -> Any:
@@ -166,12 +173,17 @@ def _read_parquet(file: Path) -> pa.Table:
         raise UserError(f"{file} is torn or not Parquet: {error}") from error
 
 
-def _table(file: Path, columns: dict[str, Sequence[Any]]) -> pa.Table:
+def _table(file: Path, columns: Columns, used: Collection[str]) -> pa.Table:
     arrays = {}
+    needed = set(used or columns)
+    if not needed <= columns.keys():  # one of them may stand inside a dict
+        needed = set(columns)
     for name, values in columns.items():
         try:
             arrays[name] = pa.array(values)
         except (ValueError, TypeError, OverflowError) as error:  # what Arrow raises is one of these as well
+            if name not in needed:
+                continue
             raise UserError(_odd_cell(file, name, values, error)) from error
     return pa.table(arrays)
 
@@ -197,7 +209,7 @@ DIALECTS: dict[str, dict[str, Any]] = {
     ".csv": {"strict": True},
 }
 
-READERS: dict[str, Callable[[Path], pa.Table]] = {
+READERS: dict[str, Callable[[Path], Columns | pa.Table]] = {
     ".tsv": _read_cells,
     ".csv": _read_cells,
     ".jsonl": _read_json,

@@ -41,11 +41,12 @@ def _read_raw(task: Task, split: str) -> Source:
             raise UserError(
                 f"task.data_files.{named} is no split of this task; its splits are {', '.join(splits(task))}."
             )
+    used = [column for _, column in used_columns(task)]
     if file := task_files(task).get(split):
-        return Source(read_file(file), file, file)
+        return Source(read_file(file, used), file, file)
     if task.data_dir is not None:
         found = str(find_split(task.data_dir, split))
-        return Source(read_file(found), found, found)
+        return Source(read_file(found, used), found, found)
     if task.packages is not None:
         return Source(
             _read_docstrings(task.kind, task.packages, split), f"The docstrings of {', '.join(task.packages)}"

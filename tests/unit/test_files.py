@@ -57,6 +57,15 @@ def test_oddities_that_are_no_mistakes(tmp_path: Path, name: str, content: str |
     assert read_file(write(tmp_path, name, content)).to_list() == rows
 
 
+def test_a_column_that_nobody_needs_may_hold_anything(tmp_path: Path) -> None:
+    """But where a column that is needed is not there, all are: it may stand inside any of them."""
+    file = write(tmp_path, "mixed.jsonl", '{"text": "a", "rating": 1}\n{"text": "b", "rating": "none"}')
+    assert read_file(file, ["text"]).to_list() == [{"text": "a"}, {"text": "b"}]
+    for used in (["text", "rating"], ["text", "label"], []):
+        with pytest.raises(UserError, match=r"mixed\.jsonl:2: column rating holds 'none', where the rows above hold 1"):
+            read_file(file, used)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [

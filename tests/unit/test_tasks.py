@@ -521,9 +521,9 @@ def test_summarization(news: Task) -> None:
 def test_a_split_in_two_roles_is_loaded_once(reviews: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
 
-    def counted(path: str) -> Dataset:
+    def counted(path: str, used: list[str]) -> Dataset:
         read.append(path)
-        return read_file(path)
+        return read_file(path, used)
 
     monkeypatch.setattr("peftbench.tasks.source.read_file", counted)
     prepare(load(reviews), byte_level(), tiny_bert())
