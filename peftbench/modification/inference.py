@@ -72,9 +72,9 @@ def _quick(model: PreTrainedModel, bf16: bool) -> Iterator[None]:
                     edit.quick = quick_modify(edit, constants)
                     continue
                 unhook(edit)
-                replaced += ffn
                 for linear, forward in zip(ffn, widened(*ffn, constants), strict=True):
                     vars(linear)["forward"] = forward  # before the class's own; a hook takes longer, at every token
+                    replaced.append(linear)
             yield
         finally:
             for edit in quick:

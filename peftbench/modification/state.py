@@ -39,11 +39,11 @@ def folded(model: nn.Module) -> Iterator[None]:
     """Inside the block prefixes are plain tensors, so that a long generation does not run their MLP at every step;
     afterwards the MLPs are back, untouched."""
     generators: list[tuple[Bottleneck, PrefixMLP]] = []
-    for bottleneck in bottlenecks(model):
-        if bottleneck.generator is not None:
-            generators.append((bottleneck, bottleneck.generator))
-            bottleneck.fold()
     try:
+        for bottleneck in bottlenecks(model):
+            if bottleneck.generator is not None:
+                generators.append((bottleneck, bottleneck.generator))
+                bottleneck.fold()
         yield
     finally:
         for bottleneck, generator in generators:

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from peftbench.modification import head_attention
+from peftbench.modification import head_attention, inference
 from peftbench.modification.attach import attach
 from peftbench.modification.edit import Edit
 from peftbench.modification.functional_form import Bottleneck
@@ -68,6 +68,28 @@ def test_prepared_computes_the_same_and_leaves_no_trace(family: str, preset: str
                 assert logits(model, family, bf16).isfinite().all()
         assert traces(model) == before
     assert torch.equal(logits(model, family), expected)
+
+
+@pytest.mark.parametrize(("owner", "name"), [(Bottleneck, "fold"), (inference, "widened")])
+def test_memory_that_runs_out_on_the_way_leaves_no_trace(
+    owner: object, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the error that is raised, and what was prepared until then is taken back: a prefix has its MLP again."""
+    model = attached("bart", "mam")
+    expected, before = logits(model, "bart"), traces(model)
+    prepare, calls = getattr(owner, name), list[Any]()
+
+    def running_out(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError
+        return prepare(*args)
+
+    monkeypatch.setattr(owner, name, running_out)
+    with pytest.raises(torch.OutOfMemoryError), prepared(model):
+        pass
+    assert traces(model) == before
+    assert torch.equal(logits(model, "bart"), expected)
 
 
 @pytest.mark.parametrize("family", ["bart", "bert", "t5", "llama", "gpt2"])
