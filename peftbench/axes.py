@@ -67,7 +67,7 @@ WITHOUT_ATTENTION = (
 
 RULES = (
     Rule(
-        lambda m: len({axis == "none" for axis in axes(m)}) == 2,
+        lambda m: "none" in axes(m),  # a root with four of them is no modification
         "{p}functional_form={f}, {p}modified_representation={r}, {p}insertion_form={i}, {p}composition_function={c}: "
         "a modification needs all four axes; give each a value other than none, or start from a preset such as "
         "method=lora.",
