@@ -125,8 +125,11 @@ def _reporting(task: Task, trained: Task) -> Task:
     known = list(dict.fromkeys([*splits(trained), *files]))
     if files and not any((task.data_dir, task.packages, task.hub_id)) and task.report_split not in known:
         raise UserError(unknown("task.split", task.report_split, known))
-    files = {split: file for split, file in files.items() if split in splits(task)}
-    return replace(task, data_files=files, train_file=None, validation_file=None, test_file=None)
+    # Only task.test_file is that of another split now. The others keep the keys by which a message names them: what is
+    # given under a message's key must win.
+    moved = {} if task.test_file is None else {trained.report_split: task.test_file}
+    files = {split: file for split, file in {**task.data_files, **moved}.items() if split in splits(task)}
+    return replace(task, data_files=files, test_file=None)
 
 
 def restored(folder: Path, run: Run, task: Task) -> Backbone:

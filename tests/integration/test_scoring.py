@@ -224,11 +224,14 @@ def test_files_that_are_not_read_need_not_be_there(tmp_path: Path, capsys: pytes
     (again,) = scored(capsys, "evaluate", str(whole))
     assert again["metrics"] == recorded(whole)["scores"]["report"]["metrics"]
     for arguments, missing in (
-        ([str(whole), "task.split=validation"], f"task.data_files.validation={files['validation']}"),
+        ([str(whole), "task.split=validation"], f"task.validation_file={files['validation']}"),
         ([str(dealt)], f"task.train_file={files['train']}"),
+        ([str(dealt), "task.split=validation"], f"task.train_file={files['train']}"),
     ):
         assert main(["evaluate", *arguments]) == 2
         assert f"{missing} is not a file; give the path of an existing one." in capsys.readouterr().err
+        key = missing.partition("=")[0]  # which mends it
+        assert main(["evaluate", *arguments, f"{key}={files['test']}"]) == 0
 
 
 def test_a_run_is_scored_on_a_file_that_it_has_not_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
