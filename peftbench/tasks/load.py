@@ -60,7 +60,7 @@ def reported_on(task: Task, dealt: Sequence[str]) -> Task:
     """The task with those of the user's files alone that are read to report: a split that is dealt is part of the
     training file."""
     read = {split for role, (split, _) in roles(task).items() if _reports(role)}
-    if read & set(dealt):
+    if read & set(_still_dealt(task, dealt)):
         read.add(task.train_split)
     return replace(
         task,
@@ -75,6 +75,11 @@ def _reports(role: str) -> bool:
     return role.startswith("report")
 
 
+def _still_dealt(task: Task, dealt: Sequence[str]) -> list[str]:
+    """Of the splits that were dealt for another task those that this one has no file for."""
+    return [split for split in dealt if split not in task_files(task)]
+
+
 def _load(task: Task, training: bool, dealt: Sequence[str]) -> Loaded:
     task, notes = _without_absent(task)
     notes.extend(_also_trained_on(task))
@@ -85,11 +90,12 @@ def _load(task: Task, training: bool, dealt: Sequence[str]) -> Loaded:
         task, note = with_labels(task, read(task.train_split))
         notes.append(note)
     rows: dict[str, Dataset] = {}
-    if dealt and limits.keys() & {*dealt, task.train_split}:
+    still = _still_dealt(task, dealt)
+    if dealt and limits.keys() & {*still, task.train_split}:
         train = read(task.train_split)
         whole = checked(task, task.train_split, train, None)
         rows = deal(whole, input_columns(task), task.train_split, dealt, train.name)
-        rows = {split: part for split, part in rows.items() if split not in task_files(task) or split not in dealt}
+        rows = {split: rows[split] for split in (task.train_split, *still)}
         each = "each have" if len(dealt) > 1 else "has"
         notes.append(
             f"{train.name} is dealt by a hash of the input: {' and '.join(dealt)} {each} one in ten of the "

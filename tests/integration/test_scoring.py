@@ -232,6 +232,9 @@ def test_files_that_are_not_read_need_not_be_there(tmp_path: Path, capsys: pytes
         assert f"{missing} is not a file; give the path of an existing one." in capsys.readouterr().err
         key = missing.partition("=")[0]  # which mends it
         assert main(["evaluate", *arguments, f"{key}={files['test']}"]) == 0
+    # What was dealt from the training file needs it no more where it has a file.
+    (own,) = scored(capsys, "evaluate", str(dealt), f"task.test_file={files['test']}")
+    assert own["examples"] == 16 and own["of"] == 60
 
 
 def test_a_run_is_scored_on_a_file_that_it_has_not_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
