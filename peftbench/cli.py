@@ -122,7 +122,11 @@ def _complete(argv: list[str]) -> int:
         print(" ".join(name for name in COMMANDS if name.startswith(typed)))
         return 0
     if typed in ("train", "reproduce", "params", "evaluate", "explain"):
-        os.environ["COMP_LINE"] = f"{program} {overrides}"
+        # Hydra reads what stands before the word to be completed, and refuses what is no override there: RUN, TABLE,
+        # `and`, and the pieces of a quoted one, which it cuts at spaces.
+        *before, last = overrides.split(" ")
+        kept = [word for word in before if word in ("-m", "--multirun") or ("=" in word and not set(word) & set("'\""))]
+        os.environ["COMP_LINE"] = " ".join([program, *kept, last])
     elif typed:
         return 0
     return _run("train", argv)

@@ -539,6 +539,8 @@ def test_hydras_own_flags_work(arguments: list[str]) -> None:
         ("peftbench train method=ma", ["method=mam"]),
         ("peftbench params -m insertion_form=s", ["insertion_form=sequential"]),
         ("peftbench re", ["results", "report", "reproduce", "rescore"]),
+        ("peftbench evaluate 3f2a91c0 task.generation.num_", ["task.generation.num_beams="]),
+        ("peftbench train -m method=full and 'task.prompt=\"a {source}\"' method=ma", ["method=mam"]),
         ("peftbench results me", []),
     ],
 )
