@@ -86,10 +86,12 @@ def saved_run(folder: Path, record: Record, overrides: Sequence[str] = ()) -> Ru
     except HydraException as error:
         raise UserError(" ".join(str(error).split())) from error
     found = []
-    for override in parsed:
+    for typed, override in zip(overrides, parsed, strict=True):
         if override.key_or_group.split(".")[0] not in GROUPS or "." not in override.key_or_group:
             keys = ", ".join(f"{group}.KEY" for group in GROUPS)
             found.append(f"{override.input_line}: evaluate takes {keys} only, such as task.split=test.")
+        elif override.is_sweep_override():
+            found.append(f"{typed} names several values, and evaluate takes one; type a line for each of them.")
         elif sentence := apply_override(config, override):
             found.append(sentence)
     if found:

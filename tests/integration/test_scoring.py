@@ -278,6 +278,7 @@ def test_what_cannot_be_scored_is_refused(texts: str, tmp_path: Path, capsys: py
         (["evaluate", str(run), "bottleneck=3"], "bottleneck=3: evaluate takes task.KEY, trainer.KEY, model.KEY only"),
         (["evaluate", str(run), "task.splt=train"], "task.splt is no key of the config (in task)"),
         (["evaluate", str(run), "task.split=dev"], "holds no file for the dev split"),
+        (["evaluate", str(run), "task.split=test,train"], "task.split=test,train names several values, and evaluate"),
         (["rescore", str(run), "accuracy"], "metric=accuracy is unknown. Choices: rouge1"),
     ):
         assert main(arguments) == 2
