@@ -81,7 +81,8 @@ def select(records: Sequence[Record], filters: Sequence[str]) -> list[Record]:
         there = sorted({value for record in records for value in _texts(of(record))})
         for value in wanted:
             if not any(fnmatchcase(one, value) for one in there):
-                faults.append(unknown(key, value, there))
+                nothing = f" {key}= is for the runs that have none." if "" in there else ""
+                faults.append(unknown(key, value, filter(None, there)) + nothing)
         hits = {id(r) for r in records if any(fnmatchcase(one, v) for one in _texts(of(r)) for v in wanted)}
         found = [record for record in found if (id(record) in hits) is (match["sign"] == "=")]
     if faults:

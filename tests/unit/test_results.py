@@ -117,6 +117,14 @@ def test_a_filter_that_matches_nothing_says_what_there_is(filters: list[str], se
     assert all(sentence in fault for sentence, fault in zip(sentences, refused.value.faults, strict=True))
 
 
+def test_a_value_that_some_runs_have_none_of_can_be_asked_for() -> None:
+    records = [run("lora", 1, budget="1%"), run("lora", 2)]
+    with pytest.raises(UserError) as refused:
+        select(records, ["budget=null"])
+    assert refused.value.faults == ["budget=null is unknown. Choices: 1%. budget= is for the runs that have none."]
+    assert select(records, ["budget="]) == records[1:]
+
+
 def test_filters_that_leave_nothing_are_named(outputs: Path) -> None:
     with pytest.raises(UserError, match="No run passes method=full seed=2"):
         main([str(outputs), "method=full", "seed=2"])
