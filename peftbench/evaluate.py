@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import GenerationConfig, PreTrainedModel
 
 from peftbench.config import LOSS, Run, TaskKind
+from peftbench.errors import UserError
 from peftbench.precision import use_autocast
 from peftbench.prediction.partial import Partial
 from peftbench.prediction.predict import mean_loss, predict
@@ -78,12 +79,18 @@ class Evaluator:
 
 def _generation(model: PreTrainedModel, run: Run) -> GenerationConfig:
     """The backbone's own special tokens with the task's beam search, which ends as the backbone says (BART-large's with
-    early_stopping, in the paper's code too) and writes no more than the backbone has positions for."""
+    early_stopping, in the paper's code too) and writes no more than the backbone has positions for. Raises UserError
+    where that is nothing."""
     wanted = run.task.generation
     assert model.generation_config is not None
     settings = model.generation_config.to_dict()
     own = {key: value for key, value in settings.items() if key.endswith("_token_id") or key == "early_stopping"}
     if model.config.is_encoder_decoder:
+        if wanted.max_length < 2:
+            raise UserError(
+                f"task.generation.max_length={wanted.max_length}: an encoder-decoder's text begins with a token of its "
+                "own, which counts; give 2 or more."
+            )
         longest = min(wanted.max_length, positions(model) or wanted.max_length)
         lengths = {"min_length": min(wanted.min_length, longest), "max_length": longest}
     else:  # whose lengths would count the prompt

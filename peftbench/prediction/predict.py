@@ -61,7 +61,9 @@ def predict(
             rows[index] = row
         order = [index for index in order if index not in partial.rows]
         on_batch(len(partial.rows))
-    caches = nullcontext(dict) if generation is None else generation_caches(model, generation.num_beams)
+    caches: AbstractContextManager[NewCache] = nullcontext(dict)
+    if generation is not None and generation.use_cache is not False:
+        caches = generation_caches(model, generation.num_beams or 1)
     with _predicting(model, bf16), caches as new_cache:
 
         def outputs(batch: dict[str, Tensor]) -> Tensor:

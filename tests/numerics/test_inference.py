@@ -163,6 +163,21 @@ def test_predict_generates_what_the_model_generates(
     assert torch.equal(torch.from_numpy(found), new)
 
 
+@pytest.mark.parametrize(
+    ("preset", "options"),
+    [("mam", {"use_cache": False}), ("mam", {"use_cache": False, "num_beams": 3}), ("lora", {"num_beams": None})],
+)
+def test_without_a_cache_there_is_none_of_ours(preset: str, options: dict[str, Any]) -> None:
+    """And without a number of beams there is one, as for `generate`."""
+    model = attached("bart", preset)
+    fold(model)
+    given, generation = inputs("bart", (9, 7, 6)), tokens(4, **options)
+    generation.no_repeat_ngram_size = 1
+    with torch.no_grad():
+        expected = model.generate(**given, generation_config=generation)
+    assert torch.equal(torch.from_numpy(predicted(model, given, generation)), expected)
+
+
 def test_a_token_is_moved_in_two_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without room for a further token in either, a search would leave behind a tensor of each length."""
     model = attached("bart", "mam")

@@ -388,6 +388,15 @@ def test_what_a_backbone_says_of_generation_is_not_done(own: dict[str, Any], new
     assert model.generation_config is before
 
 
+def test_a_text_of_no_tokens_is_refused(news: Task) -> None:
+    """An encoder-decoder's begins with a token of its own. It is said before training, not at the first look at dev."""
+    model = tiny_bart()
+    task = replace(news, generation=Generation(num_beams=1, min_length=0, max_length=1, no_repeat_ngram_size=0))
+    data, run = prepare(load(task), byte_level(), model), Run(task=task, trainer=Trainer(learning_rate=1.0))
+    with pytest.raises(UserError, match=r"task\.generation\.max_length=1: .* give 2 or more"):
+        Evaluator(model, data, run)
+
+
 def test_predictions_do_not_depend_on_the_batches(news: Task) -> None:
     """Longest first, at most so many examples and tokens at once, and back in their own order."""
     model = tiny_bart().eval()
