@@ -13,7 +13,7 @@ from typing import Any, Generic, Literal, TypeVar
 from peftbench.axes import UNFROZEN
 from peftbench.config import by_key
 from peftbench.results.differences import differing
-from peftbench.results.fields import FIELDS, baseline, field, text
+from peftbench.results.fields import FIELDS, baseline, field, further_splits, on_further, text
 from peftbench.results.identity import IGNORED
 from peftbench.results.paper import Printed, printed
 from peftbench.results.record import Record
@@ -89,6 +89,7 @@ def columns(
         number("percent", "% of\nmodel", _two, dispensable=2 if grouped or apart or len(seeds) > 1 else 0),
         # Every metric of the tasks is better when higher.
         number("score", f"{records[0].metric} ↑", _two, better="higher", of=FIELDS["score"], spread=True),
+        *map(_further, further_splits(records)),
         *delta(rows),
         *beside_paper(rows, paper),
         *([RUNS] if grouped else []),
@@ -154,6 +155,13 @@ def number(
         better,
         dispensable,
     )
+
+
+def _further(split: str) -> Column[Row]:
+    """The score on a split that is scored beside the report split, a word of its name on each line."""
+    header = f"{split} ↑".replace("_", "\n")
+    of = partial(on_further, split)
+    return number(split, header, _two, better="higher", dispensable=4, of=of, spread=True)
 
 
 def telling_apart(rows: Sequence[Row]) -> list[Column[Row]]:

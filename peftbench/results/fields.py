@@ -52,11 +52,13 @@ FIELDS: dict[str, Callable[[Record], Any]] = {
     "run": lambda r: r.run,
     "created": lambda r: r.created,
 }
+FURTHER = "report_"  # a role of `Record.scores`: this and the split
 COSTS = ("trained", "stored", "percent", "steps", "memory", "time")  # better when lower
 
 
 def field(key: str, records: Sequence[Record]) -> Callable[[Record], Any]:
-    """What `key` stands for: one of `FIELDS`, a metric or a baseline of the report split, or a dotted key of a record.
+    """What `key` stands for: one of `FIELDS`, a metric or a baseline of the report split, the score on a further split,
+    or a dotted key of a record.
 
     Raises UserError for a key that none of the records has.
     """
@@ -66,11 +68,13 @@ def field(key: str, records: Sequence[Record]) -> Callable[[Record], Any]:
         return partial(_metric, key)
     if any(key in r.baselines for r in records):
         return partial(baseline, key)
+    if key in further_splits(records):
+        return partial(on_further, key)
     flat = {id(record): dict(flatten(record.to_json())) for record in records} if "." in key else {}
     if any(key in values for values in flat.values()):
         return lambda record: flat[id(record)].get(key)
     metrics = dict.fromkeys(name for r in records if "report" in r.scores for name in r.scores["report"].metrics)
-    raise UserError(f"{key} is no column{meant(key, [*FIELDS, *metrics])}")
+    raise UserError(f"{key} is no column{meant(key, [*FIELDS, *metrics, *further_splits(records)])}")
 
 
 def text(value: Any) -> str:
@@ -102,3 +106,15 @@ def _metric(name: str, record: Record) -> float | None:
 def baseline(name: str, record: Record) -> float | None:
     """The main metric of a baseline, such as majority."""
     return record.baselines.get(name)
+
+
+def further_splits(records: Sequence[Record]) -> list[str]:
+    """The splits that were scored beside the report split, such as validation_mismatched."""
+    roles = dict.fromkeys(role for record in records for role in record.scores)
+    return [role.removeprefix(FURTHER) for role in roles if role.startswith(FURTHER)]
+
+
+def on_further(split: str, record: Record) -> float | None:
+    """The task's metric on a further split."""
+    score = record.scores.get(f"{FURTHER}{split}") if record.status == "done" else None
+    return None if score is None else score.metrics.get(record.metric)

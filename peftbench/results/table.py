@@ -27,7 +27,7 @@ NARROWEST = 10  # characters to which a column of words shrinks where there is n
 # Where a cell may go on in the next line: between words, and within one that is too long.
 BETWEEN, WITHIN = re.compile(r"(?<= )(?![\d·])|(?<=, )"), re.compile(r"(?<=_)(?=\w)|(?<=[a-z])(?=[A-Z])")
 # In the sweep that is proposed. A learning rate is a method's own.
-OVERRIDES_TO_KEEP = re.compile(r"(--config-dir|task|model|trainer(?!\.learning_rate=)|debug|output_dir)\b")
+OVERRIDES_TO_KEEP = re.compile(r"[+~]{0,2}(--config-dir|task|model|trainer(?!\.learning_rate=)|debug|output_dir)\b")
 
 
 def show(records: Sequence[Record], console: Console, status: Callable[[Record], str] | None = None) -> None:

@@ -90,6 +90,8 @@ def saved_run(folder: Path, record: Record, overrides: Sequence[str] = ()) -> Ru
         if override.key_or_group.split(".")[0] not in GROUPS or "." not in override.key_or_group:
             keys = ", ".join(f"{group}.KEY" for group in GROUPS)
             found.append(f"{override.input_line}: evaluate takes {keys} only, such as task.split=test.")
+        elif override.is_delete():
+            found.append(f"{typed}: evaluate takes no key away; give it another value.")
         elif override.is_sweep_override():
             found.append(f"{typed} names several values, and evaluate takes one; type a line for each of them.")
         elif sentence := apply_override(config, override):
@@ -120,7 +122,10 @@ def trained_task(folder: Path) -> Task:
 
 
 def _reporting(task: Task, trained: Task) -> Task:
-    """The task, each of its files still that of the split that it was, though another split is reported on now."""
+    """The task, each of its files still that of the split that it was, though another split is reported on now; without
+    those of splits that it no longer has."""
+    gone = set(splits(trained)) - set(splits(task))
+    task = replace(task, data_files={split: file for split, file in task.data_files.items() if split not in gone})
     if task.report_split == trained.report_split:
         return task
     files = task_files(replace(task, report_split=trained.report_split))
@@ -158,6 +163,8 @@ def evaluate(folder: Path, run: Run, console: Console, predictions: Path | None 
             data = prepare(loaded, backbone.tokenizer, backbone.model)
             backbone.model.to(chosen_device(run.trainer))
             evaluator = Evaluator(backbone.model, data, run)
+        for note in loaded.notes:
+            display.console.print(note, highlight=False, soft_wrap=True)
         before = saved_record(folder).data
         if before["splits"]["report"] == data.splits["report"] and before["scored_on"] != data.scored_on:
             split = data.splits["report"]["split"]

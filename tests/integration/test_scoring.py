@@ -237,6 +237,31 @@ def test_files_that_are_not_read_need_not_be_there(tmp_path: Path, capsys: pytes
     assert own["examples"] == 16 and own["of"] == 60
 
 
+def test_a_further_split_can_be_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its file may have gone, as that of mismatched MNLI; where a folder had it, it is named and left out."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("train", "validation", "test", "more"):
+        write_lines(data / f"{name}.jsonl", [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(20)])
+    task = ("task=text_classification", "task.further_splits=[more]")
+    files = [f"task.{name}_file={data}/{name}.jsonl" for name in ("train", "test")]
+    named = trained(tmp_path / "named", *task, *files, f"+task.data_files.more={data}/more.jsonl")
+    found = trained(tmp_path / "found", *task, f"task.data_dir={data}")
+    assert [entry["split"] for entry in scored(capsys, "evaluate", str(named))] == ["test", "more"]
+    (data / "more.jsonl").unlink()
+    for overrides, sentence in (
+        ([], f"task.data_files.more={data}/more.jsonl is not a file"),
+        (["~task.data_files.more"], "~task.data_files.more: evaluate takes no key away; give it another value."),
+    ):
+        assert main(["evaluate", str(named), *overrides]) == 2
+        assert sentence in capsys.readouterr().err
+    for run, overrides in ((named, ["task.further_splits=[]"]), (found, [])):
+        assert main(["evaluate", str(run), *overrides]) == 0
+        printed = capsys.readouterr().out
+        assert "as in the record" in printed and "more, " not in printed
+        assert ("more is not scored: there is no file for it." in printed) is (run is found)
+
+
 def test_a_run_is_scored_on_a_file_that_it_has_not_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(20)]
     for name in ("train", "test"):

@@ -231,13 +231,15 @@ def test_unfrozen_backbones_have_words_for_axes() -> None:
 
 @pytest.mark.parametrize("width", [60, 80, 200])
 def test_the_last_table_of_a_run_has_everything_at_any_width(width: int) -> None:
-    text = last_table(record(63.17, HEADS, FFN, overrides=["method=mam", "task=doctopic", "bottleneck=4"]), width)
+    typed = ["method=mam", "task=doctopic", "+task.data_files.test=a.csv", "trainer.learning_rate=1", "bottleneck=4"]
+    text = last_table(record(63.17, HEADS, FFN, overrides=typed), width)
     for cell in ("mam", "gated", "scaled 4", "1,241,234", "41,234", "0.86", "63.17", "majority", "52.10", "1:32"):
         assert cell in text
     lines = text.splitlines()
     assert lines[-3].endswith("outputs/doctopic/mini/mam/0123abcd")
     assert lines[-2].endswith(" peftbench results")
-    assert lines[-1].endswith(" peftbench train -m method=lora,adapter,prefix,mam task=doctopic")
+    proposed = "peftbench train -m method=lora,adapter,prefix,mam task=doctopic +task.data_files.test=a.csv"
+    assert lines[-1].endswith(f" {proposed}")
 
 
 def test_another_output_folder_is_named_in_the_command() -> None:
@@ -277,6 +279,26 @@ def test_the_command_shows_runs_and_names_what_it_left_out(tmp_path: Path, capsy
 def test_an_empty_folder_is_told_how_to_make_a_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="make one with: peftbench train"):
         main([str(tmp_path)])
+
+
+def test_a_further_split_has_a_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As mismatched MNLI has beside matched; by the split's name it can be asked for, sorted by and filtered by."""
+    for seed, further in ((1, 61.0), (2, 62.5), (3, None)):
+        made = record(70.0 - seed, FFN, seed=seed, run=f"{seed:08x}")
+        if further is not None:
+            made.scores["report_dev_mm"] = Score("dev_mm", 900, {"accuracy": further, "f1": 1.0})
+        stored(tmp_path / str(seed), made)
+    assert main([str(tmp_path), "--markdown"]) == 0
+    head, _, *rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    at = head.index("dev mm ↑")
+    assert head[at - 1] == "accuracy ↑"
+    assert [(row[at - 1], row[at]) for row in rows] == [("**69.00**", "61.00"), ("68.00", "**62.50**"), ("67.00", "")]
+    assert main([str(tmp_path), "--show", "seed,dev_mm", "--sort", "dev_mm", "--reverse", "--csv"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["2,62.5", "1,61.0", "3,"]
+    assert main([str(tmp_path), "--show", "seed", "--csv", "dev_mm>62"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["2"]
+    with pytest.raises(UserError, match="dev_nm is no column; did you mean dev_mm"):
+        main([str(tmp_path), "--show", "dev_nm"])
 
 
 def test_a_thousand_runs_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
