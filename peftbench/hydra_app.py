@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Sequence
 
 import hydra
@@ -19,6 +20,7 @@ from peftbench.quick_imports import quick_imports
 from peftbench.results.sweep import Sweep
 from peftbench.sweeps.search import check, is_open, phases
 from peftbench.sweeps.sweeper import INTERRUPTED, places_of, put_off, shown, train_all, train_one, wait_for_others
+from peftbench.terminal import say
 
 
 def main(argv: list[str]) -> int:
@@ -40,7 +42,17 @@ def main(argv: list[str]) -> int:
         solved(points)
         job()
         return 0
+    if AND in args.overrides:
+        _tell_what_differs(points)
     return _sweep(points, argv, by_hydra=not searching and AND not in args.overrides)
+
+
+def _tell_what_differs(points: Sequence[Point]) -> None:
+    """Grids on different tasks or backbones may be meant, or a task= that was meant for all was typed behind `and`."""
+    counted = Counter(f"{run.task.name} with {run.model.name}" for _, run in points)
+    if len(counted) > 1:
+        listed = ", ".join(f"{what} ({count} run{'s' if count > 1 else ''})" for what, count in counted.items())
+        say(f'This sweep goes over {listed}. What stands behind "{AND}" is of that grid; what all share comes first.')
 
 
 def _sweep(points: Sequence[Point], argv: list[str], by_hydra: bool) -> int:

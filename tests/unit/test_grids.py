@@ -92,6 +92,22 @@ def test_all_grids_are_trained_as_one_sweep(
     assert len(list((tmp_path / "outputs").rglob("*.sweep.json"))) == 1
 
 
+@pytest.mark.parametrize("several", [True, False])
+def test_grids_on_several_tasks_are_named_before_they_are_trained(
+    several: bool, smoke: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A task behind `and` may have been meant for all grids."""
+    monkeypatch.setattr(peftbench.sweeps.sweeper, "attempt", lambda *_: Ended())
+    grids = ["method=full", "and", "method=lora,prefix"]
+    main(["train", "-m", *smoke, *grids, *(["task=docsum"] if several else [])])
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("This sweep goes over")]
+    expected = (
+        'This sweep goes over sst2 with mini (1 run), docsum with mini (2 runs). What stands behind "and" is of that '
+        "grid; what all share comes first."
+    )
+    assert told == ([expected] if several else [])
+
+
 def test_each_grid_may_have_a_value_of_its_own_around_which_is_searched() -> None:
     """That is no sweep over what the search chooses, which stays refused."""
     rates = ["trainer.learning_rate=1e-4", "and", "method=lora", "trainer.learning_rate=1e-3"]
