@@ -137,9 +137,9 @@ def _found(word: str, folder: Path) -> list[Record]:
 
 def _check_comparable(a: Row, b: Row) -> None:
     one, other = a.scored[0], b.scored[0]
-    for key in ("task", "metric", "split", "examples"):
+    for key in ("task", "metric", "split", "examples", "data"):
         values = [FIELDS[key](record) for record in (one, other)]
-        if values[0] != values[1]:
+        if values[0] != values[1] and not (key == "data" and None in values):  # an early record does not say on what
             raise UserError(f"A and B cannot be compared, for they differ in {key}: {values[0]} and {values[1]}.")
 
 

@@ -121,6 +121,14 @@ def _other_number(root: Path) -> None:
     trained(root, 5, ["yes"] * 10, method="full")
 
 
+def _other_data(root: Path) -> None:
+    """Other texts with the same labels, which the predictions do not tell."""
+    trained(root, 90, method="full")
+    for record in load_records(root)[0]:
+        record.data["scored_on"] = ("b" if record.method == "full" else "a") * 64
+        record.save()
+
+
 def _two_settings(root: Path) -> None:
     for bottleneck in (8, 16):
         trained(root, 50, method="full", bottleneck=bottleneck)
@@ -148,6 +156,7 @@ def _failed(root: Path) -> None:
     [
         (_other_task, "they differ in task: doctopic and sst2"),
         (_other_examples, "not scored on the same examples: 100 of 100 differ"),
+        (_other_data, "they differ in data: aaaaaaaa and bbbbbbbb"),
         (_other_number, "they differ in examples: 100 and 10"),
         (_two_settings, "B=method=full stands for 2 settings, which differ in bottleneck; choose one"),
         (_without_predictions, "predictions.jsonl is missing"),
