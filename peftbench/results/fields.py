@@ -9,6 +9,7 @@ from typing import Any
 from peftbench.errors import UserError, meant
 from peftbench.results.differences import flatten
 from peftbench.results.record import Record, Searched
+from peftbench.tasks.roles import FURTHER
 
 FIELDS: dict[str, Callable[[Record], Any]] = {
     "method": lambda r: r.method,
@@ -52,7 +53,6 @@ FIELDS: dict[str, Callable[[Record], Any]] = {
     "run": lambda r: r.run,
     "created": lambda r: r.created,
 }
-FURTHER = "report_"  # a role of `Record.scores`: this and the split
 COSTS = ("trained", "stored", "percent", "steps", "memory", "time")  # better when lower
 
 

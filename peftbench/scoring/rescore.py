@@ -13,6 +13,7 @@ from peftbench.results.run_files import predictions_file
 from peftbench.scoring.saved import run_folder, saved_config, saved_predictions, saved_record
 from peftbench.scoring.show import show_scores
 from peftbench.tasks.metrics import measure
+from peftbench.tasks.roles import is_reported
 from peftbench.terminal import terminal
 from peftbench.validity import METRICS, label_faults
 
@@ -50,7 +51,7 @@ def rescore(folder: Path, metric: str | None = None) -> list[dict[str, Any]]:
         raise UserError(*faults)
     found = []
     for role, score in record.scores.items():
-        if not role.startswith("report"):
+        if not is_reported(role):
             continue
         rows = saved_predictions(folder, role)
         if len(rows) != score.examples:

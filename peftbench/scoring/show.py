@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from peftbench.results.record import Record
+from peftbench.tasks.roles import is_reported
 
 
 def show_scores(found: Sequence[dict[str, Any]], record: Record, console: Console) -> None:
@@ -29,6 +30,6 @@ def show_scores(found: Sequence[dict[str, Any]], record: Record, console: Consol
 def _recorded(record: Record, split: str, examples: int) -> dict[str, float]:
     """The run's own metrics on as many examples of a split; not those of its baselines."""
     for role, score in record.scores.items():
-        if role.startswith(("report", "selection")) and (score.split, score.examples) == (split, examples):
+        if (role == "selection" or is_reported(role)) and (score.split, score.examples) == (split, examples):
             return score.metrics
     return {}

@@ -71,7 +71,8 @@ def read_file(path: str | Path, used: Collection[str] = ()) -> Dataset:
         used: the columns that are needed. Where the file has all of them, another one may hold what is no column, such
             as numbers and texts, and is left out.
 
-    Raises UserError, with file and line where there is one, for a file that is missing, empty, torn or not UTF-8.
+    Raises:
+        UserError: the file is missing, empty, torn or not UTF-8; with its line where there is one.
     """
     file = Path(path).expanduser()
     if not file.is_file():

@@ -15,7 +15,7 @@ from peftbench.config import Task, TaskKind, task_files
 from peftbench.tasks.cache import Recent
 from peftbench.tasks.deal import deal
 from peftbench.tasks.files import has_split
-from peftbench.tasks.roles import Roles, limits_of, roles, splits
+from peftbench.tasks.roles import Roles, is_reported, limits_of, roles, splits
 from peftbench.tasks.rows import checked, head, input_columns, used_columns, with_labels
 from peftbench.tasks.source import has_source, read_split
 
@@ -59,7 +59,7 @@ def homeless(task: Task) -> list[str]:
 def reported_on(task: Task, dealt: Sequence[str]) -> Task:
     """The task with those of the user's files alone that are read to report: a split that is dealt is part of the
     training file."""
-    read = {split for role, (split, _) in roles(task).items() if _reports(role)}
+    read = {split for role, (split, _) in roles(task).items() if is_reported(role)}
     if read & set(_still_dealt(task, dealt)):
         read.add(task.train_split)
     return replace(
@@ -71,10 +71,6 @@ def reported_on(task: Task, dealt: Sequence[str]) -> Task:
     )
 
 
-def _reports(role: str) -> bool:
-    return role.startswith("report")
-
-
 def _still_dealt(task: Task, dealt: Sequence[str]) -> list[str]:
     """Of the splits that were dealt for another task those that this one has no file for."""
     return [split for split in dealt if split not in task_files(task)]
@@ -84,7 +80,7 @@ def _load(task: Task, training: bool, dealt: Sequence[str]) -> Loaded:
     task, notes = _without_absent(task)
     notes.extend(_also_trained_on(task))
     read = cache(partial(read_split, task))
-    wanted = {role: place for role, place in roles(task).items() if training or _reports(role)}
+    wanted = {role: place for role, place in roles(task).items() if training or is_reported(role)}
     limits = limits_of(wanted)
     if task.kind is TaskKind.classification and not task.labels:
         task, note = with_labels(task, read(task.train_split))

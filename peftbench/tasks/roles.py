@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from peftbench.config import Task
 
+FURTHER = "report_"  # and the split: the role of one that is reported on beside the report split
 Roles = dict[str, tuple[str, int | None]]  # the split of each role, and how many rows at most; null: all
 
 
@@ -13,8 +14,13 @@ def roles(task: Task) -> Roles:
         "train": (task.train_split, task.max_train),
         "selection": (task.selection_split, task.max_selection),
         "report": (task.report_split, task.max_eval),
-        **{f"report_{other}": (other, task.max_eval) for other in task.further_splits if other != task.report_split},
+        **{f"{FURTHER}{other}": (other, task.max_eval) for other in task.further_splits if other != task.report_split},
     }
+
+
+def is_reported(role: str) -> bool:
+    """Whether the role is that of the report split or of a further one."""
+    return role == "report" or role.startswith(FURTHER)
 
 
 def splits(task: Task) -> list[str]:

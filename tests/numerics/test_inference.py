@@ -281,13 +281,18 @@ def test_a_parallel_adapter_is_a_wider_ffn() -> None:
     assert (called["aten::linear"], called.get("aten::addmm_", 0)) == (attentions + 2 * 4 + 1, 0)
 
 
+def of_odd_width(where: str, device: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """A parallel adapter whose bottleneck is no multiple of 8, and what to give the model."""
+    model = build("bart").to(device)
+    attach(model, {"": modification("relu", where, "parallel", "add", 5, bias=True)})
+    shake(model)
+    return model, {name: tensor.to(device) for name, tensor in batch("bart").items()}
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_rows_of_a_wider_ffn_are_aligned(device: str) -> None:
     """They begin at multiples of 16 bytes, as a GPU's matrix products want them."""
-    model = build("bart").to(device)
-    attach(model, {"": modification("relu", "ffn", "parallel", "add", 5, bias=True)})
-    shake(model)
-    given = {name: tensor.to(device) for name, tensor in batch("bart").items()}
+    model, given = of_odd_width("ffn", device)
     second = find_sites(model).layers[0].ffn.second
     widths: list[int] = []
     with torch.no_grad(), torch.autocast(device, torch.bfloat16):
@@ -304,10 +309,7 @@ def test_rows_of_a_wider_ffn_are_aligned(device: str) -> None:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_queries_beside_a_bottleneck_are_aligned(device: str) -> None:
     """On a GPU attention refuses rows that do not begin at 16 bytes."""
-    model = build("bart").to(device)
-    attach(model, {"": modification("relu", "attention", "parallel", "add", 5, bias=True)})
-    shake(model)
-    given = {name: tensor.to(device) for name, tensor in batch("bart").items()}
+    model, given = of_odd_width("attention", device)
     query = model.get_submodule("model.encoder.layers.0.self_attn.q_proj")
     strides: list[tuple[int, ...]] = []
     with torch.no_grad(), torch.autocast(device, torch.bfloat16):

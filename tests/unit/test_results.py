@@ -441,7 +441,7 @@ def test_refusals(outputs: Path, arguments: list[str], sentence: str) -> None:
 def test_twice_the_records_are_twice_the_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
-    """Calls are counted, since time would be the machine's; scripts/benchmark_startup.py takes a thousand's time."""
+    """Calls are counted, since time would be the machine's; scripts/benchmark_records.py takes a thousand's time."""
     work = []
     for wanted in (30, 60, 120):
         for seed in range(wanted):
