@@ -27,7 +27,7 @@ from peftbench.config import (
     Representation,
     Stack,
 )
-from peftbench.errors import unknown
+from peftbench.utils.errors import unknown
 
 
 class Point(NamedTuple):

@@ -28,9 +28,9 @@ from transformers import (
 from transformers.utils import logging
 
 from peftbench.config import DType, Model, Task, TaskKind
-from peftbench.errors import UserError, meant
 from peftbench.hub import hub_missing
 from peftbench.sites import family_of
+from peftbench.utils.errors import UserError, meant
 
 T = TypeVar("T")
 NOWHERE = "model.hub_id and model.path are both null; give one, or take a preset such as model=mini."

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from math import lcm
 
-from peftbench.errors import UserError
+from peftbench.utils.errors import UserError
 
 _WRITTEN = re.compile(r"(?P<amount>\d+(?:\.\d+)?|\.\d+)(?P<unit>%?|[kKmM]?)")
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000}

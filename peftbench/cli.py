@@ -12,7 +12,7 @@ from importlib import import_module
 from io import TextIOWrapper
 
 from peftbench import __version__
-from peftbench.errors import UserError, of_the_machine, print_faults, unknown
+from peftbench.utils.errors import UserError, of_the_machine, print_faults, unknown
 
 HELP = """\
 peftbench: which parameter-efficient fine-tuning method, where in the network, how large, for my model and task.
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        from peftbench.terminal import let_go
+        from peftbench.utils.console import let_go
 
         let_go(sys.stdout)
         return 0

@@ -29,8 +29,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
 from peftbench.config import Run, conf_dir, resolve
-from peftbench.errors import UserError, unknown
 from peftbench.overrides import apply_override, in_words
+from peftbench.utils.errors import UserError, unknown
 from peftbench.validity import faults
 
 CONFIG_NAME = "train"

@@ -9,7 +9,6 @@ from pathlib import Path
 from transformers import GenerationConfig, PreTrainedModel
 
 from peftbench.config import LOSS, Run, TaskKind
-from peftbench.errors import UserError
 from peftbench.precision import use_autocast
 from peftbench.prediction.partial import Partial
 from peftbench.prediction.predict import mean_loss, predict
@@ -17,6 +16,7 @@ from peftbench.results.identity import content_stamp
 from peftbench.sites import configured
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.tokens import positions
+from peftbench.utils.errors import UserError
 
 
 class Evaluator:

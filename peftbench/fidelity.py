@@ -28,7 +28,7 @@ from peftbench.config import (
     modifications,
     module_name,
 )
-from peftbench.errors import UserError
+from peftbench.utils.errors import UserError
 
 PREFIX_MLP = 800  # petl/options.py, mid_dim
 

@@ -15,12 +15,12 @@ from omegaconf import DictConfig
 
 from peftbench.compose import AND, CONFIG_NAME, Point, compose_points
 from peftbench.config import conf_dir, resolve
-from peftbench.errors import UserError, of_the_machine, print_faults
-from peftbench.quick_imports import quick_imports
 from peftbench.results.sweep import Sweep
 from peftbench.sweeps.search import check, is_open, phases
 from peftbench.sweeps.sweeper import INTERRUPTED, places_of, put_off, shown, train_all, train_one, wait_for_others
-from peftbench.terminal import say
+from peftbench.utils.console import say
+from peftbench.utils.errors import UserError, of_the_machine, print_faults
+from peftbench.utils.quick_imports import quick_imports
 
 
 def main(argv: list[str]) -> int:

@@ -14,10 +14,10 @@ from rich.text import Text
 
 from peftbench.axes import CHOICES, Point, points, runs
 from peftbench.config import ACTIVATIONS, conf_dir
-from peftbench.errors import UserError, meant, unknown
 from peftbench.fidelity import SWITCHES
 from peftbench.keys import keys
-from peftbench.terminal import terminal
+from peftbench.utils.console import terminal
+from peftbench.utils.errors import UserError, meant, unknown
 
 MEANINGS = {  # of the choices of the axes; He et al. (2022), table 1
     "identity": "Δh = x W_down W_up",

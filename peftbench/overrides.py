@@ -19,7 +19,7 @@ from omegaconf.errors import (
 from yaml import MarkedYAMLError
 
 from peftbench.config import Modification, Run
-from peftbench.errors import meant, unknown
+from peftbench.utils.errors import meant, unknown
 
 
 def apply_override(cfg: DictConfig, override: Override) -> str | None:

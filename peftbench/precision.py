@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from peftbench import config
-from peftbench.errors import UserError
+from peftbench.utils.errors import UserError
 
 
 def chosen_device(settings: config.Trainer) -> torch.device:

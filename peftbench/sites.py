@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peftbench.errors import UserError
+from peftbench.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from transformers.utils import logging as transformers_logging
 
 from peftbench.backbone import Backbone, load_backbone
 from peftbench.config import LOSS, Keep, Run, TaskKind, Unfreeze, modifications
-from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
 from peftbench.modification.attach import attach, attach_run
 from peftbench.modification.counting import count
@@ -32,7 +31,6 @@ from peftbench.modification.state import fold, save, size, trained_tensors
 from peftbench.modification.state import load as load_adapter
 from peftbench.params.solve import solve
 from peftbench.precision import chosen_device, use_autocast, with_dtype
-from peftbench.progress import Display
 from peftbench.results.choice import settled
 from peftbench.results.fields import typed
 from peftbench.results.identity import run_dir
@@ -46,13 +44,15 @@ from peftbench.tasks.base import TaskData
 from peftbench.tasks.docstrings import versions
 from peftbench.tasks.load import load
 from peftbench.tasks.prepare import prepare
-from peftbench.terminal import terminal
 from peftbench.training.batching import total_steps
 from peftbench.training.checkpoint import Checkpoints
 from peftbench.training.ended import ended
 from peftbench.training.ended import keep as keep_ended
 from peftbench.training.fit import Fitted, fit
 from peftbench.training.probe import no_gradient, unreached
+from peftbench.utils.console import terminal
+from peftbench.utils.errors import UserError
+from peftbench.utils.progress import Display
 from peftbench.validity import faults
 
 

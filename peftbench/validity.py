@@ -30,8 +30,8 @@ from peftbench.config import (
     task_files,
     value_at,
 )
-from peftbench.errors import UserError, unknown
 from peftbench.fidelity import idle_switches
+from peftbench.utils.errors import UserError, unknown
 
 EMBEDDED = Path(__file__).resolve().parent  # the folder of the backbones that ship inside the package
 

@@ -36,12 +36,12 @@ from transformers import BartConfig, BartForConditionalGeneration, GenerationCon
 
 from peftbench import config
 from peftbench.compose import compose_run
-from peftbench.memory import no_collection
 from peftbench.modification import inference
 from peftbench.modification.attach import attach
 from peftbench.modification.state import fold
 from peftbench.prediction import predict as predict_module
 from peftbench.prediction.predict import autocast, predict
+from peftbench.utils.memory import no_collection
 
 SHAPES: dict[str, dict[str, Any]] = {
     "bart_large": {},  # transformers' defaults are BART-large's
@@ -302,7 +302,7 @@ def main() -> None:
         except Exception as error:  # as in `measure`
             traceback.print_exc()
             broken[variant.name] = f"{type(error).__name__}: {error}"
-    gc.freeze()  # as commands do (`peftbench.quick_imports`): what torch made on import is not looked through again
+    gc.freeze()  # as commands do (`peftbench.utils.quick_imports`): what torch made on import is not looked through again
     vocabulary = int(next(iter(models.values())).config.vocab_size)
     data = sources(arguments.sources, arguments.longest, vocabulary)
     if arguments.profile:

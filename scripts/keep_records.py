@@ -16,7 +16,7 @@ from pathlib import Path
 
 from peftbench.results.record import FILE, Record, load_records
 from peftbench.results.run_files import METRICS, logged
-from peftbench.whole_files import write_lines
+from peftbench.utils.files import write_lines
 
 EVERY = 5  # lines of the training's log
 DIGITS = 6  # of its numbers

@@ -23,11 +23,11 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 from rich.table import Table
 
-from peftbench.errors import UserError
 from peftbench.results.record import load_records
 from peftbench.scoring.saved import saved_predictions
 from peftbench.tasks.romanian import prepared
 from peftbench.tasks.sentences import sentences
+from peftbench.utils.errors import UserError
 
 DIGITS = 10  # that sacreBLEU is asked to print
 LAST_DIGIT = {"bleu": 10.0**-DIGITS, "rouge": 1e-4}  # rouge_score prints six decimals of a share: four of a percentage

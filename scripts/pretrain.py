@@ -44,7 +44,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
-from peftbench.errors import UserError
 from peftbench.tasks.docstrings import (
     STDLIB,
     SUMMARY_LENGTH,
@@ -55,6 +54,7 @@ from peftbench.tasks.docstrings import (
     split_of,
     versions,
 )
+from peftbench.utils.errors import UserError
 
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # in BART's order
 BOS, PAD, EOS, UNK, MASK = range(5)

@@ -45,8 +45,8 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from peftbench import config
 from peftbench.axes import RULES
-from peftbench.errors import UserError
 from peftbench.modification.representation import REPRESENTATIONS
+from peftbench.utils.errors import UserError
 
 T5_HAS_INTERFACE = "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(T5Attention)  # since some version after 5.10
 

@@ -6,8 +6,8 @@ import argparse
 
 from peftbench.compose import compose_run
 from peftbench.explain.show import show, to_json
-from peftbench.quick_imports import quick_imports
-from peftbench.terminal import terminal
+from peftbench.utils.console import terminal
+from peftbench.utils.quick_imports import quick_imports
 
 
 def main(argv: list[str]) -> int:

@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 
 from peftbench import config
 from peftbench.axes import WITHOUT_ATTENTION
-from peftbench.errors import UserError
 from peftbench.fidelity import Deviation, with_deviations
 from peftbench.modification.composition import Add, Gated, GatedAdd, Multiply, Scaled
 from peftbench.modification.edit import Edit, SublayerDropout
@@ -32,6 +31,7 @@ from peftbench.modification.prompt import PROMPT, Prompt, PromptMask
 from peftbench.modification.reparameterization import PrefixMLP, PrefixTrunk
 from peftbench.modification.representation import REPRESENTATIONS
 from peftbench.sites import Attention, Layer, Sites, find_sites
+from peftbench.utils.errors import UserError
 
 # A module can end a projection, its sub-layer and its layer at once, as W_2 does in Llama: what is nearer to the
 # weights is hooked first. All other representations: 1.

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialised
 from torch import Tensor, nn
 
-from peftbench.errors import UserError
 from peftbench.modification.functional_form import Bottleneck
 from peftbench.modification.reparameterization import PrefixMLP
+from peftbench.utils.errors import UserError
 
 FILE_NAME = "adapter.safetensors"
 

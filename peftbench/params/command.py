@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from peftbench.compose import compose_points
 from peftbench.config import Run
-from peftbench.errors import UserError
 from peftbench.params.table import show_run, show_sweep, to_json
-from peftbench.quick_imports import quick_imports
-from peftbench.terminal import terminal
+from peftbench.utils.console import terminal
+from peftbench.utils.errors import UserError
+from peftbench.utils.quick_imports import quick_imports
 
 if TYPE_CHECKING:
     from peftbench.params.counts import RunCounts

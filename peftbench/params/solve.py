@@ -16,9 +16,9 @@ from transformers import PretrainedConfig
 from peftbench.backbone import load_config, meta_backbone
 from peftbench.budget import largest_sizes, limit
 from peftbench.config import Run, modifications
-from peftbench.errors import UserError
 from peftbench.modification.attach import attach_run
 from peftbench.modification.counting import Counts, count
+from peftbench.utils.errors import UserError
 
 
 def solve_all(runs: Iterable[Run]) -> list[Run]:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor, PreTrainedModel
 
 from peftbench.attention_kernels import no_cudnn_attention
-from peftbench.memory import make_room, out_of_memory
 from peftbench.modification.inference import prepared
 from peftbench.prediction.kv_cache import NewCache, generation_caches
 from peftbench.prediction.partial import Partial
 from peftbench.token_loss import TokenLoss
+from peftbench.utils.memory import make_room, out_of_memory
 
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 PADDING = -100  # what fills the end of shorter predictions

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from peftbench.config import LOSS, Run
-from peftbench.errors import UserError
 from peftbench.results.fields import described, typed
 from peftbench.results.identity import run_dir
 from peftbench.results.record import Record, Searched, Trial, find
 from peftbench.sweeps.search import settings, trials, values
+from peftbench.utils.errors import UserError
 
 
 class NoChoice(UserError):

@@ -12,12 +12,12 @@ from typing import Any, Generic, Literal, TypeVar
 
 from peftbench.axes import UNFROZEN
 from peftbench.config import by_key
-from peftbench.results.differences import differing
 from peftbench.results.fields import FIELDS, baseline, field, further_splits, on_further, text
 from peftbench.results.identity import IGNORED
 from peftbench.results.paper import Printed, printed
 from peftbench.results.record import Record
 from peftbench.results.row import Row, front, point, unscored
+from peftbench.utils.differences import differing
 
 T = TypeVar("T")
 Cost = Literal["stored", "memory", "time"]

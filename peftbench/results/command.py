@@ -10,7 +10,6 @@ from typing import Any, get_args
 
 from rich.text import Text
 
-from peftbench.errors import UserError
 from peftbench.results.columns import Column, Cost, beside_paper, chosen, columns
 from peftbench.results.formats import csv_of, dumped, latex, markdown, to_csv, to_json, values
 from peftbench.results.paper import printed
@@ -18,7 +17,8 @@ from peftbench.results.pivot import pivot
 from peftbench.results.row import Row, Statistic, once, over_seeds, rank, single, tables, unscored
 from peftbench.results.select import read
 from peftbench.results.table import show_table, titles
-from peftbench.terminal import terminal
+from peftbench.utils.console import terminal
+from peftbench.utils.errors import UserError
 
 EPILOG = """\
 KEY is a column (method, task, model, seed, status, functional_form, bottleneck, learning_rate, stored, score, time,

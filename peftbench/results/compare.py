@@ -20,9 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from peftbench.config import Modification
-from peftbench.errors import UserError
 from peftbench.results.bootstrap import Difference, paired_bootstrap
-from peftbench.results.differences import differing, flatten
 from peftbench.results.fields import FIELDS, text
 from peftbench.results.identity import IGNORED, plain
 from peftbench.results.record import FILE, Record, load_records
@@ -30,7 +28,9 @@ from peftbench.results.row import Row, is_trial, over_seeds, unscored
 from peftbench.results.select import TRIALS, is_filter, select
 from peftbench.scoring.saved import saved_predictions
 from peftbench.tasks.example_scores import ExampleScores, example_scores
-from peftbench.terminal import terminal
+from peftbench.utils.console import terminal
+from peftbench.utils.differences import differing, flatten
+from peftbench.utils.errors import UserError
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C, where PyYAML was built with it
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from peftbench.errors import UserError, meant
-from peftbench.results.differences import flatten
 from peftbench.results.record import Record, Searched
 from peftbench.tasks.roles import FURTHER
+from peftbench.utils.differences import flatten
+from peftbench.utils.errors import UserError, meant
 
 FIELDS: dict[str, Callable[[Record], Any]] = {
     "method": lambda r: r.method,

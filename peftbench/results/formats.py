@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from peftbench.results.columns import Column, best_of, flat_header
-from peftbench.results.differences import flatten
 from peftbench.results.record import Axes, Record
+from peftbench.utils.differences import flatten
 
 T = TypeVar("T")
 Beside = Callable[[Record], dict[str, Any]]  # further values of a record

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from peftbench.config import Run, task_files
-from peftbench.errors import UserError
+from peftbench.utils.errors import UserError
 
 # Keys that change no result but by rounding: where the run happens, how fast and how it is guarded, tables that have
 # already had their effect on other keys, what only counting reads, and the budget: by then it has become bottlenecks,

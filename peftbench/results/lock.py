@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, SoftFileLock, Timeout
 
-from peftbench.errors import UserError
+from peftbench.utils.errors import UserError
 
 FILE = ".lock"
 PATIENCE = 1.0  # seconds: longer than `is_held` ever holds a lock that it looks at

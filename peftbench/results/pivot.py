@@ -14,13 +14,13 @@ from functools import partial
 from typing import Any, Literal
 
 from peftbench.axes import CHOICES
-from peftbench.errors import UserError
 from peftbench.results.columns import Column
-from peftbench.results.differences import differing, flatten
 from peftbench.results.fields import COSTS, FIELDS, field, text
 from peftbench.results.identity import IGNORED
 from peftbench.results.record import Record
 from peftbench.results.row import Row, Statistic, is_scored, once, point
+from peftbench.utils.differences import differing, flatten
+from peftbench.utils.errors import UserError
 
 # What runs must share for their scores to stand in one column.
 COMPARABLE = ("task", "model", "metric", "split", "examples", "train_examples", "fidelity", "debug")

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from peftbench.axes import CHOICES
-from peftbench.errors import UserError, unknown
-from peftbench.results.differences import differing
 from peftbench.results.fields import FIELDS, field, text
 from peftbench.results.record import Record
 from peftbench.results.row import Row, Statistic, front, over_seeds, single, tables
 from peftbench.results.run_files import logged
 from peftbench.results.select import read
 from peftbench.results.table import title
-from peftbench.whole_files import beside
+from peftbench.utils.differences import differing
+from peftbench.utils.errors import UserError, unknown
+from peftbench.utils.files import beside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,10 +18,10 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from peftbench.axes import composed
-from peftbench.errors import UserError
 from peftbench.fidelity import Deviation
 from peftbench.results.lock import is_held
-from peftbench.whole_files import replacing
+from peftbench.utils.errors import UserError
+from peftbench.utils.files import replacing
 
 SCHEMA_VERSION = 1
 FILE = "record.json"

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from peftbench.whole_files import write_lines
+from peftbench.utils.files import write_lines
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints, gone once it is done

@@ -11,10 +11,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from peftbench.errors import UserError, unknown
 from peftbench.results.fields import field, text
 from peftbench.results.record import Record, kept_apart, load_records
 from peftbench.results.row import is_trial
+from peftbench.utils.errors import UserError, unknown
 
 TRIALS = "trials=true"  # the word that asks for them
 FILTER = re.compile(r"(?P<key>[\w.]+)(?P<sign>!=|>=|<=|=|>|<)(?P<values>.*)", re.DOTALL)

@@ -18,11 +18,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from peftbench.errors import UserError
 from peftbench.results.columns import duration
 from peftbench.results.record import Record, find
 from peftbench.results.sweep import FOLDER, SUFFIX, Plan, Point
-from peftbench.terminal import terminal
+from peftbench.utils.console import terminal
+from peftbench.utils.errors import UserError
 
 ORDER = ("done", "running", "interrupted", "failed", "missing")  # in which they are counted and listed
 

@@ -13,16 +13,16 @@ from enum import Enum
 from pathlib import Path
 
 from peftbench.config import Run, by_key, value_at
-from peftbench.errors import UserError
 from peftbench.results.choice import NoChoice, known, sentence, settled
-from peftbench.results.differences import distinctive
 from peftbench.results.fields import text
 from peftbench.results.identity import run_dir
 from peftbench.results.record import Record, decode, find, finished
 from peftbench.results.recording import describe
 from peftbench.results.table import show
-from peftbench.terminal import terminal
-from peftbench.whole_files import replacing
+from peftbench.utils.console import terminal
+from peftbench.utils.differences import distinctive
+from peftbench.utils.errors import UserError
+from peftbench.utils.files import replacing
 
 FOLDER = ".sweeps"  # below the output_dir
 SUFFIX = ".sweep.json"

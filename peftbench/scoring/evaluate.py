@@ -17,13 +17,11 @@ from rich.console import Console
 
 from peftbench.backbone import Backbone, load_backbone
 from peftbench.config import Run, Task, resolve, task_files
-from peftbench.errors import UserError, unknown
 from peftbench.evaluate import Evaluator
 from peftbench.modification.attach import attach_run
 from peftbench.modification.state import load as load_adapter
 from peftbench.overrides import apply_override
 from peftbench.precision import chosen_device, with_dtype
-from peftbench.progress import Display
 from peftbench.results.identity import content_stamp
 from peftbench.results.record import Record
 from peftbench.scoring.saved import run_folder, saved_config, saved_record
@@ -32,8 +30,10 @@ from peftbench.tasks.load import homeless, load, reported_on
 from peftbench.tasks.prepare import prepare
 from peftbench.tasks.roles import splits
 from peftbench.train import quiet_console
+from peftbench.utils.errors import UserError, unknown
+from peftbench.utils.files import write_lines
+from peftbench.utils.progress import Display
 from peftbench.validity import faults
-from peftbench.whole_files import write_lines
 
 GROUPS = ("task", "trainer", "model")  # what may be changed of a run without making it another
 

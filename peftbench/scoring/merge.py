@@ -7,12 +7,12 @@ from pathlib import Path
 
 from peftbench.backbone import load_config, meta_backbone
 from peftbench.config import DType, Run, module_name
-from peftbench.errors import UserError
 from peftbench.modification.attach import attach_run
 from peftbench.modification.merge import merge, obstacles
 from peftbench.scoring.evaluate import restored, saved_run
 from peftbench.scoring.saved import run_folder, saved_record
 from peftbench.train import quiet_console
+from peftbench.utils.errors import UserError
 
 
 def main(argv: list[str]) -> int:

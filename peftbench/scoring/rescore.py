@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from peftbench.config import Task
-from peftbench.errors import UserError, unknown
 from peftbench.results.run_files import predictions_file
 from peftbench.scoring.saved import run_folder, saved_config, saved_predictions, saved_record
 from peftbench.scoring.show import show_scores
 from peftbench.tasks.metrics import measure
 from peftbench.tasks.roles import is_reported
-from peftbench.terminal import terminal
+from peftbench.utils.console import terminal
+from peftbench.utils.errors import UserError, unknown
 from peftbench.validity import METRICS, label_faults
 
 

@@ -12,8 +12,8 @@ from joblib import cpu_count
 from psutil import virtual_memory
 
 from peftbench.config import Device, Run
-from peftbench.errors import UserError
 from peftbench.results.record import load_records
+from peftbench.utils.errors import UserError
 
 GIB = 1 << 30
 RUN_BYTES = 16 * GIB  # of GPU memory, for a run of which nothing is known yet

@@ -17,9 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from peftbench.compose import Point
 from peftbench.config import Run, Search, Variation, by_key, value_at
-from peftbench.errors import UserError, meant
 from peftbench.overrides import set_key
 from peftbench.results.identity import IGNORED, run_hash
+from peftbench.utils.errors import UserError, meant
 from peftbench.validity import faults
 
 # Beside what changes no result: other data or another backbone would make the scores of trials incomparable.

@@ -11,16 +11,16 @@ from pathlib import Path
 
 from peftbench.compose import Point
 from peftbench.config import Run, by_key
-from peftbench.errors import UserError, print_faults
-from peftbench.progress import Display, is_live
 from peftbench.results.columns import duration
-from peftbench.results.differences import distinctive
 from peftbench.results.live import LiveSweep
 from peftbench.results.record import find, finished
 from peftbench.results.sweep import FOLDER, Member, Sweep
 from peftbench.sweeps import mps
 from peftbench.sweeps.workers import Ended, Job, Workers, attempt
-from peftbench.terminal import say, terminal
+from peftbench.utils.console import say, terminal
+from peftbench.utils.differences import distinctive
+from peftbench.utils.errors import UserError, print_faults
+from peftbench.utils.progress import Display, is_live
 
 INTERRUPTED = 130  # the exit code
 

@@ -26,11 +26,11 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from peftbench.config import Run
-from peftbench.errors import UserError
-from peftbench.progress import Display
-from peftbench.quick_imports import quick_imports
 from peftbench.results.lock import Busy
 from peftbench.sweeps.mps import UnusableError, await_gpu
+from peftbench.utils.errors import UserError
+from peftbench.utils.progress import Display
+from peftbench.utils.quick_imports import quick_imports
 
 PATIENCE = 60.0  # seconds that a worker has, when it is interrupted, to note it in its run's record
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftbench.errors import UserError
 from peftbench.tasks.framing import MASK, SOURCE
 from peftbench.tasks.load import Loaded
 from peftbench.tasks.text_to_text import TextToText
+from peftbench.utils.errors import UserError
 
 
 class Completion(TextToText):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from datasets import Dataset
 
-from peftbench.errors import UserError
+from peftbench.utils.errors import UserError
 
 SHARE = 10  # one in so many texts goes to each split that is dealt
 ROW = "row of the file"  # the column of `numbered`

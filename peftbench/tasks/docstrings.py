@@ -29,9 +29,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal, get_args
 
-from peftbench.errors import UserError
 from peftbench.tasks.cache import cache_dir
-from peftbench.whole_files import write_lines
+from peftbench.utils.errors import UserError
+from peftbench.utils.files import write_lines
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)

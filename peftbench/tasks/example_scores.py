@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from peftbench.errors import UserError
+from peftbench.utils.errors import UserError
 
 if TYPE_CHECKING:
     from sacrebleu.metrics.base import Metric

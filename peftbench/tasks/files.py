@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from peftbench.errors import UserError
+from peftbench.utils.errors import UserError
 
 Columns = dict[str, Sequence[Any]]
 

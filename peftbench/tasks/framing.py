@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peftbench.errors import UserError
 from peftbench.tasks.tokens import Encoder
+from peftbench.utils.errors import UserError
 
 SOURCE, MASK = "{source}", "{mask}"  # what task.prompt may hold
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftbench.errors import UserError, unknown
+from peftbench.utils.errors import UserError, unknown
 
 
 def set_languages(tokenizer: PreTrainedTokenizerBase, source: str | None, target: str | None) -> None:

@@ -13,7 +13,7 @@ import tokenizers
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftbench.errors import UserError
+from peftbench.utils.errors import UserError
 
 
 class Encoder:

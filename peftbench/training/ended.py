@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from peftbench.training.fit import Fitted
-from peftbench.whole_files import replacing
+from peftbench.utils.files import replacing
 
 
 def keep(file: Path, stamp: str, fitted: Fitted) -> None:

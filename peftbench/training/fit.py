@@ -26,7 +26,6 @@ from transformers import (
 from peftbench import config
 from peftbench.attention_kernels import no_cudnn_attention
 from peftbench.precision import chosen_device
-from peftbench.progress import Stage
 from peftbench.sites import configs_of, configured
 from peftbench.tasks.base import TaskData
 from peftbench.training.arithmetic import operations
@@ -38,6 +37,7 @@ from peftbench.training.pace import Pace
 from peftbench.training.paths import FastPaths, collator_of, settled
 from peftbench.training.replay import Recorder
 from peftbench.training.trainer import Evaluate, FineTuner
+from peftbench.utils.progress import Stage
 
 Log = Callable[[dict[str, Any]], None]
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
-from peftbench.memory import make_room, out_of_memory
 from peftbench.token_loss import IGNORED
+from peftbench.utils.memory import make_room, out_of_memory
 
 AUTO = "auto"
 MOMENTS = 2  # tensors that AdamW keeps beside each one that is trained

@@ -11,7 +11,6 @@ import torch
 from transformers import PreTrainedModel
 
 from peftbench import config
-from peftbench.errors import UserError
 from peftbench.sites import configs_of
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.tokens import positions
@@ -19,6 +18,7 @@ from peftbench.token_loss import TokenLoss, output_layer
 from peftbench.training.batching import Collator, Lengths, padded_to
 from peftbench.training.compiled import CompiledLayers
 from peftbench.training.padding_free import PaddingFree, refusal, row_step, with_lengths
+from peftbench.utils.errors import UserError
 from peftbench.validity import unrecordable
 
 AUTO = "auto"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from peftbench.errors import UserError
 from peftbench.prediction.predict import autocast
+from peftbench.utils.errors import UserError
 
 NAMED = 6  # in the error; the record has them all
 

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from peftbench.errors import UserError
-from peftbench.memory import no_collection
+from peftbench.utils.errors import UserError
+from peftbench.utils.memory import no_collection
 
 MOST = 64  # graphs, each of a few MB; batches of further shapes are computed without one
 

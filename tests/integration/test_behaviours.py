@@ -19,13 +19,13 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from peftbench import config
 from peftbench.compose import compose_run
-from peftbench.errors import UserError
 from peftbench.modification import state
 from peftbench.modification.attach import attach
 from peftbench.modification.edit import Edit
 from peftbench.modification.head_attention import HeadModification
 from peftbench.modification.prompt import Prompt
 from peftbench.sites import find_sites
+from peftbench.utils.errors import UserError
 from tests.families import (
     FAMILIES,
     GENERATING,

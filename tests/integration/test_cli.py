@@ -22,7 +22,7 @@ from peftbench import config
 from peftbench.backbone import load_backbone
 from peftbench.cli import main
 from peftbench.config import Model, Task, TaskKind
-from peftbench.whole_files import write_lines
+from peftbench.utils.files import write_lines
 from tests.families import long_tail
 
 SUBPROCESS = [sys.executable, "-m", "peftbench"]

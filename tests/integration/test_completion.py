@@ -15,13 +15,13 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from peftbench.cli import main
 from peftbench.config import Generation, Run, Task, TaskKind, Trainer
-from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
 from peftbench.prediction.predict import mean_loss, predict
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.load import load
 from peftbench.tasks.prepare import prepare
-from peftbench.whole_files import write_lines
+from peftbench.utils.errors import UserError
+from peftbench.utils.files import write_lines
 from tests.unit.test_tasks import byte_level
 
 ROWS = [{"source": "good film " * count, "target": "bad " * (1 + count % 3)} for count in (1, 4, 2, 3, 1)]

@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from peftbench import config
-from peftbench.errors import UserError
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import count
 from peftbench.modification.state import fold
 from peftbench.sites import find_sites
+from peftbench.utils.errors import UserError
 from tests.families import (
     CONTINUING,
     DECODERS,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from peftbench.config import conf_dir
-from peftbench.whole_files import write_lines
+from peftbench.utils.files import write_lines
 from tests.hub import REVISION, hub
 
 MINI = conf_dir().parent / "peftbench" / "mini"

@@ -16,7 +16,7 @@ from peftbench.modification.attach import attach_run
 from peftbench.modification.state import load as load_adapter
 from peftbench.scoring.evaluate import changed_run
 from peftbench.scoring.saved import saved_record
-from peftbench.whole_files import write_lines
+from peftbench.utils.files import write_lines
 
 pytestmark = pytest.mark.slow
 SMOKE = ("model=mini", "debug=smoke", "trainer.max_steps=3", "trainer.learning_rate=0.1")

@@ -13,13 +13,13 @@ from transformers import BartForSequenceClassification
 from peftbench import load_run
 from peftbench import train as train_module
 from peftbench.cli import main
-from peftbench.errors import UserError
 from peftbench.modification.state import FILE_NAME
 from peftbench.prediction import predict as predict_module
 from peftbench.results.run_files import logged
 from peftbench.scoring.saved import run_folder
 from peftbench.tasks.metrics import measure
-from peftbench.whole_files import write_lines
+from peftbench.utils.errors import UserError
+from peftbench.utils.files import write_lines
 from tests.unit.test_table import record
 
 SMOKE = ("model=mini", "debug=smoke", "trainer.max_steps=3", "method=mam")

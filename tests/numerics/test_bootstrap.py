@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peftbench.errors import UserError
 from peftbench.results.bootstrap import paired_bootstrap
 from peftbench.tasks.example_scores import FAMILIES, ExampleScores, example_scores
 from peftbench.tasks.metrics import METRICS, measure
+from peftbench.utils.errors import UserError
 
 PREDICTIONS = ["The cats sat on a mat. It rained.", "", "Prices rose again", "a b c"]
 REFERENCES = ["It was raining. A cat sat on the mat.", "Nothing was said.", "Prices rose again", "a b c"]

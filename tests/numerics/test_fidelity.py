@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from peftbench import config
 from peftbench.compose import compose_run
-from peftbench.errors import UserError
 from peftbench.fidelity import with_deviations
 from peftbench.modification import state
 from peftbench.modification.attach import attach
@@ -24,6 +23,7 @@ from peftbench.modification.functional_form import Bottleneck
 from peftbench.modification.head_attention import HEADS, HeadModification
 from peftbench.params.counts import count_run
 from peftbench.sites import Attention, find_sites
+from peftbench.utils.errors import UserError
 from tests.families import PRESETS, batch, build, dropout, modification, shake
 from tests.numerics.test_head_attention import attention_calls, plain_attention
 

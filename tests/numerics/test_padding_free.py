@@ -14,12 +14,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
-from peftbench.errors import UserError
 from peftbench.modification.attach import attach
 from peftbench.modification.head_attention import ATTENTION_NAME
 from peftbench.modification.packed_attention import Packing, Row, attend
 from peftbench.training.compiled import CompiledLayers
 from peftbench.training.padding_free import PaddingFree, with_lengths
+from peftbench.utils.errors import UserError
 from tests.families import ALIKE, PRESETS, WRITING, batch, build, dropout, modification, shake
 from tests.fitting import Targets, fitted, gradients_of, model_of, one_step, trained
 from tests.numerics.test_gradients import relative_error, smooth

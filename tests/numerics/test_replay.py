@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peftbench.config import Compile, Device
-from peftbench.errors import UserError
 from peftbench.modification.packed_attention import Packing
 from peftbench.training import replay
 from peftbench.training.padding_free import PaddingFree, row_step
 from peftbench.training.replay import Replayed
+from peftbench.utils.errors import UserError
 from tests.families import WRITING
 from tests.fitting import Targets, fitted, model_of, one_step, trained
 from tests.numerics.test_padding_free import LENGTHS, lengthened, loss_and_gradients, uneven

@@ -20,7 +20,7 @@ from peftbench.tasks.cache import Recent
 from peftbench.tasks.classification import Classification
 from peftbench.tasks.load import load
 from peftbench.tasks.prepare import prepare
-from peftbench.whole_files import write_lines
+from peftbench.utils.files import write_lines
 from tests.unit.test_tasks import byte_level, tiny_bert
 
 

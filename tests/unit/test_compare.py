@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from peftbench.config import FunctionalForm, Modification, Trainer
-from peftbench.errors import UserError
 from peftbench.results.compare import main, settings_that_differ
 from peftbench.results.identity import run_dir
 from peftbench.results.record import Score, Searched, find, load_records
 from peftbench.results.recording import recording
 from peftbench.results.row import single
 from peftbench.results.run_files import write_predictions
+from peftbench.utils.errors import UserError
 from tests.unit.test_record import RUN
 
 REFERENCES = ["yes", "no"] * 50

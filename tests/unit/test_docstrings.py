@@ -10,7 +10,6 @@ from textwrap import dedent
 
 import pytest
 
-from peftbench.errors import UserError
 from peftbench.tasks import docstrings
 from peftbench.tasks.docstrings import (
     SPLITS,
@@ -22,6 +21,7 @@ from peftbench.tasks.docstrings import (
     topic_rows,
     versions,
 )
+from peftbench.utils.errors import UserError
 
 Write = Callable[[str, str], None]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from peftbench.cli import main
-from peftbench.errors import of_the_machine, unknown
-from peftbench.whole_files import replacing
+from peftbench.utils.errors import of_the_machine, unknown
+from peftbench.utils.files import replacing
 
 
 def test_an_unknown_value_is_told_its_choices() -> None:

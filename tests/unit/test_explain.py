@@ -14,13 +14,13 @@ import pytest
 
 from peftbench.cli import main
 from peftbench.config import ACTIVATIONS, Composition, FFNInput, HeadInput, Modification, Representation, Unfreeze
-from peftbench.errors import UserError
 from peftbench.explain.explanation import Explanation, explain
 from peftbench.explain.formula import COMPOSITIONS, REPRESENTATIONS, describe
 from peftbench.explain.sizes import Size
 from peftbench.explain.tree import Branch
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import count, count_places
+from peftbench.utils.errors import UserError
 from tests.families import FAMILIES, MORE_FAMILIES, PRESETS, build, long_tail, modification, run_on, skip_prompts
 
 FORMULAS = {  # as table 1 and equation 7 have them, with the biases that a preset has

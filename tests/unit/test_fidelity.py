@@ -9,9 +9,9 @@ import pytest
 
 from peftbench.compose import compose_run
 from peftbench.config import Fidelity, HeadInput, LayerNormPlace, Representation, Run, TaskKind, conf_dir, modifications
-from peftbench.errors import UserError
 from peftbench.fidelity import DEAD, SWITCHES, with_deviations
 from peftbench.results.identity import run_hash
+from peftbench.utils.errors import UserError
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "fidelity.md"
 METHODS = sorted(path.stem for path in (conf_dir() / "method").glob("*.yaml"))

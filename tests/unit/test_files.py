@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from peftbench.errors import UserError
 from peftbench.tasks.files import find_split, read_file
+from peftbench.utils.errors import UserError
 
 ROWS = [{"text": "a film", "label": "good"}, {"text": "", "label": "bad"}]
 

@@ -9,9 +9,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from peftbench.compose import compose_run
 from peftbench.config import conf_dir
-from peftbench.errors import UserError
 from peftbench.tasks.framing import framed
 from peftbench.tasks.tokens import Encoder
+from peftbench.utils.errors import UserError
 from tests.families import build
 
 MINI = conf_dir().parent / "peftbench" / "mini"

@@ -13,10 +13,10 @@ import peftbench.sweeps.sweeper
 from peftbench.cli import main
 from peftbench.compose import _grids, compose_points, compose_run
 from peftbench.config import Run
-from peftbench.errors import UserError
-from peftbench.results.differences import distinctive
 from peftbench.sweeps.search import check
 from peftbench.sweeps.workers import Ended
+from peftbench.utils.differences import distinctive
+from peftbench.utils.errors import UserError
 from tests.integration.test_cli import records, sentiment, smoke
 
 __all__ = ["sentiment", "smoke"]  # fixtures

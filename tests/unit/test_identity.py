@@ -26,8 +26,8 @@ from peftbench.config import (
     Trainer,
     Variation,
 )
-from peftbench.errors import UserError
 from peftbench.results.identity import content_stamp, plain, run_dir, run_hash
+from peftbench.utils.errors import UserError
 
 
 def run(**changes: object) -> Run:

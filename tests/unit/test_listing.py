@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from peftbench.cli import main
 from peftbench.config import Run, Search
 from peftbench.keys import keys
-from peftbench.results.differences import flatten
+from peftbench.utils.differences import flatten
 
 
 def test_every_key_of_the_schema_is_listed_once() -> None:

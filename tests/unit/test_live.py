@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from peftbench.progress import Display, is_live
 from peftbench.results.live import READ_EVERY, LiveSweep, progress
 from peftbench.results.lock import holding
 from peftbench.results.record import Failure
 from peftbench.results.sweep import Sweep
+from peftbench.utils.progress import Display, is_live
 from tests.unit.test_record import RUN
 from tests.unit.test_table import FFN, record
 

@@ -13,12 +13,12 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 from peftbench.compose import compose_run
 from peftbench.config import Task, TaskKind
-from peftbench.errors import UserError
 from peftbench.tasks import source
 from peftbench.tasks.load import data_fingerprint
 from peftbench.tasks.rows import checked
 from peftbench.tasks.source import read_split
-from peftbench.whole_files import write_lines
+from peftbench.utils.errors import UserError
+from peftbench.utils.files import write_lines
 
 REVIEWS = Task(
     name="reviews",

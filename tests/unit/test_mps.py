@@ -22,11 +22,11 @@ import pytest
 import torch
 
 from peftbench.cli import main
-from peftbench.errors import UserError
 from peftbench.sweeps import mps as module
 from peftbench.sweeps import places, workers
 from peftbench.sweeps.mps import CONTROL, LOGS, PIPES, UnusableError, await_gpu, shared
 from peftbench.sweeps.workers import Ended
+from peftbench.utils.errors import UserError
 
 TWO_ON_ONE = [{"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpu} for gpu in ("GPU-b", "GPU-a", "GPU-b")]
 PYTHON = sys.executable

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from peftbench.config import Task, TaskKind
-from peftbench.errors import UserError
 from peftbench.tasks.deal import ROW
 from peftbench.tasks.load import homeless, label_names, load
+from peftbench.utils.errors import UserError
 
 OWN = Task(name="own", kind=TaskKind.classification, text_columns=["text"], metric="accuracy")
 WRITING = Task(name="own", kind=TaskKind.text_to_text, source_column="source", target_column="target", metric="rougeL")

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from peftbench.config import Trainer
-from peftbench.errors import UserError
 from peftbench.modification.attach import attach
 from peftbench.training.padding_free import refusal
 from peftbench.training.paths import settled
+from peftbench.utils.errors import UserError
 from tests.families import PRESETS, build
 from tests.fitting import Targets, fitted, model_of, one_step
 from tests.numerics.test_replay import Recorder

@@ -13,11 +13,11 @@ import pytest
 from peftbench.cli import main
 from peftbench.compose import compose_run
 from peftbench.config import Run
-from peftbench.errors import UserError
 from peftbench.results.recording import start
 from peftbench.sweeps import places as module
 from peftbench.sweeps.places import GIB, Gpu, places, visible_gpus
 from peftbench.sweeps.places import _listed as listed
+from peftbench.utils.errors import UserError
 
 GPUS = [("0", "GPU-aaaa", 143000 << 20), ("1", "GPU-bbbb", 71000 << 20)]
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
 from peftbench import config
-from peftbench.errors import UserError
 from peftbench.modification.attach import attach
 from peftbench.modification.edit import Edit
 from peftbench.training.probe import no_gradient, unreached
+from peftbench.utils.errors import UserError
 from tests.families import DECODERS, FAMILIES, MORE_FAMILIES, PRESETS, batch, build, long_tail, modification
 from tests.fitting import Rows, fitted, trained
 

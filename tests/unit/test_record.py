@@ -27,12 +27,12 @@ from peftbench.config import (
     TaskKind,
     Trainer,
 )
-from peftbench.errors import UserError
 from peftbench.results.record import APART, FILE, Axes, Counts, Record, Score, finished, load_records
 from peftbench.results.recording import recording, start
 from peftbench.results.run_files import append_metrics, write_predictions
 from peftbench.results.select import read
-from peftbench.whole_files import write_lines
+from peftbench.utils.errors import UserError
+from peftbench.utils.files import write_lines
 
 RUN = Run(
     method="mam",

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.errors import UserError
 from peftbench.results import command, compare, plot
 from peftbench.results.record import FILE, load_records
 from peftbench.results.report import command as report
 from peftbench.results.row import over_seeds, tables
+from peftbench.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "outputs" / "reference"

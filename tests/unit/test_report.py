@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import yaml
 
-from peftbench.errors import UserError
 from peftbench.results.identity import plain
 from peftbench.results.record import Axes, Counts, Failure, load_records
 from peftbench.results.recording import start
@@ -21,7 +20,8 @@ from peftbench.results.report.command import main
 from peftbench.results.report.content import LONGEST, POINTS, SAMPLES
 from peftbench.results.run_files import write_predictions
 from peftbench.results.select import read
-from peftbench.whole_files import write_lines
+from peftbench.utils.errors import UserError
+from peftbench.utils.files import write_lines
 from tests.unit.test_record import RUN
 from tests.unit.test_results import LORA
 from tests.unit.test_table import FFN, HEADS

@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 
 from peftbench.compose import compose_points, compose_run
 from peftbench.config import Run, conf_dir
-from peftbench.errors import UserError
 from peftbench.reproduce import lines, main
 from peftbench.results.record import Score
 from peftbench.results.recording import recording
+from peftbench.utils.errors import UserError
 
 TABLES = sorted(file.stem for file in (conf_dir() / "experiment" / "paper").glob("*.yaml"))
 SEEDS = [42, 2, 4, 6, 8]

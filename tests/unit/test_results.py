@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from peftbench.errors import UserError
 from peftbench.results.columns import best_of, columns
 from peftbench.results.command import main
 from peftbench.results.formats import latex, markdown
@@ -25,6 +24,7 @@ from peftbench.results.record import Axes, Backbone, Counts, Failure, Record
 from peftbench.results.recording import describe
 from peftbench.results.row import front, over_seeds, single
 from peftbench.results.select import select
+from peftbench.utils.errors import UserError
 from tests.unit.test_record import RUN
 from tests.unit.test_table import FFN, HEADS, record, saved
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from peftbench.errors import UserError
 from peftbench.results.lock import holding
 from peftbench.results.record import Failure
 from peftbench.results.status import State, main, seconds_left
 from peftbench.results.sweep import Member, Plan, Point
+from peftbench.utils.errors import UserError
 from tests.unit.test_record import RUN
 from tests.unit.test_table import record, saved
 

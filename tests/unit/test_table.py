@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from peftbench.errors import UserError
 from peftbench.fidelity import Deviation
 from peftbench.results.columns import columns
 from peftbench.results.command import main
@@ -20,6 +19,7 @@ from peftbench.results.formats import to_csv, to_json
 from peftbench.results.record import Axes, Backbone, Counts, Failure, Record, Score
 from peftbench.results.row import over_seeds
 from peftbench.results.table import show, show_table, single_row, wrapped
+from peftbench.utils.errors import UserError
 
 HEADS = Axes("", "softmax", "heads", "parallel", "gated", 1.0, 30, {})
 FFN = Axes("mix.ffn.", "relu", "ffn", "parallel", "scaled", 4.0, 512, {})

@@ -35,7 +35,6 @@ from transformers import (
 from peftbench.backbone import load_backbone
 from peftbench.compose import compose_run
 from peftbench.config import Device, Generation, Keep, Model, Run, Task, TaskKind, Trainer, conf_dir
-from peftbench.errors import UserError
 from peftbench.evaluate import Evaluator
 from peftbench.prediction import predict as predict_module
 from peftbench.prediction.predict import mean_loss, predict
@@ -47,7 +46,8 @@ from peftbench.tasks.tokens import Encoder, positions
 from peftbench.training.batching import batches_per_epoch
 from peftbench.training.checkpoint import Checkpoints
 from peftbench.training.fit import fit
-from peftbench.whole_files import write_lines
+from peftbench.utils.errors import UserError
+from peftbench.utils.files import write_lines
 
 TEXTS = ["the film is good", "a bad film </s> <mask>", "good [SEP] bad", "", "good good good good good good good good"]
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]

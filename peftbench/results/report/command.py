@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from peftbench.errors import UserError
 from peftbench.results.report.content import SAMPLES, content
 from peftbench.results.report.page import page
 from peftbench.results.select import read
-from peftbench.whole_files import replacing
+from peftbench.utils.errors import UserError
+from peftbench.utils.files import replacing
 
 
 def main(argv: list[str]) -> int:
