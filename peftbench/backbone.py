@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from peftbench.config import DType, Model, Task, TaskKind
+from peftbench.config.schema import DType, Model, Task, TaskKind
 from peftbench.hub import hub_missing
 from peftbench.sites import family_of
 from peftbench.utils.errors import UserError, meant

@@ -13,10 +13,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from peftbench.compose import AND, CONFIG_NAME, Point, compose_points
-from peftbench.config import conf_dir, resolve
+from peftbench.config.compose import AND, CONFIG_NAME, Point, compose_points
+from peftbench.config.schema import conf_dir, resolve
+from peftbench.config.search import check, is_open, phases
 from peftbench.results.sweep import Sweep
-from peftbench.sweeps.search import check, is_open, phases
 from peftbench.sweeps.sweeper import INTERRUPTED, places_of, put_off, shown, train_all, train_one, wait_for_others
 from peftbench.utils.console import say
 from peftbench.utils.errors import UserError, of_the_machine, print_faults

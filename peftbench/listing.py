@@ -12,10 +12,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from peftbench.axes import CHOICES, Point, points, runs
-from peftbench.config import ACTIVATIONS, conf_dir
-from peftbench.fidelity import SWITCHES
-from peftbench.keys import keys
+from peftbench.config.axes import CHOICES, Point, points, runs
+from peftbench.config.fidelity import SWITCHES
+from peftbench.config.keys import keys
+from peftbench.config.schema import ACTIVATIONS, conf_dir
 from peftbench.utils.console import terminal
 from peftbench.utils.errors import UserError, meant, unknown
 

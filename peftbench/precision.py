@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from peftbench import config
+from peftbench.config.schema import schema as config
 from peftbench.utils.errors import UserError
 
 
@@ -26,7 +26,7 @@ def use_bf16(settings: config.Trainer) -> bool:
 
 
 def with_dtype(run: config.Run) -> config.Run:
-    """The run with `model.dtype=auto` decided; see config.py."""
+    """The run with `model.dtype=auto` decided; see config/schema.py."""
     if run.model.dtype is not config.DType.auto:
         return run
     cuda = chosen_device(run.trainer).type == "cuda"

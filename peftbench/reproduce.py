@@ -15,17 +15,17 @@ from statistics import fmean
 
 from rich.console import Console
 
-from peftbench.compose import compose_points
-from peftbench.config import Run, by_key, conf_dir
+from peftbench.config.compose import compose_points
+from peftbench.config.identity import run_dir
+from peftbench.config.schema import Run, by_key, conf_dir
+from peftbench.config.search import phases
 from peftbench.hydra_app import main as train
 from peftbench.hydra_app import solved
 from peftbench.results.choice import known
 from peftbench.results.columns import Column, duration
-from peftbench.results.identity import run_dir
 from peftbench.results.paper import is_the_papers, score_of
 from peftbench.results.record import Record, find, load_records
 from peftbench.results.table import show_table
-from peftbench.sweeps.search import phases
 from peftbench.utils.console import terminal
 from peftbench.utils.differences import differing
 from peftbench.utils.errors import UserError, unknown

@@ -22,7 +22,10 @@ from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
 from peftbench.backbone import Backbone, load_backbone
-from peftbench.config import LOSS, Keep, Run, TaskKind, Unfreeze, modifications
+from peftbench.config.identity import run_dir
+from peftbench.config.schema import LOSS, Keep, Run, TaskKind, Unfreeze, modifications
+from peftbench.config.search import search_faults
+from peftbench.config.validity import faults
 from peftbench.evaluate import Evaluator
 from peftbench.modification.attach import attach, attach_run
 from peftbench.modification.counting import count
@@ -33,13 +36,11 @@ from peftbench.params.solve import solve
 from peftbench.precision import chosen_device, use_autocast, with_dtype
 from peftbench.results.choice import settled
 from peftbench.results.fields import typed
-from peftbench.results.identity import run_dir
 from peftbench.results.lock import holding
 from peftbench.results.record import Counts, Record, Score, Searched, Selection, find, finished, keep_newer
 from peftbench.results.recording import axes_of, forget_refused, recording
 from peftbench.results.run_files import CHECKPOINTS, append_metrics, rewind_metrics, write_predictions
 from peftbench.results.table import single_row
-from peftbench.sweeps.search import search_faults
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.docstrings import versions
 from peftbench.tasks.load import load
@@ -53,7 +54,6 @@ from peftbench.training.probe import no_gradient, unreached
 from peftbench.utils.console import terminal
 from peftbench.utils.errors import UserError
 from peftbench.utils.progress import Display
-from peftbench.validity import faults
 
 
 def train(

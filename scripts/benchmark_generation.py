@@ -34,8 +34,8 @@ import transformers
 from datasets import Dataset
 from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig, PreTrainedModel
 
-from peftbench import config
-from peftbench.compose import compose_run
+from peftbench.config.compose import compose_run
+from peftbench.config.schema import schema as config
 from peftbench.modification import inference
 from peftbench.modification.attach import attach
 from peftbench.modification.state import fold

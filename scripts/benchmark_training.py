@@ -43,8 +43,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from peftbench.compose import compose_run
-from peftbench.config import Batching, Compile, Device, DType, Keep, Precision, Run, Unfreeze, modifications
+from peftbench.config.compose import compose_run
+from peftbench.config.schema import Batching, Compile, Device, DType, Keep, Precision, Run, Unfreeze, modifications
 from peftbench.modification.attach import attach
 from peftbench.training.batching import padded_to
 from peftbench.training.checkpoint import Checkpoints

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from decimal import ROUND_DOWN, ROUND_HALF_UP, Decimal
 from functools import cache
 
-from peftbench.compose import compose_run
-from peftbench.config import Run
+from peftbench.config.compose import compose_run
+from peftbench.config.schema import Run
 from peftbench.modification.counting import Counts
 from peftbench.params.counts import count_run
 

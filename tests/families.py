@@ -43,8 +43,8 @@ from transformers import (
 )
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from peftbench import config
-from peftbench.axes import RULES
+from peftbench.config.axes import RULES
+from peftbench.config.schema import schema as config
 from peftbench.modification.representation import REPRESENTATIONS
 from peftbench.utils.errors import UserError
 
@@ -306,7 +306,7 @@ def modification(
 
 
 def points(*forms: str, **options: object) -> Iterator[tuple[str, config.Modification]]:
-    """Every combination of the axes that axes.py lets through, under a name for it."""
+    """Every combination of the axes that config/axes.py lets through, under a name for it."""
     representations = (*REPRESENTATIONS, "heads", "embedding")
     insertions, compositions = ("parallel", "sequential"), ("add", "scaled", "gated", "gated_add", "multiply")
     for axes in itertools.product(forms, representations, insertions, compositions):

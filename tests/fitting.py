@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from peftbench.config import LOSS, Device, Schedule, Trainer
+from peftbench.config.schema import LOSS, Device, Schedule, Trainer
 from peftbench.modification.attach import attach
 from peftbench.sites import configs_of
 from peftbench.training.checkpoint import Checkpoints

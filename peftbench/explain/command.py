@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from peftbench.compose import compose_run
+from peftbench.config.compose import compose_run
 from peftbench.explain.show import show, to_json
 from peftbench.utils.console import terminal
 from peftbench.utils.quick_imports import quick_imports

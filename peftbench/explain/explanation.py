@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peftbench.config import Run, modifications
+from peftbench.config.schema import Run, modifications
 from peftbench.explain.formula import Row, describe
 from peftbench.explain.sizes import Size, size
 from peftbench.explain.tree import Branch, network

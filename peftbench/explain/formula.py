@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peftbench.config import (
+from peftbench.config.schema import (
     Composition,
     FFNInput,
     HeadInput,

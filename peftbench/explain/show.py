@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from peftbench.budget import limit
-from peftbench.config import Unfreeze
+from peftbench.config.budget import limit
+from peftbench.config.schema import Unfreeze
 from peftbench.explain.sizes import MEANINGS, Size
 
 if TYPE_CHECKING:

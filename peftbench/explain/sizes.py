@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from peftbench.config import Modification, Representation
+from peftbench.config.schema import Modification, Representation
 
 if TYPE_CHECKING:
     from peftbench.params.counts import Group

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 from transformers import PreTrainedModel
 
-from peftbench.config import Run, modifications, module_name
+from peftbench.config.schema import Run, modifications, module_name
 from peftbench.modification.counting import count_places
 from peftbench.modification.edit import Edit
 from peftbench.modification.head_attention import HEADS, HeadModification, Prefix

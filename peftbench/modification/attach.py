@@ -19,9 +19,9 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from peftbench import config
-from peftbench.axes import WITHOUT_ATTENTION
-from peftbench.fidelity import Deviation, with_deviations
+from peftbench.config.axes import WITHOUT_ATTENTION
+from peftbench.config.fidelity import Deviation, with_deviations
+from peftbench.config.schema import schema as config
 from peftbench.modification.composition import Add, Gated, GatedAdd, Multiply, Scaled
 from peftbench.modification.edit import Edit, SublayerDropout
 from peftbench.modification.functional_form import Bottleneck, Constant, FunctionalForm
@@ -339,7 +339,7 @@ def _composition(m: config.Modification, in_width: int, groups: int) -> nn.Modul
 
 
 def _size(m: config.Modification) -> int:
-    assert m.bottleneck is not None, "axes.py asks for a bottleneck"
+    assert m.bottleneck is not None, "config/axes.py asks for a bottleneck"
     return m.bottleneck
 
 

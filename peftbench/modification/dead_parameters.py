@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from torch import nn
 from transformers import PreTrainedModel
 
-from peftbench.config import Modification, module_name
-from peftbench.fidelity import dead_kinds
+from peftbench.config.fidelity import dead_kinds
+from peftbench.config.schema import Modification, module_name
 from peftbench.modification.head_attention import HEADS
 from peftbench.sites import find_sites
 

@@ -6,8 +6,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from peftbench.compose import compose_points
-from peftbench.config import Run
+from peftbench.config.compose import compose_points
+from peftbench.config.schema import Run
 from peftbench.params.table import show_run, show_sweep, to_json
 from peftbench.utils.console import terminal
 from peftbench.utils.errors import UserError

@@ -10,8 +10,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peftbench.backbone import meta_backbone
-from peftbench.config import Modification, Representation, Run, Task, TaskKind, Unfreeze, modifications, module_name
-from peftbench.fidelity import Deviation
+from peftbench.config.fidelity import Deviation
+from peftbench.config.schema import (
+    Modification,
+    Representation,
+    Run,
+    Task,
+    TaskKind,
+    Unfreeze,
+    modifications,
+    module_name,
+)
 from peftbench.modification.attach import attach_run
 from peftbench.modification.counting import Counts, PlaceCounts, count, count_places
 from peftbench.modification.dead_parameters import count_dead

@@ -14,8 +14,8 @@ from math import lcm
 from transformers import PretrainedConfig
 
 from peftbench.backbone import load_config, meta_backbone
-from peftbench.budget import largest_sizes, limit
-from peftbench.config import Run, modifications
+from peftbench.config.budget import largest_sizes, limit
+from peftbench.config.schema import Run, modifications
 from peftbench.modification.attach import attach_run
 from peftbench.modification.counting import Counts, count
 from peftbench.utils.errors import UserError

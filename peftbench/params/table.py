@@ -13,9 +13,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from peftbench.axes import UNFROZEN, axes, composed
-from peftbench.budget import limit
-from peftbench.config import Modification, Run, Unfreeze, modifications
+from peftbench.config.axes import UNFROZEN, axes, composed
+from peftbench.config.budget import limit
+from peftbench.config.schema import Modification, Run, Unfreeze, modifications
 
 if TYPE_CHECKING:
     from peftbench.modification.counting import Counts

@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peftbench.config import LOSS, Run
+from peftbench.config.identity import run_dir
+from peftbench.config.schema import LOSS, Run
+from peftbench.config.search import settings, trials, values
 from peftbench.results.fields import described, typed
-from peftbench.results.identity import run_dir
 from peftbench.results.record import Record, Searched, Trial, find
-from peftbench.sweeps.search import settings, trials, values
 from peftbench.utils.errors import UserError
 
 

@@ -10,10 +10,10 @@ from functools import partial
 from operator import attrgetter
 from typing import Any, Generic, Literal, TypeVar
 
-from peftbench.axes import UNFROZEN
-from peftbench.config import by_key
+from peftbench.config.axes import UNFROZEN
+from peftbench.config.identity import IGNORED
+from peftbench.config.schema import by_key
 from peftbench.results.fields import FIELDS, baseline, field, further_splits, on_further, text
-from peftbench.results.identity import IGNORED
 from peftbench.results.paper import Printed, printed
 from peftbench.results.record import Record
 from peftbench.results.row import Row, front, point, unscored

@@ -19,10 +19,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from peftbench.config import Modification
+from peftbench.config.identity import IGNORED, plain
+from peftbench.config.schema import Modification
 from peftbench.results.bootstrap import Difference, paired_bootstrap
 from peftbench.results.fields import FIELDS, text
-from peftbench.results.identity import IGNORED, plain
 from peftbench.results.record import FILE, Record, load_records
 from peftbench.results.row import Row, is_trial, over_seeds, unscored
 from peftbench.results.select import TRIALS, is_filter, select

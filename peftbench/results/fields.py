@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from peftbench.config.roles import FURTHER
 from peftbench.results.record import Record, Searched
-from peftbench.tasks.roles import FURTHER
 from peftbench.utils.differences import flatten
 from peftbench.utils.errors import UserError, meant
 

@@ -11,8 +11,8 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
-from peftbench.axes import CHOICES
-from peftbench.config import by_key, conf_dir
+from peftbench.config.axes import CHOICES
+from peftbench.config.schema import by_key, conf_dir
 from peftbench.results.record import Record
 
 # By task: the metric that conf/paper_scores.yaml gives, and the backbone that the paper trained; mbart_large_cc25 is

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from peftbench.axes import CHOICES
+from peftbench.config.axes import CHOICES
+from peftbench.config.identity import IGNORED
 from peftbench.results.columns import Column
 from peftbench.results.fields import COSTS, FIELDS, field, text
-from peftbench.results.identity import IGNORED
 from peftbench.results.record import Record
 from peftbench.results.row import Row, Statistic, is_scored, once, point
 from peftbench.utils.differences import differing, flatten

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
-from peftbench.axes import CHOICES
+from peftbench.config.axes import CHOICES
 from peftbench.results.fields import FIELDS, field, text
 from peftbench.results.record import Record
 from peftbench.results.row import Row, Statistic, front, over_seeds, single, tables

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from peftbench.axes import composed
-from peftbench.fidelity import Deviation
+from peftbench.config.axes import composed
+from peftbench.config.fidelity import Deviation
 from peftbench.results.lock import is_held
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import replacing

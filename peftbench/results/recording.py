@@ -15,9 +15,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 import peftbench
-from peftbench.axes import axes
-from peftbench.config import Modification, Run, modifications
-from peftbench.results.identity import content_stamp, plain, run_hash
+from peftbench.config.axes import axes
+from peftbench.config.identity import content_stamp, plain, run_hash
+from peftbench.config.schema import Modification, Run, modifications
 from peftbench.results.record import FILE, Axes, Backbone, Record, Status, find, now
 from peftbench.results.run_files import CHECKPOINTS, METRICS
 from peftbench.utils.differences import flatten

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 
-from peftbench.config import Run, by_key, value_at
+from peftbench.config.identity import run_dir
+from peftbench.config.schema import Run, by_key, value_at
 from peftbench.results.choice import NoChoice, known, sentence, settled
 from peftbench.results.fields import text
-from peftbench.results.identity import run_dir
 from peftbench.results.record import Record, decode, find, finished
 from peftbench.results.recording import describe
 from peftbench.results.table import show

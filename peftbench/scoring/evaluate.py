@@ -16,24 +16,24 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from peftbench.backbone import Backbone, load_backbone
-from peftbench.config import Run, Task, resolve, task_files
+from peftbench.config.identity import content_stamp
+from peftbench.config.overrides import apply_override
+from peftbench.config.roles import splits
+from peftbench.config.schema import Run, Task, resolve, task_files
+from peftbench.config.validity import faults
 from peftbench.evaluate import Evaluator
 from peftbench.modification.attach import attach_run
 from peftbench.modification.state import load as load_adapter
-from peftbench.overrides import apply_override
 from peftbench.precision import chosen_device, with_dtype
-from peftbench.results.identity import content_stamp
 from peftbench.results.record import Record
 from peftbench.scoring.saved import run_folder, saved_config, saved_record
 from peftbench.scoring.show import show_scores
 from peftbench.tasks.load import homeless, load, reported_on
 from peftbench.tasks.prepare import prepare
-from peftbench.tasks.roles import splits
 from peftbench.train import quiet_console
 from peftbench.utils.errors import UserError, unknown
 from peftbench.utils.files import write_lines
 from peftbench.utils.progress import Display
-from peftbench.validity import faults
 
 GROUPS = ("task", "trainer", "model")  # what may be changed of a run without making it another
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from peftbench.backbone import load_config, meta_backbone
-from peftbench.config import DType, Run, module_name
+from peftbench.config.schema import DType, Run, module_name
 from peftbench.modification.attach import attach_run
 from peftbench.modification.merge import merge, obstacles
 from peftbench.scoring.evaluate import restored, saved_run

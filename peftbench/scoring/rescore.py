@@ -7,15 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peftbench.config import Task
+from peftbench.config.roles import is_reported
+from peftbench.config.schema import Task
+from peftbench.config.validity import METRICS, label_faults
 from peftbench.results.run_files import predictions_file
 from peftbench.scoring.saved import run_folder, saved_config, saved_predictions, saved_record
 from peftbench.scoring.show import show_scores
 from peftbench.tasks.metrics import measure
-from peftbench.tasks.roles import is_reported
 from peftbench.utils.console import terminal
 from peftbench.utils.errors import UserError, unknown
-from peftbench.validity import METRICS, label_faults
 
 
 def main(argv: list[str]) -> int:

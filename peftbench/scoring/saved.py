@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from peftbench.config import Run
+from peftbench.config.schema import Run
 from peftbench.results.record import FILE, Record, finished, load_records
 from peftbench.results.run_files import predictions_file
 from peftbench.utils.errors import UserError

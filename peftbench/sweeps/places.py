@@ -11,7 +11,7 @@ from pathlib import Path
 from joblib import cpu_count
 from psutil import virtual_memory
 
-from peftbench.config import Device, Run
+from peftbench.config.schema import Device, Run
 from peftbench.results.record import load_records
 from peftbench.utils.errors import UserError
 

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from peftbench.compose import Point
-from peftbench.config import Run, by_key
+from peftbench.config.compose import Point
+from peftbench.config.schema import Run, by_key
 from peftbench.results.columns import duration
 from peftbench.results.live import LiveSweep
 from peftbench.results.record import find, finished

@@ -25,7 +25,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from peftbench.config import Run
+from peftbench.config.schema import Run
 from peftbench.results.lock import Busy
 from peftbench.sweeps.mps import UnusableError, await_gpu
 from peftbench.utils.errors import UserError

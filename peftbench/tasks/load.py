@@ -11,11 +11,11 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from peftbench.config import Task, TaskKind, task_files
+from peftbench.config.roles import Roles, is_reported, limits_of, roles, splits
+from peftbench.config.schema import Task, TaskKind, task_files
 from peftbench.tasks.cache import Recent
 from peftbench.tasks.deal import deal
 from peftbench.tasks.files import has_split
-from peftbench.tasks.roles import Roles, is_reported, limits_of, roles, splits
 from peftbench.tasks.rows import checked, head, input_columns, used_columns, with_labels
 from peftbench.tasks.source import has_source, read_split
 

@@ -6,7 +6,7 @@ import json
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftbench.config import TaskKind
+from peftbench.config.schema import TaskKind
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.cache import Recent
 from peftbench.tasks.classification import Classification, Regression

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from datasets import ClassLabel, Dataset
 
-from peftbench.config import Task, TaskKind
+from peftbench.config.schema import Task, TaskKind
+from peftbench.config.validity import label_faults
 from peftbench.tasks.files import place
 from peftbench.utils.errors import UserError, unknown
-from peftbench.validity import label_faults
 
 NUMBER = re.compile(r"[+-]?\d*\.?\d+")  # a label that is one
 

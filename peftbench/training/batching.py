@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Sampler
 
-from peftbench import config
+from peftbench.config.schema import schema as config
 from peftbench.tasks.base import TaskData
 
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]

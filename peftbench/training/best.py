@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
-from peftbench.config import LOSS
+from peftbench.config.schema import LOSS
 from peftbench.modification.state import trained_tensors, write_tensors
 from peftbench.training.checkpoint import Checkpoint
 

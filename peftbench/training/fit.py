@@ -23,8 +23,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from peftbench import config
 from peftbench.attention_kernels import no_cudnn_attention
+from peftbench.config.schema import schema as config
 from peftbench.precision import chosen_device
 from peftbench.sites import configs_of, configured
 from peftbench.tasks.base import TaskData

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from peftbench import config
+from peftbench.config.schema import schema as config
+from peftbench.config.validity import unrecordable
 from peftbench.sites import configs_of
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.tokens import positions
@@ -19,7 +20,6 @@ from peftbench.training.batching import Collator, Lengths, padded_to
 from peftbench.training.compiled import CompiledLayers
 from peftbench.training.padding_free import PaddingFree, refusal, row_step, with_lengths
 from peftbench.utils.errors import UserError
-from peftbench.validity import unrecordable
 
 AUTO = "auto"
 WIDTH = 32  # bucketed batches are padded to multiples of so many tokens, if the backbone has positions for them

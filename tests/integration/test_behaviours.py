@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from peftbench import config
-from peftbench.compose import compose_run
+from peftbench.config.compose import compose_run
+from peftbench.config.schema import schema as config
 from peftbench.modification import state
 from peftbench.modification.attach import attach
 from peftbench.modification.edit import Edit

@@ -18,10 +18,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from peftbench import config
 from peftbench.backbone import load_backbone
 from peftbench.cli import main
-from peftbench.config import Model, Task, TaskKind
+from peftbench.config.schema import Model, Task, TaskKind
+from peftbench.config.schema import schema as config
 from peftbench.utils.files import write_lines
 from tests.families import long_tail
 

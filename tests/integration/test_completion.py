@@ -14,7 +14,7 @@ from tokenizers import processors
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from peftbench.cli import main
-from peftbench.config import Generation, Run, Task, TaskKind, Trainer
+from peftbench.config.schema import Generation, Run, Task, TaskKind, Trainer
 from peftbench.evaluate import Evaluator
 from peftbench.prediction.predict import mean_loss, predict
 from peftbench.tasks.base import TaskData

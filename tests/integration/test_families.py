@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from peftbench import config
+from peftbench.config.schema import schema as config
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import count
 from peftbench.modification.state import fold

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import peftbench
 from peftbench.cli import main
-from peftbench.fidelity import SWITCHES
+from peftbench.config.fidelity import SWITCHES
 from tests.families import build
 
 MINI = Path(peftbench.__file__).parent / "mini"

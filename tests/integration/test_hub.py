@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from peftbench.config import conf_dir
+from peftbench.config.schema import conf_dir
 from peftbench.utils.files import write_lines
 from tests.hub import REVISION, hub
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peftbench.axes import points as all_points
-from peftbench.axes import runs
+from peftbench.config.axes import points as all_points
+from peftbench.config.axes import runs
 from peftbench.modification.attach import attach
 from tests.families import DECODERS, FAMILIES, MORE_FAMILIES, batch, build, points, shake
 

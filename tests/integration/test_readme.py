@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from peftbench.cli import main
-from peftbench.compose import compose_points
+from peftbench.config.compose import compose_points
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 BLOCKS = re.findall(r"```bash\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.compose import compose_points
-from peftbench.results.identity import run_hash
-from peftbench.sweeps.search import check, phases
+from peftbench.config.compose import compose_points
+from peftbench.config.identity import run_hash
+from peftbench.config.search import check, phases
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "reference_runs.sh"
 FOLDERS = ("backbones/minilm-l6", "backbones/bart-mini", "data/sst2", "data/rte", "data/webnlg", "data/xsum_subset")

@@ -21,8 +21,8 @@ import peftbench.tasks.load
 import peftbench.tasks.prepare
 from peftbench.backbone import load_backbone
 from peftbench.cli import main
-from peftbench.compose import compose_run
-from peftbench.config import Task
+from peftbench.config.compose import compose_run
+from peftbench.config.schema import Task
 from peftbench.evaluate import Evaluator
 from peftbench.results.record import find
 from peftbench.tasks.base import TaskData

@@ -19,8 +19,8 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from peftbench import config
-from peftbench.compose import compose_run
+from peftbench.config.compose import compose_run
+from peftbench.config.schema import schema as config
 from peftbench.modification import state
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import Counts, count

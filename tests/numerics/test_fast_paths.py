@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import LabelSmoother
 
-from peftbench.config import LOSS, Compile, Keep
+from peftbench.config.schema import LOSS, Compile, Keep
 from peftbench.modification.attach import attach
 from peftbench.modification.functional_form import Bottleneck
 from peftbench.prediction.kv_cache import cache_argument

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from peftbench import config
-from peftbench.compose import compose_run
-from peftbench.fidelity import with_deviations
+from peftbench.config.compose import compose_run
+from peftbench.config.fidelity import with_deviations
+from peftbench.config.schema import schema as config
 from peftbench.modification import state
 from peftbench.modification.attach import attach
 from peftbench.modification.dead_parameters import count_dead

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from peftbench import config
+from peftbench.config.schema import schema as config
 from peftbench.modification.attach import attach
 from tests.families import FAMILIES, MORE_FAMILIES, PRESETS, batch, build, dropout, shake
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from peftbench import config
+from peftbench.config.schema import schema as config
 from peftbench.modification.attach import attach
 from peftbench.modification.edit import Edit
 from peftbench.modification.merge import merge, merged, obstacles

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peftbench.config import Compile, Device
+from peftbench.config.schema import Compile, Device
 from peftbench.modification.packed_attention import Packing
 from peftbench.training import replay
 from peftbench.training.padding_free import PaddingFree, row_step

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-from peftbench.config import Schedule
+from peftbench.config.schema import Schedule
 from tests.fitting import Targets, fitted, model_of, one_step
 
 STEPS = 10

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from peftbench import config
-from peftbench.axes import CHOICES, Point, at, axes, nearest, points, refusals, runs
 from peftbench.cli import main
+from peftbench.config.axes import CHOICES, Point, at, axes, nearest, points, refusals, runs
+from peftbench.config.schema import schema as config
 from peftbench.listing import MEANINGS
 
 

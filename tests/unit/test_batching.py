@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from peftbench.config import Batching
+from peftbench.config.schema import Batching
 from peftbench.modification.attach import attach
 from peftbench.tasks.completion import PromptCollator
 from peftbench.training.batching import TokenBatches

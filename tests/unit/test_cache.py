@@ -13,7 +13,7 @@ from datasets import Dataset
 from datasets.table import MemoryMappedTable
 
 import peftbench.tasks.prepare
-from peftbench.config import Task, TaskKind
+from peftbench.config.schema import Task, TaskKind
 from peftbench.tasks import cache
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.cache import Recent

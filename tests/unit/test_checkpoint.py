@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from peftbench.config import LOSS, Device, Keep, Trainer
+from peftbench.config.schema import LOSS, Device, Keep, Trainer
 from peftbench.modification.attach import attach
 from peftbench.training.batching import batches_per_epoch
 from peftbench.training.checkpoint import Checkpoints, SaveByTime

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from peftbench.config import FunctionalForm, Modification, Trainer
+from peftbench.config.identity import run_dir
+from peftbench.config.schema import FunctionalForm, Modification, Trainer
 from peftbench.results.compare import main, settings_that_differ
-from peftbench.results.identity import run_dir
 from peftbench.results.record import Score, Searched, find, load_records
 from peftbench.results.recording import recording
 from peftbench.results.row import single

@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 
 from peftbench.cli import main
-from peftbench.config import ACTIVATIONS, Composition, FFNInput, HeadInput, Modification, Representation, Unfreeze
+from peftbench.config.schema import (
+    ACTIVATIONS,
+    Composition,
+    FFNInput,
+    HeadInput,
+    Modification,
+    Representation,
+    Unfreeze,
+)
 from peftbench.explain.explanation import Explanation, explain
 from peftbench.explain.formula import COMPOSITIONS, REPRESENTATIONS, describe
 from peftbench.explain.sizes import Size

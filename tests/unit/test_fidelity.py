@@ -7,10 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.compose import compose_run
-from peftbench.config import Fidelity, HeadInput, LayerNormPlace, Representation, Run, TaskKind, conf_dir, modifications
-from peftbench.fidelity import DEAD, SWITCHES, with_deviations
-from peftbench.results.identity import run_hash
+from peftbench.config.compose import compose_run
+from peftbench.config.fidelity import DEAD, SWITCHES, with_deviations
+from peftbench.config.identity import run_hash
+from peftbench.config.schema import (
+    Fidelity,
+    HeadInput,
+    LayerNormPlace,
+    Representation,
+    Run,
+    TaskKind,
+    conf_dir,
+    modifications,
+)
 from peftbench.utils.errors import UserError
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "fidelity.md"

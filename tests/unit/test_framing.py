@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from peftbench.compose import compose_run
-from peftbench.config import conf_dir
+from peftbench.config.compose import compose_run
+from peftbench.config.schema import conf_dir
 from peftbench.tasks.framing import framed
 from peftbench.tasks.tokens import Encoder
 from peftbench.utils.errors import UserError

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-import peftbench.compose
+import peftbench.config.compose
 import peftbench.sweeps.sweeper
 from peftbench.cli import main
-from peftbench.compose import _grids, compose_points, compose_run
-from peftbench.config import Run
-from peftbench.sweeps.search import check
+from peftbench.config.compose import _grids, compose_points, compose_run
+from peftbench.config.schema import Run
+from peftbench.config.search import check
 from peftbench.sweeps.workers import Ended
 from peftbench.utils.differences import distinctive
 from peftbench.utils.errors import UserError
@@ -157,8 +157,8 @@ def test_the_same_choices_are_composed_once_and_leave_nothing_to_the_next_run(mo
         composed.append(overrides)
         return compose(*arguments, overrides=overrides)
 
-    compose = peftbench.compose.compose
-    monkeypatch.setattr("peftbench.compose.compose", counted)
+    compose = peftbench.config.compose.compose
+    monkeypatch.setattr("peftbench.config.compose.compose", counted)
     words = ["method=lora,mam", "seed=1,2", "modified_representation.layers=[0],[1,2]", "task.baselines=[],[majority]"]
     points = compose_points(words, multirun=True)
     assert len(points) == 16 and len(composed) == 2

@@ -11,8 +11,9 @@ from timeit import repeat
 import pytest
 from omegaconf import OmegaConf
 
-from peftbench.compose import compose_run
-from peftbench.config import (
+from peftbench.config.compose import compose_run
+from peftbench.config.identity import content_stamp, plain, run_dir, run_hash
+from peftbench.config.schema import (
     Composition,
     CompositionFunction,
     Device,
@@ -26,7 +27,6 @@ from peftbench.config import (
     Trainer,
     Variation,
 )
-from peftbench.results.identity import content_stamp, plain, run_dir, run_hash
 from peftbench.utils.errors import UserError
 
 

@@ -8,8 +8,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from peftbench.cli import main
-from peftbench.config import Run, Search
-from peftbench.keys import keys
+from peftbench.config.keys import keys
+from peftbench.config.schema import Run, Search
 from peftbench.utils.differences import flatten
 
 

@@ -11,8 +11,8 @@ import datasets
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from peftbench.compose import compose_run
-from peftbench.config import Task, TaskKind
+from peftbench.config.compose import compose_run
+from peftbench.config.schema import Task, TaskKind
 from peftbench.tasks import source
 from peftbench.tasks.load import data_fingerprint
 from peftbench.tasks.rows import checked

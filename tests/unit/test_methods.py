@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.compose import compose_run
-from peftbench.config import conf_dir, modifications
+from peftbench.config.compose import compose_run
+from peftbench.config.schema import conf_dir, modifications
 
 METHODS = sorted(path.stem for path in (conf_dir() / "method").glob("*.yaml"))
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"

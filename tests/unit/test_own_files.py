@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from peftbench.config import Task, TaskKind
+from peftbench.config.schema import Task, TaskKind
 from peftbench.tasks.deal import ROW
 from peftbench.tasks.load import homeless, label_names, load
 from peftbench.utils.errors import UserError

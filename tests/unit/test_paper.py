@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from peftbench.config import conf_dir
+from peftbench.config.schema import conf_dir
 from peftbench.results.command import main
 from peftbench.results.paper import SETTINGS, printed
 from peftbench.results.record import Backbone, Record, Score

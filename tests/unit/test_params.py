@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from peftbench import config
 from peftbench.backbone import meta_backbone
 from peftbench.cli import main
-from peftbench.compose import compose_run
-from peftbench.config import Run
+from peftbench.config.compose import compose_run
+from peftbench.config.schema import Run
+from peftbench.config.schema import schema as config
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import count, count_places
 from peftbench.modification.state import fold

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from peftbench.config import Trainer
+from peftbench.config.schema import Trainer
 from peftbench.modification.attach import attach
 from peftbench.training.padding_free import refusal
 from peftbench.training.paths import settled

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from peftbench.cli import main
-from peftbench.compose import compose_run
-from peftbench.config import Run
+from peftbench.config.compose import compose_run
+from peftbench.config.schema import Run
 from peftbench.results.recording import start
 from peftbench.sweeps import places as module
 from peftbench.sweeps.places import GIB, Gpu, places, visible_gpus

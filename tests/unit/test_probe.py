@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
-from peftbench import config
+from peftbench.config.schema import schema as config
 from peftbench.modification.attach import attach
 from peftbench.modification.edit import Edit
 from peftbench.training.probe import no_gradient, unreached

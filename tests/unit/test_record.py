@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from peftbench.config import (
+from peftbench.config.schema import (
     Composition,
     CompositionFunction,
     FunctionalForm,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from peftbench.results.identity import plain
+from peftbench.config.identity import plain
 from peftbench.results.record import Axes, Counts, Failure, load_records
 from peftbench.results.recording import start
 from peftbench.results.report.command import main

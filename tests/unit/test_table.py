@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from peftbench.fidelity import Deviation
+from peftbench.config.fidelity import Deviation
 from peftbench.results.columns import columns
 from peftbench.results.command import main
 from peftbench.results.formats import to_csv, to_json

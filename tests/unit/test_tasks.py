@@ -33,8 +33,8 @@ from transformers import (
 )
 
 from peftbench.backbone import load_backbone
-from peftbench.compose import compose_run
-from peftbench.config import Device, Generation, Keep, Model, Run, Task, TaskKind, Trainer, conf_dir
+from peftbench.config.compose import compose_run
+from peftbench.config.schema import Device, Generation, Keep, Model, Run, Task, TaskKind, Trainer, conf_dir
 from peftbench.evaluate import Evaluator
 from peftbench.prediction import predict as predict_module
 from peftbench.prediction.predict import mean_loss, predict

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftbench.config import Task
+from peftbench.config.schema import Task
 
 FURTHER = "report_"  # and the split: the role of one that is reported on beside the report split
 Roles = dict[str, tuple[str, int | None]]  # the split of each role, and how many rows at most; null: all

@@ -1,4 +1,4 @@
-"""What each key of a run means: the comments of the schema (config.py), read where they stand. Imports no torch."""
+"""What each key of a run means: the comments of the schema (config/schema.py), read where they stand. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from typing import Any, NamedTuple, get_args, get_type_hints
 
-from peftbench.config import Run
+from peftbench.config.schema import Run
 
 FIELD = re.compile(r"    (\w+): [^#]*?(?:  # (.*))?$")
 HIDDEN = ("sizes", "size")  # conf/sizes.yaml, and its column
@@ -25,7 +25,7 @@ class Key(NamedTuple):
 
 
 def keys(schema: type = Run, prefix: str = "") -> Iterator[Key]:
-    """Every key of a dataclass of config.py, those of the dataclasses in it too, in the order of the file."""
+    """Every key of a dataclass of config/schema.py, those of the dataclasses in it too, in the order of the file."""
     meanings = {name: text for part in reversed(schema.__mro__[:-1]) for name, text in _comments(part)}
     hints = get_type_hints(schema)
     for field in fields(schema):

@@ -1,7 +1,7 @@
 """What is wrong with a run, before anything is loaded. Imports no torch.
 
 `faults(run)` returns a plain sentence for every fault, each naming the key as it is typed; those of the four axes are
-a table of rules in axes.py.
+a table of rules in config/axes.py.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftbench.axes import axes, refusals
-from peftbench.budget import limit
-from peftbench.config import (
+from peftbench.config.axes import axes, refusals
+from peftbench.config.budget import limit
+from peftbench.config.fidelity import idle_switches
+from peftbench.config.schema import (
     LOSS,
     Batching,
     Compile,
@@ -30,7 +31,6 @@ from peftbench.config import (
     task_files,
     value_at,
 )
-from peftbench.fidelity import idle_switches
 from peftbench.utils.errors import UserError, unknown
 
 EMBEDDED = Path(__file__).resolve().parent  # the folder of the backbones that ship inside the package

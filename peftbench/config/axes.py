@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from peftbench.config import (
+from peftbench.config.schema import (
     FUNCTIONAL_FORMS,
     AttentionKind,
     Composition,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 
-from peftbench.config import (
+from peftbench.config.schema import (
     ACTIVATIONS,
     Composition,
     FFNInput,

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from peftbench.config import Run, task_files
+from peftbench.config.schema import Run, task_files
 from peftbench.utils.errors import UserError
 
 # Keys that change no result but by rounding: where the run happens, how fast and how it is guarded, tables that have

@@ -18,7 +18,7 @@ from omegaconf.errors import (
 )
 from yaml import MarkedYAMLError
 
-from peftbench.config import Modification, Run
+from peftbench.config.schema import Modification, Run
 from peftbench.utils.errors import meant, unknown
 
 

@@ -28,10 +28,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
-from peftbench.config import Run, conf_dir, resolve
-from peftbench.overrides import apply_override, in_words
+from peftbench.config.overrides import apply_override, in_words
+from peftbench.config.schema import Run, conf_dir, resolve
+from peftbench.config.validity import faults
 from peftbench.utils.errors import UserError, unknown
-from peftbench.validity import faults
 
 CONFIG_NAME = "train"
 AND = "and"  # between the grids of one sweep

@@ -15,12 +15,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from peftbench.compose import Point
-from peftbench.config import Run, Search, Variation, by_key, value_at
-from peftbench.overrides import set_key
-from peftbench.results.identity import IGNORED, run_hash
+from peftbench.config.compose import Point
+from peftbench.config.identity import IGNORED, run_hash
+from peftbench.config.overrides import set_key
+from peftbench.config.schema import Run, Search, Variation, by_key, value_at
+from peftbench.config.validity import faults
 from peftbench.utils.errors import UserError, meant
-from peftbench.validity import faults
 
 # Beside what changes no result: other data or another backbone would make the scores of trials incomparable.
 NOT_SEARCHED = ("task", "model", "method", "fidelity", "debug", "seed", "search")

@@ -2,7 +2,7 @@
 
 The four axes of He et al. (2022, table 1) and their options make a `Modification`. The root of the config is one of
 them, so that `bottleneck=8` and `functional_form=relu` are keys of their own; further ones stand under `mix`.
-Which combinations mean something is said in `axes.py`.
+Which combinations mean something is said in `config/axes.py`.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Modification:
 class Fidelity:
     """The places where the paper's text and its released code differ: true has it as in the code.
 
-    `fidelity.py` says of each what it does, and to which runs.
+    `config/fidelity.py` says of each what it does, and to which runs.
     """
 
     name: str = "paper"  # of the set; it changes nothing by itself
