@@ -21,10 +21,10 @@ from peftbench.config.schema import Run, by_key, conf_dir
 from peftbench.config.search import phases
 from peftbench.hydra_app import main as train
 from peftbench.hydra_app import solved
-from peftbench.results.choice import known
+from peftbench.records.choice import known
+from peftbench.records.record import Record, find, load_records
 from peftbench.results.columns import Column, duration
 from peftbench.results.paper import is_the_papers, score_of
-from peftbench.results.record import Record, find, load_records
 from peftbench.results.table import show_table
 from peftbench.utils.console import terminal
 from peftbench.utils.differences import differing

@@ -34,12 +34,12 @@ from peftbench.modification.state import fold, save, size, trained_tensors
 from peftbench.modification.state import load as load_adapter
 from peftbench.params.solve import solve
 from peftbench.precision import chosen_device, use_autocast, with_dtype
-from peftbench.results.choice import settled
+from peftbench.records.choice import settled
+from peftbench.records.lock import holding
+from peftbench.records.record import Counts, Record, Score, Searched, Selection, find, finished, keep_newer
+from peftbench.records.recording import axes_of, forget_refused, recording
+from peftbench.records.run_files import CHECKPOINTS, append_metrics, rewind_metrics, write_predictions
 from peftbench.results.fields import typed
-from peftbench.results.lock import holding
-from peftbench.results.record import Counts, Record, Score, Searched, Selection, find, finished, keep_newer
-from peftbench.results.recording import axes_of, forget_refused, recording
-from peftbench.results.run_files import CHECKPOINTS, append_metrics, rewind_metrics, write_predictions
 from peftbench.results.table import single_row
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.docstrings import versions

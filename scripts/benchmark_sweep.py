@@ -28,7 +28,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from peftbench.results.record import Record, load_records
+from peftbench.records.record import Record, load_records
 
 AXES = {
     "method": ["lora", "prefix", "adapter", "mam"],

@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from peftbench.results.record import FILE, Record, load_records
-from peftbench.results.run_files import METRICS, logged
+from peftbench.records.record import FILE, Record, load_records
+from peftbench.records.run_files import METRICS, logged
 from peftbench.utils.files import write_lines
 
 EVERY = 5  # lines of the training's log

@@ -23,8 +23,8 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 from rich.table import Table
 
-from peftbench.results.record import load_records
-from peftbench.scoring.saved import saved_predictions
+from peftbench.records.record import load_records
+from peftbench.records.saved import saved_predictions
 from peftbench.tasks.romanian import prepared
 from peftbench.tasks.sentences import sentences
 from peftbench.utils.errors import UserError

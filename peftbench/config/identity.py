@@ -61,7 +61,7 @@ def run_hash(run: Run) -> str:
         for group in groups:
             node = node[group]
         del node[leaf]
-    if config["search"] is None:  # one that is settled, see results/choice.py, is the run that it has come to
+    if config["search"] is None:  # one that is settled, see records/choice.py, is the run that it has come to
         del config["search"]
 
     # What a path wins over has no effect either.

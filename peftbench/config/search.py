@@ -2,7 +2,7 @@
 
 A search is trained in two phases. Its trials are runs of their own, one for each combination of the values, with one
 seed; then the runs that were asked for take the values of the trial that is best on the selection split
-(results/choice.py). Both are told apart by keys of the config: `search.trial=1` is the second trial.
+(records/choice.py). Both are told apart by keys of the config: `search.trial=1` is the second trial.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from typing import Any, Generic, Literal, TypeVar
 from peftbench.config.axes import UNFROZEN
 from peftbench.config.identity import IGNORED
 from peftbench.config.schema import by_key
+from peftbench.records.record import Record
 from peftbench.results.fields import FIELDS, baseline, field, further_splits, on_further, text
 from peftbench.results.paper import Printed, printed
-from peftbench.results.record import Record
 from peftbench.results.row import Row, front, point, unscored
 from peftbench.utils.differences import differing
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from peftbench.config.roles import FURTHER
-from peftbench.results.record import Record, Searched
+from peftbench.records.record import Record, Searched
 from peftbench.utils.differences import flatten
 from peftbench.utils.errors import UserError, meant
 

@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
+from peftbench.records.record import Axes, Record
 from peftbench.results.columns import Column, best_of, flat_header
-from peftbench.results.record import Axes, Record
 from peftbench.utils.differences import flatten
 
 T = TypeVar("T")

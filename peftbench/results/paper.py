@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from peftbench.config.axes import CHOICES
 from peftbench.config.schema import by_key, conf_dir
-from peftbench.results.record import Record
+from peftbench.records.record import Record
 
 # By task: the metric that conf/paper_scores.yaml gives, and the backbone that the paper trained; mbart_large_cc25 is
 # another name of the same.

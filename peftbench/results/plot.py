@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from peftbench.config.axes import CHOICES
+from peftbench.records.record import Record
+from peftbench.records.run_files import logged
 from peftbench.results.fields import FIELDS, field, text
-from peftbench.results.record import Record
 from peftbench.results.row import Row, Statistic, front, over_seeds, single, tables
-from peftbench.results.run_files import logged
 from peftbench.results.select import read
 from peftbench.results.table import title
 from peftbench.utils.differences import differing

@@ -10,7 +10,7 @@ from itertools import groupby
 from statistics import fmean, median, stdev
 from typing import Literal
 
-from peftbench.results.record import Record, Score
+from peftbench.records.record import Record, Score
 
 Statistic = Literal["mean", "median"]
 

@@ -11,8 +11,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from peftbench.records.record import Record, kept_apart, load_records
 from peftbench.results.fields import field, text
-from peftbench.results.record import Record, kept_apart, load_records
 from peftbench.results.row import is_trial
 from peftbench.utils.errors import UserError, unknown
 

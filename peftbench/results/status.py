@@ -18,8 +18,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from peftbench.records.record import Record, find
 from peftbench.results.columns import duration
-from peftbench.results.record import Record, find
 from peftbench.results.sweep import FOLDER, SUFFIX, Plan, Point
 from peftbench.utils.console import terminal
 from peftbench.utils.errors import UserError

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from peftbench.config.identity import run_dir
 from peftbench.config.schema import Run, by_key, value_at
-from peftbench.results.choice import NoChoice, known, sentence, settled
+from peftbench.records.choice import NoChoice, known, sentence, settled
+from peftbench.records.record import Record, decode, find, finished
+from peftbench.records.recording import describe
 from peftbench.results.fields import text
-from peftbench.results.record import Record, decode, find, finished
-from peftbench.results.recording import describe
 from peftbench.results.table import show
 from peftbench.utils.console import terminal
 from peftbench.utils.differences import distinctive

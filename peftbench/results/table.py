@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from peftbench.records.record import Record
 from peftbench.results.columns import Column, best_of, columns, flat_header
-from peftbench.results.record import Record
 from peftbench.results.row import Row, rank, setting, single, tables, unscored
 
 T = TypeVar("T")

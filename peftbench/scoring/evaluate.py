@@ -25,8 +25,8 @@ from peftbench.evaluate import Evaluator
 from peftbench.modification.attach import attach_run
 from peftbench.modification.state import load as load_adapter
 from peftbench.precision import chosen_device, with_dtype
-from peftbench.results.record import Record
-from peftbench.scoring.saved import run_folder, saved_config, saved_record
+from peftbench.records.record import Record
+from peftbench.records.saved import run_folder, saved_config, saved_record
 from peftbench.scoring.show import show_scores
 from peftbench.tasks.load import homeless, load, reported_on
 from peftbench.tasks.prepare import prepare

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from peftbench.config.roles import is_reported
-from peftbench.results.record import Record
+from peftbench.records.record import Record
 
 
 def show_scores(found: Sequence[dict[str, Any]], record: Record, console: Console) -> None:

@@ -12,7 +12,7 @@ from joblib import cpu_count
 from psutil import virtual_memory
 
 from peftbench.config.schema import Device, Run
-from peftbench.results.record import load_records
+from peftbench.records.record import load_records
 from peftbench.utils.errors import UserError
 
 GIB = 1 << 30

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from peftbench.config.compose import Point
 from peftbench.config.schema import Run, by_key
+from peftbench.records.record import find, finished
 from peftbench.results.columns import duration
 from peftbench.results.live import LiveSweep
-from peftbench.results.record import find, finished
 from peftbench.results.sweep import FOLDER, Member, Sweep
 from peftbench.sweeps import mps
 from peftbench.sweeps.workers import Ended, Job, Workers, attempt

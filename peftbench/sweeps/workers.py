@@ -26,7 +26,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from peftbench.config.schema import Run
-from peftbench.results.lock import Busy
+from peftbench.records.lock import Busy
 from peftbench.sweeps.mps import UnusableError, await_gpu
 from peftbench.utils.errors import UserError
 from peftbench.utils.progress import Display

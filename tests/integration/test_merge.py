@@ -14,8 +14,8 @@ from peftbench.backbone import load_backbone
 from peftbench.cli import main
 from peftbench.modification.attach import attach_run
 from peftbench.modification.state import load as load_adapter
+from peftbench.records.saved import saved_record
 from peftbench.scoring.evaluate import changed_run
-from peftbench.scoring.saved import saved_record
 from peftbench.utils.files import write_lines
 
 pytestmark = pytest.mark.slow

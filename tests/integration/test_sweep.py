@@ -24,7 +24,7 @@ from peftbench.cli import main
 from peftbench.config.compose import compose_run
 from peftbench.config.schema import Task
 from peftbench.evaluate import Evaluator
-from peftbench.results.record import find
+from peftbench.records.record import find
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.cache import Recent
 from peftbench.tasks.load import load
@@ -281,7 +281,7 @@ def test_a_run_that_another_process_is_at_is_refused(
     assert main(arguments) == 0
     (folder,) = [file.parent for file in (tmp_path / "outputs").rglob("record.json")]
     code = (
-        "import sys, time; from pathlib import Path; from peftbench.results.lock import holding\n"
+        "import sys, time; from pathlib import Path; from peftbench.records.lock import holding\n"
         "with holding(Path(sys.argv[1])): print('held', flush=True); time.sleep(300)\n"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)

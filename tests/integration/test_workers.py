@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from peftbench.cli import main
-from peftbench.results.record import load_records
+from peftbench.records.record import load_records
 from tests.integration.test_cli import SUBPROCESS, records, sentiment, smoke
 from tests.integration.test_sweep import SHORT, outcome, replaced
 from tests.unit.test_mps import Machine

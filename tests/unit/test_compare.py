@@ -14,11 +14,11 @@ import pytest
 
 from peftbench.config.identity import run_dir
 from peftbench.config.schema import FunctionalForm, Modification, Trainer
+from peftbench.records.record import Score, Searched, find, load_records
+from peftbench.records.recording import recording
+from peftbench.records.run_files import write_predictions
 from peftbench.results.compare import main, settings_that_differ
-from peftbench.results.record import Score, Searched, find, load_records
-from peftbench.results.recording import recording
 from peftbench.results.row import single
-from peftbench.results.run_files import write_predictions
 from peftbench.utils.errors import UserError
 from tests.unit.test_record import RUN
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from peftbench.records.lock import holding
+from peftbench.records.record import Failure
 from peftbench.results.live import READ_EVERY, LiveSweep, progress
-from peftbench.results.lock import holding
-from peftbench.results.record import Failure
 from peftbench.results.sweep import Sweep
 from peftbench.utils.progress import Display, is_live
 from tests.unit.test_record import RUN

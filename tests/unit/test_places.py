@@ -13,7 +13,7 @@ import pytest
 from peftbench.cli import main
 from peftbench.config.compose import compose_run
 from peftbench.config.schema import Run
-from peftbench.results.recording import start
+from peftbench.records.recording import start
 from peftbench.sweeps import places as module
 from peftbench.sweeps.places import GIB, Gpu, places, visible_gpus
 from peftbench.sweeps.places import _listed as listed

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
+from peftbench.records.record import Counts, Record, Score
 from peftbench.results.plot import COLOURS, draw, draw_curves, main
-from peftbench.results.record import Counts, Record, Score
 from peftbench.results.row import over_seeds, single
 from peftbench.utils.errors import UserError, of_the_machine
 from tests.unit.test_results import run

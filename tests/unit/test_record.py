@@ -27,9 +27,9 @@ from peftbench.config.schema import (
     TaskKind,
     Trainer,
 )
-from peftbench.results.record import APART, FILE, Axes, Counts, Record, Score, finished, load_records
-from peftbench.results.recording import recording, start
-from peftbench.results.run_files import append_metrics, write_predictions
+from peftbench.records.record import APART, FILE, Axes, Counts, Record, Score, finished, load_records
+from peftbench.records.recording import recording, start
+from peftbench.records.run_files import append_metrics, write_predictions
 from peftbench.results.select import read
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import write_lines

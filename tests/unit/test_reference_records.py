@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from peftbench.records.record import FILE, load_records
 from peftbench.results import command, compare, plot
-from peftbench.results.record import FILE, load_records
 from peftbench.results.report import command as report
 from peftbench.results.row import over_seeds, tables
 from peftbench.utils.errors import UserError

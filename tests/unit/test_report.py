@@ -14,11 +14,11 @@ import pytest
 import yaml
 
 from peftbench.config.identity import plain
-from peftbench.results.record import Axes, Counts, Failure, load_records
-from peftbench.results.recording import start
+from peftbench.records.record import Axes, Counts, Failure, load_records
+from peftbench.records.recording import start
+from peftbench.records.run_files import write_predictions
 from peftbench.results.report.command import main
 from peftbench.results.report.content import LONGEST, POINTS, SAMPLES
-from peftbench.results.run_files import write_predictions
 from peftbench.results.select import read
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import write_lines

@@ -15,9 +15,9 @@ from omegaconf import OmegaConf
 
 from peftbench.config.compose import compose_points, compose_run
 from peftbench.config.schema import Run, conf_dir
+from peftbench.records.record import Score
+from peftbench.records.recording import recording
 from peftbench.reproduce import lines, main
-from peftbench.results.record import Score
-from peftbench.results.recording import recording
 from peftbench.utils.errors import UserError
 
 TABLES = sorted(file.stem for file in (conf_dir() / "experiment" / "paper").glob("*.yaml"))

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
+from peftbench.records.record import Axes, Backbone, Counts, Failure, Record
+from peftbench.records.recording import describe
 from peftbench.results.columns import best_of, columns
 from peftbench.results.command import main
 from peftbench.results.formats import latex, markdown
 from peftbench.results.pivot import pivot
-from peftbench.results.record import Axes, Backbone, Counts, Failure, Record
-from peftbench.results.recording import describe
 from peftbench.results.row import front, over_seeds, single
 from peftbench.results.select import select
 from peftbench.utils.errors import UserError

@@ -15,10 +15,10 @@ from peftbench.config.compose import Point, compose_points
 from peftbench.config.identity import run_dir, run_hash
 from peftbench.config.schema import LOSS, Init, Run, Search, Variation, conf_dir
 from peftbench.config.search import check, phases, search_faults, settings, trials
-from peftbench.results.choice import best, known, sentence, settled
+from peftbench.records.choice import best, known, sentence, settled
+from peftbench.records.record import Failure, Score, Searched, Selection, Trial, find
+from peftbench.records.recording import describe
 from peftbench.results.command import main
-from peftbench.results.record import Failure, Score, Searched, Selection, Trial, find
-from peftbench.results.recording import describe
 from peftbench.results.status import main as status
 from peftbench.results.sweep import Sweep
 from peftbench.utils.errors import UserError

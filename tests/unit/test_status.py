@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from peftbench.results.lock import holding
-from peftbench.results.record import Failure
+from peftbench.records.lock import holding
+from peftbench.records.record import Failure
 from peftbench.results.status import State, main, seconds_left
 from peftbench.results.sweep import Member, Plan, Point
 from peftbench.utils.errors import UserError

@@ -8,13 +8,13 @@ from datetime import datetime, timezone
 from typing import Any
 
 from peftbench import __version__
+from peftbench.records.record import Axes, Record
+from peftbench.records.run_files import logged, predictions_file, read_lines
 from peftbench.results.columns import PAPER, columns
 from peftbench.results.compare import settings_of
 from peftbench.results.fields import COSTS, FIELDS, field, text
 from peftbench.results.plot import COLOURS, NAMES
-from peftbench.results.record import Axes, Record
 from peftbench.results.row import Row, point, rank, single, tables
-from peftbench.results.run_files import logged, predictions_file, read_lines
 from peftbench.results.table import titles
 from peftbench.utils.differences import differing
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from peftbench.config.axes import composed
 from peftbench.config.fidelity import Deviation
-from peftbench.results.lock import is_held
+from peftbench.records.lock import is_held
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import replacing
 

@@ -9,8 +9,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from peftbench.config.schema import Run
-from peftbench.results.record import FILE, Record, finished, load_records
-from peftbench.results.run_files import predictions_file
+from peftbench.records.record import FILE, Record, finished, load_records
+from peftbench.records.run_files import predictions_file
 from peftbench.utils.errors import UserError
 
 OUTPUTS = Path("outputs")  # the default output_dir

@@ -18,8 +18,8 @@ import peftbench
 from peftbench.config.axes import axes
 from peftbench.config.identity import content_stamp, plain, run_hash
 from peftbench.config.schema import Modification, Run, modifications
-from peftbench.results.record import FILE, Axes, Backbone, Record, Status, find, now
-from peftbench.results.run_files import CHECKPOINTS, METRICS
+from peftbench.records.record import FILE, Axes, Backbone, Record, Status, find, now
+from peftbench.records.run_files import CHECKPOINTS, METRICS
 from peftbench.utils.differences import flatten
 from peftbench.utils.files import replacing
 

@@ -14,8 +14,8 @@ from typing import Any
 from peftbench.config.identity import run_dir
 from peftbench.config.schema import LOSS, Run
 from peftbench.config.search import settings, trials, values
+from peftbench.records.record import Record, Searched, Trial, find
 from peftbench.results.fields import described, typed
-from peftbench.results.record import Record, Searched, Trial, find
 from peftbench.utils.errors import UserError
 
 
