@@ -23,10 +23,10 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 from rich.table import Table
 
+from peftbench.metrics.romanian import prepared
+from peftbench.metrics.sentences import sentences
 from peftbench.records.record import load_records
 from peftbench.records.saved import saved_predictions
-from peftbench.tasks.romanian import prepared
-from peftbench.tasks.sentences import sentences
 from peftbench.utils.errors import UserError
 
 DIGITS = 10  # that sacreBLEU is asked to print

@@ -21,13 +21,13 @@ from rich.table import Table
 
 from peftbench.config.identity import IGNORED, plain
 from peftbench.config.schema import Modification
+from peftbench.metrics.bootstrap import Difference, paired_bootstrap
+from peftbench.metrics.example_scores import ExampleScores, example_scores
 from peftbench.records.record import FILE, Record, load_records
 from peftbench.records.saved import saved_predictions
-from peftbench.results.bootstrap import Difference, paired_bootstrap
 from peftbench.results.fields import FIELDS, text
 from peftbench.results.row import Row, is_trial, over_seeds, unscored
 from peftbench.results.select import TRIALS, is_filter, select
-from peftbench.tasks.example_scores import ExampleScores, example_scores
 from peftbench.utils.console import terminal
 from peftbench.utils.differences import differing, flatten
 from peftbench.utils.errors import UserError

@@ -10,10 +10,10 @@ from typing import Any
 from peftbench.config.roles import is_reported
 from peftbench.config.schema import Task
 from peftbench.config.validity import METRICS, label_faults
+from peftbench.metrics.metrics import measure
 from peftbench.records.run_files import predictions_file
 from peftbench.records.saved import run_folder, saved_config, saved_predictions, saved_record
 from peftbench.scoring.show import show_scores
-from peftbench.tasks.metrics import measure
 from peftbench.utils.console import terminal
 from peftbench.utils.errors import UserError, unknown
 

@@ -14,10 +14,10 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peftbench.metrics.metrics import Measured, References, measure
 from peftbench.tasks.cache import kept
 from peftbench.tasks.deal import ROW
 from peftbench.tasks.load import Loaded, data_fingerprint
-from peftbench.tasks.metrics import Measured, References, measure
 from peftbench.tasks.rows import head
 from peftbench.tasks.tokens import Encoder
 

@@ -9,12 +9,12 @@ import numpy as np
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
+from peftbench.metrics.metrics import References
+from peftbench.metrics.sentences import first_sentence
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.framing import SOURCE, framed
 from peftbench.tasks.languages import begin_in_language, set_languages
 from peftbench.tasks.load import Loaded
-from peftbench.tasks.metrics import References
-from peftbench.tasks.sentences import first_sentence
 
 
 class TextToText(TaskData):

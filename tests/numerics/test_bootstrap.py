@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peftbench.results.bootstrap import paired_bootstrap
-from peftbench.tasks.example_scores import FAMILIES, ExampleScores, example_scores
-from peftbench.tasks.metrics import METRICS, measure
+from peftbench.metrics.bootstrap import paired_bootstrap
+from peftbench.metrics.example_scores import FAMILIES, ExampleScores, example_scores
+from peftbench.metrics.metrics import METRICS, measure
 from peftbench.utils.errors import UserError
 
 PREDICTIONS = ["The cats sat on a mat. It rained.", "", "Prices rose again", "a b c"]

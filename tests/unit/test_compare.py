@@ -182,7 +182,7 @@ def test_a_side_that_is_nothing(outputs: Path) -> None:
 
 def test_comparing_imports_no_torch() -> None:
     code = (
-        "import sys, peftbench.results.compare; from peftbench.tasks.example_scores import example_scores; "
+        "import sys, peftbench.results.compare; from peftbench.metrics.example_scores import example_scores; "
         "[example_scores(metric, ['a'], ['a']) for metric in ('rouge1', 'f1', 'bleu_ro')]; "
         "example_scores('pearson', ['1'], ['2']); sys.exit('torch' in sys.modules)"
     )

@@ -14,8 +14,8 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from peftbench.config.schema import TaskKind
 from peftbench.config.validity import METRICS as METRICS_OF_KIND
-from peftbench.tasks.metrics import METRICS, ROUGE_TYPES, measure
-from peftbench.tasks.sentences import first_sentence, sentences
+from peftbench.metrics.metrics import METRICS, ROUGE_TYPES, measure
+from peftbench.metrics.sentences import first_sentence, sentences
 
 PREDICTIONS = ["The cats sat on a mat. It rained.", "", "Prices rose again"]
 REFERENCES = ["It was raining. A cat sat on the mat.", "Nothing was said.", "Prices rose again"]

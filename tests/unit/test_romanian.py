@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peftbench.tasks.romanian import COMMAS, DIACRITICS, prepared, with_commas, without_diacritics
+from peftbench.metrics.romanian import COMMAS, DIACRITICS, prepared, with_commas, without_diacritics
 
 # (with a cedilla, with a comma below), by their Unicode names
 CEDILLAS = [

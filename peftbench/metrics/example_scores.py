@@ -124,7 +124,7 @@ def _rouge(predictions: Sequence[str], references: Sequence[Text], labels: Seque
     """F-measures, of several references the highest; see `metrics.Rouge`."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    from peftbench.tasks.sentences import sentences
+    from peftbench.metrics.sentences import sentences
 
     scorer = RougeScorer(ROUGE, use_stemmer=True)
     found: dict[str, list[float]] = {name: [] for name in ROUGE}
@@ -151,7 +151,7 @@ def _romanian_bleu(
     """See `metrics.RomanianBleu`."""
     from sacrebleu.metrics import BLEU
 
-    from peftbench.tasks.romanian import prepared
+    from peftbench.metrics.romanian import prepared
 
     ours, right = list(map(prepared, predictions)), [list(map(prepared, texts)) for texts in _texts(references)]
     bare = BLEU(tokenize="none", smooth_method="none", force=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peftbench.tasks.example_scores import ExampleScores
+from peftbench.metrics.example_scores import ExampleScores
 
 LEVEL = 0.95
 Scores = Mapping[str, ExampleScores]

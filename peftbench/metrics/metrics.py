@@ -15,8 +15,8 @@ from sacrebleu.metrics import BLEU, CHRF
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
 
-from peftbench.tasks.romanian import prepared
-from peftbench.tasks.sentences import sentences
+from peftbench.metrics.romanian import prepared
+from peftbench.metrics.sentences import sentences
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
@@ -144,7 +144,7 @@ class Rouge(_TextMetric):
     """100 x the mean F-measure of ROUGE-1, -2, -L and -Lsum with Porter's stemmer, by the package rouge_score.
 
     Of several references, each measure takes the one that gives the highest F. ROUGE-Lsum matches sentence by sentence.
-    As in the paper's code the sentences are put on lines of their own, but split by `peftbench.tasks.sentences`, which
+    As in the paper's code the sentences are put on lines of their own, but split by `peftbench.metrics.sentences`, which
     says how it differs from nltk's download. It has no part in the rest.
     """
 
@@ -181,7 +181,7 @@ class Bleu(_TextMetric):
 
 
 class RomanianBleu(Bleu):
-    """`Bleu`, and as `bleu_ro` the paper's en-ro figure: BLEU of texts that `peftbench.tasks.romanian` has prepared.
+    """`Bleu`, and as `bleu_ro` the paper's en-ro figure: BLEU of texts that `peftbench.metrics.romanian` has prepared.
 
     sacreBLEU then neither tokenises nor smooths (exps/romanian_postprocess.sh).
     """
