@@ -21,7 +21,8 @@ from rich.console import Console
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
-from peftbench.backbone import Backbone, load_backbone
+from peftbench.backbones.load import Backbone, load_backbone
+from peftbench.backbones.precision import chosen_device, use_autocast, with_dtype
 from peftbench.config.identity import run_dir
 from peftbench.config.schema import LOSS, Keep, Run, TaskKind, Unfreeze, modifications
 from peftbench.config.search import search_faults
@@ -33,7 +34,6 @@ from peftbench.modification.dead_parameters import count_dead
 from peftbench.modification.state import fold, save, size, trained_tensors
 from peftbench.modification.state import load as load_adapter
 from peftbench.params.solve import solve
-from peftbench.precision import chosen_device, use_autocast, with_dtype
 from peftbench.records.choice import settled
 from peftbench.records.lock import holding
 from peftbench.records.record import Counts, Record, Score, Searched, Selection, find, finished, keep_newer

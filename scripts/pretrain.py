@@ -572,7 +572,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    torch.backends.cuda.enable_cudnn_sdp(False)  # see peftbench.attention_kernels
+    torch.backends.cuda.enable_cudnn_sdp(False)  # see peftbench.backbones.attention_kernels
     device = torch.device(args.device)
 
     train_texts = [text for text in texts if not is_held_out(text)]

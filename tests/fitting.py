@@ -11,9 +11,9 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from peftbench.backbones.sites import configs_of
 from peftbench.config.schema import LOSS, Device, Schedule, Trainer
 from peftbench.modification.attach import attach
-from peftbench.sites import configs_of
 from peftbench.training.checkpoint import Checkpoints
 from peftbench.training.fit import Fitted, fit
 from tests.families import PRESETS, WRITING, batch, build, dropout, shake

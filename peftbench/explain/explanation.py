@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from peftbench.backbones.sites import find_sites
 from peftbench.config.schema import Run, modifications
 from peftbench.explain.formula import Row, describe
 from peftbench.explain.sizes import Size, size
 from peftbench.explain.tree import Branch, network
 from peftbench.params.counts import RunCounts, build, count_built
-from peftbench.sites import find_sites
 
 
 @dataclass(frozen=True)

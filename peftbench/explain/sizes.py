@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from peftbench.config.schema import Modification, Representation
 
 if TYPE_CHECKING:
+    from peftbench.backbones.sites import Sites
     from peftbench.params.counts import Group
-    from peftbench.sites import Sites
 
 MEANINGS = {
     "r": "bottleneck",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 from transformers import PreTrainedModel
 
+from peftbench.backbones.sites import Layer, Sites, find_sites
 from peftbench.config.schema import Run, modifications, module_name
 from peftbench.modification.counting import count_places
 from peftbench.modification.edit import Edit
@@ -18,7 +19,6 @@ from peftbench.modification.head_attention import HEADS, HeadModification, Prefi
 from peftbench.modification.insertion import parallel, sequential
 from peftbench.modification.prompt import PROMPT
 from peftbench.params.table import size_of, weights
-from peftbench.sites import Layer, Sites, find_sites
 
 # What a hook of a modification does to the module that it stands on.
 HOOKS = {

@@ -19,6 +19,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from peftbench.backbones.sites import Attention, Layer, Sites, find_sites
 from peftbench.config.axes import WITHOUT_ATTENTION
 from peftbench.config.fidelity import Deviation, with_deviations
 from peftbench.config.schema import schema as config
@@ -30,7 +31,6 @@ from peftbench.modification.insertion import INSERTION_FORMS
 from peftbench.modification.prompt import PROMPT, Prompt, PromptMask
 from peftbench.modification.reparameterization import PrefixMLP, PrefixTrunk
 from peftbench.modification.representation import REPRESENTATIONS
-from peftbench.sites import Attention, Layer, Sites, find_sites
 from peftbench.utils.errors import UserError
 
 # A module can end a projection, its sub-layer and its layer at once, as W_2 does in Llama: what is nearer to the

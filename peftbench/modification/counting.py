@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
+from peftbench.backbones.sites import family_of
 from peftbench.modification.edit import Modification
 from peftbench.modification.functional_form import FunctionalForm
 from peftbench.modification.head_attention import Prefix
 from peftbench.modification.prompt import Prompt
 from peftbench.modification.reparameterization import PrefixMLP
 from peftbench.modification.state import bottlenecks
-from peftbench.sites import family_of
 
 
 @dataclass(frozen=True)

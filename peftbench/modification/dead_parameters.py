@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from torch import nn
 from transformers import PreTrainedModel
 
+from peftbench.backbones.sites import find_sites
 from peftbench.config.fidelity import dead_kinds
 from peftbench.config.schema import Modification, module_name
 from peftbench.modification.head_attention import HEADS
-from peftbench.sites import find_sites
 
 
 def count_dead(model: PreTrainedModel, modifications: Mapping[str, Modification]) -> int:

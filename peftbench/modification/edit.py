@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from peftbench.backbones.sites import Part
 from peftbench.modification.functional_form import FunctionalForm
 from peftbench.modification.insertion import InsertionForm
-from peftbench.sites import Part
 
 
 class Modification(nn.Module):

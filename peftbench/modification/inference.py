@@ -17,13 +17,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from peftbench.backbones.sites import Layer, find_sites
 from peftbench.modification.composition import Add, Scaled
 from peftbench.modification.edit import Edit, SublayerDropout
 from peftbench.modification.functional_form import Bottleneck
 from peftbench.modification.insertion import parallel
 from peftbench.modification.merge import merged, unhooked
 from peftbench.modification.state import folded
-from peftbench.sites import Layer, find_sites
 
 
 @contextmanager

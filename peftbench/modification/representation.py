@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from peftbench.backbones.sites import Attention, Layer, Part, in_out
 from peftbench.modification.insertion import INSERTION_FORMS, InsertionForm, sequential_over_residual
-from peftbench.sites import Attention, Layer, Part, in_out
 
 
 @dataclass(frozen=True)

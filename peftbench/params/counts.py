@@ -9,7 +9,8 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
-from peftbench.backbone import meta_backbone
+from peftbench.backbones.load import meta_backbone
+from peftbench.backbones.sites import Sites, find_sites
 from peftbench.config.fidelity import Deviation
 from peftbench.config.schema import (
     Modification,
@@ -25,7 +26,6 @@ from peftbench.modification.attach import attach_run
 from peftbench.modification.counting import Counts, PlaceCounts, count, count_places
 from peftbench.modification.dead_parameters import count_dead
 from peftbench.params.solve import solve
-from peftbench.sites import Sites, find_sites
 
 UNFROZEN = {
     Unfreeze.bias: "the backbone's biases",

@@ -13,7 +13,7 @@ from math import lcm
 
 from transformers import PretrainedConfig
 
-from peftbench.backbone import load_config, meta_backbone
+from peftbench.backbones.load import load_config, meta_backbone
 from peftbench.config.budget import largest_sizes, limit
 from peftbench.config.schema import Run, modifications
 from peftbench.modification.attach import attach_run

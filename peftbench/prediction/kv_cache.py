@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from peftbench.backbones.sites import Attention, configs_of, configured, find_sites
 from peftbench.modification.attach import takes_our_attention
 from peftbench.modification.head_attention import ATTENTION_NAME, HEADS, Prefix
-from peftbench.sites import Attention, configs_of, configured, find_sites
 
 ROOM = 64  # tokens for which a store has room at first, and by which it grows
 

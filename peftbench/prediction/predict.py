@@ -16,7 +16,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor, PreTrainedModel
 
-from peftbench.attention_kernels import no_cudnn_attention
+from peftbench.backbones.attention_kernels import no_cudnn_attention
 from peftbench.modification.inference import prepared
 from peftbench.prediction.kv_cache import NewCache, generation_caches
 from peftbench.prediction.partial import Partial

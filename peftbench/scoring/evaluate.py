@@ -15,7 +15,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from peftbench.backbone import Backbone, load_backbone
+from peftbench.backbones.load import Backbone, load_backbone
+from peftbench.backbones.precision import chosen_device, with_dtype
 from peftbench.config.identity import content_stamp
 from peftbench.config.overrides import apply_override
 from peftbench.config.roles import splits
@@ -24,7 +25,6 @@ from peftbench.config.validity import faults
 from peftbench.evaluate import Evaluator
 from peftbench.modification.attach import attach_run
 from peftbench.modification.state import load as load_adapter
-from peftbench.precision import chosen_device, with_dtype
 from peftbench.records.record import Record
 from peftbench.records.saved import run_folder, saved_config, saved_record
 from peftbench.scoring.show import show_scores

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from peftbench.backbone import load_config, meta_backbone
+from peftbench.backbones.load import load_config, meta_backbone
 from peftbench.config.schema import DType, Run, module_name
 from peftbench.modification.attach import attach_run
 from peftbench.modification.merge import merge, obstacles

@@ -9,9 +9,9 @@ from typing import Any
 import datasets
 from datasets import Dataset, load_dataset
 
+from peftbench.backbones.hub import hub_missing
 from peftbench.config.roles import splits
 from peftbench.config.schema import Task, TaskKind, task_files
-from peftbench.hub import hub_missing
 from peftbench.tasks.deal import numbered
 from peftbench.tasks.docstrings import SPLITS, summary_rows, topic_rows
 from peftbench.tasks.files import find_split, read_file

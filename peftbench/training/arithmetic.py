@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
+from peftbench.backbones.sites import find_sites
 from peftbench.modification.head_attention import HEADS, Prefix
-from peftbench.sites import find_sites
 
 
 def operations(model: PreTrainedModel, sources: Sequence[int], targets: Sequence[int]) -> float:

@@ -18,7 +18,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch.fx.experimental import _config as shapes
 from transformers import PreTrainedModel
 
-from peftbench.sites import find_sites
+from peftbench.backbones.sites import find_sites
 from peftbench.training.hashed_dropout import with_hashed_dropout
 
 # Of a layer's code in one process: stacks x with or without a gradient at the input x shapes that are no free ones, for

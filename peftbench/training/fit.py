@@ -23,10 +23,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from peftbench.attention_kernels import no_cudnn_attention
+from peftbench.backbones.attention_kernels import no_cudnn_attention
+from peftbench.backbones.precision import chosen_device
+from peftbench.backbones.sites import configs_of, configured
 from peftbench.config.schema import schema as config
-from peftbench.precision import chosen_device
-from peftbench.sites import configs_of, configured
 from peftbench.tasks.base import TaskData
 from peftbench.training.arithmetic import operations
 from peftbench.training.batching import Lengths, batches_of, batches_per_epoch, steps_per_epoch, total_steps
@@ -86,7 +86,7 @@ def fit(
     """Train what of `model` requires gradients, in place.
 
     Args:
-        bf16: train under bfloat16 autocast, see `peftbench.precision.use_autocast`.
+        bf16: train under bfloat16 autocast, see `peftbench.backbones.precision.use_autocast`.
         checkpoints: where Trainer may write.
         evaluate: scores the model as it stands on the selection split.
         metric: the score by which `keep=best` chooses; higher is better, but of a loss lower.

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from peftbench.backbones.sites import configs_of, configured, find_sites
 from peftbench.modification.attach import takes_our_attention
 from peftbench.modification.packed_attention import PACKED_NAME, PACKING, Packing
 from peftbench.modification.prompt import PROMPT
-from peftbench.sites import configs_of, configured, find_sites
 from peftbench.token_loss import IGNORED
 from peftbench.training.batching import Collator
 from peftbench.utils.errors import UserError

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from peftbench.backbones.sites import configs_of
 from peftbench.config.schema import schema as config
 from peftbench.config.validity import unrecordable
-from peftbench.sites import configs_of
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.tokens import positions
 from peftbench.token_loss import TokenLoss, output_layer

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from peftbench.backbones.sites import find_sites
 from peftbench.config.compose import compose_run
 from peftbench.config.schema import schema as config
 from peftbench.modification import state
@@ -24,7 +25,6 @@ from peftbench.modification.attach import attach
 from peftbench.modification.edit import Edit
 from peftbench.modification.head_attention import HeadModification
 from peftbench.modification.prompt import Prompt
-from peftbench.sites import find_sites
 from peftbench.utils.errors import UserError
 from tests.families import (
     FAMILIES,

@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from peftbench.backbone import load_backbone
+from peftbench.backbones.load import load_backbone
 from peftbench.cli import main
 from peftbench.config.schema import Model, Task, TaskKind
 from peftbench.config.schema import schema as config
@@ -427,7 +427,7 @@ def test_a_sweep_keeps_what_was_refused_and_says_why(
 def test_a_model_folder_without_config_and_a_hub_id_without_network(
     smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peftbench.backbone.hub_missing", lambda: "the hub cannot be reached from here")
+    monkeypatch.setattr("peftbench.backbones.load.hub_missing", lambda: "the hub cannot be reached from here")
     (tmp_path / "empty").mkdir()
     for override, sentence in (
         (f"model.path={tmp_path / 'empty'}", "has no config.json"),

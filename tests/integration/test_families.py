@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from peftbench.backbones.sites import find_sites
 from peftbench.config.schema import schema as config
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import count
 from peftbench.modification.state import fold
-from peftbench.sites import find_sites
 from peftbench.utils.errors import UserError
 from tests.families import (
     CONTINUING,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from peftbench.backbone import load_backbone
+from peftbench.backbones.load import load_backbone
 from peftbench.cli import main
 from peftbench.modification.attach import attach_run
 from peftbench.modification.state import load as load_adapter

@@ -19,7 +19,7 @@ from datasets import Dataset
 
 import peftbench.tasks.load
 import peftbench.tasks.prepare
-from peftbench.backbone import load_backbone
+from peftbench.backbones.load import load_backbone
 from peftbench.cli import main
 from peftbench.config.compose import compose_run
 from peftbench.config.schema import Task

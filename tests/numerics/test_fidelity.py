@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from peftbench.backbones.sites import Attention, find_sites
 from peftbench.config.compose import compose_run
 from peftbench.config.fidelity import with_deviations
 from peftbench.config.schema import schema as config
@@ -22,7 +23,6 @@ from peftbench.modification.dead_parameters import count_dead
 from peftbench.modification.functional_form import Bottleneck
 from peftbench.modification.head_attention import HEADS, HeadModification
 from peftbench.params.counts import count_run
-from peftbench.sites import Attention, find_sites
 from peftbench.utils.errors import UserError
 from tests.families import PRESETS, batch, build, dropout, modification, shake
 from tests.numerics.test_head_attention import attention_calls, plain_attention

@@ -12,9 +12,9 @@ from transformers import AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from peftbench.backbones.sites import Attention, find_sites
 from peftbench.modification.attach import attach
 from peftbench.modification.head_attention import ATTENTION_NAME, HEADS, Prefix
-from peftbench.sites import Attention, find_sites
 from tests.families import (
     CONTINUING,
     DECODERS,

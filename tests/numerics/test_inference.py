@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from peftbench.backbones.sites import find_sites
 from peftbench.modification import head_attention, inference
 from peftbench.modification.attach import attach
 from peftbench.modification.edit import Edit
@@ -19,7 +20,6 @@ from peftbench.modification.inference import prepared
 from peftbench.modification.state import fold
 from peftbench.prediction import kv_cache
 from peftbench.prediction.predict import predict
-from peftbench.sites import find_sites
 from tests.families import CONTINUING, FAMILIES, MORE_FAMILIES, PRESETS, batch, build, inputs, modification, shake
 
 CASES = [

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from peftbench.backbones.sites import Layer, find_sites
 from peftbench.config.schema import schema as config
 from peftbench.modification.attach import attach
 from peftbench.modification.functional_form import Bottleneck
-from peftbench.sites import Layer, find_sites
 from tests.families import batch, build, dropout, modification, shake
 
 HIDDEN, ATTENTION, ACTIVATION = 0.3, 0.2, 0.1  # three dropout rates, so that none can stand for another

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.backbone import load_config, meta_backbone
+from peftbench.backbones.load import load_config, meta_backbone
 from peftbench.cli import main
 from peftbench.config.budget import largest_sizes, limit
 from peftbench.config.compose import compose_run
@@ -218,8 +218,8 @@ def test_training_takes_the_hubs_config(monkeypatch: pytest.MonkeyPatch) -> None
         return build("roberta").config
 
     run = composed("method=lora", "task=sst2", "model.hub_id=some/roberta", "budget=5%")
-    monkeypatch.setattr("peftbench.backbone.AutoConfig.from_pretrained", from_pretrained)
-    monkeypatch.setattr("peftbench.backbone.hub_missing", lambda: None)
+    monkeypatch.setattr("peftbench.backbones.load.AutoConfig.from_pretrained", from_pretrained)
+    monkeypatch.setattr("peftbench.backbones.load.hub_missing", lambda: None)
     backbone = count(meta_backbone(run.model, run.task, load_config(run.model))).backbone
     (size,) = sizes_of(solve(run, as_trained=True))
     assert asked == 2 * ["some/roberta"]  # once by this test

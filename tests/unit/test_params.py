@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from peftbench.backbone import meta_backbone
+from peftbench.backbones.load import meta_backbone
 from peftbench.cli import main
 from peftbench.config.compose import compose_run
 from peftbench.config.schema import Run

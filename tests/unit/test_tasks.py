@@ -32,7 +32,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from peftbench.backbone import load_backbone
+from peftbench.backbones.load import load_backbone
 from peftbench.config.compose import compose_run
 from peftbench.config.schema import Device, Generation, Keep, Model, Run, Task, TaskKind, Trainer, conf_dir
 from peftbench.evaluate import Evaluator

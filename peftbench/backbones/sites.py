@@ -236,7 +236,7 @@ def family_of(model_type: str) -> Family:
     supported = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
     raise UserError(
         f"The backbone's model_type is {model_type}, which peftbench has no family for; supported: {supported}. "
-        "A family is one row of FAMILIES in peftbench/sites.py."
+        "A family is one row of FAMILIES in peftbench/backbones/sites.py."
     )
 
 
@@ -361,5 +361,7 @@ def _find(root: nn.Module, path: str) -> nn.Module | None:
 
 def _there(root: nn.Module, path: str) -> nn.Module:
     found = _find(root, path)
-    assert found is not None, f"{type(root).__name__} has no {path}; this transformers version differs from sites.py"
+    assert found is not None, (
+        f"{type(root).__name__} has no {path}; this transformers version differs from backbones/sites.py"
+    )
     return found

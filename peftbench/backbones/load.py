@@ -27,9 +27,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from peftbench.backbones.hub import hub_missing
+from peftbench.backbones.sites import family_of
 from peftbench.config.schema import DType, Model, Task, TaskKind
-from peftbench.hub import hub_missing
-from peftbench.sites import family_of
 from peftbench.utils.errors import UserError, meant
 
 T = TypeVar("T")
