@@ -104,7 +104,7 @@ def solved(points: list[Point]) -> list[Point]:
     """
     if all(run.budget is None for _, run in points):
         return points
-    from peftbench.params.solve import solve_all
+    from peftbench.counts.solve import solve_all
 
     return [(point[0], run) for point, run in zip(points, solve_all(run for _, run in points), strict=True)]
 

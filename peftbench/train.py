@@ -27,13 +27,13 @@ from peftbench.config.identity import run_dir
 from peftbench.config.schema import LOSS, Keep, Run, TaskKind, Unfreeze, modifications
 from peftbench.config.search import search_faults
 from peftbench.config.validity import faults
+from peftbench.counts.solve import solve
 from peftbench.evaluate import Evaluator
 from peftbench.modification.attach import attach, attach_run
 from peftbench.modification.counting import count
 from peftbench.modification.dead_parameters import count_dead
 from peftbench.modification.state import fold, save, size, trained_tensors
 from peftbench.modification.state import load as load_adapter
-from peftbench.params.solve import solve
 from peftbench.records.choice import settled
 from peftbench.records.lock import holding
 from peftbench.records.record import Counts, Record, Score, Searched, Selection, find, finished, keep_newer

@@ -1,6 +1,6 @@
 """A parameter budget: what `budget=6.7%` says, and the largest sizes that stay within it. Imports no torch.
 
-`params/solve.py` measures what the sizes of a run cost; here is the arithmetic.
+`counts/solve.py` measures what the sizes of a run cost; here is the arithmetic.
 """
 
 from __future__ import annotations

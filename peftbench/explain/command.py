@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from peftbench.config.compose import compose_run
-from peftbench.explain.show import show, to_json
+from peftbench.counts.show import show, to_json
 from peftbench.utils.console import terminal
 from peftbench.utils.quick_imports import quick_imports
 
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     run = compose_run(args.overrides, config_dir=args.config_dir, reads_data=False)
     with quick_imports():
-        from peftbench.explain.explanation import explain
+        from peftbench.counts.explanation import explain
     explained = explain(run)
     if args.json:
         print(to_json(explained))

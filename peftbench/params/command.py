@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from peftbench.config.compose import compose_points
 from peftbench.config.schema import Run
-from peftbench.params.table import show_run, show_sweep, to_json
+from peftbench.counts.table import show_run, show_sweep, to_json
 from peftbench.utils.console import terminal
 from peftbench.utils.errors import UserError
 from peftbench.utils.quick_imports import quick_imports
 
 if TYPE_CHECKING:
-    from peftbench.params.counts import RunCounts
+    from peftbench.counts.counts import RunCounts
 
 
 def main(argv: list[str]) -> int:
@@ -59,5 +59,5 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 def _count(run: Run) -> RunCounts:
     with quick_imports():
-        from peftbench.params.counts import count_run
+        from peftbench.counts.counts import count_run
     return count_run(run)

@@ -17,12 +17,12 @@ from peftbench.backbones.sites import Attention, find_sites
 from peftbench.config.compose import compose_run
 from peftbench.config.fidelity import with_deviations
 from peftbench.config.schema import schema as config
+from peftbench.counts.counts import count_run
 from peftbench.modification import state
 from peftbench.modification.attach import attach
 from peftbench.modification.dead_parameters import count_dead
 from peftbench.modification.functional_form import Bottleneck
 from peftbench.modification.head_attention import HEADS, HeadModification
-from peftbench.params.counts import count_run
 from peftbench.utils.errors import UserError
 from tests.families import PRESETS, batch, build, dropout, modification, shake
 from tests.numerics.test_head_attention import attention_calls, plain_attention

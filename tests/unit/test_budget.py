@@ -16,10 +16,10 @@ from peftbench.config.budget import largest_sizes, limit
 from peftbench.config.compose import compose_run
 from peftbench.config.identity import run_hash
 from peftbench.config.schema import Modification, Run, Unfreeze, modifications
+from peftbench.counts import solve as solving
+from peftbench.counts.solve import solve
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import count
-from peftbench.params import solve as solving
-from peftbench.params.solve import solve
 from peftbench.utils.errors import UserError
 from tests.families import FAMILIES, MORE_FAMILIES, PRESETS, build, long_tail, run_on, skip_prompts
 

@@ -22,10 +22,10 @@ from peftbench.config.schema import (
     Representation,
     Unfreeze,
 )
-from peftbench.explain.explanation import Explanation, explain
-from peftbench.explain.formula import COMPOSITIONS, REPRESENTATIONS, describe
-from peftbench.explain.sizes import Size
-from peftbench.explain.tree import Branch
+from peftbench.counts.explanation import Explanation, explain
+from peftbench.counts.formula import COMPOSITIONS, REPRESENTATIONS, describe
+from peftbench.counts.sizes import Size
+from peftbench.counts.tree import Branch
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import count, count_places
 from peftbench.utils.errors import UserError

@@ -16,10 +16,10 @@ from peftbench.cli import main
 from peftbench.config.compose import compose_run
 from peftbench.config.schema import Run
 from peftbench.config.schema import schema as config
+from peftbench.counts.counts import count_run
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import count, count_places
 from peftbench.modification.state import fold
-from peftbench.params.counts import count_run
 from tests.families import FAMILIES, MORE_FAMILIES, PRESETS, build, table
 
 NUMBERS = ("trained", "stored", "paper")

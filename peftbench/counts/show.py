@@ -14,12 +14,12 @@ from rich.tree import Tree
 
 from peftbench.config.budget import limit
 from peftbench.config.schema import Unfreeze
-from peftbench.explain.sizes import MEANINGS, Size
+from peftbench.counts.sizes import MEANINGS, Size
 
 if TYPE_CHECKING:
-    from peftbench.explain.explanation import Explanation
-    from peftbench.explain.formula import Row
-    from peftbench.explain.tree import Branch
+    from peftbench.counts.explanation import Explanation
+    from peftbench.counts.formula import Row
+    from peftbench.counts.tree import Branch
 
 INSERTED, MARK, HEADING = "bold green", "yellow", "bold"
 UNMODIFIED = {

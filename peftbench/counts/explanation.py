@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from peftbench.backbones.sites import find_sites
 from peftbench.config.schema import Run, modifications
-from peftbench.explain.formula import Row, describe
-from peftbench.explain.sizes import Size, size
-from peftbench.explain.tree import Branch, network
-from peftbench.params.counts import RunCounts, build, count_built
+from peftbench.counts.counts import RunCounts, build, count_built
+from peftbench.counts.formula import Row, describe
+from peftbench.counts.sizes import Size, size
+from peftbench.counts.tree import Branch, network
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from peftbench.config.schema import (
     modifications,
     module_name,
 )
+from peftbench.counts.solve import solve
 from peftbench.modification.attach import attach_run
 from peftbench.modification.counting import Counts, PlaceCounts, count, count_places
 from peftbench.modification.dead_parameters import count_dead
-from peftbench.params.solve import solve
 
 UNFROZEN = {
     Unfreeze.bias: "the backbone's biases",

@@ -18,8 +18,8 @@ from peftbench.config.budget import limit
 from peftbench.config.schema import Modification, Run, Unfreeze, modifications
 
 if TYPE_CHECKING:
+    from peftbench.counts.counts import RunCounts
     from peftbench.modification.counting import Counts
-    from peftbench.params.counts import RunCounts
 
 NUMBERS = ("trained", "stored", "paper")
 UNBOUNDED = 1000  # characters; rich measures nothing beyond the width that it is told

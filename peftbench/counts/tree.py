@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 from peftbench.backbones.sites import Layer, Sites, find_sites
 from peftbench.config.schema import Run, modifications, module_name
+from peftbench.counts.table import size_of, weights
 from peftbench.modification.counting import count_places
 from peftbench.modification.edit import Edit
 from peftbench.modification.head_attention import HEADS, HeadModification, Prefix
 from peftbench.modification.insertion import parallel, sequential
 from peftbench.modification.prompt import PROMPT
-from peftbench.params.table import size_of, weights
 
 # What a hook of a modification does to the module that it stands on.
 HOOKS = {
