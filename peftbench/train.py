@@ -28,7 +28,7 @@ from peftbench.config.schema import LOSS, Keep, Run, TaskKind, Unfreeze, modific
 from peftbench.config.search import search_faults
 from peftbench.config.validity import faults
 from peftbench.counts.solve import solve
-from peftbench.evaluate import Evaluator
+from peftbench.evaluation.evaluator import Evaluator
 from peftbench.modification.attach import attach, attach_run
 from peftbench.modification.counting import count
 from peftbench.modification.dead_parameters import count_dead

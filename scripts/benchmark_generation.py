@@ -5,7 +5,7 @@
     python scripts/benchmark_generation.py --shape tiny --device cpu      whether it runs at all
     python scripts/benchmark_generation.py --profile mam                  what one variant spends its time on
 
-All variants generate in one process, in turns, from the same sources, by `peftbench.prediction.predict` as runs do
+All variants generate in one process, in turns, from the same sources, by `peftbench.evaluation.predict` as runs do
 (bfloat16 autocast, beams). The first rows are transformers' own `generate` of the untouched backbone, under autocast
 and in bfloat16 whole. Weights are random, trained tensors too (none is zero), and every text has the same number of
 tokens, so that all do the same work. What is timed is one pass over the sources; folding, merging and rounding the
@@ -36,11 +36,11 @@ from transformers import BartConfig, BartForConditionalGeneration, GenerationCon
 
 from peftbench.config.compose import compose_run
 from peftbench.config.schema import schema as config
-from peftbench.modification import inference
+from peftbench.evaluation import inference
+from peftbench.evaluation import predict as predict_module
+from peftbench.evaluation.predict import autocast, predict
 from peftbench.modification.attach import attach
 from peftbench.modification.state import fold
-from peftbench.prediction import predict as predict_module
-from peftbench.prediction.predict import autocast, predict
 from peftbench.utils.memory import no_collection
 
 SHAPES: dict[str, dict[str, Any]] = {

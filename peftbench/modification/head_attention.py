@@ -84,7 +84,7 @@ class HeadModification(Modification):
 class Prefix(nn.Module):
     """Prefix tuning, eq. 5: keys and values put before those of the context. `function.weights` are P_k and P_v^T."""
 
-    in_cache = False  # the keys and values that it is given have it already, see prediction/kv_cache.py
+    in_cache = False  # the keys and values that it is given have it already, see evaluation/kv_cache.py
 
     def __init__(self, function: Bottleneck) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ from peftbench.config.overrides import apply_override
 from peftbench.config.roles import splits
 from peftbench.config.schema import Run, Task, resolve, task_files
 from peftbench.config.validity import faults
-from peftbench.evaluate import Evaluator
+from peftbench.evaluation.evaluator import Evaluator
 from peftbench.modification.attach import attach_run
 from peftbench.modification.state import load as load_adapter
 from peftbench.records.record import Record

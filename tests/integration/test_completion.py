@@ -15,8 +15,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from peftbench.cli import main
 from peftbench.config.schema import Generation, Run, Task, TaskKind, Trainer
-from peftbench.evaluate import Evaluator
-from peftbench.prediction.predict import mean_loss, predict
+from peftbench.evaluation.evaluator import Evaluator
+from peftbench.evaluation.predict import mean_loss, predict
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.load import load
 from peftbench.tasks.prepare import prepare

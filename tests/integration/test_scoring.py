@@ -13,9 +13,9 @@ from transformers import BartForSequenceClassification
 from peftbench import load_run
 from peftbench import train as train_module
 from peftbench.cli import main
+from peftbench.evaluation import predict as predict_module
 from peftbench.metrics.metrics import measure
 from peftbench.modification.state import FILE_NAME
-from peftbench.prediction import predict as predict_module
 from peftbench.records.run_files import logged
 from peftbench.records.saved import run_folder
 from peftbench.utils.errors import UserError

@@ -11,7 +11,7 @@ import torch
 
 import peftbench.train
 from peftbench.cli import main
-from peftbench.evaluate import Evaluator
+from peftbench.evaluation.evaluator import Evaluator
 from peftbench.modification.state import trained_tensors
 from peftbench.training.fit import Fitted
 from tests.integration.test_cli import SUBPROCESS, records, sentiment, smoke

@@ -23,7 +23,7 @@ from peftbench.backbones.load import load_backbone
 from peftbench.cli import main
 from peftbench.config.compose import compose_run
 from peftbench.config.schema import Task
-from peftbench.evaluate import Evaluator
+from peftbench.evaluation.evaluator import Evaluator
 from peftbench.records.record import find
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.cache import Recent

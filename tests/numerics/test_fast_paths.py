@@ -14,10 +14,10 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from peftbench.backbones.sites import configs_of, find_sites
 from peftbench.config.schema import LOSS, Compile, Keep
+from peftbench.evaluation.kv_cache import cache_argument
+from peftbench.evaluation.predict import mean_loss
 from peftbench.modification.attach import attach
 from peftbench.modification.functional_form import Bottleneck
-from peftbench.prediction.kv_cache import cache_argument
-from peftbench.prediction.predict import mean_loss
 from peftbench.token_loss import IGNORED, cross_entropy, hidden_states, logits_bias, output_layer
 from peftbench.training.compiled import CompiledLayers
 from tests.families import CONTINUING, PRESETS, WRITING, batch, build, long_tail, shake

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from peftbench.backbones.sites import find_sites
-from peftbench.modification import head_attention, inference
+from peftbench.evaluation import inference, kv_cache
+from peftbench.evaluation.inference import prepared
+from peftbench.evaluation.predict import predict
+from peftbench.modification import head_attention
 from peftbench.modification.attach import attach
 from peftbench.modification.edit import Edit
 from peftbench.modification.functional_form import Bottleneck
-from peftbench.modification.inference import prepared
 from peftbench.modification.state import fold
-from peftbench.prediction import kv_cache
-from peftbench.prediction.predict import predict
 from tests.families import CONTINUING, FAMILIES, MORE_FAMILIES, PRESETS, batch, build, inputs, modification, shake
 
 CASES = [

@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from peftbench.evaluation.kv_cache import cache_argument
 from peftbench.modification.attach import attach
 from peftbench.modification.functional_form import Bottleneck
 from peftbench.modification.state import bottlenecks
-from peftbench.prediction.kv_cache import cache_argument
 from tests.families import batch, build, dropout, modification
 
 LENGTH = 5

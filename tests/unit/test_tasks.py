@@ -35,9 +35,9 @@ from transformers import (
 from peftbench.backbones.load import load_backbone
 from peftbench.config.compose import compose_run
 from peftbench.config.schema import Device, Generation, Keep, Model, Run, Task, TaskKind, Trainer, conf_dir
-from peftbench.evaluate import Evaluator
-from peftbench.prediction import predict as predict_module
-from peftbench.prediction.predict import mean_loss, predict
+from peftbench.evaluation import predict as predict_module
+from peftbench.evaluation.evaluator import Evaluator
+from peftbench.evaluation.predict import mean_loss, predict
 from peftbench.tasks.deal import ROW, numbered
 from peftbench.tasks.files import read_file
 from peftbench.tasks.load import load

@@ -12,8 +12,8 @@ from peftbench.backbones.precision import use_autocast
 from peftbench.backbones.sites import configured
 from peftbench.config.identity import content_stamp
 from peftbench.config.schema import LOSS, Run, TaskKind
-from peftbench.prediction.partial import Partial
-from peftbench.prediction.predict import mean_loss, predict
+from peftbench.evaluation.partial import Partial
+from peftbench.evaluation.predict import mean_loss, predict
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.tokens import positions
 from peftbench.utils.errors import UserError

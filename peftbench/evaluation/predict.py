@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor, PreTrainedModel
 
 from peftbench.backbones.attention_kernels import no_cudnn_attention
-from peftbench.modification.inference import prepared
-from peftbench.prediction.kv_cache import NewCache, generation_caches
-from peftbench.prediction.partial import Partial
+from peftbench.evaluation.inference import prepared
+from peftbench.evaluation.kv_cache import NewCache, generation_caches
+from peftbench.evaluation.partial import Partial
 from peftbench.token_loss import TokenLoss
 from peftbench.utils.memory import make_room, out_of_memory
 

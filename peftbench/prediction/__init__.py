@@ -1,1 +1,0 @@
-"""Predictions of a model, in bulk: batches, beams that share their source, and what was already predicted."""
