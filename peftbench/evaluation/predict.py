@@ -20,7 +20,7 @@ from peftbench.backbones.attention_kernels import no_cudnn_attention
 from peftbench.evaluation.inference import prepared
 from peftbench.evaluation.kv_cache import NewCache, generation_caches
 from peftbench.evaluation.partial import Partial
-from peftbench.token_loss import TokenLoss
+from peftbench.training.token_loss import TokenLoss
 from peftbench.utils.memory import make_room, out_of_memory
 
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
-from peftbench.token_loss import IGNORED
+from peftbench.training.token_loss import IGNORED
 from peftbench.utils.memory import make_room, out_of_memory
 
 AUTO = "auto"

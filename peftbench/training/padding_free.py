@@ -22,8 +22,8 @@ from peftbench.backbones.sites import configs_of, configured, find_sites
 from peftbench.modification.attach import takes_our_attention
 from peftbench.modification.packed_attention import PACKED_NAME, PACKING, Packing
 from peftbench.modification.prompt import PROMPT
-from peftbench.token_loss import IGNORED
 from peftbench.training.batching import Collator
+from peftbench.training.token_loss import IGNORED
 from peftbench.utils.errors import UserError
 
 SOURCES, TARGETS = "source_lengths", "target_lengths"  # of each example of a batch, in tokens; no tensors

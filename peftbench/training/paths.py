@@ -15,10 +15,10 @@ from peftbench.config.schema import schema as config
 from peftbench.config.validity import unrecordable
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.tokens import positions
-from peftbench.token_loss import TokenLoss, output_layer
 from peftbench.training.batching import Collator, Lengths, padded_to
 from peftbench.training.compiled import CompiledLayers
 from peftbench.training.padding_free import PaddingFree, refusal, row_step, with_lengths
+from peftbench.training.token_loss import TokenLoss, output_layer
 from peftbench.utils.errors import UserError
 
 AUTO = "auto"

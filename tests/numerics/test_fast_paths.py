@@ -18,8 +18,8 @@ from peftbench.evaluation.kv_cache import cache_argument
 from peftbench.evaluation.predict import mean_loss
 from peftbench.modification.attach import attach
 from peftbench.modification.functional_form import Bottleneck
-from peftbench.token_loss import IGNORED, cross_entropy, hidden_states, logits_bias, output_layer
 from peftbench.training.compiled import CompiledLayers
+from peftbench.training.token_loss import IGNORED, cross_entropy, hidden_states, logits_bias, output_layer
 from tests.families import CONTINUING, PRESETS, WRITING, batch, build, long_tail, shake
 from tests.fitting import Targets, fitted, gradients_of, model_of, one_step
 
