@@ -62,7 +62,7 @@ COMMANDS = {
     "status": "results.status",
     "results": "results.command",
     "compare": "results.compare",
-    "plot": "results.plot",
+    "plot": "tables.plot",
     "report": "results.report.command",
     "reproduce": "reproduce",
     "params": "params.command",

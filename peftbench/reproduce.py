@@ -23,9 +23,9 @@ from peftbench.hydra_app import main as train
 from peftbench.hydra_app import solved
 from peftbench.records.choice import known
 from peftbench.records.record import Record, find, load_records
-from peftbench.results.columns import Column, duration
-from peftbench.results.paper import is_the_papers, score_of
-from peftbench.results.table import show_table
+from peftbench.tables.columns import Column, duration
+from peftbench.tables.paper import is_the_papers, score_of
+from peftbench.tables.terminal import show_table
 from peftbench.utils.console import terminal
 from peftbench.utils.differences import differing
 from peftbench.utils.errors import UserError, unknown

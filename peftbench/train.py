@@ -39,8 +39,8 @@ from peftbench.records.lock import holding
 from peftbench.records.record import Counts, Record, Score, Searched, Selection, find, finished, keep_newer
 from peftbench.records.recording import axes_of, forget_refused, recording
 from peftbench.records.run_files import CHECKPOINTS, append_metrics, rewind_metrics, write_predictions
-from peftbench.results.fields import typed
-from peftbench.results.table import single_row
+from peftbench.tables.fields import typed
+from peftbench.tables.terminal import single_row
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.docstrings import versions
 from peftbench.tasks.load import load

@@ -10,13 +10,13 @@ from typing import Any, get_args
 
 from rich.text import Text
 
-from peftbench.results.columns import Column, Cost, beside_paper, chosen, columns
-from peftbench.results.formats import csv_of, dumped, latex, markdown, to_csv, to_json, values
-from peftbench.results.paper import printed
-from peftbench.results.pivot import pivot
-from peftbench.results.row import Row, Statistic, once, over_seeds, rank, single, tables, unscored
-from peftbench.results.select import read
-from peftbench.results.table import show_table, titles
+from peftbench.tables.columns import Column, Cost, beside_paper, chosen, columns
+from peftbench.tables.formats import csv_of, dumped, latex, markdown, to_csv, to_json, values
+from peftbench.tables.paper import printed
+from peftbench.tables.pivot import pivot
+from peftbench.tables.row import Row, Statistic, once, over_seeds, rank, single, tables, unscored
+from peftbench.tables.select import read
+from peftbench.tables.terminal import show_table, titles
 from peftbench.utils.console import terminal
 from peftbench.utils.errors import UserError
 

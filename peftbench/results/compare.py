@@ -25,9 +25,9 @@ from peftbench.metrics.bootstrap import Difference, paired_bootstrap
 from peftbench.metrics.example_scores import ExampleScores, example_scores
 from peftbench.records.record import FILE, Record, load_records
 from peftbench.records.saved import saved_predictions
-from peftbench.results.fields import FIELDS, text
-from peftbench.results.row import Row, is_trial, over_seeds, unscored
-from peftbench.results.select import TRIALS, is_filter, select
+from peftbench.tables.fields import FIELDS, text
+from peftbench.tables.row import Row, is_trial, over_seeds, unscored
+from peftbench.tables.select import TRIALS, is_filter, select
 from peftbench.utils.console import terminal
 from peftbench.utils.differences import differing, flatten
 from peftbench.utils.errors import UserError

@@ -24,9 +24,9 @@ from rich.text import Text
 
 from peftbench.records.record import FILE, Record, find
 from peftbench.records.run_files import METRICS
-from peftbench.results.row import is_scored
 from peftbench.results.status import State, summary, time_of
 from peftbench.results.sweep import Sweep
+from peftbench.tables.row import is_scored
 
 READ_EVERY = 1.0  # seconds
 AROUND = 8  # lines that are no runs: heading, head of the table with its rule, what is left out, bars, the prompt

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from peftbench.records.record import Record, find
-from peftbench.results.columns import duration
 from peftbench.results.sweep import FOLDER, SUFFIX, Plan, Point
+from peftbench.tables.columns import duration
 from peftbench.utils.console import terminal
 from peftbench.utils.errors import UserError
 

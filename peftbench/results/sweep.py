@@ -17,8 +17,8 @@ from peftbench.config.schema import Run, by_key, value_at
 from peftbench.records.choice import NoChoice, known, sentence, settled
 from peftbench.records.record import Record, decode, find, finished
 from peftbench.records.recording import describe
-from peftbench.results.fields import text
-from peftbench.results.table import show
+from peftbench.tables.fields import text
+from peftbench.tables.terminal import show
 from peftbench.utils.console import terminal
 from peftbench.utils.differences import distinctive
 from peftbench.utils.errors import UserError

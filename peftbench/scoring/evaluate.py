@@ -27,7 +27,7 @@ from peftbench.modification.attach import attach_run
 from peftbench.modification.state import load as load_adapter
 from peftbench.records.record import Record
 from peftbench.records.saved import run_folder, saved_config, saved_record
-from peftbench.scoring.show import show_scores
+from peftbench.tables.scores import show_scores
 from peftbench.tasks.load import homeless, load, reported_on
 from peftbench.tasks.prepare import prepare
 from peftbench.train import quiet_console

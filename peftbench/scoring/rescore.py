@@ -13,7 +13,7 @@ from peftbench.config.validity import METRICS, label_faults
 from peftbench.metrics.metrics import measure
 from peftbench.records.run_files import predictions_file
 from peftbench.records.saved import run_folder, saved_config, saved_predictions, saved_record
-from peftbench.scoring.show import show_scores
+from peftbench.tables.scores import show_scores
 from peftbench.utils.console import terminal
 from peftbench.utils.errors import UserError, unknown
 

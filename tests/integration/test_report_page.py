@@ -19,9 +19,9 @@ import pytest
 from peftbench.records.record import finished, load_records
 from peftbench.records.recording import start
 from peftbench.records.run_files import write_predictions
-from peftbench.results.columns import columns
 from peftbench.results.report.command import main
-from peftbench.results.row import front, over_seeds, single
+from peftbench.tables.columns import columns
+from peftbench.tables.row import front, over_seeds, single
 from tests.unit.test_record import RUN
 from tests.unit.test_report import EVIL, make_runs
 

@@ -18,7 +18,7 @@ from peftbench.records.record import Score, Searched, find, load_records
 from peftbench.records.recording import recording
 from peftbench.records.run_files import write_predictions
 from peftbench.results.compare import main, settings_that_differ
-from peftbench.results.row import single
+from peftbench.tables.row import single
 from peftbench.utils.errors import UserError
 from tests.unit.test_record import RUN
 

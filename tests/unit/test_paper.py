@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from peftbench.config.schema import conf_dir
 from peftbench.records.record import Backbone, Record, Score
 from peftbench.results.command import main
-from peftbench.results.paper import SETTINGS, printed
 from peftbench.results.report.command import main as report
+from peftbench.tables.paper import SETTINGS, printed
 from tests.unit.test_results import LORA
 from tests.unit.test_table import FFN, record, saved
 

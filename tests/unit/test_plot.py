@@ -11,8 +11,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from peftbench.records.record import Counts, Record, Score
-from peftbench.results.plot import COLOURS, draw, draw_curves, main
-from peftbench.results.row import over_seeds, single
+from peftbench.tables.plot import COLOURS, draw, draw_curves, main
+from peftbench.tables.row import over_seeds, single
 from peftbench.utils.errors import UserError, of_the_machine
 from tests.unit.test_results import run
 from tests.unit.test_table import saved

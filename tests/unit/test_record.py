@@ -30,7 +30,7 @@ from peftbench.config.schema import (
 from peftbench.records.record import APART, FILE, Axes, Counts, Record, Score, finished, load_records
 from peftbench.records.recording import recording, start
 from peftbench.records.run_files import append_metrics, write_predictions
-from peftbench.results.select import read
+from peftbench.tables.select import read
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import write_lines
 

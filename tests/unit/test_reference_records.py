@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from peftbench.records.record import FILE, load_records
-from peftbench.results import command, compare, plot
+from peftbench.results import command, compare
 from peftbench.results.report import command as report
-from peftbench.results.row import over_seeds, tables
+from peftbench.tables import plot
+from peftbench.tables.row import over_seeds, tables
 from peftbench.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

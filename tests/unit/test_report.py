@@ -18,8 +18,8 @@ from peftbench.records.record import Axes, Counts, Failure, load_records
 from peftbench.records.recording import start
 from peftbench.records.run_files import write_predictions
 from peftbench.results.report.command import main
-from peftbench.results.report.content import LONGEST, POINTS, SAMPLES
-from peftbench.results.select import read
+from peftbench.tables.report.content import LONGEST, POINTS, SAMPLES
+from peftbench.tables.select import read
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import write_lines
 from tests.unit.test_record import RUN

@@ -18,12 +18,12 @@ import pytest
 
 from peftbench.records.record import Axes, Backbone, Counts, Failure, Record
 from peftbench.records.recording import describe
-from peftbench.results.columns import best_of, columns
 from peftbench.results.command import main
-from peftbench.results.formats import latex, markdown
-from peftbench.results.pivot import pivot
-from peftbench.results.row import front, over_seeds, single
-from peftbench.results.select import select
+from peftbench.tables.columns import best_of, columns
+from peftbench.tables.formats import latex, markdown
+from peftbench.tables.pivot import pivot
+from peftbench.tables.row import front, over_seeds, single
+from peftbench.tables.select import select
 from peftbench.utils.errors import UserError
 from tests.unit.test_record import RUN
 from tests.unit.test_table import FFN, HEADS, record, saved

@@ -14,11 +14,11 @@ from rich.console import Console
 
 from peftbench.config.fidelity import Deviation
 from peftbench.records.record import Axes, Backbone, Counts, Failure, Record, Score
-from peftbench.results.columns import columns
 from peftbench.results.command import main
-from peftbench.results.formats import to_csv, to_json
-from peftbench.results.row import over_seeds
-from peftbench.results.table import show, show_table, single_row, wrapped
+from peftbench.tables.columns import columns
+from peftbench.tables.formats import to_csv, to_json
+from peftbench.tables.row import over_seeds
+from peftbench.tables.terminal import show, show_table, single_row, wrapped
 from peftbench.utils.errors import UserError
 
 HEADS = Axes("", "softmax", "heads", "parallel", "gated", 1.0, 30, {})

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from peftbench.results.report.content import SAMPLES, content
-from peftbench.results.report.page import page
-from peftbench.results.select import read
+from peftbench.tables.report.content import SAMPLES, content
+from peftbench.tables.report.page import page
+from peftbench.tables.select import read
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import replacing
 

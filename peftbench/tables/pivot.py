@@ -16,9 +16,9 @@ from typing import Any, Literal
 from peftbench.config.axes import CHOICES
 from peftbench.config.identity import IGNORED
 from peftbench.records.record import Record
-from peftbench.results.columns import Column
-from peftbench.results.fields import COSTS, FIELDS, field, text
-from peftbench.results.row import Row, Statistic, is_scored, once, point
+from peftbench.tables.columns import Column
+from peftbench.tables.fields import COSTS, FIELDS, field, text
+from peftbench.tables.row import Row, Statistic, is_scored, once, point
 from peftbench.utils.differences import differing, flatten
 from peftbench.utils.errors import UserError
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 from peftbench.config.axes import CHOICES
 from peftbench.records.record import Record
 from peftbench.records.run_files import logged
-from peftbench.results.fields import FIELDS, field, text
-from peftbench.results.row import Row, Statistic, front, over_seeds, single, tables
-from peftbench.results.select import read
-from peftbench.results.table import title
+from peftbench.tables.fields import FIELDS, field, text
+from peftbench.tables.row import Row, Statistic, front, over_seeds, single, tables
+from peftbench.tables.select import read
+from peftbench.tables.terminal import title
 from peftbench.utils.differences import differing
 from peftbench.utils.errors import UserError, unknown
 from peftbench.utils.files import beside

@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from peftbench.records.record import Record
-from peftbench.results.columns import Column, best_of, columns, flat_header
-from peftbench.results.row import Row, rank, setting, single, tables, unscored
+from peftbench.tables.columns import Column, best_of, columns, flat_header
+from peftbench.tables.row import Row, rank, setting, single, tables, unscored
 
 T = TypeVar("T")
 GAP = 2  # characters between two columns

@@ -10,12 +10,12 @@ from typing import Any
 from peftbench import __version__
 from peftbench.records.record import Axes, Record
 from peftbench.records.run_files import logged, predictions_file, read_lines
-from peftbench.results.columns import PAPER, columns
 from peftbench.results.compare import settings_of
-from peftbench.results.fields import COSTS, FIELDS, field, text
-from peftbench.results.plot import COLOURS, NAMES
-from peftbench.results.row import Row, point, rank, single, tables
-from peftbench.results.table import titles
+from peftbench.tables.columns import PAPER, columns
+from peftbench.tables.fields import COSTS, FIELDS, field, text
+from peftbench.tables.plot import COLOURS, NAMES
+from peftbench.tables.row import Row, point, rank, single, tables
+from peftbench.tables.terminal import titles
 from peftbench.utils.differences import differing
 
 SAMPLES = 6  # predictions of each run

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from peftbench.records.record import Axes, Record
-from peftbench.results.columns import Column, best_of, flat_header
+from peftbench.tables.columns import Column, best_of, flat_header
 from peftbench.utils.differences import flatten
 
 T = TypeVar("T")

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from peftbench.records.record import Record, kept_apart, load_records
-from peftbench.results.fields import field, text
-from peftbench.results.row import is_trial
+from peftbench.tables.fields import field, text
+from peftbench.tables.row import is_trial
 from peftbench.utils.errors import UserError, unknown
 
 TRIALS = "trials=true"  # the word that asks for them
