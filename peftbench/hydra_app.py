@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from peftbench.config.compose import AND, CONFIG_NAME, Point, compose_points
 from peftbench.config.schema import conf_dir, resolve
 from peftbench.config.search import check, is_open, phases
-from peftbench.results.sweep import Sweep
+from peftbench.sweeps.plan import Sweep
 from peftbench.sweeps.sweeper import INTERRUPTED, places_of, put_off, shown, train_all, train_one, wait_for_others
 from peftbench.utils.console import say
 from peftbench.utils.errors import UserError, of_the_machine, print_faults

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from peftbench.records.record import Record, find
-from peftbench.results.sweep import FOLDER, SUFFIX, Plan, Point
+from peftbench.sweeps.plan import FOLDER, SUFFIX, Plan, Point
 from peftbench.tables.columns import duration
 from peftbench.utils.console import terminal
 from peftbench.utils.errors import UserError

@@ -12,9 +12,9 @@ from pathlib import Path
 from peftbench.config.compose import Point
 from peftbench.config.schema import Run, by_key
 from peftbench.records.record import find, finished
-from peftbench.results.live import LiveSweep
-from peftbench.results.sweep import FOLDER, Member, Sweep
 from peftbench.sweeps import mps
+from peftbench.sweeps.live import LiveSweep
+from peftbench.sweeps.plan import FOLDER, Member, Sweep
 from peftbench.sweeps.workers import Ended, Job, Workers, attempt
 from peftbench.tables.columns import duration
 from peftbench.utils.console import say, terminal

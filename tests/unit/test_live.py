@@ -15,8 +15,8 @@ from rich.console import Console
 
 from peftbench.records.lock import holding
 from peftbench.records.record import Failure
-from peftbench.results.live import READ_EVERY, LiveSweep, progress
-from peftbench.results.sweep import Sweep
+from peftbench.sweeps.live import READ_EVERY, LiveSweep, progress
+from peftbench.sweeps.plan import Sweep
 from peftbench.utils.progress import Display, is_live
 from tests.unit.test_record import RUN
 from tests.unit.test_table import FFN, record

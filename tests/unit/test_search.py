@@ -20,7 +20,7 @@ from peftbench.records.record import Failure, Score, Searched, Selection, Trial,
 from peftbench.records.recording import describe
 from peftbench.results.command import main
 from peftbench.results.status import main as status
-from peftbench.results.sweep import Sweep
+from peftbench.sweeps.plan import Sweep
 from peftbench.utils.errors import UserError
 from tests.unit.test_record import RUN as BARE
 from tests.unit.test_table import record, saved

@@ -14,7 +14,7 @@ import pytest
 from peftbench.records.lock import holding
 from peftbench.records.record import Failure
 from peftbench.results.status import State, main, seconds_left
-from peftbench.results.sweep import Member, Plan, Point
+from peftbench.sweeps.plan import Member, Plan, Point
 from peftbench.utils.errors import UserError
 from tests.unit.test_record import RUN
 from tests.unit.test_table import record, saved

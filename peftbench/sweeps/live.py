@@ -25,7 +25,7 @@ from rich.text import Text
 from peftbench.records.record import FILE, Record, find
 from peftbench.records.run_files import METRICS
 from peftbench.results.status import State, summary, time_of
-from peftbench.results.sweep import Sweep
+from peftbench.sweeps.plan import Sweep
 from peftbench.tables.row import is_scored
 
 READ_EVERY = 1.0  # seconds
