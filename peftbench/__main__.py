@@ -2,6 +2,6 @@
 
 import sys
 
-from peftbench.cli import main
+from peftbench.cli.main import main
 
 sys.exit(main())

@@ -367,6 +367,6 @@ def quiet_console(stderr: bool = False) -> Console:
 
 
 if __name__ == "__main__":
-    from peftbench.cli import main
+    from peftbench.cli.main import main
 
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peftbench.cli.evaluate import restored, saved_run
 from peftbench.records.saved import run_folder, saved_record
-from peftbench.scoring.evaluate import restored, saved_run
 
 
 def load_run(folder: str | Path, *overrides: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -22,9 +22,9 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from peftbench.cli.status import State, summary, time_of
 from peftbench.records.record import FILE, Record, find
 from peftbench.records.run_files import METRICS
-from peftbench.results.status import State, summary, time_of
 from peftbench.sweeps.plan import Sweep
 from peftbench.tables.row import is_scored
 

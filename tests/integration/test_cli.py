@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from peftbench.backbones.load import load_backbone
-from peftbench.cli import main
+from peftbench.cli.main import main
 from peftbench.config.schema import Model, Task, TaskKind
 from peftbench.config.schema import schema as config
 from peftbench.utils.files import write_lines
@@ -57,14 +57,14 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_help_imports_no_torch() -> None:
-    code = "import sys; from peftbench.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    code = "import sys; from peftbench.cli.main import main; main(['--help']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "peftbench train" in done.stdout
 
 
 def test_refusing_imports_no_torch() -> None:
     code = (
-        "import sys; from peftbench.cli import main; code = main(['train', 'method=lroa']); "
+        "import sys; from peftbench.cli.main import main; code = main(['train', 'method=lroa']); "
         "sys.exit('torch' in sys.modules or code != 2)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

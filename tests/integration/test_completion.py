@@ -13,7 +13,7 @@ import torch
 from tokenizers import processors
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from peftbench.cli import main
+from peftbench.cli.main import main
 from peftbench.config.schema import Generation, Run, Task, TaskKind, Trainer
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.evaluation.predict import mean_loss, predict

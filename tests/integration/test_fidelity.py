@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 import peftbench
-from peftbench.cli import main
+from peftbench.cli.main import main
 from peftbench.config.fidelity import SWITCHES
 from tests.families import build
 

@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from peftbench.backbones.load import load_backbone
-from peftbench.cli import main
+from peftbench.cli.evaluate import changed_run
+from peftbench.cli.main import main
 from peftbench.modification.attach import attach_run
 from peftbench.modification.state import load as load_adapter
 from peftbench.records.saved import saved_record
-from peftbench.scoring.evaluate import changed_run
 from peftbench.utils.files import write_lines
 
 pytestmark = pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.cli import main
+from peftbench.cli.main import main
 from peftbench.config.compose import compose_points
 
 README = Path(__file__).resolve().parents[2] / "README.md"

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
+from peftbench.cli.report import main
 from peftbench.records.record import finished, load_records
 from peftbench.records.recording import start
 from peftbench.records.run_files import write_predictions
-from peftbench.results.report.command import main
 from peftbench.tables.columns import columns
 from peftbench.tables.row import front, over_seeds, single
 from tests.unit.test_record import RUN

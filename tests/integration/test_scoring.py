@@ -12,7 +12,7 @@ from transformers import BartForSequenceClassification
 
 from peftbench import load_run
 from peftbench import train as train_module
-from peftbench.cli import main
+from peftbench.cli.main import main
 from peftbench.evaluation import predict as predict_module
 from peftbench.metrics.metrics import measure
 from peftbench.modification.state import FILE_NAME

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import peftbench.train
-from peftbench.cli import main
+from peftbench.cli.main import main
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.modification.state import trained_tensors
 from peftbench.training.fit import Fitted

@@ -20,7 +20,7 @@ from datasets import Dataset
 import peftbench.tasks.load
 import peftbench.tasks.prepare
 from peftbench.backbones.load import load_backbone
-from peftbench.cli import main
+from peftbench.cli.main import main
 from peftbench.config.compose import compose_run
 from peftbench.config.schema import Task
 from peftbench.evaluation.evaluator import Evaluator
@@ -132,7 +132,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(stage: str, smoke: list[str], 
         "def on_save(self, args, state, control, **kwargs):\n"
         f"    if state.global_step == 7 and {stage!r} in args.output_dir: os.kill(os.getpid(), signal.SIGKILL)\n"
         "SaveByTime.on_save = on_save\n"
-        "from peftbench.cli import main\n"
+        "from peftbench.cli.main import main\n"
         "main(sys.argv[1:])\n"
     )
     parts = ["train", *replaced(arguments, tmp_path / "parts")]

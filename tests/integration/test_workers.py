@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from peftbench.cli import main
+from peftbench.cli.main import main
 from peftbench.records.record import load_records
 from tests.integration.test_cli import SUBPROCESS, records, sentiment, smoke
 from tests.integration.test_sweep import SHORT, outcome, replaced

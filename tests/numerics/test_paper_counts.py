@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from peftbench.cli import main
+from peftbench.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 

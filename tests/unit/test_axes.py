@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.cli import main
+from peftbench.cli.ls import MEANINGS
+from peftbench.cli.main import main
 from peftbench.config.axes import CHOICES, Point, at, axes, nearest, points, refusals, runs
 from peftbench.config.schema import schema as config
-from peftbench.listing import MEANINGS
 
 
 def distance(a: Point, b: Point) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from peftbench.backbones.load import load_config, meta_backbone
-from peftbench.cli import main
+from peftbench.cli.main import main
 from peftbench.config.budget import largest_sizes, limit
 from peftbench.config.compose import compose_run
 from peftbench.config.identity import run_hash

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
+from peftbench.cli.compare import main, settings_that_differ
 from peftbench.config.identity import run_dir
 from peftbench.config.schema import FunctionalForm, Modification, Trainer
 from peftbench.records.record import Score, Searched, find, load_records
 from peftbench.records.recording import recording
 from peftbench.records.run_files import write_predictions
-from peftbench.results.compare import main, settings_that_differ
 from peftbench.tables.row import single
 from peftbench.utils.errors import UserError
 from tests.unit.test_record import RUN
@@ -182,7 +182,7 @@ def test_a_side_that_is_nothing(outputs: Path) -> None:
 
 def test_comparing_imports_no_torch() -> None:
     code = (
-        "import sys, peftbench.results.compare; from peftbench.metrics.example_scores import example_scores; "
+        "import sys, peftbench.cli.compare; from peftbench.metrics.example_scores import example_scores; "
         "[example_scores(metric, ['a'], ['a']) for metric in ('rouge1', 'f1', 'bleu_ro')]; "
         "example_scores('pearson', ['1'], ['2']); sys.exit('torch' in sys.modules)"
     )

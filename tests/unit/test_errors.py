@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.cli import main
+from peftbench.cli.main import main
 from peftbench.utils.errors import of_the_machine, unknown
 from peftbench.utils.files import replacing
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from peftbench.cli import main
+from peftbench.cli.main import main
 from peftbench.config.schema import (
     ACTIVATIONS,
     Composition,
@@ -328,7 +328,7 @@ def test_what_is_refused(arguments: list[str], sentence: str, capsys: pytest.Cap
 
 def test_refusing_imports_no_torch() -> None:
     code = (
-        "import sys; from peftbench.cli import main; code = main(['explain', 'method=lroa']); "
+        "import sys; from peftbench.cli.main import main; code = main(['explain', 'method=lroa']); "
         "sys.exit('torch' in sys.modules or code != 2)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

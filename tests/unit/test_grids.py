@@ -10,7 +10,7 @@ import pytest
 
 import peftbench.config.compose
 import peftbench.sweeps.sweeper
-from peftbench.cli import main
+from peftbench.cli.main import main
 from peftbench.config.compose import _grids, compose_points, compose_run
 from peftbench.config.schema import Run
 from peftbench.config.search import check

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from peftbench.cli import main
+from peftbench.cli.main import main
 from peftbench.config.keys import keys
 from peftbench.config.schema import Run, Search
 from peftbench.utils.differences import flatten

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from peftbench.cli import main
+from peftbench.cli.main import main
 from peftbench.sweeps import mps as module
 from peftbench.sweeps import places, workers
 from peftbench.sweeps.mps import CONTROL, LOGS, PIPES, UnusableError, await_gpu, shared

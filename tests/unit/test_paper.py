@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from peftbench.cli.report import main as report
+from peftbench.cli.results import main
 from peftbench.config.schema import conf_dir
 from peftbench.records.record import Backbone, Record, Score
-from peftbench.results.command import main
-from peftbench.results.report.command import main as report
 from peftbench.tables.paper import SETTINGS, printed
 from tests.unit.test_results import LORA
 from tests.unit.test_table import FFN, record, saved

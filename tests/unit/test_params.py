@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from peftbench.backbones.load import meta_backbone
-from peftbench.cli import main
+from peftbench.cli.main import main
 from peftbench.config.compose import compose_run
 from peftbench.config.schema import Run
 from peftbench.config.schema import schema as config
@@ -325,7 +325,7 @@ def test_options_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_refusing_imports_no_torch() -> None:
     code = (
-        "import sys; from peftbench.cli import main; code = main(['params', 'method=lroa']); "
+        "import sys; from peftbench.cli.main import main; code = main(['params', 'method=lroa']); "
         "sys.exit('torch' in sys.modules or code != 2)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

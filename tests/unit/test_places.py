@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from peftbench.cli import main
+from peftbench.cli.main import main
 from peftbench.config.compose import compose_run
 from peftbench.config.schema import Run
 from peftbench.records.recording import start

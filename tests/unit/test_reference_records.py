@@ -6,10 +6,11 @@ import math
 from pathlib import Path
 
 import pytest
-
-from peftbench.records.record import FILE, load_records
-from peftbench.results import command, compare
 from peftbench.results.report import command as report
+
+from peftbench.cli.main import compare
+from peftbench.cli.main import results as command
+from peftbench.records.record import FILE, load_records
 from peftbench.tables import plot
 from peftbench.tables.row import over_seeds, tables
 from peftbench.utils.errors import UserError

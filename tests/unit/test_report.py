@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
+from peftbench.cli.report import main
 from peftbench.config.identity import plain
 from peftbench.records.record import Axes, Counts, Failure, load_records
 from peftbench.records.recording import start
 from peftbench.records.run_files import write_predictions
-from peftbench.results.report.command import main
 from peftbench.tables.report.content import LONGEST, POINTS, SAMPLES
 from peftbench.tables.select import read
 from peftbench.utils.errors import UserError

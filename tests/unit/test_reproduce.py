@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from peftbench.cli.reproduce import lines, main
 from peftbench.config.compose import compose_points, compose_run
 from peftbench.config.schema import Run, conf_dir
 from peftbench.records.record import Score
 from peftbench.records.recording import recording
-from peftbench.reproduce import lines, main
 from peftbench.utils.errors import UserError
 
 TABLES = sorted(file.stem for file in (conf_dir() / "experiment" / "paper").glob("*.yaml"))
@@ -164,7 +164,7 @@ def test_figures_have_the_scores_that_tables_print(tmp_path: Path, capsys: pytes
 
 def test_a_dry_run_imports_no_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from peftbench.cli import main; "
+        "import sys; from peftbench.cli.main import main; "
         f"main(['reproduce', 'table5', '--dry-run', 'output_dir={tmp_path}']); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
+from peftbench.cli.results import main
 from peftbench.records.record import Axes, Backbone, Counts, Failure, Record
 from peftbench.records.recording import describe
-from peftbench.results.command import main
 from peftbench.tables.columns import best_of, columns
 from peftbench.tables.formats import latex, markdown
 from peftbench.tables.pivot import pivot

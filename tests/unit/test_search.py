@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from peftbench.cli.results import main
+from peftbench.cli.status import main as status
 from peftbench.config.compose import Point, compose_points
 from peftbench.config.identity import run_dir, run_hash
 from peftbench.config.schema import LOSS, Init, Run, Search, Variation, conf_dir
@@ -18,8 +20,6 @@ from peftbench.config.search import check, phases, search_faults, settings, tria
 from peftbench.records.choice import best, known, sentence, settled
 from peftbench.records.record import Failure, Score, Searched, Selection, Trial, find
 from peftbench.records.recording import describe
-from peftbench.results.command import main
-from peftbench.results.status import main as status
 from peftbench.sweeps.plan import Sweep
 from peftbench.utils.errors import UserError
 from tests.unit.test_record import RUN as BARE

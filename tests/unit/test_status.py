@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from peftbench.cli.status import State, main, seconds_left
 from peftbench.records.lock import holding
 from peftbench.records.record import Failure
-from peftbench.results.status import State, main, seconds_left
 from peftbench.sweeps.plan import Member, Plan, Point
 from peftbench.utils.errors import UserError
 from tests.unit.test_record import RUN

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from peftbench.cli.results import main
 from peftbench.config.fidelity import Deviation
 from peftbench.records.record import Axes, Backbone, Counts, Failure, Record, Score
-from peftbench.results.command import main
 from peftbench.tables.columns import columns
 from peftbench.tables.formats import to_csv, to_json
 from peftbench.tables.row import over_seeds

@@ -58,19 +58,19 @@ Examples:
 
 # Subcommands, each the `main` of a module.
 COMMANDS = {
-    "train": "hydra_app",
-    "status": "results.status",
-    "results": "results.command",
-    "compare": "results.compare",
+    "train": "cli.train",
+    "status": "cli.status",
+    "results": "cli.results",
+    "compare": "cli.compare",
     "plot": "tables.plot",
-    "report": "results.report.command",
-    "reproduce": "reproduce",
-    "params": "params.command",
-    "explain": "explain.command",
-    "ls": "listing",
-    "evaluate": "scoring.evaluate",
-    "rescore": "scoring.rescore",
-    "merge": "scoring.merge",
+    "report": "cli.report",
+    "reproduce": "cli.reproduce",
+    "params": "cli.params",
+    "explain": "cli.explain",
+    "ls": "cli.ls",
+    "evaluate": "cli.evaluate",
+    "rescore": "cli.rescore",
+    "merge": "cli.merge",
 }
 
 

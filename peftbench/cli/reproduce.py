@@ -15,12 +15,12 @@ from statistics import fmean
 
 from rich.console import Console
 
+from peftbench.cli.train import main as train
+from peftbench.cli.train import solved
 from peftbench.config.compose import compose_points
 from peftbench.config.identity import run_dir
 from peftbench.config.schema import Run, by_key, conf_dir
 from peftbench.config.search import phases
-from peftbench.hydra_app import main as train
-from peftbench.hydra_app import solved
 from peftbench.records.choice import known
 from peftbench.records.record import Record, find, load_records
 from peftbench.tables.columns import Column, duration

@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 
 from peftbench.backbones.load import load_config, meta_backbone
+from peftbench.cli.evaluate import restored, saved_run
 from peftbench.config.schema import DType, Run, module_name
 from peftbench.modification.attach import attach_run
 from peftbench.modification.merge import merge, obstacles
 from peftbench.records.saved import run_folder, saved_record
-from peftbench.scoring.evaluate import restored, saved_run
 from peftbench.train import quiet_console
 from peftbench.utils.errors import UserError
 
