@@ -34,8 +34,8 @@ import transformers
 from datasets import Dataset
 from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig, PreTrainedModel
 
+from peftbench.config import schema
 from peftbench.config.compose import compose_run
-from peftbench.config.schema import schema as config
 from peftbench.evaluation import inference
 from peftbench.evaluation import predict as predict_module
 from peftbench.evaluation.predict import autocast, predict
@@ -110,11 +110,11 @@ def build_variant(variant: Variant, shape: str, device: torch.device) -> PreTrai
     model = build(shape, device)
     if variant.plain:
         return model.bfloat16() if variant.whole else model
-    modifications: dict[str, config.Modification] = {}
+    modifications: dict[str, schema.Modification] = {}
     if variant.overrides is not None:
         overrides = ["task=xsum", "model=bart_large", *variant.overrides]
         run = compose_run(overrides)
-        modifications = config.modifications(run)
+        modifications = schema.modifications(run)
     attach(model, modifications)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -302,7 +302,7 @@ def main() -> None:
         except Exception as error:  # as in `measure`
             traceback.print_exc()
             broken[variant.name] = f"{type(error).__name__}: {error}"
-    gc.freeze()  # as commands do (`peftbench.utils.quick_imports`): what torch made on import is not looked through again
+    gc.freeze()  # as commands do (`utils.quick_imports`): what torch made on import is not looked through again
     vocabulary = int(next(iter(models.values())).config.vocab_size)
     data = sources(arguments.sources, arguments.longest, vocabulary)
     if arguments.profile:

@@ -43,8 +43,8 @@ from transformers import (
 )
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from peftbench.config import schema
 from peftbench.config.axes import RULES
-from peftbench.config.schema import schema as config
 from peftbench.modification.representation import REPRESENTATIONS
 from peftbench.utils.errors import UserError
 
@@ -284,28 +284,28 @@ def modification(
     attentions: tuple[str, ...] = ("self", "cross"),
     layers: list[int] | None = None,
     **options: Any,
-) -> config.Modification:
+) -> schema.Modification:
     """A point on the four axes by names."""
-    return config.Modification(
-        functional_form=config.FunctionalForm(form),
-        modified_representation=config.ModifiedRepresentation(
-            config.Representation[representation],
-            stacks=[config.Stack[stack] for stack in stacks],
-            attentions=[config.AttentionKind[kind] for kind in attentions],
+    return schema.Modification(
+        functional_form=schema.FunctionalForm(form),
+        modified_representation=schema.ModifiedRepresentation(
+            schema.Representation[representation],
+            stacks=[schema.Stack[stack] for stack in stacks],
+            attentions=[schema.AttentionKind[kind] for kind in attentions],
             layers=layers,
-            head_input=config.HeadInput[head_input],
-            ffn_input=config.FFNInput[ffn_input],
+            head_input=schema.HeadInput[head_input],
+            ffn_input=schema.FFNInput[ffn_input],
         ),
-        insertion_form=config.InsertionForm(config.Insertion[insertion]),
-        composition_function=config.CompositionFunction(config.Composition[composition], scale, learned),
+        insertion_form=schema.InsertionForm(schema.Insertion[insertion]),
+        composition_function=schema.CompositionFunction(schema.Composition[composition], scale, learned),
         bottleneck=None if form == "constant" else bottleneck,
-        init=config.Init[options.pop("init", "lora")],
-        layer_norm=config.LayerNormPlace[options.pop("layer_norm", "none")],
+        init=schema.Init[options.pop("init", "lora")],
+        layer_norm=schema.LayerNormPlace[options.pop("layer_norm", "none")],
         **options,
     )
 
 
-def points(*forms: str, **options: object) -> Iterator[tuple[str, config.Modification]]:
+def points(*forms: str, **options: object) -> Iterator[tuple[str, schema.Modification]]:
     """Every combination of the axes that config/axes.py lets through, under a name for it."""
     representations = (*REPRESENTATIONS, "heads", "embedding")
     insertions, compositions = ("parallel", "sequential"), ("add", "scaled", "gated", "gated_add", "multiply")
@@ -315,7 +315,7 @@ def points(*forms: str, **options: object) -> Iterator[tuple[str, config.Modific
             yield "-".join(axes), m
 
 
-PRESETS: dict[str, dict[str, config.Modification]] = {
+PRESETS: dict[str, dict[str, schema.Modification]] = {
     "prompt": {"": modification("softmax", "embedding", "parallel", "gated", init="bert")},
     "prefix": {"": modification("softmax", "heads", "parallel", "gated", prefix_mlp=8)},
     "prefix_no_gating": {"": modification("softmax", "heads", "parallel", "add", prefix_mlp=8)},
@@ -362,17 +362,17 @@ def shake(model: torch.nn.Module, scale: float = 0.3, seed: int = 2) -> None:
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter.device))
 
 
-def run_on(family: str, folder: Path, found: dict[str, config.Modification], **more: Any) -> config.Run:
+def run_on(family: str, folder: Path, found: dict[str, schema.Modification], **more: Any) -> schema.Run:
     """A run of the modifications `found`, by prefix, on a tiny model of which `folder` has the config.json alone."""
     build(family).config.save_pretrained(folder)
-    root = {} if "" not in found else {key: getattr(found[""], key) for key in config.Modification.__dataclass_fields__}
-    kind = config.TaskKind.text_to_text if family in WRITING else config.TaskKind.classification
-    return config.Run(
+    root = {} if "" not in found else {key: getattr(found[""], key) for key in schema.Modification.__dataclass_fields__}
+    kind = schema.TaskKind.text_to_text if family in WRITING else schema.TaskKind.classification
+    return schema.Run(
         **root,
         mix={prefix.split(".")[1]: m for prefix, m in found.items() if prefix},
         method="tiny",
-        model=config.Model(name=family, path=str(folder)),
-        task=config.Task(name="some", kind=kind, labels=["a", "b", "c"], metric="accuracy"),
+        model=schema.Model(name=family, path=str(folder)),
+        task=schema.Task(name="some", kind=kind, labels=["a", "b", "c"], metric="accuracy"),
         **more,
     )
 

@@ -6,35 +6,35 @@ from dataclasses import replace
 
 import torch
 
-from peftbench.config.schema import schema as config
+from peftbench.config import schema
 from peftbench.utils.errors import UserError
 
 
-def chosen_device(settings: config.Trainer) -> torch.device:
+def chosen_device(settings: schema.Trainer) -> torch.device:
     """`trainer.device`, with `auto` as the GPU where there is one. Raises UserError for a GPU that is not there."""
-    if settings.device is config.Device.cuda and not torch.cuda.is_available():
+    if settings.device is schema.Device.cuda and not torch.cuda.is_available():
         raise UserError("trainer.device=cuda, but torch sees no CUDA device here; use trainer.device=auto or cpu.")
-    cpu = settings.device is config.Device.cpu or not torch.cuda.is_available()
+    cpu = settings.device is schema.Device.cpu or not torch.cuda.is_available()
     return torch.device("cpu" if cpu else "cuda")
 
 
-def use_bf16(settings: config.Trainer) -> bool:
+def use_bf16(settings: schema.Trainer) -> bool:
     """Whether to compute in bfloat16: `precision=bf16`, or `auto` on a GPU that has it."""
-    if settings.precision is not config.Precision.auto:
-        return settings.precision is config.Precision.bf16
+    if settings.precision is not schema.Precision.auto:
+        return settings.precision is schema.Precision.bf16
     return chosen_device(settings).type == "cuda" and torch.cuda.is_bf16_supported()
 
 
-def with_dtype(run: config.Run) -> config.Run:
+def with_dtype(run: schema.Run) -> schema.Run:
     """The run with `model.dtype=auto` decided; see config/schema.py."""
-    if run.model.dtype is not config.DType.auto:
+    if run.model.dtype is not schema.DType.auto:
         return run
     cuda = chosen_device(run.trainer).type == "cuda"
-    small = cuda and use_bf16(run.trainer) and run.unfreeze is config.Unfreeze.none
-    dtype = config.DType.bfloat16 if small else config.DType.float32
+    small = cuda and use_bf16(run.trainer) and run.unfreeze is schema.Unfreeze.none
+    dtype = schema.DType.bfloat16 if small else schema.DType.float32
     return replace(run, model=replace(run.model, dtype=dtype))
 
 
-def use_autocast(settings: config.Trainer, model: config.Model) -> bool:
+def use_autocast(settings: schema.Trainer, model: schema.Model) -> bool:
     """Whether to run under bfloat16 autocast, which a bfloat16 backbone does without."""
-    return use_bf16(settings) and model.dtype is not config.DType.bfloat16
+    return use_bf16(settings) and model.dtype is not schema.DType.bfloat16

@@ -1,4 +1,4 @@
-"""What each key of a run means: the comments of the schema (config/schema.py), read where they stand. Imports no torch."""
+"""What each key of a run means: the comments in config/schema.py. Imports no torch."""
 
 from __future__ import annotations
 

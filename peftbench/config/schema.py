@@ -303,14 +303,16 @@ class Run(Modification):
     mps: bool | str = False
 
 
-# `${embedded:mini}`: the folder of a backbone that ships inside the package.
-OmegaConf.register_new_resolver("embedded", lambda name: str(Path(__file__).resolve().parent / name), replace=True)
+PACKAGE = Path(__file__).resolve().parent.parent
+EMBEDDED = PACKAGE / "backbones"  # the folder of the backbones that ship inside the package
+
+# `${embedded:mini}`: the folder of such a backbone.
+OmegaConf.register_new_resolver("embedded", lambda name: str(EMBEDDED / name), replace=True)
 
 
 def conf_dir() -> Path:
     """The folder with the YAML groups: inside the installed package, or at the top of a checkout."""
-    here = Path(__file__).resolve().parent
-    return here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
+    return PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 
 
 def task_files(task: Task) -> dict[str, str]:

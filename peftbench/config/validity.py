@@ -15,6 +15,7 @@ from peftbench.config.axes import axes, refusals
 from peftbench.config.budget import limit
 from peftbench.config.fidelity import idle_switches
 from peftbench.config.schema import (
+    EMBEDDED,
     LOSS,
     Batching,
     Compile,
@@ -32,8 +33,6 @@ from peftbench.config.schema import (
     value_at,
 )
 from peftbench.utils.errors import UserError, unknown
-
-EMBEDDED = Path(__file__).resolve().parent  # the folder of the backbones that ship inside the package
 
 METRICS = {
     TaskKind.classification: ("accuracy", "f1", "macro_f1", "matthews"),

@@ -144,8 +144,8 @@ class Rouge(_TextMetric):
     """100 x the mean F-measure of ROUGE-1, -2, -L and -Lsum with Porter's stemmer, by the package rouge_score.
 
     Of several references, each measure takes the one that gives the highest F. ROUGE-Lsum matches sentence by sentence.
-    As in the paper's code the sentences are put on lines of their own, but split by `peftbench.metrics.sentences`, which
-    says how it differs from nltk's download. It has no part in the rest.
+    As in the paper's code the sentences are put on lines of their own, but split by `metrics.sentences`, which says how
+    it differs from nltk's download. It has no part in the rest.
     """
 
     description = "ROUGE F-measures in percent, stemmed, averaged over the examples."

@@ -20,9 +20,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peftbench.backbones.sites import Attention, Layer, Sites, find_sites
+from peftbench.config import schema
 from peftbench.config.axes import WITHOUT_ATTENTION
 from peftbench.config.fidelity import Deviation, with_deviations
-from peftbench.config.schema import schema as config
 from peftbench.modification.composition import Add, Gated, GatedAdd, Multiply, Scaled
 from peftbench.modification.edit import Edit, SublayerDropout
 from peftbench.modification.functional_form import Bottleneck, Constant, FunctionalForm
@@ -40,8 +40,8 @@ OUTWARDS = {"ffn_weights": 0, "attention": 2, "attention_ffn": 2, "layer": 3}
 
 def attach(
     model: PreTrainedModel,
-    modifications: Mapping[str, config.Modification],
-    unfreeze: config.Unfreeze = config.Unfreeze.none,
+    modifications: Mapping[str, schema.Modification],
+    unfreeze: schema.Unfreeze = schema.Unfreeze.none,
     untrained: Collection[str] = (),
     *,
     train_head: bool = True,
@@ -49,7 +49,7 @@ def attach(
     """Change `model` in place.
 
     Args:
-        modifications: by the prefix of their keys, as `config.modifications` returns them.
+        modifications: by the prefix of their keys, as `schema.modifications` returns them.
         unfreeze: which backbone parameters are trained too.
         untrained: names of parameters that came with no weights and therefore must be trained (the task head).
         train_head: false leaves these as they are, frozen but for what `unfreeze` says.
@@ -66,8 +66,8 @@ def attach(
 
 
 def attach_run(
-    model: PreTrainedModel, run: config.Run, untrained: Collection[str] = ()
-) -> tuple[config.Run, list[Deviation]]:
+    model: PreTrainedModel, run: schema.Run, untrained: Collection[str] = ()
+) -> tuple[schema.Run, list[Deviation]]:
     """`attach` what a run says, read as its `fidelity` says.
 
     Returns:
@@ -75,16 +75,16 @@ def attach_run(
     """
     run, deviations = with_deviations(run, model.config.model_type)
     train_head = not run.fidelity.frozen_task_head
-    attach(model, config.modifications(run), run.unfreeze, untrained, train_head=train_head)
+    attach(model, schema.modifications(run), run.unfreeze, untrained, train_head=train_head)
     return run, deviations
 
 
-def _representation(m: config.Modification) -> str:
+def _representation(m: schema.Modification) -> str:
     return str(m.modified_representation.name.name)
 
 
 def _freeze(
-    model: PreTrainedModel, sites: Sites, unfreeze: config.Unfreeze, untrained: Collection[str], train_head: bool
+    model: PreTrainedModel, sites: Sites, unfreeze: schema.Unfreeze, untrained: Collection[str], train_head: bool
 ) -> None:
     computed_in, unfrozen = model.dtype, _unfrozen(model, unfreeze)
     in_backbone = False
@@ -94,7 +94,7 @@ def _freeze(
         parameter.requires_grad_((in_head and train_head) or name in unfrozen)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if unfreeze is not config.Unfreeze.none and not in_backbone:
+    if unfreeze is not schema.Unfreeze.none and not in_backbone:
         raise UserError(
             f"unfreeze={unfreeze.name}: {model.config.model_type} has no {unfreeze.name} to train; use unfreeze=norm, "
             "or a method that adds parameters, such as method=lora."
@@ -106,14 +106,14 @@ def _freeze(
             module.register_forward_pre_hook(_read_in_float32)
 
 
-def _unfrozen(model: PreTrainedModel, unfreeze: config.Unfreeze) -> set[str]:
+def _unfrozen(model: PreTrainedModel, unfreeze: schema.Unfreeze) -> set[str]:
     """The names of the parameters that `unfreeze` says are trained."""
     names = {name for name, _ in model.named_parameters()}
-    if unfreeze is config.Unfreeze.none:
+    if unfreeze is schema.Unfreeze.none:
         return set()
-    if unfreeze is config.Unfreeze.bias:  # not T5's relative_attention_bias.weight, a table of positions
+    if unfreeze is schema.Unfreeze.bias:  # not T5's relative_attention_bias.weight, a table of positions
         return {name for name in names if name.rpartition(".")[2] == "bias"}
-    if unfreeze is config.Unfreeze.norm:
+    if unfreeze is schema.Unfreeze.norm:
         norms = _norms(model)
         return {name for name, parameter in model.named_parameters() if id(parameter) in norms}
     return names
@@ -152,9 +152,9 @@ def _own_dropout(sites: Sites) -> tuple[Sites, list[tuple[nn.Module, SublayerDro
     return replace(sites, layers=tuple(layers)), owned
 
 
-def _attach_one(model: PreTrainedModel, sites: Sites, prefix: str, m: config.Modification) -> None:
+def _attach_one(model: PreTrainedModel, sites: Sites, prefix: str, m: schema.Modification) -> None:
     """`prefix` is that of the modification's keys: "" or "mix.NAME."; its modules are named after it."""
-    name = config.module_name(prefix)
+    name = schema.module_name(prefix)
     representation = _representation(m)
     if representation == "embedding":
         _attach_prompt(model, sites, m, name)
@@ -164,11 +164,11 @@ def _attach_one(model: PreTrainedModel, sites: Sites, prefix: str, m: config.Mod
         _attach_to_places(sites, m, name, prefix)
 
 
-def _attach_to_places(sites: Sites, m: config.Modification, name: str, prefix: str) -> None:
+def _attach_to_places(sites: Sites, m: schema.Modification, name: str, prefix: str) -> None:
     insertion = m.insertion_form.name.name
     places = REPRESENTATIONS[_representation(m)]
     for layer, attentions in _chosen(sites, m, prefix):
-        if m.modified_representation.ffn_input is config.FFNInput.residual:
+        if m.modified_representation.ffn_input is schema.FFNInput.residual:
             layer = _reading_residual(layer, prefix)
         for place in places(layer, attentions):
             in_width, out_width = place.widths(sites.width, insertion)
@@ -191,12 +191,12 @@ def _reading_residual(layer: Layer, prefix: str) -> Layer:
     return replace(layer, ffn=replace(layer.ffn, source=layer.residual))
 
 
-def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: config.Modification, name: str, prefix: str) -> None:
+def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: schema.Modification, name: str, prefix: str) -> None:
     """One modification of every head, in the attention function."""
     insertion = m.insertion_form.name.name
     head_input = m.modified_representation.head_input
-    hidden = head_input is config.HeadInput.hidden
-    is_prefix = m.functional_form.name == "softmax" and m.composition_function.name is config.Composition.gated
+    hidden = head_input is schema.HeadInput.hidden
+    is_prefix = m.functional_form.name == "softmax" and m.composition_function.name is schema.Composition.gated
     _require_attention_interface(sites, f"{prefix}modified_representation=heads")
     trunks: dict[tuple[str, str], PrefixTrunk] = {}
     for layer, attentions in _chosen(sites, m, prefix):
@@ -221,7 +221,7 @@ def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: config.Modificatio
                 _add_to_heads(attention, name, Prefix(function))
                 continue
             composition = _composition(m, function.in_width, groups)
-            normed = head_input is config.HeadInput.normed_query
+            normed = head_input is schema.HeadInput.normed_query
             modification = HeadModification(
                 function,
                 INSERTION_FORMS[insertion],
@@ -274,7 +274,7 @@ def _add_to_heads(attention: Attention, name: str, modification: nn.Module) -> N
     getattr(attention.module, HEADS)[name] = modification
 
 
-def _attach_prompt(model: PreTrainedModel, sites: Sites, m: config.Modification, name: str) -> None:
+def _attach_prompt(model: PreTrainedModel, sites: Sites, m: schema.Modification, name: str) -> None:
     """Vectors before the input of the first stack; every attention that sees them gets its mask widened."""
     _require_attention_interface(sites, "modified_representation=embedding")
     if not sites.embedding:
@@ -301,7 +301,7 @@ def _attach_prompt(model: PreTrainedModel, sites: Sites, m: config.Modification,
 
 
 def _function(
-    m: config.Modification,
+    m: schema.Modification,
     in_width: int,
     out_width: int,
     own_dropout: float,
@@ -325,25 +325,25 @@ def _function(
     )
 
 
-def _composition(m: config.Modification, in_width: int, groups: int) -> nn.Module:
+def _composition(m: schema.Modification, in_width: int, groups: int) -> nn.Module:
     composition = m.composition_function
-    if composition.name is config.Composition.scaled:
+    if composition.name is schema.Composition.scaled:
         return Scaled(composition.scale, composition.learned)
-    if composition.name is config.Composition.gated:
+    if composition.name is schema.Composition.gated:
         return Gated(in_width, groups)
-    if composition.name is config.Composition.gated_add:
+    if composition.name is schema.Composition.gated_add:
         return GatedAdd(in_width, groups)
-    if composition.name is config.Composition.multiply:
+    if composition.name is schema.Composition.multiply:
         return Multiply()
     return Add()
 
 
-def _size(m: config.Modification) -> int:
+def _size(m: schema.Modification) -> int:
     assert m.bottleneck is not None, "config/axes.py asks for a bottleneck"
     return m.bottleneck
 
 
-def _chosen(sites: Sites, m: config.Modification, prefix: str) -> Iterator[tuple[Layer, list[Attention]]]:
+def _chosen(sites: Sites, m: schema.Modification, prefix: str) -> Iterator[tuple[Layer, list[Attention]]]:
     """The layers and attentions that the representation's options name. A name that matches nothing is an error."""
     r = m.modified_representation
     stacks = {stack.name for stack in r.stacks}

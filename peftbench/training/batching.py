@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Sampler
 
-from peftbench.config.schema import schema as config
+from peftbench.config import schema
 from peftbench.tasks.base import TaskData
 
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
@@ -112,28 +112,28 @@ class Lengths(NamedTuple):
         return (sum(self.sources) + sum(self.targets)) / max(1, len(self.sources))
 
 
-def batches_of(data: TaskData, settings: config.Trainer, seed: int) -> LengthBatches | None:
+def batches_of(data: TaskData, settings: schema.Trainer, seed: int) -> LengthBatches | None:
     """Batches of like lengths where the settings ask for them; None: random ones of `batch_size`."""
     if settings.batch_tokens is not None:
         return TokenBatches(data.lengths, settings.batch_tokens, seed)
-    if settings.batching is config.Batching.bucketed:
+    if settings.batching is schema.Batching.bucketed:
         return LengthBatches(data.lengths, settings.batch_size, seed)
     return None
 
 
-def total_steps(data: TaskData, settings: config.Trainer) -> int:
+def total_steps(data: TaskData, settings: schema.Trainer) -> int:
     """The number of optimiser steps: `max_steps`, or `epochs` passes over the training examples."""
     if settings.max_steps is not None:
         return settings.max_steps
     return max(1, round(settings.epochs * steps_per_epoch(data, settings)))
 
 
-def steps_per_epoch(data: TaskData, settings: config.Trainer) -> int:
+def steps_per_epoch(data: TaskData, settings: schema.Trainer) -> int:
     """Optimiser steps in one pass; the last one of a pass may see fewer examples."""
     return -(-batches_per_epoch(data, settings) // settings.accumulation)
 
 
-def batches_per_epoch(data: TaskData, settings: config.Trainer) -> int:
+def batches_per_epoch(data: TaskData, settings: schema.Trainer) -> int:
     """Batches in one pass over the training examples."""
     batches = batches_of(data, settings, seed=0)
     return -(-len(data.train) // settings.batch_size) if batches is None else len(batches)

@@ -26,7 +26,7 @@ from transformers import (
 from peftbench.backbones.attention_kernels import no_cudnn_attention
 from peftbench.backbones.precision import chosen_device
 from peftbench.backbones.sites import configs_of, configured
-from peftbench.config.schema import schema as config
+from peftbench.config import schema
 from peftbench.tasks.base import TaskData
 from peftbench.training.arithmetic import operations
 from peftbench.training.batching import Lengths, batches_of, batches_per_epoch, steps_per_epoch, total_steps
@@ -70,7 +70,7 @@ class Fitted:
 def fit(
     model: PreTrainedModel,
     data: TaskData,
-    settings: config.Trainer,
+    settings: schema.Trainer,
     *,
     seed: int,
     bf16: bool,
@@ -102,7 +102,7 @@ def fit(
     required = settings.graphs is True
     settings = settled(settings, model, bf16=bf16, records=recorder is not None or model.device.type == "cuda")
     steps, lengths, pace = total_steps(data, settings), Lengths.of(data), Pace(model.device)
-    keeper = KeepBest(metric) if settings.keep is config.Keep.best else None
+    keeper = KeepBest(metric) if settings.keep is schema.Keep.best else None
     own = [_Report(stage, log), SaveByTime(checkpoints.minutes), pace, *([] if keeper is None else [keeper])]
     trainer = FineTuner(
         model=model,
@@ -162,7 +162,7 @@ def fit(
     )
 
 
-def _longest(data: TaskData, settings: config.Trainer) -> list[int]:
+def _longest(data: TaskData, settings: schema.Trainer) -> list[int]:
     """The training examples of a batch that takes as much memory as any, where it has to be known."""
     if settings.micro_batch != AUTO:
         return []
@@ -173,14 +173,14 @@ def _longest(data: TaskData, settings: config.Trainer) -> list[int]:
 
 
 _SCHEDULES = {  # in transformers' words, whose "constant" knows no warm-up
-    config.Schedule.linear: "linear",
-    config.Schedule.cosine: "cosine",
-    config.Schedule.constant: "constant_with_warmup",
+    schema.Schedule.linear: "linear",
+    schema.Schedule.cosine: "cosine",
+    schema.Schedule.constant: "constant_with_warmup",
 }
 
 
 def _arguments(
-    settings: config.Trainer, steps: int, seed: int, bf16: bool, folder: Path, data: TaskData
+    settings: schema.Trainer, steps: int, seed: int, bf16: bool, folder: Path, data: TaskData
 ) -> TrainingArguments:
     cuda = chosen_device(settings).type == "cuda"
     arguments = TrainingArguments(
@@ -200,7 +200,7 @@ def _arguments(
         optim="adamw_torch_fused" if cuda else "adamw_torch",
         logging_nan_inf_filter=False,  # it waits for the GPU at every step
         bf16=bf16,
-        eval_strategy="steps" if settings.keep is config.Keep.best else "no",
+        eval_strategy="steps" if settings.keep is schema.Keep.best else "no",
         eval_steps=settings.evaluate_every or steps_per_epoch(data, settings),
         logging_strategy="steps",
         logging_steps=max(1, steps // 200),

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from peftbench.backbones.sites import configs_of
-from peftbench.config.schema import schema as config
+from peftbench.config import schema
 from peftbench.config.validity import unrecordable
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.tokens import positions
@@ -25,7 +25,7 @@ AUTO = "auto"
 WIDTH = 32  # bucketed batches are padded to multiples of so many tokens, if the backbone has positions for them
 
 
-def settled(settings: config.Trainer, model: PreTrainedModel, *, bf16: bool, records: bool) -> config.Trainer:
+def settled(settings: schema.Trainer, model: PreTrainedModel, *, bf16: bool, records: bool) -> schema.Trainer:
     """The settings with true or false in place of `auto`: true where a path is quick and the backbone can have it.
 
     Args:
@@ -62,11 +62,11 @@ def layer_drop(model: PreTrainedModel) -> str | None:
     return None
 
 
-def collator_of(data: TaskData, model: PreTrainedModel, settings: config.Trainer, lengths: Lengths) -> Collator:
+def collator_of(data: TaskData, model: PreTrainedModel, settings: schema.Trainer, lengths: Lengths) -> Collator:
     """The task's collator as the paths need it."""
     if settings.padding_free:
         return with_lengths(data.collator, lengths.longest if settings.graphs else None, model.config.pad_token_id or 0)
-    if settings.graphs or settings.batching is config.Batching.bucketed:
+    if settings.graphs or settings.batching is schema.Batching.bucketed:
         limit, longest = positions(model), max(*data.lengths, *lengths.longest)
         fits = limit is None or -(-longest // WIDTH) * WIDTH <= limit
         return padded_to(data.collator, WIDTH if fits else 1)
@@ -82,13 +82,13 @@ class FastPaths:
     layers: CompiledLayers | None = None
 
     @classmethod
-    def of(cls, model: PreTrainedModel, settings: config.Trainer, lengths: Lengths) -> FastPaths:
+    def of(cls, model: PreTrainedModel, settings: schema.Trainer, lengths: Lengths) -> FastPaths:
         """Those that the settings ask for and the model can have.
 
         Raises:
             UserError: `padding_free` for a backbone that cannot have it.
         """
-        compiled = settings.compile is not config.Compile.none
+        compiled = settings.compile is not schema.Compile.none
         padding_free, token_loss = None, None
         if settings.padding_free:
             multiples = (1, 1)

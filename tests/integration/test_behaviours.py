@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from peftbench.backbones.sites import find_sites
+from peftbench.config import schema
 from peftbench.config.compose import compose_run
-from peftbench.config.schema import schema as config
 from peftbench.modification import state
 from peftbench.modification.attach import attach
 from peftbench.modification.edit import Edit
@@ -40,7 +40,7 @@ from tests.families import (
     table,
 )
 
-Modifications = dict[str, config.Modification]
+Modifications = dict[str, schema.Modification]
 TABLE = table(FAMILIES)
 TWO_FAMILIES = [case for case in TABLE if case.values[0] in ("bart", "roberta")]  # where the family matters little
 OTHERS = [case for case in TABLE if case not in TWO_FAMILIES]
@@ -139,9 +139,9 @@ def test_every_trained_tensor_gets_a_gradient_also_after_an_evaluation(family: s
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
-@pytest.mark.parametrize("unfreeze", [config.Unfreeze.bias, config.Unfreeze.norm, config.Unfreeze.all])
+@pytest.mark.parametrize("unfreeze", [schema.Unfreeze.bias, schema.Unfreeze.norm, schema.Unfreeze.all])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bitfit_and_full_train_the_backbones_own_parameters(family: str, unfreeze: config.Unfreeze) -> None:
+def test_bitfit_and_full_train_the_backbones_own_parameters(family: str, unfreeze: schema.Unfreeze) -> None:
     """Exactly the named ones move; a key projection's bias has no gradient but rounding, since softmax ignores it."""
     model = build(family, **dropout(family))
     attach(model, {}, unfreeze)
@@ -149,9 +149,9 @@ def test_bitfit_and_full_train_the_backbones_own_parameters(family: str, unfreez
     heads = ("classifier", "classification_head")
     named = {name for name, _ in model.named_parameters()}
     expected = {
-        config.Unfreeze.bias: {name for name in named if name.endswith(".bias") or name.startswith(heads)},
-        config.Unfreeze.norm: {name for name in named if "norm" in name.lower() or name.startswith(heads)},
-        config.Unfreeze.all: named,
+        schema.Unfreeze.bias: {name for name in named if name.endswith(".bias") or name.startswith(heads)},
+        schema.Unfreeze.norm: {name for name in named if "norm" in name.lower() or name.startswith(heads)},
+        schema.Unfreeze.all: named,
     }
     assert set(trained) == expected[unfreeze]
     assert [name for name, gradient in gradients(model, family).items() if gradient is None] == []
@@ -557,7 +557,7 @@ SUBSETS = {
 }
 
 
-def chosen(representation: str, options: str) -> config.Modification:
+def chosen(representation: str, options: str) -> schema.Modification:
     """A modification with `stacks=a,b attentions=c layers=0,-1` as options."""
     given = {key: value.split(",") for key, value in (option.split("=") for option in options.split())}
     layers = [int(index) for index in given.pop("layers")] if "layers" in given else None
@@ -605,7 +605,7 @@ def test_places_that_a_backbone_lacks_are_refused(
 
 # ---- the presets in conf/ ----
 
-METHODS = sorted(path.stem for path in (config.conf_dir() / "method").glob("*.yaml"))
+METHODS = sorted(path.stem for path in (schema.conf_dir() / "method").glob("*.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -620,7 +620,7 @@ def test_presets_in_conf_train(family: str, task: str, method: str) -> None:
     """With the sizes of their task, on a tiny model: the loss stays finite and what is trained moves."""
     run = compose_run([f"method={method}", f"task={task}"])
     model = build(family)
-    attach(model, config.modifications(run), run.unfreeze)
+    attach(model, schema.modifications(run), run.unfreeze)
     before = tensors(model, trained=True)
     losses = take_steps(model, family)
     assert all(torch.isfinite(torch.tensor(losses)))

@@ -20,8 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from peftbench.backbones.load import load_backbone
 from peftbench.cli.main import main
-from peftbench.config.schema import Model, Task, TaskKind
-from peftbench.config.schema import schema as config
+from peftbench.config.schema import EMBEDDED, Model, Task, TaskKind
 from peftbench.utils.files import write_lines
 from tests.families import long_tail
 
@@ -571,7 +570,7 @@ def idle_cross_attention(tmp_path: Path) -> Path:
 
     folder = tmp_path / "bert"
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
-    mini = Path(config.__file__).parent / "mini"
+    mini = EMBEDDED / "mini"
     vocabulary = json.loads((mini / "config.json").read_text())["vocab_size"]
     model = BertForSequenceClassification(
         BertConfig(vocab_size=vocabulary, is_decoder=True, add_cross_attention=True, pad_token_id=1, **sizes)

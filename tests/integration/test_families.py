@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from peftbench.backbones.sites import find_sites
-from peftbench.config.schema import schema as config
+from peftbench.config import schema
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import count
 from peftbench.modification.state import fold
@@ -31,7 +31,7 @@ from tests.families import (
 CASES = table(MORE_FAMILIES)
 
 
-def attached(family: str, modifications: dict[str, config.Modification]) -> PreTrainedModel:
+def attached(family: str, modifications: dict[str, schema.Modification]) -> PreTrainedModel:
     """The family's tiny model, in evaluation mode, with modifications whose weights are random."""
     model = build(family)
     attach(model, modifications)
@@ -174,14 +174,14 @@ NORMS = {  # by hand, of width 16: LayerNorms have a weight and a bias, RMSNorms
 def test_a_backbone_without_biases_has_none_to_train(family: str) -> None:
     """T5's relative_attention_bias is a table of positions; a classifier's head is none of the backbone's."""
     with pytest.raises(UserError, match=r"unfreeze=bias: .* has no bias to train; use unfreeze=norm"):
-        attach(build(family), {}, config.Unfreeze.bias)
+        attach(build(family), {}, schema.Unfreeze.bias)
 
 
 @pytest.mark.parametrize("family", NORMS)
 def test_norms_are_trained_alone(family: str) -> None:
     """unfreeze=norm: all norms and the head have a gradient, and nothing else."""
     model = build(family)
-    attach(model, {}, config.Unfreeze.norm)
+    attach(model, {}, schema.Unfreeze.norm)
     assert count(model).trained == count(model).stored == NORMS[family]
     model.train()
     model(**batch(family)).loss.backward()

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-import peftbench
 from peftbench.cli.main import main
 from peftbench.config.fidelity import SWITCHES
+from peftbench.config.schema import EMBEDDED
 from tests.families import build
 
-MINI = Path(peftbench.__file__).parent / "mini"
+MINI = EMBEDDED / "mini"
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from peftbench.config import schema
 from peftbench.config.compose import compose_run
-from peftbench.config.schema import schema as config
 from peftbench.modification import state
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import Counts, count
@@ -170,9 +170,9 @@ def test_lora_spelled_out() -> None:
     }
 
 
-@pytest.mark.parametrize("unfreeze", config.Unfreeze)
+@pytest.mark.parametrize("unfreeze", schema.Unfreeze)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bitfit_and_full_train_what_they_name(family: str, unfreeze: config.Unfreeze) -> None:
+def test_bitfit_and_full_train_what_they_name(family: str, unfreeze: schema.Unfreeze) -> None:
     """bias: every parameter that is called a bias, and the head; norm: every norm's, and the head; all: everything;
     none: the head alone."""
     model = build(family)
@@ -180,10 +180,10 @@ def test_bitfit_and_full_train_what_they_name(family: str, unfreeze: config.Unfr
     head = {name for name in named if name.startswith(("classifier.", "classification_head."))}
     attach(model, {}, unfreeze)
     expected = {
-        config.Unfreeze.none: head,
-        config.Unfreeze.bias: head | {name for name in named if name.endswith(".bias")},
-        config.Unfreeze.norm: head | {name for name in named if "norm" in name.lower()},
-        config.Unfreeze.all: named,
+        schema.Unfreeze.none: head,
+        schema.Unfreeze.bias: head | {name for name in named if name.endswith(".bias")},
+        schema.Unfreeze.norm: head | {name for name in named if "norm" in name.lower()},
+        schema.Unfreeze.all: named,
     }
     assert trainable(model) == expected[unfreeze]
     counts = count(model)
@@ -207,7 +207,7 @@ def roberta_base() -> PreTrainedModel:
 def counted(model: PreTrainedModel, *overrides: str) -> Counts:
     """The counts of the preset that a command line names, on a model."""
     run = compose_run(overrides)
-    attach(model, config.modifications(run), run.unfreeze)
+    attach(model, schema.modifications(run), run.unfreeze)
     assert all(parameter.is_meta for parameter in model.parameters())
     return count(model)
 
@@ -287,12 +287,12 @@ def test_percentages_of_the_paper() -> None:
         assert round(counts.percent(counts.paper), 1) == percent
 
 
-CASES: dict[str, tuple[dict[str, config.Modification], config.Unfreeze]] = {
-    **{preset: (made, config.Unfreeze.none) for preset, made in PRESETS.items()},
-    "bitfit": ({}, config.Unfreeze.bias),
-    "layernorm_tuning": ({}, config.Unfreeze.norm),
-    "bitfit_and_mam": (PRESETS["mam"], config.Unfreeze.bias),
-    "full": ({}, config.Unfreeze.all),
+CASES: dict[str, tuple[dict[str, schema.Modification], schema.Unfreeze]] = {
+    **{preset: (made, schema.Unfreeze.none) for preset, made in PRESETS.items()},
+    "bitfit": ({}, schema.Unfreeze.bias),
+    "layernorm_tuning": ({}, schema.Unfreeze.norm),
+    "bitfit_and_mam": (PRESETS["mam"], schema.Unfreeze.bias),
+    "full": ({}, schema.Unfreeze.all),
 }
 
 
@@ -308,14 +308,14 @@ def test_counts_are_what_the_optimiser_holds_and_the_file_has(family: str, case:
     assert counts.backbone + counts.head == bare
     added = sum(parameter.numel() for parameter in model.parameters()) - bare
     unfrozen = {
-        config.Unfreeze.none: 0,
-        config.Unfreeze.all: counts.backbone,
-        config.Unfreeze.bias: sum(
+        schema.Unfreeze.none: 0,
+        schema.Unfreeze.all: counts.backbone,
+        schema.Unfreeze.bias: sum(
             parameter.numel()
             for name, parameter in build(family).named_parameters()
             if name.endswith(".bias") and not name.startswith("class")
         ),
-        config.Unfreeze.norm: sum(
+        schema.Unfreeze.norm: sum(
             parameter.numel() for name, parameter in build(family).named_parameters() if "norm" in name.lower()
         ),
     }

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from peftbench.backbones.sites import Attention, find_sites
+from peftbench.config import schema
 from peftbench.config.compose import compose_run
 from peftbench.config.fidelity import with_deviations
-from peftbench.config.schema import schema as config
 from peftbench.counts.counts import count_run
 from peftbench.modification import state
 from peftbench.modification.attach import attach
@@ -30,7 +30,7 @@ from tests.numerics.test_head_attention import attention_calls, plain_attention
 TASKS = {"bart": "xsum", "mbart": "xsum", "roberta": "sst2"}
 
 
-def composed(*overrides: str) -> config.Run:
+def composed(*overrides: str) -> schema.Run:
     return compose_run(overrides)
 
 
@@ -41,7 +41,7 @@ def attached(
     model = build(family, **dropout(family))
     run = composed(f"task={TASKS[family]}", "bottleneck=5", f"fidelity={fidelity}", *overrides.split())
     run, deviations = with_deviations(run, model.config.model_type)
-    attach(model, config.modifications(run), run.unfreeze, train_head=not run.fidelity.frozen_task_head)
+    attach(model, schema.modifications(run), run.unfreeze, train_head=not run.fidelity.frozen_task_head)
     if shaken:
         shake(model)
     return model, {deviation.name for deviation in deviations}

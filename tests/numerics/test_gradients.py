@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from peftbench.config.schema import schema as config
+from peftbench.config import schema
 from peftbench.modification.attach import attach
 from tests.families import FAMILIES, MORE_FAMILIES, PRESETS, batch, build, dropout, shake
 
@@ -45,7 +45,7 @@ def compiled(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def smooth(preset: str) -> dict[str, config.Modification]:
+def smooth(preset: str) -> dict[str, schema.Modification]:
     """The preset with gelu for relu."""
     modifications = copy.deepcopy(PRESETS[preset])
     for m in modifications.values():

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from peftbench.config.schema import schema as config
+from peftbench.config import schema
 from peftbench.modification.attach import attach
 from peftbench.modification.edit import Edit
 from peftbench.modification.merge import merge, merged, obstacles
 from peftbench.modification.state import fold, trained_tensors
 from tests.families import FAMILIES, MORE_FAMILIES, PRESETS, batch, build, long_tail, modification, points, shake
 
-MERGEABLE: dict[str, dict[str, config.Modification]] = {
+MERGEABLE: dict[str, dict[str, schema.Modification]] = {
     "lora": PRESETS["lora"],
     "lora_ffn": PRESETS["lora_ffn"],
     "ia3": PRESETS["ia3"],
@@ -33,7 +33,7 @@ MERGEABLE: dict[str, dict[str, config.Modification]] = {
 ALL = long_tail([*FAMILIES, *MORE_FAMILIES], "bart", "roberta", "t5", "gpt2", "qwen3")
 
 
-def attached(family: str, found: dict[str, config.Modification], **more: Any) -> PreTrainedModel:
+def attached(family: str, found: dict[str, schema.Modification], **more: Any) -> PreTrainedModel:
     model = build(family, **more)
     attach(model, found)
     shake(model)

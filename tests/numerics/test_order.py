@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from peftbench.backbones.sites import Layer, find_sites
-from peftbench.config.schema import schema as config
+from peftbench.config import schema
 from peftbench.modification.attach import attach
 from peftbench.modification.functional_form import Bottleneck
 from tests.families import batch, build, dropout, modification, shake
@@ -33,7 +33,7 @@ RATES = {  # T5 has one rate for all, Llama and its kin drop attention weights o
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), (0.0, ATTENTION, 0.0)),
 }
 
-METHODS: dict[str, dict[str, config.Modification]] = {
+METHODS: dict[str, dict[str, schema.Modification]] = {
     "nothing": {},
     "ffn_parallel": {"": modification("relu", "ffn", "parallel", "scaled", scale=4.0, bias=True)},
     "ffn_sequential": {"": modification("relu", "ffn", "sequential", bias=True)},
@@ -307,7 +307,7 @@ LAYERS: dict[str, tuple[str, str, NaiveLayer]] = {  # name: family, stack, the l
 }
 
 
-def changes(layer: Layer, modifications: dict[str, config.Modification]) -> Changes:
+def changes(layer: Layer, modifications: dict[str, schema.Modification]) -> Changes:
     """The layer's modifications under the names that `Naive` gives their places."""
     names = {module: name for name, module in layer.module.named_modules()}
     behind_ffn = layer.ffn.dropout or getattr(layer.ffn.second, "sublayer_dropout", layer.ffn.second)

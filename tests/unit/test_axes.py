@@ -9,8 +9,8 @@ import pytest
 
 from peftbench.cli.ls import MEANINGS
 from peftbench.cli.main import main
+from peftbench.config import schema
 from peftbench.config.axes import CHOICES, Point, at, axes, nearest, points, refusals, runs
-from peftbench.config.schema import schema as config
 
 
 def distance(a: Point, b: Point) -> int:
@@ -18,11 +18,11 @@ def distance(a: Point, b: Point) -> int:
 
 
 def test_choices_are_those_of_the_schema() -> None:
-    enums = (config.Representation, config.Insertion, config.Composition)
+    enums = (schema.Representation, schema.Insertion, schema.Composition)
     assert [set(CHOICES[axis]) for axis in Point._fields[1:]] == [
         {choice.name for choice in enum} - {"none"} for enum in enums
     ]
-    assert set(CHOICES["functional_form"]) | set(config.ACTIVATIONS) == set(config.FUNCTIONAL_FORMS) - {"none"}
+    assert set(CHOICES["functional_form"]) | set(schema.ACTIVATIONS) == set(schema.FUNCTIONAL_FORMS) - {"none"}
     assert len(list(points())) == 4 * 15 * 2 * 5
 
 
@@ -30,7 +30,7 @@ def test_rules_see_no_difference_between_activations() -> None:
     """So that relu can stand for all."""
     for point in points():
         if point.functional_form == "relu":
-            assert {runs(point._replace(functional_form=name)) for name in config.ACTIVATIONS} == {runs(point)}
+            assert {runs(point._replace(functional_form=name)) for name in schema.ACTIVATIONS} == {runs(point)}
 
 
 def test_what_runs_is_not_refused_and_what_does_not_is() -> None:
@@ -86,7 +86,7 @@ def test_ls_axes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
 def test_ls_groups(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ls"]) == 0
     everything = capsys.readouterr().out
-    for folder in (path for path in Path(config.conf_dir()).iterdir() if path.is_dir() and list(path.glob("*.yaml"))):
+    for folder in (path for path in Path(schema.conf_dir()).iterdir() if path.is_dir() and list(path.glob("*.yaml"))):
         assert main(["ls", folder.name]) == 0
         printed = capsys.readouterr().out
         assert folder.name in everything

@@ -13,9 +13,9 @@ import torch
 
 from peftbench.backbones.load import meta_backbone
 from peftbench.cli.main import main
+from peftbench.config import schema
 from peftbench.config.compose import compose_run
 from peftbench.config.schema import Run
-from peftbench.config.schema import schema as config
 from peftbench.counts.counts import count_run
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import count, count_places
@@ -125,7 +125,7 @@ def test_nothing_has_memory(method: str) -> None:
     for overrides in (("task=xsum",), ("task=docsum",), ("task=sst2", "model=bert_base")):
         run = composed(*overrides, f"method={method}")
         model = meta_backbone(run.model, run.task)
-        attach(model, config.modifications(run), run.unfreeze)
+        attach(model, schema.modifications(run), run.unfreeze)
         assert all(parameter.is_meta for parameter in model.parameters())
 
 
@@ -134,7 +134,7 @@ def test_a_folder_needs_its_config_only(tmp_path: Path, capsys: pytest.CaptureFi
     model = build("bert")
     model.config.save_pretrained(tmp_path)
     (found,) = counted(capsys, "method=lora", "task=mnli", f"model.path={tmp_path}", "bottleneck=8")
-    attach(model, config.modifications(composed("method=lora", "task=mnli", "bottleneck=8")))
+    attach(model, schema.modifications(composed("method=lora", "task=mnli", "bottleneck=8")))
     totals = count(model)
     assert [found[name] for name in ("backbone", "trained", "stored", "paper", "head")] == [
         totals.backbone,
@@ -173,7 +173,7 @@ def test_known_counts(
 
 
 OWN_FILES = ("text_classification", "text_to_text", "webnlg")  # whose data is on no hub
-TASKS = sorted(path.stem for path in (config.conf_dir() / "task").glob("*.yaml"))
+TASKS = sorted(path.stem for path in (schema.conf_dir() / "task").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("command", ["params", "explain"])
@@ -195,7 +195,7 @@ def test_no_task_needs_data(task: str, command: str, capsys: pytest.CaptureFixtu
     numbers = found[0] if command == "params" else {**found, **found["totals"]}
     run = composed(*words[1:3], "task.data_dir=.")
     assert (numbers["task"], numbers["model"]) == (task, run.model.name) and numbers["stored"] > 0
-    assert (numbers["head"] > 0) == (run.task.kind is not config.TaskKind.text_to_text)
+    assert (numbers["head"] > 0) == (run.task.kind is not schema.TaskKind.text_to_text)
 
 
 def test_labels_are_counted_where_a_file_has_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
-from peftbench.config.schema import schema as config
+from peftbench.config import schema
 from peftbench.modification.attach import attach
 from peftbench.modification.edit import Edit
 from peftbench.training.probe import no_gradient, unreached
@@ -49,11 +49,11 @@ WITHOUT_BIASES = ("t5", "t5_gated", "t5_classifier", "llama", "llama_classifier"
     [
         (family, unfreeze)
         for family in (*FAMILIES, *MORE_FAMILIES)
-        for unfreeze in (config.Unfreeze.bias, config.Unfreeze.norm, config.Unfreeze.all)
-        if family not in WITHOUT_BIASES or unfreeze is not config.Unfreeze.bias
+        for unfreeze in (schema.Unfreeze.bias, schema.Unfreeze.norm, schema.Unfreeze.all)
+        if family not in WITHOUT_BIASES or unfreeze is not schema.Unfreeze.bias
     ],
 )
-def test_the_backbones_own_parameters_are_reached(family: str, unfreeze: config.Unfreeze) -> None:
+def test_the_backbones_own_parameters_are_reached(family: str, unfreeze: schema.Unfreeze) -> None:
     model = build(family)
     attach(model, {}, unfreeze)
     assert unreached(model, batch(family), bf16=False) == []
@@ -147,8 +147,8 @@ def test_flags_are_put_back_after_an_error() -> None:
 def test_training_is_the_same_to_the_bit_with_and_without_the_probe(checkpointing: bool, tmp_path: Path) -> None:
     """With dropout everywhere, so that one random number more would show."""
     data = Rows(batch("roberta", (9,) * 12), (9,) * 12)
-    settings = config.Trainer(learning_rate=1e-2, batch_size=4, max_steps=5, evaluate_every=5)
-    settings.device, settings.gradient_checkpointing = config.Device.cpu, checkpointing
+    settings = schema.Trainer(learning_rate=1e-2, batch_size=4, max_steps=5, evaluate_every=5)
+    settings.device, settings.gradient_checkpointing = schema.Device.cpu, checkpointing
     results = []
     for probed in (False, True):
         model = build("roberta", hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
