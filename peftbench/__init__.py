@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 
 def load_run(folder: str | Path, *overrides: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A finished run's model with its adapter, and its tokenizer: see `peftbench.evaluation.load_run`, which imports torch."""
-    from peftbench.evaluation import load_run as load
+    """A finished run's model with its adapter, and its tokenizer: see `evaluation.finished`, which imports torch."""
+    from peftbench.evaluation import finished
 
-    return load.load_run(folder, *overrides)
+    return finished.load_run(folder, *overrides)

@@ -15,11 +15,9 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import datasets
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel, set_seed
-from transformers.utils import logging as transformers_logging
 
 from peftbench.backbones.load import Backbone, load_backbone
 from peftbench.backbones.precision import chosen_device, use_autocast, with_dtype
@@ -39,7 +37,7 @@ from peftbench.records.lock import holding
 from peftbench.records.record import Counts, Record, Score, Searched, Selection, find, finished, keep_newer
 from peftbench.records.recording import axes_of, forget_refused, recording
 from peftbench.records.run_files import CHECKPOINTS, append_metrics, rewind_metrics, write_predictions
-from peftbench.tables.fields import typed
+from peftbench.records.wording import typed
 from peftbench.tables.terminal import single_row
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.docstrings import versions
@@ -51,9 +49,9 @@ from peftbench.training.ended import ended
 from peftbench.training.ended import keep as keep_ended
 from peftbench.training.fit import Fitted, fit
 from peftbench.training.probe import no_gradient, unreached
-from peftbench.utils.console import terminal
 from peftbench.utils.errors import UserError
 from peftbench.utils.progress import Display
+from peftbench.utils.quiet import quiet_console
 
 
 def train(
@@ -355,15 +353,6 @@ def _timed(record: Record, name: str) -> Iterator[None]:
     yield
     passed = time.perf_counter() - began + record.timings.get("earlier_s", 0.0) - earlier
     record.timings[name] = round(passed, 3)
-
-
-def quiet_console(stderr: bool = False) -> Console:
-    """The console of a run; the libraries' own bars and hints are switched off."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
-    return terminal(stderr)
 
 
 if __name__ == "__main__":

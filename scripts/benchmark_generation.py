@@ -34,11 +34,12 @@ import transformers
 from datasets import Dataset
 from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig, PreTrainedModel
 
+from peftbench.backbones.precision import autocast
 from peftbench.config import schema
 from peftbench.config.compose import compose_run
 from peftbench.evaluation import inference
 from peftbench.evaluation import predict as predict_module
-from peftbench.evaluation.predict import autocast, predict
+from peftbench.evaluation.predict import predict
 from peftbench.modification.attach import attach
 from peftbench.modification.state import fold
 from peftbench.utils.memory import no_collection

@@ -17,7 +17,7 @@ from functools import cache
 
 from peftbench.config.compose import compose_run
 from peftbench.config.schema import Run
-from peftbench.counts.counts import count_run
+from peftbench.counts.run_counts import count_run
 from peftbench.modification.counting import Counts
 
 OF_BART = "the paper divides by BART-large's parameters here too, though the backbone is mBART-large"

@@ -1,0 +1,1 @@
+"""Backbones: loading a frozen model and its tokenizer, and the places in it that a method may modify."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -38,3 +39,8 @@ def with_dtype(run: schema.Run) -> schema.Run:
 def use_autocast(settings: schema.Trainer, model: schema.Model) -> bool:
     """Whether to run under bfloat16 autocast, which a bfloat16 backbone does without."""
     return use_bf16(settings) and model.dtype is not schema.DType.bfloat16
+
+
+def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[object]:
+    """bfloat16 autocast on `device`, or nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()

@@ -8,31 +8,24 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from peftbench.config.identity import IGNORED, plain
-from peftbench.config.schema import Modification
-from peftbench.metrics.bootstrap import Difference, paired_bootstrap
-from peftbench.metrics.example_scores import ExampleScores, example_scores
+from peftbench.metrics.bootstrap import Difference
 from peftbench.records.record import FILE, Record, load_records
-from peftbench.records.saved import saved_predictions
-from peftbench.tables.fields import FIELDS, text
+from peftbench.records.wording import text
+from peftbench.tables.comparison import compare, settings_of, settings_that_differ
+from peftbench.tables.fields import FIELDS
 from peftbench.tables.row import Row, is_trial, over_seeds, unscored
 from peftbench.tables.select import TRIALS, is_filter, select
 from peftbench.utils.console import terminal
-from peftbench.utils.differences import differing, flatten
+from peftbench.utils.differences import differing
 from peftbench.utils.errors import UserError
-
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C, where PyYAML was built with it
 
 EPILOG = """\
 A and B are each the folder of a run, the first digits of its name, or filters as for peftbench results. Runs that
@@ -75,34 +68,6 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def compare(a: Row, b: Row, resamples: int) -> dict[str, Difference]:
-    """The difference of each metric of the runs' report split."""
-    read = [[saved_predictions(record.folder, "report") for record in row.scored] for row in (a, b)]
-    asked = [_asked(run) for side in read for run in side]
-    for other, record in zip(asked, [*a.scored, *b.scored], strict=True):
-        if other != asked[0]:
-            odd = sum(x != y for x, y in zip(asked[0], other, strict=False)) + abs(len(other) - len(asked[0]))
-            raise UserError(f"{record.folder} was not scored on the same examples: {odd} of {len(other)} differ.")
-    scored = [
-        [_scores(record, run) for record, run in zip(row.scored, side, strict=True)]
-        for row, side in zip((a, b), read, strict=True)
-    ]
-    paired = [record.seed for record in a.scored] == [record.seed for record in b.scored]
-    return paired_bootstrap(*scored, paired_seeds=paired, resamples=resamples)
-
-
-def settings_that_differ(a: Row, b: Row) -> dict[str, list[Any]]:
-    """Of each key of the config, and of the record's circumstances, that differs: its value in A and in B.
-
-    Of a modification that one of them has alone: its axes, and what is not as in any.
-    """
-    both = [settings_of(row.first) for row in (a, b)]
-    one, other = ({key.split(".")[1] for key in side if key.startswith("mix.")} for side in both)
-    bare = {f"mix.{name}.{key}": value for name in one ^ other for key, value in flatten(plain(Modification()))}
-    own = [{key: value for key, value in side.items() if key not in bare or value != bare[key]} for side in both]
-    return {key: [side.get(key) for side in own] for key in differing(own)}
-
-
 def _side(name: str, word: str, folder: Path) -> Row:
     """The runs that a word of the command line stands for."""
     records = _found(word, folder)
@@ -141,43 +106,6 @@ def _check_comparable(a: Row, b: Row) -> None:
         values = [FIELDS[key](record) for record in (one, other)]
         if values[0] != values[1] and not (key == "data" and None in values):  # an early record does not say on what
             raise UserError(f"A and B cannot be compared, for they differ in {key}: {values[0]} and {values[1]}.")
-
-
-def _asked(predictions: Sequence[dict[str, Any]]) -> list[Any]:
-    """What tells whether two runs had the same examples."""
-    return [(one.get("id"), one["reference"]) for one in predictions]
-
-
-def _scores(record: Record, predictions: Sequence[dict[str, Any]]) -> dict[str, ExampleScores]:
-    ours, right = ([one[side] for one in predictions] for side in ("prediction", "reference"))
-    return example_scores(record.metric, ours, right, record.data.get("labels", ()))
-
-
-def settings_of(record: Record) -> dict[str, Any]:
-    """A run's config as dotted keys, without what is no setting of it, and the circumstances that the record has."""
-    found = dict(flatten(_config(record.folder / "config.yaml")))
-    kept = {key: value for key, value in found.items() if value is not None and not _is_ignored(key)}
-    circumstances = {"device": record.device, "data": record.data.get("fingerprint"), **record.versions}
-    return kept | {f"({key})": value for key, value in circumstances.items() if value is not None}
-
-
-def _config(file: Path) -> dict[str, Any]:
-    """The config of a run as it lies on disk; empty, and named on stderr, where it is torn."""
-    if not file.is_file():
-        return {}
-    try:
-        # what OmegaConf.save wrote is plain YAML, which OmegaConf.load would read fifteen times as slowly
-        config = yaml.load(file.read_text(encoding="utf-8"), LOADER)
-    except (yaml.YAMLError, UnicodeDecodeError):
-        config = None
-    if isinstance(config, dict):
-        return config
-    print(f"{file} is left out: it is torn or not the config of a run.", file=sys.stderr)
-    return {}
-
-
-def _is_ignored(key: str) -> bool:
-    return key == "seed" or any(key == ignored or key.startswith(f"{ignored}.") for ignored in IGNORED)
 
 
 def _show(a: Row, b: Row, differences: dict[str, Difference], settings: dict[str, list[Any]], console: Console) -> None:

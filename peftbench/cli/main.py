@@ -62,7 +62,7 @@ COMMANDS = {
     "status": "cli.status",
     "results": "cli.results",
     "compare": "cli.compare",
-    "plot": "tables.plot",
+    "plot": "cli.plot",
     "report": "cli.report",
     "reproduce": "cli.reproduce",
     "params": "cli.params",

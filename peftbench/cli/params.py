@@ -14,7 +14,7 @@ from peftbench.utils.errors import UserError
 from peftbench.utils.quick_imports import quick_imports
 
 if TYPE_CHECKING:
-    from peftbench.counts.counts import RunCounts
+    from peftbench.counts.run_counts import RunCounts
 
 
 def main(argv: list[str]) -> int:
@@ -59,5 +59,5 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 def _count(run: Run) -> RunCounts:
     with quick_imports():
-        from peftbench.counts.counts import count_run
+        from peftbench.counts.run_counts import count_run
     return count_run(run)

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
-from typing import Any
 
-from peftbench.config.roles import is_reported
-from peftbench.config.schema import Task
-from peftbench.config.validity import METRICS, label_faults
-from peftbench.metrics.metrics import measure
-from peftbench.records.run_files import predictions_file
-from peftbench.records.saved import run_folder, saved_config, saved_predictions, saved_record
+from peftbench.evaluation.rescore import rescore
+from peftbench.records.saved import run_folder, saved_record
 from peftbench.tables.scores import show_scores
 from peftbench.utils.console import terminal
-from peftbench.utils.errors import UserError, unknown
 
 
 def main(argv: list[str]) -> int:
@@ -33,42 +26,3 @@ def main(argv: list[str]) -> int:
     else:
         show_scores(found, saved_record(arguments.run), terminal())
     return 0
-
-
-def rescore(folder: Path, metric: str | None = None) -> list[dict[str, Any]]:
-    """`{"role", "split", "examples", "metrics", "signatures"}` for each split that the run reported on.
-
-    Raises:
-        UserError: as `main`.
-    """
-    record = saved_record(folder)
-    task: Task = saved_config(folder).task
-    metric = metric or record.metric
-    if metric not in METRICS[task.kind]:
-        raise UserError(unknown("metric", metric, METRICS[task.kind]))
-    labels = record.data.get("labels", ())
-    if faults := list(label_faults("metric", metric, labels)):
-        raise UserError(*faults)
-    found = []
-    for role, score in record.scores.items():
-        if not is_reported(role):
-            continue
-        rows = saved_predictions(folder, role)
-        if len(rows) != score.examples:
-            file = folder / predictions_file(role)
-            raise UserError(
-                f"{file} holds {len(rows)} predictions, and the run made {score.examples}; restore the file."
-            )
-        predictions, references = [row["prediction"] for row in rows], [row["reference"] for row in rows]
-        scores, signatures = measure(metric, predictions, references, labels)
-        found.append(
-            {
-                "role": role,
-                "split": score.split,
-                "examples": len(rows),
-                "of": score.of,
-                "metrics": scores,
-                "signatures": signatures,
-            }
-        )
-    return found

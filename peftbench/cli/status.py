@@ -6,42 +6,20 @@ import argparse
 import json
 import shlex
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from peftbench.records.record import Record, find
-from peftbench.sweeps.plan import FOLDER, SUFFIX, Plan, Point
-from peftbench.tables.columns import duration
+from peftbench.records.record import find
+from peftbench.sweeps.plan import FOLDER, SUFFIX, Plan
+from peftbench.sweeps.status import ORDER, State, seconds_left, summary, time_of
 from peftbench.utils.console import terminal
 from peftbench.utils.errors import UserError
-
-ORDER = ("done", "running", "interrupted", "failed", "missing")  # in which they are counted and listed
-
-
-@dataclass(frozen=True)
-class State:
-    """One run of a sweep and what has become of it; no record: it has not begun."""
-
-    point: Point
-    record: Record | None
-
-    @property
-    def status(self) -> str:
-        return "missing" if self.record is None else self.record.status
-
-    @property
-    def outcome(self) -> str:
-        """The status, with the error of a run that failed."""
-        return "missing" if self.record is None else self.record.outcome
 
 
 def main(argv: list[str]) -> int:
@@ -78,46 +56,6 @@ def main(argv: list[str]) -> int:
     return int(any(state.status == "failed" for _, states in sweeps for state in states))
 
 
-def seconds_left(states: Sequence[State], now: datetime | None = None) -> float | None:
-    """How long the runs that have not ended still take, or None as long as no run of the sweep is done.
-
-    A run takes as long as those of its method that are done, or as all that are. As many runs go on at once as run now.
-    """
-    now = now or datetime.now(timezone.utc)
-    took: dict[str | None, list[float]] = defaultdict(list)
-    for state in states:
-        if state.record is not None and state.status == "done":
-            for key in (state.point.method, None):
-                took[key].append(state.record.timings["total_s"])
-    if not took:
-        return None
-    left = []
-    for state in states:
-        if state.status in ("missing", "interrupted", "running"):
-            expected = fmean(took.get(state.point.method) or took[None])
-            if state.record is not None and state.status == "running":
-                expected -= (now - datetime.fromisoformat(state.record.created)).total_seconds()
-            left.append(max(0.0, expected))
-    at_once = max(1, sum(state.status == "running" for state in states))
-    return max(sum(left) / at_once, max(left, default=0.0))
-
-
-def summary(states: Sequence[State]) -> str:
-    """How many runs stand how, and the time left."""
-    counted = Counter(state.status for state in states)
-    counts = ", ".join(f"{counted[status]} {status}" for status in ORDER if counted[status])
-    return f"{len(states)} runs: {counts}{_left(states)}"
-
-
-def time_of(state: State) -> str:
-    """How long a run took, or has been running."""
-    if state.record is None:
-        return ""
-    if state.status == "running":
-        return duration((datetime.now(timezone.utc) - datetime.fromisoformat(state.record.created)).total_seconds())
-    return duration(state.record.timings["total_s"]) if "total_s" in state.record.timings else ""
-
-
 def _show(plan: Plan, states: Sequence[State], console: Console, everything: bool) -> None:
     console.print(f"peftbench train {shlex.join(plan.arguments)}", style="dim", soft_wrap=True, highlight=False)
     console.print(summary(states), highlight=False)
@@ -134,13 +72,6 @@ def _show(plan: Plan, states: Sequence[State], console: Console, everything: boo
         settings = (str(state.point.settings.get(key, "")) for key in keys)
         table.add_row(*settings, state.outcome, time_of(state), state.point.folder.rpartition("/")[2])
     console.print(table)
-
-
-def _left(states: Sequence[State]) -> str:
-    if not any(state.status in ("missing", "interrupted", "running") for state in states):
-        return ""
-    seconds = seconds_left(states)
-    return "; time left is known once a run is done" if seconds is None else f"; about {duration(seconds)} left"
 
 
 def _as_json(plan: Plan, states: Sequence[State]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Counts: a run built without weights, its parameters counted, budgets solved, methods explained."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from peftbench.backbones.sites import find_sites
 from peftbench.config.schema import Run, modifications
-from peftbench.counts.counts import RunCounts, build, count_built
 from peftbench.counts.formula import Row, describe
+from peftbench.counts.run_counts import RunCounts, build, count_built
 from peftbench.counts.sizes import Size, size
 from peftbench.counts.tree import Branch, network
 

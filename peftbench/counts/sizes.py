@@ -16,7 +16,7 @@ from peftbench.config.schema import Modification, Representation
 
 if TYPE_CHECKING:
     from peftbench.backbones.sites import Sites
-    from peftbench.counts.counts import Group
+    from peftbench.counts.run_counts import Group
 
 MEANINGS = {
     "r": "bottleneck",

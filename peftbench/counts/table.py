@@ -18,7 +18,7 @@ from peftbench.config.budget import limit
 from peftbench.config.schema import Modification, Run, Unfreeze, modifications
 
 if TYPE_CHECKING:
-    from peftbench.counts.counts import RunCounts
+    from peftbench.counts.run_counts import RunCounts
     from peftbench.modification.counting import Counts
 
 NUMBERS = ("trained", "stored", "paper")

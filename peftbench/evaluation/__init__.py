@@ -1,0 +1,1 @@
+"""Evaluation: predictions in bulk, their scores, and finished runs that are evaluated again."""

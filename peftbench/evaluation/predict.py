@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor, PreTrainedModel
 
 from peftbench.backbones.attention_kernels import no_cudnn_attention
+from peftbench.backbones.precision import autocast
 from peftbench.evaluation.inference import prepared
 from peftbench.evaluation.kv_cache import NewCache, generation_caches
 from peftbench.evaluation.partial import Partial
@@ -186,8 +187,3 @@ def _predicting(model: PreTrainedModel, bf16: bool) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
-
-
-def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[object]:
-    """bfloat16 autocast on `device`, or nothing."""
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()

@@ -7,5 +7,5 @@ One file for each axis of He et al. (2022), and the files that put them on a mod
     insertion.py         axis 3: f(h) or f(x)               edit.py                one modification at one leaf module
     composition.py       axis 4: h + Δh, h + sΔh, gated     head_attention.py      modifications of heads
     attach.py            a run's modifications on a model   counting.py, state.py  how many numbers; fold, save, load
-    merge.py             affine ones inside the weights     inference.py, memo.py  the same in fewer operations
+    merge.py             affine ones inside the weights     memo.py                values computed once a pass
 """

@@ -15,7 +15,7 @@ from peftbench.config.identity import run_dir
 from peftbench.config.schema import LOSS, Run
 from peftbench.config.search import settings, trials, values
 from peftbench.records.record import Record, Searched, Trial, find
-from peftbench.tables.fields import described, typed
+from peftbench.records.wording import described, typed
 from peftbench.utils.errors import UserError
 
 

@@ -22,10 +22,10 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from peftbench.cli.status import State, summary, time_of
 from peftbench.records.record import FILE, Record, find
 from peftbench.records.run_files import METRICS
 from peftbench.sweeps.plan import Sweep
+from peftbench.sweeps.status import State, summary, time_of
 from peftbench.tables.row import is_scored
 
 READ_EVERY = 1.0  # seconds

@@ -17,7 +17,7 @@ from peftbench.config.schema import Run, by_key, value_at
 from peftbench.records.choice import NoChoice, known, sentence, settled
 from peftbench.records.record import Record, decode, find, finished
 from peftbench.records.recording import describe
-from peftbench.tables.fields import text
+from peftbench.records.wording import text
 from peftbench.tables.terminal import show
 from peftbench.utils.console import terminal
 from peftbench.utils.differences import distinctive

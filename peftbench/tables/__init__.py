@@ -1,0 +1,1 @@
+"""Tables: records as rows, filtered, formatted, drawn, compared."""

@@ -14,7 +14,8 @@ from peftbench.config.axes import UNFROZEN
 from peftbench.config.identity import IGNORED
 from peftbench.config.schema import by_key
 from peftbench.records.record import Record
-from peftbench.tables.fields import FIELDS, baseline, field, further_splits, on_further, text
+from peftbench.records.wording import text
+from peftbench.tables.fields import FIELDS, baseline, field, further_splits, on_further
 from peftbench.tables.paper import Printed, printed
 from peftbench.tables.row import Row, front, point, unscored
 from peftbench.utils.differences import differing

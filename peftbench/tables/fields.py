@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 from peftbench.config.roles import FURTHER
-from peftbench.records.record import Record, Searched
+from peftbench.records.record import Record
+from peftbench.records.wording import described
 from peftbench.utils.differences import flatten
 from peftbench.utils.errors import UserError, meant
 
@@ -75,28 +76,6 @@ def field(key: str, records: Sequence[Record]) -> Callable[[Record], Any]:
         return lambda record: flat[id(record)].get(key)
     metrics = dict.fromkeys(name for r in records if "report" in r.scores for name in r.scores["report"].metrics)
     raise UserError(f"{key} is no column{meant(key, [*FIELDS, *metrics, *further_splits(records)])}")
-
-
-def text(value: Any) -> str:
-    """A value as it is shown and typed: a mixture's joined by " + ", nothing for none."""
-    if isinstance(value, list):
-        return " + ".join(map(text, value))
-    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def described(search: Searched) -> str:
-    """The values that a search tried, with the scores on the selection split or with why there is none."""
-    if search.role == "trial":
-        return f"trial: {typed(search.chosen)}"
-    name = typed if len(search.keys) > 1 else lambda settings: text(*settings.values())
-    scores = [trial.status if trial.value is None else f"{trial.value:.2f}" for trial in search.trials]
-    listed = (f"{name(trial.settings)}: {score}" for trial, score in zip(search.trials, scores, strict=True))
-    return ("" if len(search.keys) > 1 else f"{next(iter(search.keys))} ") + ", ".join(listed)
-
-
-def typed(setting: dict[str, Any]) -> str:
-    """Values as they are typed."""
-    return " ".join(f"{key}={text(value)}" for key, value in setting.items())
 
 
 def _metric(name: str, record: Record) -> float | None:

@@ -16,8 +16,9 @@ from typing import Any, Literal
 from peftbench.config.axes import CHOICES
 from peftbench.config.identity import IGNORED
 from peftbench.records.record import Record
+from peftbench.records.wording import text
 from peftbench.tables.columns import Column
-from peftbench.tables.fields import COSTS, FIELDS, field, text
+from peftbench.tables.fields import COSTS, FIELDS, field
 from peftbench.tables.row import Row, Statistic, is_scored, once, point
 from peftbench.utils.differences import differing, flatten
 from peftbench.utils.errors import UserError

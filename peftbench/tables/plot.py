@@ -6,19 +6,18 @@ that it was tried with; full fine-tuning dashed; the Pareto front behind them. I
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftbench.config.axes import CHOICES
 from peftbench.records.record import Record
 from peftbench.records.run_files import logged
-from peftbench.tables.fields import FIELDS, field, text
-from peftbench.tables.row import Row, Statistic, front, over_seeds, single, tables
-from peftbench.tables.select import read
+from peftbench.records.wording import text
+from peftbench.tables.fields import FIELDS, field
+from peftbench.tables.row import Row, front, tables
 from peftbench.tables.terminal import title
 from peftbench.utils.differences import differing
 from peftbench.utils.errors import UserError, unknown
@@ -41,41 +40,6 @@ NAMES = {
 }
 COLUMNS = 3  # panels beside each other
 IN_LEGEND = 17  # names below each other, beside one panel
-
-
-def main(argv: list[str]) -> int:
-    """Writes the picture; returns 0. Raises UserError where there is nothing to draw."""
-    parser = argparse.ArgumentParser(
-        prog="peftbench plot",
-        description="Draw scores against stored parameters, a line for each method over its sizes.",
-        epilog="Filters and keys are those of peftbench results.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("words", nargs="*", metavar="FOLDER | KEY=VALUE,...", help="where (default: outputs) and which")
-    parser.add_argument(
-        "--out", metavar="FILE", type=Path, action="append", help="PNG, SVG or PDF, by the ending; default: scores.png"
-    )
-    parser.add_argument("--x", choices=list(NAMES), default="stored", help="the cost; default: %(default)s")
-    parser.add_argument("--y", metavar="KEY", help="a metric (default: the main one); of curves what was logged (loss)")
-    parser.add_argument("--by", metavar="KEY", default="method", help="a line for each of; default: method (and axes)")
-    parser.add_argument("--curves", action="store_true", help="draw what was logged in training, a line for each run")
-    parser.add_argument("--statistic", choices=get_args(Statistic), default="mean", help="over seeds; default: mean")
-    arguments = parser.parse_intermixed_args(argv)
-
-    files = arguments.out or [Path("scores.png")]
-    for file in files:
-        if file.suffix.lower() not in ENDINGS:
-            raise UserError(f"--out {file}: the ending must be one of {', '.join(ENDINGS)}.")
-    records = read(arguments.words)
-    if arguments.curves:
-        figure = draw_curves(single(records), y=arguments.y or "loss", by=arguments.by)
-    else:
-        rows = over_seeds(records, arguments.statistic)
-        figure = draw(rows, x=arguments.x, y=arguments.y or "score", by=arguments.by)
-    for file in files:
-        save(figure, file)
-        print(file)
-    return 0
 
 
 def save(figure: Figure, file: Path) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from peftbench.records.record import Record, kept_apart, load_records
-from peftbench.tables.fields import field, text
+from peftbench.records.wording import text
+from peftbench.tables.fields import field
 from peftbench.tables.row import is_trial
 from peftbench.utils.errors import UserError, unknown
 

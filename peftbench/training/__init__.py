@@ -1,1 +1,1 @@
-"""Fine-tuning: `fit` around transformers' Trainer, and what makes its steps quicker or smaller."""
+"""Training: the loop, checkpoints, batches, and the fast paths of a training step."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from peftbench.evaluation.predict import autocast
+from peftbench.backbones.precision import autocast
 from peftbench.utils.errors import UserError
 
 NAMED = 6  # in the error; the record has them all

@@ -1,0 +1,1 @@
+"""What every folder needs, and nothing of the method."""

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from peftbench.backbones.load import load_backbone
-from peftbench.cli.evaluate import changed_run
 from peftbench.cli.main import main
+from peftbench.evaluation.finished import changed_run
 from peftbench.modification.attach import attach_run
 from peftbench.modification.state import load as load_adapter
 from peftbench.records.saved import saved_record

@@ -17,7 +17,7 @@ from peftbench.backbones.sites import Attention, find_sites
 from peftbench.config import schema
 from peftbench.config.compose import compose_run
 from peftbench.config.fidelity import with_deviations
-from peftbench.counts.counts import count_run
+from peftbench.counts.run_counts import count_run
 from peftbench.modification import state
 from peftbench.modification.attach import attach
 from peftbench.modification.dead_parameters import count_dead

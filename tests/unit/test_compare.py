@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from peftbench.cli.compare import main, settings_that_differ
+from peftbench.cli.compare import main
 from peftbench.config.identity import run_dir
 from peftbench.config.schema import FunctionalForm, Modification, Trainer
 from peftbench.records.record import Score, Searched, find, load_records
 from peftbench.records.recording import recording
 from peftbench.records.run_files import write_predictions
+from peftbench.tables.comparison import settings_that_differ
 from peftbench.tables.row import single
 from peftbench.utils.errors import UserError
 from tests.unit.test_record import RUN

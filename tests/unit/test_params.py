@@ -16,7 +16,7 @@ from peftbench.cli.main import main
 from peftbench.config import schema
 from peftbench.config.compose import compose_run
 from peftbench.config.schema import Run
-from peftbench.counts.counts import count_run
+from peftbench.counts.run_counts import count_run
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import count, count_places
 from peftbench.modification.state import fold

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
+from peftbench.cli.plot import main
 from peftbench.records.record import Counts, Record, Score
-from peftbench.tables.plot import COLOURS, draw, draw_curves, main
+from peftbench.tables.plot import COLOURS, draw, draw_curves
 from peftbench.tables.row import over_seeds, single
 from peftbench.utils.errors import UserError, of_the_machine
 from tests.unit.test_results import run

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from peftbench.cli.status import State, main, seconds_left
+from peftbench.cli.status import main
 from peftbench.records.lock import holding
 from peftbench.records.record import Failure
 from peftbench.sweeps.plan import Member, Plan, Point
+from peftbench.sweeps.status import State, seconds_left
 from peftbench.utils.errors import UserError
 from tests.unit.test_record import RUN
 from tests.unit.test_table import record, saved

@@ -8,11 +8,12 @@ from datetime import datetime, timezone
 from typing import Any
 
 from peftbench import __version__
-from peftbench.cli.compare import settings_of
 from peftbench.records.record import Axes, Record
 from peftbench.records.run_files import logged, predictions_file, read_lines
+from peftbench.records.wording import text
 from peftbench.tables.columns import PAPER, columns
-from peftbench.tables.fields import COSTS, FIELDS, field, text
+from peftbench.tables.comparison import settings_of
+from peftbench.tables.fields import COSTS, FIELDS, field
 from peftbench.tables.plot import COLOURS, NAMES
 from peftbench.tables.row import Row, point, rank, single, tables
 from peftbench.tables.terminal import titles

@@ -1,0 +1,169 @@
+"""A finished run again: its model with the adapter, and its scores on any split."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from peftbench.backbones.load import Backbone, load_backbone
+from peftbench.backbones.precision import chosen_device, with_dtype
+from peftbench.config.identity import content_stamp
+from peftbench.config.overrides import apply_override
+from peftbench.config.roles import splits
+from peftbench.config.schema import Run, Task, resolve, task_files
+from peftbench.config.validity import faults
+from peftbench.evaluation.evaluator import Evaluator
+from peftbench.modification.attach import attach_run
+from peftbench.modification.state import load as load_adapter
+from peftbench.records.record import Record
+from peftbench.records.saved import run_folder, saved_config, saved_record
+from peftbench.tasks.load import homeless, load, reported_on
+from peftbench.tasks.prepare import prepare
+from peftbench.utils.errors import UserError, unknown
+from peftbench.utils.files import write_lines
+from peftbench.utils.progress import Display
+
+GROUPS = ("task", "trainer", "model")  # what may be changed of a run without making it another
+
+
+def changed_run(folder: Path, record: Record, overrides: Sequence[str]) -> Run:
+    """The run that lies in `folder`, with overrides, checked as `peftbench train` checks them; of its own files those
+    must be there that are read."""
+    run = saved_run(folder, record, overrides)
+    if found := faults(replace(run, task=reported_on(run.task, homeless(trained_task(folder))))):
+        raise UserError(*found)
+    return run
+
+
+def saved_run(folder: Path, record: Record, overrides: Sequence[str] = ()) -> Run:
+    """Like `changed_run`, where nothing but the backbone must be there; its data may have gone."""
+    config = saved_config(folder)
+    try:
+        lines = [re.sub(r"^task\.split=", "task.report_split=", override) for override in overrides]
+        parsed = OverridesParser.create().parse_overrides(lines)
+    except HydraException as error:
+        raise UserError(" ".join(str(error).split())) from error
+    found = []
+    for typed, override in zip(overrides, parsed, strict=True):
+        if override.key_or_group.split(".")[0] not in GROUPS or "." not in override.key_or_group:
+            keys = ", ".join(f"{group}.KEY" for group in GROUPS)
+            found.append(f"{override.input_line}: evaluate takes {keys} only, such as task.split=test.")
+        elif override.is_delete():
+            found.append(f"{typed}: evaluate takes no key away; give it another value.")
+        elif override.is_sweep_override():
+            found.append(f"{typed} names several values, and evaluate takes one; type a line for each of them.")
+        elif sentence := apply_override(config, override):
+            found.append(sentence)
+    if found:
+        raise UserError(*found)
+    run = resolve(config)
+    run.task = _reporting(run.task, trained_task(folder))
+    if run.model.path and not Path(run.model.path).expanduser().is_dir():
+        raise UserError(f"model.path={run.model.path} is not a folder; give the path of an existing one.")
+    if run.model.path and record.model.content and content_stamp(run.model.path) != record.model.content:
+        raise UserError(f"model.path={run.model.path} holds another backbone than the one that the run was trained on.")
+    if "labels" in record.data:
+        if run.task.labels not in ([], record.data["labels"]):
+            raise UserError(
+                f"task.labels=[{','.join(run.task.labels)}]: the run was trained on the labels "
+                f"{', '.join(record.data['labels'])}, in this order; leave task.labels out."
+            )
+        run.task.labels = record.data["labels"]
+    return run
+
+
+def trained_task(folder: Path) -> Task:
+    """The task of the run in `folder` as it was trained."""
+    task = OmegaConf.to_object(saved_config(folder).task)
+    assert isinstance(task, Task)
+    return task
+
+
+def _reporting(task: Task, trained: Task) -> Task:
+    """The task, each of its files still that of the split that it was, though another split is reported on now; without
+    those of splits that it no longer has."""
+    gone = set(splits(trained)) - set(splits(task))
+    task = replace(task, data_files={split: file for split, file in task.data_files.items() if split not in gone})
+    if task.report_split == trained.report_split:
+        return task
+    files = task_files(replace(task, report_split=trained.report_split))
+    known = list(dict.fromkeys([*splits(trained), *files]))
+    if files and not any((task.data_dir, task.packages, task.hub_id)) and task.report_split not in known:
+        raise UserError(unknown("task.split", task.report_split, known))
+    # Only task.test_file is that of another split now. The others keep the keys by which a message names them: what is
+    # given under a message's key must win.
+    moved = {} if task.test_file is None else {trained.report_split: task.test_file}
+    files = {split: file for split, file in {**task.data_files, **moved}.items() if split in splits(task)}
+    return replace(task, data_files=files, test_file=None)
+
+
+def restored(folder: Path, run: Run, task: Task) -> Backbone:
+    """The backbone of the run in `folder` with its adapter; `task` is the run's, with labels that the data had."""
+    backbone = load_backbone(run.model, task)
+    attach_run(backbone.model, run, backbone.untrained)
+    load_adapter(backbone.model, folder / "adapter", backbone.untrained)
+    return backbone
+
+
+def evaluate(folder: Path, run: Run, console: Console, predictions: Path | None = None) -> list[dict[str, Any]]:
+    """The scores of each split, as `rescore` gives them.
+
+    Args:
+        predictions: the file to write the predictions on the report split to. Where text is generated, what was
+            written to FILE.partial before the command was stopped is not generated again.
+    """
+    found: list[dict[str, Any]] = []
+    with Display(console) as display:
+        with display.stage("prepare"):
+            loaded = load(run.task, training=False, dealt=homeless(trained_task(folder)))
+            run = with_dtype(run)
+            backbone = restored(folder, run, loaded.task)
+            data = prepare(loaded, backbone.tokenizer, backbone.model)
+            backbone.model.to(chosen_device(run.trainer))
+            evaluator = Evaluator(backbone.model, data, run)
+        for note in loaded.notes:
+            display.console.print(note, highlight=False, soft_wrap=True)
+        before = saved_record(folder).data
+        if before["splits"]["report"] == data.splits["report"] and before["scored_on"] != data.scored_on:
+            split = data.splits["report"]["split"]
+            display.console.print(f"These are other rows of the {split} split than the run was scored on.")
+        kept = None if predictions is None else predictions.with_name(f"{predictions.name}.partial")
+        partial = None if kept is None else evaluator.partial(kept, folder / "adapter")
+        for role, split in data.splits.items():
+            with display.stage(f"evaluate {split['split']}", split["examples"]) as stage:
+                metrics, decoded = evaluator.score(role, stage.advance, partial if role == "report" else None)
+            found.append({"of": None, "role": role, **split, "metrics": metrics, "signatures": data.signatures})
+            if role == "report" and predictions is not None:
+                write_lines(predictions, data.records(decoded, data.report_rows))
+    if partial is not None:
+        partial.remove()
+    return found
+
+
+def load_run(folder: str | Path, *overrides: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The backbone with the run's adapter attached, on the CPU and in evaluation mode, and its tokenizer.
+
+    The model is one of transformers' own classes and is called and generates as they do. Its input is what the run's
+    was: a source of a task with `task.prompt` stands in that prompt. The run's data need not be there. What its
+    `save_pretrained` writes plain transformers loads without the adapter; `peftbench merge` writes what it can load.
+
+    Args:
+        folder: of the run, as `peftbench train` names it at its end, or the first digits of its name below `outputs`.
+        overrides: what is otherwise than then, such as `model.path=FOLDER` of a backbone that has moved.
+
+    Raises:
+        UserError: there is no finished run, or not the backbone that it was trained on.
+    """
+    folder = run_folder(str(folder))
+    run = saved_run(folder, saved_record(folder), overrides)
+    backbone = restored(folder, run, run.task)
+    return backbone.model.eval(), backbone.tokenizer

@@ -1,0 +1,35 @@
+"""A finished run as a checkpoint that plain transformers loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peftbench.backbones.load import load_config, meta_backbone
+from peftbench.config.schema import Run, module_name
+from peftbench.evaluation.finished import restored
+from peftbench.modification.attach import attach_run
+from peftbench.modification.merge import merge, obstacles
+from peftbench.utils.errors import UserError
+
+
+def write_merged(folder: Path, run: Run, out: Path) -> tuple[str, float]:
+    """Write the merged model of the run in `folder`, with its tokenizer, to `out`.
+
+    Returns:
+        The name of the model's class, and the share of the change that rounding took (`modification.merge`).
+
+    Raises:
+        UserError: the method has no merged form, which is found before weights are read.
+    """
+    bare = meta_backbone(run.model, run.task, load_config(run.model))
+    plain = list(bare.state_dict())
+    attach_run(bare, run)
+    if found := obstacles(bare):
+        why = "; ".join(found[n] if n == module_name("") else f"mix.{n}: {found[n]}" for n in sorted(found))
+        raise UserError(f"method={run.method} cannot be merged into the backbone's weights: {why}.")
+    backbone = restored(folder, run, run.task)
+    share = merge(backbone.model)
+    tensors = backbone.model.state_dict()
+    backbone.model.save_pretrained(out, state_dict={name: tensors[name] for name in plain})
+    backbone.tokenizer.save_pretrained(out)
+    return type(backbone.model).__name__, share

@@ -1,0 +1,29 @@
+"""Values of a record in words: as they are typed and shown. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftbench.records.record import Searched
+
+
+def text(value: Any) -> str:
+    """A value as it is shown and typed: a mixture's joined by " + ", nothing for none."""
+    if isinstance(value, list):
+        return " + ".join(map(text, value))
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def described(search: Searched) -> str:
+    """The values that a search tried, with the scores on the selection split or with why there is none."""
+    if search.role == "trial":
+        return f"trial: {typed(search.chosen)}"
+    name = typed if len(search.keys) > 1 else lambda settings: text(*settings.values())
+    scores = [trial.status if trial.value is None else f"{trial.value:.2f}" for trial in search.trials]
+    listed = (f"{name(trial.settings)}: {score}" for trial, score in zip(search.trials, scores, strict=True))
+    return ("" if len(search.keys) > 1 else f"{next(iter(search.keys))} ") + ", ".join(listed)
+
+
+def typed(setting: dict[str, Any]) -> str:
+    """Values as they are typed."""
+    return " ".join(f"{key}={text(value)}" for key, value in setting.items())

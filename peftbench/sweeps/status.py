@@ -1,0 +1,79 @@
+"""What has become of the runs of a sweep, and how long those that are left still take. Imports no torch."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from statistics import fmean
+
+from peftbench.records.record import Record
+from peftbench.sweeps.plan import Point
+from peftbench.tables.columns import duration
+
+ORDER = ("done", "running", "interrupted", "failed", "missing")  # in which they are counted and listed
+
+
+@dataclass(frozen=True)
+class State:
+    """One run of a sweep and what has become of it; no record: it has not begun."""
+
+    point: Point
+    record: Record | None
+
+    @property
+    def status(self) -> str:
+        return "missing" if self.record is None else self.record.status
+
+    @property
+    def outcome(self) -> str:
+        """The status, with the error of a run that failed."""
+        return "missing" if self.record is None else self.record.outcome
+
+
+def seconds_left(states: Sequence[State], now: datetime | None = None) -> float | None:
+    """How long the runs that have not ended still take, or None as long as no run of the sweep is done.
+
+    A run takes as long as those of its method that are done, or as all that are. As many runs go on at once as run now.
+    """
+    now = now or datetime.now(timezone.utc)
+    took: dict[str | None, list[float]] = defaultdict(list)
+    for state in states:
+        if state.record is not None and state.status == "done":
+            for key in (state.point.method, None):
+                took[key].append(state.record.timings["total_s"])
+    if not took:
+        return None
+    left = []
+    for state in states:
+        if state.status in ("missing", "interrupted", "running"):
+            expected = fmean(took.get(state.point.method) or took[None])
+            if state.record is not None and state.status == "running":
+                expected -= (now - datetime.fromisoformat(state.record.created)).total_seconds()
+            left.append(max(0.0, expected))
+    at_once = max(1, sum(state.status == "running" for state in states))
+    return max(sum(left) / at_once, max(left, default=0.0))
+
+
+def summary(states: Sequence[State]) -> str:
+    """How many runs stand how, and the time left."""
+    counted = Counter(state.status for state in states)
+    counts = ", ".join(f"{counted[status]} {status}" for status in ORDER if counted[status])
+    return f"{len(states)} runs: {counts}{_left(states)}"
+
+
+def time_of(state: State) -> str:
+    """How long a run took, or has been running."""
+    if state.record is None:
+        return ""
+    if state.status == "running":
+        return duration((datetime.now(timezone.utc) - datetime.fromisoformat(state.record.created)).total_seconds())
+    return duration(state.record.timings["total_s"]) if "total_s" in state.record.timings else ""
+
+
+def _left(states: Sequence[State]) -> str:
+    if not any(state.status in ("missing", "interrupted", "running") for state in states):
+        return ""
+    seconds = seconds_left(states)
+    return "; time left is known once a run is done" if seconds is None else f"; about {duration(seconds)} left"

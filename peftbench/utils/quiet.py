@@ -1,0 +1,18 @@
+"""A console for a run, with the libraries silenced."""
+
+from __future__ import annotations
+
+import datasets
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from peftbench.utils.console import terminal
+
+
+def quiet_console(stderr: bool = False) -> Console:
+    """The console of a run; the libraries' own bars and hints are switched off."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    return terminal(stderr)
