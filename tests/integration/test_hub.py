@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from peftbench.config.schema import conf_dir
+from peftbench.config.schema import EMBEDDED
 from peftbench.utils.files import write_lines
 from tests.hub import REVISION, hub
 
-MINI = conf_dir().parent / "peftbench" / "mini"
+MINI = EMBEDDED / "mini"
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from peftbench.config.compose import compose_run
-from peftbench.config.schema import conf_dir
+from peftbench.config.schema import EMBEDDED
 from peftbench.tasks.framing import framed
 from peftbench.tasks.tokens import Encoder
 from peftbench.utils.errors import UserError
 from tests.families import build
 
-MINI = conf_dir().parent / "peftbench" / "mini"
+MINI = EMBEDDED / "mini"
 
 
 @pytest.fixture

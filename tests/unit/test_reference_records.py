@@ -1,4 +1,4 @@
-"""The records in outputs/reference are whole, are read by every command, and say what README.md prints."""
+"""The records in outputs/reference are whole, every command reads them, and README.md and docs print what they say."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import math
 from pathlib import Path
 
 import pytest
-from peftbench.results.report import command as report
 
-from peftbench.cli.main import compare
-from peftbench.cli.main import results as command
+from peftbench.cli import compare, plot, report, results
 from peftbench.records.record import FILE, load_records
-from peftbench.tables import plot
-from peftbench.tables.row import over_seeds, tables
+from peftbench.tables.row import Row, over_seeds, tables
 from peftbench.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,17 +30,49 @@ def test_every_record_is_whole(part: str) -> None:
         assert not [line for line in told if any(root in line for root in ("/tmp", "/home", "/root", "/work"))]
 
 
-def test_the_readme_prints_what_the_records_say() -> None:
+def _table(file: Path, heading: str) -> list[list[str]]:
+    """The cells of the first table below a heading of a Markdown file, without its header."""
+    text = file.read_text(encoding="utf-8").split(f"## {heading}")[1]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    rule = next(index for index, cells in enumerate(lines) if set("".join(cells)) <= {"-", ":"})
+    width = len(lines[rule])
+    return [cells for cells in lines[rule + 1 :] if len(cells) == width]
+
+
+def _grid() -> list[Row]:
     rows = over_seeds(load_records(REFERENCE / "grid")[0], "mean")
     assert len(tables(rows)) == 1
-    found = set()
-    for row in rows:
+    assert all([record.seed for record in row.scored] == [1, 42] for row in rows)
+    return rows
+
+
+def _four_axes(row: Row) -> str:
+    names = (
+        (axes.functional_form, axes.modified_representation, axes.insertion_form, axes.composition)
+        for axes in row.first.axes
+    )
+    return " + ".join(map(" · ".join, names)) or "–"
+
+
+def _percent(row: Row) -> float:
+    assert row.first.counts is not None
+    return row.first.counts.percent["stored"]
+
+
+def test_the_readme_prints_what_the_records_say() -> None:
+    known = {(f"{_percent(row):.1f}", _four_axes(row), f"{row.score:.2f}") for row in _grid()}
+    printed = [(percent, axes, score) for percent, _, axes, score in _table(ROOT / "README.md", "What it found")]
+    assert len(printed) == 10 and set(printed) <= known
+
+
+def test_the_full_table_says_what_the_records_say() -> None:
+    known = set()
+    for row in _grid():
         one, other = row.scored
-        assert (one.seed, other.seed) == (1, 42)
-        found.add((f"{other.score:.2f}, {one.score:.2f}", f"{row.score:.2f}"))
-    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## What it found")[1].split("\n## ")[0]
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    assert {(cells[3], cells[4]) for cells in lines[2:]} == found
+        known.add((f"{_percent(row):.2f}", f"{other.score:.2f}", f"{one.score:.2f}", f"{row.score:.2f}"))
+    table = _table(ROOT / "docs" / "results.md", "The rows of tables 3, 5, 6 and 12 on WebNLG")
+    printed = {(cells[0], cells[4], cells[5], cells[6]) for cells in table if len(cells) == 9}
+    assert printed == known and len(known) == 20
 
 
 @pytest.mark.parametrize(
@@ -64,7 +93,7 @@ def test_the_readme_prints_what_the_records_say() -> None:
     ],
 )
 def test_tables(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main([str(REFERENCE), *words]) == 0
+    assert results.main([str(REFERENCE), *words]) == 0
     assert "mam" in capsys.readouterr().out
 
 
