@@ -15,38 +15,10 @@ from rich.text import Text
 from peftbench.config.axes import CHOICES, Point, points, runs
 from peftbench.config.fidelity import SWITCHES
 from peftbench.config.keys import keys
-from peftbench.config.schema import ACTIVATIONS, conf_dir
+from peftbench.config.notation import describe_choice
+from peftbench.config.schema import conf_dir
 from peftbench.utils.console import terminal
 from peftbench.utils.errors import UserError, meant, unknown
-
-MEANINGS = {  # of the choices of the axes; He et al. (2022), table 1
-    "identity": "Δh = x W_down W_up",
-    "relu": f"Δh = ReLU(x W_down) W_up; also {', '.join(name for name in ACTIVATIONS if name != 'relu')}",
-    "softmax": "Δh = softmax(x W_down) W_up: prefixes, where W_down and W_up are keys and values",
-    "constant": "Δh = l, a trained vector",
-    "heads": "each head's output, before W_o",
-    "heads_joint": "the concatenated heads, before W_o",
-    "attention": "the attention's output, behind W_o",
-    "query": "the output of W_q",
-    "key": "the output of W_k",
-    "value": "the output of W_v",
-    "query_value": "query and value",
-    "key_value": "key and value",
-    "output": "the output of W_o, by itself",
-    "ffn": "the output of the feed-forward sub-layer",
-    "ffn_weights": "the outputs of the feed-forward's W_1 and W_2",
-    "ffn_intermediate": "the input of the feed-forward's W_2",
-    "attention_ffn": "attention and ffn",
-    "layer": "the layer's output, behind its last add & norm",
-    "embedding": "the embedded input (prompts)",
-    "parallel": "f reads x, the input of what computes h",
-    "sequential": "f reads h",
-    "add": "h + Δh",
-    "scaled": "h + s Δh, s fixed or learned",
-    "multiply": "h ∘ (1 + Δh)",
-    "gated": "(1 - λ) h + λ Δh, λ the attention on a prefix or a learned gate",
-    "gated_add": "h + λ Δh, λ a learned gate",
-}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -77,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     elif arguments.group == "keys":
         _show_keys(arguments.start, console)
     elif arguments.group in groups:
-        _show_group(groups[arguments.group], console)
+        _show_group(arguments.group, groups[arguments.group], console)
     else:
         raise UserError(unknown("group", arguments.group, ["axes", "keys", *groups]))
     return 0
@@ -95,14 +67,14 @@ def _groups(conf: Path) -> dict[str, dict[str, Path]]:
     return {name: options for name, options in found.items() if options}
 
 
-def _show_group(options: Mapping[str, Path], console: Console) -> None:
-    """Each option with the comment that opens its file."""
+def _show_group(group: str, options: Mapping[str, Path], console: Console) -> None:
+    """Each option with the comment that opens its file; the choices of an axis with what they mean."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for name, file in options.items():
         opening = " ".join(_opening(file.read_text(encoding="utf-8").splitlines()))
-        table.add_row(name, opening or MEANINGS.get(name, ""))
+        table.add_row(name, opening or (describe_choice(group, name) if group in CHOICES else ""))
     console.print(table, highlight=False)
 
 
@@ -139,7 +111,7 @@ def _show_axes(console: Console) -> None:
         table.add_column(no_wrap=True)
         table.add_column()
         for choice in choices:
-            table.add_row(f"  {choice}", MEANINGS[choice])
+            table.add_row(f"  {choice}", describe_choice(axis, choice))
         console.print(table, highlight=False)
 
     forms, representations, insertions, compositions = CHOICES.values()

@@ -1,12 +1,13 @@
 """The four axes in the paper's notation: what He et al.'s table 1 would say of any point of them. Imports no torch.
 
-The tables say how each choice of an axis is written; `describe` puts one choice of each together.
+`config.notation` says how each choice of an axis is written; `describe` puts one choice of each together.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from peftbench.config.notation import COMPOSITIONS, FORMS, REPRESENTATIONS
 from peftbench.config.schema import (
     Composition,
     FFNInput,
@@ -17,50 +18,6 @@ from peftbench.config.schema import (
     Representation,
 )
 
-# f in Δh = f(x W_down) W_up; the identity is not written, other activations go by their name; constant is Δh = l
-FORMS = {
-    "identity": "",
-    "relu": "ReLU",
-    "gelu": "GELU",
-    "silu": "SiLU",
-    "sigmoid": "σ",
-    "relu6": "ReLU6",
-    "relu2": "ReLU²",
-    "leaky_relu": "LeakyReLU",
-}
-
-COMPOSITIONS = {
-    Composition.add: "h + {delta}",
-    Composition.scaled: "h + s · {delta}",
-    Composition.gated: "(1 - λ) h + λ {delta}",
-    Composition.gated_add: "h + λ {delta}",
-    Composition.multiply: "h ∘ (1 + {delta})",
-}
-
-# representation: h in words; x, which a parallel form reads, in words
-REPRESENTATIONS = {
-    Representation.heads: ("the attention's output at each head, before W_o", "the attention's input"),
-    Representation.heads_joint: ("the concatenated heads, before W_o", "the attention's input"),
-    Representation.attention: ("the attention's output, behind W_o", "the attention's input"),
-    Representation.query: ("the queries, the output of W_q", "the input of W_q"),
-    Representation.key: ("the keys, the output of W_k", "the input of W_k"),
-    Representation.value: ("the values, the output of W_v", "the input of W_v"),
-    Representation.query_value: ("the queries and the values, the outputs of W_q and W_v", "the input of W_q or W_v"),
-    Representation.key_value: ("the keys and the values, the outputs of W_k and W_v", "the input of W_k or W_v"),
-    Representation.output: ("the output of W_o", "the input of W_o: the concatenated heads"),
-    Representation.ffn: ("the feed-forward sub-layer's output", "the feed-forward sub-layer's input"),
-    Representation.ffn_intermediate: (
-        "the feed-forward's inner activations, the input of W_2",
-        "the feed-forward sub-layer's input",
-    ),
-    Representation.ffn_weights: ("the outputs of the feed-forward sub-layer's weights", "the input of the same weight"),
-    Representation.attention_ffn: (
-        "the outputs of the attention and of the feed-forward sub-layer",
-        "the input of the same sub-layer",
-    ),
-    Representation.layer: ("the layer's output, behind the feed-forward's add & norm", ""),
-    Representation.embedding: ("the embedded input", ""),
-}
 LAYER_OVER_RESIDUAL = "the feed-forward sub-layer's output, which x, the residual, then joins"
 
 # what the paper calls a point, and where: functional form, representations, insertion form, composition function
@@ -115,7 +72,7 @@ def describe(prefix: str, m: Modification, over_residual: bool = False) -> Row:
         function, composed = _delta(m, read), COMPOSITIONS[m.composition_function.name]
         factor = m.composition_function.name not in (Composition.add, Composition.multiply)
         formula = "h ← " + composed.format(delta=f"({function})" if factor and _is_sum(function) else function)
-        h = LAYER_OVER_RESIDUAL if over_residual else REPRESENTATIONS[representation][0]
+        h = LAYER_OVER_RESIDUAL if over_residual else REPRESENTATIONS[representation].h
         function, composed = f"Δh = {function}", composed.format(delta="Δh") + _weight(m, read)
         read = _read_in_words(m, over_residual)
     return Row(
@@ -155,7 +112,7 @@ def _read_in_words(m: Modification, over_residual: bool) -> str:
         return "f reads nothing"
     if m.insertion_form.name is Insertion.sequential:
         return "f reads h itself"
-    x = REPRESENTATIONS[m.modified_representation.name][1]
+    x = REPRESENTATIONS[m.modified_representation.name].x
     if m.modified_representation.ffn_input is FFNInput.residual:
         x = "the residual stream, before the norm of the feed-forward sub-layer"
     if not _reads_query(m):

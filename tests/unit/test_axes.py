@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.cli.ls import MEANINGS
 from peftbench.cli.main import main
 from peftbench.config import schema
 from peftbench.config.axes import CHOICES, Point, at, axes, nearest, points, refusals, runs
+from peftbench.config.notation import describe_choice
 
 
 def distance(a: Point, b: Point) -> int:
@@ -75,7 +75,7 @@ def test_ls_axes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     lines = [line.split() for line in printed.splitlines()]
     assert ["layer", "irsc", "irsc", "·", "·", "irsc"] in lines
     assert ["embedding", "·", "·", "·", "s", "·"] in lines
-    assert all(set(choices) <= MEANINGS.keys() for choices in CHOICES.values())
+    assert all(describe_choice(axis, choice) for axis, choices in CHOICES.items() for choice in choices)
     assert main(["ls", "axes", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert [Point(**{key: entry[key] for key in Point._fields}) for entry in listed if entry["runs"]] == [

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from peftbench.cli.main import main
+from peftbench.config.notation import COMPOSITIONS, REPRESENTATIONS
 from peftbench.config.schema import (
     ACTIVATIONS,
     Composition,
@@ -23,7 +24,7 @@ from peftbench.config.schema import (
     Unfreeze,
 )
 from peftbench.counts.explanation import Explanation, explain
-from peftbench.counts.formula import COMPOSITIONS, REPRESENTATIONS, describe
+from peftbench.counts.formula import describe
 from peftbench.counts.sizes import Size
 from peftbench.counts.tree import Branch
 from peftbench.modification.attach import attach
