@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -16,23 +15,16 @@ from rich.text import Text
 from peftbench.config.axes import UNFROZEN, axes, composed
 from peftbench.config.budget import limit
 from peftbench.config.schema import Modification, Run, Unfreeze, modifications
+from peftbench.tables.columns import Column
+from peftbench.tables.terminal import show_table
 
 if TYPE_CHECKING:
     from peftbench.counts.run_counts import RunCounts
     from peftbench.modification.counting import Counts
 
 NUMBERS = ("trained", "stored", "paper")
-UNBOUNDED = 1000  # characters; rich measures nothing beyond the width that it is told
-DISPENSABLE = ("head", "paper", "trained")
-WORDS = {  # least widths
-    "places": 12,
-    "weights at each": 12,
-    "method": 16,
-    "task": 5,
-    "model": 8,
-    "four axes": 20,
-    "as in the code": 16,
-}
+WORDS = {"places": 12, "weights at each": 12}  # least widths, in characters
+WHERE_THEY_DIFFER = ("task", "model", "deviations")  # columns that are shown only where the runs differ in them
 
 
 def show_run(counted: RunCounts, console: Console) -> None:
@@ -74,50 +66,52 @@ def show_run(counted: RunCounts, console: Console) -> None:
 
 
 def show_sweep(counted: Sequence[RunCounts], console: Console) -> None:
-    """Prints one table with a row for each run, in the order of the sweep.
-
-    Where the terminal is too narrow, the columns of `DISPENSABLE` go, one after the other.
-    """
+    """Prints one table with a row for each run, in the order of the sweep, with as many columns as fit."""
     if not counted:
         return
     if len({c.run.model.name for c in counted}) == 1:
         backbone = counted[0].totals.backbone
         console.print(Text.assemble((counted[0].run.model.name, "bold"), f" of {backbone:,} parameters"))
-    rows = [_row(c) for c in counted]
-    told = ("task", "model", "as in the code")  # worth a column only where they differ
-    headers = [name for name in rows[0] if name not in told or len({tuple(row[name]) for row in rows}) > 1]
-    if all(c.run.budget is None for c in counted):
-        headers.remove("budget")
-    for dispensable in ("", *DISPENSABLE):
-        headers = [name for name in headers if name != dispensable]
-        table = _table(*headers)
-        for row in rows:
-            # A line for each modification, so that its bottleneck stands beside it also where the axes wrap.
-            for cells in zip_longest(*(row[name] for name in headers), fillvalue=""):
-                table.add_row(*cells)
-        if console.measure(table, options=console.options.update(width=UNBOUNDED)).minimum <= console.width:
-            break
-    console.print(table)
+    differing = [c for c in COLUMNS if c.key not in WHERE_THEY_DIFFER or len({c.cell(run) for run in counted}) > 1]
+    budgeted = any(run.run.budget is not None for run in counted)
+    show_table([c for c in differing if budgeted or c.key != "budget"], counted, console)
 
 
-def _row(counted: RunCounts) -> dict[str, list[str]]:
-    """The lines of each column of a sweep's table."""
-    run, totals = counted.run, counted.totals
-    found = list(modifications(run).values())
-    four = [_axes(m) for m in found]
-    if run.unfreeze is not Unfreeze.none:
-        four.append(UNFROZEN[run.unfreeze.name])
-    return {
-        "method": [run.method],
-        "task": [run.task.name],
-        "model": [run.model.name],
-        "budget": [run.budget or ""],
-        "four axes": four,
-        "as in the code": [deviation.name.replace("_", " ") for deviation in counted.deviations],
-        "bottle-\nneck": ["" if m.bottleneck is None else str(m.bottleneck) for m in found],
-        **{name: [f"{getattr(totals, name):,}"] for name in (*NUMBERS, "head")},
-        "%\nstored": [f"{totals.percent(totals.stored):.2f}"],
-    }
+def _four_axes(counted: RunCounts) -> str:
+    """The four axes of each modification, a line each, then what else is trained."""
+    lines = [_axes(m) for m in modifications(counted.run).values()]
+    if counted.run.unfreeze is not Unfreeze.none:
+        lines.append(UNFROZEN[counted.run.unfreeze.name])
+    return "\n".join(lines)
+
+
+def _bottlenecks(counted: RunCounts) -> str:
+    sizes = (m.bottleneck for m in modifications(counted.run).values())
+    return "\n".join("" if size is None else str(size) for size in sizes)
+
+
+def _deviations(counted: RunCounts) -> str:
+    return "\n".join(deviation.name.replace("_", " ") for deviation in counted.deviations)
+
+
+def _total(name: str, dispensable: int = 0) -> Column[RunCounts]:
+    return Column(name, name, lambda counted: f"{getattr(counted.totals, name):,}", dispensable=dispensable)
+
+
+COLUMNS: list[Column[RunCounts]] = [
+    Column("method", "method", lambda counted: counted.run.method, words=True, wrap=17),
+    Column("task", "task", lambda counted: counted.run.task.name, words=True, wrap=8),
+    Column("model", "model", lambda counted: counted.run.model.name, words=True, wrap=8),
+    Column("budget", "budget", lambda counted: counted.run.budget or ""),
+    Column("axes", "four axes", _four_axes, words=True, wrap=20),
+    Column("deviations", "as in the code", _deviations, words=True, wrap=16),
+    Column("bottleneck", "bottle-\nneck", _bottlenecks),
+    _total("trained", dispensable=2),
+    _total("stored"),
+    _total("paper", dispensable=3),
+    _total("head", dispensable=4),
+    Column("percent", "%\nstored", lambda counted: f"{counted.totals.percent(counted.totals.stored):.2f}"),
+]
 
 
 def to_json(counted: Sequence[RunCounts]) -> str:
