@@ -83,8 +83,8 @@ class FunctionalForm:
 
     name: str = key(
         "none",
-        f"f in Δh = f(x W_down) W_up: identity, softmax, or an activation ({', '.join(ACTIVATIONS)}); constant, a "
-        "trained vector in place of Δh; none, no modification.",
+        f"f in Δh = f(x W_down) W_up: identity, softmax, or an activation ({', '.join(ACTIVATIONS)}). constant: Δh "
+        "is a trained vector; none: no modification.",
     )
 
 
@@ -274,7 +274,7 @@ class Task:
     packages: list[str] | None = key(
         None,
         "Tasks made of docstrings: the Python packages that they are read from; python is the standard library. "
-        "null: no such task.",
+        "null: the task is not made of them.",
     )
     train_split: str = key("train", "Name of the split to train on.")
     selection_split: str = key(
@@ -375,12 +375,12 @@ class Trainer:
         "constant: stays.",
     )
     warmup: float = key(
-        0.06, "Share of the optimiser steps in which the learning rate rises from 0, from 0 to below 1."
+        0.06, "Share of the optimiser steps, at least 0 and below 1, in which the learning rate rises from 0."
     )
     weight_decay: float = key(0.0, "AdamW's weight decay, on all but biases and LayerNorms.")
     max_grad_norm: float = key(1.0, "Norm to which the gradient of all trained tensors is clipped; 0: no clipping.")
     label_smoothing: float = key(
-        0.0, "Share of a target's probability that is spread evenly over all labels or tokens, from 0 to below 1."
+        0.0, "Share of a target's probability, at least 0 and below 1, that is spread evenly over all labels or tokens."
     )
     betas: list[float] = key([0.9, 0.999], "AdamW's two decay rates, of the mean gradient and of its square.")
     epsilon: float = key(1e-8, "AdamW's epsilon, which is added to the denominator of its update.")
