@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hydra import compose, version
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -38,9 +38,21 @@ CONFIG_NAME = "train"
 AND = "and"  # between the grids of one sweep
 
 
+class _Shared(dict[str, Any]):
+    """What ConfigStore holds, but not copied with it.
+
+    Hydra copies all of its sources for each config that it composes and for each group that it lists, which would take
+    longer than all else. What it loads from a source it copies anyway.
+    """
+
+    def __deepcopy__(self, memo: object) -> _Shared:
+        return self
+
+
 def _store_configs() -> None:
     """Let Hydra know what is in no file of its own: the schema and the rows of the paper's tables."""
     store = ConfigStore.instance()
+    store.repo = _Shared(store.repo)
     store.store("schema", Run)
     for name, row in rows().items():
         store.store(name, row.config, group=GROUP, package="_global_")
