@@ -13,12 +13,21 @@ from rich.table import Table
 from rich.text import Text
 
 from peftbench.config.axes import CHOICES, Point, points, runs
-from peftbench.config.fidelity import SWITCHES
-from peftbench.config.keys import keys
+from peftbench.config.keys import Key, keys
 from peftbench.config.notation import describe_choice
+from peftbench.config.rows import GROUP, Row, rows
 from peftbench.config.schema import conf_dir
 from peftbench.utils.console import terminal
 from peftbench.utils.errors import UserError, meant, unknown
+
+Options = Mapping[str, Path | Row]  # of a group, by name
+
+MARKDOWN = """\
+# Keys
+
+What `KEY=VALUE` sets, as printed by `peftbench ls keys --markdown`. A default is what a key is unless the method, the
+task or the trainer sets it; a key without one is always set by them. The headings are groups too:
+`functional_form=relu` or `task=xsum` takes a preset of one, and `peftbench ls task` lists a group's presets."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -27,12 +36,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("group", nargs="?", help="axes, keys, or a group of conf/ such as method, task or model")
     parser.add_argument("start", nargs="?", default="", help="of keys: those that begin so, such as trainer")
     parser.add_argument("-cd", "--config-dir", type=Path, help="a folder of your own with method/, task/ ... below it")
+    parser.add_argument("--markdown", action="store_true", help="of keys: as tables, which are docs/keys.md")
     parser.add_argument("--json", action="store_true", help="of axes: every point, and whether it runs")
     arguments = parser.parse_args(argv)
-    console, groups = terminal(), _groups(conf_dir())
+    console, groups = terminal(), dict(sorted({**_groups(conf_dir()), GROUP: rows()}.items()))
     if arguments.config_dir is not None:
-        if not arguments.config_dir.is_dir():
-            raise UserError(f"--config-dir {arguments.config_dir} is not a folder.")
+        from peftbench.config.compose import check_config_dir  # and with it Hydra, which the others do without
+
+        check_config_dir(arguments.config_dir)
         for name, options in _groups(arguments.config_dir).items():
             groups[name] = {**groups.get(name, {}), **options}
     if arguments.group is None:
@@ -47,7 +58,11 @@ def main(argv: Sequence[str]) -> int:
         else:
             _show_axes(console)
     elif arguments.group == "keys":
-        _show_keys(arguments.start, console)
+        found = _keys(arguments.start)
+        if arguments.markdown:
+            print("\n".join(_as_markdown(found)))
+        else:
+            _show_keys(found, console)
     elif arguments.group in groups:
         _show_group(arguments.group, groups[arguments.group], console)
     else:
@@ -55,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _groups(conf: Path) -> dict[str, dict[str, Path]]:
+def _groups(conf: Path) -> dict[str, Options]:
     """The groups of a folder that hold anything, and the files of their options, as paper/table5, by name."""
     folders = sorted(path for path in conf.iterdir() if path.is_dir())
     found = {
@@ -67,15 +82,21 @@ def _groups(conf: Path) -> dict[str, dict[str, Path]]:
     return {name: options for name, options in found.items() if options}
 
 
-def _show_group(group: str, options: Mapping[str, Path], console: Console) -> None:
-    """Each option with the comment that opens its file; the choices of an axis with what they mean."""
+def _show_group(group: str, options: Options, console: Console) -> None:
+    """Each option with the comment that opens its file, a row of the paper's with its help, a choice of an axis with what
+    it means."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
-    for name, file in options.items():
-        opening = " ".join(_opening(file.read_text(encoding="utf-8").splitlines()))
-        table.add_row(name, opening or (describe_choice(group, name) if group in CHOICES else ""))
+    for name, option in options.items():
+        table.add_row(name, _meaning(option) or (describe_choice(group, name) if group in CHOICES else ""))
     console.print(table, highlight=False)
+
+
+def _meaning(option: Path | Row) -> str:
+    if isinstance(option, Row):
+        return option.help
+    return " ".join(_opening(option.read_text(encoding="utf-8").splitlines()))
 
 
 def _opening(lines: Sequence[str]) -> Iterator[str]:
@@ -87,20 +108,43 @@ def _opening(lines: Sequence[str]) -> Iterator[str]:
         yield line.lstrip("# ").rstrip()
 
 
-def _show_keys(start: str, console: Console) -> None:
-    """Keys with their choices, or else the schema's default, and their meanings."""
+def _keys(start: str) -> list[Key]:
+    """The keys that begin so. Raises UserError where none does."""
     found = [key for key in keys() if key.name.startswith(start)]
     if not found:
         groups = dict.fromkeys(key.name.partition(".")[0] for key in keys())
         raise UserError(f"No key begins with {start}{meant(start, groups)}")
+    return found
+
+
+def _show_keys(found: Sequence[Key], console: Console) -> None:
+    """Keys with their choices, or else the schema's default, and their meanings."""
     for key in found:
         console.print(Text.assemble((key.name, "bold"), f": {', '.join(key.choices) or key.default}"))
-        switch = SWITCHES.get(key.name.removeprefix("fidelity."))
-        if meaning := switch.sentence if switch else key.meaning:
-            console.print(Padding(Text(meaning), (0, 0, 0, 4)))
+        console.print(Padding(Text(key.meaning), (0, 0, 0, 4)))
     console.print(
         "Behind a key are its choices, or else what it is unless the method, the task or the trainer sets it."
     )
+
+
+def _as_markdown(found: Sequence[Key]) -> Iterator[str]:
+    """The lines of a page with a table for the keys of each group, those of no group first."""
+    yield MARKDOWN
+    for group in sorted(dict.fromkeys(map(_group, found)), key=bool):
+        yield from ("", f"## `{group}`" if group else "## The run", "")
+        yield from ("| key | default | choices | meaning |", "|---|---|---|---|")
+        for key in found:
+            if _group(key) == group:
+                choices, meaning = ", ".join(map(_code, key.choices)), key.meaning.replace("|", r"\|")
+                yield f"| {_code(key.name)} | {_code(key.default)} | {choices} | {meaning} |"
+
+
+def _group(key: Key) -> str:
+    return key.name.split(".")[0] if "." in key.name else ""
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if text else ""
 
 
 def _show_axes(console: Console) -> None:

@@ -1,6 +1,6 @@
 """`peftbench reproduce TABLE`: the runs of a table or figure of the paper, and its scores beside ours.
 
-The rows of a table stand in conf/experiment/paper, what the paper prints in conf/paper_scores.yaml. Imports no torch
+The rows of a table stand in conf/experiment/paper, what the paper prints in conf/rows.yaml. Imports no torch
 unless it trains.
 """
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hydra import compose, version
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -29,13 +29,36 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
 from peftbench.config.overrides import apply_override, in_words
+from peftbench.config.rows import GROUP, rows
 from peftbench.config.schema import Run, conf_dir, resolve
 from peftbench.config.validity import faults
 from peftbench.utils.errors import UserError, unknown
 
 CONFIG_NAME = "train"
 AND = "and"  # between the grids of one sweep
-ConfigStore.instance().store("schema", Run)
+
+
+class _Shared(dict[str, Any]):
+    """What ConfigStore holds, but not copied with it.
+
+    Hydra copies all of its sources for each config that it composes and for each group that it lists, which would take
+    longer than all else. What it loads from a source it copies anyway.
+    """
+
+    def __deepcopy__(self, memo: object) -> _Shared:
+        return self
+
+
+def _store_configs() -> None:
+    """Let Hydra know what is in no file of its own: the schema and the rows of the paper's tables."""
+    store = ConfigStore.instance()
+    store.repo = _Shared(store.repo)
+    store.store("schema", Run)
+    for name, row in rows().items():
+        store.store(name, row.config, group=GROUP, package="_global_")
+
+
+_store_configs()
 
 
 Point = tuple[list[str], Run]  # the overrides that make a run, and the run
@@ -59,8 +82,8 @@ def compose_points(
     Raises:
         UserError: with a sentence for every fault.
     """
-    if config_dir is not None and not Path(config_dir).is_dir():
-        raise UserError(f"--config-dir {config_dir} is not a folder; give one with method/, task/ ... below it.")
+    if config_dir is not None:
+        check_config_dir(Path(config_dir))
     grids = _grids(overrides)
     if len(grids) > 1 and not multirun:
         raise UserError(f"{AND} joins grids to a sweep; add -m to run it.")
@@ -77,6 +100,26 @@ def compose_points(
         if found:
             raise UserError(*found)
         return runs
+
+
+def check_config_dir(folder: Path) -> None:
+    """Refuse what is no folder, or has files that Hydra would not read, since it reads peftbench's of the same name.
+
+    Raises:
+        UserError: with a sentence for each such file. A plain copy of peftbench's is none.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--config-dir {folder} is not a folder; give one with method/, task/ ... below it.")
+    ours = {file.relative_to(conf_dir()): file for file in conf_dir().rglob("*.yaml")}
+    theirs = [name for name, file in ours.items() if (folder / name).is_file() and not _is_same(folder / name, file)]
+    theirs += [name for name in (Path(GROUP, f"{row}.yaml") for row in rows()) if (folder / name).is_file()]
+    if theirs:
+        own = "would not be read, since peftbench has one of its own by that name; give it another name."
+        raise UserError(*(f"--config-dir {folder}: {name.as_posix()} {own}" for name in sorted(theirs)))
+
+
+def _is_same(file: Path, other: Path) -> bool:
+    return file.read_bytes() == other.read_bytes()
 
 
 def _grids(words: Sequence[str]) -> list[list[str]]:
@@ -227,7 +270,7 @@ def _override_faults(override: Override, options: list[str]) -> Iterator[str]:
     if override.is_sweep_override():
         hint = " A decimal has a point, as in budget=6.7%." if group == "budget" else ""
         yield f"{line} names several values; add -m to run each of them.{hint}"
-    elif options and override.is_add() and override.package is None and (conf_dir() / group).is_dir():
+    elif options and override.is_add() and override.package is None and _has_place(group):
         yield f"{line}: {group} has its place in the config; leave out the +."
     elif options and isinstance(override.value(), list) and group != "mix":
         yield f"{line}: {group} takes one option; -m with commas trains several."
@@ -239,6 +282,11 @@ def _override_faults(override: Override, options: list[str]) -> Iterator[str]:
                 yield f"{line} chooses nothing; leave {group} out for its default, or give one of: {choices}."
             elif str(option) not in options:
                 yield unknown(override.get_key_element().lstrip("+"), option, options)
+
+
+def _has_place(group: str) -> bool:
+    """Whether a group is one of peftbench's own, for which conf/train.yaml has an entry."""
+    return group == GROUP or (conf_dir() / group).is_dir()
 
 
 def _misnamed(groups: list[Override], run: Run) -> Iterator[str]:

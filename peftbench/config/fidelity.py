@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 
 from peftbench.config.schema import (
     ACTIVATIONS,
+    HELP,
     Composition,
     FFNInput,
     Fidelity,
@@ -49,10 +50,16 @@ class Switch:
     `model_type` (None: any), says so.
     """
 
-    sentence: str  # what the code does
+    name: str  # a key of `Fidelity`
     change: Callable[[Modification], Modification] = lambda m: m
     touches: Callable[[Run, str | None], bool] = lambda run, model_type: False
     families: tuple[str, ...] = ()  # the `model_type`s where `change` holds; none: all
+
+    @property
+    def sentence(self) -> str:
+        """What the code does: the help of the key."""
+        (sentence,) = (item.metadata[HELP] for item in fields(Fidelity) if item.name == self.name)
+        return str(sentence)
 
 
 def with_deviations(run: Run, model_type: str) -> tuple[Run, list[Deviation]]:
@@ -204,34 +211,20 @@ DEAD: dict[str, tuple[str, Callable[[Modification], bool]]] = {
     "query_norm": ("mbart", _is_head_adapter),
 }
 
-SWITCHES = {
-    "frozen_task_head": Switch(
-        "The task head stays as it was initialised, at random; only BitFit trains its biases.",
+_SWITCHES = (
+    Switch(
+        "frozen_task_head",
         touches=lambda run, model_type: run.task.kind is not TaskKind.text_to_text and run.unfreeze is not Unfreeze.all,
     ),
-    "attention_adapter_before_output": Switch(
-        "The parallel adapter at the attention adds Δh to the concatenated heads, before W_o.", _before_output
-    ),
-    "attention_adapter_norm": Switch("Adapters at the attention have a LayerNorm of their own before W_down.", _normed),
-    "attention_adapter_bert_init": Switch(
-        "Adapters at the attention begin at N(0, 0.02), scaled ones too.", _bert_init
-    ),
-    "head_adapter_from_mlp": Switch(
-        "The weights of the multi-head parallel adapter are made by the prefix's MLP, without biases.", _from_mlp
-    ),
-    "head_adapter_normed_query": Switch(
-        "On BART the multi-head parallel adapter reads unscaled queries of the attention input behind a LayerNorm of "
-        "its own.",
-        _normed_query,
-        families=("bart",),
-    ),
-    "mbart_ffn_adapter_reads_residual": Switch(
-        "On mBART the parallel adapter at the FFN reads the residual stream before the FFN's norm.",
-        _reads_residual,
-        families=("mbart",),
-    ),
-    "dead_parameters": Switch(
-        "The code also trains parameters that nothing reads; here they are counted, not made.",
+    Switch("attention_adapter_before_output", _before_output),
+    Switch("attention_adapter_norm", _normed),
+    Switch("attention_adapter_bert_init", _bert_init),
+    Switch("head_adapter_from_mlp", _from_mlp),
+    Switch("head_adapter_normed_query", _normed_query, families=("bart",)),
+    Switch("mbart_ffn_adapter_reads_residual", _reads_residual, families=("mbart",)),
+    Switch(
+        "dead_parameters",
         touches=lambda run, model_type: any(dead_kinds(m, model_type) for m in modifications(run).values()),
     ),
-}
+)
+SWITCHES = {switch.name: switch for switch in _SWITCHES}

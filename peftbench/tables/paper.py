@@ -1,21 +1,19 @@
 """What the paper prints for a run that is a row of one of its tables. Imports no torch.
 
-A row is known by what was typed: row=NAME (conf/row), or method=NAME in table 2, with no other axis or size beside it.
+A row is known by what was typed: row=NAME (conf/rows.yaml), or method=NAME in table 2, with no other axis or size
+beside it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, cast
-
-from omegaconf import OmegaConf
 
 from peftbench.config.axes import CHOICES
-from peftbench.config.schema import by_key, conf_dir
+from peftbench.config.rows import scores
+from peftbench.config.schema import by_key
 from peftbench.records.record import Record
 
-# By task: the metric that conf/paper_scores.yaml gives, and the backbone that the paper trained; mbart_large_cc25 is
+# By task: the metric that conf/rows.yaml gives, and the backbone that the paper trained; mbart_large_cc25 is
 # another name of the same.
 SETTINGS = {
     "xsum": ("rouge2", ("bart_large",)),
@@ -23,7 +21,6 @@ SETTINGS = {
     "mnli": ("accuracy", ("roberta_base",)),
     "sst2": ("accuracy", ("roberta_base",)),
 }
-GLUE = "table2"  # whose rows are methods at their usual sizes
 # Figures print no numbers: the tables that have those of their points, which print some rows differently.
 FIGURES = {"figure2": ("table6",), "figure4": ("table6", "table12"), "figure5": ("table12", "table6")}
 # Beside row= or method= these make it another point.
@@ -41,12 +38,6 @@ class Printed:
     table: str
     backbone: str
     same: bool
-
-
-@lru_cache(maxsize=1)
-def paper_scores() -> dict[str, Any]:
-    """{table: {row: {task: score}}}."""
-    return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(conf_dir() / "paper_scores.yaml")))
 
 
 def printed(record: Record) -> Printed | None:
@@ -67,12 +58,7 @@ def printed(record: Record) -> Printed | None:
 
 def score_of(row: str | None, method: str, task: str, wanted: str) -> tuple[str, float] | None:
     """(table, score) of a row, or of a method in table 2: of the `wanted` table, or else of the first that has it."""
-    name = row or method
-    tables = {
-        table: rows[name][task]
-        for table, rows in paper_scores().items()
-        if (row is None) == (table == GLUE) and task in rows.get(name, {})
-    }
+    tables = {table: of[task] for table, of in scores(row, method).items() if task in of}
     for table in (wanted, *FIGURES.get(wanted, ()), *tables):
         if table in tables:
             return table, tables[table]

@@ -1,0 +1,65 @@
+"""The rows of the paper's tables (conf/rows.yaml): what row=NAME sets, and the paper's scores. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import yaml
+
+from peftbench.config.schema import conf_dir
+
+GROUP = "row"
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is not everywhere
+
+Scores = Mapping[str, Mapping[str, Any]]  # by table and task; `rouge` has ROUGE-1/2/L
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the paper's tables."""
+
+    help: str
+    settings: Mapping[str, Any]  # by key: a name is the choice of a group, such as the method's, all else a value
+    paper: Scores
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """The choice of each group."""
+        return {group: choice for group, choice in self.settings.items() if isinstance(choice, str)}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The row as a config of Hydra's, whose package is _global_."""
+        defaults = [{f"override /{group}": choice} for group, choice in self.choices.items()]
+        return {"defaults": defaults, **{key: self.settings[key] for key in self.settings if key not in self.choices}}
+
+
+@cache
+def rows() -> dict[str, Row]:
+    """The rows by name."""
+    return {
+        name: Row(
+            help=row["help"],
+            settings={key: row[key] for key in row if key not in ("help", "paper")},
+            paper=row["paper"],
+        )
+        for name, row in _read()["rows"].items()
+    }
+
+
+def scores(row: str | None, method: str) -> Scores:
+    """What the paper prints for a row, or, without one, for a method at its usual size; {} where it prints nothing."""
+    if row is None:
+        found: Scores = _read()["methods"].get(method, {})
+        return found
+    known = rows().get(row)
+    return {} if known is None else known.paper
+
+
+@cache
+def _read() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.load((conf_dir() / "rows.yaml").read_bytes(), LOADER)
+    return found
