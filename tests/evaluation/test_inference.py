@@ -20,12 +20,22 @@ from peftbench.modification.attach import attach
 from peftbench.modification.edit import Edit
 from peftbench.modification.functional_form import Bottleneck
 from peftbench.modification.state import fold
-from tests.families import CONTINUING, FAMILIES, MORE_FAMILIES, PRESETS, batch, build, inputs, modification, shake
+from tests.families import (
+    CONTINUING,
+    FAMILIES,
+    MORE_FAMILIES,
+    PRESETS,
+    batch,
+    build,
+    cases,
+    inputs,
+    modification,
+    shake,
+)
 
 CASES = [
     (family, preset)
-    for family in [*FAMILIES, *MORE_FAMILIES]
-    for preset in PRESETS
+    for family, preset in cases([*FAMILIES, *MORE_FAMILIES])
     if preset != "prompt" or family in ("bart", "roberta", "t5")
 ]
 QUICK = {("bart", preset) for preset in PRESETS} | {(family, "mam") for family in ("mbart", "bert", "t5", "gpt2")}

@@ -261,6 +261,7 @@ def test_reading_the_residual_trains(family: str) -> None:
         torch.manual_seed(4)
         model(**batch(family)).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if "modification" in name})
+    assert gradients[0]
     for name, gradient in gradients[0].items():
         assert gradient is not None and gradient.any(), name
         assert torch.allclose(gradient, gradients[1][name], atol=1e-6 * max(1.0, float(gradient.abs().max()))), name

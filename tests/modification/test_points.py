@@ -1,9 +1,18 @@
-"""Every point of the four axes that runs, on every family: built on a tiny random model, it takes two training steps.
+"""Every point of the four axes that runs, built on tiny random models of all families: it takes two training steps.
 
-By default each point is taken by one family, the families in turn; all of them by all with `-m slow`.
+Δh is computed from vectors of some width, whatever the family: the form and the composition never see where those lie.
+The family decides the places, their widths and what f reads there. So not every point is taken by every family:
+
+- by default each point by one family, the families in turn;
+- with `-m slow` each family takes every composition at every place, with the forms in turn; a family that is laid out
+  as another one (`ALIKE`) takes every place once.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,15 +20,47 @@ import torch
 from peftbench.config.axes import points as all_points
 from peftbench.config.axes import runs
 from peftbench.modification.attach import attach
-from tests.families import DECODERS, FAMILIES, MORE_FAMILIES, batch, build, points, shake
+from tests.families import ALIKE, DECODERS, FAMILIES, MORE_FAMILIES, PLACES, PRESETS, batch, build, points, shake
 
 POINTS = dict(points("constant", "identity", "relu", "softmax", init="bert"))
 ALL_FAMILIES = (*FAMILIES, *MORE_FAMILIES)
+
+
+def axes(point: str) -> tuple[str, str, str, str]:
+    """Form, representation, insertion, composition."""
+    form, representation, insertion, composition = point.split("-")
+    return form, representation, insertion, composition
+
+
+def place(point: str) -> tuple[str, ...]:
+    """The representation and the insertion form: all that a family has a say in."""
+    return axes(point)[1:3]
+
+
+def grouped(of: Iterable[str], key: Callable[[str], Any]) -> list[tuple[Any, list[str]]]:
+    return [(value, list(found)) for value, found in itertools.groupby(sorted(of, key=key), key)]
+
+
+def taken_with_slow(turn: int, family: str) -> Iterator[str]:
+    """One point for each place, and for each composition there unless the family is like another one."""
+    for index, (_, points_of_place) in enumerate(grouped(POINTS, place)):
+        if family in ALIKE:
+            yield points_of_place[(turn + index) % len(points_of_place)]
+            continue
+        for number, (_, same) in enumerate(grouped(points_of_place, lambda point: axes(point)[3])):
+            yield same[(turn + index // 2 + number) % len(same)]  # a representation's two places take the same turn
+
+
+DEFAULT = {
+    (ALL_FAMILIES[-index % len(ALL_FAMILIES)], point) for index, point in enumerate(POINTS) if "embedding" not in point
+} | {(family, point) for family in ALL_FAMILIES for point in POINTS if "embedding" in point}
+SLOW = {(family, point) for turn, family in enumerate(ALL_FAMILIES) for point in taken_with_slow(turn, family)}
 BUILT = {  # whether the default run takes the pair
-    (family, point): (turn + index) % len(ALL_FAMILIES) == 0 or "embedding" in point
-    for turn, family in enumerate(ALL_FAMILIES)
-    for index, point in enumerate(POINTS)
-    if not ("embedding" in point and family in DECODERS)  # refused: test_families.py
+    (family, point): (family, point) in DEFAULT
+    for family in ALL_FAMILIES
+    for point in POINTS
+    if (family, point) in DEFAULT | SLOW
+    if not ("embedding" in point and family in DECODERS)  # refused: tests/backbones/test_families.py
 }
 
 
@@ -35,6 +76,26 @@ def test_each_point_and_each_family_has_its_turn() -> None:
     default = [pair for pair, taken in BUILT.items() if taken]
     assert {point for _, point in default} == set(POINTS)
     assert {family for family, _ in default} == set(ALL_FAMILIES)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_each_family_takes_every_place(family: str) -> None:
+    """And there every composition, and each of these with every form, unless it is laid out as another family."""
+    possible = [point for point in POINTS if not ("embedding" in point and family in DECODERS)]
+    taken = [point for point in possible if (family, point) in BUILT]
+    assert set(map(place, taken)) == set(map(place, possible))
+    if family not in ALIKE:
+        for some in ((1, 2, 3), (0, 2), (0, 3)):
+            found, wanted = ({tuple(axes(point)[i] for i in some) for point in these} for these in (taken, possible))
+            assert found == wanted, some
+
+
+def test_families_that_are_alike_meet_every_place_of_the_presets() -> None:
+    def places(presets: Iterable[str]) -> set[tuple[str, str, str]]:
+        chosen = [(m, m.modified_representation) for preset in presets for m in PRESETS[preset].values()]
+        return {(r.name.name, r.head_input.name, m.insertion_form.name.name) for m, r in chosen}
+
+    assert places(PLACES) == places(PRESETS)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from peftbench.modification.packed_attention import Packing, Row, attend
 from peftbench.training.compiled import CompiledLayers
 from peftbench.training.padding_free import PaddingFree, with_lengths
 from peftbench.utils.errors import UserError
-from tests.families import ALIKE, PRESETS, WRITING, batch, build, dropout, modification, shake
+from tests.families import ALIKE, PRESETS, WRITING, batch, build, cases, dropout, modification, shake
 from tests.fitting import Targets, fitted, gradients_of, model_of, one_step, trained
 from tests.training.test_gradients import relative_error, smooth
 
@@ -157,7 +157,7 @@ def loss_and_gradients(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[
     ("family", "preset"),
     [
         pytest.param(family, preset, marks=[] if family not in ALIKE and preset == "mam" else pytest.mark.slow)
-        for family, preset in itertools.product(PACKED, PRESETS)
+        for family, preset in cases(PACKED)
         if preset != "prompt"
     ],
 )
