@@ -6,7 +6,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +46,6 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from peftbench.config import schema
 from peftbench.config.axes import RULES
 from peftbench.modification.representation import REPRESENTATIONS
-from peftbench.utils.errors import UserError
 
 T5_HAS_INTERFACE = "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(T5Attention)  # since some version after 5.10
 
@@ -377,18 +376,37 @@ def run_on(family: str, folder: Path, found: dict[str, schema.Modification], **m
     )
 
 
-# Families whose code is nearly that of one that the default tests have; the slow ones have them all.
+# Families that are laid out as another one here, with the same row in sites.py and attentions that work alike: their
+# tests are slow, and take a preset for each kind of place only.
 ALIKE = {"bart_classifier", "bert", "t5_classifier", "t5_gated"}
 ALIKE |= {"gpt2_classifier", "llama_classifier", "mistral", "qwen2"}
 
+# A preset for each kind of place, head input and insertion form that any preset has. The family decides these; what is
+# computed there, and how it joins h, is the same whatever the family, and the family that it is like has all presets.
+PLACES = ("prompt", "mam", "adapter", "pfeiffer", "lora", "lora_ffn", "ia3", "heads_joint")
+PLACES += ("parallel_adapter_attention", "unipelt")
+PLACES += ("mh_parallel_adapter", "mh_parallel_adapter_hidden", "mh_parallel_adapter_normed_query")
 
-def table(families: Iterable[str]) -> list[Any]:
-    """Every family with every preset; what `ALIKE` names is slow, and prompts are not for a decoder alone."""
+
+def cases(families: Iterable[str]) -> list[tuple[str, str]]:
+    """Every family with every preset, or what `ALIKE` names with those of `PLACES`; no prompt for a decoder alone."""
     return [
-        pytest.param(family, preset, id=f"{family}-{preset}", marks=[pytest.mark.slow] if family in ALIKE else [])
+        (family, preset)
         for family in families
         for preset in PRESETS
-        if family not in DECODERS or preset != "prompt"
+        if (family not in DECODERS or preset != "prompt") and (family not in ALIKE or preset in PLACES)
+    ]
+
+
+def table(families: Iterable[str], *quick: str) -> list[Any]:
+    """`cases`; but for the quick families, or those that `ALIKE` does not name, they are slow."""
+
+    def is_quick(family: str) -> bool:
+        return family in quick if quick else family not in ALIKE
+
+    return [
+        pytest.param(family, preset, id=f"{family}-{preset}", marks=[] if is_quick(family) else [pytest.mark.slow])
+        for family, preset in cases(families)
     ]
 
 
@@ -405,10 +423,3 @@ def outcome(model: torch.nn.Module, family: str, train: bool) -> torch.Tensor:
     out.loss.backward()
     logits: torch.Tensor = out.logits.detach()
     return logits
-
-
-def skip_prompts(error: UserError) -> NoReturn:
-    """Skip the one thing that some families refuse, prompts on a decoder alone; any other refusal is a fault."""
-    if "prompts are not supported" not in str(error):
-        raise error
-    pytest.skip(str(error))

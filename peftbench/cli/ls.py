@@ -83,8 +83,8 @@ def _groups(conf: Path) -> dict[str, Options]:
 
 
 def _show_group(group: str, options: Options, console: Console) -> None:
-    """Each option with the comment that opens its file, a row of the paper's with its help, a choice of an axis with what
-    it means."""
+    """Each option with the comment that opens its file, a row of the paper with its help, a choice of an axis with its
+    meaning."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()

@@ -5,7 +5,7 @@ Equation 5 puts l trained keys and values before those of the context. It equals
     (1-λ) softmax(q K^T) V + λ softmax(q P_k^T) P_v,   λ = prefix mass / (prefix mass + context mass),
 
 the gated composition of the bottleneck f(q W_down) W_up with f = softmax, W_down = P_k^T, W_up = P_v. Concatenation
-is its fast path (`tests/numerics/test_head_attention.py` has eq. 7 written out). Every other form or composition is
+is its fast path (`tests/modification/test_head_attention.py` has eq. 7 written out). Every other form or composition is
 computed beside the attention, from the same scaled query.
 
 The function sees keys and values after the KV cache has been updated, so that a cache holds the context only, positions

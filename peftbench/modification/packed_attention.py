@@ -2,7 +2,7 @@
 
 `padding_free.PaddingFree` puts this function in the place of `head_attention.modified_attention` while it packs a
 batch. The kernel is FlashAttention-2 with variable lengths, as torch ships it; elsewhere than on a GPU in half
-precision the examples are padded for the moment, which is its reference too (`tests/numerics/test_padding_free.py`).
+precision the examples are padded for the moment, which is its reference too (`tests/training/test_padding_free.py`).
 """
 
 from __future__ import annotations
