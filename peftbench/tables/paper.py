@@ -1,6 +1,6 @@
-"""What the paper prints for a run that is a row of one of its tables. Imports no torch.
+"""The scores that the paper prints for runs that are rows of its tables.
 
-A row is known by what was typed: row=NAME (conf/row), or method=NAME in table 2, with no other axis or size beside it.
+A row is recognised by the typed keys: row=NAME (conf/row), or for table 2 method=NAME, with no other axis or size.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from peftbench.config.schema import by_key, conf_dir
 from peftbench.records.record import Record
 
 # By task: the metric that conf/paper_scores.yaml gives, and the backbone that the paper trained; mbart_large_cc25 is
-# another name of the same.
+# another name of the same backbone.
 SETTINGS = {
     "xsum": ("rouge2", ("bart_large",)),
     "wmt16_enro": ("bleu_ro", ("mbart_large", "mbart_large_cc25")),
     "mnli": ("accuracy", ("roberta_base",)),
     "sst2": ("accuracy", ("roberta_base",)),
 }
-GLUE = "table2"  # whose rows are methods at their usual sizes
-# Figures print no numbers: the tables that have those of their points, which print some rows differently.
+GLUE = "table2"  # its rows are methods at their usual sizes
+# Figures print no numbers. These are the tables with the numbers of their points; some tables print a row differently.
 FIGURES = {"figure2": ("table6",), "figure4": ("table6", "table12"), "figure5": ("table12", "table6")}
-# Beside row= or method= these make it another point.
+# Together with row= or method=, these keys make a different point.
 OTHERWISE = {
     *CHOICES,  # the four axes
     *("mix", "bottleneck", "budget", "budget_split", "unfreeze", "sizes", "size"),
@@ -35,7 +35,7 @@ OTHERWISE = {
 
 @dataclass(frozen=True)
 class Printed:
-    """A score of the paper. `same`: the run has the paper's backbone and all of its data, as the paper's own had."""
+    """A score of the paper. `same`: the run has the paper's backbone and all of the data that the paper used."""
 
     score: float
     table: str
@@ -45,14 +45,14 @@ class Printed:
 
 @lru_cache(maxsize=1)
 def paper_scores() -> dict[str, Any]:
-    """{table: {row: {task: score}}}."""
+    """Return {table: {row: {task: score}}}."""
     return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(conf_dir() / "paper_scores.yaml")))
 
 
 def printed(record: Record) -> Printed | None:
-    """What the paper prints for the row that a run is, by the table that was typed or else the first that has it.
+    """Return the paper's score for the row that a run is, from the table that was typed or else the first that has it.
 
-    None for a run that is no row of a table with the run's task and metric.
+    Returns None for a run that is not a row of a table with the run's task and metric.
     """
     metric, backbones = SETTINGS.get(record.task, (None, ()))
     if record.metric != metric:
@@ -66,7 +66,7 @@ def printed(record: Record) -> Printed | None:
 
 
 def score_of(row: str | None, method: str, task: str, wanted: str) -> tuple[str, float] | None:
-    """(table, score) of a row, or of a method in table 2: of the `wanted` table, or else of the first that has it."""
+    """Return (table, score) of a row, or of a method in table 2: of the `wanted` table, or the first that has it."""
     name = row or method
     tables = {
         table: rows[name][task]
@@ -80,7 +80,7 @@ def score_of(row: str | None, method: str, task: str, wanted: str) -> tuple[str,
 
 
 def is_the_papers(record: Record) -> bool:
-    """Whether a run had the paper's backbone for its task, and all of the examples to train on and to be scored on."""
+    """Return whether a run used the paper's backbone for its task, and all examples for training and for scoring."""
     _, backbones = SETTINGS.get(record.task, (None, ()))
     report, train = record.scores.get("report"), record.data.get("splits", {}).get("train", {})
     is_whole = record.debug is None and "of" not in train and (report is None or report.of is None)

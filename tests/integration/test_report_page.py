@@ -180,7 +180,7 @@ def test_filters(page: Any, outputs: Path, typed: str, test: Any) -> None:
 def test_a_filter_that_is_wrong_says_so_and_hides_nothing(page: Any) -> None:
     page.get_by_label("Filter").fill("metho=mam score>x")
     settle(page)
-    assert "metho is no column; did you mean method" in page.locator("#count").inner_text()
+    assert "metho is not a column; did you mean method" in page.locator("#count").inner_text()
     assert "score>x: > needs a column of numbers" in page.locator("#count").inner_text()
     assert len(column(page, "method")) == 15
     page.get_by_label("Filter").fill("nothing-like-it")
@@ -272,7 +272,7 @@ def test_details_of_selected_runs(page: Any) -> None:
     assert ["trainer.learning_rate", "0.001", "0.0005"] in [row.split() for row in rows]
     assert ["method", "full", "mam"] in [row.split() for row in rows]
     assert page.locator(".example").count() == 6
-    assert "✓ as the reference" in page.locator(".example").first.inner_text()
+    assert "✓ same as the reference" in page.locator(".example").first.inner_text()
     assert page.locator("#curves .curve").count() == 2
     page.get_by_role("combobox", name="Training curve").select_option("eval_accuracy")
     assert "eval_accuracy" in page.locator("#curves").inner_text()
