@@ -295,7 +295,7 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["trainer.graphs=maybe"], ["trainer.graphs=maybe: it must be auto, true or false"]),
         (["trainer.padding_free=true", "method=prompt"], ["use trainer.batching=bucketed"]),
         (["method=mam", "modified_representation.attentions=[self]"], ["modified_representation=ffn has none"]),
-        (["method=prompt", "modified_representation.layers=[0]"], ["stands before the first stack"]),
+        (["method=prompt", "modified_representation.layers=[0]"], ["comes before the first stack"]),
         (["method=full", "functional_form=relu"], ["a modification needs all four axes"]),
         # UniPELT names a size of the prefix that its own mixture has, and this one has not
         (["method=unipelt", "mix=gated_lora"], ["mix.attention.composition_function=none: a modification needs"]),
@@ -308,7 +308,7 @@ def test_one_failing_run_does_not_stop_a_sweep(
             ["model.hub_id=some/model"],
             ["some/model is not looked at, since model=mini ships with peftbench"],
         ),
-        (["budget=lots"], ["budget=lots is no budget; give a share of the backbone such as budget=6.7%"]),
+        (["budget=lots"], ["budget=lots is not a budget; give a share of the backbone such as budget=6.7%"]),
         (["budget=-1"], ["such as budget=599k, budget=27.4M or budget=599232."]),
         (["budget=6,7%"], ["budget=6,7% names several values; add -m to run each of them. A decimal has a point"]),
         (["budget=5%", "bottleneck=8"], ["bottleneck=8 with budget=5%: the budget is what the bottlenecks are solved"]),
