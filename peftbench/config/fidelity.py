@@ -214,7 +214,7 @@ SWITCHES = {
     "attention_adapter_before_output": Switch(
         "The parallel adapter at the attention adds Δh to the concatenated heads, before W_o.", _before_output
     ),
-    "attention_adapter_norm": Switch("Adapters at the attention have a LayerNorm of their own before W_down.", _normed),
+    "attention_adapter_norm": Switch("Adapters at the attention have their own LayerNorm before W_down.", _normed),
     "attention_adapter_bert_init": Switch(
         "Adapters at the attention begin at N(0, 0.02), scaled ones too.", _bert_init
     ),

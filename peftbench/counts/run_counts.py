@@ -127,7 +127,7 @@ def _groups(model: PreTrainedModel, run: Run) -> Iterator[Group]:
         for place in places:
             if place.name.rpartition(".")[2] == name:
                 owner = _owner(model, place, owners)
-                # Attentions of two stacks are two groups, because each has a prefix MLP of its own.
+                # Attentions of two stacks are two groups, because each has its own prefix MLP.
                 key = (owner if owner.kind else None, *place.tensors.items())
                 alike.setdefault(key, []).append((owner, place))
         for members in alike.values():

@@ -26,7 +26,7 @@ MEANINGS = {
     "N_h": "heads",
     "N_kv": "heads of keys and values",
 }
-ORDER = ("N_h", "N_kv", "r", "l", "d", "d_ff", "d_h")  # of the factors of a product
+ORDER = ("N_h", "N_kv", "r", "l", "d", "d_ff", "d_h")  # order of the factors of a product
 
 # The letters of a stored tensor's axes. A tensor that is not listed has numbers instead of letters.
 AXES: Mapping[str, tuple[str, ...]] = {

@@ -61,7 +61,7 @@ def show_run(counted: RunCounts, console: Console) -> None:
         table.add_row("% of backbone", "", share, share, "")
     if counted.dead:
         table.add_section()
-        table.add_row("dead, besides", "", f"{counted.dead:,}", "", "")
+        table.add_row("dead, in addition", "", f"{counted.dead:,}", "", "")
     console.print(table)
 
 

@@ -24,7 +24,7 @@ class Difference:
 
     a: float
     b: float
-    low: float  # of the 95% interval of a - b
+    low: float  # lower end of the 95% interval of a - b
     high: float
     p: float  # two-sided: twice the share of draws in which the difference has the other sign or is zero
 

@@ -58,7 +58,7 @@ class Packing:
 
     row: Row
     index: Tensor  # (T,): the position of each token in the flattened batch with its padding
-    shape: tuple[int, int]  # of that batch
+    shape: tuple[int, int]  # (B, S) of the batch with its padding
 
     def __init__(self, longest: int) -> None:
         self.longest = longest

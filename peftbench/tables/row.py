@@ -1,4 +1,4 @@
-"""A row of a table: one run, or the runs that differ in nothing but their seed."""
+"""A row of a table: one run, or the runs that differ only in their seed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def single(records: Iterable[Record]) -> list[Row]:
 
 
 def over_seeds(records: Iterable[Record], statistic: Statistic) -> list[Row]:
-    """Return a row for each group of runs that differ in nothing but their seed."""
+    """Return a row for each group of runs that differ only in their seed."""
     found: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
         found.setdefault((point(record), *setting(record)[:4]), []).append(record)
@@ -74,7 +74,7 @@ def once(records: Iterable[Record]) -> list[Record]:
 
 
 def point(record: Record) -> str:
-    """Return the identity that runs share which differ in nothing but their seed."""
+    """Return the identity that is shared by runs that differ only in their seed."""
     if record.point is not None:
         return record.point
         # A record that is older than `point` has this part of it.

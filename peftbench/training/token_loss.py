@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-IGNORED = -100  # a label that is no token
+IGNORED = -100  # a label that is not a token
 CHUNK = 1024  # target tokens whose logits exist at a time
 ROWS = 64  # a GPU's matrix products take much longer if the number of words is odd, as BART's is
 

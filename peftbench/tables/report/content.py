@@ -94,7 +94,7 @@ def content(
 
 
 def _points(rows: Sequence[tuple[int, Row]]) -> list[int]:
-    """Return a number for each run; runs of a group that differ in nothing but their seed have the same number."""
+    """Return a number for each run; runs of a group that differ only in their seed have the same number."""
     known: dict[tuple[Any, ...], int] = {}
     return [known.setdefault((group, point(row.first)), len(known)) for group, row in rows]
 
