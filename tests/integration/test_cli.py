@@ -299,7 +299,7 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["method=full", "functional_form=relu"], ["a modification needs all four axes"]),
         # UniPELT names a size of the prefix that its own mixture has, and this one has not
         (["method=unipelt", "mix=gated_lora"], ["mix.attention.composition_function=none: a modification needs"]),
-        (["method=ia3", "insertion_form=parallel"], ["goes by the name insertion_form=sequential"]),
+        (["method=ia3", "insertion_form=parallel"], ["its name is insertion_form=sequential"]),
         (["method=ia3", "functional_form=relu"], ["bottleneck=null: the bottleneck must be a whole number"]),
         (["method=ia3", "composition_function=add"], ["softmax does not see a vector that is added to every key"]),
         (["method=pfeiffer", "functional_form=constant"], ["set bottleneck=null, bias=false"]),

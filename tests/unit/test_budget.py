@@ -71,7 +71,7 @@ def test_what_is_no_budget(budget: str) -> None:
 
 @pytest.mark.parametrize("budget", ["0.5", "1.5", "0.0001k"])
 def test_half_a_parameter_is_no_budget(budget: str) -> None:
-    with pytest.raises(UserError, match="no whole number of parameters; give a share of the backbone such as"):
+    with pytest.raises(UserError, match="is not a whole number of parameters; give a share of the backbone such as"):
         limit(budget, 100)
 
 
