@@ -1,4 +1,4 @@
-"""Which of torch's kernels of scaled_dot_product_attention a run uses."""
+"""Selection of torch's kernels for scaled_dot_product_attention."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 @contextmanager
 def no_cudnn_attention() -> Iterator[None]:
-    """Inside, cuDNN's kernel is not used.
+    """Disable cuDNN's kernel inside the block.
 
-    In training its gradient of the queries is NaN for some batches with a mask whose width is 64 modulo 128, and torch
-    takes it by default on Hopper from 2.11 on (pytorch#196678; one batch in 460 of `scripts/pretrain.py`). The others
-    are right. In prediction it makes a plan for each shape that is new, and keys are longer with each token.
+    In training, its gradient of the queries is NaN for some batches with a mask whose width is 64 modulo 128 (one batch
+    in 460 of `scripts/pretrain.py`). From 2.11 on, torch uses it by default on Hopper (pytorch#196678). The other
+    kernels are correct. In prediction cuDNN makes a plan for each new shape, and the keys are longer with each token.
     """
     enabled: Callable[[], bool] = torch.backends.cuda.cudnn_sdp_enabled
     before = enabled()

@@ -1,4 +1,4 @@
-"""Is the Hugging Face hub there? One quick look, so that a machine without a network gets an answer at once.
+"""Check quickly whether the Hugging Face hub can be reached: without a network the answer comes at once.
 
 The hub's own client tries for 20 s or more before it gives up.
 """
@@ -14,7 +14,7 @@ from huggingface_hub import constants
 
 @cache
 def hub_missing() -> str | None:
-    """Why the hub cannot be asked, as the middle of a sentence; None where it can."""
+    """Return why the hub cannot be reached, as the middle of a sentence, or None if it can."""
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     url = urlsplit(constants.ENDPOINT)

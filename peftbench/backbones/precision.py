@@ -1,4 +1,4 @@
-"""Where a run computes, and in which floating-point numbers."""
+"""The device and the floating-point format that a run computes with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peftbench.utils.errors import UserError
 
 
 def chosen_device(settings: schema.Trainer) -> torch.device:
-    """`trainer.device`, with `auto` as the GPU where there is one. Raises UserError for a GPU that is not there."""
+    """Return `trainer.device`, with `auto` as the GPU if there is one. Raises UserError for a GPU that is not there."""
     if settings.device is schema.Device.cuda and not torch.cuda.is_available():
         raise UserError("trainer.device=cuda, but torch sees no CUDA device here; use trainer.device=auto or cpu.")
     cpu = settings.device is schema.Device.cpu or not torch.cuda.is_available()
@@ -20,14 +20,14 @@ def chosen_device(settings: schema.Trainer) -> torch.device:
 
 
 def use_bf16(settings: schema.Trainer) -> bool:
-    """Whether to compute in bfloat16: `precision=bf16`, or `auto` on a GPU that has it."""
+    """Return whether to compute in bfloat16: with `precision=bf16`, or with `auto` on a GPU that supports it."""
     if settings.precision is not schema.Precision.auto:
         return settings.precision is schema.Precision.bf16
     return chosen_device(settings).type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def with_dtype(run: schema.Run) -> schema.Run:
-    """The run with `model.dtype=auto` decided; see config/schema.py."""
+    """Return the run with `model.dtype=auto` decided; see config/schema.py."""
     if run.model.dtype is not schema.DType.auto:
         return run
     cuda = chosen_device(run.trainer).type == "cuda"
@@ -37,10 +37,10 @@ def with_dtype(run: schema.Run) -> schema.Run:
 
 
 def use_autocast(settings: schema.Trainer, model: schema.Model) -> bool:
-    """Whether to run under bfloat16 autocast, which a bfloat16 backbone does without."""
+    """Return whether to run under bfloat16 autocast, which a bfloat16 backbone does not need."""
     return use_bf16(settings) and model.dtype is not schema.DType.bfloat16
 
 
 def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[object]:
-    """bfloat16 autocast on `device`, or nothing."""
+    """Return bfloat16 autocast on `device`, or a context that does nothing."""
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()

@@ -1,4 +1,4 @@
-"""Where a backbone keeps its attentions, projections and feed-forward networks: model families as rows of data.
+"""Where a backbone has its attentions, projections and feed-forward networks: model families as rows of data.
 
 A family is one `Family` row in `FAMILIES`; `find_sites` resolves the row on a loaded model into `Layer`s of modules.
 To support an architecture, add a row and a test case (README.md, "Add your own"); no class is copied or replaced.
@@ -21,7 +21,7 @@ from peftbench.utils.errors import UserError
 class AttentionPaths:
     """One attention sub-layer, as paths from its layer.
 
-    Where one path stands for query, key and value, the projection is fused: its output is q | k | v.
+    If query, key and value have the same path, the projection is fused: its output is q | k | v.
     """
 
     module: str  # the module that calls the attention function
@@ -35,29 +35,29 @@ class AttentionPaths:
 class FeedForwardPaths:
     """One feed-forward sub-layer, as paths from its layer."""
 
-    first: tuple[str, ...]  # W_1, or all that read the sub-layer's input x; those that a layer lacks are passed over
+    first: tuple[str, ...]  # W_1, or all modules that read the sub-layer's input x; a layer may lack some of them
     second: str  # W_2
-    dropout: str | None = None  # the Dropout module behind W_2; None where there is none, or dropout is a function call
+    dropout: str | None = None  # the Dropout module after W_2; None if there is none, or dropout is a function call
 
 
 @dataclass(frozen=True)
 class Family:
-    """One row: how a family of transformers classes is laid out, relative to `model.base_model`."""
+    """One row: the layout of a family of transformers classes, relative to `model.base_model`."""
 
     model_types: tuple[str, ...]  # `config.model_type`
     stacks: Mapping[str, str]  # stack name: path of its list of layers
-    attentions: Mapping[str, AttentionPaths]  # "self" and, where the family has it, "cross"
+    attentions: Mapping[str, AttentionPaths]  # "self" and, if the family has it, "cross"
     ffn: FeedForwardPaths
-    heads: str  # config attribute with the number of heads; one for each stack where "{stack}_" stands in it
+    heads: str  # config attribute with the number of heads; one for each stack if it contains "{stack}_"
     # Stack name: where its embedded input can be lengthened. None in a decoder alone: its labels and cache count it.
     embedding: Mapping[str, str] = field(default_factory=dict)
-    embedding_at: str = "input"  # of that module, a LayerNorm; "output" of an embedding where there is no such norm
+    embedding_at: str = "input"  # of that module, a LayerNorm; or "output", of an embedding, if there is no such norm
     norm: str | None = None  # post-norm: the LayerNorm that ends a layer
-    residual: str | None = None  # pre-norm: the module whose input is the residual that the FFN's output joins
-    functional_dropout: str | None = None  # attribute of a layer that holds the rate of its functional dropout
+    residual: str | None = None  # pre-norm: the module whose input is the residual that the FFN's output is added to
+    functional_dropout: str | None = None  # the attribute of a layer with the rate of its functional dropout
     attention_dropout: str = "attention_dropout"  # config attribute
-    hidden_dropout: str = "dropout"  # config attribute; a rate of 0 where the config has none
-    counts_keys: bool = False  # its attentions add a bias to each key by its place among the keys
+    hidden_dropout: str = "dropout"  # config attribute; if the config lacks it, the rate is 0
+    counts_keys: bool = False  # whether its attentions add a bias to each key by its position among the keys
     task_head: tuple[str, ...] = ("classification_head", "classifier", "score", "pre_classifier")
 
 
@@ -166,7 +166,7 @@ FAMILIES = (
 
 @dataclass(frozen=True)
 class Part:
-    """What a fused projection computes besides others: a slice of the last axis of its output."""
+    """One of the projections that a fused projection computes: a slice of the last axis of its output."""
 
     name: str  # query, key or value
     start: int
@@ -177,17 +177,17 @@ class Part:
 class Attention:
     """One attention sub-layer of a loaded model."""
 
-    name: str  # from the top of the model
+    name: str  # path from the top of the model
     kind: str  # "self" or "cross"
     heads: int
-    kv_heads: int  # of keys and values; fewer than `heads` where the attention is grouped-query
+    kv_heads: int  # heads of keys and values; fewer than `heads` in grouped-query attention
     head_width: int
     module: nn.Module
     query: nn.Module
     key: nn.Module
     value: nn.Module
     output: nn.Module
-    parts: Mapping[str, Part] = field(default_factory=dict)  # by name, where query, key and value are one module
+    parts: Mapping[str, Part] = field(default_factory=dict)  # by name, if query, key and value are one module
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class Layer:
     name: str
     stack: str
     index: int
-    depth: int  # how many layers its stack has
+    depth: int  # number of layers in its stack
     module: nn.Module
     attentions: tuple[Attention, ...]
     ffn: FeedForward
@@ -221,7 +221,7 @@ class Sites:
     """All places of a loaded model that a modification can name."""
 
     family: Family
-    width: int  # d, of the hidden states
+    width: int  # d, the width of the hidden states
     layers: tuple[Layer, ...]
     embedding: Mapping[str, nn.Module] = field(default_factory=dict)
     attention_dropout: float = 0.0
@@ -229,13 +229,14 @@ class Sites:
 
 
 def family_of(model_type: str) -> Family:
-    """The row of `FAMILIES` for a config's `model_type`; a UserError that names the supported ones if there is none."""
+    """Return the row of `FAMILIES` for a config's `model_type`. A UserError names the supported ones if there is
+    none."""
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
     supported = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
     raise UserError(
-        f"The backbone's model_type is {model_type}, which peftbench has no family for; supported: {supported}. "
+        f"The backbone's model_type is {model_type}, for which peftbench has no family; supported: {supported}. "
         "A family is one row of FAMILIES in peftbench/backbones/sites.py."
     )
 
@@ -257,14 +258,14 @@ def find_sites(model: PreTrainedModel) -> Sites:
 
 
 def configs_of(model: PreTrainedModel) -> list[PretrainedConfig]:
-    """The configs that a model's parts read, each once: T5's stacks have some of their own."""
+    """Return the configs that a model's parts read, each once: T5's stacks have their own."""
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     return list({id(config): config for config in configs}.values())
 
 
 @contextmanager
 def configured(configs: Iterable[object], key: str, value: object) -> Iterator[None]:
-    """Inside, all of the configs (or models) say that `key` is `value`."""
+    """Inside the block, `key` is `value` in all of the configs (or models)."""
     before = [(config, getattr(config, key)) for config in configs]
     for config, _ in before:
         setattr(config, key, value)
@@ -311,7 +312,7 @@ def _attentions(
             continue  # an encoder layer, or a decoder without cross-attention
         query = _there(layer, paths.query)
         widths = in_out(query)
-        assert widths is not None, f"{type(query).__name__} is no projection that in_out knows"
+        assert widths is not None, f"{type(query).__name__} is not a projection that in_out knows"
         kv_heads = int(getattr(config, "num_key_value_heads", heads))
         fused = paths.query == paths.key == paths.value
         computed = {"query": heads, "key": kv_heads, "value": kv_heads} if fused else {"query": heads}
@@ -332,14 +333,14 @@ def _attentions(
 
 
 def _parts(heads: Mapping[str, int], head_width: int) -> Iterator[Part]:
-    """Side by side, each as wide as its heads."""
+    """Yield the parts next to each other, each as wide as its heads."""
     start = 0
     for name, count in heads.items():
         yield Part(name, start, start := start + count * head_width)
 
 
 def in_out(module: nn.Module) -> tuple[int, int] | None:
-    """The widths of a projection's input and output; None for a module that is no projection."""
+    """Return the widths of a projection's input and output, or None for a module that is not a projection."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if isinstance(module, Conv1D):  # a Linear whose weight is stored as (in, out)
@@ -348,7 +349,7 @@ def in_out(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _find(root: nn.Module, path: str) -> nn.Module | None:
-    """The submodule at `path`, in which a list's parts may be counted from its end; None if there is none."""
+    """Return the submodule at `path`, or None if there is none. Negative indices count a list's items from its end."""
     for part in path.split("."):
         if part.startswith("-") and isinstance(root, nn.ModuleList):
             root = root[int(part)]

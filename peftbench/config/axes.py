@@ -1,6 +1,6 @@
-"""Which points of the four axes mean something: one table of rules, and the space that it leaves. Imports no torch.
+"""The valid points of the four axes: one table of rules, and the points that they allow.
 
-`refusals` says what is wrong with a modification and the nearest point that runs; `runs` asks the table alone.
+`refusals` says what is wrong with a modification and names the nearest point that runs; `runs` consults only the rules.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Point(NamedTuple):
     composition_function: str
 
 
-# All choices of each axis; of the activations, of which a rule never tells one from another, relu alone.
+# All choices of each axis. No rule distinguishes activations, so that relu represents them all.
 CHOICES: dict[str, tuple[str, ...]] = {
     "functional_form": ("identity", "relu", "softmax", "constant"),
     "modified_representation": tuple(choice.name for choice in Representation if choice is not Representation.none),
@@ -50,13 +50,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Rule:
-    """A combination that is refused: `broken(m)` says whether m breaks it, `sentence` why and what would be right."""
+    """A combination that is refused: `broken(m)` tells whether m breaks it, `sentence` why and what would be right."""
 
     broken: Callable[[Modification], bool]
-    sentence: str  # {p} stands for the prefix of the keys: "" or "mix.NAME."
+    sentence: str  # {p} is the prefix of the keys: "" or "mix.NAME."
 
 
-# Representations among which `attentions` has nothing to choose.
+# Representations for which `attentions` has nothing to choose from.
 WITHOUT_ATTENTION = (
     Representation.ffn,
     Representation.ffn_weights,
@@ -67,7 +67,7 @@ WITHOUT_ATTENTION = (
 
 RULES = (
     Rule(
-        lambda m: "none" in axes(m),  # a root with four of them is no modification
+        lambda m: "none" in axes(m),  # a root whose four axes are all none is not a modification
         "{p}functional_form={f}, {p}modified_representation={r}, {p}insertion_form={i}, {p}composition_function={c}: "
         "a modification needs all four axes; give each a value other than none, or start from a preset such as "
         "method=lora.",
@@ -75,7 +75,7 @@ RULES = (
     Rule(
         lambda m: m.composition_function.name is Composition.gated and m.insertion_form.name is Insertion.sequential,
         "{p}composition_function=gated with {p}insertion_form=sequential means nothing: the gate weighs h against a Δh "
-        "that is computed beside it from the same x; use insertion_form=parallel, or composition_function=gated_add, "
+        "that is computed in parallel from the same x; use insertion_form=parallel, or composition_function=gated_add, "
         "which has a gate on Δh alone, add or scaled.",
     ),
     Rule(
@@ -83,7 +83,7 @@ RULES = (
             m.modified_representation.name is Representation.layer and m.insertion_form.name is Insertion.parallel
         ),
         "{p}modified_representation=layer with {p}insertion_form=parallel means nothing: the layer's output is read "
-        "after its add & norm and has no sub-layer beside it; use insertion_form=sequential, or "
+        "after its add & norm, and no sub-layer is parallel to it; use insertion_form=sequential, or "
         "modified_representation=ffn.",
     ),
     Rule(
@@ -93,7 +93,7 @@ RULES = (
             != ("softmax", Insertion.parallel, Composition.gated)
         ),
         "{p}modified_representation=embedding is prompt tuning: the layers attend to vectors put before the input, so "
-        "it goes with functional_form=softmax, insertion_form=parallel and composition_function=gated only.",
+        "it needs functional_form=softmax, insertion_form=parallel and composition_function=gated.",
     ),
     Rule(
         lambda m: (
@@ -113,7 +113,7 @@ RULES = (
             and m.modified_representation.name in (Representation.heads, Representation.embedding)
             and (m.bias, m.layer_norm, m.dropout, m.input_dropout) != (False, LayerNormPlace.none, None, 0.0)
         ),
-        "{p}functional_form=softmax with {p}composition_function=gated joins the attention itself, under the "
+        "{p}functional_form=softmax with {p}composition_function=gated is part of the attention itself, under the "
         "backbone's own dropout: {p}bias, {p}layer_norm, {p}dropout and {p}input_dropout must keep their "
         "defaults false, none, null and 0.",
     ),
@@ -147,13 +147,13 @@ RULES = (
                 )
             )
         ),
-        "{p}prefix_mlp={mlp} makes vectors of a head's width: it goes with modified_representation=heads and "
-        "without head_input=hidden only; set {p}prefix_mlp=null.",
+        "{p}prefix_mlp={mlp} makes vectors of a head's width: it requires modified_representation=heads and does not "
+        "work with head_input=hidden; set {p}prefix_mlp=null.",
     ),
     Rule(
         lambda m: m.functional_form.name == "constant" and m.insertion_form.name is not Insertion.sequential,
-        "{p}functional_form=constant reads neither x nor h, so that both insertion forms are one point; it goes by the "
-        "name {p}insertion_form=sequential.",
+        "{p}functional_form=constant reads neither x nor h, so that both insertion forms are one point; its name is "
+        "{p}insertion_form=sequential.",
     ),
     Rule(
         lambda m: (
@@ -161,7 +161,7 @@ RULES = (
             and (m.bottleneck, m.bias, m.layer_norm, m.dropout, m.input_dropout, m.prefix_mlp)
             != (None, False, LayerNormPlace.none, None, 0.0, None)
         ),
-        "{p}functional_form=constant is a vector of h's width and no bottleneck: set {p}bottleneck=null, "
+        "{p}functional_form=constant is a vector of h's width and has no bottleneck: set {p}bottleneck=null, "
         "{p}bias=false, {p}layer_norm=none, {p}dropout=null, {p}input_dropout=0 and {p}prefix_mlp=null.",
     ),
     Rule(
@@ -193,11 +193,11 @@ RULES = (
     ),
     Rule(
         lambda m: m.dropout is not None and not 0 <= m.dropout < 1,
-        "{p}dropout={dropout}: a rate lies in [0, 1), or is null for the backbone's own.",
+        "{p}dropout={dropout}: a rate is in [0, 1), or null for the backbone's own.",
     ),
     Rule(
         lambda m: not 0 <= m.input_dropout < 1,
-        "{p}input_dropout={input_dropout}: a rate lies in [0, 1).",
+        "{p}input_dropout={input_dropout}: a rate is in [0, 1).",
     ),
     Rule(
         lambda m: m.composition_function.learned and m.composition_function.name is not Composition.scaled,
@@ -228,7 +228,7 @@ RULES = (
             m.modified_representation.name is Representation.embedding
             and (list(m.modified_representation.stacks) != list(Stack) or m.modified_representation.layers is not None)
         ),
-        "{p}modified_representation=embedding stands before the first stack: leave {p}modified_representation.stacks "
+        "{p}modified_representation=embedding comes before the first stack: leave {p}modified_representation.stacks "
         "and layers out.",
     ),
     Rule(
@@ -239,17 +239,17 @@ RULES = (
 )
 
 
-# What `unfreeze` is called in a table, where a modification has its axes.
+# The name of `unfreeze` in a table, in the place of a modification's axes.
 UNFROZEN = {"bias": "the biases", "norm": "the norms", "all": "all parameters"}
 
 
 def composed(name: str, scale: float, learned: bool) -> str:
-    """A composition function in a table, with its scale: scaled 4, or scaled 1 learned."""
+    """Return the name of a composition function in a table, with its scale: scaled 4, or scaled 1 learned."""
     return name + (f" {scale:g}" + (" learned" if learned else "") if name == Composition.scaled.name else "")
 
 
 def axes(m: Modification) -> Point:
-    """The point at which a modification stands."""
+    """Return the point of a modification."""
     return Point(
         m.functional_form.name,
         m.modified_representation.name.name,
@@ -259,7 +259,7 @@ def axes(m: Modification) -> Point:
 
 
 def at(point: Point) -> Modification:
-    """A modification at a point of the axes, with no option set."""
+    """Return a modification at a point of the axes, with no option set."""
     form, representation, insertion, composition = point
     return Modification(
         FunctionalForm(form),
@@ -271,19 +271,20 @@ def at(point: Point) -> Modification:
 
 
 def points(*more_forms: str) -> Iterator[Point]:
-    """Every combination of `CHOICES`, whether it runs or not, also with further activations."""
+    """Yield every combination of `CHOICES`, whether it runs or not, also with further activations."""
     forms, *others = CHOICES.values()
     return itertools.starmap(Point, itertools.product(dict.fromkeys((*more_forms, *forms)), *others))
 
 
 @cache
 def runs(point: Point) -> bool:
-    """Whether no rule refuses the point."""
+    """Return whether no rule refuses the point."""
     return not any(rule.broken(at(point)) for rule in RULES)
 
 
 def nearest(point: Point) -> Point:
-    """A point that runs and differs in the fewest axes; of several the one that keeps representation and form."""
+    """Return the point that runs and differs in the fewest axes; on a tie, the one that keeps representation and
+    form."""
     costs = (1.02, 1.03, 1.0, 1.01)  # of another form, representation, insertion, composition
 
     def distance(other: Point) -> float:
@@ -293,7 +294,7 @@ def nearest(point: Point) -> Point:
 
 
 def refusals(prefix: str, m: Modification) -> Iterator[str]:
-    """A sentence for each rule that the modification breaks; `prefix` is that of its keys, "" or "mix.NAME."."""
+    """Yield a sentence for each rule that the modification breaks; `prefix` is that of its keys, "" or "mix.NAME."."""
     if m.functional_form.name not in FUNCTIONAL_FORMS:
         yield unknown(f"{prefix}functional_form.name", m.functional_form.name, FUNCTIONAL_FORMS)
         return
@@ -312,7 +313,7 @@ def refusals(prefix: str, m: Modification) -> Iterator[str]:
                 dropout=m.dropout,
                 input_dropout=m.input_dropout,
             )
-            if rule is RULES[0]:  # with an axis missing the other rules would only repeat it
+            if rule is RULES[0]:  # if an axis is missing, the other rules would only repeat that
                 yield sentence
                 return
             yield f"{sentence} {_nearest_in_words(prefix, point)}" if rule.broken(at(point)) else sentence

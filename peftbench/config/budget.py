@@ -1,6 +1,6 @@
-"""A parameter budget: what `budget=6.7%` says, and the largest sizes that stay within it. Imports no torch.
+"""Parameter budgets: the meaning of `budget=6.7%`, and the largest sizes within a budget.
 
-`counts/solve.py` measures what the sizes of a run cost; here is the arithmetic.
+`counts/solve.py` measures how many parameters the sizes of a run cost; this module does the arithmetic.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ EXAMPLES = (
 
 
 def limit(budget: str, backbone: int) -> int:
-    """The number of stored parameters that `budget` allows; a share is one of `backbone` parameters.
+    """Return the number of stored parameters that `budget` allows; a share is a share of `backbone` parameters.
 
     >>> limit("6.7%", 406_291_456), limit("27.4M", 406_291_456)
     (27221527, 27400000)
@@ -31,24 +31,24 @@ def limit(budget: str, backbone: int) -> int:
     """
     written = _WRITTEN.fullmatch(budget)
     if written is None:
-        raise UserError(f"budget={budget} is no budget; give {EXAMPLES}.")
+        raise UserError(f"budget={budget} is not a budget; give {EXAMPLES}.")
     amount = Fraction(written["amount"])
     if written["unit"] == "%":
         return int(amount * backbone / 100)
     number = amount * _UNITS[written["unit"].lower()]
     if number.denominator != 1:
-        raise UserError(f"budget={budget} is no whole number of parameters; give {EXAMPLES}.")
+        raise UserError(f"budget={budget} is not a whole number of parameters; give {EXAMPLES}.")
     return int(number)
 
 
 def largest_sizes(weights: Sequence[int], costs: Sequence[int], fixed: int, most: int) -> list[int] | None:
-    """The largest sizes n_i, in the ratio of `weights` w_i, with fixed + Σ n_i costs_i <= most; None if there are none.
+    """Return the largest sizes n_i, in the ratio of `weights` w_i, with fixed + Σ n_i costs_i <= most, or None.
 
-    n_i = max(1, ⌊t w_i + 1/2⌋) for one scale factor t: each size is its share rounded, a half up, and at least 1. The
-    total can only grow with t, and what is returned has the largest total that fits. Sizes which grow at the same t
-    grow together or not at all.
+    n_i = max(1, ⌊t w_i + 1/2⌋) for one scale factor t: each size is its share, rounded half up, and at least 1. The
+    total can only grow with t, and the result has the largest total that fits. Sizes that grow at the same t grow
+    together or not at all. The result is None if no sizes fit.
     """
-    grain = 2 * lcm(*weights)  # t w_i + 1/2 is a whole number at multiples of 1 / grain only
+    grain = 2 * lcm(*weights)  # t w_i + 1/2 is a whole number only at multiples of 1 / grain
 
     def sizes(step: int) -> list[int]:
         return [max(1, (2 * step * weight + grain) // (2 * grain)) for weight in weights]
@@ -58,7 +58,7 @@ def largest_sizes(weights: Sequence[int], costs: Sequence[int], fixed: int, most
 
     if total(0) > most:
         return None
-    fits, beyond = 0, grain * (most // costs[0] + 1)  # there the first size alone costs more
+    fits, beyond = 0, grain * (most // costs[0] + 1)  # at that t the first size alone costs more
     while beyond - fits > 1:
         middle = (fits + beyond) // 2
         fits, beyond = (middle, beyond) if total(middle) <= most else (fits, middle)

@@ -1,7 +1,7 @@
-"""Where the paper's text and its released code differ, one switch for each place. Imports no torch.
+"""The differences between the paper's text and its released code, with a switch for each.
 
-The code is jxhe/unify-parameter-efficient-tuning at 3222ce2; docs/fidelity.md has the lines. Where it differs, it is
-nearly always at another point of the four axes, or has another option of one: `with_deviations` rewrites a run's
+The code is jxhe/unify-parameter-efficient-tuning at 3222ce2; docs/fidelity.md has the lines. Where the code differs, it
+nearly always is at another point of the four axes, or has another option of one. `with_deviations` rewrites a run's
 modifications, so that neither `attach` nor a layer knows of two readings. Two switches are not about a modification:
 `attach` leaves the task head frozen, and `modification/dead_parameters.py` counts dead parameters.
 """
@@ -36,7 +36,7 @@ PREFIX_MLP = 800  # petl/options.py, mid_dim
 
 @dataclass(frozen=True)
 class Deviation:
-    """A switch that is in force in a run, as the record keeps it."""
+    """A switch that applies to a run, as the record stores it."""
 
     name: str
     sentence: str
@@ -46,14 +46,14 @@ class Deviation:
 class Switch:
     """One place where text and code differ.
 
-    It touches a run if `change` changes one of its modifications, or if `touches`, given the run and the backbone's
-    `model_type` (None: any), says so.
+    It applies to a run if `change` changes one of its modifications, or if `touches` returns true for the run and the
+    backbone's `model_type` (None: any).
     """
 
     name: str  # a key of `Fidelity`
     change: Callable[[Modification], Modification] = lambda m: m
     touches: Callable[[Run, str | None], bool] = lambda run, model_type: False
-    families: tuple[str, ...] = ()  # the `model_type`s where `change` holds; none: all
+    families: tuple[str, ...] = ()  # the `model_type`s to which `change` applies; none: all
 
     @property
     def sentence(self) -> str:
@@ -63,10 +63,10 @@ class Switch:
 
 
 def with_deviations(run: Run, model_type: str) -> tuple[Run, list[Deviation]]:
-    """The run as the released code would have it on a backbone of this `model_type`, and the switches that touch it.
+    """Return the run as the released code has it on a backbone of this `model_type`, and the switches that apply.
 
     Raises:
-        UserError: a switch that was set by itself, not with its set, does not touch the run.
+        UserError: a switch that was set individually, not with its set, does not apply to the run.
     """
     changed, touching = _apply(run, model_type)
     if idle := _idle(run, touching, f" on {model_type}"):
@@ -75,17 +75,17 @@ def with_deviations(run: Run, model_type: str) -> tuple[Run, list[Deviation]]:
 
 
 def idle_switches(run: Run) -> list[str]:
-    """A sentence for each switch that was set by itself and would touch the run on no backbone at all."""
+    """Return a sentence for each switch that was set individually and applies to the run on no backbone at all."""
     return _idle(run, _apply(run, None)[1], "")
 
 
 def dead_kinds(m: Modification, model_type: str | None) -> list[str]:
-    """What the code makes beside `m` and trains although nothing reads it, by the names of `DEAD`."""
+    """Return the unused parameters that the code trains in addition to `m`, by the names of `DEAD`."""
     return [kind for kind, (family, made) in DEAD.items() if model_type in (None, family) and made(m)]
 
 
 def _idle(run: Run, touching: list[str], where: str) -> list[str]:
-    if run.fidelity.name != Fidelity().name:  # most switches of a whole set touch no given run, and may do so
+    if run.fidelity.name != Fidelity().name:  # most switches of a set apply to no given run, which is no error
         return []
     return [
         f"fidelity.{name}=true changes nothing{where} with method={run.method} and task={run.task.name}; leave it out."
@@ -95,7 +95,8 @@ def _idle(run: Run, touching: list[str], where: str) -> list[str]:
 
 
 def _apply(run: Run, model_type: str | None) -> tuple[Run, list[str]]:
-    """The changed run and the names of the switches that touch it; without a `model_type`, as if of every family."""
+    """Return the changed run and the names of the switches that apply; without a `model_type`, as if of every
+    family."""
     on = {name: switch for name, switch in SWITCHES.items() if getattr(run.fidelity, name)}
     touching = {name for name, switch in on.items() if switch.touches(run, model_type)}
     found: dict[str, Modification] = {}
@@ -121,7 +122,7 @@ def _apply(run: Run, model_type: str | None) -> tuple[Run, list[str]]:
 
 
 def _sublayers(m: Modification) -> list[Modification]:
-    """The code has options of its own for the attention and for the FFN: what modifies both is taken apart."""
+    """Split what modifies both the attention and the FFN, because the code has separate options for them."""
     if m.modified_representation.name is not Representation.attention_ffn:
         return [m]
     return [_at(m, Representation.attention), _at(m, Representation.ffn)]
@@ -132,18 +133,18 @@ def _at(m: Modification, representation: Representation) -> Modification:
 
 
 def _bare(m: Modification) -> Modification:
-    """The root's modification without the rest of its run."""
+    """Return the root's modification without the rest of its run."""
     return Modification(**{item.name: getattr(m, item.name) for item in fields(Modification)})
 
 
 def _with(run: Run, found: Mapping[str, Modification]) -> Run:
-    """The run with other modifications, by the prefix of their keys."""
+    """Return the run with other modifications, by the prefix of their keys."""
     root = {item.name: getattr(found.get("", run), item.name) for item in fields(Modification)}
     return replace(run, **root, mix={module_name(prefix): m for prefix, m in found.items() if prefix})
 
 
 def _is_adapter(m: Modification, *places: Representation, insertion: Insertion | None = None) -> bool:
-    """An activation at one of the places, in parallel or sequential form."""
+    """Return whether m is an activation at one of the places, in parallel or sequential form."""
     return (
         m.functional_form.name in ACTIVATIONS
         and m.modified_representation.name in places
@@ -160,7 +161,8 @@ def _is_parallel_ffn_adapter(m: Modification) -> bool:
 
 
 def _is_head_adapter(m: Modification) -> bool:
-    """The multi-head parallel adapter that reads queries. Of the attention input it is table 1's, which no code has."""
+    """Return whether m is the multi-head parallel adapter that reads queries. The one of table 1, which reads the
+    attention input, is in no code."""
     return (
         _is_adapter(m, Representation.heads, insertion=Insertion.parallel)
         and m.modified_representation.head_input is not HeadInput.hidden
@@ -201,13 +203,13 @@ def _reads_residual(m: Modification) -> Modification:
     return replace(m, modified_representation=replace(m.modified_representation, ffn_input=FFNInput.residual))
 
 
-# What the code makes besides and nothing reads: its family, and the modifications beside which it stands.
+# Unused parameters that the code creates: the family, and the modifications for which it creates them.
 DEAD: dict[str, tuple[str, Callable[[Modification], bool]]] = {
-    # modeling_roberta.py 522-529: RobertaOutput has an adapter for every option, the parallel one is RobertaLayer's
+    # modeling_roberta.py 522-529: RobertaOutput has an adapter for every option; the parallel one is RobertaLayer's
     "ffn_adapter": ("roberta", lambda m: any(map(_is_parallel_ffn_adapter, _sublayers(m)))),
-    # petl_factory.py 45-136: prefixes of encoder, decoder and cross attention, of which RoBERTa's layers take one
+    # petl_factory.py 45-136: prefixes of encoder, decoder and cross attention; RoBERTa's layers use one of them
     "prefix_sets": ("roberta", _is_prefix),
-    # modeling_mbart.py: the LayerNorm that BART's queries go through, see head_adapter_normed_query
+    # modeling_mbart.py: the LayerNorm that BART's queries pass through, see head_adapter_normed_query
     "query_norm": ("mbart", _is_head_adapter),
 }
 

@@ -1,4 +1,4 @@
-"""The choices of the four axes in the notation of He et al. (2022, table 1): the one home of their symbols and words.
+"""The choices of the four axes in the notation of He et al. (2022, table 1). Their symbols and words are defined here.
 
 h is the modified representation, x what a parallel form reads, W_down and W_up the trained bottleneck.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from peftbench.config.schema import ACTIVATIONS, Composition, Representation
 
-# f in Δh = f(x W_down) W_up. The identity is not written; activations that are not named here go by their own name.
+# f in Δh = f(x W_down) W_up. The identity is not written; activations that are not listed keep their own name.
 FORMS = {
     "identity": "",
     "relu": "ReLU",
@@ -35,7 +35,7 @@ class Described:
     """A modified representation in words."""
 
     h: str
-    x: str  # what a parallel form reads; "" where no form is parallel
+    x: str  # what a parallel form reads; "" if no form is parallel
 
 
 REPRESENTATIONS = {
@@ -70,7 +70,7 @@ INSERTIONS = {"parallel": "f reads x, the input of what computes h", "sequential
 
 _AFTER_COMPOSITION = {
     "scaled": ", s fixed or learned",
-    "gated": ", λ the attention on a prefix, or a learned gate",
+    "gated": ", λ the share of the attention that a prefix gets, or a learned gate",
     "gated_add": ", λ a learned gate",
 }
 _FUNCTIONS = {
@@ -81,7 +81,7 @@ _FUNCTIONS = {
 
 
 def describe_choice(axis: str, choice: str) -> str:
-    """What a choice of an axis means, on one line.
+    """Return the meaning of a choice of an axis, on one line.
 
     Args:
         axis: a key of `axes.CHOICES`; `choice` one of its values.

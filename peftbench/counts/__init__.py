@@ -1,1 +1,1 @@
-"""Counts: a run built without weights, its parameters counted, budgets solved, methods explained."""
+"""Counting: build a run without weights, count its parameters, solve its budget, explain its method."""

@@ -1,4 +1,4 @@
-"""A run explained: built on the meta device once, with its formulas, its parameters and its network."""
+"""The explanation of a run, which is built once on the meta device: its formulas, parameters and network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftbench.counts.tree import Branch, network
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `show` prints."""
+    """The content that `show` prints."""
 
     counted: RunCounts
     rows: list[Row]
@@ -26,7 +26,7 @@ def explain(run: Run) -> Explanation:
     """Build a run without its weights and describe it.
 
     Raises:
-        UserError: as `count_run`.
+        UserError: in the cases of `count_run`.
     """
     built = build(run)
     run, _, model = built

@@ -1,6 +1,6 @@
-"""The four axes in the paper's notation: what He et al.'s table 1 would say of any point of them. Imports no torch.
+"""The four axes in the paper's notation, for every point of them, as in He et al.'s table 1.
 
-`config.notation` says how each choice of an axis is written; `describe` puts one choice of each together.
+`config.notation` has the notation of each choice of an axis; `describe` combines one choice of each axis.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from peftbench.config.schema import (
     Representation,
 )
 
-LAYER_OVER_RESIDUAL = "the feed-forward sub-layer's output, which x, the residual, then joins"
+LAYER_OVER_RESIDUAL = "the feed-forward sub-layer's output, to which the residual x is added afterwards"
 
-# what the paper calls a point, and where: functional form, representations, insertion form, composition function
+# The paper's name of a point and its table: functional form, representations, insertion form, composition function.
 _SUBLAYERS = (Representation.attention, Representation.ffn, Representation.attention_ffn)
 POINTS = (
     ("prefix tuning (table 1)", "softmax", (Representation.heads,), Insertion.parallel, Composition.gated),
@@ -50,23 +50,26 @@ POINTS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One modification, written out."""
+    """One modification in the paper's notation."""
 
-    prefix: str  # of its keys, "" or "mix.NAME."
-    name: str | None  # the paper's, and the table that has it; None: a point of which the paper has no result
-    axes: dict[str, tuple[str, str]]  # each axis: the choice, and what it says
+    prefix: str  # prefix of the modification's keys, "" or "mix.NAME."
+    name: str | None  # the paper's name and its table; None: the paper has no result for this point
+    axes: dict[str, tuple[str, str]]  # each axis: the choice, and its meaning
     formula: str  # h ← ...
 
 
 def describe(prefix: str, m: Modification, over_residual: bool = False) -> Row:
-    """The row of a modification. `over_residual`: the backbone's layers end in a sum that no module holds, so that a
-    representation `layer` is h + x there, see `insertion.sequential_over_residual`."""
+    """Return the row of a modification.
+
+    `over_residual`: the backbone's layers end in a sum that no module holds. For the representation `layer`, h is then
+    h + x, see `insertion.sequential_over_residual`.
+    """
     representation, insertion = m.modified_representation.name, m.insertion_form.name
     over_residual = over_residual and representation is Representation.layer
     if representation is Representation.embedding:
-        formula, h = "h ← [P; h]", "the embedded input; P: trained vectors of its width"
-        function = "every attention has l more keys and values, made from P"
-        read, composed = "P stands beside the tokens", "the attention itself weighs P against the tokens"
+        formula, h = "h ← [P; h]", "the embedded input; P: trained vectors of the same width"
+        function = "every attention has l more keys and values, computed from P"
+        read, composed = "P is next to the tokens", "the attention itself weighs P against the tokens"
     else:
         read = _read(m, over_residual)
         function, composed = _delta(m, read), COMPOSITIONS[m.composition_function.name]
@@ -97,7 +100,7 @@ def _reads_query(m: Modification) -> bool:
 
 
 def _read(m: Modification, over_residual: bool) -> str:
-    """What f reads, as a symbol."""
+    """Return the symbol of what f reads."""
     if over_residual:
         return "(h + x)"
     if m.insertion_form.name is Insertion.sequential:
@@ -123,7 +126,7 @@ def _read_in_words(m: Modification, over_residual: bool) -> str:
 
 
 def _delta(m: Modification, read: str) -> str:
-    """f(x W_down) W_up."""
+    """Return f(x W_down) W_up as a formula."""
     name = m.functional_form.name
     if name == "constant":
         return "l"
@@ -139,7 +142,7 @@ def _delta(m: Modification, read: str) -> str:
 
 
 def _is_sum(formula: str) -> bool:
-    """Whether a + stands outside all parentheses."""
+    """Return whether the formula has a + outside all parentheses."""
     depth = 0
     for character in formula:
         depth += {"(": 1, ")": -1}.get(character, 0)
@@ -149,13 +152,13 @@ def _is_sum(formula: str) -> bool:
 
 
 def _weight(m: Modification, read: str) -> str:
-    """What s or λ is."""
+    """Return the explanation of s or λ."""
     composition = m.composition_function
     if composition.name is Composition.scaled:
         return f", s = {composition.scale:g}" + (" at first, trained" if composition.learned else "")
     if composition.name in (Composition.gated, Composition.gated_add):
         if composition.name is Composition.gated and m.functional_form.name == "softmax" and _reads_query(m):
-            return ", λ: the attention that falls on the prefix (eq. 8)"
+            return ", λ: the share of the attention that the prefix gets (eq. 8)"
         return f", λ = σ({read} w + b), trained"
     return ""
 

@@ -1,4 +1,4 @@
-"""The counts of one run: its backbone on the meta device, with its modifications attached, place by place."""
+"""Count one run, place by place: build its backbone on the meta device and attach its modifications."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ UNFROZEN = {
 
 @dataclass(frozen=True)
 class Group:
-    """Places of one kind, with their numbers summed up."""
+    """Places of one kind, with their numbers added up."""
 
     label: str  # such as "encoder self heads"
-    prefix: str | None  # of the modification's keys, "" or "mix.NAME."; None: the backbone's own parameters
+    prefix: str | None  # prefix of the modification's keys, "" or "mix.NAME."; None: the backbone's own parameters
     places: int
-    tensors: dict[str, tuple[int, ...]]  # names and shapes of what is stored at each place
+    tensors: dict[str, tuple[int, ...]]  # name and shape of each tensor that is stored at each place
     trained: int
     stored: int
     paper: int
@@ -49,17 +49,17 @@ class Group:
 
 @dataclass(frozen=True)
 class RunCounts:
-    """A run and its numbers. The groups' sums are the totals."""
+    """A run and its numbers. The totals are the sums over the groups."""
 
-    run: Run  # with its deviations
+    run: Run  # with its deviations filled in
     totals: Counts
     groups: list[Group]
     deviations: list[Deviation]
-    dead: int  # what the paper's released code trains besides, where fidelity.dead_parameters has it counted
+    dead: int  # unused parameters that the paper's code also trains, if fidelity.dead_parameters is on
 
 
 class Owner(NamedTuple):
-    """Where a place lies: the stack (None: before the first layer), and the kind of attention (None: in none)."""
+    """Where a place is: its stack (None: before the first layer) and its kind of attention (None: in none)."""
 
     stack: str | None
     kind: str | None
@@ -69,15 +69,15 @@ def count_run(run: Run) -> RunCounts:
     """Build and count a run.
 
     Raises:
-        UserError: as `build`.
+        UserError: in the cases of `build`.
     """
     return count_built(build(run))
 
 
 class Built(NamedTuple):
-    """A run whose model stands on the meta device, its modifications attached."""
+    """A run whose model is on the meta device, with its modifications attached."""
 
-    run: Run  # with its budget solved and its deviations
+    run: Run  # with its budget solved and its deviations filled in
     deviations: list[Deviation]
     model: PreTrainedModel
 
@@ -95,7 +95,7 @@ def build(run: Run) -> Built:
 
 
 def count_built(built: Built) -> RunCounts:
-    """The counts of what `build` has built."""
+    """Return the counts of a built run."""
     run, deviations, model = built
     totals = count(model)
     groups = list(_groups(model, run))
@@ -107,7 +107,7 @@ def count_built(built: Built) -> RunCounts:
 
 
 def _with_labels(task: Task) -> Task:
-    """The task with the labels of its training file, where it names none: the size of the task head."""
+    """Return the task with the labels of its training file if it names none: they give the size of the task head."""
     if task.labels or task.kind is not TaskKind.classification:
         return task
     from peftbench.tasks.load import label_names  # imports datasets, which nothing else here needs
@@ -116,8 +116,8 @@ def _with_labels(task: Task) -> Task:
 
 
 def _groups(model: PreTrainedModel, run: Run) -> Iterator[Group]:
-    """Places of the same modification, kind and shapes, in the order of the config's modifications and then the
-    model's."""
+    """Group the places of the same modification, kind and shapes, in the order of the config's modifications and then
+    of the model."""
     sites = find_sites(model)
     owners = _owners(sites)
     places = count_places(model)
@@ -127,7 +127,7 @@ def _groups(model: PreTrainedModel, run: Run) -> Iterator[Group]:
         for place in places:
             if place.name.rpartition(".")[2] == name:
                 owner = _owner(model, place, owners)
-                # Attentions of two stacks are two groups: each has a prefix MLP of its own.
+                # Attentions of two stacks are two groups, because each has its own prefix MLP.
                 key = (owner if owner.kind else None, *place.tensors.items())
                 alike.setdefault(key, []).append((owner, place))
         for members in alike.values():
@@ -147,7 +147,7 @@ def _group(label: str, prefix: str, places: list[PlaceCounts]) -> Group:
 
 
 def _label(modification: Modification, owners: list[Owner], sites: Sites) -> str:
-    """Where and what: `decoder cross heads`, or `ffn` where all stacks have it, else `decoder ffn`."""
+    """Return where and what: `decoder cross heads`, or `ffn` if all stacks have it, else `decoder ffn`."""
     kind = owners[0].kind
     what = str(modification.modified_representation.name.name)
     if modification.modified_representation.name is Representation.attention_ffn:
@@ -159,7 +159,7 @@ def _label(modification: Modification, owners: list[Owner], sites: Sites) -> str
 
 
 def _owners(sites: Sites) -> dict[nn.Module, Owner]:
-    """Owners by module: the attentions' modules and the layers."""
+    """Return the owners by module: the attention modules and the layers."""
     found: dict[nn.Module, Owner] = {}
     for layer in sites.layers:
         found[layer.module] = Owner(layer.stack, None)
@@ -170,7 +170,7 @@ def _owners(sites: Sites) -> dict[nn.Module, Owner]:
 
 
 def _owner(model: nn.Module, place: PlaceCounts, owners: dict[nn.Module, Owner]) -> Owner:
-    """The attention or layer that a place lies in: the nearest module above it that is one's."""
+    """Return the attention or layer that a place is in: that of the nearest module above it that has an owner."""
     path = place.name
     while path:
         path = path.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""An explanation on the terminal, and as JSON. Imports no torch."""
+"""Print an explanation on the terminal, and write it as JSON."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ UNMODIFIED = {
 
 
 def show(explained: Explanation, console: Console) -> None:
-    """Prints the rows, the layers and the parameters."""
+    """Print the rows, the layers and the parameters."""
     run, totals = explained.counted.run, explained.counted.totals
     console.print(
         Text.assemble((run.method, HEADING), " on ", (run.model.name, HEADING), f" of {totals.backbone:,} parameters")
@@ -43,7 +43,7 @@ def show(explained: Explanation, console: Console) -> None:
         console.print(UNMODIFIED[run.unfreeze])
     elif run.unfreeze is not Unfreeze.none:
         what = {"bias": "biases", "norm": "norms", "all": "parameters"}[run.unfreeze.name]
-        console.print(f"\nBesides, the backbone's own {what} are trained.")
+        console.print(f"\nThe backbone's own {what} are trained too.")
 
     console.print()
     legend = Text.assemble("The network: ", ("+ inserted", INSERTED), ", ", ("« read, edited or trained", MARK))
@@ -56,7 +56,7 @@ def show(explained: Explanation, console: Console) -> None:
 
 
 def to_json(explained: Explanation) -> str:
-    """A JSON object with the rows, the parameters' formulas and totals, and the network."""
+    """Return a JSON object with the rows, the parameters' formulas and totals, and the network."""
     run, totals = explained.counted.run, explained.counted.totals
     values = {
         "method": run.method,
@@ -83,7 +83,7 @@ def to_json(explained: Explanation) -> str:
 
 
 def _show_row(row: Row, console: Console) -> None:
-    name = row.name or "a point that the paper has no result of"
+    name = row.name or "a point for which the paper has no result"
     keys = f"{row.prefix}*: " if row.prefix else ""
     console.print(Text.assemble((f"{keys}{name}", HEADING)))
     grid = Table.grid(padding=(0, 2))
@@ -132,17 +132,17 @@ def _show_parameters(explained: Explanation, console: Console) -> None:
         if explained.rows and group.prefix is None:
             share = f"{totals.percent(group.stored):.2f}%"
             grid.add_row(group.label.removeprefix("the backbone's "), f"{group.stored:,}", share, "the backbone's own")
-    mlp = "in training an MLP makes the prefix" if totals.trained != totals.stored else ""
+    mlp = "during training an MLP computes the prefix" if totals.trained != totals.stored else ""
     stored = Text(f"{totals.stored:,}", HEADING)
     grid.add_row("stored", stored, f"{totals.percent(totals.stored):.2f}%", "of the backbone")
     grid.add_row("trained", f"{totals.trained:,}", f"{totals.percent(totals.trained):.2f}%", mlp)
     if totals.head:
-        grid.add_row("task head", f"{totals.head:,}", f"{totals.percent(totals.head):.2f}%", "trained too, besides")
+        grid.add_row("task head", f"{totals.head:,}", f"{totals.percent(totals.head):.2f}%", "trained in addition")
     console.print(Padding.indent(grid, 2), highlight=False)
 
 
 def _show_letters(prefix: str, sizes: list[Size], console: Console) -> None:
-    """What the letters of a modification's formulas stand for."""
+    """Print the meanings of the letters in a modification's formulas."""
     values = {letter: value for size in sizes for letter, value in size.values.items()}
     told = [f"{letter} = {values[letter]} ({meaning})" for letter, meaning in MEANINGS.items() if letter in values]
     console.print(Padding.indent(Text(f"{prefix}*: {', '.join(told)}" if prefix else ", ".join(told)), 2))

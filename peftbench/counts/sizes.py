@@ -1,7 +1,6 @@
 """The number of parameters as a formula: (2·r·d + r + d) × 24 places = (2·512·1024 + 512 + 1024) × 24 = 25,202,688.
 
-It is read off the tensors that are there: each axis of each tensor has a letter, and the terms are their products.
-Imports no torch.
+The formula is derived from the actual tensors: each axis of each tensor has a letter, and the terms are their products.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ MEANINGS = {
     "N_h": "heads",
     "N_kv": "heads of keys and values",
 }
-ORDER = ("N_h", "N_kv", "r", "l", "d", "d_ff", "d_h")  # of the factors of a product
+ORDER = ("N_h", "N_kv", "r", "l", "d", "d_ff", "d_h")  # order of the factors of a product
 
-# What the axes of a stored tensor are; a tensor that is not listed has numbers for letters.
+# The letters of a stored tensor's axes. A tensor that is not listed has numbers instead of letters.
 AXES: Mapping[str, tuple[str, ...]] = {
     "function.down": ("groups", "bottleneck", "in"),
     "function.up": ("groups", "out", "bottleneck"),
@@ -47,36 +46,36 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "vectors": ("bottleneck", "in"),
 }
 
-VECTORS = (Representation.heads, Representation.embedding)  # of which softmax's bottleneck is a number of vectors
+VECTORS = (Representation.heads, Representation.embedding)  # whose softmax bottleneck is a number of vectors
 
 Term = tuple[str, ...]  # the letters of a product
 
 
 @dataclass(frozen=True)
 class Size:
-    """The stored parameters of a group of places: `terms` at each of them, with their coefficients."""
+    """The stored parameters of a group of places: the `terms` at each place, with their coefficients."""
 
     label: str
-    prefix: str  # of the modification's keys
+    prefix: str  # prefix of the modification's keys
     terms: dict[Term, int]
-    values: dict[str, int]  # of the letters
+    values: dict[str, int]  # values of the letters
     places: int
 
     @property
     def stored(self) -> int:
-        """What the formula comes to."""
+        """Return the value of the formula."""
         return self.places * sum(
             factor * prod(self.values[letter] for letter in term) for term, factor in self.terms.items()
         )
 
     @property
     def formula(self) -> str:
-        """In letters: (2·r·d + r + d) × 24 places."""
+        """Return the formula in letters: (2·r·d + r + d) × 24 places."""
         return self._sum({letter: letter for letter in self.values}, " places")
 
     @property
     def numbers(self) -> str:
-        """In numbers: (2·512·1024 + 512 + 1024) × 24."""
+        """Return the formula in numbers: (2·512·1024 + 512 + 1024) × 24."""
         return self._sum({letter: str(value) for letter, value in self.values.items()}, "")
 
     def _sum(self, written: Mapping[str, str], unit: str) -> str:
@@ -90,8 +89,8 @@ class Size:
 
 
 def size(group: Group, m: Modification, sites: Sites) -> Size:
-    """The formula of a group of places of the modification `m`."""
-    assert group.prefix is not None, "what is trained of the backbone has no formula"
+    """Return the formula of a group of places of the modification `m`."""
+    assert group.prefix is not None, "the backbone's own parameters have no formula"
     terms: Counter[Term] = Counter()
     values: dict[str, int] = {}
     for name, shape in group.tensors.items():
@@ -106,7 +105,7 @@ def size(group: Group, m: Modification, sites: Sites) -> Size:
 
 
 def _letters(axis: str, number: int, m: Modification, sites: Sites) -> Iterator[tuple[str, int]]:
-    """The letters whose product is `number`, the length of an axis; none for an axis of no account."""
+    """Yield the letters whose product is `number`, the length of an axis; none for an axis that does not count."""
     attention = sites.layers[0].attentions[0]
     heads, kv_heads, head = attention.heads, attention.kv_heads, attention.head_width
     at_heads = m.modified_representation.name is Representation.heads

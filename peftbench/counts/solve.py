@@ -1,7 +1,7 @@
-"""The bottlenecks of a run with a budget: the largest that store no more than it allows.
+"""Solve the bottlenecks of a run with a budget: the largest ones whose stored count is within it.
 
-What a run stores is affine in each of its bottlenecks, whatever the axes and the family. So nothing is known here of
-any formula: the counts at bottlenecks of 1 and 2, on the meta device, say the rest.
+The stored count of a run is affine in each of its bottlenecks, for all axes and families. Therefore this module needs
+no formula: the counts at bottlenecks of 1 and 2, on the meta device, determine all others.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from peftbench.utils.errors import UserError
 
 
 def solve_all(runs: Iterable[Run]) -> list[Run]:
-    """`solve` for runs that are to be trained.
+    """Call `solve` for runs that are to be trained.
 
     Raises:
-        UserError: with the sentences of all that cannot be solved.
+        UserError: with one sentence for each run that cannot be solved.
     """
     solved: list[Run] = []
     found: list[str] = []
@@ -40,11 +40,13 @@ def solve_all(runs: Iterable[Run]) -> list[Run]:
 
 
 def solve(run: Run, *, as_trained: bool = False) -> Run:
-    """The run with the largest bottlenecks whose stored count is within `run.budget`; itself where there is no budget.
+    """Return the run with the largest bottlenecks whose stored count is within `run.budget`, or the run itself if it
+    has no budget.
 
-    Several bottlenecks keep a ratio, see `largest_sizes`: that of the sizes which they come with, or the one in which
-    what they store, as far as it grows with them, is as `run.budget_split`. Like counting it loads no weights.
-    `as_trained`: a hub model is what its config.json there says, and not `model.architecture`.
+    Several bottlenecks keep a ratio, see `largest_sizes`: the ratio of their configured sizes, or the ratio at which
+    the parts of their stored counts that grow with the bottleneck are as `run.budget_split`. Like counting, this loads
+    no weights. `as_trained`: the architecture of a hub model is read from its config.json, not from
+    `model.architecture`.
 
     Raises:
         UserError: not even bottlenecks of 1 are within the budget, or a modification does not fit the backbone.
@@ -69,7 +71,7 @@ def solve(run: Run, *, as_trained: bool = False) -> Run:
     found = dict(zip(given, sizes, strict=True))
     stored = _counted(run, found, config).stored
     expected = smallest.stored + sum((size - 1) * cost for size, cost in zip(sizes, costs, strict=True))
-    assert stored == expected <= most, f"{stored:,} parameters are stored where {expected:,} were expected"
+    assert stored == expected <= most, f"{stored:,} parameters are stored, but {expected:,} were expected"
     return _resized(run, found)
 
 
@@ -80,13 +82,13 @@ def _counted(run: Run, sizes: Mapping[str, int], config: PretrainedConfig | None
 
 
 def _split(shares: Sequence[float], costs: Sequence[int]) -> list[int]:
-    """Whole numbers in the ratio of the sizes that together cost what is in the ratio `shares`."""
+    """Return integers in the ratio of the sizes at which the costs of all are in the ratio `shares`."""
     ratio = [Fraction(str(share)) / cost for share, cost in zip(shares, costs, strict=True)]
     whole = lcm(*(part.denominator for part in ratio))
     return [int(part * whole) for part in ratio]
 
 
 def _resized(run: Run, sizes: Mapping[str, int]) -> Run:
-    """The run with bottlenecks `sizes`, by the prefix of the modifications' keys."""
+    """Return the run with the bottlenecks `sizes`, given by the prefix of the modifications' keys."""
     mix = {name: replace(m, bottleneck=sizes.get(f"mix.{name}.", m.bottleneck)) for name, m in run.mix.items()}
     return replace(run, bottleneck=sizes.get("", run.bottleneck), mix=mix)

@@ -1,4 +1,4 @@
-"""Counts as tables for the terminal, and as JSON. Imports no torch."""
+"""Counts as tables for the terminal, and as JSON."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from peftbench.modification.counting import Counts
 
 NUMBERS = ("trained", "stored", "paper")
-WORDS = {"places": 12, "weights at each": 12}  # least widths, in characters
-WHERE_THEY_DIFFER = ("task", "model", "deviations")  # columns that are shown only where the runs differ in them
+WORDS = {"places": 12, "weights at each": 12}  # minimum widths, in characters
+WHERE_THEY_DIFFER = ("task", "model", "deviations")  # columns that are shown only if the runs differ in them
 
 
 def show_run(counted: RunCounts, console: Console) -> None:
-    """Prints one run: its modifications, then a table of the kinds of places with their numbers, totals and head."""
+    """Print one run: its modifications, then a table of the kinds of places with their numbers, totals and head."""
     run, totals = counted.run, counted.totals
     backbone = f" of {totals.backbone:,} parameters without task head"
     console.print(Text.assemble((run.method, "bold"), " on ", (run.model.name, "bold"), backbone))
@@ -56,17 +56,17 @@ def show_run(counted: RunCounts, console: Console) -> None:
     table.add_row("% of backbone", "", *(f"{totals.percent(number):.2f}" for number in numbers))
     if totals.head:
         table.add_section()
-        table.add_row("task head, besides", "", f"{totals.head:,}", f"{totals.head:,}", "")
+        table.add_row("task head, in addition", "", f"{totals.head:,}", f"{totals.head:,}", "")
         share = f"{totals.percent(totals.head):.2f}"
         table.add_row("% of backbone", "", share, share, "")
     if counted.dead:
         table.add_section()
-        table.add_row("dead, besides", "", f"{counted.dead:,}", "", "")
+        table.add_row("dead, in addition", "", f"{counted.dead:,}", "", "")
     console.print(table)
 
 
 def show_sweep(counted: Sequence[RunCounts], console: Console) -> None:
-    """Prints one table with a row for each run, in the order of the sweep, with as many columns as fit."""
+    """Print one table with a row for each run, in the order of the sweep, with as many columns as fit."""
     if not counted:
         return
     if len({c.run.model.name for c in counted}) == 1:
@@ -78,7 +78,7 @@ def show_sweep(counted: Sequence[RunCounts], console: Console) -> None:
 
 
 def _four_axes(counted: RunCounts) -> str:
-    """The four axes of each modification, a line each, then what else is trained."""
+    """Return the four axes of each modification, a line each, then what else is trained."""
     lines = [_axes(m) for m in modifications(counted.run).values()]
     if counted.run.unfreeze is not Unfreeze.none:
         lines.append(UNFROZEN[counted.run.unfreeze.name])
@@ -115,7 +115,7 @@ COLUMNS: list[Column[RunCounts]] = [
 
 
 def to_json(counted: Sequence[RunCounts]) -> str:
-    """A JSON array with an object for each run; `percent` is of the backbone."""
+    """Return a JSON array with an object for each run; `percent` is the percentage of the backbone."""
     return json.dumps([_object(c) for c in counted], indent=2)
 
 
@@ -152,7 +152,7 @@ def _object(counted: RunCounts) -> dict[str, Any]:
 
 
 def _axes(m: Modification) -> str:
-    """The four axes in one line, as `peftbench results` writes them."""
+    """Return the four axes in one line, as `peftbench results` writes them."""
     *names, composition = axes(m)
     joined = composed(composition, m.composition_function.scale, m.composition_function.learned)
     return " · ".join([*names, joined])
@@ -163,14 +163,14 @@ def _bottleneck(m: Modification) -> str:
 
 
 def _budget(run: Run, totals: Counts) -> str:
-    """As typed and, where that says something else, in numbers."""
+    """Return the budget as typed, followed by its number if that is different."""
     assert run.budget is not None
     number = f"{limit(run.budget, totals.backbone):,}"
     return number if run.budget.isdigit() else f"{run.budget}, {number}"
 
 
 def weights(tensors: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """A line for each tensor and its bias, such as `down 512×1024 + 512`."""
+    """Return a line for each tensor and its bias, such as `down 512×1024 + 512`."""
     sizes = {name.removeprefix("function."): size_of(shape) for name, shape in sorted(tensors.items())}
     return [
         f"{name} {size}" + (f" + {sizes[f'{name}_bias']}" if f"{name}_bias" in sizes else "")
@@ -180,12 +180,13 @@ def weights(tensors: Mapping[str, tuple[int, ...]]) -> list[str]:
 
 
 def size_of(shape: tuple[int, ...]) -> str:
-    """A shape as `512×1024`. Weights have an axis for groups, and their biases one beside it: axes of 1 say nothing."""
+    """Return a shape as `512×1024`. Axes of 1 are left out: the axis for groups, and the one that biases have next to
+    it."""
     return "×".join(str(size) for size in shape if size != 1) or "1"
 
 
 def _table(*headers: str) -> Table:
-    """A table whose columns hold text where `WORDS` has them, and else numbers."""
+    """Return a table whose columns hold text if `WORDS` has them, else numbers."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for header in headers:
         if header in WORDS:

@@ -1,6 +1,6 @@
-"""One layer of each stack as it stands after `attach`: what is inserted, and what is read, edited or trained.
+"""One layer of each stack after `attach`: the inserted modules, and the modules that are read, edited or trained.
 
-Nothing here knows where a method belongs: the marks are read off the hooks and modules that are on the model.
+This module does not know the places of any method: it derives the marks from the hooks and modules on the model.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from peftbench.modification.head_attention import HEADS, HeadModification, Prefi
 from peftbench.modification.insertion import parallel, sequential
 from peftbench.modification.prompt import PROMPT
 
-# What a hook of a modification does to the module that it stands on.
+# What a modification's hook does, relative to the module that it is on.
 HOOKS = {
     "read": "x is its input",
     "edit_output": "h is its output",
     "edit_input": "h is its input",
-    "prepend_to_input": "P joins its input",
-    "prepend_to_output": "P joins its output",
-    "strip": "P leaves its output",
+    "prepend_to_input": "P is prepended to its input",
+    "prepend_to_output": "P is prepended to its output",
+    "strip": "P is removed from its output",
 }
 
 
 @dataclass(frozen=True)
 class Branch:
-    """A module with what is below it."""
+    """A module and the modules inside it."""
 
     name: str
-    kind: str  # its class; of what is inserted: the weights
-    sizes: str = ""  # of its own parameters
+    kind: str  # its class; for an inserted module, the weights
+    sizes: str = ""  # shapes of its own parameters
     marks: tuple[str, ...] = ()
     inserted: bool = False
-    layers: tuple[int, ...] = ()  # of a layer: the indices of all that are like it
+    layers: tuple[int, ...] = ()  # for a layer: the indices of all layers that are like it
     children: tuple[Branch, ...] = ()
 
 
 def network(model: PreTrainedModel, run: Run) -> tuple[Branch, ...]:
-    """The layers of a model to which a run's modifications are attached, those that are alike once, and before and
-    behind them the modules outside the layers in which anything is inserted or trained."""
+    """Return the layers of a model to which a run's modifications are attached, like layers once, and before and after
+    them the modules outside the layers in which anything is inserted or trained."""
     sites = find_sites(model)
     tree = _Tree(model, sites, run)
     layers = {layer.module: layer for layer in sites.layers}
@@ -70,7 +70,7 @@ def network(model: PreTrainedModel, run: Run) -> tuple[Branch, ...]:
 
 
 class _Tree:
-    """Branches of one model."""
+    """Builds the branches of one model."""
 
     def __init__(self, model: PreTrainedModel, sites: Sites, run: Run) -> None:
         names = {module_name(prefix): prefix.rstrip(".") or "modification" for prefix in modifications(run)}
@@ -80,11 +80,11 @@ class _Tree:
             branch = Branch(name, ", ".join(weights(place.tensors)), inserted=True)
             self.inserted[model.get_submodule(place.name)] = branch
         self.marks = _marks(model, sites)
-        self.seen: dict[int, nn.Module] = {}  # a tied tensor is shown at the first module that has it
+        self.seen: dict[int, nn.Module] = {}  # a tied tensor is shown at its first module
 
     def branch(self, name: str, module: nn.Module, children: bool = True) -> Branch | None:
-        """The module, or None where neither parameters nor marks are in it; without `children` what is inserted in it
-        stays."""
+        """Return the branch of a module, or None if it has neither parameters nor marks. Without `children` only the
+        modules inserted in it remain."""
         if module in self.inserted:
             return self.inserted[module]
         own = {
@@ -105,7 +105,7 @@ class _Tree:
         return Branch(name, type(module).__name__, sizes, tuple(marks), children=tuple(below))
 
     def fold(self, path: str, layers: list[Layer]) -> Iterator[Branch]:
-        """A branch for each kind of layer, named by the indices of the layers that are alike."""
+        """Yield a branch for each kind of layer, named by the indices of the layers that are alike."""
         alike: dict[Branch, list[int]] = {}
         for layer in layers:
             branch = self.branch("", layer.module)
@@ -117,7 +117,7 @@ class _Tree:
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The submodules; the containers that `attach` puts heads' modifications in are passed through."""
+    """Yield the submodules, looking through the containers in which `attach` puts modifications of heads."""
     for name, child in module.named_children():
         if name == HEADS:
             yield from child.named_children()
@@ -128,7 +128,7 @@ def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _marks(model: PreTrainedModel, sites: Sites) -> dict[nn.Module, list[str]]:
-    """What the modifications do at each module."""
+    """Return what the modifications do at each module."""
     found: dict[nn.Module, list[str]] = {}
     for module in model.modules():
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
@@ -137,7 +137,7 @@ def _marks(model: PreTrainedModel, sites: Sites) -> dict[nn.Module, list[str]]:
                 if name.startswith("edit") and owner.own_input and owner.insertion is parallel:
                     found.setdefault(module, []).append(HOOKS["read"])
                 if name == "read" and owner.insertion is sequential:
-                    continue  # it keeps an x that it does not use
+                    continue  # the hook keeps an x that is not used
             if name in HOOKS:
                 found.setdefault(module, []).append(HOOKS[name])
     for layer in sites.layers:
@@ -160,7 +160,7 @@ def _reads_query(modification: nn.Module) -> bool:
 
 
 def _ranges(indices: list[int]) -> str:
-    """0 to 11; 0, 2 to 4."""
+    """Return the indices as ranges: 0 to 11; 0, 2 to 4."""
     runs: list[list[int]] = []
     for index in indices:
         if runs and index == runs[-1][-1] + 1:

@@ -1,7 +1,8 @@
-"""The paired bootstrap: how sure is the difference of two models' scores on the same examples? Imports no torch.
+"""The paired bootstrap: the uncertainty of the difference between two models' scores on the same examples.
 
 Efron and Tibshirani (1993); Koehn (2004) and Berg-Kirkpatrick, Burkett and Klein (2012) for comparing systems on one
-test set. Examples are drawn with replacement, the same ones for both sides; so are seeds, where there are several.
+test set. Examples are drawn with replacement, the same ones for both sides. If there are several seeds, they are drawn
+too.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ class Difference:
 
     a: float
     b: float
-    low: float  # of the 95% interval of a - b
+    low: float  # lower end of the 95% interval of a - b
     high: float
-    p: float  # two-sided: twice the share of draws in which the difference has the other sign or is nought
+    p: float  # two-sided: twice the share of draws in which the difference has the other sign or is zero
 
     @property
     def difference(self) -> float:
@@ -38,12 +39,12 @@ def paired_bootstrap(
     """Compare two sides, each of one run or of several seeds, that were scored on the same examples in one order.
 
     Args:
-        a, b: of each run, its scores by name, with statistics (examples, k).
-        paired_seeds: the runs of both sides have the same seeds in the same order, which are drawn together.
-        resamples: draws; the interval has the 2.5th and the 97.5th of their percentiles.
+        a, b: for each run, its scores by name, with statistics (examples, k).
+        paired_seeds: the runs of both sides have the same seeds in the same order; the seeds are drawn together.
+        resamples: number of draws; the interval is from the 2.5th to the 97.5th of their percentiles.
     """
     names = list(a[0])
-    # {name: (examples, seeds, k)} of each side
+    # for each side {name: (examples, seeds, k)}
     sides = [{name: np.stack([run[name].statistics for run in side], axis=1) for name in names} for side in (a, b)]
     examples = len(sides[0][names[0]])
     draw = np.random.default_rng(seed)
@@ -66,6 +67,6 @@ def paired_bootstrap(
 
 def _difference(a: float, b: float, differences: np.ndarray) -> Difference:
     low, high = np.quantile(differences, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    # + 1: the data as they are count as one more draw, so that no p is ever nought
+    # + 1: the observed data count as one more draw, so that p is never zero
     fewest = min((differences <= 0).sum(), (differences >= 0).sum()) + 1
     return Difference(a, b, float(low), float(high), float(min(1.0, 2 * fewest / (len(differences) + 1))))

@@ -1,8 +1,8 @@
 """Romanian text as the field prepares it for BLEU, on both sides: the steps of WMT16 (Sennrich et al. 2016).
 
-Moses' punctuation and tokens (sacremoses), commas below for cedillas, then no diacritics at all. Without the last two a
-reference that was typed with cedillas, or without any marks, makes a right word wrong: mBART's 26.8 BLEU on plain text
-stands beside 37 on prepared text (huggingface/transformers#5263).
+The steps are Moses' punctuation and tokens (sacremoses), commas below instead of cedillas, then no diacritics. Without
+the last two, a reference that was typed with cedillas, or without any marks, makes a correct word wrong: mBART has 26.8
+BLEU on plain text and 37 on prepared text (huggingface/transformers#5263).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ COMMAS = str.maketrans("\u015e\u015f\u0162\u0163", "\u0218\u0219\u021a\u021b")
 # S and T with a comma below, A with a breve or circumflex, I with a circumflex.
 DIACRITICS = str.maketrans("\u0218\u0219\u021a\u021b\u0102\u0103\u00c2\u00e2\u00ce\u00ee", "SsTtAaAaIi")
 
-# Moses puts commas and full stops behind a closing quotation mark in every language but English and Czech; sacremoses
-# does so in German, Spanish and French only. The second pattern wants one more character: in Moses the line's end.
+# Moses puts commas and full stops after a closing quotation mark in every language but English and Czech; sacremoses
+# does so in German, Spanish and French only. The second pattern needs one more character: in Moses the line's end.
 _QUOTED_COMMA = re.compile(r',"')
 _QUOTED_STOP = re.compile(r'(\.+)"(\s*[^<])')
 
 
 def prepared(text: str) -> str:
-    """`text` on one line, as tokens with single spaces between them, without diacritics.
+    """Return `text` on one line, as tokens with single spaces between them, without diacritics.
 
     >>> prepared("„Preşedintele ţării”, a spus el, n-a venit în România.")
     '" Presedintele tarii " , a spus el , n-a venit in Romania .'
@@ -41,12 +41,12 @@ def prepared(text: str) -> str:
 
 
 def with_commas(text: str) -> str:
-    """`text` with commas below S and T in place of cedillas."""
+    """Return `text` with commas below S and T instead of cedillas."""
     return text.translate(COMMAS)
 
 
 def without_diacritics(text: str) -> str:
-    """`text` with bare Latin letters in place of Romanian ones; those of other languages stay."""
+    """Return `text` with bare Latin letters instead of Romanian ones; letters of other languages stay."""
     return text.translate(DIACRITICS)
 
 

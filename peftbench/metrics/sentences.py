@@ -1,8 +1,8 @@
-"""Splits English text into sentences by nltk's Punkt algorithm, without the trained model that nltk downloads.
+"""Split English text into sentences with nltk's Punkt algorithm, without the trained model that nltk downloads.
 
-The model is a list of abbreviations, collocations and words that often start a sentence, learned from newswire. In
-its place stands a short list of abbreviations. So, unlike with `nltk.sent_tokenize`, an abbreviation that is not
-listed ends a sentence, and one that is listed never does ("at 5 p.m. He left." is one sentence here).
+The model is a list of abbreviations, collocations and words that often start a sentence, learned from newswire. A short
+list of abbreviations replaces it. Therefore, unlike with `nltk.sent_tokenize`, an abbreviation that is not listed ends
+a sentence, and a listed one never does ("at 5 p.m. He left." is one sentence here).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ ABBREVIATIONS = (
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of `text` in order; a line break always ends one."""
+    """Return the sentences of `text` in order; a line break always ends one."""
     return [sentence for line in text.splitlines() for sentence in _PUNKT.tokenize(line.strip())]
 
 
 def first_sentence(text: str) -> str:
-    """The first sentence of the first paragraph, whose lines are joined: documents may be wrapped."""
+    """Return the first sentence of the first paragraph, whose lines are joined because documents may be wrapped."""
     paragraph = text.strip().split("\n\n")[0]
     return next(iter(sentences(" ".join(paragraph.split()))), "")
 

@@ -1,6 +1,7 @@
-"""The heart: a small function computes Δh, which joins a hidden representation h of a frozen transformer.
+"""The core of peftbench: a small function computes Δh, which is combined with a hidden representation h of a frozen
+transformer.
 
-One file for each axis of He et al. (2022), and the files that put them on a model:
+There is one file for each axis of He et al. (2022). The other files attach the modifications to a model:
 
     functional_form.py   axis 1: f(x W_down) W_up           reparameterization.py  the prefix's training-time MLP
     representation.py    axis 2: which h, and its x         prompt.py              prompt tuning

@@ -1,8 +1,8 @@
 """Build the modifications of a run and attach them to an unmodified model.
 
-`attach` freezes the backbone, finds the family's sites, puts one module at every place that a modification names, and
-leaves trainable: the modifications, the task head, and what `unfreeze` says. Nothing of transformers is copied,
-subclassed or replaced.
+`attach` freezes the backbone, finds the family's sites and puts one module at every place that a modification names.
+The modifications, the task head and what `unfreeze` names stay trainable. No transformers code is copied, subclassed or
+replaced.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from peftbench.modification.reparameterization import PrefixMLP, PrefixTrunk
 from peftbench.modification.representation import REPRESENTATIONS
 from peftbench.utils.errors import UserError
 
-# A module can end a projection, its sub-layer and its layer at once, as W_2 does in Llama: what is nearer to the
-# weights is hooked first. All other representations: 1.
+# One module can end a projection, its sub-layer and its layer at once, as W_2 does in Llama. The modification that is
+# nearer to the weights is hooked first. All other representations have 1.
 OUTWARDS = {"ffn_weights": 0, "attention": 2, "attention_ffn": 2, "layer": 3}
 
 
@@ -46,32 +46,32 @@ def attach(
     *,
     train_head: bool = True,
 ) -> None:
-    """Change `model` in place.
+    """Attach modifications to `model`, in place.
 
     Args:
-        modifications: by the prefix of their keys, as `schema.modifications` returns them.
+        modifications: the modifications by the prefix of their keys, as `schema.modifications` returns them.
         unfreeze: which backbone parameters are trained too.
         untrained: names of parameters that came with no weights and therefore must be trained (the task head).
-        train_head: false leaves these as they are, frozen but for what `unfreeze` says.
+        train_head: if false, the `untrained` parameters stay as they are and are frozen, unless `unfreeze` names them.
     """
     sites = find_sites(model)
     _freeze(model, sites, unfreeze, untrained, train_head)
     sites, dropouts = _own_dropout(sites) if modifications else (sites, [])
-    with model.device:  # new parameters are made where the backbone is, on the meta device too
+    with model.device:  # create new parameters on the backbone's device, which may be the meta device
         for prefix, m in sorted(modifications.items(), key=lambda item: OUTWARDS.get(_representation(item[1]), 1)):
             _attach_one(model, sites, prefix, m)
     for linear, dropout in dropouts:
         linear.register_forward_hook(dropout.drop)
-    model.train(model.training)  # new modules begin in training mode, whatever the model's
+    model.train(model.training)  # new modules start in training mode, whatever the model's mode is
 
 
 def attach_run(
     model: PreTrainedModel, run: schema.Run, untrained: Collection[str] = ()
 ) -> tuple[schema.Run, list[Deviation]]:
-    """`attach` what a run says, read as its `fidelity` says.
+    """Attach the modifications of a run, interpreted according to its `fidelity`.
 
     Returns:
-        The run with the deviations from the paper's text put in, and these.
+        The run with its deviations from the paper's text filled in, and these deviations.
     """
     run, deviations = with_deviations(run, model.config.model_type)
     train_head = not run.fidelity.frozen_task_head
@@ -107,7 +107,7 @@ def _freeze(
 
 
 def _unfrozen(model: PreTrainedModel, unfreeze: schema.Unfreeze) -> set[str]:
-    """The names of the parameters that `unfreeze` says are trained."""
+    """Return the names of the parameters that `unfreeze` makes trainable."""
     names = {name for name, _ in model.named_parameters()}
     if unfreeze is schema.Unfreeze.none:
         return set()
@@ -120,21 +120,21 @@ def _unfrozen(model: PreTrainedModel, unfreeze: schema.Unfreeze) -> set[str]:
 
 
 def _read_in_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Forward pre-hook of a trained module of a bfloat16 backbone."""
+    """Cast the inputs of a trained module of a bfloat16 backbone to float32 (forward pre-hook)."""
     return tuple(a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
 
 
 def _norms(model: PreTrainedModel) -> set[int]:
-    """Identities of the parameters of all norms: LayerNorm, and each family's RMSNorm, which are classes of its own."""
+    """Return the ids of the parameters of all norms: LayerNorm, and the RMSNorm class of each family."""
     norms = (module for module in model.modules() if type(module).__name__.endswith("Norm"))
     return {id(parameter) for norm in norms for parameter in norm.parameters()}
 
 
 def _own_dropout(sites: Sites) -> tuple[Sites, list[tuple[nn.Module, SublayerDropout]]]:
-    """Turn a family's functional dropout into modules, so that h behind it has a place; see `SublayerDropout`.
+    """Turn a family's functional dropout into modules, so that h after the dropout has a place; see `SublayerDropout`.
 
-    Returns the sites with `ffn.dropout` filled in, and the modules with the Linears that they are to be hooked onto
-    once every edit of those Linears stands.
+    Returns the sites with `ffn.dropout` filled in, and pairs of a Linear and its dropout module. Hook each dropout onto
+    its Linear after all edits of that Linear are attached.
     """
     attribute = sites.family.functional_dropout
     if attribute is None:
@@ -153,7 +153,7 @@ def _own_dropout(sites: Sites) -> tuple[Sites, list[tuple[nn.Module, SublayerDro
 
 
 def _attach_one(model: PreTrainedModel, sites: Sites, prefix: str, m: schema.Modification) -> None:
-    """`prefix` is that of the modification's keys: "" or "mix.NAME."; its modules are named after it."""
+    """Attach one modification. `prefix` is the prefix of its keys, "" or "mix.NAME.", and gives its modules' name."""
     name = schema.module_name(prefix)
     representation = _representation(m)
     if representation == "embedding":
@@ -182,17 +182,17 @@ def _attach_to_places(sites: Sites, m: schema.Modification, name: str, prefix: s
 
 
 def _reading_residual(layer: Layer, prefix: str) -> Layer:
-    """The layer with its FFN's input x taken before the norm."""
+    """Return the layer with the input x of its FFN taken before the norm."""
     if layer.residual is None:
         raise UserError(
-            f"{prefix}modified_representation.ffn_input=residual: the norms of this backbone stand behind its "
-            "sub-layers, so that the FFN's input is the residual; leave it out."
+            f"{prefix}modified_representation.ffn_input=residual: in this backbone each norm comes after its "
+            "sub-layer, so that the FFN's input already is the residual; leave it out."
         )
     return replace(layer, ffn=replace(layer.ffn, source=layer.residual))
 
 
 def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: schema.Modification, name: str, prefix: str) -> None:
-    """One modification of every head, in the attention function."""
+    """Attach one modification to every head, inside the attention function."""
     insertion = m.insertion_form.name.name
     head_input = m.modified_representation.head_input
     hidden = head_input is schema.HeadInput.hidden
@@ -236,7 +236,8 @@ def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: schema.Modificatio
 
 
 def _require_attention_interface(sites: Sites, key: str) -> None:
-    """Refuse a transformers whose attention classes do not ask for registered functions: ours would never be called."""
+    """Refuse a transformers version whose attention classes do not look up registered functions: it would never call
+    ours."""
     attention = type(sites.layers[0].attentions[0].module)
     if not _asks_for_functions(attention):
         raise UserError(
@@ -246,14 +247,14 @@ def _require_attention_interface(sites: Sites, key: str) -> None:
 
 
 def takes_our_attention(model: PreTrainedModel) -> bool:
-    """Whether the model's attentions ask transformers for registered functions."""
+    """Return whether the model's attentions look up functions that are registered with transformers."""
     attention = type(find_sites(model).layers[0].attentions[0].module)
     return _takes_ours(attention.__module__, attention.__qualname__)
 
 
 @cache
 def _takes_ours(module: str, name: str) -> bool:
-    """By name and once: to find the source of a class takes tens of milliseconds."""
+    """Look up an attention class by name, cached: finding the source of a class takes tens of milliseconds."""
     return _asks_for_functions(getattr(sys.modules[module], name))
 
 
@@ -262,7 +263,8 @@ def _asks_for_functions(attention: type[nn.Module]) -> bool:
 
 
 def call_our_attention(model: PreTrainedModel) -> None:
-    """Stack by stack: T5's have a config of their own, which transformers 5.17 does not reach from the top."""
+    """Select our attention function in every stack: T5's stacks have their own configs, which transformers 5.17 does
+    not reach from the top."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.set_attn_implementation(ATTENTION_NAME)
@@ -275,12 +277,12 @@ def _add_to_heads(attention: Attention, name: str, modification: nn.Module) -> N
 
 
 def _attach_prompt(model: PreTrainedModel, sites: Sites, m: schema.Modification, name: str) -> None:
-    """Vectors before the input of the first stack; every attention that sees them gets its mask widened."""
+    """Put vectors before the input of the first stack, and widen the mask of every attention that sees them."""
     _require_attention_interface(sites, "modified_representation=embedding")
     if not sites.embedding:
         raise UserError(
-            f"modified_representation=embedding: prompts are not supported for {model.config.model_type}, whose labels "
-            "and positions count the input; use method=prefix."
+            f"modified_representation=embedding: prompts are not supported for {model.config.model_type}, because its "
+            "labels and positions are aligned with the input tokens; use method=prefix."
         )
     stack, module = next(iter(sites.embedding.items()))
     prompt = Prompt(_size(m), int(module.get_parameter("weight").shape[-1]))
@@ -292,10 +294,10 @@ def _attach_prompt(model: PreTrainedModel, sites: Sites, m: schema.Modification,
     for layer in sites.layers:
         for attention in layer.attentions:
             if layer.stack == stack or attention.kind == "cross":
-                there = getattr(attention.module, PROMPT, None)  # of another prompt
+                there = getattr(attention.module, PROMPT, None)  # the mask module of another prompt
                 attention.module.add_module(PROMPT, PromptMask(_size(m) + (there.length if there else 0)))
     last = [layer for layer in sites.layers if layer.stack == stack][-1]
-    if len(sites.embedding) == 1 and last.norm is not None:  # an encoder alone: its task head reads fixed positions
+    if len(sites.embedding) == 1 and last.norm is not None:  # only an encoder: its task head reads fixed positions
         last.norm.register_forward_hook(prompt.strip)
     call_our_attention(model)
 
@@ -339,12 +341,13 @@ def _composition(m: schema.Modification, in_width: int, groups: int) -> nn.Modul
 
 
 def _size(m: schema.Modification) -> int:
-    assert m.bottleneck is not None, "config/axes.py asks for a bottleneck"
+    assert m.bottleneck is not None, "config/axes.py requires a bottleneck"
     return m.bottleneck
 
 
 def _chosen(sites: Sites, m: schema.Modification, prefix: str) -> Iterator[tuple[Layer, list[Attention]]]:
-    """The layers and attentions that the representation's options name. A name that matches nothing is an error."""
+    """Yield the layers and attentions that the representation's options name. A name that matches nothing is an
+    error."""
     r = m.modified_representation
     stacks = {stack.name for stack in r.stacks}
     kinds = {kind.name for kind in r.attentions}

@@ -1,9 +1,9 @@
-"""How many numbers a method trains, stores, and has by the paper's formula. Works on the meta device.
+"""Count the parameters that a method trains, stores, and has by the paper's formula. Works on the meta device.
 
-Three counts, since the literature mixes them up: **trained** is what the optimiser holds, **stored** what a checkpoint
-needs once the prefix's MLP is folded away, **paper** the formula of the paper's appendix B, which leaves out biases,
-layer norms, learned scales and gates. The task head stands beside them, in none of the three. `count` has the totals of
-a model, `count_places` the same numbers for each place that is modified.
+There are three counts, because the literature mixes them up. **trained** is what the optimiser holds. **stored** is
+what a checkpoint needs after the prefix's MLP is folded away. **paper** is the formula of the paper's appendix B, which
+leaves out biases, layer norms, learned scales and gates. The task head is counted separately and is in none of the
+three. `count` returns the totals of a model; `count_places` returns the same numbers for each modified place.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from peftbench.modification.state import bottlenecks
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of parameters. `backbone` is the bare model's without its task head."""
+    """Numbers of parameters. `backbone` is the number of the bare model, without its task head."""
 
     backbone: int
     trained: int
@@ -34,26 +34,26 @@ class Counts:
     head: int
 
     def percent(self, count: int) -> float:
-        """`count` as a percentage of the backbone."""
+        """Return `count` as a percentage of the backbone."""
         return 100 * count / self.backbone
 
 
 @dataclass(frozen=True)
 class PlaceCounts:
-    """The numbers of one modification at one place. The prefix MLP's trunk, which several places share, counts at the
+    """The numbers of one modification at one place. A prefix MLP's trunk that several places share is counted at the
     first of them."""
 
-    name: str  # of the modification's module, from the top of the model; its last part says which modification it is
-    tensors: dict[str, tuple[int, ...]]  # names and shapes of what is stored
+    name: str  # path of the modification's module from the top of the model; the last part names the modification
+    tensors: dict[str, tuple[int, ...]]  # name and shape of each stored tensor
     trained: int
     stored: int
     paper: int
 
 
 def count_places(model: PreTrainedModel) -> list[PlaceCounts]:
-    """The counts of each place of a model that `attach` has changed and nothing has folded yet.
+    """Count each place of a model that `attach` has changed and that is not folded yet.
 
-    Their sums, with what is trained of the backbone itself, are the totals of `count`.
+    Together with the trained parameters of the backbone itself, they add up to the totals of `count`.
     """
     places: list[PlaceCounts] = []
     seen: set[int] = set()
@@ -66,7 +66,7 @@ def count_places(model: PreTrainedModel) -> list[PlaceCounts]:
         else:
             f = module.function
             paper = f.formula()
-            if f.generator is not None:  # what `fold` will put there
+            if f.generator is not None:  # the weights that `fold` will store
                 tensors["function.down"] = (f.groups, f.bottleneck, f.in_width)
                 tensors["function.up"] = (f.groups, f.out_width, f.bottleneck)
         trained = {id(p): p.numel() for p in module.parameters() if id(p) not in seen}
@@ -77,10 +77,10 @@ def count_places(model: PreTrainedModel) -> list[PlaceCounts]:
 
 
 def count(model: PreTrainedModel) -> Counts:
-    """The counts of a model that `attach` has changed and nothing has folded yet."""
+    """Count a model that `attach` has changed and that is not folded yet."""
     modification = _modification_parameters(model)
     heads = family_of(model.config.model_type).task_head
-    named = dict(model.named_parameters())  # tied and shared tensors once
+    named = dict(model.named_parameters())  # has each tied or shared tensor once
     trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     is_head = {name: name.split(".")[0] in heads for name in named}
     head = sum(parameter.numel() for name, parameter in trained.items() if is_head[name])
@@ -104,5 +104,5 @@ _ADDED = (Modification, Prefix, Prompt)  # the modules that `attach` puts at a p
 
 
 def _modification_parameters(model: nn.Module) -> set[int]:
-    """Identities of the parameters that `attach` added."""
+    """Return the ids of the parameters that `attach` added."""
     return {id(p) for module in model.modules() if isinstance(module, _ADDED) for p in module.parameters()}

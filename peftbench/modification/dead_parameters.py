@@ -1,8 +1,8 @@
-"""How many parameters the paper's released code trains although nothing reads them. They are counted, never made.
+"""Count the parameters that the paper's released code trains although nothing reads them. They are never created.
 
-With them its numbers can be had again. 46,783,200 for MAM with l = 16 and r = 16 on RoBERTa-base, which a user of that
-code reports (its issue 15), are 15,695,840 that take part, 15,391,520 for each of two unused sets of prefixes, and
-304,320 for a second adapter at each FFN.
+They make the numbers of that code reproducible. A user of the code reports 46,783,200 for MAM with l = 16 and r = 16 on
+RoBERTa-base (its issue 15). These are 15,695,840 parameters that take part, 15,391,520 for each of two unused sets of
+prefixes, and 304,320 for a second adapter at each FFN.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from peftbench.modification.head_attention import HEADS
 
 
 def count_dead(model: PreTrainedModel, modifications: Mapping[str, Modification]) -> int:
-    """The number for a model that `attach` has given `modifications`, and nothing has folded yet."""
+    """Return the number for a model to which `attach` has added `modifications` and which is not folded yet."""
     sites = find_sites(model)
     total = 0
     for prefix, m in modifications.items():
@@ -37,9 +37,9 @@ def count_dead(model: PreTrainedModel, modifications: Mapping[str, Modification]
 
 
 def _named(name: str, parents: list[nn.Module | None]) -> list[nn.Module]:
-    """The children called `name` of those that have one."""
+    """Return the children called `name`, of those parents that have one."""
     return [child for parent in parents for own, child in (parent.named_children() if parent else ()) if own == name]
 
 
 def _parameters(modules: list[nn.Module]) -> int:
-    return sum(parameter.numel() for parameter in nn.ModuleList(modules).parameters())  # shared ones once
+    return sum(parameter.numel() for parameter in nn.ModuleList(modules).parameters())  # counts shared ones once

@@ -1,9 +1,9 @@
 r"""Axis 1, the functional form: every form but one is a grouped bottleneck, Δh = f(x W_down) W_up.
 
 f is the identity (LoRA), an activation (adapters) or softmax (prefix tuning): He et al. 2022, equations 4, 7 and 8 and
-table 1. A hidden state is one group; heads are N_h groups with weights of their own. Prefix tuning is the same module:
-for each head W_down = W_q P_k^T (the projected query meets the l prefix keys) and W_up = P_v, so that the number l of
-prefix vectors plays the role of the bottleneck r. The other one is `Constant`, Δh = l (IA3).
+table 1. A hidden state is one group; heads are N_h groups, each with its own weights. Prefix tuning uses the same
+module: for each head W_down = W_q P_k^T (the projected query is multiplied with the l prefix keys) and W_up = P_v, so
+that the number l of prefix vectors plays the role of the bottleneck r. The exception is `Constant`, Δh = l (IA3).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from peftbench.modification.reparameterization import PrefixMLP
 
 
 def activation(name: str) -> nn.Module:
-    """f by name: `identity`, `softmax` (over the bottleneck), or an entry of transformers' ACT2FN."""
+    """Return f by name: `identity`, `softmax` (over the bottleneck), or an entry of transformers' ACT2FN."""
     if name == "identity":
         return nn.Identity()
     if name == "softmax":
@@ -29,24 +29,24 @@ def activation(name: str) -> nn.Module:
 
 
 class Bottleneck(nn.Module):
-    r"""Δh = f(x W_down + b_down) W_up + b_up, for G groups side by side.
+    r"""Compute Δh = f(x W_down + b_down) W_up + b_up, for G groups in parallel.
 
     Weights are laid out as in `torch.nn.Linear`: `down` (G, r, in), `up` (G, out, r), biases (G, 1, r) and (G, 1, out).
 
     Args:
-        in_width: width of what f reads.
+        in_width: width of the input of f.
         bottleneck: r, or the number l of prefix vectors.
         out_width: width of h.
-        form: name of f, see `activation`.
+        form: name of f; see `activation`.
         groups: G; 1 for hidden states, the number of heads for heads.
         bias: whether W_down and W_up have biases.
-        dropout: rate behind f (paper's code, petl_factory.py `Adapter_Layer`).
-        input_dropout: rate on x (LoRA's place).
+        dropout: rate after f (paper's code, petl_factory.py `Adapter_Layer`).
+        input_dropout: rate on x (where LoRA has its dropout).
         layer_norm: `none`, `input` (LayerNorm before W_down) or `output` (LayerNorm on Δh).
         init: `lora`: W_down Kaiming-uniform with a = √5, W_up zero, biases zero, so that Δh is 0 at the start;
             `bert`: both N(0, 0.02), biases zero (paper, appendix A; petl_factory.py `init_lora_weights`,
             `init_bert_weights`).
-        generator: produces (`down`, `up`) during training in place of own weights; `fold` ends that.
+        generator: computes (`down`, `up`) during training, instead of own weights, until `fold` replaces it.
     """
 
     def __init__(
@@ -87,13 +87,13 @@ class Bottleneck(nn.Module):
             nn.init.normal_(self.down, std=0.02)
             nn.init.normal_(self.up, std=0.02)
         else:
-            # Kaiming-uniform with a = √5 is U(-1/√in, 1/√in); by hand, since fan-in is the last axis of three.
+            # Kaiming-uniform with a = √5 is U(-1/√in, 1/√in). torch's function would take another axis for fan-in.
             bound = 1 / math.sqrt(self.in_width)
             nn.init.uniform_(self.down, -bound, bound)
             nn.init.zeros_(self.up)
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        """(`down`, `up`), of shapes (G, r, in) and (G, out, r); made by the generator where there is one."""
+        """Return (`down`, `up`), of shapes (G, r, in) and (G, out, r), computed by the generator if there is one."""
         if self.generator is not None:
             made: tuple[Tensor, Tensor] = self.generator()
             return made
@@ -101,10 +101,13 @@ class Bottleneck(nn.Module):
         return self.down, self.up
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in) for one group; (..., G or 1, T, in) for several. Returns Δh with `out` as last axis, in the
-        dtype of x unless autocast says otherwise."""
+        """Return Δh, whose last axis is `out`, in the dtype of x unless autocast says otherwise.
+
+        Args:
+            x: (..., in) for one group; (..., G or 1, T, in) for several.
+        """
         down, up = self.weights()
-        # The backbone may be bfloat16 and what is trained float32: products are computed as the backbone's are.
+        # The backbone may be bfloat16 and the trained weights float32: multiply in the backbone's dtype.
         down, up = down.to(x.dtype), up.to(x.dtype)
         down_bias: Tensor | None = self.down_bias
         if torch.compiler.is_compiling() and not isinstance(self.f, nn.Softmax):
@@ -114,12 +117,12 @@ class Bottleneck(nn.Module):
         return _normed(self.norm_out, _grouped_linear(z, up, self.up_bias))
 
     def formula(self) -> int:
-        """r (in + out) for each group: W_down and W_up, without biases (He et al. 2022, appendix B)."""
+        """Return r (in + out) for each group: W_down and W_up, without biases (He et al. 2022, appendix B)."""
         return self.bottleneck * self.groups * (self.in_width + self.out_width)
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Replace the generator by the weights that it makes: Δh stays as it is, the generator is gone."""
+        """Replace the generator by the weights that it computes. Δh does not change; the generator is discarded."""
         if self.generator is None:
             return
         down, up = self.weights()
@@ -132,17 +135,17 @@ class Bottleneck(nn.Module):
 
 
 class Constant(nn.Module):
-    """Δh = l, a trained vector for each of G groups, which reads nothing of x.
+    """Return Δh = l, a trained vector for each of G groups that does not depend on x.
 
     With h ∘ (1 + Δh) it is IA3's rescaling (Liu et al. 2022), with h + Δh a bias.
 
     Args:
-        width: of h.
+        width: width of h.
         groups: G; 1 for hidden states, the number of heads for heads.
         init: `lora`: zero; `bert`: N(0, 0.02).
     """
 
-    generator = None  # has nothing to fold
+    generator = None  # there is nothing to fold
 
     def __init__(self, width: int, *, groups: int = 1, init: str = "lora") -> None:
         super().__init__()
@@ -152,11 +155,11 @@ class Constant(nn.Module):
             nn.init.normal_(self.vector, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., width), not read. Returns Δh as (width,), or (G, 1, width), for every position alike."""
+        """Return Δh as (width,), or (G, 1, width), the same for every position. x: (..., width), is not read."""
         return self.vector[0, 0] if self.vector.shape[0] == 1 else self.vector
 
     def formula(self) -> int:
-        """One number for each element of h."""
+        """Return one for each element of h."""
         return self.vector.numel()
 
     def extra_repr(self) -> str:
@@ -167,9 +170,12 @@ FunctionalForm = Bottleneck | Constant
 
 
 def _aligned(down: Tensor, up: Tensor, down_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The weights with r filled up by zeros to a multiple of 8, whose Δh is the same unless f looks across the
-    bottleneck: a GPU multiplies bfloat16 rows of 204 bytes (r = 102) in slow kernels, as they do not begin at multiples
-    of 16. Only compiled code does this without kernels of its own."""
+    """Pad the weights along r with zeros to a multiple of 8, for compiled code.
+
+    Δh stays the same unless f mixes the elements of the bottleneck. A GPU multiplies bfloat16 rows of 204 bytes (r =
+    102) in slow kernels, because the rows do not begin at multiples of 16. Only in compiled code does the padding need
+    no kernels of its own.
+    """
     more = -down.shape[1] % 8
     if more == 0:
         return down, up, down_bias
@@ -178,7 +184,7 @@ def _aligned(down: Tensor, up: Tensor, down_bias: Tensor | None) -> tuple[Tensor
 
 
 def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., G, T, in) · weight (G, out, in)^T + bias (G, 1, out) -> (..., G, T, out); one group takes (..., in)."""
+    """Return x (..., G, T, in) · weight (G, out, in)^T + bias (G, 1, out) -> (..., G, T, out); one group: (..., in)."""
     if bias is not None:
         bias = bias.to(x.dtype)
     if weight.shape[0] == 1:
@@ -188,7 +194,7 @@ def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:
-    """x (..., d) normed in the dtype of the norm's weights, if it is one, and returned in its own."""
+    """Apply `norm` to x (..., d). A LayerNorm computes in the dtype of its weights; the result has the dtype of x."""
     if not isinstance(norm, nn.LayerNorm):
         return x
     normed: Tensor = norm(x.to(norm.weight.dtype)).to(x.dtype)

@@ -4,12 +4,13 @@ Equation 5 puts l trained keys and values before those of the context. It equals
 
     (1-λ) softmax(q K^T) V + λ softmax(q P_k^T) P_v,   λ = prefix mass / (prefix mass + context mass),
 
-the gated composition of the bottleneck f(q W_down) W_up with f = softmax, W_down = P_k^T, W_up = P_v. Concatenation
-is its fast path (`tests/modification/test_head_attention.py` has eq. 7 written out). Every other form or composition is
-computed beside the attention, from the same scaled query.
+which is the gated composition of the bottleneck f(q W_down) W_up with f = softmax, W_down = P_k^T, W_up = P_v.
+Concatenation is the faster way to compute it (`tests/modification/test_head_attention.py` has eq. 7 written out). Every
+other form or composition is computed in addition to the attention, from the same scaled query.
 
-The function sees keys and values after the KV cache has been updated, so that a cache holds the context only, positions
-do not move, and beams need no special case. (`predict` gives `generate` a cache in which prefixes stand already.)
+The function sees keys and values after the KV cache has been updated. Therefore the cache holds only the context,
+positions do not shift, and beams need no special case. (`predict` gives `generate` a cache that already has the
+prefixes.)
 """
 
 from __future__ import annotations
@@ -29,19 +30,20 @@ from peftbench.modification.insertion import InsertionForm
 from peftbench.modification.memo import Memo
 from peftbench.modification.prompt import PROMPT, see_also
 
-ATTENTION_NAME = "peftbench"  # what `config._attn_implementation` says while heads are modified
-HEADS = "head_modifications"  # the attention module's child that holds them, by name
+ATTENTION_NAME = "peftbench"  # the value of `config._attn_implementation` while heads are modified
+HEADS = "head_modifications"  # the attention module's child that holds the modifications, by name
 
 
 class HeadModification(Modification):
     """A modification of each head's output before W_o, with weights for each head.
 
-    f reads the head's scaled query q / √d_h, as the paper's code does but on BART; or, sequentially, the head's output.
+    f reads the head's scaled query q / √d_h, as the paper's code does except on BART; or, in the sequential form, the
+    head's output.
 
     Args:
-        reads_hidden: f reads the attention input x instead, as table 1 has it.
-        query_norm: f reads the head's part of LN(x) W_q instead, not scaled, W_q as the backbone has it (the paper's
-            code on BART, modeling_bart.py at 3222ce2, lines 271-274); this LN, which is trained.
+        reads_hidden: f reads the attention input x instead, as in table 1.
+        query_norm: f reads the head's part of LN(x) W_q instead, not scaled, with the backbone's W_q (the paper's code
+            on BART, modeling_bart.py at 3222ce2, lines 271-274). This argument is that LN, which is trained.
     """
 
     _x: Tensor | None = None
@@ -60,20 +62,27 @@ class HeadModification(Modification):
         self.query_norm = query_norm
 
     def read(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Forward pre-hook of the query projection, whose input is the attention input (B, T, d): keep what f reads,
-        x as (B, 1, T, d) or the heads' parts of LN(x) W_q as (B, N_h, T, d_h)."""
+        """Keep what f reads: x as (B, 1, T, d), or the heads' parts of LN(x) W_q as (B, N_h, T, d_h).
+
+        Forward pre-hook of the query projection, whose input is the attention input (B, T, d).
+        """
         x = args[0]
         if self.query_norm is None:
             self._x = x.unsqueeze(1)
         else:
             assert isinstance(self.function, Bottleneck), "a constant reads nothing"
             normed = self.query_norm(x.to(self.query_norm.weight.dtype)).to(x.dtype)
-            query = module.forward(normed)  # no hooks: a modification of the query is not the backbone's W_q
+            query = module.forward(normed)  # runs no hooks: a modified query is not the backbone's W_q
             heads, width = self.function.groups, self.function.in_width
             self._x = query[..., : heads * width].unflatten(-1, (heads, width)).transpose(1, 2)
 
     def forward(self, heads: Tensor, query: Tensor) -> Tensor:
-        """heads: (B, T, N_h, d_h), as an attention function returns them; query, scaled: (B, N_h, T, d_h)."""
+        """Return the modified heads.
+
+        Args:
+            heads: (B, T, N_h, d_h), as an attention function returns them.
+            query: the scaled query, (B, N_h, T, d_h).
+        """
         x = query
         if self.reads_input:
             assert self._x is not None, "the query projection must run before the attention"
@@ -82,29 +91,33 @@ class HeadModification(Modification):
 
 
 class Prefix(nn.Module):
-    """Prefix tuning, eq. 5: keys and values put before those of the context. `function.weights` are P_k and P_v^T."""
+    """Prefix tuning, eq. 5: keys and values before those of the context. `function.weights` are P_k and P_v^T."""
 
-    in_cache = False  # the keys and values that it is given have it already, see evaluation/kv_cache.py
+    in_cache = False  # whether the given keys and values already have the prefix, see evaluation/kv_cache.py
 
     def __init__(self, function: Bottleneck) -> None:
         super().__init__()
         self.function = function
 
     def forward(self, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """key, value: (B, N_kv, K, d_h); mask: (B or 1, 1, Q, K), boolean or additive, or None. Returns the three with
-        K + l in place of K."""
+        """Return key, value and mask with the prefix in front: K + l in place of K.
+
+        Args:
+            key, value: (B, N_kv, K, d_h).
+            mask: (B or 1, 1, Q, K), boolean or additive, or None.
+        """
         length = self.function.bottleneck
         front_k, front_v = (vectors.expand(len(key), -1, -1, -1) for vectors in self.vectors(key.dtype))
         joined = torch.cat([front_k, key], dim=2), torch.cat([front_v, value], dim=2)
         return *joined, None if mask is None else see_also(mask, length)
 
     def widened(self, mask: Tensor) -> Tensor:
-        """The mask for keys that have the prefix already: all layers have the same, made once for each token."""
+        """Return the mask for keys that already have the prefix. All layers share one, made once for each token."""
         length = self.function.bottleneck
         return _WIDENED.of(mask, length, lambda: see_also(mask, length))
 
     def vectors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """P_k and P_v, each (N_kv, l, d_h)."""
+        """Return P_k and P_v, each (N_kv, l, d_h)."""
         down, up = self.function.weights()
         return down.to(dtype), up.transpose(-1, -2).to(dtype)
 
@@ -120,12 +133,12 @@ def modified_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' SDPA attention with this module's prompt, prefixes and head modifications.
+    """Compute transformers' SDPA attention with this module's prompt, prefixes and head modifications.
 
     query: (B, N_h, Q, d_h), key and value: (B, N_kv, K, d_h), mask: (B, 1, Q, K) or None. Returns (B, Q, N_h, d_h).
     Keys and values that n beams share (`kv_cache.SourceLayer`) have B / n rows.
     """
-    children = module._modules  # looked into for every token: hasattr asks three dicts and raises
+    children = module._modules  # read directly, for every token: hasattr searches three dicts and raises
     if (prompt := children.get(PROMPT)) is not None:
         attention_mask = prompt(attention_mask, query.shape[2], key.shape[2])
     heads_modifications = children.get(HEADS)
@@ -137,10 +150,10 @@ def modified_attention(
                     attention_mask = modification.widened(attention_mask)
                 continue
             key, value, attention_mask = modification(key, value, attention_mask)
-            if kwargs.get("position_bias") is not None:  # T5's; a prefix has no position
+            if kwargs.get("position_bias") is not None:  # T5 has one; a prefix has no position
                 kwargs["position_bias"] = F.pad(kwargs["position_bias"], (modification.function.bottleneck, 0))
     if attention_mask is None and getattr(module, "is_causal", False) and 1 < query.shape[2] < key.shape[2]:
-        # transformers would crop the keys to the queries' length and so drop tokens of the context
+        # transformers would crop the keys to the queries' length, and thus drop tokens of the context
         raise RuntimeError(f"{type(module).__name__} is causal and has a prefix but no mask; see `modified_mask`")
     heads = _attend(module, query, key, value, attention_mask, **kwargs)
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
@@ -151,7 +164,7 @@ def modified_attention(
 
 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
-    """SDPA, in which the n beams of a source are n queries of one row."""
+    """Compute SDPA with the n beams of a source as n queries of one row."""
     sources = key.shape[0]
     every, count, queries, width = query.shape
     if mask is not None:
@@ -159,14 +172,17 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: 
     if every > sources:
         together = query.view(sources, -1, count, queries, width).transpose(1, 2)  # (B / n, N_h, n, Q, d_h)
         query = together.reshape(sources, count, -1, width)
-        kwargs["is_causal"] = False  # a single query sees all keys, and so do n of them
+        kwargs["is_causal"] = False  # a single query sees all keys, and so do n single queries
     heads: Tensor = sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
     return heads.reshape(every, queries, count, -1)  # (B / n, n Q, N_h, d_h) -> (B, Q, N_h, d_h)
 
 
 def _mask_of_sources(mask: Tensor, sources: int, query: Tensor, biased: bool) -> Tensor:
-    """The mask (B or 1, 1, Q, K) of all queries of a source, (B / n or 1, 1, n Q, K). A boolean one, which SDPA would
-    turn into the query's dtype in every layer, is turned once for all layers that are given it, at every token."""
+    """Return the mask (B or 1, 1, Q, K) for all queries of a source, as (B / n or 1, 1, n Q, K).
+
+    SDPA would convert a boolean mask to the query's dtype in every layer. Here it is converted once for each token, for
+    all layers that get the same mask.
+    """
     every, _, queries, _ = query.shape
 
     def joined() -> Tensor:
@@ -180,8 +196,10 @@ def _mask_of_sources(mask: Tensor, sources: int, query: Tensor, biased: bool) ->
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask as what is added to the scores, 0 for keys that are seen and else -inf. Its rows begin at
-    multiples of 16 bytes: others are copied to such ones before each attention."""
+    """Convert a boolean mask to one that is added to the scores: 0 for keys that are seen, -inf for the others.
+
+    Its rows begin at multiples of 16 bytes; otherwise each attention would first copy them to aligned rows.
+    """
     keys = mask.shape[-1]
     wide = mask.new_zeros((*mask.shape[:-1], keys + -keys % 8), dtype=dtype)
     return wide[..., :keys].masked_fill_(~mask, float("-inf"))
@@ -191,13 +209,16 @@ _ADDITIVE = Memo()
 
 
 def modified_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """transformers' SDPA mask, but a causal mask of several queries is always written out: with a prefix, keys
-    outnumber queries, and the kernel's own causal flag would then align wrongly. A single query sees all keys."""
+    """Return transformers' SDPA mask, with every causal mask of several queries written out.
+
+    With a prefix there are more keys than queries, so that the kernel's own causal flag would align wrongly. A single
+    query sees all keys.
+    """
     single = kwargs.get("q_length") == 1 and kwargs.get("allow_is_causal_skip", True)
     mask: Tensor | None = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": single})
     return mask
 
 
-# Without a mask function of the same name transformers silently passes no mask at all: padding would be attended to.
+# Without a mask function of the same name transformers silently passes no mask, and padding would be attended to.
 AttentionInterface.register(ATTENTION_NAME, modified_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, modified_mask)

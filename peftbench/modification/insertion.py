@@ -1,6 +1,6 @@
 """Axis 3, the insertion form: what the function f reads.
 
-`h` is the representation that is modified, `x` the input of the sub-module that computes it. He et al. 2022, table 1.
+`h` is the modified representation, `x` the input of the sub-module that computes h. He et al. 2022, table 1.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from torch import Tensor
 
 
 def parallel(h: Tensor, x: Tensor) -> Tensor:
-    """Δh = f(x)."""
+    """Return x, so that Δh = f(x)."""
     return x
 
 
 def sequential(h: Tensor, x: Tensor) -> Tensor:
-    """Δh = f(h)."""
+    """Return h, so that Δh = f(h)."""
     return h
 
 
 def sequential_over_residual(h: Tensor, x: Tensor) -> Tensor:
-    """Δh = f(x + h): a pre-norm layer ends in x + h, with x its residual, and no module holds that sum."""
+    """Return x + h, so that Δh = f(x + h): a pre-norm layer outputs x + h, with x its residual, and no module holds
+    that sum."""
     return x + h
 
 

@@ -1,4 +1,4 @@
-"""Results that are remembered for as long as the tensor that they were made from lives, by its identity."""
+"""Results that are computed from a tensor and cached by its identity for as long as the tensor lives."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ T = TypeVar("T")
 
 
 class Memo:
-    """`of(tensor, what, make)` is `make()` of the first such call.
+    """A cache in which `of(tensor, what, make)` is the `make()` of the first such call.
 
-    A tensor is not to be changed in place meanwhile, and what is made is not to hold it.
+    Do not change the tensor in place meanwhile, and do not let the result hold a reference to the tensor.
     """
 
     def __init__(self) -> None:
-        self._found: dict[int, tuple[Any, dict[Hashable, Any]]] = {}  # by id, with what tells that the tensor is gone
+        self._found: dict[int, tuple[Any, dict[Hashable, Any]]] = {}  # by id, with the sign that the tensor is gone
 
     def of(self, tensor: Tensor, what: Hashable, make: Callable[[], T]) -> T:
-        """What was made of `tensor` under the name `what`."""
+        """Return the result for `tensor` under the key `what`; the first call makes it."""
         found = self._found.get(id(tensor))
         if found is None:
             key = id(tensor)

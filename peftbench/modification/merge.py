@@ -1,10 +1,10 @@
-r"""Merging: a modification that is affine becomes part of the frozen weights beside it, and costs nothing.
+r"""Merge affine modifications into the frozen weights, so that they cost nothing.
 
 A Linear computes h = W x + b. With f the identity, Δh = W_up W_down x, the modified h = W x + b + sΔh is W' x + b with
 W' = W + s W_up W_down (Hu et al. 2022, section 4.1). With a constant, h ∘ (1 + l) is diag(1 + l) W x + (1 + l) ∘ b (Liu
-et al. 2022, section 3.3). What an affine map is, its values at the origin and at the unit vectors say: b' is the
-modified h of x = 0, and row i of W'^T is that of x = e_i less b'. So the modules themselves say what they do, in every
-layout and order; they are asked in float64, and W' and b' are rounded once.
+et al. 2022, section 3.3). The values of an affine map at the origin and at the unit vectors determine it: b' is the
+modified h of x = 0, and row i of W'^T is the modified h of x = e_i minus b'. Evaluating the modules themselves
+therefore covers every layout and order. They are evaluated in float64, and W' and b' are rounded once.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ Hooks = OrderedDict[int, Callable[..., Any]]
 
 
 def obstacles(model: nn.Module) -> dict[str, str]:
-    """Why a modification cannot be merged, by its name (the last part of its module's), one reason for each.
+    """Return why each modification that cannot be merged cannot, one reason each, by its name (the last part of the
+    module's name).
 
-    Empty where the whole of them can be. Works on the meta device.
+    The result is empty if all of them can be merged. Works on the meta device.
     """
     found: dict[str, str] = {}
     for module in model.modules():
@@ -41,7 +42,7 @@ def obstacles(model: nn.Module) -> dict[str, str]:
             if isinstance(child, HeadModification):
                 found.setdefault(name, "it changes single heads between the attention's weights")
             elif isinstance(child, Prefix | Prompt):
-                found.setdefault(name, "the attention looks at vectors of its own, which no weight can hold")
+                found.setdefault(name, "it adds vectors for the attention to look at, which no weight can hold")
         for edit in _edits_before(module) + _edits_after(module):
             if reason := _obstacle(edit, module):
                 found.setdefault(_name(module, edit), reason)
@@ -49,10 +50,11 @@ def obstacles(model: nn.Module) -> dict[str, str]:
 
 
 def merge(model: nn.Module) -> float:
-    """Put every affine modification into the weights, for good; the others stay. Returns the rounding's share.
+    """Put every affine modification into the weights, permanently; the others stay. Return the relative rounding error.
 
-    That is the norm of what rounding to the weights' dtype took or gave, over the norm of the merged change: about
-    1e-5 for float32, and not little for bfloat16, of which a small change to a large weight is less than half a step.
+    The error is the norm of the difference that rounding to the weights' dtype makes, divided by the norm of the merged
+    change. It is about 1e-5 for float32. It is not small for bfloat16, in which a small change to a large weight is
+    less than half a step.
     """
     lost, changed = 0.0, 0.0
     for module in _mergeable(model):
@@ -69,11 +71,11 @@ def merge(model: nn.Module) -> float:
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
-    """Inside the block, affine modifications are part of the weights; afterwards the very tensors are back.
+    """Inside the block, affine modifications are part of the weights; afterwards the original tensors are restored.
 
-    W' is computed in float64 and rounded to the weight's dtype once. Of a small change a bfloat16 W' keeps only what
-    reaches the next step of the weight's own, and so does a float32 W' under bfloat16 autocast, which rounds it: both
-    predict alike. Beside the weights the same change is rounded in the products instead.
+    W' is computed in float64 and rounded to the weight's dtype once. If the change is small, a bfloat16 W' keeps only
+    the part that reaches the next step of the weight. The same holds for a float32 W' under bfloat16 autocast, which
+    rounds it: both predict alike. An unmerged modification is rounded in its products instead.
     """
     replaced: list[tuple[nn.Module, Tensor, Tensor | None]] = []
     with unhooked(model) as unhook:
@@ -92,7 +94,7 @@ def merged(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merged_weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """W' and b' of a Linear or Conv1D whose edits are all affine, in float64 and W' in the module's own layout."""
+    """Return W' and b' of a Linear or Conv1D whose edits are all affine, in float64; W' has the module's layout."""
     weight, bias = _weight(module).double(), _bias(module)
     transposed = weight if isinstance(module, Conv1D) else weight.T  # (in, out)
     inputs = transposed.shape[0]
@@ -112,7 +114,7 @@ def merged_weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 @contextmanager
 def unhooked(model: nn.Module) -> Iterator[Callable[[nn.Module], None]]:
-    """Gives a function that takes all hooks of a modification off the model; afterwards its hooks are as they were."""
+    """Yield a function that removes all hooks of a modification from the model; afterwards all hooks are restored."""
     saved = [
         (hooks, hooks.copy())
         for module in model.modules()
@@ -134,7 +136,7 @@ def _unhook(model: nn.Module, modification: nn.Module) -> None:
 
 
 def _mergeable(model: nn.Module) -> list[nn.Module]:
-    """The projections with edits that are all affine."""
+    """Return the projections whose edits are all affine."""
     found = []
     for module in model.modules():
         edits = _edits_before(module) + _edits_after(module)
@@ -144,7 +146,7 @@ def _mergeable(model: nn.Module) -> list[nn.Module]:
 
 
 def _obstacle(edit: Edit, module: nn.Module) -> str | None:
-    """Why `edit` of `module` is no affine map of what the module's own weights read; None if it is one."""
+    """Return why `edit` of `module` is not an affine map of the input of the module's own weights, or None if it is."""
     function, composition = edit.function, edit.composition
     if isinstance(composition, Gated):
         return "its gate depends on the input"
@@ -156,13 +158,13 @@ def _obstacle(edit: Edit, module: nn.Module) -> str | None:
         if isinstance(composition, Multiply):
             return "h ∘ (1 + Δh) is not linear where Δh depends on the input"
     if not isinstance(module, nn.Linear | Conv1D):
-        return f"no weights stand right before it, but a {type(module).__name__}"
+        return f"it follows a {type(module).__name__}, which has no weights to merge into"
     if edit.insertion is not sequential and not edit.own_input:
-        return "it reads another input than the weights beside it"
+        return "its input is not the input of the weights that would hold it"
     if module.bias is None and _adds_constant(edit):
-        return "the weights beside it have no bias that could hold its own"
+        return "the weights that would hold it have no bias to take its own"
     if any(isinstance(hook.__self__, HeadModification) and hook.__self__.query_norm for hook in _bound(module)):
-        return "the heads' modification reads the weights beside it as the backbone has them"
+        return "the heads' modification needs the weights that would hold it as they are in the backbone"
     return None
 
 
@@ -173,17 +175,17 @@ def _adds_constant(edit: Edit) -> bool:
 
 
 def _edits_before(module: nn.Module) -> list[Edit]:
-    """The edits of the module's input, in order."""
+    """Return the edits of the module's input, in order."""
     return [hook.__self__ for hook in _bound(module) if hook.__func__ is Edit.edit_input]
 
 
 def _edits_after(module: nn.Module) -> list[Edit]:
-    """The edits of the module's output, in order."""
+    """Return the edits of the module's output, in order."""
     return [hook.__self__ for hook in _bound(module) if hook.__func__ is Edit.edit_output]
 
 
 def _bound(module: nn.Module) -> list[Any]:
-    """The hooks that are methods."""
+    """Return the hooks that are methods."""
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     return [hook for hook in hooks if hasattr(hook, "__self__")]
 
@@ -206,7 +208,7 @@ def _bias(module: nn.Module) -> Tensor | None:
 
 
 def _put(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    """Under the same Parameters, so that optimisers and ties keep theirs."""
+    """Store the values in the same Parameters, so that optimisers and tied weights keep theirs."""
     parameter = _weight(module)
     parameter.data = weight.to(parameter.dtype).contiguous()
     if bias is not None:

@@ -1,8 +1,8 @@
-"""Attention over a batch without its padding: the tokens of all examples in one row, each seeing its own example only.
+"""Attention over a batch without its padding: all examples' tokens in one row; each token sees only its own example.
 
-`padding_free.PaddingFree` puts this function in the place of `head_attention.modified_attention` while it packs a
-batch. The kernel is FlashAttention-2 with variable lengths, as torch ships it; elsewhere than on a GPU in half
-precision the examples are padded for the moment, which is its reference too (`tests/training/test_padding_free.py`).
+`padding_free.PaddingFree` substitutes this function for `head_attention.modified_attention` while it packs a batch. The
+kernel is FlashAttention-2 with variable lengths, as torch ships it. Everywhere but on a GPU in half precision, the
+examples are padded during the attention, which also is the reference (`tests/training/test_padding_free.py`).
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from peftbench.modification.head_attention import HEADS, HeadModification, Prefix
 
-PACKED_NAME = "peftbench_packed"  # what `config._attn_implementation` says while batches are packed
+PACKED_NAME = "peftbench_packed"  # the value of `config._attn_implementation` while batches are packed
 PACKING = "packing"  # the attention module's attribute: the `Packing` of its queries and that of its keys
 
 
 @dataclass(frozen=True)
 class Row:
-    """Vectors of all examples, one example behind the other."""
+    """The vectors of all examples in one row, one example after another."""
 
-    example: Tensor  # (T,): the example that each is of
-    offsets: Tensor  # (B + 1,), int32: where each example begins, and T
-    longest: int  # example, at most
+    example: Tensor  # (T,): the example that each vector belongs to
+    offsets: Tensor  # (B + 1,), int32: where each example begins, then T
+    longest: int  # upper bound of an example's length
 
     def behind(self, front: Tensor, vectors: Tensor) -> Tensor:
-        """`vectors` (T, N, d_h) with `front` (l, N, d_h) before those of each example: (T + B l, N, d_h)."""
+        """Insert `front` (l, N, d_h) before each example's part of `vectors` (T, N, d_h); returns (T + B l, N, d_h)."""
         length, count = len(front), len(self.offsets) - 1
         joined = vectors.new_empty(len(vectors) + count * length, *vectors.shape[1:])
         steps = torch.arange(length, device=vectors.device)
@@ -41,38 +41,39 @@ class Row:
         return joined.index_copy_(0, begins.flatten(), front.repeat(count, 1, 1))
 
     def longer(self, length: int) -> Row:
-        """The row with `length` vectors more before those of each example; `example` stays that of the others."""
+        """Return the row with `length` more vectors before each example's; `example` still is that of the others."""
         more = length * torch.arange(len(self.offsets), device=self.offsets.device, dtype=torch.int32)
         return Row(self.example, self.offsets + more, self.longest + length)
 
 
 class Packing:
-    """Where the tokens of one stack's batch stand in the row, kept from a forward pass to the next.
+    """The positions in the row of the tokens of one stack's batch, kept from one forward pass to the next.
 
-    A row can be filled up with tokens of further examples, so that rows come in few lengths T. What they hold is never
-    read: they see no other example, and have no place in the batch.
+    A row can be filled up with tokens of further examples, so that only a few row lengths T occur. These fillers are
+    never read: no other example sees them, and they have no place in the batch.
 
     Args:
-        longest: of all examples that will come, in tokens; a constant, so that compiled code does not change with it.
+        longest: maximum length of all examples to come, in tokens; a constant, so that compiled code does not change.
     """
 
     row: Row
-    index: Tensor  # (T,): where each token stands in the batch with its padding, whose rows follow each other
-    shape: tuple[int, int]  # of that batch
+    index: Tensor  # (T,): the position of each token in the flattened batch with its padding
+    shape: tuple[int, int]  # (B, S) of the batch with its padding
 
     def __init__(self, longest: int) -> None:
         self.longest = longest
 
     def load(self, lengths: Sequence[int], width: int, device: torch.device) -> None:
-        """Take the next batch: examples of `lengths` tokens, padded on the right to `width`. Waits for no GPU."""
+        """Load the next batch: examples of `lengths` tokens, padded on the right to `width`. Does not wait for the
+        GPU."""
         self.take(self.tensors(lengths, width, device), (len(lengths), width))
 
     def tensors(
         self, lengths: Sequence[int], width: int, device: torch.device, fillers: Sequence[int] = ()
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`Row.example`, `Row.offsets` and `index` of a batch and behind it examples of `fillers` tokens."""
+        """Return `Row.example`, `Row.offsets` and `index` of a batch followed by examples of `fillers` tokens."""
         if max(lengths) > min(width, self.longest):
-            raise ValueError(f"an example of {max(lengths)} tokens, in a batch of {width}, was not expected")
+            raise ValueError(f"an example of {max(lengths)} tokens exceeds the width {width} or the maximum")
         every = [*lengths, *fillers]
         counts = torch.tensor([0, *every])
         if device.type == "cuda":
@@ -84,20 +85,20 @@ class Packing:
         return example, offsets.to(torch.int32), index
 
     def take(self, tensors: tuple[Tensor, Tensor, Tensor], shape: tuple[int, int]) -> None:
-        """The batch of these `tensors` is the next one; `shape` is that of the examples with their padding."""
+        """Make `tensors` the next batch; `shape` is the shape of the examples with their padding."""
         example, offsets, self.index = tensors
         self.row = Row(example, offsets, self.longest)
         self.shape = shape
 
     def pack(self, padded: Tensor, filler: float = 0.0) -> Tensor:
-        """(B, S, ...) -> (1, T, ...), `filler` where the row is filled up."""
+        """Convert (B, S, ...) to (1, T, ...), with `filler` where the row is filled up."""
         flat = padded.flatten(0, 1)
         return torch.cat([flat, flat.new_full((1, *flat.shape[1:]), filler)])[self.index].unsqueeze(0)
 
     def pad(self, packed: Tensor) -> Tensor:
-        """(1, T, ...) -> (B, S, ...), zero where there is no token."""
+        """Convert (1, T, ...) to (B, S, ...), with zeros where there is no token."""
         count, width = self.shape
-        rows = packed.new_zeros(count * width + 1, *packed.shape[2:])  # the last one for what fills the row up
+        rows = packed.new_zeros(count * width + 1, *packed.shape[2:])  # the last row takes the fillers
         return rows.index_copy_(0, self.index, packed[0])[:-1].view(count, width, *packed.shape[2:])
 
 
@@ -111,7 +112,7 @@ def packed_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """`head_attention.modified_attention` for packed tokens, which need no mask.
+    """Compute `head_attention.modified_attention` for packed tokens, which need no mask.
 
     query: (1, N_h, T, d_h), key and value: (1, N_h, T', d_h). Returns (1, T, N_h, d_h).
     """
@@ -136,7 +137,7 @@ def packed_attention(
 def attend(
     query: Tensor, key: Tensor, value: Tensor, queries: Row, keys: Row, *, causal: bool, dropout: float, scaling: float
 ) -> Tensor:
-    """softmax(q K^T · scaling) V within each example.
+    """Compute softmax(q K^T · scaling) V within each example.
 
     Args:
         query: (T, N_h, d_h).
@@ -166,7 +167,7 @@ def attend(
 def _attend_padded(
     query: Tensor, key: Tensor, value: Tensor, queries: Row, keys: Row, *, causal: bool, dropout: float, scaling: float
 ) -> Tensor:
-    """`attend` by torch's SDPA on padded examples."""
+    """Compute `attend` with torch's SDPA on padded examples."""
     here, q = _padded(query, queries)
     k, v = _padded(key, keys)[1], _padded(value, keys)[1]
     counts_q, counts_k = queries.offsets.diff()[:, None, None, None], keys.offsets.diff()[:, None, None, None]
@@ -180,7 +181,7 @@ def _attend_padded(
 
 
 def _padded(vectors: Tensor, row: Row) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """The place (example, position) of each vector, and all in (B, N_h, longest, d_h)."""
+    """Return the place (example, position) of each vector, and all vectors in (B, N_h, longest, d_h)."""
     at = torch.arange(len(vectors), device=vectors.device)
     example = torch.bucketize(at, row.offsets[1:].long(), right=True)
     place = example, at - row.offsets[example]
@@ -189,7 +190,7 @@ def _padded(vectors: Tensor, row: Row) -> tuple[tuple[Tensor, Tensor], Tensor]:
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Packed tokens have no padding to hide, and the kernel knows what is causal."""
+    """Return no mask: packed tokens have no padding to hide, and the kernel handles causality."""
 
 
 AttentionInterface.register(PACKED_NAME, packed_attention)

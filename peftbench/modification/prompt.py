@@ -1,9 +1,9 @@
 """Prompt tuning: l trained vectors before the embedded input (Lester et al. 2021; the paper's appendix A.2).
 
-As in the paper's code (modeling_bart.py at 3222ce2, lines 981-1003) they join the input of the embedding layer's
-LayerNorm (in T5, which has none, the output of its token embedding): they take no position embedding, and the tokens
-keep theirs. The keys that the layers see grow by l, and
-`PromptMask` lets the attention function see them.
+As in the paper's code (modeling_bart.py at 3222ce2, lines 981-1003) the vectors are put before the input of the
+embedding layer's LayerNorm (in T5, which has none, before the output of its token embedding). They get no position
+embedding, and the tokens keep theirs. The layers see l more keys, and `PromptMask` lets the attention function see
+them.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-PROMPT = "prompt_mask"  # the attention module's child that widens its mask
+PROMPT = "prompt_mask"  # the attention module's child that widens the mask
 
 
 class Prompt(nn.Module):
-    """The vectors, (l, d), drawn from N(0, 0.02)."""
+    """The prompt vectors, (l, d), drawn from N(0, 0.02)."""
 
     def __init__(self, length: int, width: int) -> None:
         super().__init__()
@@ -24,22 +24,24 @@ class Prompt(nn.Module):
         nn.init.normal_(self.vectors, std=0.02)
 
     def prepend_to_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        """Forward pre-hook of the embedding LayerNorm: its input (B, T, d) -> (B, l + T, d)."""
+        """Lengthen the input (B, T, d) of the embedding LayerNorm to (B, l + T, d) (forward pre-hook)."""
         return (self(args[0]),)
 
     def prepend_to_output(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """Forward hook of the token embedding: its output (B, T, d) -> (B, l + T, d)."""
+        """Lengthen the output (B, T, d) of the token embedding to (B, l + T, d) (forward hook)."""
         lengthened: Tensor = self(output)
         return lengthened
 
     def forward(self, embedded: Tensor) -> Tensor:
-        """(B, T, d) -> (B, l + T, d)."""
+        """Put the vectors before each example: (B, T, d) -> (B, l + T, d)."""
         vectors = self.vectors.to(embedded.dtype).expand(embedded.shape[0], -1, -1)
         return torch.cat([vectors, embedded], dim=1)
 
     def strip(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """Forward hook of the last layer's LayerNorm: (B, l + T, d) -> (B, T, d), so that a task head which reads the
-        first position finds the first token there."""
+        """Remove the prompt from the output of the last layer's LayerNorm (forward hook): (B, l + T, d) -> (B, T, d).
+
+        A task head that reads the first position then finds the first token there.
+        """
         return output[:, self.vectors.shape[0] :]
 
     def extra_repr(self) -> str:
@@ -54,9 +56,9 @@ class PromptMask(nn.Module):
         self.length = length
 
     def forward(self, mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
-        """mask: (B, 1, Q', K') made for the tokens alone -> (B, 1, queries, keys) in which every prompt is seen.
+        """Widen a mask (B, 1, Q', K') made for the tokens alone to (B, 1, queries, keys), where every prompt is seen.
 
-        Q' and K' are the tokens' counts, or already count the prompt where transformers padded the mask at its end.
+        Q' and K' are the numbers of tokens, or already include the prompt if transformers padded the mask at its end.
         """
         if mask is None:
             return None
@@ -67,5 +69,5 @@ class PromptMask(nn.Module):
 
 
 def see_also(mask: Tensor, keys: int) -> Tensor:
-    """`mask` (B, 1, Q, K), boolean or additive, for K + `keys` keys of which every query sees the first `keys`."""
+    """Extend `mask` (B, 1, Q, K), boolean or additive, to K + `keys` keys; every query sees the first `keys`."""
     return F.pad(mask, (keys, 0), value=1.0 if mask.dtype == torch.bool else 0.0)

@@ -1,8 +1,8 @@
-"""Axis 2, the modified representation: which hidden vectors h of a layer are changed, and which x belongs to them.
+"""Axis 2, the modified representation: which hidden vectors h of a layer are changed, and which x belongs to each.
 
-Each row of `REPRESENTATIONS` lists the places of one layer. Where Δh is added relative to dropout, residual and norm
-follows the paper's code: behind W_o but before dropout for attention, behind dropout for the FFN (modeling_bart.py at
-3222ce2, lines 369-378 and 460-479).
+Each function in `REPRESENTATIONS` yields the places of one layer. The order of Δh, dropout, residual and norm follows
+the paper's code: for attention, Δh is added after W_o but before dropout; for the FFN, after dropout (modeling_bart.py
+at 3222ce2, lines 369-378 and 460-479).
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from peftbench.modification.insertion import INSERTION_FORMS, InsertionForm, seq
 
 @dataclass(frozen=True)
 class Place:
-    """One h with its x, on leaf modules."""
+    """One h and its x, on leaf modules."""
 
-    name: str  # of the module that h belongs to, from the top of the model
+    name: str  # path, from the top of the model, of the module that h belongs to
     target: nn.Module  # h is its output or its input
     source: nn.Module  # x is its input
-    in_attention: bool  # which of the backbone's dropout rates is its own
+    in_attention: bool  # which of the backbone's dropout rates applies
     at: str = "output"
     over_residual: bool = False  # the sequential form reads x + h
-    part: Part | None = None  # the slice of the target's output that h is; None: all of it
+    part: Part | None = None  # the slice of the target's output that is h; None: all of it
 
     def insertion(self, name: str) -> InsertionForm:
-        """The insertion form `name` at this place."""
+        """Return the insertion form `name` at this place."""
         return sequential_over_residual if self.over_residual else INSERTION_FORMS[name]
 
     def widths(self, hidden: int, insertion: str) -> tuple[int, int]:
-        """(width of what f reads, width of h); a module without weights works on hidden states."""
+        """Return (width of the input of f, width of h). A module without weights has the width of hidden states."""
         source_in, _ = in_out(self.source) or (hidden, hidden)
         target_in, target_out = in_out(self.target) or (hidden, hidden)
         h = target_out if self.at == "output" else target_in
@@ -43,7 +43,7 @@ class Place:
 
 
 def _projections(*parts: str) -> Callable[[Layer, Iterable[Attention]], Iterator[Place]]:
-    """The outputs of the named projections; x is the projection's own input."""
+    """Return a function that yields the outputs of the named projections; x is the projection's own input."""
 
     def places(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
         for attention in attentions:
@@ -56,58 +56,60 @@ def _projections(*parts: str) -> Callable[[Layer, Iterable[Attention]], Iterator
 
 
 def _heads_joint(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
-    """The concatenated heads before W_o; x is the attention's input. The paper's code calls this the parallel attention
-    adapter."""
+    """Yield the concatenated heads before W_o; x is the attention's input. The paper's code calls this the parallel
+    attention adapter."""
     for a in attentions:
         yield Place(f"{a.name}.heads_joint", a.output, a.query, in_attention=True, at="input")
 
 
 def _attention(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
-    """The output of W_o; x is the attention's input."""
+    """Yield the output of W_o; x is the attention's input."""
     for a in attentions:
         yield Place(a.name, a.output, a.query, in_attention=True)
 
 
 def _ffn(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
-    """The FFN sub-layer's output, behind its dropout; x is the sub-layer's input."""
+    """Yield the FFN sub-layer's output, after its dropout; x is the sub-layer's input."""
     yield Place(layer.ffn.name, _ffn_output(layer), layer.ffn.source, in_attention=False)
 
 
 def _ffn_weights(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
-    """The outputs of the FFN's Linears, each with its own input as x."""
+    """Yield the outputs of the FFN's Linears, each with its own input as x."""
     for part, module in (*layer.ffn.first.items(), ("second", layer.ffn.second)):
         yield Place(f"{layer.ffn.name}.{part}", module, module, in_attention=False)
 
 
 def _ffn_intermediate(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
-    """The input of W_2, behind the activation, its gate and its dropout; x is the sub-layer's input."""
+    """Yield the input of W_2, after the activation, its gate and its dropout; x is the sub-layer's input."""
     yield Place(f"{layer.ffn.name}.intermediate", layer.ffn.second, layer.ffn.source, in_attention=False, at="input")
 
 
 def _attention_ffn(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
-    """Both sub-layers (Houlsby et al. 2019)."""
+    """Yield the outputs of both sub-layers (Houlsby et al. 2019)."""
     yield from _attention(layer, attentions)
     yield from _ffn(layer, attentions)
 
 
 def _layer(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
-    """The layer's output, behind the FFN's add & norm (Pfeiffer et al. 2021)."""
+    """Yield the layer's output, after the FFN's add & norm (Pfeiffer et al. 2021)."""
     if layer.norm is not None:
         yield Place(layer.name, layer.norm, layer.norm, in_attention=False)
     else:
-        assert layer.residual is not None, "a family names its layers' last norm or their residual"
+        assert layer.residual is not None, "a family must name its layers' last norm or their residual"
         yield Place(layer.name, _ffn_output(layer), layer.residual, in_attention=False, over_residual=True)
 
 
 def _ffn_output(layer: Layer) -> nn.Module:
-    """Where the sub-layer's output can be changed: its dropout, or W_2 in a family without one. Functional dropout is
-    made a module by `attach` before it asks for places."""
+    """Return the module at which the sub-layer's output can be changed: its dropout, or W_2 in a family without one.
+
+    `attach` turns functional dropout into a module before it asks for places.
+    """
     return layer.ffn.second if layer.ffn.dropout is None else layer.ffn.dropout
 
 
 Places = Callable[[Layer, Iterable[Attention]], Iterator[Place]]
 
-# `heads` and `embedding` have no place on a leaf module: `attach` has a function of its own for each.
+# `heads` and `embedding` have no place on a leaf module: `attach` has a separate function for each.
 REPRESENTATIONS: dict[str, Places] = {
     "heads_joint": _heads_joint,
     "attention": _attention,

@@ -1,8 +1,8 @@
-"""What a run has trained, as a file: fold, save and load.
+"""The trained tensors of a run as a file: fold, save and load.
 
-A checkpoint holds only the trained tensors (modifications, task head, unfrozen backbone parameters) under their names
-in the model, as safetensors, and what was neither trained nor came with the backbone: a task head that stayed as it
-was drawn. The prefix's MLP is folded away first: what is stored is the prefix.
+A checkpoint is a safetensors file. It holds the trained tensors (modifications, task head, unfrozen backbone
+parameters) under their names in the model, and the tensors that were neither trained nor part of the backbone's files:
+a task head that stayed at its random initialisation. The prefix's MLP is folded away first: the file stores the prefix.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ FILE_NAME = "adapter.safetensors"
 
 
 def bottlenecks(model: nn.Module) -> list[Bottleneck]:
-    """Every functional form attached to the model."""
+    """Return every functional form attached to the model."""
     return [module for module in model.modules() if isinstance(module, Bottleneck)]
 
 
 def fold(model: nn.Module) -> None:
-    """Replace every prefix's MLP by the prefix that it makes. The model computes what it computed before."""
+    """Replace every prefix's MLP by the prefix that it computes. The model's output does not change."""
     for bottleneck in bottlenecks(model):
         bottleneck.fold()
 
@@ -37,7 +37,7 @@ def fold(model: nn.Module) -> None:
 @contextmanager
 def folded(model: nn.Module) -> Iterator[None]:
     """Inside the block prefixes are plain tensors, so that a long generation does not run their MLP at every step;
-    afterwards the MLPs are back, untouched."""
+    afterwards the MLPs are restored, unchanged."""
     generators: list[tuple[Bottleneck, PrefixMLP]] = []
     try:
         for bottleneck in bottlenecks(model):
@@ -51,7 +51,7 @@ def folded(model: nn.Module) -> Iterator[None]:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Name and value of each tensor that is trained; fold first for the stored form."""
+    """Return the trained tensors by name. Fold the model first to get the stored form."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -66,52 +66,54 @@ def save(model: nn.Module, folder: Path, untrained: Collection[str] = ()) -> Non
 
 
 def size(folder: Path) -> int:
-    """Bytes of what `save` wrote."""
+    """Return the size in bytes of the file that `save` wrote."""
     return (folder / FILE_NAME).stat().st_size
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write named tensors, from any device, as safetensors. Raises OSError where the disk is full.
+    """Write named tensors, from any device, as safetensors. Raises OSError if the disk is full.
 
-    By way of bytes: safetensors' own writing gives a file that nobody else may read, and an error of its own.
+    They are converted to bytes first: safetensors' own writing creates a file that no other user may read, and raises
+    its own kind of error.
     """
     path.write_bytes(serialised({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def load(model: nn.Module, folder: Path, untrained: Collection[str] = ()) -> None:
-    """Read what `save` wrote into a model to which the same modifications are attached. Folds the model.
+    """Read the file that `save` wrote into a model to which the same modifications are attached. Folds the model.
 
     Args:
-        untrained: as `save` was given it.
+        untrained: the same as for `save`.
 
     Raises:
-        UserError: the file is missing, or its names or shapes are not the model's.
+        UserError: the file is missing, or its names or shapes do not match the model's.
     """
     path = folder / FILE_NAME
     if not path.is_file():
-        raise UserError(f"{path} is missing; a finished run keeps its trained tensors there.")
+        raise UserError(f"{path} is missing; a finished run stores its trained tensors there.")
     fold(model)
     read_tensors(model, path, untrained)
 
 
 @torch.no_grad()
 def read_tensors(model: nn.Module, path: Path, untrained: Collection[str] = ()) -> None:
-    """Read the trained tensors of `model`, as it stands, and the `untrained` ones from a file that holds just these.
+    """Read the trained tensors of `model`, in its present form, and the `untrained` ones from a file with just these.
 
     Raises:
-        UserError: the file's names or shapes are not the model's.
+        UserError: the file's names or shapes do not match the model's.
     """
     saved = load_file(path)
     trained = _needed(model, untrained)
     if saved.keys() != trained.keys():
         odd = sorted(saved.keys() ^ trained.keys())
         raise UserError(
-            f"{path} was trained with other settings: {len(odd)} tensors stand on one side only, such as {odd[0]}."
+            f"{path} was trained with other settings: {len(odd)} tensors are only in the file or only in the model, "
+            f"such as {odd[0]}."
         )
-    for name, parameter in trained.items():  # all of them before the first is changed
+    for name, parameter in trained.items():  # check all shapes before the first tensor is changed
         if parameter.shape != saved[name].shape:
             raise UserError(
-                f"{path}: {name} has shape {tuple(saved[name].shape)}, the model wants {tuple(parameter.shape)}; "
+                f"{path}: {name} has shape {tuple(saved[name].shape)}, but the model needs {tuple(parameter.shape)}; "
                 "attach it with the settings that it was trained with."
             )
     for name, parameter in trained.items():
@@ -119,5 +121,5 @@ def read_tensors(model: nn.Module, path: Path, untrained: Collection[str] = ()) 
 
 
 def _needed(model: nn.Module, untrained: Collection[str]) -> dict[str, nn.Parameter]:
-    """What of the model is nowhere but in a checkpoint."""
+    """Return the parameters of the model that are stored nowhere but in a checkpoint."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad or name in untrained}

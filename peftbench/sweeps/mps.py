@@ -1,7 +1,7 @@
-"""NVIDIA's Multi-Process Service (`mps`): the runs of a sweep that share a GPU compute on it side by side.
+"""NVIDIA's Multi-Process Service (`mps`): the runs of a sweep that share a GPU compute on it in parallel.
 
-Without it a GPU gives each process a slice of its time. A daemon of our own runs for as long as a sweep's workers. Its
-pipes lie in a folder of its own, which the workers find by their environment. Imports no torch.
+Without it a GPU gives each process a slice of its time. peftbench starts its own daemon, which runs for as long as a
+sweep's workers. The daemon's pipes are in its own folder, which the workers find in their environment.
 
     python -m peftbench.sweeps.mps    starts CUDA as every CUDA program does, and prints why that fails
 """
@@ -26,29 +26,29 @@ from peftbench.utils.errors import UserError
 CONTROL = "nvidia-cuda-mps-control"
 PIPES, LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
 DEFAULT_PIPES = Path("/tmp/nvidia-mps")
-# Beside that one: the paths of the sockets in it have at most 107 characters, so TMPDIR may be too long.
+# The same parent folder as that one: paths of sockets have at most 107 characters, and TMPDIR may be too long.
 PARENT = DEFAULT_PIPES.parent
 ERROR = "CUDA error"
-NOT_READY = 807  # CUDA_ERROR_MPS_SERVER_NOT_READY: it starts, or waits for its clients to end, of which one has failed
+NOT_READY = 807  # CUDA_ERROR_MPS_SERVER_NOT_READY: it starts, or waits for its clients to end after one has failed
 PATIENCE = 60.0  # seconds for the daemon to start, and for its server to be ready
-# The shell waits here until its input ends. With -t, servers whose clients hang are ended too, after 10 seconds.
+# The shell waits here until its input ends. With -t, servers whose clients hang are terminated too, after 10 seconds.
 AT_THE_END = f'cat; echo "quit -t 10" | {CONTROL}; rm -rf "${PIPES}"'
 QUIT_S = 20.0
 
 
 class UnusableError(Exception):
-    """Why runs cannot share their GPUs through MPS."""
+    """The reason why runs cannot share their GPUs through MPS."""
 
 
 def wanted(mode: bool | str, places: Sequence[Mapping[str, str]]) -> bool:
-    """Whether workers at these places need a daemon of ours.
+    """Return whether workers at these places need a daemon of ours.
 
     Args:
         mode: the key `mps`.
-        places: of each worker, see `places.places`.
+        places: the place of each worker, see `places.places`.
 
     Raises:
-        UserError: `mps=true` where there can be none.
+        UserError: `mps=true`, but no daemon is possible.
     """
     if mode is False or len(places) < 2 or _users_own():
         return False
@@ -67,15 +67,15 @@ def wanted(mode: bool | str, places: Sequence[Mapping[str, str]]) -> bool:
 
 @contextmanager
 def shared(mode: bool | str, places: Sequence[Mapping[str, str]], logs: Path) -> Iterator[list[dict[str, str]]]:
-    """A context in which workers at these places can share their GPUs, if `mode` wants it.
+    """Provide a context in which workers at these places can share their GPUs, if `mode` wants it.
 
-    Gives the places, with what the workers then need in their environment.
+    Yields the places, with what the workers then need in their environment.
 
     Args:
-        logs: the folder for what the daemon and its server say, `mps/control.log` and `mps/server.log`.
+        logs: the folder for the output of the daemon and its server, `mps/control.log` and `mps/server.log`.
 
     Raises:
-        UserError: `mps=true`, and the daemon does not start, or lets nobody at a GPU.
+        UserError: `mps=true`, and the daemon does not start, or no process can use a GPU through it.
     """
     with ExitStack() as stack:
         own: dict[str, str] = {}
@@ -89,12 +89,12 @@ def shared(mode: bool | str, places: Sequence[Mapping[str, str]], logs: Path) ->
 
 
 def await_gpu(place: Mapping[str, str]) -> None:
-    """Wait until a process at this place can use its GPU through MPS; returns at once where the place has no MPS.
+    """Wait until a process at this place can use its GPU through MPS; return at once if the place has no MPS.
 
-    A server that takes no clients makes torch see no GPU, and a run would train on the CPU instead.
+    If a server accepts no clients, torch sees no GPU, and a run would train on the CPU instead.
 
     Raises:
-        UnusableError: it cannot, or not within `PATIENCE`.
+        UnusableError: the process cannot use it, or not within `PATIENCE`.
     """
     if PIPES not in place:
         return
@@ -120,7 +120,7 @@ def await_gpu(place: Mapping[str, str]) -> None:
 
 
 def _users_own() -> bool:
-    """Whether there is a daemon of the user's: one whose folder the environment names, or one that listens."""
+    """Return whether the user has a daemon: one whose folder the environment names, or one that listens."""
     if PIPES in os.environ:
         return True
     if not hasattr(socket, "AF_UNIX"):
@@ -128,22 +128,22 @@ def _users_own() -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
         try:
             client.connect(str(DEFAULT_PIPES / "control"))
-        except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):  # refused: the daemon is no more
+        except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):  # refused: the daemon has ended
             return False
-        except OSError:  # it listens, though not to us
+        except OSError:  # it listens, but not to us
             return True
     return True
 
 
 @contextmanager
 def _daemon(places: Sequence[Mapping[str, str]], logs: Path) -> Iterator[dict[str, str]]:
-    """A daemon for the GPUs of these places, and what its clients find in their environment.
+    """Run a daemon for the GPUs of these places, and yield what its clients need in their environment.
 
     A shell waits for our end of a pipe to close and then quits the daemon: when the context ends, or when we are
-    killed. The shell is in a session of its own, where a terminal's Ctrl-C does not reach it.
+    killed. The shell is in its own session, where a terminal's Ctrl-C does not reach it.
 
     Raises:
-        UnusableError: it does not start, or lets nobody at a GPU.
+        UnusableError: it does not start, or no process can use a GPU through it.
     """
     logs = logs.resolve()  # the daemon has another working directory
     logs.mkdir(parents=True, exist_ok=True)
@@ -173,10 +173,11 @@ def _daemon(places: Sequence[Mapping[str, str]], logs: Path) -> Iterator[dict[st
 
 
 def _start(gpus: Sequence[str], own: Mapping[str, str]) -> None:
-    """Start the daemon. It goes into the background by itself when it listens.
+    """Start the daemon, which goes into the background by itself once it listens.
 
-    UUIDs name the same GPUs to the daemon and to its clients. Indices would not: those of a client count among the GPUs
-    that the daemon was given. With them it is given all, so that they mean what they mean to nvidia-smi.
+    UUIDs name the same GPUs for the daemon and for its clients. Indices would not, because a client's indices count
+    only the GPUs that the daemon was given. With indices the daemon is given all GPUs, so that they mean the same as
+    for nvidia-smi.
     """
     environment = {**os.environ, **own}
     environment.pop("CUDA_VISIBLE_DEVICES", None)
@@ -193,16 +194,16 @@ def _start(gpus: Sequence[str], own: Mapping[str, str]) -> None:
             timeout=PATIENCE,
         )
     except subprocess.TimeoutExpired:
-        raise UnusableError(f"{CONTROL} -d did not come back within {PATIENCE:.0f} s") from None
+        raise UnusableError(f"{CONTROL} -d did not return within {PATIENCE:.0f} s") from None
     except OSError as error:
         raise UnusableError(f"{CONTROL} cannot be started ({error.strerror})") from None
     if started.returncode:
-        said = " ".join(started.stdout.split()) or "without a word"
+        said = " ".join(started.stdout.split()) or "no output"
         raise UnusableError(f"{CONTROL} -d ended with exit code {started.returncode} ({said})")
 
 
 def main() -> int:
-    """Use the GPU that the environment names; where that fails, print why. Returns the exit code."""
+    """Use the GPU that the environment names; if that fails, print why. Returns the exit code."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""How many runs of a sweep go on at once (`jobs`), and on which GPU and cores each of them runs. Imports no torch."""
+"""The number of runs of a sweep that run at once (`jobs`), and the GPU and cores that each of them uses."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from peftbench.records.record import load_records
 from peftbench.utils.errors import UserError
 
 GIB = 1 << 30
-RUN_BYTES = 16 * GIB  # of GPU memory, for a run of which nothing is known yet
-CONTEXT_BYTES = GIB  # what each process takes of a GPU before it trains
-MARGIN = 1.25  # on what an earlier run of the same task and backbone took
-HOST_BYTES = 3 * GIB  # of main memory, for a worker: the libraries, the rows, a small backbone
+RUN_BYTES = 16 * GIB  # GPU memory for a run if nothing is known yet
+CONTEXT_BYTES = GIB  # GPU memory that each process takes before it trains
+MARGIN = 1.25  # factor on the memory that an earlier run of the same task and backbone took
+HOST_BYTES = 3 * GIB  # main memory for a worker: the libraries, the rows, a small backbone
 MOST_ON_A_GPU = 8
-CORES_OF_A_RUN = 2  # beside a GPU: one launches its kernels, one prepares batches and writes
+CORES_OF_A_RUN = 2  # per run on a GPU: one launches its kernels, one prepares batches and writes
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU that this process may use: its name in CUDA_VISIBLE_DEVICES, and its free memory where it is known."""
+    """A GPU that this process may use: its name in CUDA_VISIBLE_DEVICES, and its free memory if it is known."""
 
     name: str
     free_bytes: int | None = None
 
 
 def places(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """Where each run of a sweep that goes on at once runs, as what it finds in its environment before it imports torch.
+    """Return a place for each run that runs at once: the variables that it finds in its environment before it imports
+    torch.
 
-    The GPUs are dealt in turn. One place: one run after the other.
+    The GPUs are assigned in turn. With one place, the runs run one after another.
 
     Raises:
         UserError: `jobs` differs from run to run.
@@ -51,7 +52,7 @@ def places(runs: Sequence[Run]) -> list[dict[str, str]]:
 
 
 def automatic(runs: Sequence[Run], gpus: Sequence[Gpu]) -> int:
-    """`jobs=auto`: as many runs as have memory and cores, at least one; on CPUs a core for each."""
+    """Return the number for `jobs=auto`: as many runs as have memory and cores, at least one; on CPUs one per core."""
     most = virtual_memory().available // HOST_BYTES
     if not gpus:
         return int(max(1, min(cpu_count(), most)))
@@ -61,14 +62,14 @@ def automatic(runs: Sequence[Run], gpus: Sequence[Gpu]) -> int:
 
 
 def visible_gpus() -> list[Gpu]:
-    """The NVIDIA GPUs that torch would see, as nvidia-smi and CUDA_VISIBLE_DEVICES tell, without a context on any."""
+    """Return the NVIDIA GPUs that torch would see, by nvidia-smi and CUDA_VISIBLE_DEVICES, without a context on any."""
     listed = _listed()
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
         return [Gpu(uuid, free) for _, uuid, free in listed]
     found = []
     for name in (word.strip() for word in chosen.split(",")):
-        if name in ("", "-1"):  # CUDA stops at the first name that is none
+        if name in ("", "-1"):  # CUDA stops at the first invalid name
             break
         free = [free for index, uuid, free in listed if name == index or uuid.startswith(name)]
         found.append(Gpu(name, free[0] if free else None))
@@ -76,7 +77,7 @@ def visible_gpus() -> list[Gpu]:
 
 
 def _listed() -> list[tuple[str, str, int]]:
-    """(index, uuid, free bytes) of each GPU of this machine; nothing where there is no nvidia-smi."""
+    """Return (index, uuid, free bytes) of each GPU of this machine; nothing if there is no nvidia-smi."""
     query = ["nvidia-smi", "--query-gpu=index,uuid,memory.free", "--format=csv,noheader,nounits"]
     try:
         printed = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
@@ -87,7 +88,8 @@ def _listed() -> list[tuple[str, str, int]]:
 
 
 def _gpu_bytes(run: Run) -> float:
-    """What a run needs of a GPU: what the largest recorded one of its task and backbone took, with a margin."""
+    """Return the GPU memory that a run needs: the most that a recorded run of its task and backbone took, plus a
+    margin."""
     folder = Path(run.output_dir).expanduser() / run.task.name / run.model.name
     records = load_records(folder)[0] if folder.is_dir() else []
     taken = [record.peak_memory_bytes for record in records if record.peak_memory_bytes is not None]
@@ -96,5 +98,5 @@ def _gpu_bytes(run: Run) -> float:
 
 def _environment(threads: int, gpu: Gpu | None) -> dict[str, str]:
     given = {"OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads)}
-    environment = {key: os.environ.get(key, value) for key, value in given.items()}  # the user's own number stands
+    environment = {key: os.environ.get(key, value) for key, value in given.items()}  # the user's own number is kept
     return environment if gpu is None else {**environment, "CUDA_VISIBLE_DEVICES": gpu.name}

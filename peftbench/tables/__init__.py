@@ -1,1 +1,1 @@
-"""Tables: records as rows, filtered, formatted, drawn, compared."""
+"""Tables: records as rows that are filtered, formatted, drawn and compared."""

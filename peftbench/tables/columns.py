@@ -1,4 +1,4 @@
-"""The columns of a table of runs, each under the name by which --show and --sort ask for it. Imports no torch."""
+"""The columns of a table of runs, each under its name for --show and --sort."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ Cost = Literal["stored", "memory", "time"]
 
 @dataclass(frozen=True)
 class Column(Generic[T]):
-    """A column of a table: `cell` gives a row's text in it, with one line for each modification of a mixture.
+    """A column of a table: `cell` returns a row's text, with one line for each modification of a mixture.
 
-    Where the table is too wide, columns with the highest `dispensable` go first, and those with 0 stay.
+    If the table is too wide, columns with the highest `dispensable` are dropped first; those with 0 stay.
     """
 
     key: str
     header: str
     cell: Callable[[T], str]
-    value: Callable[[T], float | None] | None = None  # of a number: what is sorted by, and written to CSV and JSON
+    value: Callable[[T], float | None] | None = None  # for numbers: the sort key, and the value in CSV and JSON
     spread: Callable[[T], float | None] | None = None  # its standard deviation
     better: Literal["higher", "lower"] | None = None  # which value of the column is marked as the best
     dispensable: int = 0
-    words: bool = False  # on the left; numbers stand on the right
-    wrap: int | None = None  # width in characters down to which cells may wrap; None: they never do
+    words: bool = False  # left-aligned; numbers are right-aligned
+    wrap: int | None = None  # minimum width in characters to which cells may wrap; None: they never wrap
 
 
-# Where files lie; their content counts, which is another data set or backbone.
+# Paths of files: only their content counts, and other content would be another data set or backbone.
 PATHS = ("model.path", "task.data_dir", "task.train_file", "task.validation_file", "task.test_file")
 
 PAPER = ("paper", "difference")  # columns of `beside_paper`
 
-RUNS = Column[Row]("n", "n", lambda row: str(len(row.scored)), lambda row: len(row.scored))  # that have a score
+RUNS = Column[Row]("n", "n", lambda row: str(len(row.scored)), lambda row: len(row.scored))  # runs with a score
 
-OUTCOME = attrgetter("outcome")  # of a record
+OUTCOME = attrgetter("outcome")  # outcome of a record
 
-# Where a run follows the paper's released code instead of its text.
+# The places at which a run follows the paper's released code instead of its text.
 DEVIATIONS = Column[Row](
     "deviations",
     "as in the code",
@@ -67,12 +67,12 @@ def columns(
     cost: Cost = "stored",
     paper: bool = False,
 ) -> list[Column[Row]]:
-    """The columns that a table of comparable runs has by default.
+    """Return the default columns of a table of comparable runs.
 
     Args:
-        status: what to show of how a run ended; None: its outcome, and only where some run is not done.
-        cost: of the Pareto front that is marked.
-        paper: show the paper's scores also beside runs with another backbone or less data.
+        status: text for how a run ended; None: its outcome, shown only if some run is not done.
+        cost: the cost of the Pareto front that is marked.
+        paper: show the paper's scores also next to runs with another backbone or less data.
     """
     records = [record for row in rows for record in row.records]
     seeds = {record.seed for record in records}
@@ -86,9 +86,9 @@ def columns(
         *apart,
         number("trained", "trained", _count, dispensable=6),
         number("stored", "stored", _count, better="lower", dispensable=5),
-        # ± needs its room, and so do seeds and what else tells rows apart
+        # ± needs space, and so do the seeds and the other settings that distinguish rows.
         number("percent", "% of\nmodel", _two, dispensable=2 if grouped or apart or len(seeds) > 1 else 0),
-        # Every metric of the tasks is better when higher.
+        # For every metric of the tasks, higher is better.
         number("score", f"{records[0].metric} ↑", _two, better="higher", of=FIELDS["score"], spread=True),
         *map(_further, further_splits(records)),
         *delta(rows),
@@ -110,7 +110,7 @@ def columns(
 
 
 def chosen(keys: Sequence[str], rows: Sequence[Row], cost: Cost, paper: bool = False) -> list[Column[Row]]:
-    """The columns that were asked for by name. Raises UserError for a name that is none."""
+    """Return the columns that were asked for by name. Raises UserError for an unknown name."""
     known = {column.key: column for column in columns(rows, OUTCOME, cost, paper)}
     known |= {"n": RUNS, "deviations": DEVIATIONS}
     known |= {key: Column(key, key, lambda r: "", lambda r: None) for key in PAPER if key not in known}
@@ -140,7 +140,8 @@ def number(
     of: Callable[[Record], float | None] | None = None,
     spread: bool = False,
 ) -> Column[Row]:
-    """A column of a number of each run: its mean or median over a row's runs, with ± its standard deviation if told."""
+    """Return a column with a number of each run: its mean or median over a row's runs, followed by ± its standard
+    deviation if `spread` is set."""
     read = of or FIELDS[key]
 
     def cell(row: Row) -> str:
@@ -159,20 +160,20 @@ def number(
 
 
 def _further(split: str) -> Column[Row]:
-    """The score on a split that is scored beside the report split, a word of its name on each line."""
+    """Return the column of a split scored in addition to the report split; each line has one word of its name."""
     header = f"{split} ↑".replace("_", "\n")
     of = partial(on_further, split)
     return number(split, header, _two, better="higher", dispensable=4, of=of, spread=True)
 
 
 def telling_apart(rows: Sequence[Row]) -> list[Column[Row]]:
-    """The settings in which rows differ that would otherwise look alike.
+    """Return columns for the settings in which rows differ that would otherwise look alike.
 
-    They are the trainer's, such as its learning rate, and the options of the axes, such as their layers; for rows that
-    differ in none of them, what was typed of the task and the model.
+    They are the trainer's settings, such as its learning rate, and the options of the axes, such as their layers. For
+    rows that differ in none of these, they are the keys of the task and the model that were typed.
     """
     alike: dict[tuple[str, ...], list[Row]] = {}
-    grouped = any(len(row.records) > 1 for row in rows)  # their seeds tell nothing apart that does not differ otherwise
+    grouped = any(len(row.records) > 1 for row in rows)  # then seeds alone distinguish no rows
     for row in rows:
         looks = (row.first.method, _four(row), _bottlenecks(row), "" if grouped else _seeds(row))
         alike.setdefault(looks, []).append(row)
@@ -190,13 +191,13 @@ def telling_apart(rows: Sequence[Row]) -> list[Column[Row]]:
 
 
 def _recorded(run: Record) -> dict[str, Any]:
-    """The settings of a run's trainer, and the options of its axes."""
+    """Return the settings of a run's trainer, and the options of its axes."""
     options = {f"{axes.prefix}{key}": value for axes in run.axes for key, value in axes.options.items()}
     return {**{f"trainer.{key}": value for key, value in run.trainer.items()}, **options}
 
 
 def _typed(run: Record) -> dict[str, Any]:
-    """What was typed of a run's task and model."""
+    """Return the keys of a run's task and model that were typed."""
     return {key: value for key, value in by_key(run.overrides).items() if key.startswith(("task.", "model."))}
 
 
@@ -206,14 +207,14 @@ def _setting(of: Callable[[Record], dict[str, Any]], key: str, run: Record) -> A
 
 
 def _setting_header(key: str) -> str:
-    """Its last part; of a modification in a mixture the name of that one too."""
+    """Return the key's last part; for a modification in a mixture, with the modification's name."""
     *groups, last = key.split(".")
     name = [groups[1]] if groups[0] == "mix" else []
     return "\n".join([*name, last.replace("_", "\n")])
 
 
 def delta(rows: Sequence[Row]) -> list[Column[Row]]:
-    """The difference to the best full fine-tuning of the table, where there is one."""
+    """Return a column with the difference from the table's best full fine-tuning, if there is one."""
     full = [row.score for row in rows if row.scored and row.first.is_full]
     best = max((score for score in full if score is not None), default=None)
     if best is None or len(rows) < 2:
@@ -226,10 +227,10 @@ def delta(rows: Sequence[Row]) -> list[Column[Row]]:
 
 
 def beside_paper(rows: Sequence[Row], everywhere: bool = False) -> list[Column[Row]]:
-    """The paper's scores, and our difference to them; none where no row of the table is one of the paper's.
+    """Return columns of the paper's scores and our difference from them; none if no row is one of the paper's.
 
-    They stand beside runs that had the paper's backbone and data. With `everywhere` they do beside other runs of the
-    paper's rows too, with a column that says what they were printed for, and no difference.
+    They are shown for runs that had the paper's backbone and data. With `everywhere`, they are also shown for other
+    runs of the paper's rows, with a column that says what the paper printed them for, and without a difference.
     """
     known: dict[int, Printed] = {}
     for row in rows:
@@ -261,7 +262,8 @@ def beside_paper(rows: Sequence[Row], everywhere: bool = False) -> list[Column[R
 
 
 def pareto(rows: Sequence[Row], cost: Cost) -> list[Column[Row]]:
-    """A mark at the rows that no other one beats in both score and cost; none where there is nothing to choose."""
+    """Return a column that marks the rows that no other row beats in both score and cost; none if there is no
+    choice."""
     best = {id(row) for row in front(rows, FIELDS[cost])}
     if sum(1 for row in rows if row.scored) < 3 or not best:
         return []
@@ -269,7 +271,7 @@ def pareto(rows: Sequence[Row], cost: Cost) -> list[Column[Row]]:
 
 
 def best_of(column: Column[T], rows: Sequence[T]) -> set[int]:
-    """The indices of the rows with the column's best value; none where all are equal."""
+    """Return the indices of the rows with the column's best value; none if all are equal."""
     if column.better is None or column.value is None:
         return set()
     values = {index: column.value(row) for index, row in enumerate(rows) if not unscored(row)}
@@ -281,24 +283,24 @@ def best_of(column: Column[T], rows: Sequence[T]) -> set[int]:
 
 
 def flat_header(column: Column[T]) -> str:
-    """A column's header on one line."""
+    """Return a column's header on one line."""
     return column.header.replace("-\n", "").replace("\n", " ")
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, as in 1:02:03 or 2:03."""
+    """Format as hours, minutes and seconds, such as 1:02:03 or 2:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _bottlenecks(row: Row) -> str:
-    """Of each modification."""
+    """Return the bottleneck of each modification."""
     return "\n".join(_count(one.bottleneck) for one in row.first.axes)
 
 
 def _four(row: Row) -> str:
-    """The four axes of each modification, then what else is trained."""
+    """Return the four axes of each modification, then what else is trained."""
     lines = []
     for axes in row.first.axes:
         names = (axes.functional_form, axes.modified_representation, axes.insertion_form, axes.composition)
@@ -320,7 +322,7 @@ def _texts(of: Callable[[Record], Any], row: Row) -> str:
 
 def _status(outcome: Callable[[Record], str], row: Row) -> str:
     counted = Counter(map(outcome, row.records))
-    if len(counted) > 1:  # the errors stand in the table of single runs
+    if len(counted) > 1:  # the errors are in the table of single runs
         counted = Counter(record.status for record in row.records)
     if len(counted) == 1:
         return next(iter(counted))

@@ -1,4 +1,4 @@
-"""Two rows of runs compared: the difference of their scores, and the settings in which they differ."""
+"""Compare two rows of runs: the difference of their scores, and the settings in which they differ."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from peftbench.tables.row import Row
 from peftbench.utils.differences import differing, flatten
 from peftbench.utils.errors import UserError
 
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C, where PyYAML was built with it
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C implementation, if PyYAML was built with it
 
 
 def compare(a: Row, b: Row, resamples: int) -> dict[str, Difference]:
-    """The difference of each metric of the runs' report split."""
+    """Return the difference of each metric of the runs' report split."""
     read = [[saved_predictions(record.folder, "report") for record in row.scored] for row in (a, b)]
     asked = [_asked(run) for side in read for run in side]
     for other, record in zip(asked, [*a.scored, *b.scored], strict=True):
@@ -39,9 +39,9 @@ def compare(a: Row, b: Row, resamples: int) -> dict[str, Difference]:
 
 
 def settings_that_differ(a: Row, b: Row) -> dict[str, list[Any]]:
-    """Of each key of the config, and of the record's circumstances, that differs: its value in A and in B.
+    """Return each key of the config, and of the record's circumstances, that differs, with its values in A and in B.
 
-    Of a modification that one of them has alone: its axes, and what is not as in any.
+    For a modification that only one of them has: its axes, and its settings that are not the defaults.
     """
     both = [settings_of(row.first) for row in (a, b)]
     one, other = ({key.split(".")[1] for key in side if key.startswith("mix.")} for side in both)
@@ -51,7 +51,7 @@ def settings_that_differ(a: Row, b: Row) -> dict[str, list[Any]]:
 
 
 def _asked(predictions: Sequence[dict[str, Any]]) -> list[Any]:
-    """What tells whether two runs had the same examples."""
+    """Return the inputs of predictions, by which two runs on the same examples are recognised."""
     return [(one.get("id"), one["reference"]) for one in predictions]
 
 
@@ -61,7 +61,7 @@ def _scores(record: Record, predictions: Sequence[dict[str, Any]]) -> dict[str, 
 
 
 def settings_of(record: Record) -> dict[str, Any]:
-    """A run's config as dotted keys, without what is no setting of it, and the circumstances that the record has."""
+    """Return a run's config as dotted keys, without keys that are not settings, and the circumstances in the record."""
     found = dict(flatten(_config(record.folder / "config.yaml")))
     kept = {key: value for key, value in found.items() if value is not None and not _is_ignored(key)}
     circumstances = {"device": record.device, "data": record.data.get("fingerprint"), **record.versions}
@@ -69,17 +69,18 @@ def settings_of(record: Record) -> dict[str, Any]:
 
 
 def _config(file: Path) -> dict[str, Any]:
-    """The config of a run as it lies on disk; empty, and named on stderr, where it is torn."""
+    """Return the config of a run as stored on disk; if the file is damaged, name it on stderr and return an empty
+    dict."""
     if not file.is_file():
         return {}
     try:
-        # what OmegaConf.save wrote is plain YAML, which OmegaConf.load would read fifteen times as slowly
+        # The file that OmegaConf.save wrote is plain YAML; OmegaConf.load would take fifteen times as long to read it.
         config = yaml.load(file.read_text(encoding="utf-8"), LOADER)
     except (yaml.YAMLError, UnicodeDecodeError):
         config = None
     if isinstance(config, dict):
         return config
-    print(f"{file} is left out: it is torn or not the config of a run.", file=sys.stderr)
+    print(f"{file} is left out: it is damaged or not the config of a run.", file=sys.stderr)
     return {}
 
 

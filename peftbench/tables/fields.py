@@ -1,4 +1,4 @@
-"""What a run has one value of, by the names that filters, --rows, --columns, --show and --sort take. No torch here."""
+"""The values of a run, by the names that filters, --rows, --columns, --show and --sort take."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ COSTS = ("trained", "stored", "percent", "steps", "memory", "time")  # better wh
 
 
 def field(key: str, records: Sequence[Record]) -> Callable[[Record], Any]:
-    """What `key` stands for: one of `FIELDS`, a metric or a baseline of the report split, the score on a further split,
-    or a dotted key of a record.
+    """Return the function that reads `key` from a record.
 
-    Raises UserError for a key that none of the records has.
+    `key` is one of `FIELDS`, a metric or a baseline of the report split, the score on a further split, or a dotted key
+    of a record. Raises UserError for a key that none of the records has.
     """
     if key in FIELDS:
         return FIELDS[key]
@@ -75,7 +75,7 @@ def field(key: str, records: Sequence[Record]) -> Callable[[Record], Any]:
     if any(key in values for values in flat.values()):
         return lambda record: flat[id(record)].get(key)
     metrics = dict.fromkeys(name for r in records if "report" in r.scores for name in r.scores["report"].metrics)
-    raise UserError(f"{key} is no column{meant(key, [*FIELDS, *metrics, *further_splits(records)])}")
+    raise UserError(f"{key} is not a column{meant(key, [*FIELDS, *metrics, *further_splits(records)])}")
 
 
 def _metric(name: str, record: Record) -> float | None:
@@ -83,17 +83,17 @@ def _metric(name: str, record: Record) -> float | None:
 
 
 def baseline(name: str, record: Record) -> float | None:
-    """The main metric of a baseline, such as majority."""
+    """Return the main metric of a baseline, such as majority."""
     return record.baselines.get(name)
 
 
 def further_splits(records: Sequence[Record]) -> list[str]:
-    """The splits that were scored beside the report split, such as validation_mismatched."""
+    """Return the splits that were scored in addition to the report split, such as validation_mismatched."""
     roles = dict.fromkeys(role for record in records for role in record.scores)
     return [role.removeprefix(FURTHER) for role in roles if role.startswith(FURTHER)]
 
 
 def on_further(split: str, record: Record) -> float | None:
-    """The task's metric on a further split."""
+    """Return the task's metric on a further split."""
     score = record.scores.get(f"{FURTHER}{split}") if record.status == "done" else None
     return None if score is None else score.metrics.get(record.metric)

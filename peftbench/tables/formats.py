@@ -1,4 +1,4 @@
-"""Tables of runs as JSON, CSV, Markdown and LaTeX. Imports no torch; pandas only for LaTeX."""
+"""Tables of runs as JSON, CSV, Markdown and LaTeX. Only LaTeX imports pandas."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from peftbench.tables.columns import Column, best_of, flat_header
 from peftbench.utils.differences import flatten
 
 T = TypeVar("T")
-Beside = Callable[[Record], dict[str, Any]]  # further values of a record
+Beside = Callable[[Record], dict[str, Any]]  # additional values of a record
 
-# What pdflatex cannot set as it stands.
+# Characters that pdflatex cannot typeset without a replacement.
 LATEX = {"±": r"$\pm$", "Δ": r"$\Delta$", "λ": r"$\lambda$", "·": r"$\cdot$", "↑": r"$\uparrow$", "◆": r"$\bullet$"}
 
 
 def to_json(records: Iterable[Record], beside: Beside = lambda record: {}) -> str:
-    """A JSON array of the records, each with its `folder` and with what `beside` gives."""
+    """Return a JSON array of the records, each with its `folder` and the values that `beside` returns."""
     found = [{**record.to_json(), "folder": str(record.folder), **beside(record)} for record in records]
     return dumped(found)
 
 
 def dumped(values: Any) -> str:
-    """JSON with null for NaN and infinity, for which it has no numbers."""
+    """Return JSON with null for NaN and infinity, for which JSON has no numbers."""
     return json.dumps(_finite(values), indent=2)
 
 
 def to_csv(records: Iterable[Record], beside: Beside = lambda record: {}) -> str:
-    """One line for each record; dotted keys are the columns. A mixture's axes are joined by " + "."""
+    """Return one line for each record; dotted keys are the columns. A mixture's axes are joined by " + "."""
     return csv_of([{**_flat(record), **beside(record)} for record in records])
 
 
 def csv_of(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as CSV; every key that any row has is a column."""
+    """Return the rows as CSV; every key that any row has is a column."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
@@ -47,7 +47,7 @@ def csv_of(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def values(columns: Sequence[Column[T]], rows: Sequence[T]) -> list[dict[str, Any]]:
-    """Each row as column: value. Numbers are whole, with their standard deviation as COLUMN_std where they have one."""
+    """Return each row as column: value. Numbers are not rounded; the standard deviation, if any, is in COLUMN_std."""
     found = []
     for row in rows:
         one: dict[str, Any] = {}
@@ -60,7 +60,7 @@ def values(columns: Sequence[Column[T]], rows: Sequence[T]) -> list[dict[str, An
 
 
 def markdown(columns: Sequence[Column[T]], rows: Sequence[T]) -> str:
-    """A table as GitHub shows it, the best value of each column bold."""
+    """Return a table in GitHub's Markdown, with the best value of each column in bold."""
     marked = [best_of(column, rows) for column in columns]
     lines = [[flat_header(column) for column in columns], ["---" if column.words else "---:" for column in columns]]
     for index, row in enumerate(rows):
@@ -71,7 +71,7 @@ def markdown(columns: Sequence[Column[T]], rows: Sequence[T]) -> str:
 
 
 def latex(columns: Sequence[Column[T]], rows: Sequence[T]) -> str:
-    """A tabular with the rules of the package booktabs, the best value of each column bold."""
+    """Return a tabular with the rules of the package booktabs, with the best value of each column in bold."""
     import pandas as pd
 
     marked = [best_of(column, rows) for column in columns]
@@ -96,12 +96,12 @@ def _finite(value: Any) -> Any:
 
 
 def _escaped(text: str) -> str:
-    text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, as in the name of a file, is no letter
+    text = text.encode("utf-8", "replace").decode()  # a lone surrogate, as in a file name, is not a character
     for letter in "\\&%$#_{}~^":
         text = text.replace(letter, {"\\": r"\textbackslash ", "~": r"\~{}", "^": r"\^{}"}.get(letter, "\\" + letter))
     for letter, command in LATEX.items():
         text = text.replace(letter, command)
-    return re.sub(r"(?<![\w.])-(?=\d)", "$-$", text)  # a minus, where there is no hyphen
+    return re.sub(r"(?<![\w.])-(?=\d)", "$-$", text)  # a minus, not a hyphen
 
 
 def _one_line(cell: str) -> str:

@@ -1,7 +1,6 @@
-"""What the paper prints for a run that is a row of one of its tables. Imports no torch.
+"""The scores that the paper prints for runs that are rows of its tables.
 
-A row is known by what was typed: row=NAME (conf/rows.yaml), or method=NAME in table 2, with no other axis or size
-beside it.
+A row is recognised by the typed keys: row=NAME (conf/rows.yaml), or for table 2 method=NAME, with no other axis or size.
 """
 
 from __future__ import annotations
@@ -13,17 +12,18 @@ from peftbench.config.rows import scores
 from peftbench.config.schema import by_key
 from peftbench.records.record import Record
 
-# By task: the metric that conf/rows.yaml gives, and the backbone that the paper trained; mbart_large_cc25 is
-# another name of the same.
+# By task: the metric that conf/paper_scores.yaml gives, and the backbone that the paper trained; mbart_large_cc25 is
+# another name of the same backbone.
 SETTINGS = {
     "xsum": ("rouge2", ("bart_large",)),
     "wmt16_enro": ("bleu_ro", ("mbart_large", "mbart_large_cc25")),
     "mnli": ("accuracy", ("roberta_base",)),
     "sst2": ("accuracy", ("roberta_base",)),
 }
-# Figures print no numbers: the tables that have those of their points, which print some rows differently.
+GLUE = "table2"  # its rows are methods at their usual sizes
+# Figures print no numbers. These are the tables with the numbers of their points; some tables print a row differently.
 FIGURES = {"figure2": ("table6",), "figure4": ("table6", "table12"), "figure5": ("table12", "table6")}
-# Beside row= or method= these make it another point.
+# Together with row= or method=, these keys make a different point.
 OTHERWISE = {
     *CHOICES,  # the four axes
     *("mix", "bottleneck", "budget", "budget_split", "unfreeze", "sizes", "size"),
@@ -32,7 +32,7 @@ OTHERWISE = {
 
 @dataclass(frozen=True)
 class Printed:
-    """A score of the paper. `same`: the run has the paper's backbone and all of its data, as the paper's own had."""
+    """A score of the paper. `same`: the run has the paper's backbone and all of the data that the paper used."""
 
     score: float
     table: str
@@ -40,10 +40,16 @@ class Printed:
     same: bool
 
 
-def printed(record: Record) -> Printed | None:
-    """What the paper prints for the row that a run is, by the table that was typed or else the first that has it.
+@lru_cache(maxsize=1)
+def paper_scores() -> dict[str, Any]:
+    """Return {table: {row: {task: score}}}."""
+    return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(conf_dir() / "paper_scores.yaml")))
 
-    None for a run that is no row of a table with the run's task and metric.
+
+def printed(record: Record) -> Printed | None:
+    """Return the paper's score for the row that a run is, from the table that was typed or else the first that has it.
+
+    Returns None for a run that is not a row of a table with the run's task and metric.
     """
     metric, backbones = SETTINGS.get(record.task, (None, ()))
     if record.metric != metric:
@@ -57,8 +63,13 @@ def printed(record: Record) -> Printed | None:
 
 
 def score_of(row: str | None, method: str, task: str, wanted: str) -> tuple[str, float] | None:
-    """(table, score) of a row, or of a method in table 2: of the `wanted` table, or else of the first that has it."""
-    tables = {table: of[task] for table, of in scores(row, method).items() if task in of}
+    """Return (table, score) of a row, or of a method in table 2: of the `wanted` table, or the first that has it."""
+    name = row or method
+    tables = {
+        table: rows[name][task]
+        for table, rows in paper_scores().items()
+        if (row is None) == (table == GLUE) and task in rows.get(name, {})
+    }
     for table in (wanted, *FIGURES.get(wanted, ()), *tables):
         if table in tables:
             return table, tables[table]
@@ -66,7 +77,7 @@ def score_of(row: str | None, method: str, task: str, wanted: str) -> tuple[str,
 
 
 def is_the_papers(record: Record) -> bool:
-    """Whether a run had the paper's backbone for its task, and all of the examples to train on and to be scored on."""
+    """Return whether a run used the paper's backbone for its task, and all examples for training and for scoring."""
     _, backbones = SETTINGS.get(record.task, (None, ()))
     report, train = record.scores.get("report"), record.data.get("splits", {}).get("train", {})
     is_whole = record.debug is None and "of" not in train and (report is None or report.of is None)

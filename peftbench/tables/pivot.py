@@ -1,7 +1,7 @@
-"""A table across two keys of the runs, such as methods in rows and insertion forms in columns. Imports no torch.
+"""A table across two keys of the runs, such as methods in rows and insertion forms in columns.
 
-Nothing is put into one column that may not be compared, and nothing into one cell that differs in more than its seed,
-unless it is told to.
+By default, a column contains only scores that may be compared, and a cell only runs that differ in nothing but their
+seed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from peftbench.tables.row import Row, Statistic, is_scored, once, point
 from peftbench.utils.differences import differing, flatten
 from peftbench.utils.errors import UserError
 
-# What runs must share for their scores to stand in one column.
+# The settings that runs must share for their scores to be in one column.
 COMPARABLE = ("task", "model", "metric", "split", "examples", "train_examples", "fidelity", "debug")
 
 
@@ -44,14 +44,14 @@ def pivot(
     mixed: Sequence[str] = (),
     statistic: Statistic = "mean",
 ) -> tuple[str, list[Column[Line]], list[Line]]:
-    """Title, columns and lines of the table of `value`, over those of `records` that have a score.
+    """Return title, columns and lines of the table of `value`, over those of `records` that have a score.
 
     Args:
         rows, columns: keys, as for filters; their values label the lines and the columns.
         mixed: keys that may differ within a column or a cell.
 
     Raises:
-        UserError: a key is none, or `value` is that of no number; or a column or a cell would mix what differs in a
+        UserError: a key is unknown, or `value` is not a number; or a column or a cell would mix runs that differ in a
             key that is not `mixed`.
     """
     scored = [record for record in records if is_scored(record)]
@@ -60,7 +60,7 @@ def pivot(
     across, down = ([field(key, scored) for key in keys] for keys in (columns, rows))
     shown = field(value, scored)
     if not all(isinstance(shown(record), int | float | None) for record in scored):
-        raise UserError(f"--value {value} is no number, as score and stored are; put it into --rows or --columns.")
+        raise UserError(f"--value {value} is not a number, as score and stored are; put it into --rows or --columns.")
     told = {*rows, *columns, *mixed}
 
     sides = ((rows, down), (columns, across))
@@ -97,14 +97,14 @@ def pivot(
 
 
 def _title(value: str, records: Sequence[Record]) -> str:
-    """What the table shows, and the settings that all of its runs share."""
+    """Return the name of the value, and the settings that all of its runs share."""
     shared = {key: {text(FIELDS[key](record)) for record in records} for key in ("method", *COMPARABLE)}
     told = [f"{key}={found.pop()}" for key, found in shared.items() if len(found) == 1]
     return f"{value} of {len(records)} runs: " + ", ".join(word for word in told if not word.endswith("="))
 
 
 def _incomparable(columns: dict[str, list[Record]], told: set[str]) -> str | None:
-    """The sentence that refuses to put the runs of any column into one, or None where they may be compared."""
+    """Return the sentence that refuses to put the runs of a column together, or None if all may be compared."""
     differences: dict[str, Counter[str]] = {}
     refused = []
     for name, records in columns.items():
@@ -124,14 +124,14 @@ def _incomparable(columns: dict[str, list[Record]], told: set[str]) -> str | Non
     )
     first = next(iter(differences))
     return (
-        f"These runs cannot be compared in {where}{others}, for they differ in {seen}. Choose by a filter such as "
+        f"These runs cannot be compared in {where}{others}, because they differ in {seen}. Choose by a filter such as "
         f"{first}={differences[first].most_common(1)[0][0]}, put the key into --rows or --columns, or allow it with "
         f"--mix {','.join(differences)}."
     )
 
 
 def _several(cells: Sequence[Sequence[Record]], told: set[str]) -> str | None:
-    """The sentence that refuses to average, in any of the cells, what differs in more than its seed; or None."""
+    """Return the sentence that refuses to average runs of a cell that differ in more than the seed, or None."""
     refused: list[Record] = []
     differences: dict[str, dict[str, None]] = {}
     for cell in cells:
@@ -143,7 +143,7 @@ def _several(cells: Sequence[Sequence[Record]], told: set[str]) -> str | None:
         visible = [_visible(record) for record in first.values()]
         differ = differing(visible)
         keys = [key for key in differ if key not in told]
-        if keys or not differ:  # what the records do not show, a folder's config.yaml has
+        if keys or not differ:  # settings that the records do not show are in a folder's config.yaml
             refused.append(cell[0])
         for key in keys:
             differences.setdefault(key, {}).update(dict.fromkeys(text(one.get(key)) for one in visible))
@@ -160,7 +160,7 @@ def _several(cells: Sequence[Sequence[Record]], told: set[str]) -> str | None:
 
 
 def _visible(record: Record) -> dict[str, Any]:
-    """The settings of a run that its record shows."""
+    """Return the settings of a run that its record shows."""
     keys = ("method", "unfreeze", "debug", "deviations", "bottleneck", "scale", *CHOICES, *COMPARABLE)
     options = {f"{one.prefix}{key}": value for one in record.axes for key, value in one.options.items()}
     trainer = {
@@ -172,7 +172,10 @@ def _visible(record: Record) -> dict[str, Any]:
 
 
 def _label_of(key: str, value: Any) -> str:
-    """What names a line or a column. A share as tables show it: bottlenecks are whole, and meet no share exactly."""
+    """Return the label of a line or a column.
+
+    A share is rounded as tables show it: bottlenecks are integers, and reach no share exactly.
+    """
     return f"{value:.2f}" if key == "percent" and value is not None else text(value)
 
 
@@ -197,7 +200,8 @@ def _spread(head: tuple[str, ...], of: Callable[[Record], float | None], line: L
 
 
 def _natural(labels: tuple[str, ...]) -> list[tuple[list[float], str]]:
-    """Orders numbers as numbers, also those of a mixture and those in percent, and words as words."""
+    """Return a sort key that orders numbers as numbers, including those of a mixture and percentages, and words as
+    words."""
     found = []
     for label in labels:
         try:

@@ -1,7 +1,7 @@
-"""`peftbench plot`: score against what a method costs, as in figures 2, 4 and 5 of He et al. (2022); training curves.
+"""`peftbench plot`: score against a method's cost, as in figures 2, 4 and 5 of He et al. (2022); training curves.
 
-A panel for each task, backbone, metric, split and size; a line for each method over its sizes, or for each of the axes
-that it was tried with; full fine-tuning dashed; the Pareto front behind them. Imports no torch.
+There is a panel for each task, backbone, metric, split and size. Each method has a line over its sizes, or one for each
+of the axes that it was tried with. Full fine-tuning is dashed, and the Pareto front is drawn behind the lines.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ENDINGS = (".png", ".svg", ".pdf")
-# Okabe and Ito (2008): told apart also by the colour-blind; the darkest first, for print.
+# Okabe and Ito (2008): distinguishable for the colour-blind too; the darkest first, for print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX*<>"
 NAMES = {
@@ -38,12 +38,12 @@ NAMES = {
     "memory": "peak memory, GiB",
     "time": "time, s",
 }
-COLUMNS = 3  # panels beside each other
-IN_LEGEND = 17  # names below each other, beside one panel
+COLUMNS = 3  # panels next to each other
+IN_LEGEND = 17  # names below each other, next to one panel
 
 
 def save(figure: Figure, file: Path) -> None:
-    """Write the picture; of an SVG the words stay text."""
+    """Write the picture; in an SVG, words stay text."""
     from matplotlib import rc_context
 
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def save(figure: Figure, file: Path) -> None:
 
 
 def draw(rows: Sequence[Row], *, x: str = "stored", y: str = "score", by: str = "method") -> Figure:
-    """The picture of rows that have a score.
+    """Draw the rows that have a score.
 
     Args:
         x: the cost, one of `NAMES`; on a logarithmic axis.
@@ -60,11 +60,11 @@ def draw(rows: Sequence[Row], *, x: str = "stored", y: str = "score", by: str = 
         by: the key whose values are the lines; a method tried with several axes has a line for each.
 
     Raises:
-        UserError: no row has both, or a key is none.
+        UserError: no row has both, or a key is unknown.
     """
     scored = [row for row in rows if row.scored]
     for key in (y, by):
-        _field(key, scored)  # is there one?
+        _field(key, scored)  # raises if the key is unknown
     panels = [shown for table in tables(scored) if (shown := _points(table, x, y))]
     if not panels:
         raise UserError(f"None of these runs has both {x} and {y} to draw.")
@@ -73,12 +73,12 @@ def draw(rows: Sequence[Row], *, x: str = "stored", y: str = "score", by: str = 
 
 
 def draw_curves(rows: Sequence[Row], *, y: str = "loss", by: str = "method") -> Figure:
-    """What single runs logged in training, over their steps; a colour for each value of `by`.
+    """Draw the values that single runs logged during training, over their steps; a colour for each value of `by`.
 
     Raises:
-        UserError: none of the runs has logged it, or the key is none.
+        UserError: none of the runs has logged `y`, or the key is unknown.
     """
-    _field(by, rows)  # is there one?
+    _field(by, rows)  # raises if the key is unknown
     curves = {id(row): curve for row in rows if (curve := _curve(row, y))}
     panels = [shown for table in tables(rows) if (shown := [row for row in table if id(row) in curves])]
     if not panels:
@@ -93,7 +93,7 @@ def _field(key: str, rows: Sequence[Row]) -> Callable[[Record], Any]:
 
 
 def _figure(panels: Sequence[Callable[[Axes], None]]) -> Figure:
-    """Panels beside and below each other, with one legend."""
+    """Arrange panels next to and below each other, with one legend."""
     from matplotlib import rc_context
     from matplotlib.container import ErrorbarContainer
     from matplotlib.figure import Figure
@@ -128,7 +128,7 @@ class Point(NamedTuple):
 
 
 def _points(table: Sequence[Row], x: str, y: str) -> list[Point]:
-    """The rows of a table that have both numbers, by cost; none where `y` is another task's metric."""
+    """Return the rows of a table that have both numbers, by cost; none if `y` is another task's metric."""
     try:
         of = _field(y, table)
     except UserError:
@@ -175,14 +175,14 @@ def _draw_line(axes: Axes, points: Sequence[Point], name: str, index: int) -> No
         **_look(index),
         linewidth=1.3,
         markersize=7,
-        markeredgecolor="white",  # so that marks that lie on each other are told apart
+        markeredgecolor="white",  # so that overlapping marks can be distinguished
         markeredgewidth=0.5,
         capsize=2,
     )
 
 
 def _look(index: int) -> dict[str, Any]:
-    """Colour, mark and dashes of a line."""
+    """Return colour, mark and dashes of a line."""
     return {
         "color": COLOURS[index % len(COLOURS)],
         "marker": MARKERS[index % len(MARKERS)],
@@ -194,7 +194,7 @@ def _log_scale(axes: Axes, costs: Sequence[float]) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_xscale("log")
-    is_short = max(costs) < 10 * min(costs)  # so short an axis would have one number or none
+    is_short = max(costs) < 10 * min(costs)  # an axis this short would have at most one number
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8) if is_short else (1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(_short))
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -207,14 +207,14 @@ def _curves(
         name = _name(row, by)
         steps, values = zip(*curves[id(row)], strict=True)
         look = _look(names.index(name))
-        if len(steps) >= 30:  # marks are for the few looks at the selection split
+        if len(steps) >= 30:  # only the few evaluations on the selection split have marks
             look["marker"] = None
         axes.plot(steps, values, label=name, **look, markersize=4)
     _label(axes, rows, "step", y)
 
 
 def _curve(row: Row, y: str) -> list[tuple[int, float]]:
-    """(step, value) of each time that a run logged `y`; the training of its head alone is not part of it."""
+    """Return (step, value) for each time that a run logged `y`, without the training of its head alone."""
     lines = logged(row.first.folder)
     return [(line["step"], line[y]) for line in lines if y in line and line["stage"] == lines[0]["stage"]]
 
@@ -229,10 +229,11 @@ def _label(axes: Axes, rows: Sequence[Row], x: str, y: str) -> None:
 
 
 def _lines(panels: Sequence[Sequence[Row]], by: str) -> dict[int, str]:
-    """The name of the line on which each row is a point.
+    """Return the name of the line on which each row is a point.
 
-    By method, one that was tried with several axes has a line for each: adapter · ffn, adapter · attention. So has, in
-    a panel, one that was trained for longer and shorter; but not one whose sizes have learning rates of their own.
+    By method, a method that was tried with several axes has a line for each: adapter · ffn, adapter · attention. The
+    same holds, in a panel, for a method that was trained for several lengths, but not for one whose sizes have
+    different learning rates.
     """
     rows = [row for panel in panels for row in panel]
     if by != "method":
@@ -251,13 +252,13 @@ def _lines(panels: Sequence[Sequence[Row]], by: str) -> dict[int, str]:
 
 
 def _four(row: Row) -> dict[str, str]:
-    """The four axes of a row, the composition function with its scale."""
+    """Return the four axes of a row, the composition function with its scale."""
     composition = text([axes.composition for axes in row.first.axes])
     return {**{axis: text(FIELDS[axis](row.first)) for axis in CHOICES}, "composition_function": composition}
 
 
 def _length(row: Row) -> str:
-    """How long the runs of a row were trained, as it was asked for; a number of steps wins over one of epochs."""
+    """Return the requested training length of a row's runs; a number of steps overrides one of epochs."""
     trainer = row.first.trainer
     steps, epochs = (text(trainer.get(key)) for key in ("max_steps", "epochs"))
     return f"{steps} steps" if steps else f"{epochs} epochs" if epochs else ""
@@ -268,7 +269,7 @@ def _name(row: Row, by: str) -> str:
 
 
 def _short(number: float, _: object = None) -> str:
-    """0.05, 2, 20K, 1M."""
+    """Format briefly: 0.05, 2, 20K, 1M."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
         if number >= size:
             return f"{number / size:g}{unit}"

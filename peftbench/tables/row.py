@@ -1,4 +1,4 @@
-"""What a table shows in one row: a run, or the runs that differ in nothing but their seed. Imports no torch."""
+"""A row of a table: one run, or the runs that differ only in their seed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Statistic = Literal["mean", "median"]
 
 @dataclass(frozen=True)
 class Row:
-    """Runs of one point of the experiment, each with its own seed. Numbers are over those that have a score."""
+    """Runs of one point of the experiment, each with its own seed. Numbers are over the runs that have a score."""
 
     records: tuple[Record, ...]
     statistic: Statistic = "mean"
@@ -35,29 +35,29 @@ class Row:
         return self.number(lambda record: record.score)
 
     def number(self, of: Callable[[Record], float | None]) -> float | None:
-        """The mean, or the median, of a number over the runs that have it; None where none has."""
+        """Return the mean, or the median, of a number over the runs that have it, or None if none has it."""
         values = self._values(of)
         return None if not values else fmean(values) if self.statistic == "mean" else float(median(values))
 
     def spread(self, of: Callable[[Record], float | None]) -> float | None:
-        """The standard deviation (with n - 1) of a number over two runs or more."""
+        """Return the standard deviation (with n - 1) of a number over two runs or more."""
         values = self._values(of)
         return stdev(values) if len(values) > 1 else None
 
     def _values(self, of: Callable[[Record], float | None]) -> list[float]:
-        # A single run shows all that is known of it; a mean is over the runs with a score, of numbers that have one.
+        # A single run shows every known number; a mean is over the runs with a score, if they have the number.
         alone = len(self.records) == 1
         values = [of(record) for record in (self.records if alone else self.scored)]
         return [float(value) for value in values if value is not None and (alone or math.isfinite(value))]
 
 
 def single(records: Iterable[Record]) -> list[Row]:
-    """A row for each run."""
+    """Return a row for each run."""
     return [Row((record,)) for record in records]
 
 
 def over_seeds(records: Iterable[Record], statistic: Statistic) -> list[Row]:
-    """A row for the runs that differ in nothing but their seed."""
+    """Return a row for each group of runs that differ only in their seed."""
     found: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
         found.setdefault((point(record), *setting(record)[:4]), []).append(record)
@@ -65,17 +65,19 @@ def over_seeds(records: Iterable[Record], statistic: Statistic) -> list[Row]:
 
 
 def once(records: Iterable[Record]) -> list[Record]:
-    """Of a run that was trained more than once, in folders of their own, the one with a score that began last: a second
-    one with the same seed tells a mean nothing."""
+    """Return each run once: if it was trained several times, in several folders, the one with a score that began last.
+
+    A second run with the same seed adds nothing to a mean.
+    """
     in_turn = sorted(records, key=lambda record: (is_scored(record), record.created))
     return list({record.run: record for record in in_turn}.values())
 
 
 def point(record: Record) -> str:
-    """What runs share that differ in nothing but their seed."""
+    """Return the identity that is shared by runs that differ only in their seed."""
     if record.point is not None:
         return record.point
-    # A record from before there was `point` shows this much of it.
+        # A record that is older than `point` has this part of it.
     seen = (record.method, record.unfreeze, record.debug, record.trainer, record.data.get("splits"))
     return json.dumps([seen, [asdict(axes) for axes in record.axes]], sort_keys=True)
 
@@ -85,15 +87,15 @@ def is_scored(record: Record) -> bool:
 
 
 def is_trial(record: Record) -> bool:
-    """Whether a search has trained this run to compare it, and has not chosen it."""
+    """Return whether a search trained this run as a candidate and did not choose it."""
     return record.search is not None and record.search.role == "trial"
 
 
 def setting(record: Record) -> tuple[str, ...]:
-    """What two runs share whose scores may be compared: task, backbone, metric, split, its size and its content.
+    """Return what the runs of a comparison must share: task, backbone, metric, split, its size and its content.
 
-    The content is that of the rows that were scored, since files of one's own go by one name; "" where a record from
-    before this was kept does not tell.
+    The content is that of the scored rows, because the name of a user's files does not identify them. It is "" if the
+    record is older than this field.
     """
     report = record.scores.get("report")
     content = str(record.data.get("scored_on", ""))[:8]
@@ -108,12 +110,12 @@ def _examples(report: Score) -> str:
 
 
 def unscored(row: object) -> bool:
-    """Whether a row of a table stands for runs without a score, which is ranked last and never the best."""
+    """Return whether a row of a table is of runs without a score; it is ranked last and never the best."""
     return isinstance(row, Row) and not row.scored
 
 
 def tables(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows in tables of what may be compared; those without a score are with their task, backbone and metric."""
+    """Group the rows into tables of comparable runs; rows without a score are with their task, backbone and metric."""
     contents: dict[tuple[str, ...], set[str]] = {}
     for *known, content in (setting(row.scored[0]) for row in rows if row.scored):
         contents.setdefault(tuple(known), set()).update([content] if content else [])
@@ -121,7 +123,7 @@ def tables(rows: Sequence[Row]) -> list[list[Row]]:
     def key(row: Row) -> tuple[str, ...]:
         *known, content = setting(row.scored[0])
         others = contents[tuple(known)]
-        return (*known, min(others) if len(others) == 1 else content)  # one that does not tell is with the others
+        return (*known, min(others) if len(others) == 1 else content)  # a record without it joins the others
 
     found = [list(group) for _, group in groupby(sorted((row for row in rows if row.scored), key=key), key=key)]
     for row in rows:
@@ -131,7 +133,7 @@ def tables(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def _home(found: list[list[Row]], row: Row) -> list[Row]:
-    """The table in which a row without a score is listed: the first of its task, backbone and metric."""
+    """Return the table in which a row without a score is listed: the first of its task, backbone and metric."""
     for table in found:
         if setting(table[0].first)[:4] == setting(row.first)[:4]:
             return table
@@ -140,13 +142,13 @@ def _home(found: list[list[Row]], row: Row) -> list[Row]:
 
 
 def rank(row: Row) -> tuple[float, str, int]:
-    """What orders the rows of a table: the highest score first, rows without one last."""
+    """Return the sort key of a table's rows: the highest score first, rows without one last."""
     score = row.score if row.scored else None
     return (math.inf if score is None else -score, row.first.method, row.first.seed)
 
 
 def front(rows: Sequence[Row], cost: Callable[[Record], float | None]) -> list[Row]:
-    """The Pareto front: the rows that no other one beats in score or in cost while it equals them in the other."""
+    """Return the Pareto front: the rows that no other row beats in score or cost while it equals them in the other."""
     priced = [(row.number(cost), row.score, row) for row in rows if row.scored]
     known = [(price, score, row) for price, score, row in priced if price is not None and score is not None]
     found: list[tuple[float, float, Row]] = []

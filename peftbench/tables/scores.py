@@ -1,4 +1,4 @@
-"""Scores of a run beside those in its record, as lines for the terminal. Imports no torch."""
+"""Scores of a run next to those in its record, as lines for the terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peftbench.records.record import Record
 
 
 def show_scores(found: Sequence[dict[str, Any]], record: Record, console: Console) -> None:
-    """One line for each metric of each split; where the record has it too, whether it is the same, or by how much not.
+    """Print one line for each metric of each split; if the record has it too, say whether it is equal, or show it.
 
     `found` has dicts with the keys role, split, examples, of, metrics and signatures.
     """
@@ -28,7 +28,7 @@ def show_scores(found: Sequence[dict[str, Any]], record: Record, console: Consol
 
 
 def _recorded(record: Record, split: str, examples: int) -> dict[str, float]:
-    """The run's own metrics on as many examples of a split; not those of its baselines."""
+    """Return the run's own metrics on that number of examples of a split, without those of its baselines."""
     for role, score in record.scores.items():
         if (role == "selection" or is_reported(role)) and (score.split, score.examples) == (split, examples):
             return score.metrics

@@ -1,5 +1,5 @@
-"""Which runs are shown: those below the folders that pass filters such as method=mam,lora, seed!=1, device=*H200* or
-score>60. Imports no torch."""
+"""Select the runs to show: those below the given folders that pass filters such as method=mam,lora, seed!=1,
+device=*H200* or score>60."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from peftbench.tables.fields import field
 from peftbench.tables.row import is_trial
 from peftbench.utils.errors import UserError, unknown
 
-TRIALS = "trials=true"  # the word that asks for them
+TRIALS = "trials=true"  # the word that shows trials
 FILTER = re.compile(r"(?P<key>[\w.]+)(?P<sign>!=|>=|<=|=|>|<)(?P<values>.*)", re.DOTALL)
 ORDER = {">": operator.gt, "<": operator.lt, ">=": operator.ge, "<=": operator.le}
 
 
 def read(words: Sequence[str]) -> list[Record]:
-    """The records below the folders among `words` (default: outputs) that pass the filters among them.
+    """Return the records below the folders among `words` (default: outputs) that pass the filters among them.
 
-    What is no record is named on stderr. The trials of searches are left out unless `trials=true` is among the words:
-    beside the run that has the chosen values they would be rivals. Raises UserError where nothing is left.
+    Files that are not records are named on stderr. The trials of searches are left out unless `trials=true` is among
+    the words: they would compete with the run that has the chosen values. Raises UserError if no record is left.
     """
     folders = [Path(word) for word in words if not is_filter(word)] or [Path("outputs")]
     records: dict[Path, Record] = {}
@@ -51,15 +51,15 @@ def read(words: Sequence[str]) -> list[Record]:
 
 
 def is_filter(word: str) -> bool:
-    """Whether a word of the command line is a filter; any other one is a folder."""
+    """Return whether a word of the command line is a filter; any other word is a folder."""
     return FILTER.fullmatch(word) is not None
 
 
 def select(records: Sequence[Record], filters: Sequence[str]) -> list[Record]:
-    """The records that pass all filters KEY=VALUE,... or KEY!=VALUE,...; `*` in a value stands for anything.
+    """Return the records that pass all filters KEY=VALUE,... or KEY!=VALUE,...; `*` in a value matches anything.
 
-    KEY>NUMBER, <, >= and <= are for numbers. Raises UserError for a key that no record has, and for a value that none
-    has.
+    KEY>NUMBER, <, >= and <= are for numbers. Raises UserError for a key that no record has, and for a value that no
+    record has.
     """
     found, faults = list(records), []
     for word in filters:
@@ -75,14 +75,14 @@ def select(records: Sequence[Record], filters: Sequence[str]) -> list[Record]:
             try:
                 limit = float(match["values"])
             except ValueError:
-                faults.append(f"{word}: {match['sign']} needs a number behind it.")
+                faults.append(f"{word}: {match['sign']} needs a number after it.")
                 continue
             found = [r for r in found if isinstance(number := of(r), int | float) and holds(number, limit)]
             continue
         there = sorted({value for record in records for value in _texts(of(record))})
         for value in wanted:
             if not any(fnmatchcase(one, value) for one in there):
-                nothing = f" {key}= is for the runs that have none." if "" in there else ""
+                nothing = f" {key}= selects the runs that have none." if "" in there else ""
                 faults.append(unknown(key, value, filter(None, there)) + nothing)
         hits = {id(r) for r in records if any(fnmatchcase(one, v) for one in _texts(of(r)) for v in wanted)}
         found = [record for record in found if (id(record) in hits) is (match["sign"] == "=")]
@@ -92,6 +92,6 @@ def select(records: Sequence[Record], filters: Sequence[str]) -> list[Record]:
 
 
 def _texts(value: Any) -> list[str]:
-    """What a value is called: a mixture by each of its parts and by all of them."""
+    """Return the names of a value: for a mixture, that of each part and that of the whole."""
     parts = [text(part) for part in value] if isinstance(value, list) and len(value) > 1 else []
     return [text(value), *parts]

@@ -1,4 +1,4 @@
-"""Tables of runs for the terminal. Imports no torch."""
+"""Tables of runs for the terminal."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from peftbench.tables.row import Row, rank, setting, single, tables, unscored
 
 T = TypeVar("T")
 GAP = 2  # characters between two columns
-NARROWEST = 10  # characters to which a column of words shrinks where there is no room for it otherwise
-# Where a cell may go on in the next line: between words, and within one that is too long.
+NARROWEST = 10  # minimum width in characters of a column of words if space is short
+# Where a cell may be broken: between words, and inside a word that is too long.
 BETWEEN, WITHIN = re.compile(r"(?<= )(?![\d·])|(?<=, )"), re.compile(r"(?<=_)(?=\w)|(?<=[a-z])(?=[A-Z])")
-# In the sweep that is proposed. A learning rate is a method's own.
+# The methods of the proposed sweep do not share a learning rate: each has its own.
 OVERRIDES_TO_KEEP = re.compile(r"[+~]{0,2}(--config-dir|task|model|trainer(?!\.learning_rate=)|debug|output_dir)\b")
 
 
 def show(records: Sequence[Record], console: Console, status: Callable[[Record], str] | None = None) -> None:
-    """Prints one table of runs, best run first, for each task, backbone, metric, split and number of examples.
+    """Print one table of runs, best run first, for each task, backbone, metric, split and number of examples.
 
-    Runs without a score stand below those of their task and backbone. `status` says how a run ended; without it that
-    is shown only where some run is not done.
+    Runs without a score are listed below those of their task and backbone. `status` says how a run ended; without it,
+    that is shown only if some run is not done.
     """
     found = tables(single(records))
     for index, (table, heading) in enumerate(zip(found, titles(found), strict=True)):
@@ -46,11 +46,11 @@ def show(records: Sequence[Record], console: Console, status: Callable[[Record],
 
 
 def show_table(columns: Sequence[Column[T]], rows: Sequence[T], console: Console, labels: int = 0) -> None:
-    """Prints a table with as many of the columns as there is room for, the best value of each marked.
+    """Print a table with as many of the columns as fit, the best value of each marked.
 
-    Rows without a score, which come last, stand below a line. With `labels`, the number of columns that name a row,
-    columns that do not fit stand in a further table below, which begins with the same labels; each has the rows with a
-    value in its columns.
+    Rows without a score come last, below a line. With `labels`, the number of columns that name a row, columns that do
+    not fit are printed in further tables below, which begin with the same labels; each has the rows with a value in its
+    columns.
     """
     laid = [_lay(column, rows, star=not console.is_terminal) for column in columns]
     below = next((index for index, row in enumerate(rows) if unscored(row)), 0)
@@ -69,7 +69,7 @@ def show_table(columns: Sequence[Column[T]], rows: Sequence[T], console: Console
 
 
 def titles(found: Sequence[Sequence[Row]]) -> list[Text]:
-    """What the rows of each table have in common; what they were scored on, where nothing else tells two apart."""
+    """Return what the rows of each table have in common, and the identity of their data if only that differs."""
     plain = [title(table) for table in found]
     counted = Counter(heading.plain for heading in plain)
     contents = [setting(_scored(table))[-1] for table in found]
@@ -80,12 +80,12 @@ def titles(found: Sequence[Sequence[Row]]) -> list[Text]:
 
 
 def _scored(table: Sequence[Row]) -> Record:
-    """A run of the table, one with a score where there is one."""
+    """Return a run of the table, if possible one with a score."""
     return next((run for row in table for run in row.scored), table[0].first)
 
 
 def title(table: Sequence[Row]) -> Text:
-    """What the rows of a table have in common."""
+    """Return what the rows of a table have in common."""
     record = _scored(table)
     task, model, version, metric, split, examples, _ = setting(record)
     size = f" of {record.counts.backbone:,} parameters" if record.counts else ""
@@ -95,13 +95,13 @@ def title(table: Sequence[Row]) -> Text:
 
 
 def single_row(record: Record, console: Console, alone: bool = True) -> None:
-    """Prints the table of one finished run and its folder; of one that is `alone`, not of a sweep, what to try next."""
+    """Print the table of one finished run and its folder; if it is `alone`, not in a sweep, also what to try next."""
     row = Row((record,))
     wanted = [column for column in columns([row]) if column.key not in ("seed", "status")]
     laid = [_lay(column, [row], star=False) for column in wanted]
     if _spare(laid, console.width) >= 0:
         table = _table(laid, console.width, [0], 0)
-    else:  # nothing of one run is dispensable: a line for each column then
+    else:  # a single run drops no column: it has a line for each
         table = Table.grid(padding=(0, 2))
         for column in wanted:
             table.add_row(Text(flat_header(column), "dim"), Text(column.cell(row)))
@@ -111,7 +111,7 @@ def single_row(record: Record, console: Console, alone: bool = True) -> None:
     results = "peftbench results" if root == Path("outputs") else f"peftbench results {shlex.quote(str(root))}"
     kept = shlex.join(override for override in record.overrides if OVERRIDES_TO_KEEP.match(override))
     console.print()
-    # Neither wrapped nor highlighted: these lines are there to be copied.
+    # Neither wrapped nor highlighted, so that these lines can be copied.
     for label, line in (
         ("The run is in", str(record.folder)),
         ("All runs", results),
@@ -122,19 +122,19 @@ def single_row(record: Record, console: Console, alone: bool = True) -> None:
 
 @dataclass(frozen=True)
 class _Laid:
-    """A column with the text of all its cells."""
+    """A column and the text of all its cells."""
 
     header: str
     cells: list[str]
     best: set[int]  # rows
     dispensable: int
     words: bool
-    least: int  # width in characters at which it can be read
-    most: int  # at which nothing in it wraps
+    least: int  # minimum readable width in characters
+    most: int  # width at which nothing in it wraps
 
 
 def _lay(column: Column[T], rows: Sequence[T], star: bool) -> _Laid:
-    """`star` marks the best cells by a star, where bold letters would be lost."""
+    """Return a column with its cells as text. `star` marks the best cells by a star, if bold would be lost."""
     marked = best_of(column, rows)
     cells = [column.cell(row) + ("*" if star and index in marked else "") for index, row in enumerate(rows)]
     most = max(cell_len(line) for text in (column.header, *cells) for line in text.split("\n"))
@@ -143,10 +143,10 @@ def _lay(column: Column[T], rows: Sequence[T], star: bool) -> _Laid:
 
 
 def _fitting(columns: list[_Laid], width: int) -> list[_Laid]:
-    """As many of the columns as there is room for."""
+    """Return as many of the columns as fit."""
     least = max(columns, key=lambda column: column.dispensable)
     spare = _spare(columns, width)
-    if least.dispensable == 1:  # what tells rows apart goes only where words cannot give way to it
+    if least.dispensable == 1:  # distinguishes rows: dropped only if words cannot shrink for it
         spare += sum(max(0, column.least - NARROWEST) for column in columns if column.words)
     if not least.dispensable or spare >= 0:
         return columns
@@ -154,24 +154,24 @@ def _fitting(columns: list[_Laid], width: int) -> list[_Laid]:
 
 
 def _spare(columns: Sequence[_Laid], width: int) -> int:
-    """The characters left over where every column is as narrow as can be; negative if there are too few."""
+    """Return the characters that are left if every column has its minimum width; negative if there are too few."""
     return width - sum(column.least for column in columns) - GAP * (len(columns) - 1)
 
 
 def _table(columns: Sequence[_Laid], width: int, rows: Sequence[int], below: int) -> Table:
-    """The table with these of its rows, and a line above the row `below` where that is not the first."""
+    """Return the table with these rows, and a line above the row `below` unless that is the first."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     spare = max(0, _spare(columns, width))
-    widths: list[int] = []  # rich's own choice would break words here to keep lines long there
+    widths: list[int] = []  # chosen here, because rich would break words to keep lines long
     for column in reversed(columns):
         widths.insert(0, min(column.most, column.least + spare))
         spare -= widths[0] - column.least
     lacking = max(0, -_spare(columns, width))
-    for index in sorted(range(len(columns)), key=lambda index: -widths[index]):  # the widest gives first
+    for index in sorted(range(len(columns)), key=lambda index: -widths[index]):  # shrink the widest first
         if columns[index].words:
             given = min(lacking, max(0, widths[index] - NARROWEST))
             widths[index], lacking = widths[index] - given, lacking - given
-    if lacking:  # longer lines than there is room for: the terminal breaks them, but rich would break numbers
+    if lacking:  # lines are too long: the terminal breaks them, but rich would break numbers
         table.width = sum(widths) + GAP * (len(widths) - 1)
     for column, taken in zip(columns, widths, strict=True):
         justify: Literal["left", "right"] = "left" if column.words else "right"
@@ -181,22 +181,22 @@ def _table(columns: Sequence[_Laid], width: int, rows: Sequence[int], below: int
         if index and index == below:
             table.add_section()
         styles = ["bold" if index in column.best else "" for column in columns]
-        # One row for each modification, so that its bottleneck stands beside it also where the axes wrap.
+        # One row for each modification, so that its bottleneck is next to it even if the axes wrap.
         for cells in zip_longest(*(column.cells[index].split("\n") for column in columns), fillvalue=""):
             table.add_row(*map(Text, map(wrapped, cells, widths), styles))
     return table
 
 
 def wrapped(text: str, width: int) -> str:
-    """The text in lines of at most `width` characters, broken between words, but not before a number or a dot.
+    """Break the text into lines of at most `width` characters, between words, but not before a number or a dot.
 
-    A word that is too long is broken within, as in scaled_parallel_|adapter or Runtime|Error, if it has such a place.
+    A word that is too long is broken inside, as in scaled_parallel_|adapter or Runtime|Error, if it has such a place.
     """
     lines = [""]
     for word in BETWEEN.split(text):
         parts = WITHIN.split(word) if cell_len(word.rstrip()) > width else [word]
         for index, part in enumerate(parts):
-            begins = index == 0 and len(parts) > 1  # in a line of its own
+            begins = index == 0 and len(parts) > 1  # starts its own line
             if lines[-1] and (begins or cell_len((lines[-1] + part).rstrip()) > width):
                 lines.append("")
             lines[-1] += part

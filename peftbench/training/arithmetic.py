@@ -1,4 +1,4 @@
-"""How much arithmetic a method's training step needs, whatever is then computed besides."""
+"""The arithmetic that a method's training step needs, without what an implementation computes in addition."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from peftbench.modification.head_attention import HEADS, Prefix
 
 
 def operations(model: PreTrainedModel, sources: Sequence[int], targets: Sequence[int]) -> float:
-    r"""Floating point operations of a forward and backward pass over an average example, a multiplication with its
-    addition counted as two.
+    r"""Return the floating point operations of a forward and backward pass over an average example.
 
-    For each token that a matrix of n weights meets: 2n forward, 2n for the gradient of its input, and 2n more for its
-    own gradient where it is trained. For each attention, with Q queries, K keys and h heads of width d: 4 Q K h d
-    forward and twice that backward; all Q K pairs are counted, also where a causal mask hides half of them, and prefix
-    vectors are keys. Nothing is counted for norms, activations, dropout, the optimiser, the prefix's MLP, padding, or
-    what is computed again. Gradients are taken to pass through every layer.
+    A multiplication with its addition counts as two.
 
-    Keys and values of a cross-attention meet the source's tokens, all else of a decoder the target's. The output layer
-    meets the target's tokens (all of them, in a decoder alone), a classifier's head one position.
+    For each token that is multiplied with a matrix of n weights: 2n forward, 2n for the gradient of its input, and 2n
+    more for the matrix's own gradient if it is trained. For each attention, with Q queries, K keys and h heads of width
+    d: 4 Q K h d forward and twice that backward. All Q K pairs are counted, even if a causal mask hides half of them,
+    and prefix vectors are keys. Nothing is counted for norms, activations, dropout, the optimiser, the prefix's MLP,
+    padding, or recomputation. Gradients are assumed to pass through every layer.
+
+    The keys and values of a cross-attention are computed from the source's tokens, everything else in a decoder from
+    the target's. The output layer reads the target's tokens (all tokens in a decoder alone), a classifier's head one
+    position.
 
     Args:
-        sources: of each example, the tokens of its input; in a decoder alone with its completion.
-        targets: those of its target, where there is an encoder too; else empty.
+        sources: for each example, the number of tokens of its input; in a decoder alone, including its completion.
+        targets: for each example, the number of tokens of its target, if there is an encoder too; else empty.
     """
     sites = find_sites(model)
     both = bool(targets)
@@ -54,13 +56,13 @@ def operations(model: PreTrainedModel, sources: Sequence[int], targets: Sequence
 
 
 def _prefix(attention: nn.Module) -> int:
-    """The number of prefix vectors of an attention."""
+    """Return the number of prefix vectors of an attention."""
     heads = getattr(attention, HEADS, None)
     return sum(m.function.bottleneck for m in heads.values() if isinstance(m, Prefix)) if heads is not None else 0
 
 
 def _weights(module: nn.Module, counted: set[int]) -> float:
-    """Operations for each token that meets the module's matrices, but those that are `counted` already."""
+    """Return the operations for each token of the module's matrices, without those that are `counted` already."""
     total = 0.0
     for parameter in module.parameters():
         if parameter.dim() < 2 or id(parameter) in counted:

@@ -1,4 +1,4 @@
-"""Training batches: how many there are, and those of like lengths, by examples or by tokens."""
+"""Training batches: their number, and batches of examples of similar length, by examples or by tokens."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
 
 class LengthBatches(Sampler[list[int]]):
-    """Batches of `batch_size` examples; the longest examples may be fewer.
+    """Batches of `batch_size` examples of similar length; the batch of the longest examples may be smaller.
 
-    In every epoch examples of equal length are shuffled, neighbours in length are put together, and the batches come in
-    a new random order, which follows from `seed` and the epoch.
+    In every epoch, examples of equal length are shuffled, neighbours in length are put together, and the batches come
+    in a new random order, which is determined by `seed` and the epoch.
 
     Args:
-        lengths: of each example, the longer of source and target in tokens.
+        lengths: for each example, the longer of source and target in tokens.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
@@ -34,19 +34,19 @@ class LengthBatches(Sampler[list[int]]):
 
     @staticmethod
     def _cuts(lengths: Sequence[int], size: int) -> list[int]:
-        """The number of examples in each batch, for lengths in ascending order."""
+        """Return the number of examples in each batch, for lengths in ascending order."""
         return [min(size, len(lengths) - start) for start in range(0, len(lengths), size)]
 
     def set_epoch(self, epoch: int) -> None:
-        """Number the epoch whose batches `__iter__` gives; the data loader does this."""
+        """Set the number of the epoch whose batches `__iter__` yields; the data loader calls this."""
         self.epoch = epoch
 
     @property
     def sampler(self) -> LengthBatches:
-        """Itself: accelerate looks there for `set_epoch` where it skips the batches before a checkpoint.
+        """Return this object: accelerate looks here for `set_epoch` when it skips the batches before a checkpoint.
 
-        Newer versions of transformers call it besides. Without either a training would go on with the batches of the
-        first epoch.
+        Newer versions of transformers call it too. Without either, a resumed training would continue with the batches
+        of the first epoch.
         """
         return self
 
@@ -63,10 +63,10 @@ class LengthBatches(Sampler[list[int]]):
 
 
 class TokenBatches(LengthBatches):
-    """Batches of at most so many tokens, padding included: examples x the longest of them.
+    """Batches with a maximum number of tokens, padding included: number of examples x length of the longest.
 
-    The paper's code, as fairseq, makes the batches once and gives them in one order, the longest first; here they come
-    as those of `LengthBatches`. An example longer than the number of tokens is a batch of its own.
+    The paper's code, like fairseq, makes the batches once and uses them in one order, the longest first. Here their
+    order is that of `LengthBatches`. An example that is longer than the maximum is a batch by itself.
     """
 
     @staticmethod
@@ -80,7 +80,7 @@ class TokenBatches(LengthBatches):
 
 
 def padded_to(collator: Collator, multiple: int) -> Collator:
-    """The collator with widths that are multiples of `multiple`, for one that knows transformers' option for it."""
+    """Return the collator with widths that are multiples of `multiple`, if it has transformers' option for it."""
     if not hasattr(collator, "pad_to_multiple_of"):
         return collator
     wider = copy(collator)
@@ -89,31 +89,31 @@ def padded_to(collator: Collator, multiple: int) -> Collator:
 
 
 class Lengths(NamedTuple):
-    """Tokens of each training example, without padding."""
+    """The numbers of tokens of the training examples, without padding."""
 
-    sources: list[int]  # of its input
-    targets: list[int]  # of its target, where that is text; else empty
+    sources: list[int]  # for each example's input
+    targets: list[int]  # for each example's target, if that is text; else empty
 
     @classmethod
     def of(cls, data: TaskData) -> Lengths:
-        """Those of a task's training examples."""
+        """Return the lengths of a task's training examples."""
         texts = len(data.train) > 0 and isinstance(data.train[0]["labels"], list)
         sources = [len(ids) for ids in data.train["input_ids"]]
         return cls(sources, [len(ids) for ids in data.train["labels"]] if texts else [])
 
     @property
     def longest(self) -> tuple[int, int]:
-        """Of the sources and of the targets; 0 where there are none."""
+        """Return the maximum of the sources and of the targets; 0 if there are none."""
         return max(self.sources), max(self.targets, default=0)
 
     @property
     def mean(self) -> float:
-        """Of source and target together."""
+        """Return the mean of source and target together."""
         return (sum(self.sources) + sum(self.targets)) / max(1, len(self.sources))
 
 
 def batches_of(data: TaskData, settings: schema.Trainer, seed: int) -> LengthBatches | None:
-    """Batches of like lengths where the settings ask for them; None: random ones of `batch_size`."""
+    """Return batches of similar length if the settings ask for them; None: random batches of `batch_size`."""
     if settings.batch_tokens is not None:
         return TokenBatches(data.lengths, settings.batch_tokens, seed)
     if settings.batching is schema.Batching.bucketed:
@@ -122,18 +122,18 @@ def batches_of(data: TaskData, settings: schema.Trainer, seed: int) -> LengthBat
 
 
 def total_steps(data: TaskData, settings: schema.Trainer) -> int:
-    """The number of optimiser steps: `max_steps`, or `epochs` passes over the training examples."""
+    """Return the number of optimiser steps: `max_steps`, or `epochs` passes over the training examples."""
     if settings.max_steps is not None:
         return settings.max_steps
     return max(1, round(settings.epochs * steps_per_epoch(data, settings)))
 
 
 def steps_per_epoch(data: TaskData, settings: schema.Trainer) -> int:
-    """Optimiser steps in one pass; the last one of a pass may see fewer examples."""
+    """Return the optimiser steps in one pass; the last step of a pass may see fewer examples."""
     return -(-batches_per_epoch(data, settings) // settings.accumulation)
 
 
 def batches_per_epoch(data: TaskData, settings: schema.Trainer) -> int:
-    """Batches in one pass over the training examples."""
+    """Return the batches in one pass over the training examples."""
     batches = batches_of(data, settings, seed=0)
     return -(-len(data.train) // settings.batch_size) if batches is None else len(batches)

@@ -1,9 +1,9 @@
 """torch.compile, layer by layer.
 
-The repeated layers of a backbone share their code, so that two graphs a stack serve all of them: one for the first
+The repeated layers of a backbone share their code, so that two graphs per stack serve all of them: one for the first
 layer, whose input needs no gradient, and one for the others. Hooks and the registered attention function are traced
-with the layer they belong to. Only training runs the compiled layers: an evaluation has other shapes, a cache, and no
-gradients, and would compile everything anew.
+with the layer that they belong to. Only training runs the compiled layers: an evaluation has other shapes, a cache and
+no gradients, and would compile everything again.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from transformers import PreTrainedModel
 from peftbench.backbones.sites import find_sites
 from peftbench.training.hashed_dropout import with_hashed_dropout
 
-# Of a layer's code in one process: stacks x with or without a gradient at the input x shapes that are no free ones, for
-# each method of a sweep.
+# Versions of a layer's code in one process: stacks x with or without a gradient at the input x shapes that are not
+# dynamic, for each method of a sweep.
 VARIANTS = 256
 
 
 class CompiledLayers:
-    """The layers of `model`, which run compiled inside `active` and as they are outside.
+    """The layers of `model`, which run compiled inside `active` and uncompiled outside.
 
     Args:
-        backend: of torch.compile, one object for all runs of a process, as code is compiled anew for another one. It is
-            given graphs whose dropouts are `hashed_dropout`'s.
+        backend: the backend of torch.compile. Use one object for all runs of a process, because another object compiles
+            all code again. Its graphs have the dropouts of `hashed_dropout`.
     """
 
     def __init__(self, model: PreTrainedModel, *, backend: Callable[..., Any] = compile_fx) -> None:
@@ -49,16 +49,17 @@ class CompiledLayers:
         self._set(active=True)
         settings: Any = shapes
         limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
-        # A layer's scales and rates never change: as symbols, which `dynamic` makes of them, they are traced twice.
+        # A layer's scales and rates never change: `dynamic` would make them symbols, and trace them twice.
         tracing = torch._dynamo.config.patch({limit: VARIANTS, "specialize_float": True})
         try:
-            # Without duck shapes a width that happens to equal the batch size or a layer's width is no case of its own.
+            # Without duck shapes, a width that happens to equal the batch size or a layer's width is not a special
+            # case.
             with tracing, settings.patch(use_duck_shape=False):
                 yield
         finally:
             self._set(active=False)
 
     def _set(self, *, active: bool) -> None:
-        """torch offers no way to take `Module.compile` back: what it sets is this attribute."""
+        """Set the attribute that `Module.compile` sets: torch offers no way to undo that call."""
         for layer, call in zip(self.layers, self.calls, strict=True):
             layer._compiled_call_impl = call if active else None

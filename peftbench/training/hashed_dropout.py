@@ -1,9 +1,9 @@
 """Dropout for compiled layers that decides by a hash of an element's position and a seed.
 
-What torch.compile generates for dropout draws four random numbers of Philox for each element and uses one, which takes
-three times as long as to read and write the elements, and it keeps a mask for the backward pass. A hash takes some 20
-integer operations, and the backward pass computes it again from the seeds. These come from torch's own generator, so
-that a run is as reproducible as before, with other numbers.
+The code that torch.compile generates for dropout draws four random numbers of Philox for each element and uses one.
+This takes three times as long as reading and writing the elements, and a mask is kept for the backward pass. A hash
+takes some 20 integer operations, and the backward pass computes it again from the seeds. The seeds come from torch's
+own generator, so that a run is as reproducible as before, with other numbers.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
-SEEDS = 2  # of each dropout, 32 bits each
+SEEDS = 2  # per dropout, 32 bits each
 
 
 def dropout(x: Tensor, p: float, seeds: Tensor) -> Tensor:
-    """x / (1 - p) where it is kept, 0 elsewhere; each element is dropped with probability p.
+    """Return x / (1 - p) for kept elements and 0 for the others; each element is dropped with probability p.
 
     Args:
-        x: of fewer than 2^31 elements.
+        x: fewer than 2^31 elements.
         p: 0 < p < 1; its resolution is 2^-31.
         seeds: (2,), int32; the same seeds drop the same elements.
     """
@@ -34,10 +34,10 @@ def dropout(x: Tensor, p: float, seeds: Tensor) -> Tensor:
 
 
 def _hash(index: Tensor, seeds: Tensor) -> Tensor:
-    """31 bits of each int32, uniform over the seeds.
+    """Hash each int32 to 31 bits, uniform over the seeds.
 
-    The rounds of triple32 (C. Wellons, "Prospecting for Hash Functions", 2018), whose products wrap around; a second
-    seed behind the first round, so that no two dropouts differ by an exchange of their elements alone.
+    The rounds are those of triple32 (C. Wellons, "Prospecting for Hash Functions", 2018), whose products wrap around. A
+    second seed is applied after the first round, so that two dropouts never differ by a permutation of elements alone.
     """
     mixed = index ^ seeds[0]
     mixed = (mixed ^ _right(mixed, 17)) * (0xED5AD4BB - 2**32) ^ seeds[1]
@@ -47,13 +47,13 @@ def _hash(index: Tensor, seeds: Tensor) -> Tensor:
 
 
 def _right(bits: Tensor, count: int) -> Tensor:
-    """Shifted to the right with zeros from the left, as int32's own shift has the sign."""
+    """Shift to the right, filling with zeros from the left: int32's own shift copies the sign."""
     shifted: Tensor = (bits >> count) & (2 ** (32 - count) - 1)
     return shifted
 
 
 def rewrite(graph: GraphModule) -> GraphModule:
-    """Every dropout of a graph that torch.compile has traced, in place, by `dropout` with seeds of its own."""
+    """Replace every dropout of a graph that torch.compile has traced, in place, by `dropout` with its own seeds."""
     found = list(_dropouts(graph))
     if not found:
         return graph
@@ -66,7 +66,7 @@ def rewrite(graph: GraphModule) -> GraphModule:
     for index, (node, p) in enumerate(found):
         with graph.graph.inserting_before(node):
             own = graph.graph.call_function(torch.select, (seeds, 0, index))
-            # Its input as it is by now: that of a dropout behind a dropout is a new node.
+            # Read the input now: if a dropout follows a dropout, its input is a new node.
             new = graph.graph.call_function(dropout, (_arguments(node)["input"], p, own))
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
@@ -76,7 +76,7 @@ def rewrite(graph: GraphModule) -> GraphModule:
 
 
 def _dropouts(graph: GraphModule) -> Iterator[tuple[Node, float]]:
-    """The calls of F.dropout that drop something: the node and p."""
+    """Yield the calls of F.dropout that drop something: the node and p."""
     for node in graph.graph.nodes:
         if node.op != "call_function" or node.target is not F.dropout:
             continue
@@ -92,7 +92,7 @@ def _arguments(node: Node) -> dict[str, Any]:
 
 @cache
 def with_hashed_dropout(backend: Callable[..., Any]) -> Callable[..., Any]:
-    """A backend of torch.compile that is given `rewrite`'s graphs; for one backend always the same object."""
+    """Return a backend of torch.compile that gets the graphs of `rewrite`; for one backend always the same object."""
 
     def compile_rewritten(graph: GraphModule, inputs: list[Any]) -> Any:
         return backend(rewrite(graph), inputs)

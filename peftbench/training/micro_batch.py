@@ -1,7 +1,7 @@
-"""Batches that do not fit in memory, in parts: `trainer.micro_batch`. The gradient stays that of the whole batch.
+"""Compute batches that do not fit in memory in parts: `trainer.micro_batch`. The gradient is that of the whole batch.
 
-transformers' `auto_find_batch_size`, and accelerate's `find_executable_batch_size` below it, start again with a smaller
-batch, and so train something else. Here a batch stays what it is: its parts' gradients are added up.
+transformers' `auto_find_batch_size`, and accelerate's `find_executable_batch_size` that it uses, start again with a
+smaller batch, and so train something else. Here the batch stays the same: the gradients of its parts are added up.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from peftbench.training.token_loss import IGNORED
 from peftbench.utils.memory import make_room, out_of_memory
 
 AUTO = "auto"
-MOMENTS = 2  # tensors that AdamW keeps beside each one that is trained
+MOMENTS = 2  # tensors that AdamW keeps for each trained tensor
 
 
 class MicroBatches:
-    """Into how many parts each batch goes.
+    """The number of parts that each batch is split into.
 
     Args:
-        setting: `trainer.micro_batch`: examples in a part, as text; auto: as many as fit; None: batches stay whole.
+        setting: `trainer.micro_batch`: examples in a part, as text; auto: as many as fit; None: batches are not split.
         batch_size: examples in a batch.
-        longest: a batch of the longest training examples, by their indices, with which memory is tried.
+        longest: a batch of the longest training examples, by their indices, to try whether memory is enough.
     """
 
     def __init__(self, setting: str | None, batch_size: int, longest: Sequence[int]) -> None:
         self.splits = setting is not None
         self.longest = list(longest) if setting == AUTO else []
         self.parts = 1 if setting is None or setting == AUTO else -(-batch_size // int(setting))
-        self.halved_at: list[int] = []  # optimiser steps in which memory ran out; 0: when it was tried
+        self.halved_at: list[int] = []  # optimiser steps in which memory ran out; 0: during the trial
 
     def of(self, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """The parts of a batch, whose tensors and lists have one row for each example."""
+        """Yield the parts of a batch whose tensors and lists have one row for each example."""
         examples = _examples(batch)
         parts = min(self.parts, examples)
         cuts = [part * examples // parts for part in range(parts + 1)]
@@ -45,31 +45,31 @@ class MicroBatches:
             yield {name: column[start:stop] for name, column in batch.items()}
 
     def halve(self, step: int) -> None:
-        """Parts of half the size from now on."""
+        """Halve the size of the parts from now on."""
         self.parts *= 2
         self.halved_at.append(step)
 
     @property
     def notes(self) -> dict[str, Any]:
-        """What the record keeps; empty where batches stay whole."""
+        """Return what the record stores; empty if batches are not split."""
         return {"parts": self.parts, "halved_at": self.halved_at} if self.splits else {}
 
 
 class MicroBatched(Trainer):
     """Trainer that accumulates the gradients of a batch's parts, and of `accumulation` batches, as those of one batch.
 
-    The loss of an optimiser step is the mean over all its items, which are target tokens, or examples of a task with
-    one label each: a part with n_i of the N items weighs n_i / N, and one without an item nothing. (Trainer leaves the
-    weights to the models, of which those with a loss of their own, such as BART's, give each batch's mean: two batches
-    then weigh 2 and not 1.)
+    The loss of an optimiser step is the mean over all its items. Items are target tokens, or the examples of a task
+    with one label each. A part with n_i of the N items has the weight n_i / N, a part without items none. (Trainer
+    leaves the weighting to the models. Those with their own loss, such as BART's, return each batch's mean: two batches
+    then have the weight 2 and not 1.)
 
-    Where memory runs out, the gradients of the step are computed anew from parts of half the size. Weights and
-    optimiser are then still those that the step before left.
+    If memory runs out, the gradients of the step are computed again from parts of half the size. Weights and optimiser
+    are then still in the state after the previous step.
     """
 
     micro: MicroBatches
-    _batches: Sequence[Mapping[str, Tensor]]  # of the optimiser step
-    _begun: int  # how many of these have been begun
+    _batches: Sequence[Mapping[str, Tensor]]  # batches of the optimiser step
+    _begun: int  # how many of them have been started
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, items = super().get_batch_samples(*args, **kwargs)
@@ -85,13 +85,13 @@ class MicroBatched(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The mean over the items; 0 where there are none, and not 0 / 0. The GPU is not waited for."""
-        count = self._count(inputs)  # before Trainer, for label smoothing, takes the labels out
+        """Return the mean over the items, or 0 instead of 0 / 0 if there are none. Does not wait for the GPU."""
+        count = self._count(inputs)  # before Trainer removes the labels, for label smoothing
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         return loss if return_outputs else torch.where(count > 0, loss, loss.new_zeros(()))
 
     def _accumulate(self, model: PreTrainedModel, todo: Sequence[Any], items: Any, step: int) -> Tensor:
-        """Add up the gradients of the batches `todo`; returns the last one's share of the loss."""
+        """Add up the gradients of the batches `todo`; return the last one's share of the loss."""
         while True:
             try:
                 for batch in todo:
@@ -100,7 +100,7 @@ class MicroBatched(Trainer):
             except RuntimeError as error:
                 if not self.micro.splits or not out_of_memory(error) or self.micro.parts >= max(map(_examples, todo)):
                     raise
-            # An error in the midst of a backward pass leaves some tensors with gradients and some without.
+            # An error in the middle of a backward pass leaves some tensors with gradients and some without.
             model.zero_grad()
             make_room()
             self.micro.halve(step)
@@ -123,7 +123,7 @@ class MicroBatched(Trainer):
         return torch.stack(losses).sum()
 
     def _try(self, model: PreTrainedModel, items: Any) -> None:
-        """One step's gradients of the longest examples, beside what the optimiser will keep; then all is as before."""
+        """Compute the gradients of the longest examples, next to the optimiser's future state; then restore all."""
         batches = self._batches
         examples = [self.train_dataset[index] for index in self.micro.longest]
         self.micro.longest = []
@@ -138,7 +138,7 @@ class MicroBatched(Trainer):
         self._batches, self._begun = batches, 0
 
     def _count(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """The items of a batch. A decoder alone predicts each token but the first."""
+        """Count the items of a batch. A decoder alone predicts each token but the first."""
         labels = batch["labels"]
         if labels.dim() == 1:
             return torch.full((), len(labels), device=labels.device)

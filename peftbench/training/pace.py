@@ -1,4 +1,4 @@
-"""How long each optimiser step takes, measured without making the CPU wait for the GPU."""
+"""Measure the time of each optimiser step without making the CPU wait for the GPU."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Mark = Any  # a torch.cuda.Event, or the seconds of a clock
 
 
 class Pace(TrainerCallback):
-    """Marks the end of every step and notes the seconds between two of them, the wait for the batch included.
+    """Marks the end of every step and records the seconds between two marks, including the wait for the batch.
 
-    Steps behind which something else was done (an evaluation, a checkpoint) are left out.
+    Steps after which something else was done (an evaluation, a checkpoint) are left out.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -39,7 +39,7 @@ class Pace(TrainerCallback):
         self.last = None
 
     def seconds(self) -> list[float]:
-        """Of each step so far."""
+        """Return the seconds of each step so far."""
         if self.cuda:
             torch.cuda.synchronize()
         while self.pending:

@@ -1,9 +1,9 @@
 """Training without padding: `trainer.padding_free`.
 
-Between a stack's embeddings and its end the tokens of a batch stand in one row, (1, T, d) in place of (B, S, d), so
-that no layer computes anything for padding. All that a layer does goes token by token but for its attentions, which
-`modification.packed_attention` keeps within each example; what stands before and behind the stacks sees the batch as
-it was. An encoder's output stays packed for the cross-attentions of its decoder.
+From a stack's embeddings to its end, the tokens of a batch are in one row, (1, T, d) instead of (B, S, d), so that no
+layer computes anything for padding. All operations of a layer are token by token, except its attentions, which
+`modification.packed_attention` restricts to each example. Everything before and after the stacks sees the batch in its
+usual form. An encoder's output stays packed for the cross-attentions of its decoder.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from peftbench.training.batching import Collator
 from peftbench.training.token_loss import IGNORED
 from peftbench.utils.errors import UserError
 
-SOURCES, TARGETS = "source_lengths", "target_lengths"  # of each example of a batch, in tokens; no tensors
+SOURCES, TARGETS = "source_lengths", "target_lengths"  # for each example of a batch, in tokens; lists, not tensors
 
 
 def with_lengths(collator: Collator, widths: tuple[int, int] | None = None, pad: int = 0) -> Collator:
-    """The collator with lists of lengths beside its tensors: known on the CPU, nobody has to ask the GPU for them.
+    """Return the collator that adds lists of lengths to its tensors: the CPU knows them without asking the GPU.
 
     Args:
-        widths: to which sources and targets are padded, so that all batches have one shape; None: as they come.
-        pad: the id of the token that is no token.
+        widths: widths to which sources and targets are padded, so that all batches have one shape; None: the widths as
+            they come.
+        pad: the id of the padding token.
     """
 
     def collate(examples: list[dict[str, Any]]) -> Mapping[str, Any]:
@@ -61,19 +62,21 @@ def with_lengths(collator: Collator, widths: tuple[int, int] | None = None, pad:
 
 
 def row_step(lengths: Sequence[int], batch_size: int) -> int:
-    """Rows in multiples of so many tokens come in few lengths, about six: the tokens of a batch of random examples are
-    spread by this much, up to the next power of two."""
+    """Return the number of tokens to whose multiples rows are filled up, so that they come in few lengths, about six.
+
+    It is the spread of the number of tokens in a batch of random examples, rounded up to the next power of two.
+    """
     spread = float(torch.tensor(list(lengths), dtype=torch.float64).std(correction=0)) * batch_size**0.5
     return 1 << max(0, math.ceil(math.log2(spread))) if spread > 0 else 1
 
 
 def refusal(model: PreTrainedModel) -> str | None:
-    """Which of a model's parts cannot be trained without padding; None: all can."""
+    """Return the part of a model that cannot be trained without padding, or None if all can."""
     sites = find_sites(model)
     if not sites.embedding or sites.family.embedding_at != "input" or not takes_our_attention(model):
         return f"{model.config.model_type}, whose layers count positions"
     if any(name.endswith(f".{PROMPT}") for name, _ in model.named_modules()):
-        return "prompts, which join a batch behind its embeddings"
+        return "prompts, which are prepended to a batch after its embeddings"
     return None
 
 
@@ -81,8 +84,8 @@ class PaddingFree:
     """Packs the batches of `model` inside `active`.
 
     Args:
-        sources, targets: tokens of the longest example; targets 0 where an example has none.
-        steps: the rows of encoder and decoder are filled up to multiples of so many tokens.
+        sources, targets: tokens of the longest example; targets is 0 if the examples have none.
+        steps: the rows of encoder and decoder are filled up to multiples of this number of tokens.
 
     Raises:
         UserError: for a family whose layers know positions (T5, decoders alone), and for prompts.
@@ -97,10 +100,10 @@ class PaddingFree:
         self.model = model
         self.sites = find_sites(model)
         self.packings = {"encoder": Packing(sources), "decoder": Packing(max(1, targets))}
-        if targets == 0:  # a classifier with a decoder reads the source there once more
+        if targets == 0:  # a classifier with a decoder reads the source again there
             self.packings["decoder"] = self.packings["encoder"]
         self.steps = dict(zip(self.packings, steps, strict=True))
-        # Both stacks have as many examples, each with a token at least: a query sees one key at least.
+        # Both stacks have the same number of examples, each with at least one token: a query sees at least one key.
         rooms = [(step - 1, self.packings[stack].longest - 1) for stack, step in self.steps.items()]
         self.fillers = max(math.ceil(most / max(1, each)) for most, each in rooms)
         for layer in self.sites.layers:
@@ -111,8 +114,8 @@ class PaddingFree:
         self.configs = configs_of(model)
 
     def load(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Take the lengths of the next batch from it, or what `rows` made of them; returns what is left, the model's
-        inputs."""
+        """Take the lengths of the next batch from it, or the tensors that `rows` made of them; return the rest, which
+        are the model's inputs."""
         batch = self.rows(batch) if SOURCES in batch else dict(batch)
         for stack, column in (("encoder", "input_ids"), ("decoder", "labels")):
             if _names(stack)[0] in batch:
@@ -121,7 +124,7 @@ class PaddingFree:
         return batch
 
     def rows(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The batch with tensors on its device in place of the lengths."""
+        """Return the batch with tensors on its device in place of the lengths."""
         batch = dict(batch)
         for stack, column, lengths in (("encoder", "input_ids", SOURCES), ("decoder", "labels", TARGETS)):
             if lengths in batch:
@@ -133,7 +136,7 @@ class PaddingFree:
         return batch
 
     def _fillers(self, stack: str, tokens: int) -> list[int]:
-        """The lengths of what fills a row of so many tokens up."""
+        """Return the lengths of the fillers of a row of that many tokens."""
         more = -(tokens + self.fillers) % self.steps[stack]
         found = []
         for _ in range(self.fillers):
@@ -142,13 +145,13 @@ class PaddingFree:
         return found
 
     def targets(self, padded: Tensor) -> Tensor:
-        """Of (B, S, ...) the target tokens of the batch that was loaded last, (1, T, ...); of labels, `IGNORED` where
-        the row is filled up."""
+        """Return the target tokens of (B, S, ...) for the batch that was loaded last, as (1, T, ...); for labels, the
+        fillers are `IGNORED`."""
         return self.packings["decoder"].pack(padded, 0.0 if padded.is_floating_point() else IGNORED)
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Inside, a forward pass packs the batch that was loaded last."""
+        """Inside the block, a forward pass packs the batch that was loaded last."""
         handles = []
         base = self.model.base_model
         for stack, module in self.sites.embedding.items():
@@ -165,14 +168,14 @@ class PaddingFree:
 
     def _pack(self, stack: str) -> Any:
         def pack(module: nn.Module, args: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
-            """Forward hook of a stack's embedding LayerNorm."""
+            """Pack the output of a stack's embedding LayerNorm (forward hook)."""
             return self.packings[stack].pack(embedded)
 
         return pack
 
     def _pad(self, stack: str) -> Any:
         def pad(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            """Forward hook of the last stack."""
+            """Pad the output of the last stack (forward hook)."""
             output.last_hidden_state = self.packings[stack].pad(output.last_hidden_state)
             return output
 

@@ -1,8 +1,8 @@
-"""A look before training: which of the tensors that are to be trained does the loss not depend on?
+"""Find, before training, the trainable tensors on which the loss does not depend.
 
-A modification of a cross-attention that never runs, for instance, would be trained in name only. The criterion is that
-autograd does not reach a tensor. A gradient of exactly zero is no fault: W_down of LoRA has one at the start, since
-W_up is zero.
+A modification of a cross-attention that never runs, for example, would not really be trained. The criterion is that
+autograd does not reach a tensor. A gradient of exactly zero is not a fault: W_down of LoRA has one at the start,
+because W_up is zero.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from transformers import PreTrainedModel
 from peftbench.backbones.precision import autocast
 from peftbench.utils.errors import UserError
 
-NAMED = 6  # in the error; the record has them all
+NAMED = 6  # in the error; the record has all of them
 
 
 def unreached(model: PreTrainedModel, batch: Mapping[str, Tensor], bf16: bool) -> list[str]:
-    """Names of the trainable tensors that get no gradient from the loss of `batch`, by one forward and backward pass.
+    """Return the names of the trainable tensors that get no gradient from the loss of `batch`, with one forward and
+    backward pass.
 
-    The pass leaves nothing behind: gradients are returned to nobody, and random states and training flags are put back.
-    It runs in evaluation mode, in which layers that training drops at random (LayerDrop) are all there.
+    The pass has no side effects: no gradients are stored, and random states and training flags are restored. It runs in
+    evaluation mode, in which all layers are present that training drops at random (LayerDrop).
 
     Args:
-        batch: examples with labels, padded. One example will do, and needs less memory than a step of training, also
-            where that has gradient checkpointing.
-        bf16: under bfloat16 autocast, as training.
+        batch: examples with labels, padded. One example is enough, and needs less memory than a training step, even if
+            that uses gradient checkpointing.
+        bf16: whether to run under bfloat16 autocast, like the training.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     was_training = [(module, module.training) for module in model.modules()]
@@ -47,7 +48,7 @@ def unreached(model: PreTrainedModel, batch: Mapping[str, Tensor], bf16: bool) -
 
 
 def no_gradient(names: Sequence[str]) -> UserError:
-    """The error that names them."""
+    """Return the error that names the tensors."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return UserError(
         f"The loss does not depend on {len(names)} of the tensors that are to be trained: {', '.join(names[:NAMED])}"

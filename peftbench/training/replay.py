@@ -1,9 +1,9 @@
 """Training steps as CUDA graphs: `trainer.graphs`.
 
-A step of a small backbone is some thousand kernels of a few microseconds, and Python takes longer to launch them than
-the GPU to run them. A CUDA graph launches all of them at once. It is of one shape, and reads and writes the memory with
-which it was recorded: so each shape of batch has a graph of its own, a batch is copied to where the graph reads it, and
-the gradients of all graphs are added to the same tensors.
+A step of a small backbone consists of some thousand kernels of a few microseconds, and Python takes longer to launch
+them than the GPU takes to run them. A CUDA graph launches all of them at once. It has one shape, and reads and writes
+the memory with which it was recorded. Therefore each shape of batch has its own graph, a batch is copied to the memory
+that the graph reads, and the gradients of all graphs are added to the same tensors.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ Key = tuple[tuple[str, torch.Size, torch.dtype], ...]
 
 
 class Recorder(Protocol):
-    """What records functions, and computes others meanwhile."""
+    """Records functions, and computes other functions meanwhile."""
 
-    memory: int  # bytes that the recordings hold between replays, at most so far
+    memory: int  # maximum so far of the bytes that the recordings hold between replays
 
     def record(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """What replays the function, and the tensor in which each replay leaves the function's outcome.
+        """Return a function that replays `function`, and the tensor in which each replay leaves its result.
 
         Raises:
             UserError: it cannot be recorded.
         """
 
     def compute(self, function: Callable[[], Tensor]) -> Tensor:
-        """The function's outcome."""
+        """Return the function's result."""
 
     def release(self) -> None:
-        """Give back the memory of all that was recorded, which is replayed no more."""
+        """Release the memory of all recordings, which are not replayed again."""
 
 
 class Replayed:
-    """A step that is computed where the shape of its batch is new, recorded when it comes again, and then replayed.
+    """A step that is computed when its batch's shape is new, recorded when the shape comes again, and then replayed.
 
-    The first time stays unrecorded as it compiles and chooses kernels, which no graph may contain.
+    The first time is not recorded, because it compiles and chooses kernels, which no graph may contain.
 
     Args:
-        step: adds the gradients of a batch's loss to those of `parameters`, and returns the loss, which has none. It
-            must not wait for the GPU.
-        parameters: those that are trained.
-        recorder: what records it; by default CUDA.
-        required: a step that cannot be recorded is an error; else all are computed from then on, also where memory is
-            too short for a recording.
+        step: adds the gradients of a batch's loss to those of `parameters`, and returns the loss, without a gradient.
+            It must not wait for the GPU.
+        parameters: the trained parameters.
+        recorder: records the step; by default with CUDA.
+        required: a step that cannot be recorded is an error. Otherwise all steps are computed from then on, also if
+            there is not enough memory for a recording.
 
     Raises:
         UserError: when called, see `required`.
@@ -76,7 +76,7 @@ class Replayed:
         self.recorded: dict[Key, tuple[dict[str, Tensor], Callable[[], None], Tensor]] = {}
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Add the batch's gradients; returns its loss."""
+        """Add the batch's gradients; return its loss."""
         self._give_gradients()
         key = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.items())
         if key not in self.recorded and not self._record(key, batch):
@@ -90,13 +90,13 @@ class Replayed:
         return loss.clone()
 
     def release(self) -> None:
-        """Give back the memory of all that was recorded; what comes then is recorded anew."""
+        """Release the memory of all recordings; later batches are recorded again."""
         self.recorded.clear()
         if self.recorder is not None:
             self.recorder.release()
 
     def _record(self, key: Key, batch: Mapping[str, Tensor]) -> bool:
-        """Record the step for batches of a shape that comes again; whether that was done."""
+        """Record the step for batches of a shape that comes again; return whether that was done."""
         if self.recorder is None or key not in self.seen or len(self.recorded) >= MOST:
             self.seen.add(key)
             return False
@@ -112,7 +112,7 @@ class Replayed:
         return True
 
     def _give_gradients(self) -> None:
-        """Zeros in the tensors to which all graphs add, where an optimiser step begins and `zero_grad` took them."""
+        """Put zeros in the tensors to which all graphs add, if `zero_grad` removed them at the start of a step."""
         if all(p.grad is gradient for p, gradient in zip(self.parameters, self.gradients, strict=True)):
             return
         torch._foreach_zero_(self.gradients)
@@ -121,11 +121,11 @@ class Replayed:
 
 
 class CudaGraphs:
-    """Records functions as CUDA graphs that share their memory, as they are never replayed at the same time.
+    """Records functions as CUDA graphs that share their memory, because they are never replayed at the same time.
 
-    What is computed between two replays may write that memory too. It does so once there is a graph, so that a training
-    takes no second share of the GPU for the batches that it does not replay. What the first pass leaves behind for all
-    others, such as weights in another dtype, is out of the graphs' reach.
+    Computations between two replays may write that memory too. They do so once there is a graph, so that a training
+    takes no second share of the GPU for the batches that it does not replay. Tensors that the first pass leaves for all
+    later ones, such as weights in another dtype, are outside the graphs' memory.
     """
 
     def __init__(self) -> None:
@@ -134,10 +134,10 @@ class CudaGraphs:
         self.graphs = self.held = self.memory = 0
 
     def compute(self, function: Callable[[], Tensor]) -> Tensor:
-        """The function's outcome."""
+        """Return the function's result."""
         if self.graphs == 0:
             return function()
-        torch.cuda.empty_cache()  # allocations for a pool do not by themselves take memory that others keep unused
+        torch.cuda.empty_cache()  # allocations for a pool do not reuse the unused memory of other pools by themselves
         # The backward pass must run in this thread, whose allocations are the pool's.
         with (
             self._growing(),
@@ -146,30 +146,30 @@ class CudaGraphs:
             torch.cuda.use_mem_pool(self.pool),
         ):
             outcome = function()
-        return outcome.clone()  # a graph may write where it stands
+        return outcome.clone()  # a graph may overwrite it
 
     def record(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """The graph's replay and the function's outcome, whose memory the replays write.
+        """Return the graph's replay and the function's result, whose memory the replays write.
 
         Raises:
-            UserError: the function waits for the GPU, or does what else a graph cannot.
+            UserError: the function waits for the GPU, or does something else that a graph cannot do.
         """
         graph: Any = torch.cuda.CUDAGraph()
         generator: Any = torch.cuda.default_generators[torch.cuda.current_device()]
         random = generator.clone_state()
-        torch.cuda.empty_cache()  # a graph cannot use what unrecorded steps leave behind
+        torch.cuda.empty_cache()  # a graph cannot use the memory that unrecorded steps leave unused
         torch.cuda.synchronize()
         # Objects with GPU memory must not be destroyed in the middle of a recording.
         with self._growing(), self._stream(), no_collection():
-            # Other threads, such as one that pins batches, may go on.
+            # Other threads, such as one that pins batches, may continue.
             graph.capture_begin(pool=self.pool.id, capture_error_mode="thread_local")
             try:
                 outcome = function()
                 graph.capture_end()
             except RuntimeError as error:
-                with suppress(RuntimeError):  # that of a recording that failed
+                with suppress(RuntimeError):  # raised if the recording failed
                     graph.capture_end()
-                generator.graphsafe_set_state(random)  # as torch left it, it would give numbers to recordings alone
+                generator.graphsafe_set_state(random)  # as torch left it, it would give numbers only to recordings
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
                 raise UserError(
@@ -180,13 +180,13 @@ class CudaGraphs:
         return graph.replay, outcome
 
     def release(self) -> None:
-        """Give back the memory of all graphs, which are gone by now."""
+        """Release the memory of all graphs, which no longer exist."""
         self.pool, self.graphs, self.held = type(self.pool)(), 0, 0
         torch.cuda.empty_cache()
 
     @contextmanager
     def _growing(self) -> Iterator[None]:
-        """What is taken from the GPU inside is the graphs'."""
+        """Count the memory that is taken from the GPU inside the block as the graphs'."""
         before = torch.cuda.memory_reserved()
         yield
         self.held += max(0, torch.cuda.memory_reserved() - before)
@@ -194,7 +194,7 @@ class CudaGraphs:
 
     @contextmanager
     def _stream(self) -> Iterator[None]:
-        """Inside, the GPU goes on in the graphs' stream, behind all that was launched before."""
+        """Inside the block, the GPU works in the graphs' stream, after all that was launched before."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             yield

@@ -1,7 +1,7 @@
 """The cross-entropy of target tokens, with label smoothing, without the logits of a whole batch.
 
 The logits of 64 targets of 64 tokens over BART's 50,265 words are 0.8 GB in float32, and a training step holds several
-copies of them. `cross_entropy` computes them in chunks, each with its part of the gradient, and keeps none.
+copies of them. `cross_entropy` computes them in chunks, together with their part of the gradient, and keeps none.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-IGNORED = -100  # a label that is no token
-CHUNK = 1024  # target tokens whose logits are there at a time
-ROWS = 64  # a GPU's matrix products take much longer where the number of words is odd, as BART's is
+IGNORED = -100  # a label that is not a token
+CHUNK = 1024  # target tokens whose logits exist at a time
+ROWS = 64  # a GPU's matrix products take much longer if the number of words is odd, as BART's is
 
 Chunk = Callable[[Tensor, Tensor, float, int], tuple[Tensor, Tensor]]
 
 
 class TokenLoss:
-    """The loss of a model's target tokens, computed from what its output layer reads, which gets no gradient.
+    """The loss of a model's target tokens, computed from the input of its output layer, which gets no gradient.
 
     Args:
         smoothing: ε of `cross_entropy`.
-        compiled: what is done with a chunk's logits goes into one kernel.
-        pack: takes of (B, S, ...) the tokens that have a label, for an encoder-decoder; None: all are taken.
+        compiled: the operations on a chunk's logits are compiled into one kernel.
+        pack: selects from (B, S, ...) the tokens that have a label, for an encoder-decoder; None: all tokens.
     """
 
     def __init__(
@@ -45,18 +45,18 @@ class TokenLoss:
         self._kept: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
 
     def __call__(self, inputs: Mapping[str, Tensor], count: Tensor | float | None = None) -> Tensor:
-        """A forward pass and its loss.
+        """Run a forward pass and return its loss.
 
         Args:
-            inputs: the model's, with labels.
-            count: what the sum over tokens is divided by, see `cross_entropy`.
+            inputs: the model's inputs, with labels.
+            count: the divisor of the sum over tokens, see `cross_entropy`.
         """
         labels = inputs["labels"]
         given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
         if self.model.config.is_encoder_decoder:
             if "decoder_input_ids" not in given:
                 given["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
-        else:  # the logits of a token are those of the next
+        else:  # the logits at a token predict the next token
             labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         with hidden_states(self.layer) as read:
             self.model(**given)
@@ -70,7 +70,7 @@ class TokenLoss:
 
     @torch.no_grad()
     def _weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """W and b in `dtype` with rows of zeros behind them, up to a multiple of `ROWS`; made once."""
+        """Return W and b in `dtype` with rows of zeros appended, up to a multiple of `ROWS`; computed once."""
         if dtype not in self._kept:
             weight = self.layer.weight.detach()
             bias = self.layer.bias.detach() if self.layer.bias is not None else logits_bias(self.model)
@@ -88,8 +88,8 @@ def _computed_in(hidden: Tensor) -> torch.dtype:
 
 
 def output_layer(model: PreTrainedModel) -> nn.Linear | None:
-    """The frozen Linear that gives a model's logits; None where there is none or it is trained, which needs its
-    gradient too."""
+    """Return the frozen Linear that computes a model's logits; None if there is none, or if it is trained and so needs
+    its gradient too."""
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear) or any(p.requires_grad for p in layer.parameters()):
         return None
@@ -98,7 +98,7 @@ def output_layer(model: PreTrainedModel) -> nn.Linear | None:
 
 @contextmanager
 def hidden_states(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside, a forward pass leaves in the list what `layer` reads, and `layer` itself is given no token to compute."""
+    """Inside the block, a forward pass leaves the input of `layer` in the list, and `layer` itself gets no tokens."""
     seen: list[Tensor] = []
 
     def take(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
@@ -113,8 +113,10 @@ def hidden_states(layer: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def _of_chunk(logits: Tensor, labels: Tensor, smoothing: float, words: int) -> tuple[Tensor, Tensor]:
-    """logits: (n, V or more columns, which do not count); labels: (n,). Returns the sum of the tokens' losses and its
-    gradient for the logits, in their dtype and shape."""
+    """Return the sum of the tokens' losses and its gradient for the logits, in the dtype and shape of the logits.
+
+    logits: (n, V or more columns, which do not count); labels: (n,).
+    """
     log_p = logits[:, :words].float().log_softmax(-1)
     active = (labels != IGNORED).unsqueeze(-1)
     index = labels.clamp(min=0).unsqueeze(-1)
@@ -136,20 +138,21 @@ def cross_entropy(
     chunk: int = CHUNK,
     of: Chunk = _of_chunk,
 ) -> Tensor:
-    """sum over tokens of (1-ε) (-log p_label) + ε mean_v (-log p_v), p = softmax(W hidden + b), divided by `count`.
+    """Sum over tokens (1-ε) (-log p_label) + ε mean_v (-log p_v), p = softmax(W hidden + b), and divide by `count`.
 
-    As transformers' LabelSmoother, in float32, with a gradient for `hidden` alone; but 0 where there is no token.
+    This is transformers' LabelSmoother, in float32, with a gradient only for `hidden`; but it is 0 if there is no
+    token.
 
     Args:
         hidden: (..., d).
         weight: W, (vocabulary or more, d), frozen; the logits are computed in its dtype.
         bias: b, as long as W, frozen.
-        labels: (...,), those that are `IGNORED` left out.
+        labels: (...,); those that are `IGNORED` are left out.
         smoothing: ε.
-        count: what the sum is divided by; None: the number of labels that are not `IGNORED`.
-        words: the size of the vocabulary; None: as many as W has rows.
+        count: the divisor of the sum; None: the number of labels that are not `IGNORED`.
+        words: the size of the vocabulary; None: the number of rows of W.
         chunk: tokens at a time.
-        of: what computes loss and gradient of a chunk.
+        of: computes the loss and the gradient of a chunk.
 
     Returns a scalar.
     """
@@ -162,7 +165,7 @@ def cross_entropy(
 
 
 class _Summed(torch.autograd.Function):
-    """The sum of `cross_entropy`. Each chunk's gradient, (softmax - target) W, is made while its logits are there."""
+    """The sum of `cross_entropy`. Each chunk's gradient, (softmax - target) W, is computed while its logits exist."""
 
     @staticmethod
     def forward(
@@ -195,6 +198,7 @@ class _Summed(torch.autograd.Function):
 
 
 def logits_bias(model: PreTrainedModel) -> Tensor | None:
-    """What a model adds to its logits behind the output layer: BART's `final_logits_bias`, (1, vocabulary)."""
+    """Return the bias that a model adds to its logits after the output layer: BART's `final_logits_bias`,
+    (1, vocabulary)."""
     bias: Tensor | None = getattr(model, "final_logits_bias", None)
     return None if bias is None else bias.flatten()

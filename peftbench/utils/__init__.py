@@ -1,1 +1,1 @@
-"""What every folder needs, and nothing of the method."""
+"""Helpers that every folder uses and that know nothing of the method."""

@@ -1,4 +1,4 @@
-"""The console that all that is not an error is printed on."""
+"""The console for all output that is not an error."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from rich.console import Console
 
 class _Terminal(Console):
     def on_broken_pipe(self) -> None:
-        """rich would end the process, amid a run."""
+        """Do nothing: rich would end the process in the middle of a run."""
         let_go(self.file)
 
 
 def terminal(stderr: bool = False) -> Console:
-    """A console that shows what a user typed as it stands: to rich's markup the [prefix] of mix=[prefix] is a style."""
+    """Return a console that prints a user's text literally: rich's markup would take the [prefix] of mix=[prefix] for a
+    style."""
     return _Terminal(stderr=stderr, markup=False, emoji=False)
 
 
 def say(line: str) -> None:
-    """Print a line, however long, at once."""
+    """Print a line, of any length, at once."""
     try:
         print(line, flush=True)
     except BrokenPipeError:
@@ -29,5 +30,5 @@ def say(line: str) -> None:
 
 
 def let_go(file: IO[str]) -> None:
-    """The reader of our output, such as head, has seen enough: the rest goes nowhere."""
+    """Discard all further output: its reader, such as head, has closed the pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())

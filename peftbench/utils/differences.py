@@ -1,4 +1,4 @@
-"""In which keys runs differ. Imports no torch."""
+"""The keys in which runs differ."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf of nested dicts."""
+    """Yield (dotted key, value) of every leaf of nested dicts."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")
@@ -16,16 +16,16 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def differing(values: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys that do not have the same value in all of `values`, in the order of their first occurrence."""
+    """Return the keys that do not have the same value in all of `values`, in the order of their first occurrence."""
     keys = dict.fromkeys(key for one in values for key in one)
     absent = object()
     return [key for key in keys if any(one.get(key, absent) != values[0].get(key, absent) for one in values)]
 
 
 def distinctive(typed: Sequence[Mapping[str, str]]) -> list[str]:
-    """The keys that were typed with different values for different runs.
+    """Return the keys that were typed with different values for different runs.
 
-    Left out are keys below a group that tells the runs apart just as well: task.data_dir, where each task has its own.
+    Keys below a group that distinguishes the runs equally well are left out: task.data_dir, if each task has its own.
     """
 
     def tells_as_much(group: str, key: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a user is told of a mistake: plain sentences that say what is wrong, by the key as typed, and what is right.
+"""Error messages for users: plain sentences that say what is wrong, naming the key as typed, and what would be right.
 
 `UserError` holds them. The command line prints them without a traceback and exits with code 2.
 """
@@ -12,7 +12,7 @@ from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. `faults` is a list of plain sentences, one for each mistake."""
+    """A mistake that the user can correct. `faults` is a list of plain sentences, one for each mistake."""
 
     def __init__(self, *faults: str) -> None:
         super().__init__("\n".join(faults))
@@ -20,24 +20,24 @@ class UserError(Exception):
 
 
 def print_faults(faults: Iterable[str]) -> None:
-    """One plain sentence a line, on stderr."""
+    """Print one plain sentence on each line of stderr."""
     for sentence in faults:
         print(f"peftbench: {sentence}", file=sys.stderr)
 
 
-# A full disk, and places that cannot be written to or read: what is wrong there is wrong outside of peftbench.
+# A full disk, and paths that cannot be written to or read: their cause is outside peftbench.
 OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT)
 
 
 def of_the_machine(error: OSError) -> str | None:
-    """The sentence for an error of the file system that the user can mend; None for any other."""
+    """Return the sentence for an error of the file system that the user can correct, or None for any other error."""
     if error.errno not in OF_THE_MACHINE or error.strerror is None:
         return None
     return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
 
 
 def unknown(what: str, value: object, choices: Iterable[object]) -> str:
-    """The sentence for a `value` that is none of `choices`: the closest match first, then all of them.
+    """Return the sentence for a `value` that is none of `choices`: the closest match first, then all of them.
 
     >>> unknown("method", "lroa", ["lora", "mam"])
     'method=lroa is unknown; did you mean lora? Choices: lora, mam.'
@@ -46,7 +46,7 @@ def unknown(what: str, value: object, choices: Iterable[object]) -> str:
 
 
 def meant(value: object, choices: Iterable[object]) -> str:
-    """How a sentence ends that says of `value` that it is none of `choices`."""
+    """Return the end of a sentence which says that `value` is none of `choices`."""
     names = [str(choice) for choice in choices]
     close = get_close_matches(str(value), names, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]}?" if close else "."

@@ -1,4 +1,4 @@
-"""Files that are written beside their place and then renamed, so that no reader ever sees half of one."""
+"""Files that are written next to their destination and then renamed, so that no reader ever sees half a file."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from typing import Any, TextIO
 
 @contextmanager
 def replacing(path: Path) -> Iterator[TextIO]:
-    """A text file to write to that takes the place of `path` once it is complete."""
-    if path.exists() and not path.is_file():  # nothing takes the place of /dev/stdout
+    """Yield a text file to write to; it replaces `path` once it is complete."""
+    if path.exists() and not path.is_file():  # /dev/stdout cannot be replaced
         with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
             yield file
         return
-    # Half a surrogate pair, which UTF-8 cannot hold, becomes \udxxx: what JSON calls it too.
+    # A lone surrogate, which UTF-8 cannot encode, becomes \udxxx, as JSON writes it.
     with beside(path) as unfinished, unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
         yield file
 
 
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """Where to write a file that takes the place of `path` once it is complete."""
+    """Yield the path at which to write a file that replaces `path` once it is complete."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield unfinished
         os.replace(unfinished, path)
     except OSError as error:
-        if error.errno is not None and error.filename is None:  # a full disk does not say whose
+        if error.errno is not None and error.filename is None:  # the error of a full disk names no file
             error.filename = str(path)
         raise
     finally:
@@ -38,6 +38,6 @@ def beside(path: Path) -> Iterator[Path]:
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes one JSON object on each line of a file."""
+    """Write one JSON object on each line of a file."""
     with replacing(path) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

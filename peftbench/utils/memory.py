@@ -1,4 +1,4 @@
-"""Memory that runs out: which errors say so, and what is done before a second try. Times without garbage collection."""
+"""Out-of-memory errors: how to recognise them, how to free memory before a second try. Pausing garbage collection."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that a device's memory, or the machine's, is not enough."""
+    """Return whether an error says that the memory of a device, or of the machine, is not enough."""
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 def make_room() -> None:
-    """Give back what nothing refers to. Call it behind the `except`, whose error holds on to all that was computed."""
+    """Free unreferenced memory. Call it after the `except` block, because its error keeps all computed tensors
+    alive."""
     gc.collect()
     torch.cuda.empty_cache()
 
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Inside, Python's garbage collector waits."""
+    """Pause Python's garbage collector inside the block."""
     enabled = gc.isenabled()
     gc.disable()
     try:

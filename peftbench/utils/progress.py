@@ -1,4 +1,4 @@
-"""What a run shows while it works: a live display on a terminal, plain lines elsewhere."""
+"""The progress of a run: a live display on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ QUIET_FOR = 15.0  # seconds between two plain lines
 
 
 def is_live(console: Console) -> bool:
-    """Whether a display that moves can be shown: on an interactive terminal, but not in a CI job."""
+    """Return whether an animated display can be shown: on an interactive terminal, but not in a CI job."""
     return console.is_interactive and not os.environ.get("CI")
 
 
@@ -36,7 +36,7 @@ class Stage:
         self.said = time.monotonic()
 
     def advance(self, steps: int = 1) -> None:
-        """`steps` more are done."""
+        """Record that `steps` more are done."""
         self.done += steps
         self.display.progress.advance(self.task, steps)
         if not self.display.live and time.monotonic() - self.said > QUIET_FOR:
@@ -44,7 +44,7 @@ class Stage:
             self.display.console.print(f"{self.name}: {self.done}/{self.total} {self.note}".rstrip())
 
     def say(self, note: str) -> None:
-        """Show a short note, such as the loss, beside the bar."""
+        """Show a short note, such as the loss, next to the bar."""
         self.note = note
         self.display.progress.update(self.task, note=note)
 
@@ -52,7 +52,7 @@ class Stage:
 class Display:
     """The progress of one run on `console`: bars on a terminal, elsewhere a line now and then.
 
-    With `within_another` the run prints nothing, and the display of its sweep shows `progress`.
+    With `within_another` the run prints nothing, and its sweep's display shows `progress`.
     """
 
     def __init__(self, console: Console, within_another: bool = False) -> None:
@@ -69,12 +69,12 @@ class Display:
             console=console,
             transient=True,
             expand=within_another,
-            disable=within_another or not self.live,  # of a display of its own
+            disable=within_another or not self.live,  # no display of its own
         )
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Stage]:
-        """A bar for what happens inside; a plain line at its end."""
+        """Show a bar during the block, and print a plain line at its end."""
         began = time.monotonic()
         stage = Stage(name, total, self)
         try:

@@ -1,4 +1,4 @@
-"""Importing torch and transformers quickly. Imports neither itself."""
+"""Import torch and transformers quickly. This module imports neither itself."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from contextlib import contextmanager
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Imports of torch and transformers in half of the time.
+    """Import torch and transformers in half the time, inside the block.
 
-    They make millions of objects that live as long as the process. The garbage collector would look through them again
-    and again while they are made, and once more at the end; here it passes them over.
+    They create millions of objects that live as long as the process. The garbage collector would traverse these again
+    and again while they are created, and once more at the end. Here it skips them.
     """
-    if "torch" in sys.modules:  # the objects that are about are the caller's
+    if "torch" in sys.modules:  # the present objects are the caller's
         yield
         return
     gc.disable()

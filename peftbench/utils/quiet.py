@@ -10,7 +10,7 @@ from peftbench.utils.console import terminal
 
 
 def quiet_console(stderr: bool = False) -> Console:
-    """The console of a run; the libraries' own bars and hints are switched off."""
+    """Return the console of a run, and switch off the libraries' own bars and hints."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()

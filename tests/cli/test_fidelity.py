@@ -121,7 +121,7 @@ def test_params_shows_them(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert main(["params", "method=mam", "task=sst2", "fidelity=released_code"]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "As in the paper's released code, not its text:" in lines
-    assert "dead, besides 31,087,360" in lines
+    assert "dead, in addition 31,087,360" in lines
     assert main(["params", "method=mam", "task=sst2", "fidelity=released_code", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert (found["fidelity"], found["deviations"], found["dead"]) == ("released_code", [HEAD, DEAD], 31_087_360)

@@ -90,8 +90,8 @@ def test_refusals(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
     capsys.readouterr()
     assert main(["merge", str(run), "--out", str(out)]) == 2
     assert capsys.readouterr().err == (
-        "peftbench: method=mam cannot be merged into the backbone's weights: mix.attention: the attention looks at "
-        "vectors of its own, which no weight can hold; its functional form is not linear.\n"
+        "peftbench: method=mam cannot be merged into the backbone's weights: mix.attention: it adds vectors "
+        "for the attention to look at, which no weight can hold; its functional form is not linear.\n"
     )
     assert not out.exists()
     record = json.loads((run / "record.json").read_text())

@@ -64,14 +64,14 @@ def test_a_budget_is_a_share_or_a_number(budget: str, parameters: int) -> None:
 @pytest.mark.parametrize("budget", ["6,7%", "-1", "lots", "", "%", "6.7 %", "1G", "1.2.3", "5%%", "5.%", "1e6", "0x10"])
 def test_what_is_no_budget(budget: str) -> None:
     with pytest.raises(
-        UserError, match=r"is no budget; give a share of the backbone such as budget=6\.7%, or a number"
+        UserError, match=r"is not a budget; give a share of the backbone such as budget=6\.7%, or a number"
     ):
         limit(budget, 100)
 
 
 @pytest.mark.parametrize("budget", ["0.5", "1.5", "0.0001k"])
 def test_half_a_parameter_is_no_budget(budget: str) -> None:
-    with pytest.raises(UserError, match="no whole number of parameters; give a share of the backbone such as"):
+    with pytest.raises(UserError, match="is not a whole number of parameters; give a share of the backbone such as"):
         limit(budget, 100)
 
 

@@ -81,7 +81,7 @@ def test_formulas_of_other_points(m: Modification, formula: str) -> None:
 
 def test_the_gate_and_the_scale_say_what_they_are() -> None:
     meanings = {name: describe("", PRESETS[name][""]).axes["composition function"][1] for name in PRESETS}
-    assert meanings["prefix"] == "(1 - λ) h + λ Δh, λ: the attention that falls on the prefix (eq. 8)"
+    assert meanings["prefix"] == "(1 - λ) h + λ Δh, λ: the share of the attention that the prefix gets (eq. 8)"
     assert meanings["learned_gate"] == "(1 - λ) h + λ Δh, λ = σ(x w + b), trained"
     assert meanings["heads_gate"] == "(1 - λ) h + λ Δh, λ = σ(q w + b), trained"
     assert meanings["lora"] == "h + s · Δh, s = 2"
@@ -253,7 +253,7 @@ def test_unfrozen_biases_beside_a_modification(
     monkeypatch.setenv("COLUMNS", "100")
     assert main(["explain", "method=lora", "unfreeze=bias"]) == 0
     printed = capsys.readouterr().out
-    assert "Besides, the backbone's own biases are trained." in printed
+    assert "The backbone's own biases are trained too." in printed
     assert re.search(r"biases +14,976 +0\.32%  the backbone's own", printed)
 
 
@@ -289,7 +289,7 @@ def test_mam_on_bart_large_on_a_terminal_of_80_columns(
         "= (2·512·1024 + 512 + 1024) × 24 = 25,202,688",
         "decoder cross heads: 2·N_h·l·d_h × 12 places = 2·16·30·64 × 12 = 737,280",
         "stored   27,414,528   6.75%  of the backbone",
-        "trained  86,810,976  21.37%  in training an MLP makes the prefix",
+        "trained  86,810,976  21.37%  during training an MLP computes the prefix",
     ):
         assert line in printed
 

@@ -231,7 +231,7 @@ def test_the_head_stands_beside_the_totals(capsys: pytest.CaptureFixture[str]) -
     assert main(["params", "method=bitfit", "task=sst2"]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "the backbone's biases 102,144 102,144 102,144" in lines
-    assert "task head, besides 592,130 592,130" in lines
+    assert "task head, in addition 592,130 592,130" in lines
 
 
 def labels(*overrides: str) -> list[tuple[str, int]]:

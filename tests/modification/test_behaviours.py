@@ -347,7 +347,7 @@ def test_file_of_other_settings_is_refused(tmp_path: Path) -> None:
         state.load(attached("bart", PRESETS["lora"] | {"mix.more.": modification("relu", "ffn")}), tmp_path)
     other = attached("bart", {"": modification("identity", "query_value", "parallel", "scaled", 7)})
     before = tensors(other, trained=True)
-    with pytest.raises(UserError, match=r"has shape \(1, 8, 16\), the model wants \(1, 7, 16\)"):
+    with pytest.raises(UserError, match=r"has shape \(1, 8, 16\), but the model needs \(1, 7, 16\)"):
         state.load(other, tmp_path)
     assert all(torch.equal(tensor, dict(other.named_parameters())[name]) for name, tensor in before.items())
 

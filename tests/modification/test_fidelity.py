@@ -242,7 +242,7 @@ def test_what_the_parallel_ffn_adapter_of_mbart_reads(fidelity: str, overrides: 
 
 @pytest.mark.parametrize("family", ["bart", "roberta"])
 def test_behind_a_norm_there_is_no_other_residual_to_read(family: str) -> None:
-    with pytest.raises(UserError, match="ffn_input=residual: the norms of this backbone stand behind its sub-layers"):
+    with pytest.raises(UserError, match="ffn_input=residual: in this backbone each norm comes after its sub-layer"):
         attach(build(family), {"": modification("relu", "ffn", ffn_input="residual")})
 
 
@@ -313,7 +313,7 @@ def test_a_frozen_head_is_kept_in_the_checkpoint(tmp_path: Path) -> None:
     other.load_state_dict(own, strict=False)
     attach(other, {"": modification("identity", "query_value", "parallel", "scaled", 5, scale=2.0)}, train_head=False)
     state.save(model, tmp_path, ROBERTA_HEAD)
-    with pytest.raises(UserError, match="4 tensors stand on one side only"):
+    with pytest.raises(UserError, match="4 tensors are only in the file or only in the model"):
         state.load(other, tmp_path)
     state.load(other, tmp_path, ROBERTA_HEAD)
     with torch.no_grad():

@@ -160,8 +160,8 @@ REFUSED = {
         {"control": "echo no rights; exit 3"},
         f"mps=true: {CONTROL} -d ended with exit code 3 (no rights); mps=false trains without it.",
     ),
-    "silent": ({"control": "exit 1"}, "ended with exit code 1 (without a word); mps=false"),
-    "hangs": ({"control": "exec sleep 5"}, f"mps=true: {CONTROL} -d did not come back within 0 s"),
+    "silent": ({"control": "exit 1"}, "ended with exit code 1 (no output); mps=false"),
+    "hangs": ({"control": "exec sleep 5"}, f"mps=true: {CONTROL} -d did not return within 0 s"),
     "no client": (
         {"client": "echo CUDA error 805: no connection; exit 1"},
         "mps=true: GPU GPU-a cannot be used through it (CUDA error 805: no connection; see ",

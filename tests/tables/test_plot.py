@@ -128,8 +128,8 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.split() == [str(png), str(svg)]
     for arguments, sentence in (
         (["--out", "a.gif"], "the ending must be one of .png, .svg, .pdf"),
-        (["--y", "accurcy"], "accurcy is no column; did you mean accuracy"),
-        (["--by", "methd"], "methd is no column; did you mean method"),
+        (["--y", "accurcy"], "accurcy is not a column; did you mean accuracy"),
+        (["--by", "methd"], "methd is not a column; did you mean method"),
         (["--x", "memory"], "None of these runs has both memory and score"),
     ):
         with pytest.raises(UserError, match=sentence):

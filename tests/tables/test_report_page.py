@@ -133,7 +133,7 @@ def test_the_page_shows_one_group_best_first_and_all_on_demand(page: Any, output
     scores = shown_scores(page)
     assert len(scores) == 15 and scores == sorted(scores, reverse=True)
     assert page.locator("#count").inner_text().startswith("15 of 30 runs")
-    page.get_by_label("Compared with each other").select_option(label="all 30 runs")
+    page.get_by_label("Group of runs").select_option(label="all 30 runs")
     assert len(column(page, "method")) == 30 and len(shown_scores(page)) == 29  # one failed
     assert "choose one set above" in page.locator("#scatter-note").inner_text()
     assert page.locator("#scatter .edge").count() == 0
@@ -180,7 +180,7 @@ def test_filters(page: Any, outputs: Path, typed: str, test: Any) -> None:
 def test_a_filter_that_is_wrong_says_so_and_hides_nothing(page: Any) -> None:
     page.get_by_label("Filter").fill("metho=mam score>x")
     settle(page)
-    assert "metho is no column; did you mean method" in page.locator("#count").inner_text()
+    assert "metho is not a column; did you mean method" in page.locator("#count").inner_text()
     assert "score>x: > needs a column of numbers" in page.locator("#count").inner_text()
     assert len(column(page, "method")) == 15
     page.get_by_label("Filter").fill("nothing-like-it")
@@ -208,15 +208,15 @@ def places(page: Any) -> list[float]:
 
 
 def test_other_axes(page: Any) -> None:
-    page.get_by_role("combobox", name="Across").select_option("memory")
-    page.get_by_role("combobox", name="Up").select_option("tokens_per_s")
+    page.get_by_role("combobox", name="Horizontal axis").select_option("memory")
+    page.get_by_role("combobox", name="Vertical axis").select_option("tokens_per_s")
     words = page.locator("#scatter").inner_text()
     assert "peak memory, GiB (log)" in words and "tokens/s" in words
     assert page.locator("#scatter .full").count() == 0  # full fine-tuning's score is no line among speeds
-    page.get_by_role("combobox", name="Across").select_option("stored")
+    page.get_by_role("combobox", name="Horizontal axis").select_option("stored")
     one, two, three, *_ = places(page)  # 1000, 4000 and 16,000 parameters
     assert three - two == pytest.approx(two - one, abs=0.3)
-    page.get_by_label("log, across").uncheck()
+    page.get_by_label("log, horizontal axis").uncheck()
     assert "(log)" not in page.locator("#scatter").inner_text()
     one, two, three, *_ = places(page)
     assert three - two == pytest.approx(4 * (two - one), abs=0.5)
@@ -272,7 +272,7 @@ def test_details_of_selected_runs(page: Any) -> None:
     assert ["trainer.learning_rate", "0.001", "0.0005"] in [row.split() for row in rows]
     assert ["method", "full", "mam"] in [row.split() for row in rows]
     assert page.locator(".example").count() == 6
-    assert "✓ as the reference" in page.locator(".example").first.inner_text()
+    assert "✓ same as the reference" in page.locator(".example").first.inner_text()
     assert page.locator("#curves .curve").count() == 2
     page.get_by_role("combobox", name="Training curve").select_option("eval_accuracy")
     assert "eval_accuracy" in page.locator("#curves").inner_text()
@@ -290,7 +290,7 @@ def test_columns_can_be_added(page: Any) -> None:
 
 def test_seeds_are_averaged_as_in_the_tables(page_of_seeds: Any, seeds: Path) -> None:
     page = page_of_seeds
-    page.get_by_label("Compared with each other").select_option(index=0)
+    page.get_by_label("Group of runs").select_option(index=0)
     assert len(column(page, "method")) == 61 and page.locator("#scatter .spread").count() == 0
     page.get_by_label("average seeds").check()
     expected = averages(seeds / "sst2", 1, 2, 3)
@@ -305,7 +305,7 @@ def test_seeds_are_averaged_as_in_the_tables(page_of_seeds: Any, seeds: Path) ->
     assert page.locator("#scatter .point[role=button]").count() == 20 == page.locator("#scatter .bars .spread").count()
     assert "standard deviation" in page.locator("#legend").inner_text()
     assert "±" in page.locator("#scatter .point[role=button]").first.get_attribute("aria-label")
-    page.get_by_role("combobox", name="Across").select_option("time")
+    page.get_by_role("combobox", name="Horizontal axis").select_option("time")
     assert page.locator("#scatter .bars .spread").count() == 40
 
     page.get_by_label("Filter").fill("seed!=3")  # a mean is over the runs that are shown
@@ -370,7 +370,7 @@ def test_a_thousand_runs(browser: Any, tmp_path: Path) -> None:
     assert 100 < len(wanted) < 400
     for page in _opened(browser.new_context(), tmp_path / "outputs", "thousand"):
         assert (tmp_path / "report.html").stat().st_size < 4_000_000
-        page.get_by_label("Compared with each other").select_option(label="all 1000 runs")
+        page.get_by_label("Group of runs").select_option(label="all 1000 runs")
         settle(page)
         assert len(column(page, "method")) == 1000
         page.get_by_label("Filter").press_sequentially("method=mam,lora score>82")

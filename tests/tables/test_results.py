@@ -103,11 +103,11 @@ def test_filters(filters: list[str], expected: int) -> None:
 @pytest.mark.parametrize(
     ("filters", "sentences"),
     [
-        (["methd=lora"], ["methd is no column; did you mean method? Choices: method, task"]),
+        (["methd=lora"], ["methd is not a column; did you mean method? Choices: method, task"]),
         (["method=lroa"], ["method=lroa is unknown; did you mean lora? Choices: full, lora, mam."]),
-        (["method=lroa", "sed=1"], ["did you mean lora?", "sed is no column; did you mean seed?"]),
-        (["trainer.lr=1"], ["trainer.lr is no column"]),
-        (["score>high"], ["score>high: > needs a number behind it."]),
+        (["method=lroa", "sed=1"], ["did you mean lora?", "sed is not a column; did you mean seed?"]),
+        (["trainer.lr=1"], ["trainer.lr is not a column"]),
+        (["score>high"], ["score>high: > needs a number after it."]),
     ],
 )
 def test_a_filter_that_matches_nothing_says_what_there_is(filters: list[str], sentences: list[str]) -> None:
@@ -121,7 +121,7 @@ def test_a_value_that_some_runs_have_none_of_can_be_asked_for() -> None:
     records = [run("lora", 1, budget="1%"), run("lora", 2)]
     with pytest.raises(UserError) as refused:
         select(records, ["budget=null"])
-    assert refused.value.faults == ["budget=null is unknown. Choices: 1%. budget= is for the runs that have none."]
+    assert refused.value.faults == ["budget=null is unknown. Choices: 1%. budget= selects the runs that have none."]
     assert select(records, ["budget="]) == records[1:]
 
 
@@ -266,7 +266,7 @@ def test_chosen_columns(outputs: Path, capsys: pytest.CaptureFixture[str]) -> No
     rows = printed_rows(capsys, outputs, "method=lora,mam", "--mean", "--show", keys)
     assert list(rows[0]) == ["method", "score", "score_std", "accuracy", "accuracy_std", *keys.split(",")[3:]]
     assert rows[0]["model.content"] == "0123456789ab" and float(rows[0]["majority"]) == 20
-    with pytest.raises(UserError, match="scor is no column; did you mean score"):
+    with pytest.raises(UserError, match="scor is not a column; did you mean score"):
         main([str(outputs), "--show", "scor"])
 
 
@@ -423,12 +423,12 @@ def test_means_tell_apart_what_differs_in_more_than_the_seed_at_any_width(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--rows", "methd"], "methd is no column; did you mean method"),
+        (["--rows", "methd"], "methd is not a column; did you mean method"),
         (["--rows", "method", "--show", "score"], "--show goes with a row for each run"),
         (["--mix", "split"], "--mix goes with --rows or --columns"),
         (["--reverse"], "--reverse goes with --sort"),
         (["--rows", "method", "--reverse"], "--reverse goes with --sort"),
-        (["--rows", "method", "--value", "functional_form"], "--value functional_form is no number"),
+        (["--rows", "method", "--value", "functional_form"], "--value functional_form is not a number"),
         (["status=failed", "--rows", "method"], "status=failed is unknown. Choices: done."),
     ],
 )

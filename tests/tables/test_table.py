@@ -297,7 +297,7 @@ def test_a_further_split_has_a_column(tmp_path: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.splitlines()[1:] == ["2,62.5", "1,61.0", "3,"]
     assert main([str(tmp_path), "--show", "seed", "--csv", "dev_mm>62"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == ["2"]
-    with pytest.raises(UserError, match="dev_nm is no column; did you mean dev_mm"):
+    with pytest.raises(UserError, match="dev_nm is not a column; did you mean dev_mm"):
         main([str(tmp_path), "--show", "dev_nm"])
 
 

@@ -1,4 +1,4 @@
-"""What a report shows of runs, as JSON values: columns, axes, settings, curves and samples. Imports no torch."""
+"""The content of a report as JSON values: columns, axes, settings, curves and samples."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from peftbench.tables.terminal import titles
 from peftbench.utils.differences import differing
 
 SAMPLES = 6  # predictions of each run
-LONGEST = 600  # characters of each
-POINTS = 100  # of a curve at most
-# A column is shown at first, in this order, if it tells runs apart; the first ones always.
+LONGEST = 600  # characters of each prediction
+POINTS = 100  # maximum number of points of a curve
+# The columns that are visible at first, in this order, if they distinguish runs; the first ones are always visible.
 ALWAYS = ("method", "score", "stored", "percent")
 SHOWN = (
     *("method", "score", "delta", "paper", "paper_of", "difference", "seed", "task", "model", "axes", "bottleneck"),
@@ -52,12 +52,12 @@ FORMS = {
 def content(
     records: Sequence[Record], words: Sequence[str] = (), samples: int = SAMPLES, paper: bool = False
 ) -> dict[str, Any]:
-    """All that the page shows of the runs, best first; those that may be compared are one group.
+    """Return all content of the page, best runs first; comparable runs are one group.
 
     Args:
-        words: what was typed to choose the runs.
-        samples: how many predictions of each run.
-        paper: show the paper's scores also beside runs with another backbone or less data.
+        words: the words that were typed to choose the runs.
+        samples: number of predictions of each run.
+        paper: show the paper's scores also next to runs with another backbone or less data.
     """
     groups = sorted((sorted(table, key=rank) for table in tables(single(records))), key=len, reverse=True)
     rows = [(index, row) for index, table in enumerate(groups) for row in table]
@@ -94,13 +94,13 @@ def content(
 
 
 def _points(rows: Sequence[tuple[int, Row]]) -> list[int]:
-    """A number for each run; those of a group that differ in nothing but their seed have the same one."""
+    """Return a number for each run; runs of a group that differ only in their seed have the same number."""
     known: dict[tuple[Any, ...], int] = {}
     return [known.setdefault((group, point(row.first)), len(known)) for group, row in rows]
 
 
 def _columns(groups: Sequence[Sequence[Row]], paper: bool) -> list[dict[str, Any]]:
-    """What `peftbench results` knows of each run, with the cells in the order of the rows."""
+    """Return the columns that `peftbench results` knows, with the cells in the order of the rows."""
     records = [row.first for table in groups for row in table]
     measured = dict.fromkeys(name for r in records if "report" in r.scores for name in r.scores["report"].metrics)
     measured |= dict.fromkeys(name for r in records for name in r.baselines)
@@ -121,7 +121,7 @@ def _columns(groups: Sequence[Sequence[Row]], paper: bool) -> list[dict[str, Any
             continue
         words = bool(kinds - {int, float})
         apart = len(set(cells)) > 1
-        # a metric is scored anew for each run; a value beside it, such as a learning rate, is shown as it is
+        # Each run has its own score in a metric; other values, such as a learning rate, are shown as they are.
         form = "words" if words else FORMS.get(key, "score" if key in measured and key not in FIELDS else "number")
         made.append(
             {
@@ -139,14 +139,14 @@ def _columns(groups: Sequence[Sequence[Row]], paper: bool) -> list[dict[str, Any
 
 
 def _better(key: str, form: str) -> str | None:
-    """Which end of a column is marked as the best. What the paper printed is no score of ours."""
+    """Return which end of a column is marked as the best. The paper's printed score is not one of our scores."""
     if key in COSTS:
         return "lower"
     return "higher" if key == "tokens_per_s" or (form == "score" and key != "paper") else None
 
 
 def _cell(value: Any) -> Any:
-    """A number, a text or nothing. The values of a mixture are one text, that of a single modification itself."""
+    """Return a number, a text or None. A mixture's values become one text; a single modification's value stays."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if isinstance(value, float) and not math.isfinite(value):
@@ -155,7 +155,7 @@ def _cell(value: Any) -> Any:
 
 
 def _axes(axes: Axes) -> dict[str, str]:
-    """The four axes of a modification, its size and its options, by name."""
+    """Return the four axes of a modification, its size and its options, by name."""
     return {
         "functional form": axes.functional_form,
         "modified representation": axes.modified_representation,
@@ -167,7 +167,8 @@ def _axes(axes: Axes) -> dict[str, str]:
 
 
 def _settings(records: Sequence[Record]) -> tuple[list[str], list[list[str]], list[list[int]]]:
-    """(keys that differ among the runs, the values that each key has, and of each run which ones; -1 for none)."""
+    """Return (keys that differ among the runs, the values of each key, for each run the indices of its values; -1 for
+    none)."""
     settings = [settings_of(record) for record in records]
     keys = differing(settings)
     values: list[dict[str, int]] = [{} for _ in keys]
@@ -183,28 +184,28 @@ def _setting(value: Any) -> str:
 
 
 def _curves(row: Row) -> list[dict[str, Any]]:
-    """What a run logged in training: numbers that were logged at the same steps together, thinned out evenly."""
+    """Return the values that a run logged during training, grouped by their steps and thinned out evenly."""
     lines = logged(row.first.folder)
     found: dict[str, list[tuple[int, float]]] = {}
-    for line in lines:  # the training of the head alone, which comes second, is not part of it
+    for line in lines:  # without the training of the head alone, which comes second
         for key, value in line.items():
             number = isinstance(value, int | float) and math.isfinite(value)
             if number and key not in ("step", "epoch") and line["stage"] == lines[0]["stage"]:
                 found.setdefault(key, []).append((line["step"], value))
     together: dict[tuple[int, ...], dict[str, list[float]]] = {}
     for key, points in found.items():
-        if len(points) > 1:  # the rest are sums made at the end
-            thinned = points[:: -math.ceil(len(points) / POINTS)][::-1]  # the last point is always there
+        if len(points) > 1:  # single points are sums computed at the end
+            thinned = points[:: -math.ceil(len(points) / POINTS)][::-1]  # the last point is always kept
             steps, values = zip(*thinned, strict=True)
             together.setdefault(steps, {})[key] = [float(f"{value:.4g}") for value in values]
     return [{"steps": steps, "values": values} for steps, values in together.items()]
 
 
 def _predictions(record: Record, samples: int) -> list[list[str]]:
-    """The first predictions, each as (example, reference, prediction). They are the same examples in each run."""
+    """Return the first predictions, each as (example, reference, prediction). All runs have the same examples."""
     found: list[list[str]] = []
     for one in read_lines(record.folder / predictions_file("report"), samples):
-        if one is not None and {"reference", "prediction"} <= one.keys():  # no torn line, nor another program's
+        if one is not None and {"reference", "prediction"} <= one.keys():  # not a damaged line or another program's
             name = str(one.get("id", one.get("index", len(found))))
             found.append([name, _cut(one["reference"]), _cut(one["prediction"])])
     return found

@@ -1,4 +1,4 @@
-"""The HTML file of a report: report.html with report.css, report.js and the content put in. Imports no torch."""
+"""The HTML file of a report: report.html with report.css, report.js and the content inserted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PLACE = re.compile(r"\{\{(\w+)\}\}")  # in report.html
 
 
 def page(content: dict[str, Any]) -> str:
-    """The page with what `report.content` made. Nothing in it is read from elsewhere, and no other script runs."""
+    """Return the page with the content of `report.content`. It loads no other resource, and no other script runs."""
     script, style, template = (_read(f"report.{ending}") for ending in ("js", "css", "html"))
     parts = {
         "style": style,
@@ -29,10 +29,10 @@ def _read(name: str) -> str:
 
 
 def _hash(script: str) -> str:
-    """By which the page's own script is known to the browser."""
+    """Return the hash by which the browser recognises the page's own script."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def _inert(content: dict[str, Any]) -> str:
-    """JSON that cannot end the element it stands in: `<` as an escape. Raises ValueError for NaN, which is no JSON."""
+    """Return JSON that cannot end its HTML element: `<` is escaped. Raises ValueError for NaN, which is not in JSON."""
     return json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")

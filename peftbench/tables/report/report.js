@@ -1,5 +1,5 @@
 // The page of `peftbench report`: draws the JSON in #data as a table, two charts and details of the selected runs.
-// What comes from the runs reaches the page as text nodes and attributes alone, never as HTML.
+// Values from the runs reach the page only as text nodes and attributes, never as HTML.
 "use strict";
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
@@ -10,15 +10,15 @@ const RUNS = DATA.runs;
 const LETTERS = "ABCDEFGHIJKL";
 const SVG = document.querySelector("svg").namespaceURI;
 const DASHES = ["", "7 3", "2 3"];
-const LOOKS = 20; // lines of a legend; what comes after them is drawn as "others"
+const LOOKS = 20; // lines of a legend; all further ones are drawn as "others"
 const state = {
   group: DATA.groups.length > 1 ? 0 : -1, // -1: all
   sort: null, // the order of the data: best first, group by group
   descending: false,
-  selected: [], // runs, at the index of their letter
+  selected: [], // runs; the index of a run selects its letter
   shown: [], // the runs that pass the filter
   averaged: false,
-  rows: [], // what the table and the scatter show: those runs, or the averages of them
+  rows: [], // rows of the table and the scatter: those runs, or their averages
 };
 
 const $ = id => document.getElementById(id);
@@ -44,7 +44,7 @@ function draw(name, attributes, text) {
   return node;
 }
 
-// Averages: a row for the runs that differ only in their seed
+// Averages: one row for the runs that differ only in their seed
 
 const POINTS = [...RUNS.reduce((found, run) => found.set(run.point, [...(found.get(run.point) ?? []), run]), new Map()).values()]
   .map(runs => ({ all: runs, runs: [], group: runs[0].group, full: runs[0].full }));
@@ -58,7 +58,7 @@ COLUMN.set("n", COUNT);
 COLUMNS.splice(COLUMNS.indexOf(COLUMN.get("score")) + 1, 0, COUNT);
 
 // Fill a row with the means over these of its runs, and their standard deviations (n - 1). As in peftbench results
-// --mean, only runs with a score count, and the difference to full fine-tuning is that of the means.
+// --mean, only runs with a score count, and the difference from full fine-tuning is that of the means.
 function average(row, found) {
   const runs = once(found), scored = runs.filter(isScored), counted = runs.length > 1 ? scored : runs;
   row.runs = found;
@@ -82,7 +82,7 @@ function average(row, found) {
   row.seeds = seeds.length < 6 ? seeds.sort((a, b) => a - b).join(", ") : `${seeds.length} seeds`;
 }
 
-// Of a run that was trained more than once, in folders of their own, the one with a score that began last.
+// If a run was trained several times, in several folders: the one with a score that began last.
 function once(runs) {
   const turn = run => `${Number(isScored(run))} ${value(run, COLUMN.get("created"))}`;
   const last = new Map();
@@ -92,7 +92,7 @@ function once(runs) {
 
 function isScored(run) { return value(run, COLUMN.get("score")) !== null; }
 
-function differences() { // to the best full fine-tuning of the group
+function differences() { // from the best full fine-tuning of the group
   const [delta, score] = [COLUMN.get("delta"), COLUMN.get("score")], best = new Map();
   if (!delta) return;
   for (const row of POINTS.filter(row => row.full && row.runs.length && value(row, score) !== null)) {
@@ -111,13 +111,13 @@ function mean(numbers) {
   return numbers.reduce((sum, number) => sum + number, 0) / numbers.length;
 }
 
-function together(words, counted) { // the different ones, with how often each occurs
+function together(words, counted) { // the distinct words, with the number of times that each occurs
   const found = new Map();
   for (const word of words) if (word !== null) found.set(word, (found.get(word) ?? 0) + 1);
   return [...found].map(([word, times]) => (counted && found.size > 1 ? `${times} ${word}` : word)).join(", ");
 }
 
-// A row's text in a column: of an average its seeds, and ± beside scores.
+// A row's text in a column; an average has its seeds, and ± after its scores.
 function shownAs(row, column) {
   if (column.key === "seed" && row.seeds !== undefined) return row.seeds;
   const spread = column.better === "higher" && column.form === "score" ? row.spreads[column.index] : undefined;
@@ -160,7 +160,7 @@ for (const run of RUNS) {
   run.texts = new Map();
 }
 
-function texts(run, column) { // what a value is called: a mixture by each of its parts and by all of them
+function texts(run, column) { // the names of a value: for a mixture, that of each part and that of the whole
   if (!run.texts.has(column)) {
     const text = String(value(run, column) ?? "");
     run.texts.set(column, [...new Set([text, ...text.split(" + "), format(column, value(run, column))])]);
@@ -173,7 +173,7 @@ function pattern(text, open) {
   return new RegExp(`^${escaped}${open ? "" : "$"}`, "is");
 }
 
-// What a key of a filter stands for: a column, or a setting in which the runs differ; null for neither.
+// The meaning of a filter's key: a column, or a setting in which the runs differ; null for neither.
 function meaning(key) {
   const column = COLUMN.get(key), at = DATA.settings.keys.indexOf(key);
   if (column) return { texts: run => texts(run, column), number: column.form === "words" ? null : run => value(run, column) };
@@ -187,7 +187,7 @@ function condition(word, faults) {
   if (meant === null) {
     const begins = length => COLUMNS.map(column => column.key).filter(one => one.startsWith(key.slice(0, length)));
     const near = [key.length, 4, 2].map(begins).find(found => found.length) ?? [];
-    faults.push(`${key} is no column${near.length ? `; did you mean ${near.join(" or ")}?` : "."}`);
+    faults.push(`${key} is not a column${near.length ? `; did you mean ${near.join(" or ")}?` : "."}`);
     return () => true;
   }
   if (wanted === "") return () => true; // still being typed
@@ -201,7 +201,7 @@ function condition(word, faults) {
     return run => meant.number(run) !== null && holds(meant.number(run));
   }
   const patterns = wanted.split(",").filter(Boolean).map(text => {
-    // what no run has is taken for the beginning of what is being typed
+    // a value that no run has is taken for the beginning of one that is being typed
     const whole = pattern(text, false);
     return RUNS.some(run => meant.texts(run).some(one => whole.test(one))) ? whole : pattern(text, true);
   });
@@ -225,10 +225,10 @@ function filter() {
   for (const row of rows()) if (row.line.hidden === visible.has(row)) row.line.hidden = !visible.has(row);
   markBest();
   drawScatter();
-  if (chosen().length === 1) drawDifferences(); // from the other runs shown
+  if (chosen().length === 1) drawDifferences(); // relative to the other runs shown
 }
 
-function averageShown(shown) { // only over the runs that pass; what has changed is written anew
+function averageShown(shown) { // only over the runs that pass; rows that have changed are written again
   const stale = POINTS.filter(row => {
     const runs = row.all.filter(run => shown.has(run));
     const same = runs.length === row.runs.length && runs.every((run, index) => run === row.runs[index]);
@@ -279,7 +279,7 @@ function buildTable() {
   $("table").replaceChildren(make("thead", {}, head), body);
   body.addEventListener("click", event => {
     const line = event.target.closest("tr");
-    const label = event.target.closest("label"); // a click on it comes again, from its checkbox
+    const label = event.target.closest("label"); // a click on it arrives a second time, from its checkbox
     if (!line || (label && event.target !== line.of.check)) return;
     if (!String(getSelection())) toggle(line.of);
   });
@@ -288,7 +288,7 @@ function buildTable() {
 }
 
 function sortBy(column) {
-  const first = column.better === "higher"; // the best first, then the other way round
+  const first = column.better === "higher"; // the best first, then in reverse order
   state.descending = state.sort === column ? !state.descending : first;
   state.sort = column;
   order();
@@ -299,7 +299,7 @@ function order() {
   const unsorted = state.averaged ? POINTS.slice().sort(byScore) : RUNS;
   const sorted = sort === null ? unsorted : unsorted.slice().sort((one, other) => {
     const [a, b] = [value(one, sort), value(other, sort)];
-    if (a === null || b === null) return (a === null) - (b === null); // what has no value comes last
+    if (a === null || b === null) return (a === null) - (b === null); // rows without a value come last
     return (sort.form === "words" ? collator.compare(a, b) : a - b) * (descending ? -1 : 1);
   });
   $("table").tBodies[0].append(...sorted.map(row => row.line));
@@ -311,12 +311,12 @@ function order() {
   }
 }
 
-function byScore(one, other) { // as the runs come: group by group, the best first
+function byScore(one, other) { // in the order of the data: group by group, the best first
   const [a, b] = [one, other].map(row => value(row, COLUMN.get("score")) ?? -Infinity);
   return one.group - other.group || (a === b ? 0 : b - a);
 }
 
-function markBest() { // of what is shown, and only among runs that may be compared
+function markBest() { // among the rows shown, and only if the runs may be compared
   const scored = state.rows.filter(row => value(row, COLUMN.get("score")) !== null), groups = new Set(scored.map(row => row.group));
   for (const column of COLUMNS.filter(column => column.shown && column.better !== null)) {
     const numbers = scored.map(row => value(row, column)).filter(number => number !== null);
@@ -358,7 +358,7 @@ function scale(numbers, log, start, end) {
   return { place, ticks: most => ticks(unwrap(low), unwrap(high), log, most) };
 }
 
-// The frame of a chart; null where there is nothing to draw.
+// The frame of a chart; null if there is nothing to draw.
 function frame(holder, across, up, points) {
   const node = holder.querySelector("svg"), width = holder.clientWidth || 600;
   const height = Math.round(Math.min(440, Math.max(260, width * 0.62)));
@@ -413,7 +413,7 @@ function plus(r) {
   return `M${-b} ${-a}H${b}V${-b}H${a}V${b}H${b}V${a}H${-b}V${b}H${-a}V${-b}H${-b}Z`;
 }
 
-function colour(index) { // black, the last one, is the colour of letters: white in the dark
+function colour(index) { // black, the last one, becomes the text colour: white in the dark scheme
   const found = DATA.colours[index % DATA.colours.length];
   return found === "#000000" ? "currentColor" : found;
 }
@@ -489,7 +489,7 @@ function drawScatter() {
     });
     chart.node.append(point.node);
   }
-  chart.node.classList.toggle("many", plotted.length > 200); // whose outlines would be all that is seen
+  chart.node.classList.toggle("many", plotted.length > 200); // otherwise only their outlines would be visible
   plotted[0].node.setAttribute("tabindex", 0);
   chart.node.append(draw("g", { class: "rings" }));
   showRings();
@@ -519,7 +519,7 @@ function ends({ x, y, spread: [across, up] }) {
 
 function pairs(list) { return Array.from({ length: list.length / 2 }, (_, index) => list.slice(2 * index, 2 * index + 2)); }
 
-// Points that no other one beats in x or in y while it equals them in the other.
+// The points that no other point beats in x or in y while it equals them in the other.
 function front(points, x, y) {
   const [across, up] = [x, y].map(column => (column.better === "lower" ? 1 : -1));
   const found = [];
@@ -533,7 +533,7 @@ function front(points, x, y) {
 function nearest(event) {
   const box = $("scatter").getBoundingClientRect();
   const [left, top] = [event.clientX - box.left, event.clientY - box.top];
-  let found = null, least = 24 ** 2; // so far away a finger still means it
+  let found = null, least = 24 ** 2; // the distance at which a tap still selects it
   for (const point of plotted) {
     const away = (point.left - left) ** 2 + (point.top - top) ** 2;
     if (away < least) [found, least] = [point, away];
@@ -596,7 +596,7 @@ function watchScatter() {
 
 // Selected runs
 
-function toggle(row) { // of an average, all of its runs
+function toggle(row) { // for an average, all of its runs
   const missing = row.runs.filter(run => !state.selected.includes(run));
   const free = LETTERS.split("").map((_, index) => index).filter(index => !state.selected[index]);
   if (!missing.length) for (const run of row.runs) state.selected[state.selected.indexOf(run)] = undefined;
@@ -624,7 +624,7 @@ function showSelection(note = "") {
   }
   const runs = chosen();
   const chips = runs.map(run => {
-    const button = make("button", { type: "button", title: "no longer select it" }, badge(run), title(run), " ×");
+    const button = make("button", { type: "button", title: "deselect" }, badge(run), title(run), " ×");
     button.addEventListener("click", () => { toggle(run); $("chips").querySelector("button")?.focus(); });
     return make("li", {}, button);
   });
@@ -635,7 +635,7 @@ function showSelection(note = "") {
     chips.push(make("li", {}, none));
   }
   $("chips").replaceChildren(...chips);
-  $("chips-note").textContent = note || (runs.length ? "" : "Select runs by a point of the scatter or a row of the table: their training curves come here, their settings and predictions below.");
+  $("chips-note").textContent = note || (runs.length ? "" : "Select runs by clicking a point of the scatter or a row of the table. Their training curves appear here, their settings and predictions below.");
   $("details").hidden = runs.length === 0;
   $("curve-controls").hidden = !runs.some(run => run.curves.length);
   showRings();
@@ -664,7 +664,7 @@ function drawCurves() {
     chart.node.append(draw("polyline", { class: "curve", points: path, stroke: colour(index), "stroke-dasharray": dash }));
     ends.push({ left: chart.x(points.at(-1).x), top: chart.y(points.at(-1).y), text: letter(run) });
   }
-  ends.sort((a, b) => a.top - b.top); // letters stand below each other, not on each other nor on the axis
+  ends.sort((a, b) => a.top - b.top); // letters are placed below each other, and overlap neither each other nor the axis
   ends.forEach((end, index) => { end.top = Math.max(end.top, index ? ends[index - 1].top + 12 : 0); });
   let below = chart.bottom + 6;
   for (const end of ends.reverse()) {
@@ -693,7 +693,7 @@ function setting(run, index) {
   return at < 0 ? "–" : DATA.settings.values[index][at];
 }
 
-function breakable(key) { // a long key may go on in the next line after a dot or an underscore
+function breakable(key) { // a long key may be broken after a dot or an underscore
   return key.split(/(?<=[._])/).flatMap((part, index) => (index ? [make("wbr"), part] : [part]));
 }
 
@@ -734,12 +734,12 @@ function drawPredictions() {
   $("predictions").replaceChildren(...[...examples.values()].map(example => {
     const found = make("dl", {}, make("dt", {}, "reference"), make("dd", {}, example.reference));
     for (const [run, prediction] of example.by) {
-      const same = prediction === example.reference ? [make("span", { className: "same-as" }, " ✓ as the reference")] : [];
+      const same = prediction === example.reference ? [make("span", { className: "same-as" }, " ✓ same as the reference")] : [];
       found.append(make("dt", {}, badge(run), " " + run.method), make("dd", {}, prediction, ...same));
     }
     return make("div", { className: "example" }, make("p", { className: "note" }, `example ${example.name}`), found);
   }));
-  if (!examples.size) $("predictions").replaceChildren(make("p", { className: "note" }, "None are in this report."));
+  if (!examples.size) $("predictions").replaceChildren(make("p", { className: "note" }, "This report has none."));
 }
 
 // The start
@@ -759,7 +759,7 @@ function start() {
 
   const help = $("help").lastElementChild;
   for (const line of [
-    "Words that a run's names, axes, error or command line hold; or conditions on columns, all of which must hold:",
+    "Words that occur in a run's names, axes, error or command line; or conditions on columns, which must all hold:",
     "method=mam,lora   seed!=1   functional_form=relu   device=*H200*   score>60   stored<=200000   functional_form=\"relu + softmax\"",
     `Columns: ${COLUMNS.filter(column => column !== COUNT).map(column => column.key).join(", ")}.`,
   ]) help.append(make("p", {}, line));
@@ -782,7 +782,7 @@ function start() {
   filter();
   watchScatter();
 
-  let waiting = 0; // at most one filtering for each picture on the screen
+  let waiting = 0; // filter at most once per animation frame
   $("filter").addEventListener("input", () => { cancelAnimationFrame(waiting); waiting = requestAnimationFrame(filter); });
   $("averaging").hidden = POINTS.length === RUNS.length;
   $("average").addEventListener("change", () => {
@@ -797,7 +797,7 @@ function start() {
   for (const id of ["curve", "curvelog"]) $(id).addEventListener("change", drawCurves);
   let width = innerWidth;
   addEventListener("resize", () => {
-    if (width === innerWidth) return; // a phone's address bar comes and goes
+    if (width === innerWidth) return; // a phone's address bar appears and disappears
     width = innerWidth;
     drawScatter();
     drawCurves();
