@@ -256,7 +256,7 @@ def verdict(table: Table, row: Row) -> str:
 
 
 def fitting_backbone() -> tuple[float, float]:
-    """The range of backbone sizes for which the rounded percentages of BART-large are the printed ones, over rows that fit."""
+    """The backbone sizes between which BART-large's rounded percentages are the printed ones, over rows that fit."""
     low, high = 0.0, math.inf
     for table in TABLES:
         for row in table.rows:
@@ -275,7 +275,7 @@ def counted(task: str, model: str, overrides: str) -> Counts:
 
 @cache
 def composed(overrides: str) -> Run:
-    """The validated run. Hydra takes longer than the count does, so runs are cached and the backbone is set afterwards."""
+    """The validated run. Composing is slower than counting, so runs are cached and the backbone is set afterwards."""
     return compose_run(overrides.split())
 
 
