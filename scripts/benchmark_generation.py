@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""How fast models with modifications generate, beside the bare backbone. Prints a table of ratios.
+"""Measures how fast models with modifications generate, compared with the bare backbone. Prints a table of ratios.
 
     python scripts/benchmark_generation.py                                BART-large's shape on one CUDA device
-    python scripts/benchmark_generation.py --shape tiny --device cpu      whether it runs at all
-    python scripts/benchmark_generation.py --profile mam                  what one variant spends its time on
+    python scripts/benchmark_generation.py --shape tiny --device cpu      checks that it runs
+    python scripts/benchmark_generation.py --profile mam                  where one variant spends its time
 
 All variants generate in one process, in turns, from the same sources, by `peftbench.evaluation.predict` as runs do
 (bfloat16 autocast, beams). The first rows are transformers' own `generate` of the untouched backbone, under autocast
-and in bfloat16 whole. Weights are random, trained tensors too (none is zero), and every text has the same number of
-tokens, so that all do the same work. What is timed is one pass over the sources; folding, merging and rounding the
-weights, once for all batches of a data set, stand in a column of their own. A variant that fails is reported, and the
-others go on.
+and entirely in bfloat16. Weights are random, trained tensors too (none is zero), and every text has the same number of
+tokens, so all variants do the same work. The time is that of one pass over the sources. Folding, merging and rounding
+the weights happens once for all batches of a data set and has its own column. A variant that fails is reported, and
+the others continue.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ VARIANTS = (
 
 @dataclass
 class Measured:
-    """Seconds of each pass, of the preparation, and the memory of one pass, beside the weights."""
+    """Seconds of each pass and of the preparation, and the memory of one pass, without the weights."""
 
     seconds: list[float] = field(default_factory=list)
     prepare: float = 0.0
@@ -99,7 +99,7 @@ class Measured:
 
 
 def build(shape: str, device: torch.device) -> PreTrainedModel:
-    """The backbone with random weights, the same at each call."""
+    """Build the backbone with random weights, the same in each call."""
     torch.manual_seed(0)
     with device:
         model = BartForConditionalGeneration(BartConfig(**SHAPES[shape]))
@@ -107,7 +107,7 @@ def build(shape: str, device: torch.device) -> PreTrainedModel:
 
 
 def build_variant(variant: Variant, shape: str, device: torch.device) -> PreTrainedModel:
-    """As a run leaves it after training: attached, folded, no trained tensor zero."""
+    """Build a model as it is after training: attached, folded, no trained tensor zero."""
     model = build(shape, device)
     if variant.plain:
         return model.bfloat16() if variant.whole else model
@@ -126,7 +126,7 @@ def build_variant(variant: Variant, shape: str, device: torch.device) -> PreTrai
 
 
 def sources(count: int, longest: int, vocabulary: int) -> Dataset:
-    """Random ids, half as long as the longest at least."""
+    """Random ids; the lengths are between half of the longest and the longest."""
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(longest // 2, longest + 1, (count,), generator=generator).tolist()
     lengths[0] = longest
@@ -135,7 +135,7 @@ def sources(count: int, longest: int, vocabulary: int) -> Dataset:
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Pads on the right."""
+    """Pad on the right."""
     longest = max(len(row["input_ids"]) for row in rows)
     filled = {"input_ids": PAD, "attention_mask": 0}
     return {
@@ -145,7 +145,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def generation(beams: int, tokens: int) -> GenerationConfig:
-    """As a run of task=xsum has it, but of `tokens` tokens behind the start token, whatever they are."""
+    """The settings of a run of task=xsum, but with exactly `tokens` tokens after the start token."""
     own = {"pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
     lengths = {"min_length": tokens + 1, "max_length": tokens + 1}
     return GenerationConfig(**own, **lengths, num_beams=beams, no_repeat_ngram_size=3, length_penalty=1.0)
@@ -154,7 +154,7 @@ def generation(beams: int, tokens: int) -> GenerationConfig:
 def one_pass(
     variant: Variant, model: PreTrainedModel, data: Dataset, options: GenerationConfig, arguments: Namespace
 ) -> Any:
-    """Generate once from all sources; the ids."""
+    """Generate once from all sources; returns the ids."""
     if not variant.plain:
         return predict(model, data, collate, len(data), generation=options, bf16=True)
     order = sorted(range(len(data)), key=lambda i: len(data[i]["input_ids"]), reverse=True)
@@ -165,7 +165,7 @@ def one_pass(
 
 @contextmanager
 def ready(variant: Variant, model: PreTrainedModel) -> Iterator[None]:
-    """What `predict` does before the first batch, so that it finds it done; nothing is merged where that is wanted."""
+    """Do in advance what `predict` does before the first batch; nothing is merged if `variant.merge` is false."""
     with ExitStack() as stack:
         if not variant.merge:
             stack.enter_context(patch.object(inference, "merged", lambda model: nullcontext()))
@@ -178,7 +178,7 @@ def ready(variant: Variant, model: PreTrainedModel) -> Iterator[None]:
 def measure(
     models: dict[Variant, PreTrainedModel], data: Dataset, beams: int, arguments: Namespace, found: dict[str, Measured]
 ) -> None:
-    """Passes in turns; the first of each is not counted."""
+    """Run the passes of all variants in turns; the first pass of each is not counted."""
     options = generation(beams, arguments.tokens)
     for turn in range(arguments.rounds + 1):
         for variant, model in models.items():
@@ -187,7 +187,7 @@ def measure(
                 continue
             try:
                 gc.collect()
-                with no_collection():  # as timeit has it
+                with no_collection():  # as timeit does
                     began = clock(model.device)
                     with ready(variant, model):
                         prepared = clock(model.device)
@@ -195,7 +195,7 @@ def measure(
                         ids = one_pass(variant, model, data, options, arguments)
                         ended = clock(model.device)
                 assert ids.shape == (len(data), arguments.tokens + 1), ids.shape
-            except Exception as error:  # one variant that fails is no reason to know nothing of the others
+            except Exception as error:  # the other variants are still measured
                 traceback.print_exc()
                 measured.error = f"{type(error).__name__}: {error}"
                 continue
@@ -206,14 +206,14 @@ def measure(
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, with nothing left to do on the device."""
+    """The time in seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def reset_memory(device: torch.device) -> int:
-    """Bytes in use."""
+    """Reset the peak; returns the bytes in use."""
     if device.type != "cuda":
         return 0
     torch.cuda.reset_peak_memory_stats()
@@ -221,12 +221,12 @@ def reset_memory(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes in use since."""
+    """The most bytes in use since the last reset."""
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
 
 
 def profile(variant: Variant, model: PreTrainedModel, data: Dataset, beams: int, arguments: Namespace) -> None:
-    """The kernels of one pass that take longest, and what launching them costs the CPU."""
+    """Print the kernels of one pass that take longest, and what launching them costs the CPU."""
     from torch.profiler import ProfilerActivity
 
     options = generation(beams, arguments.tokens)
@@ -303,7 +303,7 @@ def main() -> None:
         except Exception as error:  # as in `measure`
             traceback.print_exc()
             broken[variant.name] = f"{type(error).__name__}: {error}"
-    gc.freeze()  # as commands do (`utils.quick_imports`): what torch made on import is not looked through again
+    gc.freeze()  # as commands do (`utils.quick_imports`): the collector skips what torch made on import
     vocabulary = int(next(iter(models.values())).config.vocab_size)
     data = sources(arguments.sources, arguments.longest, vocabulary)
     if arguments.profile:

@@ -1,10 +1,10 @@
-"""What it takes to show a thousand runs: the tables of `peftbench results`, the report, and its page in Chromium.
+"""Measures how long showing a thousand runs takes: `peftbench results`, the report, and its page in Chromium.
 
 python scripts/benchmark_records.py [--runs 1000] [--tries 5] [--out FILE]
 
-The runs are those of outputs/reference/grid again and again, each round with seeds and names of its own. The page is
-opened at two widths, and a filter is typed into it letter by letter; that needs playwright and Chromium (pip install -e
-".[dev]"; playwright install chromium, or one on the PATH) and is left out without them.
+The runs are copies of those in outputs/reference/grid, each round of copies with its own seeds and names. The page is
+opened at two widths, and a filter is typed into it letter by letter. This needs playwright and Chromium (pip install -e
+".[dev]"; playwright install chromium, or one on the PATH) and is skipped without them.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from rich.console import Console
 from rich.table import Table
 
 REFERENCE = Path(__file__).parent.parent / "outputs" / "reference" / "grid"
-# What is timed, and what it may take at most, in seconds on two cores, for a thousand runs.
+# The timed commands with their limits, in seconds on two cores, for a thousand runs.
 COMMANDS = {"results": 2.0, "results --mean": 2.0, "report": None}
 OPENED, LETTER = 2.0, 0.1
 WIDTHS = {"desktop": (1360, 900), "phone": (390, 844)}
 FILTER = "method=mam,lora score>35"
-# The seconds from each letter that is typed into the filter until the page has been drawn anew.
+# The seconds from each letter typed into the filter until the page is drawn again.
 TYPED = """async text => {
   const field = document.getElementById("filter"), taken = [];
   for (let length = 1; length <= text.length; length++) {
@@ -85,7 +85,7 @@ def _repeat(folder: Path, count: int) -> None:
 
 
 def _seconds(command: str, runs: Path, page: Path) -> float:
-    """How long a command took, with the start of Python. Ends the script where it fails."""
+    """How long a command took, including the start of Python. Ends the script if the command fails."""
     words = [*command.split(), str(runs), *(["--out", str(page)] if command == "report" else [])]
     began = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "peftbench", *words], capture_output=True, text=True)
@@ -96,19 +96,19 @@ def _seconds(command: str, runs: Path, page: Path) -> float:
 
 
 def _page(file: Path) -> list[dict[str, Any]]:
-    """The figures of the report's page, or none where no browser can be started, which stderr then says."""
+    """The figures of the report's page, or none, with a line on stderr, if no browser can be started."""
     try:
         from playwright import sync_api
     except ImportError:
-        print("The page is left out: playwright is not installed.", file=sys.stderr)
+        print("The page is skipped: playwright is not installed.", file=sys.stderr)
         return []
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     found = []
     with sync_api.sync_playwright() as starter:
-        try:  # in a container the browser's own sandbox has no rights; what it opens here is our own file
+        try:  # the browser's sandbox cannot run in a container; the only page opened here is our own file
             browser = starter.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         except sync_api.Error as error:
-            print(f"The page is left out: {str(error).splitlines()[0]}", file=sys.stderr)
+            print(f"The page is skipped: {str(error).splitlines()[0]}", file=sys.stderr)
             return []
         for name, (width, height) in WIDTHS.items():
             page = browser.new_page(viewport={"width": width, "height": height})

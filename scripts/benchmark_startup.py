@@ -1,4 +1,4 @@
-"""How long peftbench's commands take to start: the median of a few tries of each, and the heavy libraries it imports.
+"""Measures how long peftbench's commands take to start: the median of a few tries, and the heavy libraries they import.
 
 python scripts/benchmark_startup.py [--tries 5] [--out FILE]
 """
@@ -24,7 +24,7 @@ from rich.table import Table
 
 HEAVY = ("torch", "transformers", "datasets", "pandas", "matplotlib", "scipy", "sklearn", "evaluate")
 SWEEP = "train -m method=lora,bitfit debug=smoke task.baselines=[] output_dir=TEMPORARY"
-COMMANDS: dict[str, float | None] = {  # with what they may take at most, in seconds on two cores
+COMMANDS: dict[str, float | None] = {  # with their limits, in seconds on two cores
     "--help": 0.5,
     "ls": None,
     "ls axes": None,
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def _timed(command: str, folder: str, most: float | None, tries: int) -> dict[str, Any]:
-    """The figures of one command; one more try than is timed tells what it imports, and warms the system's caches."""
+    """The figures of one command. An extra try, not timed, shows what it imports and warms the system's caches."""
     imports = _run(command, folder, "-X", "importtime")
     taken, worked = [], []
     for _ in range(tries):
@@ -77,7 +77,7 @@ def _timed(command: str, folder: str, most: float | None, tries: int) -> dict[st
     return {
         "command": command,
         "seconds": median(taken),
-        "cpu_s": median(worked),  # does not grow with what else the machine does
+        "cpu_s": median(worked),  # does not depend on other work of the machine
         "tries_s": taken,
         "at_most_s": most,
         "imports": [name for name in HEAVY if re.search(rf"\| +{name}$", imports, re.MULTILINE)],
@@ -85,7 +85,7 @@ def _timed(command: str, folder: str, most: float | None, tries: int) -> dict[st
 
 
 def _run(command: str, folder: str, *options: str) -> str:
-    """What a command prints on stderr. Ends the script where it fails."""
+    """What a command prints on stderr. Ends the script if the command fails."""
     words = command.replace("TEMPORARY", folder).split()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     line = [sys.executable, *options, "-m", "peftbench", *words]

@@ -1,12 +1,12 @@
-"""One sweep with `jobs=` against as many single `peftbench train` commands: the time of both, and their scores.
+"""Compares one sweep with `jobs=` to single `peftbench train` commands for the same runs: times and scores.
 
     python scripts/benchmark_sweep.py --model FOLDER --data FOLDER [--jobs 8] [--mps both] [--all] [--out FILE]
                                       [KEY=VALUE ...]
 
-24 runs on webnlg: 4 methods x 3 learning rates x 2 seeds, 300 steps each. Of the single commands a few are timed, one
-of each method, and their mean stands for all; --all times every one. The first is run once before, untimed, which fills
-the caches and gives the noise from run to run. --mps both sweeps twice, without and with `mps=true`, against the same
-single commands. The folders are those of a backbone, as `model.path`, and of the data.
+24 runs on webnlg: 4 methods x 3 learning rates x 2 seeds, 300 steps each. Only some single commands are timed, one of
+each method, and their mean is used for all; --all times every one. The first is also run once in advance, untimed,
+which fills the caches and gives the noise from run to run. --mps both sweeps twice, without and with `mps=true`, and
+compares both with the same single commands. --model is the backbone's folder, as in `model.path`.
 """
 
 from __future__ import annotations
@@ -85,11 +85,11 @@ def main() -> int:
 def _sweep(
     root: Path, fixed: list[str], jobs: str, mps: str, single_s: float, alone: Mapping[str, Record]
 ) -> dict[str, Any]:
-    """All runs as one sweep.
+    """Train all runs as one sweep.
 
     Args:
-        single_s: what they take as single commands.
-        alone: of those that were timed so, the records.
+        single_s: their time as single commands.
+        alone: the records of the timed single commands.
     """
     folder = f"sweep-mps-{mps}"
     swept = [f"{key}={','.join(values)}" for key, values in AXES.items()]
@@ -124,17 +124,17 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300, help="optimiser steps of each run; default: %(default)s")
     parser.add_argument("--jobs", default="auto", help="runs at once; default: %(default)s")
     parser.add_argument("--mps", default="false", choices=MPS, help="the sweep's mps=; both: one after the other")
-    parser.add_argument("--all", action="store_true", help="time all single commands, not one of each method")
+    parser.add_argument("--all", action="store_true", help="time all single commands instead of one of each method")
     parser.add_argument("--outputs", type=Path, help="an empty folder for the runs; default: a temporary one")
     parser.add_argument("--out", type=Path, help="write the figures there as JSON")
     arguments = parser.parse_intermixed_args()
     if arguments.outputs is not None and arguments.outputs.is_dir() and any(arguments.outputs.iterdir()):
-        parser.error(f"--outputs {arguments.outputs} is not empty: runs in it that are done would cost no time.")
+        parser.error(f"--outputs {arguments.outputs} is not empty: finished runs in it would take no time.")
     return arguments
 
 
 def _train(root: Path, folder: str, words: list[str]) -> float:
-    """Seconds of one `peftbench train`; what it prints goes to a file. Ends the script where the command fails."""
+    """Seconds of one `peftbench train`, whose output goes to a file. Ends the script if the command fails."""
     root.mkdir(parents=True, exist_ok=True)
     log = root / f"{folder}.log"
     began = time.perf_counter()
@@ -174,7 +174,7 @@ def _show(found: dict[str, Any], timed: int) -> None:
     table.add_row("target", f"{found['singles_in_all_s'] * TARGET:.1f}", f"{TARGET:.3f}")
     table.add_row("one run alone, without its start", f"{found['run_alone_s']:.1f}", "")
     for sweep in found["sweeps"]:
-        table.add_row(f"one run beside others (mps={sweep['mps']})", f"{sweep['run_beside_s']:.1f}", "")
+        table.add_row(f"one run together with others (mps={sweep['mps']})", f"{sweep['run_beside_s']:.1f}", "")
     console.print(table)
     for sweep in found["sweeps"]:
         console.print(

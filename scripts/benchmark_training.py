@@ -1,8 +1,8 @@
-"""Training steps of peftbench beside peft, full fine-tuning and a bare frozen backbone: seconds and memory.
+"""Measures training steps of peftbench, peft, full fine-tuning and a bare frozen backbone: seconds and memory.
 
-Every variant trains on the same random examples in one process, in turn, for several rounds; random weights, no hub.
-Ours go through `peftbench.training.fit.fit`, the others through transformers' Trainer as their users run it. A variant
-that fails is reported with its error, and the others go on.
+All variants train on the same random examples in one process, in turn, for several rounds, with random weights and
+without the hub. Ours use `peftbench.training.fit.fit`, the others transformers' Trainer as their users run it. A
+variant that fails is reported with its error, and the others continue.
 
     python scripts/benchmark_training.py --shape bart_large --out training.json
     python scripts/benchmark_training.py --shape roberta_base --only "mam,lora,peft"
@@ -51,17 +51,17 @@ from peftbench.training.checkpoint import Checkpoints
 from peftbench.training.fit import fit
 from peftbench.training.pace import Pace
 
-WARM_UP = 10  # steps at the start of each round that are not counted: kernels are loaded, graphs recorded
-PROFILED = 45  # kernels that a profile lists
-RUN = 2000  # steps of the run that each round begins and then stops: it logs as seldom as a real one
+WARM_UP = 10  # uncounted steps at the start of each round: kernels are loaded and graphs recorded
+PROFILED = 45  # kernels listed in a profile
+RUN = 2000  # planned steps of each round, which stops early: it logs as rarely as a real run
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A backbone's architecture and the lengths of what it reads."""
+    """A backbone's architecture and the lengths of its inputs."""
 
     model: Callable[[], PreTrainedModel]
-    task: str  # whose preset sizes and trainer settings are taken
+    task: str  # its preset sizes and trainer settings are used
     batch: int
     source: tuple[int, int]  # lengths are uniform between the two
     target: int | None  # tokens; None: a class
@@ -101,7 +101,7 @@ SHAPES = {
     "tiny": Shape(_tiny_bart, "xsum", 4, (16, 64), 8, ["fc1", "fc2"]),
 }
 
-# What is taken back from all fast paths on, by name.
+# The changes of each variant, by name, starting from all fast paths on.
 WITHOUT: dict[str, dict[str, Any]] = {
     "on": {},
     "no_graphs": {"graphs": False},
@@ -122,7 +122,7 @@ WITHOUT: dict[str, dict[str, Any]] = {
 
 
 class Data:
-    """What of a TaskData `fit` reads: random token ids, the same in every variant."""
+    """The part of a TaskData that `fit` reads: random token ids, the same in every variant."""
 
     def __init__(self, shape: Shape, examples: int, vocabulary: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -141,7 +141,7 @@ class Data:
 
 @dataclass
 class Collator:
-    """Pads sources with `pad`; the decoder's input is the labels, moved by one behind </s>."""
+    """Pads sources with `pad`; the decoder's input is </s> and then the labels, shifted by one."""
 
     pad: int
     pad_to_multiple_of: int = 1
@@ -163,14 +163,14 @@ class Collator:
 
 @dataclass
 class Result:
-    """All that was measured of a variant."""
+    """All measurements of a variant."""
 
     name: str
     trained: int = 0
     seconds: list[float] = field(default_factory=list)  # of each step counted
     first_s: float = 0.0  # of the first round as a whole, compilation included
     peak_bytes: int | None = None  # of tensors
-    reserved_bytes: int | None = None  # of these and of what torch keeps for others, CUDA graphs' memory too
+    reserved_bytes: int | None = None  # also of what torch keeps for later tensors, and of CUDA graphs
     loss: list[float] = field(default_factory=list)
     error: str | None = None
 
@@ -181,7 +181,7 @@ class Result:
 
 @dataclass
 class Variant:
-    """A model with a way to train it for some steps, which returns the seconds of each and the logged losses."""
+    """A model and a function that trains it for some steps and returns the seconds of each and the logged losses."""
 
     name: str
     build: Callable[[], PreTrainedModel]
@@ -191,7 +191,7 @@ class Variant:
 
 
 class StopAfter(TrainerCallback):
-    """Ends a training after so many steps."""
+    """Ends a training after a number of steps."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -207,11 +207,11 @@ class Bench:
     def __init__(self, shape: Shape, device: torch.device, steps: int, scratch: Path) -> None:
         self.shape, self.device, self.scratch = shape, device, scratch
         vocabulary = 500 if shape.batch < 32 else 50000
-        # one round sees no example twice, and buckets have neighbours
+        # enough that one round sees no example twice, and that buckets have neighbours
         self.data = Data(shape, shape.batch * max(40, WARM_UP + steps), vocabulary)
 
     def ours(self, name: str, method: str, **changes: Any) -> Variant:
-        """A preset of peftbench through its own fit."""
+        """A preset of peftbench, trained by its own `fit`."""
         changes = dict(changes)
         dtype = changes.pop("dtype", DType.bfloat16)
         run = self.run(method)
@@ -230,7 +230,7 @@ class Bench:
         return Variant(name, build, train)
 
     def limit(self, name: str, **changes: Any) -> Variant:
-        """The frozen backbone with all fast paths, which passes gradients down to a vector added to its embeddings."""
+        """The frozen backbone with all fast paths, which only passes gradients down to a vector at its embeddings."""
         run = self.run("mam")
         run.model.dtype = changes.pop("dtype", DType.bfloat16)
 
@@ -247,7 +247,7 @@ class Bench:
         return Variant(name, build, lambda model, steps: self.fit(model, run, steps, changes))
 
     def run(self, method: str) -> Run:
-        """The preset as `peftbench train` would have it, for the shape's task."""
+        """The preset as in `peftbench train`, for the shape's task."""
         words = [f"method={method}", f"task={self.shape.task}"]
         run = compose_run([*words, "task.data_dir=.", "task.hub_id=null"])
         return run
@@ -255,7 +255,7 @@ class Bench:
     def fit(
         self, model: PreTrainedModel, run: Run, steps: int, changes: dict[str, Any]
     ) -> tuple[list[float], list[float]]:
-        """`peftbench.training.fit.fit` for so many steps with all fast paths but for `changes`."""
+        """Train by `peftbench.training.fit.fit` for `steps` steps with all fast paths except for `changes`."""
         fast = {
             "compile": Compile.layers,
             "padding_free": True,
@@ -279,7 +279,7 @@ class Bench:
         model.train()
         fitted = fit(
             model,
-            self.data,  # type: ignore[arg-type]  # what of a TaskData fit reads
+            self.data,  # type: ignore[arg-type]  # it has what fit reads of a TaskData
             settings,
             seed=1,
             bf16=run.model.dtype is not DType.bfloat16,
@@ -322,7 +322,7 @@ class Bench:
                 log_level="error",
             )
             arguments._n_gpu = min(1, arguments.n_gpu)
-            # A compiled model whose widths change at every batch would be compiled again and again.
+            # If the widths changed at every batch, a compiled model would be compiled again and again.
             collator = padded_to(self.data.collator, 64) if compiled else self.data.collator
             trainer = Trainer(
                 model=model,
@@ -339,7 +339,7 @@ class Bench:
         return Variant(name, build, train)
 
     def peft(self, model: PreTrainedModel) -> Any:
-        """peft's LoRA at the FFN, the size of ours."""
+        """peft's LoRA at the FFN, of the same size as ours."""
         from peft import LoraConfig, get_peft_model
 
         run = self.run("lora_ffn")
@@ -354,7 +354,7 @@ class Bench:
         return get_peft_model(model, lora)
 
     def variants(self, ablations: list[str]) -> Iterator[Variant]:
-        """All of them: peft, ours with each of the ablations, the frozen limit, full fine-tuning by Trainer."""
+        """All variants: peft, ours with each of the ablations, the frozen limit, full fine-tuning by Trainer."""
         yield self.peer("peft lora eager", self.peft, compiled=False)
         for change in ablations:
             for name, method in (("mam", "mam"), ("lora", "lora_ffn"), ("full", "full")):
@@ -367,7 +367,7 @@ class Bench:
 
 
 def measure(bench: Bench, variant: Variant, steps: int, result: Result) -> None:
-    """One round of a variant, added to its result."""
+    """Run one round of a variant, and add the measurements to its result."""
     cuda = bench.device.type == "cuda"
     if variant.model is None:
         torch.manual_seed(0)
@@ -382,7 +382,7 @@ def measure(bench: Bench, variant: Variant, steps: int, result: Result) -> None:
     seconds, losses = variant.train(variant.model, WARM_UP + steps)
     if not result.seconds:
         result.first_s = time.perf_counter() - began
-    result.seconds += seconds[WARM_UP - 1 :]  # the first step has no time of its own: nothing ended before it
+    result.seconds += seconds[WARM_UP - 1 :]  # a step's time begins with the end of the one before
     result.loss += losses
     if cuda:
         result.peak_bytes = max(result.peak_bytes or 0, torch.cuda.max_memory_allocated() - others)
@@ -390,14 +390,14 @@ def measure(bench: Bench, variant: Variant, steps: int, result: Result) -> None:
 
 
 def clean(device: torch.device) -> None:
-    """What a variant leaves behind goes before the next one begins."""
+    """Free a variant's memory before the next one begins."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def table(results: list[Result]) -> str:
-    """Rows of medians, the fastest and slowest step, memory, and ratios to peft as its users run it and compiled."""
+    """Rows of medians, fastest and slowest steps, memory, and ratios to peft as its users run it and compiled."""
     done = {result.name: result for result in results if result.seconds}
     lines = [
         f"{'variant':<24}{'trained':>9}{'ms':>9}{'min':>8}{'max':>8}{'x peft':>8}{'x comp.':>8}{'GiB':>8}{'x peft':>8}"
@@ -457,15 +457,13 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=10, help="steps counted in each round")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--minutes", type=float, default=60, help="begin no further variant after so long")
+    parser.add_argument("--minutes", type=float, default=60, help="start no further variant after this time")
+    parser.add_argument("--only", help="only variants with one of these words, separated by commas, in their names")
     parser.add_argument(
-        "--only", help="of the variants those with one of these words, parted by commas, in their names"
+        "--variants", default="on,off", help=f"of ours, separated by commas: all, or some of {', '.join(WITHOUT)}"
     )
-    parser.add_argument(
-        "--variants", default="on,off", help=f"of ours, parted by commas; all, or of: {', '.join(WITHOUT)}"
-    )
-    parser.add_argument("--profile", help="print the kernels of the first variant with this in its name")
-    parser.add_argument("--out", type=Path, help="a JSON file for every number")
+    parser.add_argument("--profile", help="print the kernels of the first variant whose name contains this")
+    parser.add_argument("--out", type=Path, help="write all numbers to this JSON file")
     args = parser.parse_args()
     device = torch.device(args.device)
     transformers.logging.set_verbosity_error()

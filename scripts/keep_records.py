@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Copies what is worth keeping of finished runs into a folder that is small enough for a repository.
+"""Copies the records of finished runs into a folder that is small enough for a repository.
 
     python scripts/keep_records.py OUTPUTS outputs/reference/grid --shared SHARED
 
-Of each run that is done: its record and its config, in which the paths of this machine read SHARED and OUTPUTS, and of
-its log every look at the selection split and each fifth line of training, to six digits. A run's name and its content
-stamps are left as they are: they say what it was trained on, wherever that lay. Predictions are left out, since beside
-them stand the references, which are the data's own.
+For each finished run it keeps the record and the config, in which the paths of this machine are replaced by SHARED and
+OUTPUTS, and of the log every look at the selection split and every fifth line of training, to six digits. A run's name
+and its content stamps stay: they say what it was trained on, wherever the data was stored. Predictions are left out,
+since their file also contains the references, which belong to the data.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from peftbench.records.record import FILE, Record, load_records
 from peftbench.records.run_files import METRICS, logged
 from peftbench.utils.files import write_lines
 
-EVERY = 5  # lines of the training's log
-DIGITS = 6  # of its numbers
+EVERY = 5  # every fifth line of the training log is kept
+DIGITS = 6  # significant digits of its numbers
 
 
 def keep(record: Record, target: Path, shared: str) -> None:
-    """Writes what is kept of a run to the folder `target`."""
+    """Write what is kept of a run to the folder `target`."""
     target.mkdir(parents=True, exist_ok=True)
     (outputs,) = {word.partition("=")[2] for word in record.overrides if word.startswith("output_dir=")}
     for name in (FILE, "config.yaml"):
@@ -33,7 +33,7 @@ def keep(record: Record, target: Path, shared: str) -> None:
 
 
 def thinned(lines: list[dict[str, object]]) -> list[dict[str, object]]:
-    """The lines of a log that are kept, their numbers rounded."""
+    """The kept lines of a log, with rounded numbers."""
     looks = [any(key.startswith("eval_") for key in line) for line in lines]
     training = [index for index, look in enumerate(looks) if not look]
     kept = set(training[EVERY - 1 :: EVERY]) | set(training[-1:])
@@ -45,11 +45,11 @@ def thinned(lines: list[dict[str, object]]) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    """Copies the runs and prints how many there are."""
+    """Copy the runs and print their number."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("outputs", type=Path, help="the folder of the runs")
-    parser.add_argument("target", type=Path, help="where they are kept")
-    parser.add_argument("--shared", required=True, help="the folder of data and backbones, as the configs name it")
+    parser.add_argument("target", type=Path, help="the folder to copy them to")
+    parser.add_argument("--shared", required=True, help="the folder of data and backbones, as in the configs")
     arguments = parser.parse_args()
     found, _ = load_records(arguments.outputs)
     done = [record for record in found if record.status == "done"]

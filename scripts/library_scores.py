@@ -4,9 +4,10 @@
     python scripts/library_scores.py outputs
 
 Each run's saved predictions and references are written to files, which `python -m sacrebleu` and `python -m
-rouge_score.rouge` score; a row of the table has the record's figure beside theirs, to the last digit that the command
-line prints (sacreBLEU is asked for ten, rouge_score prints each example's). Exits with 1 if any differs. sacreBLEU's
-files have a line for each reference: an example with fewer references than another repeats one, which changes nothing.
+rouge_score.rouge` score. Each row of the table shows the record's figure next to theirs, to the last digit that the
+command line prints (ten for sacreBLEU; rouge_score prints a score for each example). Exits with 1 if any differs.
+sacreBLEU reads one file for each reference: an example with fewer references than another repeats one, which changes
+nothing.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from peftbench.records.record import load_records
 from peftbench.records.saved import saved_predictions
 from peftbench.utils.errors import UserError
 
-DIGITS = 10  # that sacreBLEU is asked to print
+DIGITS = 10  # printed by sacreBLEU
 LAST_DIGIT = {"bleu": 10.0**-DIGITS, "rouge": 1e-4}  # rouge_score prints six decimals of a share: four of a percentage
-BETWEEN = "\x1e"  # of rouge_score's records: the record separator, since sentences stand on lines
+BETWEEN = "\x1e"  # separates rouge_score's examples: the record separator, since line breaks separate sentences
 
 
 def sacrebleu(ours: Sequence[str], right: Sequence[list[str]], *options: str) -> list[float]:
-    """What `python -m sacrebleu` prints for the predictions `ours` and the references `right` of each."""
+    """The scores that `python -m sacrebleu` prints for the predictions `ours` and their references `right`."""
     most = max(map(len, right))
     streams = [[(texts * most)[place] for texts in right] for place in range(most)]
     with TemporaryDirectory() as folder:
@@ -47,7 +48,7 @@ def sacrebleu(ours: Sequence[str], right: Sequence[list[str]], *options: str) ->
 
 
 def rouge(ours: Sequence[str], right: Sequence[str]) -> dict[str, float]:
-    """The mean, in percent, of what `python -m rouge_score.rouge` prints for each example, sentences on lines."""
+    """The mean, in percent, of what `python -m rouge_score.rouge` prints for each example; a line for each sentence."""
     kinds = ("rouge1", "rouge2", "rougeL", "rougeLsum")
     with TemporaryDirectory() as folder:
         target, prediction, scores = (Path(folder) / name for name in ("target", "prediction", "scores.csv"))
@@ -71,18 +72,18 @@ def rouge(ours: Sequence[str], right: Sequence[str]) -> dict[str, float]:
 
 
 def write(path: Path, texts: Sequence[str], end: str) -> Path:
-    """Writes `texts`, each behind which `end` stands; a line break within one, where it would end it, is a space."""
+    """Write `texts`, each followed by `end`; within a text `end` is replaced by a space."""
     path.write_text("".join(f"{text.replace(end, ' ')}{end}" for text in texts), encoding="utf-8")
     return path
 
 
 def output(module: str, *arguments: str) -> str:
-    """What a module prints as a command."""
+    """What a module prints when it runs as a command."""
     return subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, check=True, text=True).stdout
 
 
 def theirs(metrics: dict[str, float], ours: Sequence[str], right: Sequence[list[str]]) -> dict[str, float]:
-    """The command lines' scores for each of `metrics` that they have."""
+    """The scores of the command lines, for each of `metrics` that they can compute."""
     found: dict[str, float] = {}
     if "bleu" in metrics:
         found["bleu"], found["chrf"] = sacrebleu(ours, right, "-m", "bleu", "chrf")
@@ -96,9 +97,9 @@ def theirs(metrics: dict[str, float], ours: Sequence[str], right: Sequence[list[
 
 
 def main() -> int:
-    """Prints the table and returns the exit code."""
+    """Print the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="of runs")
+    parser.add_argument("folder", type=Path, help="the folder of the runs")
     table = Table("run", "metric", "record", "command line", "equal")
     differing = 0
     records, _ = load_records(parser.parse_args().folder)
@@ -123,5 +124,5 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except UserError as error:  # a folder of no runs, or runs without their predictions, as in outputs/reference
+    except UserError as error:  # no runs in the folder, or runs without predictions, as in outputs/reference
         sys.exit(str(error))

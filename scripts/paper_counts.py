@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Prints docs/paper_counts.md: the parameter counts of the paper's tables beside peftbench's own.
+"""Prints docs/paper_counts.md: the parameter counts of the paper's tables next to peftbench's own.
 
     python scripts/paper_counts.py > docs/paper_counts.md
 
-Rows are data: a line of a table of He et al. (2022), the overrides that make it here, and the percentage printed there.
-The counts are those of `peftbench params`. A percentage that is not the printed one must have a reason.
+Rows are data: a line of a table of He et al. (2022), the overrides that reproduce it here, and the percentage printed
+there. The counts are those of `peftbench params`. A percentage that differs from the printed one must have a reason.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ TABLES = (
         ),
         note="""\
 LoRA and MAM have the sizes of the paper's scripts. The paper does not print those of prefix and adapter: here they are
-chosen for the same share, so that these two rows prove nothing. The task head, {head:,} numbers or
-{head_percent:.2f}% of the backbone, is in none of the counts.""",
+chosen for the same share, so these two rows prove nothing. The task head, {head:,} parameters or
+{head_percent:.2f}% of the backbone, is not included in the counts.""",
     ),
     Table(
         3,
@@ -182,19 +182,19 @@ INTRODUCTION = """\
 # The paper's parameter counts, and ours
 
 Every row of tables 2, 3, 4, 5, 6 and 12 of He et al. (2022), counted by `peftbench params` with the overrides shown.
-Made by `scripts/paper_counts.py`; a test holds this file to it.
+`scripts/paper_counts.py` writes this file; a test checks that it is up to date.
 
 - **stored** is what a checkpoint needs: biases and learned scales included, the prefix's training-time MLP folded away.
-- **formula** is appendix B's count, which leaves out biases: the number behind the paper's percentages. It is compared
-  with the printed one at the decimals printed.
+- **formula** is appendix B's count, which leaves out biases. The paper's percentages are computed from it. It is
+  compared with the printed percentage at the decimals printed.
 - Percentages are of the backbone: {bart:,} parameters of BART-large, {mbart:,} of mBART-large,
   {roberta:,} of RoBERTa-base without its task head.
-- **equal**: the formula's percentage, rounded, is the printed one. **equal, cut off**: it is the printed one once
-  further digits are cut off instead of rounded. Where the two differ in tables 3, 5, 6 and 12, the paper has the cut
-  number, but for the two 0.1% of table 6, which are 0.08 and 0.05. Rounded shares of a backbone of {low:.1f}M to
+- **equal**: the formula's percentage, rounded, is the printed one. **equal, cut off**: it is the printed one if further
+  digits are cut off instead of rounded. Where the two differ in tables 3, 5, 6 and 12, the paper prints the cut number,
+  except for the two 0.1% of table 6, which are 0.08 and 0.05. Rounded shares of a backbone of {low:.1f}M to
   {high:.1f}M parameters would fit all these rows too.
 - The en-ro columns of tables 3, 6 and 12 have mBART-large as backbone. The paper prints one percentage for both
-  columns, that of BART-large; what the formula is of mBART-large stands in a column of its own.
+  columns, that of BART-large; the formula's share of mBART-large is in a separate column.
 """
 
 
@@ -237,10 +237,10 @@ def section(table: Table) -> Iterator[str]:
 
 
 def verdict(table: Table, row: Row) -> str:
-    """Whether the formula's percentage is the printed one, or else the row's reason.
+    """Says whether the formula's percentage is the printed one, or gives the row's reason.
 
     Raises:
-        ValueError: it is not and there is no reason, or there is a reason although it is.
+        ValueError: the percentages differ and the row has no reason, or they are equal and it has one.
     """
     counts = counted(table.task, table.model, row.overrides)
     printed = Decimal(row.printed)
@@ -256,7 +256,7 @@ def verdict(table: Table, row: Row) -> str:
 
 
 def fitting_backbone() -> tuple[float, float]:
-    """The sizes between which BART-large's rounded percentages are the printed ones, over the rows that fit ours."""
+    """The backbone sizes between which BART-large's rounded percentages are the printed ones, over rows that fit."""
     low, high = 0.0, math.inf
     for table in TABLES:
         for row in table.rows:
@@ -275,7 +275,7 @@ def counted(task: str, model: str, overrides: str) -> Counts:
 
 @cache
 def composed(overrides: str) -> Run:
-    """The validated run. Hydra takes longer over it than the count does, so the backbone is put in afterwards."""
+    """The validated run. Composing is slower than counting, so runs are cached and the backbone is set afterwards."""
     return compose_run(overrides.split())
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Pretrains the embedded backbone, `model=mini`: a small BART whose bf16 weights are below 10 MB.
+"""Pretrains the embedded backbone, `model=mini`: a small BART whose bf16 weights are smaller than 10 MB.
 
     python scripts/pretrain.py --docstrings all --minutes 8 --out mini
 
 The text is docstrings (`--docstrings` of installed packages, `--docstrings-path` of unpacked ones) and files
 (`--text`). The validation and test docstrings of `peftbench.tasks.docstrings` are held out, and so is every text
-that equals one of them or begins with the same summary. `--write-corpus` saves the resulting text and stops;
-`--text` on that file then pretrains on a machine that has none of those packages.
+that equals one of them or begins with the same summary. `--write-corpus` saves the resulting text and stops; with
+`--text` and that file, a machine without those packages can pretrain too.
 
 The objective is BART's text infilling (Lewis et al. 2020): 30% of the tokens are masked in spans of Poisson(3)
 tokens, each span becomes one <mask>, and the decoder writes the whole text. Unlike in BART no span is empty.
@@ -14,10 +14,10 @@ In half of the texts that have several paragraphs the one span is the first para
 its summary. The run begins with a lesson in copying (`--copying`).
 
 A row of a batch is one document, or one window of a document longer than `--length` tokens; batches hold rows of
-like length and about `--batch` x `--length` tokens. The learning rate rises linearly and falls along a cosine to
+similar length and about `--batch` x `--length` tokens. The learning rate rises linearly and falls along a cosine to
 zero over `--minutes` of wall clock, so the schedule completes on any machine. The vocabulary is a byte-level BPE,
-trained on the same text. `--out` receives a folder for `from_pretrained`, and `pretraining.json` beside the weights;
-`--start` on such a folder trains on from there, with its vocabulary and a new schedule.
+trained on the same text. `--out` becomes a folder for `from_pretrained`, with `pretraining.json` next to the weights.
+`--start` with such a folder continues from its weights, with its vocabulary and a new schedule.
 """
 
 from __future__ import annotations
@@ -64,27 +64,27 @@ MEAN_SPAN = 3.0
 FIRST_PARAGRAPH_SHARE = 0.5
 
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".jsonl"}
-MIN_WORDS = 8  # of a text, below which there is nothing to infer a masked word from
+MIN_WORDS = 8  # of a text; a shorter one has nothing from which to infer a masked word
 MIN_WINDOW = 16  # tokens of a long document's last window
-WIDTHS = (32, 64, 96, 128, 192, 256, 384, 512)  # of rows, in tokens; a row has the least width that holds it
+WIDTHS = (32, 64, 96, 128, 192, 256, 384, 512)  # of rows, in tokens; a row has the smallest width that holds it
 HELD_OUT_PERCENT = 1  # of the texts, never trained on, for the held-out loss
 EVALUATION_SEED = 0
-EVALUATION_BATCHES = 8  # at most, so that small batches on a slow machine make for short evaluations
+EVALUATION_BATCHES = 8  # at most, so that evaluations with small batches are short on a slow machine
 REPORTS = 20  # lines of progress in a run
 WARMUP = 0.04  # of the time
-FINE_TUNING_DROPOUT = 0.1  # what the saved config says; so small a model needs none while it reads the corpus
+FINE_TUNING_DROPOUT = 0.1  # stored in the saved config; so small a model needs none in pretraining
 
 
 # The text
 
 
 def collect(args: argparse.Namespace) -> list[str]:
-    """The texts to pretrain on: each once, those of held-out docstrings left out."""
+    """The texts to pretrain on, each once, without those of held-out docstrings."""
     groups = [gather([package]) for package in importable_packages(args.docstrings)]
     groups += [gather_folder(folder, folder.name) for folder in package_folders(args.docstrings_path)]
     docstrings = [docstring for group in groups for docstring in group]
-    # Each package was gathered by itself, so a text in two packages is here under both names. Whatever packages a
-    # task selects, and whichever name the text then goes by, it is held out if that name is.
+    # Each package was gathered by itself, so a text in two packages occurs under both names. It is held out if either
+    # name is, since a task may select either package.
     withheld = held_out_texts(docstrings)
     texts: dict[str, str] = {}
     trainable = (docstring.text for docstring in docstrings if split_of(docstring.name) == "train")
@@ -96,35 +96,37 @@ def collect(args: argparse.Namespace) -> list[str]:
 
 
 def held_out_texts(docstrings: Iterable[Docstring]) -> set[str]:
-    """The normalised texts and summaries of validation and test docstrings; summaries if a task would use them."""
+    """The normalised texts of validation and test docstrings, and those summaries that a task would use."""
     held_out = [docstring for docstring in docstrings if split_of(docstring.name) != "train"]
     texts = {normalised(docstring.text) for docstring in held_out}
     return texts | {normalised(d.summary) for d in held_out if len(d.summary) >= SUMMARY_LENGTH.start}
 
 
 def importable_packages(names: list[str]) -> list[str]:
-    """`names`, where `all` stands for the standard library and every installed top-level package."""
+    """`names`, with `all` replaced by the standard library and every installed top-level package."""
     if names != ["all"]:
         return names
     found = [STDLIB]
     for name in sorted(importlib.metadata.packages_distributions()):
         try:
             versions([name])
-        except UserError:  # a compiled module, or a folder that is no package
+        except UserError:  # a compiled module, or a folder that is not a package
             continue
         found.append(name)
     return found
 
 
 def package_folders(folders: list[Path]) -> list[Path]:
-    """The packages in `folders`, each of which holds packages as `site-packages` does."""
+    """The packages in `folders`, which contain packages as `site-packages` does."""
     paths = [path for folder in folders for path in sorted(folder.iterdir())]
     return [path for path in paths if path.is_dir() and path.name.isidentifier()]
 
 
 def read_texts(paths: list[Path]) -> Iterator[str]:
-    """The texts of files, and of all text files below folders: the `text` of each line of a .jsonl file, or else
-    the whole file. Files may be gzipped (.gz)."""
+    """The texts of files, and of all text files below folders. Files may be gzipped (.gz).
+
+    A text is the `text` of each line of a .jsonl file, otherwise the whole file.
+    """
     for path in paths:
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         for file in files:
@@ -140,13 +142,13 @@ def read_texts(paths: list[Path]) -> Iterator[str]:
 
 
 def write_corpus(texts: list[str], path: Path) -> None:
-    """Writes `texts` as gzipped JSON lines, for `--text`."""
+    """Write `texts` as gzipped JSON lines, for `--text`."""
     with gzip.open(path, "wt", encoding="utf-8") as stream:
         stream.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
 
 
 def is_held_out(text: str) -> bool:
-    """Whether `text` serves for the held-out loss: a pure function of the text."""
+    """Whether `text` is used for the held-out loss; depends only on the text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 100 < HELD_OUT_PERCENT
 
 
@@ -188,7 +190,7 @@ class Rows:
     """Rows of one width, on the device.
 
     `tokens` (rows, width) int32: <s> ... </s> and padding. `first` (rows,) int32: how many tokens after <s> make
-    up the document's first paragraph; 0 where the row holds no other paragraph, or does not begin a document.
+    up the document's first paragraph; 0 if the row holds no other paragraph, or does not begin a document.
     """
 
     tokens: Tensor
@@ -197,7 +199,7 @@ class Rows:
 
 def make_rows(texts: list[str], tokenizer: Tokenizer, length: int, device: torch.device) -> list[Rows]:
     """`texts` as rows of at most `length` tokens, by width."""
-    # A blank line always ends a token, so a text's tokens are those of its first paragraph and those of the rest.
+    # A token ends where a blank line begins, so a text's tokens are those of its first paragraph and those of the rest.
     parts = [part for text in texts for first, gap, rest in [text.partition("\n\n")] for part in (first, gap + rest)]
     encoded = encode(tokenizer, parts)
     widths = [width for width in WIDTHS if width < length] + [length]
@@ -231,8 +233,10 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def epoch(buckets: list[Rows], tokens_per_batch: int, generator: torch.Generator) -> Iterator[Rows]:
-    """All rows once, as batches in random order, each from one bucket. A bucket's last batch is left out unless
-    it is full or the only one, so that all steps weigh about the same."""
+    """All rows once, as batches in random order, each from one bucket.
+
+    A bucket's last batch is left out unless it is full or the only one, so that all steps have about the same size.
+    """
     device = generator.device
     chunks: list[tuple[Rows, Tensor]] = []
     for rows in buckets:
@@ -245,25 +249,26 @@ def epoch(buckets: list[Rows], tokens_per_batch: int, generator: torch.Generator
         yield Rows(rows.tokens[chunk], rows.first[chunk])
 
 
-# The noise: no loop over examples, and nothing that waits for the device
+# The noise: without loops over examples, and without waiting for the device
 
 
 def span_mask(inner: Tensor, generator: torch.Generator) -> Tensor:
-    """Which tokens to mask: spans of max(1, Poisson(3)) tokens that never touch, 30% of `inner` on average.
+    """Choose the tokens to mask: spans of max(1, Poisson(3)) tokens that never touch, 30% of `inner` on average.
 
-    `inner` (rows, width) bool marks the tokens that may be masked, which must follow one another; so does the result.
+    `inner` (rows, width) bool marks the tokens that may be masked, which must be contiguous; the result
+    has the same shape.
     """
     rows, width = inner.shape
-    pairs = width // 2 + 1  # of a gap and a span, each at least one token long: enough to cover any row
+    pairs = width // 2 + 1  # of a gap and a span, each at least one token long: enough to cover every row
     spans = torch.full((rows, pairs), MEAN_SPAN, device=inner.device)
     spans = torch.poisson(spans, generator=generator).clamp_(min=1)
-    mean_span = MEAN_SPAN + math.exp(-MEAN_SPAN)  # the clamp makes an empty span, of which there are e^-3, one long
+    mean_span = MEAN_SPAN + math.exp(-MEAN_SPAN)  # the clamp makes empty spans, a share of e^-3, one long
     mean_gap = mean_span * (1 - MASKED_SHARE) / MASKED_SHARE
     gaps = torch.empty_like(spans).geometric_(1 / mean_gap, generator=generator)
     gaps[:, 0] -= 1  # a row may begin with a span
     ends = (gaps + spans).cumsum(1)
-    # +1 where a span starts and -1 where it ends sum to 1 within spans. Whatever lies beyond the row lands in its
-    # last column, which is cut off.
+    # +1 where a span starts and -1 where it ends sum to 1 within spans. What is beyond the row goes to its last column,
+    # which is cut off.
     edges = torch.zeros(rows, width + 1, device=inner.device)
     edges.scatter_add_(1, (ends - spans).clamp(max=width).long(), torch.ones_like(ends))
     edges.scatter_add_(1, ends.clamp(max=width).long(), -torch.ones_like(ends))
@@ -271,14 +276,14 @@ def span_mask(inner: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def infill(tokens: Tensor, masked: Tensor) -> Tensor:
-    """`tokens` with each run of `masked` ones replaced by one <mask>, moved up, and padded to the same width.
+    """Replace each run of `masked` tokens by one <mask>, close the gaps, and pad to the same width.
 
-    Both are (rows, width), and so is the result.
+    `tokens`, `masked` and the result are (rows, width).
     """
     width = tokens.shape[1]
     starts = masked & ~F.pad(masked, (1, -1))
     kept = (starts | ~masked) & (tokens != PAD)
-    place = torch.where(kept, kept.cumsum(1) - 1, width)  # what is dropped goes to a column that is cut off
+    place = torch.where(kept, kept.cumsum(1) - 1, width)  # dropped tokens go to a column that is cut off
     moved = torch.full((tokens.shape[0], width + 1), PAD, dtype=tokens.dtype, device=tokens.device)
     moved.scatter_(1, place, torch.where(masked, MASK, tokens))
     return moved[:, :width]
@@ -288,13 +293,13 @@ def shuffled(rows: Rows, generator: torch.Generator) -> Rows:
     """`rows` with the tokens between <s> and </s> in random order: text that can be copied but not guessed."""
     tokens = rows.tokens
     key = torch.rand(tokens.shape, generator=generator, device=tokens.device)
-    key[:, 0] = -1  # <s> stays first, </s> goes behind the text and the padding behind that
+    key[:, 0] = -1  # <s> stays first, </s> comes after the text, and padding after </s>
     key = torch.where(tokens == EOS, 2.0, torch.where(tokens == PAD, 3.0, key))
     return Rows(tokens.gather(1, key.argsort(dim=1)), torch.zeros_like(rows.first))
 
 
 def corrupt(rows: Rows, generator: torch.Generator) -> Tensor:
-    """The encoder's input for `rows`, (rows, width): spans masked, or in some rows the first paragraph."""
+    """The encoder's input for `rows`, (rows, width), with spans masked, or in some rows the first paragraph."""
     tokens, first = rows.tokens, rows.first[:, None]
     position = torch.arange(tokens.shape[1], device=tokens.device)
     inner = (tokens != BOS) & (tokens != EOS) & (tokens != PAD)
@@ -336,8 +341,10 @@ def new_model(args: argparse.Namespace, vocab_size: int) -> BartForConditionalGe
 
 @torch.no_grad()
 def sinusoids(weight: Tensor, std: float) -> None:
-    """Start learned positions (positions, width) as sinusoids of standard deviation `std`: the same in both stacks, and
-    the position before is a rotation away, which is what copying needs first."""
+    """Initialise learned positions (positions, width) as sinusoids of standard deviation `std`.
+
+    They are the same in both stacks, and the previous position is one rotation away, which copying needs first.
+    """
     positions, width = weight.shape
     rates = torch.exp(torch.arange(0, width, 2, device=weight.device) * (-math.log(10_000) / width))
     angles = torch.arange(positions, device=weight.device)[:, None] * rates
@@ -347,8 +354,8 @@ def sinusoids(weight: Tensor, std: float) -> None:
 def infilling_loss(model: torch.nn.Module, rows: Rows, generator: torch.Generator, copying: float = 1.0) -> Tensor:
     """The mean loss, in nats per token, of writing the whole text.
 
-    `copying` is how far the lesson in copying has come: in its first half the source is the target, in its second half
-    spans are masked, in both the words are shuffled; from 1 on rows are what they are.
+    `copying` is the progress of the lesson in copying. In its first half the source is the target, in its second half
+    spans are masked, and in both the words are shuffled. From 1 on, rows are unchanged.
     """
     if copying < 1:
         rows = shuffled(rows, generator)
@@ -378,7 +385,7 @@ def held_out_loss(model: torch.nn.Module, buckets: list[Rows], tokens_per_batch:
 
 
 def learning_rate(done: float, peak: float) -> float:
-    """The rate when a share `done` of the time is over: a linear rise, then a cosine to zero."""
+    """The rate after a share `done` of the time: a linear rise, then a cosine to zero."""
     if done < WARMUP:
         return peak * done / WARMUP
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (done - WARMUP) / (1 - WARMUP))))
@@ -386,7 +393,7 @@ def learning_rate(done: float, peak: float) -> float:
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """The progress of a run."""
 
     steps: int = 0
     tokens: int = 0  # of text, without padding
@@ -396,7 +403,7 @@ class Progress:
 def train(
     model: BartForConditionalGeneration, train_rows: list[Rows], held_out: list[Rows], args: argparse.Namespace
 ) -> tuple[Progress, float]:
-    """Trains `model` in place until the time is over. Returns the progress and the held-out loss."""
+    """Train `model` in place until the time is over. Returns the progress and the held-out loss."""
     device = train_rows[0].tokens.device
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
@@ -419,7 +426,7 @@ def train(
 
     began = time.monotonic() - progress.seconds
     next_report, next_checkpoint = progress.seconds + report_every, progress.seconds + checkpoint_every
-    losses = seen = skipped = torch.zeros((), device=device)  # since the last report; read only then, as reading waits
+    losses = seen = skipped = torch.zeros((), device=device)  # since the last report; reading them waits
     reported = copy.copy(progress)
 
     def report() -> float:
@@ -449,8 +456,8 @@ def train(
             loss = infilling_loss(model, rows, generator, copying)
             torch.autograd.backward(loss)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            # A gradient that is not finite would end the run. The fused optimiser leaves the step out, as it does for
-            # torch's GradScaler, and the CPU need not wait to know.
+            # A gradient that is not finite would ruin the weights. The fused optimiser then skips the step, as it does
+            # for torch's GradScaler, and the CPU need not wait for the result.
             optimizer.found_inf = (~norm.isfinite()).float()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -464,7 +471,7 @@ def train(
                     peak /= 2
                     model.load_state_dict(good)
                     optimizer.state.clear()
-                    print(f"diverged: back to the last report, with a peak rate of {peak:g}", flush=True)
+                    print(f"diverged: resuming from the last report, with a peak rate of {peak:g}", flush=True)
                 next_report += report_every
                 if seconds >= next_checkpoint:
                     save_state(state_file, model, optimizer, progress)
@@ -473,14 +480,14 @@ def train(
 
 
 def save_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-    """Writes what `--resume` needs, first beside `path`, so that no broken file ever stands there."""
+    """Write what `--resume` needs, first to a temporary file, so that `path` is never a broken file."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": vars(progress)}
     torch.save(state, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
 
 def save_model(model: BartForConditionalGeneration, out: Path) -> int:
-    """Writes bf16 weights and the config into `out`. Returns the size of the weights' file in bytes."""
+    """Write bf16 weights and the config to `out`. Returns the size of the weights' file in bytes."""
     saved = copy.deepcopy(model).bfloat16()
     saved.config.dropout = FINE_TUNING_DROPOUT
     saved.save_pretrained(out)
@@ -526,8 +533,8 @@ def parse_args() -> argparse.Namespace:
         type=float,
         default=0.2,
         metavar="SHARE",
-        help="of the time, at its start, on shuffled words, which only copying can write; without it the decoder "
-        "learns to guess text long before it learns to look at the source (%(default)s)",
+        help="share of the time, at the start, on shuffled words, which can only be copied; without it the decoder "
+        "learns to guess text long before it learns to read the source (%(default)s)",
     )
     run.add_argument("--batch", type=int, default=64, help="rows of --length tokens in a batch (%(default)s)")
     run.add_argument("--length", type=int, default=256, help="longest row in tokens (%(default)s)")
@@ -539,11 +546,11 @@ def parse_args() -> argparse.Namespace:
         "--checkpoint-minutes",
         type=float,
         default=2.0,
-        help="between checkpoints (%(default)s); one is written with the next line of progress",
+        help="minutes between checkpoints (%(default)s); one is written with the next line of progress",
     )
-    run.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    run.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     run.add_argument(
-        "--start", type=Path, metavar="FOLDER", help="train on from the model in FOLDER; needs no lesson in copying"
+        "--start", type=Path, metavar="FOLDER", help="continue from the model in FOLDER; needs no lesson in copying"
     )
 
     args = parser.parse_args()
@@ -554,7 +561,7 @@ def parse_args() -> argparse.Namespace:
     if args.start:
         args.copying = 0.0
         if not (args.start / "pretraining.json").is_file():
-            parser.error(f"--start: {args.start} is no folder that this script wrote")
+            parser.error(f"--start: {args.start} is not a folder that this script wrote")
     if args.resume and not (args.out / "checkpoint.pt").is_file():
         parser.error(f"there is no checkpoint to resume from in {args.out}")
     return args
@@ -585,7 +592,7 @@ def main() -> None:
     train_rows = make_rows(train_texts, backend, args.length, device)
     held_out = make_rows([text for text in texts if is_held_out(text)], backend, args.length, device)
     if not (train_rows and held_out):
-        raise UserError("The text is too little to train on and to hold some out; name more sources.")
+        raise UserError("There is too little text to train on and to hold some out; name more sources.")
     corpus_tokens = sum(int((rows.tokens != PAD).sum()) for rows in train_rows)
 
     if args.start:

@@ -1,23 +1,24 @@
 #!/usr/bin/env bash
-# The runs behind docs/results.md: real data, two small pretrained backbones, several runs at once on all GPUs.
+# Makes the runs of docs/results.md: real data, two small pretrained backbones, several runs at once on all GPUs.
 #   scripts/reference_runs.sh SHARED OUTPUTS glue|text|text_long|grid|grid_sst2|curves [OVERRIDE ...]
-# SHARED holds backbones/minilm-l6, backbones/bart-mini and data/. What is done is skipped when it is run again.
+# SHARED holds backbones/minilm-l6, backbones/bart-mini and data/. Run again, the script skips finished runs.
 #   glue  sst2, rte and a pool of NLI sets, five methods on MiniLM-L6: 30 runs
 #   text  WebNLG, en-ro and XSum, five methods on a small BART, each with the best of three learning rates on dev: 45
-#   text_long  WebNLG and en-ro at the rates that were chosen there, for four times as many steps: 10
+#   text_long  WebNLG and en-ro at the rates that `text` chose, for four times as many steps: 10
 #   grid  the rows of tables 3, 5, 6 and 12 at the paper's shares of the backbone, on WebNLG, two seeds: 40. As in the
-#         paper all rows have one learning rate, but full fine-tuning, whose best one is lower.
+#         paper, all rows have one learning rate, except full fine-tuning, whose best one is lower.
 #   grid_sst2  the same rows on SST-2, one epoch: 40
-#   curves  200 steps of MAM on WebNLG, three seeds: 3. For losses with and without fast paths, in a folder each:
-#         trainer.graphs=false trainer.padding_free=false trainer.fused_loss=false, or model.dtype=auto trainer.compile=layers
-# Each part is one sweep, so that runs of all its grids go on at once: JOBS of them, or as many as memory and cores allow.
+#   curves  200 steps of MAM on WebNLG, three seeds: 3. To compare losses with and without fast paths, run it again with
+#         another OUTPUTS and trainer.graphs=false trainer.padding_free=false trainer.fused_loss=false, or with
+#         model.dtype=auto trainer.compile=layers
+# Each part is one sweep, so runs of all its grids are trained at once: JOBS runs, or as many as memory and cores allow.
 # scripts/reference_runs.sh ... debug=smoke trainer.max_steps=4 tries all of it in minutes.
 set -euo pipefail
 shared=$(cd "$1" && pwd) outputs=$2 part=$3
 shift 3
 more=("$@")
 sweep=()
-grid() { # a grid of the sweep: the first one's words, with these in the place of those of the same key
+grid() { # adds a grid to the sweep: the first one's words, with these instead of those with the same key
   sweep+=(${sweep[0]:+and} "$@" "${more[@]}")
 }
 
@@ -28,7 +29,7 @@ glue)
   rte=(task=rte task.data_dir="$shared/data/rte" seed=42,1,2)
   nli=(task=mnli task.data_dir=null task.train_file="$shared/data/nli/pool_no_mnli.jsonl"
     task.validation_file="$shared/data/nli/mnli_dev_matched.jsonl" trainer.epochs=2 seed=42)
-  # Pairs take a fifth of the presets' rates with a prefix: at 5e-4 the loss stays where it began.
+  # With a prefix, pairs need a fifth of the presets' rates: at 5e-4 the loss does not fall.
   grid "${sst2[@]}" method=full,lora,adapter,prefix,mam seed=42,1
   grid "${rte[@]}" method=full,lora,adapter
   grid "${rte[@]}" method=prefix,mam trainer.learning_rate=1e-4
@@ -37,7 +38,7 @@ glue)
   ;;
 text | text_long | grid | curves)
   bart=(model=bart_large model.path="$shared/backbones/bart-mini" trainer=quick trainer.eval_batch_size=256)
-  webnlg=("${bart[@]}" task=webnlg task.data_dir="$shared/data/webnlg") # of the first grid, so that all have the BART
+  webnlg=("${bart[@]}" task=webnlg task.data_dir="$shared/data/webnlg") # in the first grid, so that all have the BART
   ;;&
 text | text_long)
   enro=(task=wmt16_enro task.data_dir=null task.train_file="$shared/data/en_ro/train_merged.jsonl"
@@ -55,7 +56,7 @@ text)
   done
   ;;
 text_long)
-  long() { # LORA'S RATE WORDS: that of the others is the same for both tasks
+  long() { # LORA_RATE WORDS: the rate of the other methods is the same for both tasks
     local lora=$1 words=("${@:2}")
     grid "${words[@]}" method=full trainer.learning_rate=3e-4
     grid "${words[@]}" method=prefix budget=3.6% trainer.learning_rate=1.5e-3
@@ -72,7 +73,7 @@ grid | grid_sst2)
   else
     words=("${sst2[@]}" trainer.epochs=1) full=1e-4 others=5e-4
   fi
-  at() { # SHARE ROWS: rows of the tables whose share of the backbone is the same
+  at() { # SHARE ROWS: rows of the tables with the same share of the backbone
     grid budget="$1" row="$2" trainer.learning_rate="$others"
   }
   grid "${words[@]}" seed=42,1 row=full trainer.learning_rate="$full"

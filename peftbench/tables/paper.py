@@ -1,6 +1,7 @@
 """The scores that the paper prints for runs that are rows of its tables.
 
-A row is recognised by the typed keys: row=NAME (conf/rows.yaml), or for table 2 method=NAME, with no other axis or size.
+A row is recognised by the typed keys: row=NAME (conf/rows.yaml), or for table 2 method=NAME. Neither may come with
+another axis or size.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from peftbench.config.rows import scores
 from peftbench.config.schema import by_key
 from peftbench.records.record import Record
 
-# By task: the metric that conf/paper_scores.yaml gives, and the backbone that the paper trained; mbart_large_cc25 is
+# By task: the metric that conf/rows.yaml gives, and the backbone that the paper trained; mbart_large_cc25 is
 # another name of the same backbone.
 SETTINGS = {
     "xsum": ("rouge2", ("bart_large",)),
@@ -20,7 +21,6 @@ SETTINGS = {
     "mnli": ("accuracy", ("roberta_base",)),
     "sst2": ("accuracy", ("roberta_base",)),
 }
-GLUE = "table2"  # its rows are methods at their usual sizes
 # Figures print no numbers. These are the tables with the numbers of their points; some tables print a row differently.
 FIGURES = {"figure2": ("table6",), "figure4": ("table6", "table12"), "figure5": ("table12", "table6")}
 # Together with row= or method=, these keys make a different point.
@@ -38,12 +38,6 @@ class Printed:
     table: str
     backbone: str
     same: bool
-
-
-@lru_cache(maxsize=1)
-def paper_scores() -> dict[str, Any]:
-    """Return {table: {row: {task: score}}}."""
-    return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(conf_dir() / "paper_scores.yaml")))
 
 
 def printed(record: Record) -> Printed | None:
@@ -64,12 +58,7 @@ def printed(record: Record) -> Printed | None:
 
 def score_of(row: str | None, method: str, task: str, wanted: str) -> tuple[str, float] | None:
     """Return (table, score) of a row, or of a method in table 2: of the `wanted` table, or the first that has it."""
-    name = row or method
-    tables = {
-        table: rows[name][task]
-        for table, rows in paper_scores().items()
-        if (row is None) == (table == GLUE) and task in rows.get(name, {})
-    }
+    tables = {table: of[task] for table, of in scores(row, method).items() if task in of}
     for table in (wanted, *FIGURES.get(wanted, ()), *tables):
         if table in tables:
             return table, tables[table]
