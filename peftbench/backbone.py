@@ -25,24 +25,38 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from peftbench.config import DType, Model, Task, TaskKind
 from peftbench.errors import UserError, meant
 from peftbench.hub import hub_missing
 from peftbench.sites import family_of
+from peftbench.special_tokens import settle
 
 T = TypeVar("T")
+# Files that hold a tokenizer; the first one holds all of it, whatever its class.
+VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+)
+BRING = "put there what save_pretrained of the model's tokenizer writes."
 NOWHERE = "model.hub_id and model.path are both null; give one, or take a preset such as model=mini."
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A loaded model with its tokenizer. `untrained` names the parameters that came with no weights."""
+    """A loaded model with its tokenizer. `untrained` names the parameters that came with no weights; `notes` says, a
+    sentence each, where the backbone's files differ and what was chosen."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     untrained: frozenset[str]
+    notes: tuple[str, ...] = ()
 
 
 def load_backbone(model: Model, task: Task) -> Backbone:
@@ -51,11 +65,13 @@ def load_backbone(model: Model, task: Task) -> Backbone:
     Its attention is what transformers takes by itself: SDPA, but eager for T5 in the versions that have no other.
 
     Raises:
-        UserError: the place holds no model, cannot be reached, or its architecture has no family or no such head.
+        UserError: the place holds no model or no tokenizer, cannot be reached, or its architecture has no family or no
+            such head.
     """
     source, options = _source(model)
     config = load_config(model)
     auto = _auto_class(model, task, config)
+    tokenizer = load_tokenizer(model)
     loaded, report = _explained(
         model,
         lambda: auto.from_pretrained(
@@ -67,25 +83,61 @@ def load_backbone(model: Model, task: Task) -> Backbone:
             ignore_mismatched_sizes=True,  # a folder tuned for other labels: its head is made anew, and trained
         ),
     )
-    tokenizer = _explained(model, lambda: AutoTokenizer.from_pretrained(source, **options))
-    _can_pad(loaded, tokenizer, task)
+    notes = settle(loaded, tokenizer, writes=task.kind is TaskKind.text_to_text)
+    _pad_on_the_right(loaded, tokenizer, task)
     untrained = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
-    return Backbone(loaded, tokenizer, frozenset(untrained))
+    return Backbone(loaded, tokenizer, frozenset(untrained), tuple(notes))
 
 
-def _can_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
-    """Let texts of unequal length be one batch: GPT-2 and Llama have no pad token, and a mask hides what stands for it.
-
-    Padding stands behind a text, whatever the tokenizer prefers: positions are counted from the first token on, a
+def _pad_on_the_right(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
+    """Padding stands behind a text, whatever the tokenizer prefers: positions are counted from the first token on, a
     decoder's mask is the causal one alone, and a classifier on a decoder alone reads the last token that is no padding.
     A text that a decoder alone goes on with is padded by `tasks.completion`.
     """
-    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
     if task.kind is not TaskKind.text_to_text or model.config.is_encoder_decoder:
         tokenizer.padding_side = "right"
+
+
+def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer of `model.path` or `model.hub_id`.
+
+    Of files that are missing transformers may make up a vocabulary without words, or leave a part of the rules out.
+
+    Raises:
+        UserError: it is missing, in whole or in part, or cannot be reached.
+    """
+    source, options = _source(model)
+
+    def is_there(name: str) -> bool:
+        lenient = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+        return cached_file(source, name, **options, **lenient) is not None
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = _explained(model, lambda: AutoTokenizer.from_pretrained(source, **options))
+    except UserError:
+        if not any(map(is_there, VOCABULARIES)):
+            raise UserError(f"{_place(model)} has no tokenizer: {VOCABULARIES[0]} is missing; {BRING}") from None
+        raise
+    parts = {key: name for key, name in tokenizer.vocab_files_names.items() if key != "tokenizer_file"}
+    missing = [name for key, name in parts.items() if not tokenizer.init_kwargs.get(key) and not is_there(name)]
+    some = len(missing) < len(parts)
+    if missing and (some or not _has_words(tokenizer)) and not is_there(VOCABULARIES[0]):
+        what = "a part of a tokenizer" if some else "no tokenizer"
+        raise UserError(
+            f"{_place(model)} has {what}: {' and '.join(missing)}, or {VOCABULARIES[0]}, is missing; {BRING}"
+        )
+    if not _has_words(tokenizer):
+        raise UserError(
+            f"{_place(model)} has a tokenizer whose vocabulary is special tokens alone; put the files of the one that "
+            "the model was pretrained with there."
+        )
+    return tokenizer
+
+
+def _has_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the vocabulary has more than special tokens and the mark of a word's beginning."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    return bool(tokenizer.get_vocab().keys() - added - {*tokenizer.all_special_tokens, "\u2581"})
 
 
 def meta_backbone(model: Model, task: Task, config: PretrainedConfig | None = None) -> PreTrainedModel:
@@ -205,5 +257,8 @@ def _explained(model: Model, load: Callable[[], T]) -> T:
                 "(config.json, model.safetensors, the tokenizer's files) and give it as model.path=FOLDER, set HF_HOME "
                 "to a copy of the cache of a machine that has loaded it, or take the embedded model=mini."
             ) from error
-        place = f"model.hub_id={model.hub_id}" if model.path is None else f"model.path={model.path}"
-        raise UserError(f"{place} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise UserError(f"{_place(model)} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def _place(model: Model) -> str:
+    return f"model.hub_id={model.hub_id}" if model.path is None else f"model.path={model.path}"

@@ -12,7 +12,7 @@ from peftbench.config import LOSS, Run, TaskKind
 from peftbench.errors import UserError
 from peftbench.precision import use_autocast
 from peftbench.prediction.partial import Partial
-from peftbench.prediction.predict import mean_loss, predict
+from peftbench.prediction.predict import mean_loss, predict, share_cut_off
 from peftbench.results.identity import content_stamp
 from peftbench.sites import configured
 from peftbench.tasks.base import TaskData
@@ -20,7 +20,10 @@ from peftbench.tasks.tokens import positions
 
 
 class Evaluator:
-    """Scores one model on the splits of one task, always in the same way."""
+    """Scores one model on the splits of one task, always in the same way.
+
+    `cut_off` has, for each role for which texts were generated, the share of them that ended by their length.
+    """
 
     def __init__(self, model: PreTrainedModel, data: TaskData, run: Run) -> None:
         self.model, self.data = model, data
@@ -30,6 +33,7 @@ class Evaluator:
         self.bf16 = use_autocast(run.trainer, run.model)
         self.generation = _generation(model, run) if run.task.kind is TaskKind.text_to_text else None
         self.run = run
+        self.cut_off: dict[str, float] = {}
 
     def selection(self) -> dict[str, float]:
         """What a state is selected by: the metrics on the selection split, or the loss there, as in training."""
@@ -73,6 +77,9 @@ class Evaluator:
                 partial=partial,
                 on_batch=on_batch,
             )
+        if self.generation is not None:
+            begun = 1 if self.model.config.is_encoder_decoder else 0  # the token that a decoder begins with
+            self.cut_off[role] = share_cut_off(predictions, self.generation, begun)
         decoded = self.data.decode(predictions)
         return self.data.score(decoded, getattr(self.data, f"{role}_rows")), decoded
 

@@ -131,8 +131,8 @@ def _run(run: Run, folder: Path, overrides: Sequence[str], search: Searched | No
             record.axes = axes_of(run)
             _record_counts(record, run, backbone.model)
             data = prepare(loaded, backbone.tokenizer, backbone.model)
-            _record_data(record, data)
-            for note in data.notes:
+            _record_data(record, data, backbone.notes)
+            for note in record.data["notes"]:
                 display.console.print(note, highlight=False)
         backbone.model.to(device)
         with _timed(record, "probe_s"):
@@ -235,6 +235,7 @@ def _evaluate(run: Run, model: PreTrainedModel, data: TaskData, record: Record, 
         with display.stage(f"evaluate {split['split']}", split["examples"]) as stage:
             metrics, decoded = evaluator.score(role, stage.advance, partial)
         record.scores[role] = Score(**split, metrics=metrics)
+        record.cut_off = dict(evaluator.cut_off)
         if role != "selection":
             write_predictions(record.folder, data.records(decoded, getattr(data, f"{role}_rows")), role)
     record.score = record.scores["report"].metrics[run.task.metric]
@@ -317,13 +318,16 @@ def _record_counts(record: Record, run: Run, model: PreTrainedModel) -> None:
     record.model.parameters = counts.backbone
 
 
-def _record_data(record: Record, data: TaskData) -> None:
+def _record_data(record: Record, data: TaskData, notes: Sequence[str]) -> None:
+    """What the run was trained and scored on; `notes` says what was decided of the backbone."""
     record.data = {
         "fingerprint": data.fingerprint,
         "scored_on": data.scored_on,
         "splits": data.splits,
-        "notes": data.notes,
+        "notes": [*notes, *data.notes],
     }
+    if data.unknown:
+        record.data["unknown_tokens"] = data.unknown
     if data.task.kind is TaskKind.classification:
         record.data["labels"] = data.task.labels
     if data.task.packages is not None:

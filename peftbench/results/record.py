@@ -170,6 +170,8 @@ class Record:
     counts: Counts | None = None
     scores: dict[str, Score] = field(default_factory=dict)  # by role: selection, report, report_SPLIT
     score: float | None = None  # the main metric on the report split
+    # By role, of generated texts: the share that ended by its length, not by a token that ends a text.
+    cut_off: dict[str, float] = field(default_factory=dict)
     selection: Selection | None = None
     search: Searched | None = None
     baselines: dict[str, float] = field(default_factory=dict)  # the main metric of: majority, head, lead1

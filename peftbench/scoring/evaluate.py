@@ -163,7 +163,7 @@ def evaluate(folder: Path, run: Run, console: Console, predictions: Path | None 
             data = prepare(loaded, backbone.tokenizer, backbone.model)
             backbone.model.to(chosen_device(run.trainer))
             evaluator = Evaluator(backbone.model, data, run)
-        for note in loaded.notes:
+        for note in (*backbone.notes, *data.notes):
             display.console.print(note, highlight=False, soft_wrap=True)
         before = saved_record(folder).data
         if before["splits"]["report"] == data.splits["report"] and before["scored_on"] != data.scored_on:
@@ -175,6 +175,8 @@ def evaluate(folder: Path, run: Run, console: Console, predictions: Path | None 
             with display.stage(f"evaluate {split['split']}", split["examples"]) as stage:
                 metrics, decoded = evaluator.score(role, stage.advance, partial if role == "report" else None)
             found.append({"of": None, "role": role, **split, "metrics": metrics, "signatures": data.signatures})
+            if role in evaluator.cut_off:
+                found[-1]["cut_off"] = evaluator.cut_off[role]
             if role == "report" and predictions is not None:
                 write_lines(predictions, data.records(decoded, data.report_rows))
     if partial is not None:

@@ -36,7 +36,8 @@ def main(argv: list[str]) -> int:
 
 
 def rescore(folder: Path, metric: str | None = None) -> list[dict[str, Any]]:
-    """`{"role", "split", "examples", "metrics", "signatures"}` for each split that the run reported on.
+    """`{"role", "split", "examples", "metrics", "signatures"}` for each split that the run reported on, and "cut_off"
+    where its record has it.
 
     Raises:
         UserError: as `main`.
@@ -71,4 +72,6 @@ def rescore(folder: Path, metric: str | None = None) -> list[dict[str, Any]]:
                 "signatures": signatures,
             }
         )
+        if role in record.cut_off:
+            found[-1]["cut_off"] = record.cut_off[role]
     return found

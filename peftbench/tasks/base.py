@@ -20,6 +20,7 @@ from peftbench.tasks.load import Loaded, data_fingerprint
 from peftbench.tasks.metrics import Measured, References, measure
 from peftbench.tasks.rows import head
 from peftbench.tasks.tokens import Encoder
+from peftbench.tasks.unknown import unknown_note, unknown_shares
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -46,11 +47,12 @@ class TaskData(ABC):
     # By role: {"split": "test", "examples": 1600, "of": 11334}, the last where not all rows were taken.
     splits: dict[str, dict[str, Any]]
     fingerprint: str  # sha256 over the splits that were read
+    unknown: dict[str, float]  # of each split's tokens the share that the tokenizer does not know
     scored_on: str  # sha256 over the rows that are reported on
     collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]  # examples -> a padded batch of tensors
 
     def __init__(self, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-        self.task, self.notes = loaded.task, loaded.notes
+        self.task = loaded.task
         self.tokenizer = tokenizer
         self.encoder = Encoder(tokenizer, model)
         self.signatures: dict[str, str] = {}  # of the metrics that have one, once something has been scored
@@ -71,6 +73,9 @@ class TaskData(ABC):
             if len(getattr(self, f"{role}_rows")) < loaded.sizes[split]:
                 self.splits[role]["of"] = loaded.sizes[split]
 
+        by_split = {split: [one for (name, _), one in tokens.items() if name == split] for split, _ in tokens}
+        self.unknown = unknown_shares(by_split, tokenizer, rows=model.get_input_embeddings().weight.shape[0])
+        self.notes = [*loaded.notes, *unknown_note(self.unknown, tokenizer)]
         self.scored_on = data_fingerprint(self.task, self.report_rows)
 
     def serving(self, model: PreTrainedModel) -> Self:

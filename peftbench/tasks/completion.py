@@ -42,8 +42,9 @@ class Completion(TextToText):
         return [len(prompt) + len(target) for prompt, target in pairs]
 
     def settings(self) -> list[Any]:
-        """A prompt leaves room for what is generated, too."""
-        return [*super().settings(), self.task.generation.max_length]
+        """A prompt leaves room for what is generated, too, and a target ends with a token of the tokenizer's."""
+        ends = [self.tokenizer.eos_token_id, self.tokenizer.bos_token_id]
+        return [*super().settings(), self.task.generation.max_length, *ends]
 
     def encode(self, rows: dict[str, list[Any]], training: bool) -> dict[str, list[Any]]:
         """`input_ids` of the prompts, and the ids of the targets with the end of text as `labels`.

@@ -19,7 +19,7 @@ from peftbench.errors import UserError
 class Encoder:
     """Tokenises texts for one backbone. A `</s>` in a text is four characters like any other.
 
-    Raises UserError for a tokenizer without a pad token.
+    Raises UserError for a tokenizer without a pad token, and for an encoder-decoder's that ends no text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -31,6 +31,12 @@ class Encoder:
         self.tokenizer = tokenizer
         self.limit = min(tokenizer.model_max_length, positions(model) or tokenizer.model_max_length)
         self._spelled = self._unsplit_tokens()
+        if model.config.is_encoder_decoder and tokenizer.eos_token_id not in self._target("a")[1:]:
+            end = f"{tokenizer.eos_token}, at which generation stops" if tokenizer.eos_token else "any token"
+            raise UserError(
+                f"The tokenizer of {tokenizer.name_or_path or 'the backbone'} does not end a text with {end}; name the "
+                "token as eos_token in its tokenizer_config.json, and have its post_processor put it behind a text."
+            )
 
     def __call__(
         self,
@@ -64,10 +70,14 @@ class Encoder:
         return [
             *rules(self.tokenizer),
             [getattr(self.tokenizer, name, None) for name in ("src_lang", "tgt_lang")],
+            {role: str(token) for role, token in self.tokenizer.special_tokens_map.items()},
             self.limit,
             transformers.__version__,
             tokenizers.__version__,
         ]
+
+    def _target(self, text: str) -> list[int]:
+        return self([text], max_length=self.limit, target=True)["input_ids"][0]
 
     def _plain(self, texts: Sequence[str]) -> list[str]:
         """`</s>` as `< /s>`, for the tokenizers that would take it for the special token."""
