@@ -44,6 +44,7 @@ VOCABULARIES = (
     "vocab.json",
     "vocab.txt",
 )
+BYTE_LEVEL = ("vocab.json", "merges.txt")  # of which neither is any use without the other
 BRING = "put there what save_pretrained of the model's tokenizer writes."
 NOWHERE = "model.hub_id and model.path are both null; give one, or take a preset such as model=mini."
 
@@ -115,23 +116,22 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = _explained(model, lambda: AutoTokenizer.from_pretrained(source, **options))
     except UserError:
-        if not any(map(is_there, VOCABULARIES)):
-            raise UserError(f"{_place(model)} has no tokenizer: {VOCABULARIES[0]} is missing; {BRING}") from None
-        raise
-    parts = {key: name for key, name in tokenizer.vocab_files_names.items() if key != "tokenizer_file"}
-    missing = [name for key, name in parts.items() if not tokenizer.init_kwargs.get(key) and not is_there(name)]
-    some = len(missing) < len(parts)
-    if missing and (some or not _has_words(tokenizer)) and not is_there(VOCABULARIES[0]):
-        what = "a part of a tokenizer" if some else "no tokenizer"
-        raise UserError(
-            f"{_place(model)} has {what}: {' and '.join(missing)}, or {VOCABULARIES[0]}, is missing; {BRING}"
-        )
-    if not _has_words(tokenizer):
-        raise UserError(
-            f"{_place(model)} has a tokenizer whose vocabulary is special tokens alone; put the files of the one that "
-            "the model was pretrained with there."
-        )
-    return tokenizer
+        parts = [name for name in BYTE_LEVEL if not is_there(name)]
+        if is_there(VOCABULARIES[0]) or (len(parts) != 1 and any(map(is_there, VOCABULARIES))):
+            raise
+        what = "a part of a tokenizer" if len(parts) == 1 else "no tokenizer"
+        names = " or ".join([*(parts if len(parts) == 1 else []), VOCABULARIES[0]])
+        raise UserError(f"{_place(model)} has {what}: {names} is missing; {BRING}") from None
+    if _has_words(tokenizer):
+        return tokenizer
+    parts = [name for key, name in tokenizer.vocab_files_names.items() if key != "tokenizer_file"]
+    if not any(map(is_there, (VOCABULARIES[0], *parts))):
+        names = f"{VOCABULARIES[0]} is missing, or in its place {' and '.join(parts)}"
+        raise UserError(f"{_place(model)} has no tokenizer: {names}; {BRING}")
+    raise UserError(
+        f"{_place(model)} has a tokenizer whose vocabulary is special tokens alone; put the files of the one that the "
+        "model was pretrained with there."
+    )
 
 
 def _has_words(tokenizer: PreTrainedTokenizerBase) -> bool:

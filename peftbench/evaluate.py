@@ -6,13 +6,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from transformers import GenerationConfig, PreTrainedModel
 
 from peftbench.config import LOSS, Run, TaskKind
 from peftbench.errors import UserError
 from peftbench.precision import use_autocast
 from peftbench.prediction.partial import Partial
-from peftbench.prediction.predict import mean_loss, predict, share_cut_off
+from peftbench.prediction.predict import PADDING, end_ids, mean_loss, predict, share_cut_off
 from peftbench.results.identity import content_stamp
 from peftbench.sites import configured
 from peftbench.tasks.base import TaskData
@@ -80,6 +81,8 @@ class Evaluator:
         if self.generation is not None:
             begun = 1 if self.model.config.is_encoder_decoder else 0  # the token that a decoder begins with
             self.cut_off[role] = share_cut_off(predictions, self.generation, begun)
+            # No part of the text, even where the tokenizer does not call it special.
+            predictions = np.where(np.isin(predictions, end_ids(self.generation)), PADDING, predictions)
         decoded = self.data.decode(predictions)
         return self.data.score(decoded, getattr(self.data, f"{role}_rows")), decoded
 

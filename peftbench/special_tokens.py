@@ -99,6 +99,13 @@ class _Files:
             if i is not None and i >= self.height
         ]
 
+    def openings(self) -> set[int]:
+        """What stands before each text that an encoder-decoder writes, and so cannot end one."""
+        if not self.config.is_encoder_decoder:
+            return set()
+        first = self.tokenizer("a")["input_ids"][0]
+        return {first, *_ids(getattr(self.generation, "forced_bos_token_id", None))} & self.special
+
     def named(self, role: str, tokenizer: bool = True) -> Named:
         """Of a role such as eos, that the tokenizer knows or not."""
         key = f"{role}_token_id"
@@ -129,7 +136,8 @@ class _Files:
 
 def _settle_end(files: _Files) -> list[str]:
     named = files.named("eos")
-    end, ends = named.chosen(files.is_special), named.all(files.is_special)
+    end = named.chosen(files.is_special)
+    ends = tuple(index for index in named.all(files.is_special) if index == end or index not in files.openings())
     before = files.tokenizer.eos_token_id
     if end is None:
         files.name("eos", None)

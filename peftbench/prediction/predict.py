@@ -146,11 +146,16 @@ def share_cut_off(predictions: np.ndarray, generation: GenerationConfig, begun: 
         predictions: ids as `predict` gives them, (examples, longest).
         begun: how many ids of each were there before the first one was generated.
     """
-    written = predictions[:, begun:]
-    ends = np.isin(written, np.atleast_1d(generation.eos_token_id or []))
-    if generation.forced_eos_token_id is not None and generation.max_length is not None:
-        ends[:, generation.max_length - begun - 1 :] = False
-    return float(1 - ends.any(axis=1).mean()) if len(written) else 0.0
+    ends = np.isin(predictions[:, begun:], end_ids(generation))
+    if generation.forced_eos_token_id is not None:
+        longest = generation.max_new_tokens or generation.max_length - begun
+        ends[:, longest - 1 :] = False
+    return float(1 - ends.any(axis=1).mean()) if len(ends) else 0.0
+
+
+def end_ids(generation: GenerationConfig) -> list[int]:
+    """The ids at which generation stops."""
+    return [int(index) for index in np.atleast_1d(generation.eos_token_id) if index is not None]
 
 
 class _NoRepeatBehind(NoRepeatNGramLogitsProcessor):

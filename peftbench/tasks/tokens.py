@@ -31,7 +31,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.limit = min(tokenizer.model_max_length, positions(model) or tokenizer.model_max_length)
         self._spelled = self._unsplit_tokens()
-        if model.config.is_encoder_decoder and tokenizer.eos_token_id not in self._target("a")[1:]:
+        if model.config.is_encoder_decoder and not self._ends_texts():
             end = f"{tokenizer.eos_token}, at which generation stops" if tokenizer.eos_token else "any token"
             raise UserError(
                 f"The tokenizer of {tokenizer.name_or_path or 'the backbone'} does not end a text with {end}; name the "
@@ -76,8 +76,8 @@ class Encoder:
             tokenizers.__version__,
         ]
 
-    def _target(self, text: str) -> list[int]:
-        return self([text], max_length=self.limit, target=True)["input_ids"][0]
+    def _ends_texts(self) -> bool:
+        return self.tokenizer.eos_token_id in self(["a"], max_length=self.limit)["input_ids"][0][1:]
 
     def _plain(self, texts: Sequence[str]) -> list[str]:
         """`</s>` as `< /s>`, for the tokenizers that would take it for the special token."""

@@ -28,7 +28,7 @@ def unknown_shares(
         rows: how many ids the embedding has.
 
     Raises:
-        UserError: an id has no row in the embedding, or more than half of a split is unknown.
+        UserError: an id has no row in the embedding, or more than half of a split is unknown, or all of it is dropped.
     """
     whose = f"The tokenizer of {tokenizer.name_or_path or 'the backbone'}"
     unknown = tokenizer.unk_token_id
@@ -47,7 +47,12 @@ def unknown_shares(
                 f"has embeddings for {rows:,} ids alone: it is another model's tokenizer; give the model with its own."
             )
         texts = counts.sum() - counts[special].sum()
-        if told_apart and texts:
+        if not texts:
+            raise UserError(
+                f"{whose} makes no token of any text in {split}: {type(tokenizer).__name__} does not fit its files, or "
+                "its vocabulary not the text; give the model with its own tokenizer."
+            )
+        if told_apart:
             found[split] = float(counts[unknown] / texts)
     if told_apart and (split := max(found, key=found.__getitem__, default="")) and found[split] > TOO_MANY:
         raise UserError(
