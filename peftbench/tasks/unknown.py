@@ -36,7 +36,8 @@ def unknown_shares(
     told_apart = unknown is not None and tokenizer.unk_token not in roles
     special = [index for index in tokenizer.all_special_ids if index != unknown]
     found = {}
-    for split, parts in splits.items():
+    for split, datasets in splits.items():
+        parts = [part for part in datasets if len(part)]
         counts = np.zeros(1 + max(rows, len(tokenizer), *tokenizer.all_special_ids), dtype=np.int64)
         for part in parts:
             _count(part, counts)
@@ -47,12 +48,12 @@ def unknown_shares(
                 f"has embeddings for {rows:,} ids alone: it is another model's tokenizer; give the model with its own."
             )
         texts = counts.sum() - counts[special].sum()
-        if not texts:
+        if parts and not texts:
             raise UserError(
                 f"{whose} makes no token of any text in {split}: {type(tokenizer).__name__} does not fit its files, or "
                 "its vocabulary not the text; give the model with its own tokenizer."
             )
-        if told_apart:
+        if told_apart and texts:
             found[split] = float(counts[unknown] / texts)
     if told_apart and (split := max(found, key=found.__getitem__, default="")) and found[split] > TOO_MANY:
         raise UserError(

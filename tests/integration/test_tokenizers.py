@@ -151,6 +151,27 @@ def test_cut_off_is_the_same_in_parts(family: str, beams: int, likely: float, tm
     assert 0 < evaluator.cut_off["report"] < 1
 
 
+def test_an_end_that_is_no_special_token_is_not_part_of_the_text(tmp_path: Path) -> None:
+    """As where a tokenizer has <end> among its added tokens, and says of it no more."""
+    model, tokenizer = build("llama", eos_token_id=98), letters()
+    tokenizer.add_tokens(["<end>"])
+    index = tokenizer.convert_tokens_to_ids("<end>")
+    model.resize_token_embeddings(index + 1)
+    model.config.eos_token_id = model.generation_config.eos_token_id = index
+    model.lm_head.weight.data[index] = 3 * model.lm_head.weight.data[50]
+    tokenizer.eos_token = None
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    task = task_of("llama", tmp_path)
+    backbone = load_backbone(Model(path=str(tmp_path)), task)
+    assert not backbone.tokenizer.added_tokens_decoder[index].special
+    data = prepare(load(task), backbone.tokenizer, backbone.model)
+    assert all(labels[-1] == index for labels in data.train["labels"])
+    evaluator = Evaluator(backbone.model, data, Run(task=task, trainer=Trainer(learning_rate=1.0)))
+    decoded = evaluator.score("report")[1]
+    assert evaluator.cut_off["report"] < 1 and not any("<" in text for text in decoded)
+
+
 @pytest.mark.parametrize("family", [family for family in (*FAMILIES, *MORE_FAMILIES) if "_" not in family])
 def test_a_folder_without_a_tokenizer(family: str, tmp_path: Path) -> None:
     """Of which transformers makes up an empty vocabulary: the file that is missing is named."""
