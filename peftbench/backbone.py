@@ -91,7 +91,7 @@ def load_backbone(model: Model, task: Task) -> Backbone:
 
 
 def _pad_on_the_right(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
-    """Padding stands behind a text, whatever the tokenizer prefers: positions are counted from the first token on, a
+    """Padding comes after a text, whatever the tokenizer prefers: positions are counted from the first token on, a
     decoder's mask is the causal one alone, and a classifier on a decoder alone reads the last token that is no padding.
     A text that a decoder alone goes on with is padded by `tasks.completion`.
     """
@@ -116,12 +116,12 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = _explained(model, lambda: AutoTokenizer.from_pretrained(source, **options))
     except UserError:
-        parts = [name for name in BYTE_LEVEL if not is_there(name)]
-        if is_there(VOCABULARIES[0]) or (len(parts) != 1 and any(map(is_there, VOCABULARIES))):
-            raise
-        what = "a part of a tokenizer" if len(parts) == 1 else "no tokenizer"
-        names = " or ".join([*(parts if len(parts) == 1 else []), VOCABULARIES[0]])
-        raise UserError(f"{_place(model)} has {what}: {names} is missing; {BRING}") from None
+        _whole(model, is_there)
+        if not any(map(is_there, VOCABULARIES)):
+            raise UserError(f"{_place(model)} has no tokenizer: {VOCABULARIES[0]} is missing; {BRING}") from None
+        raise
+    if "merges_file" in tokenizer.vocab_files_names:
+        _whole(model, is_there)
     if _has_words(tokenizer):
         return tokenizer
     parts = [name for key, name in tokenizer.vocab_files_names.items() if key != "tokenizer_file"]
@@ -132,6 +132,15 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
         f"{_place(model)} has a tokenizer whose vocabulary is special tokens alone; put the files of the one that the "
         "model was pretrained with there."
     )
+
+
+def _whole(model: Model, is_there: Callable[[str], bool]) -> None:
+    """Raises UserError where one of the two files of a byte-level tokenizer is missing."""
+    missing = [name for name in BYTE_LEVEL if not is_there(name)]
+    if len(missing) == 1 and not is_there(VOCABULARIES[0]):
+        raise UserError(
+            f"{_place(model)} has a part of a tokenizer: {missing[0]} or {VOCABULARIES[0]} is missing; {BRING}"
+        )
 
 
 def _has_words(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -56,7 +56,7 @@ def settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, writes: b
     """Have tokenizer, config and generation config name the same special tokens; one that the embedding has no row for
     is none.
 
-    What ends a text: the model's own, which is also what the tokenizer puts behind a text; generation stops there and
+    What ends a text: the model's own, which is also what the tokenizer puts after a text; generation stops there and
     at each other end that is named. What pads: the model's own, or else the end of a text. What begins what an
     encoder-decoder writes: the generation config's. What begins a text: as the tokenizer begins it.
 
@@ -100,7 +100,7 @@ class _Files:
         ]
 
     def openings(self) -> set[int]:
-        """What stands before each text that an encoder-decoder writes, and so cannot end one."""
+        """What comes before each text that an encoder-decoder writes, and so cannot end one."""
         if not self.config.is_encoder_decoder:
             return set()
         first = self.tokenizer("a")["input_ids"][0]
@@ -196,7 +196,7 @@ def _settle_bos(files: _Files) -> list[str]:
 
 
 def _end_texts_with(tokenizer: PreTrainedTokenizerBase, before: int, end: int) -> None:
-    """Where the tokenizer puts the token `before` behind a text, have it put `end` there."""
+    """Where the tokenizer puts the token `before` after a text, have it put `end` there."""
     backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.post_processor is None:
         return

@@ -35,7 +35,7 @@ class Encoder:
             end = f"{tokenizer.eos_token}, at which generation stops" if tokenizer.eos_token else "any token"
             raise UserError(
                 f"The tokenizer of {tokenizer.name_or_path or 'the backbone'} does not end a text with {end}; name the "
-                "token as eos_token in its tokenizer_config.json, and have its post_processor put it behind a text."
+                "token as eos_token in its tokenizer_config.json, and have its post_processor put it after a text."
             )
 
     def __call__(

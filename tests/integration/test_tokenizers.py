@@ -266,7 +266,7 @@ def test_text_that_is_mostly_unknown_is_refused(reviews: Task) -> None:
         prepare(load(reviews), word_level(), tiny_bert())
 
 
-def test_an_end_that_stands_for_the_unknown_too_is_not_counted(reviews: Task) -> None:
+def test_an_end_that_is_the_unknown_token_too_is_not_counted(reviews: Task) -> None:
     """As GPT-2's, which knows every byte."""
     tokenizer = byte_level()
     tokenizer.unk_token = "</s>"
