@@ -152,12 +152,15 @@ class TaskData(ABC):
                 f"The tokenizer puts nothing between the texts of a pair: {reading['pair_separator']!r} is put there."
             )
         for what, tokens in self.limits().items():
-            cut = {self.splits[role]["split"]: share[what] for role, share in self.cut.items() if share[what] > NOTED}
+            roles = ["train"] if what == "targets" else self.cut  # a score is that of whole targets
+            shares = {self.splits[role]["split"]: self.cut[role][what] for role in roles if role in self.cut}
+            cut = {split: share for split, share in shares.items() if share > NOTED}
             if cut:
                 asked = f"task.max_{what[:-1]}_length={getattr(self.task, f'max_{what[:-1]}_length')}"
                 why = asked if asked.endswith(f"={tokens}") else f"{self._limited_by(what)}; {asked}"
-                shares = ", ".join(f"{100 * share:.1f}% of {split}" for split, share in cut.items())
-                yield f"{what.capitalize()} are cut at {tokens} tokens ({why}): {shares}."
+                told = ", ".join(f"{100 * share:.1f}% of {split}" for split, share in cut.items())
+                without = "; the end of a text is not taught there" if what == "targets" else ""
+                yield f"{what.capitalize()} are cut at {tokens} tokens ({why}): {told}{without}."
 
     def _limited_by(self, what: str) -> str:
         """What makes the limit lower than the task has it."""

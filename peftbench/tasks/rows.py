@@ -168,7 +168,8 @@ def _codes(labels: Sequence[str], cells: Sequence[object], source: Source, coded
         if code is None:
             sentence = f"{source.at(number)}: label {cell!r} is none of {', '.join(list(known))}"
             if _name(cell) in digits and not numbers and not coded:
-                sentence += f"; if it is a code, name the labels in the order of codes: task.labels=[{','.join(names)}]"
+                order = f"task.labels=[{','.join(names)}]"
+                sentence += f"; if it is a code, name the labels in the order of their codes, such as {order}"
             raise UserError(f"{sentence}.")
         codes.append(code)
     return codes

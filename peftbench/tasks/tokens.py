@@ -170,6 +170,8 @@ class Encoder:
             # the unknown token stands for any text that the vocabulary lacks
             if token.special and token.content != self.tokenizer.unk_token
         }
+        if not special:  # GPT-2 has one token for all roles
+            return None
         encoded: Any = self.tokenizer(list(special.values()), add_special_tokens=False, split_special_tokens=True)
         found = [
             token for (index, token), ids in zip(special.items(), encoded["input_ids"], strict=True) if index in ids
