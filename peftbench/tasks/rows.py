@@ -167,7 +167,7 @@ def _codes(labels: Sequence[str], cells: Sequence[object], source: Source, coded
         code = (names if isinstance(cell, float) else known).get(_name(cell))
         if code is None:
             sentence = f"{source.at(number)}: label {cell!r} is none of {', '.join(list(known))}"
-            if _name(cell) in digits and not numbers and not coded:
+            if not (numbers or coded or isinstance(cell, float)) and _name(cell) in digits:
                 order = f"task.labels=[{','.join(names)}]"
                 sentence += f"; if it is a code, name the labels in the order of their codes, such as {order}"
             raise UserError(f"{sentence}.")

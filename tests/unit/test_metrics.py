@@ -164,9 +164,8 @@ JAPANESE = ["東京の天気は晴れです。", "猫が窓で寝ている。"]
 THAI = ["แมวนอนหลับอยู่บนหน้าต่าง", "วันนี้ฝนตก"]
 HINDI = ["बिल्ली खिड़की पर सोती है।", "आज बारिश हो रही है।"]
 GERMAN = ["Für die Übung fährt sie später.", "Das Mädchen hört Musik."]
-ACCENTED = ["The café is open on most days of the week, all through the year, and serves lunch."] * 20 + [
-    "No word of it."
-] * 50
+PLAIN = "Bread and cakes are sold in most of the shops of the town, all through the year."
+ACCENTED = [PLAIN.replace("shops", "cafés")] * 2 + [PLAIN] * 20
 
 
 @pytest.mark.parametrize("texts", [RUSSIAN, CHINESE, JAPANESE, THAI, HINDI, GERMAN])
