@@ -191,13 +191,15 @@ class Task:
     max_eval: int | None = None  # likewise of report_split and further_splits
     text_columns: list[str] = field(default_factory=list)  # classification: one text or a pair
     label_column: str = "label"
-    # Names in the order of their codes; []: those of the training split.
+    # Names in the order of their codes; []: those of the training split, where a number is no code unless the data set
+    # says which label each code is.
     labels: list[str] = field(default_factory=list)
     source_column: str = "document"
     target_column: str = "summary"  # a text, or a list of texts that are all right
     source_join: str | None = None  # what to put between the parts of a source that is a list; null: none is
-    # What the model reads, with {source} in it and {mask} where the tokenizer's mask token shall stand. null: the
-    # source, and for a decoder alone, which is to go on with the target, a line break behind it.
+    # What the model reads, with {source} in it and {mask} where the tokenizer's mask token shall stand; other special
+    # tokens, such as <|im_start|>, are typed as they are. null: the source, and for a decoder alone, which is to go on
+    # with the target, a line break behind it.
     prompt: str | None = None
     merge_references: bool = False  # rows with equal sources are one example with all their targets
     source_language: str | None = None  # codes of backbones that have them, such as mBART's en_XX

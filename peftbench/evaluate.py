@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import GenerationConfig, PreTrainedModel
@@ -57,7 +58,8 @@ class Evaluator:
             return None
         model, task = self.run.model, self.run.task
         source = content_stamp(model.path) if model.path else f"{model.hub_id} {model.revision}"
-        reads = [task.max_source_length, task.prompt, task.source_language, task.target_language]
+        reads: list[Any] = [task.max_source_length, task.prompt, task.source_language, task.target_language]
+        reads.extend(filter(None, [self.data.reading()]))
         how = [self.generation.to_json_string(), self.bf16, model.dtype.name, *reads]
         return Partial(path, json.dumps([source, content_stamp(adapter), self.data.fingerprint, *how]))
 

@@ -186,7 +186,7 @@ def _trained(run: Run, backbone: Backbone, data: TaskData, record: Record, displ
 
 def _stamp(data: TaskData, record: Record) -> str:
     """What must be the same for an earlier try to be gone on with, beside the run."""
-    return json.dumps([data.fingerprint, record.versions])
+    return json.dumps([data.fingerprint, record.versions, *filter(None, [data.reading()])])
 
 
 def _count_earlier(record: Record, seconds: float) -> None:
@@ -325,9 +325,13 @@ def _record_data(record: Record, data: TaskData, notes: Sequence[str]) -> None:
         "scored_on": data.scored_on,
         "splits": data.splits,
         "notes": [*notes, *data.notes],
+        "limits": data.limits(),
+        "cut": data.cut,
     }
     if data.unknown:
         record.data["unknown_tokens"] = data.unknown
+    if reading := data.reading():
+        record.data["reading"] = reading
     if data.task.kind is TaskKind.classification:
         record.data["labels"] = data.task.labels
     if data.task.packages is not None:

@@ -157,7 +157,8 @@ def settings_of(record: Record) -> dict[str, Any]:
     """A run's config as dotted keys, without what is no setting of it, and the circumstances that the record has."""
     found = dict(flatten(_config(record.folder / "config.yaml")))
     kept = {key: value for key, value in found.items() if value is not None and not _is_ignored(key)}
-    circumstances = {"device": record.device, "data": record.data.get("fingerprint"), **record.versions}
+    reading = {f"reading.{key}": value for key, value in record.data.get("reading", {}).items()}
+    circumstances = {"device": record.device, "data": record.data.get("fingerprint"), **reading, **record.versions}
     return kept | {f"({key})": value for key, value in circumstances.items() if value is not None}
 
 

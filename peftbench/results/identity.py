@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
@@ -46,6 +47,7 @@ IGNORED = (
 )
 
 _WHOLE = 1 << 20  # bytes; files smaller than this are hashed whole, of larger ones
+_SPECIAL = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what a special token may look like: </s>, <|im_start|>, [SEP]
 _END = 1 << 16  # only so many bytes at either end, beside the size
 
 
@@ -61,6 +63,9 @@ def run_hash(run: Run) -> str:
         for group in groups:
             node = node[group]
         del node[leaf]
+    prompt = config["task"]["prompt"]
+    if prompt is not None and _SPECIAL.search(prompt):  # which earlier versions read as ordinary characters
+        config["task"]["special_tokens"] = "kept"
     if config["search"] is None:  # one that is settled, see results/choice.py, is the run that it has come to
         del config["search"]
 

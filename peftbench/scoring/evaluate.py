@@ -71,14 +71,22 @@ def main(argv: list[str]) -> int:
 def changed_run(folder: Path, record: Record, overrides: Sequence[str]) -> Run:
     """The run that lies in `folder`, with overrides, checked as `peftbench train` checks them; of its own files those
     must be there that are read."""
-    run = saved_run(folder, record, overrides)
-    if found := faults(replace(run, task=reported_on(run.task, homeless(trained_task(folder))))):
+    run = _overridden(folder, record, overrides)
+    task = with_saved_labels(run.task, record)
+    if found := faults(replace(run, task=reported_on(task, homeless(trained_task(folder))))):
         raise UserError(*found)
     return run
 
 
 def saved_run(folder: Path, record: Record, overrides: Sequence[str] = ()) -> Run:
-    """Like `changed_run`, where nothing but the backbone must be there; its data may have gone."""
+    """Like `changed_run`, with the labels that the data had. Nothing but the backbone must be there; the data may have
+    gone."""
+    run = _overridden(folder, record, overrides)
+    run.task = with_saved_labels(run.task, record)
+    return run
+
+
+def _overridden(folder: Path, record: Record, overrides: Sequence[str]) -> Run:
     config = saved_config(folder)
     try:
         lines = [re.sub(r"^task\.split=", "task.report_split=", override) for override in overrides]
@@ -104,14 +112,17 @@ def saved_run(folder: Path, record: Record, overrides: Sequence[str] = ()) -> Ru
         raise UserError(f"model.path={run.model.path} is not a folder; give the path of an existing one.")
     if run.model.path and record.model.content and content_stamp(run.model.path) != record.model.content:
         raise UserError(f"model.path={run.model.path} holds another backbone than the one that the run was trained on.")
-    if "labels" in record.data:
-        if run.task.labels not in ([], record.data["labels"]):
-            raise UserError(
-                f"task.labels=[{','.join(run.task.labels)}]: the run was trained on the labels "
-                f"{', '.join(record.data['labels'])}, in this order; leave task.labels out."
-            )
-        run.task.labels = record.data["labels"]
+    if "labels" in record.data and run.task.labels not in ([], record.data["labels"]):
+        raise UserError(
+            f"task.labels=[{','.join(run.task.labels)}]: the run was trained on the labels "
+            f"{', '.join(record.data['labels'])}, in this order; leave task.labels out."
+        )
     return run
+
+
+def with_saved_labels(task: Task, record: Record) -> Task:
+    """The task with the labels that the run was trained on, where it names none."""
+    return replace(task, labels=task.labels or record.data.get("labels", []))
 
 
 def trained_task(folder: Path) -> Task:
@@ -147,6 +158,19 @@ def restored(folder: Path, run: Run, task: Task) -> Backbone:
     return backbone
 
 
+def read_otherwise(before: dict[str, Any], reading: dict[str, Any]) -> str | None:
+    """The sentence for a run whose texts were read otherwise when it was trained, given its record's `data`."""
+    now, then = (
+        {key: value for key, value in of.items() if key != "cut_targets"} for of in (reading, before.get("reading", {}))
+    )
+    if now == then:
+        return None
+    told = ", ".join(f"{key} {json.dumps(value)}" for key, value in sorted((now | then).items()))
+    return (
+        f"The run was trained on texts that were read otherwise ({told}): its score is another one now; train it again."
+    )
+
+
 def evaluate(folder: Path, run: Run, console: Console, predictions: Path | None = None) -> list[dict[str, Any]]:
     """The scores of each split, as `rescore` gives them.
 
@@ -157,7 +181,8 @@ def evaluate(folder: Path, run: Run, console: Console, predictions: Path | None 
     found: list[dict[str, Any]] = []
     with Display(console) as display:
         with display.stage("prepare"):
-            loaded = load(run.task, training=False, dealt=homeless(trained_task(folder)))
+            dealt, labels = homeless(trained_task(folder)), saved_record(folder).data.get("labels", [])
+            loaded = load(run.task, training=False, dealt=dealt, labels=labels)
             run = with_dtype(run)
             backbone = restored(folder, run, loaded.task)
             data = prepare(loaded, backbone.tokenizer, backbone.model)
@@ -166,6 +191,8 @@ def evaluate(folder: Path, run: Run, console: Console, predictions: Path | None 
         for note in (*backbone.notes, *data.notes):
             display.console.print(note, highlight=False, soft_wrap=True)
         before = saved_record(folder).data
+        if other := read_otherwise(before, data.reading()):
+            display.console.print(other, highlight=False, soft_wrap=True)
         if before["splits"]["report"] == data.splits["report"] and before["scored_on"] != data.scored_on:
             split = data.splits["report"]["split"]
             display.console.print(f"These are other rows of the {split} split than the run was scored on.")

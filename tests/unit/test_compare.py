@@ -187,3 +187,10 @@ def test_comparing_imports_no_torch() -> None:
         "example_scores('pearson', ['1'], ['2']); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_how_texts_were_read_is_a_difference(tmp_path: Path) -> None:
+    """A run of an earlier version beside one of this."""
+    a, b = (single(load_records(trained(tmp_path, 50, seed=seed))[0])[0] for seed in (1, 2))
+    b.first.data["reading"] = {"pair_separator": "\n"}
+    assert settings_that_differ(a, b) == {"(reading.pair_separator)": [None, "\n"]}

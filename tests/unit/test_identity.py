@@ -97,6 +97,22 @@ def test_order_of_keys_is_no_matter() -> None:
     assert run_hash(run(mix=parts)) == run_hash(run(mix=dict(reversed(parts.items()))))
 
 
+@pytest.mark.parametrize(
+    ("prompt", "before"),
+    [
+        ("{mask}\n\n{source}", "43258bc0"),
+        ("summarize: {source}", "6a512fb2"),
+        ("a < b > c [x y] {source}", "97dca9d1"),
+        ("<|im_start|>{source}", "1dbf402f"),
+        ("{source}</s>", "4b070e51"),
+        ("[SEP]{source}", "e6ad0fcc"),
+    ],
+)
+def test_a_prompt_with_special_tokens_has_another_name_than_when_they_were_characters(prompt: str, before: str) -> None:
+    special = any(token in prompt for token in ("<|im_start|>", "</s>", "[SEP]"))
+    assert (run_hash(run(task__prompt=prompt)) != before) is special
+
+
 def test_files_count_by_content(tmp_path: Path) -> None:
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
