@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from rich.console import Console
 
 from peftbench.backbone import Backbone, load_backbone
 from peftbench.config import Run, Task, resolve, task_files
+from peftbench.environment import run_alone
 from peftbench.errors import UserError, unknown
 from peftbench.evaluate import Evaluator
 from peftbench.modification.attach import attach_run
@@ -33,7 +33,7 @@ from peftbench.tasks.prepare import prepare
 from peftbench.tasks.roles import splits
 from peftbench.train import quiet_console
 from peftbench.validity import faults
-from peftbench.whole_files import write_lines
+from peftbench.whole_files import dumped, write_lines
 
 GROUPS = ("task", "trainer", "model")  # what may be changed of a run without making it another
 
@@ -57,12 +57,13 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     if arguments.predictions is not None and not arguments.predictions.parent.is_dir():
         raise UserError(f"--predictions {arguments.predictions}: {arguments.predictions.parent} is not a folder.")
+    run_alone()
     record = saved_record(arguments.run)
     run = changed_run(arguments.run, record, arguments.overrides)
     console = quiet_console(stderr=arguments.json)
     found = evaluate(arguments.run, run, console, arguments.predictions)
     if arguments.json:
-        print(json.dumps(found, indent=2))
+        print(dumped(found, indent=2, ensure_ascii=True))
     else:
         show_scores(found, record, console)
     return 0
