@@ -1,8 +1,8 @@
 """What a run must not depend on in its environment: launchers of several processes, and settings of accelerate's.
 
-accelerate and transformers read variables of both kinds whenever a Trainer is made. Those of a launcher such as torchrun
-would join the runs of its processes in one training, or wait for processes that never come; accelerate's own would
-change what is trained, though the config says otherwise. Imports no torch.
+accelerate and transformers read variables of both kinds whenever a Trainer is made. Those of a launcher such as
+torchrun would join the runs of its processes in one training, or wait for processes that never come; accelerate's own
+would change what is trained, though the config says otherwise. Imports no torch.
 """
 
 from __future__ import annotations

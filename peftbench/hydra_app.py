@@ -126,6 +126,7 @@ def _check_plugins(overrides: Sequence[str], jobs: str, searching: bool) -> None
             raise UserError(f"{own}= takes one grid and not several; leave it out, or what stands behind {AND}.")
 
 
+BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"  # which knows all runs beforehand
 # Where the sweepers of Hydra's plugins (Optuna, Nevergrad, Ax) are told to minimise, which is what most do by default.
 MINIMISING: dict[str, tuple[Any, str]] = {
     "direction": ("minimize", "maximize"),
@@ -153,7 +154,7 @@ def job(cfg: DictConfig) -> float:
     sources = HydraConfig.get().runtime.config_sources
     own = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        asked = HydraConfig.get().runtime.choices["hydra/sweeper"] != "basic"  # by a sweeper that goes by the outcome
+        asked = HydraConfig.get().sweeper["_target_"] != BASIC  # by a sweeper that goes by the outcome
         if asked and (fault := _wrong_direction(HydraConfig.get().sweeper)):
             print_faults([fault])
             raise SystemExit(2)

@@ -85,7 +85,7 @@ def settled(run: Run, folder: Callable[[Run], Path] = run_dir) -> tuple[Run, Sea
     folders = _folders[key]
     records = [find(place) for place in folders]
     whose = f"search={search.name}: {{}} of method={run.method} on task={run.task.name}"
-    left = sum(record is None or not (record.has_ended or record.status == "failed") for record in records)
+    left = sum(not _is_compared(record) for record in records)
     if left:
         subject = whose.format(f"{left} of {len(records)} trials")
         raise UserError(f"{subject} {'is' if left == 1 else 'are'} not done; the same line goes on with them.")
@@ -127,6 +127,13 @@ def sentence(record: Record) -> str:
     method = record.method + (f" of bottleneck {sizes}" if sizes else "")
     where = f"search={search.name}, {method}, {record.model.name} on {record.task} ({split})"
     return f"{where} takes {typed(search.chosen)}; {described(search)}{edge}{same}."
+
+
+def _is_compared(record: Record | None) -> bool:
+    """Whether it is known what a trial came to; one that was trained as a plain run may still lack that."""
+    if record is None or record.status == "done":
+        return record is not None and record.selection is not None
+    return record.status in ("diverged", "failed")
 
 
 def _value(record: Record) -> float | None:

@@ -16,7 +16,6 @@ from rich.console import Console
 
 from peftbench.backbone import Backbone, load_backbone
 from peftbench.config import Run, Task, resolve, task_files
-from peftbench.environment import run_alone
 from peftbench.errors import UserError, unknown
 from peftbench.evaluate import Evaluator
 from peftbench.modification.attach import attach_run
@@ -57,7 +56,6 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     if arguments.predictions is not None and not arguments.predictions.parent.is_dir():
         raise UserError(f"--predictions {arguments.predictions}: {arguments.predictions.parent} is not a folder.")
-    run_alone()
     record = saved_record(arguments.run)
     run = changed_run(arguments.run, record, arguments.overrides)
     console = quiet_console(stderr=arguments.json)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from peftbench.backbone import load_config, meta_backbone
 from peftbench.config import DType, Run, module_name
-from peftbench.environment import run_alone
 from peftbench.errors import UserError
 from peftbench.modification.attach import attach_run
 from peftbench.modification.merge import merge, obstacles
@@ -31,7 +30,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", type=run_folder, help="its folder, or the first digits of its name")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to write, new or empty")
     arguments = parser.parse_args(argv)
-    run_alone()
     run = saved_run(arguments.run, saved_record(arguments.run))
     if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
         raise UserError(f"--out {arguments.out} is there already; give a folder that is new or empty.")
