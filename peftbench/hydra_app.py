@@ -6,17 +6,20 @@ import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from peftbench.compose import AND, CONFIG_NAME, Point, compose_points
 from peftbench.config import conf_dir, resolve
+from peftbench.environment import run_alone
 from peftbench.errors import UserError, of_the_machine, print_faults
 from peftbench.quick_imports import quick_imports
+from peftbench.results.choice import objective
 from peftbench.results.sweep import Sweep
 from peftbench.sweeps.search import check, is_open, phases
 from peftbench.sweeps.sweeper import INTERRUPTED, places_of, put_off, shown, train_all, train_one, wait_for_others
@@ -33,6 +36,7 @@ def main(argv: list[str]) -> int:
             compose_points(args.overrides, config_dir=args.config_dir)
         job()
         return 0
+    run_alone()
     points = compose_points(args.overrides, multirun=args.multirun, config_dir=args.config_dir)
     check(points)
     searching = any(is_open(run) for _, run in points)
@@ -122,19 +126,44 @@ def _check_plugins(overrides: Sequence[str], jobs: str, searching: bool) -> None
             raise UserError(f"{own}= takes one grid and not several; leave it out, or what stands behind {AND}.")
 
 
+BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"  # which knows all runs beforehand
+# Where the sweepers of Hydra's plugins (Optuna, Nevergrad, Ax) are told to minimise, which is what most do by default.
+MINIMISING: dict[str, tuple[Any, str]] = {
+    "direction": ("minimize", "maximize"),
+    "optim.maximize": (False, "true"),
+    "ax_config.experiment.minimize": (True, "false"),
+}
+
+
+def _wrong_direction(sweeper: DictConfig) -> str | None:
+    """The sentence for a sweeper that would look for the worst run."""
+    for key, (wrong, right) in MINIMISING.items():
+        found = OmegaConf.select(sweeper, key)
+        if wrong in (found if isinstance(found, ListConfig) else [found]):
+            return (
+                f"hydra.sweeper.{key}={str(found).lower()}: a sweeper is given the score on the selection split, which "
+                f"is better when higher (of a loss, its negative); give hydra.sweeper.{key}={right}."
+            )
+    return None
+
+
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)
 def job(cfg: DictConfig) -> float:
-    """One run, alone or of a sweep."""
+    """One run, alone or of a sweep; gives what a sweeper may maximise (`results.choice.objective`)."""
     run, overrides = resolve(cfg), list(HydraConfig.get().overrides.task)
     sources = HydraConfig.get().runtime.config_sources
     own = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        return train_one(HydraConfig.get().job.num + 1, run, overrides)
+        asked = HydraConfig.get().sweeper["_target_"] != BASIC  # by a sweeper that goes by the outcome
+        if asked and (fault := _wrong_direction(HydraConfig.get().sweeper)):
+            print_faults([fault])
+            raise SystemExit(2)
+        return train_one(HydraConfig.get().job.num + 1, run, overrides, selecting=asked)
     with quick_imports():
         from peftbench.train import train
 
     try:
-        return train(run, [*own, *overrides])
+        return objective(train(run, [*own, *overrides]).selection)
     except UserError as error:
         print_faults(error.faults)
         raise SystemExit(2) from None

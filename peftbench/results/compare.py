@@ -6,7 +6,6 @@ A and B are each a run, or the seeds of one setting; their saved predictions are
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -26,11 +25,12 @@ from peftbench.results.differences import differing, flatten
 from peftbench.results.fields import FIELDS, text
 from peftbench.results.identity import IGNORED, plain
 from peftbench.results.record import FILE, Record, load_records
-from peftbench.results.row import Row, is_trial, over_seeds, unscored
+from peftbench.results.row import Row, is_trial, left_out, over_seeds, unscored
 from peftbench.results.select import TRIALS, is_filter, select
 from peftbench.scoring.saved import saved_predictions
 from peftbench.tasks.example_scores import ExampleScores, example_scores
 from peftbench.terminal import terminal
+from peftbench.whole_files import dumped
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C, where PyYAML was built with it
 
@@ -69,9 +69,11 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         scores = {name: {**asdict(one), "difference": one.difference} for name, one in differences.items()}
         runs = {name: [record.run for record in row.scored] for name, row in (("a", a), ("b", b))}
-        print(json.dumps({**runs, "metrics": scores, "settings": settings}, indent=2))
+        print(dumped({**runs, "metrics": scores, "settings": settings}, indent=2, ensure_ascii=True))
     else:
         _show(a, b, differences, settings, terminal())
+    if missing := left_out([a, b]):
+        print(missing, file=sys.stderr)
     return 0
 
 
@@ -113,7 +115,7 @@ def _side(name: str, word: str, folder: Path) -> Row:
             "such as method=lora; peftbench results --show method,run,score lists them, --folder where to look."
         )
     if not rows:
-        ended = ", ".join(sorted({record.status for record in records}))
+        ended = ", ".join(sorted({record.outcome for record in records}))
         raise UserError(f"{name}={word} has no score to compare: it is {ended}.")
     if len(rows) > 1:
         keys = differing([settings_of(row.first) for row in rows])

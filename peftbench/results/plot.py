@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from peftbench.errors import UserError, unknown
 from peftbench.results.differences import differing
 from peftbench.results.fields import FIELDS, field, text
 from peftbench.results.record import Record
-from peftbench.results.row import Row, Statistic, front, over_seeds, single, tables
+from peftbench.results.row import Row, Statistic, front, left_out, over_seeds, single, tables
 from peftbench.results.run_files import logged
 from peftbench.results.select import read
 from peftbench.results.table import title
@@ -71,6 +72,8 @@ def main(argv: list[str]) -> int:
         figure = draw_curves(single(records), y=arguments.y or "loss", by=arguments.by)
     else:
         rows = over_seeds(records, arguments.statistic)
+        if missing := left_out(rows):
+            print(missing, file=sys.stderr)
         figure = draw(rows, x=arguments.x, y=arguments.y or "score", by=arguments.by)
     for file in files:
         save(figure, file)
@@ -252,7 +255,8 @@ def _curves(
 def _curve(row: Row, y: str) -> list[tuple[int, float]]:
     """(step, value) of each time that a run logged `y`; the training of its head alone is not part of it."""
     lines = logged(row.first.folder)
-    return [(line["step"], line[y]) for line in lines if y in line and line["stage"] == lines[0]["stage"]]
+    own = [line for line in lines if y in line and line["stage"] == lines[0]["stage"]]
+    return [(line["step"], math.nan if line[y] is None else line[y]) for line in own]
 
 
 def _label(axes: Axes, rows: Sequence[Row], x: str, y: str) -> None:

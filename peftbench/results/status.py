@@ -24,7 +24,7 @@ from peftbench.results.record import Record, find
 from peftbench.results.sweep import FOLDER, SUFFIX, Plan, Point
 from peftbench.terminal import terminal
 
-ORDER = ("done", "running", "interrupted", "failed", "missing")  # in which they are counted and listed
+ORDER = ("done", "diverged", "running", "interrupted", "failed", "missing")  # in which they are counted and listed
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class State:
 
     @property
     def outcome(self) -> str:
-        """The status, with the error of a run that failed."""
+        """`Record.outcome`, or that there is none."""
         return "missing" if self.record is None else self.record.outcome
 
 

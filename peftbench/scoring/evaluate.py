@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,7 +32,7 @@ from peftbench.tasks.prepare import prepare
 from peftbench.tasks.roles import splits
 from peftbench.train import quiet_console
 from peftbench.validity import faults
-from peftbench.whole_files import write_lines
+from peftbench.whole_files import dumped, write_lines
 
 GROUPS = ("task", "trainer", "model")  # what may be changed of a run without making it another
 
@@ -62,7 +61,7 @@ def main(argv: list[str]) -> int:
     console = quiet_console(stderr=arguments.json)
     found = evaluate(arguments.run, run, console, arguments.predictions)
     if arguments.json:
-        print(json.dumps(found, indent=2))
+        print(dumped(found, indent=2, ensure_ascii=True))
     else:
         show_scores(found, record, console)
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from peftbench.tasks.metrics import measure
 from peftbench.tasks.roles import is_reported
 from peftbench.terminal import terminal
 from peftbench.validity import METRICS, label_faults
+from peftbench.whole_files import dumped
 
 
 def main(argv: list[str]) -> int:
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     found = rescore(arguments.run, arguments.metric)
     if arguments.json:
-        print(json.dumps(found, indent=2))
+        print(dumped(found, indent=2, ensure_ascii=True))
     else:
         show_scores(found, saved_record(arguments.run), terminal())
     return 0
