@@ -129,7 +129,7 @@ def _run(run: Run, folder: Path, overrides: Sequence[str], search: Searched | No
             backbone = load_backbone(run.model, loaded.task)
             run, record.deviations = attach_run(backbone.model, run, backbone.untrained)
             record.axes = axes_of(run)
-            _record_counts(record, run, backbone.model)
+            _record_counts(record, run, backbone)
             data = prepare(loaded, backbone.tokenizer, backbone.model)
             _record_data(record, data)
             for note in data.notes:
@@ -310,9 +310,9 @@ def _is_head_alone(run: Run) -> bool:
     return not modifications(run) and run.unfreeze is Unfreeze.none
 
 
-def _record_counts(record: Record, run: Run, model: PreTrainedModel) -> None:
-    counts = count(model)
-    dead = count_dead(model, modifications(run)) if run.fidelity.dead_parameters else 0
+def _record_counts(record: Record, run: Run, backbone: Backbone) -> None:
+    counts = count(backbone.model, backbone.untrained)
+    dead = count_dead(backbone.model, modifications(run)) if run.fidelity.dead_parameters else 0
     record.counts = Counts(**asdict(counts), dead=dead)
     record.model.parameters = counts.backbone
 
