@@ -123,4 +123,4 @@ def test_a_run_that_was_loaded(method: str, tmp_path: Path) -> None:
         again = type(model).from_pretrained(tmp_path / "saved").eval()
         ids = torch.tensor([[0, 17, 250, 31, 2]])
         with torch.no_grad():
-            assert (again(ids).logits - model(ids).logits).abs().max() < 1e-5
+            assert (again(ids).logits - model(ids).logits).abs().max() < 1e-4

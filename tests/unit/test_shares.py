@@ -23,7 +23,7 @@ METHODS = ("mam", "lora", "lora_ffn", "adapter", "pfeiffer", "prefix", "parallel
 SMALL = {"d_model": 320, "encoder_ffn_dim": 1280, "decoder_ffn_dim": 1280, "encoder_attention_heads": 5}
 SMALL |= {"decoder_attention_heads": 5, "encoder_layers": 6, "decoder_layers": 6, "vocab_size": 8192}
 SMALL |= {"max_position_embeddings": 512}
-TEXT = ("task=text_to_text", "task.train_file=rows.csv")
+TEXT = ("task=xsum",)
 
 
 def folder_of(config: PretrainedConfig, folder: Path) -> str:
@@ -103,11 +103,9 @@ def test_a_decoder_takes_the_share_too(tmp_path: Path) -> None:
 )
 def test_what_keeps_its_sizes(words: tuple[str, ...]) -> None:
     """The column's own backbone or nearly that, and the rows of the paper's tables on any."""
-    for method in () if words[0].startswith("row=") else METHODS:
-        run = run_of(*words, f"method={method}")
+    for method in ([],) if words[0].startswith("row=") else (["method=mam"], ["method=adapter"]):
+        run = run_of(*words, *method)
         assert sizes(fitted(run)) == sizes(run) and note_of(fitted(run)) is None
-    if words[0].startswith("row="):
-        assert fitted(run_of(*words)) == run_of(*words)
 
 
 def test_the_columns_own_backbone_in_a_folder_keeps_them(tmp_path: Path) -> None:
@@ -192,8 +190,9 @@ def test_train_says_so_and_records_it(tmp_path: Path, capsys: pytest.CaptureFixt
     words = ["task=text_to_text", f"task.train_file={tmp_path / 'rows.csv'}", "model=bart_large", path, "method=lora"]
     words += ["debug=smoke", "trainer.max_steps=2", f"output_dir={tmp_path / 'outputs'}"]
     before = run_dir(compose_run(words))
-    assert main(["train", *words, "bottleneck=200"]) == 2  # more than all of it
-    assert "bottleneck=200:" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # more than all of it
+        main(["train", *words, "bottleneck=200"])
+    assert "bottleneck=200: 153,600 parameters would be stored, 271% of" in capsys.readouterr().err
     assert main(["train", *words]) == 0
     (record,) = load_records(tmp_path / "outputs")[0]
     (size,) = [axes.bottleneck for axes in record.axes]
