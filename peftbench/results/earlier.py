@@ -38,7 +38,7 @@ def is_the_same(run: Run, record: Record, point: str) -> bool:
             "theirs may have been other ones in the middle; they are trained anew under new names."
         )
         return False
-    paths = ", ".join(str(path) for path in sources(run).values() if any(_large_files(path)))
+    paths = ", ".join(path for path in sources(run).values() if not _was_seen_whole(path))
     _tell(
         f"{paths} unchanged since: runs that were recorded when names saw only the ends of large files are taken for "
         "the same."
@@ -85,7 +85,7 @@ def _doubt(run: Run, record: Record, only: str | None = None) -> str | None:
         return f"{record.folder / 'config.yaml'} cannot be read"
     then, began = sources(before), datetime.fromisoformat(record.created).timestamp()
     for key, path in sources(run).items():
-        if only not in (None, key) or not any(_large_files(path)):
+        if only not in (None, key) or _was_seen_whole(path):
             continue
         here = Path(path).expanduser()
         # A relative path is the same one below the working directory below which the record was found.
@@ -94,6 +94,11 @@ def _doubt(run: Run, record: Record, only: str | None = None) -> str | None:
         if max(_changed(here)) >= began:
             return f"{key}={path} has changed since"
     return None
+
+
+def _was_seen_whole(path: str) -> bool:
+    """Whether the name of then says all of a path: it has no large files, or is the embedded backbone."""
+    return content_stamp(path) == ends_stamp(path)
 
 
 def _large_files(path: str | Path) -> Iterator[Path]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 
+from peftbench.compose import compose_run
 from peftbench.config import Model, Run, Task, TaskKind, Trainer
 from peftbench.errors import UserError
 from peftbench.results import earlier
@@ -131,6 +133,22 @@ def test_small_files_need_no_such_look(run: Run, capsys: pytest.CaptureFixture[s
     os.utime(run.task.train_file or "")
     assert run_dir(run) == before.folder and before.run == run_hash(run)
     assert not capsys.readouterr().err
+
+
+def test_the_embedded_backbone_may_be_anywhere(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another installation has it in another folder, as new as that: its whole content has the name of then."""
+    mini = Path(str(compose_run([]).model.path))
+    Path(run.task.train_file or "").write_bytes(b"small")
+    runs = [
+        replace(run, model=replace(run.model, path=str(copytree(mini, tmp_path / name / "mini"))))
+        for name in ("a", "b")
+    ]
+    before = recorded_then(runs[0])
+    assert run_dir(runs[1]) == before.folder
+    large(Path(run.task.train_file or ""))
+    before = recorded_then(runs[0])
+    assert run_dir(runs[1]) == before.folder
+    assert capsys.readouterr().err.startswith(f"{run.task.train_file} unchanged since")
 
 
 def test_a_backbone_is_checked_by_what_the_record_has(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
