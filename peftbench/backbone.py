@@ -6,7 +6,7 @@ For counting there is the same model on the meta device, which has shapes and no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +51,8 @@ NOWHERE = "model.hub_id and model.path are both null; give one, or take a preset
 
 @dataclass(frozen=True)
 class Backbone:
-    """A loaded model with its tokenizer. `untrained` names the parameters that came with no weights; `notes` says, a
-    sentence each, where the backbone's files differ and what was chosen."""
+    """A loaded model with its tokenizer. `untrained` names the parameters of its head that came with no weights, and
+    `notes` says, a sentence each, where the files of the backbone differ and what was chosen."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -67,7 +67,7 @@ def load_backbone(model: Model, task: Task) -> Backbone:
 
     Raises:
         UserError: the place holds no model or no tokenizer, cannot be reached, or its architecture has no family or no
-            such head.
+            such head; or its weights are not those of the backbone that its config.json describes.
     """
     source, options = _source(model)
     config = load_config(model)
@@ -84,10 +84,65 @@ def load_backbone(model: Model, task: Task) -> Backbone:
             ignore_mismatched_sizes=True,  # a folder tuned for other labels: its head is made anew, and trained
         ),
     )
+    untrained = _new_head(model, loaded, report)
     notes = settle(loaded, tokenizer, writes=task.kind is TaskKind.text_to_text)
     _pad_on_the_right(loaded, tokenizer, task)
-    untrained = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
-    return Backbone(loaded, tokenizer, frozenset(untrained), tuple(notes))
+    return Backbone(loaded, tokenizer, untrained, tuple(notes))
+
+
+# What old checkpoints have of a backbone that is no weight: positions, masks and frequencies, which are computed now.
+_COMPUTED = (".position_ids", ".inv_freq", ".masked_bias", ".attn.bias")
+
+
+def _new_head(model: Model, loaded: PreTrainedModel, report: Mapping[str, Any]) -> frozenset[str]:
+    """The names of the parameters that were drawn anew: those of a head, which is to be trained.
+
+    Args:
+        report: what transformers says of the loading.
+
+    Raises:
+        UserError: others were drawn anew, or the place has weights of a backbone that is another one. What it has of
+            the heads of other tasks is passed over.
+    """
+
+    def in_head(name: str) -> bool:  # the pooler, which a masked language model lacks, is one of the classifier's
+        return name.split(".")[0] in family_of(loaded.config.model_type).task_head or ".pooler." in f".{name}"
+
+    def in_backbone(name: str) -> bool:
+        return name.removeprefix(f"{loaded.base_model_prefix}.").split(".")[0] in parts
+
+    parts = {name for name, _ in loaded.base_model.named_children()}
+    missing, other_shapes = set(report["missing_keys"]), {entry[0]: entry[1:] for entry in report["mismatched_keys"]}
+    absent = sorted(name for name in missing if not in_head(name))
+    misshapen = sorted(name for name in other_shapes if not in_head(name))
+    left_over = [name for name in report["unexpected_keys"] if not name.endswith(_COMPUTED)]
+    if not absent:  # else it tells most what the place has in their stead
+        left_over = [name for name in left_over if in_backbone(name) and not in_head(name)]
+    shapes = [f"{name}: {_shape(other_shapes[name][0])}, not {_shape(other_shapes[name][1])}" for name in misshapen]
+    found = [
+        _counted(absent, "is missing", "are missing"),
+        _counted(shapes, "has another shape", "have other shapes"),
+        _counted(sorted(left_over), "has no place in it", "have no place in it"),
+        *report.get("error_msgs", ()),
+    ]
+    if absent or misshapen or left_over or report.get("error_msgs"):
+        raise UserError(
+            f"{_place(model)} does not hold the weights of the backbone that its config.json describes: "
+            f"{'; '.join(filter(None, found))}. Nothing but a task head is made anew."
+        )
+    return frozenset({*missing, *other_shapes})
+
+
+def _counted(names: Sequence[str], one: str, several: str) -> str:
+    """How many tensors there are, and some names; nothing without any."""
+    if not names:
+        return ""
+    listed = ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
+    return f"{len(names)} tensors {several} ({listed})" if len(names) > 1 else f"1 tensor {one} ({listed})"
+
+
+def _shape(sizes: Iterable[int]) -> str:
+    return " x ".join(map(str, sizes))
 
 
 def _pad_on_the_right(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:

@@ -287,7 +287,7 @@ class Run(Modification):
     task: Task = field(default_factory=Task)
     trainer: Trainer = field(default_factory=Trainer)
     sizes: Any = None  # conf/sizes.yaml
-    size: Any = None  # its column for this run
+    size: Any = None  # its column for this run; `of`: the backbones it was made for, on others the shares are the same
     # The stored count that the bottlenecks are solved for: 6.7% of the backbone, 599k, 27.4M, 599232; null: none.
     budget: str | None = None
     # Of several bottlenecks: the ratio of what they store, such as [9, 1], the root's first and then those of `mix`;
@@ -357,9 +357,20 @@ def resolve(cfg: DictConfig) -> Run:
     run = OmegaConf.to_object(cfg)
     assert isinstance(run, Run)
     run.model.name = backbone_name(run.model)
+    if isinstance(run.size, dict):
+        run.size["taken"] = {
+            prefix: m.bottleneck for prefix, m in modifications(run).items() if _is_from_column(cfg, prefix)
+        }
     if run.task.prompt is not None:  # Hydra's command line has no line break but that of the shell
         run.task.prompt = run.task.prompt.replace(r"\n", "\n")
     return run
+
+
+def _is_from_column(cfg: DictConfig, prefix: str) -> bool:
+    """Whether a modification has its bottleneck from the run's column of sizes, and not from what was typed."""
+    node = cfg.mix[prefix.split(".")[1]] if prefix else cfg
+    raw = OmegaConf.to_container(OmegaConf.masked_copy(node, "bottleneck"), resolve=False)
+    return isinstance(raw, dict) and "${size." in str(raw["bottleneck"])
 
 
 def backbone_name(model: Model) -> str:

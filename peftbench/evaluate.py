@@ -15,7 +15,7 @@ from peftbench.errors import UserError
 from peftbench.precision import use_autocast
 from peftbench.prediction.partial import Partial
 from peftbench.prediction.predict import PADDING, end_ids, mean_loss, predict, share_cut_off
-from peftbench.results.identity import content_stamp
+from peftbench.results.stamps import content_stamp
 from peftbench.sites import configured
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.tokens import positions

@@ -21,6 +21,7 @@ from peftbench.errors import UserError, of_the_machine, print_faults
 from peftbench.quick_imports import quick_imports
 from peftbench.results.choice import objective
 from peftbench.results.sweep import Sweep
+from peftbench.sizes import sizes_taken
 from peftbench.sweeps.search import check, is_open, phases
 from peftbench.sweeps.sweeper import INTERRUPTED, places_of, put_off, shown, train_all, train_one, wait_for_others
 from peftbench.terminal import say
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> int:
         job()
         return 0
     run_alone()
-    points = compose_points(args.overrides, multirun=args.multirun, config_dir=args.config_dir)
+    points = fitted(compose_points(args.overrides, multirun=args.multirun, config_dir=args.config_dir))
     check(points)
     searching = any(is_open(run) for _, run in points)
     _check_plugins(args.overrides, points[0][1].jobs, searching)
@@ -99,6 +100,18 @@ def _arguments(argv: list[str]) -> Namespace:
     if args.cfg and args.multirun:
         raise UserError("--cfg shows the config of one run; leave out -m, and name one value of each key.")
     return args
+
+
+def fitted(points: list[Point]) -> list[Point]:
+    """The runs with their column's sizes fitted to their backbones, on which a search of them builds.
+
+    Imports no torch where all backbones are those that the sizes were made for.
+    """
+    if not any(sizes_taken(run) for _, run in points):
+        return points
+    from peftbench.params.shares import fit_all
+
+    return [(point[0], run) for point, run in zip(points, fit_all(run for _, run in points), strict=True)]
 
 
 def solved(points: list[Point]) -> list[Point]:

@@ -18,8 +18,8 @@ from rich.console import Console
 from peftbench.compose import compose_points
 from peftbench.config import Run, by_key, conf_dir
 from peftbench.errors import UserError, unknown
+from peftbench.hydra_app import fitted, solved
 from peftbench.hydra_app import main as train
-from peftbench.hydra_app import solved
 from peftbench.results.choice import known
 from peftbench.results.columns import Column, duration
 from peftbench.results.differences import differing
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
         raise UserError(unknown("table", arguments.table, names))
 
     overrides = [f"experiment=paper/{arguments.table}", *arguments.overrides]
-    points = solved(phases(compose_points(overrides, multirun=True))[1])
+    points = solved(phases(fitted(compose_points(overrides, multirun=True)))[1])
     code = 0 if arguments.dry_run else train(["-m", *overrides])
     _show(arguments.table, lines(arguments.table, [(overrides, known(run)) for overrides, run in points]), terminal())
     return code

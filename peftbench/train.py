@@ -31,6 +31,7 @@ from peftbench.modification.counting import count
 from peftbench.modification.dead_parameters import count_dead
 from peftbench.modification.state import fold, save, size
 from peftbench.modification.state import load as load_adapter
+from peftbench.params.shares import fitted, note_of, size_notes
 from peftbench.params.solve import solve
 from peftbench.precision import chosen_device, use_autocast, with_dtype
 from peftbench.progress import Display
@@ -53,6 +54,7 @@ from peftbench.results.record import (
 from peftbench.results.recording import axes_of, forget_refused, recording
 from peftbench.results.run_files import CHECKPOINTS, append_metrics, rewind_metrics, write_predictions
 from peftbench.results.table import single_row
+from peftbench.sites import find_sites
 from peftbench.sweeps.search import search_faults
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.docstrings import versions
@@ -100,6 +102,7 @@ def train(
         raise UserError(*found)
     if found := search_faults(run):
         raise UserError(*found)
+    asked, run = run, fitted(run, as_trained=True)  # sizes made for another backbone become those of the same share
     run, search = settled(run, lambda trial: run_dir(solve(trial, as_trained=True)))  # a search becomes its choice
     run = solve(run, as_trained=True)  # a budget becomes bottlenecks; the backbone's config.json is all it reads
     console = quiet_console()  # in a sweep's display too: it silences the libraries
@@ -108,6 +111,8 @@ def train(
         display.console.print(f"a trial: {typed(search.chosen)}", highlight=False)
     selecting = selecting or (search is not None and search.role == "trial")
     folder = run_dir(run)
+    for note in _sized(run, asked):
+        display.console.print(note, highlight=False, soft_wrap=True)
     if not run.rerun and (record := finished(folder)) is not None and _is_noted(record, search, selecting):
         return _show_again(record, display.console, keep_failed)
     with holding(folder, wait):
@@ -131,6 +136,12 @@ def train(
     return _show(record, display.console, keep_failed)
 
 
+def _sized(run: Run, asked: Run) -> Iterator[str]:
+    """Where the run lies that was recorded before sizes were fitted to the backbone: its name has the column's."""
+    if note_of(run) is not None and find(before := run_dir(asked)) is not None:
+        yield f"{before} has this run with the sizes of {run.model.sizes} as they are, under which it went once."
+
+
 def _run(
     run: Run, folder: Path, overrides: Sequence[str], search: Searched | None, selecting: bool, display: Display
 ) -> Record:
@@ -148,7 +159,9 @@ def _run(
             backbone = load_backbone(run.model, loaded.task)
             run, record.deviations = attach_run(backbone.model, run, backbone.untrained)
             record.axes = axes_of(run)
-            _record_counts(record, run, backbone.model)
+            _record_counts(record, run, backbone)
+            for note in record.notes:
+                display.console.print(note, highlight=False, soft_wrap=True)
             data = prepare(loaded, backbone.tokenizer, backbone.model)
             _record_data(record, data, backbone.notes)
             for note in record.data["notes"]:
@@ -361,11 +374,12 @@ def _is_head_alone(run: Run) -> bool:
     return not modifications(run) and run.unfreeze is Unfreeze.none
 
 
-def _record_counts(record: Record, run: Run, model: PreTrainedModel) -> None:
-    counts = count(model)
-    dead = count_dead(model, modifications(run)) if run.fidelity.dead_parameters else 0
+def _record_counts(record: Record, run: Run, backbone: Backbone) -> None:
+    counts = count(backbone.model, backbone.untrained)
+    dead = count_dead(backbone.model, modifications(run)) if run.fidelity.dead_parameters else 0
     record.counts = Counts(**asdict(counts), dead=dead)
     record.model.parameters = counts.backbone
+    record.notes = size_notes(run, counts, find_sites(backbone.model).width)
 
 
 def _record_data(record: Record, data: TaskData, notes: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from peftbench.fidelity import Deviation
 from peftbench.modification.attach import attach_run
 from peftbench.modification.counting import Counts, PlaceCounts, count, count_places
 from peftbench.modification.dead_parameters import count_dead
+from peftbench.params.shares import fitted, size_notes
 from peftbench.params.solve import solve
 from peftbench.sites import Sites, find_sites
 
@@ -47,6 +48,7 @@ class RunCounts:
     groups: list[Group]
     deviations: list[Deviation]
     dead: int  # what the paper's released code trains besides, where fidelity.dead_parameters has it counted
+    notes: list[str]  # on the sizes, a sentence each
 
 
 class Owner(NamedTuple):
@@ -74,19 +76,19 @@ class Built(NamedTuple):
 
 
 def build(run: Run) -> Built:
-    """Solve the run's budget and attach its modifications to its model without weights.
+    """Settle the run's sizes and attach its modifications to its model without weights.
 
     Raises:
         UserError: the backbone's architecture is not known, or a modification or the budget does not fit it.
     """
-    run = solve(replace(run, task=_with_labels(run.task)))
+    run = solve(fitted(replace(run, task=_with_labels(run.task))))
     model = meta_backbone(run.model, run.task)
     run, deviations = attach_run(model, run)
     return Built(run, deviations, model)
 
 
 def count_built(built: Built) -> RunCounts:
-    """The counts of what `build` has built."""
+    """The counts of what `build` has built. Raises UserError where these are senseless, see `size_notes`."""
     run, deviations, model = built
     totals = count(model)
     groups = list(_groups(model, run))
@@ -94,7 +96,7 @@ def count_built(built: Built) -> RunCounts:
     if unfrozen:
         groups.append(Group(UNFROZEN[run.unfreeze], None, 1, {}, unfrozen, unfrozen, unfrozen))
     dead = count_dead(model, modifications(run)) if run.fidelity.dead_parameters else 0
-    return RunCounts(run, totals, groups, deviations, dead)
+    return RunCounts(run, totals, groups, deviations, dead, size_notes(run, totals, find_sites(model).width))
 
 
 def _with_labels(task: Task) -> Task:

@@ -48,6 +48,8 @@ def show_run(counted: RunCounts, console: Console) -> None:
         console.print(Padding(Text(deviation.sentence), (0, 0, 0, 2), expand=False))
     if run.budget is not None:
         console.print(Text(f"  solved for a budget of {_budget(run, totals)}"))
+    for note in counted.notes:
+        console.print(Padding(Text(note), (0, 0, 0, 2), expand=False))
     console.print()
 
     table = _table("places", "weights at each", *NUMBERS)
@@ -98,6 +100,8 @@ def show_sweep(counted: Sequence[RunCounts], console: Console) -> None:
         if console.measure(table, options=console.options.update(width=UNBOUNDED)).minimum <= console.width:
             break
     console.print(table)
+    for note in dict.fromkeys(note for c in counted for note in c.notes):
+        console.print(Text(note))
 
 
 def _row(counted: RunCounts) -> dict[str, list[str]]:
@@ -140,6 +144,7 @@ def _object(counted: RunCounts) -> dict[str, Any]:
         "fidelity": run.fidelity.name,
         "deviations": [deviation.name for deviation in counted.deviations],
         "budget": run.budget,
+        "notes": counted.notes,
         "backbone": totals.backbone,
         **{name: getattr(totals, name) for name in names},
         "dead": counted.dead,

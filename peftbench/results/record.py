@@ -182,6 +182,7 @@ class Record:
     budget: str | None = None  # as typed; the bottlenecks in `axes` were solved for it
     debug: str | None = None
     fidelity: str = "paper"  # the set of switches between the paper's text and its released code
+    notes: list[str] = field(default_factory=list)  # on the sizes, such as that they were fitted to the backbone
     deviations: list[Deviation] = field(default_factory=list)  # the switches that make this run differ from the text
     counts: Counts | None = None
     scores: dict[str, Score] = field(default_factory=dict)  # by role: selection, report, report_SPLIT

@@ -18,9 +18,10 @@ import peftbench
 from peftbench.axes import axes
 from peftbench.config import Modification, Run, modifications
 from peftbench.results.differences import flatten
-from peftbench.results.identity import content_stamp, plain, run_hash
+from peftbench.results.identity import plain, run_hash
 from peftbench.results.record import FILE, Axes, Backbone, Record, Status, find, now
 from peftbench.results.run_files import CHECKPOINTS, METRICS
+from peftbench.results.stamps import content_stamp
 from peftbench.whole_files import replacing
 
 

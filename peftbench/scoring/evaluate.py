@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,7 +24,7 @@ from peftbench.modification.state import load as load_adapter
 from peftbench.overrides import apply_override
 from peftbench.precision import chosen_device, with_dtype
 from peftbench.progress import Display
-from peftbench.results.identity import content_stamp
+from peftbench.results.earlier import check_backbone
 from peftbench.results.record import Record
 from peftbench.scoring.saved import run_folder, saved_config, saved_record
 from peftbench.scoring.show import show_scores
@@ -109,8 +110,7 @@ def _overridden(folder: Path, record: Record, overrides: Sequence[str]) -> Run:
     run.task = _reporting(run.task, trained_task(folder))
     if run.model.path and not Path(run.model.path).expanduser().is_dir():
         raise UserError(f"model.path={run.model.path} is not a folder; give the path of an existing one.")
-    if run.model.path and record.model.content and content_stamp(run.model.path) != record.model.content:
-        raise UserError(f"model.path={run.model.path} holds another backbone than the one that the run was trained on.")
+    check_backbone(run, record)
     if "labels" in record.data and run.task.labels not in ([], record.data["labels"]):
         raise UserError(
             f"task.labels=[{','.join(run.task.labels)}]: the run was trained on the labels "

@@ -29,8 +29,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal, get_args
 
+from peftbench.cache_dir import cache_dir
 from peftbench.errors import UserError
-from peftbench.tasks.cache import cache_dir
 from peftbench.whole_files import write_lines
 
 Split = Literal["train", "validation", "test"]

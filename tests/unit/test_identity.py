@@ -27,7 +27,8 @@ from peftbench.config import (
     Variation,
 )
 from peftbench.errors import UserError
-from peftbench.results.identity import content_stamp, plain, run_dir, run_hash
+from peftbench.results.identity import plain, run_dir, run_hash
+from peftbench.results.stamps import content_stamp
 
 
 def run(**changes: object) -> Run:
@@ -126,20 +127,6 @@ def test_files_count_by_content(tmp_path: Path) -> None:
 
     first, second = (run(model__path=str(tmp_path / name)) for name in ("one", "two"))
     assert len({run_hash(first), run_hash(second), run_hash(run())}) == 3
-
-
-def test_a_large_file_is_told_by_its_ends_and_size(tmp_path: Path) -> None:
-    file = tmp_path / "weights"
-    stamps = []
-    for size, start, end in (
-        (1 << 20, b"a", b"z"),
-        (1 << 20, b"b", b"z"),
-        (1 << 20, b"a", b"y"),
-        (1 << 21, b"a", b"z"),
-    ):
-        file.write_bytes(start + bytes(size) + end)
-        stamps.append(content_stamp(file))
-    assert len(set(stamps)) == 4
 
 
 def test_hidden_files_do_not_count(tmp_path: Path) -> None:
