@@ -100,7 +100,7 @@ class TaskData(ABC):
         return {"sources": min(self.task.max_source_length, self.encoder.limit)}
 
     def reading(self) -> dict[str, Any]:
-        """JSON values for the record: what makes these tokens others than earlier versions made; empty where nothing."""
+        """JSON values for the record: what makes these tokens others than those of earlier versions; or nothing."""
         return {}
 
     @abstractmethod

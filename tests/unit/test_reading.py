@@ -245,8 +245,8 @@ def test_a_decoders_limit_leaves_room_for_what_it_writes(tmp_path: Path) -> None
         tokenizer.model_max_length = tokens
         data = prepare(load(replace(task, max_target_length=50)), tokenizer, tiny_llama())
         assert data.notes == [
-            f"Sources are cut at 14 tokens ({why} less task.max_target_length=50; task.max_source_length=100): 25.0% of "
-            "train, 25.0% of validation, 25.0% of test."
+            f"Sources are cut at 14 tokens ({why} less task.max_target_length=50; task.max_source_length=100): 25.0% "
+            "of train, 25.0% of validation, 25.0% of test."
         ]
 
 
