@@ -104,8 +104,7 @@ class TaskData(ABC):
         return {"sources": min(self.task.max_source_length, self.encoder.limit)}
 
     def reading(self) -> dict[str, Any]:
-        """JSON values: what makes these tokens others than those of peftbench 1's first versions, for the record; empty
-        where they are the same."""
+        """JSON values for the record: what makes these tokens others than those of earlier versions; or nothing."""
         return {}
 
     @abstractmethod

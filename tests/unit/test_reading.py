@@ -240,15 +240,14 @@ def test_a_decoders_limit_leaves_room_for_what_it_writes(tmp_path: Path) -> None
     task = replace(completing(tmp_path, LONG), max_source_length=100)
     data = prepare(load(task), byte_level(), tiny_llama())
     assert data.limits() == {"sources": 56, "targets": 8}
-    data = prepare(load(replace(task, max_target_length=50)), byte_level(), tiny_llama())
-    assert (
-        data.notes[0]
-        == (
-            "Sources are cut at 14 tokens (the backbone's positions less task.max_target_length=50; "
-            "task.max_source_length=100): 25.0% of train, 25.0% of validation, 25.0% of test."
-        )
-        or data.tokenizer.model_max_length == 64
-    )
+    for tokens, why in ((64, "the tokenizer's model_max_length=64"), (10**30, "the backbone's positions")):
+        tokenizer = byte_level()
+        tokenizer.model_max_length = tokens
+        data = prepare(load(replace(task, max_target_length=50)), tokenizer, tiny_llama())
+        assert data.notes == [
+            f"Sources are cut at 14 tokens ({why} less task.max_target_length=50; task.max_source_length=100): 25.0% "
+            "of train, 25.0% of validation, 25.0% of test."
+        ]
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
