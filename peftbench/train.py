@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -21,20 +21,33 @@ from transformers import PreTrainedModel, set_seed
 
 from peftbench.backbones.load import Backbone, load_backbone
 from peftbench.backbones.precision import chosen_device, use_autocast, with_dtype
-from peftbench.config.identity import run_dir
+from peftbench.backbones.sites import find_sites
 from peftbench.config.schema import LOSS, Keep, Run, TaskKind, Unfreeze, modifications
 from peftbench.config.search import search_faults
 from peftbench.config.validity import faults
+from peftbench.counts.shares import fitted, note_of, size_notes
 from peftbench.counts.solve import solve
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.modification.attach import attach, attach_run
 from peftbench.modification.counting import count
 from peftbench.modification.dead_parameters import count_dead
-from peftbench.modification.state import fold, save, size, trained_tensors
+from peftbench.modification.state import fold, save, size
 from peftbench.modification.state import load as load_adapter
 from peftbench.records.choice import settled
+from peftbench.records.location import run_dir
 from peftbench.records.lock import holding
-from peftbench.records.record import Counts, Record, Score, Searched, Selection, find, finished, keep_newer
+from peftbench.records.record import (
+    Counts,
+    Divergence,
+    Record,
+    Score,
+    Searched,
+    Selection,
+    find,
+    finished,
+    keep_newer,
+    seen_divergence,
+)
 from peftbench.records.recording import axes_of, forget_refused, recording
 from peftbench.records.run_files import CHECKPOINTS, append_metrics, rewind_metrics, write_predictions
 from peftbench.records.wording import typed
@@ -45,10 +58,12 @@ from peftbench.tasks.load import load
 from peftbench.tasks.prepare import prepare
 from peftbench.training.batching import total_steps
 from peftbench.training.checkpoint import Checkpoints
+from peftbench.training.divergence import are_finite
 from peftbench.training.ended import ended
 from peftbench.training.ended import keep as keep_ended
 from peftbench.training.fit import Fitted, fit
 from peftbench.training.probe import no_gradient, unreached
+from peftbench.utils.environment import run_alone
 from peftbench.utils.errors import UserError
 from peftbench.utils.progress import Display
 from peftbench.utils.quiet import quiet_console
@@ -61,11 +76,12 @@ def train(
     keep_failed: bool = False,
     wait: bool = False,
     display: Display | None = None,
-) -> float:
-    """Train, evaluate and record one run; returns the main score, which a sweeper may optimise.
+    selecting: bool = False,
+) -> Record:
+    """Train, evaluate and record one run; returns its record.
 
-    A run that is done already is not trained again unless `rerun=true`: its record is shown. One that was interrupted
-    goes on from its last checkpoint.
+    A run that is done, or has diverged, is not trained again unless `rerun=true`: its record is shown. One that was
+    interrupted goes on from its last checkpoint.
 
     Args:
         overrides: what was typed, for the record.
@@ -73,37 +89,43 @@ def train(
             where it is refused while it is prepared.
         wait: where another process is at this run, wait until it has ended.
         display: where the run is shown; by default its own.
+        selecting: whoever calls will choose among runs: score the selection split too, for `Record.selection`.
 
     Raises:
         Busy: another process is at this run, and we do not wait.
         UserError: for all else that a user can mend.
     """
+    run_alone()
     if found := faults(run):
         raise UserError(*found)
     if found := search_faults(run):
         raise UserError(*found)
+    asked, run = run, fitted(run, as_trained=True)  # sizes made for another backbone become those of the same share
     run, search = settled(run, lambda trial: run_dir(solve(trial, as_trained=True)))  # a search becomes its choice
     run = solve(run, as_trained=True)  # a budget becomes bottlenecks; the backbone's config.json is all it reads
     console = quiet_console()  # in a sweep's display too: it silences the libraries
     display = display or Display(console)
     if search is not None and search.role == "trial":
         display.console.print(f"a trial: {typed(search.chosen)}", highlight=False)
+    selecting = selecting or (search is not None and search.role == "trial")
     folder = run_dir(run)
-    if not run.rerun and (record := finished(folder)) is not None and _is_noted(record, search):
+    for note in _sized(run, asked):
+        display.console.print(note, highlight=False, soft_wrap=True)
+    if not run.rerun and (record := finished(folder)) is not None and _is_noted(record, search, selecting):
         return _show_again(record, display.console, keep_failed)
     with holding(folder, wait):
         keep_newer(folder)
         before = find(folder)
         if not run.rerun and before is not None:
-            if before.status == "done":
-                _note(before, search, run, display)
+            if before.has_ended:
+                _note(before, search, selecting, run, display)
                 return _show_again(before, display.console, keep_failed)
             if before.status == "failed" and before.error and keep_failed and not run.retry:
                 raise UserError(f"This run failed before ({before.error.said}); retry=true trains it again.")
         if run.rerun:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         try:
-            record = _run(run, folder, overrides, search, display)
+            record = _run(run, folder, overrides, search, selecting, display)
         except UserError:
             if not keep_failed and (before is None or before.status == "failed"):
                 forget_refused(folder)
@@ -112,7 +134,15 @@ def train(
     return _show(record, display.console, keep_failed)
 
 
-def _run(run: Run, folder: Path, overrides: Sequence[str], search: Searched | None, display: Display) -> Record:
+def _sized(run: Run, asked: Run) -> Iterator[str]:
+    """Where the run lies that was recorded before sizes were fitted to the backbone: its name has the column's."""
+    if note_of(run) is not None and find(before := run_dir(asked)) is not None:
+        yield f"{before} has this run with the sizes of {run.model.sizes} as they are, under which it went once."
+
+
+def _run(
+    run: Run, folder: Path, overrides: Sequence[str], search: Searched | None, selecting: bool, display: Display
+) -> Record:
     """The run itself, with nobody else at it."""
     with recording(run, folder, overrides) as record, display:
         record.search = search
@@ -127,10 +157,12 @@ def _run(run: Run, folder: Path, overrides: Sequence[str], search: Searched | No
             backbone = load_backbone(run.model, loaded.task)
             run, record.deviations = attach_run(backbone.model, run, backbone.untrained)
             record.axes = axes_of(run)
-            _record_counts(record, run, backbone.model)
+            _record_counts(record, run, backbone)
+            for note in record.notes:
+                display.console.print(note, highlight=False, soft_wrap=True)
             data = prepare(loaded, backbone.tokenizer, backbone.model)
-            _record_data(record, data)
-            for note in data.notes:
+            _record_data(record, data, backbone.notes)
+            for note in record.data["notes"]:
                 display.console.print(note, highlight=False)
         backbone.model.to(device)
         with _timed(record, "probe_s"):
@@ -141,17 +173,22 @@ def _run(run: Run, folder: Path, overrides: Sequence[str], search: Searched | No
         with _timed(record, "train_s"):
             fitted = _trained(run, backbone, data, record, display)
             _record_fit(record, fitted)
-        diverged = not all(tensor.isfinite().all() for tensor in trained_tensors(backbone.model).values())
-
-        with _timed(record, "evaluate_s"):
-            _evaluate(run, backbone.model, data, record, display)
-            if search is not None:
-                record.selection = _selection(run, backbone.model, data, record, display, diverged)
+        if fitted.diverged is None:
+            with _timed(record, "evaluate_s"):
+                _evaluate(run, backbone.model, data, record, display)
+                if search is not None or selecting:
+                    record.selection = _selection(run, backbone.model, data, record, display)
+            if (seen := seen_divergence(record)) is not None:
+                record.diverge(replace(seen, step=fitted.steps))
+        else:
+            record.diverge(fitted.diverged)
         if device.type == "cuda":
             record.peak_memory_bytes = max(torch.cuda.max_memory_allocated(), fitted.replay_bytes)
-        if "head" in run.task.baselines and not _is_head_alone(run):
+        if record.diverged is None and "head" in run.task.baselines and not _is_head_alone(run):
             with _timed(record, "baseline_s"):
-                record.baselines["head"] = _head_alone(run, data, record, display)
+                score = _head_alone(run, data, record, display)
+            if score is not None:
+                record.baselines["head"] = score
     return record
 
 
@@ -164,27 +201,43 @@ def _probe(run: Run, model: PreTrainedModel, data: TaskData, record: Record) -> 
 
 
 def _trained(run: Run, backbone: Backbone, data: TaskData, record: Record, display: Display) -> Fitted:
-    """Train, fold and save the adapter; or take that of an earlier try, whose evaluation was stopped."""
+    """Train, fold and save the adapter; or take that of an earlier try, whose evaluation was stopped.
+
+    Of a training that diverged nothing is saved.
+    """
     name, adapter, noted = f"train {run.method}", record.folder / "adapter", record.folder / CHECKPOINTS / "ended.json"
     stamp = _stamp(data, record)
-    fitted = ended(noted, stamp)
-    if fitted is None:
+    earlier = ended(noted, stamp)
+    if earlier is None:
         noted.unlink(missing_ok=True)
         fitted = _fit(run, backbone, data, record, display, name)
         fold(backbone.model)
-        save(backbone.model, adapter, backbone.untrained)
-        keep_ended(noted, stamp, fitted)
     else:
+        fitted = earlier
         load_adapter(backbone.model, adapter, backbone.untrained)
         _count_earlier(record, fitted.seconds)
         display.console.print(f"{name}: has ended before", highlight=False)
+    fitted = _judged(fitted, backbone.model)
+    if fitted.diverged is not None:
+        shutil.rmtree(adapter, ignore_errors=True)  # of an earlier training
+        return fitted
+    if earlier is None:
+        save(backbone.model, adapter, backbone.untrained)
+        keep_ended(noted, stamp, fitted)
     record.adapter_bytes = size(adapter)
+    return fitted
+
+
+def _judged(fitted: Fitted, model: PreTrainedModel) -> Fitted:
+    """A training that has ended, diverged where its weights are not finite now."""
+    if fitted.diverged is None and not are_finite(model):
+        return replace(fitted, diverged=Divergence("weights", fitted.steps))
     return fitted
 
 
 def _stamp(data: TaskData, record: Record) -> str:
     """What must be the same for an earlier try to be gone on with, beside the run."""
-    return json.dumps([data.fingerprint, record.versions])
+    return json.dumps([data.fingerprint, record.versions, *filter(None, [data.reading()])])
 
 
 def _count_earlier(record: Record, seconds: float) -> None:
@@ -233,6 +286,7 @@ def _evaluate(run: Run, model: PreTrainedModel, data: TaskData, record: Record, 
         with display.stage(f"evaluate {split['split']}", split["examples"]) as stage:
             metrics, decoded = evaluator.score(role, stage.advance, partial)
         record.scores[role] = Score(**split, metrics=metrics)
+        record.cut_off = dict(evaluator.cut_off)
         if role != "selection":
             write_predictions(record.folder, data.records(decoded, getattr(data, f"{role}_rows")), role)
     record.score = record.scores["report"].metrics[run.task.metric]
@@ -245,13 +299,9 @@ def _evaluate(run: Run, model: PreTrainedModel, data: TaskData, record: Record, 
             record.baselines[name] = value
 
 
-def _selection(
-    run: Run, model: PreTrainedModel, data: TaskData, record: Record, display: Display, diverged: bool
-) -> Selection:
-    """What a search compares. A score that `_evaluate` has noted is not computed again."""
+def _selection(run: Run, model: PreTrainedModel, data: TaskData, record: Record, display: Display) -> Selection:
+    """What a search, or a sweeper, compares. A score that `_evaluate` has noted is not computed again."""
     split, metric = data.splits["selection"], run.task.selection_metric or run.task.metric
-    if diverged:
-        return Selection(**split, metric=metric, value=None)
     same = "report" if split == data.splits["report"] else "selection"
     if metric != LOSS and same in record.scores:
         value = record.scores[same].metrics[metric]
@@ -261,22 +311,27 @@ def _selection(
     return Selection(**split, metric=metric, value=value if math.isfinite(value) else None)
 
 
-def _is_noted(record: Record, search: Searched | None) -> bool:
-    """Whether the record of a run that is done says of searches what this call has it say."""
+def _lacks_selection(record: Record, selecting: bool) -> bool:
+    """Whether the selection split of a run that has ended is still to be scored; one that diverged has no score."""
+    return selecting and record.selection is None and record.diverged is None
+
+
+def _is_noted(record: Record, search: Searched | None, selecting: bool) -> bool:
+    """Whether the record of a run that has ended says of searches and selection what this call has it say."""
+    if _lacks_selection(record, selecting):
+        return False
     if search is None:  # a run by itself, which a trial now is too
         return record.search is None or record.search.role == "final"
-    if search.role == "trial":
-        return record.selection is not None
-    return record.search == search
+    return search.role == "trial" or record.search == search
 
 
-def _note(record: Record, search: Searched | None, run: Run, display: Display) -> None:
-    """Has the record of a run that is done say what it is to a search; scores the selection split where that lacks."""
-    if _is_noted(record, search):  # by another process, while we waited
+def _note(record: Record, search: Searched | None, selecting: bool, run: Run, display: Display) -> None:
+    """Has the record of a run that has ended say what it is to a search; scores the selection split where asked."""
+    if _is_noted(record, search, selecting):  # by another process, while we waited
         return
     if search is None or search.role == "final":
         record.search = search
-    else:
+    if _lacks_selection(record, selecting):
         with display:
             with display.stage("prepare"):
                 loaded = load(run.task)
@@ -286,19 +341,28 @@ def _note(record: Record, search: Searched | None, run: Run, display: Display) -
                 load_adapter(backbone.model, record.folder / "adapter", backbone.untrained)
                 data = prepare(loaded, backbone.tokenizer, backbone.model)
                 backbone.model.to(chosen_device(run.trainer))
-            diverged = not all(tensor.isfinite().all() for tensor in trained_tensors(backbone.model).values())
-            record.selection = _selection(run, backbone.model, data, record, display, diverged)
+            finite = are_finite(backbone.model)  # an earlier version may have called done what diverged
+            if finite:
+                record.selection = _selection(run, backbone.model, data, record, display)
+            if (seen := seen_divergence(record) if finite else Divergence("weights")) is not None:
+                record.status = "diverged"
+                record.diverge(seen)
     record.save()
 
 
-def _head_alone(run: Run, data: TaskData, record: Record, display: Display) -> float:
-    """The score of the same task head, trained in the same way on the untouched backbone."""
+def _head_alone(run: Run, data: TaskData, record: Record, display: Display) -> float | None:
+    """The score of the same task head, trained in the same way on the untouched backbone; None where it diverged."""
     set_seed(run.seed)
     backbone = load_backbone(run.model, data.task)
     attach(backbone.model, {}, untrained=backbone.untrained)
     data = data.serving(backbone.model)
     backbone.model.to(chosen_device(run.trainer))
-    _fit(run, backbone, data, record, display, "train the head alone")
+    fitted = _judged(_fit(run, backbone, data, record, display, "train the head alone"), backbone.model)
+    if fitted.diverged is not None:
+        note = f"The head alone diverged ({fitted.diverged.said}): there is no baseline of it."
+        display.console.print(note, highlight=False)
+        record.data["notes"] = [*record.data["notes"], note]
+        return None
     metrics, _ = Evaluator(backbone.model, data, run).score("report")
     record.scores["head"] = Score(**data.splits["report"], metrics=metrics)
     return metrics[run.task.metric]
@@ -308,20 +372,28 @@ def _is_head_alone(run: Run) -> bool:
     return not modifications(run) and run.unfreeze is Unfreeze.none
 
 
-def _record_counts(record: Record, run: Run, model: PreTrainedModel) -> None:
-    counts = count(model)
-    dead = count_dead(model, modifications(run)) if run.fidelity.dead_parameters else 0
+def _record_counts(record: Record, run: Run, backbone: Backbone) -> None:
+    counts = count(backbone.model, backbone.untrained)
+    dead = count_dead(backbone.model, modifications(run)) if run.fidelity.dead_parameters else 0
     record.counts = Counts(**asdict(counts), dead=dead)
     record.model.parameters = counts.backbone
+    record.notes = size_notes(run, counts, find_sites(backbone.model).width)
 
 
-def _record_data(record: Record, data: TaskData) -> None:
+def _record_data(record: Record, data: TaskData, notes: Sequence[str]) -> None:
+    """What the run was trained and scored on; `notes` says what was decided of the backbone."""
     record.data = {
         "fingerprint": data.fingerprint,
         "scored_on": data.scored_on,
         "splits": data.splits,
-        "notes": data.notes,
+        "notes": [*notes, *data.notes],
+        "limits": data.limits(),
+        "cut": data.cut,
     }
+    if data.unknown:
+        record.data["unknown_tokens"] = data.unknown
+    if reading := data.reading():
+        record.data["reading"] = reading
     if data.task.kind is TaskKind.classification:
         record.data["labels"] = data.task.labels
     if data.task.packages is not None:
@@ -334,16 +406,22 @@ def _record_fit(record: Record, fitted: Fitted) -> None:
     record.micro_batch, record.fast_paths = fitted.micro_batch, fitted.fast_paths
 
 
-def _show_again(record: Record, console: Console, in_sweep: bool) -> float:
-    console.print("This run is done already; rerun=true trains it again.")
+def _show_again(record: Record, console: Console, in_sweep: bool) -> Record:
+    if record.diverged is None:
+        console.print("This run is done already; rerun=true trains it again.")
     return _show(record, console, in_sweep)
 
 
-def _show(record: Record, console: Console, in_sweep: bool) -> float:
+def _show(record: Record, console: Console, in_sweep: bool) -> Record:
     console.print()
     single_row(record, console, alone=not in_sweep)
-    assert record.score is not None
-    return record.score
+    if record.diverged is not None:
+        console.print(
+            f"This run diverged: {record.diverged.said}. It has no score; a smaller trainer.learning_rate may have "
+            "one, and rerun=true trains this one again.",
+            highlight=False,
+        )
+    return record
 
 
 @contextmanager

@@ -6,7 +6,7 @@ For counting there is the same model on the meta device, which has shapes and no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,24 +25,39 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from peftbench.backbones.hub import hub_missing
 from peftbench.backbones.sites import family_of
+from peftbench.backbones.special_tokens import settle
 from peftbench.config.schema import DType, Model, Task, TaskKind
 from peftbench.utils.errors import UserError, meant
 
 T = TypeVar("T")
+# Files that hold a tokenizer; the first one holds all of it, whatever its class.
+VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+)
+BYTE_LEVEL = ("vocab.json", "merges.txt")  # of which neither is any use without the other
+BRING = "put there what save_pretrained of the model's tokenizer writes."
 NOWHERE = "model.hub_id and model.path are both null; give one, or take a preset such as model=mini."
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A loaded model with its tokenizer. `untrained` names the parameters that came with no weights."""
+    """A loaded model with its tokenizer. `untrained` names the parameters of its head that came with no weights, and
+    `notes` says, a sentence each, where the files of the backbone differ and what was chosen."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     untrained: frozenset[str]
+    notes: tuple[str, ...] = ()
 
 
 def load_backbone(model: Model, task: Task) -> Backbone:
@@ -51,11 +66,13 @@ def load_backbone(model: Model, task: Task) -> Backbone:
     Its attention is what transformers takes by itself: SDPA, but eager for T5 in the versions that have no other.
 
     Raises:
-        UserError: the place holds no model, cannot be reached, or its architecture has no family or no such head.
+        UserError: the place holds no model or no tokenizer, cannot be reached, or its architecture has no family or no
+            such head; or its weights are not those of the backbone that its config.json describes.
     """
     source, options = _source(model)
     config = load_config(model)
     auto = _auto_class(model, task, config)
+    tokenizer = load_tokenizer(model)
     loaded, report = _explained(
         model,
         lambda: auto.from_pretrained(
@@ -67,25 +84,124 @@ def load_backbone(model: Model, task: Task) -> Backbone:
             ignore_mismatched_sizes=True,  # a folder tuned for other labels: its head is made anew, and trained
         ),
     )
-    tokenizer = _explained(model, lambda: AutoTokenizer.from_pretrained(source, **options))
-    _can_pad(loaded, tokenizer, task)
-    untrained = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
-    return Backbone(loaded, tokenizer, frozenset(untrained))
+    untrained = _new_head(model, loaded, report)
+    notes = settle(loaded, tokenizer, writes=task.kind is TaskKind.text_to_text)
+    _pad_on_the_right(loaded, tokenizer, task)
+    return Backbone(loaded, tokenizer, untrained, tuple(notes))
 
 
-def _can_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
-    """Let texts of unequal length be one batch: GPT-2 and Llama have no pad token, and a mask hides what stands for it.
+# What old checkpoints have of a backbone that is no weight: positions, masks and frequencies, which are computed now.
+_COMPUTED = (".position_ids", ".inv_freq", ".masked_bias", ".attn.bias")
 
-    Padding stands behind a text, whatever the tokenizer prefers: positions are counted from the first token on, a
+
+def _new_head(model: Model, loaded: PreTrainedModel, report: Mapping[str, Any]) -> frozenset[str]:
+    """The names of the parameters that were drawn anew: those of a head, which is to be trained.
+
+    Args:
+        report: what transformers says of the loading.
+
+    Raises:
+        UserError: others were drawn anew, or the place has weights of a backbone that is another one. What it has of
+            the heads of other tasks is passed over.
+    """
+
+    def in_head(name: str) -> bool:  # the pooler, which a masked language model lacks, is one of the classifier's
+        return name.split(".")[0] in family_of(loaded.config.model_type).task_head or ".pooler." in f".{name}"
+
+    def in_backbone(name: str) -> bool:
+        return name.removeprefix(f"{loaded.base_model_prefix}.").split(".")[0] in parts
+
+    parts = {name for name, _ in loaded.base_model.named_children()}
+    missing, other_shapes = set(report["missing_keys"]), {entry[0]: entry[1:] for entry in report["mismatched_keys"]}
+    absent = sorted(name for name in missing if not in_head(name))
+    misshapen = sorted(name for name in other_shapes if not in_head(name))
+    left_over = [name for name in report["unexpected_keys"] if not name.endswith(_COMPUTED)]
+    if not absent:  # else it tells most what the place has in their stead
+        left_over = [name for name in left_over if in_backbone(name) and not in_head(name)]
+    shapes = [f"{name}: {_shape(other_shapes[name][0])}, not {_shape(other_shapes[name][1])}" for name in misshapen]
+    found = [
+        _counted(absent, "is missing", "are missing"),
+        _counted(shapes, "has another shape", "have other shapes"),
+        _counted(sorted(left_over), "has no place in it", "have no place in it"),
+        *report.get("error_msgs", ()),
+    ]
+    if absent or misshapen or left_over or report.get("error_msgs"):
+        raise UserError(
+            f"{_place(model)} does not hold the weights of the backbone that its config.json describes: "
+            f"{'; '.join(filter(None, found))}. Nothing but a task head is made anew."
+        )
+    return frozenset({*missing, *other_shapes})
+
+
+def _counted(names: Sequence[str], one: str, several: str) -> str:
+    """How many tensors there are, and some names; nothing without any."""
+    if not names:
+        return ""
+    listed = ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
+    return f"{len(names)} tensors {several} ({listed})" if len(names) > 1 else f"1 tensor {one} ({listed})"
+
+
+def _shape(sizes: Iterable[int]) -> str:
+    return " x ".join(map(str, sizes))
+
+
+def _pad_on_the_right(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
+    """Padding comes after a text, whatever the tokenizer prefers: positions are counted from the first token on, a
     decoder's mask is the causal one alone, and a classifier on a decoder alone reads the last token that is no padding.
     A text that a decoder alone goes on with is padded by `tasks.completion`.
     """
-    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
     if task.kind is not TaskKind.text_to_text or model.config.is_encoder_decoder:
         tokenizer.padding_side = "right"
+
+
+def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer of `model.path` or `model.hub_id`.
+
+    Of files that are missing transformers may make up a vocabulary without words, or leave a part of the rules out.
+
+    Raises:
+        UserError: it is missing, in whole or in part, or cannot be reached.
+    """
+    source, options = _source(model)
+
+    def is_there(name: str) -> bool:
+        lenient = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+        return cached_file(source, name, **options, **lenient) is not None
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = _explained(model, lambda: AutoTokenizer.from_pretrained(source, **options))
+    except UserError:
+        _whole(model, is_there)
+        if not any(map(is_there, VOCABULARIES)):
+            raise UserError(f"{_place(model)} has no tokenizer: {VOCABULARIES[0]} is missing; {BRING}") from None
+        raise
+    if "merges_file" in tokenizer.vocab_files_names:
+        _whole(model, is_there)
+    if _has_words(tokenizer):
+        return tokenizer
+    parts = [name for key, name in tokenizer.vocab_files_names.items() if key != "tokenizer_file"]
+    if not any(map(is_there, (VOCABULARIES[0], *parts))):
+        names = f"{VOCABULARIES[0]} is missing, or in its place {' and '.join(parts)}"
+        raise UserError(f"{_place(model)} has no tokenizer: {names}; {BRING}")
+    raise UserError(
+        f"{_place(model)} has a tokenizer whose vocabulary is special tokens alone; put the files of the one that the "
+        "model was pretrained with there."
+    )
+
+
+def _whole(model: Model, is_there: Callable[[str], bool]) -> None:
+    """Raises UserError where one of the two files of a byte-level tokenizer is missing."""
+    missing = [name for name in BYTE_LEVEL if not is_there(name)]
+    if len(missing) == 1 and not is_there(VOCABULARIES[0]):
+        raise UserError(
+            f"{_place(model)} has a part of a tokenizer: {missing[0]} or {VOCABULARIES[0]} is missing; {BRING}"
+        )
+
+
+def _has_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the vocabulary has more than special tokens and the mark of a word's beginning."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    return bool(tokenizer.get_vocab().keys() - added - {*tokenizer.all_special_tokens, "\u2581"})
 
 
 def meta_backbone(model: Model, task: Task, config: PretrainedConfig | None = None) -> PreTrainedModel:
@@ -205,5 +321,8 @@ def _explained(model: Model, load: Callable[[], T]) -> T:
                 "(config.json, model.safetensors, the tokenizer's files) and give it as model.path=FOLDER, set HF_HOME "
                 "to a copy of the cache of a machine that has loaded it, or take the embedded model=mini."
             ) from error
-        place = f"model.hub_id={model.hub_id}" if model.path is None else f"model.path={model.path}"
-        raise UserError(f"{place} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise UserError(f"{_place(model)} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def _place(model: Model) -> str:
+    return f"model.hub_id={model.hub_id}" if model.path is None else f"model.path={model.path}"

@@ -6,8 +6,8 @@ A and B are each a run, or the seeds of one setting; their saved predictions are
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from peftbench.records.record import FILE, Record, load_records
 from peftbench.records.wording import text
 from peftbench.tables.comparison import compare, settings_of, settings_that_differ
 from peftbench.tables.fields import FIELDS
-from peftbench.tables.row import Row, is_trial, over_seeds, unscored
+from peftbench.tables.row import Row, is_trial, left_out, over_seeds, unscored
 from peftbench.tables.select import TRIALS, is_filter, select
 from peftbench.utils.console import terminal
 from peftbench.utils.differences import differing
 from peftbench.utils.errors import UserError
+from peftbench.utils.files import dumped
 
 EPILOG = """\
 A and B are each the folder of a run, the first digits of its name, or filters as for peftbench results. Runs that
@@ -62,9 +63,11 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         scores = {name: {**asdict(one), "difference": one.difference} for name, one in differences.items()}
         runs = {name: [record.run for record in row.scored] for name, row in (("a", a), ("b", b))}
-        print(json.dumps({**runs, "metrics": scores, "settings": settings}, indent=2))
+        print(dumped({**runs, "metrics": scores, "settings": settings}, indent=2, ensure_ascii=True))
     else:
         _show(a, b, differences, settings, terminal())
+    if missing := left_out([a, b]):
+        print(missing, file=sys.stderr)
     return 0
 
 
@@ -78,7 +81,7 @@ def _side(name: str, word: str, folder: Path) -> Row:
             "such as method=lora; peftbench results --show method,run,score lists them, --folder where to look."
         )
     if not rows:
-        ended = ", ".join(sorted({record.status for record in records}))
+        ended = ", ".join(sorted({record.outcome for record in records}))
         raise UserError(f"{name}={word} has no score to compare: it is {ended}.")
     if len(rows) > 1:
         keys = differing([settings_of(row.first) for row in rows])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from peftbench.evaluation.finished import changed_run, evaluate
 from peftbench.records.saved import run_folder, saved_record
 from peftbench.tables.scores import show_scores
 from peftbench.utils.errors import UserError
+from peftbench.utils.files import dumped
 from peftbench.utils.quiet import quiet_console
 
 
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     console = quiet_console(stderr=arguments.json)
     found = evaluate(arguments.run, run, console, arguments.predictions)
     if arguments.json:
-        print(json.dumps(found, indent=2))
+        print(dumped(found, indent=2, ensure_ascii=True))
     else:
         show_scores(found, record, console)
     return 0

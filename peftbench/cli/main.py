@@ -1,6 +1,7 @@
 """The command line: `peftbench SUBCOMMAND ...`. Imports a subcommand's module only when it is asked for.
 
-Exit codes: 0 done, 1 a run failed, 2 the user's input was refused, 130 interrupted.
+Exit codes: 0 done, also where a training diverged, which is a finding; 1 a run failed; 2 the user's input was refused;
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from importlib import import_module
 from io import TextIOWrapper
 
 from peftbench import __version__
+from peftbench.utils.environment import run_alone
 from peftbench.utils.errors import UserError, of_the_machine, print_faults, unknown
 
 HELP = """\
@@ -72,6 +74,7 @@ COMMANDS = {
     "rescore": "cli.rescore",
     "merge": "cli.merge",
 }
+COMPUTING = ("evaluate", "merge")  # with a model, and import torch at once
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,6 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, argv: list[str]) -> int:
+    if command in COMPUTING:
+        run_alone()  # before torch is imported; `train` knows by itself whether it will compute
     code: int = import_module(f"peftbench.{COMMANDS[command]}").main(argv)
     return code
 

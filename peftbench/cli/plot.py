@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from peftbench.tables.plot import ENDINGS, NAMES, draw, draw_curves, save
-from peftbench.tables.row import Statistic, over_seeds, single
+from peftbench.tables.row import Statistic, left_out, over_seeds, single
 from peftbench.tables.select import read
 from peftbench.utils.errors import UserError
 
@@ -43,6 +44,8 @@ def main(argv: list[str]) -> int:
         figure = draw_curves(single(records), y=arguments.y or "loss", by=arguments.by)
     else:
         rows = over_seeds(records, arguments.statistic)
+        if missing := left_out(rows):
+            print(missing, file=sys.stderr)
         figure = draw(rows, x=arguments.x, y=arguments.y or "score", by=arguments.by)
     for file in files:
         save(figure, file)

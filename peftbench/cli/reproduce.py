@@ -15,13 +15,13 @@ from statistics import fmean
 
 from rich.console import Console
 
+from peftbench.cli.train import fitted, solved
 from peftbench.cli.train import main as train
-from peftbench.cli.train import solved
 from peftbench.config.compose import compose_points
-from peftbench.config.identity import run_dir
 from peftbench.config.schema import Run, by_key, conf_dir
 from peftbench.config.search import phases
 from peftbench.records.choice import known
+from peftbench.records.location import run_dir
 from peftbench.records.record import Record, find, load_records
 from peftbench.tables.columns import Column, duration
 from peftbench.tables.paper import is_the_papers, score_of
@@ -46,12 +46,16 @@ class Line:
         return self.record is not None and self.record.status == "done"
 
     @property
+    def has_ended(self) -> bool:
+        return self.record is not None and self.record.has_ended
+
+    @property
     def ours(self) -> float | None:
         return self.record.score if self.record is not None and self.is_done else None
 
 
 def main(argv: list[str]) -> int:
-    """Trains what is missing and prints the table; returns 0 if every run is done, 1 if one is not, 0 in a dry run.
+    """Trains what is missing and prints the table; returns 0 if every run has ended, 1 if one has not, 0 in a dry run.
 
     Raises:
         UserError: there is no such table, or the overrides are wrong.
@@ -71,7 +75,7 @@ def main(argv: list[str]) -> int:
         raise UserError(unknown("table", arguments.table, names))
 
     overrides = [f"experiment=paper/{arguments.table}", *arguments.overrides]
-    points = solved(phases(compose_points(overrides, multirun=True))[1])
+    points = solved(phases(fitted(compose_points(overrides, multirun=True)))[1])
     code = 0 if arguments.dry_run else train(["-m", *overrides])
     _show(arguments.table, lines(arguments.table, [(overrides, known(run)) for overrides, run in points]), terminal())
     return code
@@ -86,7 +90,7 @@ def lines(table: str, points: Sequence[tuple[list[str], Run]]) -> list[Line]:
     for values, (_, run) in zip(given, points, strict=True):
         record = find(run_dir(run))
         printed = score_of(values.get("row"), run.method, run.task.name, table)
-        took = record.timings.get("total_s") if record is not None and record.status == "done" else None
+        took = record.timings.get("total_s") if record is not None and record.has_ended else None
         found.append(
             Line(
                 settings={key: values[key] for key in keys if key in values},
@@ -131,9 +135,11 @@ def _show(name: str, table: Sequence[Line], console: Console) -> None:
     console.print(f"\n{name}: {', '.join(of)}", highlight=False)
     show_table(columns, table, console)
     done = sum(line.is_done for line in table)
-    left = [line.seconds for line in table if not line.is_done]
+    left = [line.seconds for line in table if not line.has_ended]
     known = [seconds for seconds in left if seconds is not None]
-    console.print(f"\n{done} of {len(table)} runs are done.", highlight=False)
+    diverged = sum(line.has_ended for line in table) - done
+    also = f", {diverged} diverged and {'has' if diverged == 1 else 'have'} no score" if diverged else ""
+    console.print(f"\n{done} of {len(table)} runs are done{also}.", highlight=False)
     if known:
         others = f"the other {len(left)}" if len(known) == len(left) else f"{len(known)} of the other {len(left)}"
         take = "take" if len(known) > 1 else "takes"
@@ -151,7 +157,7 @@ def _setting(key: str, line: Line) -> str:
 def _time(line: Line) -> str:
     if line.seconds is None:
         return ""
-    return duration(line.seconds) if line.is_done else f"~{duration(line.seconds)}"
+    return duration(line.seconds) if line.has_ended else f"~{duration(line.seconds)}"
 
 
 def _difference(line: Line) -> str:

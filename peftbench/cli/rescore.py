@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from peftbench.evaluation.rescore import rescore
 from peftbench.records.saved import run_folder, saved_record
 from peftbench.tables.scores import show_scores
 from peftbench.utils.console import terminal
+from peftbench.utils.files import dumped
 
 
 def main(argv: list[str]) -> int:
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     found = rescore(arguments.run, arguments.metric)
     if arguments.json:
-        print(json.dumps(found, indent=2))
+        print(dumped(found, indent=2, ensure_ascii=True))
     else:
         show_scores(found, saved_record(arguments.run), terminal())
     return 0

@@ -11,14 +11,15 @@ from typing import Any, get_args
 from rich.text import Text
 
 from peftbench.tables.columns import Column, Cost, beside_paper, chosen, columns
-from peftbench.tables.formats import csv_of, dumped, latex, markdown, to_csv, to_json, values
+from peftbench.tables.formats import csv_of, latex, markdown, to_csv, to_json, values
 from peftbench.tables.paper import printed
 from peftbench.tables.pivot import pivot
-from peftbench.tables.row import Row, Statistic, once, over_seeds, rank, single, tables, unscored
+from peftbench.tables.row import Row, Statistic, left_out, once, over_seeds, rank, single, tables, unscored
 from peftbench.tables.select import read
 from peftbench.tables.terminal import show_table, titles
 from peftbench.utils.console import terminal
 from peftbench.utils.errors import UserError
+from peftbench.utils.files import dumped
 
 EPILOG = """\
 KEY is a column (method, task, model, seed, status, functional_form, bottleneck, learning_rate, stored, score, time,
@@ -48,6 +49,8 @@ def main(argv: list[str]) -> int:
         print(f"{runs} trained more than once; a mean takes the last time.", file=sys.stderr)
     if pivoted:
         _check_pivot(arguments)
+        if missing := left_out([Row(tuple(records))]):
+            print(missing, file=sys.stderr)
         heading, wanted, lines = pivot(
             records,
             arguments.rows or ["method"],
@@ -69,6 +72,8 @@ def main(argv: list[str]) -> int:
         print(form(records, lambda record: beside[id(record)]).rstrip("\n"))
     else:
         rows = over_seeds(records, arguments.statistic) if arguments.statistic else single(records)
+        if missing := left_out(rows):
+            print(missing, file=sys.stderr)
         found = tables(rows)
         headed = zip(titles(found), found, strict=True)
         _print([(heading, *_columns(table, arguments)) for heading, table in headed], arguments)
@@ -157,7 +162,7 @@ def _sorted(table: list[Row], column: Column[Row], descending: bool) -> list[Row
 def _print(tables: Sequence[tuple[Text, list[Column[Any]], Sequence[Any]]], arguments: argparse.Namespace) -> None:
     if arguments.form in ("json", "csv"):
         rows = [row for _, wanted, lines in tables for row in values(wanted, lines)]
-        print(dumped(rows) if arguments.form == "json" else csv_of(rows).rstrip("\n"))
+        print(dumped(rows, indent=2, ensure_ascii=True) if arguments.form == "json" else csv_of(rows).rstrip("\n"))
         return
     console = terminal()
     for index, (heading, wanted, lines) in enumerate(tables):

@@ -6,19 +6,23 @@ import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from peftbench.config.compose import AND, CONFIG_NAME, Point, compose_points
 from peftbench.config.schema import conf_dir, resolve
 from peftbench.config.search import check, is_open, phases
+from peftbench.config.sizes import sizes_taken
+from peftbench.records.choice import objective
 from peftbench.sweeps.plan import Sweep
 from peftbench.sweeps.sweeper import INTERRUPTED, places_of, put_off, shown, train_all, train_one, wait_for_others
 from peftbench.utils.console import say
+from peftbench.utils.environment import run_alone
 from peftbench.utils.errors import UserError, of_the_machine, print_faults
 from peftbench.utils.quick_imports import quick_imports
 
@@ -33,7 +37,8 @@ def main(argv: list[str]) -> int:
             compose_points(args.overrides, config_dir=args.config_dir)
         job()
         return 0
-    points = compose_points(args.overrides, multirun=args.multirun, config_dir=args.config_dir)
+    run_alone()
+    points = fitted(compose_points(args.overrides, multirun=args.multirun, config_dir=args.config_dir))
     check(points)
     searching = any(is_open(run) for _, run in points)
     _check_plugins(args.overrides, points[0][1].jobs, searching)
@@ -97,6 +102,18 @@ def _arguments(argv: list[str]) -> Namespace:
     return args
 
 
+def fitted(points: list[Point]) -> list[Point]:
+    """The runs with their column's sizes fitted to their backbones, on which a search of them builds.
+
+    Imports no torch where all backbones are those that the sizes were made for.
+    """
+    if not any(sizes_taken(run) for _, run in points):
+        return points
+    from peftbench.counts.shares import fit_all
+
+    return [(point[0], run) for point, run in zip(points, fit_all(run for _, run in points), strict=True)]
+
+
 def solved(points: list[Point]) -> list[Point]:
     """The runs with bottlenecks for their budgets, on which their folders depend. Imports no torch without a budget.
 
@@ -122,19 +139,44 @@ def _check_plugins(overrides: Sequence[str], jobs: str, searching: bool) -> None
             raise UserError(f"{own}= takes one grid and not several; leave it out, or what stands behind {AND}.")
 
 
+BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"  # which knows all runs beforehand
+# Where the sweepers of Hydra's plugins (Optuna, Nevergrad, Ax) are told to minimise, which is what most do by default.
+MINIMISING: dict[str, tuple[Any, str]] = {
+    "direction": ("minimize", "maximize"),
+    "optim.maximize": (False, "true"),
+    "ax_config.experiment.minimize": (True, "false"),
+}
+
+
+def _wrong_direction(sweeper: DictConfig) -> str | None:
+    """The sentence for a sweeper that would look for the worst run."""
+    for key, (wrong, right) in MINIMISING.items():
+        found = OmegaConf.select(sweeper, key)
+        if wrong in (found if isinstance(found, ListConfig) else [found]):
+            return (
+                f"hydra.sweeper.{key}={str(found).lower()}: a sweeper is given the score on the selection split, which "
+                f"is better when higher (of a loss, its negative); give hydra.sweeper.{key}={right}."
+            )
+    return None
+
+
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)
 def job(cfg: DictConfig) -> float:
-    """One run, alone or of a sweep."""
+    """One run, alone or of a sweep; gives what a sweeper may maximise (`results.choice.objective`)."""
     run, overrides = resolve(cfg), list(HydraConfig.get().overrides.task)
     sources = HydraConfig.get().runtime.config_sources
     own = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        return train_one(HydraConfig.get().job.num + 1, run, overrides)
+        asked = HydraConfig.get().sweeper["_target_"] != BASIC  # by a sweeper that goes by the outcome
+        if asked and (fault := _wrong_direction(HydraConfig.get().sweeper)):
+            print_faults([fault])
+            raise SystemExit(2)
+        return train_one(HydraConfig.get().job.num + 1, run, overrides, selecting=asked)
     with quick_imports():
         from peftbench.train import train
 
     try:
-        return train(run, [*own, *overrides])
+        return objective(train(run, [*own, *overrides]).selection)
     except UserError as error:
         print_faults(error.faults)
         raise SystemExit(2) from None

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
-from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from peftbench.config.schema import Run, task_files
-from peftbench.utils.errors import UserError
+from peftbench.config.stamps import content_stamp
 
 # Keys that change no result but by rounding: where the run happens, how fast and how it is guarded, tables that have
 # already had their effect on other keys, what only counting reads, and the budget: by then it has become bottlenecks,
@@ -45,14 +45,16 @@ IGNORED = (
     "trainer.eval_batch_tokens",
 )
 
-_WHOLE = 1 << 20  # bytes; files smaller than this are hashed whole, of larger ones
-_END = 1 << 16  # only so many bytes at either end, beside the size
+_SPECIAL = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what a special token may look like: </s>, <|im_start|>, [SEP]
 
 
-def run_hash(run: Run) -> str:
+def run_hash(run: Run, stamp: Callable[[str], str] = content_stamp) -> str:
     """Eight hexadecimal digits that name a run.
 
     Files count by content, not by path. Raises UserError where a path of the config does not exist.
+
+    Args:
+        stamp: what stands for the content of a path.
     """
     config = plain(run)
     for key in IGNORED:
@@ -61,6 +63,9 @@ def run_hash(run: Run) -> str:
         for group in groups:
             node = node[group]
         del node[leaf]
+    prompt = config["task"]["prompt"]
+    if prompt is not None and _SPECIAL.search(prompt):  # which earlier versions read as ordinary characters
+        config["task"]["special_tokens"] = "kept"
     if config["search"] is None:  # one that is settled, see records/choice.py, is the run that it has come to
         del config["search"]
 
@@ -70,43 +75,14 @@ def run_hash(run: Run) -> str:
     for key in ("data_files", "train_file", "validation_file", "test_file"):
         del task[key]
     if path:
-        model |= {"hub_id": None, "revision": None, "content": content_stamp(path)}
+        model |= {"hub_id": None, "revision": None, "content": stamp(path)}
     if files := task_files(run.task):
-        task["content"] = {split: content_stamp(file) for split, file in files.items()}
+        task["content"] = {split: stamp(file) for split, file in files.items()}
     elif data_dir:
-        task["content"] = content_stamp(data_dir)
+        task["content"] = stamp(data_dir)
     if "content" in task:
         task |= {"hub_id": None, "hub_config": None, "hub_revision": None}
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def run_dir(run: Run) -> Path:
-    """The folder of a run: OUTPUT_DIR/TASK/MODEL/METHOD/HASH. Raises UserError as `run_hash` does."""
-    return Path(run.output_dir).expanduser() / run.task.name / run.model.name / run.method / run_hash(run)
-
-
-def content_stamp(path: str | Path) -> str:
-    """Twelve hexadecimal digits that stand for a file, or for a folder with all files in it but hidden ones.
-
-    Cheap also for gigabytes of weights: see `_WHOLE`. Raises UserError where there is no such path.
-    """
-    root = Path(path).expanduser()
-    if not root.exists():
-        raise UserError(f"{path} does not exist; give the path of an existing file or folder.")
-    found = [(file.relative_to(root).as_posix(), file) for file in root.rglob("*")] if root.is_dir() else []
-    digest = hashlib.sha256()
-    for name, file in sorted(found) or [(root.name, root)]:
-        if file.is_file() and not any(part.startswith(".") for part in name.split("/")):
-            size = file.stat().st_size
-            digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
-            with file.open("rb") as content:
-                if size < _WHOLE:
-                    digest.update(content.read())
-                else:
-                    digest.update(content.read(_END))
-                    content.seek(-_END, os.SEEK_END)
-                    digest.update(content.read(_END))
-    return digest.hexdigest()[:12]
 
 
 def plain(config: object) -> dict[str, Any]:

@@ -291,7 +291,11 @@ class Task:
     )
     text_columns: list[str] = key([], "Classification and regression: the column of the text, or the two of a pair.")
     label_column: str = key("label", "Classification and regression: the column of the label or number.")
-    labels: list[str] = key([], "Names of the labels in the order of their codes; []: those of the training split.")
+    labels: list[str] = key(
+        [],
+        "Names of the labels in the order of their codes. []: those of the training split. A number is then no code, "
+        "unless the data set says which label each code is.",
+    )
     source_column: str = key("document", "Text to text: the column that is read.")
     target_column: str = key(
         "summary", "Text to text: the column that is to be written; a text, or a list of texts that are all right."
@@ -302,6 +306,7 @@ class Task:
     prompt: str | None = key(
         None,
         "Text to text: what the model reads, with {source} in it, and {mask} where the tokenizer's mask token goes. "
+        "Other special tokens, such as <|im_start|>, are typed as they are. "
         "null: the source, and for a decoder alone, which is to go on with the target, a line break after it.",
     )
     merge_references: bool = key(False, "true: rows with equal sources are one example with all their targets.")
@@ -460,7 +465,11 @@ class Run(Modification):
     task: Task = field(default_factory=Task)
     trainer: Trainer = field(default_factory=Trainer)
     sizes: Any = key(None, "The columns of conf/sizes.yaml.")
-    size: Any = key(None, "The column of conf/sizes.yaml for this run.")
+    size: Any = key(
+        None,
+        "The column of conf/sizes.yaml for this run. `of` names the backbones that it was made for; on another "
+        "backbone the bottlenecks are those that store the same share.",
+    )
     budget: str | None = key(
         None,
         "The number of stored parameters that the bottlenecks are solved for: 6.7% of the backbone, 599k, 27.4M, "
@@ -541,9 +550,20 @@ def resolve(cfg: DictConfig) -> Run:
     run = OmegaConf.to_object(cfg)
     assert isinstance(run, Run)
     run.model.name = backbone_name(run.model)
+    if isinstance(run.size, dict):
+        run.size["taken"] = {
+            prefix: m.bottleneck for prefix, m in modifications(run).items() if _is_from_column(cfg, prefix)
+        }
     if run.task.prompt is not None:  # Hydra's command line has no line break but that of the shell
         run.task.prompt = run.task.prompt.replace(r"\n", "\n")
     return run
+
+
+def _is_from_column(cfg: DictConfig, prefix: str) -> bool:
+    """Whether a modification has its bottleneck from the run's column of sizes, and not from what was typed."""
+    node = cfg.mix[prefix.split(".")[1]] if prefix else cfg
+    raw = OmegaConf.to_container(OmegaConf.masked_copy(node, "bottleneck"), resolve=False)
+    return isinstance(raw, dict) and "${size." in str(raw["bottleneck"])
 
 
 def backbone_name(model: Model) -> str:

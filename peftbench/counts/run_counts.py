@@ -22,6 +22,7 @@ from peftbench.config.schema import (
     modifications,
     module_name,
 )
+from peftbench.counts.shares import fitted, size_notes
 from peftbench.counts.solve import solve
 from peftbench.modification.attach import attach_run
 from peftbench.modification.counting import Counts, PlaceCounts, count, count_places
@@ -56,6 +57,7 @@ class RunCounts:
     groups: list[Group]
     deviations: list[Deviation]
     dead: int  # unused parameters that the paper's code also trains, if fidelity.dead_parameters is on
+    notes: list[str]  # on the sizes, a sentence each
 
 
 class Owner(NamedTuple):
@@ -83,19 +85,19 @@ class Built(NamedTuple):
 
 
 def build(run: Run) -> Built:
-    """Solve the run's budget and attach its modifications to its model without weights.
+    """Settle the run's sizes and attach its modifications to its model without weights.
 
     Raises:
         UserError: the backbone's architecture is not known, or a modification or the budget does not fit it.
     """
-    run = solve(replace(run, task=_with_labels(run.task)))
+    run = solve(fitted(replace(run, task=_with_labels(run.task))))
     model = meta_backbone(run.model, run.task)
     run, deviations = attach_run(model, run)
     return Built(run, deviations, model)
 
 
 def count_built(built: Built) -> RunCounts:
-    """Return the counts of a built run."""
+    """Return the counts of a built run. Raises UserError if they make no sense, see `size_notes`."""
     run, deviations, model = built
     totals = count(model)
     groups = list(_groups(model, run))
@@ -103,7 +105,7 @@ def count_built(built: Built) -> RunCounts:
     if unfrozen:
         groups.append(Group(UNFROZEN[run.unfreeze], None, 1, {}, unfrozen, unfrozen, unfrozen))
     dead = count_dead(model, modifications(run)) if run.fidelity.dead_parameters else 0
-    return RunCounts(run, totals, groups, deviations, dead)
+    return RunCounts(run, totals, groups, deviations, dead, size_notes(run, totals, find_sites(model).width))
 
 
 def _with_labels(task: Task) -> Task:

@@ -36,6 +36,8 @@ def show(explained: Explanation, console: Console) -> None:
     console.print(
         Text.assemble((run.method, HEADING), " on ", (run.model.name, HEADING), f" of {totals.backbone:,} parameters")
     )
+    for note in explained.counted.notes:
+        console.print(Padding.indent(Text(note), 2))
     for row in explained.rows:
         console.print()
         _show_row(row, console)
@@ -63,6 +65,7 @@ def to_json(explained: Explanation) -> str:
         "task": run.task.name,
         "model": run.model.name,
         "budget": run.budget,
+        "notes": explained.counted.notes,
         "unfreeze": run.unfreeze.name,
         "modifications": [asdict(row) for row in explained.rows],
         "parameters": [

@@ -56,8 +56,8 @@ def solve(run: Run, *, as_trained: bool = False) -> Run:
     given = {prefix: m.bottleneck for prefix, m in modifications(run).items() if m.bottleneck is not None}
     least = dict.fromkeys(given, 1)
     config = load_config(run.model) if as_trained else None
-    smallest = _counted(run, least, config)
-    costs = [_counted(run, {**least, prefix: 2}, config).stored - smallest.stored for prefix in given]
+    smallest = counted(run, least, config)
+    costs = [counted(run, {**least, prefix: 2}, config).stored - smallest.stored for prefix in given]
     most = limit(run.budget, smallest.backbone)
     weights = list(given.values()) if run.budget_split is None else _split(run.budget_split, costs)
     sizes = largest_sizes(weights, costs, smallest.stored - sum(costs), most)
@@ -69,15 +69,16 @@ def solve(run: Run, *, as_trained: bool = False) -> Run:
             f"budget={smallest.stored}."
         )
     found = dict(zip(given, sizes, strict=True))
-    stored = _counted(run, found, config).stored
+    stored = counted(run, found, config).stored
     expected = smallest.stored + sum((size - 1) * cost for size, cost in zip(sizes, costs, strict=True))
     assert stored == expected <= most, f"{stored:,} parameters are stored, but {expected:,} were expected"
-    return _resized(run, found)
+    return resized(run, found)
 
 
-def _counted(run: Run, sizes: Mapping[str, int], config: PretrainedConfig | None) -> Counts:
+def counted(run: Run, sizes: Mapping[str, int], config: PretrainedConfig | None) -> Counts:
+    """The counts of the run with bottlenecks `sizes`; `config`: as `meta_backbone` takes it."""
     model = meta_backbone(run.model, run.task, config)
-    attach_run(model, _resized(run, sizes))
+    attach_run(model, resized(run, sizes))
     return count(model)
 
 
@@ -88,7 +89,7 @@ def _split(shares: Sequence[float], costs: Sequence[int]) -> list[int]:
     return [int(part * whole) for part in ratio]
 
 
-def _resized(run: Run, sizes: Mapping[str, int]) -> Run:
+def resized(run: Run, sizes: Mapping[str, int]) -> Run:
     """Return the run with the bottlenecks `sizes`, given by the prefix of the modifications' keys."""
     mix = {name: replace(m, bottleneck=sizes.get(f"mix.{name}.", m.bottleneck)) for name, m in run.mix.items()}
     return replace(run, bottleneck=sizes.get("", run.bottleneck), mix=mix)

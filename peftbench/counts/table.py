@@ -40,6 +40,8 @@ def show_run(counted: RunCounts, console: Console) -> None:
         console.print(Padding(Text(deviation.sentence), (0, 0, 0, 2), expand=False))
     if run.budget is not None:
         console.print(Text(f"  solved for a budget of {_budget(run, totals)}"))
+    for note in counted.notes:
+        console.print(Padding(Text(note), (0, 0, 0, 2), expand=False))
     console.print()
 
     table = _table("places", "weights at each", *NUMBERS)
@@ -75,6 +77,8 @@ def show_sweep(counted: Sequence[RunCounts], console: Console) -> None:
     differing = [c for c in COLUMNS if c.key not in WHERE_THEY_DIFFER or len({c.cell(run) for run in counted}) > 1]
     budgeted = any(run.run.budget is not None for run in counted)
     show_table([c for c in differing if budgeted or c.key != "budget"], counted, console)
+    for note in dict.fromkeys(note for run in counted for note in run.notes):
+        console.print(Text(note))
 
 
 def _four_axes(counted: RunCounts) -> str:
@@ -134,6 +138,7 @@ def _object(counted: RunCounts) -> dict[str, Any]:
         "fidelity": run.fidelity.name,
         "deviations": [deviation.name for deviation in counted.deviations],
         "budget": run.budget,
+        "notes": counted.notes,
         "backbone": totals.backbone,
         **{name: getattr(totals, name) for name in names},
         "dead": counted.dead,

@@ -5,22 +5,27 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from transformers import GenerationConfig, PreTrainedModel
 
 from peftbench.backbones.precision import use_autocast
 from peftbench.backbones.sites import configured
-from peftbench.config.identity import content_stamp
 from peftbench.config.schema import LOSS, Run, TaskKind
+from peftbench.config.stamps import content_stamp
 from peftbench.evaluation.partial import Partial
-from peftbench.evaluation.predict import mean_loss, predict
+from peftbench.evaluation.predict import PADDING, end_ids, mean_loss, predict, share_cut_off
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.tokens import positions
 from peftbench.utils.errors import UserError
 
 
 class Evaluator:
-    """Scores one model on the splits of one task, always in the same way."""
+    """Scores one model on the splits of one task, always in the same way.
+
+    `cut_off` has, for each role for which texts were generated, the share of them that ended by their length.
+    """
 
     def __init__(self, model: PreTrainedModel, data: TaskData, run: Run) -> None:
         self.model, self.data = model, data
@@ -30,6 +35,7 @@ class Evaluator:
         self.bf16 = use_autocast(run.trainer, run.model)
         self.generation = _generation(model, run) if run.task.kind is TaskKind.text_to_text else None
         self.run = run
+        self.cut_off: dict[str, float] = {}
 
     def selection(self) -> dict[str, float]:
         """What a state is selected by: the metrics on the selection split, or the loss there, as in training."""
@@ -52,7 +58,8 @@ class Evaluator:
             return None
         model, task = self.run.model, self.run.task
         source = content_stamp(model.path) if model.path else f"{model.hub_id} {model.revision}"
-        reads = [task.max_source_length, task.prompt, task.source_language, task.target_language]
+        reads: list[Any] = [task.max_source_length, task.prompt, task.source_language, task.target_language]
+        reads.extend(filter(None, [self.data.reading()]))
         how = [self.generation.to_json_string(), self.bf16, model.dtype.name, *reads]
         return Partial(path, json.dumps([source, content_stamp(adapter), self.data.fingerprint, *how]))
 
@@ -73,6 +80,11 @@ class Evaluator:
                 partial=partial,
                 on_batch=on_batch,
             )
+        if self.generation is not None:
+            begun = 1 if self.model.config.is_encoder_decoder else 0  # the token that a decoder begins with
+            self.cut_off[role] = share_cut_off(predictions, self.generation, begun)
+            # No part of the text, even where the tokenizer does not call it special.
+            predictions = np.where(np.isin(predictions, end_ids(self.generation)), PADDING, predictions)
         decoded = self.data.decode(predictions)
         return self.data.score(decoded, getattr(self.data, f"{role}_rows")), decoded
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -16,14 +18,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftbench.backbones.load import Backbone, load_backbone
 from peftbench.backbones.precision import chosen_device, with_dtype
-from peftbench.config.identity import content_stamp
 from peftbench.config.overrides import apply_override
 from peftbench.config.roles import splits
-from peftbench.config.schema import Run, Task, resolve, task_files
+from peftbench.config.schema import Run, Task, modifications, resolve, task_files
 from peftbench.config.validity import faults
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.modification.attach import attach_run
+from peftbench.modification.merge import obstacles
+from peftbench.modification.state import FILE_NAME
 from peftbench.modification.state import load as load_adapter
+from peftbench.records.earlier import check_backbone
 from peftbench.records.record import Record
 from peftbench.records.saved import run_folder, saved_config, saved_record
 from peftbench.tasks.load import homeless, load, reported_on
@@ -38,14 +42,22 @@ GROUPS = ("task", "trainer", "model")  # what may be changed of a run without ma
 def changed_run(folder: Path, record: Record, overrides: Sequence[str]) -> Run:
     """The run that lies in `folder`, with overrides, checked as `peftbench train` checks them; of its own files those
     must be there that are read."""
-    run = saved_run(folder, record, overrides)
-    if found := faults(replace(run, task=reported_on(run.task, homeless(trained_task(folder))))):
+    run = _overridden(folder, record, overrides)
+    task = with_saved_labels(run.task, record)
+    if found := faults(replace(run, task=reported_on(task, homeless(trained_task(folder))))):
         raise UserError(*found)
     return run
 
 
 def saved_run(folder: Path, record: Record, overrides: Sequence[str] = ()) -> Run:
-    """Like `changed_run`, where nothing but the backbone must be there; its data may have gone."""
+    """Like `changed_run`, with the labels that the data had. Nothing but the backbone must be there; the data may have
+    gone."""
+    run = _overridden(folder, record, overrides)
+    run.task = with_saved_labels(run.task, record)
+    return run
+
+
+def _overridden(folder: Path, record: Record, overrides: Sequence[str]) -> Run:
     config = saved_config(folder)
     try:
         lines = [re.sub(r"^task\.split=", "task.report_split=", override) for override in overrides]
@@ -69,16 +81,18 @@ def saved_run(folder: Path, record: Record, overrides: Sequence[str] = ()) -> Ru
     run.task = _reporting(run.task, trained_task(folder))
     if run.model.path and not Path(run.model.path).expanduser().is_dir():
         raise UserError(f"model.path={run.model.path} is not a folder; give the path of an existing one.")
-    if run.model.path and record.model.content and content_stamp(run.model.path) != record.model.content:
-        raise UserError(f"model.path={run.model.path} holds another backbone than the one that the run was trained on.")
-    if "labels" in record.data:
-        if run.task.labels not in ([], record.data["labels"]):
-            raise UserError(
-                f"task.labels=[{','.join(run.task.labels)}]: the run was trained on the labels "
-                f"{', '.join(record.data['labels'])}, in this order; leave task.labels out."
-            )
-        run.task.labels = record.data["labels"]
+    check_backbone(run, record)
+    if "labels" in record.data and run.task.labels not in ([], record.data["labels"]):
+        raise UserError(
+            f"task.labels=[{','.join(run.task.labels)}]: the run was trained on the labels "
+            f"{', '.join(record.data['labels'])}, in this order; leave task.labels out."
+        )
     return run
+
+
+def with_saved_labels(task: Task, record: Record) -> Task:
+    """The task with the labels that the run was trained on, where it names none."""
+    return replace(task, labels=task.labels or record.data.get("labels", []))
 
 
 def trained_task(folder: Path) -> Task:
@@ -114,6 +128,19 @@ def restored(folder: Path, run: Run, task: Task) -> Backbone:
     return backbone
 
 
+def read_otherwise(before: dict[str, Any], reading: dict[str, Any]) -> str | None:
+    """The sentence for a run whose texts were read otherwise when it was trained, given its record's `data`."""
+    now, then = (
+        {key: value for key, value in of.items() if key != "cut_targets"} for of in (reading, before.get("reading", {}))
+    )
+    if now == then:
+        return None
+    told = ", ".join(f"{key} {json.dumps(value)}" for key, value in sorted((now | then).items()))
+    return (
+        f"The run was trained on texts that were read otherwise ({told}): its score is another one now; train it again."
+    )
+
+
 def evaluate(folder: Path, run: Run, console: Console, predictions: Path | None = None) -> list[dict[str, Any]]:
     """The scores of each split, as `rescore` gives them.
 
@@ -124,15 +151,18 @@ def evaluate(folder: Path, run: Run, console: Console, predictions: Path | None 
     found: list[dict[str, Any]] = []
     with Display(console) as display:
         with display.stage("prepare"):
-            loaded = load(run.task, training=False, dealt=homeless(trained_task(folder)))
+            dealt, labels = homeless(trained_task(folder)), saved_record(folder).data.get("labels", [])
+            loaded = load(run.task, training=False, dealt=dealt, labels=labels)
             run = with_dtype(run)
             backbone = restored(folder, run, loaded.task)
             data = prepare(loaded, backbone.tokenizer, backbone.model)
             backbone.model.to(chosen_device(run.trainer))
             evaluator = Evaluator(backbone.model, data, run)
-        for note in loaded.notes:
+        for note in (*backbone.notes, *data.notes):
             display.console.print(note, highlight=False, soft_wrap=True)
         before = saved_record(folder).data
+        if other := read_otherwise(before, data.reading()):
+            display.console.print(other, highlight=False, soft_wrap=True)
         if before["splits"]["report"] == data.splits["report"] and before["scored_on"] != data.scored_on:
             split = data.splits["report"]["split"]
             display.console.print(f"These are other rows of the {split} split than the run was scored on.")
@@ -142,6 +172,8 @@ def evaluate(folder: Path, run: Run, console: Console, predictions: Path | None 
             with display.stage(f"evaluate {split['split']}", split["examples"]) as stage:
                 metrics, decoded = evaluator.score(role, stage.advance, partial if role == "report" else None)
             found.append({"of": None, "role": role, **split, "metrics": metrics, "signatures": data.signatures})
+            if role in evaluator.cut_off:
+                found[-1]["cut_off"] = evaluator.cut_off[role]
             if role == "report" and predictions is not None:
                 write_lines(predictions, data.records(decoded, data.report_rows))
     if partial is not None:
@@ -153,8 +185,10 @@ def load_run(folder: str | Path, *overrides: str) -> tuple[PreTrainedModel, PreT
     """The backbone with the run's adapter attached, on the CPU and in evaluation mode, and its tokenizer.
 
     The model is one of transformers' own classes and is called and generates as they do. Its input is what the run's
-    was: a source of a task with `task.prompt` stands in that prompt. The run's data need not be there. What its
-    `save_pretrained` writes plain transformers loads without the adapter; `peftbench merge` writes what it can load.
+    was: a source of a task with `task.prompt` stands in that prompt. The run's data need not be there. `deepcopy`,
+    pickle and `state_dict` keep the adapter. Its `save_pretrained` and `push_to_hub` raise a UserError where what
+    plain transformers reads back would be without it: `peftbench merge` writes what it can read. A run that attached
+    nothing, such as `full` or `bitfit`, is saved as it was trained.
 
     Args:
         folder: of the run, as `peftbench train` names it at its end, or the first digits of its name below `outputs`.
@@ -166,4 +200,28 @@ def load_run(folder: str | Path, *overrides: str) -> tuple[PreTrainedModel, PreT
     folder = run_folder(str(folder))
     run = saved_run(folder, saved_record(folder), overrides)
     backbone = restored(folder, run, run.task)
+    if modifications(run):
+        keep_from_saving(backbone.model, folder)
     return backbone.model.eval(), backbone.tokenizer
+
+
+def keep_from_saving(model: PreTrainedModel, folder: Path) -> None:
+    """Have `save_pretrained` and `push_to_hub` of a model with modifications refuse to write it without them.
+
+    Args:
+        folder: of the run, which keeps them.
+    """
+    instead = (
+        "" if obstacles(model) else f"write the weights with it inside by peftbench merge {folder} --out FOLDER, or "
+    )
+    for method in ("save_pretrained", "push_to_hub"):
+        sentence = (
+            f"{method} would write the model without its adapter, which from_pretrained has no place for; {instead}"
+            f"keep the run, which has it in {folder / 'adapter' / FILE_NAME}, for peftbench.load_run."
+        )
+        setattr(model, method, partial(_refuse, sentence))
+
+
+def _refuse(sentence: str, *_: object, **__: object) -> NoReturn:
+    """At the top of a module, so that the model can be pickled."""
+    raise UserError(sentence)

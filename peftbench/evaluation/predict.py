@@ -138,6 +138,27 @@ def _generate(
     return ids[:, prompt:]
 
 
+def share_cut_off(predictions: np.ndarray, generation: GenerationConfig, begun: int) -> float:
+    """The share of generated texts that ended because they were as long as they may be, not by an end token.
+
+    An end that a backbone is forced to write in the last place (BART's) is no end of the text's own.
+
+    Args:
+        predictions: ids as `predict` gives them, (examples, longest).
+        begun: how many ids of each were there before the first one was generated.
+    """
+    ends = np.isin(predictions[:, begun:], end_ids(generation))
+    if generation.forced_eos_token_id is not None:
+        longest = generation.max_new_tokens or generation.max_length - begun
+        ends[:, longest - 1 :] = False
+    return float(1 - ends.any(axis=1).mean()) if len(ends) else 0.0
+
+
+def end_ids(generation: GenerationConfig) -> list[int]:
+    """The ids at which generation stops."""
+    return [int(index) for index in np.atleast_1d(generation.eos_token_id) if index is not None]
+
+
 class _NoRepeatBehind(NoRepeatNGramLogitsProcessor):
     """Forbids n-grams to be repeated behind the first `start` tokens."""
 

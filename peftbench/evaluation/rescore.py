@@ -15,7 +15,8 @@ from peftbench.utils.errors import UserError, unknown
 
 
 def rescore(folder: Path, metric: str | None = None) -> list[dict[str, Any]]:
-    """`{"role", "split", "examples", "metrics", "signatures"}` for each split that the run reported on.
+    """`{"role", "split", "examples", "metrics", "signatures"}` for each split that the run reported on, and "cut_off"
+    where its record has it.
 
     Raises:
         UserError: as `main`.
@@ -50,4 +51,6 @@ def rescore(folder: Path, metric: str | None = None) -> list[dict[str, Any]]:
                 "signatures": signatures,
             }
         )
+        if role in record.cut_off:
+            found[-1]["cut_off"] = record.cut_off[role]
     return found

@@ -64,14 +64,15 @@ def _accuracy(
 def _f1(
     name: str, predictions: Sequence[str], references: Sequence[Text], labels: Sequence[str]
 ) -> dict[str, ExampleScores]:
-    """F1 of the second label, or the mean of all labels' F1; a label that is nowhere has F1 = 0."""
+    """F1 of the second label, or the mean F1 of the labels that are true or predicted somewhere."""
     sought = labels[1:2] if name == "f1" else labels
     ours, right = _one_hot(predictions, sought), _one_hot(references, sought)
     counts = np.concatenate([ours * right, ours + right], axis=1)  # both; predicted + true
 
     def score(means: np.ndarray) -> np.ndarray:
         both, either = np.split(means, 2, axis=-1)
-        f1: np.ndarray = 100 * _ratio(2 * both, either).mean(axis=-1)
+        there = 1.0 if name == "f1" else (either > 1e-12).sum(axis=-1)
+        f1: np.ndarray = 100 * _ratio(2 * both, either).sum(axis=-1) / there
         return f1
 
     return {name: ExampleScores(counts, score), **_accuracy(predictions, references, labels)}
@@ -121,27 +122,22 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> ExampleScores:
 
 
 def _rouge(predictions: Sequence[str], references: Sequence[Text], labels: Sequence[str]) -> dict[str, ExampleScores]:
-    """F-measures, of several references the highest; see `metrics.Rouge`."""
-    from rouge_score.rouge_scorer import RougeScorer
+    """See `metrics.Rouge`."""
+    from peftbench.metrics.scripts import rouge
 
-    from peftbench.metrics.sentences import sentences
-
-    scorer = RougeScorer(ROUGE, use_stemmer=True)
-    found: dict[str, list[float]] = {name: [] for name in ROUGE}
-    for prediction, right in zip(predictions, _texts(references), strict=True):
-        scores = scorer.score_multi(["\n".join(sentences(text)) for text in right], "\n".join(sentences(prediction)))
-        for name in ROUGE:
-            found[name].append(scores[name].fmeasure)
-    return {name: _mean(column) for name, column in found.items()}
+    return {name: _mean(column) for name, column in rouge(predictions, _texts(references)).by_example.items()}
 
 
 def _bleu(predictions: Sequence[str], references: Sequence[Text], labels: Sequence[str]) -> dict[str, ExampleScores]:
     """See `metrics.Bleu`."""
     from sacrebleu.metrics import BLEU, CHRF
 
+    from peftbench.metrics.scripts import bleu_tokenizer
+
+    right = _texts(references)
     return {
-        "bleu": _corpus(BLEU(force=True), predictions, _texts(references)),
-        "chrf": _corpus(CHRF(), predictions, _texts(references)),
+        "bleu": _corpus(BLEU(force=True, tokenize=bleu_tokenizer(right)), predictions, right),
+        "chrf": _corpus(CHRF(), predictions, right),
     }
 
 

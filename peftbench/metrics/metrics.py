@@ -10,15 +10,12 @@ from typing import Any, NamedTuple
 from datasets import Features, Value
 from datasets import Sequence as ListOf
 from evaluate import Metric, MetricInfo
-from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from peftbench.metrics.romanian import prepared
-from peftbench.metrics.sentences import sentences
-
-ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+from peftbench.metrics.scripts import ROUGE_TYPES, bleu_tokenizer, rouge
 
 References = Sequence[str] | Sequence[Sequence[str]]  # of each example the right text, or all texts that are right
 
@@ -96,12 +93,15 @@ class F1(Accuracy):
 
 
 class MacroF1(Accuracy):
-    """100 x the mean of all labels' F1, and the accuracy."""
+    """100 x the mean F1 of the labels that are true or predicted anywhere, as scikit-learn has it, and the accuracy."""
 
-    description = "The unweighted mean of each label's F1, and accuracy, in percent."
+    description = "The unweighted mean of the F1 of each label that occurs, and accuracy, in percent."
 
     def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        f1 = f1_score(references, predictions, labels=list(self.labels), average="macro", zero_division=0)
+        there = {*references, *predictions}
+        if absent := len(set(self.labels) - there):
+            self.signatures["macro_f1"] = f"mean over {len(there)} of {len(there) + absent} labels, those that occur"
+        f1 = f1_score(references, predictions, average="macro", zero_division=0)
         return {"macro_f1": 100 * float(f1), **super()._compute(predictions, references)}
 
 
@@ -141,32 +141,34 @@ class _TextMetric(_Metric):
 
 
 class Rouge(_TextMetric):
-    """100 x the mean F-measure of ROUGE-1, -2, -L and -Lsum with Porter's stemmer, by the package rouge_score.
+    """100 x the mean F-measure of ROUGE-1, -2, -L and -Lsum, by the package rouge_score.
 
-    Of several references, each measure takes the one that gives the highest F. ROUGE-Lsum matches sentence by sentence.
-    As in the paper's code the sentences are put on lines of their own, but split by `metrics.sentences`, which says how
-    it differs from nltk's download. It has no part in the rest.
+    English is tokenised and stemmed as in the package, other languages by `metrics.scripts`. Of several references,
+    each measure takes the one that gives the highest F. ROUGE-Lsum matches sentence by sentence. As in the paper's
+    code the sentences are put on lines of their own, but split by `metrics.sentences`, which says how it differs from
+    nltk's download. It has no part in the rest.
     """
 
-    description = "ROUGE F-measures in percent, stemmed, averaged over the examples."
+    description = "ROUGE F-measures in percent, averaged over the examples."
     citation = "Chin-Yew Lin, ROUGE: A Package for Automatic Evaluation of Summaries, 2004."
 
     def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-        scorer = RougeScorer(ROUGE_TYPES, use_stemmer=True)
-        pairs = zip(predictions, references, strict=True)
-        scores = [scorer.score_multi([_lines(text) for text in right], _lines(ours)) for ours, right in pairs]
-        return {kind: 100 * sum(score[kind].fmeasure for score in scores) / len(scores) for kind in ROUGE_TYPES}
+        found = rouge(predictions, references)
+        self.signatures.update(dict.fromkeys(ROUGE_TYPES, found.signature))
+        return {kind: 100 * sum(scores) / len(scores) for kind, scores in found.by_example.items()}
 
 
 class Bleu(_TextMetric):
-    """BLEU and chrF of the whole corpus as sacreBLEU computes them by default, over all references."""
+    """BLEU and chrF of the whole corpus as sacreBLEU computes them by default, over all references; BLEU of a language
+    without spaces between words with a tokenizer for it."""
 
     description = "sacreBLEU's corpus BLEU and chrF."
     citation = "Post, A Call for Clarity in Reporting BLEU Scores, 2018; Popovic, chrF, 2015."
 
     def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+        bleu = BLEU(force=True, tokenize=bleu_tokenizer(references))
         return {
-            "bleu": self._corpus("bleu", BLEU(force=True), predictions, references),
+            "bleu": self._corpus("bleu", bleu, predictions, references),
             "chrf": self._corpus("chrf", CHRF(), predictions, references),
         }
 
@@ -209,10 +211,6 @@ class ExactMatch(_TextMetric):
         pairs = zip(predictions, references, strict=True)
         right = sum(ours.split() in [text.split() for text in texts] for ours, texts in pairs)
         return {"exact_match": 100 * right / len(references)}
-
-
-def _lines(text: str) -> str:
-    return "\n".join(sentences(text))
 
 
 METRICS: dict[str, type[_Metric]] = {

@@ -7,6 +7,8 @@ a sentence, and a listed one never does ("at 5 p.m. He left." is one sentence he
 
 from __future__ import annotations
 
+import re
+
 from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
 
 ABBREVIATIONS = (
@@ -19,8 +21,9 @@ ABBREVIATIONS = (
 
 
 def sentences(text: str) -> list[str]:
-    """Return the sentences of `text` in order; a line break always ends one."""
-    return [sentence for line in text.splitlines() for sentence in _PUNKT.tokenize(line.strip())]
+    """Return the sentences of `text` in order. A line break ends one, and so do full stops of other scripts."""
+    lines = [part.strip() for line in text.splitlines() for part in _OTHER_END.split(line)]
+    return [sentence for line in lines for sentence in _PUNKT.tokenize(line)]
 
 
 def first_sentence(text: str) -> str:
@@ -36,3 +39,7 @@ def _punkt() -> PunktSentenceTokenizer:
 
 
 _PUNKT = _punkt()
+# Full stops and question marks that no English text has; a closing quotation mark or bracket goes with them.
+_STOP = "\u3002\uff01\uff1f\uff61\u0964\u0965\u06d4\u061f\u0589\u1362\u17d4\u104b\u0f0d"
+_CLOSING = "\u300d\u300f\u201d\u2019\uff09\u3011"
+_OTHER_END = re.compile(f"(?<=[{_STOP}])(?![{_STOP}{_CLOSING}])|(?<=[{_STOP}][{_CLOSING}])")

@@ -9,6 +9,7 @@ three. `count` returns the totals of a model; `count_places` returns the same nu
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import nn
@@ -76,16 +77,22 @@ def count_places(model: PreTrainedModel) -> list[PlaceCounts]:
     return places
 
 
-def count(model: PreTrainedModel) -> Counts:
-    """Count a model that `attach` has changed and that is not folded yet."""
+def count(model: PreTrainedModel, untrained: Collection[str] = ()) -> Counts:
+    """Count a model that `attach` has changed and that is not folded yet.
+
+    Args:
+        untrained: names of parameters that came with no weights, as `attach` takes them. They count as task head, even
+            the pooler, which is a part of the backbone if it came with weights.
+    """
     modification = _modification_parameters(model)
     heads = family_of(model.config.model_type).task_head
     named = dict(model.named_parameters())  # has each tied or shared tensor once
     trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     is_head = {name: name.split(".")[0] in heads for name in named}
-    head = sum(parameter.numel() for name, parameter in trained.items() if is_head[name])
+    head = sum(p.numel() for name, p in trained.items() if is_head[name] or name in untrained)
     backbone = sum(p.numel() for name, p in named.items() if id(p) not in modification and not is_head[name])
-    unfrozen = sum(p.numel() for name, p in trained.items() if id(p) not in modification and not is_head[name])
+    own = {name: p for name, p in trained.items() if not is_head[name] and name not in untrained}
+    unfrozen = sum(p.numel() for p in own.values() if id(p) not in modification)
     trained_total = sum(parameter.numel() for parameter in trained.values()) - head
     formula = sum(m.formula() for m in model.modules() if isinstance(m, FunctionalForm))
     prompts = sum(m.vectors.numel() for m in model.modules() if isinstance(m, Prompt))

@@ -1,6 +1,7 @@
 """The choice of a search: of its trials' records, the best on the selection split. Imports no torch.
 
-The report split is never looked at: what is compared is `Record.selection`, and nothing else of a record.
+The report split is never looked at: what is compared is `Record.selection`, and nothing else of a record. A sweeper of
+Hydra's is given the same (`objective`).
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peftbench.config.identity import run_dir
 from peftbench.config.schema import LOSS, Run
 from peftbench.config.search import settings, trials, values
-from peftbench.records.record import Record, Searched, Trial, find
+from peftbench.records.location import run_dir
+from peftbench.records.record import Record, Searched, Selection, Trial, find
 from peftbench.records.wording import described, typed
 from peftbench.utils.errors import UserError
 
@@ -31,6 +32,29 @@ def best(found: Sequence[float | None], metric: str) -> int | None:
     sign = -1 if metric == LOSS else 1
     known = [(sign * value, -index) for index, value in enumerate(found) if value is not None and math.isfinite(value)]
     return -max(known)[1] if known else None
+
+
+def objective(selection: Selection | None) -> float:
+    """What a sweeper of Hydra's is given of a run: always better when higher, so of a loss the negative.
+
+    NaN where there is none, as of a run that failed or diverged. It is never the score that is reported.
+    """
+    if selection is None or selection.value is None:
+        return math.nan
+    return -selection.value if selection.metric == LOSS else selection.value
+
+
+def given(record: Record) -> str:
+    """The sentence that says what a sweeper is given of a run."""
+    selection = record.selection
+    if selection is None:
+        return f"The sweeper is given no score of this run: {record.outcome}."
+    sign, splits = ("-" if selection.metric == LOSS else ""), record.data.get("splits", {})
+    same = ", the split that is reported on" if splits.get("selection") == splits.get("report") else ""
+    return (
+        f"The sweeper is given {sign}{selection.metric} on {selection.split}, {selection.examples:,} examples{same}: "
+        f"{objective(selection):.4g}."
+    )
 
 
 def settled(run: Run, folder: Callable[[Run], Path] = run_dir) -> tuple[Run, Searched | None]:
@@ -61,7 +85,7 @@ def settled(run: Run, folder: Callable[[Run], Path] = run_dir) -> tuple[Run, Sea
     folders = _folders[key]
     records = [find(place) for place in folders]
     whose = f"search={search.name}: {{}} of method={run.method} on task={run.task.name}"
-    left = sum(record is None or record.status not in ("done", "failed") for record in records)
+    left = sum(not _is_compared(record) for record in records)
     if left:
         subject = whose.format(f"{left} of {len(records)} trials")
         raise UserError(f"{subject} {'is' if left == 1 else 'are'} not done; the same line goes on with them.")
@@ -105,6 +129,13 @@ def sentence(record: Record) -> str:
     return f"{where} takes {typed(search.chosen)}; {described(search)}{edge}{same}."
 
 
+def _is_compared(record: Record | None) -> bool:
+    """Whether it is known what a trial came to; one that was trained as a plain run may still lack that."""
+    if record is None or record.status == "done":
+        return record is not None and record.selection is not None
+    return record.status in ("diverged", "failed")
+
+
 def _value(record: Record) -> float | None:
     return record.selection.value if record.status == "done" and record.selection is not None else None
 
@@ -112,7 +143,7 @@ def _value(record: Record) -> float | None:
 def _status(record: Record) -> str:
     if record.status == "failed":
         return f"failed ({record.error.name})" if record.error is not None else "failed"
-    return "diverged" if _value(record) is None else "done"
+    return record.status
 
 
 def _at_edge(value: Any, tried: Sequence[Any]) -> bool:

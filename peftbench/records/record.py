@@ -21,7 +21,7 @@ from peftbench.config.axes import composed
 from peftbench.config.fidelity import Deviation
 from peftbench.records.lock import is_held
 from peftbench.utils.errors import UserError
-from peftbench.utils.files import replacing
+from peftbench.utils.files import dumped, replacing
 
 SCHEMA_VERSION = 1
 FILE = "record.json"
@@ -29,8 +29,9 @@ FILE = "record.json"
 # with the checkout, and its runs are not the user's.
 APART = ".apart"
 
+# diverged: the training left the finite numbers; such a run has no score, and is not trained again by itself.
 # missing: a run of a sweep that has not begun; no file says so.
-Status = Literal["running", "done", "failed", "interrupted", "missing"]
+Status = Literal["running", "done", "diverged", "failed", "interrupted", "missing"]
 
 
 class NewerError(ValueError):
@@ -48,6 +49,20 @@ class Failure:
     def said(self) -> str:
         """The failure on one line."""
         return " ".join(f"{self.name}: {self.message}".split())
+
+
+@dataclass
+class Divergence:
+    """Where it was first seen that a training had left the finite numbers."""
+
+    what: str  # that was not finite: loss, gradient norm, weights, score, or selection score
+    step: int | None = None  # optimiser steps done; None where the record does not tell
+
+    @property
+    def said(self) -> str:
+        """As a part of a sentence."""
+        verb = "were" if self.what == "weights" else "was"
+        return f"the {self.what} {verb} not finite" + ("" if self.step is None else f" at step {self.step}")
 
 
 @dataclass
@@ -161,15 +176,19 @@ class Record:
     schema_version: int = SCHEMA_VERSION
     point: str | None = None  # `run_hash` without the seed
     error: Failure | None = None
+    diverged: Divergence | None = None
     finished: str | None = None
     overrides: list[str] = field(default_factory=list)  # of the command line
     budget: str | None = None  # as typed; the bottlenecks in `axes` were solved for it
     debug: str | None = None
     fidelity: str = "paper"  # the set of switches between the paper's text and its released code
+    notes: list[str] = field(default_factory=list)  # on the sizes, such as that they were fitted to the backbone
     deviations: list[Deviation] = field(default_factory=list)  # the switches that make this run differ from the text
     counts: Counts | None = None
     scores: dict[str, Score] = field(default_factory=dict)  # by role: selection, report, report_SPLIT
     score: float | None = None  # the main metric on the report split
+    # By role, of generated texts: the share that ended by its length, not by a token that ends a text.
+    cut_off: dict[str, float] = field(default_factory=dict)
     selection: Selection | None = None
     search: Searched | None = None
     baselines: dict[str, float] = field(default_factory=dict)  # the main metric of: majority, head, lead1
@@ -195,8 +214,15 @@ class Record:
 
     @property
     def outcome(self) -> str:
-        """The status, with the error of a run that failed."""
+        """The status, with the error of a run that failed, and the step at which one was seen to diverge."""
+        if self.diverged is not None and self.diverged.step is not None:
+            return f"{self.status}: step {self.diverged.step}"
         return f"{self.status}: {self.error.name}" if self.error else self.status
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the run is done or has diverged: it is not trained again unless `rerun=true`."""
+        return self.status in ("done", "diverged")
 
     @property
     def is_full(self) -> bool:
@@ -226,11 +252,16 @@ class Record:
     def save(self) -> None:
         """Writes `record.json`."""
         with replacing(self.folder / FILE) as file:
-            file.write(json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n")
+            file.write(dumped(self.to_json(), indent=2) + "\n")
+
+    def diverge(self, divergence: Divergence) -> None:
+        """Note that the training diverged. Such a run has no score, so that none can be compared."""
+        self.diverged, self.score, self.selection = divergence, None, None
+        self.scores.clear()
 
     def finish(self) -> None:
-        """The run is done."""
-        self._end("done")
+        """The run is done, or has diverged."""
+        self._end("done" if self.diverged is None else "diverged")
 
     def interrupt(self) -> None:
         """The user stopped the run."""
@@ -251,9 +282,9 @@ class Record:
 
 
 def finished(folder: Path) -> Record | None:
-    """The record of a run that is done, or None if `folder` holds none."""
+    """The record of a run that is done or has diverged, or None if `folder` holds none."""
     record = find(folder)
-    return record if record is not None and record.status == "done" else None
+    return record if record is not None and record.has_ended else None
 
 
 def find(folder: Path) -> Record | None:
@@ -324,7 +355,19 @@ def _read(file: Path) -> Record:
     record = Record.from_json(json.loads(file.read_text(encoding="utf-8")), file.parent)
     if record.status == "running" and not is_held(record.folder):  # its process died without a word
         record.status = "interrupted"
+    elif record.status == "done" and (divergence := seen_divergence(record)) is not None:
+        record.status = "diverged"
+        record.diverge(divergence)
     return record
+
+
+def seen_divergence(record: Record) -> Divergence | None:
+    """What of the scores of a run shows that it diverged: one that is not finite. An earlier version called it done."""
+    if record.score is not None and not math.isfinite(record.score):
+        return Divergence("score")
+    if record.selection is not None and record.selection.value is None:
+        return Divergence("selection score")
+    return None
 
 
 _hints = cache(get_type_hints)
@@ -351,6 +394,8 @@ def decode(kind: Any, value: Any, key: str = "") -> Any:
         return {name: decode(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
     if kind is float and type(value) is int:
         return float(value)
+    if kind is float and value is None:  # which JSON holds where a number is not finite
+        return math.nan
     if kind is Any or (origin is Literal and value in arguments) or type(value) is kind or isinstance(value, Path):
         return value
     raise _misplaced(value, key or "it")

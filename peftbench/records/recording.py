@@ -16,8 +16,9 @@ from omegaconf import OmegaConf
 
 import peftbench
 from peftbench.config.axes import axes
-from peftbench.config.identity import content_stamp, plain, run_hash
+from peftbench.config.identity import plain, run_hash
 from peftbench.config.schema import Modification, Run, modifications
+from peftbench.config.stamps import content_stamp
 from peftbench.records.record import FILE, Axes, Backbone, Record, Status, find, now
 from peftbench.records.run_files import CHECKPOINTS, METRICS
 from peftbench.utils.differences import flatten

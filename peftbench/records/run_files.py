@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from peftbench.utils.files import write_lines
+from peftbench.utils.files import dumped, write_lines
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints, gone once it is done
@@ -47,7 +47,7 @@ def rewind_metrics(folder: Path, stage: str, step: int) -> None:
 def append_metrics(folder: Path, values: dict[str, Any]) -> None:
     """Appends one line to `metrics.jsonl`, which can be read while the run goes on."""
     with (folder / METRICS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
+        file.write(dumped(values, ensure_ascii=True) + "\n")
 
 
 def predictions_file(role: str) -> str:

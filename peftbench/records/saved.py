@@ -31,6 +31,8 @@ def run_folder(word: str) -> Path:
 def saved_record(folder: Path) -> Record:
     """The record of a run that is done. Raises UserError where `folder` holds none."""
     record = finished(folder)
+    if record is not None and record.diverged is not None:
+        raise UserError(f"{folder} holds a run that diverged ({record.diverged.said}): there is nothing to score.")
     if record is None:
         there = "holds no run" if not (folder / FILE).is_file() else "holds a run that is not done"
         raise UserError(

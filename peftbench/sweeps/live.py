@@ -30,6 +30,7 @@ from peftbench.tables.row import is_scored
 
 READ_EVERY = 1.0  # seconds
 AROUND = 8  # lines that are no runs: heading, head of the table with its rule, what is left out, bars, the prompt
+STYLES = {"running": "bold", "failed": "bold red", "diverged": "bold magenta", "interrupted": "yellow"}
 TAIL = 4096  # bytes that hold the last line of metrics.jsonl
 
 
@@ -112,7 +113,7 @@ class _Picture:
         for state in shown:
             settings = {"method": state.point.method, **state.point.settings}
             status = self._status(state)
-            style = {"running": "bold", "failed": "bold red", "interrupted": "yellow"}.get(state.status, "")
+            style = STYLES.get(state.status, "")
             # one line each, however long a value is
             cells = [Text(str(settings.get(key, "")), no_wrap=True, overflow="ellipsis") for key in keys]
             table.add_row(*cells, Text(status, style), _score(state, len(metrics) > 1), time_of(state))

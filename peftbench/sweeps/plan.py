@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 
-from peftbench.config.identity import run_dir
 from peftbench.config.schema import Run, by_key, value_at
 from peftbench.records.choice import NoChoice, known, sentence, settled
+from peftbench.records.location import run_dir
 from peftbench.records.record import Record, decode, find, finished
 from peftbench.records.recording import describe
 from peftbench.records.wording import text
@@ -160,7 +160,10 @@ class Sweep:
         self.plan.save(self.root)
 
     def show(self) -> int:
-        """Print the table of the runs that have begun, with how each ended; returns 0 if all runs are done, else 1."""
+        """Print the table of the runs that have begun, with how each ended; returns 0 if all have ended, else 1.
+
+        One that has diverged has ended too: that is a finding, which the last line names.
+        """
         self.settle()
         records = [self._record(folder, run) for folder, run in self.runs.items()]
         console = terminal()
@@ -177,7 +180,7 @@ class Sweep:
         for line in dict.fromkeys(lost.values()):
             console.print(line, highlight=False)
         console.print(self._summary(records, len(lost)), highlight=False)
-        return 0 if all(record.status == "done" for record in records) else 1
+        return 0 if all(record.has_ended for record in records) else 1
 
     def was_done_before(self, folder: Path) -> bool:
         """Whether the run in a folder was done when the sweep began, and is not trained again."""
@@ -198,11 +201,14 @@ class Sweep:
         sentences = [f"{done} of {len(records)} runs are done."]
         if counted["done before"]:
             sentences[0] = f"{done} of {len(records)} runs are done, {counted['done before']} of them before."
+        if counted["diverged"]:
+            ones = "1 diverged and has" if counted["diverged"] == 1 else f"{counted['diverged']} diverged and have"
+            sentences.append(f"{ones} no score; rerun=true trains again what is done or diverged.")
         if counted["failed"]:
             sentences.append(f"{counted['failed']} failed; retry=true trains failed ones again.")
         if lost:
             sentences.append(f"{lost} cannot run: no trial has a score; retry=true trains failed trials again.")
-        unfinished = len(records) - done - counted["failed"] - lost
+        unfinished = len(records) - done - counted["diverged"] - counted["failed"] - lost
         if unfinished:
             sentences.append(f"{unfinished} unfinished; the same line goes on with them.")
         return " ".join(sentences)

@@ -12,7 +12,7 @@ from peftbench.records.record import Record
 from peftbench.sweeps.plan import Point
 from peftbench.tables.columns import duration
 
-ORDER = ("done", "running", "interrupted", "failed", "missing")  # in which they are counted and listed
+ORDER = ("done", "diverged", "running", "interrupted", "failed", "missing")  # in which they are counted and listed
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class State:
 
     @property
     def outcome(self) -> str:
-        """The status, with the error of a run that failed."""
+        """`Record.outcome`, or that there is none."""
         return "missing" if self.record is None else self.record.outcome
 
 

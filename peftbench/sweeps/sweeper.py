@@ -77,11 +77,19 @@ def train_all(
     wait_for_others()
 
 
-def train_one(number: int, run: Run, overrides: list[str]) -> float:
-    """Train one run in this process; returns its score. One that fails is recorded as failed and ends nothing."""
+def train_one(number: int, run: Run, overrides: list[str], selecting: bool = False) -> float:
+    """Train one run in this process. One that fails is recorded as failed and ends nothing.
+
+    Args:
+        selecting: a sweeper of Hydra's decides on its next runs by this one. It is then waited for, where another
+            process is at it.
+
+    Returns:
+        What such a sweeper is given (`results.choice.objective`).
+    """
     if display is None:
         say(f"\nrun {number}: {' '.join(overrides)}")
-    return _attempt(run, overrides)
+    return _attempt(run, overrides, selecting, selecting)
 
 
 def wait_for_others() -> None:
@@ -92,22 +100,24 @@ def wait_for_others() -> None:
         _attempt(run, overrides, wait=True)
 
 
-def _attempt(run: Run, overrides: list[str], wait: bool = False) -> float:
+def _attempt(run: Run, overrides: list[str], wait: bool = False, selecting: bool = False) -> float:
     try:
-        ended = attempt(run, overrides, wait, display)
+        ended = attempt(run, overrides, wait, display, selecting)
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     return _take(ended, run, overrides)
 
 
 def _take(ended: Ended, run: Run, overrides: list[str]) -> float:
-    """Print why a run failed, and put off one that another process is at; returns its score."""
+    """Print why a run failed, and put off one that another process is at; returns its objective."""
     if ended.busy:
         put_off.append((run, overrides))
     if ended.faults and display is not None:  # elsewhere this line is printed before the run starts
         print(f"peftbench: {' '.join(overrides)}", file=sys.stderr)
     print_faults(ended.faults)
-    return ended.score
+    if ended.given:
+        say(ended.given)
+    return ended.objective
 
 
 def _mps(runs: Sequence[Run]) -> bool | str:
@@ -167,5 +177,5 @@ def _result(job: Job) -> str:
     if record is None:
         return "missing"
     if record.status != "done" or record.score is None:
-        return record.status
+        return record.outcome
     return f"{record.metric} {record.score:.2f}, {duration(record.timings['total_s'])}"

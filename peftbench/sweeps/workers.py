@@ -26,6 +26,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from peftbench.config.schema import Run
+from peftbench.records.choice import given, objective
 from peftbench.records.lock import Busy
 from peftbench.sweeps.mps import UnusableError, await_gpu
 from peftbench.utils.errors import UserError
@@ -50,22 +51,26 @@ class Job:
 class Ended:
     """How a run of a sweep ended. The rest stands in its record."""
 
-    score: float = math.nan
+    objective: float = math.nan  # for a sweeper, see records/choice.py
+    given: str = ""  # the sentence that says so to the user
     faults: tuple[str, ...] = ()  # sentences for the user; none where the run is done
     busy: bool = False  # another process is at it
     last: bool = False  # the worker has lost its GPU and can train no other
 
 
-def attempt(run: Run, overrides: Sequence[str], wait: bool = False, display: Display | None = None) -> Ended:
+def attempt(
+    run: Run, overrides: Sequence[str], wait: bool = False, display: Display | None = None, selecting: bool = False
+) -> Ended:
     """Train one run of a sweep. Why it failed is returned, not raised, so that the next one can start.
 
-    `display` is where the run is shown, by default a display of its own.
+    `display` is where the run is shown, by default a display of its own; `selecting` as for `train`.
     """
     with quick_imports():
         from peftbench.train import train
 
     try:
-        return Ended(train(run, overrides, keep_failed=True, wait=wait, display=display))
+        record = train(run, overrides, keep_failed=True, wait=wait, display=display, selecting=selecting)
+        return Ended(objective(record.selection), given(record) if selecting else "")
     except Busy as error:
         return Ended(faults=tuple(error.faults), busy=True)
     except UserError as error:

@@ -15,7 +15,7 @@ from peftbench.config.identity import IGNORED
 from peftbench.config.schema import by_key
 from peftbench.records.record import Record
 from peftbench.records.wording import text
-from peftbench.tables.fields import FIELDS, baseline, field, further_splits, on_further
+from peftbench.tables.fields import FIELDS, MANY_CUT_OFF, baseline, field, further_splits, on_further
 from peftbench.tables.paper import Printed, printed
 from peftbench.tables.row import Row, front, point, unscored
 from peftbench.utils.differences import differing
@@ -90,6 +90,7 @@ def columns(
         number("percent", "% of\nmodel", _two, dispensable=2 if grouped or apart or len(seeds) > 1 else 0),
         # For every metric of the tasks, higher is better.
         number("score", f"{records[0].metric} ↑", _two, better="higher", of=FIELDS["score"], spread=True),
+        *([CUT_OFF] if any((FIELDS["cut_off"](record) or 0) > MANY_CUT_OFF for record in records) else []),
         *map(_further, further_splits(records)),
         *delta(rows),
         *beside_paper(rows, paper),
@@ -112,7 +113,7 @@ def columns(
 def chosen(keys: Sequence[str], rows: Sequence[Row], cost: Cost, paper: bool = False) -> list[Column[Row]]:
     """Return the columns that were asked for by name. Raises UserError for an unknown name."""
     known = {column.key: column for column in columns(rows, OUTCOME, cost, paper)}
-    known |= {"n": RUNS, "deviations": DEVIATIONS}
+    known |= {"n": RUNS, "deviations": DEVIATIONS, "cut_off": CUT_OFF}
     known |= {key: Column(key, key, lambda r: "", lambda r: None) for key in PAPER if key not in known}
     known["front"] = next(iter(pareto(rows, cost)), Column("front", "front", lambda r: ""))
     records = [record for row in rows for record in row.records]
@@ -157,6 +158,10 @@ def number(
         better,
         dispensable,
     )
+
+
+# The share of generated texts that ended by their length: shown where it is large, for such a score says little.
+CUT_OFF = number("cut_off", "cut\noff", "{:.1%}".format, dispensable=2)
 
 
 def _further(split: str) -> Column[Row]:

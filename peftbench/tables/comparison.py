@@ -64,7 +64,8 @@ def settings_of(record: Record) -> dict[str, Any]:
     """Return a run's config as dotted keys, without keys that are not settings, and the circumstances in the record."""
     found = dict(flatten(_config(record.folder / "config.yaml")))
     kept = {key: value for key, value in found.items() if value is not None and not _is_ignored(key)}
-    circumstances = {"device": record.device, "data": record.data.get("fingerprint"), **record.versions}
+    reading = {f"reading.{key}": value for key, value in record.data.get("reading", {}).items()}
+    circumstances = {"device": record.device, "data": record.data.get("fingerprint"), **reading, **record.versions}
     return kept | {f"({key})": value for key, value in circumstances.items() if value is not None}
 
 

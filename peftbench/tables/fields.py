@@ -44,6 +44,7 @@ FIELDS: dict[str, Callable[[Record], Any]] = {
     "stored": lambda r: r.counts.stored if r.counts else None,
     "percent": lambda r: r.counts.percent.get("stored") if r.counts else None,
     "score": lambda r: r.score if r.status == "done" else None,
+    "cut_off": lambda r: r.cut_off.get("report"),
     "steps": lambda r: r.steps,
     "tokens_per_s": lambda r: r.tokens_per_s,
     "step": lambda r: r.step_s,
@@ -54,6 +55,7 @@ FIELDS: dict[str, Callable[[Record], Any]] = {
     "run": lambda r: r.run,
     "created": lambda r: r.created,
 }
+MANY_CUT_OFF = 0.05  # of generated texts: what is said on the screen
 COSTS = ("trained", "stored", "percent", "steps", "memory", "time")  # better when lower
 
 
@@ -76,6 +78,16 @@ def field(key: str, records: Sequence[Record]) -> Callable[[Record], Any]:
         return lambda record: flat[id(record)].get(key)
     metrics = dict.fromkeys(name for r in records if "report" in r.scores for name in r.scores["report"].metrics)
     raise UserError(f"{key} is not a column{meant(key, [*FIELDS, *metrics, *further_splits(records)])}")
+
+
+def said_of_cut_off(split: str, share: float | None) -> str | None:
+    """The sentence that many of a split's generated texts ended by their length; None where few did, or none was."""
+    if share is None or share <= MANY_CUT_OFF:
+        return None
+    return (
+        f"{share:.1%} of the texts on {split} were cut off: no token ended them before task.generation.max_length, and "
+        "the score counts what follows a text's proper end."
+    )
 
 
 def _metric(name: str, record: Record) -> float | None:

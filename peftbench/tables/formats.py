@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
@@ -13,6 +11,7 @@ from typing import Any, TypeVar
 from peftbench.records.record import Axes, Record
 from peftbench.tables.columns import Column, best_of, flat_header
 from peftbench.utils.differences import flatten
+from peftbench.utils.files import dumped
 
 T = TypeVar("T")
 Beside = Callable[[Record], dict[str, Any]]  # additional values of a record
@@ -24,12 +23,7 @@ LATEX = {"±": r"$\pm$", "Δ": r"$\Delta$", "λ": r"$\lambda$", "·": r"$\cdot$"
 def to_json(records: Iterable[Record], beside: Beside = lambda record: {}) -> str:
     """Return a JSON array of the records, each with its `folder` and the values that `beside` returns."""
     found = [{**record.to_json(), "folder": str(record.folder), **beside(record)} for record in records]
-    return dumped(found)
-
-
-def dumped(values: Any) -> str:
-    """Return JSON with null for NaN and infinity, for which JSON has no numbers."""
-    return json.dumps(_finite(values), indent=2)
+    return dumped(found, indent=2, ensure_ascii=True)
 
 
 def to_csv(records: Iterable[Record], beside: Beside = lambda record: {}) -> str:
@@ -85,14 +79,6 @@ def latex(columns: Sequence[Column[T]], rows: Sequence[T]) -> str:
     kinds = "".join("l" if column.words else "r" for column in columns)
     tabular: str = frame.style.hide(axis="index").to_latex(hrules=True, column_format=kinds)
     return tabular
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(below) for key, below in value.items()}
-    if isinstance(value, list):
-        return [_finite(below) for below in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _escaped(text: str) -> str:

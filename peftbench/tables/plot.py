@@ -216,7 +216,8 @@ def _curves(
 def _curve(row: Row, y: str) -> list[tuple[int, float]]:
     """Return (step, value) for each time that a run logged `y`, without the training of its head alone."""
     lines = logged(row.first.folder)
-    return [(line["step"], line[y]) for line in lines if y in line and line["stage"] == lines[0]["stage"]]
+    own = [line for line in lines if y in line and line["stage"] == lines[0]["stage"]]
+    return [(line["step"], math.nan if line[y] is None else line[y]) for line in own]
 
 
 def _label(axes: Axes, rows: Sequence[Row], x: str, y: str) -> None:

@@ -109,6 +109,19 @@ def _examples(report: Score) -> str:
     return f"{report.examples:,}" + (f" of {report.of:,}" if report.of else "")
 
 
+def left_out(rows: Iterable[Row]) -> str | None:
+    """The sentence that names the runs that diverged, which a mean beside them has not in it; None without any.
+
+    A mean over those seeds alone that went well says too much of a setting.
+    """
+    groups = (row.records for row in rows if len(row.records) > 1)
+    found = [record for records in groups for record in records if record.status == "diverged"]
+    if not found:
+        return None
+    named = ", ".join(f"{record.run} ({record.method}, seed {record.seed})" for record in found)
+    return f"{len(found)} diverged and {'is' if len(found) == 1 else 'are'} in no mean: {named}."
+
+
 def unscored(row: object) -> bool:
     """Return whether a row of a table is of runs without a score; it is ranked last and never the best."""
     return isinstance(row, Row) and not row.scored

@@ -9,12 +9,13 @@ from rich.console import Console
 
 from peftbench.config.roles import is_reported
 from peftbench.records.record import Record
+from peftbench.tables.fields import said_of_cut_off
 
 
 def show_scores(found: Sequence[dict[str, Any]], record: Record, console: Console) -> None:
     """Print one line for each metric of each split; if the record has it too, say whether it is equal, or show it.
 
-    `found` has dicts with the keys role, split, examples, of, metrics and signatures.
+    `found` has dicts with the keys role, split, examples, of, metrics and signatures, and cut_off of generated texts.
     """
     for entry in found:
         size = f"{entry['examples']:,}" + (f" of {entry['of']:,}" if entry["of"] else "")
@@ -25,6 +26,8 @@ def show_scores(found: Sequence[dict[str, Any]], record: Record, console: Consol
             beside = "" if known is None else "as in the record" if known == value else f"record: {known!r}"
             notes = "  ".join(filter(None, (beside, entry["signatures"].get(name))))
             console.print(f"  {name:<12} {value!r:<20} {notes}".rstrip(), highlight=False, soft_wrap=True)
+        if sentence := said_of_cut_off(entry["split"], entry.get("cut_off")):
+            console.print(f"  {sentence}", highlight=False, soft_wrap=True)
 
 
 def _recorded(record: Record, split: str, examples: int) -> dict[str, float]:

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from peftbench.records.record import Record
 from peftbench.tables.columns import Column, best_of, columns, flat_header
+from peftbench.tables.fields import said_of_cut_off
 from peftbench.tables.row import Row, rank, setting, single, tables, unscored
 
 T = TypeVar("T")
@@ -107,6 +108,9 @@ def single_row(record: Record, console: Console, alone: bool = True) -> None:
             table.add_row(Text(flat_header(column), "dim"), Text(column.cell(row)))
     console.print(title([row]))
     console.print(table)
+    for role, share in record.cut_off.items():
+        if role in record.scores and (sentence := said_of_cut_off(record.scores[role].split, share)):
+            console.print(sentence, highlight=False, soft_wrap=True)
     root = record.folder.parents[3]
     results = "peftbench results" if root == Path("outputs") else f"peftbench results {shlex.quote(str(root))}"
     kept = shlex.join(override for override in record.overrides if OVERRIDES_TO_KEEP.match(override))

@@ -19,12 +19,15 @@ from peftbench.tasks.cache import kept
 from peftbench.tasks.deal import ROW
 from peftbench.tasks.load import Loaded, data_fingerprint
 from peftbench.tasks.rows import head
-from peftbench.tasks.tokens import Encoder
+from peftbench.tasks.tokens import SOURCE_CUT, TARGET_CUT, Encoder
+from peftbench.tasks.unknown import unknown_note, unknown_shares
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-ENCODE_VERSION = 1  # part of the name of what is cached: raise it whenever `encode` or the Encoder changes
+ENCODE_VERSION = 2  # part of the name of what is cached: raise it whenever `encode` or the Encoder changes
+CUT = {"sources": SOURCE_CUT, "targets": TARGET_CUT}
+NOTED = 0.05  # a larger share of texts that are cut is said on the screen
 ID_COLUMNS = ("id", "idx", "index", "name", "eid")  # what data sets call a row's own name
 
 
@@ -45,19 +48,22 @@ class TaskData(ABC):
     report_rows: Dataset
     # By role: {"split": "test", "examples": 1600, "of": 11334}, the last where not all rows were taken.
     splits: dict[str, dict[str, Any]]
+    # By role: {"sources": 0.62, "targets": 0.0}, the share of texts that were cut.
+    cut: dict[str, dict[str, float]]
     fingerprint: str  # sha256 over the splits that were read
+    unknown: dict[str, float]  # of each split's tokens the share that the tokenizer does not know
     scored_on: str  # sha256 over the rows that are reported on
     collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]  # examples -> a padded batch of tensors
 
     def __init__(self, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-        self.task, self.notes = loaded.task, loaded.notes
+        self.task = loaded.task
         self.tokenizer = tokenizer
         self.encoder = Encoder(tokenizer, model)
         self.signatures: dict[str, str] = {}  # of the metrics that have one, once something has been scored
         prints = {split: data_fingerprint(self.task, rows) for split, rows in loaded.rows.items()}
         self.fingerprint = hashlib.sha256(" ".join(prints.values()).encode()).hexdigest()
         datasets.disable_progress_bars()
-        self.splits = {}
+        self.splits, self.cut = {}, {}
         tokens: dict[tuple[str, bool], Dataset] = {}
         for role, (split, limit) in loaded.roles.items():
             rows = loaded.rows[split]
@@ -66,12 +72,18 @@ class TaskData(ABC):
                 wanted = head(rows, limit) if training else rows  # an example of training may be part of a row
                 tokens[split, training] = self._tokenise(wanted, training, prints[split])
             setattr(self, f"{role}_rows", head(rows, limit))
-            setattr(self, role, tokens[split, True] if training else head(tokens[split, False], limit))
+            encoded = tokens[split, True] if training else head(tokens[split, False], limit)
+            marks = {what: mark for what, mark in CUT.items() if mark in encoded.column_names}
+            self.cut[role] = {what: float(np.mean(encoded[mark][:])) for what, mark in marks.items()}
+            setattr(self, role, encoded.remove_columns(list(marks.values())))
             self.splits[role] = {"split": split, "examples": len(getattr(self, role))}
             if len(getattr(self, f"{role}_rows")) < loaded.sizes[split]:
                 self.splits[role]["of"] = loaded.sizes[split]
 
+        by_split = {split: [one for (name, _), one in tokens.items() if name == split] for split, _ in tokens}
+        self.unknown = unknown_shares(by_split, tokenizer, rows=model.get_input_embeddings().weight.shape[0])
         self.scored_on = data_fingerprint(self.task, self.report_rows)
+        self.notes = [*loaded.notes, *unknown_note(self.unknown, tokenizer), *self._reading_notes()]
 
     def serving(self, model: PreTrainedModel) -> Self:
         """The same data for a model of the backbone: a copy, which shares all but what `serve` sets."""
@@ -86,6 +98,14 @@ class TaskData(ABC):
     def settings(self) -> list[Any]:
         """JSON values of the task on which `encode` depends."""
         return [self.task.max_source_length, self.task.max_target_length, self.task.prompt]
+
+    def limits(self) -> dict[str, int]:
+        """The most tokens of the texts that are read, as "sources", and where texts are written of these, "targets"."""
+        return {"sources": min(self.task.max_source_length, self.encoder.limit)}
+
+    def reading(self) -> dict[str, Any]:
+        """JSON values for the record: what makes these tokens others than those of earlier versions; or nothing."""
+        return {}
 
     @abstractmethod
     def encode(self, rows: dict[str, list[Any]], training: bool) -> dict[str, list[Any]]:
@@ -126,6 +146,28 @@ class TaskData(ABC):
         indices = rows[ROW][:] if ROW in rows.column_names else range(len(rows))
         for index, name, prediction, reference in zip(indices, names, decoded, self.references(rows), strict=True):
             yield {"index": index, **name, "prediction": prediction, "reference": reference}
+
+    def _reading_notes(self) -> Iterator[str]:
+        """How texts are read, where it may surprise, a sentence each."""
+        reading = self.reading()
+        if "pair_separator" in reading:
+            yield (
+                f"The tokenizer puts nothing between the texts of a pair: {reading['pair_separator']!r} is put there."
+            )
+        for what, tokens in self.limits().items():
+            roles = ["train"] if what == "targets" else self.cut  # a score is that of whole targets
+            shares = {self.splits[role]["split"]: self.cut[role][what] for role in roles if role in self.cut}
+            cut = {split: share for split, share in shares.items() if share > NOTED}
+            if cut:
+                asked = f"task.max_{what[:-1]}_length={getattr(self.task, f'max_{what[:-1]}_length')}"
+                why = asked if asked.endswith(f"={tokens}") else f"{self._limited_by(what)}; {asked}"
+                told = ", ".join(f"{100 * share:.1f}% of {split}" for split, share in cut.items())
+                without = "; the end of a text is not taught there" if what == "targets" else ""
+                yield f"{what.capitalize()} are cut at {tokens} tokens ({why}): {told}{without}."
+
+    def _limited_by(self, what: str) -> str:
+        """What makes the limit lower than the task has it."""
+        return self.encoder.limited_by
 
     def _measure(self, decoded: Sequence[str], rows: Dataset) -> Measured:
         return measure(self.task.metric, decoded, self.references(rows), self.task.labels)

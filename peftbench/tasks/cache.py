@@ -16,6 +16,8 @@ from typing import Any, Generic, TypeVar
 
 from datasets import Dataset
 
+from peftbench.utils.cache_dir import cache_dir
+
 T = TypeVar("T")
 
 RECENT = 2  # values in memory, for a sweep over two tasks or two backbones
@@ -36,11 +38,6 @@ class Recent(Generic[T]):
             self.values[key] = make()
         self.values.move_to_end(key)
         return self.values[key]
-
-
-def cache_dir() -> Path:
-    """`$PEFTBENCH_CACHE`, or `~/.cache/peftbench`."""
-    return Path(os.environ.get("PEFTBENCH_CACHE") or Path.home() / ".cache" / "peftbench")
 
 
 def kept(what: dict[str, Any], rows: int, make: Callable[[], Dataset]) -> Dataset:

@@ -27,6 +27,12 @@ class Classification(TaskData):
             "labels": rows[self.task.label_column],
         }
 
+    def reading(self) -> dict[str, Any]:
+        """What stands between the texts of a pair, where the tokenizer puts nothing there."""
+        if len(self.task.text_columns) < 2 or not self.encoder.separator:
+            return {}
+        return {"pair_separator": self.tokenizer.decode(self.encoder.separator)}
+
     def decode(self, predictions: np.ndarray) -> list[str]:
         """The name of the label with the largest of the logits (examples, labels)."""
         return self._names(predictions.argmax(axis=-1))

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftbench.tasks.framing import MASK, SOURCE
+from peftbench.tasks.framing import MASK, SOURCE, framed
 from peftbench.tasks.load import Loaded
 from peftbench.tasks.text_to_text import TextToText
+from peftbench.tasks.tokens import SOURCE_CUT
 from peftbench.utils.errors import UserError
 
 
@@ -42,43 +43,64 @@ class Completion(TextToText):
         return [len(prompt) + len(target) for prompt, target in pairs]
 
     def settings(self) -> list[Any]:
-        """A prompt leaves room for what is generated, too."""
-        return [*super().settings(), self.task.generation.max_length]
+        """A prompt leaves room for what is generated, too, and a target ends with a token of the tokenizer's."""
+        ends = [self.tokenizer.eos_token_id, self.tokenizer.bos_token_id]
+        return [*super().settings(), self.task.generation.max_length, *ends]
 
     def encode(self, rows: dict[str, list[Any]], training: bool) -> dict[str, list[Any]]:
         """`input_ids` of the prompts, and the ids of the targets with the end of text as `labels`.
 
-        A source is cut where the prompt would be longer than `task.max_source_length`, never what stands behind it.
+        A source is cut where the prompt would be longer than `task.max_source_length`, never the prompt around it. A
+        target that is cut has no end of text.
         """
         sources, targets = self.pairs(rows, training)
-        before, after = (self.task.prompt or f"{SOURCE}\n").split(SOURCE)
-        if MASK in before + after:
+        prompt = self.prompt
+        if MASK in prompt:
             raise UserError(
                 f"task.prompt has {MASK}, and a decoder alone has no mask token; write it without, or task.prompt=null."
             )
-        behind = self.encoder([after], max_length=self.task.max_source_length, special=False)["input_ids"][0]
+        length = self.limits()["sources"]
+        after = self.encoder.typed(prompt.split(SOURCE)[1])
+        if length - len(after) < 1:
+            longest, tokens = self._longest()
+            raise UserError(
+                f"{longest}={tokens} leaves no room for a source: the backbone has "
+                f"{self.encoder.limit} positions, and task.max_source_length={self.task.max_source_length} counts the "
+                "whole prompt."
+            )
+        end = self.tokenizer.eos_token_id
+        begin = end if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+        found = framed(self.encoder, prompt, sources, length, goes_on=True)
+        return {
+            # of nothing at all no model can go on
+            "input_ids": [ids or [begin] for ids in found["input_ids"]],
+            SOURCE_CUT: found[SOURCE_CUT],
+            **self.written(targets, [], [end]),
+        }
+
+    def limits(self) -> dict[str, int]:
+        """A prompt leaves room for what is generated, too."""
+        limits = super().limits()
+        return {**limits, "sources": min(limits["sources"], self.encoder.limit - self._longest()[1])}
+
+    def _limited_by(self, what: str) -> str:
+        """What is written needs its positions."""
+        least = super()._limited_by(what)
+        return f"{least} less {'{}={}'.format(*self._longest())}" if what == "sources" else least
+
+    @property
+    def prompt(self) -> str:
+        """By default the target stands on a line of its own."""
+        return self.task.prompt or f"{SOURCE}\n"
+
+    def _longest(self) -> tuple[str, int]:
+        """What is written, or generated, may be so long."""
         lengths = {
             "task.max_target_length": self.task.max_target_length,
             "task.generation.max_length": self.task.generation.max_length,
         }
         longest = max(lengths, key=lengths.__getitem__)
-        room = min(self.task.max_source_length, self.encoder.limit - lengths[longest]) - len(behind)
-        if room < 1:
-            raise UserError(
-                f"{longest}={lengths[longest]} leaves no room for a source: the backbone has "
-                f"{self.encoder.limit} positions, and task.max_source_length={self.task.max_source_length} counts the "
-                "whole prompt."
-            )
-        # One more, for the tokenizers that end a text: a prompt goes on.
-        prompts = self.encoder([f"{before}{source}" for source in sources], max_length=room + 1)["input_ids"]
-        end = self.tokenizer.eos_token_id
-        begin = end if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
-        written = self.encoder(targets, max_length=self.task.max_target_length - 1, special=False)["input_ids"]
-        return {
-            # of nothing at all no model can go on
-            "input_ids": [(ids[:-1] if ids[-1:] == [end] else ids[:room]) + behind or [begin] for ids in prompts],
-            "labels": [[*ids, end] for ids in written],
-        }
+        return longest, lengths[longest]
 
 
 class PromptCollator:

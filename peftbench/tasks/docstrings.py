@@ -29,7 +29,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal, get_args
 
-from peftbench.tasks.cache import cache_dir
+from peftbench.utils.cache_dir import cache_dir
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import write_lines
 

@@ -1,25 +1,31 @@
-"""Token ids of sources with a prompt around them, for an encoder-decoder."""
+"""Token ids of sources with a prompt around them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from peftbench.tasks.tokens import Encoder
+from peftbench.tasks.tokens import SOURCE_CUT, Encoder
 from peftbench.utils.errors import UserError
 
 SOURCE, MASK = "{source}", "{mask}"  # what task.prompt may hold
 
 
-def framed(encoder: Encoder, prompt: str, sources: Sequence[str], max_length: int) -> dict[str, list[list[int]]]:
-    """`input_ids` and `attention_mask` of `prompt` with each source in the place of {source}.
+def framed(
+    encoder: Encoder, prompt: str, sources: Sequence[str], max_length: int, *, goes_on: bool = False
+) -> dict[str, list[Any]]:
+    """`input_ids` and `attention_mask` of `prompt` with each source in the place of {source}; as `source_cut` whether
+    the source was cut.
 
     A source is cut where the whole would be longer than `max_length` tokens, special ones included, never the prompt.
-    {mask} becomes the tokenizer's mask token: what a denoiser was pretrained to fill.
+    {mask} becomes the tokenizer's mask token: what a denoiser was pretrained to fill. Special tokens that are typed in
+    the prompt are special, unlike those that a source spells; one that the tokenizer puts at that end of every text
+    anyway is put there once. With `goes_on` the tokenizer ends nothing, for a decoder alone goes on with the target.
 
     Raises:
         UserError: {mask} where the tokenizer has no such token, or no room for a source beside the prompt.
     """
-    if prompt == SOURCE:
+    if prompt == SOURCE and not goes_on:
         return encoder(sources, max_length=max_length)
     mask = encoder.tokenizer.mask_token_id
     if MASK in prompt and mask is None:
@@ -30,29 +36,42 @@ def framed(encoder: Encoder, prompt: str, sources: Sequence[str], max_length: in
 
     def ids(text: str) -> list[int]:
         """Of a text in which {mask} may stand."""
-        first, *others = (_plain(encoder, piece) for piece in text.split(MASK))
+        first, *others = (encoder.typed(piece) if piece else [] for piece in text.split(MASK))
         return sum(([mask, *piece] for piece in others), first)
 
     before, after = prompt.split(SOURCE)
-    front, _, joined = before.rpartition(MASK)  # what touches the source is tokenised with it
-    left, right = ids(front + MASK) if MASK in before else [], ids(after)
-    opening, closing = _specials(encoder)
+    front, joined = _at_last_special(encoder, before)  # what touches the source is tokenised with it
+    left, right = ids(front), ids(after)
+    opening, closing = encoder.ends()
+    if opening == left[: len(opening)]:
+        opening = []
+    if goes_on or (closing and closing == right[-len(closing) :]):
+        closing = []
     length = min(max_length, encoder.limit)
     room = length - len(left) - len(right) - len(opening) - len(closing)
-    if room < 1 + len(_plain(encoder, joined)):
+    if room < 1 + len(encoder.ids([joined])[0]):
         raise UserError(f"task.prompt={prompt!r} leaves no room for a source among {length} tokens; make it shorter.")
-    inner = encoder([f"{joined}{source}" for source in sources], max_length=room, special=False)["input_ids"]
-    found = [[*opening, *left, *source, *right, *closing] for source in inner]
-    return {"input_ids": found, "attention_mask": [[1] * len(whole) for whole in found]}
+    inner = encoder([f"{joined}{source}" for source in sources], max_length=room, special=False)
+    found = [[*opening, *left, *source, *right, *closing] for source in inner["input_ids"]]
+    return {
+        "input_ids": found,
+        "attention_mask": [[1] * len(whole) for whole in found],
+        SOURCE_CUT: inner[SOURCE_CUT],
+    }
 
 
-def _plain(encoder: Encoder, text: str) -> list[int]:
-    return encoder([text], max_length=encoder.limit, special=False)["input_ids"][0] if text else []
+def special_tokens(encoder: Encoder, prompt: str) -> list[str]:
+    """The special tokens that are typed in a prompt, in their order."""
+    return [match[0] for match in encoder.special_tokens.finditer(prompt)]
 
 
-def _specials(encoder: Encoder) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before and behind a text."""
-    text = "a"
-    plain, whole = _plain(encoder, text), encoder([text], max_length=encoder.limit)["input_ids"][0]
-    start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
-    return whole[:start], whole[start + len(plain) :]
+def _at_last_special(encoder: Encoder, text: str) -> tuple[str, str]:
+    """`text` up to its last special token or {mask}, and what comes after it."""
+    masked = text.rfind(MASK)
+    last, strips = (0, False) if masked < 0 else (masked + len(MASK), False)
+    added = {token.content: token for token in encoder.tokenizer.added_tokens_decoder.values()}
+    for match in encoder.special_tokens.finditer(text):
+        if match.end() > last:
+            last, strips = match.end(), match[0] in added and added[match[0]].rstrip
+    rest = text[last:]
+    return text[:last], rest.lstrip() if strips else rest

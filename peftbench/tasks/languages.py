@@ -31,7 +31,7 @@ def begin_in_language(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     """
     if not hasattr(tokenizer, "src_lang"):
         return
-    written = tokenizer.convert_tokens_to_ids(tokenizer.tgt_lang)
+    written = written_language(tokenizer)
     ids = tokenizer(text_target="")["input_ids"]
     assert model.generation_config is not None
     if ids[-1] == written:
@@ -39,3 +39,11 @@ def begin_in_language(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         model.generation_config.forced_bos_token_id = None
     elif ids[0] == written:
         model.generation_config.forced_bos_token_id = written
+
+
+def written_language(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of the code of the language that `set_languages` has set to write in; null where there are no codes."""
+    if not hasattr(tokenizer, "src_lang"):
+        return None
+    code: int = tokenizer.convert_tokens_to_ids(tokenizer.tgt_lang)
+    return code

@@ -16,7 +16,7 @@ from peftbench.config.schema import Task, TaskKind, task_files
 from peftbench.tasks.cache import Recent
 from peftbench.tasks.deal import deal
 from peftbench.tasks.files import has_split
-from peftbench.tasks.rows import checked, head, input_columns, used_columns, with_labels
+from peftbench.tasks.rows import checked, has_codes, head, input_columns, used_columns, with_labels
 from peftbench.tasks.source import has_source, read_split
 
 
@@ -31,12 +31,13 @@ class Loaded:
     notes: list[str] = field(default_factory=list)  # what was decided here, a sentence each, for the record
 
 
-def load(task: Task, training: bool = True, dealt: Sequence[str] | None = None) -> Loaded:
+def load(task: Task, training: bool = True, dealt: Sequence[str] | None = None, labels: Sequence[str] = ()) -> Loaded:
     """The checked rows of all splits of the task; without `training`, of those that are reported on.
 
     Args:
         dealt: the splits that were dealt from the training file, where that was for another task; by default those
             that are `homeless` in this one.
+        labels: those that were found in the training split when the task was trained, where it names none.
 
     A split without a source of its own is dealt from the training file (`deal.py`); where the task names no labels,
     those of the training split are taken, sorted; a further split that the user's files do not have is left out. All
@@ -46,8 +47,8 @@ def load(task: Task, training: bool = True, dealt: Sequence[str] | None = None) 
     Raises:
         UserError: as `read_split` and `checked`.
     """
-    key = json.dumps([asdict(task), training, dealt, *_stats(task)], default=str)
-    return _recent.get(key, lambda: _load(task, training, homeless(task) if dealt is None else dealt))
+    key = json.dumps([asdict(task), training, dealt, labels, *_stats(task)], default=str)
+    return _recent.get(key, lambda: _load(task, training, homeless(task) if dealt is None else dealt, labels))
 
 
 def homeless(task: Task) -> list[str]:
@@ -76,20 +77,26 @@ def _still_dealt(task: Task, dealt: Sequence[str]) -> list[str]:
     return [split for split in dealt if split not in task_files(task)]
 
 
-def _load(task: Task, training: bool, dealt: Sequence[str]) -> Loaded:
+def _load(task: Task, training: bool, dealt: Sequence[str], labels: Sequence[str]) -> Loaded:
     task, notes = _without_absent(task)
     notes.extend(_also_trained_on(task))
     read = cache(partial(read_split, task))
     wanted = {role: place for role, place in roles(task).items() if training or is_reported(role)}
     limits = limits_of(wanted)
-    if task.kind is TaskKind.classification and not task.labels:
-        task, note = with_labels(task, read(task.train_split))
-        notes.append(note)
+    coded = bool(task.labels)
+    if task.kind is TaskKind.classification and not coded:
+        if labels:
+            task = replace(task, labels=list(labels))
+        else:
+            coded = has_codes(task, read(task.train_split))
+            task, note = with_labels(task, read(task.train_split))
+            notes.append(note)
+    check = partial(checked, task, coded=coded)
     rows: dict[str, Dataset] = {}
     still = _still_dealt(task, dealt)
     if dealt and limits.keys() & {*still, task.train_split}:
         train = read(task.train_split)
-        whole = checked(task, task.train_split, train, None)
+        whole = check(task.train_split, train, None)
         rows = deal(whole, input_columns(task), task.train_split, dealt, train.name)
         rows = {split: rows[split] for split in (task.train_split, *still)}
         each = "each have" if len(dealt) > 1 else "has"
@@ -99,7 +106,7 @@ def _load(task: Task, training: bool, dealt: Sequence[str]) -> Loaded:
         )
     sizes = {split: len(rows[split] if split in rows else read(split).rows) for split in limits}
     for split, limit in limits.items():
-        rows[split] = head(rows[split], limit) if split in rows else checked(task, split, read(split), limit)
+        rows[split] = head(rows[split], limit) if split in rows else check(split, read(split), limit)
     return Loaded(task, wanted, {split: rows[split] for split in limits}, sizes, notes)
 
 

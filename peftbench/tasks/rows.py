@@ -30,11 +30,15 @@ class Source(NamedTuple):
         return place(self.file, row) if self.file else f"{self.name}, row {row}"
 
 
-def checked(task: Task, split: str, source: Source, limit: int | None) -> Dataset:
+def checked(task: Task, split: str, source: Source, limit: int | None, *, coded: bool = True) -> Dataset:
     """The first `limit` rows of a split (null: all), with every column that the source has.
 
     Inputs must be texts, and a target a text or a list of them. Labels, given by name or by code, come out as codes,
     ints that index `task.labels`, or for a regression as numbers.
+
+    Args:
+        coded: the order of `task.labels` is that of codes, so that a number may be one. Labels that were found as names
+            in the training file have no such order.
 
     Raises:
         UserError: there are no rows, a column is missing, or a cell holds something else or an unknown label.
@@ -48,7 +52,9 @@ def checked(task: Task, split: str, source: Source, limit: int | None) -> Datase
         return rows
     cells = rows[task.label_column][:]
     regression = task.kind is TaskKind.regression
-    codes: Sequence[float] = _numbers(cells, source) if regression else _codes(task.labels, cells, source)
+    if not regression:
+        cells = _named(task.labels, cells, rows.features[task.label_column])
+    codes: Sequence[float] = _numbers(cells, source) if regression else _codes(task.labels, cells, source, coded)
     return rows.remove_columns(task.label_column).add_column(task.label_column, codes)
 
 
@@ -93,11 +99,16 @@ def check_cells(task: Task, rows: Dataset, source: Source) -> None:
                 )
 
 
+def has_codes(task: Task, train: Source) -> bool:
+    """Whether the training split says which label each code is, as data sets of the hub do."""
+    return isinstance(train.rows.features.get(task.label_column), ClassLabel)
+
+
 def with_labels(task: Task, train: Source) -> tuple[Task, str]:
     """The task with the labels of its training split, and the note that says so."""
     _require_columns(train, used_columns(task))
     feature = train.rows.features[task.label_column]
-    if isinstance(feature, ClassLabel):
+    if has_codes(task, train):
         names = list(feature.names)  # in the order of their codes
     else:
         cells = train.rows[task.label_column][:]
@@ -107,6 +118,7 @@ def with_labels(task: Task, train: Source) -> tuple[Task, str]:
             if isinstance(cell, (list, dict)):
                 raise UserError(f"{train.at(number)}: column {task.label_column} holds {cell!r:.40}, not one label.")
         names = sorted({_name(cell) for cell in cells})
+        _check_distinct(names, train)
         if all(name.isdecimal() for name in names):
             names.sort(key=int)
     if len(names) < 2:
@@ -121,16 +133,44 @@ def with_labels(task: Task, train: Source) -> tuple[Task, str]:
     return replace(task, labels=names), f"The labels are those of {train.name}, in this order: {', '.join(names)}."
 
 
-def _codes(labels: Sequence[str], cells: Sequence[object], source: Source) -> list[int]:
+def _check_distinct(names: Sequence[str], train: Source) -> None:
+    """Raises UserError where two names are one label, in all likelihood: Good and good, or 1 and 1.0."""
+    seen: dict[object, str] = {}
+    for name in names:
+        bare = name.strip().casefold()
+        key = float(bare) if NUMBER.fullmatch(bare) else bare
+        if key in seen:
+            raise UserError(
+                f"{train.name}: the labels {seen[key]!r} and {name!r} differ in spelling alone; write them alike, or "
+                "name all labels by task.labels where both are meant."
+            )
+        seen[key] = name
+
+
+def _named(labels: Sequence[str], cells: Sequence[Any], feature: Any) -> Sequence[Any]:
+    """The cells of a column that says which label each code is, by name where these are the task's labels; where none
+    is, `labels` are other names for the codes, in their order."""
+    if not isinstance(feature, ClassLabel) or not set(feature.names) & set(labels):
+        return cells
+    known = range(len(feature.names))
+    return [feature.names[cell] if cell in known else cell for cell in cells]
+
+
+def _codes(labels: Sequence[str], cells: Sequence[object], source: Source, coded: bool) -> list[int]:
     names = {label: code for code, label in enumerate(labels)}
     digits = {str(code): code for code in range(len(labels))}
     # Where a name is a number, such as a star rating, a number in a cell can only be meant as a name.
-    known = names if any(NUMBER.fullmatch(name) for name in names) else names | digits
+    numbers = any(NUMBER.fullmatch(name) for name in names)
+    known = names if numbers or not coded else names | digits
     codes = []
     for number, cell in enumerate(cells, 1):
         code = (names if isinstance(cell, float) else known).get(_name(cell))
         if code is None:
-            raise UserError(f"{source.at(number)}: label {cell!r} is none of {', '.join(list(known))}.")
+            sentence = f"{source.at(number)}: label {cell!r} is none of {', '.join(list(known))}"
+            if not (numbers or coded or isinstance(cell, float)) and _name(cell) in digits:
+                order = f"task.labels=[{','.join(names)}]"
+                sentence += f"; if it is a code, name the labels in the order of their codes, such as {order}"
+            raise UserError(f"{sentence}.")
         codes.append(code)
     return codes
 

@@ -1,11 +1,11 @@
-"""Text to token ids, in such a way that no text can spell a special token."""
+"""Text to token ids, in such a way that no text of the data can spell a special token."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,11 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftbench.utils.errors import UserError
 
+SOURCE_CUT, TARGET_CUT = "source_cut", "target_cut"  # columns: whether the text of a row was cut
+
 
 class Encoder:
     """Tokenises texts for one backbone. A `</s>` in a text is four characters like any other.
 
-    Raises UserError for a tokenizer without a pad token.
+    Raises UserError for a tokenizer without a pad token, and for an encoder-decoder's that ends no text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -29,8 +31,18 @@ class Encoder:
                 "unequal length make no batch; name one as pad_token in its tokenizer_config.json."
             )
         self.tokenizer = tokenizer
-        self.limit = min(tokenizer.model_max_length, positions(model) or tokenizer.model_max_length)
+        read, places = tokenizer.model_max_length, positions(model)
+        self.limit = min(read, places or read)
+        self.limited_by = (
+            f"the tokenizer's model_max_length={read}" if self.limit == read else "the backbone's positions"
+        )
         self._spelled = self._unsplit_tokens()
+        if model.config.is_encoder_decoder and not self._ends_texts():
+            end = f"{tokenizer.eos_token}, at which generation stops" if tokenizer.eos_token else "any token"
+            raise UserError(
+                f"The tokenizer of {tokenizer.name_or_path or 'the backbone'} does not end a text with {end}; name the "
+                "token as eos_token in its tokenizer_config.json, and have its post_processor put it after a text."
+            )
 
     def __call__(
         self,
@@ -40,15 +52,19 @@ class Encoder:
         max_length: int,
         target: bool = False,
         special: bool = True,
-    ) -> dict[str, list[list[int]]]:
-        """`input_ids` and `attention_mask` (and what else the model reads) of each text, or pair of texts.
+    ) -> dict[str, list[Any]]:
+        """`input_ids` and `attention_mask` (and what else the model reads) of each text, or pair of texts; as
+        `source_cut` whether it was cut.
 
         At most `max_length` tokens, special ones included, and no more than the backbone can read; of a pair, the
-        longer text is cut first. `target` says that the texts are what the model is to write; without `special` none
-        of the tokenizer's special tokens are put around them.
+        longer text is cut first. Where the tokenizer puts nothing between the texts of a pair, `separator` stands
+        there. `target` says that the texts are what the model is to write; without `special` none of the tokenizer's
+        special tokens are put around them.
         """
-        texts = self._plain(texts)
-        kind = {"text_target": texts} if target else {"text": texts, "text_pair": pairs and self._plain(pairs)}
+        if pairs is not None and self.separator:
+            return self._separated(texts, pairs, max_length)
+        plain = self._plain(texts)
+        kind = {"text_target": plain} if target else {"text": plain, "text_pair": pairs and self._plain(pairs)}
         encoded = self.tokenizer(
             **kind,
             truncation=True,
@@ -56,7 +72,47 @@ class Encoder:
             add_special_tokens=special,
             split_special_tokens=True,
         )
-        return dict(encoded)
+        return {**encoded, SOURCE_CUT: self._cut(encoded, kind, special)}
+
+    def ids(self, texts: Sequence[str], target: bool = False) -> list[list[int]]:
+        """The ids of whole texts, nothing put around them; `target` says that they are what the model is to write."""
+        return self._whole({"text_target" if target else "text": self._plain(texts)}, special=False)
+
+    def typed(self, text: str) -> list[int]:
+        """The ids of a text that the user typed, in which special tokens are special."""
+        found: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+        return found
+
+    def ends(self, target: bool = False) -> tuple[list[int], list[int]]:
+        """The special tokens that the tokenizer puts in front of a text and after it."""
+        (plain,) = self.ids(["a"], target)
+        (whole,) = self._whole({"text_target" if target else "text": ["a"]}, special=True)
+        start = _place(plain, whole)
+        assert start is not None, f"{type(self.tokenizer).__name__} changes a text when it puts tokens around it"
+        return whole[:start], whole[start + len(plain) :]
+
+    @cached_property
+    def special_tokens(self) -> re.Pattern[str]:
+        """Matches the special tokens, each in one piece."""
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return _any_of({*added, *self.tokenizer.all_special_tokens})
+
+    @cached_property
+    def separator(self) -> list[int]:
+        """What must be put between the texts of a pair, for the tokenizer puts nothing there: a line break, or, where
+        it reads none, the end of a text; empty where it has something of its own."""
+        one, other = self.ids(["a", "b"])
+        (whole,) = self._whole({"text": ["a"], "text_pair": ["b"]}, special=True)
+        if _place([*one, *other], whole) is None:
+            return []
+        found = self.ids(["\n"])[0] or [self.tokenizer.eos_token_id]
+        if found == [None]:
+            raise UserError(
+                f"The tokenizer of {self.tokenizer.name_or_path or 'the backbone'} has nothing to put between the "
+                "texts of a pair: it reads no line break, and no token ends a text; name one as eos_token in its "
+                "tokenizer_config.json."
+            )
+        return found
 
     @cached_property
     def fingerprint(self) -> list[Any]:
@@ -64,10 +120,48 @@ class Encoder:
         return [
             *rules(self.tokenizer),
             [getattr(self.tokenizer, name, None) for name in ("src_lang", "tgt_lang")],
+            {role: str(token) for role, token in self.tokenizer.special_tokens_map.items()},
             self.limit,
             transformers.__version__,
             tokenizers.__version__,
         ]
+
+    def _ends_texts(self) -> bool:
+        return self.tokenizer.eos_token_id in self(["a"], max_length=self.limit)["input_ids"][0][1:]
+
+    def _separated(self, texts: Sequence[str], pairs: Sequence[str], max_length: int) -> dict[str, list[Any]]:
+        """Pairs with `separator` between the texts, of which the longer one is cut first."""
+        opening, closing = self.ends()
+        room = max(0, min(max_length, self.limit) - len(opening) - len(self.separator) - len(closing))
+        found: dict[str, list[Any]] = {"input_ids": [], SOURCE_CUT: []}
+        for first, second in zip(self.ids(texts), self.ids(pairs), strict=True):
+            kept = [
+                self._shortened(ids, max(room - len(other), room // 2))
+                for ids, other in ((first, second), (second, first))
+            ]
+            found["input_ids"].append([*opening, *kept[0], *self.separator, *kept[1], *closing])
+            found[SOURCE_CUT].append(len(kept[0]) + len(kept[1]) < len(first) + len(second))
+        found["attention_mask"] = [[1] * len(ids) for ids in found["input_ids"]]
+        return found
+
+    def _shortened(self, ids: list[int], length: int) -> list[int]:
+        """At most `length` ids, from the side that the tokenizer keeps."""
+        if len(ids) <= length:
+            return ids
+        return ids[len(ids) - length :] if self.tokenizer.truncation_side == "left" else ids[:length]
+
+    def _whole(self, kind: dict[str, list[str]], special: bool) -> list[list[int]]:
+        """The ids of texts that are not cut."""
+        encoded = self.tokenizer(**kind, add_special_tokens=special, split_special_tokens=True, verbose=False)
+        found: list[list[int]] = encoded["input_ids"]
+        return found
+
+    def _cut(self, encoded: Any, kind: dict[str, Any], special: bool) -> list[bool]:
+        """Of each text that `encoded` holds whether it is shorter than it was."""
+        if encoded.encodings is not None:
+            return [bool(one.overflowing) for one in encoded.encodings]
+        whole = self._whole({name: texts for name, texts in kind.items() if texts}, special)
+        return [len(ids) < len(all_) for ids, all_ in zip(encoded["input_ids"], whole, strict=True)]
 
     def _plain(self, texts: Sequence[str]) -> list[str]:
         """`</s>` as `< /s>`, for the tokenizers that would take it for the special token."""
@@ -86,11 +180,22 @@ class Encoder:
             # the unknown token stands for any text that the vocabulary lacks
             if token.special and token.content != self.tokenizer.unk_token
         }
+        if not special:  # GPT-2 has one token for all roles
+            return None
         encoded: Any = self.tokenizer(list(special.values()), add_special_tokens=False, split_special_tokens=True)
         found = [
             token for (index, token), ids in zip(special.items(), encoded["input_ids"], strict=True) if index in ids
         ]
-        return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True)))) if found else None
+        return _any_of(found) if found else None
+
+
+def _any_of(words: Collection[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)")
+
+
+def _place(part: list[int], whole: list[int]) -> int | None:
+    """Where `part` begins in `whole`; null where it is not in it."""
+    return next((i for i in range(len(whole)) if whole[i : i + len(part)] == part), None)
 
 
 def rules(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class KeepBest(TrainerCallback):
     ) -> None:
         self.step = state.global_step
         value = metrics[f"eval_{self.metric}"] * (-1 if self.metric == LOSS else 1)
-        if self.best is None or value > self.best:
+        if math.isfinite(value) and (self.best is None or value > self.best):
             self.best = value
             self.tensors = {name: tensor.cpu().clone() for name, tensor in trained_tensors(kwargs["model"]).items()}
 

@@ -14,7 +14,7 @@ from peftbench.utils.files import replacing
 
 
 def keep(file: Path, stamp: str, fitted: Fitted) -> None:
-    """Note that it has ended, with a stamp of all that must be the same to make use of it."""
+    """Note that it has ended, and did not diverge, with a stamp of all that must be the same to make use of it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as written:
         json.dump({"stamp": stamp, "fitted": asdict(fitted)}, written)

@@ -27,11 +27,13 @@ from peftbench.backbones.attention_kernels import no_cudnn_attention
 from peftbench.backbones.precision import chosen_device
 from peftbench.backbones.sites import configs_of, configured
 from peftbench.config import schema
+from peftbench.records.record import Divergence
 from peftbench.tasks.base import TaskData
 from peftbench.training.arithmetic import operations
 from peftbench.training.batching import Lengths, batches_of, batches_per_epoch, steps_per_epoch, total_steps
 from peftbench.training.best import KeepBest
 from peftbench.training.checkpoint import Checkpoint, Checkpoints, SaveByTime
+from peftbench.training.divergence import StopWhereDiverged
 from peftbench.training.micro_batch import AUTO, MicroBatches
 from peftbench.training.pace import Pace
 from peftbench.training.paths import FastPaths, collator_of, settled
@@ -55,6 +57,7 @@ class Fitted:
     micro_batch: dict[str, Any]  # into how many parts a batch went, and where memory ran out
     fast_paths: list[str]  # those taken, by their keys
     replay_bytes: int  # GPU memory of a step that CUDA graphs replay, which is not counted as allocated
+    diverged: Divergence | None = None  # it was stopped there
 
     @property
     def step_s(self) -> float | None:
@@ -103,7 +106,9 @@ def fit(
     settings = settled(settings, model, bf16=bf16, records=recorder is not None or model.device.type == "cuda")
     steps, lengths, pace = total_steps(data, settings), Lengths.of(data), Pace(model.device)
     keeper = KeepBest(metric) if settings.keep is schema.Keep.best else None
-    own = [_Report(stage, log), SaveByTime(checkpoints.minutes), pace, *([] if keeper is None else [keeper])]
+    diverging = StopWhereDiverged()
+    watching = [_Report(stage, log), SaveByTime(checkpoints.minutes), diverging, pace]
+    own = [*watching, *([] if keeper is None else [keeper])]
     trainer = FineTuner(
         model=model,
         args=_arguments(settings, steps, seed, bf16, checkpoints.folder, data),
@@ -114,7 +119,7 @@ def fit(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.trained = [p for p in model.parameters() if p.requires_grad]
-    trainer.scores, trainer.keeper = evaluate, keeper
+    trainer.scores, trainer.keeper, trainer.diverging = evaluate, keeper, diverging
     trainer.batches = batches_of(data, settings, seed)
     trainer.micro = MicroBatches(settings.micro_batch, settings.batch_size, _longest(data, settings))
     trainer.paths = FastPaths.of(model, settings, lengths)
@@ -143,22 +148,24 @@ def fit(
     replay_bytes = trainer.replay_bytes
     step_seconds = pace.seconds()
     seconds = earlier + time.perf_counter() - began
-    if keeper is not None:
-        if keeper.step < steps:  # the last state is a candidate too
+    taken = trainer.state.global_step
+    if keeper is not None and diverging.found is None:
+        if keeper.step < taken:  # the last state is a candidate too
             trainer.evaluate()
         keeper.restore(model)
     examples = settings.accumulation * len(data.train) / batches_per_epoch(data, settings)  # of a step
     read = lengths if model.config.is_encoder_decoder else Lengths(data.lengths, [])
     return Fitted(
-        steps=steps,
+        steps=taken,
         seconds=seconds,
         earlier_seconds=earlier,
-        tokens_per_s=steps * examples * lengths.mean / seconds,
+        tokens_per_s=taken * examples * lengths.mean / seconds,
         step_seconds=step_seconds,
         operations=examples * operations(model, *read),
         micro_batch=trainer.micro.notes,
         fast_paths=trainer.paths_taken,
         replay_bytes=replay_bytes,
+        diverged=diverging.found,
     )
 
 

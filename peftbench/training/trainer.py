@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, TrainerControl
 from peftbench.training.batching import LengthBatches
 from peftbench.training.best import KeepBest
 from peftbench.training.checkpoint import Resumable
+from peftbench.training.divergence import StopWhereDiverged
 from peftbench.training.micro_batch import MicroBatched
 from peftbench.training.paths import FastPaths
 from peftbench.training.replay import Recorder, Replayed
@@ -29,6 +30,7 @@ class FineTuner(MicroBatched, Resumable):
     trained: Sequence[nn.Parameter]
     scores: Evaluate
     keeper: KeepBest | None = None
+    diverging: StopWhereDiverged
     batches: LengthBatches | None = None  # None: random ones
     paths = FastPaths()
     replayed: Replayed | None = None
@@ -106,6 +108,8 @@ class FineTuner(MicroBatched, Resumable):
         return 0
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if not self.diverging.may_look(self.model, self.state, self.control):
+            return {}
         if self.replayed is not None and _crowded(self.args.device):
             self.replayed.release()  # nothing but graphs can use their memory
         metrics = {f"eval_{name}": value for name, value in self.scores().items()}

@@ -1,8 +1,9 @@
-"""Files that are written next to their destination and then renamed, so that no reader ever sees half a file."""
+"""JSON, and files that are written next to their destination and then renamed, so that no reader sees half a file."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -40,4 +41,17 @@ def beside(path: Path) -> Iterator[Path]:
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object on each line of a file."""
     with replacing(path) as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(dumped(row) + "\n" for row in rows)
+
+
+def dumped(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
+    """JSON that every program reads: with null for NaN and infinity, for which it has no numbers."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(below) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(below) for below in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from peftbench.cli.compare import main
-from peftbench.config.identity import run_dir
 from peftbench.config.schema import FunctionalForm, Modification, Trainer
+from peftbench.records.location import run_dir
 from peftbench.records.record import Score, Searched, find, load_records
 from peftbench.records.recording import recording
 from peftbench.records.run_files import write_predictions
@@ -188,3 +188,10 @@ def test_comparing_imports_no_torch() -> None:
         "example_scores('pearson', ['1'], ['2']); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_how_texts_were_read_is_a_difference(tmp_path: Path) -> None:
+    """A run of an earlier version beside one of this."""
+    a, b = (single(load_records(trained(tmp_path, 50, seed=seed))[0])[0] for seed in (1, 2))
+    b.first.data["reading"] = {"pair_separator": "\n"}
+    assert settings_that_differ(a, b) == {"(reading.pair_separator)": [None, "\n"]}

@@ -124,7 +124,7 @@ def test_a_dry_run_lists_what_is_done_and_what_is_to_come(tmp_path: Path, capsys
     overrides = ["task=docsum", "trainer=quick", "debug=smoke", f"output_dir={tmp_path}"]
     (row,) = points("experiment=paper/table5", "row=pa_ffn_512", *overrides)
     (line,) = lines("table5", [row])
-    from peftbench.config.identity import run_dir
+    from peftbench.records.location import run_dir
 
     with recording(line.run, run_dir(line.run), []) as record:
         record.scores["report"] = Score("test", 16, {"rouge2": 7.0})
@@ -139,7 +139,7 @@ def test_a_dry_run_lists_what_is_done_and_what_is_to_come(tmp_path: Path, capsys
 
 def test_the_papers_score_and_the_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (row,) = points("experiment=paper/table5", "row=pa_ffn_512", f"output_dir={tmp_path}")
-    from peftbench.config.identity import run_dir
+    from peftbench.records.location import run_dir
 
     with recording(row[1], run_dir(row[1]), []) as record:
         record.score = 21.5

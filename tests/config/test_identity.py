@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from peftbench.config.compose import compose_run
-from peftbench.config.identity import content_stamp, plain, run_dir, run_hash
+from peftbench.config.identity import plain, run_hash
 from peftbench.config.schema import (
     Composition,
     CompositionFunction,
@@ -27,6 +27,8 @@ from peftbench.config.schema import (
     Trainer,
     Variation,
 )
+from peftbench.config.stamps import content_stamp
+from peftbench.records.location import run_dir
 from peftbench.utils.errors import UserError
 
 
@@ -97,6 +99,22 @@ def test_order_of_keys_is_no_matter() -> None:
     assert run_hash(run(mix=parts)) == run_hash(run(mix=dict(reversed(parts.items()))))
 
 
+@pytest.mark.parametrize(
+    ("prompt", "before"),
+    [
+        ("{mask}\n\n{source}", "43258bc0"),
+        ("summarize: {source}", "6a512fb2"),
+        ("a < b > c [x y] {source}", "97dca9d1"),
+        ("<|im_start|>{source}", "1dbf402f"),
+        ("{source}</s>", "4b070e51"),
+        ("[SEP]{source}", "e6ad0fcc"),
+    ],
+)
+def test_a_prompt_with_special_tokens_has_another_name_than_when_they_were_characters(prompt: str, before: str) -> None:
+    special = any(token in prompt for token in ("<|im_start|>", "</s>", "[SEP]"))
+    assert (run_hash(run(task__prompt=prompt)) != before) is special
+
+
 def test_files_count_by_content(tmp_path: Path) -> None:
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
@@ -110,20 +128,6 @@ def test_files_count_by_content(tmp_path: Path) -> None:
 
     first, second = (run(model__path=str(tmp_path / name)) for name in ("one", "two"))
     assert len({run_hash(first), run_hash(second), run_hash(run())}) == 3
-
-
-def test_a_large_file_is_told_by_its_ends_and_size(tmp_path: Path) -> None:
-    file = tmp_path / "weights"
-    stamps = []
-    for size, start, end in (
-        (1 << 20, b"a", b"z"),
-        (1 << 20, b"b", b"z"),
-        (1 << 20, b"a", b"y"),
-        (1 << 21, b"a", b"z"),
-    ):
-        file.write_bytes(start + bytes(size) + end)
-        stamps.append(content_stamp(file))
-    assert len(set(stamps)) == 4
 
 
 def test_hidden_files_do_not_count(tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ import pytest
 from peftbench.cli.results import main
 from peftbench.cli.status import main as status
 from peftbench.config.compose import Point, compose_points
-from peftbench.config.identity import run_dir, run_hash
+from peftbench.config.identity import run_hash
 from peftbench.config.schema import LOSS, Init, Run, Search, Variation, conf_dir
 from peftbench.config.search import check, phases, search_faults, settings, trials
 from peftbench.records.choice import best, known, sentence, settled
+from peftbench.records.location import run_dir
 from peftbench.records.record import Failure, Score, Searched, Selection, Trial, find
 from peftbench.records.recording import describe
 from peftbench.sweeps.plan import Sweep

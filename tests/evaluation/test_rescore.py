@@ -140,6 +140,23 @@ def test_generated_text_is_scored_again(texts: str, tmp_path: Path, capsys: pyte
     assert f"rougeL       {report['metrics']['rougeL']!r}" in printed and "as in the record" in printed
 
 
+def test_how_texts_were_read_is_in_the_record(texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And scoring a run says that an earlier version read its texts otherwise, or nothing."""
+    run = trained(tmp_path, "task=xsum", texts, "task.prompt='<s></s>{source}'", "task.max_source_length=10")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Sources are cut at 10 tokens (task.max_source_length=10): 100.0% of train" in shown
+    record = recorded(run)
+    assert record["data"]["reading"] == {"special_tokens": ["<s>", "</s>"]}
+    assert record["data"]["limits"]["sources"] == 10 and record["data"]["cut"]["train"] == {"sources": 1, "targets": 0}
+    assert record["data"]["signatures"]["rouge2"].startswith("tok:rouge_score|stem:porter|version:")
+    assert main(["evaluate", str(run)]) == 0
+    assert "read otherwise" not in " ".join(capsys.readouterr().out.split())
+    del record["data"]["reading"]
+    (run / "record.json").write_text(json.dumps(record))
+    assert main(["evaluate", str(run)]) == 0
+    assert 'read otherwise (special_tokens ["<s>", "</s>"])' in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_generation_that_was_stopped_goes_on(
     texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

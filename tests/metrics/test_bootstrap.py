@@ -56,6 +56,25 @@ def test_of_their_mean_the_score_is_the_metric(metric: str) -> None:
         assert scores == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("metric", ["rougeL", "bleu", "exact_match"])
+@pytest.mark.parametrize(
+    "texts", [["Мама мыла раму.", "Шёл дождь."], ["猫在窗台上睡觉。", "天晴。"], ["猫が寝ている。", "雨です。"]]
+)
+def test_texts_of_other_scripts_are_scored_alike(metric: str, texts: list[str]) -> None:
+    ours, right = [texts[0], texts[1][:3], ""], [[texts[0]], [texts[1], texts[0]], [texts[1]]]
+    found = example_scores(metric, ours, right)
+    scores = {name: float(one.score(one.statistics.mean(axis=0))) for name, one in found.items()}
+    assert scores == pytest.approx(measure(metric, ours, right).scores, abs=1e-9)
+    assert scores[metric] > 20
+
+
+def test_macro_f1_is_over_the_labels_that_occur_in_either() -> None:
+    for ours, right in ((["a", "b"], ["a", "b"]), (["a", "c"], ["a", "b"])):
+        found = example_scores("macro_f1", ours, right, ["a", "b", "c"])["macro_f1"]
+        expected = measure("macro_f1", ours, right, ["a", "b", "c"]).scores["macro_f1"]
+        assert float(found.score(found.statistics.mean(axis=0))) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("metric", ["f1", "macro_f1", "matthews", "pearson"])
 def test_where_all_predictions_are_one_the_score_is_the_metric(metric: str) -> None:
     _, right, labels = sample(metric, 60, seed=1)

@@ -11,6 +11,7 @@ from pathlib import Path
 import evaluate
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU
 
 from peftbench.config.schema import TaskKind
 from peftbench.config.validity import METRICS as METRICS_OF_KIND
@@ -81,10 +82,15 @@ def test_f1_is_that_of_the_second_label() -> None:
     assert measure("f1", ["no"] * 5, references, ["no", "yes"]).scores["f1"] == 0
 
 
-def test_macro_f1_is_the_mean_over_all_labels() -> None:
+def test_macro_f1_is_the_mean_over_the_labels_that_occur() -> None:
+    """As scikit-learn has it: a test file without one of the labels does not make it wrong."""
     # a: P 1, R 1/2; b: P 1/2, R 1; c: never predicted, never right
-    scores = measure("macro_f1", ["a", "b", "b"], ["a", "a", "b"], ["a", "b", "c"]).scores
-    assert scores["macro_f1"] == pytest.approx(100 * (2 / 3 + 2 / 3 + 0) / 3)
+    found = measure("macro_f1", ["a", "b", "b"], ["a", "a", "b"], ["a", "b", "c"])
+    assert found.scores["macro_f1"] == pytest.approx(100 * (2 / 3 + 2 / 3) / 2)
+    assert found.signatures == {"macro_f1": "mean over 2 of 3 labels, those that occur"}
+    assert measure("macro_f1", ["a", "b"], ["a", "b"], ["a", "b", "c"]).scores == {"macro_f1": 100, "accuracy": 100}
+    predicted = measure("macro_f1", ["a", "c"], ["a", "b"], ["a", "b", "c"])  # b is never found, and c never right
+    assert predicted.scores["macro_f1"] == pytest.approx(100 / 3) and predicted.signatures == {}
 
 
 def test_matthews_by_hand() -> None:
@@ -150,6 +156,75 @@ def test_bleu_equals_the_libraries_own_command_line(tmp_path: Path, second: int)
     printed = json.loads(subprocess.run(command, cwd=tmp_path, capture_output=True, check=True, text=True).stdout)
     scores = measure("chrf", ours, references).scores
     assert [round(scores["bleu"], 10), round(scores["chrf"], 10)] == [entry["score"] for entry in printed]
+
+
+RUSSIAN = ["Мама мыла раму. Шёл дождь.", "Кошка спит на окне."]
+CHINESE = ["他说：「你好。」我走了。", "猫在窗台上睡觉。"]
+JAPANESE = ["東京の天気は晴れです。", "猫が窓で寝ている。"]
+THAI = ["แมวนอนหลับอยู่บนหน้าต่าง", "วันนี้ฝนตก"]
+HINDI = ["बिल्ली खिड़की पर सोती है।", "आज बारिश हो रही है।"]
+GERMAN = ["Für die Übung fährt sie später.", "Das Mädchen hört Musik."]
+PLAIN = "Bread and cakes are sold in most of the shops of the town, all through the year."
+ACCENTED = [PLAIN.replace("shops", "cafés")] * 2 + [PLAIN] * 20
+
+
+@pytest.mark.parametrize("texts", [RUSSIAN, CHINESE, JAPANESE, THAI, HINDI, GERMAN])
+def test_texts_in_any_script_that_are_right_score_100_and_others_less(texts: list[str]) -> None:
+    found = measure("rougeL", texts, texts)
+    assert found.scores == dict.fromkeys(ROUGE_TYPES, 100)
+    assert set(found.signatures) == set(ROUGE_TYPES)
+    assert found.signatures["rougeL"].startswith("tok:words|stem:no|version:")
+    assert measure("bleu", texts, texts).scores == pytest.approx({"bleu": 100, "chrf": 100})
+    assert measure("rougeL", ["", texts[0]], texts).scores["rougeL"] < 60
+
+
+def test_rouge_of_russian_by_hand() -> None:
+    # 2 of 3 words are shared, 1 of 2 pairs of words; letters with marks are letters, and no word is stemmed
+    scores = measure("rouge2", ["мама мыла пол"], ["Мама мыла раму"]).scores
+    assert scores == pytest.approx({"rouge1": 200 / 3, "rouge2": 50, "rougeL": 200 / 3, "rougeLsum": 200 / 3})
+    assert measure("rouge1", ["猫睡觉"], ["猫在睡"]).scores["rouge1"] == pytest.approx(200 / 3)  # by character
+    assert measure("rouge1", ["बिल्ली"], ["बिल्ला"]).scores["rouge1"] == 0  # a vowel sign is part of the word
+    assert measure("rouge1", ["e\u0301te\u0301"], ["été"]).scores["rouge1"] == 100
+
+
+def test_a_few_accents_leave_the_figures_of_english_as_they_are() -> None:
+    """It is the references that decide, whatever was predicted: those of XSum have 0.01% of such letters."""
+    for predictions in (ACCENTED[::-1], ["кафе" for _ in ACCENTED]):
+        scorer = RougeScorer(ROUGE_TYPES, use_stemmer=True)
+        direct = [scorer.score(right, ours) for ours, right in zip(predictions, ACCENTED, strict=True)]
+        found = measure("rouge1", predictions, ACCENTED)
+        for kind in ("rouge1", "rouge2", "rougeL"):
+            assert found.scores[kind] == 100 * sum(score[kind].fmeasure for score in direct) / len(direct)
+        assert found.signatures["rouge1"].startswith("tok:rouge_score|stem:porter|")
+
+
+def test_bleu_is_tokenised_by_the_script_of_the_references() -> None:
+    """The names are sacreBLEU's; a few foreign names in English change nothing."""
+    for texts, name in (
+        (RUSSIAN, "13a"),
+        (GERMAN, "13a"),
+        (HINDI, "13a"),
+        (CHINESE, "zh"),
+        (JAPANESE, "char"),
+        (THAI, "char"),
+        (["He lives in Beijing, which is 北京, and not in Tokyo."], "13a"),
+    ):
+        measured = measure("bleu", ["..." for _ in texts], [[text] for text in texts])
+        assert f"|tok:{name}|" in measured.signatures["bleu"]
+    direct = BLEU(tokenize="zh").corpus_score(["他说你好。我走"], [[CHINESE[0]]]).score
+    assert measure("bleu", ["他说你好。我走"], [CHINESE[0]]).scores["bleu"] == pytest.approx(direct) != 0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("他说：「你好。」我走了。真的？！是", ["他说：「你好。」", "我走了。", "真的？！", "是"]),
+        ("आज बारिश है। कल नहीं।", ["आज बारिश है।", "कल नहीं।"]),
+        ("هل تمطر؟ نعم.", ["هل تمطر؟", "نعم."]),
+    ],
+)
+def test_sentences_of_other_scripts(text: str, expected: list[str]) -> None:
+    assert sentences(text) == expected
 
 
 def test_romanian_bleu_compares_prepared_texts() -> None:

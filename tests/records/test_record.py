@@ -27,7 +27,19 @@ from peftbench.config.schema import (
     TaskKind,
     Trainer,
 )
-from peftbench.records.record import APART, FILE, Axes, Counts, Record, Score, finished, load_records
+from peftbench.records.record import (
+    APART,
+    FILE,
+    Axes,
+    Counts,
+    Divergence,
+    Record,
+    Score,
+    Selection,
+    find,
+    finished,
+    load_records,
+)
 from peftbench.records.recording import recording, start
 from peftbench.records.run_files import append_metrics, write_predictions
 from peftbench.tables.select import read
@@ -99,6 +111,51 @@ def test_ctrl_c_is_recorded_as_interrupted(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert on_disk(tmp_path)["status"] == "interrupted"
     assert finished(tmp_path) is None
+
+
+def test_a_run_that_diverges_has_no_score(tmp_path: Path) -> None:
+    with recording(RUN, tmp_path, []) as record:
+        record.scores["report"] = Score("test", 8, {"accuracy": 50.0})
+        record.score = 50.0
+        record.diverge(Divergence("loss", 12))
+    read_again = find(tmp_path)
+    assert read_again == record and record.status == "diverged" and record.outcome == "diverged: step 12"
+    assert read_again.score is None and not read_again.scores and finished(tmp_path) is not None
+
+
+@pytest.mark.parametrize(
+    ("score", "selection", "what"),
+    [
+        (math.nan, None, "score"),
+        (math.inf, None, "score"),
+        (50.0, Selection("validation", 8, "accuracy", None), "selection score"),
+    ],
+)
+def test_what_an_earlier_version_called_done_is_shown_as_diverged(
+    score: float, selection: Selection | None, what: str, tmp_path: Path
+) -> None:
+    with recording(RUN, tmp_path, []) as record:
+        record.scores["report"] = Score("test", 8, {"accuracy": score})
+        record.score, record.selection = score, selection
+    values = json.dumps({key: value for key, value in record.to_json().items() if key != "diverged"})
+    (tmp_path / FILE).write_text(values)
+    (shown,), _ = load_records(tmp_path)
+    assert (shown.status, shown.outcome, shown.diverged) == ("diverged", "diverged", Divergence(what))
+    assert shown.score is None and not shown.scores
+    assert (tmp_path / FILE).read_text() == values  # reading writes nothing
+
+
+def test_records_and_logs_are_json_for_any_program(tmp_path: Path) -> None:
+    """NaN and infinity are no JSON. A metric beside the main one may still be none."""
+    with recording(RUN, tmp_path, []) as record:
+        record.scores["report"] = Score("test", 8, {"accuracy": 50.0, "pearson": math.nan})
+        record.score = 50.0
+        append_metrics(tmp_path, {"stage": "train", "step": 1, "loss": math.inf})
+        write_predictions(tmp_path, [{"prediction": math.nan}])
+    for file in (FILE, "metrics.jsonl", "predictions.jsonl"):
+        json.loads((tmp_path / file).read_text(), parse_constant=pytest.fail)
+    again = find(tmp_path)
+    assert again is not None and again.status == "done" and math.isnan(again.scores["report"].metrics["pearson"])
 
 
 def test_an_exception_is_recorded_as_failed_with_its_traceback(tmp_path: Path) -> None:

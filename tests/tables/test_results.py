@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from peftbench.cli.results import main
-from peftbench.records.record import Axes, Backbone, Counts, Failure, Record
+from peftbench.records.record import Axes, Backbone, Counts, Divergence, Failure, Record, load_records
 from peftbench.records.recording import describe
 from peftbench.tables.columns import best_of, columns
 from peftbench.tables.formats import latex, markdown
@@ -160,9 +160,13 @@ def test_only_runs_that_came_through_are_counted() -> None:
 def test_numbers_that_are_none_are_shown_and_are_in_no_mean(
     odd: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for seed, value in ((1, 10.0), (2, 20.0), (3, odd)):
-        saved(run("lora", seed, 60.0 + seed, tmp_path / str(seed), tokens_per_s=value))
-    saved(run("mam", 1, odd, tmp_path / "diverged"))
+    """In records as earlier versions wrote them, with words for numbers that JSON does not have."""
+    runs = [run("lora", seed, 60.0 + seed, tmp_path / str(seed)) for seed in (1, 2, 3)]
+    for one, value in zip(runs, (10.0, 20.0, odd), strict=True):
+        one.tokens_per_s = value
+    for one in (*runs, run("mam", 1, odd, tmp_path / "diverged")):
+        one.folder.mkdir()
+        (one.folder / "record.json").write_text(json.dumps(one.to_json()))
     keys = "method,seed,score,tokens_per_s"
     rows = json.loads(printed(capsys, tmp_path, "--show", keys, "--json"), parse_constant=pytest.fail)
     assert [row["tokens_per_s"] for row in rows] == [None, 20, 10, None]
@@ -171,6 +175,31 @@ def test_numbers_that_are_none_are_shown_and_are_in_no_mean(
     for form in ("--csv", "--markdown", "--latex", "--mean"):
         assert str(odd) in printed(capsys, tmp_path, form, "--show", keys)
     assert "15" in printed(capsys, tmp_path, "--rows", "method", "--value", "tokens_per_s")
+
+
+@pytest.mark.parametrize("words", [["--mean"], ["--rows", "method"], ["--mean", "--latex"], ["--median", "--json"]])
+def test_a_mean_says_which_runs_diverged(words: list[str], outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is over the seeds that went well, which says too much of the setting."""
+    saved(run("lora", 4, None, outputs / "diverged", status="diverged", diverged=Divergence("loss", 3)))
+    assert main([str(outputs), *words]) == 0
+    told = capsys.readouterr()
+    assert told.err == "1 diverged and is in no mean: lora4 (lora, seed 4).\n"
+    if words == ["--mean"]:
+        (row,) = (row for row in over_seeds(load_records(outputs)[0], "mean") if row.first.method == "lora")
+        assert row.score == fmean(score for (method, _), score in SCORES.items() if method == "lora")
+        status = next(column for column in columns([row]) if column.key == "status")
+        assert status.cell(row) == "3 done, 1 diverged"
+
+
+def test_what_diverged_is_never_best_nor_on_a_front() -> None:
+    """Not as an earlier version wrote it either, which gave it a score."""
+    runs = [run("lora", 1, 60.0), run("mam", 1, 70.0), run("full", 1, 65.0)]
+    runs.append(run("lora", 2, 99.0, status="diverged"))
+    rows = single(runs)
+    assert rows[3] not in front(rows, lambda record: record.counts.stored if record.counts else None)
+    for column in columns(rows):
+        assert 3 not in best_of(column, rows)
+        assert column.key != "score" or column.cell(rows[3]) == ""
 
 
 def test_a_run_that_was_trained_twice_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 
 from peftbench.config.schema import Task, TaskKind
 from peftbench.tasks.deal import ROW
@@ -188,6 +190,80 @@ def test_numbers_as_labels_are_names(tmp_path: Path, trained: list[float], score
     else:
         loaded = load(task)
         assert [loaded.task.labels[code] for code in loaded.rows["test"]["label"]] == [label]
+
+
+CODED = [
+    (["neg", "pos"], 0),
+    (["neg", "pos"], "1"),
+    ([False, True], 1),
+    (["no", "yes", "maybe"], 2),
+]
+
+
+@pytest.mark.parametrize(("names", "code"), CODED)
+def test_a_code_is_refused_where_the_order_of_codes_is_not_known(
+    tmp_path: Path, names: list[Any], code: int | str
+) -> None:
+    """Sorted names are not the order of somebody's codes; task.labels is."""
+    rows = [{"text": f"{i}", "label": names[i % len(names)]} for i in range(30)]
+    task = replace(OWN, train_file=jsonl(tmp_path, "train.jsonl", *rows))
+    task.test_file = jsonl(tmp_path, "test.jsonl", {"text": "a", "label": code})
+    ordered = sorted(map(str, names))
+    sentence = (
+        f"label {code!r} is none of {', '.join(ordered)}; if it is a code, name the labels in the order of their "
+    )
+    with pytest.raises(UserError, match=re.escape(f"{sentence}codes, such as task.labels=[{','.join(ordered)}].")):
+        load(task)
+    named = load(replace(task, labels=list(map(str, names))))
+    assert named.task.labels[named.rows["test"]["label"][0]] == str(names[int(code)])
+    # so it is where the run is scored again, with the labels that it had found
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        load(task, training=False, dealt=[], labels=ordered)
+    assert (
+        load(replace(task, test_file=task.train_file), training=False, dealt=[], labels=ordered).task.labels == ordered
+    )
+
+
+def test_labels_of_a_file_that_names_its_codes(tmp_path: Path) -> None:
+    """As on the hub; the test file may have other codes for the same names, and one without names has the same ones."""
+
+    def parquet(name: str, names: list[str], codes: list[int]) -> str:
+        features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+        rows = {"text": [f"{name} {i}" for i in range(len(codes))], "label": codes}
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / name)
+        return str(tmp_path / name)
+
+    train = parquet("train.parquet", ["pos", "neg"], [0, 1] * 10)
+    task = replace(OWN, train_file=train, test_file=parquet("test.parquet", ["neg", "pos"], [0, 1, 1]))
+
+    def read(task: Task) -> list[str]:
+        loaded = load(task)
+        return [loaded.task.labels[code] for code in loaded.rows["test"]["label"]]
+
+    assert load(task).task.labels == ["pos", "neg"]
+    assert read(task) == ["neg", "pos", "pos"]
+    assert read(replace(task, test_file=jsonl(tmp_path, "own.jsonl", {"text": "a", "label": 0}))) == ["pos"]
+    assert read(replace(task, labels=["neg", "pos"])) == ["neg", "pos", "pos"]  # in another order
+    assert read(replace(task, labels=["bad", "good"])) == ["bad", "good", "good"]  # other names for the codes
+    with pytest.raises(UserError, match=r"label 'neg' is none of pos, good, 0, 1"):
+        read(replace(task, labels=["pos", "good"]))
+
+
+@pytest.mark.parametrize(
+    ("cells", "told"),
+    [
+        (["Good", "bad", "good"], "'Good' and 'good'"),
+        (["good", "bad", " good"], "' good' and 'good'"),
+        (["1", "0", "1.0"], "'1' and '1.0'"),
+        (["01", "0", "1"], "'01' and '1'"),
+    ],
+)
+def test_labels_that_differ_in_spelling_alone(tmp_path: Path, cells: list[str], told: str) -> None:
+    rows = [{"text": f"{i}", "label": cells[i % 3]} for i in range(30)]
+    task = replace(OWN, train_file=jsonl(tmp_path, "train.jsonl", *rows))
+    with pytest.raises(UserError, match=rf"train\.jsonl: the labels {told} differ in spelling alone"):
+        load(task)
+    assert load(replace(task, labels=cells)).task.labels == cells
 
 
 def test_a_file_that_is_trained_on_and_scored_on_is_noted(tmp_path: Path) -> None:

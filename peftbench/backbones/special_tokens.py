@@ -1,0 +1,230 @@
+"""Special tokens on which a backbone's files differ: which one ends a text, pads a batch, begins what is written.
+
+Three files name them: tokenizer_config.json, config.json and generation_config.json. Training reads the first two,
+generation the third, so that where they differ a model may be taught an end at which it never stops. `settle` makes one
+truth of them when a backbone is loaded, and says so where it had to choose. Files that agree stay what they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Usable = Callable[[int], bool]
+
+
+@dataclass(frozen=True)
+class Named:
+    """The ids that a backbone's files name for one role, each perhaps none, as a tuple without repetitions."""
+
+    tokenizer: tuple[int, ...] = ()
+    config: tuple[int, ...] = ()
+    generation: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: object, config: object, generation: object) -> Named:
+        """From what the files hold: an id, a list of them or null."""
+        return cls(*map(_ids, (tokenizer, config, generation)))
+
+    def own(self, is_special: Usable) -> tuple[int, ...]:
+        """What the model itself names, generation's first. An id of which the tokenizer makes ordinary text is none,
+        such as a default that nobody has set, unless the tokenizer names it as well."""
+        found = _once(self.generation, self.config)
+        return tuple(i for i in found if is_special(i) or i in self.tokenizer)
+
+    def chosen(self, is_special: Usable) -> int | None:
+        """The one id that is written: the tokenizer's where the model names it too, else the model's first, else the
+        tokenizer's."""
+        own = self.own(is_special)
+        return next(iter([*(i for i in self.tokenizer if i in own), *own, *self.tokenizer]), None)
+
+    def all(self, is_special: Usable) -> tuple[int, ...]:
+        """The union: of the ends of a text each stops generation."""
+        return _once(self.own(is_special), self.tokenizer)
+
+    def differ(self) -> bool:
+        """Whether two files name other ids."""
+        return len({frozenset(ids) for ids in (self.tokenizer, self.config, self.generation) if ids}) > 1
+
+
+def settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, writes: bool) -> list[str]:
+    """Have tokenizer, config and generation config name the same special tokens; one that the embedding has no row for
+    is none.
+
+    What ends a text: the model's own, which is also what the tokenizer puts after a text; generation stops there and
+    at each other end that is named. What pads: the model's own, or else the end of a text. What begins what an
+    encoder-decoder writes: the generation config's. What begins a text: as the tokenizer begins it.
+
+    Args:
+        writes: the model is to write text; else only what a classifier reads matters.
+
+    Returns:
+        A sentence for each role in which the files differ.
+    """
+    files = _Files(model, tokenizer)
+    both = model.config.is_encoder_decoder
+    return [
+        *files.outside(),
+        *(_settle_end(files) if writes or both else []),
+        *_settle_pad(files),
+        *(_settle_start(files) if both else []),
+        *(_settle_bos(files) if writes and not both else []),
+    ]
+
+
+class _Files:
+    """What the three files of a backbone hold, as read into memory; ids outside the embedding are passed over."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.config, self.tokenizer = model.config, tokenizer
+        self.generation: GenerationConfig | None = getattr(model, "generation_config", None)
+        self.height: int = model.get_input_embeddings().weight.shape[0]
+        self.special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+
+    def is_special(self, index: int) -> bool:
+        """Whether the tokenizer has a token for the id, and never makes it of ordinary text."""
+        return index in self.special
+
+    def outside(self) -> list[str]:
+        """A sentence for each token that the tokenizer pads or ends a text with and that the embedding lacks."""
+        ids = {key: getattr(self.tokenizer, f"{key}_id") for key in ("eos_token", "pad_token")}
+        return [
+            f"The tokenizer's {key} {self.said(i)} ({i}) is not used: the embedding has {self.height:,} rows."
+            for key, i in ids.items()
+            if i is not None and i >= self.height
+        ]
+
+    def openings(self) -> set[int]:
+        """What comes before each text that an encoder-decoder writes, and so cannot end one."""
+        if not self.config.is_encoder_decoder:
+            return set()
+        first = self.tokenizer("a")["input_ids"][0]
+        return {first, *_ids(getattr(self.generation, "forced_bos_token_id", None))} & self.special
+
+    def named(self, role: str, tokenizer: bool = True) -> Named:
+        """Of a role such as eos, that the tokenizer knows or not."""
+        key = f"{role}_token_id"
+        held = (getattr(self.tokenizer, key) if tokenizer else None, getattr(self.config, key, None))
+        found = Named.of(*held, getattr(self.generation, key, None))
+        return Named(*(tuple(i for i in ids if 0 <= i < self.height) for ids in vars(found).values()))
+
+    def name(self, role: str, index: int | None) -> None:
+        """Have the tokenizer name the token of this id for a role."""
+        if getattr(self.tokenizer, f"{role}_token_id") != index:
+            setattr(self.tokenizer, f"{role}_token", None if index is None else self.said(index))
+
+    def said(self, index: int) -> str:
+        """The id's token."""
+        token = self.tokenizer.convert_ids_to_tokens(index)
+        return str(index) if token is None else str(token)
+
+    def differing(self, role: str, named: Named) -> str:
+        """How a sentence begins that says what each file names."""
+        places = (
+            ("tokenizer_config.json", named.tokenizer),
+            ("config.json", named.config),
+            ("generation_config.json", named.generation),
+        )
+        each = [f"{' and '.join(f'{self.said(i)} ({i})' for i in ids)} in {place}" for place, ids in places if ids]
+        return f"The backbone's {role} is {', '.join(each)}"
+
+
+def _settle_end(files: _Files) -> list[str]:
+    named = files.named("eos")
+    end = named.chosen(files.is_special)
+    ends = tuple(index for index in named.all(files.is_special) if index == end or index not in files.openings())
+    before = files.tokenizer.eos_token_id
+    if end is None:
+        files.name("eos", None)
+        return []
+    chose = named.tokenizer and end not in named.tokenizer
+    more = bool(named.generation) and set(ends) != set(named.generation)
+    files.name("eos", end)
+    if before is not None and before != end:
+        _end_texts_with(files.tokenizer, before, end)
+    if files.generation is not None and set(ends) != set(_ids(files.generation.eos_token_id)):
+        files.generation.eos_token_id = list(ends) if len(ends) > 1 else end
+    if not set(_ids(files.config.eos_token_id)) & set(ends):
+        files.config.eos_token_id = end
+    if not (chose or more):
+        return []
+    stops = "" if len(ends) == 1 else f", and generation stops at {' and '.join(map(files.said, ends))}"
+    return [f"{files.differing('eos_token', named)}: {files.said(end)} ends the texts that are learnt{stops}."]
+
+
+def _settle_pad(files: _Files) -> list[str]:
+    named = files.named("pad")
+    # The config's first: a classifier counts positions, and finds a text's last token, by it.
+    pad = Named(named.tokenizer, (), _once(named.config, named.generation)).chosen(files.is_special)
+    files.name("pad", pad)
+    if pad is None and files.named("eos").tokenizer:  # GPT-2 and Llama have none: a mask hides what is in its place
+        pad = files.named("eos").tokenizer[0]
+        files.tokenizer.pad_token = files.tokenizer.eos_token
+    if pad is None:
+        return []
+    if files.config.pad_token_id != pad:
+        files.config.pad_token_id = pad
+    if files.generation is not None and files.generation.pad_token_id not in (None, pad):
+        files.generation.pad_token_id = pad
+    return [f"{files.differing('pad_token', named)}: {files.said(pad)} pads."] if named.differ() else []
+
+
+def _settle_start(files: _Files) -> list[str]:
+    named = files.named("decoder_start", tokenizer=False)
+    start = next(iter(_once(named.generation, named.config)), None)
+    if start is None:
+        return []
+    files.config.decoder_start_token_id = start
+    if files.generation is not None:
+        files.generation.decoder_start_token_id = start
+    said = f"{files.differing('decoder_start_token', named)}: {files.said(start)} begins what is written."
+    return [said] if named.differ() else []
+
+
+def _settle_bos(files: _Files) -> list[str]:
+    named = files.named("bos")
+    if not named.tokenizer or not named.differ() or named.tokenizer[0] in named.own(files.is_special):
+        return []
+    for place in filter(None, (files.config, files.generation)):
+        place.bos_token_id = named.tokenizer[0]
+    return [f"{files.differing('bos_token', named)}: a text begins as the tokenizer begins it."]
+
+
+def _end_texts_with(tokenizer: PreTrainedTokenizerBase, before: int, end: int) -> None:
+    """Where the tokenizer puts the token `before` after a text, have it put `end` there."""
+    backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.post_processor is None:
+        return
+    whole = json.loads(backend.to_str())
+    old, new = map(str, tokenizer.convert_ids_to_tokens([before, end]))
+    _replace_end(whole["post_processor"], old, new, end)
+    backend.post_processor = Tokenizer.from_str(json.dumps(whole)).post_processor
+
+
+def _replace_end(processor: dict[str, Any], old: str, new: str, index: int) -> None:
+    """In the JSON of a post-processor, by its kinds."""
+    for below in processor.get("processors", []):
+        _replace_end(below, old, new, index)
+    if processor.get("sep", [None])[0] == old:
+        processor["sep"] = [new, index]
+    for pattern in (processor.get("single", []), processor.get("pair", [])):
+        for piece in reversed(pattern):
+            if "SpecialToken" not in piece:  # what is before the last text stays
+                break
+            if piece["SpecialToken"]["id"] == old:
+                piece["SpecialToken"]["id"] = new
+                processor["special_tokens"][new] = {"id": new, "ids": [index], "tokens": [new]}
+
+
+def _ids(value: object) -> tuple[int, ...]:
+    values: Sequence[object] = value if isinstance(value, list | tuple) else (value,)
+    return _once([index for index in values if isinstance(index, int)])
+
+
+def _once(*parts: Sequence[int]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(index for part in parts for index in part))

@@ -1,0 +1,107 @@
+"""What a run finds in its environment: launchers are refused, and what else accelerate reads there changes nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from peftbench.cli.main import main
+from peftbench.train import train
+from peftbench.utils.environment import run_alone
+from peftbench.utils.errors import UserError
+from tests.integration.test_cli import SUBPROCESS, sentiment, smoke
+from tests.integration.test_sweep import replaced
+
+__all__ = ["sentiment", "smoke"]  # fixtures
+
+LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+ONE_PROCESS = {**LAUNCHED, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
+LEFTOVERS = {
+    "torchrun of one process": ONE_PROCESS,
+    "a rank alone": {"LOCAL_RANK": "0", "RANK": "0"},
+    "mpirun": {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2", "MASTER_ADDR": "127.0.0.1"},
+    "srun": {"SLURM_NTASKS": "4", "SLURM_PROCID": "2", "PMI_SIZE": "4", "PMI_RANK": "2", "MASTER_ADDR": "127.0.0.1"},
+    "precision": {"ACCELERATE_MIXED_PRECISION": "bf16"},
+    "accumulation": {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+    "dynamo": {"ACCELERATE_DYNAMO_BACKEND": "eager", "ACCELERATE_DYNAMO_USE_FULLGRAPH": "true"},
+    "deepspeed": {"ACCELERATE_USE_DEEPSPEED": "true"},
+    "fsdp": {"ACCELERATE_USE_FSDP": "true"},
+    "parallelism": {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"},
+    "device": {"ACCELERATE_TORCH_DEVICE": "meta"},
+}
+
+
+def adapter(folder: Path) -> bytes:
+    (file,) = folder.rglob("adapter/*.safetensors")
+    return file.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, bytes]:
+    """The adapter of the run that nothing is in the environment of, once it is known."""
+    return {}
+
+
+@pytest.mark.parametrize("name", LEFTOVERS)
+def test_what_accelerate_reads_changes_no_weights(
+    name: str, smoke: list[str], tmp_path: Path, plain: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [*smoke, "method=lora", "trainer.accumulation=2", "task.baselines=[]"]
+    if not plain:
+        assert main(["train", *replaced(settings, tmp_path / "plain")]) == 0
+        plain["adapter"] = adapter(tmp_path / "plain")
+    for key, value in LEFTOVERS[name].items():
+        monkeypatch.setenv(key, value)
+    assert main(["train", *settings]) == 0
+    assert adapter(tmp_path / "outputs") == plain["adapter"]
+
+
+@pytest.mark.parametrize("command", [["train"], ["train", "-m", "seed=1,2"], ["train", "-m", "seed=1,2", "jobs=2"]])
+def test_one_of_several_processes_is_refused_before_anything_is_written(
+    command: list[str], smoke: list[str], tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [*SUBPROCESS, *command, *smoke], env={**os.environ, **LAUNCHED}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and not done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("peftbench: WORLD_SIZE=2 RANK=1 in the environment makes this one of 2 processes")
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("command", [["evaluate", "RUN"], ["merge", "RUN", "--out", "FOLDER"], ["reproduce", "table5"]])
+def test_other_commands_that_compute_refuse_too(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for key, value in LAUNCHED.items():
+        monkeypatch.setenv(key, value)
+    assert main(command) == 2
+    assert "of a launcher such as torchrun" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert main(["params"]) == 0  # which loads no weights
+
+
+def test_a_run_that_is_started_from_python_is_refused_too(monkeypatch: pytest.MonkeyPatch, smoke: list[str]) -> None:
+    from peftbench.config.compose import compose_run
+
+    for key, value in LAUNCHED.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(UserError, match="of a launcher"):
+        train(compose_run(smoke))
+
+
+def test_what_is_not_accelerates_is_kept() -> None:
+    ours = {
+        "SLURM_NTASKS": "4",
+        "SLURM_PROCID": "1",
+        "CUDA_VISIBLE_DEVICES": "0",
+        "HF_HOME": "x",
+        "OMP_NUM_THREADS": "1",
+    }
+    environment = {**ours, **ONE_PROCESS, "PMI_SIZE": "4", "FSDP_VERSION": "2", "WORLD_SIZE": ""}
+    run_alone(environment)
+    assert environment == ours
