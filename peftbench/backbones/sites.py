@@ -1,7 +1,7 @@
 """Where a backbone has its attentions, projections and feed-forward networks: model families as rows of data.
 
 A family is one `Family` row in `FAMILIES`; `find_sites` resolves the row on a loaded model into `Layer`s of modules.
-To support an architecture, add a row and a test case (README.md, "Add your own"); no class is copied or replaced.
+To support an architecture, add a row and a test case (CONTRIBUTING.md); no class is copied or replaced.
 """
 
 from __future__ import annotations
