@@ -12,28 +12,24 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedModel, set_seed
 
 from peftbench.backbones.load import Backbone, load_backbone
 from peftbench.backbones.precision import chosen_device, use_autocast, with_dtype
 from peftbench.backbones.sites import find_sites
 from peftbench.config.schema import LOSS, Keep, Run, TaskKind, Unfreeze, modifications
-from peftbench.config.search import search_faults
-from peftbench.config.validity import faults
-from peftbench.counts.shares import fitted, note_of, size_notes
-from peftbench.counts.solve import solve
+from peftbench.counts.shares import size_notes
 from peftbench.evaluation.evaluator import Evaluator
+from peftbench.evaluation.finished import restored
 from peftbench.modification.attach import attach, attach_run
 from peftbench.modification.counting import count
 from peftbench.modification.dead_parameters import count_dead
 from peftbench.modification.state import fold, save, size
 from peftbench.modification.state import load as load_adapter
-from peftbench.records.choice import settled
 from peftbench.records.location import run_dir
 from peftbench.records.lock import holding
 from peftbench.records.record import (
@@ -51,7 +47,6 @@ from peftbench.records.record import (
 from peftbench.records.recording import axes_of, forget_refused, recording
 from peftbench.records.run_files import CHECKPOINTS, append_metrics, rewind_metrics, write_predictions
 from peftbench.records.wording import typed
-from peftbench.tables.terminal import single_row
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.docstrings import versions
 from peftbench.tasks.load import load
@@ -66,60 +61,55 @@ from peftbench.training.probe import no_gradient, unreached
 from peftbench.utils.environment import run_alone
 from peftbench.utils.errors import UserError
 from peftbench.utils.progress import Display
-from peftbench.utils.quiet import quiet_console
+from peftbench.utils.quiet import silence_libraries
 
 
 def train(
     run: Run,
     overrides: Sequence[str] = (),
     *,
+    display: Display,
+    search: Searched | None = None,
     keep_failed: bool = False,
     wait: bool = False,
-    display: Display | None = None,
     selecting: bool = False,
 ) -> Record:
-    """Train, evaluate and record one run; returns its record.
+    """Train, evaluate and record one run; return its record.
 
-    A run that is done, or has diverged, is not trained again unless `rerun=true`: its record is shown. One that was
-    interrupted goes on from its last checkpoint.
+    A run that is done, or has diverged, is not trained again unless `rerun=true`: its record is returned. One that was
+    interrupted resumes from its last checkpoint.
 
     Args:
+        run: a final run: validated, with its sizes resolved (`sweeps.resolve`) and its search settled
+            (`records.choice.settled`).
         overrides: what was typed, for the record.
+        display: shows the progress of the run.
+        search: what the run is in a search, for the record.
         keep_failed: the run is one of a sweep: refuse it if it failed before, unless `retry=true`, and keep its record
-            where it is refused while it is prepared.
-        wait: where another process is at this run, wait until it has ended.
-        display: where the run is shown; by default its own.
-        selecting: whoever calls will choose among runs: score the selection split too, for `Record.selection`.
+            if it is refused while it is prepared.
+        wait: if another process is at this run, wait until it has ended.
+        selecting: the caller will choose among runs: score the selection split too, for `Record.selection`.
 
     Raises:
         Busy: another process is at this run, and we do not wait.
-        UserError: for all else that a user can mend.
+        UserError: for everything else that a user can mend.
     """
     run_alone()
-    if found := faults(run):
-        raise UserError(*found)
-    if found := search_faults(run):
-        raise UserError(*found)
-    asked, run = run, fitted(run, as_trained=True)  # sizes made for another backbone become those of the same share
-    run, search = settled(run, lambda trial: run_dir(solve(trial, as_trained=True)))  # a search becomes its choice
-    run = solve(run, as_trained=True)  # a budget becomes bottlenecks; the backbone's config.json is all it reads
-    console = quiet_console()  # in a sweep's display too: it silences the libraries
-    display = display or Display(console)
-    if search is not None and search.role == "trial":
-        display.console.print(f"a trial: {typed(search.chosen)}", highlight=False)
-    selecting = selecting or (search is not None and search.role == "trial")
+    silence_libraries()
+    is_trial = search is not None and search.role == "trial"
+    if search is not None and is_trial:
+        display.say(f"a trial: {typed(search.chosen)}")
+    selecting = selecting or is_trial
     folder = run_dir(run)
-    for note in _sized(run, asked):
-        display.console.print(note, highlight=False, soft_wrap=True)
     if not run.rerun and (record := finished(folder)) is not None and _is_noted(record, search, selecting):
-        return _show_again(record, display.console, keep_failed)
+        return _return_ended(record, display)
     with holding(folder, wait):
         keep_newer(folder)
         before = find(folder)
         if not run.rerun and before is not None:
             if before.has_ended:
                 _note(before, search, selecting, run, display)
-                return _show_again(before, display.console, keep_failed)
+                return _return_ended(before, display)
             if before.status == "failed" and before.error and keep_failed and not run.retry:
                 raise UserError(f"This run failed before ({before.error.said}); retry=true trains it again.")
         if run.rerun:
@@ -131,19 +121,28 @@ def train(
                 forget_refused(folder)
             raise
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    return _show(record, display.console, keep_failed)
+    return record
 
 
-def _sized(run: Run, asked: Run) -> Iterator[str]:
-    """Where the run lies that was recorded before sizes were fitted to the backbone: its name has the column's."""
-    if note_of(run) is not None and find(before := run_dir(asked)) is not None:
-        yield f"{before} has this run with the sizes of {run.model.sizes} as they are, under which it went once."
+def _return_ended(record: Record, display: Display) -> Record:
+    if record.diverged is None:
+        display.say("This run is done already; rerun=true trains it again.")
+    return record
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """All that a run needs to be trained."""
+
+    run: Run  # with the dtype of its backbone decided, read as its `fidelity` says
+    backbone: Backbone  # with the run's modifications attached
+    data: TaskData
 
 
 def _run(
     run: Run, folder: Path, overrides: Sequence[str], search: Searched | None, selecting: bool, display: Display
 ) -> Record:
-    """The run itself, with nobody else at it."""
+    """The run itself, while no other process is at it."""
     with recording(run, folder, overrides) as record, display:
         record.search = search
         device = chosen_device(run.trainer)
@@ -151,33 +150,21 @@ def _run(
             torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
         )
         with _timed(record, "prepare_s"), display.stage("prepare"):
-            set_seed(run.seed)
-            loaded = load(run.task)
-            run = with_dtype(run)
-            backbone = load_backbone(run.model, loaded.task)
-            run, record.deviations = attach_run(backbone.model, run, backbone.untrained)
-            record.axes = axes_of(run)
-            _record_counts(record, run, backbone)
-            for note in record.notes:
-                display.console.print(note, highlight=False, soft_wrap=True)
-            data = prepare(loaded, backbone.tokenizer, backbone.model)
-            _record_data(record, data, backbone.notes)
-            for note in record.data["notes"]:
-                display.console.print(note, highlight=False)
-        backbone.model.to(device)
+            prepared = _prepare(run, record, display)
+        model = prepared.backbone.model.to(device)
         with _timed(record, "probe_s"):
-            _probe(run, backbone.model, data, record)
+            _probe(prepared, record)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # the probe, and a sweep's earlier runs, had their own
 
         with _timed(record, "train_s"):
-            fitted = _trained(run, backbone, data, record, display)
+            fitted = _trained(prepared.run, prepared.backbone, prepared.data, record, display)
             _record_fit(record, fitted)
         if fitted.diverged is None:
             with _timed(record, "evaluate_s"):
-                _evaluate(run, backbone.model, data, record, display)
+                _evaluate(prepared.run, model, prepared.data, record, display)
                 if search is not None or selecting:
-                    record.selection = _selection(run, backbone.model, data, record, display)
+                    record.selection = _selection(prepared.run, model, prepared.data, record, display)
             if (seen := seen_divergence(record)) is not None:
                 record.diverge(replace(seen, step=fitted.steps))
         else:
@@ -186,16 +173,35 @@ def _run(
             record.peak_memory_bytes = max(torch.cuda.max_memory_allocated(), fitted.replay_bytes)
         if record.diverged is None and "head" in run.task.baselines and not _is_head_alone(run):
             with _timed(record, "baseline_s"):
-                score = _head_alone(run, data, record, display)
+                score = _head_alone(prepared.run, prepared.data, record, display)
             if score is not None:
                 record.baselines["head"] = score
     return record
 
 
-def _probe(run: Run, model: PreTrainedModel, data: TaskData, record: Record) -> None:
+def _prepare(run: Run, record: Record, display: Display) -> _Prepared:
+    """Load the data and the backbone, attach the modifications, and note what they are."""
+    set_seed(run.seed)
+    loaded = load(run.task)
+    placed = with_dtype(run)
+    backbone = load_backbone(placed.model, loaded.task)
+    read, record.deviations = attach_run(backbone.model, placed, backbone.untrained)
+    record.axes = axes_of(read)
+    _record_counts(record, read, backbone)
+    for note in record.notes:
+        display.say(note)
+    data = prepare(loaded, backbone.tokenizer, backbone.model)
+    _record_data(record, data, backbone.notes)
+    for note in record.data["notes"]:
+        display.say(note)
+    return _Prepared(read, backbone, data)
+
+
+def _probe(prepared: _Prepared, record: Record) -> None:
     """Refuse to train tensors on which the loss does not depend, unless `allow_unused` says to go on."""
+    run, data = prepared.run, prepared.data
     batch = data.collator([data.train[0]])
-    record.unused = unreached(model, batch, use_autocast(run.trainer, run.model))
+    record.unused = unreached(prepared.backbone.model, batch, use_autocast(run.trainer, run.model))
     if record.unused and not run.allow_unused:
         raise no_gradient(record.unused)
 
@@ -216,7 +222,7 @@ def _trained(run: Run, backbone: Backbone, data: TaskData, record: Record, displ
         fitted = earlier
         load_adapter(backbone.model, adapter, backbone.untrained)
         _count_earlier(record, fitted.seconds)
-        display.console.print(f"{name}: has ended before", highlight=False)
+        display.say(f"{name}: has ended before")
     fitted = _judged(fitted, backbone.model)
     if fitted.diverged is not None:
         shutil.rmtree(adapter, ignore_errors=True)  # of an earlier training
@@ -252,7 +258,7 @@ def _fit(run: Run, backbone: Backbone, data: TaskData, record: Record, display: 
     resume = checkpoints.take_up()
     rewind_metrics(record.folder, name, resume.step if resume else 0)
     if resume is not None:
-        display.console.print(f"{name}: goes on from step {resume.step}", highlight=False)
+        display.say(f"{name}: goes on from step {resume.step}")
     with display.stage(name, total_steps(data, run.trainer)) as stage:
         fitted = fit(
             backbone.model,
@@ -334,16 +340,13 @@ def _note(record: Record, search: Searched | None, selecting: bool, run: Run, di
     if _lacks_selection(record, selecting):
         with display:
             with display.stage("prepare"):
-                loaded = load(run.task)
-                run = with_dtype(run)
-                backbone = load_backbone(run.model, loaded.task)
-                attach_run(backbone.model, run, backbone.untrained)
-                load_adapter(backbone.model, record.folder / "adapter", backbone.untrained)
+                loaded, placed = load(run.task), with_dtype(run)
+                backbone = restored(record.folder, placed, loaded.task)
                 data = prepare(loaded, backbone.tokenizer, backbone.model)
                 backbone.model.to(chosen_device(run.trainer))
             finite = are_finite(backbone.model)  # an earlier version may have called done what diverged
             if finite:
-                record.selection = _selection(run, backbone.model, data, record, display)
+                record.selection = _selection(placed, backbone.model, data, record, display)
             if (seen := seen_divergence(record) if finite else Divergence("weights")) is not None:
                 record.status = "diverged"
                 record.diverge(seen)
@@ -360,7 +363,7 @@ def _head_alone(run: Run, data: TaskData, record: Record, display: Display) -> f
     fitted = _judged(_fit(run, backbone, data, record, display, "train the head alone"), backbone.model)
     if fitted.diverged is not None:
         note = f"The head alone diverged ({fitted.diverged.said}): there is no baseline of it."
-        display.console.print(note, highlight=False)
+        display.say(note)
         record.data["notes"] = [*record.data["notes"], note]
         return None
     metrics, _ = Evaluator(backbone.model, data, run).score("report")
@@ -404,24 +407,6 @@ def _record_fit(record: Record, fitted: Fitted) -> None:
     record.steps, record.tokens_per_s = fitted.steps, fitted.tokens_per_s
     record.step_s, record.tflops = fitted.step_s, fitted.tflops
     record.micro_batch, record.fast_paths = fitted.micro_batch, fitted.fast_paths
-
-
-def _show_again(record: Record, console: Console, in_sweep: bool) -> Record:
-    if record.diverged is None:
-        console.print("This run is done already; rerun=true trains it again.")
-    return _show(record, console, in_sweep)
-
-
-def _show(record: Record, console: Console, in_sweep: bool) -> Record:
-    console.print()
-    single_row(record, console, alone=not in_sweep)
-    if record.diverged is not None:
-        console.print(
-            f"This run diverged: {record.diverged.said}. It has no score; a smaller trainer.learning_rate may have "
-            "one, and rerun=true trains this one again.",
-            highlight=False,
-        )
-    return record
 
 
 @contextmanager

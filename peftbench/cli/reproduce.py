@@ -15,7 +15,6 @@ from statistics import fmean
 
 from rich.console import Console
 
-from peftbench.cli.train import fitted, solved
 from peftbench.cli.train import main as train
 from peftbench.config.compose import compose_points
 from peftbench.config.schema import Run, by_key, conf_dir
@@ -23,6 +22,7 @@ from peftbench.config.search import phases
 from peftbench.records.choice import known
 from peftbench.records.location import run_dir
 from peftbench.records.record import Record, find, load_records
+from peftbench.sweeps.resolve import resolve_points
 from peftbench.tables.columns import Column, duration
 from peftbench.tables.paper import is_the_papers, score_of
 from peftbench.tables.terminal import show_table
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
         raise UserError(unknown("table", arguments.table, names))
 
     overrides = [f"experiment=paper/{arguments.table}", *arguments.overrides]
-    points = solved(phases(fitted(compose_points(overrides, multirun=True)))[1])
+    points = phases(resolve_points(compose_points(overrides, multirun=True)))[1]
     code = 0 if arguments.dry_run else train(["-m", *overrides])
     _show(arguments.table, lines(arguments.table, [(overrides, known(run)) for overrides, run in points]), terminal())
     return code

@@ -1,11 +1,17 @@
-"""`peftbench train` as a Hydra application: one job, or a sweep of jobs (-m), each of which is `train.train(cfg)`."""
+"""`peftbench train`: one run, or with -m a sweep of runs.
+
+The command line is composed, validated and resolved once, here; `train.train` gets final runs. Hydra itself starts runs
+only where a plugin of its (`hydra/launcher=`, `hydra/sweeper=`) was asked for.
+"""
 
 from __future__ import annotations
 
+import math
 import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -15,15 +21,17 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from peftbench.config.compose import AND, CONFIG_NAME, Point, compose_points
-from peftbench.config.schema import conf_dir, resolve
+from peftbench.config.schema import Run, conf_dir, resolve
 from peftbench.config.search import check, is_open, phases
-from peftbench.config.sizes import sizes_taken
-from peftbench.records.choice import objective
+from peftbench.records.choice import settled
 from peftbench.sweeps.plan import Sweep
-from peftbench.sweeps.sweeper import INTERRUPTED, places_of, put_off, shown, train_all, train_one, wait_for_others
-from peftbench.utils.console import say
+from peftbench.sweeps.resolve import resolve_points
+from peftbench.sweeps.sweeper import INTERRUPTED, Sweeper, find_places, train_for_hydra
+from peftbench.tables.terminal import show_ended
+from peftbench.utils.console import say, terminal
 from peftbench.utils.environment import run_alone
-from peftbench.utils.errors import UserError, of_the_machine, print_faults
+from peftbench.utils.errors import UserError, print_faults
+from peftbench.utils.progress import Display
 from peftbench.utils.quick_imports import quick_imports
 
 
@@ -38,18 +46,40 @@ def main(argv: list[str]) -> int:
         job()
         return 0
     run_alone()
-    points = fitted(compose_points(args.overrides, multirun=args.multirun, config_dir=args.config_dir))
+    points = compose_points(args.overrides, multirun=args.multirun, config_dir=args.config_dir)
     check(points)
-    searching = any(is_open(run) for _, run in points)
-    _check_plugins(args.overrides, points[0][1].jobs, searching)
-    own_sweeper = any(word.startswith("hydra/sweeper=") for word in args.overrides)  # decides on its runs as it goes
-    if not searching and (not args.multirun or own_sweeper):
-        solved(points)
+    _check_plugins(args.overrides, points)
+    points = resolve_points(points)
+    plugins = any(word.lstrip("+~").startswith(("hydra.", "hydra/")) for word in args.overrides)
+    if args.multirun or any(is_open(run) for _, run in points):
+        if AND in args.overrides:
+            _tell_what_differs(points)
+        return _train_by_hydra(points, argv) if plugins else _train_sweep(points, argv)
+    if plugins:
         job()
         return 0
-    if AND in args.overrides:
-        _tell_what_differs(points)
-    return _sweep(points, argv, by_hydra=not searching and AND not in args.overrides)
+    ((overrides, run),) = points
+    return _train_alone(run, [*_name_config_dir(args.config_dir), *overrides])
+
+
+def _name_config_dir(folder: str | None) -> list[str]:
+    """Return the words that name the user's own folder, for the record."""
+    return [] if folder is None else [f"--config-dir={Path(folder).resolve()}"]
+
+
+def _train_alone(run: Run, overrides: list[str]) -> int:
+    """Train one run and show it."""
+    with quick_imports():
+        from peftbench.train import train
+    console = terminal()
+    final, search = settled(run)
+    try:
+        record = train(final, overrides, search=search, display=Display(console))
+    except KeyboardInterrupt:
+        print_faults(["interrupted; the same line goes on with this run."])
+        return INTERRUPTED
+    show_ended(record, console, alone=True)
+    return 0
 
 
 def _tell_what_differs(points: Sequence[Point]) -> None:
@@ -60,32 +90,42 @@ def _tell_what_differs(points: Sequence[Point]) -> None:
         say(f'This sweep goes over {listed}. What stands behind "{AND}" is of that grid; what all share comes first.')
 
 
-def _sweep(points: Sequence[Point], argv: list[str], by_hydra: bool) -> int:
-    """Train the runs of a sweep: the trials of its searches, then the others.
-
-    Args:
-        by_hydra: where one run goes on at a time, Hydra's launcher starts the jobs.
-    """
+def _train_sweep(points: Sequence[Point], argv: list[str]) -> int:
+    """Train the runs of a sweep: the trials of its searches, then the others."""
     trials, final = phases(points)
-    beside_trials, beside_final = (places_of([run for _, run in phase]) for phase in (trials, final))
-    sweep = Sweep.start(solved(final), argv, solved(trials))
-    put_off.clear()
+    places_of_trials, places = (find_places([run for _, run in phase]) for phase in (trials, final))
+    sweep = Sweep(final, argv, trials)
+    sweeper = Sweeper(sweep)
     try:
-        with shown(sweep):
+        with sweeper.shown():
             if trials:
-                train_all(trials, sweep.trials, beside_trials)
+                sweeper.train_all(trials, sweep.trials, places_of_trials)
                 sweep.settle()
-            if by_hydra and len(beside_final) == 1:
-                job()
-                wait_for_others()
-            else:
-                train_all(final, sweep.members, beside_final, before=len(trials))
+            sweeper.train_all(final, sweep.members, places, before=len(trials))
     except (KeyboardInterrupt, SystemExit) as exit:
-        if isinstance(exit, SystemExit) and exit.code != INTERRUPTED:
-            raise
-        sweep.show()
-        return INTERRUPTED
+        return _end_interrupted(sweep, exit)
     return sweep.show()
+
+
+def _train_by_hydra(points: Sequence[Point], argv: list[str]) -> int:
+    """Have a sweeper or launcher of Hydra's train the runs of a sweep."""
+    if any(word.startswith("hydra/sweeper=") for word in argv):  # decides on its runs as it goes: there is no plan
+        job()
+        return 0
+    sweep = Sweep(points, argv)
+    try:
+        job()
+    except (KeyboardInterrupt, SystemExit) as exit:
+        return _end_interrupted(sweep, exit)
+    return sweep.show()
+
+
+def _end_interrupted(sweep: Sweep, exit: BaseException) -> int:
+    """Show what there is of a sweep that Ctrl-C has ended. Raises any other `exit` again."""
+    if isinstance(exit, SystemExit) and exit.code != INTERRUPTED:
+        raise exit
+    sweep.show()
+    return INTERRUPTED
 
 
 def _arguments(argv: list[str]) -> Namespace:
@@ -102,32 +142,9 @@ def _arguments(argv: list[str]) -> Namespace:
     return args
 
 
-def fitted(points: list[Point]) -> list[Point]:
-    """The runs with their column's sizes fitted to their backbones, on which a search of them builds.
-
-    Imports no torch where all backbones are those that the sizes were made for.
-    """
-    if not any(sizes_taken(run) for _, run in points):
-        return points
-    from peftbench.counts.shares import fit_all
-
-    return [(point[0], run) for point, run in zip(points, fit_all(run for _, run in points), strict=True)]
-
-
-def solved(points: list[Point]) -> list[Point]:
-    """The runs with bottlenecks for their budgets, on which their folders depend. Imports no torch without a budget.
-
-    Each job solves its own again; here all are refused before the first one trains.
-    """
-    if all(run.budget is None for _, run in points):
-        return points
-    from peftbench.counts.solve import solve_all
-
-    return [(point[0], run) for point, run in zip(points, solve_all(run for _, run in points), strict=True)]
-
-
-def _check_plugins(overrides: Sequence[str], jobs: str, searching: bool) -> None:
-    """Raises UserError where a sweeper or launcher of Hydra's and peftbench would both decide what is trained where."""
+def _check_plugins(overrides: Sequence[str], points: Sequence[Point]) -> None:
+    """Raise UserError where a sweeper or launcher of Hydra's and peftbench would both decide what is trained where."""
+    jobs, searching = points[0][1].jobs, any(is_open(run) for _, run in points)
     for own in ("hydra/sweeper", "hydra/launcher"):
         if not any(word.startswith(f"{own}=") for word in overrides):
             continue
@@ -162,29 +179,22 @@ def _wrong_direction(sweeper: DictConfig) -> str | None:
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)
 def job(cfg: DictConfig) -> float:
-    """One run, alone or of a sweep; gives what a sweeper may maximise (`results.choice.objective`)."""
-    run, overrides = resolve(cfg), list(HydraConfig.get().overrides.task)
-    sources = HydraConfig.get().runtime.config_sources
-    own = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        asked = HydraConfig.get().sweeper["_target_"] != BASIC  # by a sweeper that goes by the outcome
-        if asked and (fault := _wrong_direction(HydraConfig.get().sweeper)):
+    """Train one run that Hydra has composed; return what a sweeper may maximise (`records.choice.objective`)."""
+    hydra_config = HydraConfig.get()
+    ((overrides, run),) = resolve_points([(list(hydra_config.overrides.task), resolve(cfg))])
+    if hydra_config.mode == RunMode.MULTIRUN:
+        selecting = hydra_config.sweeper["_target_"] != BASIC  # by a sweeper that goes by the outcome
+        if selecting and (fault := _wrong_direction(hydra_config.sweeper)):
             print_faults([fault])
             raise SystemExit(2)
-        return train_one(HydraConfig.get().job.num + 1, run, overrides, selecting=asked)
-    with quick_imports():
-        from peftbench.train import train
-
+        return train_for_hydra(hydra_config.job.num + 1, run, overrides, selecting)
+    sources = hydra_config.runtime.config_sources
+    own = next((source.path for source in sources if source.provider == "command-line"), None)
     try:
-        return objective(train(run, [*own, *overrides]).selection)
+        code = _train_alone(run, [*_name_config_dir(own), *overrides])
     except UserError as error:
         print_faults(error.faults)
         raise SystemExit(2) from None
-    except OSError as error:
-        if (sentence := of_the_machine(error)) is None:
-            raise
-        print_faults([sentence])
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print_faults(["interrupted; the same line goes on with this run."])
-        raise SystemExit(INTERRUPTED) from None
+    if code:
+        raise SystemExit(code)
+    return math.nan  # nobody chooses by a run alone

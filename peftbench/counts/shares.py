@@ -8,7 +8,7 @@ its own. Both are counted on the meta device. Where the column's sizes come to n
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -80,11 +80,6 @@ def fitted(run: Run, *, as_trained: bool = False) -> Run:
 def note_of(run: Run) -> str | None:
     """What `fitted` has to say of a run, if anything."""
     return run.size if isinstance(run.size, str) else None
-
-
-def fit_all(runs: Iterable[Run]) -> list[Run]:
-    """`fitted` for runs that are to be trained."""
-    return [fitted(run, as_trained=True) for run in runs]
 
 
 def size_notes(run: Run, counts: Counts, width: int) -> list[str]:

@@ -6,7 +6,7 @@ no formula: the counts at bottlenecks of 1 and 2, on the meta device, determine 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from math import lcm
@@ -19,24 +19,6 @@ from peftbench.config.schema import Run, modifications
 from peftbench.modification.attach import attach_run
 from peftbench.modification.counting import Counts, count
 from peftbench.utils.errors import UserError
-
-
-def solve_all(runs: Iterable[Run]) -> list[Run]:
-    """Call `solve` for runs that are to be trained.
-
-    Raises:
-        UserError: with one sentence for each run that cannot be solved.
-    """
-    solved: list[Run] = []
-    found: list[str] = []
-    for run in runs:
-        try:
-            solved.append(solve(run, as_trained=True))
-        except UserError as error:
-            found.extend(sentence for sentence in error.faults if sentence not in found)
-    if found:
-        raise UserError(*found)
-    return solved
 
 
 def solve(run: Run, *, as_trained: bool = False) -> Run:

@@ -7,7 +7,7 @@ Hydra's is given the same (`objective`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ class NoChoice(UserError):
     """No trial of a search has a score."""
 
 
-_folders: dict[str, list[Path]] = {}  # of the trials of a search, by the run that has it
+Folders = dict[str, list[Path]]  # of the trials of a search, by the run that has it
 
 
 def best(found: Sequence[float | None], metric: str) -> int | None:
@@ -57,13 +57,14 @@ def given(record: Record) -> str:
     )
 
 
-def settled(run: Run, folder: Callable[[Run], Path] = run_dir) -> tuple[Run, Searched | None]:
+def settled(run: Run, folders: Folders | None = None) -> tuple[Run, Searched | None]:
     """The run with the values that its search has chosen, and what its record says of the search.
 
     A trial keeps its own values; without a search it is the run itself.
 
     Args:
-        folder: where the run of a trial lies.
+        run: with its sizes resolved, on which the folders of its trials depend.
+        folders: what is known of the folders of trials, to which this adds.
 
     Raises:
         NoChoice: all trials failed or diverged.
@@ -80,10 +81,10 @@ def settled(run: Run, folder: Callable[[Run], Path] = run_dir) -> tuple[Run, Sea
         return compared[search.trial], Searched(search.name, "trial", seed, tried, chosen)
 
     key = repr(replace(run, seed=seed))  # the runs of a sweep that differ in their seed have the same trials
-    if key not in _folders:
-        _folders[key] = [folder(trial) for trial in compared]
-    folders = _folders[key]
-    records = [find(place) for place in folders]
+    folders = {} if folders is None else folders
+    if key not in folders:
+        folders[key] = [run_dir(trial) for trial in compared]
+    records = [find(folder) for folder in folders[key]]
     whose = f"search={search.name}: {{}} of method={run.method} on task={run.task.name}"
     left = sum(not _is_compared(record) for record in records)
     if left:
@@ -106,10 +107,10 @@ def settled(run: Run, folder: Callable[[Run], Path] = run_dir) -> tuple[Run, Sea
     return replace(compared[index], seed=run.seed, rerun=run.rerun and run.seed != seed), note
 
 
-def known(run: Run) -> Run:
+def known(run: Run, folders: Folders | None = None) -> Run:
     """The run of `settled`, or the run as it is where its trials are not done or leave no choice."""
     try:
-        return settled(run)[0]
+        return settled(run, folders)[0]
     except UserError:
         return run
 

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 
+from peftbench.config.compose import Point as TypedRun
 from peftbench.config.schema import Run, by_key, value_at
-from peftbench.records.choice import NoChoice, known, sentence, settled
+from peftbench.records.choice import Folders, NoChoice, known, sentence, settled
 from peftbench.records.location import run_dir
 from peftbench.records.record import Record, decode, find, finished
 from peftbench.records.recording import describe
@@ -40,7 +41,8 @@ class Point:
 class Member:
     """A run of a sweep as it was typed, and what it comes to: with a search, another run once its trials are done."""
 
-    def __init__(self, overrides: Sequence[str], run: Run) -> None:
+    def __init__(self, overrides: Sequence[str], run: Run, folders: Folders | None = None) -> None:
+        self.folders = folders  # of the trials that the sweep knows
         self.overrides, self.run, self.comes_to = overrides, run, run
         self.asked = self.folder = run_dir(run)
         self.settle()
@@ -48,7 +50,7 @@ class Member:
     def settle(self) -> None:
         """Look whether it is known by now what the run comes to."""
         if self.comes_to.search is not None:
-            self.comes_to = known(self.run)
+            self.comes_to = known(self.run, self.folders)
             self.folder = self.asked if self.comes_to.search is not None else run_dir(self.comes_to)
 
     def settings(self) -> dict[str, str]:
@@ -113,10 +115,10 @@ def _below(root: Path, folder: Path) -> str:
     return str(folder.relative_to(root) if folder.is_relative_to(root) else folder.resolve())
 
 
-def _no_choice(run: Run) -> str | None:
-    """Why the trials of a run's search leave nothing to choose, where they do."""
+def _no_choice(run: Run, folders: Folders) -> str | None:
+    """Return why the trials of a run's search leave nothing to choose, or None if they leave something."""
     try:
-        settled(run)
+        settled(run, folders)
     except NoChoice as error:
         return str(error)
     except UserError:  # not done yet
@@ -131,22 +133,16 @@ def _typed(value: object) -> str:
 class Sweep:
     """A sweep that is under way in this process. `runs` are its own, without the trials of its searches."""
 
-    def __init__(self, members: Sequence[Member], trials: Sequence[Member], arguments: Sequence[str]) -> None:
-        self.members, self.trials, self.arguments = members, trials, arguments
-        self.root = Path(members[0].run.output_dir).expanduser()  # below which the folders of the plan are
+    def __init__(self, points: Sequence[TypedRun], arguments: Sequence[str], trials: Sequence[TypedRun] = ()) -> None:
+        """Write the list of the sweep's runs, and of the trials before them, below their output_dir."""
+        self.folders: Folders = {}
+        self.members = [Member(*point, self.folders) for point in points]
+        self.trials = [Member(*point, self.folders) for point in trials]
+        self.arguments = arguments
+        self.root = Path(self.members[0].run.output_dir).expanduser()  # below which the folders of the plan are
         self.runs: dict[Path, Run] = {}
-        self.done_before = {trial.folder for trial in trials if finished(trial.folder) is not None}
+        self.done_before = {trial.folder for trial in self.trials if finished(trial.folder) is not None}
         self.settle()
-
-    @classmethod
-    def start(
-        cls,
-        points: Sequence[tuple[list[str], Run]],
-        arguments: Sequence[str],
-        trials: Sequence[tuple[list[str], Run]] = (),
-    ) -> Sweep:
-        """Write the list of the sweep's runs, and of the trials before them, beside them."""
-        return cls([Member(*point) for point in points], [Member(*point) for point in trials], arguments)
 
     def settle(self) -> None:
         """Take in what the searches have come to, and write the list of runs."""
@@ -176,7 +172,7 @@ class Sweep:
             sentence(record) for record in records if record.search and record.search.role == "final"
         ):
             console.print(line, highlight=False)
-        lost = {folder: fault for folder, run in self.runs.items() if (fault := _no_choice(run))}
+        lost = {folder: fault for folder, run in self.runs.items() if (fault := _no_choice(run, self.folders))}
         for line in dict.fromkeys(lost.values()):
             console.print(line, highlight=False)
         console.print(self._summary(records, len(lost)), highlight=False)

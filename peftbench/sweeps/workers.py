@@ -26,9 +26,11 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from peftbench.config.schema import Run
-from peftbench.records.choice import given, objective
+from peftbench.records.choice import given, objective, settled
 from peftbench.records.lock import Busy
 from peftbench.sweeps.mps import UnusableError, await_gpu
+from peftbench.tables.terminal import show_ended
+from peftbench.utils.console import terminal
 from peftbench.utils.errors import UserError
 from peftbench.utils.progress import Display
 from peftbench.utils.quick_imports import quick_imports
@@ -58,18 +60,32 @@ class Ended:
     last: bool = False  # the worker has lost its GPU and can train no other
 
 
-def attempt(
-    run: Run, overrides: Sequence[str], wait: bool = False, display: Display | None = None, selecting: bool = False
+def train_attempt(
+    run: Run,
+    overrides: Sequence[str],
+    *,
+    wait: bool = False,
+    display: Display | None = None,
+    selecting: bool = False,
 ) -> Ended:
     """Train one run of a sweep. Why it failed is returned, not raised, so that the next one can start.
 
-    `display` is where the run is shown, by default a display of its own; `selecting` as for `train`.
+    Args:
+        run: with its sizes resolved; its search is settled here, when its trials are done.
+        wait: if another process is at this run, wait until it has ended.
+        display: where the run is shown; None: it prints lines of its own.
+        selecting: as for `train`.
     """
     with quick_imports():
         from peftbench.train import train
 
+    display = display or Display(terminal())
     try:
-        record = train(run, overrides, keep_failed=True, wait=wait, display=display, selecting=selecting)
+        final, search = settled(run)
+        record = train(
+            final, overrides, search=search, display=display, keep_failed=True, wait=wait, selecting=selecting
+        )
+        show_ended(record, display.console)
         return Ended(objective(record.selection), given(record) if selecting else "")
     except Busy as error:
         return Ended(faults=tuple(error.faults), busy=True)
@@ -202,7 +218,7 @@ def _work(pipe: Connection, environment: dict[str, str], log: str) -> None:
         await_gpu(environment)
         while (job := pipe.recv()) is not None:
             print(f"\nrun {job.number}: {' '.join(job.overrides)}")
-            ended = attempt(job.run, job.overrides)
+            ended = train_attempt(job.run, job.overrides)
             for sentence in ended.faults:
                 print(f"peftbench: {sentence}")
             usable = _let_go()

@@ -95,6 +95,22 @@ def title(table: Sequence[Row]) -> Text:
     return Text.assemble((task, "bold"), " with ", (model, "bold"), version, size, where)
 
 
+def show_ended(record: Record, console: Console, alone: bool = False) -> None:
+    """Print a run that has ended: its row, and a sentence if it diverged.
+
+    Args:
+        alone: the run is not one of a sweep; what to try next is printed too.
+    """
+    console.print()
+    single_row(record, console, alone)
+    if record.diverged is not None:
+        console.print(
+            f"This run diverged: {record.diverged.said}. It has no score; a smaller trainer.learning_rate may have "
+            "one, and rerun=true trains this one again.",
+            highlight=False,
+        )
+
+
 def single_row(record: Record, console: Console, alone: bool = True) -> None:
     """Print the table of one finished run and its folder; if it is `alone`, not in a sweep, also what to try next."""
     row = Row((record,))

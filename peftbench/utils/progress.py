@@ -72,6 +72,10 @@ class Display:
             disable=within_another or not self.live,  # no display of its own
         )
 
+    def say(self, sentence: str) -> None:
+        """Print a sentence on a line of its own."""
+        self.console.print(sentence, highlight=False, soft_wrap=True)
+
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Stage]:
         """Show a bar during the block, and print a plain line at its end."""

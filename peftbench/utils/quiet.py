@@ -9,10 +9,15 @@ from transformers.utils import logging as transformers_logging
 from peftbench.utils.console import terminal
 
 
-def quiet_console(stderr: bool = False) -> Console:
-    """Return the console of a run, and switch off the libraries' own bars and hints."""
+def silence_libraries() -> None:
+    """Switch off the libraries' own progress bars and hints."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
+
+
+def quiet_console(stderr: bool = False) -> Console:
+    """Return a console, and silence the libraries."""
+    silence_libraries()
     return terminal(stderr)

@@ -187,7 +187,7 @@ def test_a_sweep_counts_its_trials_and_what_is_not_known_yet(
 ) -> None:
     asked = [([f"seed={seed}", "search=lr3"], searching(tmp_path, seed)) for seed in (1, 2)]
     compared, final = phases(asked)
-    sweep = Sweep.start(final, ["-m", "seed=1,2", "search=lr3"], compared)
+    sweep = Sweep(final, ["-m", "seed=1,2", "search=lr3"], compared)
     ended(trials(asked[0][1])[0], 1.0)
 
     def states() -> list[tuple[str, str]]:

@@ -26,7 +26,7 @@ NOW = datetime(2025, 1, 1, tzinfo=timezone.utc)
 
 def begin(folder: Path, seeds: int) -> Sweep:
     runs = [replace(RUN, seed=seed, output_dir=str(folder)) for seed in range(1, seeds + 1)]
-    return Sweep.start([([f"seed={run.seed}", "task=doctopic"], run) for run in runs], ["-m", "seed=..."])
+    return Sweep([([f"seed={run.seed}", "task=doctopic"], run) for run in runs], ["-m", "seed=..."])
 
 
 def put(sweep: Sweep, seed: int, score: float | None = None, **changes: Any) -> Path:
@@ -93,7 +93,7 @@ def test_a_tall_sweep_fits_the_screen(tmp_path: Path) -> None:
 def test_a_value_takes_one_line_however_long_it_is(tmp_path: Path) -> None:
     runs = [replace(RUN, seed=seed, output_dir=str(tmp_path)) for seed in (1, 2)]
     layers = ["modified_representation.layers=[" + ",".join("0" * n) + "]" for n in (100, 120)]
-    sweep = Sweep.start([([layer], run) for layer, run in zip(layers, runs, strict=True)], [])
+    sweep = Sweep([([layer], run) for layer, run in zip(layers, runs, strict=True)], [])
     put(sweep, 1, 61.5)
     put(sweep, 2, 62.5)
     lines = screen(LiveSweep(sweep, terminal()), 60)

@@ -1,0 +1,30 @@
+"""Sizes made final: those of a column fitted to the backbone, and those of a budget solved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from peftbench.config.schema import Run
+from peftbench.counts.shares import fitted
+from peftbench.counts.solve import solve
+from peftbench.utils.errors import UserError
+
+
+def resolve_sizes(runs: Iterable[Run]) -> list[Run]:
+    """Return the runs with the bottlenecks that they are trained with.
+
+    The architecture of a hub model is read from its config.json there, as training does.
+
+    Raises:
+        UserError: with one sentence for each run whose sizes cannot be resolved.
+    """
+    resolved: list[Run] = []
+    found: list[str] = []
+    for run in runs:
+        try:
+            resolved.append(solve(fitted(run, as_trained=True), as_trained=True))
+        except UserError as error:
+            found.extend(sentence for sentence in error.faults if sentence not in found)
+    if found:
+        raise UserError(*found)
+    return resolved
