@@ -81,11 +81,11 @@ def test_all_grids_are_trained_as_one_sweep(
     """One run after the other, with one plan and one table; whoever trains them."""
     trained: list[tuple[str, str | None]] = []
 
-    def attempt(run: Run, overrides: Sequence[str], *_: Any) -> Ended:
+    def attempt(run: Run, overrides: Sequence[str], **_: Any) -> Ended:
         trained.append((run.method, run.budget))
         return Ended()
 
-    monkeypatch.setattr(peftbench.sweeps.sweeper, "attempt", attempt)
+    monkeypatch.setattr(peftbench.sweeps.sweeper, "train_attempt", attempt)
     assert main(["train", "-m", *smoke, "method=full", "and", "method=prefix,lora", "budget=3%"]) == 1
     assert trained == [("full", None), ("prefix", "3%"), ("lora", "3%")]
     assert "0 of 3 runs are done. 3 unfinished" in capsys.readouterr().out
@@ -97,7 +97,7 @@ def test_grids_on_several_tasks_are_named_before_they_are_trained(
     several: bool, smoke: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A task behind `and` may have been meant for all grids."""
-    monkeypatch.setattr(peftbench.sweeps.sweeper, "attempt", lambda *_: Ended())
+    monkeypatch.setattr(peftbench.sweeps.sweeper, "train_attempt", lambda *_, **__: Ended())
     grids = ["method=full", "and", "method=lora,prefix"]
     main(["train", "-m", *smoke, *grids, *(["task=docsum"] if several else [])])
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("This sweep goes over")]

@@ -10,8 +10,10 @@ import pytest
 
 from peftbench.cli.main import main
 from peftbench.train import train
+from peftbench.utils.console import terminal
 from peftbench.utils.environment import run_alone
 from peftbench.utils.errors import UserError
+from peftbench.utils.progress import Display
 from tests.cli.test_train import SUBPROCESS, sentiment, smoke
 from tests.sweeps.test_sweeper import replaced
 
@@ -91,7 +93,7 @@ def test_a_run_that_is_started_from_python_is_refused_too(monkeypatch: pytest.Mo
     for key, value in LAUNCHED.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(UserError, match="of a launcher"):
-        train(compose_run(smoke))
+        train(compose_run(smoke), display=Display(terminal()))
 
 
 def test_what_is_not_accelerates_is_kept() -> None:
