@@ -37,10 +37,11 @@ def best(found: Sequence[float | None], metric: str) -> int | None:
 def objective(selection: Selection | None) -> float:
     """What a sweeper of Hydra's is given of a run: always better when higher, so of a loss the negative.
 
-    NaN where there is none, as of a run that failed or diverged. It is never the score that is reported.
+    Minus infinity, the worst, where there is none, as of a run that failed or diverged: NaN, which tells no order, ends
+    Optuna's sweeper. It is never the score that is reported.
     """
     if selection is None or selection.value is None:
-        return math.nan
+        return -math.inf
     return -selection.value if selection.metric == LOSS else selection.value
 
 

@@ -53,7 +53,7 @@ class Job:
 class Ended:
     """How a run of a sweep ended. The rest stands in its record."""
 
-    objective: float = math.nan  # for a sweeper, see records/choice.py
+    objective: float = -math.inf  # for a sweeper, see records/choice.py
     given: str = ""  # the sentence that says so to the user
     faults: tuple[str, ...] = ()  # sentences for the user; none where the run is done
     busy: bool = False  # another process is at it

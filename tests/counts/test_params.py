@@ -158,7 +158,7 @@ KNOWN = [  # overrides: trained, stored, paper, head
     # W_q and W_v of a fused projection are two places of d x d; the prefix of grouped heads is 2 l (8 x 64) numbers.
     ("method=lora task=sst2 model=gpt2", 589_824, 589_824, 589_824, 1_536),
     ("method=lora_ffn task=sst2 model=t5_base", 24 * 46_080, 24 * 46_080, 24 * 46_080, 592_130),
-    ("method=prefix prefix_mlp=null task=sst2 model=llama", 524_288, 524_288, 524_288, 4_096),
+    ("method=prefix bottleneck=32 prefix_mlp=null task=sst2 model=llama", 524_288, 524_288, 524_288, 4_096),
 ]
 
 

@@ -58,7 +58,8 @@ def sweeper(tmp_path: Path) -> dict[str, str]:
 def words(tmp_path: Path) -> list[str]:
     """A short classification of sentences in files, of which `test.csv` is reported on."""
     for name, count in (("train", 24), ("validation", 16), ("test", 16)):
-        rows = [f"a {'fine' if i % 2 else 'dull'} film number {i} of {name},{i % 2}" for i in range(count)]
+        labels = [int(i % 4 > 0 if name == "test" else i % 2) for i in range(count)]
+        rows = [f"a {('dull', 'fine')[label]} film number {i} of {name},{label}" for i, label in enumerate(labels)]
         (tmp_path / f"{name}.csv").write_text("\n".join(["text,label", *rows]) + "\n")
     files = [f"task.{name}_file={tmp_path / name}.csv" for name in ("train", "validation", "test")]
     steps = ["trainer.max_steps=3", "trainer.evaluate_every=1", "trainer.keep=best"]
@@ -98,8 +99,8 @@ def test_no_choice_changes_with_what_is_reported(words: list[str], sweeper: dict
     head, *rows = file.read_text().splitlines()
     file.write_text("\n".join([head, *(f"{row[:-1]}{1 - int(row[-1])}" for row in rows)]) + "\n")
     poisoned = chosen(words, sweeper, tmp_path / "poisoned")
+    assert {100 - record["score"] for record in records(tmp_path / "poisoned")} == scores and 50 not in scores
     assert poisoned == plain
-    assert {100 - record["score"] for record in records(tmp_path / "poisoned")} == scores
     assert plain["said"] == 2 and all(0 <= value <= 100 for value in plain["given"])
 
 
@@ -115,10 +116,12 @@ def test_a_sweeper_that_would_look_for_the_worst_run_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("metric", "value", "given"), [("accuracy", 61.5, 61.5), ("loss", 0.25, -0.25), ("loss", None, math.nan)]
+    ("metric", "value", "given"), [("accuracy", 61.5, 61.5), ("loss", 0.25, -0.25), ("loss", None, -math.inf)]
 )
 def test_what_a_sweeper_is_given_is_better_when_higher(metric: str, value: float | None, given: float) -> None:
-    assert objective(Selection("validation", 8, metric, value)) == pytest.approx(given, nan_ok=True)
+    """What failed or diverged is the worst, in a number: Optuna's sweeper ends where it is given NaN."""
+    assert objective(Selection("validation", 8, metric, value)) == given
+    assert objective(None) == -math.inf
 
 
 def test_a_look_without_a_score_is_never_the_best() -> None:

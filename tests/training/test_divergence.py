@@ -44,7 +44,11 @@ def test_a_sweep_with_a_run_that_diverges(smoke: list[str], tmp_path: Path, caps
         assert record["trainer"]["learning_rate"] == 1e30
         assert record["diverged"] == {"what": "loss", "step": 2} and record["steps"] == 2
         assert record["score"] is None and record["scores"] == {} and record["selection"] is None
-        assert sorted(path.name for path in file.parent.iterdir()) == ["config.yaml", "metrics.jsonl", "record.json"]
+        assert sorted(path.name for path in file.parent.glob("[!.]*")) == [
+            "config.yaml",
+            "metrics.jsonl",
+            "record.json",
+        ]
         assert [strictly(row)["step"] for row in (file.parent / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
     assert main(line) == 0  # nothing of it is trained again
