@@ -1,6 +1,6 @@
-"""One run, from a config to a record. `peftbench train` comes here for every job.
+"""The single entrypoint of training: one run, from its config to its record.
 
-Read `train` as the description of a run; each line is one file of the package.
+Read `train` and `_run` as the description of a run; each line is one file of the package.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def _prepare(run: Run, record: Record, display: Display) -> _Prepared:
 
 
 def _probe(prepared: _Prepared, record: Record) -> None:
-    """Refuse to train tensors on which the loss does not depend, unless `allow_unused` says to go on."""
+    """Refuse to train tensors on which the loss does not depend, unless `allow_unused` permits it."""
     run, data = prepared.run, prepared.data
     batch = data.collator([data.train[0]])
     record.unused = unreached(prepared.backbone.model, batch, use_autocast(run.trainer, run.model))
@@ -207,9 +207,9 @@ def _probe(prepared: _Prepared, record: Record) -> None:
 
 
 def _trained(run: Run, backbone: Backbone, data: TaskData, record: Record, display: Display) -> Fitted:
-    """Train, fold and save the adapter; or take that of an earlier try, whose evaluation was stopped.
+    """Train, fold and save the adapter, or load that of an earlier try whose evaluation was stopped.
 
-    Of a training that diverged nothing is saved.
+    Nothing is saved of a training that diverged.
     """
     name, adapter, noted = f"train {run.method}", record.folder / "adapter", record.folder / CHECKPOINTS / "ended.json"
     stamp = _stamp(data, record)
@@ -235,14 +235,14 @@ def _trained(run: Run, backbone: Backbone, data: TaskData, record: Record, displ
 
 
 def _judged(fitted: Fitted, model: PreTrainedModel) -> Fitted:
-    """A training that has ended, diverged where its weights are not finite now."""
+    """Return the training, marked as diverged if its weights are not finite."""
     if fitted.diverged is None and not are_finite(model):
         return replace(fitted, diverged=Divergence("weights", fitted.steps))
     return fitted
 
 
 def _stamp(data: TaskData, record: Record) -> str:
-    """What must be the same for an earlier try to be gone on with, beside the run."""
+    """Return what, in addition to the run, must be the same for an earlier try to be continued."""
     return json.dumps([data.fingerprint, record.versions, *filter(None, [data.reading()])])
 
 
@@ -279,9 +279,9 @@ def _fit(run: Run, backbone: Backbone, data: TaskData, record: Record, display: 
 
 
 def _evaluate(run: Run, model: PreTrainedModel, data: TaskData, record: Record, display: Display) -> None:
-    """Score the model, write the predictions of the splits reported on, and note the baselines beside the score.
+    """Score the model, write the predictions of the reported splits, and record the baselines next to the score.
 
-    The selection split is scored too where it chose the state that is reported.
+    The selection split is scored too if it chose the state that is reported.
     """
     evaluator = Evaluator(model, data, run)
     selected = run.trainer.keep is Keep.best and data.splits["selection"] != data.splits["report"]
@@ -306,7 +306,7 @@ def _evaluate(run: Run, model: PreTrainedModel, data: TaskData, record: Record, 
 
 
 def _selection(run: Run, model: PreTrainedModel, data: TaskData, record: Record, display: Display) -> Selection:
-    """What a search, or a sweeper, compares. A score that `_evaluate` has noted is not computed again."""
+    """Return what a search, or a sweeper, compares. A score that `_evaluate` has recorded is not computed again."""
     split, metric = data.splits["selection"], run.task.selection_metric or run.task.metric
     same = "report" if split == data.splits["report"] else "selection"
     if metric != LOSS and same in record.scores:
@@ -318,12 +318,12 @@ def _selection(run: Run, model: PreTrainedModel, data: TaskData, record: Record,
 
 
 def _lacks_selection(record: Record, selecting: bool) -> bool:
-    """Whether the selection split of a run that has ended is still to be scored; one that diverged has no score."""
+    """Return whether the selection split of a run that has ended must still be scored; a diverged run has no score."""
     return selecting and record.selection is None and record.diverged is None
 
 
 def _is_noted(record: Record, search: Searched | None, selecting: bool) -> bool:
-    """Whether the record of a run that has ended says of searches and selection what this call has it say."""
+    """Return whether the record of a run that has ended already says what this call wants of search and selection."""
     if _lacks_selection(record, selecting):
         return False
     if search is None:  # a run by itself, which a trial now is too
@@ -332,7 +332,7 @@ def _is_noted(record: Record, search: Searched | None, selecting: bool) -> bool:
 
 
 def _note(record: Record, search: Searched | None, selecting: bool, run: Run, display: Display) -> None:
-    """Has the record of a run that has ended say what it is to a search; scores the selection split where asked."""
+    """Write into the record of a run that has ended what it is in a search; score the selection split if asked."""
     if _is_noted(record, search, selecting):  # by another process, while we waited
         return
     if search is None or search.role == "final":
@@ -344,7 +344,7 @@ def _note(record: Record, search: Searched | None, selecting: bool, run: Run, di
                 backbone = restored(record.folder, placed, loaded.task)
                 data = prepare(loaded, backbone.tokenizer, backbone.model)
                 backbone.model.to(chosen_device(run.trainer))
-            finite = are_finite(backbone.model)  # an earlier version may have called done what diverged
+            finite = are_finite(backbone.model)  # an earlier version may have called a diverged run done
             if finite:
                 record.selection = _selection(placed, backbone.model, data, record, display)
             if (seen := seen_divergence(record) if finite else Divergence("weights")) is not None:
@@ -354,7 +354,8 @@ def _note(record: Record, search: Searched | None, selecting: bool, run: Run, di
 
 
 def _head_alone(run: Run, data: TaskData, record: Record, display: Display) -> float | None:
-    """The score of the same task head, trained in the same way on the untouched backbone; None where it diverged."""
+    """Return the score of the task head trained alone, in the same way, on the unmodified backbone; None if it
+    diverged."""
     set_seed(run.seed)
     backbone = load_backbone(run.model, data.task)
     attach(backbone.model, {}, untrained=backbone.untrained)
@@ -384,7 +385,7 @@ def _record_counts(record: Record, run: Run, backbone: Backbone) -> None:
 
 
 def _record_data(record: Record, data: TaskData, notes: Sequence[str]) -> None:
-    """What the run was trained and scored on; `notes` says what was decided of the backbone."""
+    """Record what the run was trained and scored on; `notes` says what was decided about the backbone."""
     record.data = {
         "fingerprint": data.fingerprint,
         "scored_on": data.scored_on,
@@ -411,7 +412,7 @@ def _record_fit(record: Record, fitted: Fitted) -> None:
 
 @contextmanager
 def _timed(record: Record, name: str) -> Iterator[None]:
-    """Notes the seconds that pass inside, and those of earlier tries that are counted inside."""
+    """Record the seconds that the block takes, and those of earlier tries that it counts."""
     began, earlier = time.perf_counter(), record.timings.get("earlier_s", 0.0)
     yield
     passed = time.perf_counter() - began + record.timings.get("earlier_s", 0.0) - earlier

@@ -83,11 +83,11 @@ def _train_alone(run: Run, overrides: list[str]) -> int:
 
 
 def _tell_what_differs(points: Sequence[Point]) -> None:
-    """Grids on different tasks or backbones may be meant, or a task= that was meant for all was typed behind `and`."""
+    """Print what the grids differ in: a task= that was meant for all may have been typed after `and`."""
     counted = Counter(f"{run.task.name} with {run.model.name}" for _, run in points)
     if len(counted) > 1:
         listed = ", ".join(f"{what} ({count} run{'s' if count > 1 else ''})" for what, count in counted.items())
-        say(f'This sweep goes over {listed}. What stands behind "{AND}" is of that grid; what all share comes first.')
+        say(f'This sweep goes over {listed}. What follows "{AND}" belongs to that grid; what all share comes first.')
 
 
 def _train_sweep(points: Sequence[Point], argv: list[str]) -> int:
@@ -153,7 +153,7 @@ def _check_plugins(overrides: Sequence[str], points: Sequence[Point]) -> None:
         if searching:
             raise UserError(f"{own}= and search= both decide when what is trained; leave one of the two out.")
         if AND in overrides:
-            raise UserError(f"{own}= takes one grid and not several; leave it out, or what stands behind {AND}.")
+            raise UserError(f"{own}= takes one grid and not several; leave it out, or what follows {AND}.")
 
 
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"  # which knows all runs beforehand

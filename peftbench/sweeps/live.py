@@ -1,6 +1,6 @@
-"""A sweep as it is shown on a terminal while it goes on: its runs so far, and the time left. Imports no torch.
+"""The live table of a sweep on a terminal: its runs so far, and the time left.
 
-All facts come from the records on disk, so that it does not matter which process is at a run.
+All facts come from the records on disk, so it does not matter which process trains a run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TAIL = 4096  # bytes that hold the last line of metrics.jsonl
 
 
 class LiveSweep:
-    """The display; inside `with` it stands below whatever else is printed, and at the end it is gone.
+    """The display. During the block it stays below everything else that is printed; at the end it disappears.
 
     Args:
         below: what is shown under the table, such as the bars of the run that this process is at.

@@ -1,4 +1,4 @@
-"""A sweep: the list of its runs, kept beside them, and the table at its end. Imports no torch."""
+"""A sweep: the plan of its runs, which is stored next to them, and the table at its end."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Point:
 
 
 class Member:
-    """A run of a sweep as it was typed, and what it comes to: with a search, another run once its trials are done."""
+    """A run of a sweep as it was typed, and what it becomes: with a search, another run once its trials are done."""
 
     def __init__(self, overrides: Sequence[str], run: Run, folders: Folders | None = None) -> None:
         self.folders = folders  # of the trials that the sweep knows
@@ -48,13 +48,13 @@ class Member:
         self.settle()
 
     def settle(self) -> None:
-        """Look whether it is known by now what the run comes to."""
+        """Check whether the search of the run can be settled now."""
         if self.comes_to.search is not None:
             self.comes_to = known(self.run, self.folders)
             self.folder = self.asked if self.comes_to.search is not None else run_dir(self.comes_to)
 
     def settings(self) -> dict[str, str]:
-        """What was typed, by key, and what a search has set."""
+        """Return what was typed, by key, and what a search has chosen."""
         words = by_key(self.overrides)
         search = self.run.search
         if search is None:
@@ -67,7 +67,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Plan:
-    """The runs of a sweep as its file keeps them: `OUTPUT_DIR/.sweeps/NAME.sweep.json`."""
+    """The runs of a sweep as its file stores them: `OUTPUT_DIR/.sweeps/NAME.sweep.json`."""
 
     arguments: list[str]  # what was typed after `peftbench train`
     points: list[Point]
@@ -75,7 +75,7 @@ class Plan:
 
     @classmethod
     def of(cls, members: Sequence[Member], arguments: Sequence[str]) -> Plan:
-        """The plan of a sweep's runs and of the trials before them."""
+        """Return the plan of a sweep's runs and of the trials before them."""
         root = Path(members[0].run.output_dir).expanduser()
         name = hashlib.sha256("\n".join(sorted({_below(root, member.asked) for member in members})).encode())
         given = [member.settings() for member in members]
@@ -91,10 +91,10 @@ class Plan:
         return cls(list(arguments), list(runs.values()), name.hexdigest()[:8])
 
     def save(self, root: Path) -> None:
-        """Write the file. The same runs have the same file, however they were typed, and whatever searches come to."""
+        """Write the file. The same runs have the same file, however they were typed and whatever searches choose."""
         path = root / FOLDER / f"{self.name}{SUFFIX}"
         with suppress(OSError, ValueError):
-            if Plan.load(path) == self:  # nothing new: the table of a sweep comes also where the disk is full
+            if Plan.load(path) == self:  # nothing new: a sweep shows its table even if the disk is full
                 os.utime(path)  # `peftbench status` has the latest sweep last
                 return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ class Plan:
 
     @classmethod
     def load(cls, file: Path) -> Plan:
-        """Read what `save` wrote. Raises ValueError for anything else."""
+        """Read what `save` wrote. Raise ValueError for anything else."""
         values = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("it is not the plan of a sweep")
@@ -131,7 +131,7 @@ def _typed(value: object) -> str:
 
 
 class Sweep:
-    """A sweep that is under way in this process. `runs` are its own, without the trials of its searches."""
+    """A sweep that this process trains. `runs` are its own, without the trials of its searches."""
 
     def __init__(self, points: Sequence[TypedRun], arguments: Sequence[str], trials: Sequence[TypedRun] = ()) -> None:
         """Write the list of the sweep's runs, and of the trials before them, below their output_dir."""
@@ -145,7 +145,7 @@ class Sweep:
         self.settle()
 
     def settle(self) -> None:
-        """Take in what the searches have come to, and write the list of runs."""
+        """Settle the searches whose trials are done, and write the plan."""
         for member in self.members:
             member.settle()
         compared = {trial.folder for trial in self.trials}
@@ -156,7 +156,7 @@ class Sweep:
         self.plan.save(self.root)
 
     def show(self) -> int:
-        """Print the table of the runs that have begun, with how each ended; returns 0 if all have ended, else 1.
+        """Print the table of the runs that have begun, with how each ended; return 0 if all have ended, else 1.
 
         One that has diverged has ended too: that is a finding, which the last line names.
         """
@@ -167,7 +167,7 @@ class Sweep:
         if begun := [record for record in records if record.status != "missing"]:
             show(begun, console, status=self._status)
             console.print()
-        # Of runs that differ in their seed one line says what was searched.
+        # Runs that differ only in their seed share one line on what was searched.
         for line in dict.fromkeys(
             sentence(record) for record in records if record.search and record.search.role == "final"
         ):
@@ -179,7 +179,7 @@ class Sweep:
         return 0 if all(record.has_ended for record in records) else 1
 
     def was_done_before(self, folder: Path) -> bool:
-        """Whether the run in a folder was done when the sweep began, and is not trained again."""
+        """Return whether the run in a folder was done when the sweep began, and is not trained again."""
         return folder in self.done_before and not any(
             member.run.rerun for member in [*self.trials, *self.members] if member.folder == folder
         )

@@ -1,4 +1,4 @@
-"""What has become of the runs of a sweep, and how long those that are left still take. Imports no torch."""
+"""The status of the runs of a sweep, and how long the remaining ones will take."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ORDER = ("done", "diverged", "running", "interrupted", "failed", "missing")  # i
 
 @dataclass(frozen=True)
 class State:
-    """One run of a sweep and what has become of it; no record: it has not begun."""
+    """One run of a sweep with its record; None if it has not begun."""
 
     point: Point
     record: Record | None
@@ -33,9 +33,10 @@ class State:
 
 
 def seconds_left(states: Sequence[State], now: datetime | None = None) -> float | None:
-    """How long the runs that have not ended still take, or None as long as no run of the sweep is done.
+    """Return the seconds that the unfinished runs will take, or None while no run of the sweep is done.
 
-    A run takes as long as those of its method that are done, or as all that are. As many runs go on at once as run now.
+    The estimate for a run is the mean of the finished runs of its method, or else of all finished runs. It is assumed
+    that as many runs are trained at once as are running now.
     """
     now = now or datetime.now(timezone.utc)
     took: dict[str | None, list[float]] = defaultdict(list)
@@ -57,14 +58,14 @@ def seconds_left(states: Sequence[State], now: datetime | None = None) -> float 
 
 
 def summary(states: Sequence[State]) -> str:
-    """How many runs stand how, and the time left."""
+    """Return how many runs have each status, and the time left."""
     counted = Counter(state.status for state in states)
     counts = ", ".join(f"{counted[status]} {status}" for status in ORDER if counted[status])
     return f"{len(states)} runs: {counts}{_left(states)}"
 
 
 def time_of(state: State) -> str:
-    """How long a run took, or has been running."""
+    """Return how long a run took, or has been running."""
     if state.record is None:
         return ""
     if state.status == "running":

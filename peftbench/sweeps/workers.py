@@ -1,4 +1,4 @@
-"""Several runs of a sweep at once: worker processes, each of which trains one run after another. Imports no torch.
+"""Worker processes that train several runs of a sweep at once, each one run after another.
 
 A worker imports torch once, and keeps the rows and tokens of its runs for the next ones (tasks/cache.py). The locks of
 the runs' folders settle who trains what. When a worker dies its run fails, and another worker takes its place; when the
@@ -51,7 +51,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run of a sweep ended. The rest stands in its record."""
+    """How a run of a sweep ended. Its record has everything else."""
 
     objective: float = -math.inf  # for a sweeper, see records/choice.py
     given: str = ""  # the sentence that says so to the user
@@ -114,7 +114,7 @@ class Workers:
         return self
 
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Ended]]:
-        """Train the jobs; gives each with how it ended, as they end."""
+        """Train the jobs; yield each with how it ended, in the order in which they end."""
         waiting = deque(jobs)
         busy: dict[Connection, tuple[_Worker, Job]] = {}
 
@@ -203,9 +203,9 @@ class _Worker:
 
 
 def _work(pipe: Connection, environment: dict[str, str], log: str) -> None:
-    """What a worker process does: it trains the jobs from the pipe until None comes."""
+    """Train the jobs from the pipe until None comes. This is the main function of a worker process."""
     os.environ.update(environment)  # before torch is imported, which reads it then
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is where a script has started the sweep with &
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # which it is if a script started the sweep with &
         signal.signal(signal.SIGINT, _interrupted)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(log, "a", encoding="utf-8") as file:
@@ -225,7 +225,7 @@ def _work(pipe: Connection, environment: dict[str, str], log: str) -> None:
             pipe.send(replace(ended, last=not usable))
             if not usable:
                 return
-    except (KeyboardInterrupt, EOFError, OSError):  # the parent knows, or is no more
+    except (KeyboardInterrupt, EOFError, OSError):  # the parent knows, or has ended
         pass
     except UnusableError as error:
         sys.exit(f"peftbench: the GPU cannot be used through MPS: {error}.")

@@ -102,7 +102,7 @@ def test_grids_on_several_tasks_are_named_before_they_are_trained(
     main(["train", "-m", *smoke, *grids, *(["task=docsum"] if several else [])])
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("This sweep goes over")]
     expected = (
-        'This sweep goes over sst2 with mini (1 run), docsum with mini (2 runs). What stands behind "and" is of that '
+        'This sweep goes over sst2 with mini (1 run), docsum with mini (2 runs). What follows "and" belongs to that '
         "grid; what all share comes first."
     )
     assert told == ([expected] if several else [])
