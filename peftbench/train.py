@@ -56,7 +56,7 @@ from peftbench.training.checkpoint import Checkpoints
 from peftbench.training.divergence import are_finite
 from peftbench.training.ended import ended
 from peftbench.training.ended import keep as keep_ended
-from peftbench.training.fit import Fitted, fit
+from peftbench.training.fit import Criterion, Fitted, Monitor, Recipe, Resuming, fit
 from peftbench.training.probe import no_gradient, unreached
 from peftbench.utils.environment import run_alone
 from peftbench.utils.errors import UserError
@@ -158,9 +158,9 @@ def _run(
             torch.cuda.reset_peak_memory_stats()  # the probe, and a sweep's earlier runs, had their own
 
         with _timed(record, "train_s"):
-            fitted = _trained(prepared.run, prepared.backbone, prepared.data, record, display)
+            fitted, diverged = _trained(prepared.run, prepared.backbone, prepared.data, record, display)
             _record_fit(record, fitted)
-        if fitted.diverged is None:
+        if diverged is None:
             with _timed(record, "evaluate_s"):
                 _evaluate(prepared.run, model, prepared.data, record, display)
                 if search is not None or selecting:
@@ -168,7 +168,7 @@ def _run(
             if (seen := seen_divergence(record)) is not None:
                 record.diverge(replace(seen, step=fitted.steps))
         else:
-            record.diverge(fitted.diverged)
+            record.diverge(diverged)
         if device.type == "cuda":
             record.peak_memory_bytes = max(torch.cuda.max_memory_allocated(), fitted.replay_bytes)
         if record.diverged is None and "head" in run.task.baselines and not _is_head_alone(run):
@@ -206,10 +206,15 @@ def _probe(prepared: _Prepared, record: Record) -> None:
         raise no_gradient(record.unused)
 
 
-def _trained(run: Run, backbone: Backbone, data: TaskData, record: Record, display: Display) -> Fitted:
-    """Train, fold and save the adapter, or load that of an earlier try whose evaluation was stopped.
+def _trained(
+    run: Run, backbone: Backbone, data: TaskData, record: Record, display: Display
+) -> tuple[Fitted, Divergence | None]:
+    """Train, fold and save the adapter; or load that of an earlier attempt, whose evaluation was stopped.
 
     Nothing is saved of a training that diverged.
+
+    Returns:
+        What the training cost, and where it diverged.
     """
     name, adapter, noted = f"train {run.method}", record.folder / "adapter", record.folder / CHECKPOINTS / "ended.json"
     stamp = _stamp(data, record)
@@ -223,22 +228,22 @@ def _trained(run: Run, backbone: Backbone, data: TaskData, record: Record, displ
         load_adapter(backbone.model, adapter, backbone.untrained)
         _count_earlier(record, fitted.seconds)
         display.say(f"{name}: has ended before")
-    fitted = _judged(fitted, backbone.model)
-    if fitted.diverged is not None:
+    diverged = _find_divergence(fitted, backbone.model)
+    if diverged is not None:
         shutil.rmtree(adapter, ignore_errors=True)  # of an earlier training
-        return fitted
+        return fitted, diverged
     if earlier is None:
         save(backbone.model, adapter, backbone.untrained)
         keep_ended(noted, stamp, fitted)
     record.adapter_bytes = size(adapter)
-    return fitted
+    return fitted, None
 
 
-def _judged(fitted: Fitted, model: PreTrainedModel) -> Fitted:
-    """Return the training, marked as diverged if its weights are not finite."""
+def _find_divergence(fitted: Fitted, model: PreTrainedModel) -> Divergence | None:
+    """Return where a finished training diverged: where it was stopped, or its end if the weights are not finite now."""
     if fitted.diverged is None and not are_finite(model):
-        return replace(fitted, diverged=Divergence("weights", fitted.steps))
-    return fitted
+        return Divergence("weights", fitted.steps)
+    return fitted.diverged
 
 
 def _stamp(data: TaskData, record: Record) -> str:
@@ -263,15 +268,10 @@ def _fit(run: Run, backbone: Backbone, data: TaskData, record: Record, display: 
         fitted = fit(
             backbone.model,
             data,
-            run.trainer,
-            seed=run.seed,
-            bf16=use_autocast(run.trainer, run.model),
-            checkpoints=checkpoints,
-            evaluate=evaluator.selection,
-            metric=run.task.selection_metric or run.task.metric,
-            resume=resume,
-            stage=stage,
-            log=lambda values: append_metrics(record.folder, {"stage": name, **values}),
+            Recipe(run.trainer, run.seed, bf16=use_autocast(run.trainer, run.model)),
+            Criterion(evaluator.selection, run.task.selection_metric or run.task.metric),
+            Resuming(checkpoints, resume),
+            Monitor(stage, log=lambda values: append_metrics(record.folder, {"stage": name, **values})),
         )
     if resume is not None:
         _count_earlier(record, fitted.earlier_seconds)
@@ -361,9 +361,9 @@ def _head_alone(run: Run, data: TaskData, record: Record, display: Display) -> f
     attach(backbone.model, {}, untrained=backbone.untrained)
     data = data.serving(backbone.model)
     backbone.model.to(chosen_device(run.trainer))
-    fitted = _judged(_fit(run, backbone, data, record, display, "train the head alone"), backbone.model)
-    if fitted.diverged is not None:
-        note = f"The head alone diverged ({fitted.diverged.said}): there is no baseline of it."
+    fitted = _fit(run, backbone, data, record, display, "train the head alone")
+    if (diverged := _find_divergence(fitted, backbone.model)) is not None:
+        note = f"The head alone diverged ({diverged.said}): there is no baseline of it."
         display.say(note)
         record.data["notes"] = [*record.data["notes"], note]
         return None

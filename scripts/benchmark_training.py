@@ -48,7 +48,7 @@ from peftbench.config.schema import Batching, Compile, Device, DType, Keep, Prec
 from peftbench.modification.attach import attach
 from peftbench.training.batching import padded_to
 from peftbench.training.checkpoint import Checkpoints
-from peftbench.training.fit import fit
+from peftbench.training.fit import Criterion, Monitor, Recipe, Resuming, fit
 from peftbench.training.pace import Pace
 
 WARM_UP = 10  # uncounted steps at the start of each round: kernels are loaded and graphs recorded
@@ -280,14 +280,13 @@ class Bench:
         fitted = fit(
             model,
             self.data,  # type: ignore[arg-type]  # it has what fit reads of a TaskData
-            settings,
-            seed=1,
-            bf16=run.model.dtype is not DType.bfloat16,
-            checkpoints=Checkpoints(self.scratch, 1e9, ""),
-            evaluate=dict,
-            metric="loss",
-            log=lambda values: losses.append(values["loss"]) if "loss" in values else None,
-            callbacks=[StopAfter(steps)],
+            Recipe(settings, seed=1, bf16=run.model.dtype is not DType.bfloat16),
+            Criterion(evaluate=dict, metric="loss"),
+            Resuming(Checkpoints(self.scratch, 1e9, "")),
+            Monitor(
+                log=lambda values: losses.append(values["loss"]) if "loss" in values else None,
+                callbacks=[StopAfter(steps)],
+            ),
         )
         return fitted.step_seconds, losses
 

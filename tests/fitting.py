@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 from peftbench.backbones.sites import configs_of
 from peftbench.config.schema import LOSS, Device, Schedule, Trainer
 from peftbench.modification.attach import attach
-from peftbench.training.checkpoint import Checkpoints
-from peftbench.training.fit import Fitted, fit
+from peftbench.training.checkpoint import Checkpoint, Checkpoints
+from peftbench.training.fit import Criterion, Fitted, Monitor, Recipe, Resuming, fit
+from peftbench.training.replay import Recorder
+from peftbench.training.trainer import Evaluate
 from tests.families import PRESETS, WRITING, batch, build, dropout, shake
 
 EXAMPLES = 8
@@ -83,16 +85,28 @@ def one_step(**settings: Any) -> Trainer:
     )
 
 
-def fitted(model: PreTrainedModel, data: Rows, settings: Trainer, folder: Path, **more: Any) -> Fitted:
-    """`fit` without checkpoints and scores, but for what of its arguments is given."""
-    usual = {
-        "seed": 1,
-        "bf16": False,
-        "checkpoints": Checkpoints(folder, minutes=60, stamp=""),
-        "evaluate": dict,
-        "metric": LOSS,
-    }
-    return fit(model, data, settings, **{**usual, **more})  # type: ignore[arg-type]  # what of a TaskData fit reads
+def fitted(
+    model: PreTrainedModel,
+    data: Rows,
+    settings: Trainer,
+    folder: Path,
+    *,
+    bf16: bool = False,
+    recorder: Recorder | None = None,
+    evaluate: Evaluate = dict,
+    checkpoints: Checkpoints | None = None,
+    resume: Checkpoint | None = None,
+    **monitoring: Any,
+) -> Fitted:
+    """`fit`, by default without scores, and with no checkpoint in the first hour; `monitoring` is for `Monitor`."""
+    return fit(
+        model,
+        data,  # type: ignore[arg-type]  # it has what fit reads of a TaskData
+        Recipe(settings, seed=1, bf16=bf16, recorder=recorder),
+        Criterion(evaluate, LOSS),
+        Resuming(checkpoints or Checkpoints(folder, minutes=60, stamp=""), resume),
+        Monitor(**monitoring),
+    )
 
 
 def trained(model: PreTrainedModel) -> dict[str, Tensor]:

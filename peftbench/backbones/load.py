@@ -1,7 +1,7 @@
-"""The frozen backbone: a model and its tokenizer, from a local folder or the hub, for a kind of task.
+"""Load the frozen backbone for a kind of task: a model and its tokenizer, from a local folder or the hub.
 
 Everything that can be wrong with the place (no folder, no config, no network) is found before weights are read.
-For counting there is the same model on the meta device, which has shapes and no weights.
+Counting uses the same model on the meta device, which has shapes and no weights.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from peftbench.config.schema import DType, Model, Task, TaskKind
 from peftbench.utils.errors import UserError, meant
 
 T = TypeVar("T")
-# Files that hold a tokenizer; the first one holds all of it, whatever its class.
+# Files of a tokenizer; the first one contains all of it, whatever its class.
 VOCABULARIES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -44,15 +44,18 @@ VOCABULARIES = (
     "vocab.json",
     "vocab.txt",
 )
-BYTE_LEVEL = ("vocab.json", "merges.txt")  # of which neither is any use without the other
+BYTE_LEVEL = ("vocab.json", "merges.txt")  # neither can be used without the other
 BRING = "put there what save_pretrained of the model's tokenizer writes."
 NOWHERE = "model.hub_id and model.path are both null; give one, or take a preset such as model=mini."
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A loaded model with its tokenizer. `untrained` names the parameters of its head that came with no weights, and
-    `notes` says, a sentence each, where the files of the backbone differ and what was chosen."""
+    """A loaded model with its tokenizer.
+
+    `untrained` contains the names of those parameters of its head for which there were no weights. `notes` contains a
+    sentence for each disagreement between the backbone's files, with what was chosen.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -61,13 +64,13 @@ class Backbone:
 
 
 def load_backbone(model: Model, task: Task) -> Backbone:
-    """Load the backbone for a task, on the CPU, in `model.dtype`, where `auto` is float32.
+    """Load the backbone for a task, on the CPU, in `model.dtype`, where `auto` means float32.
 
-    Its attention is what transformers takes by itself: SDPA, but eager for T5 in the versions that have no other.
+    Its attention is transformers' default: SDPA, but eager for T5 in the versions that have no other.
 
     Raises:
-        UserError: the place holds no model or no tokenizer, cannot be reached, or its architecture has no family or no
-            such head; or its weights are not those of the backbone that its config.json describes.
+        UserError: the place contains no model or no tokenizer, or cannot be reached; the architecture has no family or
+            no head for the task; the weights are not those of the backbone that config.json describes.
     """
     source, options = _source(model)
     config = load_config(model)
@@ -81,7 +84,7 @@ def load_backbone(model: Model, task: Task) -> Backbone:
             config=config,
             dtype=torch.bfloat16 if model.dtype is DType.bfloat16 else torch.float32,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # a folder tuned for other labels: its head is made anew, and trained
+            ignore_mismatched_sizes=True,  # a folder tuned for other labels: its head is initialised anew, and trained
         ),
     )
     untrained = _new_head(model, loaded, report)
@@ -90,22 +93,22 @@ def load_backbone(model: Model, task: Task) -> Backbone:
     return Backbone(loaded, tokenizer, untrained, tuple(notes))
 
 
-# What old checkpoints have of a backbone that is no weight: positions, masks and frequencies, which are computed now.
+# Tensors in old checkpoints that are not weights: positions, masks and frequencies, which are computed now.
 _COMPUTED = (".position_ids", ".inv_freq", ".masked_bias", ".attn.bias")
 
 
 def _new_head(model: Model, loaded: PreTrainedModel, report: Mapping[str, Any]) -> frozenset[str]:
-    """The names of the parameters that were drawn anew: those of a head, which is to be trained.
+    """Return the names of the parameters that were initialised anew: those of a head, which is to be trained.
 
     Args:
-        report: what transformers says of the loading.
+        report: transformers' report on the loading.
 
     Raises:
-        UserError: others were drawn anew, or the place has weights of a backbone that is another one. What it has of
-            the heads of other tasks is passed over.
+        UserError: other parameters were initialised anew, or the place contains weights of another backbone. Weights of
+            the heads of other tasks are ignored.
     """
 
-    def in_head(name: str) -> bool:  # the pooler, which a masked language model lacks, is one of the classifier's
+    def in_head(name: str) -> bool:  # includes the pooler, which a masked language model lacks
         return name.split(".")[0] in family_of(loaded.config.model_type).task_head or ".pooler." in f".{name}"
 
     def in_backbone(name: str) -> bool:
@@ -116,7 +119,7 @@ def _new_head(model: Model, loaded: PreTrainedModel, report: Mapping[str, Any]) 
     absent = sorted(name for name in missing if not in_head(name))
     misshapen = sorted(name for name in other_shapes if not in_head(name))
     left_over = [name for name in report["unexpected_keys"] if not name.endswith(_COMPUTED)]
-    if not absent:  # else it tells most what the place has in their stead
+    if not absent:  # otherwise the message also names heads: they show what the place contains instead
         left_over = [name for name in left_over if in_backbone(name) and not in_head(name)]
     shapes = [f"{name}: {_shape(other_shapes[name][0])}, not {_shape(other_shapes[name][1])}" for name in misshapen]
     found = [
@@ -128,13 +131,13 @@ def _new_head(model: Model, loaded: PreTrainedModel, report: Mapping[str, Any]) 
     if absent or misshapen or left_over or report.get("error_msgs"):
         raise UserError(
             f"{_place(model)} does not hold the weights of the backbone that its config.json describes: "
-            f"{'; '.join(filter(None, found))}. Nothing but a task head is made anew."
+            f"{'; '.join(filter(None, found))}. Only a task head may be missing."
         )
     return frozenset({*missing, *other_shapes})
 
 
 def _counted(names: Sequence[str], one: str, several: str) -> str:
-    """How many tensors there are, and some names; nothing without any."""
+    """Return the number of tensors with some of their names, or an empty text if there are none."""
     if not names:
         return ""
     listed = ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
@@ -146,18 +149,19 @@ def _shape(sizes: Iterable[int]) -> str:
 
 
 def _pad_on_the_right(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
-    """Padding comes after a text, whatever the tokenizer prefers: positions are counted from the first token on, a
-    decoder's mask is the causal one alone, and a classifier on a decoder alone reads the last token that is no padding.
-    A text that a decoder alone goes on with is padded by `tasks.completion`.
+    """Put padding after a text, whatever the tokenizer prefers.
+
+    Positions are counted from the first token, a decoder's mask is only the causal one, and a classifier on a decoder
+    alone reads the last token that is not padding. `tasks.completion` pads a text that a decoder alone continues.
     """
     if task.kind is not TaskKind.text_to_text or model.config.is_encoder_decoder:
         tokenizer.padding_side = "right"
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer of `model.path` or `model.hub_id`.
+    """Return the tokenizer of `model.path` or `model.hub_id`.
 
-    Of files that are missing transformers may make up a vocabulary without words, or leave a part of the rules out.
+    If files are missing, transformers may invent a vocabulary without words, or omit a part of the rules.
 
     Raises:
         UserError: it is missing, in whole or in part, or cannot be reached.
@@ -184,38 +188,38 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
         names = f"{VOCABULARIES[0]} is missing, or in its place {' and '.join(parts)}"
         raise UserError(f"{_place(model)} has no tokenizer: {names}; {BRING}")
     raise UserError(
-        f"{_place(model)} has a tokenizer whose vocabulary is special tokens alone; put the files of the one that the "
-        "model was pretrained with there."
+        f"{_place(model)} has a tokenizer whose vocabulary has only special tokens; put the files of the tokenizer "
+        "with which the model was pretrained there."
     )
 
 
 def _whole(model: Model, is_there: Callable[[str], bool]) -> None:
-    """Raises UserError where one of the two files of a byte-level tokenizer is missing."""
+    """Raise a UserError if one of the two files of a byte-level tokenizer is missing."""
     missing = [name for name in BYTE_LEVEL if not is_there(name)]
     if len(missing) == 1 and not is_there(VOCABULARIES[0]):
         raise UserError(
-            f"{_place(model)} has a part of a tokenizer: {missing[0]} or {VOCABULARIES[0]} is missing; {BRING}"
+            f"{_place(model)} has only part of a tokenizer: {missing[0]} or {VOCABULARIES[0]} is missing; {BRING}"
         )
 
 
 def _has_words(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the vocabulary has more than special tokens and the mark of a word's beginning."""
+    """Return whether the vocabulary has more than special tokens and the mark at the beginning of a word."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     return bool(tokenizer.get_vocab().keys() - added - {*tokenizer.all_special_tokens, "\u2581"})
 
 
 def meta_backbone(model: Model, task: Task, config: PretrainedConfig | None = None) -> PreTrainedModel:
-    """The model for a task on the meta device: modules and shapes, tied weights once, no weights, no network.
+    """Return the model for a task on the meta device: modules and shapes, tied weights once, no weights, no network.
 
     It is built from `config`, by default from the config.json in `model.path`, or else from `model.architecture`.
 
     Raises:
-        UserError: neither says how the model is built, or the architecture has no family or no such head.
+        UserError: neither describes the model, or the architecture has no family or no head for the task.
     """
-    logging.set_verbosity_error()  # hints on generation settings, which nothing uses of a model without weights
+    logging.set_verbosity_error()  # it hints at generation settings, which a model without weights does not use
     if config is None:
         config = load_config(model) if model.path is not None else _described(model)
-    config = deepcopy(config)  # the model writes in its own
+    config = deepcopy(config)  # the model changes its config
     auto = _auto_class(model, task, config)
     try:
         with torch.device("meta"):
@@ -226,7 +230,7 @@ def meta_backbone(model: Model, task: Task, config: PretrainedConfig | None = No
 
 
 def load_config(model: Model) -> PretrainedConfig:
-    """The config.json of `model.path` or `model.hub_id`.
+    """Return the config.json of `model.path` or `model.hub_id`.
 
     Raises:
         UserError: there is none, or it cannot be reached.
@@ -237,7 +241,7 @@ def load_config(model: Model) -> PretrainedConfig:
 
 
 def _described(model: Model) -> PretrainedConfig:
-    """The config that `model.architecture` spells out."""
+    """Return the config that `model.architecture` specifies."""
     values = dict(model.architecture)
     described = values.pop("name_or_path", None)
     if not values and model.hub_id is None:
@@ -265,14 +269,14 @@ def _described(model: Model) -> PretrainedConfig:
 
 
 def _auto_class(model: Model, task: Task, config: PretrainedConfig) -> Any:
-    """Which of transformers' Auto classes has the head for the task; a classifier's `config` is told the labels.
+    """Return transformers' Auto class with the head for the task; set the labels in a classifier's `config`.
 
     Raises:
         UserError: the architecture has no family, or cannot do the task.
     """
     family_of(config.model_type)
     if task.kind is TaskKind.classification:
-        if task.labels:  # none: a budget is solved before data is read, whatever the size of the head
+        if task.labels:  # empty if a budget is solved, before data is read; it does not depend on the size of the head
             config.num_labels = len(task.labels)
             config.id2label = dict(enumerate(task.labels))
             config.label2id = {label: code for code, label in enumerate(task.labels)}
@@ -292,11 +296,11 @@ def _auto_class(model: Model, task: Task, config: PretrainedConfig) -> Any:
 
 
 def _source(model: Model) -> tuple[str, dict[str, Any]]:
-    """Where to load from, and with which options of `from_pretrained`."""
+    """Return the place to load from, and options of `from_pretrained`."""
     if model.path is not None:
         folder = Path(model.path).expanduser()
         if not folder.is_dir():
-            raise UserError(f"model.path={model.path} is no folder; give one with config.json and the weights.")
+            raise UserError(f"model.path={model.path} is not a folder; give one with config.json and the weights.")
         if not (folder / "config.json").is_file():
             raise UserError(
                 f"model.path={model.path} has no config.json; give a folder that save_pretrained wrote, with "
@@ -310,7 +314,7 @@ def _source(model: Model) -> tuple[str, dict[str, Any]]:
 
 
 def _explained(model: Model, load: Callable[[], T]) -> T:
-    """Run `load`; what transformers says of a place that holds no model becomes one sentence."""
+    """Run `load`; turn transformers' error for a place without a model into one sentence."""
     try:
         return load()
     except (OSError, ValueError, KeyError, SafetensorError) as error:

@@ -1,8 +1,8 @@
-"""Special tokens on which a backbone's files differ: which one ends a text, pads a batch, begins what is written.
+"""Special tokens on which a backbone's files disagree: the end of a text, the padding, the start of the output.
 
 Three files name them: tokenizer_config.json, config.json and generation_config.json. Training reads the first two,
-generation the third, so that where they differ a model may be taught an end at which it never stops. `settle` makes one
-truth of them when a backbone is loaded, and says so where it had to choose. Files that agree stay what they are.
+generation the third. If they disagree, a model may learn an end token at which generation does not stop. `settle`
+makes them agree when a backbone is loaded, and reports each choice. Files that agree are not changed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Usable = Callable[[int], bool]
 
 @dataclass(frozen=True)
 class Named:
-    """The ids that a backbone's files name for one role, each perhaps none, as a tuple without repetitions."""
+    """The ids that a backbone's files name for one role: for each file a tuple without repetitions, maybe empty."""
 
     tokenizer: tuple[int, ...] = ()
     config: tuple[int, ...] = ()
@@ -28,43 +28,51 @@ class Named:
 
     @classmethod
     def of(cls, tokenizer: object, config: object, generation: object) -> Named:
-        """From what the files hold: an id, a list of them or null."""
+        """Return the ids from the files' values: an id, a list of them or null."""
         return cls(*map(_ids, (tokenizer, config, generation)))
 
     def own(self, is_special: Usable) -> tuple[int, ...]:
-        """What the model itself names, generation's first. An id of which the tokenizer makes ordinary text is none,
-        such as a default that nobody has set, unless the tokenizer names it as well."""
+        """Return the ids that the model itself names, those of generation first.
+
+        An id that the tokenizer uses for ordinary text, such as a default that nobody has set, does not count, unless
+        the tokenizer names it too.
+        """
         found = _once(self.generation, self.config)
         return tuple(i for i in found if is_special(i) or i in self.tokenizer)
 
     def chosen(self, is_special: Usable) -> int | None:
-        """The one id that is written: the tokenizer's where the model names it too, else the model's first, else the
-        tokenizer's."""
+        """Return the one id to use, if there is any.
+
+        It is the tokenizer's if the model names it too, else the model's first, else the tokenizer's.
+        """
         own = self.own(is_special)
         return next(iter([*(i for i in self.tokenizer if i in own), *own, *self.tokenizer]), None)
 
     def all(self, is_special: Usable) -> tuple[int, ...]:
-        """The union: of the ends of a text each stops generation."""
+        """Return the union: every end of a text stops generation."""
         return _once(self.own(is_special), self.tokenizer)
 
     def differ(self) -> bool:
-        """Whether two files name other ids."""
+        """Return whether two files name different ids."""
         return len({frozenset(ids) for ids in (self.tokenizer, self.config, self.generation) if ids}) > 1
 
 
 def settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, writes: bool) -> list[str]:
-    """Have tokenizer, config and generation config name the same special tokens; one that the embedding has no row for
-    is none.
+    """Make tokenizer, config and generation config name the same special tokens.
 
-    What ends a text: the model's own, which is also what the tokenizer puts after a text; generation stops there and
-    at each other end that is named. What pads: the model's own, or else the end of a text. What begins what an
-    encoder-decoder writes: the generation config's. What begins a text: as the tokenizer begins it.
+    A token for which the embedding has no row is ignored. The choices are:
+
+    - the end of a text: the model's own, which the tokenizer then also puts after a text; generation stops there and at
+      every other end that is named.
+    - padding: the model's own, or else the end of a text.
+    - the start of an encoder-decoder's output: that of the generation config.
+    - the beginning of a text: that of the tokenizer.
 
     Args:
-        writes: the model is to write text; else only what a classifier reads matters.
+        writes: the model will write text; otherwise only what a classifier reads matters.
 
     Returns:
-        A sentence for each role in which the files differ.
+        A sentence for each role on which the files disagree.
     """
     files = _Files(model, tokenizer)
     both = model.config.is_encoder_decoder
@@ -78,7 +86,7 @@ def settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, writes: b
 
 
 class _Files:
-    """What the three files of a backbone hold, as read into memory; ids outside the embedding are passed over."""
+    """The contents of a backbone's three files, as loaded; ids outside the embedding are ignored."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.config, self.tokenizer = model.config, tokenizer
@@ -87,11 +95,11 @@ class _Files:
         self.special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
 
     def is_special(self, index: int) -> bool:
-        """Whether the tokenizer has a token for the id, and never makes it of ordinary text."""
+        """Return whether the id is a token of the tokenizer that ordinary text never contains."""
         return index in self.special
 
     def outside(self) -> list[str]:
-        """A sentence for each token that the tokenizer pads or ends a text with and that the embedding lacks."""
+        """Return a sentence for each padding or end token of the tokenizer for which the embedding has no row."""
         ids = {key: getattr(self.tokenizer, f"{key}_id") for key in ("eos_token", "pad_token")}
         return [
             f"The tokenizer's {key} {self.said(i)} ({i}) is not used: the embedding has {self.height:,} rows."
@@ -100,31 +108,31 @@ class _Files:
         ]
 
     def openings(self) -> set[int]:
-        """What comes before each text that an encoder-decoder writes, and so cannot end one."""
+        """Return the tokens that precede each text of an encoder-decoder, and so cannot end one."""
         if not self.config.is_encoder_decoder:
             return set()
         first = self.tokenizer("a")["input_ids"][0]
         return {first, *_ids(getattr(self.generation, "forced_bos_token_id", None))} & self.special
 
     def named(self, role: str, tokenizer: bool = True) -> Named:
-        """Of a role such as eos, that the tokenizer knows or not."""
+        """Return the ids that the files name for a role such as eos; `tokenizer` is false if it has no such role."""
         key = f"{role}_token_id"
         held = (getattr(self.tokenizer, key) if tokenizer else None, getattr(self.config, key, None))
         found = Named.of(*held, getattr(self.generation, key, None))
         return Named(*(tuple(i for i in ids if 0 <= i < self.height) for ids in vars(found).values()))
 
     def name(self, role: str, index: int | None) -> None:
-        """Have the tokenizer name the token of this id for a role."""
+        """Set the tokenizer's token for a role by its id."""
         if getattr(self.tokenizer, f"{role}_token_id") != index:
             setattr(self.tokenizer, f"{role}_token", None if index is None else self.said(index))
 
     def said(self, index: int) -> str:
-        """The id's token."""
+        """Return the id's token as text."""
         token = self.tokenizer.convert_ids_to_tokens(index)
         return str(index) if token is None else str(token)
 
     def differing(self, role: str, named: Named) -> str:
-        """How a sentence begins that says what each file names."""
+        """Return the beginning of a sentence, with what each file names."""
         places = (
             ("tokenizer_config.json", named.tokenizer),
             ("config.json", named.config),
@@ -159,10 +167,12 @@ def _settle_end(files: _Files) -> list[str]:
 
 def _settle_pad(files: _Files) -> list[str]:
     named = files.named("pad")
-    # The config's first: a classifier counts positions, and finds a text's last token, by it.
+    # The config's comes first: a classifier uses it to count positions and to find a text's last token.
     pad = Named(named.tokenizer, (), _once(named.config, named.generation)).chosen(files.is_special)
     files.name("pad", pad)
-    if pad is None and files.named("eos").tokenizer:  # GPT-2 and Llama have none: a mask hides what is in its place
+    if (
+        pad is None and files.named("eos").tokenizer
+    ):  # GPT-2 and Llama have no padding token: a mask hides the substitute
         pad = files.named("eos").tokenizer[0]
         files.tokenizer.pad_token = files.tokenizer.eos_token
     if pad is None:
@@ -196,7 +206,7 @@ def _settle_bos(files: _Files) -> list[str]:
 
 
 def _end_texts_with(tokenizer: PreTrainedTokenizerBase, before: int, end: int) -> None:
-    """Where the tokenizer puts the token `before` after a text, have it put `end` there."""
+    """Make the tokenizer put the token `end` after a text where it puts `before` now."""
     backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.post_processor is None:
         return
@@ -207,14 +217,14 @@ def _end_texts_with(tokenizer: PreTrainedTokenizerBase, before: int, end: int) -
 
 
 def _replace_end(processor: dict[str, Any], old: str, new: str, index: int) -> None:
-    """In the JSON of a post-processor, by its kinds."""
+    """Replace the end token in the JSON of a post-processor, in each of its kinds."""
     for below in processor.get("processors", []):
         _replace_end(below, old, new, index)
     if processor.get("sep", [None])[0] == old:
         processor["sep"] = [new, index]
     for pattern in (processor.get("single", []), processor.get("pair", [])):
         for piece in reversed(pattern):
-            if "SpecialToken" not in piece:  # what is before the last text stays
+            if "SpecialToken" not in piece:  # tokens before the last text stay
                 break
             if piece["SpecialToken"]["id"] == old:
                 piece["SpecialToken"]["id"] = new

@@ -1,1 +1,1 @@
-"""Evaluation: predictions in bulk, their scores, and finished runs that are evaluated again."""
+"""Evaluation: predictions for whole data sets, their scores, and finished runs that are evaluated again."""

@@ -1,4 +1,4 @@
-"""The score of a model on one role of a task's data: predictions, decoded, against the references."""
+"""Score a model on one role of a task's data: its decoded predictions are compared with the references."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from peftbench.utils.errors import UserError
 class Evaluator:
     """Scores one model on the splits of one task, always in the same way.
 
-    `cut_off` has, for each role for which texts were generated, the share of them that ended by their length.
+    `cut_off` contains, for each role for which texts were generated, the share that ended at the maximum length.
     """
 
     def __init__(self, model: PreTrainedModel, data: TaskData, run: Run) -> None:
@@ -38,7 +38,7 @@ class Evaluator:
         self.cut_off: dict[str, float] = {}
 
     def selection(self) -> dict[str, float]:
-        """What a state is selected by: the metrics on the selection split, or the loss there, as in training."""
+        """Return what states are selected by: the metrics on the selection split, or its loss, as in training."""
         if not self.by_loss:
             return self.score("selection")[0]
         loss = mean_loss(
@@ -47,12 +47,13 @@ class Evaluator:
         return {LOSS: loss}
 
     def partial(self, path: Path, adapter: Path) -> Partial | None:
-        """Where generated texts are kept until all are there, with a stamp of all that they depend on; None for a task
-        that generates none.
+        """Return the store of generated texts until all are complete, with a stamp of all that they depend on.
+
+        It is None for a task that generates no text.
 
         Args:
             path: of the file.
-            adapter: the folder of what was trained of the model.
+            adapter: the folder with the trained tensors.
         """
         if self.generation is None:
             return None
@@ -66,8 +67,8 @@ class Evaluator:
     def score(
         self, role: str, on_batch: Callable[[int], None] = lambda examples: None, partial: Partial | None = None
     ) -> tuple[dict[str, float], list[str]]:
-        """The metrics on a role of the data, and what was predicted for each example, in words."""
-        # `generate` fills up what is unset with the backbone's own settings: a chat model's would have it sample.
+        """Return the metrics on a role of the data, and each example's prediction as text."""
+        # `generate` replaces unset values by the backbone's own: those of a chat model would make it sample.
         with configured([] if self.generation is None else [self.model], "generation_config", GenerationConfig()):
             predictions = predict(
                 self.model,
@@ -81,18 +82,23 @@ class Evaluator:
                 on_batch=on_batch,
             )
         if self.generation is not None:
-            begun = 1 if self.model.config.is_encoder_decoder else 0  # the token that a decoder begins with
+            begun = 1 if self.model.config.is_encoder_decoder else 0  # the token with which a decoder begins
             self.cut_off[role] = share_cut_off(predictions, self.generation, begun)
-            # No part of the text, even where the tokenizer does not call it special.
+            # An end token is not part of the text, even if the tokenizer does not call it special.
             predictions = np.where(np.isin(predictions, end_ids(self.generation)), PADDING, predictions)
         decoded = self.data.decode(predictions)
         return self.data.score(decoded, getattr(self.data, f"{role}_rows")), decoded
 
 
 def _generation(model: PreTrainedModel, run: Run) -> GenerationConfig:
-    """The backbone's own special tokens with the task's beam search, which ends as the backbone says (BART-large's with
-    early_stopping, in the paper's code too) and writes no more than the backbone has positions for. Raises UserError
-    where that is nothing."""
+    """Return the backbone's own special tokens with the task's beam search.
+
+    The search ends by the backbone's rule (early_stopping for BART-large, as in the paper's code), and writes no more
+    tokens than the backbone has positions.
+
+    Raises:
+        UserError: the task's `max_length` has no room for a generated token.
+    """
     wanted = run.task.generation
     assert model.generation_config is not None
     settings = model.generation_config.to_dict()
@@ -105,7 +111,7 @@ def _generation(model: PreTrainedModel, run: Run) -> GenerationConfig:
             )
         longest = min(wanted.max_length, positions(model) or wanted.max_length)
         lengths = {"min_length": min(wanted.min_length, longest), "max_length": longest}
-    else:  # whose lengths would count the prompt
+    else:  # min_length and max_length would count the prompt
         lengths = {"min_new_tokens": wanted.min_length, "max_new_tokens": wanted.max_length}
     return GenerationConfig(
         **own,

@@ -1,4 +1,4 @@
-"""A finished run again: its model with the adapter, and its scores on any split."""
+"""Load a finished run: its model with the adapter, and its scores on any split."""
 
 from __future__ import annotations
 
@@ -36,12 +36,14 @@ from peftbench.utils.errors import UserError, unknown
 from peftbench.utils.files import write_lines
 from peftbench.utils.progress import Display
 
-GROUPS = ("task", "trainer", "model")  # what may be changed of a run without making it another
+GROUPS = ("task", "trainer", "model")  # may be changed, and the run is still the same
 
 
 def changed_run(folder: Path, record: Record, overrides: Sequence[str]) -> Run:
-    """The run that lies in `folder`, with overrides, checked as `peftbench train` checks them; of its own files those
-    must be there that are read."""
+    """Return the run that is stored in `folder`, with overrides, which are checked as `peftbench train` checks them.
+
+    Of the run's own files, those that will be read must exist.
+    """
     run = _overridden(folder, record, overrides)
     task = with_saved_labels(run.task, record)
     if found := faults(replace(run, task=reported_on(task, homeless(trained_task(folder))))):
@@ -50,8 +52,10 @@ def changed_run(folder: Path, record: Record, overrides: Sequence[str]) -> Run:
 
 
 def saved_run(folder: Path, record: Record, overrides: Sequence[str] = ()) -> Run:
-    """Like `changed_run`, with the labels that the data had. Nothing but the backbone must be there; the data may have
-    gone."""
+    """Return the same as `changed_run`, with the labels that the data had.
+
+    Only the backbone must exist; the data may have been deleted.
+    """
     run = _overridden(folder, record, overrides)
     run.task = with_saved_labels(run.task, record)
     return run
@@ -91,20 +95,22 @@ def _overridden(folder: Path, record: Record, overrides: Sequence[str]) -> Run:
 
 
 def with_saved_labels(task: Task, record: Record) -> Task:
-    """The task with the labels that the run was trained on, where it names none."""
+    """Return the task with the labels that the run was trained on, if it names none."""
     return replace(task, labels=task.labels or record.data.get("labels", []))
 
 
 def trained_task(folder: Path) -> Task:
-    """The task of the run in `folder` as it was trained."""
+    """Return the task of the run in `folder` as it was trained."""
     task = OmegaConf.to_object(saved_config(folder).task)
     assert isinstance(task, Task)
     return task
 
 
 def _reporting(task: Task, trained: Task) -> Task:
-    """The task, each of its files still that of the split that it was, though another split is reported on now; without
-    those of splits that it no longer has."""
+    """Return the task, whose files belong to the same splits as before even if another split is reported on now.
+
+    Files of splits that the task no longer has are left out.
+    """
     gone = set(splits(trained)) - set(splits(task))
     task = replace(task, data_files={split: file for split, file in task.data_files.items() if split not in gone})
     if task.report_split == trained.report_split:
@@ -113,15 +119,15 @@ def _reporting(task: Task, trained: Task) -> Task:
     known = list(dict.fromkeys([*splits(trained), *files]))
     if files and not any((task.data_dir, task.packages, task.hub_id)) and task.report_split not in known:
         raise UserError(unknown("task.split", task.report_split, known))
-    # Only task.test_file is that of another split now. The others keep the keys by which a message names them: what is
-    # given under a message's key must win.
+    # Only task.test_file now belongs to another split. The other files keep the keys by which messages name them,
+    # because a value that is given for a key in a message must take precedence.
     moved = {} if task.test_file is None else {trained.report_split: task.test_file}
     files = {split: file for split, file in {**task.data_files, **moved}.items() if split in splits(task)}
     return replace(task, data_files=files, test_file=None)
 
 
 def restored(folder: Path, run: Run, task: Task) -> Backbone:
-    """The backbone of the run in `folder` with its adapter; `task` is the run's, with labels that the data had."""
+    """Return the backbone of the run in `folder` with its adapter; `task` is the run's, with the data's labels."""
     backbone = load_backbone(run.model, task)
     attach_run(backbone.model, run, backbone.untrained)
     load_adapter(backbone.model, folder / "adapter", backbone.untrained)
@@ -129,7 +135,7 @@ def restored(folder: Path, run: Run, task: Task) -> Backbone:
 
 
 def read_otherwise(before: dict[str, Any], reading: dict[str, Any]) -> str | None:
-    """The sentence for a run whose texts were read otherwise when it was trained, given its record's `data`."""
+    """Return a sentence if texts were read in another way when the run was trained; `before` is its record's `data`."""
     now, then = (
         {key: value for key, value in of.items() if key != "cut_targets"} for of in (reading, before.get("reading", {}))
     )
@@ -137,16 +143,17 @@ def read_otherwise(before: dict[str, Any], reading: dict[str, Any]) -> str | Non
         return None
     told = ", ".join(f"{key} {json.dumps(value)}" for key, value in sorted((now | then).items()))
     return (
-        f"The run was trained on texts that were read otherwise ({told}): its score is another one now; train it again."
+        f"The run was trained on texts that were read in another way ({told}): its score is another one now; train it "
+        "again."
     )
 
 
 def evaluate(folder: Path, run: Run, console: Console, predictions: Path | None = None) -> list[dict[str, Any]]:
-    """The scores of each split, as `rescore` gives them.
+    """Return the scores of each split, in the form of `rescore`.
 
     Args:
-        predictions: the file to write the predictions on the report split to. Where text is generated, what was
-            written to FILE.partial before the command was stopped is not generated again.
+        predictions: the file to which the predictions on the report split are written. Texts that were written to
+            FILE.partial before the command was interrupted are not generated again.
     """
     found: list[dict[str, Any]] = []
     with Display(console) as display:
@@ -182,17 +189,17 @@ def evaluate(folder: Path, run: Run, console: Console, predictions: Path | None 
 
 
 def load_run(folder: str | Path, *overrides: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The backbone with the run's adapter attached, on the CPU and in evaluation mode, and its tokenizer.
+    """Return the backbone with the run's adapter attached, on the CPU and in evaluation mode, and its tokenizer.
 
-    The model is one of transformers' own classes and is called and generates as they do. Its input is what the run's
-    was: a source of a task with `task.prompt` stands in that prompt. The run's data need not be there. `deepcopy`,
-    pickle and `state_dict` keep the adapter. Its `save_pretrained` and `push_to_hub` raise a UserError where what
-    plain transformers reads back would be without it: `peftbench merge` writes what it can read. A run that attached
-    nothing, such as `full` or `bitfit`, is saved as it was trained.
+    The model is one of transformers' own classes, and is called and generates like it. Its input has the same form as
+    in the run: for a task with `task.prompt`, a source is put into that prompt. The run's data is not needed.
+    `deepcopy`, pickle and `state_dict` keep the adapter. `save_pretrained` and `push_to_hub` raise a UserError if plain
+    transformers would read the model back without the adapter; `peftbench merge` writes a model that it can read. A run
+    that attached nothing, such as `full` or `bitfit`, is saved as it was trained.
 
     Args:
-        folder: of the run, as `peftbench train` names it at its end, or the first digits of its name below `outputs`.
-        overrides: what is otherwise than then, such as `model.path=FOLDER` of a backbone that has moved.
+        folder: of the run, as `peftbench train` prints it at its end, or the first digits of its name below `outputs`.
+        overrides: what has changed since, such as `model.path=FOLDER` for a backbone that has moved.
 
     Raises:
         UserError: there is no finished run, or not the backbone that it was trained on.
@@ -206,10 +213,10 @@ def load_run(folder: str | Path, *overrides: str) -> tuple[PreTrainedModel, PreT
 
 
 def keep_from_saving(model: PreTrainedModel, folder: Path) -> None:
-    """Have `save_pretrained` and `push_to_hub` of a model with modifications refuse to write it without them.
+    """Make `save_pretrained` and `push_to_hub` of a model refuse to write it without its modifications.
 
     Args:
-        folder: of the run, which keeps them.
+        folder: of the run, where they are stored.
     """
     instead = (
         "" if obstacles(model) else f"write the weights with it inside by peftbench merge {folder} --out FOLDER, or "
@@ -223,5 +230,5 @@ def keep_from_saving(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _refuse(sentence: str, *_: object, **__: object) -> NoReturn:
-    """At the top of a module, so that the model can be pickled."""
+    """Raise a UserError. This is a module-level function, so that the model can be pickled."""
     raise UserError(sentence)

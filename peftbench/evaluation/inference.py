@@ -1,8 +1,9 @@
-"""A model that only predicts: inside `prepared` it computes the same with fewer operations, and is itself again after.
+"""Prediction with fewer operations: inside `prepared` a model computes the same, and afterwards it is unchanged.
 
-What does not change from token to token is done once: prefixes are folded, affine modifications are merged, a
-bottleneck's scale is part of W_up, weights have the dtype that autocast would give them at every call. While a text is
-generated token by token each kernel that is not launched counts: a step of BART-large is launches more than arithmetic.
+What does not change from token to token is computed once: prefixes are folded, affine modifications are merged, a
+bottleneck's scale becomes part of W_up, and weights have the dtype that autocast would give them at every call. While a
+text is generated token by token, every kernel counts: a step of BART-large spends more time on launches than on
+arithmetic.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from peftbench.modification.state import folded
 
 @contextmanager
 def prepared(model: PreTrainedModel, bf16: bool = False) -> Iterator[None]:
-    """Inside the block the model, in evaluation mode and without gradients, predicts as before, but for rounding.
+    """Inside the block, the model predicts as before, except for rounding, in evaluation mode and without gradients.
 
     Products are computed in the dtype of autocast or of the backbone.
 
     Args:
-        bf16: it will run under bfloat16 autocast.
+        bf16: the model will run under bfloat16 autocast.
     """
     rounded = _weights_in_bfloat16(model) if bf16 else nullcontext()
     with folded(model), merged(model), _direct(model), rounded, _quick(model, bf16):
@@ -42,7 +43,7 @@ def prepared(model: PreTrainedModel, bf16: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _direct(model: nn.Module) -> Iterator[None]:
-    """The hooks of a `SublayerDropout`, which drops nothing in evaluation, stand on the Linear in front of it."""
+    """Inside the block, the hooks of a `SublayerDropout`, which now drops nothing, are on the Linear before it."""
     with unhooked(model):
         for module in model.modules():
             hooks = module._forward_hooks
@@ -50,7 +51,7 @@ def _direct(model: nn.Module) -> Iterator[None]:
                 dropout = getattr(hook, "__self__", None)
                 if not isinstance(dropout, SublayerDropout):
                     continue
-                del hooks[key]  # the last one: it is hooked on when all edits stand
+                del hooks[key]  # it is the last one, because it is added after all edits
                 hooks.update(dropout._forward_hooks)
                 dropout._forward_hooks.clear()
         yield
@@ -58,7 +59,7 @@ def _direct(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quick(model: PreTrainedModel, bf16: bool) -> Iterator[None]:
-    """Edits that add a bottleneck do so by `widened` where that is possible, and else by `quick_modify`."""
+    """Inside the block, edits that add a bottleneck use `widened` if that is possible, and otherwise `quick_modify`."""
     quick = [module for module in model.modules() if isinstance(module, Edit) and _adds_bottleneck(module)]
     layers = find_sites(model).layers if quick else ()
     replaced: list[nn.Linear] = []
@@ -73,7 +74,7 @@ def _quick(model: PreTrainedModel, bf16: bool) -> Iterator[None]:
                     continue
                 unhook(edit)
                 for linear, forward in zip(ffn, widened(*ffn, constants), strict=True):
-                    vars(linear)["forward"] = forward  # before the class's own; a hook takes longer, at every token
+                    vars(linear)["forward"] = forward  # hides the class's own; a hook would take longer, at every token
                     replaced.append(linear)
             yield
         finally:
@@ -101,7 +102,7 @@ class Constants(NamedTuple):
     @classmethod
     @torch.no_grad()
     def of(cls, edit: Edit, dtype: torch.dtype) -> Constants:
-        """In the dtype in which they will be used."""
+        """Return an edit's constants in the dtype in which they will be used."""
         function = edit.function
         assert isinstance(function, Bottleneck)
         down, up = (weight[0] for weight in function.weights())
@@ -117,7 +118,7 @@ class Constants(NamedTuple):
 
 
 def quick_modify(edit: Edit, constants: Constants) -> Callable[[Tensor, Tensor], Tensor]:
-    """h + s(f(x W_down + b_down) W_up + b_up) as `edit.modify` has it, with s inside W_up and b_up."""
+    """Return `edit.modify`, h + s(f(x W_down + b_down) W_up + b_up), with s inside W_up and b_up."""
     down, down_bias, up, up_bias, f = constants
     insertion = edit.insertion
 
@@ -129,9 +130,9 @@ def quick_modify(edit: Edit, constants: Constants) -> Callable[[Tensor, Tensor],
 
 
 def _ffn_of(edit: Edit, layers: Sequence[Layer]) -> tuple[nn.Linear, nn.Linear] | None:
-    """W_1 and W_2 of the FFN to which a parallel edit, and no other one, adds; None if it cannot be `widened`.
+    """Return W_1 and W_2 of the FFN to which a parallel edit, and no other one, adds; None if it cannot be `widened`.
 
-    With one W_1, what stands before W_2 is an activation of each column by itself; with two it is a product of columns.
+    With one W_1, the input of W_2 is an activation of each column by itself; with two, it is a product of columns.
     """
     if edit.insertion is not parallel or edit.own_input:
         return None
@@ -152,13 +153,14 @@ Forward = Callable[[Tensor], Tensor]
 
 @torch.no_grad()
 def widened(first: nn.Linear, second: nn.Linear, constants: Constants) -> tuple[Forward, Forward]:
-    """What W_1 and W_2 of an FFN compute so that a parallel bottleneck is r more of its inner columns:
+    """Return functions for W_1 and W_2 of an FFN that treat a parallel bottleneck as r more inner columns:
 
         W_2 g(W_1 x + b_1) + b_2 + s(W_up f(W_down x + b_down) + b_up)
             = [W_2, sW_up] [g(W_1 x + b_1), f(W_down x + b_down)] + (b_2 + sb_up)
 
-    The layer applies g to all columns; then those of the bottleneck are written over. Zeros, which g leaves finite and
-    W_2 does not see, fill the columns up to a multiple of 8: products of bfloat16 matrices want rows of whole 16 bytes.
+    The layer applies g to all columns; then those of the bottleneck are overwritten. The columns are padded to a
+    multiple of 8 with zeros, which g leaves finite and W_2 multiplies by zero, because products of bfloat16 matrices
+    need rows of multiples of 16 bytes to be fast.
     """
     down, down_bias, up, up_bias, f = constants
     width, bottleneck = len(first.weight), len(down)
@@ -173,7 +175,7 @@ def widened(first: nn.Linear, second: nn.Linear, constants: Constants) -> tuple[
 
     def read(x: Tensor) -> Tensor:
         inner = F.linear(x, weight_1, bias_1)
-        kept[:] = (inner,)  # in the place of one that an error left here
+        kept[:] = (inner,)  # replaces one that an error may have left here
         return inner
 
     def add(x: Tensor) -> Tensor:
@@ -193,8 +195,11 @@ def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 @contextmanager
 def _weights_in_bfloat16(model: nn.Module) -> Iterator[None]:
-    """The projections' weights and biases as autocast rounds them, which keeps no copy of a weight without gradient and
-    so rounds it again for every token. A tied output embedding is rounded, the input embedding is not."""
+    """Inside the block, the projections' weights and biases are rounded as autocast rounds them.
+
+    Autocast caches no copy of a weight without gradient, and so rounds it again for every token. A tied output
+    embedding is rounded, the input embedding is not.
+    """
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
         for module in model.modules():

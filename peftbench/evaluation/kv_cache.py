@@ -1,12 +1,15 @@
-"""The KV cache of a generation, in which prefixes stand once and the beams of a source share its keys and values.
+"""The KV cache of a generation, which stores prefixes once and shares a source's keys and values among its beams.
 
-A prefix that is joined to the keys at every token is two kernels more for each attention: in the cache it is joined
-when the text begins. It counts as no tokens there, so that positions and masks stay those of the text. Of tokens a
-layer's cache in transformers makes new tensors at every token, and a search that reorders its beams moves all of them,
-layer by layer: here a token is written behind the others, and the tokens of all layers are moved at once. And
+A prefix that is concatenated to the keys at every token takes two more kernels for each attention. In the cache, it is
+concatenated once, when the text begins. It counts as no tokens there, so that positions and masks stay those of the
+text.
+
+A layer's cache in transformers makes new tensors at every token, and a search that reorders its beams moves all of
+them, layer by layer. Here a token is written after the others, and the tokens of all layers are moved at once.
+
 transformers repeats the source for each beam: six beams read six equal copies of a cross-attention's keys and values at
-every token, and the search moves them among each other. Here each source has one row, and the attention function takes
-its beams as queries of that row (`head_attention.modified_attention`).
+every token, and the search reorders these copies. Here each source has one row, and the attention function takes its
+beams as queries of that row (`head_attention.modified_attention`).
 """
 
 from __future__ import annotations
@@ -26,16 +29,16 @@ from peftbench.backbones.sites import Attention, configs_of, configured, find_si
 from peftbench.modification.attach import takes_our_attention
 from peftbench.modification.head_attention import ATTENTION_NAME, HEADS, Prefix
 
-ROOM = 64  # tokens for which a store has room at first, and by which it grows
+ROOM = 64  # tokens for which a store has room initially, and by which it grows
 
 
 class Store:
-    """Keys and values of A self-attentions of a decoder, whose prefixes are equally long.
+    """Keys and values of A self-attentions of a decoder, whose prefixes have the same length.
 
-    They stand in one tensor, (l + room, 2 A, B, N_kv, d_h): first the prefixes', then a row for each token. A token is
-    written there, and no other one is touched. A search's beams are moved in all attentions by one kernel, to a second
-    such tensor that then takes the first one's place; prefixes stand in both, as all beams have the same. (A new tensor
-    for each token's move would be a little larger than all before it, and none of their memory could be used for it.)
+    They are stored in one tensor, (l + room, 2 A, B, N_kv, d_h): first the prefixes', then a row for each token. A
+    token is written there without copying the others. One kernel moves a search's beams in all attentions, to a second
+    such tensor, and the two are swapped. Both contain the prefixes, because they are the same for all beams. (A new
+    tensor for each move would be a little larger than all before it, and could not reuse their memory.)
 
     Args:
         prefixes: of each attention.
@@ -43,18 +46,21 @@ class Store:
 
     _all: Tensor
     _spare: Tensor | None = None
-    _new: tuple[Tensor, ...]  # where the keys and values of the last tokens go, each (B, N_kv, tokens, d_h)
-    _until_now: tuple[Tensor, ...]  # those of the prefix and all tokens, each (B, N_kv, l + tokens, d_h)
+    _new: tuple[Tensor, ...]  # slots for the keys and values of the last tokens, each (B, N_kv, tokens, d_h)
+    _until_now: tuple[Tensor, ...]  # keys and values of the prefix and all tokens, each (B, N_kv, l + tokens, d_h)
 
     def __init__(self, prefixes: Sequence[Sequence[Prefix]]) -> None:
         self.prefixes = prefixes
         self.length = _length(prefixes[0])
-        self.tokens = 0  # that one attention has seen at least
+        self.tokens = 0  # the number that at least one attention has seen
 
     def write(self, attention: int, before: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put an attention's keys and values of further tokens, (B, N_kv, tokens, d_h), behind those of `before`
-        tokens; returns all that it has."""
-        if before == self.tokens:  # it is the first one to see them
+        """Append an attention's keys and values of further tokens, (B, N_kv, tokens, d_h), to those of `before` tokens.
+
+        Returns:
+            All its keys and all its values, with the prefix.
+        """
+        if before == self.tokens:  # this attention is the first one to see them
             self._extend(key)
         at = 2 * attention
         self._new[at].copy_(key)
@@ -62,7 +68,7 @@ class Store:
         return self._until_now[at], self._until_now[at + 1]
 
     def reorder(self, beams: Tensor) -> None:
-        """Move the tokens: row b becomes what row `beams`[b] was."""
+        """Reorder the tokens: row b becomes the old row `beams`[b]."""
         begin, end = self.length, self.length + self.tokens
         count, width = len(beams), self._all[0, 0, 0].numel()
         starts = torch.arange(0, self.tokens * self._all.shape[1] * count, count, device=beams.device)
@@ -84,7 +90,7 @@ class Store:
         )
 
     def _grow(self, length: int, key: Tensor) -> None:
-        """Room for `length` vectors and `ROOM` more."""
+        """Make room for `length` vectors and `ROOM` more."""
         batch, heads, _, width = key.shape
         larger = key.new_empty(length + ROOM, 2 * len(self.prefixes), batch, heads, width)
         if self.tokens:
@@ -96,30 +102,30 @@ class Store:
 
 
 class StoredLayer(DynamicLayer):
-    """A self-attention's keys and values, in a store that it shares with others."""
+    """A self-attention's keys and values, in a store that it shares with other attentions."""
 
     def __init__(self, store: Store, attention: int) -> None:
         super().__init__()
         self.store, self.attention, self.tokens = store, attention, 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keep those of further tokens; returns all, behind those of the prefix."""
+        """Store those of further tokens; return all, after those of the prefix."""
         found = self.store.write(self.attention, self.tokens, key_states, value_states)
         self.tokens += key_states.shape[2]
         return found
 
     def get_seq_length(self) -> int:
-        """The number of tokens."""
+        """Return the number of tokens."""
         return self.tokens
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Move the beams, with the store's first layer those of all."""
+        """Reorder the beams; the store's first layer does so for all its layers."""
         if self.attention == 0 and self.tokens:
             self.store.reorder(beam_idx)
 
 
 class SourceLayer(DynamicLayer):
-    """A cross-attention's keys and values, (sources, N_kv, l + K, d_h), the prefixes' first, as those of all beams."""
+    """A cross-attention's keys and values, (sources, N_kv, l + K, d_h), the prefixes' first, shared by all beams."""
 
     def __init__(self, prefixes: Sequence[Prefix], beams: int) -> None:
         super().__init__()
@@ -127,26 +133,26 @@ class SourceLayer(DynamicLayer):
         self.length = _length(prefixes)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Begin with the prefixes."""
+        """Start with the prefixes."""
         super().lazy_initialization(key_states, value_states)
         if self.prefixes:
             fronts = _joined(self.prefixes, key_states.dtype)
             self.keys, self.values = (vectors.expand(len(key_states), -1, -1, -1) for vectors in fronts)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keep every first beam's, and return what is kept."""
+        """Store those of each source's first beam; return all that are stored."""
         kept: tuple[Tensor, Tensor] = super().update(
             key_states[:: self.beams], value_states[:: self.beams], *args, **kwargs
         )
         return kept
 
     def get_seq_length(self) -> int:
-        """The number of the source's tokens."""
+        """Return the number of the source's tokens."""
         count: int = super().get_seq_length()
         return max(0, count - self.length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Nothing to do: a beam is never moved to another source."""
+        """Do nothing: a beam is never moved to another source."""
 
 
 NewCache = Callable[[], dict[str, Cache]]
@@ -154,10 +160,10 @@ NewCache = Callable[[], dict[str, Cache]]
 
 @contextmanager
 def generation_caches(model: PreTrainedModel, beams: int) -> Iterator[NewCache]:
-    """Inside, the function that is given makes what `generate` takes for a batch: a cache of ours.
+    """Yield a function that makes the argument of `generate` for a batch: one of our caches, for use inside the block.
 
-    Nothing where there is neither a prefix nor a source to share, or where another attention than SDPA or ours was
-    asked for.
+    The function returns no argument if there is neither a prefix nor a source to share, or if another attention than
+    SDPA or ours was requested.
     """
     sites, both = find_sites(model), model.config.is_encoder_decoder
     attentions = [
@@ -174,10 +180,12 @@ def generation_caches(model: PreTrainedModel, beams: int) -> Iterator[NewCache]:
     def new_self() -> DynamicCache:
         return DynamicCache(config=model.config.get_text_config(decoder=True))
 
-    stores: dict[int, list[tuple[int, list[Prefix]]]] = defaultdict(list)  # of a length, the layers and their prefixes
+    stores: dict[int, list[tuple[int, list[Prefix]]]] = defaultdict(
+        list
+    )  # for each length, the layers and their prefixes
     windowed = {index for index, layer in enumerate(new_self().layers) if type(layer) is not DynamicLayer}
     for index, attention in attentions:
-        if attention.kind == "self" and index in windowed:  # its window would push a prefix out
+        if attention.kind == "self" and index in windowed:  # its window would drop the prefix
             prefixes[attention.name] = []
         elif attention.kind == "self":
             own = prefixes[attention.name]
@@ -206,22 +214,22 @@ def generation_caches(model: PreTrainedModel, beams: int) -> Iterator[NewCache]:
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """What a model calls the cache that it is given; since transformers 5.24 the older name warns."""
+    """Return the name of a model's argument for the cache. Since transformers 5.24 the older name causes a warning."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _prefixes(attention: Attention) -> list[Prefix]:
-    """In the order in which they stand before the keys: each joins in front of those before it."""
+    """Return the prefixes in their order before the keys: each modification puts its own before the earlier ones."""
     modifications = getattr(attention.module, HEADS, {})
     return [each for each in reversed(modifications.values()) if isinstance(each, Prefix)]
 
 
 def _length(prefixes: Sequence[Prefix]) -> int:
-    """How many keys they put before those of the text."""
+    """Return the number of keys that they put before those of the text."""
     return sum(prefix.function.bottleneck for prefix in prefixes)
 
 
 def _joined(prefixes: Sequence[Prefix], dtype: torch.dtype) -> list[Tensor]:
-    """P_k and P_v of all, one prefix behind the other, each (N_kv, l, d_h)."""
+    """Return P_k and P_v of all prefixes, concatenated, each (N_kv, l, d_h)."""
     pairs = [prefix.vectors(dtype) for prefix in prefixes]
     return [torch.cat(vectors, dim=1) for vectors in zip(*pairs, strict=True)]

@@ -1,4 +1,4 @@
-"""A finished run as a checkpoint that plain transformers loads."""
+"""Write a finished run as a checkpoint that plain transformers loads."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def write_merged(folder: Path, run: Run, out: Path) -> tuple[str, float]:
     """Write the merged model of the run in `folder`, with its tokenizer, to `out`.
 
     Returns:
-        The name of the model's class, and the share of the change that rounding took (`modification.merge`).
+        The name of the model's class, and the share of the change that was lost by rounding (`modification.merge`).
 
     Raises:
-        UserError: the method has no merged form, which is found before weights are read.
+        UserError: the method has no merged form. This is found before weights are read.
     """
     bare = meta_backbone(run.model, run.task, load_config(run.model))
     plain = list(bare.state_dict())

@@ -1,4 +1,4 @@
-"""Generated ids on their way: kept on disk batch by batch, so that a long generation that was stopped can go on."""
+"""Store generated ids on disk, batch by batch, so that a long generation that was interrupted can resume."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ import numpy as np
 
 
 class Partial:
-    """The rows of a prediction that are there already, by example.
+    """The rows of a prediction that have been computed, by example.
 
-    A file with a line for what is predicted and a line for each example. One that was written for anything else is
-    begun anew, and a last line that is torn is done again.
+    They are stored in a file with a line for the stamp and a line for each example. A file with another stamp is
+    overwritten, and an incomplete last line is ignored.
 
     Args:
-        stamp: what the rows follow from: model, settings, data.
+        stamp: states what the rows depend on: model, settings, data.
     """
 
     def __init__(self, path: Path, stamp: str) -> None:
         self.path = path
         self.rows: dict[int, np.ndarray] = {}
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []  # the last one has no end
+        lines = (
+            path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+        )  # without the last one, which is empty or torn
         if lines[:1] == [json.dumps(stamp)]:
             for line in lines[1:]:
                 index, ids = json.loads(line)
@@ -32,11 +34,11 @@ class Partial:
         self.add(list(self.rows), list(self.rows.values()))
 
     def add(self, indices: Sequence[int], rows: Sequence[np.ndarray]) -> None:
-        """Keep the rows of these examples."""
+        """Store the rows of these examples."""
         self.rows.update(zip(indices, rows, strict=True))
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps([i, row.tolist()]) + "\n" for i, row in zip(indices, rows, strict=True))
 
     def remove(self) -> None:
-        """All is done: the file goes."""
+        """Delete the file, which is not needed once all rows are there."""
         self.path.unlink(missing_ok=True)

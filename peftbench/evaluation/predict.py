@@ -1,6 +1,6 @@
-"""Predictions of a model for a whole data set: logits for classification, generated ids for text. Its loss there.
+"""Predict for a whole data set: logits for classification, generated ids for text; and compute the loss on it.
 
-Examples are batched by length, so that little is spent on padding, and come back in their own order.
+Examples are batched by length, so that there is little padding, and are returned in their original order.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from peftbench.training.token_loss import TokenLoss
 from peftbench.utils.memory import make_room, out_of_memory
 
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
-PADDING = -100  # what fills the end of shorter predictions
+PADDING = -100  # fills the ends of shorter predictions
 
 
 def predict(
@@ -40,20 +40,18 @@ def predict(
     partial: Partial | None = None,
     on_batch: Callable[[int], None] = lambda examples: None,
 ) -> np.ndarray:
-    """Returns (examples, labels) logits, or with `generation` (examples, longest) ids, filled up with -100.
+    """Return (examples, labels) logits, or with `generation` (examples, longest) ids, padded with -100.
 
     Args:
-        batch_size: how many examples a batch has at most; halved where memory runs out.
-        max_tokens: how many tokens its inputs have at most, padding included; None: any number.
+        batch_size: the maximum number of examples in a batch; it is halved when memory runs out.
+        max_tokens: the maximum number of tokens of its inputs, padding included; None: any number.
         generation: how to generate; None: the model's logits.
         bf16: run under bfloat16 autocast.
-        partial: what an earlier try has predicted, which is not predicted again; every batch is added to it.
-        on_batch: is told how many examples each batch had.
+        partial: the rows that an earlier attempt has predicted, which are not predicted again; each batch is added.
+        on_batch: is called with the number of examples of each batch.
     """
     lengths = [len(ids) for ids in dataset["input_ids"]]
-    order = sorted(
-        range(len(lengths)), key=lengths.__getitem__, reverse=True
-    )  # the largest batch first: it fits or not
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)  # the largest batch is tried first
     columns = [name for name in dataset.column_names if name != "labels"]
     examples = dataset.select_columns(columns)
     rows: list[np.ndarray] = [np.empty(0)] * len(order)
@@ -96,7 +94,7 @@ def predict(
 def _batches(
     order: Sequence[int], lengths: Sequence[int], batch_size: int, max_tokens: int | None
 ) -> Iterator[Sequence[int]]:
-    """`order`, the longest first, in parts; an example longer than `max_tokens` is a part of its own."""
+    """Split `order`, the longest first, into batches; an example longer than `max_tokens` is a batch by itself."""
     start = 0
     while start < len(order):
         fitting = batch_size if max_tokens is None else max_tokens // max(1, lengths[order[start]])
@@ -113,7 +111,7 @@ def _halves(batch: Sequence[int]) -> Iterator[Sequence[int]]:
 def _if_it_fits(
     outputs: Callable[[dict[str, Tensor]], Tensor], padded: Mapping[str, Any], device: torch.device, last: bool
 ) -> list[np.ndarray] | None:
-    """The outputs for a batch, or None where memory runs out, but for the `last` size that there is."""
+    """Return the outputs for a batch; None if memory runs out, unless it is the `last` size that can be tried."""
     try:
         batch = {name: tensor.to(device) for name, tensor in padded.items() if tensor is not None}
         return list(outputs(batch).cpu().numpy())
@@ -126,7 +124,7 @@ def _if_it_fits(
 def _generate(
     model: PreTrainedModel, batch: dict[str, Tensor], generation: GenerationConfig, new_cache: NewCache
 ) -> Tensor:
-    """Generated ids alone. In a decoder alone n-grams of the prompt may be repeated, as those of a source may."""
+    """Return the generated ids. A decoder alone may repeat n-grams of its prompt, as others may those of a source."""
     if model.config.is_encoder_decoder:
         ids: Tensor = model.generate(**batch, **new_cache(), generation_config=generation)
         return ids
@@ -139,13 +137,13 @@ def _generate(
 
 
 def share_cut_off(predictions: np.ndarray, generation: GenerationConfig, begun: int) -> float:
-    """The share of generated texts that ended because they were as long as they may be, not by an end token.
+    """Return the share of generated texts that ended because they reached the maximum length, not by an end token.
 
-    An end that a backbone is forced to write in the last place (BART's) is no end of the text's own.
+    An end token that a backbone is forced to write in the last place (as BART is) does not count.
 
     Args:
-        predictions: ids as `predict` gives them, (examples, longest).
-        begun: how many ids of each were there before the first one was generated.
+        predictions: ids as `predict` returns them, (examples, longest).
+        begun: the number of ids of each text before the first generated one.
     """
     ends = np.isin(predictions[:, begun:], end_ids(generation))
     if generation.forced_eos_token_id is not None:
@@ -155,12 +153,12 @@ def share_cut_off(predictions: np.ndarray, generation: GenerationConfig, begun: 
 
 
 def end_ids(generation: GenerationConfig) -> list[int]:
-    """The ids at which generation stops."""
+    """Return the ids at which generation stops."""
     return [int(index) for index in np.atleast_1d(generation.eos_token_id) if index is not None]
 
 
 class _NoRepeatBehind(NoRepeatNGramLogitsProcessor):
-    """Forbids n-grams to be repeated behind the first `start` tokens."""
+    """Forbids repeated n-grams after the first `start` tokens."""
 
     def __init__(self, start: int, size: int) -> None:
         super().__init__(size)
@@ -180,9 +178,9 @@ def mean_loss(
     *,
     bf16: bool = False,
 ) -> float:
-    """The cross-entropy of the labels, with label smoothing, averaged over all tokens of `dataset` but -100.
+    """Return the cross-entropy of the labels, with label smoothing, averaged over all tokens of `dataset` but -100.
 
-    The logits of a batch, 3 GB for 256 targets of 200 tokens over 16,384 words, are never there all at once.
+    The logits of a whole batch (3 GB for 256 targets of 200 tokens over 16,384 words) are never in memory at once.
     """
     total, tokens = 0.0, 0
     layer = model.get_output_embeddings()
@@ -200,7 +198,7 @@ def mean_loss(
 
 @contextmanager
 def _predicting(model: PreTrainedModel, bf16: bool) -> Iterator[None]:
-    """Inside, the model is in evaluation mode and prepared, and no gradients are kept."""
+    """Inside the block, the model is in evaluation mode and prepared, and computes no gradients."""
     was_training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Any metric of a finished run, from its saved predictions. Imports no torch."""
+"""Compute any metric of a finished run from its saved predictions."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from peftbench.utils.errors import UserError, unknown
 
 
 def rescore(folder: Path, metric: str | None = None) -> list[dict[str, Any]]:
-    """`{"role", "split", "examples", "metrics", "signatures"}` for each split that the run reported on, and "cut_off"
-    where its record has it.
+    """Return `{"role", "split", "examples", "metrics", "signatures"}` for each split that the run reported on.
+
+    If the record has it, "cut_off" is included.
 
     Raises:
-        UserError: as `main`.
+        UserError: there are no such predictions, or the metric does not fit the task.
     """
     record = saved_record(folder)
     task: Task = saved_config(folder).task

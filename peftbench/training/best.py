@@ -1,4 +1,4 @@
-"""The state of the best evaluation so far: `trainer.keep=best`."""
+"""Keep the state of the best evaluation so far: `trainer.keep=best`."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ class KeepBest(TrainerCallback):
 
     @property
     def notes(self) -> dict[str, float | None]:
-        """What a checkpoint notes beside the tensors."""
+        """Return what a checkpoint stores in addition to the tensors."""
         return {"value": self.best, "step": self.step}
 
     def save(self, folder: Path) -> None:
-        """Write what is kept to a checkpoint's folder."""
+        """Write the best tensors to a checkpoint's folder."""
         write_tensors(self.tensors, folder / BEST)
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Take up what was kept when the checkpoint was written."""
+        """Restore this object to its state when the checkpoint was written."""
         self.best, self.step = checkpoint.notes["best"]["value"], checkpoint.notes["best"]["step"]
         self.tensors = load_file(checkpoint.folder / BEST)
 
     @torch.no_grad()
     def restore(self, model: PreTrainedModel) -> None:
-        """Put the best state back."""
+        """Copy the best state into the model."""
         for name, parameter in model.named_parameters():
             if name in self.tensors:
                 parameter.copy_(self.tensors[name])

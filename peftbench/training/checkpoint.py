@@ -1,7 +1,7 @@
-"""What an interrupted training goes on from: the trained tensors, the optimiser and the random numbers.
+"""Checkpoints from which an interrupted training resumes: the trained tensors, the optimiser and the random numbers.
 
-transformers' Trainer writes and reads a checkpoint; the weights in it are only those that are trained (`Resumable`).
-A training that goes on from one ends, on a CPU, in the very bits of one that never stopped.
+transformers' Trainer writes and reads them; they contain only those weights that are trained (`Resumable`). On a CPU, a
+training that resumes from one ends with the same bits as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from peftbench.modification.state import read_tensors, trained_tensors, write_te
 
 TENSORS = "trained.safetensors"
 NOTES = "peftbench.json"
-LAST_WRITTEN = "trainer_state.json"  # by Trainer, so a folder with a whole one is a whole checkpoint
+LAST_WRITTEN = "trainer_state.json"  # Trainer writes it last: if it is complete, the checkpoint is
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint of a training."""
+    """A complete checkpoint of a training."""
 
     folder: Path
     step: int  # optimiser steps done
-    notes: dict[str, Any]  # what `Resumable.notes` said when it was written
+    notes: dict[str, Any]  # what `Resumable.notes` returned when it was written
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Where the checkpoints of one training lie and how often one is written."""
+    """Where the checkpoints of one training are stored and how often one is written."""
 
     folder: Path
-    minutes: float  # of training between two; 0: at every logged step
-    stamp: str  # of all that must be the same for a training to go on, such as the data
+    minutes: float  # of training between two checkpoints; 0: one at every logged step
+    stamp: str  # states all that must be the same for a training to resume, such as the data
 
     def take_up(self) -> Checkpoint | None:
-        """The newest whole checkpoint with our stamp, or None. Deletes all others: nothing will go on from them."""
+        """Return the newest complete checkpoint with our stamp, or None. Delete the others, which will not be used."""
         newest = max(self._whole(), key=lambda checkpoint: checkpoint.step, default=None)
         for folder in self._folders():
             if newest is None or folder != newest.folder:
@@ -57,17 +57,25 @@ class Checkpoints:
             try:
                 step = json.loads((folder / LAST_WRITTEN).read_text(encoding="utf-8"))["global_step"]
                 notes = json.loads((folder / NOTES).read_text(encoding="utf-8"))
-            except (OSError, ValueError):  # the process died while it wrote this one
+            except (OSError, ValueError):  # the process ended while it wrote this one
                 continue
             if notes["stamp"] == self.stamp:
                 yield Checkpoint(folder, step, notes)
 
 
 class Resumable(Trainer):
-    """Trainer whose checkpoints hold of the model's weights only those that are trained."""
+    """Trainer whose checkpoints contain only those of the model's weights that are trained.
+
+    Args:
+        notes: returns JSON values to store with them.
+        others: the arguments of the next class, such as Trainer's.
+    """
 
     model: PreTrainedModel
-    notes: Callable[[], dict[str, Any]]  # JSON values to keep beside them
+
+    def __init__(self, *, notes: Callable[[], dict[str, Any]], **others: Any) -> None:
+        self.notes = notes
+        super().__init__(**others)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         assert output_dir is not None
@@ -81,9 +89,10 @@ class Resumable(Trainer):
 
 
 class SaveByTime(TrainerCallback):
-    """Asks for a checkpoint after every so many minutes of training, at a step whose loss is logged.
+    """Requests a checkpoint after every `minutes` minutes of training, at a step whose loss is logged.
 
-    Between two logged steps Trainer holds a running sum of the loss that no checkpoint keeps. The last step needs none.
+    Between two logged steps Trainer has a running sum of the loss that checkpoints do not contain. The last step needs
+    no checkpoint.
     """
 
     def __init__(self, minutes: float) -> None:

@@ -1,7 +1,7 @@
-"""A training that has left the finite numbers is stopped: no step after that can bring it back.
+"""Stop a training whose numbers are no longer finite, because no later step can make them finite again.
 
-The loss and the gradient norm are looked at where Trainer logs them, for which it waits for the GPU anyway, and the
-weights before each look at the selection split and at the end.
+The loss and the gradient norm are checked when Trainer logs them, which waits for the GPU anyway. The weights are
+checked before each evaluation on the selection split and at the end.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from peftbench.modification.state import trained_tensors
 from peftbench.records.record import Divergence
 
-LOGGED = {"loss": "loss", "grad_norm": "gradient norm"}  # Trainer's words, and ours
+LOGGED = {"loss": "loss", "grad_norm": "gradient norm"}  # Trainer's names, and those of the messages
 
 
 def are_finite(model: PreTrainedModel) -> bool:
-    """Whether all that is trained of the model is finite. Waits for the GPU once."""
+    """Return whether all trained tensors of the model are finite. Waits for the GPU once."""
     return bool(torch.stack([tensor.isfinite().all() for tensor in trained_tensors(model).values()]).all())
 
 
 class StopWhereDiverged(TrainerCallback):
-    """Ends a training at the first logged step, or the first look, at which something is not finite."""
+    """Ends a training at the first logged step, or the first evaluation, at which something is not finite."""
 
     def __init__(self) -> None:
         self.found: Divergence | None = None
@@ -37,7 +37,7 @@ class StopWhereDiverged(TrainerCallback):
                 return self._stop(what, state, control)
 
     def may_look(self, model: PreTrainedModel, state: TrainerState, control: TrainerControl) -> bool:
-        """Whether the model is worth a score: its weights are finite."""
+        """Return whether to evaluate the model; end the training if its weights are not finite."""
         if self.found is None and not are_finite(model):
             self._stop("weights", state, control)
         return self.found is None

@@ -1,6 +1,6 @@
-"""A training that has ended: what it cost, beside its adapter until the run is done.
+"""A training that has ended: its cost is stored with its adapter until the run is done.
 
-So an evaluation that is stopped, which for long texts takes as long as the training, is all that is done again.
+If the evaluation is then interrupted, only the evaluation is repeated. For long texts it takes as long as the training.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from peftbench.utils.files import replacing
 
 
 def keep(file: Path, stamp: str, fitted: Fitted) -> None:
-    """Note that it has ended, and did not diverge, with a stamp of all that must be the same to make use of it."""
+    """Note that a training has ended and did not diverge; `stamp` states all that must be the same to use it again."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as written:
         json.dump({"stamp": stamp, "fitted": asdict(fitted)}, written)
 
 
 def ended(file: Path, stamp: str) -> Fitted | None:
-    """What `keep` noted; None where the training has not ended, or was another one."""
+    """Return what `keep` noted; None if the training has not ended, or has another stamp."""
     try:
         noted = json.loads(file.read_text(encoding="utf-8"))
         return Fitted(**noted["fitted"]) if noted["stamp"] == stamp else None

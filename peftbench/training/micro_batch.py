@@ -65,11 +65,17 @@ class MicroBatched(Trainer):
 
     If memory runs out, the gradients of the step are computed again from parts of half the size. Weights and optimiser
     are then still in the state after the previous step.
+
+    Args:
+        micro: splits the batches.
+        others: the arguments of the next class, such as Trainer's.
     """
 
-    micro: MicroBatches
-    _batches: Sequence[Mapping[str, Tensor]]  # batches of the optimiser step
-    _begun: int  # how many of them have been started
+    def __init__(self, *, micro: MicroBatches, **others: Any) -> None:
+        self.micro = micro
+        self._batches: Sequence[Mapping[str, Tensor]] = []  # batches of the optimiser step
+        self._begun = 0  # how many of them have been started
+        super().__init__(**others)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, items = super().get_batch_samples(*args, **kwargs)

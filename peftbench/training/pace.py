@@ -1,4 +1,4 @@
-"""Measure the time of each optimiser step without making the CPU wait for the GPU."""
+"""Measure the time of a training, and of each optimiser step without making the CPU wait for the GPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,27 @@ import torch
 from transformers import TrainerCallback
 
 Mark = Any  # a torch.cuda.Event, or the seconds of a clock
+
+
+class Clock:
+    """Counts the seconds of a training.
+
+    Args:
+        earlier: seconds of the interrupted attempts, up to the checkpoint from which this one resumes.
+    """
+
+    def __init__(self, earlier: float = 0.0) -> None:
+        self.earlier = earlier
+        self._began: float | None = None
+
+    def start(self) -> None:
+        """Start this attempt."""
+        self._began = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds so far, of this attempt and the earlier ones."""
+        return self.earlier if self._began is None else self.earlier + time.perf_counter() - self._began
 
 
 class Pace(TrainerCallback):

@@ -1,4 +1,4 @@
-"""Which fast paths a training takes: what `auto` means for a backbone on a device, and the paths themselves."""
+"""The fast paths of a training, and what `auto` means for a backbone on a device."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from peftbench.training.token_loss import TokenLoss, output_layer
 from peftbench.utils.errors import UserError
 
 AUTO = "auto"
-WIDTH = 32  # bucketed batches are padded to multiples of so many tokens, if the backbone has positions for them
+WIDTH = 32  # tokens; bucketed batches are padded to multiples of it, if the backbone has enough positions
 
 
 def settled(settings: schema.Trainer, model: PreTrainedModel, *, bf16: bool, records: bool) -> schema.Trainer:
-    """The settings with true or false in place of `auto`: true where a path is quick and the backbone can have it.
+    """Return the settings with true or false instead of `auto`: true if a path is fast and the backbone supports it.
 
     Args:
         bf16: the training runs under bfloat16 autocast.
         records: steps can be recorded, as on a GPU.
 
     Raises:
-        UserError: `graphs=true` where they cannot.
+        UserError: `graphs=true`, and they cannot.
     """
     if settings.graphs is True and not records:
         raise UserError(
@@ -54,7 +54,7 @@ def settled(settings: schema.Trainer, model: PreTrainedModel, *, bf16: bool, rec
 
 
 def layer_drop(model: PreTrainedModel) -> str | None:
-    """The config key by which the backbone leaves out a layer now and then in training; None: it never does."""
+    """Return the config key by which the backbone skips layers at random in training; None: it skips none."""
     for each in configs_of(model):
         for key, rate in each.to_dict().items():
             if key.endswith("layerdrop") and rate:
@@ -63,7 +63,7 @@ def layer_drop(model: PreTrainedModel) -> str | None:
 
 
 def collator_of(data: TaskData, model: PreTrainedModel, settings: schema.Trainer, lengths: Lengths) -> Collator:
-    """The task's collator as the paths need it."""
+    """Return the task's collator, adapted to the paths."""
     if settings.padding_free:
         return with_lengths(data.collator, lengths.longest if settings.graphs else None, model.config.pad_token_id or 0)
     if settings.graphs or settings.batching is schema.Batching.bucketed:
@@ -75,7 +75,7 @@ def collator_of(data: TaskData, model: PreTrainedModel, settings: schema.Trainer
 
 @dataclass(frozen=True)
 class FastPaths:
-    """The paths of one training that its forward pass takes; None for one that it does not take."""
+    """The paths that the forward pass of one training takes; None for one that it does not take."""
 
     padding_free: PaddingFree | None = None
     token_loss: TokenLoss | None = None
@@ -83,10 +83,10 @@ class FastPaths:
 
     @classmethod
     def of(cls, model: PreTrainedModel, settings: schema.Trainer, lengths: Lengths) -> FastPaths:
-        """Those that the settings ask for and the model can have.
+        """Return the paths that the settings request and the model supports.
 
         Raises:
-            UserError: `padding_free` for a backbone that cannot have it.
+            UserError: `padding_free` for a backbone that does not support it.
         """
         compiled = settings.compile is not schema.Compile.none
         padding_free, token_loss = None, None
@@ -103,13 +103,13 @@ class FastPaths:
 
     @property
     def taken(self) -> list[str]:
-        """By their keys."""
+        """Return the keys of the paths that are taken."""
         paths = {"padding_free": self.padding_free, "fused_loss": self.token_loss, "compile": self.layers}
         return [key for key, path in paths.items() if path is not None]
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Inside, the model's passes go along them."""
+        """Inside the block, the model's passes take these paths."""
         with ExitStack() as stack:
             for path in (self.layers, self.padding_free):
                 if path is not None:
@@ -117,5 +117,5 @@ class FastPaths:
             yield
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """What a pass takes of a batch."""
+        """Return a pass's inputs for a batch."""
         return dict(batch) if self.padding_free is None else self.padding_free.load(batch)

@@ -3,57 +3,118 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, TrainerControl
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerControl
 
 from peftbench.training.batching import LengthBatches
 from peftbench.training.best import KeepBest
 from peftbench.training.checkpoint import Resumable
 from peftbench.training.divergence import StopWhereDiverged
 from peftbench.training.micro_batch import MicroBatched
+from peftbench.training.pace import Clock, Pace
 from peftbench.training.paths import FastPaths
 from peftbench.training.replay import Recorder, Replayed
 
-ITEMS = "items"  # beside a batch's tensors: by how many target tokens or examples the optimiser step divides
+ITEMS = "items"  # added to a batch's tensors: the target tokens or examples by which the optimiser step divides
 
 Evaluate = Callable[[], dict[str, float]]
 
 
-class FineTuner(MicroBatched, Resumable):
-    """Trainer whose evaluation is peftbench's own, the same as that of the report."""
+@dataclass(frozen=True)
+class Recording:
+    """How the step of each shape of batch is recorded; see `Replayed`."""
 
-    trained: Sequence[nn.Parameter]
-    scores: Evaluate
-    keeper: KeepBest | None = None
-    diverging: StopWhereDiverged
-    batches: LengthBatches | None = None  # None: random ones
-    paths = FastPaths()
-    replayed: Replayed | None = None
+    recorder: Recorder | None  # None: CUDA
+    required: bool  # a step that cannot be recorded is an error
+
+
+class FineTuner(MicroBatched, Resumable):
+    """Trainer that scores the model with peftbench's own evaluation, which is also that of the report.
+
+    It trains those parameters of the model that require gradients.
+
+    Args:
+        scores: scores the model in its current state on the selection split.
+        keeper: keeps the best state; None: the last state is the result.
+        batches: batches of similar length; None: random batches.
+        paths: the fast paths of the forward pass.
+        recording: how steps are recorded and replayed; None: they are not.
+        stamp: see `Checkpoints.stamp`; each checkpoint notes it.
+        earlier_seconds: see `Clock.earlier`.
+        callbacks: Trainer's, in addition to those of this class.
+        others: the arguments of `MicroBatched` and Trainer.
+    """
+
     control: TrainerControl
 
-    def record_steps(self, recorder: Recorder | None, *, required: bool) -> None:
-        """Record the step of each shape of batch and replay it; see `Replayed`."""
-        self.replayed = Replayed(self._whole_batch, self.trained, recorder, required=required)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        scores: Evaluate,
+        keeper: KeepBest | None,
+        batches: LengthBatches | None,
+        paths: FastPaths,
+        recording: Recording | None,
+        stamp: str,
+        earlier_seconds: float,
+        callbacks: Sequence[TrainerCallback],
+        **others: Any,
+    ) -> None:
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.scores, self.keeper, self.batches, self.paths, self.stamp = scores, keeper, batches, paths, stamp
+        self.replayed: Replayed | None = None
+        if recording is not None:
+            required = recording.required
+            self.replayed = Replayed(self._whole_batch, self.trained, recording.recorder, required=required)
+        self.clock, self.pace, self.diverging = Clock(earlier_seconds), Pace(model.device), StopWhereDiverged()
+        own = [self.diverging, self.pace, *([] if keeper is None else [keeper])]
+        super().__init__(model=model, notes=self._notes, callbacks=[*own, *callbacks], **others)
+        self.remove_callback(PrinterCallback)
 
     @property
     def paths_taken(self) -> list[str]:
-        """The fast paths that the training takes, by their keys."""
+        """Return the keys of the fast paths that the training takes."""
         replays = self.replayed is not None and self.replayed.recorder is not None
         return [*self.paths.taken, *(["graphs"] if replays else [])]
 
     @property
     def replay_bytes(self) -> int:
-        """GPU memory of a replayed step, what is allocated between steps and what its graphs hold; 0 without graphs."""
+        """Return the GPU memory of a replayed step: what is allocated between steps and what its graphs hold.
+
+        It is 0 without graphs.
+        """
         recorder = None if self.replayed is None else self.replayed.recorder
         if recorder is None or recorder.memory == 0:
             return 0
         allocated: int = torch.cuda.memory_allocated(self.args.device)
         return allocated + recorder.memory
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.clock.start()
+        return super().train(*args, **kwargs)
+
+    def restore_best(self) -> None:
+        """Restore the best state, after the training; the last state is a candidate too.
+
+        Without a keeper, and after a divergence, the model stays as it is.
+        """
+        if self.keeper is None or self.diverging.found is not None:
+            return
+        if self.keeper.step < self.state.global_step:
+            self.evaluate()
+        self.keeper.restore(self.model)
+
+    def _notes(self) -> dict[str, Any]:
+        """Return what a checkpoint stores in addition to the tensors."""
+        best = None if self.keeper is None else self.keeper.notes
+        return {"stamp": self.stamp, "seconds": self.clock.seconds, "best": best}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -87,7 +148,7 @@ class FineTuner(MicroBatched, Resumable):
         return self.replayed(inputs)
 
     def _whole_batch(self, inputs: dict[str, Any]) -> Tensor:
-        """Add a batch's gradients; returns its loss. What is recorded."""
+        """Add a batch's gradients and return its loss. This is the function that is recorded."""
         return super()._add_gradients(self.model, inputs, inputs.pop(ITEMS, None))
 
     def compute_loss(
@@ -100,11 +161,11 @@ class FineTuner(MicroBatched, Resumable):
         return token_loss(inputs, num_items_in_batch)
 
     def _clip_grad_norm(self, model: PreTrainedModel) -> Any:
-        """Of what is trained: to look for it among all of a backbone's tensors takes milliseconds, at every step."""
+        """Clip the gradients of `trained`: to search all tensors of a backbone takes milliseconds at every step."""
         return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not Trainer's estimate, which walks through all modules at every step; `arithmetic` has what is recorded."""
+        """Return 0: Trainer's estimate walks through all modules at every step. The record has that of `arithmetic`."""
         return 0
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -114,14 +175,14 @@ class FineTuner(MicroBatched, Resumable):
             self.replayed.release()  # nothing but graphs can use their memory
         metrics = {f"eval_{name}": value for name, value in self.scores().items()}
         if self.args.device.type == "cuda":
-            torch.cuda.empty_cache()  # runs that share the GPU may need what a generation took
+            torch.cuda.empty_cache()  # runs that share the GPU may need the memory that a generation took
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 
 def _crowded(device: torch.device) -> bool:
-    """Whether less than half of a GPU's memory is free."""
+    """Return whether less than half of a GPU's memory is free."""
     if device.type != "cuda":
         return False
     free, total = torch.cuda.mem_get_info(device)

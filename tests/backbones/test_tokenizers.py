@@ -194,7 +194,7 @@ def test_a_run_on_a_folder_without_a_tokenizer_is_refused(
 def test_a_part_of_a_tokenizer(tmp_path: Path) -> None:
     build("gpt2").config.save_pretrained(tmp_path)
     (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "<|endoftext|>": 2}))
-    with pytest.raises(UserError, match=r"has a part of a tokenizer: merges\.txt or tokenizer\.json is missing"):
+    with pytest.raises(UserError, match=r"has only part of a tokenizer: merges\.txt or tokenizer\.json is missing"):
         load_tokenizer(Model(path=str(tmp_path)))
 
 
@@ -202,7 +202,7 @@ def test_a_vocabulary_of_special_tokens_alone(tmp_path: Path) -> None:
     build("llama").config.save_pretrained(tmp_path)
     backend = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>"))
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>").save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="has a tokenizer whose vocabulary is special tokens alone"):
+    with pytest.raises(UserError, match="has a tokenizer whose vocabulary has only special tokens"):
         load_tokenizer(Model(path=str(tmp_path)))
 
 

@@ -150,11 +150,11 @@ def test_how_texts_were_read_is_in_the_record(texts: str, tmp_path: Path, capsys
     assert record["data"]["limits"]["sources"] == 10 and record["data"]["cut"]["train"] == {"sources": 1, "targets": 0}
     assert record["data"]["signatures"]["rouge2"].startswith("tok:rouge_score|stem:porter|version:")
     assert main(["evaluate", str(run)]) == 0
-    assert "read otherwise" not in " ".join(capsys.readouterr().out.split())
+    assert "read in another way" not in " ".join(capsys.readouterr().out.split())
     del record["data"]["reading"]
     (run / "record.json").write_text(json.dumps(record))
     assert main(["evaluate", str(run)]) == 0
-    assert 'read otherwise (special_tokens ["<s>", "</s>"])' in " ".join(capsys.readouterr().out.split())
+    assert 'read in another way (special_tokens ["<s>", "</s>"])' in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_generation_that_was_stopped_goes_on(

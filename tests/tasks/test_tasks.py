@@ -45,7 +45,7 @@ from peftbench.tasks.prepare import KINDS, prepare
 from peftbench.tasks.tokens import Encoder, positions
 from peftbench.training.batching import batches_per_epoch
 from peftbench.training.checkpoint import Checkpoints
-from peftbench.training.fit import fit
+from peftbench.training.fit import Criterion, Recipe, Resuming, fit
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import write_lines
 
@@ -359,7 +359,8 @@ def test_training_sees_every_example_once_an_epoch_in_batches_of_tokens(news: Ta
     data.collator = noted
     settings = Trainer(learning_rate=1e-3, epochs=2, batch_tokens=32, device=Device.cpu)
     nowhere = Checkpoints(tmp_path, minutes=60, stamp="")
-    fitted = fit(model, data, settings, seed=1, bf16=False, checkpoints=nowhere, evaluate=dict, metric="rouge1")
+    recipe, criterion = Recipe(settings, seed=1, bf16=False), Criterion(evaluate=dict, metric="rouge1")
+    fitted = fit(model, data, recipe, criterion, Resuming(nowhere))
     each = batches_per_epoch(data, settings)
     assert fitted.steps == 2 * each == len(seen)
     assert all(len(batch) * max(batch) <= 32 or len(batch) == 1 for batch in seen)
