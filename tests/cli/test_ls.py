@@ -86,7 +86,7 @@ def test_ls_keys(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     for key in keys():
         assert printed[printed.index(f"{key.name}: {', '.join(key.choices) or key.default}".strip()) + 1] == key.meaning
     assert main(["ls", "keys", "trainr"]) == 2
-    assert "No key begins with trainr; did you mean trainer?" in capsys.readouterr().err
+    assert "No key starts with trainr; did you mean trainer?" in capsys.readouterr().err
 
 
 def test_the_page_of_keys_is_what_ls_prints(capsys: pytest.CaptureFixture[str]) -> None:
