@@ -156,7 +156,7 @@ def test_cells_that_are_no_label(tmp_path: Path, cell: object, sentence: str) ->
 
 def test_three_labels_have_no_f1_whether_named_or_found(tmp_path: Path) -> None:
     file = write(tmp_path, "own.csv", "text,label\n" + "".join(f"{i},{'xyz'[i % 3]}\n" for i in range(30)))
-    with pytest.raises(UserError, match=r"own\.csv: task\.metric=f1 is that of the second of two labels"):
+    with pytest.raises(UserError, match=r"own\.csv: task\.metric=f1 is the F1 of the second of two labels"):
         load(replace(OWN, metric="f1", train_file=file))
 
 
