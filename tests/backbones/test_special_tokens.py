@@ -11,8 +11,8 @@ from tokenizers import processors
 from peftbench.backbones.special_tokens import Named, settle
 from peftbench.tasks.tokens import Encoder
 from peftbench.utils.errors import UserError
-from tests.integration.test_completion import tiny_llama
-from tests.unit.test_tasks import byte_level, multilingual, tiny_bart, tiny_bert, tiny_mbart, unigram, word_level
+from tests.tasks.test_completion import tiny_llama
+from tests.tasks.test_tasks import byte_level, multilingual, tiny_bart, tiny_bert, tiny_mbart, unigram, word_level
 
 SPECIAL = {0, 1, 2, 3, 4}.__contains__
 

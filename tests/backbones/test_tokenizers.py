@@ -26,9 +26,9 @@ from peftbench.utils.errors import UserError
 from peftbench.utils.files import write_lines
 from tests.families import FAMILIES, MORE_FAMILIES, build
 from tests.hub import hub
-from tests.integration.test_batch_size import letters, task_of
-from tests.integration.test_completion import ROWS, tiny_llama
-from tests.unit.test_tasks import byte_level, tiny_bart, tiny_bert, word_level
+from tests.evaluation.test_batch_size import letters, task_of
+from tests.tasks.test_completion import ROWS, tiny_llama
+from tests.tasks.test_tasks import byte_level, tiny_bart, tiny_bert, word_level
 
 
 def say(console: str) -> str:

@@ -182,7 +182,7 @@ def test_a_search_of_bottlenecks_multiplies_what_the_backbone_has(small: str, tm
 def test_train_says_so_and_records_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And names an earlier run, whose bottlenecks were the column's."""
     model = build("bart", vocab_size=300, d_model=32, encoder_ffn_dim=64, decoder_ffn_dim=64)
-    from tests.unit.test_backbone import saved
+    from tests.backbones.test_backbone import saved
 
     path = f"model.path={saved(model, tmp_path / 'tiny')}"
     rows = "source,target\n" + "".join(f"good {i},good\n" for i in range(40))

@@ -17,7 +17,7 @@ from peftbench.tasks.load import load
 from peftbench.tasks.prepare import prepare
 from peftbench.utils.files import write_lines
 from tests.families import CONTINUING, FAMILIES, MORE_FAMILIES, VOCABULARY, WRITING, build
-from tests.unit.test_tasks import SPECIAL, with_template
+from tests.tasks.test_tasks import SPECIAL, with_template
 
 LENGTHS = (1, 7, 2, 12, 3, 5, 9, 4)
 

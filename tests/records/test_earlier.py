@@ -19,7 +19,7 @@ from peftbench.records.location import run_dir
 from peftbench.records.record import Record, find
 from peftbench.records.recording import start
 from peftbench.utils.errors import UserError
-from tests.unit.test_stamps import changed, large
+from tests.config.test_stamps import changed, large
 
 MIDDLE = 3 * LARGE // 2
 

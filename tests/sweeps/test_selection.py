@@ -14,7 +14,7 @@ import pytest
 from peftbench.records.choice import objective
 from peftbench.records.record import Selection
 from peftbench.training.best import KeepBest
-from tests.integration.test_cli import SUBPROCESS, records
+from tests.cli.test_train import SUBPROCESS, records
 
 # A sweeper of Hydra's that writes what it is given of its runs to the file SPY.
 SPY = """

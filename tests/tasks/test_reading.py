@@ -32,8 +32,8 @@ from peftbench.tasks.tokens import Encoder
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import write_lines
 from tests.families import DECODERS, FAMILIES, MORE_FAMILIES, build
-from tests.integration.test_completion import tiny_llama
-from tests.unit.test_tasks import byte_level, multilingual, tiny_bart, tiny_bert, tiny_mbart
+from tests.tasks.test_completion import tiny_llama
+from tests.tasks.test_tasks import byte_level, multilingual, tiny_bart, tiny_bert, tiny_mbart
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PIECES = [(piece, -3.0) for piece in f"▁{LETTERS}<>/[]|_"]

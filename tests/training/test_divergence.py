@@ -17,7 +17,7 @@ from peftbench.modification.state import trained_tensors
 from peftbench.records.record import Divergence
 from peftbench.training.fit import Fitted
 from tests.fitting import Targets, fitted, model_of, one_step
-from tests.integration.test_cli import records, sentiment, smoke
+from tests.cli.test_train import records, sentiment, smoke
 
 __all__ = ["sentiment", "smoke"]  # fixtures
 

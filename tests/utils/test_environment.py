@@ -12,8 +12,8 @@ from peftbench.cli.main import main
 from peftbench.train import train
 from peftbench.utils.environment import run_alone
 from peftbench.utils.errors import UserError
-from tests.integration.test_cli import SUBPROCESS, sentiment, smoke
-from tests.integration.test_sweep import replaced
+from tests.cli.test_train import SUBPROCESS, sentiment, smoke
+from tests.sweeps.test_sweeper import replaced
 
 __all__ = ["sentiment", "smoke"]  # fixtures
 
