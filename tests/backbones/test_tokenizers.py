@@ -24,9 +24,9 @@ from peftbench.tasks.load import load
 from peftbench.tasks.prepare import prepare
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import write_lines
+from tests.evaluation.test_batch_size import letters, task_of
 from tests.families import FAMILIES, MORE_FAMILIES, build
 from tests.hub import hub
-from tests.evaluation.test_batch_size import letters, task_of
 from tests.tasks.test_completion import ROWS, tiny_llama
 from tests.tasks.test_tasks import byte_level, tiny_bart, tiny_bert, word_level
 

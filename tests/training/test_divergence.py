@@ -16,8 +16,8 @@ from peftbench.config.schema import Keep
 from peftbench.modification.state import trained_tensors
 from peftbench.records.record import Divergence
 from peftbench.training.fit import Fitted
-from tests.fitting import Targets, fitted, model_of, one_step
 from tests.cli.test_train import records, sentiment, smoke
+from tests.fitting import Targets, fitted, model_of, one_step
 
 __all__ = ["sentiment", "smoke"]  # fixtures
 
