@@ -26,8 +26,8 @@ MARKDOWN = """\
 # Keys
 
 The keys that `KEY=VALUE` sets, as printed by `peftbench ls keys --markdown`. A key has its default value unless the
-method, the task or the trainer sets it. They always set a key without a default. The headings are also groups:
-`functional_form=relu` or `task=xsum` takes a preset of one, and `peftbench ls task` lists a group's presets."""
+method, the task or the trainer sets it. A key without a default is always set by one of them. The headings are also
+groups: `functional_form=relu` or `task=xsum` takes a preset of one, and `peftbench ls task` lists a group's presets."""
 
 
 def main(argv: Sequence[str]) -> int:
