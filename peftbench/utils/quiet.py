@@ -1,4 +1,4 @@
-"""A console for a run, with the libraries silenced."""
+"""The console of a run, without the output of libraries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peftbench.utils.console import terminal
 
 
 def quiet_console(stderr: bool = False) -> Console:
-    """Return the console of a run, and switch off the libraries' own bars and hints."""
+    """Return the console of a run, and switch off the libraries' own progress bars and hints."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
