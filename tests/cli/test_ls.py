@@ -49,7 +49,7 @@ def test_every_key_that_is_listed_has_help() -> None:
 
 @pytest.mark.parametrize("key", [key for key in keys() if key.choices], ids=lambda key: str(key.name))
 def test_help_explains_each_choice(key: Key) -> None:
-    told = "`peftbench ls axes` says what each choice is" in key.meaning
+    told = "`peftbench ls axes` describes the choices" in key.meaning
     explained = {choice for choices in CHOICES.values() for choice in choices} if told else set()
     unexplained = [choice for choice in key.choices if not re.search(rf"\b{choice}\b", key.meaning)]
     assert [choice for choice in unexplained if choice not in explained] == []

@@ -140,7 +140,7 @@ def test_a_split_without_a_file_says_what_is_there(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"task.data_dir={tmp_path} has no file for the validation split: looked for validation or dev or valid or "
         "val with the extension .tsv, .csv, .jsonl, .json, .parquet, and found dev.txt; "
-        "+task.data_files.validation=FILE names a file outright."
+        "+task.data_files.validation=FILE names the file."
     )
 
 

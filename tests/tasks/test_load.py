@@ -135,7 +135,7 @@ def test_no_source_at_all() -> None:
         (
             ConnectionError("offline"),
             r"task\.hub_id=me/reviews is not in this machine's cache and no cable is in; "
-            r"give task\.data_dir=FOLDER with files for train, validation \(such as train\.jsonl\) that hold the "
+            r"give task\.data_dir=FOLDER with files for train, validation \(such as train\.jsonl\) that have the "
             r"columns text, label, or set HF_HOME to",
         ),
         (ValueError("Unknown split 'train'.\nMore"), r"the train split cannot be loaded: Unknown split 'train'\.$"),
