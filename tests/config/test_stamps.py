@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from peftbench.config import stamps
 from peftbench.config.compose import compose_run
-from peftbench.config.schema import stamps
 from peftbench.config.stamps import LARGE, content_stamp, ends_stamp
 
 
