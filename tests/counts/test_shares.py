@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from peftbench.counts.counts import count_run
 from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from peftbench.cli.main import main
@@ -14,6 +13,7 @@ from peftbench.config.compose import compose_run
 from peftbench.config.schema import Run, modifications
 from peftbench.config.sizes import sizes_taken
 from peftbench.counts import shares
+from peftbench.counts.run_counts import count_run
 from peftbench.counts.shares import fitted, note_of
 from peftbench.records.location import run_dir
 from peftbench.records.record import load_records
