@@ -223,7 +223,10 @@ def test_a_sweep_counts_its_trials_and_what_is_not_known_yet(
             {"trainer.learning_rat": Variation(values=[1])},
             "trainer.learning_rat is not a key .*did you mean learning_rate",
         ),
-        ({"mix.prefix.bottleneck": Variation(values=[1])}, "no key of method=mam, whose mix has no prefix. Choices: "),
+        (
+            {"mix.prefix.bottleneck": Variation(values=[1])},
+            "not a key of method=mam, whose mix has no prefix. Choices: ",
+        ),
         ({"mix.ffn.botleneck": Variation(values=[1])}, "mix.ffn.botleneck is not a key .*did you mean bottleneck"),
         ({"task.max_eval": Variation(values=[1])}, "task.max_eval cannot be searched over"),
         ({"seed": Variation(values=[1, 2])}, "seed cannot be searched over"),

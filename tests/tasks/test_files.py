@@ -147,7 +147,7 @@ def test_a_split_without_a_file_says_what_is_there(tmp_path: Path) -> None:
 def test_a_split_with_two_files(tmp_path: Path) -> None:
     write(tmp_path, "dev.tsv", "")
     write(tmp_path, "validation.jsonl", "")
-    with pytest.raises(UserError, match=r"holds 2 files for the validation split \(validation\.jsonl, dev\.tsv\)"):
+    with pytest.raises(UserError, match=r"has 2 files for the validation split \(validation\.jsonl, dev\.tsv\)"):
         find_split(str(tmp_path), "validation")
 
 

@@ -292,7 +292,7 @@ def test_targets_may_be_lists(tmp_path: Path) -> None:
     [
         ([], r"own\.jsonl:2: column target holds \[\], not text or a list of texts\."),
         (["one", None], r"own\.jsonl:2: column target holds \['one', None\], not text"),
-        ("a text", r"own\.jsonl:2: column target holds 'a text', where the rows above hold \['one'\]\."),
+        ("a text", r"own\.jsonl:2: column target holds 'a text', but the rows above hold \['one'\]\."),
     ],
 )
 def test_targets_that_are_none(tmp_path: Path, target: object, sentence: str) -> None:

@@ -23,7 +23,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from peftbench.config.schema import Generation, Task, TaskKind, conf_dir
+from peftbench.config.schema import EMBEDDED, Generation, Task, TaskKind
 from peftbench.evaluation.finished import read_otherwise
 from peftbench.tasks.framing import framed
 from peftbench.tasks.load import load
@@ -46,7 +46,7 @@ def bert() -> PreTrainedTokenizerBase:
 
 
 def bart() -> PreTrainedTokenizerBase:
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(conf_dir().parent / "peftbench" / "mini")
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(EMBEDDED / "mini")
     return tokenizer
 
 
