@@ -1,6 +1,6 @@
-"""`peftbench compare A B`: is the difference of two runs more than chance, and in what do they differ? No torch here.
+"""`peftbench compare A B`: whether the difference between two runs is more than chance, and which settings differ.
 
-A and B are each a run, or the seeds of one setting; their saved predictions are compared example by example.
+A and B are each a run, or the seeds of one setting. Their saved predictions are compared example by example.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from peftbench.utils.files import dumped
 
 EPILOG = """\
 A and B are each the folder of a run, the first digits of its name, or filters as for peftbench results. Runs that
-differ only in their seed are taken together.
+differ only in their seed are compared together.
 
 examples:
   peftbench compare 3f2a91c0 77d01b2e
@@ -40,7 +40,7 @@ examples:
 
 
 def main(argv: list[str]) -> int:
-    """Prints the comparison; returns 0. Raises UserError for sides that cannot be compared."""
+    """Print the comparison and return 0. Raises UserError for sides that cannot be compared."""
     parser = argparse.ArgumentParser(
         prog="peftbench compare",
         description="Compare two runs, or two settings over their seeds, by a paired bootstrap over the examples.",
@@ -72,13 +72,13 @@ def main(argv: list[str]) -> int:
 
 
 def _side(name: str, word: str, folder: Path) -> Row:
-    """The runs that a word of the command line stands for."""
+    """Return the runs that a word of the command line selects."""
     records = _found(word, folder)
     rows = [row for row in over_seeds(records, "mean") if not unscored(row)]
     if not records:
         raise UserError(
             f"{name}={word} is neither the folder of a run nor the first digits of one below {folder}, nor a filter "
-            "such as method=lora; peftbench results --show method,run,score lists them, --folder where to look."
+            "such as method=lora; peftbench results --show method,run,score lists them, --folder sets where to look."
         )
     if not rows:
         ended = ", ".join(sorted({record.outcome for record in records}))
@@ -86,7 +86,7 @@ def _side(name: str, word: str, folder: Path) -> Row:
     if len(rows) > 1:
         keys = differing([settings_of(row.first) for row in rows])
         raise UserError(
-            f"{name}={word} stands for {len(rows)} settings, which differ in {', '.join(keys[:6]) or 'no key'}; choose "
+            f"{name}={word} matches {len(rows)} settings, which differ in {', '.join(keys[:6]) or 'no key'}; choose "
             'one with further filters, as in "method=lora bottleneck=8", or name a run.'
         )
     return rows[0]
@@ -107,8 +107,8 @@ def _check_comparable(a: Row, b: Row) -> None:
     one, other = a.scored[0], b.scored[0]
     for key in ("task", "metric", "split", "examples", "data"):
         values = [FIELDS[key](record) for record in (one, other)]
-        if values[0] != values[1] and not (key == "data" and None in values):  # an early record does not say on what
-            raise UserError(f"A and B cannot be compared, for they differ in {key}: {values[0]} and {values[1]}.")
+        if values[0] != values[1] and not (key == "data" and None in values):  # an early record does not say which data
+            raise UserError(f"A and B cannot be compared, because they differ in {key}: {values[0]} and {values[1]}.")
 
 
 def _show(a: Row, b: Row, differences: dict[str, Difference], settings: dict[str, list[Any]], console: Console) -> None:
@@ -129,9 +129,9 @@ def _show(a: Row, b: Row, differences: dict[str, Difference], settings: dict[str
     console.print()
     console.print(table)
     seeds = min(len(a.scored), len(b.scored))
-    drawn = "examples alone; one seed does not tell what another one would change"
+    drawn = "examples only; one seed does not show how much another one would change"
     if seeds > 1:
-        drawn = "examples and seeds" + ("; so few seeds tell little of what others would change" if seeds < 5 else "")
+        drawn = "examples and seeds" + ("; so few seeds say little about other seeds" if seeds < 5 else "")
     console.print(f"Chance over {drawn}.", style="dim", highlight=False)
     console.print()
     if not settings:

@@ -1,4 +1,4 @@
-"""`peftbench evaluate RUN [KEY=VALUE ...]`: a finished run's adapter, loaded and scored again, on any split."""
+"""`peftbench evaluate RUN [KEY=VALUE ...]`: load a finished run's adapter and score it again, on any split."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from peftbench.utils.quiet import quiet_console
 
 
 def main(argv: list[str]) -> int:
-    """Prints the scores and returns the exit code.
+    """Print the scores and return the exit code.
 
     Raises:
-        UserError: there is no finished run, an override is wrong, or the backbone is not the one it was trained on.
+        UserError: there is no finished run, an override is wrong, or the backbone is not that of the run.
     """
     parser = argparse.ArgumentParser(
         prog="peftbench evaluate",
@@ -26,9 +26,9 @@ def main(argv: list[str]) -> int:
         "trainer. or model., such as task.generation.num_beams=1 or trainer.eval_batch_size=8.",
     )
     parser.add_argument("run", type=run_folder, help="its folder, or the first digits of its name")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="what to do otherwise than then")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings to change")
     parser.add_argument("--json", action="store_true", help="print a JSON array with one object for each split")
-    parser.add_argument("--predictions", type=Path, metavar="FILE", help="write the predictions of the split there")
+    parser.add_argument("--predictions", type=Path, metavar="FILE", help="write the split's predictions there")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.predictions is not None and not arguments.predictions.parent.is_dir():
         raise UserError(f"--predictions {arguments.predictions}: {arguments.predictions.parent} is not a folder.")

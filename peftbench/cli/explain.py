@@ -1,4 +1,4 @@
-"""`peftbench explain`: what a method is and where it stands in the network. Imports torch only to build it."""
+"""`peftbench explain`: what a method is and where it is in the network. Imports torch only to build the method."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peftbench.utils.quick_imports import quick_imports
 
 
 def main(argv: list[str]) -> int:
-    """Prints the explanation of one run; returns 0.
+    """Print the explanation of one run and return 0.
 
     Raises:
         UserError: the command line is refused, or the run does not fit its backbone.

@@ -1,4 +1,4 @@
-"""`peftbench ls`: the choices of a group, and which combinations of the four axes run. Imports no torch."""
+"""List the choices of a group, the keys, or which combinations of the four axes run."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from peftbench.config.schema import conf_dir
 from peftbench.utils.console import terminal
 from peftbench.utils.errors import UserError, meant, unknown
 
-Options = Mapping[str, Path | Row]  # of a group, by name
+Options = Mapping[str, Path | Row]  # the options of a group, by name
 
 MARKDOWN = """\
 # Keys
 
-What `KEY=VALUE` sets, as printed by `peftbench ls keys --markdown`. A default is what a key is unless the method, the
-task or the trainer sets it; a key without one is always set by them. The headings are groups too:
-`functional_form=relu` or `task=xsum` takes a preset of one, and `peftbench ls task` lists a group's presets."""
+The keys that `KEY=VALUE` sets, as printed by `peftbench ls keys --markdown`. A key has its default value unless the
+method, the task or the trainer sets it. A key without a default is always set by one of them. The headings are also
+groups: `functional_form=relu` or `task=xsum` takes a preset of one, and `peftbench ls task` lists a group's presets."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """`peftbench ls [GROUP]`."""
+    """Print what `peftbench ls [GROUP]` asks for and return 0. Raises UserError for an unknown group."""
     parser = argparse.ArgumentParser("peftbench ls", description=__doc__)
     parser.add_argument("group", nargs="?", help="axes, keys, or a group of conf/ such as method, task or model")
-    parser.add_argument("start", nargs="?", default="", help="of keys: those that begin so, such as trainer")
+    parser.add_argument("start", nargs="?", default="", help="with keys: the start of the keys, such as trainer")
     parser.add_argument("-cd", "--config-dir", type=Path, help="a folder of your own with method/, task/ ... below it")
-    parser.add_argument("--markdown", action="store_true", help="of keys: as tables, which are docs/keys.md")
-    parser.add_argument("--json", action="store_true", help="of axes: every point, and whether it runs")
+    parser.add_argument("--markdown", action="store_true", help="with keys: print the tables of docs/keys.md")
+    parser.add_argument("--json", action="store_true", help="with axes: print every point, and whether it runs")
     arguments = parser.parse_args(argv)
     console, groups = terminal(), dict(sorted({**_groups(conf_dir()), GROUP: rows()}.items()))
     if arguments.config_dir is not None:
-        from peftbench.config.compose import check_config_dir  # and with it Hydra, which the others do without
+        from peftbench.config.compose import check_config_dir  # imports Hydra, which is needed only here
 
         check_config_dir(arguments.config_dir)
         for name, options in _groups(arguments.config_dir).items():
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         for name, options in groups.items():
             console.print(Text.assemble((name, "bold"), f": {', '.join(options)}"))
         console.print(
-            "peftbench ls GROUP says what they are, ls axes which combinations run, ls keys what each key means."
+            "peftbench ls GROUP says what each choice is, ls axes which combinations run, ls keys what keys mean."
         )
     elif arguments.group == "axes":
         if arguments.json:
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _groups(conf: Path) -> dict[str, Options]:
-    """The groups of a folder that hold anything, and the files of their options, as paper/table5, by name."""
+    """Return the groups of a folder that are not empty, with the files of their options by name, as paper/table5."""
     folders = sorted(path for path in conf.iterdir() if path.is_dir())
     found = {
         folder.name: {
@@ -83,8 +83,8 @@ def _groups(conf: Path) -> dict[str, Options]:
 
 
 def _show_group(group: str, options: Options, console: Console) -> None:
-    """Each option with the comment that opens its file, a row of the paper with its help, a choice of an axis with its
-    meaning."""
+    """Print each option with its meaning: the comment at the start of its file, the help of a row of the paper, or the
+    description of an axis's choice."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
@@ -109,26 +109,26 @@ def _opening(lines: Sequence[str]) -> Iterator[str]:
 
 
 def _keys(start: str) -> list[Key]:
-    """The keys that begin so. Raises UserError where none does."""
+    """Return the keys that begin with `start`. Raises UserError if there are none."""
     found = [key for key in keys() if key.name.startswith(start)]
     if not found:
         groups = dict.fromkeys(key.name.partition(".")[0] for key in keys())
-        raise UserError(f"No key begins with {start}{meant(start, groups)}")
+        raise UserError(f"No key starts with {start}{meant(start, groups)}")
     return found
 
 
 def _show_keys(found: Sequence[Key], console: Console) -> None:
-    """Keys with their choices, or else the schema's default, and their meanings."""
+    """Print keys with their choices, or if there are none the schema's default, and their meanings."""
     for key in found:
         console.print(Text.assemble((key.name, "bold"), f": {', '.join(key.choices) or key.default}"))
         console.print(Padding(Text(key.meaning), (0, 0, 0, 4)))
     console.print(
-        "Behind a key are its choices, or else what it is unless the method, the task or the trainer sets it."
+        "After each key: its choices, or its default value, which the method, the task or the trainer may change."
     )
 
 
 def _as_markdown(found: Sequence[Key]) -> Iterator[str]:
-    """The lines of a page with a table for the keys of each group, those of no group first."""
+    """Yield the lines of a page with a table for the keys of each group; keys without a group come first."""
     yield MARKDOWN
     for group in sorted(dict.fromkeys(map(_group, found)), key=bool):
         yield from ("", f"## `{group}`" if group else "## The run", "")
@@ -148,7 +148,7 @@ def _code(text: str) -> str:
 
 
 def _show_axes(console: Console) -> None:
-    """The choices with their meanings, then for each representation which forms run in which combination."""
+    """Print the choices with their meanings, then for each representation which forms run in which combination."""
     for axis, choices in CHOICES.items():
         console.print(Text(axis, "bold"))
         table = Table.grid(padding=(0, 2))

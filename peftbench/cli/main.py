@@ -1,6 +1,6 @@
-"""The command line: `peftbench SUBCOMMAND ...`. Imports a subcommand's module only when it is asked for.
+"""The command line: `peftbench SUBCOMMAND ...`. A subcommand's module is imported only when it is called.
 
-Exit codes: 0 done, also where a training diverged, which is a finding; 1 a run failed; 2 the user's input was refused;
+Exit codes: 0 done, also if a training diverged, which is a finding; 1 a run failed; 2 the user's input was refused;
 130 interrupted.
 """
 
@@ -20,29 +20,29 @@ HELP = """\
 peftbench: which parameter-efficient fine-tuning method, where in the network, how large, for my model and task.
 
   peftbench train [KEY=VALUE ...]          train one run and record it: score against trainable parameters
-  peftbench train -m KEY=A,B [...]         train every combination; the same line again goes on where it stopped;
+  peftbench train -m KEY=A,B [...]         train every combination; the same line again resumes where it stopped;
                                            jobs=4 or jobs=auto trains several at once, on all GPUs
-  peftbench train -m GRID and KEY=C [...]  several grids as one sweep: each later one is the first with other words
-  peftbench status [FOLDER]                how far the sweeps have come, and how long they still take
+  peftbench train -m GRID and KEY=C [...]  several grids as one sweep: each later one is the first with words changed
+  peftbench status [FOLDER]                the progress of the sweeps, and the time left
   peftbench results [FOLDER] [KEY=VALUE ...] [--mean] [--rows KEY --columns KEY] [--csv|--json|--markdown|--latex]
                                            the recorded runs, best first; results --help has more
-  peftbench compare A B                    is the difference of two runs more than chance, and in what do they differ
+  peftbench compare A B                    is the difference of two runs more than chance; which settings differ
   peftbench plot [FOLDER] [KEY=VALUE ...] [--out FILE]
                                            score against stored parameters, a line for each method over its sizes
   peftbench report [FOLDER] [KEY=VALUE ...] [--out FILE]
-                                           one HTML file to look through the runs: table, pictures, predictions
+                                           one HTML file to browse the runs: table, plots, predictions
   peftbench reproduce TABLE [KEY=VALUE ...] [--dry-run]
-                                           the runs of a table of the paper, and its scores beside ours
+                                           the runs of a table of the paper, its scores next to ours
   peftbench params [-m] [KEY=VALUE ...] [--json]
                                            what a run would train and store; needs no weights
   peftbench evaluate RUN [task.split=SPLIT ...]
                                            score a finished run's adapter again, on any split
   peftbench rescore RUN [METRIC]           any metric of a finished run, from its predictions
-  peftbench merge RUN --out FOLDER         a finished run's LoRA inside the backbone's weights, as a plain checkpoint
+  peftbench merge RUN --out FOLDER         merge a finished run's LoRA into the backbone: a plain checkpoint
   peftbench explain [KEY=VALUE ...] [--json]
-                                           a method in the paper's terms, and where it stands in the network
-  peftbench ls [axes|keys|GROUP]           the choices of a group; the four axes, and which combinations run; what
-                                           every key means
+                                           a method in the paper's terms, and where it is in the network
+  peftbench ls [axes|keys|GROUP]           the choices of a group; the four axes and which combinations run; the
+                                           meaning of every key
   peftbench train --help                   every group and its choices
   peftbench train [KEY=VALUE ...] --cfg job
                                            show the config and stop
@@ -54,11 +54,11 @@ Examples:
   peftbench train -m method=full,lora,prefix,mam seed=1,2,3 search=lr3
                                                      the same, each with the best of three learning rates
   peftbench train -m seed=1,2 method=full and method=lora,prefix budget=3% and method=mam budget=6%
-                                                     methods with sizes of their own in one sweep
+                                                     methods with their own sizes in one sweep
   peftbench train method=mam task=sst2 model.path=FOLDER task.data_dir=FOLDER
 """
 
-# Subcommands, each the `main` of a module.
+# Subcommands; each is the `main` of a module.
 COMMANDS = {
     "train": "cli.train",
     "status": "cli.status",
@@ -74,14 +74,14 @@ COMMANDS = {
     "rescore": "cli.rescore",
     "merge": "cli.merge",
 }
-COMPUTING = ("evaluate", "merge")  # with a model, and import torch at once
+COMPUTING = ("evaluate", "merge")  # compute with a model, and import torch at once
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code."""
+    """Run a subcommand and return the exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # ASCII, and Windows' code pages, have no ↑, λ or Δ
+            stream.reconfigure(errors="replace")  # ASCII and Windows code pages have no ↑, λ or Δ
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
@@ -114,21 +114,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: str, argv: list[str]) -> int:
     if command in COMPUTING:
-        run_alone()  # before torch is imported; `train` knows by itself whether it will compute
+        run_alone()  # before torch is imported; `train` calls it itself if it will compute
     code: int = import_module(f"peftbench.{COMMANDS[command]}").main(argv)
     return code
 
 
 def _complete(argv: list[str]) -> int:
-    """The subcommands, or behind one that takes them the keys and values of `peftbench train`."""
+    """Complete subcommands, or after a subcommand that takes them the keys and values of `peftbench train`."""
     program, _, rest = os.environ.get("COMP_LINE", "").partition(" ")
     typed, space, overrides = rest.partition(" ")
     if any(word.startswith("query") for word in argv) and not space:
         print(" ".join(name for name in COMMANDS if name.startswith(typed)))
         return 0
     if typed in ("train", "reproduce", "params", "evaluate", "explain"):
-        # Hydra reads what stands before the word to be completed, and refuses what is no override there: RUN, TABLE,
-        # `and`, and the pieces of a quoted one, which it cuts at spaces.
+        # Hydra reads the words before the one to complete, and refuses those that are not overrides: RUN, TABLE, `and`,
+        # and the pieces of a quoted override, which it splits at spaces.
         *before, last = overrides.split(" ")
         kept = [word for word in before if word in ("-m", "--multirun") or ("=" in word and not set(word) & set("'\""))]
         os.environ["COMP_LINE"] = " ".join([program, *kept, last])

@@ -1,4 +1,4 @@
-"""`peftbench merge RUN --out FOLDER`: a finished run as a checkpoint that plain transformers loads."""
+"""`peftbench merge RUN --out FOLDER`: write a finished run as a checkpoint that plain transformers loads."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from peftbench.utils.quiet import quiet_console
 
 
 def main(argv: list[str]) -> int:
-    """Writes the folder and returns the exit code.
+    """Write the folder and return the exit code.
 
     Raises:
-        UserError: there is no finished run, its method has no merged form, or FOLDER holds something.
+        UserError: there is no finished run, its method has no merged form, or FOLDER is not empty.
     """
     parser = argparse.ArgumentParser(
         prog="peftbench merge",
-        description="Write the backbone with what a finished run has trained inside its weights: a folder for "
-        "transformers' from_pretrained, with the tokenizer, that needs no peftbench.",
-        epilog="Methods that are affine have such a form: lora, lora_ffn, ia3, bitfit, full and the like.",
+        description="Merge what a finished run has trained into the backbone's weights, and write a folder for "
+        "transformers' from_pretrained, with the tokenizer, that does not need peftbench.",
+        epilog="Affine methods can be merged: lora, lora_ffn, ia3, bitfit, full and the like.",
     )
     parser.add_argument("run", type=run_folder, help="its folder, or the first digits of its name")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to write, new or empty")
     arguments = parser.parse_args(argv)
     run = saved_run(arguments.run, saved_record(arguments.run))
     if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
-        raise UserError(f"--out {arguments.out} is there already; give a folder that is new or empty.")
+        raise UserError(f"--out {arguments.out} exists already; give a folder that is new or empty.")
     console = quiet_console()
     name, share = write_merged(arguments.run, run, arguments.out)
     console.print(
@@ -38,8 +38,8 @@ def main(argv: list[str]) -> int:
     )
     if run.model.dtype is DType.bfloat16 and share:
         console.print(
-            f"The weights are bfloat16: rounding them moved them by {share:.1%} of what the run changed "
-            "(root of the mean square), so that scores may differ from the run's.",
+            f"The weights are bfloat16: rounding changed them by {share:.1%} of what the run changed "
+            "(root mean square), so that scores may differ from the run's.",
             highlight=False,
             soft_wrap=True,
         )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    """Prints the counts; returns 0, or 1 where a point of a sweep does not fit its backbone.
+    """Print the counts and return 0, or 1 if a point of a sweep does not fit its backbone.
 
     Raises:
         UserError: the command line is refused, or its one run does not fit its backbone.

@@ -1,4 +1,4 @@
-"""`peftbench plot`: score against cost, or training curves, as a picture. Imports matplotlib only to draw."""
+"""`peftbench plot`: plot score against cost, or training curves. Imports matplotlib only to draw."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    """Writes the picture; returns 0. Raises UserError where there is nothing to draw."""
+    """Write the plot and return 0. Raises UserError if there is nothing to draw."""
     parser = argparse.ArgumentParser(
         prog="peftbench plot",
-        description="Draw scores against stored parameters, a line for each method over its sizes.",
+        description="Plot scores against stored parameters, with a line for each method over its sizes.",
         epilog="Filters and keys are those of peftbench results.",
         allow_abbrev=False,
     )
     parser.add_argument("words", nargs="*", metavar="FOLDER | KEY=VALUE,...", help="where (default: outputs) and which")
     parser.add_argument(
-        "--out", metavar="FILE", type=Path, action="append", help="PNG, SVG or PDF, by the ending; default: scores.png"
+        "--out", metavar="FILE", type=Path, action="append", help="PNG, SVG or PDF, by extension; default: scores.png"
     )
     parser.add_argument("--x", choices=list(NAMES), default="stored", help="the cost; default: %(default)s")
-    parser.add_argument("--y", metavar="KEY", help="a metric (default: the main one); of curves what was logged (loss)")
-    parser.add_argument("--by", metavar="KEY", default="method", help="a line for each of; default: method (and axes)")
-    parser.add_argument("--curves", action="store_true", help="draw what was logged in training, a line for each run")
+    parser.add_argument("--y", metavar="KEY", help="a metric (default: the main one); of curves a logged value (loss)")
+    parser.add_argument("--by", metavar="KEY", default="method", help="a line for each value; default: method, axes")
+    parser.add_argument("--curves", action="store_true", help="plot the values logged in training, a line for each run")
     parser.add_argument("--statistic", choices=get_args(Statistic), default="mean", help="over seeds; default: mean")
     arguments = parser.parse_intermixed_args(argv)
 
     files = arguments.out or [Path("scores.png")]
     for file in files:
         if file.suffix.lower() not in ENDINGS:
-            raise UserError(f"--out {file}: the ending must be one of {', '.join(ENDINGS)}.")
+            raise UserError(f"--out {file}: the extension must be one of {', '.join(ENDINGS)}.")
     records = read(arguments.words)
     if arguments.curves:
         figure = draw_curves(single(records), y=arguments.y or "loss", by=arguments.by)

@@ -1,4 +1,4 @@
-"""`peftbench report`: one HTML file to look through runs, which needs no network. Imports no torch."""
+"""`peftbench report`: write one HTML file to browse runs, which needs no network."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from peftbench.utils.files import replacing
 
 
 def main(argv: list[str]) -> int:
-    """Writes the file; returns 0. Raises UserError where there is nothing to show."""
+    """Write the file and return 0. Raises UserError if there is nothing to show."""
     parser = argparse.ArgumentParser(
         prog="peftbench report",
         description="Write one HTML file that shows the runs: a table to sort and filter, score against cost, training "
-        "curves, and of chosen runs the axes, the settings that differ and sample predictions.",
-        epilog="Filters and keys are those of peftbench results. The file holds the sample predictions and the "
-        "settings, paths among them, of the runs: look before you publish it.",
+        "curves, and for chosen runs the axes, the settings that differ and sample predictions.",
+        epilog="Filters and keys are those of peftbench results. The file contains sample predictions and the settings "
+        "of the runs, including paths: check it before you publish it.",
         allow_abbrev=False,
     )
     parser.add_argument("words", nargs="*", metavar="FOLDER | KEY=VALUE,...", help="where (default: outputs) and which")

@@ -1,7 +1,6 @@
-"""`peftbench reproduce TABLE`: the runs of a table or figure of the paper, and its scores beside ours.
+"""`peftbench reproduce TABLE`: the runs of a table or figure of the paper, and its scores next to ours.
 
-The rows of a table stand in conf/experiment/paper, what the paper prints in conf/rows.yaml. Imports no torch
-unless it trains.
+The rows of a table are in conf/experiment/paper, the paper's scores in conf/rows.yaml. Imports torch only to train.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ from peftbench.utils.errors import UserError, unknown
 class Line:
     """One run of a table."""
 
-    settings: dict[str, str]  # what the table's runs differ in, as typed
+    settings: dict[str, str]  # the keys in which the table's runs differ, as typed
     run: Run
     record: Record | None
-    seconds: float | None  # that it took, or is expected to take
+    seconds: float | None  # the time that it took, or is expected to take
     paper: float | None  # the paper's score
 
     @property
@@ -55,7 +54,7 @@ class Line:
 
 
 def main(argv: list[str]) -> int:
-    """Trains what is missing and prints the table; returns 0 if every run has ended, 1 if one has not, 0 in a dry run.
+    """Train the missing runs and print the table. Return 0 if every run has ended, otherwise 1; 0 in a dry run.
 
     Raises:
         UserError: there is no such table, or the overrides are wrong.
@@ -63,13 +62,13 @@ def main(argv: list[str]) -> int:
     names = sorted(file.stem for file in (conf_dir() / "experiment" / "paper").glob("*.yaml"))
     parser = argparse.ArgumentParser(
         prog="peftbench reproduce",
-        description="Run a table or figure of the paper, and show its scores beside ours.",
+        description="Run a table or figure of the paper, and show its scores next to ours.",
         epilog=f"Tables: {', '.join(names)}. Overrides are those of peftbench train -m, such as model= or seed=1,2.",
         allow_abbrev=False,
     )
     parser.add_argument("table", metavar="TABLE", help="such as table5")
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="as for peftbench train -m")
-    parser.add_argument("--dry-run", action="store_true", help="list the runs, what is done, and the time expected")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs, which are done, and the expected time")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.table not in names:
         raise UserError(unknown("table", arguments.table, names))
@@ -82,7 +81,7 @@ def main(argv: list[str]) -> int:
 
 
 def lines(table: str, points: Sequence[tuple[list[str], Run]]) -> list[Line]:
-    """A line for each run, with what is known of it."""
+    """Return a line for each run, with its record, time and the paper's score as far as they are known."""
     given = [by_key(overrides) for overrides, _ in points]
     keys = differing(given) or ["row"]
     others = _records(Path(points[0][1].output_dir).expanduser())
@@ -109,7 +108,7 @@ def _records(folder: Path) -> list[Record]:
 
 
 def _expected(run: Run, records: Sequence[Record]) -> float | None:
-    """The mean time of runs of the same method, task, backbone and number of steps; else of any method; else None."""
+    """Return the mean time of runs with the same method, task, backbone and steps; else of any method; else None."""
     alike = [
         record
         for record in records
@@ -143,11 +142,9 @@ def _show(name: str, table: Sequence[Line], console: Console) -> None:
     if known:
         others = f"the other {len(left)}" if len(known) == len(left) else f"{len(known)} of the other {len(left)}"
         take = "take" if len(known) > 1 else "takes"
-        console.print(
-            f"By the records of runs like them, {others} {take} about {duration(sum(known))}.", highlight=False
-        )
+        console.print(f"By the records of similar runs, {others} {take} about {duration(sum(known))}.", highlight=False)
     elif left:
-        console.print("No record of such a run tells how long the others take.", highlight=False)
+        console.print("There is no record of a similar run, so the time of the others is unknown.", highlight=False)
 
 
 def _setting(key: str, line: Line) -> str:

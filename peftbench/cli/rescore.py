@@ -1,4 +1,4 @@
-"""`peftbench rescore RUN [METRIC]`: any metric of a finished run, from its predictions. Needs no model."""
+"""`peftbench rescore RUN [METRIC]`: compute any metric of a finished run from its predictions, without a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peftbench.utils.files import dumped
 
 
 def main(argv: list[str]) -> int:
-    """Prints the scores and returns the exit code. Raises UserError for what is no finished run, or no metric of it."""
+    """Print the scores and return the exit code. Raises UserError if RUN is not finished or has no such METRIC."""
     parser = argparse.ArgumentParser(
         prog="peftbench rescore", description="Compute a metric of a finished run from its saved predictions."
     )

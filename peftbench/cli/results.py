@@ -1,4 +1,4 @@
-"""`peftbench results`: the runs below folders as a table, JSON, CSV, Markdown or LaTeX. Imports no torch."""
+"""`peftbench results`: print the runs below folders as a table, JSON, CSV, Markdown or LaTeX."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ device ...), a metric (rouge1 ...), a baseline, or a dotted key of the record (t
 
 examples:
   peftbench results method=mam,lora task=xsum status=done
-  peftbench results 'score>60' 'stored<1e6'                numbers too, in quotes because of the shell
+  peftbench results 'score>60' 'stored<1e6'                compare numbers, in quotes because of the shell
   peftbench results --mean --sort stored
   peftbench results --rows method --columns insertion_form
-  peftbench results --show method,seed,score,searched      what search= tried; trials=true shows its trials as well
+  peftbench results --show method,seed,score,searched      what search= tried; trials=true also shows its trials
   peftbench results task=xsum --mean --show method,percent,rouge1,rouge2,rougeL --latex
 """
 
 
 def main(argv: list[str]) -> int:
-    """Prints the runs and returns the exit code. Raises UserError where there are none."""
+    """Print the runs and return the exit code. Raises UserError if there are none."""
     arguments = _parser().parse_intermixed_args(argv)
     records = read(arguments.words)
     if arguments.reverse and not arguments.sort:
-        raise UserError("--reverse goes with --sort, and turns its order round.")
+        raise UserError("--reverse needs --sort, whose order it reverses.")
     if arguments.paper and not any(map(printed, records)):
         print("None of these runs is a row of the paper's tables, at its size; row=NAME trains one.", file=sys.stderr)
     pivoted = arguments.rows or arguments.columns
     if (pivoted or arguments.statistic) and (again := len(records) - len(once(records))):
         runs = "1 run was" if again == 1 else f"{again} runs were"
-        print(f"{runs} trained more than once; a mean takes the last time.", file=sys.stderr)
+        print(f"{runs} trained more than once; a mean uses the latest.", file=sys.stderr)
     if pivoted:
         _check_pivot(arguments)
         if missing := left_out([Row(tuple(records))]):
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
         _print([(Text(heading), wanted, lines)], arguments)
         return 0
     if arguments.mix:
-        raise UserError("--mix goes with --rows or --columns; elsewhere what differs has tables of its own.")
+        raise UserError("--mix needs --rows or --columns; without them, runs that differ get separate tables.")
     plain = not (arguments.statistic or arguments.show)
     if plain and arguments.form in ("json", "csv"):
         rows = single(records)
@@ -98,27 +98,27 @@ def _parser() -> argparse.ArgumentParser:
             const=statistic,
             help=f"one row for the runs that differ only in their seed: {statistic} ± standard deviation, and n",
         )
-    parser.add_argument("--sort", metavar="KEY", help="order by a column, the least first; default: best score first")
+    parser.add_argument("--sort", metavar="KEY", help="order by a column, lowest first; default: best score first")
     parser.add_argument("--reverse", action="store_true", help="with --sort: the largest first")
     parser.add_argument("--show", metavar="KEY,...", type=_listed, default=[], help="only these columns")
     parser.add_argument("--rows", metavar="KEY,...", type=_listed, default=[], help="a row for each value of these")
     parser.add_argument("--columns", metavar="KEY,...", type=_listed, default=[], help="and a column for each of these")
-    parser.add_argument("--value", metavar="KEY", default="score", help="what stands in such a table; default: score")
-    parser.add_argument("--mix", metavar="KEY,...", type=_listed, default=[], help="what may differ in a column of it")
+    parser.add_argument("--value", metavar="KEY", default="score", help="the cells of such a table; default: score")
+    parser.add_argument("--mix", metavar="KEY,...", type=_listed, default=[], help="keys that may differ in a column")
     parser.add_argument(
         "--pareto", choices=get_args(Cost), default="stored", help="the cost of the marked Pareto front (◆)"
     )
     parser.add_argument(
         "--paper",
         action="store_true",
-        help="the paper's scores also beside runs of its rows with another backbone or less data, and what they are of",
+        help="also show the paper's scores next to runs with another backbone or less data, and say what they are for",
     )
     form = parser.add_mutually_exclusive_group()
     for name, what in {
-        "json": "a JSON array, of the whole records unless columns are chosen",
+        "json": "a JSON array of the whole records, or of the chosen columns",
         "csv": "one line for each run or row",
         "markdown": "tables for GitHub",
-        "latex": "tables with booktabs' rules",
+        "latex": "tables with the rules of booktabs",
     }.items():
         form.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=f"print {what}")
     return parser
@@ -131,11 +131,11 @@ def _listed(text: str) -> list[str]:
 def _check_pivot(arguments: argparse.Namespace) -> None:
     if arguments.show or arguments.sort:
         given = "--show" if arguments.show else "--sort"
-        raise UserError(f"{given} goes with a row for each run; with --rows and --columns use --value and filters.")
+        raise UserError(f"{given} needs a row for each run; with --rows and --columns use --value and filters.")
 
 
 def _columns(table: list[Row], arguments: argparse.Namespace) -> tuple[list[Column[Row]], list[Row]]:
-    """The columns of a table, and its rows in order."""
+    """Return the columns of a table, and its rows in order."""
     table = sorted(table, key=rank)
     if arguments.sort:
         (by,) = chosen([arguments.sort], table, arguments.pareto, arguments.paper)
@@ -146,7 +146,7 @@ def _columns(table: list[Row], arguments: argparse.Namespace) -> tuple[list[Colu
 
 
 def _sorted(table: list[Row], column: Column[Row], descending: bool) -> list[Row]:
-    """The rows in the order of a column; those without a value in it, or without a score, last."""
+    """Sort the rows by a column; rows without a value in it, or without a score, come last."""
 
     def place(row: Row) -> tuple[float, str]:
         number = 0.0 if column.value is None else column.value(row)

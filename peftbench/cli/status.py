@@ -1,4 +1,4 @@
-"""`peftbench status`: how far the sweeps below a folder have come, and how long they still take. Imports no torch."""
+"""`peftbench status`: show the progress of the sweeps below a folder, and the time left."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from peftbench.utils.errors import UserError
 
 
 def main(argv: list[str]) -> int:
-    """Prints the sweeps, the latest last; returns 1 if a run of one failed, else 0. Raises UserError without any."""
+    """Print the sweeps, the latest last, and return 1 if a run failed, else 0. Raises UserError without sweeps."""
     parser = argparse.ArgumentParser(
-        prog="peftbench status", description="Show how far the sweeps have come: done, running, failed, time left."
+        prog="peftbench status", description="Show the progress of the sweeps: runs done, running, failed; time left."
     )
     parser.add_argument("folder", nargs="?", type=Path, default=Path("outputs"), help="default: %(default)s")
-    parser.add_argument("--all", action="store_true", help="list the runs that are done too")
+    parser.add_argument("--all", action="store_true", help="also list the runs that are done")
     parser.add_argument("--json", action="store_true", help="print a JSON array with one object for each sweep")
     arguments = parser.parse_args(argv)
 
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
             continue
         sweeps.append((plan, [State(point, find(file.parent.parent / point.folder)) for point in plan.points]))
     if not sweeps:
-        raise UserError(f"{arguments.folder} holds no sweep; make one with: peftbench train -m KEY=A,B")
+        raise UserError(f"{arguments.folder} has no sweep; make one with: peftbench train -m KEY=A,B")
     if arguments.json:
         print(json.dumps([_as_json(plan, states) for plan, states in sweeps], indent=2))
     else:

@@ -1,8 +1,8 @@
-"""From a command line to validated configs: Hydra composes, and every fault is found before anything is loaded.
+"""Turn a command line into validated configs: Hydra composes, and every fault is found before anything is loaded.
 
 Hydra stops at the first fault and reports it in its own terms. Here each override is tried by itself, so that one
 message has all faults, as sentences, with the keys as they were typed. All runs of a sweep are composed and checked
-before the first of them starts. Imports no torch.
+before the first of them starts.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ AND = "and"  # between the grids of one sweep
 
 
 class _Shared(dict[str, Any]):
-    """What ConfigStore holds, but not copied with it.
+    """The content of ConfigStore, which is not copied with the store.
 
     Hydra copies all of its sources for each config that it composes and for each group that it lists, which would take
-    longer than all else. What it loads from a source it copies anyway.
+    longer than everything else. It copies what it loads from a source anyway.
     """
 
     def __deepcopy__(self, memo: object) -> _Shared:
@@ -50,7 +50,7 @@ class _Shared(dict[str, Any]):
 
 
 def _store_configs() -> None:
-    """Let Hydra know what is in no file of its own: the schema and the rows of the paper's tables."""
+    """Register with Hydra what has no config file: the schema and the rows of the paper's tables."""
     store = ConfigStore.instance()
     store.repo = _Shared(store.repo)
     store.store("schema", Run)
@@ -65,7 +65,7 @@ Point = tuple[list[str], Run]  # the overrides that make a run, and the run
 
 
 def compose_run(overrides: Sequence[str], *, config_dir: str | None = None, reads_data: bool = True) -> Run:
-    """The validated run of a command line. Arguments and errors are those of `compose_points`."""
+    """Return the validated run of a command line. Arguments and errors are those of `compose_points`."""
     ((_, run),) = compose_points(overrides, config_dir=config_dir, reads_data=reads_data)
     return run
 
@@ -73,10 +73,10 @@ def compose_run(overrides: Sequence[str], *, config_dir: str | None = None, read
 def compose_points(
     overrides: Sequence[str], *, multirun: bool = False, config_dir: str | None = None, reads_data: bool = True
 ) -> list[Point]:
-    """The validated run, or with `multirun` all runs of a sweep, each with the overrides that make it.
+    """Return the validated run, or with `multirun` all runs of a sweep, each with its overrides.
 
     Args:
-        config_dir: a folder with groups of the user's own.
+        config_dir: a folder with the user's own groups.
         reads_data: see `validity.faults`.
 
     Raises:
@@ -86,7 +86,7 @@ def compose_points(
         check_config_dir(Path(config_dir))
     grids = _grids(overrides)
     if len(grids) > 1 and not multirun:
-        raise UserError(f"{AND} joins grids to a sweep; add -m to run it.")
+        raise UserError(f"{AND} joins grids into a sweep; add -m to run it.")
     with _hydra(config_dir):
         loader = GlobalHydra.instance().config_loader()
         known = _Known(cache(partial(_all_options, loader)), cache(_compose))
@@ -103,10 +103,10 @@ def compose_points(
 
 
 def check_config_dir(folder: Path) -> None:
-    """Refuse what is no folder, or has files that Hydra would not read, since it reads peftbench's of the same name.
+    """Check that `folder` is a folder without files that Hydra would ignore because peftbench has the same name.
 
     Raises:
-        UserError: with a sentence for each such file. A plain copy of peftbench's is none.
+        UserError: with a sentence for each such file. An exact copy of peftbench's file is allowed.
     """
     if not folder.is_dir():
         raise UserError(f"--config-dir {folder} is not a folder; give one with method/, task/ ... below it.")
@@ -114,7 +114,7 @@ def check_config_dir(folder: Path) -> None:
     theirs = [name for name, file in ours.items() if (folder / name).is_file() and not _is_same(folder / name, file)]
     theirs += [name for name in (Path(GROUP, f"{row}.yaml") for row in rows()) if (folder / name).is_file()]
     if theirs:
-        own = "would not be read, since peftbench has one of its own by that name; give it another name."
+        own = "would not be read, because peftbench has a file with this name; give it another name."
         raise UserError(*(f"--config-dir {folder}: {name.as_posix()} {own}" for name in sorted(theirs)))
 
 
@@ -123,8 +123,8 @@ def _is_same(file: Path, other: Path) -> bool:
 
 
 def _grids(words: Sequence[str]) -> list[list[str]]:
-    """The overrides of each grid of a sweep: the first one's, and behind each `and` the first one's with others in the
-    place of those of the same key, or beside them."""
+    """Return the overrides of each grid of a sweep. A grid after an `and` has the first grid's overrides and its own,
+    which replace those with the same key."""
     grids: list[list[str]] = [[]]
     for word in words:
         if word == AND:
@@ -132,7 +132,7 @@ def _grids(words: Sequence[str]) -> list[list[str]]:
         else:
             grids[-1].append(word)
     if len(grids) > 1 and not all(grids):
-        raise UserError(f"{AND} stands between two grids, as in -m method=full {AND} method=lora,mam budget=1%.")
+        raise UserError(f"{AND} must be between two grids, as in -m method=full {AND} method=lora,mam budget=1%.")
     first, *others = grids
     return [first, *([*(word for word in first if _key(word) not in set(map(_key, own))), *own] for own in others)]
 
@@ -142,18 +142,18 @@ def _key(word: str) -> str:
 
 
 def _points_of(grid: list[str], multirun: bool, loader: ConfigLoader) -> list[list[str]]:
-    """The override lists of a grid's runs."""
+    """Return the override lists of a grid's runs."""
     parsed = _parsed(grid, loader)
     params = _sweep_of_experiment(parsed)
     if params and not multirun:
-        raise UserError(f"An experiment that goes over {' and '.join(params)} is a sweep; add -m to run it.")
+        raise UserError(f"An experiment that sweeps over {' and '.join(params)} is a sweep; add -m to run it.")
     if params:
         parsed = [*_parsed(list(params.values()), loader), *parsed]
     return _points(parsed) if multirun else [grid]
 
 
 def _parsed(overrides: list[str], loader: ConfigLoader) -> list[Override]:
-    """Raises UserError with a sentence for each word that is no override."""
+    """Parse overrides. Raises UserError with a sentence for each word that is not an override."""
     parser, found, parsed = OverridesParser.create(config_loader=loader), [], []
     for line in overrides:
         try:
@@ -162,12 +162,12 @@ def _parsed(overrides: list[str], loader: ConfigLoader) -> list[Override]:
             key = line.partition("=")[0]
             if key and "=" in line:
                 found.append(
-                    f"{line} cannot be read; where the value has commas, quotes, brackets, braces, ~ or = of its own, "
-                    "another sign such as # or ; or a letter beyond A to Z, put it in both kinds of quotes, "
+                    f"{line} cannot be read; if the value itself has commas, quotes, brackets, braces, ~ or =, another "
+                    "sign such as # or ; or a letter other than A to Z, put it in both kinds of quotes, "
                     f"'{key}=\"...\"'."
                 )
             else:
-                found.append(f"{line} is no KEY=VALUE, such as method=lora; leave no spaces around the =.")
+                found.append(f"{line} is not KEY=VALUE, such as method=lora; write no spaces around the =.")
     if found:
         raise UserError(*found)
     return parsed
@@ -175,9 +175,9 @@ def _parsed(overrides: list[str], loader: ConfigLoader) -> list[Override]:
 
 @contextmanager
 def _hydra(config_dir: str | None) -> Iterator[None]:
-    """Hydra's compose API over conf/ and the user's --config-dir, cleared afterwards: hydra.main starts from nothing.
+    """Provide Hydra's compose API over conf/ and the user's --config-dir, and clear it afterwards for hydra.main.
 
-    `initialize_config_dir`, the public way, takes one folder only.
+    `initialize_config_dir`, the public way, takes only one folder.
     """
     search_path = create_config_search_path(str(conf_dir()))
     if config_dir is not None:
@@ -192,8 +192,8 @@ def _hydra(config_dir: str | None) -> Iterator[None]:
 
 
 def _points(parsed: list[Override]) -> list[list[str]]:
-    """The override lists of a sweep's runs. A sweeper that decides as it goes (hydra/sweeper=optuna ...) has no list
-    of points: then what is not swept is checked."""
+    """Return the override lists of a sweep's runs. A sweeper that decides during the sweep (hydra/sweeper=optuna ...)
+    has no list of points: then the overrides that are not swept are checked."""
     if any(override.key_or_group == "hydra/sweeper" for override in parsed):
         return [[o.input_line for o in parsed if not o.is_sweep_override() and o.input_line is not None]]
     batches: list[list[list[str]]] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
@@ -201,8 +201,8 @@ def _points(parsed: list[Override]) -> list[list[str]]:
 
 
 def _sweep_of_experiment(parsed: list[Override]) -> dict[str, str]:
-    """The overrides, by key, over which an experiment's own YAML sweeps (hydra.sweeper.params); on the command line the
-    same key wins. Nothing where the experiment cannot be composed: what is wrong with it is said later."""
+    """Return the overrides, by key, over which an experiment's own YAML sweeps (hydra.sweeper.params). A key on the
+    command line wins. Empty if the experiment cannot be composed: its faults are reported later."""
     chosen = [override for override in parsed if override.key_or_group == "experiment"]
     if not chosen or any(override.is_sweep_override() for override in chosen):
         return {}
@@ -216,16 +216,16 @@ def _sweep_of_experiment(parsed: list[Override]) -> dict[str, str]:
 
 
 def _all_options(loader: ConfigLoader, group: str) -> list[str]:
-    """The options of a group, those in folders below it as paper/table5."""
+    """Return the options of a group; those in folders below it have names such as paper/table5."""
     below = [(folder, _all_options(loader, f"{group}/{folder}")) for folder in loader.list_groups(group)]
     return [*loader.get_group_options(group), *(f"{folder}/{option}" for folder, names in below for option in names)]
 
 
 class _Known(NamedTuple):
-    """What the runs of one command line share: Hydra needs 0.1 s for it, and a sweep names the same choices often."""
+    """Caches for the runs of one command line: Hydra needs 0.1 s, and a sweep often repeats the same choices."""
 
     options: Callable[[str], list[str]]  # of a group
-    composed: Callable[[tuple[str, ...]], DictConfig]  # the config of these choices of groups, not to be changed
+    composed: Callable[[tuple[str, ...]], DictConfig]  # the config for these choices of groups; read-only
 
 
 def _compose(groups: tuple[str, ...]) -> DictConfig:
@@ -248,13 +248,13 @@ def _compose_one(overrides: list[str], loader: ConfigLoader, known: _Known, read
         cfg = deepcopy(known.composed(tuple(str(override.input_line) for override in groups)))
         found.extend(sentence for override in values if (sentence := apply_override(cfg, override)))
         run = resolve(cfg)
-    except (HydraException, OmegaConfBaseException, MarkedYAMLError, ValueError) as error:  # defaults that are no list
+    except (HydraException, OmegaConfBaseException, MarkedYAMLError, ValueError) as error:  # defaults are no list
         raise UserError(*found, in_words(error)) from error
     found.extend(_misnamed(groups, run))
     found.extend(faults(run, reads_data=reads_data))
     if run.budget is not None:
         found.extend(
-            f"{override.input_line} with budget={run.budget}: the budget is what the bottlenecks are solved for; give "
+            f"{override.input_line} with budget={run.budget}: the bottlenecks are computed from the budget; give only "
             "one of the two."
             for override in values
             if override.key_or_group.rpartition(".")[2] == "bottleneck"
@@ -265,15 +265,15 @@ def _compose_one(overrides: list[str], loader: ConfigLoader, known: _Known, read
 
 
 def _override_faults(override: Override, options: list[str]) -> Iterator[str]:
-    """What is wrong with an override by itself; `options` are those of its group, if it names one."""
+    """Yield the faults of an override by itself; `options` are those of its group, if it names one."""
     line, group = override.input_line, override.key_or_group
     if override.is_sweep_override():
         hint = " A decimal has a point, as in budget=6.7%." if group == "budget" else ""
         yield f"{line} names several values; add -m to run each of them.{hint}"
     elif options and override.is_add() and override.package is None and _has_place(group):
-        yield f"{line}: {group} has its place in the config; leave out the +."
+        yield f"{line}: {group} is already in the config; leave out the +."
     elif options and isinstance(override.value(), list) and group != "mix":
-        yield f"{line}: {group} takes one option; -m with commas trains several."
+        yield f"{line}: {group} takes one option; use -m and commas to train several."
     elif options and not override.is_delete():
         value = override.value()
         for option in value if isinstance(value, list) else [value]:
@@ -285,12 +285,12 @@ def _override_faults(override: Override, options: list[str]) -> Iterator[str]:
 
 
 def _has_place(group: str) -> bool:
-    """Whether a group is one of peftbench's own, for which conf/train.yaml has an entry."""
+    """Return whether a group is one of peftbench's own, for which conf/train.yaml has an entry."""
     return group == GROUP or (conf_dir() / group).is_dir()
 
 
 def _misnamed(groups: list[Override], run: Run) -> Iterator[str]:
-    """A copy of a preset that still has its name, by which folders and tables would know its runs."""
+    """Yield a fault for each copy of a preset that still has the name of the original, which tables would show."""
     names = {"method": ("method", run.method), "task": ("name", run.task.name)}
     given = {override.key_or_group: override.value() for override in groups}
     for group, (key, name) in names.items():

@@ -1,4 +1,4 @@
-"""What makes two runs the same run: a hash of the keys of the config that can change a result. Imports no torch."""
+"""The identity of a run: a hash of the keys of the config that can change a result."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any, get_args, get_type_hints
 from peftbench.config.schema import Run, task_files
 from peftbench.config.stamps import content_stamp
 
-# Keys that change no result but by rounding: where the run happens, how fast and how it is guarded, tables that have
-# already had their effect on other keys, what only counting reads, and the budget: by then it has become bottlenecks,
-# and two budgets that come to the same ones are the same run.
+# Keys that change no result except by rounding: where the run happens, how fast and with which guards; tables that have
+# already had their effect on other keys; keys that only counting reads; and the budget, which has already been turned
+# into bottlenecks: two budgets with the same bottlenecks are the same run.
 IGNORED = (
     "output_dir",
     "rerun",
@@ -49,12 +49,12 @@ _SPECIAL = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what a special token may 
 
 
 def run_hash(run: Run, stamp: Callable[[str], str] = content_stamp) -> str:
-    """Eight hexadecimal digits that name a run.
+    """Return the name of a run: eight hexadecimal digits.
 
-    Files count by content, not by path. Raises UserError where a path of the config does not exist.
+    Files count by content, not by path. Raises UserError if a path of the config does not exist.
 
     Args:
-        stamp: what stands for the content of a path.
+        stamp: a function from a path to a hash of its content.
     """
     config = plain(run)
     for key in IGNORED:
@@ -64,12 +64,12 @@ def run_hash(run: Run, stamp: Callable[[str], str] = content_stamp) -> str:
             node = node[group]
         del node[leaf]
     prompt = config["task"]["prompt"]
-    if prompt is not None and _SPECIAL.search(prompt):  # which earlier versions read as ordinary characters
+    if prompt is not None and _SPECIAL.search(prompt):  # earlier versions read them as ordinary characters
         config["task"]["special_tokens"] = "kept"
-    if config["search"] is None:  # one that is settled, see records/choice.py, is the run that it has come to
+    if config["search"] is None:  # a settled search (records/choice.py) is the run that it chose
         del config["search"]
 
-    # What a path wins over has no effect either.
+    # Keys that a path overrides have no effect either.
     model, task = config["model"], config["task"]
     path, data_dir = model.pop("path"), task.pop("data_dir")
     for key in ("data_files", "train_file", "validation_file", "test_file"):
@@ -86,10 +86,10 @@ def run_hash(run: Run, stamp: Callable[[str], str] = content_stamp) -> str:
 
 
 def plain(config: object) -> dict[str, Any]:
-    """A run, or a part of one, as nested dicts and lists of JSON values.
+    """Return a run, or a part of one, as nested dicts and lists of JSON values.
 
-    Enum members go by their names, and a whole number where the schema has a float is one. It is what OmegaConf makes
-    of it, which needs 50 ms for a run.
+    Enum members become their names, and an int becomes a float if the schema has a float. OmegaConf has the same
+    result, but needs 50 ms for a run.
     """
     assert is_dataclass(config) and not isinstance(config, type)
     kinds = _kinds(type(config))
@@ -97,7 +97,7 @@ def plain(config: object) -> dict[str, Any]:
 
 
 def _plain(value: Any, kinds: frozenset[object]) -> Any:
-    """A value of a key whose type is made of `kinds`."""
+    """Return the JSON value of a key whose type consists of `kinds`."""
     if is_dataclass(value):
         return plain(value)
     if isinstance(value, Enum):
@@ -111,7 +111,7 @@ def _plain(value: Any, kinds: frozenset[object]) -> Any:
 
 @cache
 def _kinds(schema: type) -> dict[str, frozenset[object]]:
-    """Of each key the types that its type is made of: float and None of `float | None`, float of `list[float]`."""
+    """Return for each key the types in its type: float and None for `float | None`, float for `list[float]`."""
     return {name: frozenset(_parts(kind)) for name, kind in get_type_hints(schema).items()}
 
 

@@ -1,4 +1,4 @@
-"""What each key of a run means: the help that config/schema.py gives at the field. Imports no torch."""
+"""The meaning of each key of a run: the help of its field in config/schema.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HIDDEN = ("sizes", "size")  # conf/sizes.yaml, and its column
 
 
 class Key(NamedTuple):
-    """A key as it is typed, the schema's default as it is typed, its choices if it has a fixed set, and its meaning."""
+    """A key and its default in the schema, both as typed, its choices if it has a fixed set, and its meaning."""
 
     name: str
     default: str
@@ -22,7 +22,7 @@ class Key(NamedTuple):
 
 
 def keys(schema: type = Run, prefix: str = "") -> Iterator[Key]:
-    """Every key of a dataclass of config/schema.py, those of the dataclasses in it too, in the order of the file."""
+    """Yield every key of a dataclass of config/schema.py, including those of nested dataclasses, in file order."""
     hints = get_type_hints(schema)
     for field in fields(schema):
         if not prefix and field.name in HIDDEN:
@@ -30,7 +30,7 @@ def keys(schema: type = Run, prefix: str = "") -> Iterator[Key]:
         hint = hints[field.name]
         kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type)]
         inner = next((kind for kind in kinds if is_dataclass(kind)), None)
-        if inner is not None and get_origin(hint) not in (dict, list):  # a mapping of free names is one key
+        if inner is not None and get_origin(hint) not in (dict, list):  # a mapping with free names is one key
             yield from keys(inner, f"{prefix}{field.name}.")
             continue
         default = field.default_factory() if field.default_factory is not MISSING else field.default

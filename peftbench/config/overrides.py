@@ -1,4 +1,4 @@
-"""Setting a key of a config; what is wrong with the key, its value or a YAML file becomes a sentence. No torch here."""
+"""Set keys of a config, and turn faults of a key, a value or a YAML file into sentences."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from peftbench.utils.errors import meant, unknown
 
 
 def apply_override(cfg: DictConfig, override: Override) -> str | None:
-    """Set the key of an override in `cfg`. Returns what is wrong with it as a sentence, or None."""
+    """Set the key of an override in `cfg`. Return what is wrong with it as a sentence, or None."""
     return set_key(cfg, override.key_or_group, override.value(), force_add=_may_grow(cfg, override))
 
 
 def set_key(cfg: DictConfig, key: str, value: Any, force_add: bool = False) -> str | None:
-    """Like `apply_override`, for a key and a value; `force_add` adds a key that is not there."""
+    """Set a key, like `apply_override`, to a value; `force_add` adds a key that does not exist."""
     group = key.partition(".")[0]
     if group != key and group in cfg and OmegaConf.select(cfg, group) is None:
         return f"{key}={value} needs a {group}; give {group}= as well."
@@ -42,8 +42,8 @@ def set_key(cfg: DictConfig, key: str, value: Any, force_add: bool = False) -> s
 
 
 def _may_grow(cfg: DictConfig, override: Override) -> bool:
-    """Whether an override adds to a mapping of free keys: +task.data_files.SPLIT=FILE or +task.data_files={SPLIT:FILE};
-    in a schema + adds nothing."""
+    """Return whether an override adds to a mapping with free keys: +task.data_files.SPLIT=FILE or
+    +task.data_files={SPLIT:FILE}. In a schema, + adds nothing."""
     key = override.key_or_group
     grown = OmegaConf.select(cfg, key if isinstance(override.value(), dict) else key.rpartition(".")[0])
     is_mapping = isinstance(grown, DictConfig) and not is_dataclass(OmegaConf.get_type(grown))
@@ -51,7 +51,7 @@ def _may_grow(cfg: DictConfig, override: Override) -> bool:
 
 
 def _unknown_key(cfg: DictConfig, key: str, value: object) -> str:
-    """The sentence for a key that is in no schema: the part that is wrong, and the choices at its level."""
+    """Return the sentence for a key that is not in the schema: the wrong part, and the choices at its level."""
     parts = key.split(".")
     for depth in range(len(parts)):
         parent = cfg if depth == 0 else OmegaConf.select(cfg, ".".join(parts[:depth]))
@@ -63,8 +63,8 @@ def _unknown_key(cfg: DictConfig, key: str, value: object) -> str:
                 return f"{key}={value}: there is no {parts[1]} in the mixture; add one, such as mix=[prefix]."
             at = f" (in {'.'.join(parts[:depth])})" if depth else ""
             if depth and not choices:
-                return f"{key} is no key of the config{at}; +{key}=... adds it."
-            return f"{key} is no key of the config{at}{_one_level_below(cfg, key) or meant(parts[depth], choices)}"
+                return f"{key} is not a key of the config{at}; +{key}=... adds it."
+            return f"{key} is not a key of the config{at}{_one_level_below(cfg, key) or meant(parts[depth], choices)}"
     if isinstance(value, dict):
         node = OmegaConf.select(cfg, key)
         for name in value:
@@ -74,9 +74,9 @@ def _unknown_key(cfg: DictConfig, key: str, value: object) -> str:
 
 
 def _one_level_below(cfg: DictConfig, key: str) -> str | None:
-    """The end of that sentence where the key is one of the trainer, task or model, typed without that prefix."""
+    """Return the end of that sentence if the key is one of trainer, task or model, typed without this prefix."""
     for group in ("trainer", "task", "model"):
-        if key.partition(".")[0] in list(cfg[group]):  # those without a value too
+        if key.partition(".")[0] in list(cfg[group]):  # includes keys without a value
             return f"; did you mean {group}.{key}?"
     return None
 
@@ -96,24 +96,24 @@ def _bad_value(cfg: DictConfig, key: str, value: object, error: OmegaConfBaseExc
 
 
 def _wrong_in_file(file: str, fault: str, key: str) -> str:
-    """The sentence for a file of a group of which Hydra cannot take a key.
+    """Return the sentence for a file of a group with a key that Hydra refuses.
 
     Args:
-        key: "" where Hydra does not name it.
+        key: "" if Hydra does not name it.
     """
     if file.startswith("search/"):
         return f"{file}: {fault}; each of its keys has times: [...] or values: [...], as in conf/search/lr3.yaml."
     schema = OmegaConf.structured(Run)
     if found := re.match(r"Merge error: \w+ is not a subclass of (\w+)\. value: (.*)", fault):
         (group,) = [name for name in schema if getattr(OmegaConf.get_type(schema, name), "__name__", None) == found[1]]
-        return f"{file}: {group}: {found[2]} has its place among the defaults, as - override /{group}: {found[2]}."
+        return f"{file}: {group}: {found[2]} belongs in the defaults, as - override /{group}: {found[2]}."
     if not key:
         return f"{file}: {fault}."
     if key.startswith("mix."):
         schema.mix[key.split(".")[1]] = Modification()
     group, last = file.partition("/")[0], key.rpartition(".")[2]
     if last in ("method", "model", "task", "trainer") and key in (last, f"{group}.{last}"):
-        return f"{file}: its keys are taken for {group}'s own; a file with {last}: begins with # @package _global_."
+        return f"{file}: its keys are read as {group}'s own; a file with {last}: begins with # @package _global_."
     if fault.startswith("Key "):
         return f"{file}: {_unknown_key(schema, key, '')}"
     kind, is_list = _type_of(schema, key)
@@ -123,7 +123,7 @@ def _wrong_in_file(file: str, fault: str, key: str) -> str:
 
 
 def _type_of(cfg: DictConfig, key: str) -> tuple[type | None, bool]:
-    """The type that the schema gives a key, where the key exists, and whether it is that of the elements of a list."""
+    """Return the type of a key in the schema, if the key exists, and whether it is the type of a list's elements."""
     node = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
     if not isinstance(node, DictConfig):
         return None, False
@@ -134,13 +134,13 @@ def _type_of(cfg: DictConfig, key: str) -> tuple[type | None, bool]:
 
 
 def in_words(error: Exception) -> str:
-    """A message of Hydra or OmegaConf as one sentence."""
+    """Return a message of Hydra or OmegaConf as one sentence."""
     if isinstance(error, InterpolationKeyError) and "task.paper" in str(error):
         return "trainer=paper: this task has no settings in the paper; use trainer=quick."
     if isinstance(error, MarkedYAMLError):
         mark = error.problem_mark
         where = f"{mark.name.removeprefix('file://')}:{mark.line + 1}" if mark is not None else "A file"
-        return f"{where} is no YAML: {error.problem}."
+        return f"{where} is not YAML: {error.problem}."
     if found := re.match(r"In '(.+)': \w+ raised while composing config:\n(.*)\n +full_key: (.*)", str(error)):
         file, fault, key = found.groups()
         return _wrong_in_file(f"{file}.yaml", fault, key)

@@ -1,15 +1,15 @@
-"""The roles that splits of the data have in a run. Imports no torch."""
+"""The roles of the data's splits in a run."""
 
 from __future__ import annotations
 
 from peftbench.config.schema import Task
 
-FURTHER = "report_"  # and the split: the role of one that is reported on beside the report split
-Roles = dict[str, tuple[str, int | None]]  # the split of each role, and how many rows at most; null: all
+FURTHER = "report_"  # with the split's name: the role of a further split on which scores are reported
+Roles = dict[str, tuple[str, int | None]]  # the split of each role, and its maximum number of rows; None: all
 
 
 def roles(task: Task) -> Roles:
-    """The roles that data has in a run: to train on, to select a state, to report on, and to report on further."""
+    """Return the roles of data in a run: training, selection of a state, report, and further reports."""
     return {
         "train": (task.train_split, task.max_train),
         "selection": (task.selection_split, task.max_selection),
@@ -19,17 +19,17 @@ def roles(task: Task) -> Roles:
 
 
 def is_reported(role: str) -> bool:
-    """Whether the role is that of the report split or of a further one."""
+    """Return whether the role is that of the report split or of a further one."""
     return role == "report" or role.startswith(FURTHER)
 
 
 def splits(task: Task) -> list[str]:
-    """The splits that the task reads, each named once."""
+    """Return the splits that the task reads, each once."""
     return list(limits_of(roles(task)))
 
 
 def limits_of(wanted: Roles) -> dict[str, int | None]:
-    """How many rows of each split its roles need; null: all of them."""
+    """Return how many rows of each split its roles need; None: all of them."""
     found: dict[str, int | None] = {}
     for split, limit in wanted.values():
         before = found.get(split, 0)

@@ -1,4 +1,4 @@
-"""The rows of the paper's tables (conf/rows.yaml): what row=NAME sets, and the paper's scores. Imports no torch."""
+"""The rows of the paper's tables (conf/rows.yaml): the settings of row=NAME, and the paper's scores."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import yaml
 from peftbench.config.schema import conf_dir
 
 GROUP = "row"
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is not everywhere
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C loader is not available everywhere
 
-Scores = Mapping[str, Mapping[str, Any]]  # by table and task; `rouge` has ROUGE-1/2/L
+Scores = Mapping[str, Mapping[str, Any]]  # by table and task; `rouge` is ROUGE-1/2/L
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Row:
     """A row of the paper's tables."""
 
     help: str
-    settings: Mapping[str, Any]  # by key: a name is the choice of a group, such as the method's, all else a value
+    settings: Mapping[str, Any]  # by key: a string is the choice of a group, such as method; others are values
     paper: Scores
 
     @property
@@ -32,14 +32,14 @@ class Row:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The row as a config of Hydra's, whose package is _global_."""
+        """The row as a Hydra config with the package _global_."""
         defaults = [{f"override /{group}": choice} for group, choice in self.choices.items()]
         return {"defaults": defaults, **{key: self.settings[key] for key in self.settings if key not in self.choices}}
 
 
 @cache
 def rows() -> dict[str, Row]:
-    """The rows by name."""
+    """Return the rows by name."""
     return {
         name: Row(
             help=row["help"],
@@ -51,7 +51,7 @@ def rows() -> dict[str, Row]:
 
 
 def scores(row: str | None, method: str) -> Scores:
-    """What the paper prints for a row, or, without one, for a method at its usual size; {} where it prints nothing."""
+    """Return the paper's scores for a row, or without one for a method at its usual size; {} if there are none."""
     if row is None:
         found: Scores = _read()["methods"].get(method, {})
         return found

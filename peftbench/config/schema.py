@@ -1,8 +1,8 @@
-"""The schema of a run: what every key of `conf/` may hold. Imports no torch.
+"""The schema of a run: the type, default and meaning of every key of `conf/`.
 
-The four axes of He et al. (2022, table 1) and their options make a `Modification`. The root of the config is one of
-them, so that `bottleneck=8` and `functional_form=relu` are keys of their own; further ones stand under `mix`.
-Which combinations mean something is said in `config/axes.py`.
+The four axes of He et al. (2022, table 1) and their options make a `Modification`. The root of the config is one
+modification, so that `bottleneck=8` and `functional_form=relu` are top-level keys; further ones are in `mix`.
+`config/axes.py` says which combinations are valid.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 HELP = "help"  # a field's metadata: what the key means
 
-# Names of transformers' ACT2FN that are functions of one tensor without parameters; a test holds them to ACT2FN.
+# Names in transformers' ACT2FN of functions of one tensor without parameters; a test compares them with ACT2FN.
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "mish", "tanh", "sigmoid", "relu6", "relu2", "leaky_relu")
 FUNCTIONAL_FORMS = ("none", "constant", "identity", "softmax", *ACTIVATIONS)
 
-# mypy and OmegaConf both want the members of an Enum spelled out; a member's name is what a user types.
+# mypy and OmegaConf both need the members of an Enum spelled out; a user types a member's name.
 Representation = Enum(
     "Representation",
     [
@@ -62,15 +62,15 @@ Batching = Enum("Batching", ["random", "bucketed"])
 Compile = Enum("Compile", ["none", "layers"])
 Device = Enum("Device", ["auto", "cpu", "cuda"])
 
-LOSS = "loss"  # of the values of `Task.selection_metric` the one that is better when lower
+LOSS = "loss"  # the only value of `Task.selection_metric` for which lower is better
 
 
 def key(default: Any, help: str) -> Any:
-    """A key of the config: its default, of which each config gets a copy, and what `peftbench ls keys` says of it.
+    """Make a key of the config from its default, which is copied for each config, and its help in `peftbench ls keys`.
 
     Args:
         default: omegaconf's MISSING for a key that a preset of its group must set.
-        help: in plain English: what the key does, its unit, what null and each choice mean.
+        help: in plain English: what the key does, its unit, and what null and each choice mean.
     """
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata={HELP: help})
@@ -94,11 +94,12 @@ class ModifiedRepresentation:
 
     name: Representation = key(
         Representation.none,
-        "Which hidden vectors h are modified; `peftbench ls axes` says what each choice is and which of them run with "
-        "which others. none: no modification.",
+        "Which hidden vectors h are modified; `peftbench ls axes` describes the choices and shows which combinations "
+        "run. none: no modification.",
     )
     stacks: list[Stack] = key(
-        [Stack.encoder, Stack.decoder], "In which stacks h is modified: encoder, decoder, or both, as far as there are."
+        [Stack.encoder, Stack.decoder],
+        "Stacks in which h is modified: encoder, decoder, or both, as far as the backbone has them.",
     )
     attentions: list[AttentionKind] = key(
         list(AttentionKind),
@@ -110,9 +111,9 @@ class ModifiedRepresentation:
     )
     head_input: HeadInput = key(
         HeadInput.query,
-        "What a parallel form over heads reads. query: each head's query, scaled as the attention has it; hidden: the "
-        "attention input (table 1); normed_query: an unscaled query of the attention input after a LayerNorm of its "
-        "own (the paper's code on BART).",
+        "What a parallel form over heads reads. query: each head's query, scaled as in the attention; hidden: the "
+        "attention input (table 1); normed_query: an unscaled query of the attention input after a separate LayerNorm "
+        "(the paper's code on BART).",
     )
     ffn_input: FFNInput = key(
         FFNInput.normed,
@@ -156,20 +157,20 @@ class Modification:
     composition_function: CompositionFunction = field(default_factory=CompositionFunction)
     bottleneck: int | None = key(
         None,
-        "r, the width between W_down and W_up, or the number l of prefix vectors. null: there is none, as with "
+        "r, the width between W_down and W_up, or the number l of prefix vectors. null: no bottleneck, as with "
         "functional_form=constant.",
     )
     init: Init = key(
         Init.lora,
-        "How W_down and W_up start. bert: both from N(0, 0.02); lora: W_up at 0, so that a run begins as the backbone.",
+        "How W_down and W_up start. bert: both from N(0, 0.02); lora: W_up at 0, so that Δh is 0 at the start.",
     )
     bias: bool = key(False, "true: W_down and W_up have biases.")
     layer_norm: LayerNormPlace = key(
         LayerNormPlace.none,
-        "Where the modification has a LayerNorm of its own. none: nowhere; input: before W_down; output: after W_up.",
+        "Where the modification adds a LayerNorm. none: nowhere; input: before W_down; output: after W_up.",
     )
     dropout: float | None = key(
-        None, "Probability of dropout after f. null: the backbone's own rate, as in the paper's code."
+        None, "Probability of dropout after f. null: the backbone's rate, as in the paper's code."
     )
     input_dropout: float = key(0.0, "Probability of dropout on x, before W_down (LoRA's dropout).")
     prefix_mlp: int | None = key(
@@ -179,37 +180,37 @@ class Modification:
 
 @dataclass
 class Fidelity:
-    """The places where the paper's text and its released code differ: true has it as in the code.
+    """The places where the paper's text and its released code differ: true follows the code.
 
-    `config/fidelity.py` says of each to which runs it applies.
+    `config/fidelity.py` says to which runs each applies.
     """
 
     name: str = key(
         "paper",
-        "Name of the set of switches, paper or released_code; it changes nothing by itself. Of the switches, true "
-        "has a place as in the released code, which their help describes, and false as in the paper's text.",
+        "Name of the set of switches, paper or released_code; it changes nothing by itself. With a switch set to true, "
+        "the run follows the released code, as the switch's help describes; with false, the paper's text.",
     )
-    frozen_task_head: bool = key(
-        False, "The task head stays as it was initialised, at random; only BitFit trains its biases."
-    )
+    frozen_task_head: bool = key(False, "The task head keeps its random initialisation; only BitFit trains its biases.")
     attention_adapter_before_output: bool = key(
         False, "The parallel adapter at the attention adds Δh to the concatenated heads, before W_o."
     )
-    attention_adapter_norm: bool = key(False, "Adapters at the attention have a LayerNorm of their own before W_down.")
-    attention_adapter_bert_init: bool = key(False, "Adapters at the attention begin at N(0, 0.02), scaled ones too.")
+    attention_adapter_norm: bool = key(False, "Adapters at the attention have a LayerNorm before W_down.")
+    attention_adapter_bert_init: bool = key(
+        False, "Adapters at the attention start at N(0, 0.02), including scaled ones."
+    )
     head_adapter_from_mlp: bool = key(
-        False, "The weights of the multi-head parallel adapter are made by the prefix's MLP, without biases."
+        False, "The prefix's MLP, without biases, produces the weights of the multi-head parallel adapter."
     )
     head_adapter_normed_query: bool = key(
         False,
-        "On BART the multi-head parallel adapter reads unscaled queries of the attention input behind a LayerNorm of "
-        "its own.",
+        "On BART the multi-head parallel adapter reads unscaled queries of the attention input after a separate "
+        "LayerNorm.",
     )
     mbart_ffn_adapter_reads_residual: bool = key(
         False, "On mBART the parallel adapter at the FFN reads the residual stream before the FFN's norm."
     )
     dead_parameters: bool = key(
-        False, "The code also trains parameters that nothing reads; here they are counted, not made."
+        False, "The code also trains parameters that nothing reads; here they are counted but not created."
     )
 
 
@@ -220,18 +221,18 @@ class Model:
     name: str = key(MISSING, "Name of the preset, in tables and run folders; with model.path the folder's name.")
     hub_id: str | None = key(None, "Repository on the Hugging Face hub, such as facebook/bart-large. null: none.")
     revision: str | None = key(None, "Branch, tag or commit of model.hub_id. null: the main branch.")
-    path: str | None = key(None, "A folder with config.json and weights; wins over model.hub_id. null: none.")
+    path: str | None = key(None, "A folder with config.json and weights; overrides model.hub_id. null: none.")
     dtype: DType = key(
         DType.float32,
-        "Type of the frozen weights, float32 or bfloat16; what is trained stays float32. auto: bfloat16 where the run "
-        "computes in it on a GPU and trains nothing of the backbone, else float32.",
+        "Type of the frozen weights, float32 or bfloat16; trained weights are always float32. auto: bfloat16 if the "
+        "run computes in it on a GPU and trains nothing of the backbone, else float32.",
     )
-    sizes: str = key(MISSING, "Which column of conf/sizes.yaml the method presets take their sizes from.")
+    sizes: str = key(MISSING, "The column of conf/sizes.yaml from which the method presets take their sizes.")
     architecture: dict[str, Any] = key(
         {},
-        "For counting without weights or network, as in config.json: model_type, the keys that differ from "
-        "transformers' defaults for it, and name_or_path, the hub id that this describes. Training reads config.json "
-        "itself.",
+        "Used to count parameters without weights or network, in the form of config.json: model_type, the keys that "
+        "differ from its defaults in transformers, and name_or_path, the hub id of the described model. Training reads "
+        "config.json itself.",
     )
 
 
@@ -239,13 +240,13 @@ class Model:
 class Generation:
     """Beam search at evaluation; lengths in tokens of the target."""
 
-    num_beams: int = key(6, "Beams of the search at evaluation; 1: greedy decoding.")
-    min_length: int = key(10, "Fewest tokens of a generated text.")
-    max_length: int = key(60, "Most tokens of a generated text.")
-    no_repeat_ngram_size: int = key(3, "No run of so many tokens occurs twice in a generated text; 0: no such limit.")
+    num_beams: int = key(6, "Number of beams at evaluation; 1: greedy decoding.")
+    min_length: int = key(10, "Minimum number of tokens in a generated text.")
+    max_length: int = key(60, "Maximum number of tokens in a generated text.")
+    no_repeat_ngram_size: int = key(3, "No sequence of this many tokens occurs twice in a generated text; 0: no limit.")
     length_penalty: float = key(
         1.0,
-        "Exponent of the length by which a beam's log-probability is divided; above 0, larger favours longer texts.",
+        "Exponent of the length by which a beam's log-probability is divided; larger values favour longer texts.",
     )
 
 
@@ -256,70 +257,68 @@ class Task:
     name: str = key(MISSING, "Name of the task, in tables and run folders.")
     kind: TaskKind = key(
         MISSING,
-        "What is predicted. classification: a label; regression: a number; text_to_text: a text, which is generated.",
+        "What is predicted. classification: a label; regression: a number; text_to_text: a generated text.",
     )
-    sizes: str = key(MISSING, "Which column of conf/sizes.yaml suits the task's backbone in the paper.")
+    sizes: str = key(MISSING, "The column of conf/sizes.yaml for the task's backbone in the paper.")
     hub_id: str | None = key(None, "Dataset on the Hugging Face hub, such as EdinburghNLP/xsum. null: none.")
     hub_config: str | None = key(None, "Configuration of the hub's dataset, such as ro-en. null: its default.")
     hub_revision: str | None = key(None, "Branch, tag or commit of task.hub_id. null: the main branch.")
     data_dir: str | None = key(
-        None, "A folder with train, validation and test files; wins over task.hub_id. null: none."
+        None, "A folder with train, validation and test files; overrides task.hub_id. null: none."
     )
-    data_files: dict[str, str] = key({}, "A file for each split, as {SPLIT: FILE}; wins over task.data_dir.")
-    train_file: str | None = key(None, "The file of task.train_split, whatever the task calls it. null: none.")
-    validation_file: str | None = key(
-        None, "The file of task.selection_split, whatever the task calls it. null: none is given."
-    )
-    test_file: str | None = key(None, "The file of task.report_split, whatever the task calls it. null: none is given.")
+    data_files: dict[str, str] = key({}, "A file for each split, as {SPLIT: FILE}; overrides task.data_dir.")
+    train_file: str | None = key(None, "The file for task.train_split, whatever its name. null: none.")
+    validation_file: str | None = key(None, "The file for task.selection_split, whatever its name. null: none.")
+    test_file: str | None = key(None, "The file for task.report_split, whatever its name. null: none.")
     packages: list[str] | None = key(
         None,
-        "Tasks made of docstrings: the Python packages that they are read from; python is the standard library. "
-        "null: the task is not made of them.",
+        "For tasks made of docstrings: the Python packages from which they are read; python is the standard library. "
+        "null: not such a task.",
     )
     train_split: str = key("train", "Name of the split to train on.")
-    selection_split: str = key(
-        "validation", "Name of the split by which a state, and the trial of a search, is selected."
-    )
-    report_split: str = key("test", "Name of the split that the score is of.")
+    selection_split: str = key("validation", "Name of the split used to select a state and the trial of a search.")
+    report_split: str = key("test", "Name of the split on which the score is computed.")
     further_splits: list[str] = key(
-        [], "Splits that are scored besides the report split, such as mismatched MNLI; []: none."
+        [], "Splits that are scored in addition to the report split, such as mismatched MNLI; []: none."
     )
-    max_train: int | None = key(None, "Examples of task.train_split that are used, the first ones. null: all.")
-    max_selection: int | None = key(None, "Examples of task.selection_split that are used, the first ones. null: all.")
+    max_train: int | None = key(None, "Number of examples of task.train_split to use, from the start. null: all.")
+    max_selection: int | None = key(
+        None, "Number of examples of task.selection_split to use, from the start. null: all."
+    )
     max_eval: int | None = key(
-        None, "Examples of task.report_split, and of each further split, that are used, the first ones. null: all."
+        None, "Number of examples of task.report_split, and of each further split, to use, from the start. null: all."
     )
     text_columns: list[str] = key([], "Classification and regression: the column of the text, or the two of a pair.")
     label_column: str = key("label", "Classification and regression: the column of the label or number.")
     labels: list[str] = key(
         [],
-        "Names of the labels in the order of their codes. []: those of the training split. A number is then no code, "
-        "unless the data set says which label each code is.",
+        "Names of the labels in the order of their codes. []: the labels of the training split; a number in the data "
+        "is then a name, not a code, unless the data set says which label each code means.",
     )
-    source_column: str = key("document", "Text to text: the column that is read.")
+    source_column: str = key("document", "Text to text: the column of the source.")
     target_column: str = key(
-        "summary", "Text to text: the column that is to be written; a text, or a list of texts that are all right."
+        "summary", "Text to text: the column of the target: a text, or a list of texts that are all right."
     )
     source_join: str | None = key(
-        None, "What to put between the parts of a source that is a list of texts. null: sources are single texts."
+        None, "Separator between the parts of a source that is a list of texts. null: sources are single texts."
     )
     prompt: str | None = key(
         None,
-        "Text to text: what the model reads, with {source} in it, and {mask} where the tokenizer's mask token goes. "
+        "Text to text: template of the model's input, with {source} in it, and {mask} for the tokenizer's mask token. "
         "Other special tokens, such as <|im_start|>, are typed as they are. "
-        "null: the source, and for a decoder alone, which is to go on with the target, a line break after it.",
+        "null: the source; for a decoder-only model, which continues with the target, the source and a line break.",
     )
-    merge_references: bool = key(False, "true: rows with equal sources are one example with all their targets.")
+    merge_references: bool = key(False, "true: rows with equal sources become one example with all their targets.")
     source_language: str | None = key(
-        None, "Language of the source, as a code that the backbone has, such as mBART's en_XX. null: none is set."
+        None, "Language of the source, as a code of the backbone, such as mBART's en_XX. null: not set."
     )
     target_language: str | None = key(
-        None, "Language of the target, as a code that the backbone has, such as mBART's ro_RO. null: none is set."
+        None, "Language of the target, as a code of the backbone, such as mBART's ro_RO. null: not set."
     )
     max_source_length: int = key(
-        512, "Tokens of an input, its prompt and special tokens included; the rest is cut off."
+        512, "Maximum number of tokens of an input, including prompt and special tokens; the rest is cut off."
     )
-    max_target_length: int = key(128, "Tokens of a target in training; the rest is cut off.")
+    max_target_length: int = key(128, "Maximum number of tokens of a target in training; the rest is cut off.")
     metric: str = key(
         MISSING,
         "The main score, by which runs are ranked. Classification: accuracy, f1 (of the second of two labels), "
@@ -328,7 +327,7 @@ class Task:
     )
     selection_metric: str | None = key(
         None,
-        "By which a state is selected: the main score, or, for text to text, loss, of which the lowest is best. null: "
+        "The value that selects a state: the main score or, for text to text, loss, where the lowest is best. null: "
         "the main score.",
     )
     generation: Generation = field(default_factory=Generation)
@@ -337,97 +336,101 @@ class Task:
         "Scores shown next to the run's. majority: the most frequent label for every example; head: the task head "
         "trained alone; lead1: the source's first sentence; copy: the source itself; []: none.",
     )
-    paper: dict[str, Any] = key({}, "The paper's training settings, which trainer=paper takes.")
-    quick: dict[str, Any] = key({}, "Settings such as keep and evaluate_every, which trainer=quick takes.")
+    paper: dict[str, Any] = key({}, "The paper's training settings, which trainer=paper uses.")
+    quick: dict[str, Any] = key({}, "Settings such as keep and evaluate_every, which trainer=quick uses.")
 
 
 @dataclass
 class Trainer:
-    """Optimisation; one optimiser step sees batch_size x accumulation examples."""
+    """Optimisation; one optimiser step uses batch_size x accumulation examples."""
 
-    learning_rate: float = key(MISSING, "AdamW's learning rate after the warm-up, the highest of the schedule.")
-    epochs: float = key(3.0, "Passes over the training examples; trainer.max_steps wins over them.")
-    max_steps: int | None = key(None, "Optimiser steps; wins over trainer.epochs. null: as many as the epochs have.")
+    learning_rate: float = key(MISSING, "AdamW's learning rate after the warm-up, the maximum of the schedule.")
+    epochs: float = key(3.0, "Passes over the training examples; trainer.max_steps overrides it.")
+    max_steps: int | None = key(
+        None, "Optimiser steps; overrides trainer.epochs. null: as many as trainer.epochs needs."
+    )
     batch_size: int = key(32, "Training examples in a batch.")
     batch_tokens: int | None = key(
         None,
-        "Tokens in a training batch: examples of like lengths, their number x the longest of them; wins over "
-        "trainer.batch_size. null: batches have trainer.batch_size examples.",
+        "Tokens in a training batch of examples with similar lengths: their number times the length of the longest; "
+        "overrides trainer.batch_size. null: batches have trainer.batch_size examples.",
     )
-    accumulation: int = key(1, "Batches whose gradients make one optimiser step.")
+    accumulation: int = key(1, "Batches whose gradients are added up for one optimiser step.")
     batching: Batching = key(
         Batching.random,
-        "Which examples a batch holds. random: any; bucketed: those of like lengths, padded to a few widths, in random "
-        "order.",
+        "Which examples form a batch. random: any; bucketed: examples of similar lengths, padded to a few widths, in "
+        "random order.",
     )
     padding_free: bool | str = key(
         "auto",
-        "true: the layers see a batch's tokens in one row and compute nothing for padding, which is quick on a GPU in "
-        "bf16 alone. auto: there, and for backbones that can have it.",
+        "true: the layers get a batch's tokens in one row and compute nothing for padding, which is fast only on a GPU "
+        "in bf16. auto: there, for backbones that support it.",
     )
     micro_batch: str | None = key(
         None,
-        "Examples that go through the model at once, a part of the batch where memory is short; the gradient stays "
-        "that of the whole batch. auto: the most that fit, halved where memory runs out; null: the batch.",
+        "Examples that go through the model at once, for a batch that does not fit in memory; the gradient is still "
+        "that of the whole batch. auto: as many as fit, halved if memory runs out; null: the whole batch.",
     )
-    eval_batch_size: int = key(64, "Examples in a batch to be predicted, at most.")
+    eval_batch_size: int = key(64, "Maximum number of examples in an evaluation batch.")
     eval_batch_tokens: int | None = key(
-        None, "Input tokens in a batch to be predicted, at most. null: only trainer.eval_batch_size limits it."
+        None, "Maximum number of input tokens in an evaluation batch. null: only trainer.eval_batch_size limits it."
     )
     schedule: Schedule = key(
         Schedule.linear,
-        "The learning rate after the warm-up. linear: falls to 0 along a line; cosine: falls to 0 along half a cosine; "
-        "constant: stays.",
+        "The learning rate after the warm-up. linear: decreases linearly to 0; cosine: decreases to 0 along half a "
+        "cosine; constant: does not change.",
     )
     warmup: float = key(
         0.06, "Share of the optimiser steps, at least 0 and below 1, in which the learning rate rises from 0."
     )
-    weight_decay: float = key(0.0, "AdamW's weight decay, on all but biases and LayerNorms.")
-    max_grad_norm: float = key(1.0, "Norm to which the gradient of all trained tensors is clipped; 0: no clipping.")
+    weight_decay: float = key(0.0, "AdamW's weight decay, on everything except biases and LayerNorms.")
+    max_grad_norm: float = key(1.0, "Maximum norm of the gradient of all trained tensors, by clipping; 0: no clipping.")
     label_smoothing: float = key(
-        0.0, "Share of a target's probability, at least 0 and below 1, that is spread evenly over all labels or tokens."
+        0.0, "Share of a target's probability, at least 0 and below 1, spread evenly over all labels or tokens."
     )
-    betas: list[float] = key([0.9, 0.999], "AdamW's two decay rates, of the mean gradient and of its square.")
-    epsilon: float = key(1e-8, "AdamW's epsilon, which is added to the denominator of its update.")
+    betas: list[float] = key([0.9, 0.999], "AdamW's two decay rates, for the mean gradient and for its square.")
+    epsilon: float = key(1e-8, "AdamW's epsilon, added to the denominator of its update.")
     keep: Keep = key(
         Keep.last,
-        "Which state is reported. last: the one after the last step; best: the best on the selection split.",
+        "Which state is reported. last: the state after the last step; best: the best on the selection split.",
     )
     evaluate_every: int | None = key(
         None,
-        "With trainer.keep=best: optimiser steps between evaluations on the selection split. null: once an epoch.",
+        "With trainer.keep=best: optimiser steps between evaluations on the selection split. null: once per epoch.",
     )
     precision: Precision = key(
         Precision.auto,
-        "What the model computes in. fp32: float32; bf16: bfloat16, by autocast where the weights are float32; auto: "
-        "bf16 on a GPU that has it, else fp32.",
+        "Precision of the computation. fp32: float32; bf16: bfloat16, by autocast if the weights are float32; auto: "
+        "bf16 on a GPU that supports it, else fp32.",
     )
     gradient_checkpointing: bool = key(
-        False, "true: activations are computed again in the backward pass, which takes less memory and more time."
+        False, "true: activations are recomputed in the backward pass, which takes less memory and more time."
     )
     compile: Compile = key(
         Compile.none,
-        "layers: torch.compile, layer by layer, which takes a minute at the start; none: nothing is compiled.",
+        "layers: torch.compile for each layer, which takes a minute at the start; none: nothing is compiled.",
     )
     graphs: bool | str = key(
         "auto",
-        "true: on a GPU each shape of batch is recorded as a CUDA graph, forward and backward pass, and replayed, "
-        "which is quick where Python takes longer to launch a backbone's kernels than they take. auto: where a step "
-        "can be recorded.",
+        "true: on a GPU, the forward and backward pass for each shape of batch is recorded as a CUDA graph and "
+        "replayed, which is fast if Python takes longer to launch a backbone's kernels than they take to run. auto: if "
+        "a step can be recorded.",
     )
-    fused_loss: bool = key(True, "true: the loss of target tokens is computed without all their logits at once.")
+    fused_loss: bool = key(
+        True, "true: the loss of target tokens is computed without storing all their logits at once."
+    )
     checkpoint_minutes: float = key(
-        5.0, "Minutes of training between checkpoints, from which an interrupted run goes on."
+        5.0, "Minutes of training between checkpoints, from which an interrupted run resumes."
     )
-    device: Device = key(Device.auto, "Where a run computes: cpu, cuda (a GPU); auto: a GPU where there is one.")
+    device: Device = key(Device.auto, "Where a run computes: cpu, cuda (a GPU); auto: a GPU if there is one.")
 
 
 @dataclass
 class Variation:
-    """What a search tries for a key: multiples of the value that the run comes with, or values."""
+    """What a search tries for a key: multiples of the run's value, or values."""
 
-    times: list[float] | None = key(None, "Multiples of the value that the run comes with. null: see values.")
-    values: list[Any] | None = key(None, "Values to be tried as they are. null: see times.")
+    times: list[float] | None = key(None, "Multiples of the run's value. null: see values.")
+    values: list[Any] | None = key(None, "Values to try. null: see times.")
 
 
 @dataclass
@@ -437,12 +440,12 @@ class Search:
     name: str = key(MISSING, "Name of the search.")
     keys: dict[str, Variation] = key(
         {},
-        "What is tried for each key, as {KEY: {times: [...]}}, multiples of the value that the run comes with, or "
+        "What is tried for each key, as {KEY: {times: [...]}}, multiples of the run's value, or "
         "{KEY: {values: [...]}}.",
     )
     seed: int | None = key(None, "Seed of the trials. null: the first seed of the sweep.")
     trial: int | None = key(
-        None, "The run is this one of the trials, counted from 0. null: it takes the best trial's values."
+        None, "Number of the trial that the run is, from 0. null: the run takes the best trial's values."
     )
 
 
@@ -451,14 +454,14 @@ class Run(Modification):
     """The whole config. Keys of `Modification` are its first modification; `mix` holds the others by name."""
 
     mix: dict[str, Modification] = key(
-        {}, "Further modifications by name: mix.NAME.KEY is to one of them what KEY above is to the first."
+        {}, "Further modifications by name: mix.NAME.KEY is for one of them what KEY above is for the first."
     )
     unfreeze: Unfreeze = key(
         Unfreeze.none,
-        "Backbone parameters that are trained too. none: none of them; bias: the biases (BitFit); norm: the norms' "
-        "weights and biases; all: every parameter.",
+        "Backbone parameters that are also trained. none: none of them; bias: the biases (BitFit); norm: the weights "
+        "and biases of the norms; all: every parameter.",
     )
-    allow_unused: bool = key(False, "true: train although the loss does not depend on every trainable tensor.")
+    allow_unused: bool = key(False, "true: train even if the loss does not depend on every trainable tensor.")
     fidelity: Fidelity = field(default_factory=Fidelity)
     method: str = key(MISSING, "Name of the method, in tables and run folders.")
     model: Model = field(default_factory=Model)
@@ -467,49 +470,49 @@ class Run(Modification):
     sizes: Any = key(None, "The columns of conf/sizes.yaml.")
     size: Any = key(
         None,
-        "The column of conf/sizes.yaml for this run. `of` names the backbones that it was made for; on another "
+        "The column of conf/sizes.yaml for this run. `of` names the backbones for which it was made; on another "
         "backbone the bottlenecks are those that store the same share.",
     )
     budget: str | None = key(
         None,
-        "The number of stored parameters that the bottlenecks are solved for: 6.7% of the backbone, 599k, 27.4M, "
-        "599232. null: the bottlenecks are as they are given.",
+        "The maximum number of stored parameters, from which the bottlenecks are computed: 6.7% of the backbone, 599k, "
+        "27.4M, 599232. null: the bottlenecks are used as given.",
     )
     budget_split: list[float] | None = key(
         None,
-        "Of several bottlenecks: the ratio of what they store, such as [9,1], the root's first and then those of mix. "
-        "null: their sizes keep the ratio that they come with.",
+        "With several bottlenecks: the ratio of the parameters that they store, such as [9,1], first the root's and "
+        "then those of mix. null: the sizes keep their given ratio.",
     )
-    seed: int = key(42, "Seed of all that is random in a run: new weights, the order of the examples, dropout.")
+    seed: int = key(42, "Seed of everything random in a run: new weights, the order of the examples, dropout.")
     search: Search | None = None
     debug: str | None = key(None, "Name of the debug preset, such as smoke. null: none.")
-    output_dir: str = key("outputs", "Folder of the runs, which are in it as TASK/MODEL/METHOD/HASH.")
-    rerun: bool = key(False, "true: train again although the run is done.")
-    retry: bool = key(False, "true: a sweep trains again what failed before.")
+    output_dir: str = key("outputs", "Folder for the runs, which are stored in it as TASK/MODEL/METHOD/HASH.")
+    rerun: bool = key(False, "true: train again even if the run is done.")
+    retry: bool = key(False, "true: a sweep trains failed runs again.")
     jobs: str = key(
-        "1", "Runs of a sweep at once, in processes of their own. auto: as many as free memory and cores allow."
+        "1", "Runs of a sweep at once, in separate processes. auto: as many as free memory and cores allow."
     )
     mps: bool | str = key(
         False,
-        "true: runs at once on one GPU share it through NVIDIA's Multi-Process Service, whose daemon the sweep starts "
-        "and ends. auto: where that is installed.",
+        "true: simultaneous runs on one GPU share it through NVIDIA's Multi-Process Service, whose daemon the sweep "
+        "starts and stops. auto: if it is installed.",
     )
 
 
 PACKAGE = Path(__file__).resolve().parent.parent
-EMBEDDED = PACKAGE / "backbones"  # the folder of the backbones that ship inside the package
+EMBEDDED = PACKAGE / "backbones"  # the folder of the backbones that ship with the package
 
 # `${embedded:mini}`: the folder of such a backbone.
 OmegaConf.register_new_resolver("embedded", lambda name: str(EMBEDDED / name), replace=True)
 
 
 def conf_dir() -> Path:
-    """The folder with the YAML groups: inside the installed package, or at the top of a checkout."""
+    """Return the folder with the YAML groups: inside the installed package, or at the top of a checkout."""
     return PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 
 
 def task_files(task: Task) -> dict[str, str]:
-    """The user's own files by split."""
+    """Return the user's own files by split."""
     roles = (
         (task.train_split, task.train_file),
         (task.selection_split, task.validation_file),
@@ -519,7 +522,7 @@ def task_files(task: Task) -> dict[str, str]:
 
 
 def modifications(run: Run) -> dict[str, Modification]:
-    """The modifications of a run by the prefix of their keys: "" for the root's, "mix.NAME." for the others."""
+    """Return the modifications of a run by the prefix of their keys: "" for the root's, "mix.NAME." for the others."""
     found: dict[str, Modification] = {}
     if run.functional_form.name != "none":
         found[""] = run
@@ -528,12 +531,12 @@ def modifications(run: Run) -> dict[str, Modification]:
 
 
 def module_name(prefix: str) -> str:
-    """The name of a modification's modules in the model: NAME for "mix.NAME.", "modification" for the root's."""
+    """Return the name of a modification's modules in the model: NAME for "mix.NAME.", "modification" for "" (root)."""
     return prefix.split(".")[1] if prefix else "modification"
 
 
 def value_at(run: Run, key: str) -> Any:
-    """The value of a dotted key. Raises AttributeError, or in a mapping KeyError, where there is none."""
+    """Return the value of a dotted key. Raises AttributeError, or in a mapping KeyError, if there is none."""
     node: Any = run
     for part in key.split("."):
         node = node[part] if isinstance(node, dict) else getattr(node, part)
@@ -541,12 +544,12 @@ def value_at(run: Run, key: str) -> Any:
 
 
 def by_key(overrides: Iterable[str]) -> dict[str, str]:
-    """The values of overrides KEY=VALUE, as typed, by their keys without a +."""
+    """Return the values of overrides KEY=VALUE, as typed, by their keys without a +."""
     return dict(word.lstrip("+").split("=", 1) for word in overrides if "=" in word)
 
 
 def resolve(cfg: DictConfig) -> Run:
-    """The composed config as a typed `Run` with every interpolation resolved."""
+    """Return the composed config as a typed `Run` with every interpolation resolved."""
     run = OmegaConf.to_object(cfg)
     assert isinstance(run, Run)
     run.model.name = backbone_name(run.model)
@@ -554,18 +557,18 @@ def resolve(cfg: DictConfig) -> Run:
         run.size["taken"] = {
             prefix: m.bottleneck for prefix, m in modifications(run).items() if _is_from_column(cfg, prefix)
         }
-    if run.task.prompt is not None:  # Hydra's command line has no line break but that of the shell
+    if run.task.prompt is not None:  # a line break on Hydra's command line can only come from the shell
         run.task.prompt = run.task.prompt.replace(r"\n", "\n")
     return run
 
 
 def _is_from_column(cfg: DictConfig, prefix: str) -> bool:
-    """Whether a modification has its bottleneck from the run's column of sizes, and not from what was typed."""
+    """Return whether a modification's bottleneck comes from the run's column of sizes, not from the command line."""
     node = cfg.mix[prefix.split(".")[1]] if prefix else cfg
     raw = OmegaConf.to_container(OmegaConf.masked_copy(node, "bottleneck"), resolve=False)
     return isinstance(raw, dict) and "${size." in str(raw["bottleneck"])
 
 
 def backbone_name(model: Model) -> str:
-    """What tables call the backbone: the folder's name where `model.path` is given, else the option's name."""
+    """Return the backbone's name in tables: the folder's name if `model.path` is given, else the option's name."""
     return Path(os.path.expanduser(model.path)).resolve().name if model.path else model.name

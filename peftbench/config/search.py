@@ -1,8 +1,8 @@
-"""The trials of a search (`search=lr3`): which runs are compared, and what of a search is refused. Imports no torch.
+"""The trials of a search (`search=lr3`): which runs are compared, and which searches are refused.
 
-A search is trained in two phases. Its trials are runs of their own, one for each combination of the values, with one
-seed; then the runs that were asked for take the values of the trial that is best on the selection split
-(records/choice.py). Both are told apart by keys of the config: `search.trial=1` is the second trial.
+A search is trained in two phases. Its trials are separate runs, one for each combination of the values, with one seed.
+Then the requested runs take the values of the trial that is best on the selection split (records/choice.py). A key of
+the config distinguishes them: `search.trial=1` is the second trial.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from peftbench.config.schema import Run, Search, Variation, by_key, value_at
 from peftbench.config.validity import faults
 from peftbench.utils.errors import UserError, meant
 
-# Beside what changes no result: other data or another backbone would make the scores of trials incomparable.
+# In addition to IGNORED: with other data or another backbone the scores of trials would not be comparable.
 NOT_SEARCHED = ("task", "model", "method", "fidelity", "debug", "seed", "search")
 
 
 def values(run: Run, search: Search) -> dict[str, list[Any]]:
-    """The values that are tried for each key, in the order of preference in which ties are decided.
+    """Return the values that are tried for each key, in the order of preference that decides ties.
 
-    A multiple has 12 significant digits; of a whole number it is the nearest whole one, and at least 1.
+    A multiple has 12 significant digits. A multiple of an integer is rounded to the nearest integer, at least 1.
     """
     return {key: _values(variation, value_at(run, key)) for key, variation in search.keys.items()}
 
@@ -44,13 +44,13 @@ def _values(variation: Variation, base: Any) -> list[Any]:
 
 
 def settings(run: Run, search: Search) -> list[dict[str, Any]]:
-    """What each trial sets: every combination of the values."""
+    """Return the settings of each trial: every combination of the values."""
     tried = values(run, search)
     return [dict(zip(tried, combination, strict=True)) for combination in product(*tried.values())]
 
 
 def trials(run: Run) -> list[Run]:
-    """The runs that are compared before `run`."""
+    """Return the runs that are compared before `run`."""
     assert run.search is not None
     plain = replace(run, search=None, seed=run.seed if run.search.seed is None else run.search.seed)
     found = []
@@ -63,7 +63,7 @@ def trials(run: Run) -> list[Run]:
 
 
 def _changed(node: Any, path: Sequence[str], value: Any) -> Any:
-    """A copy of a config with another value at a path."""
+    """Return a copy of a config with another value at a path."""
     first, *rest = path
     old = node[first] if isinstance(node, dict) else getattr(node, first)
     new = _changed(old, rest, value) if rest else type(old)[value] if isinstance(old, Enum) else value
@@ -71,13 +71,13 @@ def _changed(node: Any, path: Sequence[str], value: Any) -> Any:
 
 
 def search_faults(run: Run) -> list[str]:
-    """All that is wrong with the search of a run, and with its trials."""
+    """Return all faults of a run's search and of its trials."""
     search = run.search
     if search is None:
         return []
     whose = f"search={search.name}"
     if not search.keys:
-        return [f"{whose} names no keys; give it some as conf/search/lr3.yaml does."]
+        return [f"{whose} has no keys; give it some, as conf/search/lr3.yaml does."]
     cfg = OmegaConf.structured(replace(run, search=None))
     found = [fault for key, variation in search.keys.items() for fault in _key_faults(key, variation, cfg, run)]
     if found:
@@ -95,32 +95,32 @@ def _key_faults(key: str, variation: Variation, cfg: DictConfig, run: Run) -> li
     if key in IGNORED:
         return [f"{key} changes no result, so there is nothing to search over."]
     if key.split(".")[0] in NOT_SEARCHED:
-        return [f"{key} cannot be searched over, for it changes what is compared; name keys of the training."]
+        return [f"{key} cannot be searched over, because it changes what is compared; use keys of the training."]
     if run.budget is not None and not key.startswith("trainer."):
-        return [f"{key} with budget={run.budget}: a budget leaves only trainer.* to search over."]
+        return [f"{key} with budget={run.budget}: with a budget, only trainer.* can be searched over."]
     try:
         base = value_at(run, key)
     except KeyError as missing:
         (name,) = missing.args
-        return [f"{key} is no key of method={run.method}, whose mix has no {name}{meant(name, run.mix)}"]
+        return [f"{key} is not a key of method={run.method}, whose mix has no {name}{meant(name, run.mix)}"]
     except AttributeError:
-        return [set_key(cfg, key, None) or f"{key} is no key of the config."]
+        return [set_key(cfg, key, None) or f"{key} is not a key of the config."]
     if bool(variation.times) == bool(variation.values):
-        return [f"{key} needs either times (multiples of the value that it has) or values."]
+        return [f"{key} needs either times (multiples of its value) or values."]
     if variation.times and (isinstance(base, bool) or not isinstance(base, int | float)):
-        return [f"{key} has no number for method={run.method} that could be multiplied; give it values."]
+        return [f"{key} is not a number for method={run.method}, so it has no multiples; give it values."]
     return [fault for value in variation.values or [] if (fault := set_key(cfg.copy(), key, value))]
 
 
 def check(points: Sequence[Point]) -> None:
-    """Raises UserError where a point's search is wrong, or where a grid goes over what the search chooses: where points
+    """Raise UserError if a point's search is wrong, or if a grid sweeps over a key that the search chooses: if points
     differ in nothing else."""
     given = [by_key(overrides) for overrides, _ in points]
     found = [sentence for _, run in points for sentence in search_faults(run)]
     for typed, (_, run) in zip(given, points, strict=True):
         if run.search is None:
             continue
-        chosen = f"is what search={run.search.name} chooses; leave one of the two out."
+        chosen = f"is chosen by search={run.search.name}; leave one of the two out."
         for key, variation in run.search.keys.items():
             rest = _without(key, typed)
             if len({one.get(key) for one in given if _without(key, one) == rest}) > 1:
@@ -136,15 +136,15 @@ def _without(key: str, typed: dict[str, str]) -> dict[str, str]:
 
 
 def is_open(run: Run) -> bool:
-    """Whether the run waits for trials."""
+    """Return whether the run depends on trials that have not been compared yet."""
     return run.search is not None and run.search.trial is None
 
 
 def phases(points: Sequence[Point]) -> tuple[list[Point], list[Point]]:
-    """The trials of a sweep's searches, and the sweep's own runs, which are told what seed the trials have.
+    """Return the trials of a sweep's searches, and the sweep's own runs with the seed of the trials as `search.seed`.
 
-    Points that differ in nothing but their seed share their trials, which have the first one's seed unless
-    `search.seed` names another.
+    Points that differ only in their seed share their trials. These have the first point's seed unless `search.seed`
+    is given.
     """
     first: dict[str, int] = {}
     tried: dict[tuple[str, int], Point] = {}

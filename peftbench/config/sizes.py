@@ -1,4 +1,4 @@
-"""Which backbones a column of conf/sizes.yaml was made for; `counts/shares.py` measures others. Imports no torch."""
+"""The backbones for which a column of conf/sizes.yaml was made; `counts/shares.py` measures others."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from peftbench.config.schema import Model, Run, conf_dir
 
 
 def sizes_taken(run: Run) -> dict[str, int]:
-    """By prefix the bottlenecks that the run has from its column, where they may have to be fitted to its backbone.
+    """Return, by prefix, the bottlenecks from the run's column that may have to be fitted to its backbone.
 
-    None are, where all were typed; where there is a budget, to which they are but a ratio; where it is not known what
-    the column is `of`; and where the backbone is one of these.
+    There are none if all bottlenecks were typed; if there is a budget, for which sizes are only a ratio; if the column
+    does not say which backbones it is `of`; and if the run's backbone is one of these.
     """
     if run.budget is not None or not isinstance(run.size, dict):
         return {}
@@ -26,21 +26,21 @@ def sizes_taken(run: Run) -> dict[str, int]:
 
 
 def column_backbones(run: Run) -> dict[str, Model]:
-    """The backbones that the sizes of a run's column were made for, by their names in conf/model."""
+    """Return the backbones for which the sizes of a run's column were made, by their names in conf/model."""
     return {name: _preset(name) for name in run.size.get("of", ())} if isinstance(run.size, dict) else {}
 
 
 @cache
 def _preset(name: str) -> Model:
     preset = OmegaConf.load(conf_dir() / "model" / f"{name}.yaml")
-    apart = {"sizes": ""}  # which refers to a task, of which there is none here
+    apart = {"sizes": ""}  # it refers to a task, and there is none here
     merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Model), preset, apart))
     assert isinstance(merged, Model)
     return merged
 
 
 def _is(model: Model, other: Model) -> bool:
-    """Whether two configs name one backbone, without looking into it."""
+    """Return whether two configs name the same backbone, without reading it."""
     if model.path is None or other.path is None:
         return model.path == other.path and model.hub_id == other.hub_id
     return Path(model.path).expanduser().resolve() == Path(other.path).expanduser().resolve()

@@ -1,7 +1,7 @@
-"""What a file or folder holds, in twelve hexadecimal digits. Imports no torch.
+"""Hashes of the content of files and folders, twelve hexadecimal digits each.
 
-All bytes count. Those of a large file are read once: their hash is kept in memory and on disk, for as long as the
-file's inode, size and times stay what they were, so that the workers of a sweep do not read gigabytes of weights again.
+All bytes count. A large file is read once: its hash is kept in memory and on disk for as long as the file's inode,
+size and times are unchanged, so that the workers of a sweep do not read gigabytes of weights again.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ from peftbench.utils.cache_dir import cache_dir
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import replacing
 
-LARGE = 1 << 20  # bytes; the first version of the stamp saw files smaller than this whole, of larger ones
-_END = 1 << 16  # only so many bytes at either end, beside the size
-_PIECE = 1 << 22  # bytes of a large file that a thread hashes at once
+LARGE = 1 << 20  # bytes; the first version of the stamp read the whole of smaller files, and of files from this size
+_END = 1 << 16  # only the size and this many bytes at each end
+_PIECE = 1 << 22  # bytes of a large file that a thread hashes at a time
 _FRESH = 2_000_000_000  # nanoseconds within which two changes of a file may have the same time
-# The embedded backbone has had its name from the first version of the stamp: its runs are to be found under it.
+# The embedded backbone keeps its name from the first version of the stamp, so that its runs are still found.
 _NAMED_BEFORE = {"3474f3c7b65b": "61d6297fc805"}
 
 _State = list[int]
-_known: dict[Path, tuple[_State, str]] = {}  # of large files, what this process has hashed or found on disk
+_known: dict[Path, tuple[_State, str]] = {}  # of large files, as hashed by this process or found on disk
 
 
 def content_stamp(path: str | Path) -> str:
-    """Twelve hexadecimal digits that stand for a file, or for a folder with all files in it but hidden ones.
+    """Return twelve hexadecimal digits for a file, or for a folder with all files in it except hidden ones.
 
-    Raises UserError where there is no such path.
+    Raises UserError if there is no such path.
     """
     stamp = _stamp(path, _whole)
     return _NAMED_BEFORE.get(stamp, stamp)
 
 
 def ends_stamp(path: str | Path) -> str:
-    """The first version of `content_stamp`, by which runs were named once: blind to the middle of `LARGE` files.
+    """Return the first version of `content_stamp`, which named earlier runs and ignores the middle of `LARGE` files.
 
-    Without such files the two are equal. Raises UserError where there is no such path.
+    Without such files the two are equal. Raises UserError if there is no such path.
     """
     return _stamp(path, _ends)
 
 
 def counted_files(path: str | Path) -> list[tuple[str, Path]]:
-    """The files that a stamp is made of, sorted, with their names in the folder.
+    """Return the files that a stamp includes, sorted, with their names in the folder.
 
-    Raises UserError where there is no such path.
+    Raises UserError if there is no such path.
     """
     root = Path(path).expanduser()
     if not root.exists():
@@ -80,13 +80,13 @@ def _ends(file: Path) -> bytes:
 
 
 def _whole(file: Path) -> bytes:
-    """The hash of a large file, from an earlier reading where the file is still what it was."""
+    """Return the hash of a large file, from an earlier reading if the file has not changed since."""
     place, state = file.resolve(), _state(file)
     kept = cache_dir() / "stamps" / f"{hashlib.sha256(os.fsencode(place)).hexdigest()[:32]}.json"
     found = _known.get(place) or _read(kept)
     if found is None or found[0] != state:
         found = (state, _hashed(file, state[1]))
-        # A file that changes while it is read, or just after, might be taken for what it was.
+        # A file that changes while it is read, or just after, could be mistaken for its earlier content.
         if _state(file) != state or time.time_ns() - max(state[2:]) < _FRESH:
             return bytes.fromhex(found[1])
         with suppress(OSError):  # a cache that cannot be written costs seconds, not the run
@@ -98,14 +98,14 @@ def _whole(file: Path) -> bytes:
 
 
 def _state(file: Path) -> _State:
-    """What a change of a file changes: inode, size, the times of the last change of its content and of its inode, the
-    last of which nobody can set."""
+    """Return what a change of a file changes: inode, size, and the times of the last change of its content and of its
+    inode; nobody can set the last one."""
     found = file.stat()
     return [found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def _read(kept: Path) -> tuple[_State, str] | None:
-    """What `_whole` has kept, or None where that is missing or torn."""
+    """Return what `_whole` has kept, or None if that is missing or incomplete."""
     try:
         state, digest = json.loads(kept.read_text(encoding="utf-8"))
         return (list(map(int, state)), digest) if len(bytes.fromhex(digest)) == 32 else None
@@ -114,10 +114,10 @@ def _read(kept: Path) -> tuple[_State, str] | None:
 
 
 def _hashed(file: Path, size: int) -> str:
-    """SHA-256 over the SHA-256 hashes of the pieces of a file, in threads: hashlib lets others run while it hashes.
+    """Return the SHA-256 over the SHA-256 hashes of a file's pieces, in threads: hashlib releases the GIL.
 
-    A cryptographic hash, since nothing looks at the content again: two files with one hash would be one run. Processors
-    have instructions for this one, which do 1.6 GB a second on a core.
+    The hash is cryptographic because nothing compares the content again: two files with the same hash would be the
+    same run. Processors have instructions for SHA-256, which hash 1.6 GB per second on a core.
     """
 
     def of_piece(start: int) -> bytes:

@@ -1,7 +1,7 @@
-"""What is wrong with a run, before anything is loaded. Imports no torch.
+"""Find what is wrong with a run before anything is loaded.
 
-`faults(run)` returns a plain sentence for every fault, each naming the key as it is typed; those of the four axes are
-a table of rules in config/axes.py.
+`faults(run)` returns a plain sentence for every fault, with the key as it is typed. The rules for the four axes are a
+table in config/axes.py.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _is_count(value: str) -> bool:
     return value.isdecimal() and int(value) > 0
 
 
-# Keys, what holds of their values (where they are not null), and the sentence that says so.
+# Keys, a condition on their values (if they are not null), and the sentence that states it.
 RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (
         (
@@ -73,7 +73,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         lambda number: number >= 1,
         "it must be a whole number of at least 1",
     ),
-    # What numpy's generator takes.
+    # The range of numpy's generator.
     (("seed",), lambda number: 0 <= number < 2**32, "it must be a whole number from 0 to 4294967295"),
     (("jobs",), lambda jobs: jobs == "auto" or _is_count(jobs), "it must be a whole number of at least 1, or auto"),
     (
@@ -87,7 +87,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         "it must be a whole number of at least 1, auto or null",
     ),
     (("trainer.learning_rate", "trainer.epochs"), lambda number: 0 < number < math.inf, "it must be a number above 0"),
-    (("trainer.warmup", "trainer.label_smoothing"), lambda share: 0 <= share < 1, "it lies in [0, 1)"),
+    (("trainer.warmup", "trainer.label_smoothing"), lambda share: 0 <= share < 1, "it must be in [0, 1)"),
     (
         ("trainer.weight_decay", "trainer.max_grad_norm", "trainer.epsilon", "trainer.checkpoint_minutes"),
         lambda number: 0 <= number < math.inf,
@@ -97,9 +97,9 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
 
 
 def faults(run: Run, *, reads_data: bool = True) -> list[str]:
-    """All that is wrong with `run`, one plain sentence each; an empty list where it can run.
+    """Return all faults of `run`, one plain sentence each; an empty list if it can run.
 
-    Without `reads_data` the run is only counted, for which a task needs no data.
+    Without `reads_data` the run is only counted, and its task needs no data.
     """
     return [
         *_axes_faults(run),
@@ -126,7 +126,7 @@ def _axes_faults(run: Run) -> Iterator[str]:
 def _budget_faults(run: Run) -> Iterator[str]:
     if run.budget is None:
         if run.budget_split is not None:
-            yield "budget_split shares out a budget, and there is none; give one, such as budget=1%, or leave it out."
+            yield "budget_split divides a budget, but there is none; give one, such as budget=1%, or leave it out."
         return
     try:
         limit(run.budget, backbone=100)
@@ -134,8 +134,8 @@ def _budget_faults(run: Run) -> Iterator[str]:
         yield from error.faults
     if all(m.bottleneck is None for m in modifications(run).values()):
         yield (
-            f"budget={run.budget} solves for a bottleneck, and method={run.method} has none: what it trains follows "
-            "from the backbone; leave budget out, or take a method with a bottleneck such as method=lora."
+            f"budget={run.budget} determines bottlenecks, but method={run.method} has none: its size follows from the "
+            "backbone; leave budget out, or take a method with a bottleneck such as method=lora."
         )
         return
     split, names = run.budget_split, [prefix.rstrip(".") or "the root's" for prefix in modifications(run)]
@@ -148,7 +148,7 @@ def _budget_faults(run: Run) -> Iterator[str]:
 
 
 def _path_faults(run: Run) -> Iterator[str]:
-    """Paths that lead nowhere; what stands in them is looked at when it is read."""
+    """Yield faults of paths that do not exist; their content is checked when it is read."""
     folders = {"model.path": run.model.path, "task.data_dir": run.task.data_dir}
     files: dict[str, str | None] = {
         **{f"task.data_files.{split}": file for split, file in run.task.data_files.items()},
@@ -158,7 +158,7 @@ def _path_faults(run: Run) -> Iterator[str]:
     }
     if run.model.hub_id is not None and run.model.path is not None and Path(run.model.path).parent == EMBEDDED:
         yield (
-            f"model.hub_id={run.model.hub_id} is not looked at, since model={run.model.name} ships with peftbench; "
+            f"model.hub_id={run.model.hub_id} has no effect, because model={run.model.name} ships with peftbench; "
             "start from another model, such as model=bart_large, or add model.path=null."
         )
     for key, path in folders.items():
@@ -170,37 +170,37 @@ def _path_faults(run: Run) -> Iterator[str]:
 
 
 def _seen_from(path: str) -> str:
-    """Where a relative path leads from: a run's own were typed in a folder that may have been another one."""
+    """Return the folder that a relative path starts from: the paths of a saved run may have been typed elsewhere."""
     return "" if Path(path).expanduser().is_absolute() else f" below {Path.cwd()}"
 
 
 def _source_faults(task: Task, reads_data: bool) -> Iterator[str]:
-    """No data where it is needed: to train, and to count a head of as many labels as the data has."""
+    """Yield a fault if there is no data but it is needed: to train, or to count a head with one output per label."""
     if any((task_files(task), task.data_dir, task.packages, task.hub_id)):
         return
     if reads_data:
         yield (
             f"task={task.name} has no data; give task.train_file=FILE (.csv, .tsv, .jsonl, .json or .parquet), with "
-            "task.validation_file and task.test_file where you have them, or task.data_dir=FOLDER with all of them."
+            "task.validation_file and task.test_file if you have them, or task.data_dir=FOLDER with all of them."
         )
     elif task.kind is TaskKind.classification and not task.labels:
         yield (
-            f"task={task.name} has no labels, whose number is the size of the task head; give task.labels=[A,B], or "
-            "task.train_file=FILE or task.data_dir=FOLDER, whose labels they are."
+            f"task={task.name} has no labels, and their number is the size of the task head; give task.labels=[A,B], "
+            "or task.train_file=FILE or task.data_dir=FOLDER, from which they are read."
         )
 
 
 def _data_faults(task: Task) -> Iterator[str]:
-    """What is read of the data."""
+    """Yield faults in the settings for reading the data."""
     if task.validation_file and task.test_file and task.selection_split == task.report_split:
         yield (
             f"task.test_file={task.test_file}: task={task.name} selects and reports on its {task.report_split} split; "
-            "give task.validation_file alone, or task.report_split=test."
+            "give only task.validation_file, or set task.report_split=test."
         )
     if task.kind is not TaskKind.text_to_text and len(task.text_columns) not in (1, 2):
         yield f"task.text_columns=[{','.join(task.text_columns)}] must name one column, or two for a pair."
     if task.prompt is not None and task.prompt.count("{source}") != 1:
-        yield f"task.prompt={task.prompt!r} must hold {{source}} once, where the source is put."
+        yield f"task.prompt={task.prompt!r} must contain {{source}} once, where the source goes."
     if len(set(task.labels)) < len(task.labels):
         yield f"task.labels=[{','.join(task.labels)}] names a label twice."
     elif len(task.labels) == 1 and task.kind is TaskKind.classification:
@@ -209,9 +209,9 @@ def _data_faults(task: Task) -> Iterator[str]:
 
 
 def label_faults(key: str, metric: str, labels: Sequence[str]) -> Iterator[str]:
-    """What a metric, which was typed as `key`, cannot say of the labels; these may be found in the data only."""
+    """Yield a fault if a metric, typed as `key`, does not fit the labels, which may be known only from the data."""
     if metric == "f1" and len(labels) > 2:
-        yield f"{key}=f1 is that of the second of two labels; with more of them use macro_f1."
+        yield f"{key}=f1 is the F1 of the second of two labels; with more labels use macro_f1."
 
 
 def _number_faults(run: Run) -> Iterator[str]:
@@ -249,12 +249,12 @@ def _dtype_faults(run: Run) -> Iterator[str]:
 
 
 def _trainer_faults(run: Run) -> Iterator[str]:
-    """Settings of the trainer that exclude each other."""
+    """Yield faults for settings of the trainer that exclude each other."""
     trainer = run.trainer
     if trainer.graphs is True:
         for key, value in unrecordable(trainer).items():
             yield (
-                f"trainer.graphs=true with trainer.{key}: a CUDA graph is of a whole batch that fits in memory; use "
+                f"trainer.graphs=true with trainer.{key}: a CUDA graph needs a whole batch that fits in memory; use "
                 f"trainer.graphs=false, or trainer.{key}={value}."
             )
         if trainer.device is Device.cpu:
@@ -262,13 +262,13 @@ def _trainer_faults(run: Run) -> Iterator[str]:
     for prefix, m in modifications(run).items():
         if trainer.padding_free is True and m.modified_representation.name is Representation.embedding:
             yield (
-                f"trainer.padding_free=true with {prefix}modified_representation=embedding: prompts join a batch "
-                "behind its embeddings; use trainer.batching=bucketed, which has little padding."
+                f"trainer.padding_free=true with {prefix}modified_representation=embedding: prompts are added to a "
+                "batch after its embeddings; use trainer.batching=bucketed, which has little padding."
             )
     if trainer.batching is Batching.bucketed and trainer.batch_tokens is not None:
         yield (
-            f"trainer.batching=bucketed with trainer.batch_tokens={trainer.batch_tokens}: batches by tokens have "
-            "like lengths already; leave trainer.batching out, or set trainer.batch_tokens=null."
+            f"trainer.batching=bucketed with trainer.batch_tokens={trainer.batch_tokens}: batches by tokens already "
+            "have similar lengths; leave trainer.batching out, or set trainer.batch_tokens=null."
         )
     if trainer.compile is not Compile.none and trainer.gradient_checkpointing:
         yield (
@@ -278,7 +278,7 @@ def _trainer_faults(run: Run) -> Iterator[str]:
     if trainer.label_smoothing and run.task.kind is TaskKind.regression:
         yield (
             f"trainer.label_smoothing={trainer.label_smoothing} with task={run.task.name}: a number is predicted, "
-            "and there are no labels among which probability could be spread; set trainer.label_smoothing=0."
+            "and there are no labels to spread probability over; set trainer.label_smoothing=0."
         )
     if trainer.micro_batch is not None and trainer.micro_batch.isdecimal() and trainer.batch_tokens is not None:
         yield (
@@ -288,7 +288,7 @@ def _trainer_faults(run: Run) -> Iterator[str]:
 
 
 def unrecordable(trainer: Trainer) -> dict[str, str]:
-    """The keys that keep a step from being recorded as a CUDA graph, each with the value that it would need."""
+    """Return the keys that prevent a step from being recorded as a CUDA graph, each with the value that it needs."""
     needed = {
         "gradient_checkpointing": ("false", trainer.gradient_checkpointing),
         "micro_batch": ("null", trainer.micro_batch is not None),

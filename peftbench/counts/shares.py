@@ -1,8 +1,9 @@
-"""The sizes of conf/sizes.yaml on a backbone that they were not made for: those that store the same share of it.
+"""Fit the sizes of conf/sizes.yaml to a backbone for which they were not made, so that they store the same share of it.
 
-A column of sizes names the backbones that it is `of`. On another one the bottlenecks that the user has not typed are,
-as with a budget, the largest in their ratio that store no larger a share of the backbone than the column's sizes do of
-its own. Both are counted on the meta device. Where the column's sizes come to nearly that share they are kept.
+A column of sizes names the backbones that it is `of`. On another backbone, the bottlenecks that the user has not typed
+become, as with a budget, the largest ones in the same ratio whose share of the backbone is at most the share that the
+column's sizes store of the column's own backbone. Both are counted on the meta device. If the column's sizes already
+have nearly that share, they are kept.
 """
 
 from __future__ import annotations
@@ -37,24 +38,24 @@ from peftbench.counts.solve import counted, resized
 from peftbench.modification.counting import Counts
 from peftbench.utils.errors import UserError
 
-# So many times the column's share, or it so many times theirs, and sizes are kept: the same layers with another
+# Sizes are kept if their share and the column's share differ by at most this factor: the same layers with another
 # vocabulary are nearly the same backbone, such as BERT-base and RoBERTa-base.
 NEARLY = 1.15
 
-_known: dict[str, _Costs] = {}  # what has been counted: runs of a sweep share it
+_known: dict[str, _Costs] = {}  # counts so far, which the runs of a sweep share
 
 
 def fitted(run: Run, *, as_trained: bool = False) -> Run:
-    """The run with the sizes of its column fitted to its backbone, and with the sentence that says so as `size`.
+    """Return the run with the sizes of its column fitted to its backbone, and as `size` the sentence that says so.
 
-    A run whose backbone is the column's own or nearly that, whose bottlenecks were typed, or which has a budget, for
-    which they are only a ratio, keeps them.
+    A run keeps its sizes if its backbone is the column's own or nearly the same, if its bottlenecks were typed, or if
+    it has a budget, for which sizes are only a ratio.
 
     Args:
-        as_trained: a hub model is what its config.json there says, and not `model.architecture`.
+        as_trained: take the architecture of a hub model from its config.json, not from `model.architecture`.
 
     Raises:
-        UserError: how the backbone is built is not known, or a modification does not fit it.
+        UserError: the backbone's architecture is not known, or a modification does not fit it.
     """
     sizes, own = sizes_taken(run), column_backbones(run)
     if not sizes:
@@ -78,15 +79,15 @@ def fitted(run: Run, *, as_trained: bool = False) -> Run:
 
 
 def note_of(run: Run) -> str | None:
-    """What `fitted` has to say of a run, if anything."""
+    """Return the sentence that `fitted` has put into a run, if any."""
     return run.size if isinstance(run.size, str) else None
 
 
 def size_notes(run: Run, counts: Counts, width: int) -> list[str]:
-    """What is to be said of the sizes of a run on its backbone, whose hidden states are `width` wide.
+    """Return notes on the sizes of a run on its backbone, whose hidden states have `width` dimensions.
 
     Raises:
-        UserError: the modifications store more than the backbone has, and no budget asked for that.
+        UserError: the modifications store more parameters than the backbone has, without a budget that asks for it.
     """
     sized = {
         f"{prefix}bottleneck={m.bottleneck}": m for prefix, m in modifications(run).items() if m.bottleneck is not None
@@ -95,13 +96,14 @@ def size_notes(run: Run, counts: Counts, width: int) -> list[str]:
         share = f"{counts.percent(counts.stored):,.0f}%"
         raise UserError(
             f"{', '.join(sized)}: {counts.stored:,} parameters would be stored, {share} of the {counts.backbone:,} of "
-            f"{run.model.name} itself; give less, such as budget=5%."
+            f"{run.model.name} itself; give fewer, such as budget=5%."
         )
     wide = [
         f"{typed} is above the width of {run.model.name}, {width}."
         for typed, m in sized.items()
         if m.functional_form.name != "softmax"  # prefix vectors may be many
-        and m.modified_representation.name is not Representation.ffn_intermediate  # which is wider
+        and m.modified_representation.name
+        is not Representation.ffn_intermediate  # the FFN's intermediate layer is wider
         and (m.bottleneck or 0) > width
     ]
     note = note_of(run)
@@ -109,18 +111,18 @@ def size_notes(run: Run, counts: Counts, width: int) -> list[str]:
 
 
 class _Costs(NamedTuple):
-    """What the modifications of a run store, by their bottlenecks."""
+    """The number of parameters that a run's modifications store, as a function of their bottlenecks."""
 
-    backbone: int  # parameters
-    ones: int  # with bottlenecks of 1
-    steps: dict[str, int]  # by prefix, each further one
+    backbone: int  # parameters of the backbone
+    ones: int  # stored parameters with all bottlenecks 1
+    steps: dict[str, int]  # by prefix: stored parameters for each further unit of the bottleneck
 
     def stored(self, sizes: Mapping[str, int]) -> int:
         return self.ones + sum((sizes[prefix] - 1) * step for prefix, step in self.steps.items())
 
 
 def _alone(run: Run, prefixes: Collection[str]) -> Run:
-    """Some modifications of a run by themselves, wherever they can be: other backbones have other layers."""
+    """Return a run with only some modifications, at all possible places, because other backbones have other layers."""
     bare = replace(run, unfreeze=Unfreeze.none, fidelity=Fidelity())
     mix = {
         name: replace(m, modified_representation=_everywhere(m))
@@ -143,15 +145,17 @@ def _everywhere(m: Modification) -> ModifiedRepresentation:
 
 
 def _share(run: Run, sizes: Mapping[str, int], model: Model) -> float:
-    """The share of its backbone that the column's sizes store on the column's own."""
-    task = replace(run.task, kind=TaskKind.classification, labels=[])  # which every family can do; the head is apart
+    """Return the share of the column's own backbone `model` that the column's sizes store."""
+    task = replace(
+        run.task, kind=TaskKind.classification, labels=[]
+    )  # every family can do it; the head is counted separately
     config = load_config(model) if model.path is not None else None
     costs = _costs(replace(run, model=model, task=task), config)
     return costs.stored(sizes) / costs.backbone
 
 
 def _costs(run: Run, config: PretrainedConfig | None) -> _Costs:
-    """What the modifications of a run cost on its backbone; `config`: as `meta_backbone` takes it."""
+    """Return what the modifications of a run store on its backbone; `config` is as for `meta_backbone`."""
     built = run.model.architecture if config is None else config.to_dict()
     found = modifications(run)
     key = json.dumps([built, run.task.kind.name, {prefix: plain(m) for prefix, m in found.items()}], default=str)

@@ -1,7 +1,7 @@
-"""Runs that were recorded under the first version of names, which saw of large files the size and both ends alone.
+"""Runs that were recorded under the first version of names, for which only the size and both ends of large files count.
 
-Such a record is taken for the run that is asked for where the large files have the paths that they had and have not
-changed since it began; else nobody can know, and the run is trained anew. Either is told, once. Imports no torch.
+Such a record is accepted as the requested run if the large files have the same paths as then and have not changed since
+the recorded run began. Otherwise nobody can know, and the run is trained again. Either way the user is told, once.
 """
 
 from __future__ import annotations
@@ -24,52 +24,53 @@ _told: set[str] = set()
 
 
 def is_the_same(run: Run, record: Record, point: str) -> bool:
-    """Whether a record whose name saw the ends of large files alone is that of `run`; notes in it that it is.
+    """Return whether a record whose name depends only on the ends of large files is that of `run`. If so, the record
+    notes it.
 
     Args:
-        point: what the record of `run` has as `point`.
+        point: the `point` in the record of `run`.
     """
     if record.point == point:  # noted before
         return True
     doubt = _doubt(run, record)
     if doubt is not None:
         _tell(
-            f"{doubt}: runs such as {record.folder} were named when names saw only the ends of large files, so that "
-            "theirs may have been other ones in the middle; they are trained anew under new names."
+            f"{doubt}: runs such as {record.folder} were named when only the ends of large files counted, so that "
+            "these files may have been different in the middle; the runs are trained again under new names."
         )
         return False
     paths = ", ".join(path for path in sources(run).values() if not _was_seen_whole(path))
     _tell(
-        f"{paths} unchanged since: runs that were recorded when names saw only the ends of large files are taken for "
-        "the same."
+        f"{paths} unchanged since: runs that were recorded when only the ends of large files counted are taken as the "
+        "same."
     )
     if record.status == "done":
         record.point = point
         record.model.content = content_stamp(run.model.path) if run.model.path else record.model.content
-        with suppress(OSError):  # records that can only be read are compared again next time
+        with suppress(OSError):  # read-only records are compared again next time
             record.save()
     return True
 
 
 def check_backbone(run: Run, record: Record) -> None:
-    """Tells where the record's stamp does not say all of its backbone, and it may have changed since.
+    """Tell the user if the record's stamp does not cover the whole backbone, which may have changed since.
 
-    Raises UserError where `model.path` is not the backbone that the run was trained on.
+    Raises UserError if `model.path` is not the backbone on which the run was trained.
     """
     path, content = run.model.path, record.model.content
     if not path or not content or content == content_stamp(path):
         return
     if content != ends_stamp(path):
-        raise UserError(f"model.path={path} holds another backbone than the one that the run was trained on.")
+        raise UserError(f"model.path={path} is not the backbone on which the run was trained.")
     if (doubt := _doubt(run, record, only="model.path")) is not None:
         _tell(
-            f"{doubt}: the record of {record.folder} saw only the ends of large files, so that its backbone may have "
-            "been another one in the middle."
+            f"{doubt}: the record of {record.folder} covers only the ends of large files, so that its backbone may "
+            "have been different in the middle."
         )
 
 
 def sources(run: Run) -> dict[str, str]:
-    """The paths whose content is a part of the run, by what was typed for them."""
+    """Return the paths whose content is part of the run, by the keys with which they were typed."""
     found = {"model.path": run.model.path} if run.model.path else {}
     if files := task_files(run.task):
         return found | {f"task.data_files.{split}": file for split, file in files.items()}
@@ -77,7 +78,7 @@ def sources(run: Run) -> dict[str, str]:
 
 
 def _doubt(run: Run, record: Record, only: str | None = None) -> str | None:
-    """Why the large files of `run` may be others than a record's run has read; None where nothing speaks for it."""
+    """Return why the large files of `run` may differ from those that a record's run read; None without a reason."""
     try:
         before = OmegaConf.to_object(saved_config(record.folder))
         assert isinstance(before, Run)
@@ -88,16 +89,16 @@ def _doubt(run: Run, record: Record, only: str | None = None) -> str | None:
         if only not in (None, key) or _was_seen_whole(path):
             continue
         here = Path(path).expanduser()
-        # A relative path is the same one below the working directory below which the record was found.
+        # A relative path is the same one if the record was found below the same working directory.
         if then.get(key) != path or not (here.is_absolute() or not Path(run.output_dir).expanduser().is_absolute()):
-            return f"{key}={path} was not its path then"
+            return f"{key}={path} was not the path then"
         if max(_changed(here)) >= began:
             return f"{key}={path} has changed since"
     return None
 
 
 def _was_seen_whole(path: str) -> bool:
-    """Whether the name of then says all of a path: it has no large files, or is the embedded backbone."""
+    """Return whether the earlier name covers all of a path: it has no large files, or is the embedded backbone."""
     return content_stamp(path) == ends_stamp(path)
 
 
@@ -106,9 +107,9 @@ def _large_files(path: str | Path) -> Iterator[Path]:
 
 
 def _changed(path: Path) -> Iterator[float]:
-    """When the large files at a path, the links that lead to them and the folder that they are in were last changed.
+    """Yield when the large files at a path, the links that lead to them and their folder were last changed.
 
-    Who puts another folder in the place of one by renaming it changes that folder's own time.
+    Replacing the folder with another one by renaming changes that folder's own time.
     """
     whole = path.absolute()
     links = [part for part in (whole, *whole.parents) if part.is_symlink()]
@@ -118,7 +119,7 @@ def _changed(path: Path) -> Iterator[float]:
 
 
 def _tell(line: str) -> None:
-    """On stderr, once: what is asked for may be JSON."""
+    """Print a line once, on stderr, since stdout may be JSON."""
     if line not in _told:
         _told.add(line)
         print(line, file=sys.stderr, flush=True)

@@ -13,8 +13,8 @@ from peftbench.records.record import FILE, find
 
 
 def run_dir(run: Run) -> Path:
-    """The folder of a run: OUTPUT_DIR/TASK/MODEL/METHOD/HASH, where it was recorded before whole files counted with the
-    hash of then. Raises UserError as `run_hash` does."""
+    """Return the folder of a run: OUTPUT_DIR/TASK/MODEL/METHOD/HASH, with the earlier hash if it was recorded before
+    whole files counted. Raises UserError as `run_hash` does."""
     method = Path(run.output_dir).expanduser() / run.task.name / run.model.name / run.method
     folder = method / run_hash(run)
     if (folder / FILE).is_file():

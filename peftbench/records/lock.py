@@ -1,7 +1,7 @@
-"""One process to a run: a lock in the run's folder, given back by the system when its process ends. Imports no torch.
+"""One process per run: a lock in the run's folder, which the system releases when its process ends.
 
-The library filelock holds it: flock where the system has it, msvcrt on Windows, and on a file system without either a
-file that names its process, which is taken over once that process is dead.
+The library filelock provides it: flock if the system has it, msvcrt on Windows, and on a file system without either a
+file that names its process, which another process takes over once that process is dead.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from filelock import FileLock, SoftFileLock, Timeout
 from peftbench.utils.errors import UserError
 
 FILE = ".lock"
-PATIENCE = 1.0  # seconds: longer than `is_held` ever holds a lock that it looks at
+PATIENCE = 1.0  # seconds: longer than `is_held` ever holds a lock while it checks it
 
 
 class Busy(UserError):
-    """Another process is at the run."""
+    """Another process is training the run."""
 
 
 @contextmanager
 def holding(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Inside the block no other process is at the run in `folder`.
+    """Hold the lock of the run in `folder`: inside the block no other process trains the run.
 
     Args:
-        wait: for as long as another process is at it.
+        wait: wait for as long as another process holds the lock.
 
     Raises:
-        Busy: another process is at it, and we do not wait.
+        Busy: another process holds the lock, and `wait` is false.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / FILE)
@@ -41,7 +41,7 @@ def holding(folder: Path, wait: bool = False) -> Iterator[None]:
     except Timeout:
         raise Busy(f"{folder} is being trained by {_holder(folder)}.") from None
     try:
-        if not isinstance(lock, SoftFileLock):  # which has written the same itself
+        if not isinstance(lock, SoftFileLock):  # a soft lock has written the same itself
             (folder / FILE).write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
         yield
     finally:
@@ -51,8 +51,8 @@ def holding(folder: Path, wait: bool = False) -> Iterator[None]:
 
 
 def _remove(folder: Path) -> None:
-    """Take away a run's folder with nothing in it but the lock that we hold, and those of METHOD, MODEL and TASK above
-    it that are empty then."""
+    """Remove a run's folder that contains only the lock that we hold, and the folders METHOD, MODEL and TASK above it
+    if they are then empty."""
     with suppress(OSError):  # Windows keeps a file that is open
         (folder / FILE).unlink()
         for place in (folder, *folder.parents[:3]):
@@ -60,7 +60,7 @@ def _remove(folder: Path) -> None:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether some process is at the run in `folder`."""
+    """Return whether some process holds the lock of the run in `folder`."""
     if not (folder / FILE).is_file():
         return False
     lock = FileLock(folder / FILE)
@@ -68,7 +68,7 @@ def is_held(folder: Path) -> bool:
         lock.acquire(timeout=0)
     except Timeout:
         return True
-    except OSError:  # a copy of the records that only can be read
+    except OSError:  # a read-only copy of the records
         return False
     lock.release()
     return False

@@ -1,7 +1,7 @@
-"""The record of one run: what was trained, how it scored and what it cost. Imports no torch.
+"""The record of one run: what was trained, how it scored and what it cost.
 
-It lies in the run's folder as `record.json`; `load_records` reads the records below a folder. Tables, plots and reports
-are made from records. `recording.py` writes them.
+It is stored in the run's folder as `record.json`; `load_records` reads the records below a folder. Tables, plots and
+reports are made from records. `recording.py` writes them.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from peftbench.utils.files import dumped, replacing
 
 SCHEMA_VERSION = 1
 FILE = "record.json"
-# A folder that holds this file is left out where the records of a folder above it are read: outputs/reference came
-# with the checkout, and its runs are not the user's.
+# A folder with this file is left out when the records of a folder above it are read: outputs/reference came with the
+# checkout, and its runs are not the user's.
 APART = ".apart"
 
-# diverged: the training left the finite numbers; such a run has no score, and is not trained again by itself.
-# missing: a run of a sweep that has not begun; no file says so.
+# diverged: the training produced numbers that are not finite; such a run has no score and is not trained again
+# automatically. missing: a run of a sweep that has not begun; it has no record.
 Status = Literal["running", "done", "diverged", "failed", "interrupted", "missing"]
 
 
 class NewerError(ValueError):
-    """A later version of peftbench wrote the record, which this one cannot read."""
+    """A later version of peftbench wrote the record, and this version cannot read it."""
 
 
 @dataclass
 class Failure:
-    """The exception that ended a run; its traceback stands in `error.txt`."""
+    """The exception that ended a run; its traceback is in `error.txt`."""
 
-    name: str  # the exception's class; refused: a UserError
+    name: str  # the exception's class; "refused" for a UserError
     message: str
 
     @property
@@ -53,14 +53,14 @@ class Failure:
 
 @dataclass
 class Divergence:
-    """Where it was first seen that a training had left the finite numbers."""
+    """Where a training was first seen to have numbers that are not finite."""
 
-    what: str  # that was not finite: loss, gradient norm, weights, score, or selection score
-    step: int | None = None  # optimiser steps done; None where the record does not tell
+    what: str  # what was not finite: loss, gradient norm, weights, score, or selection score
+    step: int | None = None  # optimiser steps done; None if the record does not say
 
     @property
     def said(self) -> str:
-        """As a part of a sentence."""
+        """The divergence as part of a sentence."""
         verb = "were" if self.what == "weights" else "was"
         return f"the {self.what} {verb} not finite" + ("" if self.step is None else f" at step {self.step}")
 
@@ -78,7 +78,7 @@ class Backbone:
 
 @dataclass
 class Axes:
-    """One modification as a point on the four axes; `prefix` is what its config keys start with, "" or "mix.NAME."."""
+    """One modification as a point on the four axes; `prefix` is the start of its config keys, "" or "mix.NAME."."""
 
     prefix: str
     functional_form: str
@@ -101,11 +101,11 @@ class Counts:
     """Numbers of parameters. `percent` is derived: trained, stored and paper in % of the backbone."""
 
     backbone: int
-    trained: int  # what the optimiser holds
-    stored: int  # what a checkpoint needs, without the head and with the prefix MLP folded
+    trained: int  # parameters that the optimiser updates
+    stored: int  # parameters in a checkpoint, without the head and with the prefix MLP folded
     head: int
     paper: int | None  # by the formula of the paper's appendix B
-    dead: int = 0  # what the paper's released code trains besides, though nothing reads it (fidelity.dead_parameters)
+    dead: int = 0  # what the paper's released code also trains, though nothing reads it (fidelity.dead_parameters)
     percent: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -120,7 +120,7 @@ class Score:
     split: str
     examples: int
     metrics: dict[str, float]
-    of: int | None = None  # examples that the split has, where not all of them were taken
+    of: int | None = None  # examples in the split, if not all of them were taken
 
 
 @dataclass
@@ -131,12 +131,12 @@ class Selection:
     examples: int
     metric: str
     value: float | None  # None: the training diverged
-    of: int | None = None  # examples that the split has, where not all of them were taken
+    of: int | None = None  # examples in the split, if not all of them were taken
 
 
 @dataclass
 class Trial:
-    """One of the runs that a search compared, and how it came out."""
+    """One of the runs that a search compared, and its result."""
 
     settings: dict[str, Any]
     run: str  # `run_hash`
@@ -146,21 +146,21 @@ class Trial:
 
 @dataclass
 class Searched:
-    """What a run was in a search: a trial, or the run that has the values of the best of `trials`."""
+    """The role of a run in a search: a trial, or the run with the values of the best of `trials`."""
 
     name: str
     role: Literal["trial", "final"]
     seed: int  # of the trials
-    keys: dict[str, list[Any]]  # the values that were tried
+    keys: dict[str, list[Any]]  # the values that were tried, by key
     chosen: dict[str, Any] = field(default_factory=dict)
     selection: Selection | None = None  # of the trial that was chosen
-    reported: bool = False  # the selection split is the one that the score is reported on
+    reported: bool = False  # the selection split is also the report split
     trials: list[Trial] = field(default_factory=list)
 
 
 @dataclass
 class Record:
-    """All that is kept of a run. Times are in seconds, dates ISO 8601 in UTC."""
+    """Everything that is recorded about a run. Times are in seconds, dates ISO 8601 in UTC."""
 
     run: str  # `run_hash`
     status: Status
@@ -172,7 +172,7 @@ class Record:
     unfreeze: str
     metric: str  # the main one, by which runs are ranked
     seed: int
-    folder: Path = field(compare=False)  # where the record lies; not part of it
+    folder: Path = field(compare=False)  # the record's location; not part of the record
     schema_version: int = SCHEMA_VERSION
     point: str | None = None  # `run_hash` without the seed
     error: Failure | None = None
@@ -182,39 +182,39 @@ class Record:
     budget: str | None = None  # as typed; the bottlenecks in `axes` were solved for it
     debug: str | None = None
     fidelity: str = "paper"  # the set of switches between the paper's text and its released code
-    notes: list[str] = field(default_factory=list)  # on the sizes, such as that they were fitted to the backbone
+    notes: list[str] = field(default_factory=list)  # on the sizes, for example that they were fitted to the backbone
     deviations: list[Deviation] = field(default_factory=list)  # the switches that make this run differ from the text
     counts: Counts | None = None
     scores: dict[str, Score] = field(default_factory=dict)  # by role: selection, report, report_SPLIT
     score: float | None = None  # the main metric on the report split
-    # By role, of generated texts: the share that ended by its length, not by a token that ends a text.
+    # By role: the share of generated texts that ended at the maximum length, not with an end token.
     cut_off: dict[str, float] = field(default_factory=dict)
     selection: Selection | None = None
     search: Searched | None = None
     baselines: dict[str, float] = field(default_factory=dict)  # the main metric of: majority, head, lead1
     trainer: dict[str, Any] = field(default_factory=dict)
     # prepare_s, probe_s, train_s, evaluate_s, baseline_s, total_s; and earlier_s, the part of these that interrupted
-    # tries spent on training up to the checkpoints from which the run was resumed
+    # attempts spent on training up to the checkpoints from which the run was resumed
     timings: dict[str, float] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)  # trainable tensors that the loss does not depend on
     steps: int | None = None
-    tokens_per_s: float | None = None  # of training, padding not counted
+    tokens_per_s: float | None = None  # in training, without padding
     step_s: float | None = None  # the median optimiser step
-    tflops: float | None = None  # 10^12 operations a second that the method needs, see arithmetic.py
-    # With trainer.micro_batch: {"parts": 4, "halved_at": [0, 17]}: what a batch was split into at last, and the
-    # optimiser steps in which memory ran out, 0 where it was tried.
+    tflops: float | None = None  # 10^12 operations per second that the method needs, see arithmetic.py
+    # With trainer.micro_batch: {"parts": 4, "halved_at": [0, 17]}: the number of parts of a batch at the end, and the
+    # optimiser steps in which memory ran out; 0 is the try before the first step.
     micro_batch: dict[str, Any] = field(default_factory=dict)
-    fast_paths: list[str] = field(default_factory=list)  # that the training took: padding_free, fused_loss, ...
+    fast_paths: list[str] = field(default_factory=list)  # used in training: padding_free, fused_loss, ...
     peak_memory_bytes: int | None = None
     adapter_bytes: int | None = None
     data: dict[str, Any] = field(default_factory=dict)  # fingerprint, scored_on, package versions
     device: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
-    git: dict[str, Any] | None = None  # commit, dirty; of the checkout that peftbench runs from
+    git: dict[str, Any] | None = None  # commit, dirty; of the checkout from which peftbench runs
 
     @property
     def outcome(self) -> str:
-        """The status, with the error of a run that failed, and the step at which one was seen to diverge."""
+        """The status, with the error of a failed run, or the step at which a run was seen to diverge."""
         if self.diverged is not None and self.diverged.step is not None:
             return f"{self.status}: step {self.diverged.step}"
         return f"{self.status}: {self.error.name}" if self.error else self.status
@@ -230,14 +230,14 @@ class Record:
         return self.unfreeze == "all" and not self.axes
 
     def to_json(self) -> dict[str, Any]:
-        """The record as nested dicts and lists of JSON values."""
+        """Return the record as nested dicts and lists of JSON values."""
         values = asdict(self)
         del values["folder"]
         return {"schema_version": values.pop("schema_version"), **values}
 
     @classmethod
     def from_json(cls, values: object, folder: Path) -> Record:
-        """The record that `to_json` gave; unknown keys are passed over. Raises ValueError for anything else."""
+        """Return the record from `to_json`'s values; unknown keys are ignored. Raises ValueError for anything else."""
         if not isinstance(values, dict) or "schema_version" not in values:
             raise ValueError("it is not the record of a run")
         version = values["schema_version"]
@@ -250,25 +250,25 @@ class Record:
         return record
 
     def save(self) -> None:
-        """Writes `record.json`."""
+        """Write `record.json`."""
         with replacing(self.folder / FILE) as file:
             file.write(dumped(self.to_json(), indent=2) + "\n")
 
     def diverge(self, divergence: Divergence) -> None:
-        """Note that the training diverged. Such a run has no score, so that none can be compared."""
+        """Note that the training diverged. Such a run has no score, so that it is never compared."""
         self.diverged, self.score, self.selection = divergence, None, None
         self.scores.clear()
 
     def finish(self) -> None:
-        """The run is done, or has diverged."""
+        """Note that the run is done, or has diverged."""
         self._end("done" if self.diverged is None else "diverged")
 
     def interrupt(self) -> None:
-        """The user stopped the run."""
+        """Note that the user stopped the run."""
         self._end("interrupted")
 
     def fail(self, error: BaseException) -> None:
-        """The run ended by `error`, whose traceback goes to `error.txt`."""
+        """Note that `error` ended the run, and write its traceback to `error.txt`."""
         self.error = Failure("refused" if isinstance(error, UserError) else type(error).__name__, str(error))
         with replacing(self.folder / "error.txt") as file:
             file.writelines(traceback.format_exception(error))
@@ -282,13 +282,13 @@ class Record:
 
 
 def finished(folder: Path) -> Record | None:
-    """The record of a run that is done or has diverged, or None if `folder` holds none."""
+    """Return the record of a run that is done or has diverged, or None if `folder` has none."""
     record = find(folder)
     return record if record is not None and record.has_ended else None
 
 
 def find(folder: Path) -> Record | None:
-    """The record in `folder`, or None if it holds none that can be read."""
+    """Return the record in `folder`, or None if there is none that can be read."""
     try:
         return _read(folder / FILE)
     except (OSError, ValueError):
@@ -296,20 +296,20 @@ def find(folder: Path) -> Record | None:
 
 
 def keep_newer(folder: Path) -> None:
-    """Raises UserError where a newer peftbench wrote the record in `folder`: it is not to be written over."""
+    """Raise UserError if a newer peftbench wrote the record in `folder`, which must not be overwritten."""
     try:
         _read(folder / FILE)
     except NewerError as error:
         raise UserError(f"{folder / FILE}: {error}; train with that version, or in another output_dir.") from None
-    except (OSError, ValueError):  # none, or one that is torn
+    except (OSError, ValueError):  # no record, or an incomplete one
         pass
 
 
 def load_records(folder: Path) -> tuple[list[Record], list[str]]:
-    """The records anywhere below `folder`, and a sentence for each `record.json` or folder that could not be read.
+    """Return the records anywhere below `folder`, and a sentence for each `record.json` or folder that cannot be read.
 
-    Folders that are kept `APART` are passed over, unless `folder` is one or lies in one. Raises UserError where there
-    is no such folder.
+    Folders that are kept `APART` are skipped, unless `folder` is one or is in one. Raises UserError if `folder` is not
+    a folder.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give the output_dir of runs, or make one with: peftbench train")
@@ -320,7 +320,7 @@ def load_records(folder: Path) -> tuple[list[Record], list[str]]:
     def unreadable(error: OSError) -> None:
         left_out.append(f"{error.filename} is left out: {error.strerror}.")
 
-    # Part of the folders may be links to another disk, and links may lead to each other.
+    # Some folders may be links to another disk, and links may form cycles.
     for place, below, names in os.walk(folder, onerror=unreadable, followlinks=True):
         real = os.path.realpath(place)
         if real in seen or (APART in names and Path(place) != folder):
@@ -333,7 +333,7 @@ def load_records(folder: Path) -> tuple[list[Record], list[str]]:
         try:
             records.append(_read(file))
         except json.JSONDecodeError as error:
-            left_out.append(f"{file} is left out: it is torn or no JSON (line {error.lineno}: {error.msg}).")
+            left_out.append(f"{file} is left out: it is incomplete or not JSON (line {error.lineno}: {error.msg}).")
         except OSError as error:
             left_out.append(f"{file} is left out: {error.strerror or error}.")
         except (ValueError, RecursionError) as error:
@@ -342,12 +342,12 @@ def load_records(folder: Path) -> tuple[list[Record], list[str]]:
 
 
 def kept_apart(folder: Path) -> list[Path]:
-    """The folders right below `folder` that `load_records` passes over."""
+    """Return the folders directly below `folder` that `load_records` skips."""
     return sorted(mark.parent for mark in folder.glob(f"*/{APART}"))
 
 
 def now() -> str:
-    """The time in UTC, as records have it."""
+    """Return the time in UTC, in the format of records."""
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
@@ -374,7 +374,7 @@ _hints = cache(get_type_hints)
 
 
 def decode(kind: Any, value: Any, key: str = "") -> Any:
-    """`value`, as JSON gives it, as the type `kind`. Raises ValueError that names the key where it does not fit."""
+    """Convert `value`, as parsed from JSON, to the type `kind`. Raises ValueError with the key if it does not fit."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is UnionType:  # always X | None here
         return None if value is None else decode(arguments[0], value, key)
@@ -394,7 +394,7 @@ def decode(kind: Any, value: Any, key: str = "") -> Any:
         return {name: decode(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
     if kind is float and type(value) is int:
         return float(value)
-    if kind is float and value is None:  # which JSON holds where a number is not finite
+    if kind is float and value is None:  # JSON has null for a number that is not finite
         return math.nan
     if kind is Any or (origin is Literal and value in arguments) or type(value) is kind or isinstance(value, Path):
         return value
@@ -402,7 +402,7 @@ def decode(kind: Any, value: Any, key: str = "") -> Any:
 
 
 def _check(record: Record) -> None:
-    """Raises ValueError for what the types of a record let pass, and what its readers rely on."""
+    """Raise ValueError for values that have the right types, but on which the record's readers could not rely."""
     try:
         zone = datetime.fromisoformat(record.created).tzinfo
     except ValueError:
@@ -417,4 +417,4 @@ def _check(record: Record) -> None:
 
 
 def _misplaced(value: object, key: str) -> ValueError:
-    return ValueError(f"{key} is {str(value)[:40]!r}, which no record holds there")
+    return ValueError(f"{key} is {str(value)[:40]!r}, which is not valid there")

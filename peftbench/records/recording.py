@@ -1,4 +1,4 @@
-"""Keeps the record of a run true from its first second to its last. Imports no torch."""
+"""Keep the record of a run correct from the start of the run to its end."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from peftbench.utils.files import replacing
 
 @contextmanager
 def recording(run: Run, folder: Path, overrides: Sequence[str]) -> Iterator[Record]:
-    """The record of what happens inside: done at its end, interrupted by Ctrl-C, failed by any other exception."""
+    """Record what happens inside the block: done at its end, interrupted by Ctrl-C, failed by any other exception."""
     record = start(run, folder, overrides)
-    try:  # so that nothing half-done is ever called done
+    try:  # so that no unfinished run is ever recorded as done
         yield record
         record.finish()
     except KeyboardInterrupt:
@@ -41,7 +41,7 @@ def recording(run: Run, folder: Path, overrides: Sequence[str]) -> Iterator[Reco
 
 
 def forget_refused(folder: Path) -> None:
-    """Delete the record of a run that was refused before it trained: a mistyped path should be in no table."""
+    """Delete the record of a run that was refused before it trained: a mistyped path should not appear in tables."""
     record = find(folder)
     if record is not None and record.status == "failed" and "prepare_s" not in record.timings:
         for name in (FILE, "config.yaml", "error.txt"):
@@ -49,13 +49,13 @@ def forget_refused(folder: Path) -> None:
 
 
 def start(run: Run, folder: Path, overrides: Sequence[str]) -> Record:
-    """A record of status running, and the resolved `config.yaml` beside it.
+    """Write a record of status running, and the resolved `config.yaml` next to it.
 
-    What an earlier try left is cleared away, but for its checkpoints and the metrics up to them.
+    Files of an earlier attempt are deleted, except its checkpoints and the metrics up to them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     record = describe(run, folder, overrides)
-    record.save()  # first of all: if an earlier run was done in this folder, it no longer is
+    record.save()  # before all else: an earlier run in this folder is no longer done
     for stale in (folder / "error.txt", folder / "predictions.jsonl", *folder.glob("*.tmp")):
         stale.unlink(missing_ok=True)
     if not (folder / CHECKPOINTS).is_dir():
@@ -66,7 +66,7 @@ def start(run: Run, folder: Path, overrides: Sequence[str]) -> Record:
 
 
 def describe(run: Run, folder: Path, overrides: Sequence[str], status: Status = "running") -> Record:
-    """The record of a run that has no results yet."""
+    """Return the record of a run that has no results yet."""
     content = content_stamp(run.model.path) if run.model.path else None
     return Record(
         run=run_hash(run),
@@ -97,7 +97,7 @@ def describe(run: Run, folder: Path, overrides: Sequence[str], status: Status = 
 
 
 def axes_of(run: Run) -> list[Axes]:
-    """The modifications of a run, each with the options in which it differs from a bare one."""
+    """Return the modifications of a run, each with the options in which it differs from the defaults."""
     bare = dict(flatten(plain(Modification())))
     shown = {"bottleneck", "composition_function.scale"} | {key for key in bare if key.endswith(".name")}
     return [
@@ -126,7 +126,7 @@ def _versions() -> dict[str, str]:
 
 @cache
 def _git() -> dict[str, Any] | None:
-    """Commit and state of the checkout that peftbench runs from; None if it is installed, or git is not."""
+    """Return commit and state of the checkout from which peftbench runs; None if it is installed, or git is not."""
     checkout = Path(peftbench.__file__).resolve().parent.parent
 
     def git(*command: str) -> str:
@@ -135,7 +135,7 @@ def _git() -> dict[str, Any] | None:
 
     try:
         top, commit = git("rev-parse", "--show-toplevel", "HEAD").splitlines()
-        if Path(top) != checkout:  # installed in an environment that lies inside somebody else's checkout
+        if Path(top) != checkout:  # installed in an environment inside another project's checkout
             return None
         return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.SubprocessError, ValueError):

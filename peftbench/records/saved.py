@@ -1,4 +1,4 @@
-"""A finished run as it lies on disk: its record, its config, its predictions. Imports no torch."""
+"""A finished run on disk: its record, its config, its predictions."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ OUTPUTS = Path("outputs")  # the default output_dir
 
 
 def run_folder(word: str) -> Path:
-    """The folder of a run, from what stands for it on the command line: itself, or the first digits of its name where
-    that is below `outputs`. Raises UserError where these are of several runs."""
+    """Return the folder of a run from the word for it on the command line: the folder itself, or the first digits of
+    its name if it is below `outputs`. Raises UserError if several runs have names with these digits."""
     folder = Path(word).expanduser()
     if folder.exists() or not OUTPUTS.is_dir():
         return folder
     found = [record.folder for record in load_records(OUTPUTS)[0] if record.run.startswith(word)]
     if len(found) > 1:
-        raise UserError(f"{word} stands for {len(found)} runs: {', '.join(map(str, found))}; give one.")
+        raise UserError(f"{word} matches {len(found)} runs: {', '.join(map(str, found))}; give one.")
     return found[0] if found else folder
 
 
 def saved_record(folder: Path) -> Record:
-    """The record of a run that is done. Raises UserError where `folder` holds none."""
+    """Return the record of a run that is done. Raises UserError if `folder` has none."""
     record = finished(folder)
     if record is not None and record.diverged is not None:
-        raise UserError(f"{folder} holds a run that diverged ({record.diverged.said}): there is nothing to score.")
+        raise UserError(f"{folder} has a run that diverged ({record.diverged.said}): there is nothing to score.")
     if record is None:
-        there = "holds no run" if not (folder / FILE).is_file() else "holds a run that is not done"
+        there = "has no run" if not (folder / FILE).is_file() else "has a run that is not done"
         raise UserError(
             f"{folder} {there}; give the folder that peftbench train named at the end of a run, or the first digits of "
-            f"the name of one below {OUTPUTS}."
+            f"the name of a run below {OUTPUTS}."
         )
     return record
 
 
 def saved_config(folder: Path) -> DictConfig:
-    """The resolved config of a run, typed. Raises UserError where it is missing or of another version."""
+    """Return the resolved config of a run, typed. Raises UserError if it is missing or of another version."""
     file = folder / "config.yaml"
     try:
         config = OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.load(file))
@@ -54,12 +54,12 @@ def saved_config(folder: Path) -> DictConfig:
 
 
 def saved_predictions(folder: Path, role: str) -> list[dict[str, Any]]:
-    """What `TaskData.records` gave, a dict for each example. Raises UserError where the file is missing or torn."""
+    """Return the dicts of `TaskData.records`, one per example. Raises UserError if the file is missing or broken."""
     file = folder / predictions_file(role)
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
-        raise UserError(f"{file} is missing; a run that is done keeps its predictions there.") from None
+        raise UserError(f"{file} is missing; it should contain the predictions of the run.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}.") from error
     return [_read(file, number, line) for number, line in enumerate(lines, start=1) if line]
@@ -69,7 +69,7 @@ def _read(file: Path, number: int, line: str) -> dict[str, Any]:
     try:
         found = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{file} cannot be read: line {number} is torn.") from error
+        raise UserError(f"{file} cannot be read: line {number} is incomplete.") from error
     if not isinstance(found, dict) or not {"reference", "prediction"} <= found.keys():
         raise UserError(f"{file} cannot be read: line {number} has no reference and prediction.")
     return found

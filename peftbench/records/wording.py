@@ -1,4 +1,4 @@
-"""Values of a record in words: as they are typed and shown. Imports no torch."""
+"""Values of a record as text, as they are typed and shown."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from peftbench.records.record import Searched
 
 
 def text(value: Any) -> str:
-    """A value as it is shown and typed: a mixture's joined by " + ", nothing for none."""
+    """Return a value as it is shown and typed: the values of a mixture joined by " + ", "" for None."""
     if isinstance(value, list):
         return " + ".join(map(text, value))
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def described(search: Searched) -> str:
-    """The values that a search tried, with the scores on the selection split or with why there is none."""
+    """Return the values that a search tried, with their scores on the selection split or why there is none."""
     if search.role == "trial":
         return f"trial: {typed(search.chosen)}"
     name = typed if len(search.keys) > 1 else lambda settings: text(*settings.values())
@@ -25,5 +25,5 @@ def described(search: Searched) -> str:
 
 
 def typed(setting: dict[str, Any]) -> str:
-    """Values as they are typed."""
+    """Return values as they are typed."""
     return " ".join(f"{key}={text(value)}" for key, value in setting.items())

@@ -81,7 +81,7 @@ def _config(file: Path) -> dict[str, Any]:
         config = None
     if isinstance(config, dict):
         return config
-    print(f"{file} is left out: it is torn or not the config of a run.", file=sys.stderr)
+    print(f"{file} is left out: it is incomplete or not the config of a run.", file=sys.stderr)
     return {}
 
 

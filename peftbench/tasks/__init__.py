@@ -1,1 +1,1 @@
-"""Tasks: data, as examples that a model is trained on and scored on."""
+"""Tasks: data as the examples on which a model is trained and scored."""

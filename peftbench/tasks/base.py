@@ -1,4 +1,4 @@
-"""What training and the record need to know of a task: its tokenised splits and how predictions are scored."""
+"""What training and the record need to know about a task: its tokenised splits and how predictions are scored."""
 
 from __future__ import annotations
 
@@ -27,39 +27,40 @@ if TYPE_CHECKING:
 
 ENCODE_VERSION = 2  # part of the name of what is cached: raise it whenever `encode` or the Encoder changes
 CUT = {"sources": SOURCE_CUT, "targets": TARGET_CUT}
-NOTED = 0.05  # a larger share of texts that are cut is said on the screen
-ID_COLUMNS = ("id", "idx", "index", "name", "eid")  # what data sets call a row's own name
+NOTED = 0.05  # a larger share of truncated texts is reported on the screen
+ID_COLUMNS = ("id", "idx", "index", "name", "eid")  # the names that data sets give to the column of row ids
 
 
 class TaskData(ABC):
-    """The data of one run in its roles: trained on, used to select a state, and reported on.
+    """The data of one run by role: for training, for selecting a state, and for reporting scores.
 
-    A further split that is reported on, such as validation_mismatched, has the role report_validation_mismatched, and
-    so the attributes report_validation_mismatched and report_validation_mismatched_rows. Two roles may share a split,
-    which is then read once. Holds no model, so that the data of one run can be that of the next: `serving` makes what
-    a model is trained on. Raises UserError for a backbone that cannot read it.
+    A further split on which scores are reported, such as validation_mismatched, has the role
+    report_validation_mismatched, and so the attributes report_validation_mismatched and
+    report_validation_mismatched_rows. Two roles may share a split, which is then read once. The object holds no model,
+    so that the next run can use the same data: `serving` makes the copy for a model. Raises UserError for a backbone
+    that cannot read the data.
     """
 
-    train: Dataset  # columns as `collator` takes them
+    train: Dataset  # with the columns that `collator` takes
     selection: Dataset
     report: Dataset
-    train_rows: Dataset  # the same rows as they were read
+    train_rows: Dataset  # the same rows before tokenisation
     selection_rows: Dataset
     report_rows: Dataset
-    # By role: {"split": "test", "examples": 1600, "of": 11334}, the last where not all rows were taken.
+    # By role: {"split": "test", "examples": 1600, "of": 11334}; "of" only if not all rows were taken.
     splits: dict[str, dict[str, Any]]
-    # By role: {"sources": 0.62, "targets": 0.0}, the share of texts that were cut.
+    # By role: {"sources": 0.62, "targets": 0.0}, the share of texts that were truncated.
     cut: dict[str, dict[str, float]]
     fingerprint: str  # sha256 over the splits that were read
-    unknown: dict[str, float]  # of each split's tokens the share that the tokenizer does not know
-    scored_on: str  # sha256 over the rows that are reported on
+    unknown: dict[str, float]  # by split: the share of its tokens that the tokenizer does not know
+    scored_on: str  # sha256 over the rows of the report split
     collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]  # examples -> a padded batch of tensors
 
     def __init__(self, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         self.task = loaded.task
         self.tokenizer = tokenizer
         self.encoder = Encoder(tokenizer, model)
-        self.signatures: dict[str, str] = {}  # of the metrics that have one, once something has been scored
+        self.signatures: dict[str, str] = {}  # of the metrics that have one, set by `score`
         prints = {split: data_fingerprint(self.task, rows) for split, rows in loaded.rows.items()}
         self.fingerprint = hashlib.sha256(" ".join(prints.values()).encode()).hexdigest()
         datasets.disable_progress_bars()
@@ -69,7 +70,7 @@ class TaskData(ABC):
             rows = loaded.rows[split]
             training = role == "train"
             if (split, training) not in tokens:
-                wanted = head(rows, limit) if training else rows  # an example of training may be part of a row
+                wanted = head(rows, limit) if training else rows  # a row may make several training examples
                 tokens[split, training] = self._tokenise(wanted, training, prints[split])
             setattr(self, f"{role}_rows", head(rows, limit))
             encoded = tokens[split, True] if training else head(tokens[split, False], limit)
@@ -86,60 +87,60 @@ class TaskData(ABC):
         self.notes = [*loaded.notes, *unknown_note(self.unknown, tokenizer), *self._reading_notes()]
 
     def serving(self, model: PreTrainedModel) -> Self:
-        """The same data for a model of the backbone: a copy, which shares all but what `serve` sets."""
+        """Return a copy of the data for a model of the backbone, which shares everything except what `serve` sets."""
         data = copy(self)
         data.serve(model)
         return data
 
     @abstractmethod
     def serve(self, model: PreTrainedModel) -> None:
-        """Set `collator`, and whatever the model must know of the task to generate."""
+        """Set `collator`, and whatever the model must know about the task to generate."""
 
     def settings(self) -> list[Any]:
-        """JSON values of the task on which `encode` depends."""
+        """Return the task's settings on which `encode` depends, as JSON values."""
         return [self.task.max_source_length, self.task.max_target_length, self.task.prompt]
 
     def limits(self) -> dict[str, int]:
-        """The most tokens of the texts that are read, as "sources", and where texts are written of these, "targets"."""
+        """Return the maximum length in tokens of the input texts ("sources") and, if any, of the output ("targets")."""
         return {"sources": min(self.task.max_source_length, self.encoder.limit)}
 
     def reading(self) -> dict[str, Any]:
-        """JSON values for the record: what makes these tokens others than those of earlier versions; or nothing."""
+        """Return JSON values for the record that say how these tokens differ from those of earlier versions, if so."""
         return {}
 
     @abstractmethod
     def encode(self, rows: dict[str, list[Any]], training: bool) -> dict[str, list[Any]]:
-        """The columns that `collator` takes, labels among them, for a batch of rows given as columns.
+        """Return the columns that `collator` takes, including the labels, for a batch of rows given as columns.
 
-        One example for each row; in training there may be more.
+        There is one example for each row; in training there may be more.
         """
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Tokens of each training example, which batches by tokens are made by."""
+        """The length in tokens of each training example, by which token-sized batches are made."""
         return [len(ids) for ids in self.train["input_ids"]]
 
     @abstractmethod
     def decode(self, predictions: np.ndarray) -> list[str]:
-        """What the model predicted for each example, in words."""
+        """Return what the model predicted for each example, as text."""
 
     @abstractmethod
     def references(self, rows: Dataset) -> References:
-        """What would have been right for each row, in words: one text, or a list of texts that are all right."""
+        """Return the right answer for each row, as text: one text, or a list of texts that are all right."""
 
     @abstractmethod
     def baselines(self) -> dict[str, float]:
-        """Scores on the report split of those of `task.baselines` that need no model, as `{"NAME.METRIC": score}`."""
+        """Return scores on the report split of the `task.baselines` that need no model, `{"NAME.METRIC": score}`."""
 
     def score(self, decoded: Sequence[str], rows: Dataset) -> dict[str, float]:
-        """The scores of `task.metric`'s family, in percent."""
+        """Return the scores of `task.metric`'s family, in percent."""
         scores, self.signatures = self._measure(decoded, rows)
         return scores
 
     def records(self, decoded: Sequence[str], rows: Dataset) -> Iterator[dict[str, Any]]:
-        """One `{"index", "id", "prediction", "reference"}` for each example; no id where the rows have none.
+        """Yield one `{"index", "id", "prediction", "reference"}` for each example; without an id if the rows have none.
 
-        The index is that of the row in the file that it was read from, from 0.
+        The index is the row's position in the file from which it was read, from 0.
         """
         column = next((name for name in ID_COLUMNS if name in rows.column_names), None)
         names = [{"id": name} for name in rows[column][:]] if column else [{}] * len(rows)
@@ -148,25 +149,25 @@ class TaskData(ABC):
             yield {"index": index, **name, "prediction": prediction, "reference": reference}
 
     def _reading_notes(self) -> Iterator[str]:
-        """How texts are read, where it may surprise, a sentence each."""
+        """Yield a sentence for each way in which the texts are read that may surprise the user."""
         reading = self.reading()
         if "pair_separator" in reading:
             yield (
-                f"The tokenizer puts nothing between the texts of a pair: {reading['pair_separator']!r} is put there."
+                f"The tokenizer puts nothing between the texts of a pair: {reading['pair_separator']!r} is added there."
             )
         for what, tokens in self.limits().items():
-            roles = ["train"] if what == "targets" else self.cut  # a score is that of whole targets
+            roles = ["train"] if what == "targets" else self.cut  # scores always use whole targets
             shares = {self.splits[role]["split"]: self.cut[role][what] for role in roles if role in self.cut}
             cut = {split: share for split, share in shares.items() if share > NOTED}
             if cut:
                 asked = f"task.max_{what[:-1]}_length={getattr(self.task, f'max_{what[:-1]}_length')}"
                 why = asked if asked.endswith(f"={tokens}") else f"{self._limited_by(what)}; {asked}"
                 told = ", ".join(f"{100 * share:.1f}% of {split}" for split, share in cut.items())
-                without = "; the end of a text is not taught there" if what == "targets" else ""
-                yield f"{what.capitalize()} are cut at {tokens} tokens ({why}): {told}{without}."
+                without = "; the end of a text is not learned there" if what == "targets" else ""
+                yield f"{what.capitalize()} are truncated to {tokens} tokens ({why}): {told}{without}."
 
     def _limited_by(self, what: str) -> str:
-        """What makes the limit lower than the task has it."""
+        """Return what makes the limit lower than the one that the task asks for."""
         return self.encoder.limited_by
 
     def _measure(self, decoded: Sequence[str], rows: Dataset) -> Measured:
@@ -177,7 +178,7 @@ class TaskData(ABC):
         return {f"{baseline}.{name}": value for name, value in scores.items()}
 
     def _tokenise(self, rows: Dataset, training: bool, fingerprint: str) -> Dataset:
-        """`encode` over all rows; fast tokenizers spread a batch over the cores by themselves."""
+        """Apply `encode` to all rows. Fast tokenizers spread a batch over the cores by themselves."""
 
         def make() -> Dataset:
             return rows.map(
@@ -187,7 +188,7 @@ class TaskData(ABC):
                 remove_columns=rows.column_names,
                 keep_in_memory=True,
                 load_from_cache_file=False,
-                new_fingerprint=fingerprint,  # given, or datasets would pickle `self` for a hash, the tokenizer with it
+                new_fingerprint=fingerprint,  # otherwise datasets pickles `self`, with the tokenizer, for a hash
             )
 
         what = {

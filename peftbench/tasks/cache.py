@@ -1,5 +1,5 @@
-"""What is kept between runs: tokenised rows on disk, under a hash of all that determines them, and in memory what the
-last runs of this process have read and prepared."""
+"""Caches between runs: tokenised rows on disk, under a hash of everything that determines them, and in memory the data
+that the last runs of this process have read and prepared."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from peftbench.utils.cache_dir import cache_dir
 
 T = TypeVar("T")
 
-RECENT = 2  # values in memory, for a sweep over two tasks or two backbones
-MIN_ROWS = 2_000  # fewer are tokenised faster than they are found
+RECENT = 2  # values in memory: enough for a sweep over two tasks or two backbones
+MIN_ROWS = 2_000  # tokenising fewer rows is faster than reading them from the cache
 
 
 class Recent(Generic[T]):
-    """The `RECENT` values that were asked for last, each under a key that determines it."""
+    """The `RECENT` most recently used values, each under a key that determines it."""
 
     def __init__(self) -> None:
         self.values: OrderedDict[Hashable, T] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The value under `key`, from `make` if it is not there; the oldest is dropped before a new one is made."""
+        """Return the value under `key`, made by `make` if absent; the oldest is dropped before a new one is made."""
         if key not in self.values:
             while len(self.values) >= RECENT:
                 self.values.popitem(last=False)
@@ -41,7 +41,7 @@ class Recent(Generic[T]):
 
 
 def kept(what: dict[str, Any], rows: int, make: Callable[[], Dataset]) -> Dataset:
-    """The Dataset that `make` gives, from the cache where another run has made it.
+    """Return the Dataset that `make` returns, from the cache if another run has made it.
 
     Args:
         what: JSON values that determine the Dataset.
@@ -53,7 +53,7 @@ def kept(what: dict[str, Any], rows: int, make: Callable[[], Dataset]) -> Datase
     if folder.is_dir():
         try:
             return Dataset.load_from_disk(str(folder))
-        except (OSError, ValueError, KeyError):  # torn by somebody's cleaning up
+        except (OSError, ValueError, KeyError):  # incomplete: somebody has deleted some of the files
             shutil.rmtree(folder, ignore_errors=True)
     made = make()
     with suppress(OSError):  # a cache that cannot be written costs seconds, not the run
@@ -61,8 +61,8 @@ def kept(what: dict[str, Any], rows: int, make: Callable[[], Dataset]) -> Datase
         unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
         try:
             made.save_to_disk(str(unfinished))
-            os.rename(unfinished, folder)  # whole or not at all; where another run was faster, its is as good
-            made = Dataset.load_from_disk(str(folder))  # mapped, not held: many processes share the system's copy
+            os.rename(unfinished, folder)  # atomic; if another run was faster, its folder is as good
+            made = Dataset.load_from_disk(str(folder))  # memory-mapped: many processes share the system's copy
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return made

@@ -1,4 +1,4 @@
-"""One text or a pair of texts in, a label or a number out."""
+"""Tasks that map one text or a pair of texts to a label or a number."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from peftbench.tasks.base import TaskData
 
 
 class Classification(TaskData):
-    """Text(s) in, one of `task.labels` out."""
+    """A task that maps one text or a pair of texts to one of `task.labels`."""
 
     def serve(self, model: PreTrainedModel) -> None:
-        """Every model takes the same batches."""
+        """Set `collator`. Every model takes the same batches."""
         self.collator = DataCollatorWithPadding(self.tokenizer)
 
     def encode(self, rows: dict[str, list[Any]], training: bool) -> dict[str, list[Any]]:
-        """`input_ids`, `attention_mask` (and what else the model reads) and `labels`, a code or number for each row."""
+        """Return `input_ids`, `attention_mask` (and what else the model reads), and as `labels` codes or numbers."""
         texts = [rows[column] for column in self.task.text_columns]
         return {
             **self.encoder(*texts, max_length=self.task.max_source_length),
@@ -28,21 +28,21 @@ class Classification(TaskData):
         }
 
     def reading(self) -> dict[str, Any]:
-        """What stands between the texts of a pair, where the tokenizer puts nothing there."""
+        """Return the separator between the texts of a pair, if the tokenizer puts nothing there."""
         if len(self.task.text_columns) < 2 or not self.encoder.separator:
             return {}
         return {"pair_separator": self.tokenizer.decode(self.encoder.separator)}
 
     def decode(self, predictions: np.ndarray) -> list[str]:
-        """The name of the label with the largest of the logits (examples, labels)."""
+        """Return the name of the label with the largest logit, from logits of shape (examples, labels)."""
         return self._names(predictions.argmax(axis=-1))
 
     def references(self, rows: Dataset) -> list[str]:
-        """The name of each row's label."""
+        """Return the name of each row's label."""
         return self._names(rows[self.task.label_column][:])
 
     def baselines(self) -> dict[str, float]:
-        """majority: the most frequent label of the training split, given to every example."""
+        """Return the baseline majority: the most frequent label of the training split for every example."""
         if "majority" not in self.task.baselines:
             return {}
         counts = Counter(self.references(self.train_rows))
@@ -53,16 +53,16 @@ class Classification(TaskData):
 
 
 class Regression(Classification):
-    """Text(s) in, a number out: the one output of the task head, trained by the mean squared error."""
+    """A task that maps text(s) to a number, the only output of the task head, trained with the mean squared error."""
 
     def decode(self, predictions: np.ndarray) -> list[str]:
-        """The numbers (examples, 1) in so many digits that reading them gives the same numbers again."""
+        """Return the numbers, given as (examples, 1), with enough digits to parse back to the same numbers."""
         return [repr(float(number)) for number in predictions[:, 0]]
 
     def references(self, rows: Dataset) -> list[str]:
-        """Each row's number."""
+        """Return each row's number."""
         return [repr(float(number)) for number in rows[self.task.label_column][:]]
 
     def baselines(self) -> dict[str, float]:
-        """None: a constant has no correlation."""
+        """Return no baselines: a constant has no correlation."""
         return {}

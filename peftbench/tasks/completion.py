@@ -1,4 +1,4 @@
-"""Text to text by a decoder alone: the source is a prompt, the target its completion (instruction tuning)."""
+"""Text to text with a decoder-only model: the source is a prompt, the target its completion (instruction tuning)."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from peftbench.utils.errors import UserError
 
 
 class Completion(TextToText):
-    """`task.prompt` around the source in, the target and an end of text out; only the latter two have a loss."""
+    """A task that maps the source in `task.prompt` to the target and an end of text; only the output has a loss."""
 
     def __init__(self, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         if tokenizer.eos_token is None:
             raise UserError(
-                f"The tokenizer of {tokenizer.name_or_path or 'the backbone'} has no token that ends a text, with "
-                "which a decoder alone says that it is done; name one as eos_token in its tokenizer_config.json."
+                f"The tokenizer of {tokenizer.name_or_path or 'the backbone'} has no token that ends a text, which a "
+                "decoder-only model needs to stop; name one as eos_token in its tokenizer_config.json."
             )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token  # masked wherever it pads
         super().__init__(loaded, tokenizer, model)
 
     def serve(self, model: PreTrainedModel) -> None:
-        """Batches for training and for completion."""
+        """Set `collator`, which makes batches for training and for completion."""
         self.collator = PromptCollator(self.tokenizer.pad_token_id)
         assert model.generation_config is not None
         if model.generation_config.pad_token_id is None:
@@ -38,26 +38,27 @@ class Completion(TextToText):
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Tokens of each training example: the prompt and its completion."""
+        """The length in tokens of each training example: the prompt and its completion."""
         pairs = zip(self.train["input_ids"], self.train["labels"], strict=True)
         return [len(prompt) + len(target) for prompt, target in pairs]
 
     def settings(self) -> list[Any]:
-        """A prompt leaves room for what is generated, too, and a target ends with a token of the tokenizer's."""
+        """Return the settings on which `encode` depends, including the room for generated text and the end token."""
         ends = [self.tokenizer.eos_token_id, self.tokenizer.bos_token_id]
         return [*super().settings(), self.task.generation.max_length, *ends]
 
     def encode(self, rows: dict[str, list[Any]], training: bool) -> dict[str, list[Any]]:
-        """`input_ids` of the prompts, and the ids of the targets with the end of text as `labels`.
+        """Return `input_ids` of the prompts, and as `labels` the ids of the targets with the end of text.
 
-        A source is cut where the prompt would be longer than `task.max_source_length`, never the prompt around it. A
-        target that is cut has no end of text.
+        A source is truncated if the whole prompt would be longer than `task.max_source_length`; the text around it
+        never is. A truncated target has no end of text.
         """
         sources, targets = self.pairs(rows, training)
         prompt = self.prompt
         if MASK in prompt:
             raise UserError(
-                f"task.prompt has {MASK}, and a decoder alone has no mask token; write it without, or task.prompt=null."
+                f"task.prompt has {MASK}, but a decoder-only model has no mask token; remove it, or set "
+                "task.prompt=null."
             )
         length = self.limits()["sources"]
         after = self.encoder.typed(prompt.split(SOURCE)[1])
@@ -72,29 +73,29 @@ class Completion(TextToText):
         begin = end if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
         found = framed(self.encoder, prompt, sources, length, goes_on=True)
         return {
-            # of nothing at all no model can go on
+            # no model can continue an empty prompt
             "input_ids": [ids or [begin] for ids in found["input_ids"]],
             SOURCE_CUT: found[SOURCE_CUT],
             **self.written(targets, [], [end]),
         }
 
     def limits(self) -> dict[str, int]:
-        """A prompt leaves room for what is generated, too."""
+        """Return the maximum lengths in tokens; a prompt leaves room for the generated text, too."""
         limits = super().limits()
         return {**limits, "sources": min(limits["sources"], self.encoder.limit - self._longest()[1])}
 
     def _limited_by(self, what: str) -> str:
-        """What is written needs its positions."""
+        """Return what lowers the limit: for sources also the positions that the output needs."""
         least = super()._limited_by(what)
         return f"{least} less {'{}={}'.format(*self._longest())}" if what == "sources" else least
 
     @property
     def prompt(self) -> str:
-        """By default the target stands on a line of its own."""
+        """The template of the prompt; by default the target is on a line of its own."""
         return self.task.prompt or f"{SOURCE}\n"
 
     def _longest(self) -> tuple[str, int]:
-        """What is written, or generated, may be so long."""
+        """Return the key and the value of the longest allowed output, in training or generation."""
         lengths = {
             "task.max_target_length": self.task.max_target_length,
             "task.generation.max_length": self.task.generation.max_length,
@@ -104,11 +105,11 @@ class Completion(TextToText):
 
 
 class PromptCollator:
-    """Batches of prompts, padded on the left to be completed; with `labels` prompt and target, padded on the right."""
+    """Makes batches of prompts padded on the left; with `labels`, of prompts and targets padded on the right."""
 
     def __init__(self, pad: int) -> None:
         self.pad = pad
-        self.pad_to_multiple_of: int | None = None  # in training; named as in transformers' collators
+        self.pad_to_multiple_of: int | None = None  # set in training; named as in the collators of transformers
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         prompts = [list(example["input_ids"]) for example in examples]

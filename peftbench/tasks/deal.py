@@ -1,4 +1,4 @@
-"""One file of rows made into splits, where the user has no files for them."""
+"""Makes splits out of one file of rows, if the user has no files for them."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from datasets import Dataset
 
 from peftbench.utils.errors import UserError
 
-SHARE = 10  # one in so many texts goes to each split that is dealt
-ROW = "row of the file"  # the column of `numbered`
+SHARE = 10  # each dealt split gets one in this many texts
+ROW = "row of the file"  # the column that `numbered` adds
 
 
 def numbered(rows: Dataset) -> Dataset:
-    """The rows with a column that says which of their file's each is, from 0, whichever of them are taken then."""
+    """Add a column with each row's index in its file, from 0, which stays right after rows are selected."""
     return rows if ROW in rows.column_names else rows.add_column(ROW, range(len(rows)))
 
 
 def deal(rows: Dataset, columns: Sequence[str], train: str, others: Sequence[str], source: str) -> dict[str, Dataset]:
-    """`rows` dealt to the split `train` and to `others`, each of which gets a tenth of the different inputs.
+    """Deal `rows` to the split `train` and to `others`, each of which gets a tenth of the different inputs.
 
-    An input is what stands in `columns`. Equal inputs go to one split, so that nothing is both trained on and scored.
-    Inputs are dealt in the order of the sha256 of their content: neither the order of the rows nor a seed has a part.
-    Raises UserError where there are too few for every split to get one.
+    An input is the content of `columns`. Equal inputs go to the same split, so that no input is both trained on and
+    scored. Inputs are dealt in the order of the sha256 of their content: neither the order of the rows nor a seed
+    matters. Raises UserError if there are too few inputs for every split to get one.
     """
     places: dict[str, list[int]] = defaultdict(list)
     for index, cells in enumerate(zip(*(rows[column][:] for column in columns), strict=True)):

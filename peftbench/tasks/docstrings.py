@@ -1,10 +1,10 @@
-"""Real text that every machine has: the docstrings of Python's standard library and of installed packages.
+"""Real text on every machine: the docstrings of Python's standard library and of installed packages.
 
 Source files are parsed with `ast`; no package is imported. `gather` returns the docstrings, `split_of` deals them
 into train, validation and test by name, and two tasks are made from them: `topic_rows` (which package does this
 text come from?) and `summary_rows` (write the first paragraph, given the rest).
 
-The standard library goes by the package name `python`. Imports no torch.
+The standard library has the package name `python`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 STDLIB = "python"
 
-# The words, beside its own name, that give a package away in a topic row. A space stands for any white space.
+# The words, in addition to its own name, that reveal a package in a topic row. A space matches any white space.
 ALIASES: dict[str, tuple[str, ...]] = {
     "numpy": ("np",),
     "pandas": ("pd",),
@@ -48,21 +48,21 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 MASK_WORD = "package"
 
-# Folders whose docstrings describe tests, demos or somebody else's package.
+# Folders whose docstrings describe tests, demos or another package.
 SKIPPED_FOLDERS = frozenset(
     {"__pycache__", "_vendor", "_vendored", "idlelib", "site-packages", "dist-packages", "test", "tests", "turtledemo"}
 )
 SKIPPED_PAIRS = frozenset({("testing", "_data"), ("testing", "_internal")})
 
 MIN_WORDS = 3  # shorter docstrings ("See above.") say nothing about their object
-MIN_TEXT = 150  # characters of a topic text, or of a document to be summarised
+MIN_TEXT = 150  # characters of a topic text, or of a document to summarise
 SUMMARY_LENGTH = range(20, 201)  # characters of a summary that is worth learning to write
 
-# First paragraphs that are no summary: "Args: ...", "x (`int`, *optional*): ...", a block of code, a directive.
+# First paragraphs that are not a summary: "Args: ...", "x (`int`, *optional*): ...", a block of code, a directive.
 NOT_A_SUMMARY = re.compile(r"(?:\w+|\S+ \(.*?\))\s*:|```|\.\. ")
 
-_SCHEMA = 1  # part of the cache file's name: raise it whenever what is gathered changes
-_POOL_FROM = 64  # source files; below that, starting workers costs more than it saves
+_SCHEMA = 1  # part of the cache file's name: raise it whenever the gathered text changes
+_POOL_FROM = 64  # source files; with fewer, starting workers costs more than it saves
 _WORKERS = 2
 
 
@@ -73,19 +73,19 @@ class Docstring:
     package: str
     name: str
     summary: str  # the first paragraph, on one line
-    body: str  # the other paragraphs; empty where there is only one
+    body: str  # the other paragraphs; empty if there is only one
 
     @property
     def text(self) -> str:
-        """Summary and body, a blank line between them."""
+        """Summary and body, with a blank line between them."""
         return f"{self.summary}\n\n{self.body}" if self.body else self.summary
 
 
 def gather(packages: Sequence[str]) -> list[Docstring]:
-    """The docstrings of `packages`, sorted by name; of those with equal text (see `normalised`) only the first.
+    """Return the docstrings of `packages`, sorted by name; of those with equal text (see `normalised`) only the first.
 
     Names are not quite unique: a function that is defined twice, say once per platform, is listed twice.
-    What a package yields is cached in `cache_dir()`.
+    The docstrings of a package are cached in `cache_dir()`.
     Raises UserError for packages that are not installed.
     """
     installed = versions(packages)
@@ -104,18 +104,18 @@ def gather(packages: Sequence[str]) -> list[Docstring]:
 
 
 def gather_folder(folder: Path, package: str) -> list[Docstring]:
-    """Like `gather`, uncached, for one package that is not installed: `folder` is its top-level source folder."""
+    """Gather, without the cache, the docstrings of a package that is not installed; `folder` has its sources."""
     return _read_all(package, list(_walk_files(folder, folder.name)))
 
 
 def split_of(name: str) -> Split:
-    """The split of the docstring called `name`: a pure function of the name, 80/10/10."""
+    """Return the split of the docstring called `name`: a pure function of the name, 80/10/10."""
     tenth = _hash_order(name) % 10
     return "train" if tenth < 8 else "validation" if tenth == 8 else "test"
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """The installed version of each package. Raises UserError for packages that are not installed."""
+    """Return the installed version of each package. Raises UserError for packages that are not installed."""
     missing = [package for package in packages if not _roots(package)]
     if missing:
         raise UserError(
@@ -129,16 +129,16 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def normalised(text: str) -> str:
-    """`text` in lower case with single spaces: what two docstrings share when they count as the same."""
+    """Return `text` in lower case with single spaces: two docstrings are the same if they are equal in this form."""
     return " ".join(text.lower().split())
 
 
 def topic_rows(packages: Sequence[str], split: Split) -> list[dict[str, str]]:
-    """Rows `{"name", "text", "label"}` for the task "which of `packages` does this docstring come from?".
+    """Return rows `{"name", "text", "label"}` for the task "which of `packages` does this docstring come from?".
 
-    The names of all `packages` are masked in the text. Every label has equally many rows: as many as the rarest
-    one has. Which rows are taken, and their order, follow from a hash of their content.
-    Raises UserError where a package is not installed or has no row in this split.
+    The names of all `packages` are masked in the text. Every label has the same number of rows: as many as the rarest
+    label has. A hash of their content determines which rows are taken, and their order.
+    Raises UserError if a package is not installed or has no row in this split.
     """
     names = _names_of(packages)
     by_label: dict[str, list[dict[str, str]]] = {package: [] for package in packages}
@@ -156,18 +156,18 @@ def topic_rows(packages: Sequence[str], split: Split) -> list[dict[str, str]]:
         )
 
     def order(row: dict[str, str]) -> int:
-        return _hash_order(f"0 {row['name']} {row['text']}")  # the 0 stays: without it the task would have other rows
+        return _hash_order(f"0 {row['name']} {row['text']}")  # keep the 0: it determines the task's rows
 
     count = min(len(rows) for rows in by_label.values())
     taken = [row for rows in by_label.values() for row in sorted(rows, key=order)[:count]]
-    return sorted(taken, key=order)  # labels mixed, so that any leading part of the rows is fair
+    return sorted(taken, key=order)  # mixes the labels, so that the first n rows are balanced
 
 
 def summary_rows(packages: Sequence[str], split: Split) -> list[dict[str, str]]:
-    """Rows `{"name", "document", "summary"}`, sorted by name, for the task "write the summary of this document".
+    """Return rows `{"name", "document", "summary"}`, sorted by name, for the task "write the summary of this document".
 
-    One summary may head several documents ("Fill missing values."). A validation or test row is left out if its
-    summary stands in an earlier split, where it could be learnt by heart.
+    Several documents may have the same summary ("Fill missing values."). A validation or test row is left out if its
+    summary is in an earlier split, where a model could memorise it.
     Raises UserError for packages that are not installed.
     """
     docstrings = gather(packages)
@@ -185,12 +185,12 @@ def summary_rows(packages: Sequence[str], split: Split) -> list[dict[str, str]]:
 
 
 def _hash_order(text: str) -> int:
-    """A number that is the same on every machine and in every process, unlike `hash`."""
+    """Return a number that is the same on every machine and in every process, unlike `hash`."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def _names_of(packages: Sequence[str]) -> re.Pattern[str]:
-    """Matches the packages' names and aliases as whole identifiers, also within dotted names, in any case."""
+    """Return a pattern for the packages' names and aliases as whole identifiers, also in dotted names, in any case."""
     words = sorted({word for package in packages for word in (package, *ALIASES.get(package, ()))}, key=len)
     choices = "|".join(r"\s+".join(map(re.escape, word.split())) for word in reversed(words))
     return re.compile(rf"(?<!\w)(?:{choices})(?!\w)", re.IGNORECASE)
@@ -200,7 +200,7 @@ def _names_of(packages: Sequence[str]) -> re.Pattern[str]:
 
 
 def _roots(package: str) -> list[Path]:
-    """Where the sources of `package` lie: folders, or the one file of a single-file module; empty if nowhere."""
+    """Return the folders with the sources of `package`, or the file of a single-file module; empty if none exist."""
     if package == STDLIB:
         return [Path(sysconfig.get_paths()["stdlib"])]
     if not package.isidentifier():  # find_spec would import the parent of a dotted name
@@ -217,7 +217,7 @@ def _roots(package: str) -> list[Path]:
 
 
 def _version(package: str) -> str:
-    """The version of an installed `package`; without one on record, a hash of its files' sizes and times."""
+    """Return the version of an installed `package`; if it has none, a hash of its files' sizes and times."""
     if package == STDLIB:
         return platform.python_version()
     with suppress(importlib.metadata.PackageNotFoundError):
@@ -231,7 +231,7 @@ def _version(package: str) -> str:
 
 
 def _sources(package: str) -> list[tuple[str, Path]]:
-    """(module name, file) of every source file of an installed `package`, tests left out."""
+    """Return (module name, file) of every source file of an installed `package`, without tests."""
     prefix = "" if package == STDLIB else package
     return [
         source
@@ -258,8 +258,8 @@ def _read_all(package: str, sources: list[tuple[str, Path]]) -> list[Docstring]:
     if len(sources) < _POOL_FROM:
         parsed = list(map(_read_file, sources))
     else:
-        # Workers only parse text, so a fork of a process with threads is safe here, and on Linux it saves each
-        # worker from importing the caller's main module, torch and all, anew.
+        # Workers only parse text, so forking a process with threads is safe here. On Linux, a forked worker need not
+        # import the caller's main module, with torch, again.
         context = get_context("fork" if sys.platform == "linux" else "spawn")
         with ProcessPoolExecutor(_WORKERS, context) as pool:
             parsed = list(pool.map(_read_file, sources, chunksize=16))
@@ -267,7 +267,7 @@ def _read_all(package: str, sources: list[tuple[str, Path]]) -> list[Docstring]:
 
 
 def _read_file(source: tuple[str, Path]) -> list[tuple[str, str, str]]:
-    """(name, summary, body) of each docstring in one (module name, file); none if it cannot be read or parsed."""
+    """Return (name, summary, body) of each docstring in a (module name, file); none if it cannot be read or parsed."""
     module, path = source
     try:
         with warnings.catch_warnings():
@@ -280,7 +280,7 @@ def _read_file(source: tuple[str, Path]) -> list[tuple[str, str, str]]:
 
 
 def _walk_tree(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    """(qualified name, cleaned docstring) of `node`, which is called `name`, and of all definitions within it."""
+    """Yield (qualified name, cleaned docstring) of `node`, which is called `name`, and of all definitions within it."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         text = ast.get_docstring(node)
         if text:
@@ -293,8 +293,8 @@ def _walk_tree(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _divide(text: str) -> tuple[str, str]:
-    """Summary and body of a cleaned docstring."""
-    # Half a surrogate pair, legal in a Python string, can be neither hashed nor saved.
+    """Return the summary and the body of a cleaned docstring."""
+    # Half a surrogate pair is legal in a Python string, but can be neither hashed nor saved.
     text = text.encode("utf-8", "replace").decode()
     paragraphs = re.split(r"\n\s*\n", text.strip(), maxsplit=1)
     summary = " ".join(paragraphs[0].split())
@@ -305,7 +305,7 @@ def _divide(text: str) -> tuple[str, str]:
 
 
 def _unique(docstrings: Iterable[Docstring]) -> list[Docstring]:
-    """Sorted by name; where texts are equal but for case and white space, the first one."""
+    """Sort by name; of texts that differ only in case and white space, keep the first."""
     kept: dict[str, Docstring] = {}
     for docstring in sorted(docstrings, key=lambda d: (d.name, d.summary, d.body)):
         kept.setdefault(normalised(docstring.text), docstring)

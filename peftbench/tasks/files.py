@@ -1,4 +1,4 @@
-"""Local files of rows: finds the file of a split in a folder and reads .tsv, .csv, .jsonl, .json and .parquet."""
+"""Local files of rows: find the file of a split in a folder and read .tsv, .csv, .jsonl, .json and .parquet."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from peftbench.utils.errors import UserError
 
 Columns = dict[str, Sequence[Any]]
 
-# The file stems that stand for a split; any other split is looked for under its own name.
+# The file stems of a split; any other split is looked for under its own name.
 ALIASES = {
     "validation": ("validation", "dev", "valid", "val"),
     "validation_matched": ("validation_matched", "dev_matched", "validation", "dev"),
@@ -28,31 +28,31 @@ ALIASES = {
 
 
 def find_split(data_dir: str, split: str) -> Path:
-    """The file of `split` in the folder `data_dir`. Raises UserError where there is none, or more than one."""
+    """Return the file of `split` in the folder `data_dir`. Raises UserError if there is none, or more than one."""
     folder = Path(data_dir).expanduser()
     if not folder.is_dir():
         raise UserError(
-            f"task.data_dir={data_dir} is no folder; give one that holds a file for each split, such as {split}.tsv."
+            f"task.data_dir={data_dir} is not a folder; give one with a file for each split, such as {split}.tsv."
         )
     stems, found = _stems(split), _files(folder, split)
     if len(found) == 1:
         return found[0]
-    remedy = f"+task.data_files.{split}=FILE names a file outright."
+    remedy = f"+task.data_files.{split}=FILE names the file."
     if found:
         raise UserError(
-            f"task.data_dir={data_dir} holds {len(found)} files for the {split} split "
+            f"task.data_dir={data_dir} has {len(found)} files for the {split} split "
             f"({', '.join(file.name for file in found)}); {remedy}"
         )
     there = sorted(path.name for path in folder.iterdir())
     listed = ", ".join(there[:12]) + (", ..." if len(there) > 12 else "")
     raise UserError(
-        f"task.data_dir={data_dir} holds no file for the {split} split: looked for {' or '.join(stems)} with the "
-        f"ending {', '.join(READERS)}, and found {listed or 'an empty folder'}; {remedy}"
+        f"task.data_dir={data_dir} has no file for the {split} split: looked for {' or '.join(stems)} with the "
+        f"extension {', '.join(READERS)}, and found {listed or 'an empty folder'}; {remedy}"
     )
 
 
 def has_split(data_dir: str, split: str) -> bool:
-    """Whether the folder `data_dir` has a file for `split`."""
+    """Return whether the folder `data_dir` has a file for `split`."""
     return bool(_files(Path(data_dir).expanduser(), split))
 
 
@@ -65,33 +65,33 @@ def _files(folder: Path, split: str) -> list[Path]:
 
 
 def read_file(path: str | Path, used: Collection[str] = ()) -> Dataset:
-    """The rows of one file, in memory; a .tsv or .csv file starts with a header and its cells are strings.
+    """Read the rows of one file into memory. A .tsv or .csv file starts with a header, and its cells are strings.
 
     Args:
-        used: the columns that are needed. Where the file has all of them, another one may hold what is no column, such
-            as numbers and texts, and is left out.
+        used: the columns that are needed. If the file has all of them, any other column whose values have no common
+            type, such as numbers and texts, is left out.
 
     Raises:
-        UserError: the file is missing, empty, torn or not UTF-8; with its line where there is one.
+        UserError: the file is missing, empty, malformed or not UTF-8; with the line number if there is one.
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise UserError(f"{path} is no file; give the path of an existing one.")
+        raise UserError(f"{path} is not a file; give the path of an existing one.")
     reader = READERS.get(file.suffix.lower())
     if reader is None:
-        raise UserError(f"{path} cannot be read: the ending must be one of {', '.join(READERS)}.")
+        raise UserError(f"{path} cannot be read: its extension must be one of {', '.join(READERS)}.")
     try:
         read = reader(file)
         rows = Dataset(read if isinstance(read, pa.Table) else _table(file, read, used))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     if not len(rows):
-        raise UserError(f"{path} holds no rows.")
+        raise UserError(f"{path} has no rows.")
     return rows
 
 
 def place(path: str | Path, row: int) -> str:
-    """Where row number `row` (from 1) of a file that `read_file` has read begins: "FILE:LINE", or "FILE, row ROW"."""
+    """Return where row number `row` (from 1) of a file for `read_file` begins: "FILE:LINE", or "FILE, row ROW"."""
     file = Path(path).expanduser()
     ending = file.suffix.lower()
     lines: Iterator[int] = iter(())
@@ -104,7 +104,7 @@ def place(path: str | Path, row: int) -> str:
 
 
 def _first_lines(reader: Any) -> Iterator[int]:
-    """The line on which each record of a csv reader begins: a quoted cell may go over several."""
+    """Yield the line on which each record of a csv reader begins: a quoted cell may span several lines."""
     line = 1
     for row in reader:
         if row:
@@ -115,7 +115,7 @@ def _first_lines(reader: Any) -> Iterator[int]:
 def _text(file: Path) -> str:
     data = file.read_bytes()
     try:
-        return data.decode("utf-8-sig")  # Excel and Windows editors put a byte order mark first
+        return data.decode("utf-8-sig")  # Excel and Windows editors write a byte order mark
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{file}:{line} is not UTF-8 text; save the file as UTF-8.") from error
@@ -137,12 +137,12 @@ def _read_cells(file: Path) -> Columns:
                 )
             rows.append(row)
     except csv.Error as error:
-        raise UserError(f"{file}:{reader.line_num} is torn: {error}.") from error
+        raise UserError(f"{file}:{reader.line_num} is malformed: {error}.") from error
     return dict(zip(header, zip(*rows, strict=True), strict=False))
 
 
 def _read_json(file: Path) -> Columns:
-    """An array of objects or an object on each line: files of either kind are called .json."""
+    """Read an array of objects, or one object per line: both kinds of file are called .json."""
     text = _text(file)
     if text.lstrip().startswith("["):
         rows = [(f"{file}, row {number}", row) for number, row in enumerate(_parse(file, 1, text), 1)]
@@ -151,7 +151,7 @@ def _read_json(file: Path) -> Columns:
         rows = [(f"{file}:{number}", _parse(file, number, line)) for number, line in lines if line.strip()]
     for place, row in rows:
         if not isinstance(row, dict):
-            raise UserError(f'{place} holds {row!r:.40}, not an object such as {{"text": "..."}}.')
+            raise UserError(f'{place} is {row!r:.40}, not an object such as {{"text": "..."}}.')
     names = dict.fromkeys(chain.from_iterable(row for _, row in rows))
     return {name: [row.get(name) for _, row in rows] for name in names}
 
@@ -161,7 +161,7 @@ def _parse(file: Path, line: int, text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         what = f"{error.msg.removesuffix(' at')} at column {error.colno}"
-        raise UserError(f"{file}:{line + error.lineno - 1} is torn or not JSON: {what}.") from error
+        raise UserError(f"{file}:{line + error.lineno - 1} is incomplete or not JSON: {what}.") from error
 
 
 def _read_parquet(file: Path) -> pa.Table:
@@ -171,18 +171,18 @@ def _read_parquet(file: Path) -> pa.Table:
             raise UserError(f"{file} names a column twice: {', '.join(names)}.")
         return pq.read_table(file)
     except pa.ArrowInvalid as error:
-        raise UserError(f"{file} is torn or not Parquet: {error}") from error
+        raise UserError(f"{file} is incomplete or not Parquet: {error}") from error
 
 
 def _table(file: Path, columns: Columns, used: Collection[str]) -> pa.Table:
     arrays = {}
     needed = set(used or columns)
-    if not needed <= columns.keys():  # one of them may stand inside a dict
+    if not needed <= columns.keys():  # one of them may be inside a dict
         needed = set(columns)
     for name, values in columns.items():
         try:
             arrays[name] = pa.array(values)
-        except (ValueError, TypeError, OverflowError) as error:  # what Arrow raises is one of these as well
+        except (ValueError, TypeError, OverflowError) as error:  # Arrow's own exceptions are subclasses of these
             if name not in needed:
                 continue
             raise UserError(_odd_cell(file, name, values, error)) from error
@@ -190,11 +190,11 @@ def _table(file: Path, columns: Columns, used: Collection[str]) -> pa.Table:
 
 
 def _odd_cell(file: Path, name: str, values: Sequence[Any], error: Exception) -> str:
-    """The sentence for the first cell of a column that Arrow cannot hold together with those above it."""
+    """Return the sentence for the first cell of a column whose type does not fit the cells above it."""
     row = bisect_left(range(1, len(values)), True, key=lambda count: not _is_column(values[:count])) + 1
     value, first = values[row - 1], next(value for value in values if value is not None)
     holds = f"{place(file, row)}: column {name} holds {value!r:.40}"
-    return f"{holds}, where the rows above hold {first!r:.40}." if _is_column([value]) else f"{holds}: {error}."
+    return f"{holds}, but the rows above hold {first!r:.40}." if _is_column([value]) else f"{holds}: {error}."
 
 
 def _is_column(values: Sequence[Any]) -> bool:
@@ -206,7 +206,7 @@ def _is_column(values: Sequence[Any]) -> bool:
 
 
 DIALECTS: dict[str, dict[str, Any]] = {
-    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "strict": True},  # as GLUE's: a quote is a character
+    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "strict": True},  # as in GLUE: a quote is a character
     ".csv": {"strict": True},
 }
 

@@ -8,39 +8,40 @@ from typing import Any
 from peftbench.tasks.tokens import SOURCE_CUT, Encoder
 from peftbench.utils.errors import UserError
 
-SOURCE, MASK = "{source}", "{mask}"  # what task.prompt may hold
+SOURCE, MASK = "{source}", "{mask}"  # the placeholders of task.prompt
 
 
 def framed(
     encoder: Encoder, prompt: str, sources: Sequence[str], max_length: int, *, goes_on: bool = False
 ) -> dict[str, list[Any]]:
-    """`input_ids` and `attention_mask` of `prompt` with each source in the place of {source}; as `source_cut` whether
-    the source was cut.
+    """Return `input_ids` and `attention_mask` of `prompt` with each source in place of {source}, and as `source_cut`
+    whether the source was truncated.
 
-    A source is cut where the whole would be longer than `max_length` tokens, special ones included, never the prompt.
-    {mask} becomes the tokenizer's mask token: what a denoiser was pretrained to fill. Special tokens that are typed in
-    the prompt are special, unlike those that a source spells; one that the tokenizer puts at that end of every text
-    anyway is put there once. With `goes_on` the tokenizer ends nothing, for a decoder alone goes on with the target.
+    A source is truncated if the whole would be longer than `max_length` tokens, including special tokens; the prompt
+    never is. {mask} becomes the tokenizer's mask token, which a denoiser was pretrained to fill. Special tokens that
+    are typed in the prompt are special, unlike those that a source spells. If the tokenizer adds the same token at that
+    end of every text anyway, it appears only once. With `goes_on` the tokenizer adds no end token, because a
+    decoder-only model continues with the target.
 
     Raises:
-        UserError: {mask} where the tokenizer has no such token, or no room for a source beside the prompt.
+        UserError: the prompt has {mask} but the tokenizer no such token, or the prompt leaves no room for a source.
     """
     if prompt == SOURCE and not goes_on:
         return encoder(sources, max_length=max_length)
     mask = encoder.tokenizer.mask_token_id
     if MASK in prompt and mask is None:
         raise UserError(
-            f"task.prompt has {MASK}, and the tokenizer of {encoder.tokenizer.name_or_path} has no mask token; write "
-            "the prompt without, or task.prompt=null."
+            f"task.prompt has {MASK}, but the tokenizer of {encoder.tokenizer.name_or_path} has no mask token; remove "
+            "it, or set task.prompt=null."
         )
 
     def ids(text: str) -> list[int]:
-        """Of a text in which {mask} may stand."""
+        """Return the ids of a text that may contain {mask}."""
         first, *others = (encoder.typed(piece) if piece else [] for piece in text.split(MASK))
         return sum(([mask, *piece] for piece in others), first)
 
     before, after = prompt.split(SOURCE)
-    front, joined = _at_last_special(encoder, before)  # what touches the source is tokenised with it
+    front, joined = _at_last_special(encoder, before)  # text next to the source is tokenised with it
     left, right = ids(front), ids(after)
     opening, closing = encoder.ends()
     if opening == left[: len(opening)]:
@@ -50,7 +51,7 @@ def framed(
     length = min(max_length, encoder.limit)
     room = length - len(left) - len(right) - len(opening) - len(closing)
     if room < 1 + len(encoder.ids([joined])[0]):
-        raise UserError(f"task.prompt={prompt!r} leaves no room for a source among {length} tokens; make it shorter.")
+        raise UserError(f"task.prompt={prompt!r} leaves no room for a source in {length} tokens; shorten it.")
     inner = encoder([f"{joined}{source}" for source in sources], max_length=room, special=False)
     found = [[*opening, *left, *source, *right, *closing] for source in inner["input_ids"]]
     return {
@@ -61,12 +62,12 @@ def framed(
 
 
 def special_tokens(encoder: Encoder, prompt: str) -> list[str]:
-    """The special tokens that are typed in a prompt, in their order."""
+    """Return the special tokens that are typed in a prompt, in order."""
     return [match[0] for match in encoder.special_tokens.finditer(prompt)]
 
 
 def _at_last_special(encoder: Encoder, text: str) -> tuple[str, str]:
-    """`text` up to its last special token or {mask}, and what comes after it."""
+    """Split `text` after its last special token or {mask}."""
     masked = text.rfind(MASK)
     last, strips = (0, False) if masked < 0 else (masked + len(MASK), False)
     added = {token.content: token for token in encoder.tokenizer.added_tokens_decoder.values()}

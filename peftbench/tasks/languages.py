@@ -1,4 +1,4 @@
-"""Source and target language of a translation, for the backbones that mark texts with language codes (mBART)."""
+"""Source and target language of a translation, for backbones that mark texts with language codes (mBART)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from peftbench.utils.errors import UserError, unknown
 
 
 def set_languages(tokenizer: PreTrainedTokenizerBase, source: str | None, target: str | None) -> None:
-    """Tell the tokenizer which languages it reads and writes; one without codes stays as it is.
+    """Tell the tokenizer which languages it reads and writes. A tokenizer without codes is unchanged.
 
-    None: the language that the tokenizer is set to. Raises UserError where it has no such code.
+    None keeps the language that the tokenizer is set to. Raises UserError if it has no such code.
     """
     if not hasattr(tokenizer, "src_lang"):
         return
@@ -23,11 +23,11 @@ def set_languages(tokenizer: PreTrainedTokenizerBase, source: str | None, target
 
 
 def begin_in_language(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Have the model write the language that `set_languages` has set.
+    """Make the model write in the language that `set_languages` has set.
 
-    mBART-cc25 ends a text with its code and starts to write from the target's, which the model turns to the front of
-    the decoder's input. mBART-50 begins a text with its code, which is then forced as the first token written. Which
-    of the two it is, is seen from how the tokenizer encodes a target.
+    mBART-cc25 ends a text with its code, and generation starts from the target's code, which the model moves to the
+    front of the decoder's input. mBART-50 begins a text with its code, which is then forced as the first generated
+    token. How the tokenizer encodes a target tells the two apart.
     """
     if not hasattr(tokenizer, "src_lang"):
         return
@@ -42,7 +42,7 @@ def begin_in_language(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def written_language(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id of the code of the language that `set_languages` has set to write in; null where there are no codes."""
+    """Return the id of the code of the output language that `set_languages` has set; None if there are no codes."""
     if not hasattr(tokenizer, "src_lang"):
         return None
     code: int = tokenizer.convert_tokens_to_ids(tokenizer.tgt_lang)

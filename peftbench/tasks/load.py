@@ -1,4 +1,4 @@
-"""The rows of a task before a tokenizer has seen them: read, checked, and dealt to splits where files are missing."""
+"""The rows of a task before tokenisation: read, checked, and dealt to splits if files are missing."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from peftbench.tasks.source import has_source, read_split
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """The rows of a task before a tokenizer has seen them. Never changed, for several runs may share it."""
+    """The rows of a task before tokenisation. They are never changed, because several runs may share them."""
 
-    task: Task  # with the labels that were found, where it named none
+    task: Task  # with the labels that were found, if it named none
     roles: Roles
-    rows: dict[str, Dataset]  # by split; as many as any role of the split needs
-    sizes: dict[str, int]  # by split: how many rows there are
-    notes: list[str] = field(default_factory=list)  # what was decided here, a sentence each, for the record
+    rows: dict[str, Dataset]  # by split; as many as the role of the split that needs most
+    sizes: dict[str, int]  # by split: how many rows it has
+    notes: list[str] = field(default_factory=list)  # a sentence for each decision made here, for the record
 
 
 def load(task: Task, training: bool = True, dealt: Sequence[str] | None = None, labels: Sequence[str] = ()) -> Loaded:
-    """The checked rows of all splits of the task; without `training`, of those that are reported on.
+    """Load the checked rows of all splits of the task; without `training`, only of the splits that are reported on.
 
     Args:
-        dealt: the splits that were dealt from the training file, where that was for another task; by default those
+        dealt: the splits that were dealt from the training file when another task was loaded; by default the splits
             that are `homeless` in this one.
-        labels: those that were found in the training split when the task was trained, where it names none.
+        labels: the labels that were found in the training split when the task was trained, if it names none.
 
-    A split without a source of its own is dealt from the training file (`deal.py`); where the task names no labels,
-    those of the training split are taken, sorted; a further split that the user's files do not have is left out. All
-    three are noted. Rows that an earlier run of this process has read are used again where the task and its files are
-    the same.
+    A split without a source of its own is dealt from the training file (`deal.py`). If the task names no labels, the
+    sorted labels of the training split are used. A further split that the user's files do not have is left out. All
+    three are noted. Rows that an earlier run of this process has read are reused if the task and its files are the
+    same.
 
     Raises:
         UserError: as `read_split` and `checked`.
@@ -52,14 +52,14 @@ def load(task: Task, training: bool = True, dealt: Sequence[str] | None = None, 
 
 
 def homeless(task: Task) -> list[str]:
-    """The splits without a source of their own, which are dealt from the training file."""
+    """Return the splits without a source of their own, which are dealt from the training file."""
     task, _ = _without_absent(task)
     return [split for split in splits(task) if not has_source(task, split)]
 
 
 def reported_on(task: Task, dealt: Sequence[str]) -> Task:
-    """The task with those of the user's files alone that are read to report: a split that is dealt is part of the
-    training file."""
+    """Return the task with only those of the user's files that reporting reads: a dealt split is part of the training
+    file."""
     read = {split for role, (split, _) in roles(task).items() if is_reported(role)}
     if read & set(_still_dealt(task, dealt)):
         read.add(task.train_split)
@@ -73,7 +73,7 @@ def reported_on(task: Task, dealt: Sequence[str]) -> Task:
 
 
 def _still_dealt(task: Task, dealt: Sequence[str]) -> list[str]:
-    """Of the splits that were dealt for another task those that this one has no file for."""
+    """Return the splits that were dealt for another task and for which this one has no file."""
     return [split for split in dealt if split not in task_files(task)]
 
 
@@ -101,7 +101,7 @@ def _load(task: Task, training: bool, dealt: Sequence[str], labels: Sequence[str
         rows = {split: rows[split] for split in (task.train_split, *still)}
         each = "each have" if len(dealt) > 1 else "has"
         notes.append(
-            f"{train.name} is dealt by a hash of the input: {' and '.join(dealt)} {each} one in ten of the "
+            f"{train.name} is split by a hash of the input: {' and '.join(dealt)} {each} one in ten of the "
             "different inputs."
         )
     sizes = {split: len(rows[split] if split in rows else read(split).rows) for split in limits}
@@ -114,7 +114,7 @@ _recent: Recent[Loaded] = Recent()
 
 
 def _stats(task: Task) -> Iterator[tuple[str, int, int]]:
-    """The task's own files as they are now: path, size and time of the last change."""
+    """Yield the current state of the task's own files: path, size and time of the last change."""
     files = [Path(file).expanduser() for file in task_files(task).values()]
     if task.data_dir is not None and (folder := Path(task.data_dir).expanduser()).is_dir():
         files.extend(folder.iterdir())
@@ -124,14 +124,14 @@ def _stats(task: Task) -> Iterator[tuple[str, int, int]]:
 
 
 def label_names(task: Task) -> list[str]:
-    """The labels of the task, or, where it names none, of its training split."""
+    """Return the labels of the task, or of its training split if the task names none."""
     if task.kind is not TaskKind.classification or task.labels:
         return list(task.labels)
     return with_labels(task, read_split(task, task.train_split))[0].labels
 
 
 def data_fingerprint(task: Task, rows: Dataset) -> str:
-    """The sha256, in hexadecimal, of the cells that the task uses: for equal text it is equal, whatever the source."""
+    """Return the sha256, in hexadecimal, of the cells that the task uses. Equal text has equal hashes in any source."""
     columns = [column for _, column in used_columns(task)]
     digest = hashlib.sha256()
     for batch in rows.select_columns(columns).iter(batch_size=1000):
@@ -141,20 +141,18 @@ def data_fingerprint(task: Task, rows: Dataset) -> str:
 
 
 def _also_trained_on(task: Task) -> list[str]:
-    """The note that a file is that of training and of another split too."""
+    """Return the note that the training file is also the file of another split, if so."""
     files = {split: Path(file).expanduser().resolve() for split, file in task_files(task).items()}
     train = files.pop(task.train_split, None)
     others = [split for split, file in files.items() if file == train]
     if not others:
         return []
     file = task_files(task)[task.train_split]
-    return [
-        f"{file} is the file of {task.train_split} and of {' and '.join(others)}: rows that are trained on are scored."
-    ]
+    return [f"{file} is the file of {task.train_split} and of {' and '.join(others)}: training rows are also scored."]
 
 
 def _without_absent(task: Task) -> tuple[Task, list[str]]:
-    """The task without the further splits that the user's files, where there are any, lack; the note that says so."""
+    """Return the task without the further splits that the user's files, if any, lack, and the note that says so."""
     files = task_files(task)
     if not files and task.data_dir is None:
         return task, []

@@ -1,4 +1,4 @@
-"""From a task's kind to its data."""
+"""Choose the data class for a task's kind and tokenise the task for a backbone."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _recent: Recent[TaskData] = Recent()
 
 
 def prepare(loaded: Loaded, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> TaskData:
-    """Tokenises the task's splits for a backbone. Raises UserError for a backbone that cannot read them.
+    """Tokenise the task's splits for a backbone. Raises UserError for a backbone that cannot read them.
 
-    What was tokenised for an earlier run of this process is taken again where rows, tokenizer and the backbone's config
-    are the same. Nothing of that run gets into this one: rows and tokens are never changed, and its model is let go.
+    Tokens of an earlier run of this process are reused if rows, tokenizer and the backbone's config are the same.
+    Nothing else of that run gets into this one: rows and tokens are never changed, and its model is released.
     """
     completes = loaded.task.kind is TaskKind.text_to_text and not model.config.is_encoder_decoder
     kind = Completion if completes else KINDS[loaded.task.kind]

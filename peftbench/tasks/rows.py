@@ -1,4 +1,4 @@
-"""The rows of a split as they were read, and what they must hold for a task."""
+"""The rows of a split as they were read, and the checks of what they must contain for a task."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from peftbench.config.validity import label_faults
 from peftbench.tasks.files import place
 from peftbench.utils.errors import UserError, unknown
 
-NUMBER = re.compile(r"[+-]?\d*\.?\d+")  # a label that is one
+NUMBER = re.compile(r"[+-]?\d*\.?\d+")  # a label that is a number
 
 
 class Source(NamedTuple):
-    """The rows of a split as they were read, and where they come from."""
+    """The rows of a split as they were read, with their origin."""
 
     rows: Dataset
-    name: str  # what to call it in a message
+    name: str  # the source's name in messages
     file: str | None = None
 
     def at(self, row: int) -> str:
-        """Where a row (numbered from 1) stands."""
+        """Return where a row (numbered from 1) is, for messages."""
         return place(self.file, row) if self.file else f"{self.name}, row {row}"
 
 
 def checked(task: Task, split: str, source: Source, limit: int | None, *, coded: bool = True) -> Dataset:
-    """The first `limit` rows of a split (null: all), with every column that the source has.
+    """Return the first `limit` rows of a split (None: all), with every column that the source has.
 
-    Inputs must be texts, and a target a text or a list of them. Labels, given by name or by code, come out as codes,
-    ints that index `task.labels`, or for a regression as numbers.
+    Inputs must be texts, and a target a text or a list of texts. Labels, given by name or by code, are returned as
+    codes, ints that index `task.labels`, or for a regression as numbers.
 
     Args:
-        coded: the order of `task.labels` is that of codes, so that a number may be one. Labels that were found as names
-            in the training file have no such order.
+        coded: `task.labels` is in the order of the codes, so that a number may be a code. Labels that were found as
+            names in the training file have no such order.
 
     Raises:
-        UserError: there are no rows, a column is missing, or a cell holds something else or an unknown label.
+        UserError: there are no rows, a column is missing, or a cell has another type or an unknown label.
     """
     if not len(source.rows):
         raise UserError(f"{source.name}: the {split} split has no rows.")
@@ -59,19 +59,19 @@ def checked(task: Task, split: str, source: Source, limit: int | None, *, coded:
 
 
 def head(rows: Dataset, limit: int | None) -> Dataset:
-    """The first `limit` rows; all of them where there are no more than that."""
+    """Return the first `limit` rows, or all rows if there are no more than that."""
     return rows if limit is None or limit >= len(rows) else rows.select(range(limit))
 
 
 def input_columns(task: Task) -> list[str]:
-    """The columns that the model reads: one or two texts to classify, or a source."""
+    """Return the columns that the model reads: one or two texts to classify, or a source."""
     if task.kind is TaskKind.text_to_text:
         return [task.source_column]
     return list(task.text_columns)
 
 
 def used_columns(task: Task) -> list[tuple[str, str]]:
-    """(key as typed, column) for each column that the task uses."""
+    """Return (key as typed, column) for each column that the task uses."""
     if task.kind is TaskKind.text_to_text:
         return [("task.source_column", task.source_column), ("task.target_column", task.target_column)]
     return [*(("task.text_columns", column) for column in task.text_columns), ("task.label_column", task.label_column)]
@@ -85,7 +85,7 @@ def _require_columns(source: Source, keys: Sequence[tuple[str, str]]) -> None:
 
 
 def check_cells(task: Task, rows: Dataset, source: Source) -> None:
-    """Inputs are texts; a target is a text or a list of them."""
+    """Check that inputs are texts, and that a target is a text or a list of texts. Raises UserError otherwise."""
     for column in input_columns(task):
         for number, cell in enumerate(rows[column][:], 1):
             if not isinstance(cell, str):
@@ -100,12 +100,12 @@ def check_cells(task: Task, rows: Dataset, source: Source) -> None:
 
 
 def has_codes(task: Task, train: Source) -> bool:
-    """Whether the training split says which label each code is, as data sets of the hub do."""
+    """Return whether the training split says which label each code means, as data sets of the hub do."""
     return isinstance(train.rows.features.get(task.label_column), ClassLabel)
 
 
 def with_labels(task: Task, train: Source) -> tuple[Task, str]:
-    """The task with the labels of its training split, and the note that says so."""
+    """Return the task with the labels of its training split, and the note that says so."""
     _require_columns(train, used_columns(task))
     feature = train.rows.features[task.label_column]
     if has_codes(task, train):
@@ -113,7 +113,7 @@ def with_labels(task: Task, train: Source) -> tuple[Task, str]:
     else:
         cells = train.rows[task.label_column][:]
         for number, cell in enumerate(cells, 1):
-            if cell is None or cell != cell or not str(cell).strip():  # pandas writes what is missing as nan
+            if cell is None or cell != cell or not str(cell).strip():  # pandas writes a missing value as nan
                 raise UserError(f"{train.at(number)}: column {task.label_column} is empty; every row needs a label.")
             if isinstance(cell, (list, dict)):
                 raise UserError(f"{train.at(number)}: column {task.label_column} holds {cell!r:.40}, not one label.")
@@ -134,22 +134,22 @@ def with_labels(task: Task, train: Source) -> tuple[Task, str]:
 
 
 def _check_distinct(names: Sequence[str], train: Source) -> None:
-    """Raises UserError where two names are one label, in all likelihood: Good and good, or 1 and 1.0."""
+    """Raise UserError if two names are in all likelihood the same label: Good and good, or 1 and 1.0."""
     seen: dict[object, str] = {}
     for name in names:
         bare = name.strip().casefold()
         key = float(bare) if NUMBER.fullmatch(bare) else bare
         if key in seen:
             raise UserError(
-                f"{train.name}: the labels {seen[key]!r} and {name!r} differ in spelling alone; write them alike, or "
-                "name all labels by task.labels where both are meant."
+                f"{train.name}: the labels {seen[key]!r} and {name!r} differ only in spelling; write them alike, or "
+                "name all labels by task.labels if both are meant."
             )
         seen[key] = name
 
 
 def _named(labels: Sequence[str], cells: Sequence[Any], feature: Any) -> Sequence[Any]:
-    """The cells of a column that says which label each code is, by name where these are the task's labels; where none
-    is, `labels` are other names for the codes, in their order."""
+    """Return the cells of a column that says which label each code means, by name if the names are the task's labels.
+    If no name is one of them, `labels` are other names for the codes, in their order."""
     if not isinstance(feature, ClassLabel) or not set(feature.names) & set(labels):
         return cells
     known = range(len(feature.names))
@@ -159,14 +159,14 @@ def _named(labels: Sequence[str], cells: Sequence[Any], feature: Any) -> Sequenc
 def _codes(labels: Sequence[str], cells: Sequence[object], source: Source, coded: bool) -> list[int]:
     names = {label: code for code, label in enumerate(labels)}
     digits = {str(code): code for code in range(len(labels))}
-    # Where a name is a number, such as a star rating, a number in a cell can only be meant as a name.
+    # If a name is a number, such as a star rating, a number in a cell can only be a name.
     numbers = any(NUMBER.fullmatch(name) for name in names)
     known = names if numbers or not coded else names | digits
     codes = []
     for number, cell in enumerate(cells, 1):
         code = (names if isinstance(cell, float) else known).get(_name(cell))
         if code is None:
-            sentence = f"{source.at(number)}: label {cell!r} is none of {', '.join(list(known))}"
+            sentence = f"{source.at(number)}: label {cell!r} is not one of {', '.join(list(known))}"
             if not (numbers or coded or isinstance(cell, float)) and _name(cell) in digits:
                 order = f"task.labels=[{','.join(names)}]"
                 sentence += f"; if it is a code, name the labels in the order of their codes, such as {order}"
@@ -176,7 +176,7 @@ def _codes(labels: Sequence[str], cells: Sequence[object], source: Source, coded
 
 
 def _name(cell: object) -> str:
-    """What a label is called: 1.0 is 1, as a column of whole numbers is written where some were missing."""
+    """Return a label's name. 1.0 becomes 1: a column of integers is written with .0 if some values are missing."""
     return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
 
 
@@ -188,5 +188,5 @@ def _numbers(cells: Sequence[Any], source: Source) -> list[float]:
         except (TypeError, ValueError):
             numbers.append(math.nan)
         if not math.isfinite(numbers[-1]):
-            raise UserError(f"{source.at(row)}: label {cell!r:.40} is no number.")
+            raise UserError(f"{source.at(row)}: label {cell!r:.40} is not a number.")
     return numbers

@@ -1,4 +1,4 @@
-"""Reads the rows of a split: from the user's files, the docstrings of installed packages, or the Hugging Face hub."""
+"""Read the rows of a split: from the user's files, the docstrings of installed packages, or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from peftbench.utils.errors import UserError
 
 
 def read_split(task: Task, split: str) -> Source:
-    """The rows of a split from the first source that the task has: the user's files, `task.data_dir`, `task.packages`,
-    `task.hub_id`. Dicts are opened as columns, and lists made into texts or references.
+    """Read the rows of a split from the first source that the task has: the user's files, `task.data_dir`,
+    `task.packages`, `task.hub_id`. Dicts become columns, and lists become texts or references.
 
     Raises:
         UserError: there is no source, or it cannot be read.
@@ -30,7 +30,7 @@ def read_split(task: Task, split: str) -> Source:
 
 
 def has_source(task: Task, split: str) -> bool:
-    """Whether there is anything to read the split from; without even a training file reading is left to say so."""
+    """Return whether the split has a source; True also without a training file, so that reading reports the error."""
     elsewhere = any((task.data_dir, task.packages, task.hub_id)) or task.train_split not in task_files(task)
     return split in task_files(task) or elsewhere
 
@@ -39,7 +39,7 @@ def _read_raw(task: Task, split: str) -> Source:
     for named in task.data_files:
         if named not in splits(task):
             raise UserError(
-                f"task.data_files.{named} is no split of this task; its splits are {', '.join(splits(task))}."
+                f"task.data_files.{named} is not a split of this task; its splits are {', '.join(splits(task))}."
             )
     used = [column for _, column in used_columns(task)]
     if file := task_files(task).get(split):
@@ -69,23 +69,23 @@ def _read_docstrings(kind: TaskKind, packages: Sequence[str], split: str) -> Dat
 def _read_hub(task: Task, hub_id: str, split: str) -> Dataset:
     missing = hub_missing()
     if missing:
-        datasets.config.HF_HUB_OFFLINE = True  # spares 20 s of retries; what is in the cache still loads
+        datasets.config.HF_HUB_OFFLINE = True  # saves 20 s of retries; the cache can still be read
     try:
         try:
             return load_dataset(hub_id, task.hub_config, split=split, revision=task.hub_revision)
         except RuntimeError as error:
             if "scripts are no longer supported" not in str(error) or task.hub_revision is not None:
                 raise
-            # The hub keeps what such a script yielded on a branch of its own.
+            # The hub keeps the output of such a script on a branch of its own.
             return load_dataset(hub_id, task.hub_config, split=split, revision="refs/convert/parquet")
     except ConnectionError as error:
         raise UserError(
             f"task.hub_id={hub_id} is not in this machine's cache and {missing or 'the hub does not answer'}; "
             f"{_without_hub(task, split)}"
         ) from error
-    except (OSError, ValueError, RuntimeError) as error:  # no such dataset, config or split; a torn download
+    except (OSError, ValueError, RuntimeError) as error:  # no such dataset, config or split; an incomplete download
         reason = str(error).partition("\n")[0]
-        if missing and (isinstance(error, FileNotFoundError) or "find cache" in reason):  # which has a part of it
+        if missing and (isinstance(error, FileNotFoundError) or "find cache" in reason):  # the cache has a part of it
             reason = f"{reason.rstrip('.')}, and {missing}; {_without_hub(task, split)}"
         raise UserError(
             f"task.hub_id={hub_id}, task.hub_config={task.hub_config or 'null'}: the {split} split cannot be loaded: "
@@ -94,18 +94,18 @@ def _read_hub(task: Task, hub_id: str, split: str) -> Dataset:
 
 
 def _without_hub(task: Task, split: str) -> str:
-    """What to bring to a machine that has no hub."""
+    """Return what to do on a machine without access to the hub."""
     columns = [column for _, column in used_columns(task)]
     return (
-        f"give task.data_dir=FOLDER with files for {', '.join(splits(task))} (such as {split}.jsonl) that hold the "
+        f"give task.data_dir=FOLDER with files for {', '.join(splits(task))} (such as {split}.jsonl) that have the "
         f"columns {', '.join(columns)}, or set HF_HOME to a copy of the cache of a machine that has loaded it."
     )
 
 
 def _in_shape(task: Task, source: Source) -> Source:
-    """Dicts opened, so that WMT's `translation: {en, ro}` is two columns, and lists made into texts or references."""
+    """Turn dicts into columns, so that WMT's `translation: {en, ro}` is two, and lists into texts or references."""
     rows = source.rows
-    flat = rows.flatten()  # dicts within dicts too, and what the hub calls a Translation
+    flat = rows.flatten()  # also nested dicts, and the hub's Translation type
     if opened := {long: long.rpartition(".")[2] for long in flat.column_names if long not in rows.column_names}:
         names = Counter([*opened.values(), *(name for name in flat.column_names if name not in opened)])
         rows = flat.rename_columns({long: part for long, part in opened.items() if names[part] == 1})
@@ -114,19 +114,19 @@ def _in_shape(task: Task, source: Source) -> Source:
             joined = [_joined(task.source_join, cell) for cell in rows[task.source_column][:]]
             rows = rows.remove_columns(task.source_column).add_column(task.source_column, joined)
         if task.merge_references:
-            check_cells(task, rows, source)  # while a row is a row of the file
+            check_cells(task, rows, source)  # while each row is still a row of the file
             rows = _merged(task, rows)
     return source._replace(rows=rows)
 
 
 def _joined(between: str, cell: Any) -> Any:
-    """A list of texts as one; anything else as it is, for the check of the cells to name."""
+    """Join a list of texts into one; return anything else unchanged, which the check of the cells then reports."""
     is_list = isinstance(cell, list) and all(isinstance(part, str) for part in cell)
     return between.join(cell) if is_list else cell
 
 
 def _merged(task: Task, rows: Dataset) -> Dataset:
-    """One row for each source, the first with it, whose target is the list of all its targets."""
+    """Keep the first row of each source, with the list of all targets of this source as its target."""
     first: dict[str, int] = {}
     targets: dict[str, list[str]] = defaultdict(list)
     for index, (text, cell) in enumerate(zip(rows[task.source_column][:], rows[task.target_column][:], strict=True)):

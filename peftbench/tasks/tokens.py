@@ -1,4 +1,4 @@
-"""Text to token ids, in such a way that no text of the data can spell a special token."""
+"""Tokenisation in which no text of the data can spell a special token."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftbench.utils.errors import UserError
 
-SOURCE_CUT, TARGET_CUT = "source_cut", "target_cut"  # columns: whether the text of a row was cut
+SOURCE_CUT, TARGET_CUT = "source_cut", "target_cut"  # columns: whether the text of a row was truncated
 
 
 class Encoder:
-    """Tokenises texts for one backbone. A `</s>` in a text is four characters like any other.
+    """Tokenises texts for one backbone. A `</s>` in a text is four ordinary characters.
 
-    Raises UserError for a tokenizer without a pad token, and for an encoder-decoder's that ends no text.
+    Raises UserError for a tokenizer without a pad token, and for an encoder-decoder's tokenizer that adds no end token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         if tokenizer.pad_token_id is None:
             raise UserError(
                 f"The tokenizer of {tokenizer.name_or_path or 'the backbone'} has no pad token, without which texts of "
-                "unequal length make no batch; name one as pad_token in its tokenizer_config.json."
+                "unequal length cannot be batched; name one as pad_token in its tokenizer_config.json."
             )
         self.tokenizer = tokenizer
         read, places = tokenizer.model_max_length, positions(model)
@@ -41,7 +41,7 @@ class Encoder:
             end = f"{tokenizer.eos_token}, at which generation stops" if tokenizer.eos_token else "any token"
             raise UserError(
                 f"The tokenizer of {tokenizer.name_or_path or 'the backbone'} does not end a text with {end}; name the "
-                "token as eos_token in its tokenizer_config.json, and have its post_processor put it after a text."
+                "token as eos_token in its tokenizer_config.json, and let its post_processor add it after a text."
             )
 
     def __call__(
@@ -53,13 +53,13 @@ class Encoder:
         target: bool = False,
         special: bool = True,
     ) -> dict[str, list[Any]]:
-        """`input_ids` and `attention_mask` (and what else the model reads) of each text, or pair of texts; as
-        `source_cut` whether it was cut.
+        """Return `input_ids` and `attention_mask` (and what else the model reads) of each text or pair of texts, and
+        as `source_cut` whether it was truncated.
 
-        At most `max_length` tokens, special ones included, and no more than the backbone can read; of a pair, the
-        longer text is cut first. Where the tokenizer puts nothing between the texts of a pair, `separator` stands
-        there. `target` says that the texts are what the model is to write; without `special` none of the tokenizer's
-        special tokens are put around them.
+        There are at most `max_length` tokens, including special tokens, and no more than the backbone can read; of a
+        pair, the longer text is truncated first. If the tokenizer puts nothing between the texts of a pair,
+        `separator` is added there. `target` says that the model has to write the texts. Without `special` none of the
+        tokenizer's special tokens are added around them.
         """
         if pairs is not None and self.separator:
             return self._separated(texts, pairs, max_length)
@@ -75,16 +75,16 @@ class Encoder:
         return {**encoded, SOURCE_CUT: self._cut(encoded, kind, special)}
 
     def ids(self, texts: Sequence[str], target: bool = False) -> list[list[int]]:
-        """The ids of whole texts, nothing put around them; `target` says that they are what the model is to write."""
+        """Return the ids of whole texts, without special tokens; `target` says that the model has to write them."""
         return self._whole({"text_target" if target else "text": self._plain(texts)}, special=False)
 
     def typed(self, text: str) -> list[int]:
-        """The ids of a text that the user typed, in which special tokens are special."""
+        """Return the ids of a text that the user typed, in which special tokens are special."""
         found: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
         return found
 
     def ends(self, target: bool = False) -> tuple[list[int], list[int]]:
-        """The special tokens that the tokenizer puts in front of a text and after it."""
+        """Return the special tokens that the tokenizer adds before and after a text."""
         (plain,) = self.ids(["a"], target)
         (whole,) = self._whole({"text_target" if target else "text": ["a"]}, special=True)
         start = _place(plain, whole)
@@ -93,14 +93,14 @@ class Encoder:
 
     @cached_property
     def special_tokens(self) -> re.Pattern[str]:
-        """Matches the special tokens, each in one piece."""
+        """A pattern that matches each special token."""
         added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         return _any_of({*added, *self.tokenizer.all_special_tokens})
 
     @cached_property
     def separator(self) -> list[int]:
-        """What must be put between the texts of a pair, for the tokenizer puts nothing there: a line break, or, where
-        it reads none, the end of a text; empty where it has something of its own."""
+        """What to add between the texts of a pair if the tokenizer puts nothing there: a line break, or the end token
+        if the tokenizer ignores line breaks; empty if the tokenizer has a separator of its own."""
         one, other = self.ids(["a", "b"])
         (whole,) = self._whole({"text": ["a"], "text_pair": ["b"]}, special=True)
         if _place([*one, *other], whole) is None:
@@ -109,7 +109,7 @@ class Encoder:
         if found == [None]:
             raise UserError(
                 f"The tokenizer of {self.tokenizer.name_or_path or 'the backbone'} has nothing to put between the "
-                "texts of a pair: it reads no line break, and no token ends a text; name one as eos_token in its "
+                "texts of a pair: it ignores line breaks, and no token ends a text; name one as eos_token in its "
                 "tokenizer_config.json."
             )
         return found
@@ -130,7 +130,7 @@ class Encoder:
         return self.tokenizer.eos_token_id in self(["a"], max_length=self.limit)["input_ids"][0][1:]
 
     def _separated(self, texts: Sequence[str], pairs: Sequence[str], max_length: int) -> dict[str, list[Any]]:
-        """Pairs with `separator` between the texts, of which the longer one is cut first."""
+        """Encode pairs with `separator` between the texts; the longer text is truncated first."""
         opening, closing = self.ends()
         room = max(0, min(max_length, self.limit) - len(opening) - len(self.separator) - len(closing))
         found: dict[str, list[Any]] = {"input_ids": [], SOURCE_CUT: []}
@@ -145,42 +145,42 @@ class Encoder:
         return found
 
     def _shortened(self, ids: list[int], length: int) -> list[int]:
-        """At most `length` ids, from the side that the tokenizer keeps."""
+        """Return at most `length` ids, from the side that the tokenizer keeps."""
         if len(ids) <= length:
             return ids
         return ids[len(ids) - length :] if self.tokenizer.truncation_side == "left" else ids[:length]
 
     def _whole(self, kind: dict[str, list[str]], special: bool) -> list[list[int]]:
-        """The ids of texts that are not cut."""
+        """Return the ids of the texts without truncation."""
         encoded = self.tokenizer(**kind, add_special_tokens=special, split_special_tokens=True, verbose=False)
         found: list[list[int]] = encoded["input_ids"]
         return found
 
     def _cut(self, encoded: Any, kind: dict[str, Any], special: bool) -> list[bool]:
-        """Of each text that `encoded` holds whether it is shorter than it was."""
+        """Return for each text in `encoded` whether it was truncated."""
         if encoded.encodings is not None:
             return [bool(one.overflowing) for one in encoded.encodings]
         whole = self._whole({name: texts for name, texts in kind.items() if texts}, special)
         return [len(ids) < len(all_) for ids, all_ in zip(encoded["input_ids"], whole, strict=True)]
 
     def _plain(self, texts: Sequence[str]) -> list[str]:
-        """`</s>` as `< /s>`, for the tokenizers that would take it for the special token."""
+        """Write `</s>` as `< /s>`, for the tokenizers that would take it for the special token."""
         if self._spelled is None:
             return list(texts)
         return [self._spelled.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text) for text in texts]
 
     def _unsplit_tokens(self) -> re.Pattern[str] | None:
-        """Matches the special tokens that `split_special_tokens` does not split; null where it splits all.
+        """Return a pattern for the special tokens that `split_special_tokens` does not split; None if it splits all.
 
         A Unigram or word-level model (T5, mBART, XLM-R) has them among its ordinary pieces and finds them in text.
         """
         special: dict[int, str] = {
             index: token.content
             for index, token in self.tokenizer.added_tokens_decoder.items()
-            # the unknown token stands for any text that the vocabulary lacks
+            # the unknown token represents any text that the vocabulary lacks
             if token.special and token.content != self.tokenizer.unk_token
         }
-        if not special:  # GPT-2 has one token for all roles
+        if not special:  # in GPT-2 one token has all roles
             return None
         encoded: Any = self.tokenizer(list(special.values()), add_special_tokens=False, split_special_tokens=True)
         found = [
@@ -194,24 +194,24 @@ def _any_of(words: Collection[str]) -> re.Pattern[str]:
 
 
 def _place(part: list[int], whole: list[int]) -> int | None:
-    """Where `part` begins in `whole`; null where it is not in it."""
+    """Return where `part` begins in `whole`; None if it is not there."""
     return next((i for i in range(len(whole)) if whole[i : i + len(part)] == part), None)
 
 
 def rules(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What a tokenizer does by itself: its class, a hash of its vocabulary and rules, the side that it cuts."""
+    """Return a tokenizer's class, a hash of its vocabulary and rules, and the side that it truncates."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     found = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
-    for call in ("truncation", "padding"):  # those of the last call
+    for call in ("truncation", "padding"):  # they only reflect the last call
         found.pop(call, None)
     digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
     return [type(tokenizer).__name__, digest, tokenizer.truncation_side]
 
 
 def positions(model: PreTrainedModel) -> int | None:
-    """How many tokens the backbone has positions for; null where there is no limit, as with relative positions.
+    """Return how many tokens the backbone has positions for; None without a limit, as with relative positions.
 
-    RoBERTa and its kin number positions from the padding index + 1 on, so that many of their embeddings stay unused.
+    RoBERTa and similar models number positions from the padding index + 1, so that many of their embeddings are unused.
     """
     count: int | None = getattr(model.config, "max_position_embeddings", None)
     if count is None:

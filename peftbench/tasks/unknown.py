@@ -1,4 +1,4 @@
-"""Tokens that a backbone does not know: text that its tokenizer's vocabulary lacks, and ids without an embedding."""
+"""Tokens that a backbone does not know: text outside its tokenizer's vocabulary, and ids without an embedding."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from transformers import PreTrainedTokenizerBase
 
 from peftbench.utils.errors import UserError
 
-MANY, TOO_MANY = 0.05, 0.5  # shares of unknown tokens: what is said, and what is refused
+MANY, TOO_MANY = 0.05, 0.5  # shares of unknown tokens that are noted, and that are refused
 COLUMNS = ("input_ids", "labels")
 
 
 def unknown_shares(
     splits: Mapping[str, Iterable[Dataset]], tokenizer: PreTrainedTokenizerBase, rows: int
 ) -> dict[str, float]:
-    """Of each split's tokens the share that is unknown; special tokens around the texts do not count.
+    """Return the share of unknown tokens in each split; special tokens around the texts do not count.
 
-    Nothing where the tokenizer has no token for what it does not know, or uses another one's for it, as GPT-2's, which
-    knows every byte.
+    The result is empty if the tokenizer has no unknown token, or one that also has another role, as in GPT-2, whose
+    tokenizer knows every byte.
 
     Args:
-        splits: tokenised texts, with `input_ids` and, where the labels are texts, `labels`.
+        splits: tokenised texts, with `input_ids` and, if the labels are texts, `labels`.
         rows: how many ids the embedding has.
 
     Raises:
@@ -45,26 +45,26 @@ def unknown_shares(
             last = int(counts.nonzero()[0][-1])
             raise UserError(
                 f"{whose} has the id {last} for {tokenizer.convert_ids_to_tokens(last)!r} in {split}, and the backbone "
-                f"has embeddings for {rows:,} ids alone: it is another model's tokenizer; give the model with its own."
+                f"has embeddings for {rows:,} ids only: it is another model's tokenizer; give the model with its own."
             )
         texts = counts.sum() - counts[special].sum()
         if parts and not texts:
             raise UserError(
                 f"{whose} makes no token of any text in {split}: {type(tokenizer).__name__} does not fit its files, or "
-                "its vocabulary not the text; give the model with its own tokenizer."
+                "its vocabulary does not fit the text; give the model with its own tokenizer."
             )
         if told_apart and texts:
             found[split] = float(counts[unknown] / texts)
     if told_apart and (split := max(found, key=found.__getitem__, default="")) and found[split] > TOO_MANY:
         raise UserError(
             f"{whose} knows too little of {split}: {_percent(found[split])} of its tokens are {tokenizer.unk_token}; "
-            "take a backbone that was pretrained on such text."
+            "use a backbone that was pretrained on such text."
         )
     return found
 
 
 def unknown_note(shares: Mapping[str, float], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """A sentence where many tokens of some split are unknown."""
+    """Return a note if many tokens of some split are unknown."""
     many = [f"{_percent(share)} of {split}" for split, share in shares.items() if share > MANY]
     if not many:
         return []
@@ -72,7 +72,7 @@ def unknown_note(shares: Mapping[str, float], tokenizer: PreTrainedTokenizerBase
 
 
 def _count(tokens: Dataset, counts: np.ndarray) -> None:
-    """Add how often each id occurs to `counts`."""
+    """Add the number of occurrences of each id to `counts`."""
     for name in COLUMNS:
         if name in tokens.column_names and pa.types.is_list(tokens.data.schema.field(name).type):
             for chunk in tokens.data.column(name).chunks:

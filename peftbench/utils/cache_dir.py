@@ -1,4 +1,4 @@
-"""Where is kept on disk what another process would have to find out again. Imports nothing of weight."""
+"""The folder for results that other processes would have to compute again. Imports no heavy package."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """`$PEFTBENCH_CACHE`, or `~/.cache/peftbench`."""
+    """Return `$PEFTBENCH_CACHE`, or `~/.cache/peftbench`."""
     return Path(os.environ.get("PEFTBENCH_CACHE") or Path.home() / ".cache" / "peftbench")

@@ -1,4 +1,4 @@
-"""A console for a run, with the libraries silenced."""
+"""The console of a run, without the output of libraries."""
 
 from __future__ import annotations
 

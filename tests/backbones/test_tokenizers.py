@@ -241,7 +241,7 @@ def test_another_models_tokenizer_is_refused(reviews: Task) -> None:
     """Its ids are more than the embedding has."""
     model = tiny_bert()
     model.resize_token_embeddings(260)
-    with pytest.raises(UserError, match=r"has the id \d+ for '.*' in train, and .* embeddings for 260 ids alone"):
+    with pytest.raises(UserError, match=r"has the id \d+ for '.*' in train, and .* embeddings for 260 ids only"):
         prepare(load(reviews), byte_level(), model)
 
 

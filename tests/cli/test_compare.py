@@ -88,7 +88,7 @@ def test_the_trials_of_a_search_stand_back(outputs: Path, capsys: pytest.Capture
     trial.search = Searched("lr3", "trial", 1, {"trainer.learning_rate": [1e-2, 1e-3]}, {"trainer.learning_rate": 1e-2})
     trial.save()
     assert compared(capsys, "method=mam", "method=lora", "--folder", outputs)["metrics"]["accuracy"]["a"] == 82
-    with pytest.raises(UserError, match=r"A=method=mam trials=true stands for 2 settings"):
+    with pytest.raises(UserError, match=r"A=method=mam trials=true matches 2 settings"):
         main(["method=mam trials=true", "method=lora", "--folder", str(outputs)])
     assert compared(capsys, "method=mam trials=true score>90", "method=lora seed=1", "--folder", outputs)["a"]
 
@@ -104,10 +104,10 @@ def test_what_is_printed(outputs: Path, capsys: pytest.CaptureFixture[str]) -> N
     main(["method=mam", "method=lora", "--folder", str(outputs), "--resamples", "200"])
     text = capsys.readouterr().out
     assert "doctopic, 100 test examples" in text and "A: mam" in text and "+20.00" in text
-    assert "so few seeds tell little" in text and "trainer.learning_rate" in text
+    assert "so few seeds say little" in text and "trainer.learning_rate" in text
     main(["method=mam seed=1", "method=mam seed=2", "--folder", str(outputs), "--resamples", "200"])
     text = capsys.readouterr().out
-    assert "one seed does not tell" in text and "The settings do not differ." in text and "-1.00" in text
+    assert "one seed does not show" in text and "The settings do not differ." in text and "-1.00" in text
 
 
 def _other_task(root: Path) -> None:
@@ -159,7 +159,7 @@ def _failed(root: Path) -> None:
         (_other_examples, "not scored on the same examples: 100 of 100 differ"),
         (_other_data, "they differ in data: aaaaaaaa and bbbbbbbb"),
         (_other_number, "they differ in examples: 100 and 10"),
-        (_two_settings, "B=method=full stands for 2 settings, which differ in bottleneck; choose one"),
+        (_two_settings, "B=method=full matches 2 settings, which differ in bottleneck; choose one"),
         (_without_predictions, "predictions.jsonl is missing"),
         (_torn_predictions, "predictions.jsonl cannot be read"),
         (_foreign_predictions, "predictions.jsonl cannot be read: line 1 has no reference and prediction."),

@@ -49,7 +49,7 @@ def test_every_key_that_is_listed_has_help() -> None:
 
 @pytest.mark.parametrize("key", [key for key in keys() if key.choices], ids=lambda key: str(key.name))
 def test_help_explains_each_choice(key: Key) -> None:
-    told = "`peftbench ls axes` says what each choice is" in key.meaning
+    told = "`peftbench ls axes` describes the choices" in key.meaning
     explained = {choice for choices in CHOICES.values() for choice in choices} if told else set()
     unexplained = [choice for choice in key.choices if not re.search(rf"\b{choice}\b", key.meaning)]
     assert [choice for choice in unexplained if choice not in explained] == []
@@ -86,7 +86,7 @@ def test_ls_keys(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     for key in keys():
         assert printed[printed.index(f"{key.name}: {', '.join(key.choices) or key.default}".strip()) + 1] == key.meaning
     assert main(["ls", "keys", "trainr"]) == 2
-    assert "No key begins with trainr; did you mean trainer?" in capsys.readouterr().err
+    assert "No key starts with trainr; did you mean trainer?" in capsys.readouterr().err
 
 
 def test_the_page_of_keys_is_what_ls_prints(capsys: pytest.CaptureFixture[str]) -> None:

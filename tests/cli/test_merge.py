@@ -97,4 +97,4 @@ def test_refusals(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
     record = json.loads((run / "record.json").read_text())
     (run / "record.json").write_text(json.dumps({**record, "status": "interrupted"}))
     assert main(["merge", str(run), "--out", str(out)]) == 2
-    assert "holds a run that is not done" in capsys.readouterr().err
+    assert "has a run that is not done" in capsys.readouterr().err

@@ -113,7 +113,7 @@ def test_scores_are_within_what_the_tables_can_hold() -> None:
 
 
 def test_a_sweep_needs_m(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match="An experiment that goes over row is a sweep; add -m to run it"):
+    with pytest.raises(UserError, match="An experiment that sweeps over row is a sweep; add -m to run it"):
         compose_run(["experiment=paper/table5"])
     assert compose_run(["experiment=paper/table5", "row=pa_ffn_512"]).bottleneck == 512
     with pytest.raises(UserError, match="experiment=paper/table55 is unknown; did you mean paper/table5"):

@@ -247,12 +247,12 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["learning_rate=1", "path=x"], ["did you mean trainer.learning_rate?", "did you mean model.path?"]),
         (["modified_representation.stacks=decoder"], ["a list is expected, as in modified_representation.stacks=["]),
         (["mix=[]", "mix.prefix.bottleneck=3"], ["there is no prefix in the mixture; add one, such as mix=[prefix]."]),
-        (["method", "lora"], ["method is no KEY=VALUE", "lora is no KEY=VALUE"]),
-        (["task.prompt=read: {source}"], ["cannot be read; where the value has commas"]),
-        (["output_dir=Jörg"], ["a letter beyond A to Z, put it in both kinds of quotes, 'output_dir=\"...\"'."]),
+        (["method", "lora"], ["method is not KEY=VALUE", "lora is not KEY=VALUE"]),
+        (["task.prompt=read: {source}"], ["cannot be read; if the value itself has commas"]),
+        (["output_dir=Jörg"], ["a letter other than A to Z, put it in both kinds of quotes, 'output_dir=\"...\"'."]),
         (["search=null"], ["search=null chooses nothing; leave search out for its default, or give one of: lr3."]),
         (["mix=[null]", "debug=null"], ["mix=[null] chooses nothing; leave mix out", "debug=null chooses nothing;"]),
-        (["+experiment=paper/table5"], ["experiment has its place in the config; leave out the +."]),
+        (["+experiment=paper/table5"], ["experiment is already in the config; leave out the +."]),
         (["--method", "lora"], ["--method is no option of peftbench train"]),
         (["-m", "method=lora,mam", "--cfg", "job"], ["--cfg shows the config of one run"]),
         (["--cfg", "job", "metod=lora"], ["did you mean method?"]),
@@ -260,8 +260,8 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["trainer.learning_rate=nan", "trainer.weight_decay=-1"], ["above 0.", "trainer.weight_decay=-1.0"]),
         (["task=stsb", "trainer.label_smoothing=0.1"], ["label_smoothing=0.1 with task=stsb: a number is predicted"]),
         (["composition_function.scale=inf"], ["composition_function.scale=inf: it must be a finite number."]),
-        (["bottlenek=3"], ["bottlenek is no key of the config; did you mean bottleneck?"]),
-        (["trainer.epoch=3"], ["trainer.epoch is no key of the config (in trainer); did you mean epochs?"]),
+        (["bottlenek=3"], ["bottlenek is not a key of the config; did you mean bottleneck?"]),
+        (["trainer.epoch=3"], ["trainer.epoch is not a key of the config (in trainer); did you mean epochs?"]),
         (["task.data_dir=/nowhere"], ["task.data_dir=/nowhere is not a folder"]),
         (["model.path=/nowhere"], ["model.path=/nowhere is not a folder"]),
         (["task=text_to_text"], ["task=text_to_text has no data; give task.train_file=FILE"]),
@@ -277,14 +277,14 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["task.text_columns=[]"], ["task.text_columns=[] must name one column, or two for a pair."]),
         (["task.labels=[a,b,a]"], ["task.labels=[a,b,a] names a label twice."]),
         (["task.labels=[a]"], ["task.labels=[a] names one label; two or more are needed."]),
-        (["task.metric=f1"], ["task.metric=f1 is that of the second of two labels"]),
+        (["task.metric=f1"], ["task.metric=f1 is the F1 of the second of two labels"]),
         (["task.metric=bleu"], ["task.metric=bleu is unknown. Choices: accuracy, f1, macro_f1, matthews."]),
         (
             ["task=sst2", f"task.validation_file={__file__}", f"task.test_file={__file__}"],
             ["task=sst2 selects and reports on its validation split"],
         ),
         (["bottleneck=8,16"], ["add -m to run each of them"]),
-        (["method=[lora,mam]"], ["method=[lora,mam]: method takes one option; -m with commas trains several."]),
+        (["method=[lora,mam]"], ["method=[lora,mam]: method takes one option; use -m and commas to train several."]),
         (
             ["composition_function=gated", "functional_form=relu", "insertion_form=sequential"],
             ["composition_function=gated with insertion_form=sequential means nothing"],
@@ -306,20 +306,20 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["method=pfeiffer", "composition_function=multiply"], ["use unfreeze=norm, or modified_representation=ffn"]),
         (
             ["model.hub_id=some/model"],
-            ["some/model is not looked at, since model=mini ships with peftbench"],
+            ["some/model has no effect, because model=mini ships with peftbench"],
         ),
         (["budget=lots"], ["budget=lots is not a budget; give a share of the backbone such as budget=6.7%"]),
         (["budget=-1"], ["such as budget=599k, budget=27.4M or budget=599232."]),
         (["budget=6,7%"], ["budget=6,7% names several values; add -m to run each of them. A decimal has a point"]),
-        (["budget=5%", "bottleneck=8"], ["bottleneck=8 with budget=5%: the budget is what the bottlenecks are solved"]),
-        (["budget=5%", "mix.attention.bottleneck=8"], ["mix.attention.bottleneck=8 with budget=5%: the budget"]),
-        (["method=bitfit", "budget=5%"], ["budget=5% solves for a bottleneck, and method=bitfit has none"]),
+        (["budget=5%", "bottleneck=8"], ["bottleneck=8 with budget=5%: the bottlenecks are computed from the budget"]),
+        (["budget=5%", "mix.attention.bottleneck=8"], ["mix.attention.bottleneck=8 with budget=5%: the bottlenecks"]),
+        (["method=bitfit", "budget=5%"], ["budget=5% determines bottlenecks, but method=bitfit has none"]),
         (
             ["budget=5%", "budget_split=[9]"],
             ["for each modification of method=mam, in this order: the root's, mix.att"],
         ),
         (["budget=5%", "budget_split=[inf,1]"], ["budget_split=[inf, 1] must have a number above 0 for each"]),
-        (["budget_split=[9,1]"], ["budget_split shares out a budget, and there is none; give one"]),
+        (["budget_split=[9,1]"], ["budget_split divides a budget, but there is none; give one"]),
         (["budget=1k"], ["budget=1k: the smallest mam on mini stores 6,534 parameters"]),
         (
             ["method=lroa", "bottleneck=-3", "trainer.learning_rate=0"],
@@ -368,7 +368,7 @@ def test_a_csv_of_ten_lines_is_enough(
     }
     notes = record["data"]["notes"]
     assert any(
-        "own.csv is dealt by a hash of the input: validation and test each have one in ten" in note for note in notes
+        "own.csv is split by a hash of the input: validation and test each have one in ten" in note for note in notes
     )
     if task == "text_classification":
         assert record["data"]["labels"] == ["bad", "good"]
@@ -477,30 +477,30 @@ def test_a_users_own_folder_adds_methods(smoke: list[str], tmp_path: Path, capsy
         ),
         (
             "# @package _global_\nmethod: own\nbottlneck: 1\n",
-            "method/own.yaml: bottlneck is no key of the config; did you mean bottleneck? Choices: ",
+            "method/own.yaml: bottlneck is not a key of the config; did you mean bottleneck? Choices: ",
         ),
         (
             "# @package _global_\ndefaults: [mam]\nmix:\n  attention:\n    initt: bert\n",
-            "method/own.yaml: mix.attention.initt is no key of the config (in mix.attention); did you mean init?",
+            "method/own.yaml: mix.attention.initt is not a key of the config (in mix.attention); did you mean init?",
         ),
         ("# @package _global_\nbottleneck: three\n", "method/own.yaml: bottleneck: a whole number is expected."),
         (
             "# @package _global_\nmodified_representation:\n  layers: 1\n  stacks: encoder\n",
             "method/own.yaml: modified_representation.layers: a list, such as [a, b], is expected.",
         ),
-        ("# @package _global_\nlearning_rate: 1\n", "learning_rate is no key of the config; did you mean trainer."),
+        ("# @package _global_\nlearning_rate: 1\n", "learning_rate is not a key of the config; did you mean trainer."),
         (
             "# @package _global_\nfunctional_form: relu\n",
-            "own.yaml: functional_form: relu has its place among the defaults, as - override /functional_form: relu.",
+            "own.yaml: functional_form: relu belongs in the defaults, as - override /functional_form: relu.",
         ),
         ("# @package _global_\ndefaults:\n  - override /functional_form: rellu\n", "functional_form=rellu is unknown"),
         ("# @package _global_\ndefaults: lora\n", "Invalid defaults list in 'method/own', defaults must be a list"),
         ("# @package _global_\ndefaults: [lora]\nbottleneck: ${size.lra.r}\n", "bottleneck: Interpolation key"),
         (
             "method: own\nbottleneck: 1\n",
-            "own.yaml: its keys are taken for method's own; a file with method: begins with # @package _global_.",
+            "own.yaml: its keys are read as method's own; a file with method: begins with # @package _global_.",
         ),
-        ("method: own\nbias: [\n", "own.yaml:3 is no YAML: "),
+        ("method: own\nbias: [\n", "own.yaml:3 is not YAML: "),
         ("defaults:\n  - override /functional_form: relu\n", "begins with the line # @package _global_."),
     ],
 )

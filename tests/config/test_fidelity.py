@@ -159,7 +159,7 @@ def test_a_switch_by_itself() -> None:
         (["method=prefix", "fidelity.mbart_ffn_adapter_reads_residual=true"], "changes nothing with method=prefix"),
         (["method=head", "fidelity=released_code"], "fidelity.frozen_task_head=true with method=head leaves nothing"),
         (["fidelity=released"], "fidelity=released is unknown; did you mean released_code?"),
-        (["fidelity.frozen_head=true"], "fidelity.frozen_head is no key of the config (in fidelity); did you mean"),
+        (["fidelity.frozen_head=true"], "fidelity.frozen_head is not a key of the config (in fidelity); did you mean"),
         (["fidelity.frozen_task_head=maybe"], "fidelity.frozen_task_head=maybe: true or false is expected."),
         (
             ["method=lora", "modified_representation.head_input=normed_query"],

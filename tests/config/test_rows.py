@@ -66,7 +66,7 @@ def test_a_row_is_typed_like_an_option_that_is_a_file(capsys: pytest.CaptureFixt
     assert compose_run(["row=mam_30_512", "bottleneck=8"]).bottleneck == 8
     with pytest.raises(UserError, match="row=mam_30_51 is unknown; did you mean mam_30_512"):
         compose_run(["row=mam_30_51"])
-    with pytest.raises(UserError, match=r"\+row=full: row has its place in the config; leave out the \+"):
+    with pytest.raises(UserError, match=r"\+row=full: row is already in the config; leave out the \+"):
         compose_run(["+row=full"])
     assert main(["ls", "row"]) == 0
     assert re.search(r"\nmam_30_512 +MAM adapter, l = 30, r = 512, s = 4: table 6", capsys.readouterr().out)
@@ -111,7 +111,7 @@ def test_a_users_own_file_with_the_name_of_one_of_ours_is_refused(tmp_path: Path
     """Hydra would read ours and say nothing, or of a row something about schemas."""
     write_row(tmp_path, "mam_30_512")
     for overrides in (["row=mam_30_512"], ["method=lora"]):
-        with pytest.raises(UserError, match=r": row/mam_30_512.yaml would not be read, since peftbench"):
+        with pytest.raises(UserError, match=r": row/mam_30_512.yaml would not be read, because peftbench"):
             compose_run(overrides, config_dir=str(tmp_path))
     assert main(["ls", "row", "--config-dir", str(tmp_path)]) == 2
     (tmp_path / "row" / "mam_30_512.yaml").unlink()

@@ -221,20 +221,23 @@ def test_a_sweep_counts_its_trials_and_what_is_not_known_yet(
     [
         (
             {"trainer.learning_rat": Variation(values=[1])},
-            "trainer.learning_rat is no key .*did you mean learning_rate",
+            "trainer.learning_rat is not a key .*did you mean learning_rate",
         ),
-        ({"mix.prefix.bottleneck": Variation(values=[1])}, "no key of method=mam, whose mix has no prefix. Choices: "),
-        ({"mix.ffn.botleneck": Variation(values=[1])}, "mix.ffn.botleneck is no key .*did you mean bottleneck"),
+        (
+            {"mix.prefix.bottleneck": Variation(values=[1])},
+            "not a key of method=mam, whose mix has no prefix. Choices: ",
+        ),
+        ({"mix.ffn.botleneck": Variation(values=[1])}, "mix.ffn.botleneck is not a key .*did you mean bottleneck"),
         ({"task.max_eval": Variation(values=[1])}, "task.max_eval cannot be searched over"),
         ({"seed": Variation(values=[1, 2])}, "seed cannot be searched over"),
         ({"trainer.device": Variation(values=["cpu"])}, "trainer.device changes no result"),
-        ({"trainer.max_steps": Variation(times=[1, 2])}, "trainer.max_steps has no number for method=mam"),
+        ({"trainer.max_steps": Variation(times=[1, 2])}, "trainer.max_steps is not a number for method=mam"),
         ({"init": Variation(values=["brt"])}, "init=brt is unknown; did you mean bert"),
-        ({"init": Variation(times=[1, 2])}, "init has no number for method=mam"),
+        ({"init": Variation(times=[1, 2])}, "init is not a number for method=mam"),
         ({"trainer.epochs": Variation()}, "trainer.epochs needs either times"),
         ({"trainer.epochs": Variation(times=[1], values=[1])}, "trainer.epochs needs either times"),
         ({"trainer.epochs": Variation(values=["long"])}, "trainer.epochs=long: a number is expected"),
-        ({"trainer.warmup": Variation(times=[1, 100])}, "trainer.warmup=6.0: it lies in"),
+        ({"trainer.warmup": Variation(times=[1, 100])}, "trainer.warmup=6.0: it must be in"),
     ],
 )
 def test_what_means_nothing_is_refused(keys: dict[str, Variation], message: str) -> None:
@@ -245,14 +248,17 @@ def test_what_means_nothing_is_refused(keys: dict[str, Variation], message: str)
 def test_only_the_training_is_searched_under_a_budget() -> None:
     run = replace(searching(keys={"bottleneck": Variation(times=[1, 2])}), budget="1%")
     (sentence_,) = search_faults(run)
-    assert "a budget leaves only trainer.*" in sentence_
+    assert "with a budget, only trainer.* can be" in sentence_
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["search=lr"], "search=lr is unknown; did you mean lr3"),
-        (["search=lr3", "trainer.learning_rate=1e-3,1e-4"], "trainer.learning_rate is swept and is what search=lr3"),
+        (
+            ["search=lr3", "trainer.learning_rate=1e-3,1e-4"],
+            "trainer.learning_rate is swept and is chosen by search=lr3",
+        ),
         (["search=lr3", "search.trial=3"], "search=lr3 has the trials 0 to 2"),
         (["search.trial=0"], "search.trial=0 needs a search"),
     ],

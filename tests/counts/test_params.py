@@ -186,7 +186,7 @@ def test_no_task_needs_data(task: str, command: str, capsys: pytest.CaptureFixtu
     words = [command, "method=lora", f"task={task}", "--json"]
     if task == "text_classification":
         assert main(words) == 2
-        sentence = "task=text_classification has no labels, whose number is the size of the task head; give task.labels"
+        sentence = "task=text_classification has no labels, and their number is the size of the task head; give task"
         captured = capsys.readouterr()
         assert sentence in captured.err and len(captured.err.splitlines()) == 1 and not captured.out
         words.append("task.labels=[a,b,c]")

@@ -152,7 +152,7 @@ def test_more_than_the_backbone_is_refused(capsys: pytest.CaptureFixture[str]) -
     assert main(["params", "method=lora", "bottleneck=10000"]) == 2
     assert capsys.readouterr().err == (
         "peftbench: bottleneck=10000: 61,440,000 parameters would be stored, 1,297% of the 4,737,408 of mini itself; "
-        "give less, such as budget=5%.\n"
+        "give fewer, such as budget=5%.\n"
     )
     assert main(["params", "method=full"]) == 0  # 100% is not more
 

@@ -99,7 +99,7 @@ def test_a_run_is_loaded_in_python_without_its_data(pairs: str, method: str, tmp
     assert len(set(predicted)) > 1
     with pytest.raises(UserError, match=r"model\.path=/nowhere is not a folder"):
         load_run(run, "model.path=/nowhere")
-    with pytest.raises(UserError, match="holds no run"):
+    with pytest.raises(UserError, match="has no run"):
         load_run(tmp_path)
 
 
@@ -144,7 +144,7 @@ def test_how_texts_were_read_is_in_the_record(texts: str, tmp_path: Path, capsys
     """And scoring a run says that an earlier version read its texts otherwise, or nothing."""
     run = trained(tmp_path, "task=xsum", texts, "task.prompt='<s></s>{source}'", "task.max_source_length=10")
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Sources are cut at 10 tokens (task.max_source_length=10): 100.0% of train" in shown
+    assert "Sources are truncated to 10 tokens (task.max_source_length=10): 100.0% of train" in shown
     record = recorded(run)
     assert record["data"]["reading"] == {"special_tokens": ["<s>", "</s>"]}
     assert record["data"]["limits"]["sources"] == 10 and record["data"]["cut"]["train"] == {"sources": 1, "targets": 0}
@@ -308,18 +308,18 @@ def test_a_run_goes_by_the_first_digits_of_its_name(
         record(50.0, run=folder.name, folder=folder).save()
     assert run_folder("3f2") == run_folder(str(folders[0])) == folders[0] and run_folder("abc") == Path("abc")
     assert main(["rescore", "3f"]) == 2
-    assert "3f stands for 2 runs: outputs/3f2a91c0, outputs/3f77d01b; give one." in capsys.readouterr().err
+    assert "3f matches 2 runs: outputs/3f2a91c0, outputs/3f77d01b; give one." in capsys.readouterr().err
 
 
 def test_what_cannot_be_scored_is_refused(texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = trained(tmp_path, "task=xsum", texts)
     capsys.readouterr()
     for arguments, sentence in (
-        (["evaluate", str(tmp_path)], "holds no run; give the folder that peftbench train named"),
-        (["rescore", str(tmp_path / "nowhere")], "holds no run"),
+        (["evaluate", str(tmp_path)], "has no run; give the folder that peftbench train named"),
+        (["rescore", str(tmp_path / "nowhere")], "has no run"),
         (["evaluate", str(run), "bottleneck=3"], "bottleneck=3: evaluate takes task.KEY, trainer.KEY, model.KEY only"),
-        (["evaluate", str(run), "task.splt=train"], "task.splt is no key of the config (in task)"),
-        (["evaluate", str(run), "task.split=dev"], "holds no file for the dev split"),
+        (["evaluate", str(run), "task.splt=train"], "task.splt is not a key of the config (in task)"),
+        (["evaluate", str(run), "task.split=dev"], "has no file for the dev split"),
         (["evaluate", str(run), "task.split=test,train"], "task.split=test,train names several values, and evaluate"),
         (["rescore", str(run), "accuracy"], "metric=accuracy is unknown. Choices: rouge1"),
     ):
@@ -329,7 +329,7 @@ def test_what_cannot_be_scored_is_refused(texts: str, tmp_path: Path, capsys: py
     assert "--predictions /nowhere/file: /nowhere is not a folder." in capsys.readouterr().err
     predictions = (run / "predictions.jsonl").read_text()
     for content, sentence in (
-        (predictions + '{"prediction": "to', "predictions.jsonl cannot be read: line 17 is torn."),
+        (predictions + '{"prediction": "to', "predictions.jsonl cannot be read: line 17 is incomplete."),
         (predictions.partition("\n")[2], "predictions.jsonl holds 15 predictions, and the run made 16"),
     ):
         (run / "predictions.jsonl").write_text(content)
@@ -338,7 +338,7 @@ def test_what_cannot_be_scored_is_refused(texts: str, tmp_path: Path, capsys: py
     record = recorded(run)
     (run / "record.json").write_text(json.dumps({**record, "status": "failed"}))
     assert main(["evaluate", str(run)]) == 2
-    assert "holds a run that is not done" in capsys.readouterr().err
+    assert "has a run that is not done" in capsys.readouterr().err
 
 
 def test_a_run_that_was_stopped_while_it_generated_goes_on(

@@ -163,5 +163,5 @@ def test_a_backbone_is_checked_by_what_the_record_has(run: Run, capsys: pytest.C
     record.model.content = content_stamp(str(run.model.path))
     check_backbone(run, record)
     changed(Path(run.model.path or "") / "model.safetensors", MIDDLE)
-    with pytest.raises(UserError, match="holds another backbone than the one that the run was trained on"):
+    with pytest.raises(UserError, match="is not the backbone on which the run was trained"):
         check_backbone(run, record)

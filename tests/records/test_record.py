@@ -212,8 +212,8 @@ def test_records_survive_the_round_trip_and_unknown_keys(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ('{"schema_version": 1, "status"', "torn or no JSON"),
-        ("", "torn or no JSON"),
+        ('{"schema_version": 1, "status"', "incomplete or not JSON"),
+        ("", "incomplete or not JSON"),
         ("[1, 2]", "not the record of a run"),
         ('{"name": "somebody else\'s"}', "not the record of a run"),
         ('{"schema_version": 0}', "schema_version is 0, not 1"),

@@ -50,13 +50,13 @@ def test_a_word_takes_the_place_of_that_of_the_same_key() -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["method=full", "and", "method=lora"], "and joins grids to a sweep; add -m to run it."),
+        (["method=full", "and", "method=lora"], "and joins grids into a sweep; add -m to run it."),
         (
             ["-m", "method=full", "and"],
-            "and stands between two grids, as in -m method=full and method=lora,mam budget=1%.",
+            "and must be between two grids, as in -m method=full and method=lora,mam budget=1%.",
         ),
-        (["-m", "and", "method=full"], "and stands between two grids"),
-        (["-m", "method=full", "and", "and", "method=lora"], "and stands between two grids"),
+        (["-m", "and", "method=full"], "and must be between two grids"),
+        (["-m", "method=full", "and", "and", "method=lora"], "and must be between two grids"),
         (["-m", "method=full", "and", "method=lroa"], "method=lroa is unknown; did you mean lora?"),
         (["-m", "seed=1", "and", "seed=2", "hydra/sweeper=basic"], "hydra/sweeper= takes one grid and not several"),
     ],
@@ -116,7 +116,7 @@ def test_each_grid_may_have_a_value_of_its_own_around_which_is_searched() -> Non
     assert [run.trainer.learning_rate for _, run in points] == [1e-4, 1e-3]
     rates[-1] += ",1e-2"
     points = compose_points(["search=lr3", "method=full", *rates], multirun=True)
-    with pytest.raises(UserError, match=r"trainer\.learning_rate is swept and is what search=lr3 chooses"):
+    with pytest.raises(UserError, match=r"trainer\.learning_rate is swept and is chosen by search=lr3"):
         check(points)
 
 

@@ -127,7 +127,7 @@ def test_a_plan_that_is_there_is_not_written_again(outputs: Path, monkeypatch: p
 
 
 def test_without_a_sweep_the_way_to_one_is_shown(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no sweep; make one with: peftbench train -m"):
+    with pytest.raises(UserError, match="has no sweep; make one with: peftbench train -m"):
         main([str(tmp_path)])
     with pytest.raises(UserError, match="is not a folder"):
         main([str(tmp_path / "nowhere")])

@@ -127,7 +127,7 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f">{word}</text>" in text for word in ("lora", "mam", "full fine-tuning", "stored parameters", "2K"))
     assert capsys.readouterr().out.split() == [str(png), str(svg)]
     for arguments, sentence in (
-        (["--out", "a.gif"], "the ending must be one of .png, .svg, .pdf"),
+        (["--out", "a.gif"], "the extension must be one of .png, .svg, .pdf"),
         (["--y", "accurcy"], "accurcy is not a column; did you mean accuracy"),
         (["--by", "methd"], "methd is not a column; did you mean method"),
         (["--x", "memory"], "None of these runs has both memory and score"),

@@ -222,7 +222,7 @@ def test_what_is_torn_is_named_and_left_out(outputs: Path, capsys: pytest.Captur
         (place / "config.yaml").write_bytes(text)
     content = report(outputs).content
     errors = capsys.readouterr().err
-    assert f"{torn} is left out: it is torn" in errors and f"{foreign} is left out" in errors
+    assert f"{torn} is left out: it is incomplete" in errors and f"{foreign} is left out" in errors
     assert all(f"{place / 'config.yaml'} is left out: " in errors for place in configs)
     assert errors.count("\n") == 5
     runs = {run["folder"].rpartition("/")[2]: run for run in content["runs"]}

@@ -221,7 +221,7 @@ def test_a_run_that_was_trained_twice_counts_once(tmp_path: Path, capsys: pytest
         assert main([str(tmp_path), *words]) == 0
         told = capsys.readouterr()
         assert "62.50 ± 2.12" in told.out
-        assert told.err == "1 run was trained more than once; a mean takes the last time.\n"
+        assert told.err == "1 run was trained more than once; a mean uses the latest.\n"
 
 
 def test_what_differs_in_more_than_the_seed_has_rows_of_its_own() -> None:
@@ -455,10 +455,10 @@ def test_means_tell_apart_what_differs_in_more_than_the_seed_at_any_width(
     ("arguments", "sentence"),
     [
         (["--rows", "methd"], "methd is not a column; did you mean method"),
-        (["--rows", "method", "--show", "score"], "--show goes with a row for each run"),
-        (["--mix", "split"], "--mix goes with --rows or --columns"),
-        (["--reverse"], "--reverse goes with --sort"),
-        (["--rows", "method", "--reverse"], "--reverse goes with --sort"),
+        (["--rows", "method", "--show", "score"], "--show needs a row for each run"),
+        (["--mix", "split"], "--mix needs --rows or --columns"),
+        (["--reverse"], "--reverse needs --sort"),
+        (["--rows", "method", "--reverse"], "--reverse needs --sort"),
         (["--rows", "method", "--value", "functional_form"], "--value functional_form is not a number"),
         (["status=failed", "--rows", "method"], "status=failed is unknown. Choices: done."),
     ],

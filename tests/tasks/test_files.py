@@ -62,18 +62,18 @@ def test_a_column_that_nobody_needs_may_hold_anything(tmp_path: Path) -> None:
     file = write(tmp_path, "mixed.jsonl", '{"text": "a", "rating": 1}\n{"text": "b", "rating": "none"}')
     assert read_file(file, ["text"]).to_list() == [{"text": "a"}, {"text": "b"}]
     for used in (["text", "rating"], ["text", "label"], []):
-        with pytest.raises(UserError, match=r"mixed\.jsonl:2: column rating holds 'none', where the rows above hold 1"):
+        with pytest.raises(UserError, match=r"mixed\.jsonl:2: column rating holds 'none', but the rows above hold 1"):
             read_file(file, used)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("torn.jsonl", '{"text": "a"}\n{"text": "b', r"torn\.jsonl:2 is torn or not JSON: Unterminated string"),
-        ("torn.json", '[{"text": "a"},\n{"text": ]', r"torn\.json:2 is torn or not JSON"),
-        ("list.jsonl", '{"text": "a"}\n["b"]', r"list\.jsonl:2 holds \['b'\], not an object"),
-        ("list.json", '[{"text": "a"}, "b"]', r"list\.json, row 2 holds 'b', not an object"),
-        ("mixed.jsonl", '{"label": 1}\n{"label": "one"}', r"mixed\.jsonl:2: column label holds 'one', where .* 1\."),
+        ("torn.jsonl", '{"text": "a"}\n{"text": "b', r"torn\.jsonl:2 is incomplete or not JSON: Unterminated string"),
+        ("torn.json", '[{"text": "a"},\n{"text": ]', r"torn\.json:2 is incomplete or not JSON"),
+        ("list.jsonl", '{"text": "a"}\n["b"]', r"list\.jsonl:2 is \['b'\], not an object"),
+        ("list.json", '[{"text": "a"}, "b"]', r"list\.json, row 2 is 'b', not an object"),
+        ("mixed.jsonl", '{"label": 1}\n{"label": "one"}', r"mixed\.jsonl:2: column label holds 'one', but .* 1\."),
         (
             "short.tsv",
             "text\tlabel\na\t1\nb\n",
@@ -82,7 +82,7 @@ def test_a_column_that_nobody_needs_may_hold_anything(tmp_path: Path) -> None:
         (
             "nested.jsonl",
             '{"meta": {"lang": "en"}}\n\n{"meta": {"lang": 5}}',
-            r"nested\.jsonl:3: column meta holds {'lang': 5}, where the rows above hold {'lang': 'en'}\.",
+            r"nested\.jsonl:3: column meta holds {'lang': 5}, but the rows above hold {'lang': 'en'}\.",
         ),
         (
             "half.jsonl",
@@ -92,12 +92,12 @@ def test_a_column_that_nobody_needs_may_hold_anything(tmp_path: Path) -> None:
         ("large.jsonl", f'{{"n": 1}}\n{{"n": {10**30}}}', r"large\.jsonl:2: column n holds 10{30}: .* too large"),
         ("wide.csv", "text,label\na,b,1\n", r"wide\.csv:2 should .*; it has 3"),
         ("twice.csv", "text,text\na,b\n", r"twice\.csv:1 names a column twice"),
-        ("open.csv", 'text\n"never closed\n', r"open\.csv:2 is torn: unexpected end of data"),
+        ("open.csv", 'text\n"never closed\n', r"open\.csv:2 is malformed: unexpected end of data"),
         ("latin.tsv", b"text\nyes\ncaf\xe9\n", r"latin\.tsv:3 is not UTF-8 text"),
-        ("torn.parquet", b"PAR1 and no more", r"torn\.parquet is torn or not Parquet"),
-        ("rows.xlsx", b"", r"rows\.xlsx cannot be read: the ending must be one of \.tsv, \.csv"),
-        ("header.tsv", "text\tlabel\n", r"header\.tsv holds no rows"),
-        *((f"empty.{kind}", b"", rf"empty\.{kind} holds no rows") for kind in ("tsv", "csv", "jsonl", "json")),
+        ("torn.parquet", b"PAR1 and no more", r"torn\.parquet is incomplete or not Parquet"),
+        ("rows.xlsx", b"", r"rows\.xlsx cannot be read: its extension must be one of \.tsv, \.csv"),
+        ("header.tsv", "text\tlabel\n", r"header\.tsv has no rows"),
+        *((f"empty.{kind}", b"", rf"empty\.{kind} has no rows") for kind in ("tsv", "csv", "jsonl", "json")),
     ],
 )
 def test_a_bad_file_ends_in_a_sentence(tmp_path: Path, name: str, content: str | bytes, sentence: str) -> None:
@@ -113,7 +113,7 @@ def test_a_parquet_file_that_names_a_column_twice(tmp_path: Path) -> None:
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nothing\.tsv is no file"):
+    with pytest.raises(UserError, match=r"nothing\.tsv is not a file"):
         read_file(tmp_path / "nothing.tsv")
 
 
@@ -138,19 +138,19 @@ def test_a_split_without_a_file_says_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         find_split(str(tmp_path), "validation")
     assert str(caught.value) == (
-        f"task.data_dir={tmp_path} holds no file for the validation split: looked for validation or dev or valid or "
-        "val with the ending .tsv, .csv, .jsonl, .json, .parquet, and found dev.txt; "
-        "+task.data_files.validation=FILE names a file outright."
+        f"task.data_dir={tmp_path} has no file for the validation split: looked for validation or dev or valid or "
+        "val with the extension .tsv, .csv, .jsonl, .json, .parquet, and found dev.txt; "
+        "+task.data_files.validation=FILE names the file."
     )
 
 
 def test_a_split_with_two_files(tmp_path: Path) -> None:
     write(tmp_path, "dev.tsv", "")
     write(tmp_path, "validation.jsonl", "")
-    with pytest.raises(UserError, match=r"holds 2 files for the validation split \(validation\.jsonl, dev\.tsv\)"):
+    with pytest.raises(UserError, match=r"has 2 files for the validation split \(validation\.jsonl, dev\.tsv\)"):
         find_split(str(tmp_path), "validation")
 
 
 def test_a_folder_that_is_none() -> None:
-    with pytest.raises(UserError, match=r"task\.data_dir=/nowhere is no folder; give one that holds a file for each"):
+    with pytest.raises(UserError, match=r"task\.data_dir=/nowhere is not a folder; give one with a file for each"):
         find_split("/nowhere", "train")

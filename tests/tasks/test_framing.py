@@ -47,10 +47,10 @@ def test_a_source_is_cut_and_the_prompt_is_not(encoder: Encoder) -> None:
 
 
 def test_what_cannot_be_framed_is_refused(encoder: Encoder) -> None:
-    with pytest.raises(UserError, match="leaves no room for a source among 6 tokens"):
+    with pytest.raises(UserError, match="leaves no room for a source in 6 tokens"):
         framed(encoder, "a rather long prompt before {source}", ["text"], 6)
     maskless = SimpleNamespace(mask_token_id=None, name_or_path="some")
-    with pytest.raises(UserError, match=r"task.prompt has \{mask\}, and the tokenizer of some has no mask token"):
+    with pytest.raises(UserError, match=r"task.prompt has \{mask\}, but the tokenizer of some has no mask token"):
         framed(SimpleNamespace(tokenizer=maskless), "{mask} {source}", ["text"], 6)  # type: ignore[arg-type]  # all it reads
 
 

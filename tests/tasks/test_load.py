@@ -51,13 +51,13 @@ def test_a_label_is_a_name_or_a_code(tmp_path: Path, label: str | int) -> None:
 def test_a_number_is_a_name_where_names_are_numbers(tmp_path: Path) -> None:
     stars = replace(REVIEWS, labels=["1", "2", "3"])
     assert load_rows(with_file(stars, tmp_path, {"text": "fine", "label": 3}), "train")["label"][:] == [2]
-    with pytest.raises(UserError, match=r"label 0 is none of 1, 2, 3"):
+    with pytest.raises(UserError, match=r"label 0 is not one of 1, 2, 3"):
         load_rows(with_file(stars, tmp_path, {"text": "fine", "label": 0}), "train")
 
 
 @pytest.mark.parametrize("label", ["great", 2, -1, None, 1.0])
 def test_a_label_outside_the_set(tmp_path: Path, label: object) -> None:
-    with pytest.raises(UserError, match=rf"rows\.jsonl:1: label {label!r} is none of bad, good, 0, 1\."):
+    with pytest.raises(UserError, match=rf"rows\.jsonl:1: label {label!r} is not one of bad, good, 0, 1\."):
         load_rows(with_file(REVIEWS, tmp_path, {"text": "odd", "label": label}), "train")
 
 
@@ -113,7 +113,7 @@ def test_order_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_file_for_a_split_that_the_task_has_not() -> None:
-    with pytest.raises(UserError, match=r"task\.data_files\.trian is no split of this task; its splits are train, val"):
+    with pytest.raises(UserError, match=r"task\.data_files\.trian is not a split of this task; its splits are train"):
         load_rows(replace(REVIEWS, data_files={"trian": "x.tsv"}), "train")
 
 
@@ -135,7 +135,7 @@ def test_no_source_at_all() -> None:
         (
             ConnectionError("offline"),
             r"task\.hub_id=me/reviews is not in this machine's cache and no cable is in; "
-            r"give task\.data_dir=FOLDER with files for train, validation \(such as train\.jsonl\) that hold the "
+            r"give task\.data_dir=FOLDER with files for train, validation \(such as train\.jsonl\) that have the "
             r"columns text, label, or set HF_HOME to",
         ),
         (ValueError("Unknown split 'train'.\nMore"), r"the train split cannot be loaded: Unknown split 'train'\.$"),

@@ -156,7 +156,7 @@ def test_cells_that_are_no_label(tmp_path: Path, cell: object, sentence: str) ->
 
 def test_three_labels_have_no_f1_whether_named_or_found(tmp_path: Path) -> None:
     file = write(tmp_path, "own.csv", "text,label\n" + "".join(f"{i},{'xyz'[i % 3]}\n" for i in range(30)))
-    with pytest.raises(UserError, match=r"own\.csv: task\.metric=f1 is that of the second of two labels"):
+    with pytest.raises(UserError, match=r"own\.csv: task\.metric=f1 is the F1 of the second of two labels"):
         load(replace(OWN, metric="f1", train_file=file))
 
 
@@ -166,7 +166,7 @@ def test_a_label_that_training_has_not_seen(tmp_path: Path) -> None:
         train_file=write(tmp_path, "train.csv", "text,label\n" + "".join(f"{i},{'xy'[i % 2]}\n" for i in range(20))),
         validation_file=write(tmp_path, "dev.csv", 'text,label\n"a,\nb",x\nc,z\n'),
     )
-    with pytest.raises(UserError, match=r"dev\.csv:4: label 'z' is none of x, y"):
+    with pytest.raises(UserError, match=r"dev\.csv:4: label 'z' is not one of x, y"):
         load(task)
 
 
@@ -185,7 +185,7 @@ def test_numbers_as_labels_are_names(tmp_path: Path, trained: list[float], score
     task = replace(OWN, train_file=jsonl(tmp_path, "train.jsonl", *rows))
     task.test_file = jsonl(tmp_path, "test.jsonl", {"text": "a", "label": scored})
     if label is None:
-        with pytest.raises(UserError, match=r"test\.jsonl:1: label 1 is none of 0\.5, 1\.5\."):
+        with pytest.raises(UserError, match=r"test\.jsonl:1: label 1 is not one of 0\.5, 1\.5\."):
             load(task)
     else:
         loaded = load(task)
@@ -210,7 +210,7 @@ def test_a_code_is_refused_where_the_order_of_codes_is_not_known(
     task.test_file = jsonl(tmp_path, "test.jsonl", {"text": "a", "label": code})
     ordered = sorted(map(str, names))
     sentence = (
-        f"label {code!r} is none of {', '.join(ordered)}; if it is a code, name the labels in the order of their "
+        f"label {code!r} is not one of {', '.join(ordered)}; if it is a code, name the labels in the order of their "
     )
     with pytest.raises(UserError, match=re.escape(f"{sentence}codes, such as task.labels=[{','.join(ordered)}].")):
         load(task)
@@ -245,7 +245,7 @@ def test_labels_of_a_file_that_names_its_codes(tmp_path: Path) -> None:
     assert read(replace(task, test_file=jsonl(tmp_path, "own.jsonl", {"text": "a", "label": 0}))) == ["pos"]
     assert read(replace(task, labels=["neg", "pos"])) == ["neg", "pos", "pos"]  # in another order
     assert read(replace(task, labels=["bad", "good"])) == ["bad", "good", "good"]  # other names for the codes
-    with pytest.raises(UserError, match=r"label 'neg' is none of pos, good, 0, 1"):
+    with pytest.raises(UserError, match=r"label 'neg' is not one of pos, good, 0, 1"):
         read(replace(task, labels=["pos", "good"]))
 
 
@@ -261,7 +261,7 @@ def test_labels_of_a_file_that_names_its_codes(tmp_path: Path) -> None:
 def test_labels_that_differ_in_spelling_alone(tmp_path: Path, cells: list[str], told: str) -> None:
     rows = [{"text": f"{i}", "label": cells[i % 3]} for i in range(30)]
     task = replace(OWN, train_file=jsonl(tmp_path, "train.jsonl", *rows))
-    with pytest.raises(UserError, match=rf"train\.jsonl: the labels {told} differ in spelling alone"):
+    with pytest.raises(UserError, match=rf"train\.jsonl: the labels {told} differ only in spelling"):
         load(task)
     assert load(replace(task, labels=cells)).task.labels == cells
 
@@ -269,9 +269,7 @@ def test_labels_that_differ_in_spelling_alone(tmp_path: Path, cells: list[str], 
 def test_a_file_that_is_trained_on_and_scored_on_is_noted(tmp_path: Path) -> None:
     file = jsonl(tmp_path, "own.jsonl", *reviews(20))
     loaded = load(replace(OWN, train_file=file, validation_file=f"{tmp_path}/./own.jsonl", test_file=file))
-    assert (
-        f"{file} is the file of train and of validation and test: rows that are trained on are scored." in loaded.notes
-    )
+    assert f"{file} is the file of train and of validation and test: training rows are also scored." in loaded.notes
 
 
 def test_oddities_that_work(tmp_path: Path) -> None:
@@ -294,7 +292,7 @@ def test_targets_may_be_lists(tmp_path: Path) -> None:
     [
         ([], r"own\.jsonl:2: column target holds \[\], not text or a list of texts\."),
         (["one", None], r"own\.jsonl:2: column target holds \['one', None\], not text"),
-        ("a text", r"own\.jsonl:2: column target holds 'a text', where the rows above hold \['one'\]\."),
+        ("a text", r"own\.jsonl:2: column target holds 'a text', but the rows above hold \['one'\]\."),
     ],
 )
 def test_targets_that_are_none(tmp_path: Path, target: object, sentence: str) -> None:
@@ -309,5 +307,5 @@ def test_numbers_to_predict(tmp_path: Path) -> None:
     loaded = load(replace(task, train_file=write(tmp_path, "own.csv", f"text,label\n{rows}")))
     assert sorted(x for of in loaded.rows.values() for x in of["label"]) == [i + 0.5 for i in range(10)]
     for cell in ("", "high", "nan", "inf"):
-        with pytest.raises(UserError, match=rf"own\.csv:3: label '{cell}' is no number\."):
+        with pytest.raises(UserError, match=rf"own\.csv:3: label '{cell}' is not a number\."):
             load(replace(task, train_file=write(tmp_path, "own.csv", f"text,label\na,1\nb,{cell}\nc,2\n")))

@@ -23,7 +23,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from peftbench.config.schema import Generation, Task, TaskKind, conf_dir
+from peftbench.config.schema import EMBEDDED, Generation, Task, TaskKind
 from peftbench.evaluation.finished import read_otherwise
 from peftbench.tasks.framing import framed
 from peftbench.tasks.load import load
@@ -46,7 +46,7 @@ def bert() -> PreTrainedTokenizerBase:
 
 
 def bart() -> PreTrainedTokenizerBase:
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(conf_dir().parent / "peftbench" / "mini")
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(EMBEDDED / "mini")
     return tokenizer
 
 
@@ -122,7 +122,7 @@ def test_a_token_that_the_tokenizer_puts_there_anyway_is_put_once() -> None:
 
 def test_a_decoders_prompt_is_never_cut(tmp_path: Path) -> None:
     task = completing(tmp_path, [{"source": "good", "target": "bad"}])
-    with pytest.raises(UserError, match="leaves no room for a source among 12 tokens"):
+    with pytest.raises(UserError, match="leaves no room for a source in 12 tokens"):
         prepare(
             load(replace(task, prompt="good film " * 9 + "{source}", max_source_length=12)), byte_level(), tiny_llama()
         )
@@ -184,7 +184,7 @@ def test_what_stands_between_pairs_is_noted(tmp_path: Path) -> None:
     )
     data = prepare(load(task), gpt2(), build("gpt2_classifier"))
     assert data.reading() == {"pair_separator": "\n"}
-    assert "The tokenizer puts nothing between the texts of a pair: '\\n' is put there." in data.notes
+    assert "The tokenizer puts nothing between the texts of a pair: '\\n' is added there." in data.notes
     assert data.notes != load(task).notes  # which other backbones share
     told = read_otherwise({}, data.reading())
     assert told is not None and 'pair_separator "\\n"' in told and "train it again" in told
@@ -222,10 +222,10 @@ def test_the_limit_and_the_share_that_was_cut_are_said(tmp_path: Path) -> None:
     assert data.limits() == {"sources": 12, "targets": 8}
     assert data.cut == {role: {"sources": 0.25, "targets": 0.25} for role in ("train", "selection", "report")}
     assert data.notes == [
-        "Sources are cut at 12 tokens (the tokenizer's model_max_length=12; task.max_source_length=32): 25.0% of "
-        "train, 25.0% of validation, 25.0% of test.",
-        "Targets are cut at 8 tokens (task.max_target_length=8): 25.0% of train; the end of a text is not taught "
-        "there.",
+        "Sources are truncated to 12 tokens (the tokenizer's model_max_length=12; task.max_source_length=32): 25.0% "
+        "of train, 25.0% of validation, 25.0% of test.",
+        "Targets are truncated to 8 tokens (task.max_target_length=8): 25.0% of train; the end of a text is not learned"
+        " there.",
     ]
     assert {"source_cut", "target_cut"} & set(data.train.column_names) == set()
 
@@ -245,8 +245,8 @@ def test_a_decoders_limit_leaves_room_for_what_it_writes(tmp_path: Path) -> None
         tokenizer.model_max_length = tokens
         data = prepare(load(replace(task, max_target_length=50)), tokenizer, tiny_llama())
         assert data.notes == [
-            f"Sources are cut at 14 tokens ({why} less task.max_target_length=50; task.max_source_length=100): 25.0% "
-            "of train, 25.0% of validation, 25.0% of test."
+            f"Sources are truncated to 14 tokens ({why} less task.max_target_length=50; task.max_source_length=100): "
+            "25.0% of train, 25.0% of validation, 25.0% of test."
         ]
 
 

@@ -65,7 +65,7 @@ def test_a_sweep_with_a_run_that_diverges(smoke: list[str], tmp_path: Path, caps
     assert "4 runs: 2 done, 2 diverged" in capsys.readouterr().out
     for command in ("evaluate", "rescore"):
         assert main([command, str(file.parent)]) == 2
-        assert "holds a run that diverged (the loss was not finite at step 2)" in capsys.readouterr().err
+        assert "has a run that diverged (the loss was not finite at step 2)" in capsys.readouterr().err
 
 
 def test_the_head_alone_makes_no_number_where_it_diverges(
