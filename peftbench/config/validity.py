@@ -34,6 +34,7 @@ from peftbench.config.schema import (
 )
 from peftbench.utils.errors import UserError, unknown
 
+# The metrics for each kind of task, by name; `metrics.measure.DEFINITIONS` computes them.
 METRICS = {
     TaskKind.classification: ("accuracy", "f1", "macro_f1", "matthews"),
     TaskKind.regression: ("pearson", "spearman"),

@@ -8,7 +8,7 @@ from typing import Any
 from peftbench.config.roles import is_reported
 from peftbench.config.schema import Task
 from peftbench.config.validity import METRICS, label_faults
-from peftbench.metrics.metrics import measure
+from peftbench.metrics.measure import measure
 from peftbench.records.run_files import predictions_file
 from peftbench.records.saved import saved_config, saved_predictions, saved_record
 from peftbench.utils.errors import UserError, unknown

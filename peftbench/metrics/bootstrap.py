@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peftbench.metrics.example_scores import ExampleScores
+from peftbench.metrics.statistics import Statistics
 
 LEVEL = 0.95
-Scores = Mapping[str, ExampleScores]
+Scores = Mapping[str, Statistics]
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ def paired_bootstrap(
     """Compare two sides, each of one run or of several seeds, that were scored on the same examples in one order.
 
     Args:
-        a, b: for each run, its scores by name, with statistics (examples, k).
+        a, b: for each run, the statistics of its scores by name.
         paired_seeds: the runs of both sides have the same seeds in the same order; the seeds are drawn together.
         resamples: number of draws; the interval is from the 2.5th to the 97.5th of their percentiles.
     """
     names = list(a[0])
     # for each side {name: (examples, seeds, k)}
-    sides = [{name: np.stack([run[name].statistics for run in side], axis=1) for name in names} for side in (a, b)]
+    sides = [{name: np.stack([run[name].rows for run in side], axis=1) for name in names} for side in (a, b)]
     examples = len(sides[0][names[0]])
     draw = np.random.default_rng(seed)
     drawn = {name: np.empty(resamples) for name in names}
@@ -55,18 +55,20 @@ def paired_bootstrap(
         both = [seeds, seeds if paired_seeds else draw.integers(0, len(b), len(b))]
         for name in names:
             score = a[0][name].score
-            means = [np.tensordot(times, side[name], axes=1) / examples for side in sides]  # (seeds, k)
-            one, other = (score(mean)[chosen].mean() for mean, chosen in zip(means, both, strict=True))
+            sums = [np.tensordot(times, side[name], axes=1) for side in sides]  # (seeds, k)
+            one, other = (score(of, examples)[chosen].mean() for of, chosen in zip(sums, both, strict=True))
             drawn[name][index] = one - other
     found = {}
     for name in names:
-        whole = [float(a[0][name].score(side[name].mean(axis=0)).mean()) for side in sides]
+        whole = [float(np.mean([run[name].score_all() for run in side])) for side in (a, b)]
         found[name] = _difference(whole[0], whole[1], drawn[name])
     return found
 
 
 def _difference(a: float, b: float, differences: np.ndarray) -> Difference:
     low, high = np.quantile(differences, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    if np.isnan(differences).any():
+        return Difference(a, b, *[float("nan")] * 3)
     # + 1: the observed data count as one more draw, so that p is never zero
     fewest = min((differences <= 0).sum(), (differences >= 0).sum()) + 1
     return Difference(a, b, float(low), float(high), float(min(1.0, 2 * fewest / (len(differences) + 1))))

@@ -1,4 +1,4 @@
-"""Metrics of texts in any script: which tokenizer suits the references of a data set. Imports no torch.
+"""Metrics of texts in any script: which tokenizer suits the references of a data set.
 
 The tokenizers of the field's metrics are made for English: ROUGE's keeps a to z and digits alone, BLEU's splits at
 spaces. Which one is taken depends on all references together and on no prediction, so that runs on the same data are
@@ -12,12 +12,7 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cache
-from importlib.metadata import version
 from typing import NamedTuple
-
-from peftbench.metrics.sentences import sentences
-
-ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 # Above this share of letters beyond a to z ROUGE takes the tokenizer of all scripts. English data sets have 0.01%
 # (XSum) to 0.16% (WebNLG, full of names), Romanian news 2.7%.
@@ -52,32 +47,11 @@ def letters(texts: Iterable[str]) -> Letters:
     return Letters(plain + other, other, unspaced, han)
 
 
-class RougeScores(NamedTuple):
-    """By measure the F of each example, and how they were computed."""
-
-    by_example: dict[str, list[float]]
-    signature: str
-
-
-def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> RougeScores:
-    """ROUGE-1, -2, -L and -Lsum by the package rouge_score, of several references the highest F.
-
-    As published for English, with the package's own tokenizer and Porter's stemmer, unless more than `OTHER_LETTERS` of
-    the references' letters are others than a to z: then with `words` and no stemmer.
-    """
-    from rouge_score.rouge_scorer import RougeScorer
-
+def is_english(references: Sequence[Sequence[str]]) -> bool:
+    """Return whether ROUGE's own tokenizer suits these references: at most `OTHER_LETTERS` of their letters are others
+    than a to z."""
     count = letters(text for texts in references for text in texts)
-    if count.other > OTHER_LETTERS * count.all:
-        scorer, how = RougeScorer(ROUGE_TYPES, tokenizer=Words()), "tok:words|stem:no"
-    else:
-        scorer, how = RougeScorer(ROUGE_TYPES, use_stemmer=True), "tok:rouge_score|stem:porter"
-    found: dict[str, list[float]] = {name: [] for name in ROUGE_TYPES}
-    for ours, right in zip(predictions, references, strict=True):
-        scores = scorer.score_multi([_lines(text) for text in right], _lines(ours))
-        for name in ROUGE_TYPES:
-            found[name].append(scores[name].fmeasure)
-    return RougeScores(found, f"{how}|version:{version('rouge_score')}")
+    return count.other <= OTHER_LETTERS * count.all
 
 
 def bleu_tokenizer(references: Sequence[Sequence[str]]) -> str:
@@ -115,10 +89,6 @@ def _word() -> re.Pattern[str]:
     mark = f"[{''.join(map(re.escape, marks))}{joiners}]"
     letter = r"[^\W_]"
     return re.compile(f"(?={letter})[{UNSPACED}]{mark}*|(?:(?![{UNSPACED}]){letter}{mark}*)+")
-
-
-def _lines(text: str) -> str:
-    return "\n".join(sentences(text))
 
 
 _PLAIN, _UNSPACED, _HAN = re.compile("[^A-Za-z]+"), re.compile(f"[{UNSPACED}]"), re.compile(f"[{HAN}]")

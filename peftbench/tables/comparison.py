@@ -12,7 +12,8 @@ import yaml
 from peftbench.config.identity import IGNORED, plain
 from peftbench.config.schema import Modification
 from peftbench.metrics.bootstrap import Difference, paired_bootstrap
-from peftbench.metrics.example_scores import ExampleScores, example_scores
+from peftbench.metrics.measure import compute_statistics
+from peftbench.metrics.statistics import Statistics
 from peftbench.records.record import Record
 from peftbench.records.saved import saved_predictions
 from peftbench.tables.row import Row
@@ -55,9 +56,9 @@ def _asked(predictions: Sequence[dict[str, Any]]) -> list[Any]:
     return [(one.get("id"), one["reference"]) for one in predictions]
 
 
-def _scores(record: Record, predictions: Sequence[dict[str, Any]]) -> dict[str, ExampleScores]:
+def _scores(record: Record, predictions: Sequence[dict[str, Any]]) -> dict[str, Statistics]:
     ours, right = ([one[side] for one in predictions] for side in ("prediction", "reference"))
-    return example_scores(record.metric, ours, right, record.data.get("labels", ()))
+    return compute_statistics(record.metric, ours, right, record.data.get("labels", ()))
 
 
 def settings_of(record: Record) -> dict[str, Any]:

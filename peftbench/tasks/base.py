@@ -14,7 +14,8 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftbench.metrics.metrics import Measured, References, measure
+from peftbench.metrics.measure import Measured, measure
+from peftbench.metrics.statistics import References
 from peftbench.tasks.cache import kept
 from peftbench.tasks.deal import ROW
 from peftbench.tasks.load import Loaded, data_fingerprint

@@ -9,8 +9,8 @@ import numpy as np
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
-from peftbench.metrics.metrics import References
 from peftbench.metrics.sentences import first_sentence
+from peftbench.metrics.statistics import References
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.framing import SOURCE, framed, special_tokens
 from peftbench.tasks.languages import begin_in_language, set_languages, written_language

@@ -14,7 +14,7 @@ from peftbench import load_run
 from peftbench import train as train_module
 from peftbench.cli.main import main
 from peftbench.evaluation import predict as predict_module
-from peftbench.metrics.metrics import measure
+from peftbench.metrics.measure import measure
 from peftbench.modification.state import FILE_NAME
 from peftbench.records.run_files import logged
 from peftbench.records.saved import run_folder

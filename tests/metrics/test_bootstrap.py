@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 from peftbench.metrics.bootstrap import paired_bootstrap
-from peftbench.metrics.example_scores import FAMILIES, ExampleScores, example_scores
-from peftbench.metrics.metrics import METRICS, measure
+from peftbench.metrics.measure import DEFINITIONS, compute_statistics, measure
+from peftbench.metrics.statistics import Statistics
 from peftbench.utils.errors import UserError
 
 PREDICTIONS = ["The cats sat on a mat. It rained.", "", "Prices rose again", "a b c"]
 REFERENCES = ["It was raining. A cat sat on the mat.", "Nothing was said.", "Prices rose again", "a b c"]
 
 
-def mean(values: np.ndarray) -> dict[str, ExampleScores]:
+def mean(values: np.ndarray) -> dict[str, Statistics]:
     """A score that is 100 x the mean of `values` (examples,)."""
-    return {"score": ExampleScores(values[:, None], lambda means: 100 * means[..., 0])}
+    return {"score": Statistics(values[:, None], lambda sums, n: 100 * sums[..., 0] / n)}
 
 
 def sample(metric: str, examples: int, seed: int) -> tuple[list[str], list[Any], list[str]]:
@@ -41,14 +41,14 @@ def sample(metric: str, examples: int, seed: int) -> tuple[list[str], list[Any],
     return [PREDICTIONS[i] for i in chosen], right, []
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", DEFINITIONS)
 def test_of_their_mean_the_score_is_the_metric(metric: str) -> None:
     """Of all examples and, with the very statistics of all, of examples drawn from them; Spearman's ranks stay."""
     ours, right, labels = sample(metric, 60, seed=1)
-    found = example_scores(metric, ours, right, labels)
+    found = compute_statistics(metric, ours, right, labels)
     drawn = np.random.default_rng(2).integers(0, 60, 60)
     for chosen in (np.arange(60), drawn):
-        scores = {name: float(one.score(one.statistics[chosen].mean(axis=0))) for name, one in found.items()}
+        scores = {name: float(one.score(one.rows[chosen].sum(axis=0), 60)) for name, one in found.items()}
         expected = measure(metric, [ours[i] for i in chosen], [right[i] for i in chosen], labels).scores
         assert scores.keys() == expected.keys()
         if chosen is drawn and "spearman" in scores:
@@ -62,25 +62,25 @@ def test_of_their_mean_the_score_is_the_metric(metric: str) -> None:
 )
 def test_texts_of_other_scripts_are_scored_alike(metric: str, texts: list[str]) -> None:
     ours, right = [texts[0], texts[1][:3], ""], [[texts[0]], [texts[1], texts[0]], [texts[1]]]
-    found = example_scores(metric, ours, right)
-    scores = {name: float(one.score(one.statistics.mean(axis=0))) for name, one in found.items()}
+    found = compute_statistics(metric, ours, right)
+    scores = {name: float(one.score(one.rows.sum(axis=0), len(ours))) for name, one in found.items()}
     assert scores == pytest.approx(measure(metric, ours, right).scores, abs=1e-9)
     assert scores[metric] > 20
 
 
 def test_macro_f1_is_over_the_labels_that_occur_in_either() -> None:
     for ours, right in ((["a", "b"], ["a", "b"]), (["a", "c"], ["a", "b"])):
-        found = example_scores("macro_f1", ours, right, ["a", "b", "c"])["macro_f1"]
+        found = compute_statistics("macro_f1", ours, right, ["a", "b", "c"])["macro_f1"]
         expected = measure("macro_f1", ours, right, ["a", "b", "c"]).scores["macro_f1"]
-        assert float(found.score(found.statistics.mean(axis=0))) == pytest.approx(expected)
+        assert float(found.score(found.rows.sum(axis=0), 2)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("metric", ["f1", "macro_f1", "matthews", "pearson"])
 def test_where_all_predictions_are_one_the_score_is_the_metric(metric: str) -> None:
     _, right, labels = sample(metric, 60, seed=1)
     ours = [right[0]] * 60
-    found = example_scores(metric, ours, right, labels)
-    scores = {name: float(one.score(one.statistics.mean(axis=0))) for name, one in found.items()}
+    found = compute_statistics(metric, ours, right, labels)
+    scores = {name: float(one.score(one.rows.sum(axis=0), len(ours))) for name, one in found.items()}
     assert scores == pytest.approx(measure(metric, ours, right, labels).scores, abs=1e-6)
 
 
@@ -89,30 +89,52 @@ def test_predictions_that_are_nearly_one() -> None:
     draw = np.random.default_rng(1)
     right = draw.integers(0, 6, 60).astype(float)
     ours = list(map(repr, (40.0 + 1e-6 * (right + draw.normal(0, 2, 60))).tolist()))
-    found = example_scores("pearson", ours, list(map(repr, right.tolist())))
-    scores = {name: float(one.score(one.statistics.mean(axis=0))) for name, one in found.items()}
+    found = compute_statistics("pearson", ours, list(map(repr, right.tolist())))
+    scores = {name: float(one.score(one.rows.sum(axis=0), len(ours))) for name, one in found.items()}
     assert scores == pytest.approx(measure("pearson", ours, list(map(repr, right.tolist()))).scores, abs=1e-4)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", DEFINITIONS)
 def test_scores_of_several_seeds_at_once(metric: str) -> None:
     _, right, labels = sample(metric, 20, seed=1)
-    runs = [example_scores(metric, sample(metric, 20, seed)[0], right, labels) for seed in (1, 2)]
+    runs = [compute_statistics(metric, sample(metric, 20, seed)[0], right, labels) for seed in (1, 2)]
     for name in runs[0]:
-        means = np.stack([run[name].statistics.mean(axis=0) for run in runs])
-        alone = [float(run[name].score(mean)) for run, mean in zip(runs, means, strict=True)]
-        assert runs[0][name].score(means).tolist() == pytest.approx(alone)
+        sums = np.stack([run[name].rows.sum(axis=0) for run in runs])
+        alone = [float(run[name].score(one, 20)) for run, one in zip(runs, sums, strict=True)]
+        assert runs[0][name].score(sums, 20).tolist() == pytest.approx(alone)
 
 
 def test_of_several_references_the_closest_counts() -> None:
-    (score, *_) = example_scores("rouge1", ["a b"], [["x y", "a b", "a"]]).values()
-    assert score.statistics.item() == 1
+    (score, *_) = compute_statistics("rouge1", ["a b"], [["x y", "a b", "a"]]).values()
+    assert score.rows.item() == 1
 
 
-def test_an_unknown_metric_is_refused_and_every_metric_has_its_scores() -> None:
+def test_an_unknown_metric_is_refused() -> None:
     with pytest.raises(UserError, match="comet cannot be compared example by example; metrics that can: accuracy"):
-        example_scores("comet", [], [])
-    assert FAMILIES.keys() == METRICS.keys()
+        compute_statistics("comet", [], [])
+
+
+@pytest.mark.parametrize("metric", DEFINITIONS)
+def test_the_scores_that_are_compared_are_the_metrics_to_the_last_digit(metric: str) -> None:
+    """`compare` prints what the records hold, though the sums over a draw are rounded in another way."""
+    _, right, labels = sample(metric, 40, seed=1)
+    sides = [[sample(metric, 40, seed)[0] for seed in seeds] for seeds in ((2, 3), (4,))]
+    found = paired_bootstrap(
+        *([compute_statistics(metric, ours, right, labels) for ours in side] for side in sides),
+        paired_seeds=False,
+        resamples=2,
+    )
+    a, b = ([measure(metric, ours, right, labels).scores for ours in side] for side in sides)
+    assert {name: one.a for name, one in found.items()} == {name: (a[0][name] + a[1][name]) / 2 for name in a[0]}
+    assert {name: one.b for name, one in found.items()} == b[0]
+
+
+def test_of_what_is_not_a_number_nothing_is_said() -> None:
+    """A model that diverged predicts nan: its correlation is undefined, and so is the chance of the difference."""
+    right = ["1.0", "2.0", "4.0"]
+    a, b = ([compute_statistics("pearson", ours, right)] for ours in (["nan", "1.0", "2.0"], ["1.0", "2.5", "2.0"]))
+    for found in paired_bootstrap(a, b, paired_seeds=True, resamples=50).values():
+        assert np.isnan([found.a, found.low, found.high, found.p]).all() and found.b > 0
 
 
 def test_one_run_against_scipy() -> None:
@@ -139,12 +161,12 @@ def test_a_score_that_is_no_mean() -> None:
     right, guess = draw.random(200) < 0.3, draw.random(200) < 0.4
     counts = np.stack([right & guess, ~right & guess, right & ~guess], axis=1).astype(float)
 
-    def f1(means: np.ndarray) -> np.ndarray:
-        tp, fp, fn = np.moveaxis(means, -1, 0)
+    def f1(sums: np.ndarray, n: int) -> np.ndarray:
+        tp, fp, fn = np.moveaxis(sums, -1, 0)
         score: np.ndarray = 2 * tp / (2 * tp + fp + fn)
         return score
 
-    side = [{"f1": ExampleScores(counts, f1)}]
+    side = [{"f1": Statistics(counts, f1)}]
     zero = paired_bootstrap(side, side, paired_seeds=True, resamples=100)["f1"]
     whole = counts.sum(axis=0)
     assert zero.a == pytest.approx(2 * whole[0] / (2 * whole[0] + whole[1] + whole[2]))

@@ -15,8 +15,10 @@ from sacrebleu.metrics import BLEU
 
 from peftbench.config.schema import TaskKind
 from peftbench.config.validity import METRICS as METRICS_OF_KIND
-from peftbench.metrics.metrics import METRICS, ROUGE_TYPES, measure
+from peftbench.metrics.evaluate_metric import EvaluateMetric
+from peftbench.metrics.measure import DEFINITIONS, measure
 from peftbench.metrics.sentences import first_sentence, sentences
+from peftbench.metrics.text import ROUGE_TYPES
 
 PREDICTIONS = ["The cats sat on a mat. It rained.", "", "Prices rose again"]
 REFERENCES = ["It was raining. A cat sat on the mat.", "Nothing was said.", "Prices rose again"]
@@ -50,7 +52,7 @@ def test_lsum_does_not_mind_the_order_of_sentences() -> None:
 
 
 def test_every_metric_that_a_task_may_name_exists() -> None:
-    assert set(METRICS) == {name for kind in TaskKind for name in METRICS_OF_KIND[kind]}
+    assert set(DEFINITIONS) == {name for kind in TaskKind for name in METRICS_OF_KIND[kind]}
 
 
 @pytest.mark.parametrize(
@@ -238,4 +240,5 @@ def test_romanian_bleu_compares_prepared_texts() -> None:
 def test_no_home_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "home").write_text("")
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path / "home" / "metrics"))
-    assert measure("accuracy", ["a", "b"], ["a", "a"]).scores == {"accuracy": 50.0}
+    scores = EvaluateMetric("accuracy").compute(predictions=["a", "b"], references=["a", "a"])
+    assert scores == {"accuracy": 50.0}
