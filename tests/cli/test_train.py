@@ -268,7 +268,7 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["task.train_file=/nowhere.csv"], ["task.train_file=/nowhere.csv is not a file; give"]),
         (
             ["task.data_files.train=a.csv"],
-            ["no key of the config (in task.data_files); +task.data_files.train=... adds"],
+            ["not a key of the config (in task.data_files); +task.data_files.train=... adds"],
         ),
         (["task.data_files={train:a.csv}"], ["+task.data_files.train=... adds it."]),
         (["+task.data_files={train:/nowhere.csv}"], ["task.data_files.train=/nowhere.csv is not a file; give"]),
