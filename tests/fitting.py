@@ -94,6 +94,7 @@ def fitted(
     bf16: bool = False,
     recorder: Recorder | None = None,
     evaluate: Evaluate = dict,
+    metric: str = LOSS,
     checkpoints: Checkpoints | None = None,
     resume: Checkpoint | None = None,
     **monitoring: Any,
@@ -103,7 +104,7 @@ def fitted(
         model,
         data,  # type: ignore[arg-type]  # it has what fit reads of a TaskData
         Recipe(settings, seed=1, bf16=bf16, recorder=recorder),
-        Criterion(evaluate, LOSS),
+        Criterion(evaluate, metric),
         Resuming(checkpoints or Checkpoints(folder, minutes=60, stamp=""), resume),
         Monitor(**monitoring),
     )
