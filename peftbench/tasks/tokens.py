@@ -127,7 +127,8 @@ class Encoder:
         ]
 
     def _ends_texts(self) -> bool:
-        return self.tokenizer.eos_token_id in self(["a"], max_length=self.limit)["input_ids"][0][1:]
+        (ids,) = self._whole({"text": ["a"]}, special=True)
+        return self.tokenizer.eos_token_id in ids[1:]
 
     def _separated(self, texts: Sequence[str], pairs: Sequence[str], max_length: int) -> dict[str, list[Any]]:
         """Encode pairs with `separator` between the texts; the longer text is truncated first."""

@@ -80,6 +80,7 @@ TOKENIZERS: dict[str, tuple[Callable[[], PreTrainedTokenizerBase], str]] = {  # 
     "gpt2": (gpt2, "<|endoftext|>"),
     "qwen2": (qwen, "<|im_start|>"),
 }
+MODEL_OF = {"byt5": "t5"}
 TOKENIZER_OF = {"electra": "bert", "distilbert": "bert", "mistral": "llama", "qwen3": "qwen2"}
 
 
@@ -88,7 +89,7 @@ TOKENIZER_OF = {"electra": "bert", "distilbert": "bert", "mistral": "llama", "qw
 def test_a_special_token_is_one_in_the_prompt_and_text_in_the_data(name: str, goes_on: bool) -> None:
     make, special = TOKENIZERS[name]
     tokenizer = make()
-    encoder = Encoder(tokenizer, build("bart"))
+    encoder = Encoder(tokenizer, build(MODEL_OF.get(name, name)))
     opening, closing = encoder.ends()
     source = f"a {special} b"
     (ids,) = framed(encoder, f"c{special}d {{source}}{special}c", [source], 60, goes_on=goes_on)["input_ids"]
@@ -104,7 +105,7 @@ def test_a_special_token_is_one_in_the_prompt_and_text_in_the_data(name: str, go
 def test_the_prompt_is_read_as_the_tokenizer_reads_it(name: str) -> None:
     make, special = TOKENIZERS[name]
     tokenizer = make()
-    encoder = Encoder(tokenizer, build("bart"))
+    encoder = Encoder(tokenizer, build(MODEL_OF.get(name, name)))
     (ids,) = framed(encoder, f"a b{special}{{source}}", ["c d"], 60, goes_on=True)["input_ids"]
     opening, _ = encoder.ends()
     whole = tokenizer(f"a b{special}", add_special_tokens=False)["input_ids"]
@@ -164,11 +165,11 @@ def test_where_no_line_break_is_read_a_pair_is_parted_by_the_end_of_a_text() -> 
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", eos_token="</s>"
     )
-    encoder = Encoder(tokenizer, build("bart"))
+    encoder = Encoder(tokenizer, build("llama"))
     assert encoder(["good"], ["day"], max_length=9)["input_ids"] == [[5, 2, 6]]
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="has nothing to put between the texts of a pair"):
-        Encoder(tokenizer, build("bart"))(["good"], ["day"], max_length=9)
+        Encoder(tokenizer, build("llama"))(["good"], ["day"], max_length=9)
 
 
 def test_what_stands_between_pairs_is_noted(tmp_path: Path) -> None:
@@ -182,7 +183,9 @@ def test_what_stands_between_pairs_is_noted(tmp_path: Path) -> None:
         labels=["x", "y"],
         metric="accuracy",
     )
-    data = prepare(load(task), gpt2(), build("gpt2_classifier"))
+    wide = build("gpt2_classifier")
+    wide.resize_token_embeddings(len(gpt2()))
+    data = prepare(load(task), gpt2(), wide)
     assert data.reading() == {"pair_separator": "\n"}
     assert "The tokenizer puts nothing between the texts of a pair: '\\n' is added there." in data.notes
     assert data.notes != load(task).notes  # which other backbones share
@@ -190,8 +193,8 @@ def test_what_stands_between_pairs_is_noted(tmp_path: Path) -> None:
     assert told is not None and 'pair_separator "\\n"' in told and "train it again" in told
     assert read_otherwise({"reading": data.reading()}, data.reading()) is None
     for other in (
-        prepare(load(replace(task, text_columns=["text"])), gpt2(), build("gpt2_classifier")),
-        prepare(load(task), byte_level(), tiny_bert()),
+        prepare(load(replace(task, text_columns=["text"])), gpt2(), wide),
+        prepare(load(task), bert(), tiny_bert()),
     ):
         assert other.reading() == {} and "nothing between" not in " ".join(other.notes)
 
@@ -290,7 +293,7 @@ def test_mbart_begins_a_target_that_is_cut_in_its_language(kind: Any, tmp_path: 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_target_that_fits_is_what_the_tokenizer_makes_of_it(name: str) -> None:
     tokenizer = TOKENIZERS[name][0]()
-    encoder = Encoder(tokenizer, tiny_bart())
+    encoder = Encoder(tokenizer, build(MODEL_OF.get(name, name)))
     texts = ["good", "bad day", "a", ""]
     opening, closing = encoder.ends(target=True)
     found = [[*opening, *ids, *closing] for ids in encoder.ids(texts, target=True)]
