@@ -15,8 +15,9 @@ from peftbench.backbones.sites import configured
 from peftbench.config.schema import LOSS, Run, TaskKind
 from peftbench.config.stamps import content_stamp
 from peftbench.evaluation.partial import Partial
-from peftbench.evaluation.predict import PADDING, end_ids, mean_loss, predict, share_cut_off
+from peftbench.evaluation.predict import end_ids, mean_loss, predict, share_cut_off
 from peftbench.tasks.base import TaskData
+from peftbench.tasks.batch import NO_TOKEN
 from peftbench.tasks.tokens import positions
 from peftbench.utils.errors import UserError
 
@@ -85,7 +86,7 @@ class Evaluator:
             begun = 1 if self.model.config.is_encoder_decoder else 0  # the token with which a decoder begins
             self.cut_off[role] = share_cut_off(predictions, self.generation, begun)
             # An end token is not part of the text, even if the tokenizer does not call it special.
-            predictions = np.where(np.isin(predictions, end_ids(self.generation)), PADDING, predictions)
+            predictions = np.where(np.isin(predictions, end_ids(self.generation)), NO_TOKEN, predictions)
         decoded = self.data.decode(predictions)
         return self.data.score(decoded, getattr(self.data, f"{role}_rows")), decoded
 

@@ -21,11 +21,9 @@ from peftbench.backbones.precision import autocast
 from peftbench.evaluation.inference import prepared
 from peftbench.evaluation.kv_cache import NewCache, generation_caches
 from peftbench.evaluation.partial import Partial
+from peftbench.tasks.batch import NO_TOKEN, Collator
 from peftbench.training.token_loss import TokenLoss
 from peftbench.utils.memory import make_room, out_of_memory
-
-Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
-PADDING = -100  # fills the ends of shorter predictions
 
 
 def predict(
@@ -40,7 +38,7 @@ def predict(
     partial: Partial | None = None,
     on_batch: Callable[[int], None] = lambda examples: None,
 ) -> np.ndarray:
-    """Return (examples, labels) logits, or with `generation` (examples, longest) ids, padded with -100.
+    """Return (examples, labels) logits, or with `generation` (examples, longest) ids, padded with `NO_TOKEN`.
 
     Args:
         batch_size: the maximum number of examples in a batch; it is halved when memory runs out.
@@ -88,7 +86,7 @@ def predict(
     width = max((len(row) for row in rows), default=0)
     if generation is None:
         return np.stack(rows)
-    return np.stack([np.pad(row, (0, width - len(row)), constant_values=PADDING) for row in rows])
+    return np.stack([np.pad(row, (0, width - len(row)), constant_values=NO_TOKEN) for row in rows])
 
 
 def _batches(
@@ -178,7 +176,7 @@ def mean_loss(
     *,
     bf16: bool = False,
 ) -> float:
-    """Return the cross-entropy of the labels, with label smoothing, averaged over all tokens of `dataset` but -100.
+    """Return the cross-entropy of the labels, with label smoothing, averaged over all tokens of `dataset`.
 
     The logits of a whole batch (3 GB for 256 targets of 200 tokens over 16,384 words) are never in memory at once.
     """
@@ -192,7 +190,7 @@ def mean_loss(
             batch = {name: tensor.to(model.device) for name, tensor in padded.items() if tensor is not None}
             labels = batch["labels"] if model.config.is_encoder_decoder else batch["labels"][:, 1:]
             total += float(summed(batch, count=1))
-            tokens += int((labels != PADDING).sum())
+            tokens += int((labels != NO_TOKEN).sum())
     return total / tokens
 
 

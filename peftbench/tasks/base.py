@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftbench.metrics.measure import Measured, measure
 from peftbench.metrics.statistics import References
+from peftbench.tasks.batch import Collator
 from peftbench.tasks.cache import kept
 from peftbench.tasks.deal import ROW
 from peftbench.tasks.load import Loaded, data_fingerprint
@@ -55,7 +56,7 @@ class TaskData(ABC):
     fingerprint: str  # sha256 over the splits that were read
     unknown: dict[str, float]  # by split: the share of its tokens that the tokenizer does not know
     scored_on: str  # sha256 over the rows of the report split
-    collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]  # examples -> a padded batch of tensors
+    collator: Collator
 
     def __init__(self, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         self.task = loaded.task

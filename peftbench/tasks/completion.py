@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peftbench.tasks.batch import NO_TOKEN
 from peftbench.tasks.framing import MASK, SOURCE, framed
 from peftbench.tasks.load import Loaded
 from peftbench.tasks.text_to_text import TextToText
@@ -119,8 +120,8 @@ class PromptCollator:
         whole = [prompt + target for prompt, target in zip(prompts, targets, strict=True)]
         multiple = self.pad_to_multiple_of or 1
         batch = _padded(whole, self.pad, multiple=multiple)
-        labels = [[-100] * len(prompt) + target for prompt, target in zip(prompts, targets, strict=True)]
-        return {**batch, "labels": _padded(labels, -100, multiple=multiple)["input_ids"]}
+        labels = [[NO_TOKEN] * len(prompt) + target for prompt, target in zip(prompts, targets, strict=True)]
+        return {**batch, "labels": _padded(labels, NO_TOKEN, multiple=multiple)["input_ids"]}
 
 
 def _padded(rows: list[list[int]], pad: int, left: bool = False, multiple: int = 1) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedToke
 from peftbench.metrics.sentences import first_sentence
 from peftbench.metrics.statistics import References
 from peftbench.tasks.base import TaskData
+from peftbench.tasks.batch import NO_TOKEN
 from peftbench.tasks.framing import SOURCE, framed, special_tokens
 from peftbench.tasks.languages import begin_in_language, set_languages, written_language
 from peftbench.tasks.load import Loaded
@@ -27,7 +28,7 @@ class TextToText(TaskData):
 
     def serve(self, model: PreTrainedModel) -> None:
         """Set `collator`, which makes the decoder's input, and make generation begin in the target's language."""
-        self.collator = TargetCollator(self.tokenizer, model=model, label_pad_token_id=-100)
+        self.collator = TargetCollator(self.tokenizer, model=model, label_pad_token_id=NO_TOKEN)
         begin_in_language(model, self.tokenizer)
 
     def encode(self, rows: dict[str, list[Any]], training: bool) -> dict[str, list[Any]]:
@@ -88,7 +89,7 @@ class TextToText(TaskData):
         return [max(pair) for pair in zip(super().lengths, map(len, self.train["labels"]), strict=True)]
 
     def decode(self, predictions: np.ndarray) -> list[str]:
-        """Return the texts of generated ids (examples, tokens), without special tokens; -100 counts as padding."""
+        """Return the texts of generated ids (examples, tokens), without special tokens; `NO_TOKEN` is padding."""
         ids = np.where(predictions < 0, self.tokenizer.pad_token_id, predictions)
         texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [text.strip() for text in texts]
@@ -118,7 +119,7 @@ class TargetCollator(DataCollatorForSeq2Seq):
         code, labels = written_language(self.tokenizer), batch.get("labels")
         if code is not None and labels is not None:
             for row in labels:
-                last = int((row != -100).sum()) - 1
+                last = int((row != NO_TOKEN).sum()) - 1
                 if row[last] == code and (last == 0 or row[last - 1] != self.tokenizer.eos_token_id):
-                    row[last] = -100
+                    row[last] = NO_TOKEN
         return batch

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import Sampler
 
 from peftbench.config import schema
 from peftbench.tasks.base import TaskData
-
-Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
+from peftbench.tasks.batch import Collator
 
 
 class LengthBatches(Sampler[list[int]]):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
-from peftbench.training.token_loss import IGNORED
+from peftbench.tasks.batch import NO_TOKEN
 from peftbench.utils.memory import make_room, out_of_memory
 
 AUTO = "auto"
@@ -148,7 +148,7 @@ class MicroBatched(Trainer):
         labels = batch["labels"]
         if labels.dim() == 1:
             return torch.full((), len(labels), device=labels.device)
-        return (labels if self.model.config.is_encoder_decoder else labels[:, 1:]).ne(IGNORED).sum()
+        return (labels if self.model.config.is_encoder_decoder else labels[:, 1:]).ne(NO_TOKEN).sum()
 
 
 def _examples(batch: Mapping[str, Tensor]) -> int:

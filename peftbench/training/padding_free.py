@@ -22,8 +22,7 @@ from peftbench.backbones.sites import configs_of, configured, find_sites
 from peftbench.modification.attach import takes_our_attention
 from peftbench.modification.packed_attention import PACKED_NAME, PACKING, Packing
 from peftbench.modification.prompt import PROMPT
-from peftbench.training.batching import Collator
-from peftbench.training.token_loss import IGNORED
+from peftbench.tasks.batch import NO_TOKEN, Collator
 from peftbench.utils.errors import UserError
 
 SOURCES, TARGETS = "source_lengths", "target_lengths"  # for each example of a batch, in tokens; lists, not tensors
@@ -43,7 +42,7 @@ def with_lengths(collator: Collator, widths: tuple[int, int] | None = None, pad:
         batch[SOURCES] = batch["attention_mask"].sum(1).tolist()
         if batch["labels"].dim() > 1:
             width = batch["labels"].shape[1]
-            last = batch["labels"].ne(IGNORED) * torch.arange(1, width + 1)
+            last = batch["labels"].ne(NO_TOKEN) * torch.arange(1, width + 1)
             batch[TARGETS] = last.amax(1).tolist()
         if widths is not None:
             sources, targets = widths
@@ -51,7 +50,7 @@ def with_lengths(collator: Collator, widths: tuple[int, int] | None = None, pad:
                 ("input_ids", sources, pad),
                 ("attention_mask", sources, 0),
                 ("token_type_ids", sources, 0),
-                ("labels", targets, IGNORED),
+                ("labels", targets, NO_TOKEN),
                 ("decoder_input_ids", targets, pad),
             ):
                 if name in batch and batch[name].dim() > 1:
@@ -146,8 +145,8 @@ class PaddingFree:
 
     def targets(self, padded: Tensor) -> Tensor:
         """Return the target tokens of (B, S, ...) for the batch that was loaded last, as (1, T, ...); for labels, the
-        fillers are `IGNORED`."""
-        return self.packings["decoder"].pack(padded, 0.0 if padded.is_floating_point() else IGNORED)
+        fillers are `NO_TOKEN`."""
+        return self.packings["decoder"].pack(padded, 0.0 if padded.is_floating_point() else NO_TOKEN)
 
     @contextmanager
     def active(self) -> Iterator[None]:

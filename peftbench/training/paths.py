@@ -14,8 +14,9 @@ from peftbench.backbones.sites import configs_of
 from peftbench.config import schema
 from peftbench.config.validity import unrecordable
 from peftbench.tasks.base import TaskData
+from peftbench.tasks.batch import Collator
 from peftbench.tasks.tokens import positions
-from peftbench.training.batching import Collator, Lengths, padded_to
+from peftbench.training.batching import Lengths, padded_to
 from peftbench.training.compiled import CompiledLayers
 from peftbench.training.padding_free import PaddingFree, refusal, row_step, with_lengths
 from peftbench.training.token_loss import TokenLoss, output_layer

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-IGNORED = -100  # a label that is not a token
+from peftbench.tasks.batch import NO_TOKEN
+
 CHUNK = 1024  # target tokens whose logits exist at a time
 ROWS = 64  # a GPU's matrix products take much longer if the number of words is odd, as BART's is
 
@@ -57,7 +58,7 @@ class TokenLoss:
             if "decoder_input_ids" not in given:
                 given["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
         else:  # the logits at a token predict the next token
-            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+            labels = F.pad(labels[:, 1:], (0, 1), value=NO_TOKEN)
         with hidden_states(self.layer) as read:
             self.model(**given)
         hidden = read[0]
@@ -118,7 +119,7 @@ def _of_chunk(logits: Tensor, labels: Tensor, smoothing: float, words: int) -> t
     logits: (n, V or more columns, which do not count); labels: (n,).
     """
     log_p = logits[:, :words].float().log_softmax(-1)
-    active = (labels != IGNORED).unsqueeze(-1)
+    active = (labels != NO_TOKEN).unsqueeze(-1)
     index = labels.clamp(min=0).unsqueeze(-1)
     loss = (1 - smoothing) * log_p.gather(-1, index) + smoothing / words * log_p.sum(-1, keepdim=True)
     right = torch.arange(words, device=labels.device) == index
@@ -147,9 +148,9 @@ def cross_entropy(
         hidden: (..., d).
         weight: W, (vocabulary or more, d), frozen; the logits are computed in its dtype.
         bias: b, as long as W, frozen.
-        labels: (...,); those that are `IGNORED` are left out.
+        labels: (...,); those that are `NO_TOKEN` are left out.
         smoothing: ε.
-        count: the divisor of the sum; None: the number of labels that are not `IGNORED`.
+        count: the divisor of the sum; None: the number of labels that are not `NO_TOKEN`.
         words: the size of the vocabulary; None: the number of rows of W.
         chunk: tokens at a time.
         of: computes the loss and the gradient of a chunk.
@@ -158,7 +159,7 @@ def cross_entropy(
     """
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
     if count is None:
-        count = (labels != IGNORED).sum()
+        count = (labels != NO_TOKEN).sum()
     summed: Any = _Summed
     total: Tensor = summed.apply(hidden, weight, bias, labels, smoothing, words or len(weight), chunk, of)
     return total / torch.as_tensor(count).clamp(min=1)

@@ -19,9 +19,10 @@ from peftbench.evaluation.kv_cache import cache_argument
 from peftbench.evaluation.predict import mean_loss
 from peftbench.modification.attach import attach
 from peftbench.modification.functional_form import Bottleneck
+from peftbench.tasks.batch import NO_TOKEN
 from peftbench.training import paths
 from peftbench.training.compiled import CompiledLayers
-from peftbench.training.token_loss import IGNORED, cross_entropy, hidden_states, logits_bias, output_layer
+from peftbench.training.token_loss import cross_entropy, hidden_states, logits_bias, output_layer
 from tests.families import CONTINUING, PRESETS, WRITING, batch, build, long_tail, shake
 from tests.fitting import Targets, fitted, gradients_of, model_of, one_step
 
@@ -41,7 +42,7 @@ def test_the_loss_is_that_of_label_smoother(family: str, smoothing: float) -> No
         model.final_logits_bias.normal_()
     inputs = batch(family)
     labels = inputs.pop("labels")
-    labels[0, 3:] = IGNORED
+    labels[0, 3:] = NO_TOKEN
     if family in WRITING:
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
     smoother = LabelSmoother(epsilon=smoothing)
