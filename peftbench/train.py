@@ -19,45 +19,45 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from peftbench.backbones.load import Backbone, load_backbone
-from peftbench.backbones.precision import chosen_device, use_autocast, with_dtype
+from peftbench.backbones.precision import choose_device, resolve_dtype, use_autocast
 from peftbench.backbones.sites import find_sites
-from peftbench.config.schema import LOSS, Keep, Run, TaskKind, Unfreeze, modifications
+from peftbench.config.schema import LOSS, Keep, Run, TaskKind, Unfreeze, list_modifications
 from peftbench.counts.shares import size_notes
 from peftbench.evaluation.evaluator import Evaluator
-from peftbench.evaluation.finished import restored
+from peftbench.evaluation.finished import restore_backbone
 from peftbench.modification.attach import attach, attach_run
 from peftbench.modification.counting import count
 from peftbench.modification.dead_parameters import count_dead
 from peftbench.modification.state import fold, save, size
 from peftbench.modification.state import load as load_adapter
-from peftbench.records.location import run_dir
-from peftbench.records.lock import holding
+from peftbench.records.location import locate_run
+from peftbench.records.lock import hold_run
 from peftbench.records.record import (
-    Counts,
     Divergence,
     Record,
+    RecordedCounts,
     Score,
     Searched,
     Selection,
-    find,
-    finished,
-    keep_newer,
-    seen_divergence,
+    detect_divergence,
+    find_finished,
+    find_record,
+    refuse_newer,
 )
-from peftbench.records.recording import axes_of, forget_refused, recording
+from peftbench.records.recording import forget_refused, record_axes, record_run
 from peftbench.records.run_files import CHECKPOINTS, append_metrics, rewind_metrics, write_predictions
-from peftbench.records.wording import typed
+from peftbench.records.wording import format_settings
 from peftbench.tasks.base import TaskData
-from peftbench.tasks.docstrings import versions
-from peftbench.tasks.load import load
-from peftbench.tasks.prepare import prepare
-from peftbench.training.batching import total_steps
+from peftbench.tasks.docstrings import read_versions
+from peftbench.tasks.load import load_task
+from peftbench.tasks.prepare import prepare_data
+from peftbench.training.batching import count_steps
 from peftbench.training.checkpoint import Checkpoints
 from peftbench.training.divergence import are_finite
-from peftbench.training.ended import ended
-from peftbench.training.ended import keep as keep_ended
-from peftbench.training.fit import Criterion, Fitted, Monitor, Recipe, Resuming, fit
-from peftbench.training.probe import no_gradient, unreached
+from peftbench.training.ended import load_ended
+from peftbench.training.ended import save_ended as keep_ended
+from peftbench.training.fit import Criterion, Fitted, Monitor, Recipe, Resuming, fit_model
+from peftbench.training.probe import find_unreached, make_no_gradient_error
 from peftbench.utils.environment import run_alone
 from peftbench.utils.errors import UserError
 from peftbench.utils.progress import Display
@@ -81,7 +81,7 @@ def train(
 
     Args:
         run: a final run: validated, with its sizes resolved (`sweeps.resolve`) and its search settled
-            (`records.choice.settled`).
+            (`records.choice.settle_search`).
         overrides: what was typed, for the record.
         display: shows the progress of the run.
         search: what the run is in a search, for the record.
@@ -98,18 +98,18 @@ def train(
     silence_libraries()
     is_trial = search is not None and search.role == "trial"
     if search is not None and is_trial:
-        display.say(f"a trial: {typed(search.chosen)}")
+        display.say(f"a trial: {format_settings(search.chosen)}")
     selecting = selecting or is_trial
-    folder = run_dir(run)
-    if not run.rerun and (record := finished(folder)) is not None and _is_noted(record, search, selecting):
-        return _return_ended(record, display)
-    with holding(folder, wait):
-        keep_newer(folder)
-        before = find(folder)
+    folder = locate_run(run)
+    if not run.rerun and (record := find_finished(folder)) is not None and _is_noted(record, search, selecting):
+        return _report_ended(record, display)
+    with hold_run(folder, wait):
+        refuse_newer(folder)
+        before = find_record(folder)
         if not run.rerun and before is not None:
             if before.has_ended:
-                _note(before, search, selecting, run, display)
-                return _return_ended(before, display)
+                _note_search(before, search, selecting, run, display)
+                return _report_ended(before, display)
             if before.status == "failed" and before.error and keep_failed and not run.retry:
                 raise UserError(f"This run failed before ({before.error.said}); retry=true trains it again.")
         if run.rerun:
@@ -124,7 +124,7 @@ def train(
     return record
 
 
-def _return_ended(record: Record, display: Display) -> Record:
+def _report_ended(record: Record, display: Display) -> Record:
     if record.diverged is None:
         display.say("This run is done already; rerun=true trains it again.")
     return record
@@ -143,37 +143,37 @@ def _run(
     run: Run, folder: Path, overrides: Sequence[str], search: Searched | None, selecting: bool, display: Display
 ) -> Record:
     """The run itself, while no other process is at it."""
-    with recording(run, folder, overrides) as record, display:
+    with record_run(run, folder, overrides) as record, display:
         record.search = search
-        device = chosen_device(run.trainer)
+        device = choose_device(run.trainer)
         record.device = (
             torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
         )
-        with _timed(record, "prepare_s"), display.stage("prepare"):
+        with _record_time(record, "prepare_s"), display.stage("prepare"):
             prepared = _prepare(run, record, display)
         model = prepared.backbone.model.to(device)
-        with _timed(record, "probe_s"):
+        with _record_time(record, "probe_s"):
             _probe(prepared, record)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # the probe, and a sweep's earlier runs, had their own
 
-        with _timed(record, "train_s"):
-            fitted, diverged = _trained(prepared.run, prepared.backbone, prepared.data, record, display)
+        with _record_time(record, "train_s"):
+            fitted, diverged = _train_or_load(prepared.run, prepared.backbone, prepared.data, record, display)
             _record_fit(record, fitted)
         if diverged is None:
-            with _timed(record, "evaluate_s"):
+            with _record_time(record, "evaluate_s"):
                 _evaluate(prepared.run, model, prepared.data, record, display)
                 if search is not None or selecting:
-                    record.selection = _selection(prepared.run, model, prepared.data, record, display)
-            if (seen := seen_divergence(record)) is not None:
+                    record.selection = _score_selection(prepared.run, model, prepared.data, record, display)
+            if (seen := detect_divergence(record)) is not None:
                 record.diverge(replace(seen, step=fitted.steps))
         else:
             record.diverge(diverged)
         if device.type == "cuda":
             record.peak_memory_bytes = max(torch.cuda.max_memory_allocated(), fitted.replay_bytes)
         if record.diverged is None and "head" in run.task.baselines and not _is_head_alone(run):
-            with _timed(record, "baseline_s"):
-                score = _head_alone(prepared.run, prepared.data, record, display)
+            with _record_time(record, "baseline_s"):
+                score = _score_head_alone(prepared.run, prepared.data, record, display)
             if score is not None:
                 record.baselines["head"] = score
     return record
@@ -182,15 +182,15 @@ def _run(
 def _prepare(run: Run, record: Record, display: Display) -> _Prepared:
     """Load the data and the backbone, attach the modifications, and note what they are."""
     set_seed(run.seed)
-    loaded = load(run.task)
-    placed = with_dtype(run)
+    loaded = load_task(run.task)
+    placed = resolve_dtype(run)
     backbone = load_backbone(placed.model, loaded.task)
     read, record.deviations = attach_run(backbone.model, placed, backbone.untrained)
-    record.axes = axes_of(read)
+    record.axes = record_axes(read)
     _record_counts(record, read, backbone)
     for note in record.notes:
         display.say(note)
-    data = prepare(loaded, backbone.tokenizer, backbone.model)
+    data = prepare_data(loaded, backbone.tokenizer, backbone.model)
     _record_data(record, data, backbone.notes)
     for note in record.data["notes"]:
         display.say(note)
@@ -201,12 +201,12 @@ def _probe(prepared: _Prepared, record: Record) -> None:
     """Refuse to train tensors on which the loss does not depend, unless `allow_unused` permits it."""
     run, data = prepared.run, prepared.data
     batch = data.collator([data.train[0]])
-    record.unused = unreached(prepared.backbone.model, batch, use_autocast(run.trainer, run.model))
+    record.unused = find_unreached(prepared.backbone.model, batch, use_autocast(run.trainer, run.model))
     if record.unused and not run.allow_unused:
-        raise no_gradient(record.unused)
+        raise make_no_gradient_error(record.unused)
 
 
-def _trained(
+def _train_or_load(
     run: Run, backbone: Backbone, data: TaskData, record: Record, display: Display
 ) -> tuple[Fitted, Divergence | None]:
     """Train, fold and save the adapter; or load that of an earlier attempt, whose evaluation was stopped.
@@ -217,11 +217,11 @@ def _trained(
         What the training cost, and where it diverged.
     """
     name, adapter, noted = f"train {run.method}", record.folder / "adapter", record.folder / CHECKPOINTS / "ended.json"
-    stamp = _stamp(data, record)
-    earlier = ended(noted, stamp)
+    stamp = _make_stamp(data, record)
+    earlier = load_ended(noted, stamp)
     if earlier is None:
         noted.unlink(missing_ok=True)
-        fitted = _fit(run, backbone, data, record, display, name)
+        fitted = _fit_model(run, backbone, data, record, display, name)
         fold(backbone.model)
     else:
         fitted = earlier
@@ -246,7 +246,7 @@ def _find_divergence(fitted: Fitted, model: PreTrainedModel) -> Divergence | Non
     return fitted.diverged
 
 
-def _stamp(data: TaskData, record: Record) -> str:
+def _make_stamp(data: TaskData, record: Record) -> str:
     """Return what, in addition to the run, must be the same for an earlier try to be continued."""
     return json.dumps([data.fingerprint, record.versions, *filter(None, [data.reading()])])
 
@@ -255,17 +255,17 @@ def _count_earlier(record: Record, seconds: float) -> None:
     record.timings["earlier_s"] = round(record.timings.get("earlier_s", 0.0) + seconds, 3)
 
 
-def _fit(run: Run, backbone: Backbone, data: TaskData, record: Record, display: Display, name: str) -> Fitted:
+def _fit_model(run: Run, backbone: Backbone, data: TaskData, record: Record, display: Display, name: str) -> Fitted:
     """Train what is trainable in the backbone's model, from the last checkpoint if there is one; log to the folder."""
     evaluator = Evaluator(backbone.model, data, run)
     folder = record.folder / CHECKPOINTS / name
-    checkpoints = Checkpoints(folder, run.trainer.checkpoint_minutes, _stamp(data, record))
+    checkpoints = Checkpoints(folder, run.trainer.checkpoint_minutes, _make_stamp(data, record))
     resume = checkpoints.take_up()
     rewind_metrics(record.folder, name, resume.step if resume else 0)
     if resume is not None:
         display.say(f"{name}: goes on from step {resume.step}")
-    with display.stage(name, total_steps(data, run.trainer)) as stage:
-        fitted = fit(
+    with display.stage(name, count_steps(data, run.trainer)) as stage:
+        fitted = fit_model(
             backbone.model,
             data,
             Recipe(run.trainer, run.seed, bf16=use_autocast(run.trainer, run.model)),
@@ -305,7 +305,7 @@ def _evaluate(run: Run, model: PreTrainedModel, data: TaskData, record: Record, 
             record.baselines[name] = value
 
 
-def _selection(run: Run, model: PreTrainedModel, data: TaskData, record: Record, display: Display) -> Selection:
+def _score_selection(run: Run, model: PreTrainedModel, data: TaskData, record: Record, display: Display) -> Selection:
     """Return what a search, or a sweeper, compares. A score that `_evaluate` has recorded is not computed again."""
     split, metric = data.splits["selection"], run.task.selection_metric or run.task.metric
     same = "report" if split == data.splits["report"] else "selection"
@@ -331,7 +331,7 @@ def _is_noted(record: Record, search: Searched | None, selecting: bool) -> bool:
     return search.role == "trial" or record.search == search
 
 
-def _note(record: Record, search: Searched | None, selecting: bool, run: Run, display: Display) -> None:
+def _note_search(record: Record, search: Searched | None, selecting: bool, run: Run, display: Display) -> None:
     """Write into the record of a run that has ended what it is in a search; score the selection split if asked."""
     if _is_noted(record, search, selecting):  # by another process, while we waited
         return
@@ -340,28 +340,28 @@ def _note(record: Record, search: Searched | None, selecting: bool, run: Run, di
     if _lacks_selection(record, selecting):
         with display:
             with display.stage("prepare"):
-                loaded, placed = load(run.task), with_dtype(run)
-                backbone = restored(record.folder, placed, loaded.task)
-                data = prepare(loaded, backbone.tokenizer, backbone.model)
-                backbone.model.to(chosen_device(run.trainer))
+                loaded, placed = load_task(run.task), resolve_dtype(run)
+                backbone = restore_backbone(record.folder, placed, loaded.task)
+                data = prepare_data(loaded, backbone.tokenizer, backbone.model)
+                backbone.model.to(choose_device(run.trainer))
             finite = are_finite(backbone.model)  # an earlier version may have called a diverged run done
             if finite:
-                record.selection = _selection(placed, backbone.model, data, record, display)
-            if (seen := seen_divergence(record) if finite else Divergence("weights")) is not None:
+                record.selection = _score_selection(placed, backbone.model, data, record, display)
+            if (seen := detect_divergence(record) if finite else Divergence("weights")) is not None:
                 record.status = "diverged"
                 record.diverge(seen)
     record.save()
 
 
-def _head_alone(run: Run, data: TaskData, record: Record, display: Display) -> float | None:
+def _score_head_alone(run: Run, data: TaskData, record: Record, display: Display) -> float | None:
     """Return the score of the task head trained alone, in the same way, on the unmodified backbone; None if it
     diverged."""
     set_seed(run.seed)
     backbone = load_backbone(run.model, data.task)
     attach(backbone.model, {}, untrained=backbone.untrained)
     data = data.serving(backbone.model)
-    backbone.model.to(chosen_device(run.trainer))
-    fitted = _fit(run, backbone, data, record, display, "train the head alone")
+    backbone.model.to(choose_device(run.trainer))
+    fitted = _fit_model(run, backbone, data, record, display, "train the head alone")
     if (diverged := _find_divergence(fitted, backbone.model)) is not None:
         note = f"The head alone diverged ({diverged.said}): there is no baseline of it."
         display.say(note)
@@ -373,13 +373,13 @@ def _head_alone(run: Run, data: TaskData, record: Record, display: Display) -> f
 
 
 def _is_head_alone(run: Run) -> bool:
-    return not modifications(run) and run.unfreeze is Unfreeze.none
+    return not list_modifications(run) and run.unfreeze is Unfreeze.none
 
 
 def _record_counts(record: Record, run: Run, backbone: Backbone) -> None:
     counts = count(backbone.model, backbone.untrained)
-    dead = count_dead(backbone.model, modifications(run)) if run.fidelity.dead_parameters else 0
-    record.counts = Counts(**asdict(counts), dead=dead)
+    dead = count_dead(backbone.model, list_modifications(run)) if run.fidelity.dead_parameters else 0
+    record.counts = RecordedCounts(**asdict(counts), dead=dead)
     record.model.parameters = counts.backbone
     record.notes = size_notes(run, counts, find_sites(backbone.model).width)
 
@@ -401,7 +401,7 @@ def _record_data(record: Record, data: TaskData, notes: Sequence[str]) -> None:
     if data.task.kind is TaskKind.classification:
         record.data["labels"] = data.task.labels
     if data.task.packages is not None:
-        record.data["packages"] = versions(data.task.packages)
+        record.data["packages"] = read_versions(data.task.packages)
 
 
 def _record_fit(record: Record, fitted: Fitted) -> None:
@@ -411,7 +411,7 @@ def _record_fit(record: Record, fitted: Fitted) -> None:
 
 
 @contextmanager
-def _timed(record: Record, name: str) -> Iterator[None]:
+def _record_time(record: Record, name: str) -> Iterator[None]:
     """Record the seconds that the block takes, and those of earlier tries that it counts."""
     began, earlier = time.perf_counter(), record.timings.get("earlier_s", 0.0)
     yield

@@ -42,7 +42,7 @@ from peftbench.evaluation import predict as predict_module
 from peftbench.evaluation.predict import predict
 from peftbench.modification.attach import attach
 from peftbench.modification.state import fold
-from peftbench.utils.memory import no_collection
+from peftbench.utils.memory import pause_collection
 
 SHAPES: dict[str, dict[str, Any]] = {
     "bart_large": {},  # transformers' defaults are BART-large's
@@ -115,7 +115,7 @@ def build_variant(variant: Variant, shape: str, device: torch.device) -> PreTrai
     if variant.overrides is not None:
         overrides = ["task=xsum", "model=bart_large", *variant.overrides]
         run = compose_run(overrides)
-        modifications = schema.modifications(run)
+        modifications = schema.list_modifications(run)
     attach(model, modifications)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -170,7 +170,7 @@ def ready(variant: Variant, model: PreTrainedModel) -> Iterator[None]:
         if not variant.merge:
             stack.enter_context(patch.object(inference, "merged", lambda model: nullcontext()))
         if not variant.plain:
-            stack.enter_context(inference.prepared(model, bf16=True))
+            stack.enter_context(inference.prepare_inference(model, bf16=True))
             stack.enter_context(patch.object(predict_module, "prepared", lambda model, bf16: nullcontext()))
         yield
 
@@ -187,7 +187,7 @@ def measure(
                 continue
             try:
                 gc.collect()
-                with no_collection():  # as timeit does
+                with pause_collection():  # as timeit does
                     began = clock(model.device)
                     with ready(variant, model):
                         prepared = clock(model.device)

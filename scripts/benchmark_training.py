@@ -1,7 +1,7 @@
 """Measures training steps of peftbench, peft, full fine-tuning and a bare frozen backbone: seconds and memory.
 
 All variants train on the same random examples in one process, in turn, for several rounds, with random weights and
-without the hub. Ours use `peftbench.training.fit.fit`, the others transformers' Trainer as their users run it. A
+without the hub. Ours use `peftbench.training.fit.fit_model`, the others transformers' Trainer as their users run it. A
 variant that fails is reported with its error, and the others continue.
 
     python scripts/benchmark_training.py --shape bart_large --out training.json
@@ -44,11 +44,11 @@ from transformers import (
 )
 
 from peftbench.config.compose import compose_run
-from peftbench.config.schema import Batching, Compile, Device, DType, Keep, Precision, Run, Unfreeze, modifications
+from peftbench.config.schema import Batching, Compile, Device, DType, Keep, Precision, Run, Unfreeze, list_modifications
 from peftbench.modification.attach import attach
-from peftbench.training.batching import padded_to
+from peftbench.training.batching import pad_to_multiple
 from peftbench.training.checkpoint import Checkpoints
-from peftbench.training.fit import Criterion, Monitor, Recipe, Resuming, fit
+from peftbench.training.fit import Criterion, Monitor, Recipe, Resuming, fit_model
 from peftbench.training.pace import Pace
 
 WARM_UP = 10  # uncounted steps at the start of each round: kernels are loaded and graphs recorded
@@ -122,7 +122,7 @@ WITHOUT: dict[str, dict[str, Any]] = {
 
 
 class Data:
-    """The part of a TaskData that `fit` reads: random token ids, the same in every variant."""
+    """The part of a TaskData that `fit_model` reads: random token ids, the same in every variant."""
 
     def __init__(self, shape: Shape, examples: int, vocabulary: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -211,7 +211,7 @@ class Bench:
         self.data = Data(shape, shape.batch * max(40, WARM_UP + steps), vocabulary)
 
     def ours(self, name: str, method: str, **changes: Any) -> Variant:
-        """A preset of peftbench, trained by its own `fit`."""
+        """A preset of peftbench, trained by its own `fit_model`."""
         changes = dict(changes)
         dtype = changes.pop("dtype", DType.bfloat16)
         run = self.run(method)
@@ -221,7 +221,7 @@ class Bench:
 
         def build() -> PreTrainedModel:
             model = self.shape.model().to(torch.bfloat16 if dtype is DType.bfloat16 else torch.float32)
-            attach(model, modifications(run), run.unfreeze, untrained=[])
+            attach(model, list_modifications(run), run.unfreeze, untrained=[])
             return model.to(self.device)
 
         def train(model: PreTrainedModel, steps: int) -> tuple[list[float], list[float]]:
@@ -255,7 +255,7 @@ class Bench:
     def fit(
         self, model: PreTrainedModel, run: Run, steps: int, changes: dict[str, Any]
     ) -> tuple[list[float], list[float]]:
-        """Train by `peftbench.training.fit.fit` for `steps` steps with all fast paths except for `changes`."""
+        """Train by `peftbench.training.fit.fit_model` for `steps` steps with all fast paths except for `changes`."""
         fast = {
             "compile": Compile.layers,
             "padding_free": True,
@@ -277,7 +277,7 @@ class Bench:
         )
         losses: list[float] = []
         model.train()
-        fitted = fit(
+        fitted = fit_model(
             model,
             self.data,  # type: ignore[arg-type]  # it has what fit reads of a TaskData
             Recipe(settings, seed=1, bf16=run.model.dtype is not DType.bfloat16),
@@ -322,7 +322,7 @@ class Bench:
             )
             arguments._n_gpu = min(1, arguments.n_gpu)
             # If the widths changed at every batch, a compiled model would be compiled again and again.
-            collator = padded_to(self.data.collator, 64) if compiled else self.data.collator
+            collator = pad_to_multiple(self.data.collator, 64) if compiled else self.data.collator
             trainer = Trainer(
                 model=model,
                 args=arguments,

@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 from peftbench.records.record import FILE, Record, load_records
-from peftbench.records.run_files import METRICS, logged
+from peftbench.records.run_files import METRICS_FILE, read_metrics
 from peftbench.utils.files import write_lines
 
 EVERY = 5  # every fifth line of the training log is kept
@@ -29,7 +29,7 @@ def keep(record: Record, target: Path, shared: str) -> None:
     for name in (FILE, "config.yaml"):
         text = (record.folder / name).read_text(encoding="utf-8")
         (target / name).write_text(text.replace(shared, "SHARED").replace(outputs, "OUTPUTS"), encoding="utf-8")
-    write_lines(target / METRICS, thinned(logged(record.folder)))
+    write_lines(target / METRICS_FILE, thinned(read_metrics(record.folder)))
 
 
 def thinned(lines: list[dict[str, object]]) -> list[dict[str, object]]:

@@ -24,10 +24,10 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 from rich.table import Table
 
-from peftbench.metrics.romanian import prepared
-from peftbench.metrics.sentences import sentences
+from peftbench.metrics.romanian import prepare_text
+from peftbench.metrics.sentences import split_sentences
 from peftbench.records.record import load_records
-from peftbench.records.saved import saved_predictions
+from peftbench.records.saved import read_saved_predictions
 from peftbench.utils.errors import UserError
 
 DIGITS = 10  # printed by sacreBLEU
@@ -52,8 +52,8 @@ def rouge(ours: Sequence[str], right: Sequence[str]) -> dict[str, float]:
     kinds = ("rouge1", "rouge2", "rougeL", "rougeLsum")
     with TemporaryDirectory() as folder:
         target, prediction, scores = (Path(folder) / name for name in ("target", "prediction", "scores.csv"))
-        write(target, ["\n".join(sentences(text)) for text in right], BETWEEN)
-        write(prediction, ["\n".join(sentences(text)) for text in ours], BETWEEN)
+        write(target, ["\n".join(split_sentences(text)) for text in right], BETWEEN)
+        write(prediction, ["\n".join(split_sentences(text)) for text in ours], BETWEEN)
         output(
             "rouge_score.rouge",
             f"--target_filepattern={target}",
@@ -88,9 +88,9 @@ def theirs(metrics: dict[str, float], ours: Sequence[str], right: Sequence[list[
     if "bleu" in metrics:
         found["bleu"], found["chrf"] = sacrebleu(ours, right, "-m", "bleu", "chrf")
     if "bleu_ro" in metrics:
-        normalised = [[prepared(text) for text in texts] for texts in right]
+        normalised = [[prepare_text(text) for text in texts] for texts in right]
         bare = ("-m", "bleu", "--tokenize", "none", "--smooth-method", "none")
-        found["bleu_ro"] = sacrebleu([prepared(text) for text in ours], normalised, *bare)[0]
+        found["bleu_ro"] = sacrebleu([prepare_text(text) for text in ours], normalised, *bare)[0]
     if "rouge2" in metrics and all(len(texts) == 1 for texts in right):
         found |= rouge(ours, [texts[0] for texts in right])
     return found
@@ -107,7 +107,7 @@ def main() -> int:
         score = record.scores.get("report")
         if record.status != "done" or score is None or not {"bleu", "rouge2"} & set(score.metrics):
             continue
-        rows = saved_predictions(record.folder, "report")
+        rows = read_saved_predictions(record.folder, "report")
         ours = [row["prediction"] for row in rows]
         right = [[row["reference"]] if isinstance(row["reference"], str) else row["reference"] for row in rows]
         for name, value in theirs(score.metrics, ours, right).items():

@@ -48,11 +48,11 @@ from peftbench.tasks.docstrings import (
     STDLIB,
     SUMMARY_LENGTH,
     Docstring,
-    gather,
+    assign_split,
     gather_folder,
-    normalised,
-    split_of,
-    versions,
+    gather_packages,
+    normalise_text,
+    read_versions,
 )
 from peftbench.utils.errors import UserError
 
@@ -80,16 +80,16 @@ FINE_TUNING_DROPOUT = 0.1  # stored in the saved config; so small a model needs 
 
 def collect(args: argparse.Namespace) -> list[str]:
     """The texts to pretrain on, each once, without those of held-out docstrings."""
-    groups = [gather([package]) for package in importable_packages(args.docstrings)]
+    groups = [gather_packages([package]) for package in importable_packages(args.docstrings)]
     groups += [gather_folder(folder, folder.name) for folder in package_folders(args.docstrings_path)]
     docstrings = [docstring for group in groups for docstring in group]
     # Each package was gathered by itself, so a text in two packages occurs under both names. It is held out if either
     # name is, since a task may select either package.
     withheld = held_out_texts(docstrings)
     texts: dict[str, str] = {}
-    trainable = (docstring.text for docstring in docstrings if split_of(docstring.name) == "train")
+    trainable = (docstring.text for docstring in docstrings if assign_split(docstring.name) == "train")
     for text in (*trainable, *read_texts(args.text)):
-        key, first = normalised(text), normalised(text.partition("\n\n")[0])
+        key, first = normalise_text(text), normalise_text(text.partition("\n\n")[0])
         if len(text.split()) >= MIN_WORDS and key not in withheld and first not in withheld:
             texts.setdefault(key, text)
     return list(texts.values())
@@ -97,9 +97,9 @@ def collect(args: argparse.Namespace) -> list[str]:
 
 def held_out_texts(docstrings: Iterable[Docstring]) -> set[str]:
     """The normalised texts of validation and test docstrings, and those summaries that a task would use."""
-    held_out = [docstring for docstring in docstrings if split_of(docstring.name) != "train"]
-    texts = {normalised(docstring.text) for docstring in held_out}
-    return texts | {normalised(d.summary) for d in held_out if len(d.summary) >= SUMMARY_LENGTH.start}
+    held_out = [docstring for docstring in docstrings if assign_split(docstring.name) != "train"]
+    texts = {normalise_text(docstring.text) for docstring in held_out}
+    return texts | {normalise_text(d.summary) for d in held_out if len(d.summary) >= SUMMARY_LENGTH.start}
 
 
 def importable_packages(names: list[str]) -> list[str]:
@@ -109,7 +109,7 @@ def importable_packages(names: list[str]) -> list[str]:
     found = [STDLIB]
     for name in sorted(importlib.metadata.packages_distributions()):
         try:
-            versions([name])
+            read_versions([name])
         except UserError:  # a compiled module, or a folder that is not a package
             continue
         found.append(name)

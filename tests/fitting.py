@@ -1,4 +1,4 @@
-"""A training of a tiny model by `fit`, on a few rows, as several tests have it."""
+"""A training of a tiny model by `fit_model`, on a few rows, as several tests have it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from peftbench.backbones.sites import configs_of
+from peftbench.backbones.sites import list_configs
 from peftbench.config.schema import LOSS, Device, Schedule, Trainer
 from peftbench.modification.attach import attach
 from peftbench.training.checkpoint import Checkpoint, Checkpoints
-from peftbench.training.fit import Criterion, Fitted, Monitor, Recipe, Resuming, fit
+from peftbench.training.fit import Criterion, Fitted, Monitor, Recipe, Resuming, fit_model
 from peftbench.training.replay import Recorder
 from peftbench.training.trainer import Evaluate
 from tests.families import PRESETS, WRITING, batch, build, dropout, shake
@@ -25,7 +25,7 @@ EPSILON = 10.0  # so large that a step of AdamW, g / (|g| + EPSILON), shows the 
 
 
 class Rows:
-    """What `fit` takes of a task: rows that are padded already, to train and to select on."""
+    """What `fit_model` takes of a task: rows that are padded already, to train and to select on."""
 
     def __init__(self, rows: dict[str, Tensor], lengths: Sequence[int]) -> None:
         self.rows, self.lengths = rows, list(lengths)
@@ -56,7 +56,7 @@ def model_of(family: str, preset: str, **more: float) -> PreTrainedModel:
     model = build(family, **{**dropout(family), **more})
     attach(model, PRESETS[preset])
     shake(model)
-    for config in configs_of(model):
+    for config in list_configs(model):
         config.use_cache = False
     return model.train()
 
@@ -99,8 +99,8 @@ def fitted(
     resume: Checkpoint | None = None,
     **monitoring: Any,
 ) -> Fitted:
-    """`fit`, by default without scores, and with no checkpoint in the first hour; `monitoring` is for `Monitor`."""
-    return fit(
+    """`fit_model`, by default without scores, with no checkpoint in the first hour; `monitoring` is for `Monitor`."""
+    return fit_model(
         model,
         data,  # type: ignore[arg-type]  # it has what fit reads of a TaskData
         Recipe(settings, seed=1, bf16=bf16, recorder=recorder),

@@ -9,7 +9,7 @@ import torch
 
 
 @contextmanager
-def no_cudnn_attention() -> Iterator[None]:
+def avoid_cudnn_attention() -> Iterator[None]:
     """Disable cuDNN's kernel inside the block.
 
     In training, its gradient of the queries is NaN for some batches with a mask whose width is 64 modulo 128 (one batch

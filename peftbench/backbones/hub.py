@@ -13,7 +13,7 @@ from huggingface_hub import constants
 
 
 @cache
-def hub_missing() -> str | None:
+def explain_missing_hub() -> str | None:
     """Return why the hub cannot be reached, as the middle of a sentence, or None if it can."""
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"

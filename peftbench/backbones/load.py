@@ -27,11 +27,11 @@ from transformers import (
 )
 from transformers.utils import cached_file, logging
 
-from peftbench.backbones.hub import hub_missing
-from peftbench.backbones.sites import family_of
+from peftbench.backbones.hub import explain_missing_hub
+from peftbench.backbones.sites import find_family
 from peftbench.backbones.special_tokens import settle
 from peftbench.config.schema import DType, Model, Task, TaskKind
-from peftbench.utils.errors import UserError, meant
+from peftbench.utils.errors import UserError, suggest
 
 T = TypeVar("T")
 # Files of a tokenizer; the first one contains all of it, whatever its class.
@@ -72,11 +72,11 @@ def load_backbone(model: Model, task: Task) -> Backbone:
         UserError: the place contains no model or no tokenizer, or cannot be reached; the architecture has no family or
             no head for the task; the weights are not those of the backbone that config.json describes.
     """
-    source, options = _source(model)
+    source, options = _find_source(model)
     config = load_config(model)
-    auto = _auto_class(model, task, config)
+    auto = _choose_auto_class(model, task, config)
     tokenizer = load_tokenizer(model)
-    loaded, report = _explained(
+    loaded, report = _load_or_explain(
         model,
         lambda: auto.from_pretrained(
             source,
@@ -87,7 +87,7 @@ def load_backbone(model: Model, task: Task) -> Backbone:
             ignore_mismatched_sizes=True,  # a folder tuned for other labels: its head is initialised anew, and trained
         ),
     )
-    untrained = _new_head(model, loaded, report)
+    untrained = _find_new_head(model, loaded, report)
     notes = settle(loaded, tokenizer, writes=task.kind is TaskKind.text_to_text)
     _pad_on_the_right(loaded, tokenizer, task)
     return Backbone(loaded, tokenizer, untrained, tuple(notes))
@@ -97,7 +97,7 @@ def load_backbone(model: Model, task: Task) -> Backbone:
 _COMPUTED = (".position_ids", ".inv_freq", ".masked_bias", ".attn.bias")
 
 
-def _new_head(model: Model, loaded: PreTrainedModel, report: Mapping[str, Any]) -> frozenset[str]:
+def _find_new_head(model: Model, loaded: PreTrainedModel, report: Mapping[str, Any]) -> frozenset[str]:
     """Return the names of the parameters that were initialised anew: those of a head, which is to be trained.
 
     Args:
@@ -109,7 +109,7 @@ def _new_head(model: Model, loaded: PreTrainedModel, report: Mapping[str, Any]) 
     """
 
     def in_head(name: str) -> bool:  # includes the pooler, which a masked language model lacks
-        return name.split(".")[0] in family_of(loaded.config.model_type).task_head or ".pooler." in f".{name}"
+        return name.split(".")[0] in find_family(loaded.config.model_type).task_head or ".pooler." in f".{name}"
 
     def in_backbone(name: str) -> bool:
         return name.removeprefix(f"{loaded.base_model_prefix}.").split(".")[0] in parts
@@ -121,11 +121,14 @@ def _new_head(model: Model, loaded: PreTrainedModel, report: Mapping[str, Any]) 
     left_over = [name for name in report["unexpected_keys"] if not name.endswith(_COMPUTED)]
     if not absent:  # otherwise the message also names heads: they show what the place contains instead
         left_over = [name for name in left_over if in_backbone(name) and not in_head(name)]
-    shapes = [f"{name}: {_shape(other_shapes[name][0])}, not {_shape(other_shapes[name][1])}" for name in misshapen]
+    shapes = [
+        f"{name}: {_format_shape(other_shapes[name][0])}, not {_format_shape(other_shapes[name][1])}"
+        for name in misshapen
+    ]
     found = [
-        _counted(absent, "is missing", "are missing"),
-        _counted(shapes, "has another shape", "have other shapes"),
-        _counted(sorted(left_over), "has no place in it", "have no place in it"),
+        _describe_names(absent, "is missing", "are missing"),
+        _describe_names(shapes, "has another shape", "have other shapes"),
+        _describe_names(sorted(left_over), "has no place in it", "have no place in it"),
         *report.get("error_msgs", ()),
     ]
     if absent or misshapen or left_over or report.get("error_msgs"):
@@ -136,7 +139,7 @@ def _new_head(model: Model, loaded: PreTrainedModel, report: Mapping[str, Any]) 
     return frozenset({*missing, *other_shapes})
 
 
-def _counted(names: Sequence[str], one: str, several: str) -> str:
+def _describe_names(names: Sequence[str], one: str, several: str) -> str:
     """Return the number of tensors with some of their names, or an empty text if there are none."""
     if not names:
         return ""
@@ -144,7 +147,7 @@ def _counted(names: Sequence[str], one: str, several: str) -> str:
     return f"{len(names)} tensors {several} ({listed})" if len(names) > 1 else f"1 tensor {one} ({listed})"
 
 
-def _shape(sizes: Iterable[int]) -> str:
+def _format_shape(sizes: Iterable[int]) -> str:
     return " x ".join(map(str, sizes))
 
 
@@ -166,21 +169,23 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     Raises:
         UserError: it is missing, in whole or in part, or cannot be reached.
     """
-    source, options = _source(model)
+    source, options = _find_source(model)
 
     def is_there(name: str) -> bool:
         lenient = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
         return cached_file(source, name, **options, **lenient) is not None
 
     try:
-        tokenizer: PreTrainedTokenizerBase = _explained(model, lambda: AutoTokenizer.from_pretrained(source, **options))
+        tokenizer: PreTrainedTokenizerBase = _load_or_explain(
+            model, lambda: AutoTokenizer.from_pretrained(source, **options)
+        )
     except UserError:
-        _whole(model, is_there)
+        _require_tokenizer_files(model, is_there)
         if not any(map(is_there, VOCABULARIES)):
             raise UserError(f"{_place(model)} has no tokenizer: {VOCABULARIES[0]} is missing; {BRING}") from None
         raise
     if "merges_file" in tokenizer.vocab_files_names:
-        _whole(model, is_there)
+        _require_tokenizer_files(model, is_there)
     if _has_words(tokenizer):
         return tokenizer
     parts = [name for key, name in tokenizer.vocab_files_names.items() if key != "tokenizer_file"]
@@ -193,7 +198,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     )
 
 
-def _whole(model: Model, is_there: Callable[[str], bool]) -> None:
+def _require_tokenizer_files(model: Model, is_there: Callable[[str], bool]) -> None:
     """Raise a UserError if one of the two files of a byte-level tokenizer is missing."""
     missing = [name for name in BYTE_LEVEL if not is_there(name)]
     if len(missing) == 1 and not is_there(VOCABULARIES[0]):
@@ -208,7 +213,7 @@ def _has_words(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(tokenizer.get_vocab().keys() - added - {*tokenizer.all_special_tokens, "\u2581"})
 
 
-def meta_backbone(model: Model, task: Task, config: PretrainedConfig | None = None) -> PreTrainedModel:
+def build_meta_backbone(model: Model, task: Task, config: PretrainedConfig | None = None) -> PreTrainedModel:
     """Return the model for a task on the meta device: modules and shapes, tied weights once, no weights, no network.
 
     It is built from `config`, by default from the config.json in `model.path`, or else from `model.architecture`.
@@ -218,9 +223,9 @@ def meta_backbone(model: Model, task: Task, config: PretrainedConfig | None = No
     """
     logging.set_verbosity_error()  # it hints at generation settings, which a model without weights does not use
     if config is None:
-        config = load_config(model) if model.path is not None else _described(model)
+        config = load_config(model) if model.path is not None else _build_described_config(model)
     config = deepcopy(config)  # the model changes its config
-    auto = _auto_class(model, task, config)
+    auto = _choose_auto_class(model, task, config)
     try:
         with torch.device("meta"):
             return auto.from_config(config)
@@ -235,12 +240,12 @@ def load_config(model: Model) -> PretrainedConfig:
     Raises:
         UserError: there is none, or it cannot be reached.
     """
-    source, options = _source(model)
-    config: PretrainedConfig = _explained(model, lambda: AutoConfig.from_pretrained(source, **options))
+    source, options = _find_source(model)
+    config: PretrainedConfig = _load_or_explain(model, lambda: AutoConfig.from_pretrained(source, **options))
     return config
 
 
-def _described(model: Model) -> PretrainedConfig:
+def _build_described_config(model: Model) -> PretrainedConfig:
     """Return the config that `model.architecture` specifies."""
     values = dict(model.architecture)
     described = values.pop("name_or_path", None)
@@ -255,12 +260,12 @@ def _described(model: Model) -> PretrainedConfig:
     model_type = values.pop("model_type", None)
     if model_type is None:
         raise UserError("model.architecture has no model_type; give the one of the model's config.json, such as bart.")
-    family_of(model_type)
+    find_family(model_type)
     known = AutoConfig.for_model(model_type)
     if wrong := [key for key in values if not hasattr(known, key)]:
         choices = known.to_dict()
         raise UserError(
-            *(f"model.architecture.{key} is no key of {model_type}'s config{meant(key, choices)}" for key in wrong)
+            *(f"model.architecture.{key} is no key of {model_type}'s config{suggest(key, choices)}" for key in wrong)
         )
     try:
         return AutoConfig.for_model(model_type, **values)
@@ -268,13 +273,13 @@ def _described(model: Model) -> PretrainedConfig:
         raise UserError(f"model.architecture does not fit {model_type}: {' '.join(str(error).split())}") from error
 
 
-def _auto_class(model: Model, task: Task, config: PretrainedConfig) -> Any:
+def _choose_auto_class(model: Model, task: Task, config: PretrainedConfig) -> Any:
     """Return transformers' Auto class with the head for the task; set the labels in a classifier's `config`.
 
     Raises:
         UserError: the architecture has no family, or cannot do the task.
     """
-    family_of(config.model_type)
+    find_family(config.model_type)
     if task.kind is TaskKind.classification:
         if task.labels:  # empty if a budget is solved, before data is read; it does not depend on the size of the head
             config.num_labels = len(task.labels)
@@ -287,7 +292,7 @@ def _auto_class(model: Model, task: Task, config: PretrainedConfig) -> Any:
         return AutoModelForSequenceClassification
     if config.is_encoder_decoder:
         return AutoModelForSeq2SeqLM
-    if set(family_of(config.model_type).stacks) == {"decoder"}:
+    if set(find_family(config.model_type).stacks) == {"decoder"}:
         return AutoModelForCausalLM
     raise UserError(
         f"task={task.name} writes text and model={model.name} is an encoder alone ({config.model_type}): take one with "
@@ -295,7 +300,7 @@ def _auto_class(model: Model, task: Task, config: PretrainedConfig) -> Any:
     )
 
 
-def _source(model: Model) -> tuple[str, dict[str, Any]]:
+def _find_source(model: Model) -> tuple[str, dict[str, Any]]:
     """Return the place to load from, and options of `from_pretrained`."""
     if model.path is not None:
         folder = Path(model.path).expanduser()
@@ -310,16 +315,16 @@ def _source(model: Model) -> tuple[str, dict[str, Any]]:
     if model.hub_id is None:
         raise UserError(NOWHERE)
     options: dict[str, Any] = {"revision": model.revision} if model.revision else {}
-    return model.hub_id, {**options, "local_files_only": hub_missing() is not None}
+    return model.hub_id, {**options, "local_files_only": explain_missing_hub() is not None}
 
 
-def _explained(model: Model, load: Callable[[], T]) -> T:
+def _load_or_explain(model: Model, load: Callable[[], T]) -> T:
     """Run `load`; turn transformers' error for a place without a model into one sentence."""
     try:
         return load()
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         torn = isinstance(error, SafetensorError)
-        if model.path is None and not torn and (reason := hub_missing()):
+        if model.path is None and not torn and (reason := explain_missing_hub()):
             raise UserError(
                 f"model.hub_id={model.hub_id} is not in this machine's cache and {reason}; bring its folder "
                 "(config.json, model.safetensors, the tokenizer's files) and give it as model.path=FOLDER, set HF_HOME "

@@ -11,7 +11,7 @@ from peftbench.config import schema
 from peftbench.utils.errors import UserError
 
 
-def chosen_device(settings: schema.Trainer) -> torch.device:
+def choose_device(settings: schema.Trainer) -> torch.device:
     """Return `trainer.device`, with `auto` as the GPU if there is one. Raises UserError for a GPU that is not there."""
     if settings.device is schema.Device.cuda and not torch.cuda.is_available():
         raise UserError("trainer.device=cuda, but torch sees no CUDA device here; use trainer.device=auto or cpu.")
@@ -23,14 +23,14 @@ def use_bf16(settings: schema.Trainer) -> bool:
     """Return whether to compute in bfloat16: with `precision=bf16`, or with `auto` on a GPU that supports it."""
     if settings.precision is not schema.Precision.auto:
         return settings.precision is schema.Precision.bf16
-    return chosen_device(settings).type == "cuda" and torch.cuda.is_bf16_supported()
+    return choose_device(settings).type == "cuda" and torch.cuda.is_bf16_supported()
 
 
-def with_dtype(run: schema.Run) -> schema.Run:
+def resolve_dtype(run: schema.Run) -> schema.Run:
     """Return the run with `model.dtype=auto` decided; see config/schema.py."""
     if run.model.dtype is not schema.DType.auto:
         return run
-    cuda = chosen_device(run.trainer).type == "cuda"
+    cuda = choose_device(run.trainer).type == "cuda"
     small = cuda and use_bf16(run.trainer) and run.unfreeze is schema.Unfreeze.none
     dtype = schema.DType.bfloat16 if small else schema.DType.float32
     return replace(run, model=replace(run.model, dtype=dtype))

@@ -228,7 +228,7 @@ class Sites:
     hidden_dropout: float = 0.0
 
 
-def family_of(model_type: str) -> Family:
+def find_family(model_type: str) -> Family:
     """Return the row of `FAMILIES` for a config's `model_type`. A UserError names the supported ones if there is
     none."""
     for family in FAMILIES:
@@ -244,27 +244,27 @@ def family_of(model_type: str) -> Family:
 def find_sites(model: PreTrainedModel) -> Sites:
     """Resolve the model's family row into modules. Works on the meta device too."""
     config = model.config
-    family = family_of(config.model_type)
+    family = find_family(config.model_type)
     base = model.base_model
     names = {module: name for name, module in model.named_modules()}
     return Sites(
         family=family,
         width=config.hidden_size,
-        layers=tuple(_layers(family, base, config, names)),
+        layers=tuple(_find_layers(family, base, config, names)),
         embedding={stack: base.get_submodule(path) for stack, path in family.embedding.items()},
         attention_dropout=float(getattr(config, family.attention_dropout)),
         hidden_dropout=float(getattr(config, family.hidden_dropout, 0.0)),
     )
 
 
-def configs_of(model: PreTrainedModel) -> list[PretrainedConfig]:
+def list_configs(model: PreTrainedModel) -> list[PretrainedConfig]:
     """Return the configs that a model's parts read, each once: T5's stacks have their own."""
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     return list({id(config): config for config in configs}.values())
 
 
 @contextmanager
-def configured(configs: Iterable[object], key: str, value: object) -> Iterator[None]:
+def set_configs(configs: Iterable[object], key: str, value: object) -> Iterator[None]:
     """Inside the block, `key` is `value` in all of the configs (or models)."""
     before = [(config, getattr(config, key)) for config in configs]
     for config, _ in before:
@@ -276,13 +276,13 @@ def configured(configs: Iterable[object], key: str, value: object) -> Iterator[N
             setattr(config, key, was)
 
 
-def _layers(family: Family, base: nn.Module, config: object, names: Mapping[nn.Module, str]) -> Iterator[Layer]:
+def _find_layers(family: Family, base: nn.Module, config: object, names: Mapping[nn.Module, str]) -> Iterator[Layer]:
     for stack, path in family.stacks.items():
         modules = list(base.get_submodule(path).children())
         heads = int(getattr(config, family.heads.format(stack=stack)))
         for index, module in enumerate(modules):
-            second = _there(module, family.ffn.second)
-            found = {path.rpartition(".")[2]: _find(module, path) for path in family.ffn.first}
+            second = _require_module(module, family.ffn.second)
+            found = {path.rpartition(".")[2]: _find_module(module, path) for path in family.ffn.first}
             first = {name: linear for name, linear in found.items() if linear is not None}
             yield Layer(
                 name=names[module],
@@ -290,28 +290,28 @@ def _layers(family: Family, base: nn.Module, config: object, names: Mapping[nn.M
                 index=index,
                 depth=len(modules),
                 module=module,
-                attentions=tuple(_attentions(family, module, heads, config, names)),
+                attentions=tuple(_find_attentions(family, module, heads, config, names)),
                 ffn=FeedForward(
                     name=names[second],
                     first=first,
                     second=second,
-                    dropout=None if family.ffn.dropout is None else _there(module, family.ffn.dropout),
+                    dropout=None if family.ffn.dropout is None else _require_module(module, family.ffn.dropout),
                     source=next(iter(first.values())),
                 ),
-                norm=None if family.norm is None else _there(module, family.norm),
-                residual=None if family.residual is None else _there(module, family.residual),
+                norm=None if family.norm is None else _require_module(module, family.norm),
+                residual=None if family.residual is None else _require_module(module, family.residual),
             )
 
 
-def _attentions(
+def _find_attentions(
     family: Family, layer: nn.Module, heads: int, config: object, names: Mapping[nn.Module, str]
 ) -> Iterator[Attention]:
     for kind, paths in family.attentions.items():
-        module = _find(layer, paths.module)
+        module = _find_module(layer, paths.module)
         if module is None:
             continue  # an encoder layer, or a decoder without cross-attention
-        query = _there(layer, paths.query)
-        widths = in_out(query)
+        query = _require_module(layer, paths.query)
+        widths = measure_projection(query)
         assert widths is not None, f"{type(query).__name__} is not a projection that in_out knows"
         kv_heads = int(getattr(config, "num_key_value_heads", heads))
         fused = paths.query == paths.key == paths.value
@@ -325,21 +325,21 @@ def _attentions(
             head_width=head_width,
             module=module,
             query=query,
-            key=_there(layer, paths.key),
-            value=_there(layer, paths.value),
-            output=_there(layer, paths.output),
-            parts={part.name: part for part in _parts(computed, head_width)} if fused else {},
+            key=_require_module(layer, paths.key),
+            value=_require_module(layer, paths.value),
+            output=_require_module(layer, paths.output),
+            parts={part.name: part for part in _divide_heads(computed, head_width)} if fused else {},
         )
 
 
-def _parts(heads: Mapping[str, int], head_width: int) -> Iterator[Part]:
+def _divide_heads(heads: Mapping[str, int], head_width: int) -> Iterator[Part]:
     """Yield the parts next to each other, each as wide as its heads."""
     start = 0
     for name, count in heads.items():
         yield Part(name, start, start := start + count * head_width)
 
 
-def in_out(module: nn.Module) -> tuple[int, int] | None:
+def measure_projection(module: nn.Module) -> tuple[int, int] | None:
     """Return the widths of a projection's input and output, or None for a module that is not a projection."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
@@ -348,7 +348,7 @@ def in_out(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _find(root: nn.Module, path: str) -> nn.Module | None:
+def _find_module(root: nn.Module, path: str) -> nn.Module | None:
     """Return the submodule at `path`, or None if there is none. Negative indices count a list's items from its end."""
     for part in path.split("."):
         if part.startswith("-") and isinstance(root, nn.ModuleList):
@@ -360,8 +360,8 @@ def _find(root: nn.Module, path: str) -> nn.Module | None:
     return root
 
 
-def _there(root: nn.Module, path: str) -> nn.Module:
-    found = _find(root, path)
+def _require_module(root: nn.Module, path: str) -> nn.Module:
+    found = _find_module(root, path)
     assert found is not None, (
         f"{type(root).__name__} has no {path}; this transformers version differs from backbones/sites.py"
     )

@@ -29,7 +29,7 @@ class Named:
     @classmethod
     def of(cls, tokenizer: object, config: object, generation: object) -> Named:
         """Return the ids from the files' values: an id, a list of them or null."""
-        return cls(*map(_ids, (tokenizer, config, generation)))
+        return cls(*map(_list_ids, (tokenizer, config, generation)))
 
     def own(self, is_special: Usable) -> tuple[int, ...]:
         """Return the ids that the model itself names, those of generation first.
@@ -37,7 +37,7 @@ class Named:
         An id that the tokenizer uses for ordinary text, such as a default that nobody has set, does not count, unless
         the tokenizer names it too.
         """
-        found = _once(self.generation, self.config)
+        found = _deduplicate(self.generation, self.config)
         return tuple(i for i in found if is_special(i) or i in self.tokenizer)
 
     def chosen(self, is_special: Usable) -> int | None:
@@ -50,7 +50,7 @@ class Named:
 
     def all(self, is_special: Usable) -> tuple[int, ...]:
         """Return the union: every end of a text stops generation."""
-        return _once(self.own(is_special), self.tokenizer)
+        return _deduplicate(self.own(is_special), self.tokenizer)
 
     def differ(self) -> bool:
         """Return whether two files name different ids."""
@@ -112,7 +112,7 @@ class _Files:
         if not self.config.is_encoder_decoder:
             return set()
         first = self.tokenizer("a")["input_ids"][0]
-        return {first, *_ids(getattr(self.generation, "forced_bos_token_id", None))} & self.special
+        return {first, *_list_ids(getattr(self.generation, "forced_bos_token_id", None))} & self.special
 
     def named(self, role: str, tokenizer: bool = True) -> Named:
         """Return the ids that the files name for a role such as eos; `tokenizer` is false if it has no such role."""
@@ -155,9 +155,9 @@ def _settle_end(files: _Files) -> list[str]:
     files.name("eos", end)
     if before is not None and before != end:
         _end_texts_with(files.tokenizer, before, end)
-    if files.generation is not None and set(ends) != set(_ids(files.generation.eos_token_id)):
+    if files.generation is not None and set(ends) != set(_list_ids(files.generation.eos_token_id)):
         files.generation.eos_token_id = list(ends) if len(ends) > 1 else end
-    if not set(_ids(files.config.eos_token_id)) & set(ends):
+    if not set(_list_ids(files.config.eos_token_id)) & set(ends):
         files.config.eos_token_id = end
     if not (chose or more):
         return []
@@ -168,7 +168,7 @@ def _settle_end(files: _Files) -> list[str]:
 def _settle_pad(files: _Files) -> list[str]:
     named = files.named("pad")
     # The config's comes first: a classifier uses it to count positions and to find a text's last token.
-    pad = Named(named.tokenizer, (), _once(named.config, named.generation)).chosen(files.is_special)
+    pad = Named(named.tokenizer, (), _deduplicate(named.config, named.generation)).chosen(files.is_special)
     files.name("pad", pad)
     if (
         pad is None and files.named("eos").tokenizer
@@ -186,7 +186,7 @@ def _settle_pad(files: _Files) -> list[str]:
 
 def _settle_start(files: _Files) -> list[str]:
     named = files.named("decoder_start", tokenizer=False)
-    start = next(iter(_once(named.generation, named.config)), None)
+    start = next(iter(_deduplicate(named.generation, named.config)), None)
     if start is None:
         return []
     files.config.decoder_start_token_id = start
@@ -231,10 +231,10 @@ def _replace_end(processor: dict[str, Any], old: str, new: str, index: int) -> N
                 processor["special_tokens"][new] = {"id": new, "ids": [index], "tokens": [new]}
 
 
-def _ids(value: object) -> tuple[int, ...]:
+def _list_ids(value: object) -> tuple[int, ...]:
     values: Sequence[object] = value if isinstance(value, list | tuple) else (value,)
-    return _once([index for index in values if isinstance(index, int)])
+    return _deduplicate([index for index in values if isinstance(index, int)])
 
 
-def _once(*parts: Sequence[int]) -> tuple[int, ...]:
+def _deduplicate(*parts: Sequence[int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(index for part in parts for index in part))

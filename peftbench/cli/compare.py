@@ -18,15 +18,15 @@ from rich.table import Table
 
 from peftbench.metrics.bootstrap import Difference
 from peftbench.records.record import FILE, Record, load_records
-from peftbench.records.wording import text
-from peftbench.tables.comparison import compare, settings_of, settings_that_differ
+from peftbench.records.wording import format_value
+from peftbench.tables.comparison import compare_rows, find_differing_settings, read_settings
 from peftbench.tables.fields import FIELDS
-from peftbench.tables.row import Row, is_trial, left_out, over_seeds, unscored
-from peftbench.tables.select import TRIALS, is_filter, select
-from peftbench.utils.console import terminal
-from peftbench.utils.differences import differing
+from peftbench.tables.row import Row, describe_left_out, group_seeds, is_trial, is_unscored
+from peftbench.tables.select import TRIALS, is_filter, select_records
+from peftbench.utils.console import make_console
+from peftbench.utils.differences import find_differing
 from peftbench.utils.errors import UserError
-from peftbench.utils.files import dumped
+from peftbench.utils.files import dump_json
 
 EPILOG = """\
 A and B are each the folder of a run, the first digits of its name, or filters as for peftbench results. Runs that
@@ -56,25 +56,25 @@ def main(argv: list[str]) -> int:
     if arguments.resamples < 1:
         raise UserError(f"--resamples {arguments.resamples}: it must be a whole number of at least 1.")
 
-    a, b = (_side(name, word, arguments.folder) for name, word in zip("AB", arguments.sides, strict=True))
+    a, b = (_read_side(name, word, arguments.folder) for name, word in zip("AB", arguments.sides, strict=True))
     _check_comparable(a, b)
-    differences = compare(a, b, arguments.resamples)
-    settings = settings_that_differ(a, b)
+    differences = compare_rows(a, b, arguments.resamples)
+    settings = find_differing_settings(a, b)
     if arguments.json:
         scores = {name: {**asdict(one), "difference": one.difference} for name, one in differences.items()}
         runs = {name: [record.run for record in row.scored] for name, row in (("a", a), ("b", b))}
-        print(dumped({**runs, "metrics": scores, "settings": settings}, indent=2, ensure_ascii=True))
+        print(dump_json({**runs, "metrics": scores, "settings": settings}, indent=2, ensure_ascii=True))
     else:
-        _show(a, b, differences, settings, terminal())
-    if missing := left_out([a, b]):
+        _print_comparison(a, b, differences, settings, make_console())
+    if missing := describe_left_out([a, b]):
         print(missing, file=sys.stderr)
     return 0
 
 
-def _side(name: str, word: str, folder: Path) -> Row:
+def _read_side(name: str, word: str, folder: Path) -> Row:
     """Return the runs that a word of the command line selects."""
-    records = _found(word, folder)
-    rows = [row for row in over_seeds(records, "mean") if not unscored(row)]
+    records = _find_records(word, folder)
+    rows = [row for row in group_seeds(records, "mean") if not is_unscored(row)]
     if not records:
         raise UserError(
             f"{name}={word} is neither the folder of a run nor the first digits of one below {folder}, nor a filter "
@@ -84,7 +84,7 @@ def _side(name: str, word: str, folder: Path) -> Row:
         ended = ", ".join(sorted({record.outcome for record in records}))
         raise UserError(f"{name}={word} has no score to compare: it is {ended}.")
     if len(rows) > 1:
-        keys = differing([settings_of(row.first) for row in rows])
+        keys = find_differing([read_settings(row.first) for row in rows])
         raise UserError(
             f"{name}={word} matches {len(rows)} settings, which differ in {', '.join(keys[:6]) or 'no key'}; choose "
             'one with further filters, as in "method=lora bottleneck=8", or name a run.'
@@ -92,14 +92,14 @@ def _side(name: str, word: str, folder: Path) -> Row:
     return rows[0]
 
 
-def _found(word: str, folder: Path) -> list[Record]:
+def _find_records(word: str, folder: Path) -> list[Record]:
     if (Path(word) / FILE).is_file():
         return load_records(Path(word))[0]
     records, _ = load_records(folder)
     if is_filter(word):
         filters = shlex.split(word)
         compared = [record for record in records if TRIALS in filters or not is_trial(record)]
-        return select(compared, [one for one in filters if one != TRIALS])
+        return select_records(compared, [one for one in filters if one != TRIALS])
     return [record for record in records if record.run.startswith(word)]
 
 
@@ -111,7 +111,9 @@ def _check_comparable(a: Row, b: Row) -> None:
             raise UserError(f"A and B cannot be compared, because they differ in {key}: {values[0]} and {values[1]}.")
 
 
-def _show(a: Row, b: Row, differences: dict[str, Difference], settings: dict[str, list[Any]], console: Console) -> None:
+def _print_comparison(
+    a: Row, b: Row, differences: dict[str, Difference], settings: dict[str, list[Any]], console: Console
+) -> None:
     one = a.scored[0]
     report = one.scores["report"]
     console.print(f"{one.task}, {report.examples:,} {report.split} examples", highlight=False)
@@ -141,9 +143,9 @@ def _show(a: Row, b: Row, differences: dict[str, Difference], settings: dict[str
     for header in ("settings that differ", "A", "B"):
         table.add_column(header, overflow="fold")
     for key, values in settings.items():
-        table.add_row(key, *(_setting(value) for value in values))
+        table.add_row(key, *(_format_setting(value) for value in values))
     console.print(table)
 
 
-def _setting(value: Any) -> str:
-    return "–" if value is None else text(value)[:60]
+def _format_setting(value: Any) -> str:
+    return "–" if value is None else format_value(value)[:60]

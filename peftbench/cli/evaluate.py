@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from peftbench.evaluation.finished import changed_run, evaluate
-from peftbench.records.saved import run_folder, saved_record
+from peftbench.evaluation.finished import evaluate_run, read_changed_run
+from peftbench.records.saved import find_run_folder, read_saved_record
 from peftbench.tables.scores import show_scores
 from peftbench.utils.errors import UserError
-from peftbench.utils.files import dumped
-from peftbench.utils.quiet import quiet_console
+from peftbench.utils.files import dump_json
+from peftbench.utils.quiet import make_quiet_console
 
 
 def main(argv: list[str]) -> int:
@@ -25,19 +25,19 @@ def main(argv: list[str]) -> int:
         epilog="task.split=SPLIT scores another split; other keys are those of peftbench train that begin with task., "
         "trainer. or model., such as task.generation.num_beams=1 or trainer.eval_batch_size=8.",
     )
-    parser.add_argument("run", type=run_folder, help="its folder, or the first digits of its name")
+    parser.add_argument("run", type=find_run_folder, help="its folder, or the first digits of its name")
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings to change")
     parser.add_argument("--json", action="store_true", help="print a JSON array with one object for each split")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="write the split's predictions there")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.predictions is not None and not arguments.predictions.parent.is_dir():
         raise UserError(f"--predictions {arguments.predictions}: {arguments.predictions.parent} is not a folder.")
-    record = saved_record(arguments.run)
-    run = changed_run(arguments.run, record, arguments.overrides)
-    console = quiet_console(stderr=arguments.json)
-    found = evaluate(arguments.run, run, console, arguments.predictions)
+    record = read_saved_record(arguments.run)
+    run = read_changed_run(arguments.run, record, arguments.overrides)
+    console = make_quiet_console(stderr=arguments.json)
+    found = evaluate_run(arguments.run, run, console, arguments.predictions)
     if arguments.json:
-        print(dumped(found, indent=2, ensure_ascii=True))
+        print(dump_json(found, indent=2, ensure_ascii=True))
     else:
         show_scores(found, record, console)
     return 0

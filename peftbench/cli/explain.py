@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 from peftbench.config.compose import compose_run
-from peftbench.counts.show import show, to_json
-from peftbench.utils.console import terminal
-from peftbench.utils.quick_imports import quick_imports
+from peftbench.counts.show import show_explanation, to_json
+from peftbench.utils.console import make_console
+from peftbench.utils.quick_imports import speed_up_imports
 
 
 def main(argv: list[str]) -> int:
@@ -27,11 +27,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_intermixed_args(argv)
     run = compose_run(args.overrides, config_dir=args.config_dir, reads_data=False)
-    with quick_imports():
+    with speed_up_imports():
         from peftbench.counts.explanation import explain
     explained = explain(run)
     if args.json:
         print(to_json(explained))
     else:
-        show(explained, terminal())
+        show_explanation(explained, make_console())
     return 0

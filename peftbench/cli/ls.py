@@ -12,13 +12,13 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from peftbench.config.axes import CHOICES, Point, points, runs
-from peftbench.config.keys import Key, keys
+from peftbench.config.axes import CHOICES, Point, is_allowed, list_points
+from peftbench.config.keys import Key, list_keys
 from peftbench.config.notation import describe_choice
-from peftbench.config.rows import GROUP, Row, rows
-from peftbench.config.schema import conf_dir
-from peftbench.utils.console import terminal
-from peftbench.utils.errors import UserError, meant, unknown
+from peftbench.config.rows import GROUP, Row, read_rows
+from peftbench.config.schema import find_conf_dir
+from peftbench.utils.console import make_console
+from peftbench.utils.errors import UserError, describe_unknown, suggest
 
 Options = Mapping[str, Path | Row]  # the options of a group, by name
 
@@ -39,12 +39,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--markdown", action="store_true", help="with keys: print the tables of docs/keys.md")
     parser.add_argument("--json", action="store_true", help="with axes: print every point, and whether it runs")
     arguments = parser.parse_args(argv)
-    console, groups = terminal(), dict(sorted({**_groups(conf_dir()), GROUP: rows()}.items()))
+    console, groups = make_console(), dict(sorted({**_list_groups(find_conf_dir()), GROUP: read_rows()}.items()))
     if arguments.config_dir is not None:
         from peftbench.config.compose import check_config_dir  # imports Hydra, which is needed only here
 
         check_config_dir(arguments.config_dir)
-        for name, options in _groups(arguments.config_dir).items():
+        for name, options in _list_groups(arguments.config_dir).items():
             groups[name] = {**groups.get(name, {}), **options}
     if arguments.group is None:
         for name, options in groups.items():
@@ -54,23 +54,23 @@ def main(argv: Sequence[str]) -> int:
         )
     elif arguments.group == "axes":
         if arguments.json:
-            print(json.dumps([{**point._asdict(), "runs": runs(point)} for point in points()], indent=1))
+            print(json.dumps([{**point._asdict(), "runs": is_allowed(point)} for point in list_points()], indent=1))
         else:
             _show_axes(console)
     elif arguments.group == "keys":
-        found = _keys(arguments.start)
+        found = _find_keys(arguments.start)
         if arguments.markdown:
-            print("\n".join(_as_markdown(found)))
+            print("\n".join(_to_markdown(found)))
         else:
             _show_keys(found, console)
     elif arguments.group in groups:
         _show_group(arguments.group, groups[arguments.group], console)
     else:
-        raise UserError(unknown("group", arguments.group, ["axes", "keys", *groups]))
+        raise UserError(describe_unknown("group", arguments.group, ["axes", "keys", *groups]))
     return 0
 
 
-def _groups(conf: Path) -> dict[str, Options]:
+def _list_groups(conf: Path) -> dict[str, Options]:
     """Return the groups of a folder that are not empty, with the files of their options by name, as paper/table5."""
     folders = sorted(path for path in conf.iterdir() if path.is_dir())
     found = {
@@ -89,17 +89,17 @@ def _show_group(group: str, options: Options, console: Console) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for name, option in options.items():
-        table.add_row(name, _meaning(option) or (describe_choice(group, name) if group in CHOICES else ""))
+        table.add_row(name, _get_meaning(option) or (describe_choice(group, name) if group in CHOICES else ""))
     console.print(table, highlight=False)
 
 
-def _meaning(option: Path | Row) -> str:
+def _get_meaning(option: Path | Row) -> str:
     if isinstance(option, Row):
         return option.help
-    return " ".join(_opening(option.read_text(encoding="utf-8").splitlines()))
+    return " ".join(_read_opening(option.read_text(encoding="utf-8").splitlines()))
 
 
-def _opening(lines: Sequence[str]) -> Iterator[str]:
+def _read_opening(lines: Sequence[str]) -> Iterator[str]:
     for line in lines:
         if line.startswith("# @package"):
             continue
@@ -108,12 +108,12 @@ def _opening(lines: Sequence[str]) -> Iterator[str]:
         yield line.lstrip("# ").rstrip()
 
 
-def _keys(start: str) -> list[Key]:
+def _find_keys(start: str) -> list[Key]:
     """Return the keys that begin with `start`. Raises UserError if there are none."""
-    found = [key for key in keys() if key.name.startswith(start)]
+    found = [key for key in list_keys() if key.name.startswith(start)]
     if not found:
-        groups = dict.fromkeys(key.name.partition(".")[0] for key in keys())
-        raise UserError(f"No key starts with {start}{meant(start, groups)}")
+        groups = dict.fromkeys(key.name.partition(".")[0] for key in list_keys())
+        raise UserError(f"No key starts with {start}{suggest(start, groups)}")
     return found
 
 
@@ -127,7 +127,7 @@ def _show_keys(found: Sequence[Key], console: Console) -> None:
     )
 
 
-def _as_markdown(found: Sequence[Key]) -> Iterator[str]:
+def _to_markdown(found: Sequence[Key]) -> Iterator[str]:
     """Yield the lines of a page with a table for the keys of each group; keys without a group come first."""
     yield MARKDOWN
     for group in sorted(dict.fromkeys(map(_group, found)), key=bool):
@@ -135,15 +135,15 @@ def _as_markdown(found: Sequence[Key]) -> Iterator[str]:
         yield from ("| key | default | choices | meaning |", "|---|---|---|---|")
         for key in found:
             if _group(key) == group:
-                choices, meaning = ", ".join(map(_code, key.choices)), key.meaning.replace("|", r"\|")
-                yield f"| {_code(key.name)} | {_code(key.default)} | {choices} | {meaning} |"
+                choices, meaning = ", ".join(map(_format_code, key.choices)), key.meaning.replace("|", r"\|")
+                yield f"| {_format_code(key.name)} | {_format_code(key.default)} | {choices} | {meaning} |"
 
 
 def _group(key: Key) -> str:
     return key.name.split(".")[0] if "." in key.name else ""
 
 
-def _code(text: str) -> str:
+def _format_code(text: str) -> str:
     return f"`{text}`" if text else ""
 
 
@@ -159,8 +159,8 @@ def _show_axes(console: Console) -> None:
         console.print(table, highlight=False)
 
     forms, representations, insertions, compositions = CHOICES.values()
-    possible = sum(1 for _ in points())
-    console.print(Text(f"\nWhich run ({sum(map(runs, points()))} of {possible} points)", "bold"))
+    possible = sum(1 for _ in list_points())
+    console.print(Text(f"\nWhich run ({sum(map(is_allowed, list_points()))} of {possible} points)", "bold"))
     letters = {form: form[0] for form in forms}
     console.print(f"{', '.join(f'{letter}: {form}' for form, letter in letters.items())}; ·: none", highlight=False)
     for insertion in insertions:
@@ -170,7 +170,9 @@ def _show_axes(console: Console) -> None:
             matrix.add_column(header, no_wrap=True)
         for representation in representations:
             cells = (
-                "".join(letters[form] for form in forms if runs(Point(form, representation, insertion, composition)))
+                "".join(
+                    letters[form] for form in forms if is_allowed(Point(form, representation, insertion, composition))
+                )
                 for composition in compositions
             )
             matrix.add_row(representation, *(cell or "·" for cell in cells))

@@ -14,7 +14,7 @@ from io import TextIOWrapper
 
 from peftbench import __version__
 from peftbench.utils.environment import run_alone
-from peftbench.utils.errors import UserError, of_the_machine, print_faults, unknown
+from peftbench.utils.errors import UserError, describe_os_error, describe_unknown, print_faults
 
 HELP = """\
 peftbench: which parameter-efficient fine-tuning method, where in the network, how large, for my model and task.
@@ -90,36 +90,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"peftbench {__version__}")
         return 0
     if arguments[0] in ("-sc", "--shell-completion"):  # Hydra's tab completion calls the program without a subcommand
-        return _complete(arguments)
+        return _print_completions(arguments)
     try:
         if arguments[0] not in COMMANDS:
-            raise UserError(unknown("subcommand", arguments[0], COMMANDS))
-        return _run(arguments[0], arguments[1:])
+            raise UserError(describe_unknown("subcommand", arguments[0], COMMANDS))
+        return _run_command(arguments[0], arguments[1:])
     except UserError as error:
         print_faults(error.faults)
         return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        from peftbench.utils.console import let_go
+        from peftbench.utils.console import discard_output
 
-        let_go(sys.stdout)
+        discard_output(sys.stdout)
         return 0
     except OSError as error:
-        if (sentence := of_the_machine(error)) is None:
+        if (sentence := describe_os_error(error)) is None:
             raise
         print_faults([sentence])
         return 1
 
 
-def _run(command: str, argv: list[str]) -> int:
+def _run_command(command: str, argv: list[str]) -> int:
     if command in COMPUTING:
         run_alone()  # before torch is imported; `train` calls it itself if it will compute
     code: int = import_module(f"peftbench.{COMMANDS[command]}").main(argv)
     return code
 
 
-def _complete(argv: list[str]) -> int:
+def _print_completions(argv: list[str]) -> int:
     """Complete subcommands, or after a subcommand that takes them the keys and values of `peftbench train`."""
     program, _, rest = os.environ.get("COMP_LINE", "").partition(" ")
     typed, space, overrides = rest.partition(" ")
@@ -134,4 +134,4 @@ def _complete(argv: list[str]) -> int:
         os.environ["COMP_LINE"] = " ".join([program, *kept, last])
     elif typed:
         return 0
-    return _run("train", argv)
+    return _run_command("train", argv)

@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 
 from peftbench.config.schema import DType
-from peftbench.evaluation.finished import saved_run
+from peftbench.evaluation.finished import read_saved_run
 from peftbench.evaluation.merged import write_merged
-from peftbench.records.saved import run_folder, saved_record
+from peftbench.records.saved import find_run_folder, read_saved_record
 from peftbench.utils.errors import UserError
-from peftbench.utils.quiet import quiet_console
+from peftbench.utils.quiet import make_quiet_console
 
 
 def main(argv: list[str]) -> int:
@@ -25,13 +25,13 @@ def main(argv: list[str]) -> int:
         "transformers' from_pretrained, with the tokenizer, that does not need peftbench.",
         epilog="Affine methods can be merged: lora, lora_ffn, ia3, bitfit, full and the like.",
     )
-    parser.add_argument("run", type=run_folder, help="its folder, or the first digits of its name")
+    parser.add_argument("run", type=find_run_folder, help="its folder, or the first digits of its name")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to write, new or empty")
     arguments = parser.parse_args(argv)
-    run = saved_run(arguments.run, saved_record(arguments.run))
+    run = read_saved_run(arguments.run, read_saved_record(arguments.run))
     if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
         raise UserError(f"--out {arguments.out} exists already; give a folder that is new or empty.")
-    console = quiet_console()
+    console = make_quiet_console()
     name, share = write_merged(arguments.run, run, arguments.out)
     console.print(
         f"{arguments.out}: load it with transformers' {name}.from_pretrained.", highlight=False, soft_wrap=True

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from peftbench.config.compose import compose_points
 from peftbench.config.schema import Run
 from peftbench.counts.table import show_run, show_sweep, to_json
-from peftbench.utils.console import terminal
+from peftbench.utils.console import make_console
 from peftbench.utils.errors import UserError
-from peftbench.utils.quick_imports import quick_imports
+from peftbench.utils.quick_imports import speed_up_imports
 
 if TYPE_CHECKING:
     from peftbench.counts.run_counts import RunCounts
@@ -23,12 +23,12 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: the command line is refused, or its one run does not fit its backbone.
     """
-    args = _arguments(argv)
+    args = _parse_arguments(argv)
     points = compose_points(args.overrides, multirun=args.multirun, config_dir=args.config_dir, reads_data=False)
     counted: list[RunCounts] = []
     for _, run in points:
         try:
-            counted.append(_count(run))
+            counted.append(_count_run(run))
         except UserError as error:
             if not args.multirun:
                 raise
@@ -37,13 +37,13 @@ def main(argv: list[str]) -> int:
     if args.json:
         print(to_json(counted))
     elif args.multirun:
-        show_sweep(counted, terminal())
+        show_sweep(counted, make_console())
     else:
-        show_run(counted[0], terminal())
+        show_run(counted[0], make_console())
     return 0 if len(counted) == len(points) else 1
 
 
-def _arguments(argv: list[str]) -> argparse.Namespace:
+def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="peftbench params",
         description="Count what a run would train and store, without loading any weights.",
@@ -57,7 +57,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def _count(run: Run) -> RunCounts:
-    with quick_imports():
+def _count_run(run: Run) -> RunCounts:
+    with speed_up_imports():
         from peftbench.counts.run_counts import count_run
     return count_run(run)

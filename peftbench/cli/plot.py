@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from peftbench.tables.plot import ENDINGS, NAMES, draw, draw_curves, save
-from peftbench.tables.row import Statistic, left_out, over_seeds, single
-from peftbench.tables.select import read
+from peftbench.tables.plot import ENDINGS, NAMES, draw_curves, draw_scores, save_figure
+from peftbench.tables.row import Statistic, describe_left_out, group_seeds, make_rows
+from peftbench.tables.select import read_records
 from peftbench.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,15 +39,15 @@ def main(argv: list[str]) -> int:
     for file in files:
         if file.suffix.lower() not in ENDINGS:
             raise UserError(f"--out {file}: the extension must be one of {', '.join(ENDINGS)}.")
-    records = read(arguments.words)
+    records = read_records(arguments.words)
     if arguments.curves:
-        figure = draw_curves(single(records), y=arguments.y or "loss", by=arguments.by)
+        figure = draw_curves(make_rows(records), y=arguments.y or "loss", by=arguments.by)
     else:
-        rows = over_seeds(records, arguments.statistic)
-        if missing := left_out(rows):
+        rows = group_seeds(records, arguments.statistic)
+        if missing := describe_left_out(rows):
             print(missing, file=sys.stderr)
-        figure = draw(rows, x=arguments.x, y=arguments.y or "score", by=arguments.by)
+        figure = draw_scores(rows, x=arguments.x, y=arguments.y or "score", by=arguments.by)
     for file in files:
-        save(figure, file)
+        save_figure(figure, file)
         print(file)
     return 0

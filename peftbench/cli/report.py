@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from peftbench.tables.report.content import SAMPLES, content
-from peftbench.tables.report.page import page
-from peftbench.tables.select import read
+from peftbench.tables.report.content import SAMPLES, build_content
+from peftbench.tables.report.page import build_page
+from peftbench.tables.select import read_records
 from peftbench.utils.errors import UserError
-from peftbench.utils.files import replacing
+from peftbench.utils.files import replace_file
 
 
 def main(argv: list[str]) -> int:
@@ -34,9 +34,11 @@ def main(argv: list[str]) -> int:
     if arguments.out.is_dir():
         raise UserError(f"--out {arguments.out} is a folder; give the name of a file, such as report.html.")
 
-    text = page(content(read(arguments.words), arguments.words, arguments.predictions, arguments.paper))
+    text = build_page(
+        build_content(read_records(arguments.words), arguments.words, arguments.predictions, arguments.paper)
+    )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(arguments.out) as file:
+    with replace_file(arguments.out) as file:
         file.write(text)
     print(arguments.out)
     return 0

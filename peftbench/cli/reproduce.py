@@ -16,18 +16,18 @@ from rich.console import Console
 
 from peftbench.cli.train import main as train
 from peftbench.config.compose import compose_points
-from peftbench.config.schema import Run, by_key, conf_dir
-from peftbench.config.search import phases
-from peftbench.records.choice import known
-from peftbench.records.location import run_dir
-from peftbench.records.record import Record, find, load_records
+from peftbench.config.schema import Run, find_conf_dir, index_by_key
+from peftbench.config.search import split_phases
+from peftbench.records.choice import try_settle
+from peftbench.records.location import locate_run
+from peftbench.records.record import Record, find_record, load_records
 from peftbench.sweeps.resolve import resolve_points
-from peftbench.tables.columns import Column, duration
-from peftbench.tables.paper import is_the_papers, score_of
+from peftbench.tables.columns import Column, format_duration
+from peftbench.tables.paper import find_score, is_papers_setting
 from peftbench.tables.terminal import show_table
-from peftbench.utils.console import terminal
-from peftbench.utils.differences import differing
-from peftbench.utils.errors import UserError, unknown
+from peftbench.utils.console import make_console
+from peftbench.utils.differences import find_differing
+from peftbench.utils.errors import UserError, describe_unknown
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: there is no such table, or the overrides are wrong.
     """
-    names = sorted(file.stem for file in (conf_dir() / "experiment" / "paper").glob("*.yaml"))
+    names = sorted(file.stem for file in (find_conf_dir() / "experiment" / "paper").glob("*.yaml"))
     parser = argparse.ArgumentParser(
         prog="peftbench reproduce",
         description="Run a table or figure of the paper, and show its scores next to ours.",
@@ -71,43 +71,47 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="list the runs, which are done, and the expected time")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.table not in names:
-        raise UserError(unknown("table", arguments.table, names))
+        raise UserError(describe_unknown("table", arguments.table, names))
 
     overrides = [f"experiment=paper/{arguments.table}", *arguments.overrides]
-    points = phases(resolve_points(compose_points(overrides, multirun=True)))[1]
+    points = split_phases(resolve_points(compose_points(overrides, multirun=True)))[1]
     code = 0 if arguments.dry_run else train(["-m", *overrides])
-    _show(arguments.table, lines(arguments.table, [(overrides, known(run)) for overrides, run in points]), terminal())
+    _print_table(
+        arguments.table,
+        describe_runs(arguments.table, [(overrides, try_settle(run)) for overrides, run in points]),
+        make_console(),
+    )
     return code
 
 
-def lines(table: str, points: Sequence[tuple[list[str], Run]]) -> list[Line]:
+def describe_runs(table: str, points: Sequence[tuple[list[str], Run]]) -> list[Line]:
     """Return a line for each run, with its record, time and the paper's score as far as they are known."""
-    given = [by_key(overrides) for overrides, _ in points]
-    keys = differing(given) or ["row"]
-    others = _records(Path(points[0][1].output_dir).expanduser())
+    given = [index_by_key(overrides) for overrides, _ in points]
+    keys = find_differing(given) or ["row"]
+    others = _read_records(Path(points[0][1].output_dir).expanduser())
     found = []
     for values, (_, run) in zip(given, points, strict=True):
-        record = find(run_dir(run))
-        printed = score_of(values.get("row"), run.method, run.task.name, table)
+        record = find_record(locate_run(run))
+        printed = find_score(values.get("row"), run.method, run.task.name, table)
         took = record.timings.get("total_s") if record is not None and record.has_ended else None
         found.append(
             Line(
                 settings={key: values[key] for key in keys if key in values},
                 run=run,
                 record=record,
-                seconds=_expected(run, others) if took is None else took,
+                seconds=_estimate_seconds(run, others) if took is None else took,
                 paper=None if printed is None else printed[1],
             )
         )
     return found
 
 
-def _records(folder: Path) -> list[Record]:
+def _read_records(folder: Path) -> list[Record]:
     found = load_records(folder)[0] if folder.is_dir() else []
     return [record for record in found if record.status == "done" and "total_s" in record.timings]
 
 
-def _expected(run: Run, records: Sequence[Record]) -> float | None:
+def _estimate_seconds(run: Run, records: Sequence[Record]) -> float | None:
     """Return the mean time of runs with the same method, task, backbone and steps; else of any method; else None."""
     alike = [
         record
@@ -119,16 +123,16 @@ def _expected(run: Run, records: Sequence[Record]) -> float | None:
     return fmean(record.timings["total_s"] for record in same) if same else None
 
 
-def _show(name: str, table: Sequence[Line], console: Console) -> None:
+def _print_table(name: str, table: Sequence[Line], console: Console) -> None:
     keys = list(dict.fromkeys(key for line in table for key in line.settings))
-    columns = [Column[Line](key, key, partial(_setting, key), words=True) for key in keys]
+    columns = [Column[Line](key, key, partial(_get_setting, key), words=True) for key in keys]
     columns += [
         Column("status", "status", lambda line: line.record.outcome if line.record else "missing", words=True, wrap=11),
-        Column("time", "time", _time),
+        Column("time", "time", _format_time),
         Column("metric", "metric", lambda line: line.run.task.metric, words=True, dispensable=1),
-        Column("paper", "paper", lambda line: _two(line.paper)),
-        Column("ours", "ours", lambda line: _two(line.ours)),
-        Column("difference", "ours -\npaper", _difference),
+        Column("paper", "paper", lambda line: _format_score(line.paper)),
+        Column("ours", "ours", lambda line: _format_score(line.ours)),
+        Column("difference", "ours -\npaper", _format_difference),
     ]
     of = dict.fromkeys(f"{line.run.task.name} with {line.run.model.name}" for line in table)
     console.print(f"\n{name}: {', '.join(of)}", highlight=False)
@@ -142,26 +146,28 @@ def _show(name: str, table: Sequence[Line], console: Console) -> None:
     if known:
         others = f"the other {len(left)}" if len(known) == len(left) else f"{len(known)} of the other {len(left)}"
         take = "take" if len(known) > 1 else "takes"
-        console.print(f"By the records of similar runs, {others} {take} about {duration(sum(known))}.", highlight=False)
+        console.print(
+            f"By the records of similar runs, {others} {take} about {format_duration(sum(known))}.", highlight=False
+        )
     elif left:
         console.print("There is no record of a similar run, so the time of the others is unknown.", highlight=False)
 
 
-def _setting(key: str, line: Line) -> str:
+def _get_setting(key: str, line: Line) -> str:
     return line.settings.get(key, "")
 
 
-def _time(line: Line) -> str:
+def _format_time(line: Line) -> str:
     if line.seconds is None:
         return ""
-    return duration(line.seconds) if line.has_ended else f"~{duration(line.seconds)}"
+    return format_duration(line.seconds) if line.has_ended else f"~{format_duration(line.seconds)}"
 
 
-def _difference(line: Line) -> str:
-    if line.record is None or line.ours is None or line.paper is None or not is_the_papers(line.record):
+def _format_difference(line: Line) -> str:
+    if line.record is None or line.ours is None or line.paper is None or not is_papers_setting(line.record):
         return ""
     return f"{line.ours - line.paper:+.2f}"
 
 
-def _two(number: float | None) -> str:
+def _format_score(number: float | None) -> str:
     return "" if number is None else f"{number:.2f}"

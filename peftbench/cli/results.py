@@ -10,16 +10,26 @@ from typing import Any, get_args
 
 from rich.text import Text
 
-from peftbench.tables.columns import Column, Cost, beside_paper, chosen, columns
-from peftbench.tables.formats import csv_of, latex, markdown, to_csv, to_json, values
-from peftbench.tables.paper import printed
-from peftbench.tables.pivot import pivot
-from peftbench.tables.row import Row, Statistic, left_out, once, over_seeds, rank, single, tables, unscored
-from peftbench.tables.select import read
-from peftbench.tables.terminal import show_table, titles
-from peftbench.utils.console import terminal
+from peftbench.tables.columns import Column, Cost, choose_columns, find_columns, make_paper_columns
+from peftbench.tables.formats import records_to_csv, records_to_json, rows_to_csv, rows_to_values, to_latex, to_markdown
+from peftbench.tables.paper import find_printed
+from peftbench.tables.pivot import pivot_records
+from peftbench.tables.row import (
+    Row,
+    Statistic,
+    describe_left_out,
+    drop_retrained,
+    get_rank,
+    group_seeds,
+    is_unscored,
+    make_rows,
+    split_tables,
+)
+from peftbench.tables.select import read_records
+from peftbench.tables.terminal import make_titles, show_table
+from peftbench.utils.console import make_console
 from peftbench.utils.errors import UserError
-from peftbench.utils.files import dumped
+from peftbench.utils.files import dump_json
 
 EPILOG = """\
 KEY is a column (method, task, model, seed, status, functional_form, bottleneck, learning_rate, stored, score, time,
@@ -37,21 +47,21 @@ examples:
 
 def main(argv: list[str]) -> int:
     """Print the runs and return the exit code. Raises UserError if there are none."""
-    arguments = _parser().parse_intermixed_args(argv)
-    records = read(arguments.words)
+    arguments = _build_parser().parse_intermixed_args(argv)
+    records = read_records(arguments.words)
     if arguments.reverse and not arguments.sort:
         raise UserError("--reverse needs --sort, whose order it reverses.")
-    if arguments.paper and not any(map(printed, records)):
+    if arguments.paper and not any(map(find_printed, records)):
         print("None of these runs is a row of the paper's tables, at its size; row=NAME trains one.", file=sys.stderr)
     pivoted = arguments.rows or arguments.columns
-    if (pivoted or arguments.statistic) and (again := len(records) - len(once(records))):
+    if (pivoted or arguments.statistic) and (again := len(records) - len(drop_retrained(records))):
         runs = "1 run was" if again == 1 else f"{again} runs were"
         print(f"{runs} trained more than once; a mean uses the latest.", file=sys.stderr)
     if pivoted:
         _check_pivot(arguments)
-        if missing := left_out([Row(tuple(records))]):
+        if missing := describe_left_out([Row(tuple(records))]):
             print(missing, file=sys.stderr)
-        heading, wanted, lines = pivot(
+        heading, wanted, lines = pivot_records(
             records,
             arguments.rows or ["method"],
             arguments.columns,
@@ -59,28 +69,28 @@ def main(argv: list[str]) -> int:
             mixed=arguments.mix,
             statistic=arguments.statistic or "mean",
         )
-        _print([(Text(heading), wanted, lines)], arguments)
+        _print_tables([(Text(heading), wanted, lines)], arguments)
         return 0
     if arguments.mix:
         raise UserError("--mix needs --rows or --columns; without them, runs that differ get separate tables.")
     plain = not (arguments.statistic or arguments.show)
     if plain and arguments.form in ("json", "csv"):
-        rows = single(records)
-        columns_beside = beside_paper(rows, arguments.paper)
-        beside = dict(zip(map(id, records), values(columns_beside, rows), strict=True))
-        form = to_json if arguments.form == "json" else to_csv
+        rows = make_rows(records)
+        columns_beside = make_paper_columns(rows, arguments.paper)
+        beside = dict(zip(map(id, records), rows_to_values(columns_beside, rows), strict=True))
+        form = records_to_json if arguments.form == "json" else records_to_csv
         print(form(records, lambda record: beside[id(record)]).rstrip("\n"))
     else:
-        rows = over_seeds(records, arguments.statistic) if arguments.statistic else single(records)
-        if missing := left_out(rows):
+        rows = group_seeds(records, arguments.statistic) if arguments.statistic else make_rows(records)
+        if missing := describe_left_out(rows):
             print(missing, file=sys.stderr)
-        found = tables(rows)
-        headed = zip(titles(found), found, strict=True)
-        _print([(heading, *_columns(table, arguments)) for heading, table in headed], arguments)
+        found = split_tables(rows)
+        headed = zip(make_titles(found), found, strict=True)
+        _print_tables([(heading, *_choose_columns(table, arguments)) for heading, table in headed], arguments)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="peftbench results",
         description="Show the runs found, best first: one table for each task, backbone, metric, split and size.",
@@ -100,11 +110,15 @@ def _parser() -> argparse.ArgumentParser:
         )
     parser.add_argument("--sort", metavar="KEY", help="order by a column, lowest first; default: best score first")
     parser.add_argument("--reverse", action="store_true", help="with --sort: the largest first")
-    parser.add_argument("--show", metavar="KEY,...", type=_listed, default=[], help="only these columns")
-    parser.add_argument("--rows", metavar="KEY,...", type=_listed, default=[], help="a row for each value of these")
-    parser.add_argument("--columns", metavar="KEY,...", type=_listed, default=[], help="and a column for each of these")
+    parser.add_argument("--show", metavar="KEY,...", type=_split_list, default=[], help="only these columns")
+    parser.add_argument("--rows", metavar="KEY,...", type=_split_list, default=[], help="a row for each value of these")
+    parser.add_argument(
+        "--columns", metavar="KEY,...", type=_split_list, default=[], help="and a column for each of these"
+    )
     parser.add_argument("--value", metavar="KEY", default="score", help="the cells of such a table; default: score")
-    parser.add_argument("--mix", metavar="KEY,...", type=_listed, default=[], help="keys that may differ in a column")
+    parser.add_argument(
+        "--mix", metavar="KEY,...", type=_split_list, default=[], help="keys that may differ in a column"
+    )
     parser.add_argument(
         "--pareto", choices=get_args(Cost), default="stored", help="the cost of the marked Pareto front (◆)"
     )
@@ -124,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _listed(text: str) -> list[str]:
+def _split_list(text: str) -> list[str]:
     return text.split(",")
 
 
@@ -134,18 +148,18 @@ def _check_pivot(arguments: argparse.Namespace) -> None:
         raise UserError(f"{given} needs a row for each run; with --rows and --columns use --value and filters.")
 
 
-def _columns(table: list[Row], arguments: argparse.Namespace) -> tuple[list[Column[Row]], list[Row]]:
+def _choose_columns(table: list[Row], arguments: argparse.Namespace) -> tuple[list[Column[Row]], list[Row]]:
     """Return the columns of a table, and its rows in order."""
-    table = sorted(table, key=rank)
+    table = sorted(table, key=get_rank)
     if arguments.sort:
-        (by,) = chosen([arguments.sort], table, arguments.pareto, arguments.paper)
-        table = _sorted(table, by, arguments.reverse)
+        (by,) = find_columns([arguments.sort], table, arguments.pareto, arguments.paper)
+        table = _sort_rows(table, by, arguments.reverse)
     if arguments.show:
-        return chosen(arguments.show, table, arguments.pareto, arguments.paper), table
-    return columns(table, cost=arguments.pareto, paper=arguments.paper), table
+        return find_columns(arguments.show, table, arguments.pareto, arguments.paper), table
+    return choose_columns(table, cost=arguments.pareto, paper=arguments.paper), table
 
 
-def _sorted(table: list[Row], column: Column[Row], descending: bool) -> list[Row]:
+def _sort_rows(table: list[Row], column: Column[Row], descending: bool) -> list[Row]:
     """Sort the rows by a column; rows without a value in it, or without a score, come last."""
 
     def place(row: Row) -> tuple[float, str]:
@@ -153,25 +167,29 @@ def _sorted(table: list[Row], column: Column[Row], descending: bool) -> list[Row
         return (math.nan if number is None else number, column.cell(row) if column.value is None else "")
 
     def is_last(row: Row) -> bool:
-        return unscored(row) or math.isnan(place(row)[0])
+        return is_unscored(row) or math.isnan(place(row)[0])
 
     first = sorted((row for row in table if not is_last(row)), key=place, reverse=descending)
     return first + [row for row in table if is_last(row)]
 
 
-def _print(tables: Sequence[tuple[Text, list[Column[Any]], Sequence[Any]]], arguments: argparse.Namespace) -> None:
+def _print_tables(
+    tables: Sequence[tuple[Text, list[Column[Any]], Sequence[Any]]], arguments: argparse.Namespace
+) -> None:
     if arguments.form in ("json", "csv"):
-        rows = [row for _, wanted, lines in tables for row in values(wanted, lines)]
-        print(dumped(rows, indent=2, ensure_ascii=True) if arguments.form == "json" else csv_of(rows).rstrip("\n"))
+        rows = [row for _, wanted, lines in tables for row in rows_to_values(wanted, lines)]
+        print(
+            dump_json(rows, indent=2, ensure_ascii=True) if arguments.form == "json" else rows_to_csv(rows).rstrip("\n")
+        )
         return
-    console = terminal()
+    console = make_console()
     for index, (heading, wanted, lines) in enumerate(tables):
         if index:
             print()
         if arguments.form == "markdown":
-            print(f"{heading.plain}\n\n{markdown(wanted, lines)}", end="")
+            print(f"{heading.plain}\n\n{to_markdown(wanted, lines)}", end="")
         elif arguments.form == "latex":
-            print(f"% {heading.plain}\n{latex(wanted, lines)}", end="")
+            print(f"% {heading.plain}\n{to_latex(wanted, lines)}", end="")
         else:
             console.print(heading)
             show_table(wanted, lines, console, labels=len(arguments.rows))

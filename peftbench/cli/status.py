@@ -15,10 +15,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from peftbench.records.record import find
+from peftbench.records.record import find_record
 from peftbench.sweeps.plan import FOLDER, SUFFIX, Plan
-from peftbench.sweeps.status import ORDER, State, seconds_left, summary, time_of
-from peftbench.utils.console import terminal
+from peftbench.sweeps.status import ORDER, State, estimate_seconds_left, format_time, summarise_states
+from peftbench.utils.console import make_console
 from peftbench.utils.errors import UserError
 
 
@@ -42,23 +42,23 @@ def main(argv: list[str]) -> int:
         except (OSError, ValueError) as error:
             print(f"{file} is left out: {error}.", file=sys.stderr)
             continue
-        sweeps.append((plan, [State(point, find(file.parent.parent / point.folder)) for point in plan.points]))
+        sweeps.append((plan, [State(point, find_record(file.parent.parent / point.folder)) for point in plan.points]))
     if not sweeps:
         raise UserError(f"{arguments.folder} has no sweep; make one with: peftbench train -m KEY=A,B")
     if arguments.json:
-        print(json.dumps([_as_json(plan, states) for plan, states in sweeps], indent=2))
+        print(json.dumps([_to_json(plan, states) for plan, states in sweeps], indent=2))
     else:
-        console = terminal()
+        console = make_console()
         for index, (plan, states) in enumerate(sweeps):
             if index:
                 console.print()
-            _show(plan, states, console, arguments.all)
+            _print_sweep(plan, states, console, arguments.all)
     return int(any(state.status == "failed" for _, states in sweeps for state in states))
 
 
-def _show(plan: Plan, states: Sequence[State], console: Console, everything: bool) -> None:
+def _print_sweep(plan: Plan, states: Sequence[State], console: Console, everything: bool) -> None:
     console.print(f"peftbench train {shlex.join(plan.arguments)}", style="dim", soft_wrap=True, highlight=False)
-    console.print(summary(states), highlight=False)
+    console.print(summarise_states(states), highlight=False)
     listed = [state for state in states if everything or state.status != "done"]
     if not listed:
         return
@@ -70,16 +70,16 @@ def _show(plan: Plan, states: Sequence[State], console: Console, everything: boo
         table.add_column(name, overflow="fold", justify="right" if name == "time" else "left")
     for state in sorted(listed, key=lambda state: ORDER.index(state.status)):
         settings = (str(state.point.settings.get(key, "")) for key in keys)
-        table.add_row(*settings, state.outcome, time_of(state), state.point.folder.rpartition("/")[2])
+        table.add_row(*settings, state.outcome, format_time(state), state.point.folder.rpartition("/")[2])
     console.print(table)
 
 
-def _as_json(plan: Plan, states: Sequence[State]) -> dict[str, Any]:
+def _to_json(plan: Plan, states: Sequence[State]) -> dict[str, Any]:
     counted = Counter(state.status for state in states)
     return {
         "arguments": plan.arguments,
         "counts": {status: counted[status] for status in ORDER},
-        "seconds_left": seconds_left(states),
+        "seconds_left": estimate_seconds_left(states),
         "runs": [
             {"folder": state.point.folder, "settings": state.point.settings, "status": state.outcome}
             for state in states

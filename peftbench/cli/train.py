@@ -20,43 +20,43 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from peftbench.config.compose import AND, CONFIG_NAME, Point, compose_points
-from peftbench.config.schema import Run, conf_dir, resolve
-from peftbench.config.search import check, is_open, phases
-from peftbench.records.choice import settled
+from peftbench.config.compose import AND, CONFIG_NAME, TypedRun, compose_points
+from peftbench.config.schema import Run, find_conf_dir, resolve_config
+from peftbench.config.search import check_searches, has_open_search, split_phases
+from peftbench.records.choice import settle_search
 from peftbench.sweeps.plan import Sweep
 from peftbench.sweeps.resolve import resolve_points
 from peftbench.sweeps.sweeper import INTERRUPTED, Sweeper, find_places, train_for_hydra
 from peftbench.tables.terminal import show_ended
-from peftbench.utils.console import say, terminal
+from peftbench.utils.console import make_console, say
 from peftbench.utils.environment import run_alone
 from peftbench.utils.errors import UserError, print_faults
 from peftbench.utils.progress import Display
-from peftbench.utils.quick_imports import quick_imports
+from peftbench.utils.quick_imports import speed_up_imports
 
 
 def main(argv: list[str]) -> int:
     """Check the whole command line, run its jobs, and close a sweep with the table of its runs."""
-    args = _arguments(argv)
+    args = _parse_arguments(argv)
     argv = [*(word for word in argv if word not in args.overrides), *args.overrides]  # as Hydra's own parser wants them
     sys.argv = ["peftbench train", *argv]
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         if args.cfg:
             compose_points(args.overrides, config_dir=args.config_dir)
-        job()
+        run_job()
         return 0
     run_alone()
     points = compose_points(args.overrides, multirun=args.multirun, config_dir=args.config_dir)
-    check(points)
+    check_searches(points)
     _check_plugins(args.overrides, points)
     points = resolve_points(points)
     plugins = any(word.lstrip("+~").startswith(("hydra.", "hydra/")) for word in args.overrides)
-    if args.multirun or any(is_open(run) for _, run in points):
+    if args.multirun or any(has_open_search(run) for _, run in points):
         if AND in args.overrides:
-            _tell_what_differs(points)
+            _print_what_differs(points)
         return _train_by_hydra(points, argv) if plugins else _train_sweep(points, argv)
     if plugins:
-        job()
+        run_job()
         return 0
     ((overrides, run),) = points
     return _train_alone(run, [*_name_config_dir(args.config_dir), *overrides])
@@ -69,10 +69,10 @@ def _name_config_dir(folder: str | None) -> list[str]:
 
 def _train_alone(run: Run, overrides: list[str]) -> int:
     """Train one run and show it."""
-    with quick_imports():
+    with speed_up_imports():
         from peftbench.train import train
-    console = terminal()
-    final, search = settled(run)
+    console = make_console()
+    final, search = settle_search(run)
     try:
         record = train(final, overrides, search=search, display=Display(console))
     except KeyboardInterrupt:
@@ -82,7 +82,7 @@ def _train_alone(run: Run, overrides: list[str]) -> int:
     return 0
 
 
-def _tell_what_differs(points: Sequence[Point]) -> None:
+def _print_what_differs(points: Sequence[TypedRun]) -> None:
     """Print what the grids differ in: a task= that was meant for all may have been typed after `and`."""
     counted = Counter(f"{run.task.name} with {run.model.name}" for _, run in points)
     if len(counted) > 1:
@@ -90,9 +90,9 @@ def _tell_what_differs(points: Sequence[Point]) -> None:
         say(f'This sweep goes over {listed}. What follows "{AND}" belongs to that grid; what all share comes first.')
 
 
-def _train_sweep(points: Sequence[Point], argv: list[str]) -> int:
+def _train_sweep(points: Sequence[TypedRun], argv: list[str]) -> int:
     """Train the runs of a sweep: the trials of its searches, then the others."""
-    trials, final = phases(points)
+    trials, final = split_phases(points)
     places_of_trials, places = (find_places([run for _, run in phase]) for phase in (trials, final))
     sweep = Sweep(final, argv, trials)
     sweeper = Sweeper(sweep)
@@ -107,14 +107,14 @@ def _train_sweep(points: Sequence[Point], argv: list[str]) -> int:
     return sweep.show()
 
 
-def _train_by_hydra(points: Sequence[Point], argv: list[str]) -> int:
+def _train_by_hydra(points: Sequence[TypedRun], argv: list[str]) -> int:
     """Have a sweeper or launcher of Hydra's train the runs of a sweep."""
     if any(word.startswith("hydra/sweeper=") for word in argv):  # decides on its runs as it goes: there is no plan
-        job()
+        run_job()
         return 0
     sweep = Sweep(points, argv)
     try:
-        job()
+        run_job()
     except (KeyboardInterrupt, SystemExit) as exit:
         return _end_interrupted(sweep, exit)
     return sweep.show()
@@ -128,7 +128,7 @@ def _end_interrupted(sweep: Sweep, exit: BaseException) -> int:
     return INTERRUPTED
 
 
-def _arguments(argv: list[str]) -> Namespace:
+def _parse_arguments(argv: list[str]) -> Namespace:
     parser = get_args_parser()
     parser.prog = "peftbench train"
     args, rest = parser.parse_known_intermixed_args(argv)
@@ -142,9 +142,9 @@ def _arguments(argv: list[str]) -> Namespace:
     return args
 
 
-def _check_plugins(overrides: Sequence[str], points: Sequence[Point]) -> None:
+def _check_plugins(overrides: Sequence[str], points: Sequence[TypedRun]) -> None:
     """Raise UserError where a sweeper or launcher of Hydra's and peftbench would both decide what is trained where."""
-    jobs, searching = points[0][1].jobs, any(is_open(run) for _, run in points)
+    jobs, searching = points[0][1].jobs, any(has_open_search(run) for _, run in points)
     for own in ("hydra/sweeper", "hydra/launcher"):
         if not any(word.startswith(f"{own}=") for word in overrides):
             continue
@@ -165,7 +165,7 @@ MINIMISING: dict[str, tuple[Any, str]] = {
 }
 
 
-def _wrong_direction(sweeper: DictConfig) -> str | None:
+def _find_wrong_direction(sweeper: DictConfig) -> str | None:
     """The sentence for a sweeper that would look for the worst run."""
     for key, (wrong, right) in MINIMISING.items():
         found = OmegaConf.select(sweeper, key)
@@ -177,14 +177,14 @@ def _wrong_direction(sweeper: DictConfig) -> str | None:
     return None
 
 
-@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)
-def job(cfg: DictConfig) -> float:
-    """Train one run that Hydra has composed; return what a sweeper may maximise (`records.choice.objective`)."""
+@hydra.main(version_base="1.3", config_path=str(find_conf_dir()), config_name=CONFIG_NAME)
+def run_job(cfg: DictConfig) -> float:
+    """Train one run that Hydra has composed; return what a sweeper may maximise (`compute_objective`)."""
     hydra_config = HydraConfig.get()
-    ((overrides, run),) = resolve_points([(list(hydra_config.overrides.task), resolve(cfg))])
+    ((overrides, run),) = resolve_points([(list(hydra_config.overrides.task), resolve_config(cfg))])
     if hydra_config.mode == RunMode.MULTIRUN:
         selecting = hydra_config.sweeper["_target_"] != BASIC  # by a sweeper that goes by the outcome
-        if selecting and (fault := _wrong_direction(hydra_config.sweeper)):
+        if selecting and (fault := _find_wrong_direction(hydra_config.sweeper)):
             print_faults([fault])
             raise SystemExit(2)
         return train_for_hydra(hydra_config.job.num + 1, run, overrides, selecting)

@@ -1,6 +1,7 @@
 """The valid points of the four axes: one table of rules, and the points that they allow.
 
-`refusals` says what is wrong with a modification and names the nearest point that runs; `runs` consults only the rules.
+`find_refusals` says what is wrong with a modification and names the nearest point that runs; `is_allowed` consults only
+the rules.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from peftbench.config.schema import (
     Representation,
     Stack,
 )
-from peftbench.utils.errors import unknown
+from peftbench.utils.errors import describe_unknown
 
 
 class Point(NamedTuple):
@@ -67,7 +68,7 @@ WITHOUT_ATTENTION = (
 
 RULES = (
     Rule(
-        lambda m: "none" in axes(m),  # a root whose four axes are all none is not a modification
+        lambda m: "none" in read_axes(m),  # a root whose four axes are all none is not a modification
         "{p}functional_form={f}, {p}modified_representation={r}, {p}insertion_form={i}, {p}composition_function={c}: "
         "a modification needs all four axes; give each a value other than none, or start from a preset such as "
         "method=lora.",
@@ -243,12 +244,12 @@ RULES = (
 UNFROZEN = {"bias": "the biases", "norm": "the norms", "all": "all parameters"}
 
 
-def composed(name: str, scale: float, learned: bool) -> str:
+def format_composition(name: str, scale: float, learned: bool) -> str:
     """Return the name of a composition function in a table, with its scale: scaled 4, or scaled 1 learned."""
     return name + (f" {scale:g}" + (" learned" if learned else "") if name == Composition.scaled.name else "")
 
 
-def axes(m: Modification) -> Point:
+def read_axes(m: Modification) -> Point:
     """Return the point of a modification."""
     return Point(
         m.functional_form.name,
@@ -258,7 +259,7 @@ def axes(m: Modification) -> Point:
     )
 
 
-def at(point: Point) -> Modification:
+def build_modification(point: Point) -> Modification:
     """Return a modification at a point of the axes, with no option set."""
     form, representation, insertion, composition = point
     return Modification(
@@ -270,19 +271,19 @@ def at(point: Point) -> Modification:
     )
 
 
-def points(*more_forms: str) -> Iterator[Point]:
+def list_points(*more_forms: str) -> Iterator[Point]:
     """Yield every combination of `CHOICES`, whether it runs or not, also with further activations."""
     forms, *others = CHOICES.values()
     return itertools.starmap(Point, itertools.product(dict.fromkeys((*more_forms, *forms)), *others))
 
 
 @cache
-def runs(point: Point) -> bool:
+def is_allowed(point: Point) -> bool:
     """Return whether no rule refuses the point."""
-    return not any(rule.broken(at(point)) for rule in RULES)
+    return not any(rule.broken(build_modification(point)) for rule in RULES)
 
 
-def nearest(point: Point) -> Point:
+def find_nearest(point: Point) -> Point:
     """Return the point that runs and differs in the fewest axes; on a tie, the one that keeps representation and
     form."""
     costs = (1.02, 1.03, 1.0, 1.01)  # of another form, representation, insertion, composition
@@ -290,15 +291,15 @@ def nearest(point: Point) -> Point:
     def distance(other: Point) -> float:
         return sum(cost for cost, old, new in zip(costs, point, other, strict=True) if old != new)
 
-    return min(filter(runs, points(point.functional_form)), key=distance)
+    return min(filter(is_allowed, list_points(point.functional_form)), key=distance)
 
 
-def refusals(prefix: str, m: Modification) -> Iterator[str]:
+def find_refusals(prefix: str, m: Modification) -> Iterator[str]:
     """Yield a sentence for each rule that the modification breaks; `prefix` is that of its keys, "" or "mix.NAME."."""
     if m.functional_form.name not in FUNCTIONAL_FORMS:
-        yield unknown(f"{prefix}functional_form.name", m.functional_form.name, FUNCTIONAL_FORMS)
+        yield describe_unknown(f"{prefix}functional_form.name", m.functional_form.name, FUNCTIONAL_FORMS)
         return
-    point = axes(m)
+    point = read_axes(m)
     form, representation, insertion, composition = point
     for rule in RULES:
         if rule.broken(m):
@@ -316,9 +317,13 @@ def refusals(prefix: str, m: Modification) -> Iterator[str]:
             if rule is RULES[0]:  # if an axis is missing, the other rules would only repeat that
                 yield sentence
                 return
-            yield f"{sentence} {_nearest_in_words(prefix, point)}" if rule.broken(at(point)) else sentence
+            yield (
+                f"{sentence} {_describe_nearest(prefix, point)}" if rule.broken(build_modification(point)) else sentence
+            )
 
 
-def _nearest_in_words(prefix: str, point: Point) -> str:
-    changed = [f"{prefix}{axis}={new}" for axis, new in nearest(point)._asdict().items() if new != getattr(point, axis)]
+def _describe_nearest(prefix: str, point: Point) -> str:
+    changed = [
+        f"{prefix}{axis}={new}" for axis, new in find_nearest(point)._asdict().items() if new != getattr(point, axis)
+    ]
     return f"The nearest point that runs: {' '.join(changed)}."

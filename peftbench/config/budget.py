@@ -20,7 +20,7 @@ EXAMPLES = (
 )
 
 
-def limit(budget: str, backbone: int) -> int:
+def parse_budget(budget: str, backbone: int) -> int:
     """Return the number of stored parameters that `budget` allows; a share is a share of `backbone` parameters.
 
     >>> limit("6.7%", 406_291_456), limit("27.4M", 406_291_456)
@@ -41,7 +41,7 @@ def limit(budget: str, backbone: int) -> int:
     return int(number)
 
 
-def largest_sizes(weights: Sequence[int], costs: Sequence[int], fixed: int, most: int) -> list[int] | None:
+def find_largest_sizes(weights: Sequence[int], costs: Sequence[int], fixed: int, most: int) -> list[int] | None:
     """Return the largest sizes n_i, in the ratio of `weights` w_i, with fixed + Σ n_i costs_i <= most, or None.
 
     n_i = max(1, ⌊t w_i + 1/2⌋) for one scale factor t: each size is its share, rounded half up, and at least 1. The

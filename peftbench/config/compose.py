@@ -28,11 +28,11 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
-from peftbench.config.overrides import apply_override, in_words
-from peftbench.config.rows import GROUP, rows
-from peftbench.config.schema import Run, conf_dir, resolve
-from peftbench.config.validity import faults
-from peftbench.utils.errors import UserError, unknown
+from peftbench.config.overrides import apply_override, describe_error
+from peftbench.config.rows import GROUP, read_rows
+from peftbench.config.schema import Run, find_conf_dir, resolve_config
+from peftbench.config.validity import find_faults
+from peftbench.utils.errors import UserError, describe_unknown
 
 CONFIG_NAME = "train"
 AND = "and"  # between the grids of one sweep
@@ -54,14 +54,14 @@ def _store_configs() -> None:
     store = ConfigStore.instance()
     store.repo = _Shared(store.repo)
     store.store("schema", Run)
-    for name, row in rows().items():
+    for name, row in read_rows().items():
         store.store(name, row.config, group=GROUP, package="_global_")
 
 
 _store_configs()
 
 
-Point = tuple[list[str], Run]  # the overrides that make a run, and the run
+TypedRun = tuple[list[str], Run]  # the overrides that make a run, and the run
 
 
 def compose_run(overrides: Sequence[str], *, config_dir: str | None = None, reads_data: bool = True) -> Run:
@@ -72,29 +72,29 @@ def compose_run(overrides: Sequence[str], *, config_dir: str | None = None, read
 
 def compose_points(
     overrides: Sequence[str], *, multirun: bool = False, config_dir: str | None = None, reads_data: bool = True
-) -> list[Point]:
+) -> list[TypedRun]:
     """Return the validated run, or with `multirun` all runs of a sweep, each with its overrides.
 
     Args:
         config_dir: a folder with the user's own groups.
-        reads_data: see `validity.faults`.
+        reads_data: see `validity.find_faults`.
 
     Raises:
         UserError: with a sentence for every fault.
     """
     if config_dir is not None:
         check_config_dir(Path(config_dir))
-    grids = _grids(overrides)
+    grids = _split_grids(overrides)
     if len(grids) > 1 and not multirun:
         raise UserError(f"{AND} joins grids into a sweep; add -m to run it.")
-    with _hydra(config_dir):
+    with _open_hydra(config_dir):
         loader = GlobalHydra.instance().config_loader()
-        known = _Known(cache(partial(_all_options, loader)), cache(_compose))
+        known = _Known(cache(partial(_list_options, loader)), cache(_compose_groups))
         found: list[str] = []
-        runs: list[Point] = []
-        for point in [point for grid in grids for point in _points_of(grid, multirun, loader)]:
+        runs: list[TypedRun] = []
+        for point in [point for grid in grids for point in _expand_grid(grid, multirun, loader)]:
             try:
-                runs.append((point, _compose_one(point, loader, known, reads_data)))
+                runs.append((point, _compose_run(point, loader, known, reads_data)))
             except UserError as error:
                 found.extend(sentence for sentence in error.faults if sentence not in found)
         if found:
@@ -110,9 +110,9 @@ def check_config_dir(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise UserError(f"--config-dir {folder} is not a folder; give one with method/, task/ ... below it.")
-    ours = {file.relative_to(conf_dir()): file for file in conf_dir().rglob("*.yaml")}
+    ours = {file.relative_to(find_conf_dir()): file for file in find_conf_dir().rglob("*.yaml")}
     theirs = [name for name, file in ours.items() if (folder / name).is_file() and not _is_same(folder / name, file)]
-    theirs += [name for name in (Path(GROUP, f"{row}.yaml") for row in rows()) if (folder / name).is_file()]
+    theirs += [name for name in (Path(GROUP, f"{row}.yaml") for row in read_rows()) if (folder / name).is_file()]
     if theirs:
         own = "would not be read, because peftbench has a file with this name; give it another name."
         raise UserError(*(f"--config-dir {folder}: {name.as_posix()} {own}" for name in sorted(theirs)))
@@ -122,7 +122,7 @@ def _is_same(file: Path, other: Path) -> bool:
     return file.read_bytes() == other.read_bytes()
 
 
-def _grids(words: Sequence[str]) -> list[list[str]]:
+def _split_grids(words: Sequence[str]) -> list[list[str]]:
     """Return the overrides of each grid of a sweep. A grid after an `and` has the first grid's overrides and its own,
     which replace those with the same key."""
     grids: list[list[str]] = [[]]
@@ -134,25 +134,28 @@ def _grids(words: Sequence[str]) -> list[list[str]]:
     if len(grids) > 1 and not all(grids):
         raise UserError(f"{AND} must be between two grids, as in -m method=full {AND} method=lora,mam budget=1%.")
     first, *others = grids
-    return [first, *([*(word for word in first if _key(word) not in set(map(_key, own))), *own] for own in others)]
+    return [
+        first,
+        *([*(word for word in first if _get_key(word) not in set(map(_get_key, own))), *own] for own in others),
+    ]
 
 
-def _key(word: str) -> str:
+def _get_key(word: str) -> str:
     return word.partition("=")[0].lstrip("+~")
 
 
-def _points_of(grid: list[str], multirun: bool, loader: ConfigLoader) -> list[list[str]]:
+def _expand_grid(grid: list[str], multirun: bool, loader: ConfigLoader) -> list[list[str]]:
     """Return the override lists of a grid's runs."""
-    parsed = _parsed(grid, loader)
-    params = _sweep_of_experiment(parsed)
+    parsed = _parse_overrides(grid, loader)
+    params = _read_experiment_sweep(parsed)
     if params and not multirun:
         raise UserError(f"An experiment that sweeps over {' and '.join(params)} is a sweep; add -m to run it.")
     if params:
-        parsed = [*_parsed(list(params.values()), loader), *parsed]
-    return _points(parsed) if multirun else [grid]
+        parsed = [*_parse_overrides(list(params.values()), loader), *parsed]
+    return _expand_overrides(parsed) if multirun else [grid]
 
 
-def _parsed(overrides: list[str], loader: ConfigLoader) -> list[Override]:
+def _parse_overrides(overrides: list[str], loader: ConfigLoader) -> list[Override]:
     """Parse overrides. Raises UserError with a sentence for each word that is not an override."""
     parser, found, parsed = OverridesParser.create(config_loader=loader), [], []
     for line in overrides:
@@ -174,12 +177,12 @@ def _parsed(overrides: list[str], loader: ConfigLoader) -> list[Override]:
 
 
 @contextmanager
-def _hydra(config_dir: str | None) -> Iterator[None]:
+def _open_hydra(config_dir: str | None) -> Iterator[None]:
     """Provide Hydra's compose API over conf/ and the user's --config-dir, and clear it afterwards for hydra.main.
 
     `initialize_config_dir`, the public way, takes only one folder.
     """
-    search_path = create_config_search_path(str(conf_dir()))
+    search_path = create_config_search_path(str(find_conf_dir()))
     if config_dir is not None:
         search_path.prepend("command-line", f"file://{Path(config_dir).resolve()}", anchor="schema")
     GlobalHydra.instance().clear()
@@ -191,7 +194,7 @@ def _hydra(config_dir: str | None) -> Iterator[None]:
         GlobalHydra.instance().clear()
 
 
-def _points(parsed: list[Override]) -> list[list[str]]:
+def _expand_overrides(parsed: list[Override]) -> list[list[str]]:
     """Return the override lists of a sweep's runs. A sweeper that decides during the sweep (hydra/sweeper=optuna ...)
     has no list of points: then the overrides that are not swept are checked."""
     if any(override.key_or_group == "hydra/sweeper" for override in parsed):
@@ -200,7 +203,7 @@ def _points(parsed: list[Override]) -> list[list[str]]:
     return [point for batch in batches for point in batch]
 
 
-def _sweep_of_experiment(parsed: list[Override]) -> dict[str, str]:
+def _read_experiment_sweep(parsed: list[Override]) -> dict[str, str]:
     """Return the overrides, by key, over which an experiment's own YAML sweeps (hydra.sweeper.params). A key on the
     command line wins. Empty if the experiment cannot be composed: its faults are reported later."""
     chosen = [override for override in parsed if override.key_or_group == "experiment"]
@@ -215,9 +218,9 @@ def _sweep_of_experiment(parsed: list[Override]) -> dict[str, str]:
     return {key: f"{key}={value}" for key, value in params.items() if key not in given}
 
 
-def _all_options(loader: ConfigLoader, group: str) -> list[str]:
+def _list_options(loader: ConfigLoader, group: str) -> list[str]:
     """Return the options of a group; those in folders below it have names such as paper/table5."""
-    below = [(folder, _all_options(loader, f"{group}/{folder}")) for folder in loader.list_groups(group)]
+    below = [(folder, _list_options(loader, f"{group}/{folder}")) for folder in loader.list_groups(group)]
     return [*loader.get_group_options(group), *(f"{folder}/{option}" for folder, names in below for option in names)]
 
 
@@ -228,30 +231,30 @@ class _Known(NamedTuple):
     composed: Callable[[tuple[str, ...]], DictConfig]  # the config for these choices of groups; read-only
 
 
-def _compose(groups: tuple[str, ...]) -> DictConfig:
+def _compose_groups(groups: tuple[str, ...]) -> DictConfig:
     return compose(CONFIG_NAME, overrides=list(groups))
 
 
-def _compose_one(overrides: list[str], loader: ConfigLoader, known: _Known, reads_data: bool) -> Run:
+def _compose_run(overrides: list[str], loader: ConfigLoader, known: _Known, reads_data: bool) -> Run:
     found: list[str] = []
     groups: list[Override] = []
     values: list[Override] = []
     for override in OverridesParser.create(config_loader=loader).parse_overrides(overrides):
         options = known.options(override.key_or_group)
-        if wrong := list(_override_faults(override, options)):
+        if wrong := list(_find_override_faults(override, options)):
             found.extend(wrong)
-        elif options or override.is_delete() or _is_hydras(override):
+        elif options or override.is_delete() or _is_hydra_key(override):
             groups.append(override)
         else:
             values.append(override)
     try:
         cfg = deepcopy(known.composed(tuple(str(override.input_line) for override in groups)))
         found.extend(sentence for override in values if (sentence := apply_override(cfg, override)))
-        run = resolve(cfg)
+        run = resolve_config(cfg)
     except (HydraException, OmegaConfBaseException, MarkedYAMLError, ValueError) as error:  # defaults are no list
-        raise UserError(*found, in_words(error)) from error
-    found.extend(_misnamed(groups, run))
-    found.extend(faults(run, reads_data=reads_data))
+        raise UserError(*found, describe_error(error)) from error
+    found.extend(_find_misnamed_presets(groups, run))
+    found.extend(find_faults(run, reads_data=reads_data))
     if run.budget is not None:
         found.extend(
             f"{override.input_line} with budget={run.budget}: the bottlenecks are computed from the budget; give only "
@@ -264,7 +267,7 @@ def _compose_one(overrides: list[str], loader: ConfigLoader, known: _Known, read
     return run
 
 
-def _override_faults(override: Override, options: list[str]) -> Iterator[str]:
+def _find_override_faults(override: Override, options: list[str]) -> Iterator[str]:
     """Yield the faults of an override by itself; `options` are those of its group, if it names one."""
     line, group = override.input_line, override.key_or_group
     if override.is_sweep_override():
@@ -281,15 +284,15 @@ def _override_faults(override: Override, options: list[str]) -> Iterator[str]:
                 choices = ", ".join(options)
                 yield f"{line} chooses nothing; leave {group} out for its default, or give one of: {choices}."
             elif str(option) not in options:
-                yield unknown(override.get_key_element().lstrip("+"), option, options)
+                yield describe_unknown(override.get_key_element().lstrip("+"), option, options)
 
 
 def _has_place(group: str) -> bool:
     """Return whether a group is one of peftbench's own, for which conf/train.yaml has an entry."""
-    return group == GROUP or (conf_dir() / group).is_dir()
+    return group == GROUP or (find_conf_dir() / group).is_dir()
 
 
-def _misnamed(groups: list[Override], run: Run) -> Iterator[str]:
+def _find_misnamed_presets(groups: list[Override], run: Run) -> Iterator[str]:
     """Yield a fault for each copy of a preset that still has the name of the original, which tables would show."""
     names = {"method": ("method", run.method), "task": ("name", run.task.name)}
     given = {override.key_or_group: override.value() for override in groups}
@@ -298,5 +301,5 @@ def _misnamed(groups: list[Override], run: Run) -> Iterator[str]:
             yield f"{group}/{given[group]}.yaml has {key}: {name}; write {key}: {given[group]}, the name of its file."
 
 
-def _is_hydras(override: Override) -> bool:
+def _is_hydra_key(override: Override) -> bool:
     return override.key_or_group.split(".")[0].split("/")[0] == "hydra"

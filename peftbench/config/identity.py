@@ -11,8 +11,8 @@ from enum import Enum
 from functools import cache
 from typing import Any, get_args, get_type_hints
 
-from peftbench.config.schema import Run, task_files
-from peftbench.config.stamps import content_stamp
+from peftbench.config.schema import Run, list_task_files
+from peftbench.config.stamps import stamp_content
 
 # Keys that change no result except by rounding: where the run happens, how fast and with which guards; tables that have
 # already had their effect on other keys; keys that only counting reads; and the budget, which has already been turned
@@ -48,7 +48,7 @@ IGNORED = (
 _SPECIAL = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what a special token may look like: </s>, <|im_start|>, [SEP]
 
 
-def run_hash(run: Run, stamp: Callable[[str], str] = content_stamp) -> str:
+def hash_run(run: Run, stamp: Callable[[str], str] = stamp_content) -> str:
     """Return the name of a run: eight hexadecimal digits.
 
     Files count by content, not by path. Raises UserError if a path of the config does not exist.
@@ -56,7 +56,7 @@ def run_hash(run: Run, stamp: Callable[[str], str] = content_stamp) -> str:
     Args:
         stamp: a function from a path to a hash of its content.
     """
-    config = plain(run)
+    config = to_plain(run)
     for key in IGNORED:
         *groups, leaf = key.split(".")
         node = config
@@ -76,7 +76,7 @@ def run_hash(run: Run, stamp: Callable[[str], str] = content_stamp) -> str:
         del task[key]
     if path:
         model |= {"hub_id": None, "revision": None, "content": stamp(path)}
-    if files := task_files(run.task):
+    if files := list_task_files(run.task):
         task["content"] = {split: stamp(file) for split, file in files.items()}
     elif data_dir:
         task["content"] = stamp(data_dir)
@@ -85,36 +85,36 @@ def run_hash(run: Run, stamp: Callable[[str], str] = content_stamp) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def plain(config: object) -> dict[str, Any]:
+def to_plain(config: object) -> dict[str, Any]:
     """Return a run, or a part of one, as nested dicts and lists of JSON values.
 
     Enum members become their names, and an int becomes a float if the schema has a float. OmegaConf has the same
     result, but needs 50 ms for a run.
     """
     assert is_dataclass(config) and not isinstance(config, type)
-    kinds = _kinds(type(config))
-    return {field.name: _plain(getattr(config, field.name), kinds[field.name]) for field in fields(config)}
+    kinds = _list_kinds(type(config))
+    return {field.name: _to_plain_value(getattr(config, field.name), kinds[field.name]) for field in fields(config)}
 
 
-def _plain(value: Any, kinds: frozenset[object]) -> Any:
+def _to_plain_value(value: Any, kinds: frozenset[object]) -> Any:
     """Return the JSON value of a key whose type consists of `kinds`."""
     if is_dataclass(value):
-        return plain(value)
+        return to_plain(value)
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, dict):
-        return {key: _plain(below, kinds) for key, below in value.items()}
+        return {key: _to_plain_value(below, kinds) for key, below in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(below, kinds) for below in value]
+        return [_to_plain_value(below, kinds) for below in value]
     return float(value) if type(value) is int and float in kinds else value
 
 
 @cache
-def _kinds(schema: type) -> dict[str, frozenset[object]]:
+def _list_kinds(schema: type) -> dict[str, frozenset[object]]:
     """Return for each key the types in its type: float and None for `float | None`, float for `list[float]`."""
-    return {name: frozenset(_parts(kind)) for name, kind in get_type_hints(schema).items()}
+    return {name: frozenset(_flatten_kind(kind)) for name, kind in get_type_hints(schema).items()}
 
 
-def _parts(kind: Any) -> list[object]:
-    parts = [part for below in get_args(kind) for part in _parts(below)]
+def _flatten_kind(kind: Any) -> list[object]:
+    parts = [part for below in get_args(kind) for part in _flatten_kind(below)]
     return parts or [kind]

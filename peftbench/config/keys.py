@@ -21,7 +21,7 @@ class Key(NamedTuple):
     meaning: str
 
 
-def keys(schema: type = Run, prefix: str = "") -> Iterator[Key]:
+def list_keys(schema: type = Run, prefix: str = "") -> Iterator[Key]:
     """Yield every key of a dataclass of config/schema.py, including those of nested dataclasses, in file order."""
     hints = get_type_hints(schema)
     for field in fields(schema):
@@ -31,16 +31,16 @@ def keys(schema: type = Run, prefix: str = "") -> Iterator[Key]:
         kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type)]
         inner = next((kind for kind in kinds if is_dataclass(kind)), None)
         if inner is not None and get_origin(hint) not in (dict, list):  # a mapping with free names is one key
-            yield from keys(inner, f"{prefix}{field.name}.")
+            yield from list_keys(inner, f"{prefix}{field.name}.")
             continue
         default = field.default_factory() if field.default_factory is not MISSING else field.default
         members: Mapping[str, Enum] = next((kind.__members__ for kind in kinds if issubclass(kind, Enum)), {})
-        yield Key(f"{prefix}{field.name}", _typed(default), list(members), field.metadata.get(HELP, ""))
+        yield Key(f"{prefix}{field.name}", _format_default(default), list(members), field.metadata.get(HELP, ""))
 
 
-def _typed(value: Any) -> str:
+def _format_default(value: Any) -> str:
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, list):
-        return f"[{','.join(map(_typed, value))}]"
+        return f"[{','.join(map(_format_default, value))}]"
     return {"None": "null", "True": "true", "False": "false", "???": ""}.get(str(value), str(value))

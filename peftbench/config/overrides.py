@@ -19,12 +19,12 @@ from omegaconf.errors import (
 from yaml import MarkedYAMLError
 
 from peftbench.config.schema import Modification, Run
-from peftbench.utils.errors import meant, unknown
+from peftbench.utils.errors import describe_unknown, suggest
 
 
 def apply_override(cfg: DictConfig, override: Override) -> str | None:
     """Set the key of an override in `cfg`. Return what is wrong with it as a sentence, or None."""
-    return set_key(cfg, override.key_or_group, override.value(), force_add=_may_grow(cfg, override))
+    return set_key(cfg, override.key_or_group, override.value(), force_add=_is_addition(cfg, override))
 
 
 def set_key(cfg: DictConfig, key: str, value: Any, force_add: bool = False) -> str | None:
@@ -35,13 +35,13 @@ def set_key(cfg: DictConfig, key: str, value: Any, force_add: bool = False) -> s
     try:
         OmegaConf.update(cfg, key, value, merge=True, force_add=force_add)
     except (ConfigKeyError, ConfigAttributeError):
-        return _unknown_key(cfg, key, value)
+        return _describe_unknown_key(cfg, key, value)
     except OmegaConfBaseException as error:
-        return _bad_value(cfg, key, value, error)
+        return _describe_bad_value(cfg, key, value, error)
     return None
 
 
-def _may_grow(cfg: DictConfig, override: Override) -> bool:
+def _is_addition(cfg: DictConfig, override: Override) -> bool:
     """Return whether an override adds to a mapping with free keys: +task.data_files.SPLIT=FILE or
     +task.data_files={SPLIT:FILE}. In a schema, + adds nothing."""
     key = override.key_or_group
@@ -50,7 +50,7 @@ def _may_grow(cfg: DictConfig, override: Override) -> bool:
     return is_mapping and (override.is_add() or override.is_force_add())
 
 
-def _unknown_key(cfg: DictConfig, key: str, value: object) -> str:
+def _describe_unknown_key(cfg: DictConfig, key: str, value: object) -> str:
     """Return the sentence for a key that is not in the schema: the wrong part, and the choices at its level."""
     parts = key.split(".")
     for depth in range(len(parts)):
@@ -64,16 +64,16 @@ def _unknown_key(cfg: DictConfig, key: str, value: object) -> str:
             at = f" (in {'.'.join(parts[:depth])})" if depth else ""
             if depth and not choices:
                 return f"{key} is not a key of the config{at}; +{key}=... adds it."
-            return f"{key} is not a key of the config{at}{_one_level_below(cfg, key) or meant(parts[depth], choices)}"
+            return f"{key} is not a key of the config{at}{_suggest_group(cfg, key) or suggest(parts[depth], choices)}"
     if isinstance(value, dict):
         node = OmegaConf.select(cfg, key)
         for name in value:
             if isinstance(node, DictConfig) and name not in node:
-                return _unknown_key(cfg, f"{key}.{name}", value[name])
+                return _describe_unknown_key(cfg, f"{key}.{name}", value[name])
     return f"{key}={value} does not fit the config."
 
 
-def _one_level_below(cfg: DictConfig, key: str) -> str | None:
+def _suggest_group(cfg: DictConfig, key: str) -> str | None:
     """Return the end of that sentence if the key is one of trainer, task or model, typed without this prefix."""
     for group in ("trainer", "task", "model"):
         if key.partition(".")[0] in list(cfg[group]):  # includes keys without a value
@@ -84,18 +84,18 @@ def _one_level_below(cfg: DictConfig, key: str) -> str | None:
 WANTED: dict[type | None, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
-def _bad_value(cfg: DictConfig, key: str, value: object, error: OmegaConfBaseException) -> str:
-    kind, is_list = _type_of(cfg, key)
+def _describe_bad_value(cfg: DictConfig, key: str, value: object, error: OmegaConfBaseException) -> str:
+    kind, is_list = _get_type(cfg, key)
     if is_list and isinstance(value, (str, int, float)):
         return f"{key}={value}: a list is expected, as in {key}=[{value}]."
     if kind is not None and issubclass(kind, Enum):
-        return unknown(key, value, kind.__members__)
+        return describe_unknown(key, value, kind.__members__)
     if kind in WANTED:
         return f"{key}={value}: {WANTED[kind]} is expected."
-    return f"{key}={value}: {in_words(error)}"
+    return f"{key}={value}: {describe_error(error)}"
 
 
-def _wrong_in_file(file: str, fault: str, key: str) -> str:
+def _describe_file_fault(file: str, fault: str, key: str) -> str:
     """Return the sentence for a file of a group with a key that Hydra refuses.
 
     Args:
@@ -115,14 +115,14 @@ def _wrong_in_file(file: str, fault: str, key: str) -> str:
     if last in ("method", "model", "task", "trainer") and key in (last, f"{group}.{last}"):
         return f"{file}: its keys are read as {group}'s own; a file with {last}: begins with # @package _global_."
     if fault.startswith("Key "):
-        return f"{file}: {_unknown_key(schema, key, '')}"
-    kind, is_list = _type_of(schema, key)
+        return f"{file}: {_describe_unknown_key(schema, key, '')}"
+    kind, is_list = _get_type(schema, key)
     if kind in WANTED:
         return f"{file}: {key}: {'a list, such as [a, b],' if is_list else WANTED[kind]} is expected."
     return f"{file}: {key}: {fault}."
 
 
-def _type_of(cfg: DictConfig, key: str) -> tuple[type | None, bool]:
+def _get_type(cfg: DictConfig, key: str) -> tuple[type | None, bool]:
     """Return the type of a key in the schema, if the key exists, and whether it is the type of a list's elements."""
     node = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
     if not isinstance(node, DictConfig):
@@ -133,7 +133,7 @@ def _type_of(cfg: DictConfig, key: str) -> tuple[type | None, bool]:
     return kind if isinstance(kind, type) else None, get_origin(declared) is list
 
 
-def in_words(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Return a message of Hydra or OmegaConf as one sentence."""
     if isinstance(error, InterpolationKeyError) and "task.paper" in str(error):
         return "trainer=paper: this task has no settings in the paper; use trainer=quick."
@@ -143,20 +143,20 @@ def in_words(error: Exception) -> str:
         return f"{where} is not YAML: {error.problem}."
     if found := re.match(r"In '(.+)': \w+ raised while composing config:\n(.*)\n +full_key: (.*)", str(error)):
         file, fault, key = found.groups()
-        return _wrong_in_file(f"{file}.yaml", fault, key)
+        return _describe_file_fault(f"{file}.yaml", fault, key)
     if isinstance(error, InterpolationKeyError):
-        return f"{error.full_key}: {_one_line(error)}."
+        return f"{error.full_key}: {_join_lines(error)}."
     if found := re.match(r"In '.*': Could not find '(.+)/(.+)'\n\nAvailable options in .+:\n([\w\s]*)\n", str(error)):
-        return unknown(found[1], found[2], found[3].split())
+        return describe_unknown(found[1], found[2], found[3].split())
     if "Could not override" in str(error) and "@" in str(error):
-        return f"{_one_line(error)} A file that overrides groups begins with the line # @package _global_."
+        return f"{_join_lines(error)} A file that overrides groups begins with the line # @package _global_."
     if isinstance(error, MissingMandatoryValue):
         key = str(getattr(error, "full_key", ""))
         own = " A task's file may begin with defaults: [text_classification] or [text_to_text], and change some keys."
         return f"{key} has no value; give one.{own if key.startswith('task.') else ''}"
-    return _one_line(error)
+    return _join_lines(error)
 
 
-def _one_line(error: Exception) -> str:
+def _join_lines(error: Exception) -> str:
     text = str(error).split("\n    full_key:")[0].split("\nConfig search path")[0]
     return re.sub(r"\s+", " ", text).strip()

@@ -8,7 +8,7 @@ FURTHER = "report_"  # with the split's name: the role of a further split on whi
 Roles = dict[str, tuple[str, int | None]]  # the split of each role, and its maximum number of rows; None: all
 
 
-def roles(task: Task) -> Roles:
+def assign_roles(task: Task) -> Roles:
     """Return the roles of data in a run: training, selection of a state, report, and further reports."""
     return {
         "train": (task.train_split, task.max_train),
@@ -23,12 +23,12 @@ def is_reported(role: str) -> bool:
     return role == "report" or role.startswith(FURTHER)
 
 
-def splits(task: Task) -> list[str]:
+def list_splits(task: Task) -> list[str]:
     """Return the splits that the task reads, each once."""
-    return list(limits_of(roles(task)))
+    return list(limit_splits(assign_roles(task)))
 
 
-def limits_of(wanted: Roles) -> dict[str, int | None]:
+def limit_splits(wanted: Roles) -> dict[str, int | None]:
     """Return how many rows of each split its roles need; None: all of them."""
     found: dict[str, int | None] = {}
     for split, limit in wanted.values():

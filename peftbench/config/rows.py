@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from peftbench.config.schema import conf_dir
+from peftbench.config.schema import find_conf_dir
 
 GROUP = "row"
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C loader is not available everywhere
@@ -38,7 +38,7 @@ class Row:
 
 
 @cache
-def rows() -> dict[str, Row]:
+def read_rows() -> dict[str, Row]:
     """Return the rows by name."""
     return {
         name: Row(
@@ -50,16 +50,16 @@ def rows() -> dict[str, Row]:
     }
 
 
-def scores(row: str | None, method: str) -> Scores:
+def read_scores(row: str | None, method: str) -> Scores:
     """Return the paper's scores for a row, or without one for a method at its usual size; {} if there are none."""
     if row is None:
         found: Scores = _read()["methods"].get(method, {})
         return found
-    known = rows().get(row)
+    known = read_rows().get(row)
     return {} if known is None else known.paper
 
 
 @cache
 def _read() -> dict[str, Any]:
-    found: dict[str, Any] = yaml.load((conf_dir() / "rows.yaml").read_bytes(), LOADER)
+    found: dict[str, Any] = yaml.load((find_conf_dir() / "rows.yaml").read_bytes(), LOADER)
     return found

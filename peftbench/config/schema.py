@@ -506,12 +506,12 @@ EMBEDDED = PACKAGE / "backbones"  # the folder of the backbones that ship with t
 OmegaConf.register_new_resolver("embedded", lambda name: str(EMBEDDED / name), replace=True)
 
 
-def conf_dir() -> Path:
+def find_conf_dir() -> Path:
     """Return the folder with the YAML groups: inside the installed package, or at the top of a checkout."""
     return PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 
 
-def task_files(task: Task) -> dict[str, str]:
+def list_task_files(task: Task) -> dict[str, str]:
     """Return the user's own files by split."""
     roles = (
         (task.train_split, task.train_file),
@@ -521,7 +521,7 @@ def task_files(task: Task) -> dict[str, str]:
     return {**task.data_files, **{split: file for split, file in roles if file is not None}}
 
 
-def modifications(run: Run) -> dict[str, Modification]:
+def list_modifications(run: Run) -> dict[str, Modification]:
     """Return the modifications of a run by the prefix of their keys: "" for the root's, "mix.NAME." for the others."""
     found: dict[str, Modification] = {}
     if run.functional_form.name != "none":
@@ -530,12 +530,12 @@ def modifications(run: Run) -> dict[str, Modification]:
     return found
 
 
-def module_name(prefix: str) -> str:
+def name_module(prefix: str) -> str:
     """Return the name of a modification's modules in the model: NAME for "mix.NAME.", "modification" for "" (root)."""
     return prefix.split(".")[1] if prefix else "modification"
 
 
-def value_at(run: Run, key: str) -> Any:
+def get_value(run: Run, key: str) -> Any:
     """Return the value of a dotted key. Raises AttributeError, or in a mapping KeyError, if there is none."""
     node: Any = run
     for part in key.split("."):
@@ -543,19 +543,19 @@ def value_at(run: Run, key: str) -> Any:
     return node
 
 
-def by_key(overrides: Iterable[str]) -> dict[str, str]:
+def index_by_key(overrides: Iterable[str]) -> dict[str, str]:
     """Return the values of overrides KEY=VALUE, as typed, by their keys without a +."""
     return dict(word.lstrip("+").split("=", 1) for word in overrides if "=" in word)
 
 
-def resolve(cfg: DictConfig) -> Run:
+def resolve_config(cfg: DictConfig) -> Run:
     """Return the composed config as a typed `Run` with every interpolation resolved."""
     run = OmegaConf.to_object(cfg)
     assert isinstance(run, Run)
-    run.model.name = backbone_name(run.model)
+    run.model.name = name_backbone(run.model)
     if isinstance(run.size, dict):
         run.size["taken"] = {
-            prefix: m.bottleneck for prefix, m in modifications(run).items() if _is_from_column(cfg, prefix)
+            prefix: m.bottleneck for prefix, m in list_modifications(run).items() if _is_from_column(cfg, prefix)
         }
     if run.task.prompt is not None:  # a line break on Hydra's command line can only come from the shell
         run.task.prompt = run.task.prompt.replace(r"\n", "\n")
@@ -569,6 +569,6 @@ def _is_from_column(cfg: DictConfig, prefix: str) -> bool:
     return isinstance(raw, dict) and "${size." in str(raw["bottleneck"])
 
 
-def backbone_name(model: Model) -> str:
+def name_backbone(model: Model) -> str:
     """Return the backbone's name in tables: the folder's name if `model.path` is given, else the option's name."""
     return Path(os.path.expanduser(model.path)).resolve().name if model.path else model.name

@@ -15,26 +15,26 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from peftbench.config.compose import Point
-from peftbench.config.identity import IGNORED, run_hash
+from peftbench.config.compose import TypedRun
+from peftbench.config.identity import IGNORED, hash_run
 from peftbench.config.overrides import set_key
-from peftbench.config.schema import Run, Search, Variation, by_key, value_at
-from peftbench.config.validity import faults
-from peftbench.utils.errors import UserError, meant
+from peftbench.config.schema import Run, Search, Variation, get_value, index_by_key
+from peftbench.config.validity import find_faults
+from peftbench.utils.errors import UserError, suggest
 
 # In addition to IGNORED: with other data or another backbone the scores of trials would not be comparable.
 NOT_SEARCHED = ("task", "model", "method", "fidelity", "debug", "seed", "search")
 
 
-def values(run: Run, search: Search) -> dict[str, list[Any]]:
+def list_values(run: Run, search: Search) -> dict[str, list[Any]]:
     """Return the values that are tried for each key, in the order of preference that decides ties.
 
     A multiple has 12 significant digits. A multiple of an integer is rounded to the nearest integer, at least 1.
     """
-    return {key: _values(variation, value_at(run, key)) for key, variation in search.keys.items()}
+    return {key: _expand_variation(variation, get_value(run, key)) for key, variation in search.keys.items()}
 
 
-def _values(variation: Variation, base: Any) -> list[Any]:
+def _expand_variation(variation: Variation, base: Any) -> list[Any]:
     if variation.times is None:
         return [float(value) if isinstance(base, float) else value for value in variation.values or []]
     multiples = [base * factor for factor in variation.times]
@@ -43,34 +43,34 @@ def _values(variation: Variation, base: Any) -> list[Any]:
     return list(dict.fromkeys(float(f"{value:.12g}") for value in multiples))
 
 
-def settings(run: Run, search: Search) -> list[dict[str, Any]]:
+def list_settings(run: Run, search: Search) -> list[dict[str, Any]]:
     """Return the settings of each trial: every combination of the values."""
-    tried = values(run, search)
+    tried = list_values(run, search)
     return [dict(zip(tried, combination, strict=True)) for combination in product(*tried.values())]
 
 
-def trials(run: Run) -> list[Run]:
+def build_trials(run: Run) -> list[Run]:
     """Return the runs that are compared before `run`."""
     assert run.search is not None
     plain = replace(run, search=None, seed=run.seed if run.search.seed is None else run.search.seed)
     found = []
-    for setting in settings(run, run.search):
+    for setting in list_settings(run, run.search):
         trial = plain
         for key, value in setting.items():
-            trial = _changed(trial, key.split("."), value)
+            trial = _replace_at(trial, key.split("."), value)
         found.append(trial)
     return found
 
 
-def _changed(node: Any, path: Sequence[str], value: Any) -> Any:
+def _replace_at(node: Any, path: Sequence[str], value: Any) -> Any:
     """Return a copy of a config with another value at a path."""
     first, *rest = path
     old = node[first] if isinstance(node, dict) else getattr(node, first)
-    new = _changed(old, rest, value) if rest else type(old)[value] if isinstance(old, Enum) else value
+    new = _replace_at(old, rest, value) if rest else type(old)[value] if isinstance(old, Enum) else value
     return {**node, first: new} if isinstance(node, dict) else replace(node, **{first: new})
 
 
-def search_faults(run: Run) -> list[str]:
+def find_search_faults(run: Run) -> list[str]:
     """Return all faults of a run's search and of its trials."""
     search = run.search
     if search is None:
@@ -79,19 +79,19 @@ def search_faults(run: Run) -> list[str]:
     if not search.keys:
         return [f"{whose} has no keys; give it some, as conf/search/lr3.yaml does."]
     cfg = OmegaConf.structured(replace(run, search=None))
-    found = [fault for key, variation in search.keys.items() for fault in _key_faults(key, variation, cfg, run)]
+    found = [fault for key, variation in search.keys.items() for fault in _find_key_faults(key, variation, cfg, run)]
     if found:
         return [f"{whose}: {fault}" for fault in found]
-    compared = trials(run)
+    compared = build_trials(run)
     if search.trial is not None and not 0 <= search.trial < len(compared):
         return [f"search.trial={search.trial}: {whose} has the trials 0 to {len(compared) - 1}."]
-    sound = set(faults(replace(run, search=None)))
+    sound = set(find_faults(replace(run, search=None)))
     return list(
-        dict.fromkeys(f"{whose}: {fault}" for trial in compared for fault in faults(trial) if fault not in sound)
+        dict.fromkeys(f"{whose}: {fault}" for trial in compared for fault in find_faults(trial) if fault not in sound)
     )
 
 
-def _key_faults(key: str, variation: Variation, cfg: DictConfig, run: Run) -> list[str]:
+def _find_key_faults(key: str, variation: Variation, cfg: DictConfig, run: Run) -> list[str]:
     if key in IGNORED:
         return [f"{key} changes no result, so there is nothing to search over."]
     if key.split(".")[0] in NOT_SEARCHED:
@@ -99,10 +99,10 @@ def _key_faults(key: str, variation: Variation, cfg: DictConfig, run: Run) -> li
     if run.budget is not None and not key.startswith("trainer."):
         return [f"{key} with budget={run.budget}: with a budget, only trainer.* can be searched over."]
     try:
-        base = value_at(run, key)
+        base = get_value(run, key)
     except KeyError as missing:
         (name,) = missing.args
-        return [f"{key} is not a key of method={run.method}, whose mix has no {name}{meant(name, run.mix)}"]
+        return [f"{key} is not a key of method={run.method}, whose mix has no {name}{suggest(name, run.mix)}"]
     except AttributeError:
         return [set_key(cfg, key, None) or f"{key} is not a key of the config."]
     if bool(variation.times) == bool(variation.values):
@@ -112,18 +112,18 @@ def _key_faults(key: str, variation: Variation, cfg: DictConfig, run: Run) -> li
     return [fault for value in variation.values or [] if (fault := set_key(cfg.copy(), key, value))]
 
 
-def check(points: Sequence[Point]) -> None:
+def check_searches(points: Sequence[TypedRun]) -> None:
     """Raise UserError if a point's search is wrong, or if a grid sweeps over a key that the search chooses: if points
     differ in nothing else."""
-    given = [by_key(overrides) for overrides, _ in points]
-    found = [sentence for _, run in points for sentence in search_faults(run)]
+    given = [index_by_key(overrides) for overrides, _ in points]
+    found = [sentence for _, run in points for sentence in find_search_faults(run)]
     for typed, (_, run) in zip(given, points, strict=True):
         if run.search is None:
             continue
         chosen = f"is chosen by search={run.search.name}; leave one of the two out."
         for key, variation in run.search.keys.items():
-            rest = _without(key, typed)
-            if len({one.get(key) for one in given if _without(key, one) == rest}) > 1:
+            rest = _drop_key(key, typed)
+            if len({one.get(key) for one in given if _drop_key(key, one) == rest}) > 1:
                 found.append(f"{key} is swept and {chosen}")
             elif variation.values and key in typed:
                 found.append(f"{key}={typed[key]} {chosen}")
@@ -131,35 +131,35 @@ def check(points: Sequence[Point]) -> None:
         raise UserError(*dict.fromkeys(found))
 
 
-def _without(key: str, typed: dict[str, str]) -> dict[str, str]:
+def _drop_key(key: str, typed: dict[str, str]) -> dict[str, str]:
     return {other: value for other, value in typed.items() if other != key}
 
 
-def is_open(run: Run) -> bool:
+def has_open_search(run: Run) -> bool:
     """Return whether the run depends on trials that have not been compared yet."""
     return run.search is not None and run.search.trial is None
 
 
-def phases(points: Sequence[Point]) -> tuple[list[Point], list[Point]]:
+def split_phases(points: Sequence[TypedRun]) -> tuple[list[TypedRun], list[TypedRun]]:
     """Return the trials of a sweep's searches, and the sweep's own runs with the seed of the trials as `search.seed`.
 
     Points that differ only in their seed share their trials. These have the first point's seed unless `search.seed`
     is given.
     """
     first: dict[str, int] = {}
-    tried: dict[tuple[str, int], Point] = {}
-    final: list[Point] = []
+    tried: dict[tuple[str, int], TypedRun] = {}
+    final: list[TypedRun] = []
     for overrides, run in points:
         search = run.search
         if search is None or search.trial is not None:
             final.append((overrides, run))
             continue
-        group = run_hash(replace(run, seed=0))
+        group = hash_run(replace(run, seed=0))
         if search.seed is None:
             search = replace(search, seed=first.setdefault(group, run.seed))
             overrides = [*overrides, f"search.seed={search.seed}"]
         final.append((overrides, replace(run, search=search)))
-        for index in range(len(settings(run, search))):
+        for index in range(len(list_settings(run, search))):
             trial = replace(run, search=replace(search, trial=index))
             tried.setdefault((group, index), ([*overrides, f"search.trial={index}"], trial))
     return list(tried.values()), final

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from peftbench.config.schema import Model, Run, conf_dir
+from peftbench.config.schema import Model, Run, find_conf_dir
 
 
-def sizes_taken(run: Run) -> dict[str, int]:
+def list_sizes_taken(run: Run) -> dict[str, int]:
     """Return, by prefix, the bottlenecks from the run's column that may have to be fitted to its backbone.
 
     There are none if all bottlenecks were typed; if there is a budget, for which sizes are only a ratio; if the column
@@ -18,21 +18,21 @@ def sizes_taken(run: Run) -> dict[str, int]:
     """
     if run.budget is not None or not isinstance(run.size, dict):
         return {}
-    made_for = column_backbones(run)
+    made_for = list_column_backbones(run)
     if not made_for or any(_is(run.model, model) for model in made_for.values()):
         return {}
     taken: dict[str, int] = run.size.get("taken", {})
     return taken
 
 
-def column_backbones(run: Run) -> dict[str, Model]:
+def list_column_backbones(run: Run) -> dict[str, Model]:
     """Return the backbones for which the sizes of a run's column were made, by their names in conf/model."""
-    return {name: _preset(name) for name in run.size.get("of", ())} if isinstance(run.size, dict) else {}
+    return {name: _load_preset(name) for name in run.size.get("of", ())} if isinstance(run.size, dict) else {}
 
 
 @cache
-def _preset(name: str) -> Model:
-    preset = OmegaConf.load(conf_dir() / "model" / f"{name}.yaml")
+def _load_preset(name: str) -> Model:
+    preset = OmegaConf.load(find_conf_dir() / "model" / f"{name}.yaml")
     apart = {"sizes": ""}  # it refers to a task, and there is none here
     merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Model), preset, apart))
     assert isinstance(merged, Model)

@@ -15,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from peftbench.utils.cache_dir import cache_dir
+from peftbench.utils.cache_dir import find_cache_dir
 from peftbench.utils.errors import UserError
-from peftbench.utils.files import replacing
+from peftbench.utils.files import replace_file
 
 LARGE = 1 << 20  # bytes; the first version of the stamp read the whole of smaller files, and of files from this size
 _END = 1 << 16  # only the size and this many bytes at each end
@@ -30,7 +30,7 @@ _State = list[int]
 _known: dict[Path, tuple[_State, str]] = {}  # of large files, as hashed by this process or found on disk
 
 
-def content_stamp(path: str | Path) -> str:
+def stamp_content(path: str | Path) -> str:
     """Return twelve hexadecimal digits for a file, or for a folder with all files in it except hidden ones.
 
     Raises UserError if there is no such path.
@@ -39,15 +39,15 @@ def content_stamp(path: str | Path) -> str:
     return _NAMED_BEFORE.get(stamp, stamp)
 
 
-def ends_stamp(path: str | Path) -> str:
-    """Return the first version of `content_stamp`, which named earlier runs and ignores the middle of `LARGE` files.
+def stamp_ends(path: str | Path) -> str:
+    """Return the first version of `stamp_content`, which named earlier runs and ignores the middle of `LARGE` files.
 
     Without such files the two are equal. Raises UserError if there is no such path.
     """
-    return _stamp(path, _ends)
+    return _stamp(path, _read_ends)
 
 
-def counted_files(path: str | Path) -> list[tuple[str, Path]]:
+def list_counted_files(path: str | Path) -> list[tuple[str, Path]]:
     """Return the files that a stamp includes, sorted, with their names in the folder.
 
     Raises UserError if there is no such path.
@@ -65,14 +65,14 @@ def counted_files(path: str | Path) -> list[tuple[str, Path]]:
 
 def _stamp(path: str | Path, of_large: Callable[[Path], bytes]) -> str:
     digest = hashlib.sha256()
-    for name, file in counted_files(path):
+    for name, file in list_counted_files(path):
         size = file.stat().st_size
         digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
         digest.update(file.read_bytes() if size < LARGE else of_large(file))
     return digest.hexdigest()[:12]
 
 
-def _ends(file: Path) -> bytes:
+def _read_ends(file: Path) -> bytes:
     with file.open("rb") as content:
         start = content.read(_END)
         content.seek(-_END, os.SEEK_END)
@@ -81,23 +81,23 @@ def _ends(file: Path) -> bytes:
 
 def _whole(file: Path) -> bytes:
     """Return the hash of a large file, from an earlier reading if the file has not changed since."""
-    place, state = file.resolve(), _state(file)
-    kept = cache_dir() / "stamps" / f"{hashlib.sha256(os.fsencode(place)).hexdigest()[:32]}.json"
+    place, state = file.resolve(), _read_state(file)
+    kept = find_cache_dir() / "stamps" / f"{hashlib.sha256(os.fsencode(place)).hexdigest()[:32]}.json"
     found = _known.get(place) or _read(kept)
     if found is None or found[0] != state:
-        found = (state, _hashed(file, state[1]))
+        found = (state, _hash_large(file, state[1]))
         # A file that changes while it is read, or just after, could be mistaken for its earlier content.
-        if _state(file) != state or time.time_ns() - max(state[2:]) < _FRESH:
+        if _read_state(file) != state or time.time_ns() - max(state[2:]) < _FRESH:
             return bytes.fromhex(found[1])
         with suppress(OSError):  # a cache that cannot be written costs seconds, not the run
             kept.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(kept) as writing:
+            with replace_file(kept) as writing:
                 json.dump(found, writing)
     _known[place] = found
     return bytes.fromhex(found[1])
 
 
-def _state(file: Path) -> _State:
+def _read_state(file: Path) -> _State:
     """Return what a change of a file changes: inode, size, and the times of the last change of its content and of its
     inode; nobody can set the last one."""
     found = file.stat()
@@ -113,7 +113,7 @@ def _read(kept: Path) -> tuple[_State, str] | None:
         return None
 
 
-def _hashed(file: Path, size: int) -> str:
+def _hash_large(file: Path, size: int) -> str:
     """Return the SHA-256 over the SHA-256 hashes of a file's pieces, in threads: hashlib releases the GIL.
 
     The hash is cryptographic because nothing compares the content again: two files with the same hash would be the

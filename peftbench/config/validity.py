@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftbench.config.axes import axes, refusals
-from peftbench.config.budget import limit
-from peftbench.config.fidelity import idle_switches
+from peftbench.config.axes import find_refusals, read_axes
+from peftbench.config.budget import parse_budget
+from peftbench.config.fidelity import find_idle_switches
 from peftbench.config.schema import (
     EMBEDDED,
     LOSS,
@@ -28,14 +28,14 @@ from peftbench.config.schema import (
     TaskKind,
     Trainer,
     Unfreeze,
-    modifications,
-    task_files,
-    value_at,
+    get_value,
+    list_modifications,
+    list_task_files,
 )
-from peftbench.utils.errors import UserError, unknown
+from peftbench.utils.errors import UserError, describe_unknown
 
 # The metrics for each kind of task, by name; `metrics.measure.DEFINITIONS` computes them.
-METRICS = {
+METRIC_NAMES = {
     TaskKind.classification: ("accuracy", "f1", "macro_f1", "matthews"),
     TaskKind.regression: ("pearson", "spearman"),
     TaskKind.text_to_text: ("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "chrf", "bleu_ro", "exact_match"),
@@ -97,49 +97,49 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
 )
 
 
-def faults(run: Run, *, reads_data: bool = True) -> list[str]:
+def find_faults(run: Run, *, reads_data: bool = True) -> list[str]:
     """Return all faults of `run`, one plain sentence each; an empty list if it can run.
 
     Without `reads_data` the run is only counted, and its task needs no data.
     """
     return [
-        *_axes_faults(run),
-        *_budget_faults(run),
-        *_number_faults(run),
-        *_path_faults(run),
-        *_source_faults(run.task, reads_data),
-        *_data_faults(run.task),
-        *_dtype_faults(run),
-        *_trainer_faults(run),
-        *_nothing_to_train(run),
-        *idle_switches(run),
-        *_metric_faults(run.task),
+        *_find_axes_faults(run),
+        *_find_budget_faults(run),
+        *_find_number_faults(run),
+        *_find_path_faults(run),
+        *_find_source_faults(run.task, reads_data),
+        *_find_data_faults(run.task),
+        *_find_dtype_faults(run),
+        *_find_trainer_faults(run),
+        *_find_nothing_to_train(run),
+        *find_idle_switches(run),
+        *_find_metric_faults(run.task),
     ]
 
 
-def _axes_faults(run: Run) -> Iterator[str]:
-    for prefix, m in modifications(run).items():
-        yield from refusals(prefix, m)
-    if run.functional_form.name == "none" and any(axis != "none" for axis in axes(run)):
-        yield from refusals("", run)
+def _find_axes_faults(run: Run) -> Iterator[str]:
+    for prefix, m in list_modifications(run).items():
+        yield from find_refusals(prefix, m)
+    if run.functional_form.name == "none" and any(axis != "none" for axis in read_axes(run)):
+        yield from find_refusals("", run)
 
 
-def _budget_faults(run: Run) -> Iterator[str]:
+def _find_budget_faults(run: Run) -> Iterator[str]:
     if run.budget is None:
         if run.budget_split is not None:
             yield "budget_split divides a budget, but there is none; give one, such as budget=1%, or leave it out."
         return
     try:
-        limit(run.budget, backbone=100)
+        parse_budget(run.budget, backbone=100)
     except UserError as error:
         yield from error.faults
-    if all(m.bottleneck is None for m in modifications(run).values()):
+    if all(m.bottleneck is None for m in list_modifications(run).values()):
         yield (
             f"budget={run.budget} determines bottlenecks, but method={run.method} has none: its size follows from the "
             "backbone; leave budget out, or take a method with a bottleneck such as method=lora."
         )
         return
-    split, names = run.budget_split, [prefix.rstrip(".") or "the root's" for prefix in modifications(run)]
+    split, names = run.budget_split, [prefix.rstrip(".") or "the root's" for prefix in list_modifications(run)]
     if split is not None and (len(split) != len(names) or not all(0 < share < math.inf for share in split)):
         shares = ", ".join(f"{share:g}" for share in split)
         yield (
@@ -148,7 +148,7 @@ def _budget_faults(run: Run) -> Iterator[str]:
         )
 
 
-def _path_faults(run: Run) -> Iterator[str]:
+def _find_path_faults(run: Run) -> Iterator[str]:
     """Yield faults of paths that do not exist; their content is checked when it is read."""
     folders = {"model.path": run.model.path, "task.data_dir": run.task.data_dir}
     files: dict[str, str | None] = {
@@ -164,20 +164,20 @@ def _path_faults(run: Run) -> Iterator[str]:
         )
     for key, path in folders.items():
         if path is not None and not Path(path).expanduser().is_dir():
-            yield f"{key}={path} is not a folder{_seen_from(path)}; give the path of an existing one."
+            yield f"{key}={path} is not a folder{_describe_base(path)}; give the path of an existing one."
     for key, path in files.items():
         if path is not None and not Path(path).expanduser().is_file():
-            yield f"{key}={path} is not a file{_seen_from(path)}; give the path of an existing one."
+            yield f"{key}={path} is not a file{_describe_base(path)}; give the path of an existing one."
 
 
-def _seen_from(path: str) -> str:
+def _describe_base(path: str) -> str:
     """Return the folder that a relative path starts from: the paths of a saved run may have been typed elsewhere."""
     return "" if Path(path).expanduser().is_absolute() else f" below {Path.cwd()}"
 
 
-def _source_faults(task: Task, reads_data: bool) -> Iterator[str]:
+def _find_source_faults(task: Task, reads_data: bool) -> Iterator[str]:
     """Yield a fault if there is no data but it is needed: to train, or to count a head with one output per label."""
-    if any((task_files(task), task.data_dir, task.packages, task.hub_id)):
+    if any((list_task_files(task), task.data_dir, task.packages, task.hub_id)):
         return
     if reads_data:
         yield (
@@ -191,7 +191,7 @@ def _source_faults(task: Task, reads_data: bool) -> Iterator[str]:
         )
 
 
-def _data_faults(task: Task) -> Iterator[str]:
+def _find_data_faults(task: Task) -> Iterator[str]:
     """Yield faults in the settings for reading the data."""
     if task.validation_file and task.test_file and task.selection_split == task.report_split:
         yield (
@@ -206,22 +206,22 @@ def _data_faults(task: Task) -> Iterator[str]:
         yield f"task.labels=[{','.join(task.labels)}] names a label twice."
     elif len(task.labels) == 1 and task.kind is TaskKind.classification:
         yield f"task.labels=[{task.labels[0]}] names one label; two or more are needed."
-    yield from label_faults("task.metric", task.metric, task.labels)
+    yield from find_label_faults("task.metric", task.metric, task.labels)
 
 
-def label_faults(key: str, metric: str, labels: Sequence[str]) -> Iterator[str]:
+def find_label_faults(key: str, metric: str, labels: Sequence[str]) -> Iterator[str]:
     """Yield a fault if a metric, typed as `key`, does not fit the labels, which may be known only from the data."""
     if metric == "f1" and len(labels) > 2:
         yield f"{key}=f1 is the F1 of the second of two labels; with more labels use macro_f1."
 
 
-def _number_faults(run: Run) -> Iterator[str]:
+def _find_number_faults(run: Run) -> Iterator[str]:
     for keys, holds, sentence in RANGES:
         for key in keys:
-            value = value_at(run, key)
+            value = get_value(run, key)
             if value is not None and not holds(value):
                 yield f"{key}={value}: {sentence}."
-    for prefix, m in modifications(run).items():
+    for prefix, m in list_modifications(run).items():
         if not math.isfinite(m.composition_function.scale):
             yield f"{prefix}composition_function.scale={m.composition_function.scale}: it must be a finite number."
     generation, betas = run.task.generation, run.trainer.betas
@@ -234,7 +234,7 @@ def _number_faults(run: Run) -> Iterator[str]:
         yield f"trainer.betas={betas}: Adam takes two numbers in [0, 1), such as [0.9,0.999]."
 
 
-def _dtype_faults(run: Run) -> Iterator[str]:
+def _find_dtype_faults(run: Run) -> Iterator[str]:
     if run.model.dtype is not DType.bfloat16:
         return
     if run.unfreeze is not Unfreeze.none:
@@ -249,18 +249,18 @@ def _dtype_faults(run: Run) -> Iterator[str]:
         )
 
 
-def _trainer_faults(run: Run) -> Iterator[str]:
+def _find_trainer_faults(run: Run) -> Iterator[str]:
     """Yield faults for settings of the trainer that exclude each other."""
     trainer = run.trainer
     if trainer.graphs is True:
-        for key, value in unrecordable(trainer).items():
+        for key, value in list_unrecordable(trainer).items():
             yield (
                 f"trainer.graphs=true with trainer.{key}: a CUDA graph needs a whole batch that fits in memory; use "
                 f"trainer.graphs=false, or trainer.{key}={value}."
             )
         if trainer.device is Device.cpu:
             yield "trainer.graphs=true with trainer.device=cpu: CUDA graphs need a GPU; use trainer.graphs=false."
-    for prefix, m in modifications(run).items():
+    for prefix, m in list_modifications(run).items():
         if trainer.padding_free is True and m.modified_representation.name is Representation.embedding:
             yield (
                 f"trainer.padding_free=true with {prefix}modified_representation=embedding: prompts are added to a "
@@ -288,7 +288,7 @@ def _trainer_faults(run: Run) -> Iterator[str]:
         )
 
 
-def unrecordable(trainer: Trainer) -> dict[str, str]:
+def list_unrecordable(trainer: Trainer) -> dict[str, str]:
     """Return the keys that prevent a step from being recorded as a CUDA graph, each with the value that it needs."""
     needed = {
         "gradient_checkpointing": ("false", trainer.gradient_checkpointing),
@@ -298,8 +298,8 @@ def unrecordable(trainer: Trainer) -> dict[str, str]:
     return {key: value for key, (value, hinders) in needed.items() if hinders}
 
 
-def _nothing_to_train(run: Run) -> Iterator[str]:
-    if run.mix or any(axis != "none" for axis in axes(run)) or run.unfreeze is not Unfreeze.none:
+def _find_nothing_to_train(run: Run) -> Iterator[str]:
+    if run.mix or any(axis != "none" for axis in read_axes(run)) or run.unfreeze is not Unfreeze.none:
         return
     if run.task.kind is TaskKind.text_to_text:
         yield (
@@ -313,12 +313,12 @@ def _nothing_to_train(run: Run) -> Iterator[str]:
         )
 
 
-def _metric_faults(task: Task) -> Iterator[str]:
+def _find_metric_faults(task: Task) -> Iterator[str]:
     for baseline in task.baselines:
         if baseline not in BASELINES[task.kind]:
-            yield unknown("task.baselines", baseline, BASELINES[task.kind])
-    if task.metric not in METRICS[task.kind]:
-        yield unknown("task.metric", task.metric, METRICS[task.kind])
+            yield describe_unknown("task.baselines", baseline, BASELINES[task.kind])
+    if task.metric not in METRIC_NAMES[task.kind]:
+        yield describe_unknown("task.metric", task.metric, METRIC_NAMES[task.kind])
     selectors = (task.metric, *([LOSS] if task.kind is TaskKind.text_to_text else []))
     if task.selection_metric is not None and task.selection_metric not in selectors:
-        yield unknown("task.selection_metric", task.selection_metric, selectors)
+        yield describe_unknown("task.selection_metric", task.selection_metric, selectors)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peftbench.backbones.sites import find_sites
-from peftbench.config.schema import Run, modifications
-from peftbench.counts.formula import Row, describe
-from peftbench.counts.run_counts import RunCounts, build, count_built
-from peftbench.counts.sizes import Size, size
-from peftbench.counts.tree import Branch, network
+from peftbench.config.schema import Run, list_modifications
+from peftbench.counts.formula import Description, describe_modification
+from peftbench.counts.run_counts import RunCounts, build_run, count_built
+from peftbench.counts.sizes import Size, describe_size
+from peftbench.counts.tree import Branch, draw_network
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Explanation:
     """The content that `show` prints."""
 
     counted: RunCounts
-    rows: list[Row]
+    rows: list[Description]
     sizes: list[Size]
     network: tuple[Branch, ...]
 
@@ -28,14 +28,14 @@ def explain(run: Run) -> Explanation:
     Raises:
         UserError: in the cases of `count_run`.
     """
-    built = build(run)
+    built = build_run(run)
     run, _, model = built
     sites = find_sites(model)
-    found = modifications(run)
+    found = list_modifications(run)
     counted = count_built(built)
     return Explanation(
         counted,
-        [describe(prefix, m, over_residual=sites.family.norm is None) for prefix, m in found.items()],
-        [size(group, found[group.prefix], sites) for group in counted.groups if group.prefix is not None],
-        network(model, run),
+        [describe_modification(prefix, m, over_residual=sites.family.norm is None) for prefix, m in found.items()],
+        [describe_size(group, found[group.prefix], sites) for group in counted.groups if group.prefix is not None],
+        draw_network(model, run),
     )

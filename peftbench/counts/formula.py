@@ -1,6 +1,6 @@
 """The four axes in the paper's notation, for every point of them, as in He et al.'s table 1.
 
-`config.notation` has the notation of each choice of an axis; `describe` combines one choice of each axis.
+`config.notation` has the notation of each choice of an axis; `describe_modification` combines one choice of each axis.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ POINTS = (
 
 
 @dataclass(frozen=True)
-class Row:
+class Description:
     """One modification in the paper's notation."""
 
     prefix: str  # prefix of the modification's keys, "" or "mix.NAME."
@@ -58,7 +58,7 @@ class Row:
     formula: str  # h ← ...
 
 
-def describe(prefix: str, m: Modification, over_residual: bool = False) -> Row:
+def describe_modification(prefix: str, m: Modification, over_residual: bool = False) -> Description:
     """Return the row of a modification.
 
     `over_residual`: the backbone's layers end in a sum that no module holds. For the representation `layer`, h is then
@@ -71,16 +71,16 @@ def describe(prefix: str, m: Modification, over_residual: bool = False) -> Row:
         function = "every attention has l more keys and values, computed from P"
         read, composed = "P is next to the tokens", "the attention itself weighs P against the tokens"
     else:
-        read = _read(m, over_residual)
-        function, composed = _delta(m, read), COMPOSITIONS[m.composition_function.name]
+        read = _name_input(m, over_residual)
+        function, composed = _write_delta(m, read), COMPOSITIONS[m.composition_function.name]
         factor = m.composition_function.name not in (Composition.add, Composition.multiply)
         formula = "h ← " + composed.format(delta=f"({function})" if factor and _is_sum(function) else function)
         h = LAYER_OVER_RESIDUAL if over_residual else REPRESENTATIONS[representation].h
-        function, composed = f"Δh = {function}", composed.format(delta="Δh") + _weight(m, read)
-        read = _read_in_words(m, over_residual)
-    return Row(
+        function, composed = f"Δh = {function}", composed.format(delta="Δh") + _describe_weight(m, read)
+        read = _describe_input(m, over_residual)
+    return Description(
         prefix,
-        _name(m),
+        _find_name(m),
         {
             "functional form": (m.functional_form.name, function),
             "modified representation": (representation.name, f"h: {h}"),
@@ -99,7 +99,7 @@ def _reads_query(m: Modification) -> bool:
     )
 
 
-def _read(m: Modification, over_residual: bool) -> str:
+def _name_input(m: Modification, over_residual: bool) -> str:
     """Return the symbol of what f reads."""
     if over_residual:
         return "(h + x)"
@@ -108,7 +108,7 @@ def _read(m: Modification, over_residual: bool) -> str:
     return "q" if _reads_query(m) else "x"
 
 
-def _read_in_words(m: Modification, over_residual: bool) -> str:
+def _describe_input(m: Modification, over_residual: bool) -> str:
     if over_residual:
         return "f reads h + x, the layer's output"
     if m.functional_form.name == "constant":
@@ -125,7 +125,7 @@ def _read_in_words(m: Modification, over_residual: bool) -> str:
     return f"q: the head's query x W_q, as the attention scales it; x: {x}"
 
 
-def _delta(m: Modification, read: str) -> str:
+def _write_delta(m: Modification, read: str) -> str:
     """Return f(x W_down) W_up as a formula."""
     name = m.functional_form.name
     if name == "constant":
@@ -151,7 +151,7 @@ def _is_sum(formula: str) -> bool:
     return False
 
 
-def _weight(m: Modification, read: str) -> str:
+def _describe_weight(m: Modification, read: str) -> str:
     """Return the explanation of s or λ."""
     composition = m.composition_function
     if composition.name is Composition.scaled:
@@ -163,7 +163,7 @@ def _weight(m: Modification, read: str) -> str:
     return ""
 
 
-def _name(m: Modification) -> str | None:
+def _find_name(m: Modification) -> str | None:
     for name, form, representations, insertion, composition in POINTS:
         point = (m.functional_form.name, m.insertion_form.name, m.composition_function.name)
         if point == (form, insertion, composition) and m.modified_representation.name in representations:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from peftbench.config.schema import Run
-from peftbench.counts.shares import fitted
-from peftbench.counts.solve import solve
+from peftbench.counts.shares import fit_sizes
+from peftbench.counts.solve import solve_budget
 from peftbench.utils.errors import UserError
 
 
@@ -22,7 +22,7 @@ def resolve_sizes(runs: Iterable[Run]) -> list[Run]:
     found: list[str] = []
     for run in runs:
         try:
-            resolved.append(solve(fitted(run, as_trained=True), as_trained=True))
+            resolved.append(solve_budget(fit_sizes(run, as_trained=True), as_trained=True))
         except UserError as error:
             found.extend(sentence for sentence in error.faults if sentence not in found)
     if found:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
-from peftbench.backbones.load import meta_backbone
+from peftbench.backbones.load import build_meta_backbone
 from peftbench.backbones.sites import Sites, find_sites
 from peftbench.config.fidelity import Deviation
 from peftbench.config.schema import (
@@ -19,16 +19,16 @@ from peftbench.config.schema import (
     Task,
     TaskKind,
     Unfreeze,
-    modifications,
-    module_name,
+    list_modifications,
+    name_module,
 )
-from peftbench.counts.shares import fitted, size_notes
-from peftbench.counts.solve import solve
+from peftbench.counts.shares import fit_sizes, size_notes
+from peftbench.counts.solve import solve_budget
 from peftbench.modification.attach import attach_run
 from peftbench.modification.counting import Counts, PlaceCounts, count, count_places
 from peftbench.modification.dead_parameters import count_dead
 
-UNFROZEN = {
+UNFROZEN_LABELS = {
     Unfreeze.bias: "the backbone's biases",
     Unfreeze.norm: "the backbone's norms",
     Unfreeze.all: "the backbone",
@@ -71,9 +71,9 @@ def count_run(run: Run) -> RunCounts:
     """Build and count a run.
 
     Raises:
-        UserError: in the cases of `build`.
+        UserError: in the cases of `build_run`.
     """
-    return count_built(build(run))
+    return count_built(build_run(run))
 
 
 class Built(NamedTuple):
@@ -84,14 +84,14 @@ class Built(NamedTuple):
     model: PreTrainedModel
 
 
-def build(run: Run) -> Built:
+def build_run(run: Run) -> Built:
     """Settle the run's sizes and attach its modifications to its model without weights.
 
     Raises:
         UserError: the backbone's architecture is not known, or a modification or the budget does not fit it.
     """
-    run = solve(fitted(replace(run, task=_with_labels(run.task))))
-    model = meta_backbone(run.model, run.task)
+    run = solve_budget(fit_sizes(replace(run, task=_read_labels(run.task))))
+    model = build_meta_backbone(run.model, run.task)
     run, deviations = attach_run(model, run)
     return Built(run, deviations, model)
 
@@ -100,43 +100,45 @@ def count_built(built: Built) -> RunCounts:
     """Return the counts of a built run. Raises UserError if they make no sense, see `size_notes`."""
     run, deviations, model = built
     totals = count(model)
-    groups = list(_groups(model, run))
+    groups = list(_group_places(model, run))
     unfrozen = totals.trained - sum(group.trained for group in groups)
     if unfrozen:
-        groups.append(Group(UNFROZEN[run.unfreeze], None, 1, {}, unfrozen, unfrozen, unfrozen))
-    dead = count_dead(model, modifications(run)) if run.fidelity.dead_parameters else 0
+        groups.append(Group(UNFROZEN_LABELS[run.unfreeze], None, 1, {}, unfrozen, unfrozen, unfrozen))
+    dead = count_dead(model, list_modifications(run)) if run.fidelity.dead_parameters else 0
     return RunCounts(run, totals, groups, deviations, dead, size_notes(run, totals, find_sites(model).width))
 
 
-def _with_labels(task: Task) -> Task:
+def _read_labels(task: Task) -> Task:
     """Return the task with the labels of its training file if it names none: they give the size of the task head."""
     if task.labels or task.kind is not TaskKind.classification:
         return task
-    from peftbench.tasks.load import label_names  # imports datasets, which nothing else here needs
+    from peftbench.tasks.load import read_label_names  # imports datasets, which nothing else here needs
 
-    return replace(task, labels=label_names(task))
+    return replace(task, labels=read_label_names(task))
 
 
-def _groups(model: PreTrainedModel, run: Run) -> Iterator[Group]:
+def _group_places(model: PreTrainedModel, run: Run) -> Iterator[Group]:
     """Group the places of the same modification, kind and shapes, in the order of the config's modifications and then
     of the model."""
     sites = find_sites(model)
-    owners = _owners(sites)
+    owners = _map_owners(sites)
     places = count_places(model)
-    for prefix, modification in modifications(run).items():
-        name = module_name(prefix)
+    for prefix, modification in list_modifications(run).items():
+        name = name_module(prefix)
         alike: dict[tuple[object, ...], list[tuple[Owner, PlaceCounts]]] = {}
         for place in places:
             if place.name.rpartition(".")[2] == name:
-                owner = _owner(model, place, owners)
+                owner = _find_owner(model, place, owners)
                 # Attentions of two stacks are two groups, because each has its own prefix MLP.
                 key = (owner if owner.kind else None, *place.tensors.items())
                 alike.setdefault(key, []).append((owner, place))
         for members in alike.values():
-            yield _group(_label(modification, [owner for owner, _ in members], sites), prefix, [p for _, p in members])
+            yield _sum_group(
+                _label_group(modification, [owner for owner, _ in members], sites), prefix, [p for _, p in members]
+            )
 
 
-def _group(label: str, prefix: str, places: list[PlaceCounts]) -> Group:
+def _sum_group(label: str, prefix: str, places: list[PlaceCounts]) -> Group:
     return Group(
         label=label,
         prefix=prefix,
@@ -148,7 +150,7 @@ def _group(label: str, prefix: str, places: list[PlaceCounts]) -> Group:
     )
 
 
-def _label(modification: Modification, owners: list[Owner], sites: Sites) -> str:
+def _label_group(modification: Modification, owners: list[Owner], sites: Sites) -> str:
     """Return where and what: `decoder cross heads`, or `ffn` if all stacks have it, else `decoder ffn`."""
     kind = owners[0].kind
     what = str(modification.modified_representation.name.name)
@@ -160,7 +162,7 @@ def _label(modification: Modification, owners: list[Owner], sites: Sites) -> str
     return what if len(stacks) == len(sites.family.stacks) else " ".join((*stacks, what))
 
 
-def _owners(sites: Sites) -> dict[nn.Module, Owner]:
+def _map_owners(sites: Sites) -> dict[nn.Module, Owner]:
     """Return the owners by module: the attention modules and the layers."""
     found: dict[nn.Module, Owner] = {}
     for layer in sites.layers:
@@ -171,7 +173,7 @@ def _owners(sites: Sites) -> dict[nn.Module, Owner]:
     return found
 
 
-def _owner(model: nn.Module, place: PlaceCounts, owners: dict[nn.Module, Owner]) -> Owner:
+def _find_owner(model: nn.Module, place: PlaceCounts, owners: dict[nn.Module, Owner]) -> Owner:
     """Return the attention or layer that a place is in: that of the nearest module above it that has an owner."""
     path = place.name
     while path:

@@ -16,8 +16,8 @@ from typing import NamedTuple
 from transformers import PretrainedConfig
 
 from peftbench.backbones.load import load_config
-from peftbench.config.budget import largest_sizes
-from peftbench.config.identity import plain
+from peftbench.config.budget import find_largest_sizes
+from peftbench.config.identity import to_plain
 from peftbench.config.schema import (
     AttentionKind,
     FFNInput,
@@ -31,10 +31,10 @@ from peftbench.config.schema import (
     Stack,
     TaskKind,
     Unfreeze,
-    modifications,
+    list_modifications,
 )
-from peftbench.config.sizes import column_backbones, sizes_taken
-from peftbench.counts.solve import counted, resized
+from peftbench.config.sizes import list_column_backbones, list_sizes_taken
+from peftbench.counts.solve import count_resized, resize
 from peftbench.modification.counting import Counts
 from peftbench.utils.errors import UserError
 
@@ -45,7 +45,7 @@ NEARLY = 1.15
 _known: dict[str, _Costs] = {}  # counts so far, which the runs of a sweep share
 
 
-def fitted(run: Run, *, as_trained: bool = False) -> Run:
+def fit_sizes(run: Run, *, as_trained: bool = False) -> Run:
     """Return the run with the sizes of its column fitted to its backbone, and as `size` the sentence that says so.
 
     A run keeps its sizes if its backbone is the column's own or nearly the same, if its bottlenecks were typed, or if
@@ -57,29 +57,29 @@ def fitted(run: Run, *, as_trained: bool = False) -> Run:
     Raises:
         UserError: the backbone's architecture is not known, or a modification does not fit it.
     """
-    sizes, own = sizes_taken(run), column_backbones(run)
+    sizes, own = list_sizes_taken(run), list_column_backbones(run)
     if not sizes:
         return run
     config = load_config(run.model) if as_trained or run.model.path is not None else None
-    alone = _alone(run, sizes)
-    here, shares = _costs(alone, config), [_share(alone, sizes, model) for model in own.values()]
+    alone = _strip_modifications(run, sizes)
+    here, shares = _compute_costs(alone, config), [_compute_share(alone, sizes, model) for model in own.values()]
     if any(1 / NEARLY <= here.stored(sizes) / here.backbone / share <= NEARLY for share in shares):
         return replace(run, size=None)
     most = int(shares[0] * here.backbone)
     ones = dict.fromkeys(sizes, 1)
     steps = [here.steps[prefix] for prefix in sizes]
-    best = largest_sizes(list(sizes.values()), steps, here.stored(ones) - sum(steps), most)
+    best = find_largest_sizes(list(sizes.values()), steps, here.stored(ones) - sum(steps), most)
     found = ones if best is None else dict(zip(sizes, best, strict=True))
     typed = " ".join(f"{prefix}bottleneck={size}" for prefix, size in found.items())
     note = (
         f"{typed}: the sizes of {run.model.sizes} ({', '.join(map(str, sizes.values()))}) were made for "
         f"{' and '.join(own)}; these store the same share of {run.model.name}, {100 * shares[0]:.3g}%."
     )
-    return replace(resized(run, found), size=note)
+    return replace(resize(run, found), size=note)
 
 
 def note_of(run: Run) -> str | None:
-    """Return the sentence that `fitted` has put into a run, if any."""
+    """Return the sentence that `fit_sizes` has put into a run, if any."""
     return run.size if isinstance(run.size, str) else None
 
 
@@ -90,7 +90,9 @@ def size_notes(run: Run, counts: Counts, width: int) -> list[str]:
         UserError: the modifications store more parameters than the backbone has, without a budget that asks for it.
     """
     sized = {
-        f"{prefix}bottleneck={m.bottleneck}": m for prefix, m in modifications(run).items() if m.bottleneck is not None
+        f"{prefix}bottleneck={m.bottleneck}": m
+        for prefix, m in list_modifications(run).items()
+        if m.bottleneck is not None
     }
     if counts.stored > counts.backbone and sized and run.unfreeze is not Unfreeze.all and run.budget is None:
         share = f"{counts.percent(counts.stored):,.0f}%"
@@ -121,20 +123,20 @@ class _Costs(NamedTuple):
         return self.ones + sum((sizes[prefix] - 1) * step for prefix, step in self.steps.items())
 
 
-def _alone(run: Run, prefixes: Collection[str]) -> Run:
+def _strip_modifications(run: Run, prefixes: Collection[str]) -> Run:
     """Return a run with only some modifications, at all possible places, because other backbones have other layers."""
     bare = replace(run, unfreeze=Unfreeze.none, fidelity=Fidelity())
     mix = {
-        name: replace(m, modified_representation=_everywhere(m))
+        name: replace(m, modified_representation=_spread(m))
         for name, m in run.mix.items()
         if f"mix.{name}." in prefixes
     }
     if "" in prefixes:
-        return replace(bare, modified_representation=_everywhere(run), mix=mix)
+        return replace(bare, modified_representation=_spread(run), mix=mix)
     return replace(bare, functional_form=FunctionalForm(), mix=mix)
 
 
-def _everywhere(m: Modification) -> ModifiedRepresentation:
+def _spread(m: Modification) -> ModifiedRepresentation:
     return replace(
         m.modified_representation,
         layers=None,
@@ -144,24 +146,24 @@ def _everywhere(m: Modification) -> ModifiedRepresentation:
     )
 
 
-def _share(run: Run, sizes: Mapping[str, int], model: Model) -> float:
+def _compute_share(run: Run, sizes: Mapping[str, int], model: Model) -> float:
     """Return the share of the column's own backbone `model` that the column's sizes store."""
     task = replace(
         run.task, kind=TaskKind.classification, labels=[]
     )  # every family can do it; the head is counted separately
     config = load_config(model) if model.path is not None else None
-    costs = _costs(replace(run, model=model, task=task), config)
+    costs = _compute_costs(replace(run, model=model, task=task), config)
     return costs.stored(sizes) / costs.backbone
 
 
-def _costs(run: Run, config: PretrainedConfig | None) -> _Costs:
+def _compute_costs(run: Run, config: PretrainedConfig | None) -> _Costs:
     """Return what the modifications of a run store on its backbone; `config` is as for `meta_backbone`."""
     built = run.model.architecture if config is None else config.to_dict()
-    found = modifications(run)
-    key = json.dumps([built, run.task.kind.name, {prefix: plain(m) for prefix, m in found.items()}], default=str)
+    found = list_modifications(run)
+    key = json.dumps([built, run.task.kind.name, {prefix: to_plain(m) for prefix, m in found.items()}], default=str)
     if key not in _known:
         ones = dict.fromkeys(found, 1)
-        least = counted(run, ones, config)
-        steps = {prefix: counted(run, {**ones, prefix: 2}, config).stored - least.stored for prefix in found}
+        least = count_resized(run, ones, config)
+        steps = {prefix: count_resized(run, {**ones, prefix: 2}, config).stored - least.stored for prefix in found}
         _known[key] = _Costs(least.backbone, least.stored, steps)
     return _known[key]

@@ -12,13 +12,13 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from peftbench.config.budget import limit
+from peftbench.config.budget import parse_budget
 from peftbench.config.schema import Unfreeze
 from peftbench.counts.sizes import MEANINGS, Size
 
 if TYPE_CHECKING:
     from peftbench.counts.explanation import Explanation
-    from peftbench.counts.formula import Row
+    from peftbench.counts.formula import Description
     from peftbench.counts.tree import Branch
 
 INSERTED, MARK, HEADING = "bold green", "yellow", "bold"
@@ -30,7 +30,7 @@ UNMODIFIED = {
 }
 
 
-def show(explained: Explanation, console: Console) -> None:
+def show_explanation(explained: Explanation, console: Console) -> None:
     """Print the rows, the layers and the parameters."""
     run, totals = explained.counted.run, explained.counted.totals
     console.print(
@@ -51,7 +51,7 @@ def show(explained: Explanation, console: Console) -> None:
     legend = Text.assemble("The network: ", ("+ inserted", INSERTED), ", ", ("« read, edited or trained", MARK))
     tree = Tree(legend, guide_style="dim")
     for branch in explained.network:
-        _grow(tree, branch)
+        _grow_tree(tree, branch)
     console.print(tree, highlight=False)
     console.print()
     _show_parameters(explained, console)
@@ -85,7 +85,7 @@ def to_json(explained: Explanation) -> str:
     return json.dumps(values, indent=2, ensure_ascii=False)
 
 
-def _show_row(row: Row, console: Console) -> None:
+def _show_row(row: Description, console: Console) -> None:
     name = row.name or "a point for which the paper has no result"
     keys = f"{row.prefix}*: " if row.prefix else ""
     console.print(Text.assemble((f"{keys}{name}", HEADING)))
@@ -98,7 +98,7 @@ def _show_row(row: Row, console: Console) -> None:
     console.print(Text(f"  {row.formula}", INSERTED))
 
 
-def _grow(tree: Tree, branch: Branch) -> None:
+def _grow_tree(tree: Tree, branch: Branch) -> None:
     if branch.inserted:
         label = Text(f"+ {branch.name}: {branch.kind}", INSERTED)
     else:
@@ -108,7 +108,7 @@ def _grow(tree: Tree, branch: Branch) -> None:
             label.append(f"  « {', '.join(branch.marks)}", MARK)
     child = tree.add(label)
     for below in branch.children:
-        _grow(child, below)
+        _grow_tree(child, below)
 
 
 def _show_parameters(explained: Explanation, console: Console) -> None:
@@ -129,7 +129,7 @@ def _show_parameters(explained: Explanation, console: Console) -> None:
     grid.add_column(justify="right")
     grid.add_column(overflow="fold")
     if run.budget is not None:
-        most = limit(run.budget, totals.backbone)
+        most = parse_budget(run.budget, totals.backbone)
         grid.add_row("budget", f"{most:,}", f"{totals.percent(most):.2f}%", "the bottlenecks are solved for it")
     for group in explained.counted.groups:
         if explained.rows and group.prefix is None:

@@ -88,7 +88,7 @@ class Size:
         return f"({text}) × {self.places}{unit}" if len(self.terms) > 1 else f"{text} × {self.places}{unit}"
 
 
-def size(group: Group, m: Modification, sites: Sites) -> Size:
+def describe_size(group: Group, m: Modification, sites: Sites) -> Size:
     """Return the formula of a group of places of the modification `m`."""
     assert group.prefix is not None, "the backbone's own parameters have no formula"
     terms: Counter[Term] = Counter()
@@ -96,7 +96,7 @@ def size(group: Group, m: Modification, sites: Sites) -> Size:
     for name, shape in group.tensors.items():
         term: list[str] = []
         for axis, number in zip(AXES.get(name, ("other",) * len(shape)), shape, strict=True):
-            for letter, value in _letters(axis, number, m, sites):
+            for letter, value in _find_letters(axis, number, m, sites):
                 term.append(letter)
                 values[letter] = value
         terms[tuple(sorted(term, key=lambda letter: ORDER.index(letter) if letter in ORDER else -1))] += 1
@@ -104,7 +104,7 @@ def size(group: Group, m: Modification, sites: Sites) -> Size:
     return Size(group.label, group.prefix, ordered, values, group.places)
 
 
-def _letters(axis: str, number: int, m: Modification, sites: Sites) -> Iterator[tuple[str, int]]:
+def _find_letters(axis: str, number: int, m: Modification, sites: Sites) -> Iterator[tuple[str, int]]:
     """Yield the letters whose product is `number`, the length of an axis; none for an axis that does not count."""
     attention = sites.layers[0].attentions[0]
     heads, kv_heads, head = attention.heads, attention.kv_heads, attention.head_width

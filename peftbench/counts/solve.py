@@ -13,20 +13,20 @@ from math import lcm
 
 from transformers import PretrainedConfig
 
-from peftbench.backbones.load import load_config, meta_backbone
-from peftbench.config.budget import largest_sizes, limit
-from peftbench.config.schema import Run, modifications
+from peftbench.backbones.load import build_meta_backbone, load_config
+from peftbench.config.budget import find_largest_sizes, parse_budget
+from peftbench.config.schema import Run, list_modifications
 from peftbench.modification.attach import attach_run
 from peftbench.modification.counting import Counts, count
 from peftbench.utils.errors import UserError
 
 
-def solve(run: Run, *, as_trained: bool = False) -> Run:
+def solve_budget(run: Run, *, as_trained: bool = False) -> Run:
     """Return the run with the largest bottlenecks whose stored count is within `run.budget`, or the run itself if it
     has no budget.
 
-    Several bottlenecks keep a ratio, see `largest_sizes`: the ratio of their configured sizes, or the ratio at which
-    the parts of their stored counts that grow with the bottleneck are as `run.budget_split`. Like counting, this loads
+    Several bottlenecks keep a ratio, see `find_largest_sizes`: the ratio of their configured sizes, or the ratio at
+    which the parts of their stored counts that grow with the bottleneck are as `run.budget_split`. Like counting, this loads
     no weights. `as_trained`: the architecture of a hub model is read from its config.json, not from
     `model.architecture`.
 
@@ -35,14 +35,14 @@ def solve(run: Run, *, as_trained: bool = False) -> Run:
     """
     if run.budget is None:
         return run
-    given = {prefix: m.bottleneck for prefix, m in modifications(run).items() if m.bottleneck is not None}
+    given = {prefix: m.bottleneck for prefix, m in list_modifications(run).items() if m.bottleneck is not None}
     least = dict.fromkeys(given, 1)
     config = load_config(run.model) if as_trained else None
-    smallest = counted(run, least, config)
-    costs = [counted(run, {**least, prefix: 2}, config).stored - smallest.stored for prefix in given]
-    most = limit(run.budget, smallest.backbone)
-    weights = list(given.values()) if run.budget_split is None else _split(run.budget_split, costs)
-    sizes = largest_sizes(weights, costs, smallest.stored - sum(costs), most)
+    smallest = count_resized(run, least, config)
+    costs = [count_resized(run, {**least, prefix: 2}, config).stored - smallest.stored for prefix in given]
+    most = parse_budget(run.budget, smallest.backbone)
+    weights = list(given.values()) if run.budget_split is None else _split_costs(run.budget_split, costs)
+    sizes = find_largest_sizes(weights, costs, smallest.stored - sum(costs), most)
     if sizes is None:
         smallest_sizes = "a bottleneck" if len(given) == 1 else "bottlenecks"
         raise UserError(
@@ -51,27 +51,27 @@ def solve(run: Run, *, as_trained: bool = False) -> Run:
             f"budget={smallest.stored}."
         )
     found = dict(zip(given, sizes, strict=True))
-    stored = counted(run, found, config).stored
+    stored = count_resized(run, found, config).stored
     expected = smallest.stored + sum((size - 1) * cost for size, cost in zip(sizes, costs, strict=True))
     assert stored == expected <= most, f"{stored:,} parameters are stored, but {expected:,} were expected"
-    return resized(run, found)
+    return resize(run, found)
 
 
-def counted(run: Run, sizes: Mapping[str, int], config: PretrainedConfig | None) -> Counts:
-    """The counts of the run with bottlenecks `sizes`; `config`: as `meta_backbone` takes it."""
-    model = meta_backbone(run.model, run.task, config)
-    attach_run(model, resized(run, sizes))
+def count_resized(run: Run, sizes: Mapping[str, int], config: PretrainedConfig | None) -> Counts:
+    """The counts of the run with bottlenecks `sizes`; `config`: as `build_meta_backbone` takes it."""
+    model = build_meta_backbone(run.model, run.task, config)
+    attach_run(model, resize(run, sizes))
     return count(model)
 
 
-def _split(shares: Sequence[float], costs: Sequence[int]) -> list[int]:
+def _split_costs(shares: Sequence[float], costs: Sequence[int]) -> list[int]:
     """Return integers in the ratio of the sizes at which the costs of all are in the ratio `shares`."""
     ratio = [Fraction(str(share)) / cost for share, cost in zip(shares, costs, strict=True)]
     whole = lcm(*(part.denominator for part in ratio))
     return [int(part * whole) for part in ratio]
 
 
-def resized(run: Run, sizes: Mapping[str, int]) -> Run:
+def resize(run: Run, sizes: Mapping[str, int]) -> Run:
     """Return the run with the bottlenecks `sizes`, given by the prefix of the modifications' keys."""
     mix = {name: replace(m, bottleneck=sizes.get(f"mix.{name}.", m.bottleneck)) for name, m in run.mix.items()}
     return replace(run, bottleneck=sizes.get("", run.bottleneck), mix=mix)

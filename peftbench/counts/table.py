@@ -12,9 +12,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from peftbench.config.axes import UNFROZEN, axes, composed
-from peftbench.config.budget import limit
-from peftbench.config.schema import Modification, Run, Unfreeze, modifications
+from peftbench.config.axes import UNFROZEN, format_composition, read_axes
+from peftbench.config.budget import parse_budget
+from peftbench.config.schema import Modification, Run, Unfreeze, list_modifications
 from peftbench.tables.columns import Column
 from peftbench.tables.terminal import show_table
 
@@ -32,26 +32,28 @@ def show_run(counted: RunCounts, console: Console) -> None:
     run, totals = counted.run, counted.totals
     backbone = f" of {totals.backbone:,} parameters without task head"
     console.print(Text.assemble((run.method, "bold"), " on ", (run.model.name, "bold"), backbone))
-    for modification in modifications(run).values():
-        console.print(Text(f"  {_axes(modification)}{_bottleneck(modification)}"))
+    for modification in list_modifications(run).values():
+        console.print(Text(f"  {_format_axes(modification)}{_format_bottleneck(modification)}"))
     if counted.deviations:
         console.print("As in the paper's released code, not its text:")
     for deviation in counted.deviations:
         console.print(Padding(Text(deviation.sentence), (0, 0, 0, 2), expand=False))
     if run.budget is not None:
-        console.print(Text(f"  solved for a budget of {_budget(run, totals)}"))
+        console.print(Text(f"  solved for a budget of {_format_budget(run, totals)}"))
     for note in counted.notes:
         console.print(Padding(Text(note), (0, 0, 0, 2), expand=False))
     console.print()
 
-    table = _table("places", "weights at each", *NUMBERS)
+    table = _make_table("places", "weights at each", *NUMBERS)
     prefix: str | None = ""
     for group in counted.groups:
         if group.prefix != prefix:
             table.add_section()
         prefix = group.prefix
         label = group.label if prefix is None else f"{group.label} ×{group.places}"
-        table.add_row(label, "\n".join(weights(group.tensors)), *(f"{getattr(group, name):,}" for name in NUMBERS))
+        table.add_row(
+            label, "\n".join(format_weights(group.tensors)), *(f"{getattr(group, name):,}" for name in NUMBERS)
+        )
     table.add_section()
     numbers = [getattr(totals, name) for name in NUMBERS]
     table.add_row("total", "", *(f"{number:,}" for number in numbers), style="bold")
@@ -81,20 +83,20 @@ def show_sweep(counted: Sequence[RunCounts], console: Console) -> None:
         console.print(Text(note))
 
 
-def _four_axes(counted: RunCounts) -> str:
+def _format_four_axes(counted: RunCounts) -> str:
     """Return the four axes of each modification, a line each, then what else is trained."""
-    lines = [_axes(m) for m in modifications(counted.run).values()]
+    lines = [_format_axes(m) for m in list_modifications(counted.run).values()]
     if counted.run.unfreeze is not Unfreeze.none:
         lines.append(UNFROZEN[counted.run.unfreeze.name])
     return "\n".join(lines)
 
 
-def _bottlenecks(counted: RunCounts) -> str:
-    sizes = (m.bottleneck for m in modifications(counted.run).values())
+def _format_bottlenecks(counted: RunCounts) -> str:
+    sizes = (m.bottleneck for m in list_modifications(counted.run).values())
     return "\n".join("" if size is None else str(size) for size in sizes)
 
 
-def _deviations(counted: RunCounts) -> str:
+def _format_deviations(counted: RunCounts) -> str:
     return "\n".join(deviation.name.replace("_", " ") for deviation in counted.deviations)
 
 
@@ -107,9 +109,9 @@ COLUMNS: list[Column[RunCounts]] = [
     Column("task", "task", lambda counted: counted.run.task.name, words=True, wrap=8),
     Column("model", "model", lambda counted: counted.run.model.name, words=True, wrap=8),
     Column("budget", "budget", lambda counted: counted.run.budget or ""),
-    Column("axes", "four axes", _four_axes, words=True, wrap=20),
-    Column("deviations", "as in the code", _deviations, words=True, wrap=16),
-    Column("bottleneck", "bottle-\nneck", _bottlenecks),
+    Column("axes", "four axes", _format_four_axes, words=True, wrap=20),
+    Column("deviations", "as in the code", _format_deviations, words=True, wrap=16),
+    Column("bottleneck", "bottle-\nneck", _format_bottlenecks),
     _total("trained", dispensable=2),
     _total("stored"),
     _total("paper", dispensable=3),
@@ -120,10 +122,10 @@ COLUMNS: list[Column[RunCounts]] = [
 
 def to_json(counted: Sequence[RunCounts]) -> str:
     """Return a JSON array with an object for each run; `percent` is the percentage of the backbone."""
-    return json.dumps([_object(c) for c in counted], indent=2)
+    return json.dumps([_to_object(c) for c in counted], indent=2)
 
 
-def _object(counted: RunCounts) -> dict[str, Any]:
+def _to_object(counted: RunCounts) -> dict[str, Any]:
     run, totals = counted.run, counted.totals
     names = (*NUMBERS, "head")
     return {
@@ -131,8 +133,8 @@ def _object(counted: RunCounts) -> dict[str, Any]:
         "task": run.task.name,
         "model": run.model.name,
         "axes": [
-            {"prefix": prefix, **axes(m)._asdict(), "bottleneck": m.bottleneck}
-            for prefix, m in modifications(run).items()
+            {"prefix": prefix, **read_axes(m)._asdict(), "bottleneck": m.bottleneck}
+            for prefix, m in list_modifications(run).items()
         ],
         "unfreeze": run.unfreeze.name,
         "fidelity": run.fidelity.name,
@@ -156,27 +158,27 @@ def _object(counted: RunCounts) -> dict[str, Any]:
     }
 
 
-def _axes(m: Modification) -> str:
+def _format_axes(m: Modification) -> str:
     """Return the four axes in one line, as `peftbench results` writes them."""
-    *names, composition = axes(m)
-    joined = composed(composition, m.composition_function.scale, m.composition_function.learned)
+    *names, composition = read_axes(m)
+    joined = format_composition(composition, m.composition_function.scale, m.composition_function.learned)
     return " · ".join([*names, joined])
 
 
-def _bottleneck(m: Modification) -> str:
+def _format_bottleneck(m: Modification) -> str:
     return "" if m.bottleneck is None else f", bottleneck {m.bottleneck}"
 
 
-def _budget(run: Run, totals: Counts) -> str:
+def _format_budget(run: Run, totals: Counts) -> str:
     """Return the budget as typed, followed by its number if that is different."""
     assert run.budget is not None
-    number = f"{limit(run.budget, totals.backbone):,}"
+    number = f"{parse_budget(run.budget, totals.backbone):,}"
     return number if run.budget.isdigit() else f"{run.budget}, {number}"
 
 
-def weights(tensors: Mapping[str, tuple[int, ...]]) -> list[str]:
+def format_weights(tensors: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Return a line for each tensor and its bias, such as `down 512×1024 + 512`."""
-    sizes = {name.removeprefix("function."): size_of(shape) for name, shape in sorted(tensors.items())}
+    sizes = {name.removeprefix("function."): format_shape(shape) for name, shape in sorted(tensors.items())}
     return [
         f"{name} {size}" + (f" + {sizes[f'{name}_bias']}" if f"{name}_bias" in sizes else "")
         for name, size in sizes.items()
@@ -184,13 +186,13 @@ def weights(tensors: Mapping[str, tuple[int, ...]]) -> list[str]:
     ]
 
 
-def size_of(shape: tuple[int, ...]) -> str:
+def format_shape(shape: tuple[int, ...]) -> str:
     """Return a shape as `512×1024`. Axes of 1 are left out: the axis for groups, and the one that biases have next to
     it."""
     return "×".join(str(size) for size in shape if size != 1) or "1"
 
 
-def _table(*headers: str) -> Table:
+def _make_table(*headers: str) -> Table:
     """Return a table whose columns hold text if `WORDS` has them, else numbers."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for header in headers:

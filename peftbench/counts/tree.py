@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peftbench.backbones.sites import Layer, Sites, find_sites
-from peftbench.config.schema import Run, modifications, module_name
-from peftbench.counts.table import size_of, weights
+from peftbench.config.schema import Run, list_modifications, name_module
+from peftbench.counts.table import format_shape, format_weights
 from peftbench.modification.counting import count_places
 from peftbench.modification.edit import Edit
 from peftbench.modification.head_attention import HEADS, HeadModification, Prefix
@@ -44,7 +44,7 @@ class Branch:
     children: tuple[Branch, ...] = ()
 
 
-def network(model: PreTrainedModel, run: Run) -> tuple[Branch, ...]:
+def draw_network(model: PreTrainedModel, run: Run) -> tuple[Branch, ...]:
     """Return the layers of a model to which a run's modifications are attached, like layers once, and before and after
     them the modules outside the layers in which anything is inserted or trained."""
     sites = find_sites(model)
@@ -73,13 +73,13 @@ class _Tree:
     """Builds the branches of one model."""
 
     def __init__(self, model: PreTrainedModel, sites: Sites, run: Run) -> None:
-        names = {module_name(prefix): prefix.rstrip(".") or "modification" for prefix in modifications(run)}
+        names = {name_module(prefix): prefix.rstrip(".") or "modification" for prefix in list_modifications(run)}
         self.inserted: dict[nn.Module, Branch] = {}
         for place in count_places(model):
             name = names[place.name.rpartition(".")[2]]
-            branch = Branch(name, ", ".join(weights(place.tensors)), inserted=True)
+            branch = Branch(name, ", ".join(format_weights(place.tensors)), inserted=True)
             self.inserted[model.get_submodule(place.name)] = branch
-        self.marks = _marks(model, sites)
+        self.marks = _mark_modules(model, sites)
         self.seen: dict[int, nn.Module] = {}  # a tied tensor is shown at its first module
 
     def branch(self, name: str, module: nn.Module, children: bool = True) -> Branch | None:
@@ -96,12 +96,12 @@ class _Tree:
             marks.append("trained" if len(trained) == len(own) else f"{', '.join(trained)} trained")
         below = [
             branch
-            for key, child in _children(module)
+            for key, child in _list_children(module)
             if (children or child in self.inserted) and (branch := self.branch(key, child)) is not None
         ]
         if not own and not marks and not below:
             return None
-        sizes = " + ".join(size_of(tuple(p.shape)) for p in own.values())
+        sizes = " + ".join(format_shape(tuple(p.shape)) for p in own.values())
         return Branch(name, type(module).__name__, sizes, tuple(marks), children=tuple(below))
 
     def fold(self, path: str, layers: list[Layer]) -> Iterator[Branch]:
@@ -113,10 +113,10 @@ class _Tree:
             alike.setdefault(branch, []).append(layer.index)
         for branch, indices in alike.items():
             same = ", the same" if len(indices) > 1 else ""
-            yield replace(branch, name=f"{path} {_ranges(indices)}{same}", layers=tuple(indices))
+            yield replace(branch, name=f"{path} {_format_ranges(indices)}{same}", layers=tuple(indices))
 
 
-def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _list_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the submodules, looking through the containers in which `attach` puts modifications of heads."""
     for name, child in module.named_children():
         if name == HEADS:
@@ -127,7 +127,7 @@ def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, child
 
 
-def _marks(model: PreTrainedModel, sites: Sites) -> dict[nn.Module, list[str]]:
+def _mark_modules(model: PreTrainedModel, sites: Sites) -> dict[nn.Module, list[str]]:
     """Return what the modifications do at each module."""
     found: dict[nn.Module, list[str]] = {}
     for module in model.modules():
@@ -159,7 +159,7 @@ def _reads_query(modification: nn.Module) -> bool:
     )
 
 
-def _ranges(indices: list[int]) -> str:
+def _format_ranges(indices: list[int]) -> str:
     """Return the indices as ranges: 0 to 11; 0, 2 to 4."""
     runs: list[list[int]] = []
     for index in indices:

@@ -11,14 +11,14 @@ import numpy as np
 from transformers import GenerationConfig, PreTrainedModel
 
 from peftbench.backbones.precision import use_autocast
-from peftbench.backbones.sites import configured
+from peftbench.backbones.sites import set_configs
 from peftbench.config.schema import LOSS, Run, TaskKind
-from peftbench.config.stamps import content_stamp
+from peftbench.config.stamps import stamp_content
 from peftbench.evaluation.partial import Partial
-from peftbench.evaluation.predict import end_ids, mean_loss, predict, share_cut_off
+from peftbench.evaluation.predict import compute_mean_loss, end_ids, measure_cut_off, predict
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.batch import NO_TOKEN
-from peftbench.tasks.tokens import positions
+from peftbench.tasks.tokens import count_positions
 from peftbench.utils.errors import UserError
 
 
@@ -34,7 +34,7 @@ class Evaluator:
         self.label_smoothing = run.trainer.label_smoothing
         self.by_loss = run.task.selection_metric == LOSS
         self.bf16 = use_autocast(run.trainer, run.model)
-        self.generation = _generation(model, run) if run.task.kind is TaskKind.text_to_text else None
+        self.generation = _configure_generation(model, run) if run.task.kind is TaskKind.text_to_text else None
         self.run = run
         self.cut_off: dict[str, float] = {}
 
@@ -42,7 +42,7 @@ class Evaluator:
         """Return what states are selected by: the metrics on the selection split, or its loss, as in training."""
         if not self.by_loss:
             return self.score("selection")[0]
-        loss = mean_loss(
+        loss = compute_mean_loss(
             self.model, self.data.selection, self.data.collator, self.batch_size, self.label_smoothing, bf16=self.bf16
         )
         return {LOSS: loss}
@@ -59,18 +59,18 @@ class Evaluator:
         if self.generation is None:
             return None
         model, task = self.run.model, self.run.task
-        source = content_stamp(model.path) if model.path else f"{model.hub_id} {model.revision}"
+        source = stamp_content(model.path) if model.path else f"{model.hub_id} {model.revision}"
         reads: list[Any] = [task.max_source_length, task.prompt, task.source_language, task.target_language]
         reads.extend(filter(None, [self.data.reading()]))
         how = [self.generation.to_json_string(), self.bf16, model.dtype.name, *reads]
-        return Partial(path, json.dumps([source, content_stamp(adapter), self.data.fingerprint, *how]))
+        return Partial(path, json.dumps([source, stamp_content(adapter), self.data.fingerprint, *how]))
 
     def score(
         self, role: str, on_batch: Callable[[int], None] = lambda examples: None, partial: Partial | None = None
     ) -> tuple[dict[str, float], list[str]]:
         """Return the metrics on a role of the data, and each example's prediction as text."""
         # `generate` replaces unset values by the backbone's own: those of a chat model would make it sample.
-        with configured([] if self.generation is None else [self.model], "generation_config", GenerationConfig()):
+        with set_configs([] if self.generation is None else [self.model], "generation_config", GenerationConfig()):
             predictions = predict(
                 self.model,
                 getattr(self.data, role),
@@ -84,14 +84,14 @@ class Evaluator:
             )
         if self.generation is not None:
             begun = 1 if self.model.config.is_encoder_decoder else 0  # the token with which a decoder begins
-            self.cut_off[role] = share_cut_off(predictions, self.generation, begun)
+            self.cut_off[role] = measure_cut_off(predictions, self.generation, begun)
             # An end token is not part of the text, even if the tokenizer does not call it special.
             predictions = np.where(np.isin(predictions, end_ids(self.generation)), NO_TOKEN, predictions)
         decoded = self.data.decode(predictions)
         return self.data.score(decoded, getattr(self.data, f"{role}_rows")), decoded
 
 
-def _generation(model: PreTrainedModel, run: Run) -> GenerationConfig:
+def _configure_generation(model: PreTrainedModel, run: Run) -> GenerationConfig:
     """Return the backbone's own special tokens with the task's beam search.
 
     The search ends by the backbone's rule (early_stopping for BART-large, as in the paper's code), and writes no more
@@ -110,7 +110,7 @@ def _generation(model: PreTrainedModel, run: Run) -> GenerationConfig:
                 f"task.generation.max_length={wanted.max_length}: an encoder-decoder's text begins with a token of its "
                 "own, which counts; give 2 or more."
             )
-        longest = min(wanted.max_length, positions(model) or wanted.max_length)
+        longest = min(wanted.max_length, count_positions(model) or wanted.max_length)
         lengths = {"min_length": min(wanted.min_length, longest), "max_length": longest}
     else:  # min_length and max_length would count the prompt
         lengths = {"min_new_tokens": wanted.min_length, "max_new_tokens": wanted.max_length}

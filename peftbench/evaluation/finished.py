@@ -17,52 +17,52 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftbench.backbones.load import Backbone, load_backbone
-from peftbench.backbones.precision import chosen_device, with_dtype
+from peftbench.backbones.precision import choose_device, resolve_dtype
 from peftbench.config.overrides import apply_override
-from peftbench.config.roles import splits
-from peftbench.config.schema import Run, Task, modifications, resolve, task_files
-from peftbench.config.validity import faults
+from peftbench.config.roles import list_splits
+from peftbench.config.schema import Run, Task, list_modifications, list_task_files, resolve_config
+from peftbench.config.validity import find_faults
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.modification.attach import attach_run
-from peftbench.modification.merge import obstacles
+from peftbench.modification.merge import find_obstacles
 from peftbench.modification.state import FILE_NAME
 from peftbench.modification.state import load as load_adapter
 from peftbench.records.earlier import check_backbone
 from peftbench.records.record import Record
-from peftbench.records.saved import run_folder, saved_config, saved_record
-from peftbench.tasks.load import homeless, load, reported_on
-from peftbench.tasks.prepare import prepare
-from peftbench.utils.errors import UserError, unknown
+from peftbench.records.saved import find_run_folder, read_saved_config, read_saved_record
+from peftbench.tasks.load import list_dealt, load_task, restrict_to_reported
+from peftbench.tasks.prepare import prepare_data
+from peftbench.utils.errors import UserError, describe_unknown
 from peftbench.utils.files import write_lines
 from peftbench.utils.progress import Display
 
 GROUPS = ("task", "trainer", "model")  # may be changed, and the run is still the same
 
 
-def changed_run(folder: Path, record: Record, overrides: Sequence[str]) -> Run:
+def read_changed_run(folder: Path, record: Record, overrides: Sequence[str]) -> Run:
     """Return the run that is stored in `folder`, with overrides, which are checked as `peftbench train` checks them.
 
     Of the run's own files, those that will be read must exist.
     """
-    run = _overridden(folder, record, overrides)
-    task = with_saved_labels(run.task, record)
-    if found := faults(replace(run, task=reported_on(task, homeless(trained_task(folder))))):
+    run = _override_run(folder, record, overrides)
+    task = set_saved_labels(run.task, record)
+    if found := find_faults(replace(run, task=restrict_to_reported(task, list_dealt(read_trained_task(folder))))):
         raise UserError(*found)
     return run
 
 
-def saved_run(folder: Path, record: Record, overrides: Sequence[str] = ()) -> Run:
-    """Return the same as `changed_run`, with the labels that the data had.
+def read_saved_run(folder: Path, record: Record, overrides: Sequence[str] = ()) -> Run:
+    """Return the same as `read_changed_run`, with the labels that the data had.
 
     Only the backbone must exist; the data may have been deleted.
     """
-    run = _overridden(folder, record, overrides)
-    run.task = with_saved_labels(run.task, record)
+    run = _override_run(folder, record, overrides)
+    run.task = set_saved_labels(run.task, record)
     return run
 
 
-def _overridden(folder: Path, record: Record, overrides: Sequence[str]) -> Run:
-    config = saved_config(folder)
+def _override_run(folder: Path, record: Record, overrides: Sequence[str]) -> Run:
+    config = read_saved_config(folder)
     try:
         lines = [re.sub(r"^task\.split=", "task.report_split=", override) for override in overrides]
         parsed = OverridesParser.create().parse_overrides(lines)
@@ -81,8 +81,8 @@ def _overridden(folder: Path, record: Record, overrides: Sequence[str]) -> Run:
             found.append(sentence)
     if found:
         raise UserError(*found)
-    run = resolve(config)
-    run.task = _reporting(run.task, trained_task(folder))
+    run = resolve_config(config)
+    run.task = _report_on(run.task, read_trained_task(folder))
     if run.model.path and not Path(run.model.path).expanduser().is_dir():
         raise UserError(f"model.path={run.model.path} is not a folder; give the path of an existing one.")
     check_backbone(run, record)
@@ -94,39 +94,39 @@ def _overridden(folder: Path, record: Record, overrides: Sequence[str]) -> Run:
     return run
 
 
-def with_saved_labels(task: Task, record: Record) -> Task:
+def set_saved_labels(task: Task, record: Record) -> Task:
     """Return the task with the labels that the run was trained on, if it names none."""
     return replace(task, labels=task.labels or record.data.get("labels", []))
 
 
-def trained_task(folder: Path) -> Task:
+def read_trained_task(folder: Path) -> Task:
     """Return the task of the run in `folder` as it was trained."""
-    task = OmegaConf.to_object(saved_config(folder).task)
+    task = OmegaConf.to_object(read_saved_config(folder).task)
     assert isinstance(task, Task)
     return task
 
 
-def _reporting(task: Task, trained: Task) -> Task:
+def _report_on(task: Task, trained: Task) -> Task:
     """Return the task, whose files belong to the same splits as before even if another split is reported on now.
 
     Files of splits that the task no longer has are left out.
     """
-    gone = set(splits(trained)) - set(splits(task))
+    gone = set(list_splits(trained)) - set(list_splits(task))
     task = replace(task, data_files={split: file for split, file in task.data_files.items() if split not in gone})
     if task.report_split == trained.report_split:
         return task
-    files = task_files(replace(task, report_split=trained.report_split))
-    known = list(dict.fromkeys([*splits(trained), *files]))
+    files = list_task_files(replace(task, report_split=trained.report_split))
+    known = list(dict.fromkeys([*list_splits(trained), *files]))
     if files and not any((task.data_dir, task.packages, task.hub_id)) and task.report_split not in known:
-        raise UserError(unknown("task.split", task.report_split, known))
+        raise UserError(describe_unknown("task.split", task.report_split, known))
     # Only task.test_file now belongs to another split. The other files keep the keys by which messages name them,
     # because a value that is given for a key in a message must take precedence.
     moved = {} if task.test_file is None else {trained.report_split: task.test_file}
-    files = {split: file for split, file in {**task.data_files, **moved}.items() if split in splits(task)}
+    files = {split: file for split, file in {**task.data_files, **moved}.items() if split in list_splits(task)}
     return replace(task, data_files=files, test_file=None)
 
 
-def restored(folder: Path, run: Run, task: Task) -> Backbone:
+def restore_backbone(folder: Path, run: Run, task: Task) -> Backbone:
     """Return the backbone of the run in `folder` with its adapter; `task` is the run's, with the data's labels."""
     backbone = load_backbone(run.model, task)
     attach_run(backbone.model, run, backbone.untrained)
@@ -148,7 +148,7 @@ def read_otherwise(before: dict[str, Any], reading: dict[str, Any]) -> str | Non
     )
 
 
-def evaluate(folder: Path, run: Run, console: Console, predictions: Path | None = None) -> list[dict[str, Any]]:
+def evaluate_run(folder: Path, run: Run, console: Console, predictions: Path | None = None) -> list[dict[str, Any]]:
     """Return the scores of each split, in the form of `rescore`.
 
     Args:
@@ -158,16 +158,16 @@ def evaluate(folder: Path, run: Run, console: Console, predictions: Path | None 
     found: list[dict[str, Any]] = []
     with Display(console) as display:
         with display.stage("prepare"):
-            dealt, labels = homeless(trained_task(folder)), saved_record(folder).data.get("labels", [])
-            loaded = load(run.task, training=False, dealt=dealt, labels=labels)
-            run = with_dtype(run)
-            backbone = restored(folder, run, loaded.task)
-            data = prepare(loaded, backbone.tokenizer, backbone.model)
-            backbone.model.to(chosen_device(run.trainer))
+            dealt, labels = list_dealt(read_trained_task(folder)), read_saved_record(folder).data.get("labels", [])
+            loaded = load_task(run.task, training=False, dealt=dealt, labels=labels)
+            run = resolve_dtype(run)
+            backbone = restore_backbone(folder, run, loaded.task)
+            data = prepare_data(loaded, backbone.tokenizer, backbone.model)
+            backbone.model.to(choose_device(run.trainer))
             evaluator = Evaluator(backbone.model, data, run)
         for note in (*backbone.notes, *data.notes):
             display.console.print(note, highlight=False, soft_wrap=True)
-        before = saved_record(folder).data
+        before = read_saved_record(folder).data
         if other := read_otherwise(before, data.reading()):
             display.console.print(other, highlight=False, soft_wrap=True)
         if before["splits"]["report"] == data.splits["report"] and before["scored_on"] != data.scored_on:
@@ -204,10 +204,10 @@ def load_run(folder: str | Path, *overrides: str) -> tuple[PreTrainedModel, PreT
     Raises:
         UserError: there is no finished run, or not the backbone that it was trained on.
     """
-    folder = run_folder(str(folder))
-    run = saved_run(folder, saved_record(folder), overrides)
-    backbone = restored(folder, run, run.task)
-    if modifications(run):
+    folder = find_run_folder(str(folder))
+    run = read_saved_run(folder, read_saved_record(folder), overrides)
+    backbone = restore_backbone(folder, run, run.task)
+    if list_modifications(run):
         keep_from_saving(backbone.model, folder)
     return backbone.model.eval(), backbone.tokenizer
 
@@ -219,7 +219,9 @@ def keep_from_saving(model: PreTrainedModel, folder: Path) -> None:
         folder: of the run, where they are stored.
     """
     instead = (
-        "" if obstacles(model) else f"write the weights with it inside by peftbench merge {folder} --out FOLDER, or "
+        ""
+        if find_obstacles(model)
+        else f"write the weights with it inside by peftbench merge {folder} --out FOLDER, or "
     )
     for method in ("save_pretrained", "push_to_hub"):
         sentence = (

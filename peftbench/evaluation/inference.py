@@ -1,4 +1,4 @@
-"""Prediction with fewer operations: inside `prepared` a model computes the same, and afterwards it is unchanged.
+"""Prediction with fewer operations: inside `prepare_inference` a model computes the same; afterwards it is unchanged.
 
 What does not change from token to token is computed once: prefixes are folded, affine modifications are merged, a
 bottleneck's scale becomes part of W_up, and weights have the dtype that autocast would give them at every call. While a
@@ -23,12 +23,12 @@ from peftbench.modification.composition import Add, Scaled
 from peftbench.modification.edit import Edit, SublayerDropout
 from peftbench.modification.functional_form import Bottleneck
 from peftbench.modification.insertion import parallel
-from peftbench.modification.merge import merged, unhooked
-from peftbench.modification.state import folded
+from peftbench.modification.merge import merge_temporarily, unhook_temporarily
+from peftbench.modification.state import fold_tensors
 
 
 @contextmanager
-def prepared(model: PreTrainedModel, bf16: bool = False) -> Iterator[None]:
+def prepare_inference(model: PreTrainedModel, bf16: bool = False) -> Iterator[None]:
     """Inside the block, the model predicts as before, except for rounding, in evaluation mode and without gradients.
 
     Products are computed in the dtype of autocast or of the backbone.
@@ -36,15 +36,15 @@ def prepared(model: PreTrainedModel, bf16: bool = False) -> Iterator[None]:
     Args:
         bf16: the model will run under bfloat16 autocast.
     """
-    rounded = _weights_in_bfloat16(model) if bf16 else nullcontext()
-    with folded(model), merged(model), _direct(model), rounded, _quick(model, bf16):
+    rounded = _round_weights(model) if bf16 else nullcontext()
+    with fold_tensors(model), merge_temporarily(model), _hook_directly(model), rounded, _modify_quickly(model, bf16):
         yield
 
 
 @contextmanager
-def _direct(model: nn.Module) -> Iterator[None]:
+def _hook_directly(model: nn.Module) -> Iterator[None]:
     """Inside the block, the hooks of a `SublayerDropout`, which now drops nothing, are on the Linear before it."""
-    with unhooked(model):
+    with unhook_temporarily(model):
         for module in model.modules():
             hooks = module._forward_hooks
             for key, hook in list(hooks.items()):
@@ -58,22 +58,22 @@ def _direct(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _quick(model: PreTrainedModel, bf16: bool) -> Iterator[None]:
-    """Inside the block, edits that add a bottleneck use `widened` if that is possible, and otherwise `quick_modify`."""
+def _modify_quickly(model: PreTrainedModel, bf16: bool) -> Iterator[None]:
+    """Inside the block, edits that add a bottleneck use `widen_ffn` if possible, and otherwise `quick_modify`."""
     quick = [module for module in model.modules() if isinstance(module, Edit) and _adds_bottleneck(module)]
     layers = find_sites(model).layers if quick else ()
     replaced: list[nn.Linear] = []
     dtype = torch.bfloat16 if bf16 else model.dtype
-    with unhooked(model) as unhook:
+    with unhook_temporarily(model) as unhook:
         try:
             for edit in quick:
                 constants = Constants.of(edit, dtype)
-                ffn = _ffn_of(edit, layers)
+                ffn = _find_ffn(edit, layers)
                 if ffn is None or any(linear.weight.dtype is not dtype for linear in ffn):
                     edit.quick = quick_modify(edit, constants)
                     continue
                 unhook(edit)
-                for linear, forward in zip(ffn, widened(*ffn, constants), strict=True):
+                for linear, forward in zip(ffn, widen_ffn(*ffn, constants), strict=True):
                     vars(linear)["forward"] = forward  # hides the class's own; a hook would take longer, at every token
                     replaced.append(linear)
             yield
@@ -129,8 +129,8 @@ def quick_modify(edit: Edit, constants: Constants) -> Callable[[Tensor, Tensor],
     return modify
 
 
-def _ffn_of(edit: Edit, layers: Sequence[Layer]) -> tuple[nn.Linear, nn.Linear] | None:
-    """Return W_1 and W_2 of the FFN to which a parallel edit, and no other one, adds; None if it cannot be `widened`.
+def _find_ffn(edit: Edit, layers: Sequence[Layer]) -> tuple[nn.Linear, nn.Linear] | None:
+    """Return W_1 and W_2 of the FFN to which a parallel edit, and no other one, adds; None if it cannot be `widen_ffn`.
 
     With one W_1, the input of W_2 is an activation of each column by itself; with two, it is a product of columns.
     """
@@ -152,7 +152,7 @@ Forward = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def widened(first: nn.Linear, second: nn.Linear, constants: Constants) -> tuple[Forward, Forward]:
+def widen_ffn(first: nn.Linear, second: nn.Linear, constants: Constants) -> tuple[Forward, Forward]:
     """Return functions for W_1 and W_2 of an FFN that treat a parallel bottleneck as r more inner columns:
 
         W_2 g(W_1 x + b_1) + b_2 + s(W_up f(W_down x + b_down) + b_up)
@@ -167,7 +167,7 @@ def widened(first: nn.Linear, second: nn.Linear, constants: Constants) -> tuple[
     filling = -(width + bottleneck) % 8
     weight_1 = F.pad(torch.cat([first.weight, down]), (0, 0, 0, filling))
     weight_2 = F.pad(torch.cat([second.weight, up], dim=1), (0, filling))
-    bias_1, bias_2 = None, _sum(second.bias, up_bias)
+    bias_1, bias_2 = None, _add_optional(second.bias, up_bias)
     if first.bias is not None or down_bias is not None:
         parts = (first.bias, first.weight.new_zeros(width)), (down_bias, down.new_zeros(bottleneck))
         bias_1 = F.pad(torch.cat([zeros if own is None else own for own, zeros in parts]), (0, filling))
@@ -189,12 +189,12 @@ def widened(first: nn.Linear, second: nn.Linear, constants: Constants) -> tuple[
     return read, add
 
 
-def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+def _add_optional(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return one if other is None else other if one is None else one + other
 
 
 @contextmanager
-def _weights_in_bfloat16(model: nn.Module) -> Iterator[None]:
+def _round_weights(model: nn.Module) -> Iterator[None]:
     """Inside the block, the projections' weights and biases are rounded as autocast rounds them.
 
     Autocast caches no copy of a weight without gradient, and so rounds it again for every token. A tied output

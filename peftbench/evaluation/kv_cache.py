@@ -9,7 +9,7 @@ them, layer by layer. Here a token is written after the others, and the tokens o
 
 transformers repeats the source for each beam: six beams read six equal copies of a cross-attention's keys and values at
 every token, and the search reorders these copies. Here each source has one row, and the attention function takes its
-beams as queries of that row (`head_attention.modified_attention`).
+beams as queries of that row (`head_attention.attend_modified`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from peftbench.backbones.sites import Attention, configs_of, configured, find_sites
+from peftbench.backbones.sites import Attention, find_sites, list_configs, set_configs
 from peftbench.modification.attach import takes_our_attention
 from peftbench.modification.head_attention import ATTENTION_NAME, HEADS, Prefix
 
@@ -51,7 +51,7 @@ class Store:
 
     def __init__(self, prefixes: Sequence[Sequence[Prefix]]) -> None:
         self.prefixes = prefixes
-        self.length = _length(prefixes[0])
+        self.length = _count_keys(prefixes[0])
         self.tokens = 0  # the number that at least one attention has seen
 
     def write(self, attention: int, before: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +96,7 @@ class Store:
         if self.tokens:
             larger[: len(self._all)] = self._all
         elif self.length:
-            fronts = [vectors for own in self.prefixes for vectors in _joined(own, key.dtype)]
+            fronts = [vectors for own in self.prefixes for vectors in _join_prefixes(own, key.dtype)]
             larger[: self.length] = torch.stack(fronts).permute(2, 0, 1, 3).unsqueeze(2)  # (l, 2 A, 1, N_kv, d_h)
         self._all, self._spare = larger, None
 
@@ -130,13 +130,13 @@ class SourceLayer(DynamicLayer):
     def __init__(self, prefixes: Sequence[Prefix], beams: int) -> None:
         super().__init__()
         self.prefixes, self.beams = prefixes, beams
-        self.length = _length(prefixes)
+        self.length = _count_keys(prefixes)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Start with the prefixes."""
         super().lazy_initialization(key_states, value_states)
         if self.prefixes:
-            fronts = _joined(self.prefixes, key_states.dtype)
+            fronts = _join_prefixes(self.prefixes, key_states.dtype)
             self.keys, self.values = (vectors.expand(len(key_states), -1, -1, -1) for vectors in fronts)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -159,7 +159,7 @@ NewCache = Callable[[], dict[str, Cache]]
 
 
 @contextmanager
-def generation_caches(model: PreTrainedModel, beams: int) -> Iterator[NewCache]:
+def make_caches(model: PreTrainedModel, beams: int) -> Iterator[NewCache]:
     """Yield a function that makes the argument of `generate` for a batch: one of our caches, for use inside the block.
 
     The function returns no argument if there is neither a prefix nor a source to share, or if another attention than
@@ -169,13 +169,13 @@ def generation_caches(model: PreTrainedModel, beams: int) -> Iterator[NewCache]:
     attentions = [
         (layer.index, each) for layer in sites.layers if layer.stack == "decoder" for each in layer.attentions
     ]
-    prefixes = {each.name: [] if sites.family.counts_keys else _prefixes(each) for _, each in attentions}
+    prefixes = {each.name: [] if sites.family.counts_keys else _list_prefixes(each) for _, each in attentions}
     ours = model.config._attn_implementation in ("sdpa", ATTENTION_NAME) and takes_our_attention(model)
     if not ours or not (any(prefixes.values()) or (both and beams > 1)):
         yield dict
         return
 
-    argument = cache_argument(model)
+    argument = name_cache_argument(model)
 
     def new_self() -> DynamicCache:
         return DynamicCache(config=model.config.get_text_config(decoder=True))
@@ -189,7 +189,7 @@ def generation_caches(model: PreTrainedModel, beams: int) -> Iterator[NewCache]:
             prefixes[attention.name] = []
         elif attention.kind == "self":
             own = prefixes[attention.name]
-            stores[_length(own)].append((index, own))
+            stores[_count_keys(own)].append((index, own))
 
     def new() -> dict[str, Cache]:
         cache, sources = new_self(), Cache(layers=[])
@@ -206,30 +206,30 @@ def generation_caches(model: PreTrainedModel, beams: int) -> Iterator[NewCache]:
     for prefix in cached:
         prefix.in_cache = True
     try:
-        with configured(configs_of(model), "_attn_implementation", ATTENTION_NAME):
+        with set_configs(list_configs(model), "_attn_implementation", ATTENTION_NAME):
             yield new
     finally:
         for prefix in cached:
             prefix.in_cache = False
 
 
-def cache_argument(model: PreTrainedModel) -> str:
+def name_cache_argument(model: PreTrainedModel) -> str:
     """Return the name of a model's argument for the cache. Since transformers 5.24 the older name causes a warning."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def _prefixes(attention: Attention) -> list[Prefix]:
+def _list_prefixes(attention: Attention) -> list[Prefix]:
     """Return the prefixes in their order before the keys: each modification puts its own before the earlier ones."""
     modifications = getattr(attention.module, HEADS, {})
     return [each for each in reversed(modifications.values()) if isinstance(each, Prefix)]
 
 
-def _length(prefixes: Sequence[Prefix]) -> int:
+def _count_keys(prefixes: Sequence[Prefix]) -> int:
     """Return the number of keys that they put before those of the text."""
     return sum(prefix.function.bottleneck for prefix in prefixes)
 
 
-def _joined(prefixes: Sequence[Prefix], dtype: torch.dtype) -> list[Tensor]:
+def _join_prefixes(prefixes: Sequence[Prefix], dtype: torch.dtype) -> list[Tensor]:
     """Return P_k and P_v of all prefixes, concatenated, each (N_kv, l, d_h)."""
     pairs = [prefix.vectors(dtype) for prefix in prefixes]
     return [torch.cat(vectors, dim=1) for vectors in zip(*pairs, strict=True)]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peftbench.backbones.load import load_config, meta_backbone
-from peftbench.config.schema import Run, module_name
-from peftbench.evaluation.finished import restored
+from peftbench.backbones.load import build_meta_backbone, load_config
+from peftbench.config.schema import Run, name_module
+from peftbench.evaluation.finished import restore_backbone
 from peftbench.modification.attach import attach_run
-from peftbench.modification.merge import merge, obstacles
+from peftbench.modification.merge import find_obstacles, merge
 from peftbench.utils.errors import UserError
 
 
@@ -21,13 +21,13 @@ def write_merged(folder: Path, run: Run, out: Path) -> tuple[str, float]:
     Raises:
         UserError: the method has no merged form. This is found before weights are read.
     """
-    bare = meta_backbone(run.model, run.task, load_config(run.model))
+    bare = build_meta_backbone(run.model, run.task, load_config(run.model))
     plain = list(bare.state_dict())
     attach_run(bare, run)
-    if found := obstacles(bare):
-        why = "; ".join(found[n] if n == module_name("") else f"mix.{n}: {found[n]}" for n in sorted(found))
+    if found := find_obstacles(bare):
+        why = "; ".join(found[n] if n == name_module("") else f"mix.{n}: {found[n]}" for n in sorted(found))
         raise UserError(f"method={run.method} cannot be merged into the backbone's weights: {why}.")
-    backbone = restored(folder, run, run.task)
+    backbone = restore_backbone(folder, run, run.task)
     share = merge(backbone.model)
     tensors = backbone.model.state_dict()
     backbone.model.save_pretrained(out, state_dict={name: tensors[name] for name in plain})

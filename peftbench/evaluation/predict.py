@@ -16,14 +16,14 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor, PreTrainedModel
 
-from peftbench.backbones.attention_kernels import no_cudnn_attention
+from peftbench.backbones.attention_kernels import avoid_cudnn_attention
 from peftbench.backbones.precision import autocast
-from peftbench.evaluation.inference import prepared
-from peftbench.evaluation.kv_cache import NewCache, generation_caches
+from peftbench.evaluation.inference import prepare_inference
+from peftbench.evaluation.kv_cache import NewCache, make_caches
 from peftbench.evaluation.partial import Partial
 from peftbench.tasks.batch import NO_TOKEN, Collator
 from peftbench.training.token_loss import TokenLoss
-from peftbench.utils.memory import make_room, out_of_memory
+from peftbench.utils.memory import is_out_of_memory, make_room
 
 
 def predict(
@@ -60,8 +60,8 @@ def predict(
         on_batch(len(partial.rows))
     caches: AbstractContextManager[NewCache] = nullcontext(dict)
     if generation is not None and generation.use_cache is not False:
-        caches = generation_caches(model, generation.num_beams or 1)
-    with _predicting(model, bf16), caches as new_cache:
+        caches = make_caches(model, generation.num_beams or 1)
+    with _prepare_model(model, bf16), caches as new_cache:
 
         def outputs(batch: dict[str, Tensor]) -> Tensor:
             if generation is None:
@@ -69,14 +69,14 @@ def predict(
                 return logits
             return _generate(model, batch, generation, new_cache)
 
-        waiting = list(_batches(order, lengths, batch_size, max_tokens))
+        waiting = list(_split_batches(order, lengths, batch_size, max_tokens))
         while waiting:
             chosen = waiting.pop(0)
             padded = collator([examples[i] for i in chosen])
-            predicted = _if_it_fits(outputs, padded, model.device, last=len(chosen) == 1)
+            predicted = _try_batch(outputs, padded, model.device, last=len(chosen) == 1)
             if predicted is None:
                 make_room()
-                waiting = [half for each in (chosen, *waiting) for half in _halves(each)]
+                waiting = [half for each in (chosen, *waiting) for half in _halve(each)]
                 continue
             for index, row in zip(chosen, predicted, strict=True):
                 rows[index] = row
@@ -89,7 +89,7 @@ def predict(
     return np.stack([np.pad(row, (0, width - len(row)), constant_values=NO_TOKEN) for row in rows])
 
 
-def _batches(
+def _split_batches(
     order: Sequence[int], lengths: Sequence[int], batch_size: int, max_tokens: int | None
 ) -> Iterator[Sequence[int]]:
     """Split `order`, the longest first, into batches; an example longer than `max_tokens` is a batch by itself."""
@@ -101,12 +101,12 @@ def _batches(
         start = end
 
 
-def _halves(batch: Sequence[int]) -> Iterator[Sequence[int]]:
+def _halve(batch: Sequence[int]) -> Iterator[Sequence[int]]:
     middle = (len(batch) + 1) // 2
     yield from filter(None, (batch[:middle], batch[middle:]))
 
 
-def _if_it_fits(
+def _try_batch(
     outputs: Callable[[dict[str, Tensor]], Tensor], padded: Mapping[str, Any], device: torch.device, last: bool
 ) -> list[np.ndarray] | None:
     """Return the outputs for a batch; None if memory runs out, unless it is the `last` size that can be tried."""
@@ -114,7 +114,7 @@ def _if_it_fits(
         batch = {name: tensor.to(device) for name, tensor in padded.items() if tensor is not None}
         return list(outputs(batch).cpu().numpy())
     except RuntimeError as error:
-        if last or not out_of_memory(error):
+        if last or not is_out_of_memory(error):
             raise
     return None
 
@@ -134,7 +134,7 @@ def _generate(
     return ids[:, prompt:]
 
 
-def share_cut_off(predictions: np.ndarray, generation: GenerationConfig, begun: int) -> float:
+def measure_cut_off(predictions: np.ndarray, generation: GenerationConfig, begun: int) -> float:
     """Return the share of generated texts that ended because they reached the maximum length, not by an end token.
 
     An end token that a backbone is forced to write in the last place (as BART is) does not count.
@@ -167,7 +167,7 @@ class _NoRepeatBehind(NoRepeatNGramLogitsProcessor):
         return allowed
 
 
-def mean_loss(
+def compute_mean_loss(
     model: PreTrainedModel,
     dataset: Dataset,
     collator: Collator,
@@ -183,7 +183,7 @@ def mean_loss(
     total, tokens = 0.0, 0
     layer = model.get_output_embeddings()
     assert isinstance(layer, nn.Linear), f"{type(model).__name__} writes no text"
-    with _predicting(model, bf16):
+    with _prepare_model(model, bf16):
         summed = TokenLoss(model, layer, label_smoothing)
         for start in range(0, len(dataset), batch_size):
             padded = collator([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
@@ -195,12 +195,12 @@ def mean_loss(
 
 
 @contextmanager
-def _predicting(model: PreTrainedModel, bf16: bool) -> Iterator[None]:
+def _prepare_model(model: PreTrainedModel, bf16: bool) -> Iterator[None]:
     """Inside the block, the model is in evaluation mode and prepared, and computes no gradients."""
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), no_cudnn_attention(), prepared(model, bf16), autocast(model.device, bf16):
+        with torch.no_grad(), avoid_cudnn_attention(), prepare_inference(model, bf16), autocast(model.device, bf16):
             yield
     finally:
         model.train(was_training)

@@ -7,11 +7,11 @@ from typing import Any
 
 from peftbench.config.roles import is_reported
 from peftbench.config.schema import Task
-from peftbench.config.validity import METRICS, label_faults
+from peftbench.config.validity import METRIC_NAMES, find_label_faults
 from peftbench.metrics.measure import measure
-from peftbench.records.run_files import predictions_file
-from peftbench.records.saved import saved_config, saved_predictions, saved_record
-from peftbench.utils.errors import UserError, unknown
+from peftbench.records.run_files import name_predictions_file
+from peftbench.records.saved import read_saved_config, read_saved_predictions, read_saved_record
+from peftbench.utils.errors import UserError, describe_unknown
 
 
 def rescore(folder: Path, metric: str | None = None) -> list[dict[str, Any]]:
@@ -22,21 +22,21 @@ def rescore(folder: Path, metric: str | None = None) -> list[dict[str, Any]]:
     Raises:
         UserError: there are no such predictions, or the metric does not fit the task.
     """
-    record = saved_record(folder)
-    task: Task = saved_config(folder).task
+    record = read_saved_record(folder)
+    task: Task = read_saved_config(folder).task
     metric = metric or record.metric
-    if metric not in METRICS[task.kind]:
-        raise UserError(unknown("metric", metric, METRICS[task.kind]))
+    if metric not in METRIC_NAMES[task.kind]:
+        raise UserError(describe_unknown("metric", metric, METRIC_NAMES[task.kind]))
     labels = record.data.get("labels", ())
-    if faults := list(label_faults("metric", metric, labels)):
+    if faults := list(find_label_faults("metric", metric, labels)):
         raise UserError(*faults)
     found = []
     for role, score in record.scores.items():
         if not is_reported(role):
             continue
-        rows = saved_predictions(folder, role)
+        rows = read_saved_predictions(folder, role)
         if len(rows) != score.examples:
-            file = folder / predictions_file(role)
+            file = folder / name_predictions_file(role)
             raise UserError(
                 f"{file} holds {len(rows)} predictions, and the run made {score.examples}; restore the file."
             )

@@ -33,7 +33,7 @@ class Difference:
         return self.a - self.b
 
 
-def paired_bootstrap(
+def bootstrap_pairs(
     a: Sequence[Scores], b: Sequence[Scores], *, paired_seeds: bool, resamples: int = 10_000, seed: int = 0
 ) -> dict[str, Difference]:
     """Compare two sides, each of one run or of several seeds, that were scored on the same examples in one order.
@@ -61,11 +61,11 @@ def paired_bootstrap(
     found = {}
     for name in names:
         whole = [float(np.mean([run[name].score_all() for run in side])) for side in (a, b)]
-        found[name] = _difference(whole[0], whole[1], drawn[name])
+        found[name] = _summarise(whole[0], whole[1], drawn[name])
     return found
 
 
-def _difference(a: float, b: float, differences: np.ndarray) -> Difference:
+def _summarise(a: float, b: float, differences: np.ndarray) -> Difference:
     low, high = np.quantile(differences, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     if np.isnan(differences).any():
         return Difference(a, b, *[float("nan")] * 3)

@@ -10,7 +10,7 @@ from datasets import Sequence as ListOf
 from evaluate import Metric, MetricInfo
 
 from peftbench.config.schema import TaskKind
-from peftbench.config.validity import METRICS
+from peftbench.config.validity import METRIC_NAMES
 from peftbench.metrics.measure import DEFINITIONS, measure
 
 
@@ -37,7 +37,7 @@ class EvaluateMetric(Metric):
 
     def _info(self) -> MetricInfo:
         text = Value("string")
-        references = [text, ListOf(text)] if self.metric in METRICS[TaskKind.text_to_text] else [text]
+        references = [text, ListOf(text)] if self.metric in METRIC_NAMES[TaskKind.text_to_text] else [text]
         return MetricInfo(
             description=getdoc(DEFINITIONS[self.metric]),
             citation="",

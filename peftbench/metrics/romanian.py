@@ -25,31 +25,31 @@ _QUOTED_COMMA = re.compile(r',"')
 _QUOTED_STOP = re.compile(r'(\.+)"(\s*[^<])')
 
 
-def prepared(text: str) -> str:
+def prepare_text(text: str) -> str:
     """Return `text` on one line, as tokens with single spaces between them, without diacritics.
 
     >>> prepared("„Preşedintele ţării”, a spus el, n-a venit în România.")
     '" Presedintele tarii " , a spus el , n-a venit in Romania .'
     """
-    punctuation, tokenizer = _moses()
+    punctuation, tokenizer = _load_moses()
     text = punctuation.normalize(punctuation.replace_unicode_punct(text))
     text = _QUOTED_STOP.sub(r'"\1\2', _QUOTED_COMMA.sub('",', f"{text}\n"))
     text = "".join(" " if unicodedata.category(character)[0] == "C" else character for character in text)
-    text = without_diacritics(with_commas(text))
+    text = remove_diacritics(replace_cedillas(text))
     tokens: str = tokenizer.tokenize(text, escape=False, return_str=True)
     return tokens
 
 
-def with_commas(text: str) -> str:
+def replace_cedillas(text: str) -> str:
     """Return `text` with commas below S and T instead of cedillas."""
     return text.translate(COMMAS)
 
 
-def without_diacritics(text: str) -> str:
+def remove_diacritics(text: str) -> str:
     """Return `text` with bare Latin letters instead of Romanian ones; letters of other languages stay."""
     return text.translate(DIACRITICS)
 
 
 @cache
-def _moses() -> tuple[MosesPunctNormalizer, MosesTokenizer]:
+def _load_moses() -> tuple[MosesPunctNormalizer, MosesTokenizer]:
     return MosesPunctNormalizer("ro", perl_parity=True), MosesTokenizer("ro")

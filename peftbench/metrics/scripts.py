@@ -33,7 +33,7 @@ class Letters(NamedTuple):
     han: int
 
 
-def letters(texts: Iterable[str]) -> Letters:
+def count_letters(texts: Iterable[str]) -> Letters:
     """Counts over all texts; a letter with an accent is one."""
     plain, other, unspaced, han = 0, 0, 0, 0
     for text in texts:
@@ -50,15 +50,15 @@ def letters(texts: Iterable[str]) -> Letters:
 def is_english(references: Sequence[Sequence[str]]) -> bool:
     """Return whether ROUGE's own tokenizer suits these references: at most `OTHER_LETTERS` of their letters are others
     than a to z."""
-    count = letters(text for texts in references for text in texts)
+    count = count_letters(text for texts in references for text in texts)
     return count.other <= OTHER_LETTERS * count.all
 
 
-def bleu_tokenizer(references: Sequence[Sequence[str]]) -> str:
+def choose_bleu_tokenizer(references: Sequence[Sequence[str]]) -> str:
     """sacreBLEU's name of the tokenizer for these references: its default where words are written apart, zh for
     Chinese, and char for Japanese, Thai and the like, whose words ja-mecab and flores200 find with further downloads.
     """
-    count = letters(text for texts in references for text in texts)
+    count = count_letters(text for texts in references for text in texts)
     if count.unspaced <= UNSPACED_LETTERS * count.all:
         return "13a"
     return "zh" if count.han > 0.95 * count.unspaced else "char"
@@ -68,11 +68,11 @@ class Words:
     """A tokenizer as rouge_score takes one."""
 
     def tokenize(self, text: str) -> list[str]:
-        """See `words`."""
-        return words(text)
+        """See `split_words`."""
+        return split_words(text)
 
 
-def words(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """The words of `text` in lower case: runs of letters, their marks and digits, or each letter of a script without
     spaces.
 

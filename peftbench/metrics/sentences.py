@@ -20,16 +20,16 @@ ABBREVIATIONS = (
 )
 
 
-def sentences(text: str) -> list[str]:
+def split_sentences(text: str) -> list[str]:
     """Return the sentences of `text` in order. A line break ends one, and so do full stops of other scripts."""
     lines = [part.strip() for line in text.splitlines() for part in _OTHER_END.split(line)]
     return [sentence for line in lines for sentence in _PUNKT.tokenize(line)]
 
 
-def first_sentence(text: str) -> str:
+def take_first_sentence(text: str) -> str:
     """Return the first sentence of the first paragraph, whose lines are joined because documents may be wrapped."""
     paragraph = text.strip().split("\n\n")[0]
-    return next(iter(sentences(" ".join(paragraph.split()))), "")
+    return next(iter(split_sentences(" ".join(paragraph.split()))), "")
 
 
 def _punkt() -> PunktSentenceTokenizer:

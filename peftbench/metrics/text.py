@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from peftbench.metrics.scripts import Words, bleu_tokenizer, is_english
+from peftbench.metrics.scripts import Words, choose_bleu_tokenizer, is_english
 from peftbench.metrics.statistics import References, Statistics, average
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def compute_rouge(predictions: Sequence[str], references: References, labels: Se
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    from peftbench.metrics.sentences import sentences
+    from peftbench.metrics.sentences import split_sentences
 
     right = _list_texts(references)
     if is_english(right):
@@ -37,7 +37,7 @@ def compute_rouge(predictions: Sequence[str], references: References, labels: Se
     else:
         scorer, how = RougeScorer(ROUGE_TYPES, tokenizer=Words()), "tok:words|stem:no"
     found = [
-        scorer.score_multi(["\n".join(sentences(text)) for text in texts], "\n".join(sentences(text)))
+        scorer.score_multi(["\n".join(split_sentences(text)) for text in texts], "\n".join(split_sentences(text)))
         for text, texts in zip(predictions, right, strict=True)
     ]
     signature = f"{how}|version:{version('rouge_score')}"
@@ -55,7 +55,7 @@ def compute_bleu(predictions: Sequence[str], references: References, labels: Seq
 
     right = _list_texts(references)
     return {
-        "bleu": _score_corpus(BLEU(force=True, tokenize=bleu_tokenizer(right)), predictions, right),
+        "bleu": _score_corpus(BLEU(force=True, tokenize=choose_bleu_tokenizer(right)), predictions, right),
         "chrf": _score_corpus(CHRF(), predictions, right),
     }
 
@@ -69,9 +69,12 @@ def compute_romanian_bleu(
     """
     from sacrebleu.metrics import BLEU
 
-    from peftbench.metrics.romanian import prepared
+    from peftbench.metrics.romanian import prepare_text
 
-    ours, right = list(map(prepared, predictions)), [list(map(prepared, texts)) for texts in _list_texts(references)]
+    ours, right = (
+        list(map(prepare_text, predictions)),
+        [list(map(prepare_text, texts)) for texts in _list_texts(references)],
+    )
     found = _score_corpus(BLEU(tokenize="none", smooth_method="none", force=True), ours, right)
     signature = f"{found.signature}|text:romanian.prepared|sacremoses:{version('sacremoses')}"
     return {"bleu_ro": found._replace(signature=signature), **compute_bleu(predictions, references, labels)}

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from peftbench.backbones.sites import Attention, Layer, Sites, find_sites
 from peftbench.config import schema
 from peftbench.config.axes import WITHOUT_ATTENTION
-from peftbench.config.fidelity import Deviation, with_deviations
+from peftbench.config.fidelity import Deviation, apply_fidelity
 from peftbench.modification.composition import Add, Gated, GatedAdd, Multiply, Scaled
 from peftbench.modification.edit import Edit, SublayerDropout
 from peftbench.modification.functional_form import Bottleneck, Constant, FunctionalForm
@@ -49,16 +49,16 @@ def attach(
     """Attach modifications to `model`, in place.
 
     Args:
-        modifications: the modifications by the prefix of their keys, as `schema.modifications` returns them.
+        modifications: the modifications by the prefix of their keys, as `schema.list_modifications` returns them.
         unfreeze: which backbone parameters are trained too.
         untrained: names of parameters that came with no weights and therefore must be trained (the task head).
         train_head: if false, the `untrained` parameters stay as they are and are frozen, unless `unfreeze` names them.
     """
     sites = find_sites(model)
     _freeze(model, sites, unfreeze, untrained, train_head)
-    sites, dropouts = _own_dropout(sites) if modifications else (sites, [])
+    sites, dropouts = _wrap_dropout(sites) if modifications else (sites, [])
     with model.device:  # create new parameters on the backbone's device, which may be the meta device
-        for prefix, m in sorted(modifications.items(), key=lambda item: OUTWARDS.get(_representation(item[1]), 1)):
+        for prefix, m in sorted(modifications.items(), key=lambda item: OUTWARDS.get(_name_representation(item[1]), 1)):
             _attach_one(model, sites, prefix, m)
     for linear, dropout in dropouts:
         linear.register_forward_hook(dropout.drop)
@@ -73,20 +73,20 @@ def attach_run(
     Returns:
         The run with its deviations from the paper's text filled in, and these deviations.
     """
-    run, deviations = with_deviations(run, model.config.model_type)
+    run, deviations = apply_fidelity(run, model.config.model_type)
     train_head = not run.fidelity.frozen_task_head
-    attach(model, schema.modifications(run), run.unfreeze, untrained, train_head=train_head)
+    attach(model, schema.list_modifications(run), run.unfreeze, untrained, train_head=train_head)
     return run, deviations
 
 
-def _representation(m: schema.Modification) -> str:
+def _name_representation(m: schema.Modification) -> str:
     return str(m.modified_representation.name.name)
 
 
 def _freeze(
     model: PreTrainedModel, sites: Sites, unfreeze: schema.Unfreeze, untrained: Collection[str], train_head: bool
 ) -> None:
-    computed_in, unfrozen = model.dtype, _unfrozen(model, unfreeze)
+    computed_in, unfrozen = model.dtype, _list_unfrozen(model, unfreeze)
     in_backbone = False
     for name, parameter in model.named_parameters():
         in_head = name in untrained or name.split(".")[0] in sites.family.task_head
@@ -106,7 +106,7 @@ def _freeze(
             module.register_forward_pre_hook(_read_in_float32)
 
 
-def _unfrozen(model: PreTrainedModel, unfreeze: schema.Unfreeze) -> set[str]:
+def _list_unfrozen(model: PreTrainedModel, unfreeze: schema.Unfreeze) -> set[str]:
     """Return the names of the parameters that `unfreeze` makes trainable."""
     names = {name for name, _ in model.named_parameters()}
     if unfreeze is schema.Unfreeze.none:
@@ -114,7 +114,7 @@ def _unfrozen(model: PreTrainedModel, unfreeze: schema.Unfreeze) -> set[str]:
     if unfreeze is schema.Unfreeze.bias:  # not T5's relative_attention_bias.weight, a table of positions
         return {name for name in names if name.rpartition(".")[2] == "bias"}
     if unfreeze is schema.Unfreeze.norm:
-        norms = _norms(model)
+        norms = _find_norms(model)
         return {name for name, parameter in model.named_parameters() if id(parameter) in norms}
     return names
 
@@ -124,13 +124,13 @@ def _read_in_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...
     return tuple(a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
 
 
-def _norms(model: PreTrainedModel) -> set[int]:
+def _find_norms(model: PreTrainedModel) -> set[int]:
     """Return the ids of the parameters of all norms: LayerNorm, and the RMSNorm class of each family."""
     norms = (module for module in model.modules() if type(module).__name__.endswith("Norm"))
     return {id(parameter) for norm in norms for parameter in norm.parameters()}
 
 
-def _own_dropout(sites: Sites) -> tuple[Sites, list[tuple[nn.Module, SublayerDropout]]]:
+def _wrap_dropout(sites: Sites) -> tuple[Sites, list[tuple[nn.Module, SublayerDropout]]]:
     """Turn a family's functional dropout into modules, so that h after the dropout has a place; see `SublayerDropout`.
 
     Returns the sites with `ffn.dropout` filled in, and pairs of a Linear and its dropout module. Hook each dropout onto
@@ -154,8 +154,8 @@ def _own_dropout(sites: Sites) -> tuple[Sites, list[tuple[nn.Module, SublayerDro
 
 def _attach_one(model: PreTrainedModel, sites: Sites, prefix: str, m: schema.Modification) -> None:
     """Attach one modification. `prefix` is the prefix of its keys, "" or "mix.NAME.", and gives its modules' name."""
-    name = schema.module_name(prefix)
-    representation = _representation(m)
+    name = schema.name_module(prefix)
+    representation = _name_representation(m)
     if representation == "embedding":
         _attach_prompt(model, sites, m, name)
     elif representation == "heads":
@@ -166,22 +166,22 @@ def _attach_one(model: PreTrainedModel, sites: Sites, prefix: str, m: schema.Mod
 
 def _attach_to_places(sites: Sites, m: schema.Modification, name: str, prefix: str) -> None:
     insertion = m.insertion_form.name.name
-    places = REPRESENTATIONS[_representation(m)]
-    for layer, attentions in _chosen(sites, m, prefix):
+    places = REPRESENTATIONS[_name_representation(m)]
+    for layer, attentions in _choose_sites(sites, m, prefix):
         if m.modified_representation.ffn_input is schema.FFNInput.residual:
-            layer = _reading_residual(layer, prefix)
+            layer = _read_residual(layer, prefix)
         for place in places(layer, attentions):
             in_width, out_width = place.widths(sites.width, insertion)
             rate = sites.attention_dropout if place.in_attention else sites.hidden_dropout
             edit = Edit(
-                _function(m, in_width, out_width, rate),
+                _build_function(m, in_width, out_width, rate),
                 place.insertion(insertion),
-                _composition(m, in_width, 1),
+                _build_composition(m, in_width, 1),
             )
             edit.attach(name, place.target, place.source, place.at, place.part)
 
 
-def _reading_residual(layer: Layer, prefix: str) -> Layer:
+def _read_residual(layer: Layer, prefix: str) -> Layer:
     """Return the layer with the input x of its FFN taken before the norm."""
     if layer.residual is None:
         raise UserError(
@@ -199,16 +199,16 @@ def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: schema.Modificatio
     is_prefix = m.functional_form.name == "softmax" and m.composition_function.name is schema.Composition.gated
     _require_attention_interface(sites, f"{prefix}modified_representation=heads")
     trunks: dict[tuple[str, str], PrefixTrunk] = {}
-    for layer, attentions in _chosen(sites, m, prefix):
+    for layer, attentions in _choose_sites(sites, m, prefix):
         for attention in attentions:
             groups = attention.kv_heads if is_prefix else attention.heads
             generator = None
             if m.prefix_mlp is not None:
                 kind = (layer.stack, attention.kind)
                 if kind not in trunks:
-                    trunks[kind] = PrefixTrunk(_size(m), sites.width, m.prefix_mlp)
+                    trunks[kind] = PrefixTrunk(_get_size(m), sites.width, m.prefix_mlp)
                 generator = PrefixMLP(trunks[kind], groups, attention.head_width)
-            function = _function(
+            function = _build_function(
                 m,
                 sites.width if hidden else attention.head_width,
                 attention.head_width,
@@ -220,7 +220,7 @@ def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: schema.Modificatio
                 assert isinstance(function, Bottleneck)
                 _add_to_heads(attention, name, Prefix(function))
                 continue
-            composition = _composition(m, function.in_width, groups)
+            composition = _build_composition(m, function.in_width, groups)
             normed = head_input is schema.HeadInput.normed_query
             modification = HeadModification(
                 function,
@@ -232,7 +232,7 @@ def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: schema.Modificatio
             if modification.reads_input:
                 attention.query.register_forward_pre_hook(modification.read)
             _add_to_heads(attention, name, modification)
-    call_our_attention(model)
+    use_our_attention(model)
 
 
 def _require_attention_interface(sites: Sites, key: str) -> None:
@@ -249,11 +249,11 @@ def _require_attention_interface(sites: Sites, key: str) -> None:
 def takes_our_attention(model: PreTrainedModel) -> bool:
     """Return whether the model's attentions look up functions that are registered with transformers."""
     attention = type(find_sites(model).layers[0].attentions[0].module)
-    return _takes_ours(attention.__module__, attention.__qualname__)
+    return _class_takes_ours(attention.__module__, attention.__qualname__)
 
 
 @cache
-def _takes_ours(module: str, name: str) -> bool:
+def _class_takes_ours(module: str, name: str) -> bool:
     """Look up an attention class by name, cached: finding the source of a class takes tens of milliseconds."""
     return _asks_for_functions(getattr(sys.modules[module], name))
 
@@ -262,7 +262,7 @@ def _asks_for_functions(attention: type[nn.Module]) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(attention)
 
 
-def call_our_attention(model: PreTrainedModel) -> None:
+def use_our_attention(model: PreTrainedModel) -> None:
     """Select our attention function in every stack: T5's stacks have their own configs, which transformers 5.17 does
     not reach from the top."""
     for module in model.modules():
@@ -285,7 +285,7 @@ def _attach_prompt(model: PreTrainedModel, sites: Sites, m: schema.Modification,
             "labels and positions are aligned with the input tokens; use method=prefix."
         )
     stack, module = next(iter(sites.embedding.items()))
-    prompt = Prompt(_size(m), int(module.get_parameter("weight").shape[-1]))
+    prompt = Prompt(_get_size(m), int(module.get_parameter("weight").shape[-1]))
     module.add_module(name, prompt)
     if sites.family.embedding_at == "input":
         module.register_forward_pre_hook(prompt.prepend_to_input)
@@ -295,14 +295,14 @@ def _attach_prompt(model: PreTrainedModel, sites: Sites, m: schema.Modification,
         for attention in layer.attentions:
             if layer.stack == stack or attention.kind == "cross":
                 there = getattr(attention.module, PROMPT, None)  # the mask module of another prompt
-                attention.module.add_module(PROMPT, PromptMask(_size(m) + (there.length if there else 0)))
+                attention.module.add_module(PROMPT, PromptMask(_get_size(m) + (there.length if there else 0)))
     last = [layer for layer in sites.layers if layer.stack == stack][-1]
     if len(sites.embedding) == 1 and last.norm is not None:  # only an encoder: its task head reads fixed positions
         last.norm.register_forward_hook(prompt.strip)
-    call_our_attention(model)
+    use_our_attention(model)
 
 
-def _function(
+def _build_function(
     m: schema.Modification,
     in_width: int,
     out_width: int,
@@ -314,7 +314,7 @@ def _function(
         return Constant(out_width, groups=groups, init=m.init.name)
     return Bottleneck(
         in_width,
-        _size(m),
+        _get_size(m),
         out_width,
         m.functional_form.name,
         groups=groups,
@@ -327,7 +327,7 @@ def _function(
     )
 
 
-def _composition(m: schema.Modification, in_width: int, groups: int) -> nn.Module:
+def _build_composition(m: schema.Modification, in_width: int, groups: int) -> nn.Module:
     composition = m.composition_function
     if composition.name is schema.Composition.scaled:
         return Scaled(composition.scale, composition.learned)
@@ -340,12 +340,12 @@ def _composition(m: schema.Modification, in_width: int, groups: int) -> nn.Modul
     return Add()
 
 
-def _size(m: schema.Modification) -> int:
+def _get_size(m: schema.Modification) -> int:
     assert m.bottleneck is not None, "config/axes.py requires a bottleneck"
     return m.bottleneck
 
 
-def _chosen(sites: Sites, m: schema.Modification, prefix: str) -> Iterator[tuple[Layer, list[Attention]]]:
+def _choose_sites(sites: Sites, m: schema.Modification, prefix: str) -> Iterator[tuple[Layer, list[Attention]]]:
     """Yield the layers and attentions that the representation's options name. A name that matches nothing is an
     error."""
     r = m.modified_representation

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from peftbench.backbones.sites import family_of
-from peftbench.modification.edit import Modification
+from peftbench.backbones.sites import find_family
+from peftbench.modification.edit import Modifier
 from peftbench.modification.functional_form import FunctionalForm
 from peftbench.modification.head_attention import Prefix
 from peftbench.modification.prompt import Prompt
 from peftbench.modification.reparameterization import PrefixMLP
-from peftbench.modification.state import bottlenecks
+from peftbench.modification.state import list_bottlenecks
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def count(model: PreTrainedModel, untrained: Collection[str] = ()) -> Counts:
             the pooler, which is a part of the backbone if it came with weights.
     """
     modification = _modification_parameters(model)
-    heads = family_of(model.config.model_type).task_head
+    heads = find_family(model.config.model_type).task_head
     named = dict(model.named_parameters())  # has each tied or shared tensor once
     trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     is_head = {name: name.split(".")[0] in heads for name in named}
@@ -97,7 +97,7 @@ def count(model: PreTrainedModel, untrained: Collection[str] = ()) -> Counts:
     formula = sum(m.formula() for m in model.modules() if isinstance(m, FunctionalForm))
     prompts = sum(m.vectors.numel() for m in model.modules() if isinstance(m, Prompt))
     mlp = {id(p): p.numel() for m in model.modules() if isinstance(m, PrefixMLP) for p in m.parameters()}
-    made = sum(bottleneck.formula() for bottleneck in bottlenecks(model) if bottleneck.generator)
+    made = sum(bottleneck.formula() for bottleneck in list_bottlenecks(model) if bottleneck.generator)
     return Counts(
         backbone=backbone,
         trained=trained_total,
@@ -107,7 +107,7 @@ def count(model: PreTrainedModel, untrained: Collection[str] = ()) -> Counts:
     )
 
 
-_ADDED = (Modification, Prefix, Prompt)  # the modules that `attach` puts at a place
+_ADDED = (Modifier, Prefix, Prompt)  # the modules that `attach` puts at a place
 
 
 def _modification_parameters(model: nn.Module) -> set[int]:

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peftbench.backbones.sites import find_sites
-from peftbench.config.fidelity import dead_kinds
-from peftbench.config.schema import Modification, module_name
+from peftbench.config.fidelity import list_dead_kinds
+from peftbench.config.schema import Modification, name_module
 from peftbench.modification.head_attention import HEADS
 
 
@@ -23,23 +23,23 @@ def count_dead(model: PreTrainedModel, modifications: Mapping[str, Modification]
     sites = find_sites(model)
     total = 0
     for prefix, m in modifications.items():
-        name = module_name(prefix)
-        kinds = dead_kinds(m, model.config.model_type)
+        name = name_module(prefix)
+        kinds = list_dead_kinds(m, model.config.model_type)
         at_ffns = [layer.ffn.dropout for layer in sites.layers]
         at_heads = [getattr(a.module, HEADS, None) for layer in sites.layers for a in layer.attentions]
         if "ffn_adapter" in kinds:
-            total += _parameters(_named(name, at_ffns))
+            total += _count_parameters(_find_named(name, at_ffns))
         if "prefix_sets" in kinds:
-            total += 2 * _parameters(_named(name, at_heads))
+            total += 2 * _count_parameters(_find_named(name, at_heads))
         if "query_norm" in kinds:
-            total += 2 * sites.width * len(_named(name, at_heads))
+            total += 2 * sites.width * len(_find_named(name, at_heads))
     return total
 
 
-def _named(name: str, parents: list[nn.Module | None]) -> list[nn.Module]:
+def _find_named(name: str, parents: list[nn.Module | None]) -> list[nn.Module]:
     """Return the children called `name`, of those parents that have one."""
     return [child for parent in parents for own, child in (parent.named_children() if parent else ()) if own == name]
 
 
-def _parameters(modules: list[nn.Module]) -> int:
+def _count_parameters(modules: list[nn.Module]) -> int:
     return sum(parameter.numel() for parameter in nn.ModuleList(modules).parameters())  # counts shared ones once

@@ -17,7 +17,7 @@ from peftbench.modification.functional_form import FunctionalForm
 from peftbench.modification.insertion import InsertionForm
 
 
-class Modification(nn.Module):
+class Modifier(nn.Module):
     """The four axes at one site: a functional form, an insertion form and a composition, at the representation h.
 
     Args:
@@ -42,7 +42,7 @@ class Modification(nn.Module):
         return modified
 
 
-class Edit(Modification):
+class Edit(Modifier):
     """A modification of a leaf module's output or input, of shape (..., width).
 
     `attach` puts it on `target`. If x is not the target's own input, it is the input of `source`, which runs before the

@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 from peftbench.modification.reparameterization import PrefixMLP
 
 
-def activation(name: str) -> nn.Module:
+def build_activation(name: str) -> nn.Module:
     """Return f by name: `identity`, `softmax` (over the bottleneck), or an entry of transformers' ACT2FN."""
     if name == "identity":
         return nn.Identity()
@@ -37,7 +37,7 @@ class Bottleneck(nn.Module):
         in_width: width of the input of f.
         bottleneck: r, or the number l of prefix vectors.
         out_width: width of h.
-        form: name of f; see `activation`.
+        form: name of f; see `build_activation`.
         groups: G; 1 for hidden states, the number of heads for heads.
         bias: whether W_down and W_up have biases.
         dropout: rate after f (paper's code, petl_factory.py `Adapter_Layer`).
@@ -66,7 +66,7 @@ class Bottleneck(nn.Module):
     ) -> None:
         super().__init__()
         self.in_width, self.bottleneck, self.out_width, self.groups = in_width, bottleneck, out_width, groups
-        self.f = activation(form)
+        self.f = build_activation(form)
         self.dropout = nn.Dropout(dropout)
         self.input_dropout = nn.Dropout(input_dropout)
         self.norm_in = nn.LayerNorm(in_width) if layer_norm == "input" else nn.Identity()
@@ -111,10 +111,10 @@ class Bottleneck(nn.Module):
         down, up = down.to(x.dtype), up.to(x.dtype)
         down_bias: Tensor | None = self.down_bias
         if torch.compiler.is_compiling() and not isinstance(self.f, nn.Softmax):
-            down, up, down_bias = _aligned(down, up, down_bias)
-        x = self.input_dropout(_normed(self.norm_in, x))
-        z = self.dropout(self.f(_grouped_linear(x, down, down_bias)))
-        return _normed(self.norm_out, _grouped_linear(z, up, self.up_bias))
+            down, up, down_bias = _align(down, up, down_bias)
+        x = self.input_dropout(_apply_norm(self.norm_in, x))
+        z = self.dropout(self.f(_apply_grouped_linear(x, down, down_bias)))
+        return _apply_norm(self.norm_out, _apply_grouped_linear(z, up, self.up_bias))
 
     def formula(self) -> int:
         """Return r (in + out) for each group: W_down and W_up, without biases (He et al. 2022, appendix B)."""
@@ -169,7 +169,7 @@ class Constant(nn.Module):
 FunctionalForm = Bottleneck | Constant
 
 
-def _aligned(down: Tensor, up: Tensor, down_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _align(down: Tensor, up: Tensor, down_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Pad the weights along r with zeros to a multiple of 8, for compiled code.
 
     Δh stays the same unless f mixes the elements of the bottleneck. A GPU multiplies bfloat16 rows of 204 bytes (r =
@@ -183,7 +183,7 @@ def _aligned(down: Tensor, up: Tensor, down_bias: Tensor | None) -> tuple[Tensor
     return F.pad(down, (0, 0, 0, more)), F.pad(up, (0, more)), bias
 
 
-def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _apply_grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return x (..., G, T, in) · weight (G, out, in)^T + bias (G, 1, out) -> (..., G, T, out); one group: (..., in)."""
     if bias is not None:
         bias = bias.to(x.dtype)
@@ -193,7 +193,7 @@ def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
 
 
-def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+def _apply_norm(norm: nn.Module, x: Tensor) -> Tensor:
     """Apply `norm` to x (..., d). A LayerNorm computes in the dtype of its weights; the result has the dtype of x."""
     if not isinstance(norm, nn.LayerNorm):
         return x

@@ -24,17 +24,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from peftbench.modification.edit import Modification
+from peftbench.modification.edit import Modifier
 from peftbench.modification.functional_form import Bottleneck, FunctionalForm
 from peftbench.modification.insertion import InsertionForm
 from peftbench.modification.memo import Memo
-from peftbench.modification.prompt import PROMPT, see_also
+from peftbench.modification.prompt import PROMPT, extend_mask
 
 ATTENTION_NAME = "peftbench"  # the value of `config._attn_implementation` while heads are modified
 HEADS = "head_modifications"  # the attention module's child that holds the modifications, by name
 
 
-class HeadModification(Modification):
+class HeadModification(Modifier):
     """A modification of each head's output before W_o, with weights for each head.
 
     f reads the head's scaled query q / √d_h, as the paper's code does except on BART; or, in the sequential form, the
@@ -109,12 +109,12 @@ class Prefix(nn.Module):
         length = self.function.bottleneck
         front_k, front_v = (vectors.expand(len(key), -1, -1, -1) for vectors in self.vectors(key.dtype))
         joined = torch.cat([front_k, key], dim=2), torch.cat([front_v, value], dim=2)
-        return *joined, None if mask is None else see_also(mask, length)
+        return *joined, None if mask is None else extend_mask(mask, length)
 
     def widened(self, mask: Tensor) -> Tensor:
         """Return the mask for keys that already have the prefix. All layers share one, made once for each token."""
         length = self.function.bottleneck
-        return _WIDENED.of(mask, length, lambda: see_also(mask, length))
+        return _WIDENED.of(mask, length, lambda: extend_mask(mask, length))
 
     def vectors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return P_k and P_v, each (N_kv, l, d_h)."""
@@ -125,7 +125,7 @@ class Prefix(nn.Module):
 _WIDENED = Memo()
 
 
-def modified_attention(
+def attend_modified(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -154,7 +154,7 @@ def modified_attention(
                 kwargs["position_bias"] = F.pad(kwargs["position_bias"], (modification.function.bottleneck, 0))
     if attention_mask is None and getattr(module, "is_causal", False) and 1 < query.shape[2] < key.shape[2]:
         # transformers would crop the keys to the queries' length, and thus drop tokens of the context
-        raise RuntimeError(f"{type(module).__name__} is causal and has a prefix but no mask; see `modified_mask`")
+        raise RuntimeError(f"{type(module).__name__} is causal and has a prefix but no mask; see `make_modified_mask`")
     heads = _attend(module, query, key, value, attention_mask, **kwargs)
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
     for modification in modifications:
@@ -168,7 +168,7 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: 
     sources = key.shape[0]
     every, count, queries, width = query.shape
     if mask is not None:
-        mask = _mask_of_sources(mask, sources, query, kwargs.get("position_bias") is not None)
+        mask = _widen_mask(mask, sources, query, kwargs.get("position_bias") is not None)
     if every > sources:
         together = query.view(sources, -1, count, queries, width).transpose(1, 2)  # (B / n, N_h, n, Q, d_h)
         query = together.reshape(sources, count, -1, width)
@@ -177,7 +177,7 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: 
     return heads.reshape(every, queries, count, -1)  # (B / n, n Q, N_h, d_h) -> (B, Q, N_h, d_h)
 
 
-def _mask_of_sources(mask: Tensor, sources: int, query: Tensor, biased: bool) -> Tensor:
+def _widen_mask(mask: Tensor, sources: int, query: Tensor, biased: bool) -> Tensor:
     """Return the mask (B or 1, 1, Q, K) for all queries of a source, as (B / n or 1, 1, n Q, K).
 
     SDPA would convert a boolean mask to the query's dtype in every layer. Here it is converted once for each token, for
@@ -192,10 +192,10 @@ def _mask_of_sources(mask: Tensor, sources: int, query: Tensor, biased: bool) ->
 
     if mask.dtype != torch.bool or biased or torch.is_grad_enabled():
         return joined()
-    return _ADDITIVE.of(mask, (sources, queries, query.dtype), lambda: additive(joined(), query.dtype))
+    return _ADDITIVE.of(mask, (sources, queries, query.dtype), lambda: make_additive(joined(), query.dtype))
 
 
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def make_additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert a boolean mask to one that is added to the scores: 0 for keys that are seen, -inf for the others.
 
     Its rows begin at multiples of 16 bytes; otherwise each attention would first copy them to aligned rows.
@@ -208,7 +208,7 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 _ADDITIVE = Memo()
 
 
-def modified_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+def make_modified_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """Return transformers' SDPA mask, with every causal mask of several queries written out.
 
     With a prefix there are more keys than queries, so that the kernel's own causal flag would align wrongly. A single
@@ -220,5 +220,5 @@ def modified_mask(*args: Any, **kwargs: Any) -> Tensor | None:
 
 
 # Without a mask function of the same name transformers silently passes no mask, and padding would be attended to.
-AttentionInterface.register(ATTENTION_NAME, modified_attention)
-AttentionMaskInterface.register(ATTENTION_NAME, modified_mask)
+AttentionInterface.register(ATTENTION_NAME, attend_modified)
+AttentionMaskInterface.register(ATTENTION_NAME, make_modified_mask)

@@ -30,7 +30,7 @@ from peftbench.modification.prompt import Prompt
 Hooks = OrderedDict[int, Callable[..., Any]]
 
 
-def obstacles(model: nn.Module) -> dict[str, str]:
+def find_obstacles(model: nn.Module) -> dict[str, str]:
     """Return why each modification that cannot be merged cannot, one reason each, by its name (the last part of the
     module's name).
 
@@ -43,9 +43,9 @@ def obstacles(model: nn.Module) -> dict[str, str]:
                 found.setdefault(name, "it changes single heads between the attention's weights")
             elif isinstance(child, Prefix | Prompt):
                 found.setdefault(name, "it adds vectors for the attention to look at, which no weight can hold")
-        for edit in _edits_before(module) + _edits_after(module):
-            if reason := _obstacle(edit, module):
-                found.setdefault(_name(module, edit), reason)
+        for edit in _list_edits_before(module) + _list_edits_after(module):
+            if reason := _find_obstacle(edit, module):
+                found.setdefault(_find_name(module, edit), reason)
     return found
 
 
@@ -57,20 +57,20 @@ def merge(model: nn.Module) -> float:
     less than half a step.
     """
     lost, changed = 0.0, 0.0
-    for module in _mergeable(model):
-        weight, bias = merged_weights(module)
-        parameter = _weight(module)
+    for module in _list_mergeable(model):
+        weight, bias = compute_merged_weights(module)
+        parameter = _get_weight(module)
         rounded = weight.to(parameter.dtype)
         lost += float((rounded.double() - weight).square().sum())
         changed += float((weight - parameter.double()).square().sum())
-        _put(module, rounded, bias)
-        for edit in _edits_before(module) + _edits_after(module):
+        _put_weights(module, rounded, bias)
+        for edit in _list_edits_before(module) + _list_edits_after(module):
             _unhook(model, edit)
     return (lost / changed) ** 0.5 if changed else 0.0
 
 
 @contextmanager
-def merged(model: nn.Module) -> Iterator[None]:
+def merge_temporarily(model: nn.Module) -> Iterator[None]:
     """Inside the block, affine modifications are part of the weights; afterwards the original tensors are restored.
 
     W' is computed in float64 and rounded to the weight's dtype once. If the change is small, a bfloat16 W' keeps only
@@ -78,42 +78,42 @@ def merged(model: nn.Module) -> Iterator[None]:
     rounds it: both predict alike. An unmerged modification is rounded in its products instead.
     """
     replaced: list[tuple[nn.Module, Tensor, Tensor | None]] = []
-    with unhooked(model) as unhook:
+    with unhook_temporarily(model) as unhook:
         try:
-            for module in _mergeable(model):
-                weight, bias = _weight(module), _bias(module)
+            for module in _list_mergeable(model):
+                weight, bias = _get_weight(module), _get_bias(module)
                 replaced.append((module, weight.data, None if bias is None else bias.data))
-                _put(module, *merged_weights(module))
-                for edit in _edits_before(module) + _edits_after(module):
+                _put_weights(module, *compute_merged_weights(module))
+                for edit in _list_edits_before(module) + _list_edits_after(module):
                     unhook(edit)
             yield
         finally:
             for module, old, old_bias in replaced:
-                _put(module, old, old_bias)
+                _put_weights(module, old, old_bias)
 
 
 @torch.no_grad()
-def merged_weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+def compute_merged_weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Return W' and b' of a Linear or Conv1D whose edits are all affine, in float64; W' has the module's layout."""
-    weight, bias = _weight(module).double(), _bias(module)
+    weight, bias = _get_weight(module).double(), _get_bias(module)
     transposed = weight if isinstance(module, Conv1D) else weight.T  # (in, out)
     inputs = transposed.shape[0]
     x = F.pad(torch.eye(inputs, dtype=torch.float64, device=weight.device), (0, 0, 1, 0))  # the origin, then each e_i
-    before, after = _edits_before(module), _edits_after(module)
+    before, after = _list_edits_before(module), _list_edits_after(module)
     seen = x
     for edit in before:
-        seen = _in_double(edit).change(seen, seen)
+        seen = _to_double(edit).change(seen, seen)
     h = seen @ transposed if before else F.pad(transposed, (0, 0, 1, 0))
     if bias is not None:
         h = h + bias.double()
     for edit in after:
-        h = _in_double(edit).change(h, seen)
+        h = _to_double(edit).change(h, seen)
     rows = h[1:] - h[0]
     return (rows if isinstance(module, Conv1D) else rows.T), None if bias is None else h[0]
 
 
 @contextmanager
-def unhooked(model: nn.Module) -> Iterator[Callable[[nn.Module], None]]:
+def unhook_temporarily(model: nn.Module) -> Iterator[Callable[[nn.Module], None]]:
     """Yield a function that removes all hooks of a modification from the model; afterwards all hooks are restored."""
     saved = [
         (hooks, hooks.copy())
@@ -135,17 +135,17 @@ def _unhook(model: nn.Module, modification: nn.Module) -> None:
                 del hooks[key]
 
 
-def _mergeable(model: nn.Module) -> list[nn.Module]:
+def _list_mergeable(model: nn.Module) -> list[nn.Module]:
     """Return the projections whose edits are all affine."""
     found = []
     for module in model.modules():
-        edits = _edits_before(module) + _edits_after(module)
-        if edits and all(_obstacle(edit, module) is None for edit in edits):
+        edits = _list_edits_before(module) + _list_edits_after(module)
+        if edits and all(_find_obstacle(edit, module) is None for edit in edits):
             found.append(module)
     return found
 
 
-def _obstacle(edit: Edit, module: nn.Module) -> str | None:
+def _find_obstacle(edit: Edit, module: nn.Module) -> str | None:
     """Return why `edit` of `module` is not an affine map of the input of the module's own weights, or None if it is."""
     function, composition = edit.function, edit.composition
     if isinstance(composition, Gated):
@@ -163,7 +163,9 @@ def _obstacle(edit: Edit, module: nn.Module) -> str | None:
         return "its input is not the input of the weights that would hold it"
     if module.bias is None and _adds_constant(edit):
         return "the weights that would hold it have no bias to take its own"
-    if any(isinstance(hook.__self__, HeadModification) and hook.__self__.query_norm for hook in _bound(module)):
+    if any(
+        isinstance(hook.__self__, HeadModification) and hook.__self__.query_norm for hook in _list_bound_hooks(module)
+    ):
         return "the heads' modification needs the weights that would hold it as they are in the backbone"
     return None
 
@@ -174,42 +176,42 @@ def _adds_constant(edit: Edit) -> bool:
     return not isinstance(edit.composition, Multiply)
 
 
-def _edits_before(module: nn.Module) -> list[Edit]:
+def _list_edits_before(module: nn.Module) -> list[Edit]:
     """Return the edits of the module's input, in order."""
-    return [hook.__self__ for hook in _bound(module) if hook.__func__ is Edit.edit_input]
+    return [hook.__self__ for hook in _list_bound_hooks(module) if hook.__func__ is Edit.edit_input]
 
 
-def _edits_after(module: nn.Module) -> list[Edit]:
+def _list_edits_after(module: nn.Module) -> list[Edit]:
     """Return the edits of the module's output, in order."""
-    return [hook.__self__ for hook in _bound(module) if hook.__func__ is Edit.edit_output]
+    return [hook.__self__ for hook in _list_bound_hooks(module) if hook.__func__ is Edit.edit_output]
 
 
-def _bound(module: nn.Module) -> list[Any]:
+def _list_bound_hooks(module: nn.Module) -> list[Any]:
     """Return the hooks that are methods."""
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     return [hook for hook in hooks if hasattr(hook, "__self__")]
 
 
-def _name(module: nn.Module, edit: Edit) -> str:
+def _find_name(module: nn.Module, edit: Edit) -> str:
     path: str = next(path for path, child in module.named_modules() if child is edit)
     return path.rpartition(".")[2]
 
 
-def _in_double(edit: Edit) -> Edit:
+def _to_double(edit: Edit) -> Edit:
     return deepcopy(edit).double().eval()
 
 
-def _weight(module: nn.Module) -> Tensor:
+def _get_weight(module: nn.Module) -> Tensor:
     return module.get_parameter("weight")
 
 
-def _bias(module: nn.Module) -> Tensor | None:
+def _get_bias(module: nn.Module) -> Tensor | None:
     return None if module.bias is None else module.get_parameter("bias")
 
 
-def _put(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+def _put_weights(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
     """Store the values in the same Parameters, so that optimisers and tied weights keep theirs."""
-    parameter = _weight(module)
+    parameter = _get_weight(module)
     parameter.data = weight.to(parameter.dtype).contiguous()
     if bias is not None:
         own = module.get_parameter("bias")

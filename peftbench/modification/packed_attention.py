@@ -1,6 +1,6 @@
 """Attention over a batch without its padding: all examples' tokens in one row; each token sees only its own example.
 
-`padding_free.PaddingFree` substitutes this function for `head_attention.modified_attention` while it packs a batch. The
+`padding_free.PaddingFree` substitutes this function for `head_attention.attend_modified` while it packs a batch. The
 kernel is FlashAttention-2 with variable lengths, as torch ships it. Everywhere but on a GPU in half precision, the
 examples are padded during the attention, which also is the reference (`tests/training/test_padding_free.py`).
 """
@@ -23,7 +23,7 @@ PACKING = "packing"  # the attention module's attribute: the `Packing` of its qu
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenRow:
     """The vectors of all examples in one row, one example after another."""
 
     example: Tensor  # (T,): the example that each vector belongs to
@@ -40,10 +40,10 @@ class Row:
         joined.index_copy_(0, stands, vectors)
         return joined.index_copy_(0, begins.flatten(), front.repeat(count, 1, 1))
 
-    def longer(self, length: int) -> Row:
+    def longer(self, length: int) -> TokenRow:
         """Return the row with `length` more vectors before each example's; `example` still is that of the others."""
         more = length * torch.arange(len(self.offsets), device=self.offsets.device, dtype=torch.int32)
-        return Row(self.example, self.offsets + more, self.longest + length)
+        return TokenRow(self.example, self.offsets + more, self.longest + length)
 
 
 class Packing:
@@ -56,7 +56,7 @@ class Packing:
         longest: maximum length of all examples to come, in tokens; a constant, so that compiled code does not change.
     """
 
-    row: Row
+    row: TokenRow
     index: Tensor  # (T,): the position of each token in the flattened batch with its padding
     shape: tuple[int, int]  # (B, S) of the batch with its padding
 
@@ -87,7 +87,7 @@ class Packing:
     def take(self, tensors: tuple[Tensor, Tensor, Tensor], shape: tuple[int, int]) -> None:
         """Make `tensors` the next batch; `shape` is the shape of the examples with their padding."""
         example, offsets, self.index = tensors
-        self.row = Row(example, offsets, self.longest)
+        self.row = TokenRow(example, offsets, self.longest)
         self.shape = shape
 
     def pack(self, padded: Tensor, filler: float = 0.0) -> Tensor:
@@ -102,7 +102,7 @@ class Packing:
         return rows.index_copy_(0, self.index, packed[0])[:-1].view(count, width, *packed.shape[2:])
 
 
-def packed_attention(
+def attend_packed(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -112,7 +112,7 @@ def packed_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute `head_attention.modified_attention` for packed tokens, which need no mask.
+    """Compute `head_attention.attend_modified` for packed tokens, which need no mask.
 
     query: (1, N_h, T, d_h), key and value: (1, N_h, T', d_h). Returns (1, T, N_h, d_h).
     """
@@ -135,7 +135,15 @@ def packed_attention(
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, queries: Row, keys: Row, *, causal: bool, dropout: float, scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: TokenRow,
+    keys: TokenRow,
+    *,
+    causal: bool,
+    dropout: float,
+    scaling: float,
 ) -> Tensor:
     """Compute softmax(q K^T · scaling) V within each example.
 
@@ -165,11 +173,19 @@ def attend(
 
 
 def _attend_padded(
-    query: Tensor, key: Tensor, value: Tensor, queries: Row, keys: Row, *, causal: bool, dropout: float, scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: TokenRow,
+    keys: TokenRow,
+    *,
+    causal: bool,
+    dropout: float,
+    scaling: float,
 ) -> Tensor:
     """Compute `attend` with torch's SDPA on padded examples."""
-    here, q = _padded(query, queries)
-    k, v = _padded(key, keys)[1], _padded(value, keys)[1]
+    here, q = _pad(query, queries)
+    k, v = _pad(key, keys)[1], _pad(value, keys)[1]
     counts_q, counts_k = queries.offsets.diff()[:, None, None, None], keys.offsets.diff()[:, None, None, None]
     at_q = torch.arange(q.shape[2], device=q.device)[None, None, :, None]
     at_k = torch.arange(k.shape[2], device=k.device)[None, None, None, :]
@@ -180,7 +196,7 @@ def _attend_padded(
     return heads.transpose(1, 2)[here]
 
 
-def _padded(vectors: Tensor, row: Row) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def _pad(vectors: Tensor, row: TokenRow) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Return the place (example, position) of each vector, and all vectors in (B, N_h, longest, d_h)."""
     at = torch.arange(len(vectors), device=vectors.device)
     example = torch.bucketize(at, row.offsets[1:].long(), right=True)
@@ -189,9 +205,9 @@ def _padded(vectors: Tensor, row: Row) -> tuple[tuple[Tensor, Tensor], Tensor]:
     return place, padded.index_put(place, vectors).transpose(1, 2)
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
+def _make_no_mask(*args: Any, **kwargs: Any) -> None:
     """Return no mask: packed tokens have no padding to hide, and the kernel handles causality."""
 
 
-AttentionInterface.register(PACKED_NAME, packed_attention)
-AttentionMaskInterface.register(PACKED_NAME, _no_mask)
+AttentionInterface.register(PACKED_NAME, attend_packed)
+AttentionMaskInterface.register(PACKED_NAME, _make_no_mask)

@@ -65,9 +65,9 @@ class PromptMask(nn.Module):
         mask = mask[..., : keys - self.length]
         if mask.shape[-2] not in (1, queries):  # prompts are queries too; in an encoder all queries see the same keys
             mask = torch.cat([mask[..., :1, :].expand(-1, -1, queries - mask.shape[-2], -1), mask], dim=-2)
-        return see_also(mask, self.length)
+        return extend_mask(mask, self.length)
 
 
-def see_also(mask: Tensor, keys: int) -> Tensor:
+def extend_mask(mask: Tensor, keys: int) -> Tensor:
     """Extend `mask` (B, 1, Q, K), boolean or additive, to K + `keys` keys; every query sees the first `keys`."""
     return F.pad(mask, (keys, 0), value=1.0 if mask.dtype == torch.bool else 0.0)

@@ -30,7 +30,7 @@ class PrefixMLP(nn.Module):
     """The keys and values of one attention, as `Bottleneck.weights` expects them.
 
     They are computed at each call: nothing is kept between a training step and an evaluation. Wrap evaluations in
-    `state.folded` if that costs too much.
+    `state.fold_tensors` if that costs too much.
     """
 
     def __init__(self, trunk: PrefixTrunk, heads: int, head_width: int) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from peftbench.backbones.sites import Attention, Layer, Part, in_out
+from peftbench.backbones.sites import Attention, Layer, Part, measure_projection
 from peftbench.modification.insertion import INSERTION_FORMS, InsertionForm, sequential_over_residual
 
 
@@ -34,8 +34,8 @@ class Place:
 
     def widths(self, hidden: int, insertion: str) -> tuple[int, int]:
         """Return (width of the input of f, width of h). A module without weights has the width of hidden states."""
-        source_in, _ = in_out(self.source) or (hidden, hidden)
-        target_in, target_out = in_out(self.target) or (hidden, hidden)
+        source_in, _ = measure_projection(self.source) or (hidden, hidden)
+        target_in, target_out = measure_projection(self.target) or (hidden, hidden)
         h = target_out if self.at == "output" else target_in
         if self.part is not None:
             h = self.part.stop - self.part.start

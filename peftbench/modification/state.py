@@ -23,24 +23,24 @@ from peftbench.utils.errors import UserError
 FILE_NAME = "adapter.safetensors"
 
 
-def bottlenecks(model: nn.Module) -> list[Bottleneck]:
+def list_bottlenecks(model: nn.Module) -> list[Bottleneck]:
     """Return every functional form attached to the model."""
     return [module for module in model.modules() if isinstance(module, Bottleneck)]
 
 
 def fold(model: nn.Module) -> None:
     """Replace every prefix's MLP by the prefix that it computes. The model's output does not change."""
-    for bottleneck in bottlenecks(model):
+    for bottleneck in list_bottlenecks(model):
         bottleneck.fold()
 
 
 @contextmanager
-def folded(model: nn.Module) -> Iterator[None]:
+def fold_tensors(model: nn.Module) -> Iterator[None]:
     """Inside the block prefixes are plain tensors, so that a long generation does not run their MLP at every step;
     afterwards the MLPs are restored, unchanged."""
     generators: list[tuple[Bottleneck, PrefixMLP]] = []
     try:
-        for bottleneck in bottlenecks(model):
+        for bottleneck in list_bottlenecks(model):
             if bottleneck.generator is not None:
                 generators.append((bottleneck, bottleneck.generator))
                 bottleneck.fold()
@@ -50,7 +50,7 @@ def folded(model: nn.Module) -> Iterator[None]:
             bottleneck.generator, bottleneck.down, bottleneck.up = generator, None, None
 
 
-def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+def list_trained(model: nn.Module) -> dict[str, Tensor]:
     """Return the trained tensors by name. Fold the model first to get the stored form."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 

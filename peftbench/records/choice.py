@@ -1,7 +1,7 @@
 """The choice of a search: of its trials' records, the best on the selection split. Imports no torch.
 
 The report split is never looked at: what is compared is `Record.selection`, and nothing else of a record. A sweeper of
-Hydra's is given the same (`objective`).
+Hydra's is given the same (`compute_objective`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from peftbench.config.schema import LOSS, Run
-from peftbench.config.search import settings, trials, values
-from peftbench.records.location import run_dir
-from peftbench.records.record import Record, Searched, Selection, Trial, find
-from peftbench.records.wording import described, typed
+from peftbench.config.search import build_trials, list_settings, list_values
+from peftbench.records.location import locate_run
+from peftbench.records.record import Record, Searched, Selection, Trial, find_record
+from peftbench.records.wording import describe_search, format_settings
 from peftbench.utils.errors import UserError
 
 
@@ -27,14 +27,14 @@ class NoChoice(UserError):
 Folders = dict[str, list[Path]]  # of the trials of a search, by the run that has it
 
 
-def best(found: Sequence[float | None], metric: str) -> int | None:
+def find_best(found: Sequence[float | None], metric: str) -> int | None:
     """The index of the best value, the first of equal ones; None where there is none. None and NaN are the worst."""
     sign = -1 if metric == LOSS else 1
     known = [(sign * value, -index) for index, value in enumerate(found) if value is not None and math.isfinite(value)]
     return -max(known)[1] if known else None
 
 
-def objective(selection: Selection | None) -> float:
+def compute_objective(selection: Selection | None) -> float:
     """What a sweeper of Hydra's is given of a run: always better when higher, so of a loss the negative.
 
     Minus infinity, the worst, where there is none, as of a run that failed or diverged: NaN, which tells no order, ends
@@ -45,7 +45,7 @@ def objective(selection: Selection | None) -> float:
     return -selection.value if selection.metric == LOSS else selection.value
 
 
-def given(record: Record) -> str:
+def describe_given(record: Record) -> str:
     """The sentence that says what a sweeper is given of a run."""
     selection = record.selection
     if selection is None:
@@ -54,11 +54,11 @@ def given(record: Record) -> str:
     same = ", the split that is reported on" if splits.get("selection") == splits.get("report") else ""
     return (
         f"The sweeper is given {sign}{selection.metric} on {selection.split}, {selection.examples:,} examples{same}: "
-        f"{objective(selection):.4g}."
+        f"{compute_objective(selection):.4g}."
     )
 
 
-def settled(run: Run, folders: Folders | None = None) -> tuple[Run, Searched | None]:
+def settle_search(run: Run, folders: Folders | None = None) -> tuple[Run, Searched | None]:
     """The run with the values that its search has chosen, and what its record says of the search.
 
     A trial keeps its own values; without a search it is the run itself.
@@ -74,18 +74,18 @@ def settled(run: Run, folders: Folders | None = None) -> tuple[Run, Searched | N
     search = run.search
     if search is None:
         return run, None
-    compared = trials(run)
+    compared = build_trials(run)
     seed = run.seed if search.seed is None else search.seed
-    tried = values(run, search)
+    tried = list_values(run, search)
     if search.trial is not None:
-        chosen = settings(run, search)[search.trial]
+        chosen = list_settings(run, search)[search.trial]
         return compared[search.trial], Searched(search.name, "trial", seed, tried, chosen)
 
     key = repr(replace(run, seed=seed))  # the runs of a sweep that differ in their seed have the same trials
     folders = {} if folders is None else folders
     if key not in folders:
-        folders[key] = [run_dir(trial) for trial in compared]
-    records = [find(folder) for folder in folders[key]]
+        folders[key] = [locate_run(trial) for trial in compared]
+    records = [find_record(folder) for folder in folders[key]]
     whose = f"search={search.name}: {{}} of method={run.method} on task={run.task.name}"
     left = sum(not _is_compared(record) for record in records)
     if left:
@@ -93,14 +93,14 @@ def settled(run: Run, folders: Folders | None = None) -> tuple[Run, Searched | N
         raise UserError(f"{subject} {'is' if left == 1 else 'are'} not done; the same line goes on with them.")
     known = [record for record in records if record is not None]
     found = [
-        Trial(setting, record.run, _value(record), _status(record))
-        for setting, record in zip(settings(run, search), known, strict=True)
+        Trial(setting, record.run, _get_value(record), _describe_status(record))
+        for setting, record in zip(list_settings(run, search), known, strict=True)
     ]
     metric = run.task.selection_metric or run.task.metric
     note = Searched(search.name, "final", seed, tried, trials=found)
-    index = best([trial.value for trial in found], metric)
+    index = find_best([trial.value for trial in found], metric)
     if index is None:
-        raise NoChoice(f"{whose.format(f'all {len(found)} trials')} failed or diverged: {described(note)}.")
+        raise NoChoice(f"{whose.format(f'all {len(found)} trials')} failed or diverged: {describe_search(note)}.")
     splits = known[index].data.get("splits", {})
     note.chosen, note.selection = found[index].settings, known[index].selection
     note.reported = splits.get("selection") == splits.get("report")
@@ -108,15 +108,15 @@ def settled(run: Run, folders: Folders | None = None) -> tuple[Run, Searched | N
     return replace(compared[index], seed=run.seed, rerun=run.rerun and run.seed != seed), note
 
 
-def known(run: Run, folders: Folders | None = None) -> Run:
-    """The run of `settled`, or the run as it is where its trials are not done or leave no choice."""
+def try_settle(run: Run, folders: Folders | None = None) -> Run:
+    """The run of `settle_search`, or the run as it is where its trials are not done or leave no choice."""
     try:
-        return settled(run, folders)[0]
+        return settle_search(run, folders)[0]
     except UserError:
         return run
 
 
-def sentence(record: Record) -> str:
+def describe_choice(record: Record) -> str:
     """What was searched for a run, on a line."""
     search = record.search
     assert search is not None and search.selection is not None
@@ -128,7 +128,7 @@ def sentence(record: Record) -> str:
     sizes = " + ".join(str(axes.bottleneck) for axes in record.axes if axes.bottleneck is not None)
     method = record.method + (f" of bottleneck {sizes}" if sizes else "")
     where = f"search={search.name}, {method}, {record.model.name} on {record.task} ({split})"
-    return f"{where} takes {typed(search.chosen)}; {described(search)}{edge}{same}."
+    return f"{where} takes {format_settings(search.chosen)}; {describe_search(search)}{edge}{same}."
 
 
 def _is_compared(record: Record | None) -> bool:
@@ -138,11 +138,11 @@ def _is_compared(record: Record | None) -> bool:
     return record.status in ("diverged", "failed")
 
 
-def _value(record: Record) -> float | None:
+def _get_value(record: Record) -> float | None:
     return record.selection.value if record.status == "done" and record.selection is not None else None
 
 
-def _status(record: Record) -> str:
+def _describe_status(record: Record) -> str:
     if record.status == "failed":
         return f"failed ({record.error.name})" if record.error is not None else "failed"
     return record.status

@@ -25,7 +25,7 @@ class Busy(UserError):
 
 
 @contextmanager
-def holding(folder: Path, wait: bool = False) -> Iterator[None]:
+def hold_run(folder: Path, wait: bool = False) -> Iterator[None]:
     """Hold the lock of the run in `folder`: inside the block no other process trains the run.
 
     Args:
@@ -39,7 +39,7 @@ def holding(folder: Path, wait: bool = False) -> Iterator[None]:
     try:
         lock.acquire(timeout=-1 if wait else PATIENCE, poll_interval=0.2)
     except Timeout:
-        raise Busy(f"{folder} is being trained by {_holder(folder)}.") from None
+        raise Busy(f"{folder} is being trained by {_find_holder(folder)}.") from None
     try:
         if not isinstance(lock, SoftFileLock):  # a soft lock has written the same itself
             (folder / FILE).write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
@@ -74,7 +74,7 @@ def is_held(folder: Path) -> bool:
     return False
 
 
-def _holder(folder: Path) -> str:
+def _find_holder(folder: Path) -> str:
     with suppress(OSError, ValueError):
         pid, host, *_ = (folder / FILE).read_text().split("\n")
         return f"process {int(pid)} on {host}"

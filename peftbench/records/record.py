@@ -17,11 +17,11 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from peftbench.config.axes import composed
+from peftbench.config.axes import format_composition
 from peftbench.config.fidelity import Deviation
 from peftbench.records.lock import is_held
 from peftbench.utils.errors import UserError
-from peftbench.utils.files import dumped, replacing
+from peftbench.utils.files import dump_json, replace_file
 
 SCHEMA_VERSION = 1
 FILE = "record.json"
@@ -66,7 +66,7 @@ class Divergence:
 
 
 @dataclass
-class Backbone:
+class RecordedBackbone:
     """The frozen model: a hub id at a revision, or the content stamp of a local folder."""
 
     name: str
@@ -93,11 +93,11 @@ class Axes:
     def composition(self) -> str:
         """The composition function with its scale."""
         learned = bool(self.options.get("composition_function.learned"))
-        return composed(self.composition_function, self.scale, learned)
+        return format_composition(self.composition_function, self.scale, learned)
 
 
 @dataclass
-class Counts:
+class RecordedCounts:
     """Numbers of parameters. `percent` is derived: trained, stored and paper in % of the backbone."""
 
     backbone: int
@@ -167,7 +167,7 @@ class Record:
     created: str
     method: str
     task: str
-    model: Backbone
+    model: RecordedBackbone
     axes: list[Axes]
     unfreeze: str
     metric: str  # the main one, by which runs are ranked
@@ -184,7 +184,7 @@ class Record:
     fidelity: str = "paper"  # the set of switches between the paper's text and its released code
     notes: list[str] = field(default_factory=list)  # on the sizes, for example that they were fitted to the backbone
     deviations: list[Deviation] = field(default_factory=list)  # the switches that make this run differ from the text
-    counts: Counts | None = None
+    counts: RecordedCounts | None = None
     scores: dict[str, Score] = field(default_factory=dict)  # by role: selection, report, report_SPLIT
     score: float | None = None  # the main metric on the report split
     # By role: the share of generated texts that ended at the maximum length, not with an end token.
@@ -246,13 +246,13 @@ class Record:
         if version != SCHEMA_VERSION:
             raise ValueError(f"its schema_version is {version!r}, not {SCHEMA_VERSION}")
         record: Record = decode(cls, {**values, "folder": folder})
-        _check(record)
+        _check_values(record)
         return record
 
     def save(self) -> None:
         """Write `record.json`."""
-        with replacing(self.folder / FILE) as file:
-            file.write(dumped(self.to_json(), indent=2) + "\n")
+        with replace_file(self.folder / FILE) as file:
+            file.write(dump_json(self.to_json(), indent=2) + "\n")
 
     def diverge(self, divergence: Divergence) -> None:
         """Note that the training diverged. Such a run has no score, so that it is never compared."""
@@ -270,35 +270,35 @@ class Record:
     def fail(self, error: BaseException) -> None:
         """Note that `error` ended the run, and write its traceback to `error.txt`."""
         self.error = Failure("refused" if isinstance(error, UserError) else type(error).__name__, str(error))
-        with replacing(self.folder / "error.txt") as file:
+        with replace_file(self.folder / "error.txt") as file:
             file.writelines(traceback.format_exception(error))
         self._end("failed")
 
     def _end(self, status: Status) -> None:
-        self.status, self.finished = status, now()
+        self.status, self.finished = status, get_time()
         began, ended = datetime.fromisoformat(self.created), datetime.fromisoformat(self.finished)
         self.timings["total_s"] = (ended - began).total_seconds() + self.timings.get("earlier_s", 0.0)
         self.save()
 
 
-def finished(folder: Path) -> Record | None:
+def find_finished(folder: Path) -> Record | None:
     """Return the record of a run that is done or has diverged, or None if `folder` has none."""
-    record = find(folder)
+    record = find_record(folder)
     return record if record is not None and record.has_ended else None
 
 
-def find(folder: Path) -> Record | None:
+def find_record(folder: Path) -> Record | None:
     """Return the record in `folder`, or None if there is none that can be read."""
     try:
-        return _read(folder / FILE)
+        return _read_record(folder / FILE)
     except (OSError, ValueError):
         return None
 
 
-def keep_newer(folder: Path) -> None:
+def refuse_newer(folder: Path) -> None:
     """Raise UserError if a newer peftbench wrote the record in `folder`, which must not be overwritten."""
     try:
-        _read(folder / FILE)
+        _read_record(folder / FILE)
     except NewerError as error:
         raise UserError(f"{folder / FILE}: {error}; train with that version, or in another output_dir.") from None
     except (OSError, ValueError):  # no record, or an incomplete one
@@ -331,7 +331,7 @@ def load_records(folder: Path) -> tuple[list[Record], list[str]]:
         below.sort()
     for file in sorted(files):
         try:
-            records.append(_read(file))
+            records.append(_read_record(file))
         except json.JSONDecodeError as error:
             left_out.append(f"{file} is left out: it is incomplete or not JSON (line {error.lineno}: {error.msg}).")
         except OSError as error:
@@ -341,27 +341,27 @@ def load_records(folder: Path) -> tuple[list[Record], list[str]]:
     return records, left_out
 
 
-def kept_apart(folder: Path) -> list[Path]:
+def find_kept_apart(folder: Path) -> list[Path]:
     """Return the folders directly below `folder` that `load_records` skips."""
     return sorted(mark.parent for mark in folder.glob(f"*/{APART}"))
 
 
-def now() -> str:
+def get_time() -> str:
     """Return the time in UTC, in the format of records."""
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
-def _read(file: Path) -> Record:
+def _read_record(file: Path) -> Record:
     record = Record.from_json(json.loads(file.read_text(encoding="utf-8")), file.parent)
     if record.status == "running" and not is_held(record.folder):  # its process died without a word
         record.status = "interrupted"
-    elif record.status == "done" and (divergence := seen_divergence(record)) is not None:
+    elif record.status == "done" and (divergence := detect_divergence(record)) is not None:
         record.status = "diverged"
         record.diverge(divergence)
     return record
 
 
-def seen_divergence(record: Record) -> Divergence | None:
+def detect_divergence(record: Record) -> Divergence | None:
     """What of the scores of a run shows that it diverged: one that is not finite. An earlier version called it done."""
     if record.score is not None and not math.isfinite(record.score):
         return Divergence("score")
@@ -398,23 +398,23 @@ def decode(kind: Any, value: Any, key: str = "") -> Any:
         return math.nan
     if kind is Any or (origin is Literal and value in arguments) or type(value) is kind or isinstance(value, Path):
         return value
-    raise _misplaced(value, key or "it")
+    raise _describe_misplaced(value, key or "it")
 
 
-def _check(record: Record) -> None:
+def _check_values(record: Record) -> None:
     """Raise ValueError for values that have the right types, but on which the record's readers could not rely."""
     try:
         zone = datetime.fromisoformat(record.created).tzinfo
     except ValueError:
         zone = None
     if zone is None:
-        raise _misplaced(record.created, "created")
+        raise _describe_misplaced(record.created, "created")
     for name, seconds in record.timings.items():
         if not math.isfinite(seconds):
-            raise _misplaced(seconds, f"timings.{name}")
+            raise _describe_misplaced(seconds, f"timings.{name}")
     decode(dict[str, dict[str, Any]], record.data.get("splits", {}), "data.splits")
     decode(str, record.data.get("scored_on", ""), "data.scored_on")
 
 
-def _misplaced(value: object, key: str) -> ValueError:
+def _describe_misplaced(value: object, key: str) -> ValueError:
     return ValueError(f"{key} is {str(value)[:40]!r}, which is not valid there")

@@ -15,20 +15,20 @@ from typing import Any
 from omegaconf import OmegaConf
 
 import peftbench
-from peftbench.config.axes import axes
-from peftbench.config.identity import plain, run_hash
-from peftbench.config.schema import Modification, Run, modifications
-from peftbench.config.stamps import content_stamp
-from peftbench.records.record import FILE, Axes, Backbone, Record, Status, find, now
-from peftbench.records.run_files import CHECKPOINTS, METRICS
+from peftbench.config.axes import read_axes
+from peftbench.config.identity import hash_run, to_plain
+from peftbench.config.schema import Modification, Run, list_modifications
+from peftbench.config.stamps import stamp_content
+from peftbench.records.record import FILE, Axes, Record, RecordedBackbone, Status, find_record, get_time
+from peftbench.records.run_files import CHECKPOINTS, METRICS_FILE
 from peftbench.utils.differences import flatten
-from peftbench.utils.files import replacing
+from peftbench.utils.files import replace_file
 
 
 @contextmanager
-def recording(run: Run, folder: Path, overrides: Sequence[str]) -> Iterator[Record]:
+def record_run(run: Run, folder: Path, overrides: Sequence[str]) -> Iterator[Record]:
     """Record what happens inside the block: done at its end, interrupted by Ctrl-C, failed by any other exception."""
-    record = start(run, folder, overrides)
+    record = start_record(run, folder, overrides)
     try:  # so that no unfinished run is ever recorded as done
         yield record
         record.finish()
@@ -42,46 +42,46 @@ def recording(run: Run, folder: Path, overrides: Sequence[str]) -> Iterator[Reco
 
 def forget_refused(folder: Path) -> None:
     """Delete the record of a run that was refused before it trained: a mistyped path should not appear in tables."""
-    record = find(folder)
+    record = find_record(folder)
     if record is not None and record.status == "failed" and "prepare_s" not in record.timings:
         for name in (FILE, "config.yaml", "error.txt"):
             (folder / name).unlink(missing_ok=True)
 
 
-def start(run: Run, folder: Path, overrides: Sequence[str]) -> Record:
+def start_record(run: Run, folder: Path, overrides: Sequence[str]) -> Record:
     """Write a record of status running, and the resolved `config.yaml` next to it.
 
     Files of an earlier attempt are deleted, except its checkpoints and the metrics up to them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    record = describe(run, folder, overrides)
+    record = describe_run(run, folder, overrides)
     record.save()  # before all else: an earlier run in this folder is no longer done
     for stale in (folder / "error.txt", folder / "predictions.jsonl", *folder.glob("*.tmp")):
         stale.unlink(missing_ok=True)
     if not (folder / CHECKPOINTS).is_dir():
-        (folder / METRICS).unlink(missing_ok=True)
-    with replacing(folder / "config.yaml") as file:
+        (folder / METRICS_FILE).unlink(missing_ok=True)
+    with replace_file(folder / "config.yaml") as file:
         OmegaConf.save(OmegaConf.structured(replace(run, sizes=None, size=None)), file)
     return record
 
 
-def describe(run: Run, folder: Path, overrides: Sequence[str], status: Status = "running") -> Record:
+def describe_run(run: Run, folder: Path, overrides: Sequence[str], status: Status = "running") -> Record:
     """Return the record of a run that has no results yet."""
-    content = content_stamp(run.model.path) if run.model.path else None
+    content = stamp_content(run.model.path) if run.model.path else None
     return Record(
-        run=run_hash(run),
-        point=run_hash(replace(run, seed=0)),
+        run=hash_run(run),
+        point=hash_run(replace(run, seed=0)),
         status=status,
-        created=now(),
+        created=get_time(),
         method=run.method,
         task=run.task.name,
-        model=Backbone(
+        model=RecordedBackbone(
             run.model.name,
             hub_id=None if content else run.model.hub_id,
             revision=None if content else run.model.revision,
             content=content,
         ),
-        axes=axes_of(run),
+        axes=record_axes(run),
         unfreeze=run.unfreeze.name,
         metric=run.task.metric,
         seed=run.seed,
@@ -90,33 +90,33 @@ def describe(run: Run, folder: Path, overrides: Sequence[str], status: Status = 
         budget=run.budget,
         debug=run.debug,
         fidelity=run.fidelity.name,
-        trainer=plain(run.trainer),
-        versions=_versions(),
-        git=_git(),
+        trainer=to_plain(run.trainer),
+        versions=_read_versions(),
+        git=_read_git(),
     )
 
 
-def axes_of(run: Run) -> list[Axes]:
+def record_axes(run: Run) -> list[Axes]:
     """Return the modifications of a run, each with the options in which it differs from the defaults."""
-    bare = dict(flatten(plain(Modification())))
+    bare = dict(flatten(to_plain(Modification())))
     shown = {"bottleneck", "composition_function.scale"} | {key for key in bare if key.endswith(".name")}
     return [
         Axes(
             prefix=prefix,
-            **axes(modification)._asdict(),
+            **read_axes(modification)._asdict(),
             scale=modification.composition_function.scale,
             bottleneck=modification.bottleneck,
             options={
                 key: value
-                for key, value in flatten(plain(modification))
+                for key, value in flatten(to_plain(modification))
                 if key in bare and key not in shown and value != bare[key]
             },
         )
-        for prefix, modification in modifications(run).items()
+        for prefix, modification in list_modifications(run).items()
     ]
 
 
-def _versions() -> dict[str, str]:
+def _read_versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "peftbench": peftbench.__version__}
     for package in ("torch", "transformers", "datasets"):
         with suppress(metadata.PackageNotFoundError):
@@ -125,7 +125,7 @@ def _versions() -> dict[str, str]:
 
 
 @cache
-def _git() -> dict[str, Any] | None:
+def _read_git() -> dict[str, Any] | None:
     """Return commit and state of the checkout from which peftbench runs; None if it is installed, or git is not."""
     checkout = Path(peftbench.__file__).resolve().parent.parent
 

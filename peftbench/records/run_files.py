@@ -8,16 +8,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from peftbench.utils.files import dumped, write_lines
+from peftbench.utils.files import dump_json, write_lines
 
-METRICS = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints, deleted once the run is done
 
 
-def logged(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's `metrics.jsonl`, in the order in which they were written."""
     # the last line may be half written, because it is being written or because the process died
-    lines = [values for values in read_lines(folder / METRICS) if values is not None]
+    lines = [values for values in read_lines(folder / METRICS_FILE) if values is not None]
     return [values for values in lines if "stage" in values and isinstance(values.get("step"), int)]
 
 
@@ -39,22 +39,22 @@ def read_lines(file: Path, most: int | None = None) -> Iterator[dict[str, Any] |
 
 def rewind_metrics(folder: Path, stage: str, step: int) -> None:
     """Delete the lines of `metrics.jsonl` that a training wrote after `step`, from which it now resumes."""
-    if (folder / METRICS).is_file():
-        kept = (values for values in logged(folder) if values["stage"] != stage or values["step"] <= step)
-        write_lines(folder / METRICS, kept)
+    if (folder / METRICS_FILE).is_file():
+        kept = (values for values in read_metrics(folder) if values["stage"] != stage or values["step"] <= step)
+        write_lines(folder / METRICS_FILE, kept)
 
 
 def append_metrics(folder: Path, values: dict[str, Any]) -> None:
     """Append one line to `metrics.jsonl`, which can be read during the run."""
-    with (folder / METRICS).open("a", encoding="utf-8") as file:
-        file.write(dumped(values, ensure_ascii=True) + "\n")
+    with (folder / METRICS_FILE).open("a", encoding="utf-8") as file:
+        file.write(dump_json(values, ensure_ascii=True) + "\n")
 
 
-def predictions_file(role: str) -> str:
+def name_predictions_file(role: str) -> str:
     """Return the name of the file with a role's predictions: `predictions.jsonl`, or `predictions.SPLIT.jsonl`."""
     return f"predictions{role.removeprefix('report').replace('_', '.', 1)}.jsonl"
 
 
 def write_predictions(folder: Path, predictions: Iterable[dict[str, Any]], role: str = "report") -> None:
     """Write `predictions.jsonl`, one line for each example."""
-    write_lines(folder / predictions_file(role), predictions)
+    write_lines(folder / name_predictions_file(role), predictions)

@@ -9,14 +9,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from peftbench.config.schema import Run
-from peftbench.records.record import FILE, Record, finished, load_records
-from peftbench.records.run_files import predictions_file
+from peftbench.records.record import FILE, Record, find_finished, load_records
+from peftbench.records.run_files import name_predictions_file
 from peftbench.utils.errors import UserError
 
 OUTPUTS = Path("outputs")  # the default output_dir
 
 
-def run_folder(word: str) -> Path:
+def find_run_folder(word: str) -> Path:
     """Return the folder of a run from the word for it on the command line: the folder itself, or the first digits of
     its name if it is below `outputs`. Raises UserError if several runs have names with these digits."""
     folder = Path(word).expanduser()
@@ -28,9 +28,9 @@ def run_folder(word: str) -> Path:
     return found[0] if found else folder
 
 
-def saved_record(folder: Path) -> Record:
+def read_saved_record(folder: Path) -> Record:
     """Return the record of a run that is done. Raises UserError if `folder` has none."""
-    record = finished(folder)
+    record = find_finished(folder)
     if record is not None and record.diverged is not None:
         raise UserError(f"{folder} has a run that diverged ({record.diverged.said}): there is nothing to score.")
     if record is None:
@@ -42,7 +42,7 @@ def saved_record(folder: Path) -> Record:
     return record
 
 
-def saved_config(folder: Path) -> DictConfig:
+def read_saved_config(folder: Path) -> DictConfig:
     """Return the resolved config of a run, typed. Raises UserError if it is missing or of another version."""
     file = folder / "config.yaml"
     try:
@@ -53,19 +53,19 @@ def saved_config(folder: Path) -> DictConfig:
     return config
 
 
-def saved_predictions(folder: Path, role: str) -> list[dict[str, Any]]:
+def read_saved_predictions(folder: Path, role: str) -> list[dict[str, Any]]:
     """Return the dicts of `TaskData.records`, one per example. Raises UserError if the file is missing or broken."""
-    file = folder / predictions_file(role)
+    file = folder / name_predictions_file(role)
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise UserError(f"{file} is missing; it should contain the predictions of the run.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}.") from error
-    return [_read(file, number, line) for number, line in enumerate(lines, start=1) if line]
+    return [_parse_prediction(file, number, line) for number, line in enumerate(lines, start=1) if line]
 
 
-def _read(file: Path, number: int, line: str) -> dict[str, Any]:
+def _parse_prediction(file: Path, number: int, line: str) -> dict[str, Any]:
     try:
         found = json.loads(line)
     except ValueError as error:

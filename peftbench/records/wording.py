@@ -7,23 +7,23 @@ from typing import Any
 from peftbench.records.record import Searched
 
 
-def text(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Return a value as it is shown and typed: the values of a mixture joined by " + ", "" for None."""
     if isinstance(value, list):
-        return " + ".join(map(text, value))
+        return " + ".join(map(format_value, value))
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def described(search: Searched) -> str:
+def describe_search(search: Searched) -> str:
     """Return the values that a search tried, with their scores on the selection split or why there is none."""
     if search.role == "trial":
-        return f"trial: {typed(search.chosen)}"
-    name = typed if len(search.keys) > 1 else lambda settings: text(*settings.values())
+        return f"trial: {format_settings(search.chosen)}"
+    name = format_settings if len(search.keys) > 1 else lambda settings: format_value(*settings.values())
     scores = [trial.status if trial.value is None else f"{trial.value:.2f}" for trial in search.trials]
     listed = (f"{name(trial.settings)}: {score}" for trial, score in zip(search.trials, scores, strict=True))
     return ("" if len(search.keys) > 1 else f"{next(iter(search.keys))} ") + ", ".join(listed)
 
 
-def typed(setting: dict[str, Any]) -> str:
+def format_settings(setting: dict[str, Any]) -> str:
     """Return values as they are typed."""
-    return " ".join(f"{key}={text(value)}" for key, value in setting.items())
+    return " ".join(f"{key}={format_value(value)}" for key, value in setting.items())

@@ -22,10 +22,10 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from peftbench.records.record import FILE, Record, find
-from peftbench.records.run_files import METRICS
+from peftbench.records.record import FILE, Record, find_record
+from peftbench.records.run_files import METRICS_FILE
 from peftbench.sweeps.plan import Sweep
-from peftbench.sweeps.status import State, summary, time_of
+from peftbench.sweeps.status import State, format_time, summarise_states
 from peftbench.tables.row import is_scored
 
 READ_EVERY = 1.0  # seconds
@@ -76,7 +76,7 @@ class LiveSweep:
         except OSError:
             return None
         if self.known.get(folder, (0,))[0] != changed:
-            record = find(folder)
+            record = find_record(folder)
             if record is None or record.status == "running":
                 return record
             self.known[folder] = (changed, record)
@@ -91,8 +91,8 @@ class _Picture:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         begun = [state for state in self.states if state.record is not None]
-        shown = most_relevant(begun, max(1, self.height - AROUND))
-        yield Text(summary(self.states), "bold", no_wrap=True, overflow="ellipsis")
+        shown = choose_most_relevant(begun, max(1, self.height - AROUND))
+        yield Text(summarise_states(self.states), "bold", no_wrap=True, overflow="ellipsis")
         if not shown:
             return
         yield self._table(shown)
@@ -116,18 +116,18 @@ class _Picture:
             style = STYLES.get(state.status, "")
             # one line each, however long a value is
             cells = [Text(str(settings.get(key, "")), no_wrap=True, overflow="ellipsis") for key in keys]
-            table.add_row(*cells, Text(status, style), _score(state, len(metrics) > 1), time_of(state))
+            table.add_row(*cells, Text(status, style), _format_score(state, len(metrics) > 1), format_time(state))
         return table
 
     def _status(self, state: State) -> str:
         assert state.record is not None
         if state.status == "running":
-            return f"running {progress(state.record)}".rstrip()
+            return f"running {read_progress(state.record)}".rstrip()
         earlier = state.status == "done" and self.sweep.was_done_before(state.record.folder)
         return "done before" if earlier else state.outcome
 
 
-def most_relevant(states: Sequence[State], room: int) -> list[State]:
+def choose_most_relevant(states: Sequence[State], room: int) -> list[State]:
     """As many of the runs as there is room for, in their order: those that run, then those that ended last."""
 
     def place(state: State) -> tuple[bool, str]:
@@ -138,9 +138,9 @@ def most_relevant(states: Sequence[State], room: int) -> list[State]:
     return [state for state in states if state in chosen]
 
 
-def progress(record: Record) -> str:
+def read_progress(record: Record) -> str:
     """How far a run has come by the last line of its `metrics.jsonl`, such as "45%"; nothing where that is unknown."""
-    last = _last_line(record.folder / METRICS)
+    last = _read_last_line(record.folder / METRICS_FILE)
     total, key = record.trainer.get("max_steps"), "step"
     if total is None:
         total, key = record.trainer.get("epochs"), "epoch"
@@ -151,7 +151,7 @@ def progress(record: Record) -> str:
     return f"{min(1.0, last[key] / total):.0%}{of}"
 
 
-def _last_line(file: Path) -> dict[str, Any]:
+def _read_last_line(file: Path) -> dict[str, Any]:
     with suppress(OSError), file.open("rb") as lines:
         lines.seek(-min(TAIL, lines.seek(0, os.SEEK_END)), os.SEEK_END)
         for line in reversed(lines.read().splitlines()):
@@ -162,7 +162,7 @@ def _last_line(file: Path) -> dict[str, Any]:
     return {}
 
 
-def _score(state: State, named: bool) -> str:
+def _format_score(state: State, named: bool) -> str:
     record = state.record
     if record is None or record.score is None or not is_scored(record):
         return ""

@@ -40,17 +40,17 @@ class UnusableError(Exception):
     """The reason why runs cannot share their GPUs through MPS."""
 
 
-def wanted(mode: bool | str, places: Sequence[Mapping[str, str]]) -> bool:
+def is_wanted(mode: bool | str, places: Sequence[Mapping[str, str]]) -> bool:
     """Return whether workers at these places need a daemon of ours.
 
     Args:
         mode: the key `mps`.
-        places: the place of each worker, see `places.places`.
+        places: the place of each worker, see `places.assign_places`.
 
     Raises:
         UserError: `mps=true`, but no daemon is possible.
     """
-    if mode is False or len(places) < 2 or _users_own():
+    if mode is False or len(places) < 2 or _finds_users_own():
         return False
     gpus = Counter(place["CUDA_VISIBLE_DEVICES"] for place in places if "CUDA_VISIBLE_DEVICES" in place)
     if mode is True and not gpus:
@@ -66,7 +66,7 @@ def wanted(mode: bool | str, places: Sequence[Mapping[str, str]]) -> bool:
 
 
 @contextmanager
-def shared(mode: bool | str, places: Sequence[Mapping[str, str]], logs: Path) -> Iterator[list[dict[str, str]]]:
+def share_gpus(mode: bool | str, places: Sequence[Mapping[str, str]], logs: Path) -> Iterator[list[dict[str, str]]]:
     """Provide a context in which workers at these places can share their GPUs, if `mode` wants it.
 
     Yields the places, with what the workers then need in their environment.
@@ -79,9 +79,9 @@ def shared(mode: bool | str, places: Sequence[Mapping[str, str]], logs: Path) ->
     """
     with ExitStack() as stack:
         own: dict[str, str] = {}
-        if wanted(mode, places):
+        if is_wanted(mode, places):
             try:
-                own = stack.enter_context(_daemon(places, logs / "mps"))
+                own = stack.enter_context(_run_daemon(places, logs / "mps"))
             except UnusableError as error:
                 if mode is True:
                     raise UserError(f"mps=true: {error}; mps=false trains without it.") from None
@@ -119,7 +119,7 @@ def await_gpu(place: Mapping[str, str]) -> None:
         time.sleep(1)
 
 
-def _users_own() -> bool:
+def _finds_users_own() -> bool:
     """Return whether the user has a daemon: one whose folder the environment names, or one that listens."""
     if PIPES in os.environ:
         return True
@@ -136,7 +136,7 @@ def _users_own() -> bool:
 
 
 @contextmanager
-def _daemon(places: Sequence[Mapping[str, str]], logs: Path) -> Iterator[dict[str, str]]:
+def _run_daemon(places: Sequence[Mapping[str, str]], logs: Path) -> Iterator[dict[str, str]]:
     """Run a daemon for the GPUs of these places, and yield what its clients need in their environment.
 
     A shell waits for our end of a pipe to close and then quits the daemon: when the context ends, or when we are
@@ -159,7 +159,7 @@ def _daemon(places: Sequence[Mapping[str, str]], logs: Path) -> Iterator[dict[st
     assert keeper.stdin is not None
     try:
         gpus = sorted({place["CUDA_VISIBLE_DEVICES"] for place in places})
-        _start(gpus, own)
+        _start_daemon(gpus, own)
         for gpu in gpus:
             try:
                 await_gpu({**own, "CUDA_VISIBLE_DEVICES": gpu})
@@ -172,7 +172,7 @@ def _daemon(places: Sequence[Mapping[str, str]], logs: Path) -> Iterator[dict[st
             keeper.wait(QUIT_S)
 
 
-def _start(gpus: Sequence[str], own: Mapping[str, str]) -> None:
+def _start_daemon(gpus: Sequence[str], own: Mapping[str, str]) -> None:
     """Start the daemon, which goes into the background by itself once it listens.
 
     UUIDs name the same GPUs for the daemon and for its clients. Indices would not, because a client's indices count

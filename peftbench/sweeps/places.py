@@ -32,7 +32,7 @@ class Gpu:
     free_bytes: int | None = None
 
 
-def places(runs: Sequence[Run]) -> list[dict[str, str]]:
+def assign_places(runs: Sequence[Run]) -> list[dict[str, str]]:
     """Return a place for each run that runs at once: the variables that it finds in its environment before it imports
     torch.
 
@@ -44,26 +44,26 @@ def places(runs: Sequence[Run]) -> list[dict[str, str]]:
     asked = {run.jobs for run in runs}
     if len(asked) > 1:
         raise UserError(f"jobs={','.join(sorted(asked))}: a sweep has one number of runs at once, not several.")
-    gpus = [] if all(run.trainer.device is Device.cpu for run in runs) else visible_gpus()
+    gpus = [] if all(run.trainer.device is Device.cpu for run in runs) else list_visible_gpus()
     (jobs,) = asked
-    number = min(len(runs), automatic(runs, gpus) if jobs == "auto" else int(jobs))
+    number = min(len(runs), choose_jobs(runs, gpus) if jobs == "auto" else int(jobs))
     threads = max(1, cpu_count() // number)
-    return [_environment(threads, gpus[index % len(gpus)] if gpus else None) for index in range(number)]
+    return [_build_environment(threads, gpus[index % len(gpus)] if gpus else None) for index in range(number)]
 
 
-def automatic(runs: Sequence[Run], gpus: Sequence[Gpu]) -> int:
+def choose_jobs(runs: Sequence[Run], gpus: Sequence[Gpu]) -> int:
     """Return the number for `jobs=auto`: as many runs as have memory and cores, at least one; on CPUs one per core."""
     most = virtual_memory().available // HOST_BYTES
     if not gpus:
         return int(max(1, min(cpu_count(), most)))
-    each = max(_gpu_bytes(run) for run in runs)
+    each = max(_estimate_gpu_bytes(run) for run in runs)
     room = sum(1 if gpu.free_bytes is None else min(MOST_ON_A_GPU, int(gpu.free_bytes // each)) for gpu in gpus)
     return int(max(1, min(cpu_count() // CORES_OF_A_RUN, most, room)))
 
 
-def visible_gpus() -> list[Gpu]:
+def list_visible_gpus() -> list[Gpu]:
     """Return the NVIDIA GPUs that torch would see, by nvidia-smi and CUDA_VISIBLE_DEVICES, without a context on any."""
-    listed = _listed()
+    listed = _query_gpus()
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
         return [Gpu(uuid, free) for _, uuid, free in listed]
@@ -76,7 +76,7 @@ def visible_gpus() -> list[Gpu]:
     return found
 
 
-def _listed() -> list[tuple[str, str, int]]:
+def _query_gpus() -> list[tuple[str, str, int]]:
     """Return (index, uuid, free bytes) of each GPU of this machine; nothing if there is no nvidia-smi."""
     query = ["nvidia-smi", "--query-gpu=index,uuid,memory.free", "--format=csv,noheader,nounits"]
     try:
@@ -87,7 +87,7 @@ def _listed() -> list[tuple[str, str, int]]:
         return []
 
 
-def _gpu_bytes(run: Run) -> float:
+def _estimate_gpu_bytes(run: Run) -> float:
     """Return the GPU memory that a run needs: the most that a recorded run of its task and backbone took, plus a
     margin."""
     folder = Path(run.output_dir).expanduser() / run.task.name / run.model.name
@@ -96,7 +96,7 @@ def _gpu_bytes(run: Run) -> float:
     return MARGIN * max(taken) + CONTEXT_BYTES if taken else RUN_BYTES
 
 
-def _environment(threads: int, gpu: Gpu | None) -> dict[str, str]:
+def _build_environment(threads: int, gpu: Gpu | None) -> dict[str, str]:
     given = {"OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads)}
     environment = {key: os.environ.get(key, value) for key, value in given.items()}  # the user's own number is kept
     return environment if gpu is None else {**environment, "CUDA_VISIBLE_DEVICES": gpu.name}

@@ -12,25 +12,25 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 
-from peftbench.config.compose import Point as TypedRun
-from peftbench.config.schema import Run, by_key, value_at
-from peftbench.records.choice import Folders, NoChoice, known, sentence, settled
-from peftbench.records.location import run_dir
-from peftbench.records.record import Record, decode, find, finished
-from peftbench.records.recording import describe
-from peftbench.records.wording import text
-from peftbench.tables.terminal import show
-from peftbench.utils.console import terminal
-from peftbench.utils.differences import distinctive
+from peftbench.config.compose import TypedRun as TypedRun
+from peftbench.config.schema import Run, get_value, index_by_key
+from peftbench.records.choice import Folders, NoChoice, describe_choice, settle_search, try_settle
+from peftbench.records.location import locate_run
+from peftbench.records.record import Record, decode, find_finished, find_record
+from peftbench.records.recording import describe_run
+from peftbench.records.wording import format_value
+from peftbench.tables.terminal import show_records
+from peftbench.utils.console import make_console
+from peftbench.utils.differences import find_distinctive
 from peftbench.utils.errors import UserError
-from peftbench.utils.files import replacing
+from peftbench.utils.files import replace_file
 
 FOLDER = ".sweeps"  # below the output_dir
 SUFFIX = ".sweep.json"
 
 
 @dataclass(frozen=True)
-class Point:
+class PlannedRun:
     """One run of a sweep. `settings` are the values of the keys that the sweep goes over."""
 
     folder: str  # below the folder in which `FOLDER` lies
@@ -44,24 +44,24 @@ class Member:
     def __init__(self, overrides: Sequence[str], run: Run, folders: Folders | None = None) -> None:
         self.folders = folders  # of the trials that the sweep knows
         self.overrides, self.run, self.comes_to = overrides, run, run
-        self.asked = self.folder = run_dir(run)
+        self.asked = self.folder = locate_run(run)
         self.settle()
 
     def settle(self) -> None:
         """Check whether the search of the run can be settled now."""
         if self.comes_to.search is not None:
-            self.comes_to = known(self.run, self.folders)
-            self.folder = self.asked if self.comes_to.search is not None else run_dir(self.comes_to)
+            self.comes_to = try_settle(self.run, self.folders)
+            self.folder = self.asked if self.comes_to.search is not None else locate_run(self.comes_to)
 
     def settings(self) -> dict[str, str]:
         """Return what was typed, by key, and what a search has chosen."""
-        words = by_key(self.overrides)
+        words = index_by_key(self.overrides)
         search = self.run.search
         if search is None:
             return words
         words = {key: value for key, value in words.items() if not key.startswith("search.")}
         if self.comes_to.search is None:
-            words |= {key: _typed(value_at(self.comes_to, key)) for key in search.keys}
+            words |= {key: _format_typed(get_value(self.comes_to, key)) for key in search.keys}
         return {**words, "search": search.name if search.trial is None else f"{search.name} trial"}
 
 
@@ -70,19 +70,19 @@ class Plan:
     """The runs of a sweep as its file stores them: `OUTPUT_DIR/.sweeps/NAME.sweep.json`."""
 
     arguments: list[str]  # what was typed after `peftbench train`
-    points: list[Point]
+    points: list[PlannedRun]
     name: str = ""  # of its file
 
     @classmethod
     def of(cls, members: Sequence[Member], arguments: Sequence[str]) -> Plan:
         """Return the plan of a sweep's runs and of the trials before them."""
         root = Path(members[0].run.output_dir).expanduser()
-        name = hashlib.sha256("\n".join(sorted({_below(root, member.asked) for member in members})).encode())
+        name = hashlib.sha256("\n".join(sorted({_relate_path(root, member.asked) for member in members})).encode())
         given = [member.settings() for member in members]
-        keys = distinctive(given)
+        keys = find_distinctive(given)
         runs = {
-            member.folder: Point(
-                _below(root, member.folder),
+            member.folder: PlannedRun(
+                _relate_path(root, member.folder),
                 member.run.method,
                 {key: values[key] for key in keys if key in values},
             )
@@ -98,7 +98,7 @@ class Plan:
                 os.utime(path)  # `peftbench status` has the latest sweep last
                 return
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
+        with replace_file(path) as file:
             file.write(json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
@@ -111,14 +111,14 @@ class Plan:
         return plan
 
 
-def _below(root: Path, folder: Path) -> str:
+def _relate_path(root: Path, folder: Path) -> str:
     return str(folder.relative_to(root) if folder.is_relative_to(root) else folder.resolve())
 
 
-def _no_choice(run: Run, folders: Folders) -> str | None:
+def _explain_no_choice(run: Run, folders: Folders) -> str | None:
     """Return why the trials of a run's search leave nothing to choose, or None if they leave something."""
     try:
-        settled(run, folders)
+        settle_search(run, folders)
     except NoChoice as error:
         return str(error)
     except UserError:  # not done yet
@@ -126,8 +126,8 @@ def _no_choice(run: Run, folders: Folders) -> str | None:
     return None
 
 
-def _typed(value: object) -> str:
-    return value.name if isinstance(value, Enum) else text(value)
+def _format_typed(value: object) -> str:
+    return value.name if isinstance(value, Enum) else format_value(value)
 
 
 class Sweep:
@@ -141,7 +141,7 @@ class Sweep:
         self.arguments = arguments
         self.root = Path(self.members[0].run.output_dir).expanduser()  # below which the folders of the plan are
         self.runs: dict[Path, Run] = {}
-        self.done_before = {trial.folder for trial in self.trials if finished(trial.folder) is not None}
+        self.done_before = {trial.folder for trial in self.trials if find_finished(trial.folder) is not None}
         self.settle()
 
     def settle(self) -> None:
@@ -150,7 +150,7 @@ class Sweep:
             member.settle()
         compared = {trial.folder for trial in self.trials}
         new = {member.folder for member in self.members} - self.runs.keys() - compared
-        self.done_before |= {folder for folder in new if finished(folder) is not None}
+        self.done_before |= {folder for folder in new if find_finished(folder) is not None}
         self.runs = {member.folder: member.comes_to for member in self.members}
         self.plan = Plan.of([*self.trials, *self.members], self.arguments)
         self.plan.save(self.root)
@@ -162,17 +162,17 @@ class Sweep:
         """
         self.settle()
         records = [self._record(folder, run) for folder, run in self.runs.items()]
-        console = terminal()
+        console = make_console()
         console.print()
         if begun := [record for record in records if record.status != "missing"]:
-            show(begun, console, status=self._status)
+            show_records(begun, console, status=self._status)
             console.print()
         # Runs that differ only in their seed share one line on what was searched.
         for line in dict.fromkeys(
-            sentence(record) for record in records if record.search and record.search.role == "final"
+            describe_choice(record) for record in records if record.search and record.search.role == "final"
         ):
             console.print(line, highlight=False)
-        lost = {folder: fault for folder, run in self.runs.items() if (fault := _no_choice(run, self.folders))}
+        lost = {folder: fault for folder, run in self.runs.items() if (fault := _explain_no_choice(run, self.folders))}
         for line in dict.fromkeys(lost.values()):
             console.print(line, highlight=False)
         console.print(self._summary(records, len(lost)), highlight=False)
@@ -185,7 +185,7 @@ class Sweep:
         )
 
     def _record(self, folder: Path, run: Run) -> Record:
-        return find(folder) or describe(run, folder, [], "missing")
+        return find_record(folder) or describe_run(run, folder, [], "missing")
 
     def _status(self, record: Record) -> str:
         earlier = record.status == "done" and self.was_done_before(record.folder)

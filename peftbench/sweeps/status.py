@@ -9,8 +9,8 @@ from datetime import datetime, timezone
 from statistics import fmean
 
 from peftbench.records.record import Record
-from peftbench.sweeps.plan import Point
-from peftbench.tables.columns import duration
+from peftbench.sweeps.plan import PlannedRun
+from peftbench.tables.columns import format_duration
 
 ORDER = ("done", "diverged", "running", "interrupted", "failed", "missing")  # in which they are counted and listed
 
@@ -19,7 +19,7 @@ ORDER = ("done", "diverged", "running", "interrupted", "failed", "missing")  # i
 class State:
     """One run of a sweep with its record; None if it has not begun."""
 
-    point: Point
+    point: PlannedRun
     record: Record | None
 
     @property
@@ -32,7 +32,7 @@ class State:
         return "missing" if self.record is None else self.record.outcome
 
 
-def seconds_left(states: Sequence[State], now: datetime | None = None) -> float | None:
+def estimate_seconds_left(states: Sequence[State], now: datetime | None = None) -> float | None:
     """Return the seconds that the unfinished runs will take, or None while no run of the sweep is done.
 
     The estimate for a run is the mean of the finished runs of its method, or else of all finished runs. It is assumed
@@ -57,24 +57,26 @@ def seconds_left(states: Sequence[State], now: datetime | None = None) -> float 
     return max(sum(left) / at_once, max(left, default=0.0))
 
 
-def summary(states: Sequence[State]) -> str:
+def summarise_states(states: Sequence[State]) -> str:
     """Return how many runs have each status, and the time left."""
     counted = Counter(state.status for state in states)
     counts = ", ".join(f"{counted[status]} {status}" for status in ORDER if counted[status])
-    return f"{len(states)} runs: {counts}{_left(states)}"
+    return f"{len(states)} runs: {counts}{_format_left(states)}"
 
 
-def time_of(state: State) -> str:
+def format_time(state: State) -> str:
     """Return how long a run took, or has been running."""
     if state.record is None:
         return ""
     if state.status == "running":
-        return duration((datetime.now(timezone.utc) - datetime.fromisoformat(state.record.created)).total_seconds())
-    return duration(state.record.timings["total_s"]) if "total_s" in state.record.timings else ""
+        return format_duration(
+            (datetime.now(timezone.utc) - datetime.fromisoformat(state.record.created)).total_seconds()
+        )
+    return format_duration(state.record.timings["total_s"]) if "total_s" in state.record.timings else ""
 
 
-def _left(states: Sequence[State]) -> str:
+def _format_left(states: Sequence[State]) -> str:
     if not any(state.status in ("missing", "interrupted", "running") for state in states):
         return ""
-    seconds = seconds_left(states)
-    return "; time left is known once a run is done" if seconds is None else f"; about {duration(seconds)} left"
+    seconds = estimate_seconds_left(states)
+    return "; time left is known once a run is done" if seconds is None else f"; about {format_duration(seconds)} left"

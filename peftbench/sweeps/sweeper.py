@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from peftbench.config.compose import Point
-from peftbench.config.schema import Run, by_key
-from peftbench.records.record import find, finished
+from peftbench.config.compose import TypedRun
+from peftbench.config.schema import Run, index_by_key
+from peftbench.records.record import find_finished, find_record
 from peftbench.sweeps import mps
 from peftbench.sweeps.live import LiveSweep
 from peftbench.sweeps.plan import FOLDER, Member, Sweep
 from peftbench.sweeps.workers import Ended, Job, Workers, train_attempt
-from peftbench.tables.columns import duration
-from peftbench.utils.console import say, terminal
-from peftbench.utils.differences import distinctive
+from peftbench.tables.columns import format_duration
+from peftbench.utils.console import make_console, say
+from peftbench.utils.differences import find_distinctive
 from peftbench.utils.errors import UserError, print_faults
 from peftbench.utils.progress import Display, is_live
 
@@ -35,12 +35,12 @@ class Sweeper:
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
         self.display: Display | None = None  # of the run that is trained, while the sweep is shown as a table
-        self.put_off: list[Point] = []  # runs that another process is at
+        self.put_off: list[TypedRun] = []  # runs that another process is at
 
     @contextmanager
     def shown(self) -> Iterator[None]:
         """Show the sweep as a table during the block, if it is on a terminal."""
-        console = terminal()
+        console = make_console()
         if not is_live(console):
             yield
             return
@@ -52,7 +52,7 @@ class Sweeper:
             self.display = None
 
     def train_all(
-        self, points: Sequence[Point], members: Sequence[Member], places: Sequence[dict[str, str]], before: int = 0
+        self, points: Sequence[TypedRun], members: Sequence[Member], places: Sequence[dict[str, str]], before: int = 0
     ) -> None:
         """Train runs, and wait for those that another process is at.
 
@@ -94,14 +94,16 @@ class Sweeper:
             places: of the workers, see `find_places`.
         """
         # What a search has chosen is noted in the record of a run that is done.
-        waiting = [job for job in jobs if job.run.rerun or job.run.search is not None or finished(job.folder) is None]
+        waiting = [
+            job for job in jobs if job.run.rerun or job.run.search is not None or find_finished(job.folder) is None
+        ]
         if not waiting:
             return
         places = places[: len(waiting)]
         name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{os.getpid()}"  # two processes may start on a sweep in one second
         logs = Path(waiting[0].run.output_dir).expanduser() / FOLDER / name
         with (
-            mps.shared(_get_mps([job.run for job in waiting]), places, logs) as shared,
+            mps.share_gpus(_get_mps([job.run for job in waiting]), places, logs) as shared,
             Workers(shared, logs) as workers,
         ):
             through = " through MPS" if any(mps.PIPES in place for place in shared) else ""
@@ -121,7 +123,7 @@ def train_for_hydra(number: int, run: Run, overrides: list[str], selecting: bool
         selecting: the sweeper decides on its next runs by this one.
 
     Returns:
-        What such a sweeper may maximise (`records.choice.objective`).
+        What such a sweeper may maximise (`records.choice.compute_objective`).
     """
     say(f"\nrun {number}: {' '.join(overrides)}")
     try:
@@ -142,10 +144,10 @@ def find_places(runs: Sequence[Run]) -> list[dict[str, str]]:
     """
     if all(run.jobs == "1" for run in runs):
         return [{}]
-    from peftbench.sweeps.places import places  # imports joblib and psutil
+    from peftbench.sweeps.places import assign_places  # imports joblib and psutil
 
-    found = places(runs)
-    mps.wanted(_get_mps(runs), found)  # refused before anything is written
+    found = assign_places(runs)
+    mps.is_wanted(_get_mps(runs), found)  # refused before anything is written
     return found
 
 
@@ -158,7 +160,7 @@ def _get_mps(runs: Sequence[Run]) -> bool | str:
     return mode
 
 
-def _build_jobs(points: Sequence[Point], folders: Sequence[Path]) -> list[Job]:
+def _build_jobs(points: Sequence[TypedRun], folders: Sequence[Path]) -> list[Job]:
     """What a worker must know of each run.
 
     Args:
@@ -166,8 +168,8 @@ def _build_jobs(points: Sequence[Point], folders: Sequence[Path]) -> list[Job]:
         folders: of the runs, with budgets solved: a folder's name depends on the bottlenecks.
     """
     typed = [[word for word in overrides if not word.startswith(("hydra.", "hydra/"))] for overrides, _ in points]
-    given = [by_key(words) for words in typed]
-    keys = distinctive(given)
+    given = [index_by_key(words) for words in typed]
+    keys = find_distinctive(given)
     settings = [" ".join(f"{key}={value}" for key, value in values.items() if key in keys) for values in given]
     return [
         Job(number, words, told, run, folder)
@@ -177,9 +179,9 @@ def _build_jobs(points: Sequence[Point], folders: Sequence[Path]) -> list[Job]:
 
 def _describe_result(job: Job) -> str:
     """How a run ended, by its record."""
-    record = find(job.folder)
+    record = find_record(job.folder)
     if record is None:
         return "missing"
     if record.status != "done" or record.score is None:
         return record.outcome
-    return f"{record.metric} {record.score:.2f}, {duration(record.timings['total_s'])}"
+    return f"{record.metric} {record.score:.2f}, {format_duration(record.timings['total_s'])}"

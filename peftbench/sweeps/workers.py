@@ -26,14 +26,14 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from peftbench.config.schema import Run
-from peftbench.records.choice import given, objective, settled
+from peftbench.records.choice import compute_objective, describe_given, settle_search
 from peftbench.records.lock import Busy
 from peftbench.sweeps.mps import UnusableError, await_gpu
 from peftbench.tables.terminal import show_ended
-from peftbench.utils.console import terminal
+from peftbench.utils.console import make_console
 from peftbench.utils.errors import UserError
 from peftbench.utils.progress import Display
-from peftbench.utils.quick_imports import quick_imports
+from peftbench.utils.quick_imports import speed_up_imports
 
 PATIENCE = 60.0  # seconds that a worker has, when it is interrupted, to note it in its run's record
 
@@ -76,17 +76,17 @@ def train_attempt(
         display: where the run is shown; None: it prints lines of its own.
         selecting: as for `train`.
     """
-    with quick_imports():
+    with speed_up_imports():
         from peftbench.train import train
 
-    display = display or Display(terminal())
+    display = display or Display(make_console())
     try:
-        final, search = settled(run)
+        final, search = settle_search(run)
         record = train(
             final, overrides, search=search, display=display, keep_failed=True, wait=wait, selecting=selecting
         )
         show_ended(record, display.console)
-        return Ended(objective(record.selection), given(record) if selecting else "")
+        return Ended(compute_objective(record.selection), describe_given(record) if selecting else "")
     except Busy as error:
         return Ended(faults=tuple(error.faults), busy=True)
     except UserError as error:
@@ -160,7 +160,7 @@ class _Worker:
     def start(self) -> None:
         context = multiprocessing.get_context("spawn")  # a forked child could not use the GPU
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, self.place, str(self.log)))
+        self.process = context.Process(target=_serve_jobs, args=(theirs, self.place, str(self.log)))
         self.process.start()
         theirs.close()  # so that our end sees it when the worker dies
 
@@ -202,18 +202,18 @@ class _Worker:
             os.kill(pid, signal.SIGINT)
 
 
-def _work(pipe: Connection, environment: dict[str, str], log: str) -> None:
+def _serve_jobs(pipe: Connection, environment: dict[str, str], log: str) -> None:
     """Train the jobs from the pipe until None comes. This is the main function of a worker process."""
     os.environ.update(environment)  # before torch is imported, which reads it then
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # which it is if a script started the sweep with &
-        signal.signal(signal.SIGINT, _interrupted)
+        signal.signal(signal.SIGINT, _handle_interrupt)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(log, "a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a TextIOWrapper, over file 1
     try:
-        with quick_imports():
+        with speed_up_imports():
             import_module("peftbench.train")  # before there is a job: while the parent starts the others
         await_gpu(environment)
         while (job := pipe.recv()) is not None:
@@ -221,7 +221,7 @@ def _work(pipe: Connection, environment: dict[str, str], log: str) -> None:
             ended = train_attempt(job.run, job.overrides)
             for sentence in ended.faults:
                 print(f"peftbench: {sentence}")
-            usable = _let_go()
+            usable = _free_gpu()
             pipe.send(replace(ended, last=not usable))
             if not usable:
                 return
@@ -231,7 +231,7 @@ def _work(pipe: Connection, environment: dict[str, str], log: str) -> None:
         sys.exit(f"peftbench: the GPU cannot be used through MPS: {error}.")
 
 
-def _interrupted(number: int, frame: FrameType | None) -> None:
+def _handle_interrupt(number: int, frame: FrameType | None) -> None:
     """Ctrl-C reaches a worker from the terminal and from its parent; once is enough, and the record must be written."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise KeyboardInterrupt
@@ -245,7 +245,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _let_go() -> bool:
+def _free_gpu() -> bool:
     """Free the GPU memory of the run that ended, for the other workers.
 
     Returns whether this process can still use its GPU: after a fault in a kernel no call succeeds.

@@ -12,13 +12,20 @@ from typing import Any, Generic, Literal, TypeVar
 
 from peftbench.config.axes import UNFROZEN
 from peftbench.config.identity import IGNORED
-from peftbench.config.schema import by_key
+from peftbench.config.schema import index_by_key
 from peftbench.records.record import Record
-from peftbench.records.wording import text
-from peftbench.tables.fields import FIELDS, MANY_CUT_OFF, baseline, field, further_splits, on_further
-from peftbench.tables.paper import Printed, printed
-from peftbench.tables.row import Row, front, point, unscored
-from peftbench.utils.differences import differing
+from peftbench.records.wording import format_value
+from peftbench.tables.fields import (
+    FIELDS,
+    MANY_CUT_OFF,
+    find_field,
+    get_baseline,
+    get_further_score,
+    list_further_splits,
+)
+from peftbench.tables.paper import Printed, find_printed
+from peftbench.tables.row import Row, find_front, identify_point, is_unscored
+from peftbench.utils.differences import find_differing
 
 T = TypeVar("T")
 Cost = Literal["stored", "memory", "time"]
@@ -45,7 +52,7 @@ class Column(Generic[T]):
 # Paths of files: only their content counts, and other content would be another data set or backbone.
 PATHS = ("model.path", "task.data_dir", "task.train_file", "task.validation_file", "task.test_file")
 
-PAPER = ("paper", "difference")  # columns of `beside_paper`
+PAPER = ("paper", "difference")  # columns of `make_paper_columns`
 
 RUNS = Column[Row]("n", "n", lambda row: str(len(row.scored)), lambda row: len(row.scored))  # runs with a score
 
@@ -61,7 +68,7 @@ DEVIATIONS = Column[Row](
 )
 
 
-def columns(
+def choose_columns(
     rows: Sequence[Row],
     status: Callable[[Record], str] | None = None,
     cost: Cost = "stored",
@@ -78,60 +85,62 @@ def columns(
     seeds = {record.seed for record in records}
     grouped = any(len(row.records) > 1 for row in rows)
     baselines = dict.fromkeys(name for record in records for name in record.baselines)
-    apart = telling_apart(rows)
+    apart = find_distinguishing(rows)
     found: list[Column[Row]] = [
         Column("method", "method", lambda r: f"{r.first.method} {r.first.debug or ''}".rstrip(), words=True, wrap=17),
-        Column("axes", "four axes", _four, words=True, wrap=20),
-        Column("bottleneck", "bottle-\nneck", _bottlenecks),
+        Column("axes", "four axes", _format_axes, words=True, wrap=20),
+        Column("bottleneck", "bottle-\nneck", _format_bottlenecks),
         *apart,
-        number("trained", "trained", _count, dispensable=6),
-        number("stored", "stored", _count, better="lower", dispensable=5),
+        make_number("trained", "trained", _format_count, dispensable=6),
+        make_number("stored", "stored", _format_count, better="lower", dispensable=5),
         # ± needs space, and so do the seeds and the other settings that distinguish rows.
-        number("percent", "% of\nmodel", _two, dispensable=2 if grouped or apart or len(seeds) > 1 else 0),
+        make_number("percent", "% of\nmodel", _format_two, dispensable=2 if grouped or apart or len(seeds) > 1 else 0),
         # For every metric of the tasks, higher is better.
-        number("score", f"{records[0].metric} ↑", _two, better="higher", of=FIELDS["score"], spread=True),
+        make_number("score", f"{records[0].metric} ↑", _format_two, better="higher", of=FIELDS["score"], spread=True),
         *([CUT_OFF] if any((FIELDS["cut_off"](record) or 0) > MANY_CUT_OFF for record in records) else []),
-        *map(_further, further_splits(records)),
-        *delta(rows),
-        *beside_paper(rows, paper),
+        *map(_make_further_column, list_further_splits(records)),
+        *make_delta_columns(rows),
+        *make_paper_columns(rows, paper),
         *([RUNS] if grouped else []),
-        *(number(name, name, _two, dispensable=6, of=partial(baseline, name)) for name in baselines),
-        number("tokens_per_s", "tokens\n/s", _count, better="higher", dispensable=10),
-        number("memory", "peak\nGiB", _two, better="lower", dispensable=9),
-        number("time", "time", duration, better="lower", dispensable=7),
-        Column("seed", "seed", _seeds, dispensable=1 if len(seeds) > 1 and not grouped else 8, words=grouped),
-        *pareto(rows, cost),
+        *(make_number(name, name, _format_two, dispensable=6, of=partial(get_baseline, name)) for name in baselines),
+        make_number("tokens_per_s", "tokens\n/s", _format_count, better="higher", dispensable=10),
+        make_number("memory", "peak\nGiB", _format_two, better="lower", dispensable=9),
+        make_number("time", "time", format_duration, better="lower", dispensable=7),
+        Column("seed", "seed", _format_seeds, dispensable=1 if len(seeds) > 1 and not grouped else 8, words=grouped),
+        *make_front_columns(rows, cost),
     ]
     found = [c for c in found if c.key not in ("tokens_per_s", "memory") or any(c.cell(row) for row in rows)]
     if any(record.deviations for record in records):
         found.insert(2, DEVIATIONS)
     if status is not None or any(record.status != "done" for record in records):
-        found.append(Column("status", "status", partial(_status, status or OUTCOME), words=True, wrap=11))
+        found.append(Column("status", "status", partial(_format_status, status or OUTCOME), words=True, wrap=11))
     return found
 
 
-def chosen(keys: Sequence[str], rows: Sequence[Row], cost: Cost, paper: bool = False) -> list[Column[Row]]:
+def find_columns(keys: Sequence[str], rows: Sequence[Row], cost: Cost, paper: bool = False) -> list[Column[Row]]:
     """Return the columns that were asked for by name. Raises UserError for an unknown name."""
-    known = {column.key: column for column in columns(rows, OUTCOME, cost, paper)}
+    known = {column.key: column for column in choose_columns(rows, OUTCOME, cost, paper)}
     known |= {"n": RUNS, "deviations": DEVIATIONS, "cut_off": CUT_OFF}
     known |= {key: Column(key, key, lambda r: "", lambda r: None) for key in PAPER if key not in known}
-    known["front"] = next(iter(pareto(rows, cost)), Column("front", "front", lambda r: ""))
+    known["front"] = next(iter(make_front_columns(rows, cost)), Column("front", "front", lambda r: ""))
     records = [record for row in rows for record in row.records]
     found = []
     for key in keys:
         if key in known:
             found.append(known[key])
             continue
-        of = field(key, records)
+        of = find_field(key, records)
         if all(isinstance(of(record), int | float | None) for record in records) and key != "seed":
             scores = key not in FIELDS and "." not in key  # a metric or a baseline
-            found.append(number(key, key, _shortest, of=of, spread=scores, better="higher" if scores else None))
+            found.append(
+                make_number(key, key, _format_shortest, of=of, spread=scores, better="higher" if scores else None)
+            )
         else:
-            found.append(Column(key, key, partial(_texts, of), words=True, wrap=16))
+            found.append(Column(key, key, partial(_format_texts, of), words=True, wrap=16))
     return found
 
 
-def number(
+def make_number(
     key: str,
     header: str,
     form: Callable[[float], str],
@@ -161,17 +170,17 @@ def number(
 
 
 # The share of generated texts that ended by their length: shown where it is large, for such a score says little.
-CUT_OFF = number("cut_off", "cut\noff", "{:.1%}".format, dispensable=2)
+CUT_OFF = make_number("cut_off", "cut\noff", "{:.1%}".format, dispensable=2)
 
 
-def _further(split: str) -> Column[Row]:
+def _make_further_column(split: str) -> Column[Row]:
     """Return the column of a split scored in addition to the report split; each line has one word of its name."""
     header = f"{split} ↑".replace("_", "\n")
-    of = partial(on_further, split)
-    return number(split, header, _two, better="higher", dispensable=4, of=of, spread=True)
+    of = partial(get_further_score, split)
+    return make_number(split, header, _format_two, better="higher", dispensable=4, of=of, spread=True)
 
 
-def telling_apart(rows: Sequence[Row]) -> list[Column[Row]]:
+def find_distinguishing(rows: Sequence[Row]) -> list[Column[Row]]:
     """Return columns for the settings in which rows differ that would otherwise look alike.
 
     They are the trainer's settings, such as its learning rate, and the options of the axes, such as their layers. For
@@ -180,45 +189,47 @@ def telling_apart(rows: Sequence[Row]) -> list[Column[Row]]:
     alike: dict[tuple[str, ...], list[Row]] = {}
     grouped = any(len(row.records) > 1 for row in rows)  # then seeds alone distinguish no rows
     for row in rows:
-        looks = (row.first.method, _four(row), _bottlenecks(row), "" if grouped else _seeds(row))
+        looks = (row.first.method, _format_axes(row), _format_bottlenecks(row), "" if grouped else _format_seeds(row))
         alike.setdefault(looks, []).append(row)
     settings: dict[str, Callable[[Record], Any]] = {}
     for group in alike.values():
         runs = [row.first for row in group]
-        for of in (_recorded, _typed) if len({point(run) for run in runs}) > 1 else (_recorded,):
-            if keys := [key for key in differing(list(map(of, runs))) if key not in (*IGNORED, *PATHS)]:
-                settings |= {key: partial(_setting, of, key) for key in keys}
+        for of in (
+            (_read_recorded, _read_typed) if len({identify_point(run) for run in runs}) > 1 else (_read_recorded,)
+        ):
+            if keys := [key for key in find_differing(list(map(of, runs))) if key not in (*IGNORED, *PATHS)]:
+                settings |= {key: partial(_get_setting, of, key) for key in keys}
                 break
     return [
-        Column(key, _setting_header(key), partial(_texts, settings[key]), dispensable=1, wrap=16)
+        Column(key, _name_setting(key), partial(_format_texts, settings[key]), dispensable=1, wrap=16)
         for key in sorted(settings)
     ]
 
 
-def _recorded(run: Record) -> dict[str, Any]:
+def _read_recorded(run: Record) -> dict[str, Any]:
     """Return the settings of a run's trainer, and the options of its axes."""
     options = {f"{axes.prefix}{key}": value for axes in run.axes for key, value in axes.options.items()}
     return {**{f"trainer.{key}": value for key, value in run.trainer.items()}, **options}
 
 
-def _typed(run: Record) -> dict[str, Any]:
+def _read_typed(run: Record) -> dict[str, Any]:
     """Return the keys of a run's task and model that were typed."""
-    return {key: value for key, value in by_key(run.overrides).items() if key.startswith(("task.", "model."))}
+    return {key: value for key, value in index_by_key(run.overrides).items() if key.startswith(("task.", "model."))}
 
 
-def _setting(of: Callable[[Record], dict[str, Any]], key: str, run: Record) -> Any:
+def _get_setting(of: Callable[[Record], dict[str, Any]], key: str, run: Record) -> Any:
     value = of(run).get(key)
-    return ", ".join(map(text, value)) if isinstance(value, list) else value
+    return ", ".join(map(format_value, value)) if isinstance(value, list) else value
 
 
-def _setting_header(key: str) -> str:
+def _name_setting(key: str) -> str:
     """Return the key's last part; for a modification in a mixture, with the modification's name."""
     *groups, last = key.split(".")
     name = [groups[1]] if groups[0] == "mix" else []
     return "\n".join([*name, last.replace("_", "\n")])
 
 
-def delta(rows: Sequence[Row]) -> list[Column[Row]]:
+def make_delta_columns(rows: Sequence[Row]) -> list[Column[Row]]:
     """Return a column with the difference from the table's best full fine-tuning, if there is one."""
     full = [row.score for row in rows if row.scored and row.first.is_full]
     best = max((score for score in full if score is not None), default=None)
@@ -228,10 +239,10 @@ def delta(rows: Sequence[Row]) -> list[Column[Row]]:
     def value(row: Row) -> float | None:
         return row.score - best if row.scored and row.score is not None else None
 
-    return [Column("delta", "Δ full", lambda row: _signed(value(row)), value, dispensable=3)]
+    return [Column("delta", "Δ full", lambda row: _format_signed(value(row)), value, dispensable=3)]
 
 
-def beside_paper(rows: Sequence[Row], everywhere: bool = False) -> list[Column[Row]]:
+def make_paper_columns(rows: Sequence[Row], everywhere: bool = False) -> list[Column[Row]]:
     """Return columns of the paper's scores and our difference from them; none if no row is one of the paper's.
 
     They are shown for runs that had the paper's backbone and data. With `everywhere`, they are also shown for other
@@ -239,7 +250,7 @@ def beside_paper(rows: Sequence[Row], everywhere: bool = False) -> list[Column[R
     """
     known: dict[int, Printed] = {}
     for row in rows:
-        found = next(filter(None, map(printed, row.records)), None)
+        found = next(filter(None, map(find_printed, row.records)), None)
         if found is not None and (found.same or everywhere):
             known[id(row)] = found
     if not known:
@@ -249,7 +260,7 @@ def beside_paper(rows: Sequence[Row], everywhere: bool = False) -> list[Column[R
         return known[id(row)].score if id(row) in known else None
 
     def text_of(row: Row) -> str:
-        return _two(known[id(row)].score) if id(row) in known else ""
+        return _format_two(known[id(row)].score) if id(row) in known else ""
 
     def difference(row: Row) -> float | None:
         found = known.get(id(row))
@@ -261,25 +272,25 @@ def beside_paper(rows: Sequence[Row], everywhere: bool = False) -> list[Column[R
     columns: list[Column[Row]] = [
         Column("paper", "paper", text_of, score, dispensable=0 if everywhere else 1),
         Column("paper_of", "printed for", source, words=True, wrap=10),
-        Column("difference", "Δ paper", lambda row: _signed(difference(row)), difference, dispensable=1),
+        Column("difference", "Δ paper", lambda row: _format_signed(difference(row)), difference, dispensable=1),
     ]
     return columns if everywhere else [columns[0], columns[2]]
 
 
-def pareto(rows: Sequence[Row], cost: Cost) -> list[Column[Row]]:
+def make_front_columns(rows: Sequence[Row], cost: Cost) -> list[Column[Row]]:
     """Return a column that marks the rows that no other row beats in both score and cost; none if there is no
     choice."""
-    best = {id(row) for row in front(rows, FIELDS[cost])}
+    best = {id(row) for row in find_front(rows, FIELDS[cost])}
     if sum(1 for row in rows if row.scored) < 3 or not best:
         return []
     return [Column("front", "front", lambda row: "◆" if id(row) in best else "", dispensable=4)]
 
 
-def best_of(column: Column[T], rows: Sequence[T]) -> set[int]:
+def find_best(column: Column[T], rows: Sequence[T]) -> set[int]:
     """Return the indices of the rows with the column's best value; none if all are equal."""
     if column.better is None or column.value is None:
         return set()
-    values = {index: column.value(row) for index, row in enumerate(rows) if not unscored(row)}
+    values = {index: column.value(row) for index, row in enumerate(rows) if not is_unscored(row)}
     known = {index: value for index, value in values.items() if value is not None and not math.isnan(value)}
     if len(set(known.values())) < 2:
         return set()
@@ -287,24 +298,24 @@ def best_of(column: Column[T], rows: Sequence[T]) -> set[int]:
     return {index for index, value in known.items() if value == goal}
 
 
-def flat_header(column: Column[T]) -> str:
+def flatten_header(column: Column[T]) -> str:
     """Return a column's header on one line."""
     return column.header.replace("-\n", "").replace("\n", " ")
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Format as hours, minutes and seconds, such as 1:02:03 or 2:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _bottlenecks(row: Row) -> str:
+def _format_bottlenecks(row: Row) -> str:
     """Return the bottleneck of each modification."""
-    return "\n".join(_count(one.bottleneck) for one in row.first.axes)
+    return "\n".join(_format_count(one.bottleneck) for one in row.first.axes)
 
 
-def _four(row: Row) -> str:
+def _format_axes(row: Row) -> str:
     """Return the four axes of each modification, then what else is trained."""
     lines = []
     for axes in row.first.axes:
@@ -316,16 +327,16 @@ def _four(row: Row) -> str:
     return "\n".join(lines)
 
 
-def _seeds(row: Row) -> str:
+def _format_seeds(row: Row) -> str:
     seeds = [str(record.seed) for record in row.records]
     return ", ".join(seeds) if len(seeds) < 6 else f"{len(seeds)} seeds"
 
 
-def _texts(of: Callable[[Record], Any], row: Row) -> str:
-    return ", ".join(dict.fromkeys(text(of(record)) for record in row.records))
+def _format_texts(of: Callable[[Record], Any], row: Row) -> str:
+    return ", ".join(dict.fromkeys(format_value(of(record)) for record in row.records))
 
 
-def _status(outcome: Callable[[Record], str], row: Row) -> str:
+def _format_status(outcome: Callable[[Record], str], row: Row) -> str:
     counted = Counter(map(outcome, row.records))
     if len(counted) > 1:  # the errors are in the table of single runs
         counted = Counter(record.status for record in row.records)
@@ -334,17 +345,17 @@ def _status(outcome: Callable[[Record], str], row: Row) -> str:
     return ", ".join(f"{number} {status}" for status, number in counted.items())
 
 
-def _count(number: float | None) -> str:
+def _format_count(number: float | None) -> str:
     return "" if number is None else f"{number:,.0f}"
 
 
-def _shortest(number: float) -> str:
-    return f"{number:,.0f}" if number % 1 == 0 else _two(number) if number >= 0.1 else f"{number:g}"
+def _format_shortest(number: float) -> str:
+    return f"{number:,.0f}" if number % 1 == 0 else _format_two(number) if number >= 0.1 else f"{number:g}"
 
 
-def _two(number: float) -> str:
+def _format_two(number: float) -> str:
     return f"{number:.2f}"
 
 
-def _signed(number: float | None) -> str:
+def _format_signed(number: float | None) -> str:
     return "" if number is None else f"{number:+.2f}"

@@ -9,68 +9,68 @@ from typing import Any
 
 import yaml
 
-from peftbench.config.identity import IGNORED, plain
+from peftbench.config.identity import IGNORED, to_plain
 from peftbench.config.schema import Modification
-from peftbench.metrics.bootstrap import Difference, paired_bootstrap
+from peftbench.metrics.bootstrap import Difference, bootstrap_pairs
 from peftbench.metrics.measure import compute_statistics
 from peftbench.metrics.statistics import Statistics
 from peftbench.records.record import Record
-from peftbench.records.saved import saved_predictions
+from peftbench.records.saved import read_saved_predictions
 from peftbench.tables.row import Row
-from peftbench.utils.differences import differing, flatten
+from peftbench.utils.differences import find_differing, flatten
 from peftbench.utils.errors import UserError
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C implementation, if PyYAML was built with it
 
 
-def compare(a: Row, b: Row, resamples: int) -> dict[str, Difference]:
+def compare_rows(a: Row, b: Row, resamples: int) -> dict[str, Difference]:
     """Return the difference of each metric of the runs' report split."""
-    read = [[saved_predictions(record.folder, "report") for record in row.scored] for row in (a, b)]
-    asked = [_asked(run) for side in read for run in side]
+    read = [[read_saved_predictions(record.folder, "report") for record in row.scored] for row in (a, b)]
+    asked = [_identify_examples(run) for side in read for run in side]
     for other, record in zip(asked, [*a.scored, *b.scored], strict=True):
         if other != asked[0]:
             odd = sum(x != y for x, y in zip(asked[0], other, strict=False)) + abs(len(other) - len(asked[0]))
             raise UserError(f"{record.folder} was not scored on the same examples: {odd} of {len(other)} differ.")
     scored = [
-        [_scores(record, run) for record, run in zip(row.scored, side, strict=True)]
+        [_score_examples(record, run) for record, run in zip(row.scored, side, strict=True)]
         for row, side in zip((a, b), read, strict=True)
     ]
     paired = [record.seed for record in a.scored] == [record.seed for record in b.scored]
-    return paired_bootstrap(*scored, paired_seeds=paired, resamples=resamples)
+    return bootstrap_pairs(*scored, paired_seeds=paired, resamples=resamples)
 
 
-def settings_that_differ(a: Row, b: Row) -> dict[str, list[Any]]:
+def find_differing_settings(a: Row, b: Row) -> dict[str, list[Any]]:
     """Return each key of the config, and of the record's circumstances, that differs, with its values in A and in B.
 
     For a modification that only one of them has: its axes, and its settings that are not the defaults.
     """
-    both = [settings_of(row.first) for row in (a, b)]
+    both = [read_settings(row.first) for row in (a, b)]
     one, other = ({key.split(".")[1] for key in side if key.startswith("mix.")} for side in both)
-    bare = {f"mix.{name}.{key}": value for name in one ^ other for key, value in flatten(plain(Modification()))}
+    bare = {f"mix.{name}.{key}": value for name in one ^ other for key, value in flatten(to_plain(Modification()))}
     own = [{key: value for key, value in side.items() if key not in bare or value != bare[key]} for side in both]
-    return {key: [side.get(key) for side in own] for key in differing(own)}
+    return {key: [side.get(key) for side in own] for key in find_differing(own)}
 
 
-def _asked(predictions: Sequence[dict[str, Any]]) -> list[Any]:
+def _identify_examples(predictions: Sequence[dict[str, Any]]) -> list[Any]:
     """Return the inputs of predictions, by which two runs on the same examples are recognised."""
     return [(one.get("id"), one["reference"]) for one in predictions]
 
 
-def _scores(record: Record, predictions: Sequence[dict[str, Any]]) -> dict[str, Statistics]:
+def _score_examples(record: Record, predictions: Sequence[dict[str, Any]]) -> dict[str, Statistics]:
     ours, right = ([one[side] for one in predictions] for side in ("prediction", "reference"))
     return compute_statistics(record.metric, ours, right, record.data.get("labels", ()))
 
 
-def settings_of(record: Record) -> dict[str, Any]:
+def read_settings(record: Record) -> dict[str, Any]:
     """Return a run's config as dotted keys, without keys that are not settings, and the circumstances in the record."""
-    found = dict(flatten(_config(record.folder / "config.yaml")))
+    found = dict(flatten(_read_config(record.folder / "config.yaml")))
     kept = {key: value for key, value in found.items() if value is not None and not _is_ignored(key)}
     reading = {f"reading.{key}": value for key, value in record.data.get("reading", {}).items()}
     circumstances = {"device": record.device, "data": record.data.get("fingerprint"), **reading, **record.versions}
     return kept | {f"({key})": value for key, value in circumstances.items() if value is not None}
 
 
-def _config(file: Path) -> dict[str, Any]:
+def _read_config(file: Path) -> dict[str, Any]:
     """Return the config of a run as stored on disk; if the file is damaged, name it on stderr and return an empty
     dict."""
     if not file.is_file():

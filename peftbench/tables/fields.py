@@ -8,9 +8,9 @@ from typing import Any
 
 from peftbench.config.roles import FURTHER
 from peftbench.records.record import Record
-from peftbench.records.wording import described
+from peftbench.records.wording import describe_search
 from peftbench.utils.differences import flatten
-from peftbench.utils.errors import UserError, meant
+from peftbench.utils.errors import UserError, suggest
 
 FIELDS: dict[str, Callable[[Record], Any]] = {
     "method": lambda r: r.method,
@@ -29,7 +29,7 @@ FIELDS: dict[str, Callable[[Record], Any]] = {
     "bottleneck": lambda r: [axes.bottleneck for axes in r.axes],
     "learning_rate": lambda r: r.trainer.get("learning_rate"),
     "search": lambda r: r.search.name if r.search else None,
-    "searched": lambda r: described(r.search) if r.search else None,
+    "searched": lambda r: describe_search(r.search) if r.search else None,
     "fidelity": lambda r: r.fidelity,
     "deviations": lambda r: [deviation.name for deviation in r.deviations],
     "budget": lambda r: r.budget,
@@ -59,7 +59,7 @@ MANY_CUT_OFF = 0.05  # of generated texts: what is said on the screen
 COSTS = ("trained", "stored", "percent", "steps", "memory", "time")  # better when lower
 
 
-def field(key: str, records: Sequence[Record]) -> Callable[[Record], Any]:
+def find_field(key: str, records: Sequence[Record]) -> Callable[[Record], Any]:
     """Return the function that reads `key` from a record.
 
     `key` is one of `FIELDS`, a metric or a baseline of the report split, the score on a further split, or a dotted key
@@ -68,19 +68,19 @@ def field(key: str, records: Sequence[Record]) -> Callable[[Record], Any]:
     if key in FIELDS:
         return FIELDS[key]
     if any(key in r.scores["report"].metrics for r in records if "report" in r.scores):
-        return partial(_metric, key)
+        return partial(_get_metric, key)
     if any(key in r.baselines for r in records):
-        return partial(baseline, key)
-    if key in further_splits(records):
-        return partial(on_further, key)
+        return partial(get_baseline, key)
+    if key in list_further_splits(records):
+        return partial(get_further_score, key)
     flat = {id(record): dict(flatten(record.to_json())) for record in records} if "." in key else {}
     if any(key in values for values in flat.values()):
         return lambda record: flat[id(record)].get(key)
     metrics = dict.fromkeys(name for r in records if "report" in r.scores for name in r.scores["report"].metrics)
-    raise UserError(f"{key} is not a column{meant(key, [*FIELDS, *metrics, *further_splits(records)])}")
+    raise UserError(f"{key} is not a column{suggest(key, [*FIELDS, *metrics, *list_further_splits(records)])}")
 
 
-def said_of_cut_off(split: str, share: float | None) -> str | None:
+def describe_cut_off(split: str, share: float | None) -> str | None:
     """The sentence that many of a split's generated texts ended by their length; None where few did, or none was."""
     if share is None or share <= MANY_CUT_OFF:
         return None
@@ -90,22 +90,22 @@ def said_of_cut_off(split: str, share: float | None) -> str | None:
     )
 
 
-def _metric(name: str, record: Record) -> float | None:
+def _get_metric(name: str, record: Record) -> float | None:
     return record.scores["report"].metrics.get(name) if "report" in record.scores else None
 
 
-def baseline(name: str, record: Record) -> float | None:
+def get_baseline(name: str, record: Record) -> float | None:
     """Return the main metric of a baseline, such as majority."""
     return record.baselines.get(name)
 
 
-def further_splits(records: Sequence[Record]) -> list[str]:
+def list_further_splits(records: Sequence[Record]) -> list[str]:
     """Return the splits that were scored in addition to the report split, such as validation_mismatched."""
     roles = dict.fromkeys(role for record in records for role in record.scores)
     return [role.removeprefix(FURTHER) for role in roles if role.startswith(FURTHER)]
 
 
-def on_further(split: str, record: Record) -> float | None:
+def get_further_score(split: str, record: Record) -> float | None:
     """Return the task's metric on a further split."""
     score = record.scores.get(f"{FURTHER}{split}") if record.status == "done" else None
     return None if score is None else score.metrics.get(record.metric)

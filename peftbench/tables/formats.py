@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from peftbench.records.record import Axes, Record
-from peftbench.tables.columns import Column, best_of, flat_header
+from peftbench.tables.columns import Column, find_best, flatten_header
 from peftbench.utils.differences import flatten
-from peftbench.utils.files import dumped
+from peftbench.utils.files import dump_json
 
 T = TypeVar("T")
 Beside = Callable[[Record], dict[str, Any]]  # additional values of a record
@@ -20,18 +20,18 @@ Beside = Callable[[Record], dict[str, Any]]  # additional values of a record
 LATEX = {"±": r"$\pm$", "Δ": r"$\Delta$", "λ": r"$\lambda$", "·": r"$\cdot$", "↑": r"$\uparrow$", "◆": r"$\bullet$"}
 
 
-def to_json(records: Iterable[Record], beside: Beside = lambda record: {}) -> str:
+def records_to_json(records: Iterable[Record], beside: Beside = lambda record: {}) -> str:
     """Return a JSON array of the records, each with its `folder` and the values that `beside` returns."""
     found = [{**record.to_json(), "folder": str(record.folder), **beside(record)} for record in records]
-    return dumped(found, indent=2, ensure_ascii=True)
+    return dump_json(found, indent=2, ensure_ascii=True)
 
 
-def to_csv(records: Iterable[Record], beside: Beside = lambda record: {}) -> str:
+def records_to_csv(records: Iterable[Record], beside: Beside = lambda record: {}) -> str:
     """Return one line for each record; dotted keys are the columns. A mixture's axes are joined by " + "."""
-    return csv_of([{**_flat(record), **beside(record)} for record in records])
+    return rows_to_csv([{**_flatten_record(record), **beside(record)} for record in records])
 
 
-def csv_of(rows: Sequence[dict[str, Any]]) -> str:
+def rows_to_csv(rows: Sequence[dict[str, Any]]) -> str:
     """Return the rows as CSV; every key that any row has is a column."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
@@ -40,48 +40,48 @@ def csv_of(rows: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def values(columns: Sequence[Column[T]], rows: Sequence[T]) -> list[dict[str, Any]]:
+def rows_to_values(columns: Sequence[Column[T]], rows: Sequence[T]) -> list[dict[str, Any]]:
     """Return each row as column: value. Numbers are not rounded; the standard deviation, if any, is in COLUMN_std."""
     found = []
     for row in rows:
         one: dict[str, Any] = {}
         for column in columns:
-            one[column.key] = _one_line(column.cell(row)) if column.value is None else column.value(row)
+            one[column.key] = _join_lines(column.cell(row)) if column.value is None else column.value(row)
             if column.spread is not None and (deviation := column.spread(row)) is not None:
                 one[f"{column.key}_std"] = deviation
         found.append(one)
     return found
 
 
-def markdown(columns: Sequence[Column[T]], rows: Sequence[T]) -> str:
+def to_markdown(columns: Sequence[Column[T]], rows: Sequence[T]) -> str:
     """Return a table in GitHub's Markdown, with the best value of each column in bold."""
-    marked = [best_of(column, rows) for column in columns]
-    lines = [[flat_header(column) for column in columns], ["---" if column.words else "---:" for column in columns]]
+    marked = [find_best(column, rows) for column in columns]
+    lines = [[flatten_header(column) for column in columns], ["---" if column.words else "---:" for column in columns]]
     for index, row in enumerate(rows):
-        texts = [_one_line(column.cell(row)).replace("|", "\\|") for column in columns]
+        texts = [_join_lines(column.cell(row)).replace("|", "\\|") for column in columns]
         bold = [index in of_column for of_column in marked]
         lines.append([f"**{text}**" if best else text for text, best in zip(texts, bold, strict=True)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def latex(columns: Sequence[Column[T]], rows: Sequence[T]) -> str:
+def to_latex(columns: Sequence[Column[T]], rows: Sequence[T]) -> str:
     """Return a tabular with the rules of the package booktabs, with the best value of each column in bold."""
     import pandas as pd
 
-    marked = [best_of(column, rows) for column in columns]
+    marked = [find_best(column, rows) for column in columns]
     cells = []
     for index, row in enumerate(rows):
-        texts = [_escaped(_one_line(column.cell(row))) for column in columns]
+        texts = [_escape(_join_lines(column.cell(row))) for column in columns]
         cells.append(
             [rf"\textbf{{{text}}}" if index in bold else text for text, bold in zip(texts, marked, strict=True)]
         )
-    frame = pd.DataFrame(cells, columns=[_escaped(flat_header(column)) for column in columns])
+    frame = pd.DataFrame(cells, columns=[_escape(flatten_header(column)) for column in columns])
     kinds = "".join("l" if column.words else "r" for column in columns)
     tabular: str = frame.style.hide(axis="index").to_latex(hrules=True, column_format=kinds)
     return tabular
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     text = text.encode("utf-8", "replace").decode()  # a lone surrogate, as in a file name, is not a character
     for letter in "\\&%$#_{}~^":
         text = text.replace(letter, {"\\": r"\textbackslash ", "~": r"\~{}", "^": r"\^{}"}.get(letter, "\\" + letter))
@@ -90,11 +90,11 @@ def _escaped(text: str) -> str:
     return re.sub(r"(?<![\w.])-(?=\d)", "$-$", text)  # a minus, not a hyphen
 
 
-def _one_line(cell: str) -> str:
+def _join_lines(cell: str) -> str:
     return " + ".join(cell.split("\n"))
 
 
-def _flat(record: Record) -> dict[str, Any]:
+def _flatten_record(record: Record) -> dict[str, Any]:
     values = record.to_json()
     axes = values.pop("axes")
     values["deviations"] = [deviation["name"] for deviation in values["deviations"]]

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peftbench.config.axes import CHOICES
-from peftbench.config.rows import scores
-from peftbench.config.schema import by_key
+from peftbench.config.rows import read_scores
+from peftbench.config.schema import index_by_key
 from peftbench.records.record import Record
 
 # By task: the metric that conf/rows.yaml gives, and the backbone that the paper trained; mbart_large_cc25 is
@@ -40,7 +40,7 @@ class Printed:
     same: bool
 
 
-def printed(record: Record) -> Printed | None:
+def find_printed(record: Record) -> Printed | None:
     """Return the paper's score for the row that a run is, from the table that was typed or else the first that has it.
 
     Returns None for a run that is not a row of a table with the run's task and metric.
@@ -48,24 +48,24 @@ def printed(record: Record) -> Printed | None:
     metric, backbones = SETTINGS.get(record.task, (None, ()))
     if record.metric != metric:
         return None
-    typed = by_key(record.overrides)
+    typed = index_by_key(record.overrides)
     row = typed.get("row")
     if OTHERWISE & {key.split(".")[0] for key in typed} or (row is not None and "method" in typed):
         return None
-    found = score_of(row, record.method, record.task, typed.get("experiment", "").removeprefix("paper/"))
-    return None if found is None else Printed(found[1], found[0], backbones[0], is_the_papers(record))
+    found = find_score(row, record.method, record.task, typed.get("experiment", "").removeprefix("paper/"))
+    return None if found is None else Printed(found[1], found[0], backbones[0], is_papers_setting(record))
 
 
-def score_of(row: str | None, method: str, task: str, wanted: str) -> tuple[str, float] | None:
+def find_score(row: str | None, method: str, task: str, wanted: str) -> tuple[str, float] | None:
     """Return (table, score) of a row, or of a method in table 2: of the `wanted` table, or the first that has it."""
-    tables = {table: of[task] for table, of in scores(row, method).items() if task in of}
+    tables = {table: of[task] for table, of in read_scores(row, method).items() if task in of}
     for table in (wanted, *FIGURES.get(wanted, ()), *tables):
         if table in tables:
             return table, tables[table]
     return None
 
 
-def is_the_papers(record: Record) -> bool:
+def is_papers_setting(record: Record) -> bool:
     """Return whether a run used the paper's backbone for its task, and all examples for training and for scoring."""
     _, backbones = SETTINGS.get(record.task, (None, ()))
     report, train = record.scores.get("report"), record.data.get("splits", {}).get("train", {})

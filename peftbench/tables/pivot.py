@@ -16,11 +16,11 @@ from typing import Any, Literal
 from peftbench.config.axes import CHOICES
 from peftbench.config.identity import IGNORED
 from peftbench.records.record import Record
-from peftbench.records.wording import text
+from peftbench.records.wording import format_value
 from peftbench.tables.columns import Column
-from peftbench.tables.fields import COSTS, FIELDS, field
-from peftbench.tables.row import Row, Statistic, is_scored, once, point
-from peftbench.utils.differences import differing, flatten
+from peftbench.tables.fields import COSTS, FIELDS, find_field
+from peftbench.tables.row import Row, Statistic, drop_retrained, identify_point, is_scored
+from peftbench.utils.differences import find_differing, flatten
 from peftbench.utils.errors import UserError
 
 # The settings that runs must share for their scores to be in one column.
@@ -35,7 +35,7 @@ class Line:
     cells: dict[tuple[str, ...], Row]
 
 
-def pivot(
+def pivot_records(
     records: Sequence[Record],
     rows: Sequence[str],
     columns: Sequence[str],
@@ -57,8 +57,8 @@ def pivot(
     scored = [record for record in records if is_scored(record)]
     if not scored:
         raise UserError("None of these runs has a score to put into a table.")
-    across, down = ([field(key, scored) for key in keys] for keys in (columns, rows))
-    shown = field(value, scored)
+    across, down = ([find_field(key, scored) for key in keys] for keys in (columns, rows))
+    shown = find_field(value, scored)
     if not all(isinstance(shown(record), int | float | None) for record in scored):
         raise UserError(f"--value {value} is not a number, as score and stored are; put it into --rows or --columns.")
     told = {*rows, *columns, *mixed}
@@ -66,50 +66,52 @@ def pivot(
     sides = ((rows, down), (columns, across))
     grid: dict[tuple[str, ...], dict[tuple[str, ...], list[Record]]] = {}
     for record in scored:
-        label, head = (tuple(map(_label_of, keys, (of(record) for of in side))) for keys, side in sides)
+        label, head = (tuple(map(_format_label, keys, (of(record) for of in side))) for keys, side in sides)
         grid.setdefault(label, {}).setdefault(head, []).append(record)
-    heads = sorted({head for cells in grid.values() for head in cells}, key=_natural)
+    heads = sorted({head for cells in grid.values() for head in cells}, key=_sort_naturally)
     in_columns = {" ".join(head): [run for cells in grid.values() for run in cells.get(head, [])] for head in heads}
-    fault = _incomparable(in_columns, told) or _several(
+    fault = _explain_incomparable(in_columns, told) or _explain_several(
         [cell for line in grid.values() for cell in line.values()], told
     )
     if fault:
         raise UserError(fault)
 
     lines = [
-        Line(label, {head: Row(tuple(once(cell)), statistic) for head, cell in grid[label].items()})
-        for label in sorted(grid, key=_natural)
+        Line(label, {head: Row(tuple(drop_retrained(cell)), statistic) for head, cell in grid[label].items()})
+        for label in sorted(grid, key=_sort_naturally)
     ]
-    labels = [Column[Line](key, key, partial(_label, index), words=True, wrap=20) for index, key in enumerate(rows)]
+    labels = [Column[Line](key, key, partial(_get_label, index), words=True, wrap=20) for index, key in enumerate(rows)]
     better: Literal["higher", "lower"] = "lower" if value in COSTS else "higher"
     numbers = [
         Column[Line](
             ", ".join(head) or value,
             "\n".join(label or "none" for label in head) or value,
-            partial(_cell, head, shown),
-            partial(_number, head, shown),
-            partial(_spread, head, shown),
+            partial(_format_cell, head, shown),
+            partial(_get_number, head, shown),
+            partial(_get_spread, head, shown),
             better,
         )
         for head in heads
     ]
-    return _title(value, scored), [*labels, *numbers], lines
+    return _write_title(value, scored), [*labels, *numbers], lines
 
 
-def _title(value: str, records: Sequence[Record]) -> str:
+def _write_title(value: str, records: Sequence[Record]) -> str:
     """Return the name of the value, and the settings that all of its runs share."""
-    shared = {key: {text(FIELDS[key](record)) for record in records} for key in ("method", *COMPARABLE)}
+    shared = {key: {format_value(FIELDS[key](record)) for record in records} for key in ("method", *COMPARABLE)}
     told = [f"{key}={found.pop()}" for key, found in shared.items() if len(found) == 1]
     return f"{value} of {len(records)} runs: " + ", ".join(word for word in told if not word.endswith("="))
 
 
-def _incomparable(columns: dict[str, list[Record]], told: set[str]) -> str | None:
+def _explain_incomparable(columns: dict[str, list[Record]], told: set[str]) -> str | None:
     """Return the sentence that refuses to put the runs of a column together, or None if all may be compared."""
     differences: dict[str, Counter[str]] = {}
     refused = []
     for name, records in columns.items():
-        counted = {key: Counter(text(FIELDS[key](record)) or "none" for record in records) for key in COMPARABLE}
-        counted["data"] = Counter(content for record in records if (content := text(FIELDS["data"](record))))
+        counted = {
+            key: Counter(format_value(FIELDS[key](record)) or "none" for record in records) for key in COMPARABLE
+        }
+        counted["data"] = Counter(content for record in records if (content := format_value(FIELDS["data"](record))))
         mixed = {key: values for key, values in counted.items() if key not in told and len(values) > 1}
         refused += [name] if mixed else []
         for key, values in mixed.items():
@@ -130,23 +132,23 @@ def _incomparable(columns: dict[str, list[Record]], told: set[str]) -> str | Non
     )
 
 
-def _several(cells: Sequence[Sequence[Record]], told: set[str]) -> str | None:
+def _explain_several(cells: Sequence[Sequence[Record]], told: set[str]) -> str | None:
     """Return the sentence that refuses to average runs of a cell that differ in more than the seed, or None."""
     refused: list[Record] = []
     differences: dict[str, dict[str, None]] = {}
     for cell in cells:
         first: dict[str, Record] = {}
         for record in cell:
-            first.setdefault(point(record), record)
+            first.setdefault(identify_point(record), record)
         if len(first) == 1 or "all" in told:
             continue
-        visible = [_visible(record) for record in first.values()]
-        differ = differing(visible)
+        visible = [_read_visible(record) for record in first.values()]
+        differ = find_differing(visible)
         keys = [key for key in differ if key not in told]
         if keys or not differ:  # settings that the records do not show are in a folder's config.yaml
             refused.append(cell[0])
         for key in keys:
-            differences.setdefault(key, {}).update(dict.fromkeys(text(one.get(key)) for one in visible))
+            differences.setdefault(key, {}).update(dict.fromkeys(format_value(one.get(key)) for one in visible))
     if not refused:
         return None
     seen = "; ".join(f"{key}: {', '.join(map(str, found))}" for key, found in list(differences.items())[:4])
@@ -159,7 +161,7 @@ def _several(cells: Sequence[Sequence[Record]], told: set[str]) -> str | None:
     )
 
 
-def _visible(record: Record) -> dict[str, Any]:
+def _read_visible(record: Record) -> dict[str, Any]:
     """Return the settings of a run that its record shows."""
     keys = ("method", "unfreeze", "debug", "deviations", "bottleneck", "scale", *CHOICES, *COMPARABLE)
     options = {f"{one.prefix}{key}": value for one in record.axes for key, value in one.options.items()}
@@ -171,35 +173,35 @@ def _visible(record: Record) -> dict[str, Any]:
     return {**{key: FIELDS[key](record) for key in keys}, **options, **trainer}
 
 
-def _label_of(key: str, value: Any) -> str:
+def _format_label(key: str, value: Any) -> str:
     """Return the label of a line or a column.
 
     A share is rounded as tables show it: bottlenecks are integers, and reach no share exactly.
     """
-    return f"{value:.2f}" if key == "percent" and value is not None else text(value)
+    return f"{value:.2f}" if key == "percent" and value is not None else format_value(value)
 
 
-def _label(index: int, line: Line) -> str:
+def _get_label(index: int, line: Line) -> str:
     return line.labels[index]
 
 
-def _cell(head: tuple[str, ...], of: Callable[[Record], float | None], line: Line) -> str:
-    value, spread = _number(head, of, line), _spread(head, of, line)
+def _format_cell(head: tuple[str, ...], of: Callable[[Record], float | None], line: Line) -> str:
+    value, spread = _get_number(head, of, line), _get_spread(head, of, line)
     if value is None:
         return ""
     shown = f"{value:.2f}" if abs(value) < 1e4 else f"{value:,.0f}"
     return shown if spread is None else f"{shown} ± {spread:.2f} ({len(line.cells[head].records)})"
 
 
-def _number(head: tuple[str, ...], of: Callable[[Record], float | None], line: Line) -> float | None:
+def _get_number(head: tuple[str, ...], of: Callable[[Record], float | None], line: Line) -> float | None:
     return line.cells[head].number(of) if head in line.cells else None
 
 
-def _spread(head: tuple[str, ...], of: Callable[[Record], float | None], line: Line) -> float | None:
+def _get_spread(head: tuple[str, ...], of: Callable[[Record], float | None], line: Line) -> float | None:
     return line.cells[head].spread(of) if head in line.cells else None
 
 
-def _natural(labels: tuple[str, ...]) -> list[tuple[list[float], str]]:
+def _sort_naturally(labels: tuple[str, ...]) -> list[tuple[list[float], str]]:
     """Return a sort key that orders numbers as numbers, including those of a mixture and percentages, and words as
     words."""
     found = []

@@ -51,20 +51,20 @@ class Row:
         return [float(value) for value in values if value is not None and (alone or math.isfinite(value))]
 
 
-def single(records: Iterable[Record]) -> list[Row]:
+def make_rows(records: Iterable[Record]) -> list[Row]:
     """Return a row for each run."""
     return [Row((record,)) for record in records]
 
 
-def over_seeds(records: Iterable[Record], statistic: Statistic) -> list[Row]:
+def group_seeds(records: Iterable[Record], statistic: Statistic) -> list[Row]:
     """Return a row for each group of runs that differ only in their seed."""
     found: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
-        found.setdefault((point(record), *setting(record)[:4]), []).append(record)
-    return [Row(tuple(sorted(once(runs), key=lambda run: run.seed)), statistic) for runs in found.values()]
+        found.setdefault((identify_point(record), *identify_setting(record)[:4]), []).append(record)
+    return [Row(tuple(sorted(drop_retrained(runs), key=lambda run: run.seed)), statistic) for runs in found.values()]
 
 
-def once(records: Iterable[Record]) -> list[Record]:
+def drop_retrained(records: Iterable[Record]) -> list[Record]:
     """Return each run once: if it was trained several times, in several folders, the one with a score that began last.
 
     A second run with the same seed adds nothing to a mean.
@@ -73,11 +73,11 @@ def once(records: Iterable[Record]) -> list[Record]:
     return list({record.run: record for record in in_turn}.values())
 
 
-def point(record: Record) -> str:
+def identify_point(record: Record) -> str:
     """Return the identity that is shared by runs that differ only in their seed."""
     if record.point is not None:
         return record.point
-        # A record that is older than `point` has this part of it.
+        # A record that is older than `identify_point` has this part of it.
     seen = (record.method, record.unfreeze, record.debug, record.trainer, record.data.get("splits"))
     return json.dumps([seen, [asdict(axes) for axes in record.axes]], sort_keys=True)
 
@@ -91,7 +91,7 @@ def is_trial(record: Record) -> bool:
     return record.search is not None and record.search.role == "trial"
 
 
-def setting(record: Record) -> tuple[str, ...]:
+def identify_setting(record: Record) -> tuple[str, ...]:
     """Return what the runs of a comparison must share: task, backbone, metric, split, its size and its content.
 
     The content is that of the scored rows, because the name of a user's files does not identify them. It is "" if the
@@ -99,17 +99,17 @@ def setting(record: Record) -> tuple[str, ...]:
     """
     report = record.scores.get("report")
     content = str(record.data.get("scored_on", ""))[:8]
-    split = (report.split, _examples(report), content) if report and is_scored(record) else ("", "", "")
+    split = (report.split, _format_examples(report), content) if report and is_scored(record) else ("", "", "")
     model = record.model
     version = model.content or model.revision or ""
     return (record.task, model.hub_id or model.name, version, record.metric, *split)
 
 
-def _examples(report: Score) -> str:
+def _format_examples(report: Score) -> str:
     return f"{report.examples:,}" + (f" of {report.of:,}" if report.of else "")
 
 
-def left_out(rows: Iterable[Row]) -> str | None:
+def describe_left_out(rows: Iterable[Row]) -> str | None:
     """The sentence that names the runs that diverged, which a mean beside them has not in it; None without any.
 
     A mean over those seeds alone that went well says too much of a setting.
@@ -122,45 +122,45 @@ def left_out(rows: Iterable[Row]) -> str | None:
     return f"{len(found)} diverged and {'is' if len(found) == 1 else 'are'} in no mean: {named}."
 
 
-def unscored(row: object) -> bool:
+def is_unscored(row: object) -> bool:
     """Return whether a row of a table is of runs without a score; it is ranked last and never the best."""
     return isinstance(row, Row) and not row.scored
 
 
-def tables(rows: Sequence[Row]) -> list[list[Row]]:
+def split_tables(rows: Sequence[Row]) -> list[list[Row]]:
     """Group the rows into tables of comparable runs; rows without a score are with their task, backbone and metric."""
     contents: dict[tuple[str, ...], set[str]] = {}
-    for *known, content in (setting(row.scored[0]) for row in rows if row.scored):
+    for *known, content in (identify_setting(row.scored[0]) for row in rows if row.scored):
         contents.setdefault(tuple(known), set()).update([content] if content else [])
 
     def key(row: Row) -> tuple[str, ...]:
-        *known, content = setting(row.scored[0])
+        *known, content = identify_setting(row.scored[0])
         others = contents[tuple(known)]
         return (*known, min(others) if len(others) == 1 else content)  # a record without it joins the others
 
     found = [list(group) for _, group in groupby(sorted((row for row in rows if row.scored), key=key), key=key)]
     for row in rows:
         if not row.scored:
-            _home(found, row).append(row)
+            _find_home(found, row).append(row)
     return found
 
 
-def _home(found: list[list[Row]], row: Row) -> list[Row]:
+def _find_home(found: list[list[Row]], row: Row) -> list[Row]:
     """Return the table in which a row without a score is listed: the first of its task, backbone and metric."""
     for table in found:
-        if setting(table[0].first)[:4] == setting(row.first)[:4]:
+        if identify_setting(table[0].first)[:4] == identify_setting(row.first)[:4]:
             return table
     found.append([])
     return found[-1]
 
 
-def rank(row: Row) -> tuple[float, str, int]:
+def get_rank(row: Row) -> tuple[float, str, int]:
     """Return the sort key of a table's rows: the highest score first, rows without one last."""
     score = row.score if row.scored else None
     return (math.inf if score is None else -score, row.first.method, row.first.seed)
 
 
-def front(rows: Sequence[Row], cost: Callable[[Record], float | None]) -> list[Row]:
+def find_front(rows: Sequence[Row], cost: Callable[[Record], float | None]) -> list[Row]:
     """Return the Pareto front: the rows that no other row beats in score or cost while it equals them in the other."""
     priced = [(row.number(cost), row.score, row) for row in rows if row.scored]
     known = [(price, score, row) for price, score, row in priced if price is not None and score is not None]

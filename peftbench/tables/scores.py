@@ -9,7 +9,7 @@ from rich.console import Console
 
 from peftbench.config.roles import is_reported
 from peftbench.records.record import Record
-from peftbench.tables.fields import said_of_cut_off
+from peftbench.tables.fields import describe_cut_off
 
 
 def show_scores(found: Sequence[dict[str, Any]], record: Record, console: Console) -> None:
@@ -20,17 +20,17 @@ def show_scores(found: Sequence[dict[str, Any]], record: Record, console: Consol
     for entry in found:
         size = f"{entry['examples']:,}" + (f" of {entry['of']:,}" if entry["of"] else "")
         console.print(f"{entry['split']}, {size} examples", highlight=False)
-        recorded = _recorded(record, entry["split"], entry["examples"])
+        recorded = _find_recorded(record, entry["split"], entry["examples"])
         for name, value in entry["metrics"].items():
             known = recorded.get(name)
             beside = "" if known is None else "as in the record" if known == value else f"record: {known!r}"
             notes = "  ".join(filter(None, (beside, entry["signatures"].get(name))))
             console.print(f"  {name:<12} {value!r:<20} {notes}".rstrip(), highlight=False, soft_wrap=True)
-        if sentence := said_of_cut_off(entry["split"], entry.get("cut_off")):
+        if sentence := describe_cut_off(entry["split"], entry.get("cut_off")):
             console.print(f"  {sentence}", highlight=False, soft_wrap=True)
 
 
-def _recorded(record: Record, split: str, examples: int) -> dict[str, float]:
+def _find_recorded(record: Record, split: str, examples: int) -> dict[str, float]:
     """Return the run's own metrics on that number of examples of a split, without those of its baselines."""
     for role, score in record.scores.items():
         if (role == "selection" or is_reported(role)) and (score.split, score.examples) == (split, examples):

@@ -11,18 +11,18 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from peftbench.records.record import Record, kept_apart, load_records
-from peftbench.records.wording import text
-from peftbench.tables.fields import field
+from peftbench.records.record import Record, find_kept_apart, load_records
+from peftbench.records.wording import format_value
+from peftbench.tables.fields import find_field
 from peftbench.tables.row import is_trial
-from peftbench.utils.errors import UserError, unknown
+from peftbench.utils.errors import UserError, describe_unknown
 
 TRIALS = "trials=true"  # the word that shows trials
 FILTER = re.compile(r"(?P<key>[\w.]+)(?P<sign>!=|>=|<=|=|>|<)(?P<values>.*)", re.DOTALL)
 ORDER = {">": operator.gt, "<": operator.lt, ">=": operator.ge, "<=": operator.le}
 
 
-def read(words: Sequence[str]) -> list[Record]:
+def read_records(words: Sequence[str]) -> list[Record]:
     """Return the records below the folders among `words` (default: outputs) that pass the filters among them.
 
     Files that are not records are named on stderr. The trials of searches are left out unless `trials=true` is among
@@ -36,7 +36,9 @@ def read(words: Sequence[str]) -> list[Record]:
         for sentence in left_out:
             print(sentence, file=sys.stderr)
     if not records:
-        others = "".join(f", or show those in {place}: peftbench results {place}" for place in kept_apart(folders[0]))
+        others = "".join(
+            f", or show those in {place}: peftbench results {place}" for place in find_kept_apart(folders[0])
+        )
         raise UserError(f"{folders[0]} holds no record of a run; make one with: peftbench train{others}")
     filters = [word for word in words if is_filter(word) and word != TRIALS]
     compared = [record for record in records.values() if TRIALS in words or not is_trial(record)]
@@ -44,7 +46,7 @@ def read(words: Sequence[str]) -> list[Record]:
         print(f"{hidden} trials of searches are left out; {TRIALS} shows them.", file=sys.stderr)
     if not compared:
         raise UserError(f"{folders[0]} holds trials of a search and no other run yet; {TRIALS} shows them.")
-    chosen = select(compared, filters)
+    chosen = select_records(compared, filters)
     if not chosen:
         raise UserError(f"No run passes {' '.join(filters)}; peftbench results without filters shows what there is.")
     return chosen
@@ -55,7 +57,7 @@ def is_filter(word: str) -> bool:
     return FILTER.fullmatch(word) is not None
 
 
-def select(records: Sequence[Record], filters: Sequence[str]) -> list[Record]:
+def select_records(records: Sequence[Record], filters: Sequence[str]) -> list[Record]:
     """Return the records that pass all filters KEY=VALUE,... or KEY!=VALUE,...; `*` in a value matches anything.
 
     KEY>NUMBER, <, >= and <= are for numbers. Raises UserError for a key that no record has, and for a value that no
@@ -67,7 +69,7 @@ def select(records: Sequence[Record], filters: Sequence[str]) -> list[Record]:
         assert match is not None
         key, wanted = match["key"], match["values"].split(",")
         try:
-            of = field(key, records)
+            of = find_field(key, records)
         except UserError as error:
             faults.extend(error.faults)
             continue
@@ -79,19 +81,19 @@ def select(records: Sequence[Record], filters: Sequence[str]) -> list[Record]:
                 continue
             found = [r for r in found if isinstance(number := of(r), int | float) and holds(number, limit)]
             continue
-        there = sorted({value for record in records for value in _texts(of(record))})
+        there = sorted({value for record in records for value in _list_texts(of(record))})
         for value in wanted:
             if not any(fnmatchcase(one, value) for one in there):
                 nothing = f" {key}= selects the runs that have none." if "" in there else ""
-                faults.append(unknown(key, value, filter(None, there)) + nothing)
-        hits = {id(r) for r in records if any(fnmatchcase(one, v) for one in _texts(of(r)) for v in wanted)}
+                faults.append(describe_unknown(key, value, filter(None, there)) + nothing)
+        hits = {id(r) for r in records if any(fnmatchcase(one, v) for one in _list_texts(of(r)) for v in wanted)}
         found = [record for record in found if (id(record) in hits) is (match["sign"] == "=")]
     if faults:
         raise UserError(*faults)
     return found
 
 
-def _texts(value: Any) -> list[str]:
+def _list_texts(value: Any) -> list[str]:
     """Return the names of a value: for a mixture, that of each part and that of the whole."""
-    parts = [text(part) for part in value] if isinstance(value, list) and len(value) > 1 else []
-    return [text(value), *parts]
+    parts = [format_value(part) for part in value] if isinstance(value, list) and len(value) > 1 else []
+    return [format_value(value), *parts]

@@ -18,9 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from peftbench.records.record import Record
-from peftbench.tables.columns import Column, best_of, columns, flat_header
-from peftbench.tables.fields import said_of_cut_off
-from peftbench.tables.row import Row, rank, setting, single, tables, unscored
+from peftbench.tables.columns import Column, choose_columns, find_best, flatten_header
+from peftbench.tables.fields import describe_cut_off
+from peftbench.tables.row import Row, get_rank, identify_setting, is_unscored, make_rows, split_tables
 
 T = TypeVar("T")
 GAP = 2  # characters between two columns
@@ -31,19 +31,19 @@ BETWEEN, WITHIN = re.compile(r"(?<= )(?![\d·])|(?<=, )"), re.compile(r"(?<=_)(?
 OVERRIDES_TO_KEEP = re.compile(r"[+~]{0,2}(--config-dir|task|model|trainer(?!\.learning_rate=)|debug|output_dir)\b")
 
 
-def show(records: Sequence[Record], console: Console, status: Callable[[Record], str] | None = None) -> None:
+def show_records(records: Sequence[Record], console: Console, status: Callable[[Record], str] | None = None) -> None:
     """Print one table of runs, best run first, for each task, backbone, metric, split and number of examples.
 
     Runs without a score are listed below those of their task and backbone. `status` says how a run ended; without it,
     that is shown only if some run is not done.
     """
-    found = tables(single(records))
-    for index, (table, heading) in enumerate(zip(found, titles(found), strict=True)):
+    found = split_tables(make_rows(records))
+    for index, (table, heading) in enumerate(zip(found, make_titles(found), strict=True)):
         if index:
             console.print()
-        table.sort(key=rank)
+        table.sort(key=get_rank)
         console.print(heading)
-        show_table(columns(table, status), table, console)
+        show_table(choose_columns(table, status), table, console)
 
 
 def show_table(columns: Sequence[Column[T]], rows: Sequence[T], console: Console, labels: int = 0) -> None:
@@ -53,42 +53,42 @@ def show_table(columns: Sequence[Column[T]], rows: Sequence[T], console: Console
     not fit are printed in further tables below, which begin with the same labels; each has the rows with a value in its
     columns.
     """
-    laid = [_lay(column, rows, star=not console.is_terminal) for column in columns]
-    below = next((index for index, row in enumerate(rows) if unscored(row)), 0)
+    laid = [_lay_column(column, rows, star=not console.is_terminal) for column in columns]
+    below = next((index for index, row in enumerate(rows) if is_unscored(row)), 0)
     names, rest = laid[:labels], laid[labels:]
     while rest:
         fitting = names + rest
         if labels:
-            while len(fitting) > labels + 1 and _spare(fitting, console.width) < 0:
+            while len(fitting) > labels + 1 and _count_spare(fitting, console.width) < 0:
                 fitting.pop()
         rest = rest[len(fitting) - labels :]
-        fitting = _fitting(fitting, console.width)
+        fitting = _fit_columns(fitting, console.width)
         shown = [index for index in range(len(rows)) if not labels or any(one.cells[index] for one in fitting[labels:])]
-        console.print(_table(fitting, console.width, shown, below), crop=False)
+        console.print(_make_table(fitting, console.width, shown, below), crop=False)
         if labels and rest:
             console.print()
 
 
-def titles(found: Sequence[Sequence[Row]]) -> list[Text]:
+def make_titles(found: Sequence[Sequence[Row]]) -> list[Text]:
     """Return what the rows of each table have in common, and the identity of their data if only that differs."""
-    plain = [title(table) for table in found]
+    plain = [make_title(table) for table in found]
     counted = Counter(heading.plain for heading in plain)
-    contents = [setting(_scored(table))[-1] for table in found]
+    contents = [identify_setting(_find_scored(table))[-1] for table in found]
     return [
         Text.assemble(heading, f" (data {content or 'unknown'})") if counted[heading.plain] > 1 else heading
         for heading, content in zip(plain, contents, strict=True)
     ]
 
 
-def _scored(table: Sequence[Row]) -> Record:
+def _find_scored(table: Sequence[Row]) -> Record:
     """Return a run of the table, if possible one with a score."""
     return next((run for row in table for run in row.scored), table[0].first)
 
 
-def title(table: Sequence[Row]) -> Text:
+def make_title(table: Sequence[Row]) -> Text:
     """Return what the rows of a table have in common."""
-    record = _scored(table)
-    task, model, version, metric, split, examples, _ = setting(record)
+    record = _find_scored(table)
+    task, model, version, metric, split, examples, _ = identify_setting(record)
     size = f" of {record.counts.backbone:,} parameters" if record.counts else ""
     where = f", {metric} on {examples} {split} examples" if split else ""
     version = f"@{version[:8]}" if version else ""
@@ -102,7 +102,7 @@ def show_ended(record: Record, console: Console, alone: bool = False) -> None:
         alone: the run is not one of a sweep; what to try next is printed too.
     """
     console.print()
-    single_row(record, console, alone)
+    show_single_row(record, console, alone)
     if record.diverged is not None:
         console.print(
             f"This run diverged: {record.diverged.said}. It has no score; a smaller trainer.learning_rate may have "
@@ -111,21 +111,21 @@ def show_ended(record: Record, console: Console, alone: bool = False) -> None:
         )
 
 
-def single_row(record: Record, console: Console, alone: bool = True) -> None:
+def show_single_row(record: Record, console: Console, alone: bool = True) -> None:
     """Print the table of one finished run and its folder; if it is `alone`, not in a sweep, also what to try next."""
     row = Row((record,))
-    wanted = [column for column in columns([row]) if column.key not in ("seed", "status")]
-    laid = [_lay(column, [row], star=False) for column in wanted]
-    if _spare(laid, console.width) >= 0:
-        table = _table(laid, console.width, [0], 0)
+    wanted = [column for column in choose_columns([row]) if column.key not in ("seed", "status")]
+    laid = [_lay_column(column, [row], star=False) for column in wanted]
+    if _count_spare(laid, console.width) >= 0:
+        table = _make_table(laid, console.width, [0], 0)
     else:  # a single run drops no column: it has a line for each
         table = Table.grid(padding=(0, 2))
         for column in wanted:
-            table.add_row(Text(flat_header(column), "dim"), Text(column.cell(row)))
-    console.print(title([row]))
+            table.add_row(Text(flatten_header(column), "dim"), Text(column.cell(row)))
+    console.print(make_title([row]))
     console.print(table)
     for role, share in record.cut_off.items():
-        if role in record.scores and (sentence := said_of_cut_off(record.scores[role].split, share)):
+        if role in record.scores and (sentence := describe_cut_off(record.scores[role].split, share)):
             console.print(sentence, highlight=False, soft_wrap=True)
     root = record.folder.parents[3]
     results = "peftbench results" if root == Path("outputs") else f"peftbench results {shlex.quote(str(root))}"
@@ -153,40 +153,40 @@ class _Laid:
     most: int  # width at which nothing in it wraps
 
 
-def _lay(column: Column[T], rows: Sequence[T], star: bool) -> _Laid:
+def _lay_column(column: Column[T], rows: Sequence[T], star: bool) -> _Laid:
     """Return a column with its cells as text. `star` marks the best cells by a star, if bold would be lost."""
-    marked = best_of(column, rows)
+    marked = find_best(column, rows)
     cells = [column.cell(row) + ("*" if star and index in marked else "") for index, row in enumerate(rows)]
     most = max(cell_len(line) for text in (column.header, *cells) for line in text.split("\n"))
     least = most if column.wrap is None else min(most, column.wrap)
     return _Laid(column.header, cells, marked, column.dispensable, column.words, least, most)
 
 
-def _fitting(columns: list[_Laid], width: int) -> list[_Laid]:
+def _fit_columns(columns: list[_Laid], width: int) -> list[_Laid]:
     """Return as many of the columns as fit."""
     least = max(columns, key=lambda column: column.dispensable)
-    spare = _spare(columns, width)
+    spare = _count_spare(columns, width)
     if least.dispensable == 1:  # distinguishes rows: dropped only if words cannot shrink for it
         spare += sum(max(0, column.least - NARROWEST) for column in columns if column.words)
     if not least.dispensable or spare >= 0:
         return columns
-    return _fitting([column for column in columns if column is not least], width)
+    return _fit_columns([column for column in columns if column is not least], width)
 
 
-def _spare(columns: Sequence[_Laid], width: int) -> int:
+def _count_spare(columns: Sequence[_Laid], width: int) -> int:
     """Return the characters that are left if every column has its minimum width; negative if there are too few."""
     return width - sum(column.least for column in columns) - GAP * (len(columns) - 1)
 
 
-def _table(columns: Sequence[_Laid], width: int, rows: Sequence[int], below: int) -> Table:
+def _make_table(columns: Sequence[_Laid], width: int, rows: Sequence[int], below: int) -> Table:
     """Return the table with these rows, and a line above the row `below` unless that is the first."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    spare = max(0, _spare(columns, width))
+    spare = max(0, _count_spare(columns, width))
     widths: list[int] = []  # chosen here, because rich would break words to keep lines long
     for column in reversed(columns):
         widths.insert(0, min(column.most, column.least + spare))
         spare -= widths[0] - column.least
-    lacking = max(0, -_spare(columns, width))
+    lacking = max(0, -_count_spare(columns, width))
     for index in sorted(range(len(columns)), key=lambda index: -widths[index]):  # shrink the widest first
         if columns[index].words:
             given = min(lacking, max(0, widths[index] - NARROWEST))
@@ -195,7 +195,7 @@ def _table(columns: Sequence[_Laid], width: int, rows: Sequence[int], below: int
         table.width = sum(widths) + GAP * (len(widths) - 1)
     for column, taken in zip(columns, widths, strict=True):
         justify: Literal["left", "right"] = "left" if column.words else "right"
-        header = "\n".join(wrapped(line, taken) for line in column.header.split("\n"))
+        header = "\n".join(wrap_text(line, taken) for line in column.header.split("\n"))
         table.add_column(header, width=taken, justify=justify, overflow="fold")
     for index in rows:
         if index and index == below:
@@ -203,11 +203,11 @@ def _table(columns: Sequence[_Laid], width: int, rows: Sequence[int], below: int
         styles = ["bold" if index in column.best else "" for column in columns]
         # One row for each modification, so that its bottleneck is next to it even if the axes wrap.
         for cells in zip_longest(*(column.cells[index].split("\n") for column in columns), fillvalue=""):
-            table.add_row(*map(Text, map(wrapped, cells, widths), styles))
+            table.add_row(*map(Text, map(wrap_text, cells, widths), styles))
     return table
 
 
-def wrapped(text: str, width: int) -> str:
+def wrap_text(text: str, width: int) -> str:
     """Break the text into lines of at most `width` characters, between words, but not before a number or a dot.
 
     A word that is too long is broken inside, as in scaled_parallel_|adapter or Runtime|Error, if it has such a place.

@@ -17,12 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peftbench.metrics.measure import Measured, measure
 from peftbench.metrics.statistics import References
 from peftbench.tasks.batch import Collator
-from peftbench.tasks.cache import kept
+from peftbench.tasks.cache import cache_dataset
 from peftbench.tasks.deal import ROW
-from peftbench.tasks.load import Loaded, data_fingerprint
-from peftbench.tasks.rows import head
+from peftbench.tasks.load import Loaded, fingerprint_data
+from peftbench.tasks.rows import take_head
 from peftbench.tasks.tokens import SOURCE_CUT, TARGET_CUT, Encoder
-from peftbench.tasks.unknown import unknown_note, unknown_shares
+from peftbench.tasks.unknown import describe_unknown_tokens, measure_unknown
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -63,7 +63,7 @@ class TaskData(ABC):
         self.tokenizer = tokenizer
         self.encoder = Encoder(tokenizer, model)
         self.signatures: dict[str, str] = {}  # of the metrics that have one, set by `score`
-        prints = {split: data_fingerprint(self.task, rows) for split, rows in loaded.rows.items()}
+        prints = {split: fingerprint_data(self.task, rows) for split, rows in loaded.rows.items()}
         self.fingerprint = hashlib.sha256(" ".join(prints.values()).encode()).hexdigest()
         datasets.disable_progress_bars()
         self.splits, self.cut = {}, {}
@@ -72,10 +72,10 @@ class TaskData(ABC):
             rows = loaded.rows[split]
             training = role == "train"
             if (split, training) not in tokens:
-                wanted = head(rows, limit) if training else rows  # a row may make several training examples
+                wanted = take_head(rows, limit) if training else rows  # a row may make several training examples
                 tokens[split, training] = self._tokenise(wanted, training, prints[split])
-            setattr(self, f"{role}_rows", head(rows, limit))
-            encoded = tokens[split, True] if training else head(tokens[split, False], limit)
+            setattr(self, f"{role}_rows", take_head(rows, limit))
+            encoded = tokens[split, True] if training else take_head(tokens[split, False], limit)
             marks = {what: mark for what, mark in CUT.items() if mark in encoded.column_names}
             self.cut[role] = {what: float(np.mean(encoded[mark][:])) for what, mark in marks.items()}
             setattr(self, role, encoded.remove_columns(list(marks.values())))
@@ -84,9 +84,9 @@ class TaskData(ABC):
                 self.splits[role]["of"] = loaded.sizes[split]
 
         by_split = {split: [one for (name, _), one in tokens.items() if name == split] for split, _ in tokens}
-        self.unknown = unknown_shares(by_split, tokenizer, rows=model.get_input_embeddings().weight.shape[0])
-        self.scored_on = data_fingerprint(self.task, self.report_rows)
-        self.notes = [*loaded.notes, *unknown_note(self.unknown, tokenizer), *self._reading_notes()]
+        self.unknown = measure_unknown(by_split, tokenizer, rows=model.get_input_embeddings().weight.shape[0])
+        self.scored_on = fingerprint_data(self.task, self.report_rows)
+        self.notes = [*loaded.notes, *describe_unknown_tokens(self.unknown, tokenizer), *self._reading_notes()]
 
     def serving(self, model: PreTrainedModel) -> Self:
         """Return a copy of the data for a model of the backbone, which shares everything except what `serve` sets."""
@@ -199,4 +199,4 @@ class TaskData(ABC):
             "rows": [fingerprint, len(rows)],
             "tokenizer": self.encoder.fingerprint,
         }
-        return kept(what, len(rows), make)
+        return cache_dataset(what, len(rows), make)

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from datasets import Dataset
 
-from peftbench.utils.cache_dir import cache_dir
+from peftbench.utils.cache_dir import find_cache_dir
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ class Recent(Generic[T]):
         return self.values[key]
 
 
-def kept(what: dict[str, Any], rows: int, make: Callable[[], Dataset]) -> Dataset:
+def cache_dataset(what: dict[str, Any], rows: int, make: Callable[[], Dataset]) -> Dataset:
     """Return the Dataset that `make` returns, from the cache if another run has made it.
 
     Args:
@@ -49,7 +49,7 @@ def kept(what: dict[str, Any], rows: int, make: Callable[[], Dataset]) -> Datase
     """
     if rows < MIN_ROWS:
         return make()
-    folder = cache_dir() / "tokens" / hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+    folder = find_cache_dir() / "tokens" / hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
     if folder.is_dir():
         try:
             return Dataset.load_from_disk(str(folder))

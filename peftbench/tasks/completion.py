@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftbench.tasks.batch import NO_TOKEN
-from peftbench.tasks.framing import MASK, SOURCE, framed
+from peftbench.tasks.framing import MASK, SOURCE, frame_sources
 from peftbench.tasks.load import Loaded
 from peftbench.tasks.text_to_text import TextToText
 from peftbench.tasks.tokens import SOURCE_CUT
@@ -72,7 +72,7 @@ class Completion(TextToText):
             )
         end = self.tokenizer.eos_token_id
         begin = end if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
-        found = framed(self.encoder, prompt, sources, length, goes_on=True)
+        found = frame_sources(self.encoder, prompt, sources, length, goes_on=True)
         return {
             # no model can continue an empty prompt
             "input_ids": [ids or [begin] for ids in found["input_ids"]],
@@ -115,16 +115,16 @@ class PromptCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         prompts = [list(example["input_ids"]) for example in examples]
         if "labels" not in examples[0]:
-            return _padded(prompts, self.pad, left=True)
+            return _pad(prompts, self.pad, left=True)
         targets = [list(example["labels"]) for example in examples]
         whole = [prompt + target for prompt, target in zip(prompts, targets, strict=True)]
         multiple = self.pad_to_multiple_of or 1
-        batch = _padded(whole, self.pad, multiple=multiple)
+        batch = _pad(whole, self.pad, multiple=multiple)
         labels = [[NO_TOKEN] * len(prompt) + target for prompt, target in zip(prompts, targets, strict=True)]
-        return {**batch, "labels": _padded(labels, NO_TOKEN, multiple=multiple)["input_ids"]}
+        return {**batch, "labels": _pad(labels, NO_TOKEN, multiple=multiple)["input_ids"]}
 
 
-def _padded(rows: list[list[int]], pad: int, left: bool = False, multiple: int = 1) -> dict[str, Tensor]:
+def _pad(rows: list[list[int]], pad: int, left: bool = False, multiple: int = 1) -> dict[str, Tensor]:
     longest = -(-max(map(len, rows)) // multiple) * multiple
     ids, mask = [], []
     for row in rows:

@@ -12,15 +12,17 @@ from datasets import Dataset
 from peftbench.utils.errors import UserError
 
 SHARE = 10  # each dealt split gets one in this many texts
-ROW = "row of the file"  # the column that `numbered` adds
+ROW = "row of the file"  # the column that `number_rows` adds
 
 
-def numbered(rows: Dataset) -> Dataset:
+def number_rows(rows: Dataset) -> Dataset:
     """Add a column with each row's index in its file, from 0, which stays right after rows are selected."""
     return rows if ROW in rows.column_names else rows.add_column(ROW, range(len(rows)))
 
 
-def deal(rows: Dataset, columns: Sequence[str], train: str, others: Sequence[str], source: str) -> dict[str, Dataset]:
+def deal_rows(
+    rows: Dataset, columns: Sequence[str], train: str, others: Sequence[str], source: str
+) -> dict[str, Dataset]:
     """Deal `rows` to the split `train` and to `others`, each of which gets a tenth of the different inputs.
 
     An input is the content of `columns`. Equal inputs go to the same split, so that no input is both trained on and
@@ -37,13 +39,13 @@ def deal(rows: Dataset, columns: Sequence[str], train: str, others: Sequence[str
         )
     share = max(1, len(places) // SHARE)
     groups = [places[key] for key in sorted(places)]
-    rows = numbered(rows)
+    rows = number_rows(rows)
     dealt: dict[str, Dataset] = {}
     for number, split in enumerate(others):
-        dealt[split] = _rows(rows, groups[number * share : (number + 1) * share])
-    dealt[train] = _rows(rows, groups[len(others) * share :])
+        dealt[split] = _take_groups(rows, groups[number * share : (number + 1) * share])
+    dealt[train] = _take_groups(rows, groups[len(others) * share :])
     return dealt
 
 
-def _rows(rows: Dataset, groups: Sequence[Sequence[int]]) -> Dataset:
+def _take_groups(rows: Dataset, groups: Sequence[Sequence[int]]) -> Dataset:
     return rows.select(sorted(index for group in groups for index in group))

@@ -1,8 +1,8 @@
 """Real text on every machine: the docstrings of Python's standard library and of installed packages.
 
-Source files are parsed with `ast`; no package is imported. `gather` returns the docstrings, `split_of` deals them
-into train, validation and test by name, and two tasks are made from them: `topic_rows` (which package does this
-text come from?) and `summary_rows` (write the first paragraph, given the rest).
+Source files are parsed with `ast`; no package is imported. `gather_packages` returns the docstrings, `assign_split` deals
+them into train, validation and test by name, and two tasks are made from them: `make_topic_rows` (which package does this
+text come from?) and `make_summary_rows` (write the first paragraph, given the rest).
 
 The standard library has the package name `python`.
 """
@@ -29,7 +29,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal, get_args
 
-from peftbench.utils.cache_dir import cache_dir
+from peftbench.utils.cache_dir import find_cache_dir
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import write_lines
 
@@ -81,26 +81,26 @@ class Docstring:
         return f"{self.summary}\n\n{self.body}" if self.body else self.summary
 
 
-def gather(packages: Sequence[str]) -> list[Docstring]:
-    """Return the docstrings of `packages`, sorted by name; of those with equal text (see `normalised`) only the first.
+def gather_packages(packages: Sequence[str]) -> list[Docstring]:
+    """Return the docstrings of `packages`, sorted by name; of equal texts (see `normalise_text`) only the first.
 
     Names are not quite unique: a function that is defined twice, say once per platform, is listed twice.
-    The docstrings of a package are cached in `cache_dir()`.
+    The docstrings of a package are cached in `find_cache_dir()`.
     Raises UserError for packages that are not installed.
     """
-    installed = versions(packages)
+    installed = read_versions(packages)
     found: list[Docstring] = []
     for package, version in installed.items():
-        cache = cache_dir() / f"docstrings-{package}-{version}-v{_SCHEMA}.jsonl"
+        cache = find_cache_dir() / f"docstrings-{package}-{version}-v{_SCHEMA}.jsonl"
         if cache.is_file():
-            found += _load(cache)
+            found += _load_cached(cache)
             continue
-        fresh = _read_all(package, _sources(package))
+        fresh = _read_all(package, _list_sources(package))
         with suppress(OSError):  # a cache that cannot be written costs seconds, not the run
             cache.parent.mkdir(parents=True, exist_ok=True)
             write_lines(cache, map(asdict, fresh))
         found += fresh
-    return _unique(found)
+    return _drop_duplicates(found)
 
 
 def gather_folder(folder: Path, package: str) -> list[Docstring]:
@@ -108,15 +108,15 @@ def gather_folder(folder: Path, package: str) -> list[Docstring]:
     return _read_all(package, list(_walk_files(folder, folder.name)))
 
 
-def split_of(name: str) -> Split:
+def assign_split(name: str) -> Split:
     """Return the split of the docstring called `name`: a pure function of the name, 80/10/10."""
-    tenth = _hash_order(name) % 10
+    tenth = _hash_text(name) % 10
     return "train" if tenth < 8 else "validation" if tenth == 8 else "test"
 
 
-def versions(packages: Sequence[str]) -> dict[str, str]:
+def read_versions(packages: Sequence[str]) -> dict[str, str]:
     """Return the installed version of each package. Raises UserError for packages that are not installed."""
-    missing = [package for package in packages if not _roots(package)]
+    missing = [package for package in packages if not _find_roots(package)]
     if missing:
         raise UserError(
             *(
@@ -125,25 +125,25 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
                 for package in missing
             )
         )
-    return {package: _version(package) for package in packages}
+    return {package: _read_version(package) for package in packages}
 
 
-def normalised(text: str) -> str:
+def normalise_text(text: str) -> str:
     """Return `text` in lower case with single spaces: two docstrings are the same if they are equal in this form."""
     return " ".join(text.lower().split())
 
 
-def topic_rows(packages: Sequence[str], split: Split) -> list[dict[str, str]]:
+def make_topic_rows(packages: Sequence[str], split: Split) -> list[dict[str, str]]:
     """Return rows `{"name", "text", "label"}` for the task "which of `packages` does this docstring come from?".
 
     The names of all `packages` are masked in the text. Every label has the same number of rows: as many as the rarest
     label has. A hash of their content determines which rows are taken, and their order.
     Raises UserError if a package is not installed or has no row in this split.
     """
-    names = _names_of(packages)
+    names = _match_names(packages)
     by_label: dict[str, list[dict[str, str]]] = {package: [] for package in packages}
-    for docstring in gather(packages):
-        if split_of(docstring.name) != split:
+    for docstring in gather_packages(packages):
+        if assign_split(docstring.name) != split:
             continue
         text = names.sub(MASK_WORD, docstring.text)
         if len(text) >= MIN_TEXT:
@@ -156,40 +156,40 @@ def topic_rows(packages: Sequence[str], split: Split) -> list[dict[str, str]]:
         )
 
     def order(row: dict[str, str]) -> int:
-        return _hash_order(f"0 {row['name']} {row['text']}")  # keep the 0: it determines the task's rows
+        return _hash_text(f"0 {row['name']} {row['text']}")  # keep the 0: it determines the task's rows
 
     count = min(len(rows) for rows in by_label.values())
     taken = [row for rows in by_label.values() for row in sorted(rows, key=order)[:count]]
     return sorted(taken, key=order)  # mixes the labels, so that the first n rows are balanced
 
 
-def summary_rows(packages: Sequence[str], split: Split) -> list[dict[str, str]]:
+def make_summary_rows(packages: Sequence[str], split: Split) -> list[dict[str, str]]:
     """Return rows `{"name", "document", "summary"}`, sorted by name, for the task "write the summary of this document".
 
     Several documents may have the same summary ("Fill missing values."). A validation or test row is left out if its
     summary is in an earlier split, where a model could memorise it.
     Raises UserError for packages that are not installed.
     """
-    docstrings = gather(packages)
+    docstrings = gather_packages(packages)
     earlier = SPLITS[: SPLITS.index(split)]
-    taken = {normalised(docstring.summary) for docstring in docstrings if split_of(docstring.name) in earlier}
+    taken = {normalise_text(docstring.summary) for docstring in docstrings if assign_split(docstring.name) in earlier}
     return [
         {"name": docstring.name, "document": docstring.body, "summary": docstring.summary}
         for docstring in docstrings
-        if split_of(docstring.name) == split
+        if assign_split(docstring.name) == split
         and len(docstring.summary) in SUMMARY_LENGTH
         and len(docstring.body) >= MIN_TEXT
         and not NOT_A_SUMMARY.match(docstring.summary)
-        and normalised(docstring.summary) not in taken
+        and normalise_text(docstring.summary) not in taken
     ]
 
 
-def _hash_order(text: str) -> int:
+def _hash_text(text: str) -> int:
     """Return a number that is the same on every machine and in every process, unlike `hash`."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def _names_of(packages: Sequence[str]) -> re.Pattern[str]:
+def _match_names(packages: Sequence[str]) -> re.Pattern[str]:
     """Return a pattern for the packages' names and aliases as whole identifiers, also in dotted names, in any case."""
     words = sorted({word for package in packages for word in (package, *ALIASES.get(package, ()))}, key=len)
     choices = "|".join(r"\s+".join(map(re.escape, word.split())) for word in reversed(words))
@@ -199,7 +199,7 @@ def _names_of(packages: Sequence[str]) -> re.Pattern[str]:
 # Finding a package's source files
 
 
-def _roots(package: str) -> list[Path]:
+def _find_roots(package: str) -> list[Path]:
     """Return the folders with the sources of `package`, or the file of a single-file module; empty if none exist."""
     if package == STDLIB:
         return [Path(sysconfig.get_paths()["stdlib"])]
@@ -216,7 +216,7 @@ def _roots(package: str) -> list[Path]:
     return [Path(spec.origin)] if spec.origin and spec.origin.endswith(".py") else []
 
 
-def _version(package: str) -> str:
+def _read_version(package: str) -> str:
     """Return the version of an installed `package`; if it has none, a hash of its files' sizes and times."""
     if package == STDLIB:
         return platform.python_version()
@@ -225,17 +225,17 @@ def _version(package: str) -> str:
     distributions = importlib.metadata.packages_distributions().get(package)  # sklearn comes from scikit-learn
     if distributions:
         return importlib.metadata.version(distributions[0])
-    stats = [(name, path.stat()) for name, path in _sources(package)]
+    stats = [(name, path.stat()) for name, path in _list_sources(package)]
     listing = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
     return "unversioned-" + hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
 
 
-def _sources(package: str) -> list[tuple[str, Path]]:
+def _list_sources(package: str) -> list[tuple[str, Path]]:
     """Return (module name, file) of every source file of an installed `package`, without tests."""
     prefix = "" if package == STDLIB else package
     return [
         source
-        for root in _roots(package)
+        for root in _find_roots(package)
         for source in (_walk_files(root, prefix) if root.is_dir() else [(package, root)])
     ]
 
@@ -263,7 +263,7 @@ def _read_all(package: str, sources: list[tuple[str, Path]]) -> list[Docstring]:
         context = get_context("fork" if sys.platform == "linux" else "spawn")
         with ProcessPoolExecutor(_WORKERS, context) as pool:
             parsed = list(pool.map(_read_file, sources, chunksize=16))
-    return _unique(Docstring(package, *parts) for file in parsed for parts in file)
+    return _drop_duplicates(Docstring(package, *parts) for file in parsed for parts in file)
 
 
 def _read_file(source: tuple[str, Path]) -> list[tuple[str, str, str]]:
@@ -276,7 +276,7 @@ def _read_file(source: tuple[str, Path]) -> list[tuple[str, str, str]]:
         documented = list(_walk_tree(tree, module))
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
         return []
-    return [(name, *_divide(text)) for name, text in documented if len(text.split()) >= MIN_WORDS]
+    return [(name, *_divide_text(text)) for name, text in documented if len(text.split()) >= MIN_WORDS]
 
 
 def _walk_tree(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
@@ -292,7 +292,7 @@ def _walk_tree(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
             yield from _walk_tree(child, name)
 
 
-def _divide(text: str) -> tuple[str, str]:
+def _divide_text(text: str) -> tuple[str, str]:
     """Return the summary and the body of a cleaned docstring."""
     # Half a surrogate pair is legal in a Python string, but can be neither hashed nor saved.
     text = text.encode("utf-8", "replace").decode()
@@ -304,17 +304,17 @@ def _divide(text: str) -> tuple[str, str]:
     return summary, re.sub(r"\n{3,}", "\n\n", textwrap.dedent(lines).strip("\n"))
 
 
-def _unique(docstrings: Iterable[Docstring]) -> list[Docstring]:
+def _drop_duplicates(docstrings: Iterable[Docstring]) -> list[Docstring]:
     """Sort by name; of texts that differ only in case and white space, keep the first."""
     kept: dict[str, Docstring] = {}
     for docstring in sorted(docstrings, key=lambda d: (d.name, d.summary, d.body)):
-        kept.setdefault(normalised(docstring.text), docstring)
+        kept.setdefault(normalise_text(docstring.text), docstring)
     return list(kept.values())
 
 
 # The cache
 
 
-def _load(path: Path) -> list[Docstring]:
+def _load_cached(path: Path) -> list[Docstring]:
     with path.open(encoding="utf-8") as lines:
         return [Docstring(**json.loads(line)) for line in lines]

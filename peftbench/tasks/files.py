@@ -34,7 +34,7 @@ def find_split(data_dir: str, split: str) -> Path:
         raise UserError(
             f"task.data_dir={data_dir} is not a folder; give one with a file for each split, such as {split}.tsv."
         )
-    stems, found = _stems(split), _files(folder, split)
+    stems, found = _list_stems(split), _list_files(folder, split)
     if len(found) == 1:
         return found[0]
     remedy = f"+task.data_files.{split}=FILE names the file."
@@ -53,15 +53,15 @@ def find_split(data_dir: str, split: str) -> Path:
 
 def has_split(data_dir: str, split: str) -> bool:
     """Return whether the folder `data_dir` has a file for `split`."""
-    return bool(_files(Path(data_dir).expanduser(), split))
+    return bool(_list_files(Path(data_dir).expanduser(), split))
 
 
-def _stems(split: str) -> tuple[str, ...]:
+def _list_stems(split: str) -> tuple[str, ...]:
     return ALIASES.get(split, (split,))
 
 
-def _files(folder: Path, split: str) -> list[Path]:
-    return [file for stem in _stems(split) for ending in READERS if (file := folder / f"{stem}{ending}").is_file()]
+def _list_files(folder: Path, split: str) -> list[Path]:
+    return [file for stem in _list_stems(split) for ending in READERS if (file := folder / f"{stem}{ending}").is_file()]
 
 
 def read_file(path: str | Path, used: Collection[str] = ()) -> Dataset:
@@ -82,7 +82,7 @@ def read_file(path: str | Path, used: Collection[str] = ()) -> Dataset:
         raise UserError(f"{path} cannot be read: its extension must be one of {', '.join(READERS)}.")
     try:
         read = reader(file)
-        rows = Dataset(read if isinstance(read, pa.Table) else _table(file, read, used))
+        rows = Dataset(read if isinstance(read, pa.Table) else _make_table(file, read, used))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     if not len(rows):
@@ -90,20 +90,22 @@ def read_file(path: str | Path, used: Collection[str] = ()) -> Dataset:
     return rows
 
 
-def place(path: str | Path, row: int) -> str:
+def locate_row(path: str | Path, row: int) -> str:
     """Return where row number `row` (from 1) of a file for `read_file` begins: "FILE:LINE", or "FILE, row ROW"."""
     file = Path(path).expanduser()
     ending = file.suffix.lower()
     lines: Iterator[int] = iter(())
     if ending in DIALECTS:
-        lines = islice(_first_lines(csv.reader(io.StringIO(_text(file), newline=""), **DIALECTS[ending])), 1, None)
-    elif ending in (".jsonl", ".json") and not (text := _text(file)).lstrip().startswith("["):
+        lines = islice(
+            _number_lines(csv.reader(io.StringIO(_read_text(file), newline=""), **DIALECTS[ending])), 1, None
+        )
+    elif ending in (".jsonl", ".json") and not (text := _read_text(file)).lstrip().startswith("["):
         lines = (number for number, line in enumerate(text.split("\n"), 1) if line.strip())
     line = next(islice(lines, row - 1, None), None)
     return f"{path}, row {row}" if line is None else f"{path}:{line}"
 
 
-def _first_lines(reader: Any) -> Iterator[int]:
+def _number_lines(reader: Any) -> Iterator[int]:
     """Yield the line on which each record of a csv reader begins: a quoted cell may span several lines."""
     line = 1
     for row in reader:
@@ -112,7 +114,7 @@ def _first_lines(reader: Any) -> Iterator[int]:
         line = reader.line_num + 1
 
 
-def _text(file: Path) -> str:
+def _read_text(file: Path) -> str:
     data = file.read_bytes()
     try:
         return data.decode("utf-8-sig")  # Excel and Windows editors write a byte order mark
@@ -123,7 +125,7 @@ def _text(file: Path) -> str:
 
 def _read_cells(file: Path) -> Columns:
     csv.field_size_limit(2**31 - 1)  # an article may be longer than csv's own limit of 131,072 characters
-    reader = csv.reader(io.StringIO(_text(file), newline=""), **DIALECTS[file.suffix.lower()])
+    reader = csv.reader(io.StringIO(_read_text(file), newline=""), **DIALECTS[file.suffix.lower()])
     rows: list[list[str]] = []
     try:
         header = next(reader, [])
@@ -143,12 +145,12 @@ def _read_cells(file: Path) -> Columns:
 
 def _read_json(file: Path) -> Columns:
     """Read an array of objects, or one object per line: both kinds of file are called .json."""
-    text = _text(file)
+    text = _read_text(file)
     if text.lstrip().startswith("["):
-        rows = [(f"{file}, row {number}", row) for number, row in enumerate(_parse(file, 1, text), 1)]
+        rows = [(f"{file}, row {number}", row) for number, row in enumerate(_parse_json(file, 1, text), 1)]
     else:
         lines = enumerate(text.split("\n"), 1)
-        rows = [(f"{file}:{number}", _parse(file, number, line)) for number, line in lines if line.strip()]
+        rows = [(f"{file}:{number}", _parse_json(file, number, line)) for number, line in lines if line.strip()]
     for place, row in rows:
         if not isinstance(row, dict):
             raise UserError(f'{place} is {row!r:.40}, not an object such as {{"text": "..."}}.')
@@ -156,7 +158,7 @@ def _read_json(file: Path) -> Columns:
     return {name: [row.get(name) for _, row in rows] for name in names}
 
 
-def _parse(file: Path, line: int, text: str) -> Any:
+def _parse_json(file: Path, line: int, text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -174,7 +176,7 @@ def _read_parquet(file: Path) -> pa.Table:
         raise UserError(f"{file} is incomplete or not Parquet: {error}") from error
 
 
-def _table(file: Path, columns: Columns, used: Collection[str]) -> pa.Table:
+def _make_table(file: Path, columns: Columns, used: Collection[str]) -> pa.Table:
     arrays = {}
     needed = set(used or columns)
     if not needed <= columns.keys():  # one of them may be inside a dict
@@ -185,15 +187,15 @@ def _table(file: Path, columns: Columns, used: Collection[str]) -> pa.Table:
         except (ValueError, TypeError, OverflowError) as error:  # Arrow's own exceptions are subclasses of these
             if name not in needed:
                 continue
-            raise UserError(_odd_cell(file, name, values, error)) from error
+            raise UserError(_describe_odd_cell(file, name, values, error)) from error
     return pa.table(arrays)
 
 
-def _odd_cell(file: Path, name: str, values: Sequence[Any], error: Exception) -> str:
+def _describe_odd_cell(file: Path, name: str, values: Sequence[Any], error: Exception) -> str:
     """Return the sentence for the first cell of a column whose type does not fit the cells above it."""
     row = bisect_left(range(1, len(values)), True, key=lambda count: not _is_column(values[:count])) + 1
     value, first = values[row - 1], next(value for value in values if value is not None)
-    holds = f"{place(file, row)}: column {name} holds {value!r:.40}"
+    holds = f"{locate_row(file, row)}: column {name} holds {value!r:.40}"
     return f"{holds}, but the rows above hold {first!r:.40}." if _is_column([value]) else f"{holds}: {error}."
 
 

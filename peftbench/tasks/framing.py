@@ -11,7 +11,7 @@ from peftbench.utils.errors import UserError
 SOURCE, MASK = "{source}", "{mask}"  # the placeholders of task.prompt
 
 
-def framed(
+def frame_sources(
     encoder: Encoder, prompt: str, sources: Sequence[str], max_length: int, *, goes_on: bool = False
 ) -> dict[str, list[Any]]:
     """Return `input_ids` and `attention_mask` of `prompt` with each source in place of {source}, and as `source_cut`

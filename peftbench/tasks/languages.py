@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftbench.utils.errors import UserError, unknown
+from peftbench.utils.errors import UserError, describe_unknown
 
 
 def set_languages(tokenizer: PreTrainedTokenizerBase, source: str | None, target: str | None) -> None:
@@ -17,7 +17,7 @@ def set_languages(tokenizer: PreTrainedTokenizerBase, source: str | None, target
     codes = [token for token in tokenizer.all_special_tokens if "_" in token]
     for key, code in (("task.source_language", source), ("task.target_language", target)):
         if code is not None and code not in codes:
-            raise UserError(unknown(key, code, codes))
+            raise UserError(describe_unknown(key, code, codes))
     tokenizer.src_lang = source or tokenizer.src_lang
     tokenizer.tgt_lang = target or tokenizer.tgt_lang or tokenizer.src_lang
 
@@ -31,7 +31,7 @@ def begin_in_language(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     """
     if not hasattr(tokenizer, "src_lang"):
         return
-    written = written_language(tokenizer)
+    written = get_written_language(tokenizer)
     ids = tokenizer(text_target="")["input_ids"]
     assert model.generation_config is not None
     if ids[-1] == written:
@@ -41,7 +41,7 @@ def begin_in_language(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         model.generation_config.forced_bos_token_id = written
 
 
-def written_language(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def get_written_language(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the id of the code of the output language that `set_languages` has set; None if there are no codes."""
     if not hasattr(tokenizer, "src_lang"):
         return None

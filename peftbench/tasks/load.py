@@ -11,12 +11,12 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from peftbench.config.roles import Roles, is_reported, limits_of, roles, splits
-from peftbench.config.schema import Task, TaskKind, task_files
+from peftbench.config.roles import Roles, assign_roles, is_reported, limit_splits, list_splits
+from peftbench.config.schema import Task, TaskKind, list_task_files
 from peftbench.tasks.cache import Recent
-from peftbench.tasks.deal import deal
+from peftbench.tasks.deal import deal_rows
 from peftbench.tasks.files import has_split
-from peftbench.tasks.rows import checked, has_codes, head, input_columns, used_columns, with_labels
+from peftbench.tasks.rows import check_split, has_codes, list_input_columns, list_used_columns, set_labels, take_head
 from peftbench.tasks.source import has_source, read_split
 
 
@@ -31,12 +31,14 @@ class Loaded:
     notes: list[str] = field(default_factory=list)  # a sentence for each decision made here, for the record
 
 
-def load(task: Task, training: bool = True, dealt: Sequence[str] | None = None, labels: Sequence[str] = ()) -> Loaded:
+def load_task(
+    task: Task, training: bool = True, dealt: Sequence[str] | None = None, labels: Sequence[str] = ()
+) -> Loaded:
     """Load the checked rows of all splits of the task; without `training`, only of the splits that are reported on.
 
     Args:
         dealt: the splits that were dealt from the training file when another task was loaded; by default the splits
-            that are `homeless` in this one.
+            that are `list_dealt` in this one.
         labels: the labels that were found in the training split when the task was trained, if it names none.
 
     A split without a source of its own is dealt from the training file (`deal.py`). If the task names no labels, the
@@ -45,23 +47,23 @@ def load(task: Task, training: bool = True, dealt: Sequence[str] | None = None, 
     same.
 
     Raises:
-        UserError: as `read_split` and `checked`.
+        UserError: as `read_split` and `check_split`.
     """
-    key = json.dumps([asdict(task), training, dealt, labels, *_stats(task)], default=str)
-    return _recent.get(key, lambda: _load(task, training, homeless(task) if dealt is None else dealt, labels))
+    key = json.dumps([asdict(task), training, dealt, labels, *_stat_files(task)], default=str)
+    return _recent.get(key, lambda: _load_splits(task, training, list_dealt(task) if dealt is None else dealt, labels))
 
 
-def homeless(task: Task) -> list[str]:
+def list_dealt(task: Task) -> list[str]:
     """Return the splits without a source of their own, which are dealt from the training file."""
-    task, _ = _without_absent(task)
-    return [split for split in splits(task) if not has_source(task, split)]
+    task, _ = _drop_absent(task)
+    return [split for split in list_splits(task) if not has_source(task, split)]
 
 
-def reported_on(task: Task, dealt: Sequence[str]) -> Task:
+def restrict_to_reported(task: Task, dealt: Sequence[str]) -> Task:
     """Return the task with only those of the user's files that reporting reads: a dealt split is part of the training
     file."""
-    read = {split for role, (split, _) in roles(task).items() if is_reported(role)}
-    if read & set(_still_dealt(task, dealt)):
+    read = {split for role, (split, _) in assign_roles(task).items() if is_reported(role)}
+    if read & set(_list_still_dealt(task, dealt)):
         read.add(task.train_split)
     return replace(
         task,
@@ -72,32 +74,32 @@ def reported_on(task: Task, dealt: Sequence[str]) -> Task:
     )
 
 
-def _still_dealt(task: Task, dealt: Sequence[str]) -> list[str]:
+def _list_still_dealt(task: Task, dealt: Sequence[str]) -> list[str]:
     """Return the splits that were dealt for another task and for which this one has no file."""
-    return [split for split in dealt if split not in task_files(task)]
+    return [split for split in dealt if split not in list_task_files(task)]
 
 
-def _load(task: Task, training: bool, dealt: Sequence[str], labels: Sequence[str]) -> Loaded:
-    task, notes = _without_absent(task)
-    notes.extend(_also_trained_on(task))
+def _load_splits(task: Task, training: bool, dealt: Sequence[str], labels: Sequence[str]) -> Loaded:
+    task, notes = _drop_absent(task)
+    notes.extend(_note_trained_files(task))
     read = cache(partial(read_split, task))
-    wanted = {role: place for role, place in roles(task).items() if training or is_reported(role)}
-    limits = limits_of(wanted)
+    wanted = {role: place for role, place in assign_roles(task).items() if training or is_reported(role)}
+    limits = limit_splits(wanted)
     coded = bool(task.labels)
     if task.kind is TaskKind.classification and not coded:
         if labels:
             task = replace(task, labels=list(labels))
         else:
             coded = has_codes(task, read(task.train_split))
-            task, note = with_labels(task, read(task.train_split))
+            task, note = set_labels(task, read(task.train_split))
             notes.append(note)
-    check = partial(checked, task, coded=coded)
+    check = partial(check_split, task, coded=coded)
     rows: dict[str, Dataset] = {}
-    still = _still_dealt(task, dealt)
+    still = _list_still_dealt(task, dealt)
     if dealt and limits.keys() & {*still, task.train_split}:
         train = read(task.train_split)
         whole = check(task.train_split, train, None)
-        rows = deal(whole, input_columns(task), task.train_split, dealt, train.name)
+        rows = deal_rows(whole, list_input_columns(task), task.train_split, dealt, train.name)
         rows = {split: rows[split] for split in (task.train_split, *still)}
         each = "each have" if len(dealt) > 1 else "has"
         notes.append(
@@ -106,16 +108,16 @@ def _load(task: Task, training: bool, dealt: Sequence[str], labels: Sequence[str
         )
     sizes = {split: len(rows[split] if split in rows else read(split).rows) for split in limits}
     for split, limit in limits.items():
-        rows[split] = head(rows[split], limit) if split in rows else check(split, read(split), limit)
+        rows[split] = take_head(rows[split], limit) if split in rows else check(split, read(split), limit)
     return Loaded(task, wanted, {split: rows[split] for split in limits}, sizes, notes)
 
 
 _recent: Recent[Loaded] = Recent()
 
 
-def _stats(task: Task) -> Iterator[tuple[str, int, int]]:
+def _stat_files(task: Task) -> Iterator[tuple[str, int, int]]:
     """Yield the current state of the task's own files: path, size and time of the last change."""
-    files = [Path(file).expanduser() for file in task_files(task).values()]
+    files = [Path(file).expanduser() for file in list_task_files(task).values()]
     if task.data_dir is not None and (folder := Path(task.data_dir).expanduser()).is_dir():
         files.extend(folder.iterdir())
     for file in sorted(files):
@@ -123,16 +125,16 @@ def _stats(task: Task) -> Iterator[tuple[str, int, int]]:
             yield str(file), file.stat().st_size, file.stat().st_mtime_ns
 
 
-def label_names(task: Task) -> list[str]:
+def read_label_names(task: Task) -> list[str]:
     """Return the labels of the task, or of its training split if the task names none."""
     if task.kind is not TaskKind.classification or task.labels:
         return list(task.labels)
-    return with_labels(task, read_split(task, task.train_split))[0].labels
+    return set_labels(task, read_split(task, task.train_split))[0].labels
 
 
-def data_fingerprint(task: Task, rows: Dataset) -> str:
+def fingerprint_data(task: Task, rows: Dataset) -> str:
     """Return the sha256, in hexadecimal, of the cells that the task uses. Equal text has equal hashes in any source."""
-    columns = [column for _, column in used_columns(task)]
+    columns = [column for _, column in list_used_columns(task)]
     digest = hashlib.sha256()
     for batch in rows.select_columns(columns).iter(batch_size=1000):
         for cells in zip(*(batch[column] for column in columns), strict=True):
@@ -140,20 +142,20 @@ def data_fingerprint(task: Task, rows: Dataset) -> str:
     return digest.hexdigest()
 
 
-def _also_trained_on(task: Task) -> list[str]:
+def _note_trained_files(task: Task) -> list[str]:
     """Return the note that the training file is also the file of another split, if so."""
-    files = {split: Path(file).expanduser().resolve() for split, file in task_files(task).items()}
+    files = {split: Path(file).expanduser().resolve() for split, file in list_task_files(task).items()}
     train = files.pop(task.train_split, None)
     others = [split for split, file in files.items() if file == train]
     if not others:
         return []
-    file = task_files(task)[task.train_split]
+    file = list_task_files(task)[task.train_split]
     return [f"{file} is the file of {task.train_split} and of {' and '.join(others)}: training rows are also scored."]
 
 
-def _without_absent(task: Task) -> tuple[Task, list[str]]:
+def _drop_absent(task: Task) -> tuple[Task, list[str]]:
     """Return the task without the further splits that the user's files, if any, lack, and the note that says so."""
-    files = task_files(task)
+    files = list_task_files(task)
     if not files and task.data_dir is None:
         return task, []
     there = [s for s in task.further_splits if s in files or (task.data_dir and has_split(task.data_dir, s))]

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from datasets import ClassLabel, Dataset
 
 from peftbench.config.schema import Task, TaskKind
-from peftbench.config.validity import label_faults
-from peftbench.tasks.files import place
-from peftbench.utils.errors import UserError, unknown
+from peftbench.config.validity import find_label_faults
+from peftbench.tasks.files import locate_row
+from peftbench.utils.errors import UserError, describe_unknown
 
 NUMBER = re.compile(r"[+-]?\d*\.?\d+")  # a label that is a number
 
@@ -27,10 +27,10 @@ class Source(NamedTuple):
 
     def at(self, row: int) -> str:
         """Return where a row (numbered from 1) is, for messages."""
-        return place(self.file, row) if self.file else f"{self.name}, row {row}"
+        return locate_row(self.file, row) if self.file else f"{self.name}, row {row}"
 
 
-def checked(task: Task, split: str, source: Source, limit: int | None, *, coded: bool = True) -> Dataset:
+def check_split(task: Task, split: str, source: Source, limit: int | None, *, coded: bool = True) -> Dataset:
     """Return the first `limit` rows of a split (None: all), with every column that the source has.
 
     Inputs must be texts, and a target a text or a list of texts. Labels, given by name or by code, are returned as
@@ -45,8 +45,8 @@ def checked(task: Task, split: str, source: Source, limit: int | None, *, coded:
     """
     if not len(source.rows):
         raise UserError(f"{source.name}: the {split} split has no rows.")
-    rows = head(source.rows, limit)
-    _require_columns(source, used_columns(task))
+    rows = take_head(source.rows, limit)
+    _require_columns(source, list_used_columns(task))
     check_cells(task, rows, source)
     if task.kind is TaskKind.text_to_text:
         return rows
@@ -54,23 +54,25 @@ def checked(task: Task, split: str, source: Source, limit: int | None, *, coded:
     regression = task.kind is TaskKind.regression
     if not regression:
         cells = _named(task.labels, cells, rows.features[task.label_column])
-    codes: Sequence[float] = _numbers(cells, source) if regression else _codes(task.labels, cells, source, coded)
+    codes: Sequence[float] = (
+        _parse_numbers(cells, source) if regression else _encode_labels(task.labels, cells, source, coded)
+    )
     return rows.remove_columns(task.label_column).add_column(task.label_column, codes)
 
 
-def head(rows: Dataset, limit: int | None) -> Dataset:
+def take_head(rows: Dataset, limit: int | None) -> Dataset:
     """Return the first `limit` rows, or all rows if there are no more than that."""
     return rows if limit is None or limit >= len(rows) else rows.select(range(limit))
 
 
-def input_columns(task: Task) -> list[str]:
+def list_input_columns(task: Task) -> list[str]:
     """Return the columns that the model reads: one or two texts to classify, or a source."""
     if task.kind is TaskKind.text_to_text:
         return [task.source_column]
     return list(task.text_columns)
 
 
-def used_columns(task: Task) -> list[tuple[str, str]]:
+def list_used_columns(task: Task) -> list[tuple[str, str]]:
     """Return (key as typed, column) for each column that the task uses."""
     if task.kind is TaskKind.text_to_text:
         return [("task.source_column", task.source_column), ("task.target_column", task.target_column)]
@@ -79,14 +81,14 @@ def used_columns(task: Task) -> list[tuple[str, str]]:
 
 def _require_columns(source: Source, keys: Sequence[tuple[str, str]]) -> None:
     there = source.rows.column_names
-    missing = [unknown(key, column, there) for key, column in keys if column not in there]
+    missing = [describe_unknown(key, column, there) for key, column in keys if column not in there]
     if missing:
         raise UserError(*(f"{source.name}: {sentence}" for sentence in missing))
 
 
 def check_cells(task: Task, rows: Dataset, source: Source) -> None:
     """Check that inputs are texts, and that a target is a text or a list of texts. Raises UserError otherwise."""
-    for column in input_columns(task):
+    for column in list_input_columns(task):
         for number, cell in enumerate(rows[column][:], 1):
             if not isinstance(cell, str):
                 raise UserError(f"{source.at(number)}: column {column} holds {cell!r:.40}, not text.")
@@ -104,9 +106,9 @@ def has_codes(task: Task, train: Source) -> bool:
     return isinstance(train.rows.features.get(task.label_column), ClassLabel)
 
 
-def with_labels(task: Task, train: Source) -> tuple[Task, str]:
+def set_labels(task: Task, train: Source) -> tuple[Task, str]:
     """Return the task with the labels of its training split, and the note that says so."""
-    _require_columns(train, used_columns(task))
+    _require_columns(train, list_used_columns(task))
     feature = train.rows.features[task.label_column]
     if has_codes(task, train):
         names = list(feature.names)  # in the order of their codes
@@ -117,7 +119,7 @@ def with_labels(task: Task, train: Source) -> tuple[Task, str]:
                 raise UserError(f"{train.at(number)}: column {task.label_column} is empty; every row needs a label.")
             if isinstance(cell, (list, dict)):
                 raise UserError(f"{train.at(number)}: column {task.label_column} holds {cell!r:.40}, not one label.")
-        names = sorted({_name(cell) for cell in cells})
+        names = sorted({_name_label(cell) for cell in cells})
         _check_distinct(names, train)
         if all(name.isdecimal() for name in names):
             names.sort(key=int)
@@ -128,7 +130,7 @@ def with_labels(task: Task, train: Source) -> tuple[Task, str]:
             f"{train.name}: column {task.label_column} holds {len(names)} labels in {len(train.rows)} rows; name the "
             "column of labels by task.label_column, or all labels by task.labels."
         )
-    if found := list(label_faults("task.metric", task.metric, names)):
+    if found := list(find_label_faults("task.metric", task.metric, names)):
         raise UserError(*(f"{train.name}: {sentence}" for sentence in found))
     return replace(task, labels=names), f"The labels are those of {train.name}, in this order: {', '.join(names)}."
 
@@ -156,7 +158,7 @@ def _named(labels: Sequence[str], cells: Sequence[Any], feature: Any) -> Sequenc
     return [feature.names[cell] if cell in known else cell for cell in cells]
 
 
-def _codes(labels: Sequence[str], cells: Sequence[object], source: Source, coded: bool) -> list[int]:
+def _encode_labels(labels: Sequence[str], cells: Sequence[object], source: Source, coded: bool) -> list[int]:
     names = {label: code for code, label in enumerate(labels)}
     digits = {str(code): code for code in range(len(labels))}
     # If a name is a number, such as a star rating, a number in a cell can only be a name.
@@ -164,10 +166,10 @@ def _codes(labels: Sequence[str], cells: Sequence[object], source: Source, coded
     known = names if numbers or not coded else names | digits
     codes = []
     for number, cell in enumerate(cells, 1):
-        code = (names if isinstance(cell, float) else known).get(_name(cell))
+        code = (names if isinstance(cell, float) else known).get(_name_label(cell))
         if code is None:
             sentence = f"{source.at(number)}: label {cell!r} is not one of {', '.join(list(known))}"
-            if not (numbers or coded or isinstance(cell, float)) and _name(cell) in digits:
+            if not (numbers or coded or isinstance(cell, float)) and _name_label(cell) in digits:
                 order = f"task.labels=[{','.join(names)}]"
                 sentence += f"; if it is a code, name the labels in the order of their codes, such as {order}"
             raise UserError(f"{sentence}.")
@@ -175,12 +177,12 @@ def _codes(labels: Sequence[str], cells: Sequence[object], source: Source, coded
     return codes
 
 
-def _name(cell: object) -> str:
+def _name_label(cell: object) -> str:
     """Return a label's name. 1.0 becomes 1: a column of integers is written with .0 if some values are missing."""
     return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
 
 
-def _numbers(cells: Sequence[Any], source: Source) -> list[float]:
+def _parse_numbers(cells: Sequence[Any], source: Source) -> list[float]:
     numbers = []
     for row, cell in enumerate(cells, 1):
         try:

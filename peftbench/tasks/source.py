@@ -9,13 +9,13 @@ from typing import Any
 import datasets
 from datasets import Dataset, load_dataset
 
-from peftbench.backbones.hub import hub_missing
-from peftbench.config.roles import splits
-from peftbench.config.schema import Task, TaskKind, task_files
-from peftbench.tasks.deal import numbered
-from peftbench.tasks.docstrings import SPLITS, summary_rows, topic_rows
+from peftbench.backbones.hub import explain_missing_hub
+from peftbench.config.roles import list_splits
+from peftbench.config.schema import Task, TaskKind, list_task_files
+from peftbench.tasks.deal import number_rows
+from peftbench.tasks.docstrings import SPLITS, make_summary_rows, make_topic_rows
 from peftbench.tasks.files import find_split, read_file
-from peftbench.tasks.rows import Source, check_cells, used_columns
+from peftbench.tasks.rows import Source, check_cells, list_used_columns
 from peftbench.utils.errors import UserError
 
 
@@ -26,23 +26,23 @@ def read_split(task: Task, split: str) -> Source:
     Raises:
         UserError: there is no source, or it cannot be read.
     """
-    return _in_shape(task, _read_raw(task, split))
+    return _reshape(task, _read_raw(task, split))
 
 
 def has_source(task: Task, split: str) -> bool:
     """Return whether the split has a source; True also without a training file, so that reading reports the error."""
-    elsewhere = any((task.data_dir, task.packages, task.hub_id)) or task.train_split not in task_files(task)
-    return split in task_files(task) or elsewhere
+    elsewhere = any((task.data_dir, task.packages, task.hub_id)) or task.train_split not in list_task_files(task)
+    return split in list_task_files(task) or elsewhere
 
 
 def _read_raw(task: Task, split: str) -> Source:
     for named in task.data_files:
-        if named not in splits(task):
+        if named not in list_splits(task):
             raise UserError(
-                f"task.data_files.{named} is not a split of this task; its splits are {', '.join(splits(task))}."
+                f"task.data_files.{named} is not a split of this task; its splits are {', '.join(list_splits(task))}."
             )
-    used = [column for _, column in used_columns(task)]
-    if file := task_files(task).get(split):
+    used = [column for _, column in list_used_columns(task)]
+    if file := list_task_files(task).get(split):
         return Source(read_file(file, used), file, file)
     if task.data_dir is not None:
         found = str(find_split(task.data_dir, split))
@@ -54,20 +54,20 @@ def _read_raw(task: Task, split: str) -> Source:
     if task.hub_id is not None:
         return Source(_read_hub(task, task.hub_id, split), " ".join(filter(None, [task.hub_id, task.hub_config])))
     raise UserError(
-        f"task={task.name} has no data; give task.data_dir=FOLDER, with files for {', '.join(splits(task))}."
+        f"task={task.name} has no data; give task.data_dir=FOLDER, with files for {', '.join(list_splits(task))}."
     )
 
 
 def _read_docstrings(kind: TaskKind, packages: Sequence[str], split: str) -> Dataset:
     for name in SPLITS:
         if name == split:
-            make = topic_rows if kind is TaskKind.classification else summary_rows
+            make = make_topic_rows if kind is TaskKind.classification else make_summary_rows
             return Dataset.from_list(make(packages, name))
     raise UserError(f"Docstrings have no {split} split; their splits are {', '.join(SPLITS)}.")
 
 
 def _read_hub(task: Task, hub_id: str, split: str) -> Dataset:
-    missing = hub_missing()
+    missing = explain_missing_hub()
     if missing:
         datasets.config.HF_HUB_OFFLINE = True  # saves 20 s of retries; the cache can still be read
     try:
@@ -81,28 +81,28 @@ def _read_hub(task: Task, hub_id: str, split: str) -> Dataset:
     except ConnectionError as error:
         raise UserError(
             f"task.hub_id={hub_id} is not in this machine's cache and {missing or 'the hub does not answer'}; "
-            f"{_without_hub(task, split)}"
+            f"{_describe_missing_hub(task, split)}"
         ) from error
     except (OSError, ValueError, RuntimeError) as error:  # no such dataset, config or split; an incomplete download
         reason = str(error).partition("\n")[0]
         if missing and (isinstance(error, FileNotFoundError) or "find cache" in reason):  # the cache has a part of it
-            reason = f"{reason.rstrip('.')}, and {missing}; {_without_hub(task, split)}"
+            reason = f"{reason.rstrip('.')}, and {missing}; {_describe_missing_hub(task, split)}"
         raise UserError(
             f"task.hub_id={hub_id}, task.hub_config={task.hub_config or 'null'}: the {split} split cannot be loaded: "
             f"{reason}"
         ) from error
 
 
-def _without_hub(task: Task, split: str) -> str:
+def _describe_missing_hub(task: Task, split: str) -> str:
     """Return what to do on a machine without access to the hub."""
-    columns = [column for _, column in used_columns(task)]
+    columns = [column for _, column in list_used_columns(task)]
     return (
-        f"give task.data_dir=FOLDER with files for {', '.join(splits(task))} (such as {split}.jsonl) that have the "
-        f"columns {', '.join(columns)}, or set HF_HOME to a copy of the cache of a machine that has loaded it."
+        f"give task.data_dir=FOLDER with files for {', '.join(list_splits(task))} (such as {split}.jsonl) that have "
+        f"the columns {', '.join(columns)}, or set HF_HOME to a copy of the cache of a machine that has loaded it."
     )
 
 
-def _in_shape(task: Task, source: Source) -> Source:
+def _reshape(task: Task, source: Source) -> Source:
     """Turn dicts into columns, so that WMT's `translation: {en, ro}` is two, and lists into texts or references."""
     rows = source.rows
     flat = rows.flatten()  # also nested dicts, and the hub's Translation type
@@ -111,26 +111,26 @@ def _in_shape(task: Task, source: Source) -> Source:
         rows = flat.rename_columns({long: part for long, part in opened.items() if names[part] == 1})
     if task.kind is TaskKind.text_to_text and {task.source_column, task.target_column} <= set(rows.column_names):
         if task.source_join is not None:
-            joined = [_joined(task.source_join, cell) for cell in rows[task.source_column][:]]
+            joined = [_join_texts(task.source_join, cell) for cell in rows[task.source_column][:]]
             rows = rows.remove_columns(task.source_column).add_column(task.source_column, joined)
         if task.merge_references:
             check_cells(task, rows, source)  # while each row is still a row of the file
-            rows = _merged(task, rows)
+            rows = _merge_references(task, rows)
     return source._replace(rows=rows)
 
 
-def _joined(between: str, cell: Any) -> Any:
+def _join_texts(between: str, cell: Any) -> Any:
     """Join a list of texts into one; return anything else unchanged, which the check of the cells then reports."""
     is_list = isinstance(cell, list) and all(isinstance(part, str) for part in cell)
     return between.join(cell) if is_list else cell
 
 
-def _merged(task: Task, rows: Dataset) -> Dataset:
+def _merge_references(task: Task, rows: Dataset) -> Dataset:
     """Keep the first row of each source, with the list of all targets of this source as its target."""
     first: dict[str, int] = {}
     targets: dict[str, list[str]] = defaultdict(list)
     for index, (text, cell) in enumerate(zip(rows[task.source_column][:], rows[task.target_column][:], strict=True)):
         first.setdefault(text, index)
         targets[text].extend([cell] if isinstance(cell, str) else cell)
-    kept = numbered(rows).select(list(first.values())).remove_columns(task.target_column)
+    kept = number_rows(rows).select(list(first.values())).remove_columns(task.target_column)
     return kept.add_column(task.target_column, list(targets.values()))

@@ -9,12 +9,12 @@ import numpy as np
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
-from peftbench.metrics.sentences import first_sentence
+from peftbench.metrics.sentences import take_first_sentence
 from peftbench.metrics.statistics import References
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.batch import NO_TOKEN
-from peftbench.tasks.framing import SOURCE, framed, special_tokens
-from peftbench.tasks.languages import begin_in_language, set_languages, written_language
+from peftbench.tasks.framing import SOURCE, frame_sources, special_tokens
+from peftbench.tasks.languages import begin_in_language, get_written_language, set_languages
 from peftbench.tasks.load import Loaded
 from peftbench.tasks.tokens import TARGET_CUT
 
@@ -36,7 +36,7 @@ class TextToText(TaskData):
         has no end token."""
         sources, targets = self.pairs(rows, training)
         return {
-            **framed(self.encoder, self.prompt, sources, self.limits()["sources"]),
+            **frame_sources(self.encoder, self.prompt, sources, self.limits()["sources"]),
             **self.written(targets, *self.encoder.ends(target=True)),
         }
 
@@ -64,7 +64,7 @@ class TextToText(TaskData):
         learns to stop in mid-sentence.
         """
         length = self.limits()["targets"]
-        kept = [token for token in closing if token == written_language(self.tokenizer)]
+        kept = [token for token in closing if token == get_written_language(self.tokenizer)]
         labels, cut = [], []
         for ids in self.encoder.ids(targets, target=True):
             whole = [*opening, *ids, *closing]
@@ -104,7 +104,7 @@ class TextToText(TaskData):
         found: dict[str, float] = {}
         sources: list[str] = self.report_rows[self.task.source_column][:]
         if "lead1" in self.task.baselines:
-            found |= self._named("lead1", [first_sentence(source) for source in sources])
+            found |= self._named("lead1", [take_first_sentence(source) for source in sources])
         if "copy" in self.task.baselines:
             found |= self._named("copy", sources)
         return found
@@ -116,7 +116,7 @@ class TargetCollator(DataCollatorForSeq2Seq):
 
     def __call__(self, features: Any, return_tensors: Any = None) -> Any:
         batch = super().__call__(features, return_tensors)
-        code, labels = written_language(self.tokenizer), batch.get("labels")
+        code, labels = get_written_language(self.tokenizer), batch.get("labels")
         if code is not None and labels is not None:
             for row in labels:
                 last = int((row != NO_TOKEN).sum()) - 1

@@ -31,7 +31,7 @@ class Encoder:
                 "unequal length cannot be batched; name one as pad_token in its tokenizer_config.json."
             )
         self.tokenizer = tokenizer
-        read, places = tokenizer.model_max_length, positions(model)
+        read, places = tokenizer.model_max_length, count_positions(model)
         self.limit = min(read, places or read)
         self.limited_by = (
             f"the tokenizer's model_max_length={read}" if self.limit == read else "the backbone's positions"
@@ -118,7 +118,7 @@ class Encoder:
     def fingerprint(self) -> list[Any]:
         """JSON values on which the ids depend."""
         return [
-            *rules(self.tokenizer),
+            *describe_rules(self.tokenizer),
             [getattr(self.tokenizer, name, None) for name in ("src_lang", "tgt_lang")],
             {role: str(token) for role, token in self.tokenizer.special_tokens_map.items()},
             self.limit,
@@ -199,7 +199,7 @@ def _place(part: list[int], whole: list[int]) -> int | None:
     return next((i for i in range(len(whole)) if whole[i : i + len(part)] == part), None)
 
 
-def rules(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def describe_rules(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return a tokenizer's class, a hash of its vocabulary and rules, and the side that it truncates."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     found = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
@@ -209,7 +209,7 @@ def rules(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [type(tokenizer).__name__, digest, tokenizer.truncation_side]
 
 
-def positions(model: PreTrainedModel) -> int | None:
+def count_positions(model: PreTrainedModel) -> int | None:
     """Return how many tokens the backbone has positions for; None without a limit, as with relative positions.
 
     RoBERTa and similar models number positions from the padding index + 1, so that many of their embeddings are unused.

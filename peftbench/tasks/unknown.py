@@ -15,7 +15,7 @@ MANY, TOO_MANY = 0.05, 0.5  # shares of unknown tokens that are noted, and that 
 COLUMNS = ("input_ids", "labels")
 
 
-def unknown_shares(
+def measure_unknown(
     splits: Mapping[str, Iterable[Dataset]], tokenizer: PreTrainedTokenizerBase, rows: int
 ) -> dict[str, float]:
     """Return the share of unknown tokens in each split; special tokens around the texts do not count.
@@ -57,15 +57,15 @@ def unknown_shares(
             found[split] = float(counts[unknown] / texts)
     if told_apart and (split := max(found, key=found.__getitem__, default="")) and found[split] > TOO_MANY:
         raise UserError(
-            f"{whose} knows too little of {split}: {_percent(found[split])} of its tokens are {tokenizer.unk_token}; "
-            "use a backbone that was pretrained on such text."
+            f"{whose} knows too little of {split}: {_format_percent(found[split])} of its tokens are "
+            f"{tokenizer.unk_token}; use a backbone that was pretrained on such text."
         )
     return found
 
 
-def unknown_note(shares: Mapping[str, float], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def describe_unknown_tokens(shares: Mapping[str, float], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return a note if many tokens of some split are unknown."""
-    many = [f"{_percent(share)} of {split}" for split, share in shares.items() if share > MANY]
+    many = [f"{_format_percent(share)} of {split}" for split, share in shares.items() if share > MANY]
     if not many:
         return []
     return [f"The backbone does not know part of the text: {tokenizer.unk_token} is {', '.join(many)}, in tokens."]
@@ -79,5 +79,5 @@ def _count(tokens: Dataset, counts: np.ndarray) -> None:
                 counts += np.bincount(chunk.flatten().to_numpy(zero_copy_only=False), minlength=len(counts))
 
 
-def _percent(share: float) -> str:
+def _format_percent(share: float) -> str:
     return f"{share:.1%}"

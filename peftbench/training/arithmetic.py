@@ -11,7 +11,7 @@ from peftbench.backbones.sites import find_sites
 from peftbench.modification.head_attention import HEADS, Prefix
 
 
-def operations(model: PreTrainedModel, sources: Sequence[int], targets: Sequence[int]) -> float:
+def count_operations(model: PreTrainedModel, sources: Sequence[int], targets: Sequence[int]) -> float:
     r"""Return the floating point operations of a forward and backward pass over an average example.
 
     A multiplication with its addition counts as two.
@@ -42,26 +42,26 @@ def operations(model: PreTrainedModel, sources: Sequence[int], targets: Sequence
             cross = attention.kind == "cross"
             if cross:
                 for module in (attention.key, attention.value):
-                    total += _weights(module, counted) * source
+                    total += _count_weights(module, counted) * source
             queries = targets if both and layer.stack == "decoder" else sources
             keys = sources if cross else queries
-            length = _prefix(attention.module)
+            length = _count_prefix(attention.module)
             pairs = sum(q * (length + k) for q, k in zip(queries, keys, strict=True)) / len(queries)
             total += 12 * pairs * attention.heads * attention.head_width
-        total += _weights(layer.module, counted) * tokens
+        total += _count_weights(layer.module, counted) * tokens
     head = model.get_output_embeddings()
     if head is not None:
-        total += _weights(head, counted) * target
+        total += _count_weights(head, counted) * target
     return total
 
 
-def _prefix(attention: nn.Module) -> int:
+def _count_prefix(attention: nn.Module) -> int:
     """Return the number of prefix vectors of an attention."""
     heads = getattr(attention, HEADS, None)
     return sum(m.function.bottleneck for m in heads.values() if isinstance(m, Prefix)) if heads is not None else 0
 
 
-def _weights(module: nn.Module, counted: set[int]) -> float:
+def _count_weights(module: nn.Module, counted: set[int]) -> float:
     """Return the operations for each token of the module's matrices, without those that are `counted` already."""
     total = 0.0
     for parameter in module.parameters():

@@ -78,7 +78,7 @@ class TokenBatches(LengthBatches):
         return cuts
 
 
-def padded_to(collator: Collator, multiple: int) -> Collator:
+def pad_to_multiple(collator: Collator, multiple: int) -> Collator:
     """Return the collator with widths that are multiples of `multiple`, if it has transformers' option for it."""
     if not hasattr(collator, "pad_to_multiple_of"):
         return collator
@@ -111,7 +111,7 @@ class Lengths(NamedTuple):
         return (sum(self.sources) + sum(self.targets)) / max(1, len(self.sources))
 
 
-def batches_of(data: TaskData, settings: schema.Trainer, seed: int) -> LengthBatches | None:
+def make_batches(data: TaskData, settings: schema.Trainer, seed: int) -> LengthBatches | None:
     """Return batches of similar length if the settings ask for them; None: random batches of `batch_size`."""
     if settings.batch_tokens is not None:
         return TokenBatches(data.lengths, settings.batch_tokens, seed)
@@ -120,19 +120,19 @@ def batches_of(data: TaskData, settings: schema.Trainer, seed: int) -> LengthBat
     return None
 
 
-def total_steps(data: TaskData, settings: schema.Trainer) -> int:
+def count_steps(data: TaskData, settings: schema.Trainer) -> int:
     """Return the number of optimiser steps: `max_steps`, or `epochs` passes over the training examples."""
     if settings.max_steps is not None:
         return settings.max_steps
-    return max(1, round(settings.epochs * steps_per_epoch(data, settings)))
+    return max(1, round(settings.epochs * count_steps_per_epoch(data, settings)))
 
 
-def steps_per_epoch(data: TaskData, settings: schema.Trainer) -> int:
+def count_steps_per_epoch(data: TaskData, settings: schema.Trainer) -> int:
     """Return the optimiser steps in one pass; the last step of a pass may see fewer examples."""
-    return -(-batches_per_epoch(data, settings) // settings.accumulation)
+    return -(-count_batches_per_epoch(data, settings) // settings.accumulation)
 
 
-def batches_per_epoch(data: TaskData, settings: schema.Trainer) -> int:
+def count_batches_per_epoch(data: TaskData, settings: schema.Trainer) -> int:
     """Return the batches in one pass over the training examples."""
-    batches = batches_of(data, settings, seed=0)
+    batches = make_batches(data, settings, seed=0)
     return -(-len(data.train) // settings.batch_size) if batches is None else len(batches)

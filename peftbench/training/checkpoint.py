@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from peftbench.modification.state import read_tensors, trained_tensors, write_tensors
+from peftbench.modification.state import list_trained, read_tensors, write_tensors
 
 TENSORS = "trained.safetensors"
 NOTES = "peftbench.json"
@@ -81,7 +81,7 @@ class Resumable(Trainer):
         assert output_dir is not None
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(trained_tensors(self.model), folder / TENSORS)
+        write_tensors(list_trained(self.model), folder / TENSORS)
         (folder / NOTES).write_text(json.dumps(self.notes()), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

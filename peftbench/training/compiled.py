@@ -19,7 +19,7 @@ from torch.fx.experimental import _config as shapes
 from transformers import PreTrainedModel
 
 from peftbench.backbones.sites import find_sites
-from peftbench.training.hashed_dropout import with_hashed_dropout
+from peftbench.training.hashed_dropout import add_hashed_dropout
 
 # Versions of a layer's code in one process: stacks x with or without a gradient at the input x shapes that are not
 # dynamic, for each method of a sweep.
@@ -36,7 +36,7 @@ class CompiledLayers:
 
     def __init__(self, model: PreTrainedModel, *, backend: Callable[..., Any] = compile_fx) -> None:
         self.layers: Sequence[nn.Module] = [layer.module for layer in find_sites(model).layers]
-        rewriting = with_hashed_dropout(backend)
+        rewriting = add_hashed_dropout(backend)
         self.calls: list[Callable[..., Any]] = []
         for layer in self.layers:
             layer.compile(backend=rewriting, dynamic=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
-from peftbench.modification.state import trained_tensors
+from peftbench.modification.state import list_trained
 from peftbench.records.record import Divergence
 
 LOGGED = {"loss": "loss", "grad_norm": "gradient norm"}  # Trainer's names, and those of the messages
@@ -20,7 +20,7 @@ LOGGED = {"loss": "loss", "grad_norm": "gradient norm"}  # Trainer's names, and 
 
 def are_finite(model: PreTrainedModel) -> bool:
     """Return whether all trained tensors of the model are finite. Waits for the GPU once."""
-    return bool(torch.stack([tensor.isfinite().all() for tensor in trained_tensors(model).values()]).all())
+    return bool(torch.stack([tensor.isfinite().all() for tensor in list_trained(model).values()]).all())
 
 
 class StopWhereDiverged(TrainerCallback):

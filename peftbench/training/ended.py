@@ -10,18 +10,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 from peftbench.training.fit import Fitted
-from peftbench.utils.files import replacing
+from peftbench.utils.files import replace_file
 
 
-def keep(file: Path, stamp: str, fitted: Fitted) -> None:
+def save_ended(file: Path, stamp: str, fitted: Fitted) -> None:
     """Note that a training has ended and did not diverge; `stamp` states all that must be the same to use it again."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as written:
+    with replace_file(file) as written:
         json.dump({"stamp": stamp, "fitted": asdict(fitted)}, written)
 
 
-def ended(file: Path, stamp: str) -> Fitted | None:
-    """Return what `keep` noted; None if the training has not ended, or has another stamp."""
+def load_ended(file: Path, stamp: str) -> Fitted | None:
+    """Return what `save_ended` noted; None if the training has not ended, or has another stamp."""
     try:
         noted = json.loads(file.read_text(encoding="utf-8"))
         return Fitted(**noted["fitted"]) if noted["stamp"] == stamp else None

@@ -15,18 +15,24 @@ from typing import Any
 
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peftbench.backbones.attention_kernels import no_cudnn_attention
-from peftbench.backbones.precision import chosen_device
-from peftbench.backbones.sites import configs_of, configured
+from peftbench.backbones.attention_kernels import avoid_cudnn_attention
+from peftbench.backbones.precision import choose_device
+from peftbench.backbones.sites import list_configs, set_configs
 from peftbench.config import schema
 from peftbench.records.record import Divergence
 from peftbench.tasks.base import TaskData
-from peftbench.training.arithmetic import operations
-from peftbench.training.batching import Lengths, batches_of, batches_per_epoch, steps_per_epoch, total_steps
+from peftbench.training.arithmetic import count_operations
+from peftbench.training.batching import (
+    Lengths,
+    count_batches_per_epoch,
+    count_steps,
+    count_steps_per_epoch,
+    make_batches,
+)
 from peftbench.training.best import KeepBest
 from peftbench.training.checkpoint import Checkpoint, Checkpoints, SaveByTime
 from peftbench.training.micro_batch import AUTO, MicroBatches
-from peftbench.training.paths import FastPaths, collator_of, settled
+from peftbench.training.paths import FastPaths, make_collator, resolve_auto
 from peftbench.training.replay import Recorder
 from peftbench.training.trainer import Evaluate, FineTuner, Recording
 from peftbench.utils.progress import Stage
@@ -108,7 +114,7 @@ class Fitted:
         return self.operations / self.step_s / 1e12 if self.step_s else None
 
 
-def fit(
+def fit_model(
     model: PreTrainedModel,
     data: TaskData,
     recipe: Recipe,
@@ -130,7 +136,7 @@ def fit(
     step_seconds = trainer.pace.seconds()  # waits for the GPU, so the clock is read after it
     seconds, replay_bytes = trainer.clock.seconds, trainer.replay_bytes
     trainer.restore_best()  # may evaluate, which takes time, and releases graphs
-    examples = settings.accumulation * len(data.train) / batches_per_epoch(data, settings)  # of a step
+    examples = settings.accumulation * len(data.train) / count_batches_per_epoch(data, settings)  # of a step
     read = lengths if model.config.is_encoder_decoder else Lengths(data.lengths, [])
     return Fitted(
         steps=trainer.state.global_step,
@@ -138,7 +144,7 @@ def fit(
         earlier_seconds=resuming.earlier_seconds,
         tokens_per_s=trainer.state.global_step * examples * lengths.mean / seconds,
         step_seconds=step_seconds,
-        operations=examples * operations(model, *read),
+        operations=examples * count_operations(model, *read),
         micro_batch=trainer.micro.notes,
         fast_paths=trainer.paths_taken,
         replay_bytes=replay_bytes,
@@ -157,22 +163,22 @@ def _build_trainer(
 ) -> FineTuner:
     """Replace `auto` in the settings, and build the trainer with its fast paths and callbacks."""
     can_record = recipe.recorder is not None or model.device.type == "cuda"
-    settings = settled(recipe.settings, model, bf16=recipe.bf16, records=can_record)
+    settings = resolve_auto(recipe.settings, model, bf16=recipe.bf16, records=can_record)
     required = recipe.settings.graphs is True
     checkpoints = resuming.checkpoints
     return FineTuner(
         model,
         scores=criterion.evaluate,
         keeper=_make_keeper(settings, criterion, resuming.resume),
-        batches=batches_of(data, settings, recipe.seed),
+        batches=make_batches(data, settings, recipe.seed),
         paths=FastPaths.of(model, settings, lengths),
-        micro=MicroBatches(settings.micro_batch, settings.batch_size, _longest(data, settings)),
+        micro=MicroBatches(settings.micro_batch, settings.batch_size, _find_longest(data, settings)),
         recording=Recording(recipe.recorder, required) if settings.graphs else None,
         stamp=checkpoints.stamp,
         earlier_seconds=resuming.earlier_seconds,
         callbacks=[SaveByTime(checkpoints.minutes), *monitor.all_callbacks],
-        args=_arguments(recipe, checkpoints.folder, data),
-        data_collator=collator_of(data, model, settings, lengths),
+        args=_build_arguments(recipe, checkpoints.folder, data),
+        data_collator=make_collator(data, model, settings, lengths),
         train_dataset=data.train,
         eval_dataset=data.selection,
     )
@@ -199,12 +205,12 @@ def _train(trainer: FineTuner, resume: Checkpoint | None, stage: Stage | None) -
     """Train from the start, or from a checkpoint."""
     if resume is not None and stage is not None:
         stage.advance(resume.step)
-    no_cache = configured(configs_of(trainer.model), "use_cache", False)  # a decoder would fill it and never read it
-    with no_cache, no_cudnn_attention():
+    no_cache = set_configs(list_configs(trainer.model), "use_cache", False)  # a decoder would fill it and never read it
+    with no_cache, avoid_cudnn_attention():
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
 
 
-def _longest(data: TaskData, settings: schema.Trainer) -> list[int]:
+def _find_longest(data: TaskData, settings: schema.Trainer) -> list[int]:
     """Return the indices of a batch that takes as much memory as any, if that has to be tried."""
     if settings.micro_batch != AUTO:
         return []
@@ -221,10 +227,10 @@ _SCHEDULES = {  # transformers' names; its "constant" has no warm-up
 }
 
 
-def _arguments(recipe: Recipe, folder: Path, data: TaskData) -> TrainingArguments:
+def _build_arguments(recipe: Recipe, folder: Path, data: TaskData) -> TrainingArguments:
     """Return Trainer's arguments; `folder` is for its checkpoints."""
-    settings, steps = recipe.settings, total_steps(data, recipe.settings)
-    cuda = chosen_device(settings).type == "cuda"
+    settings, steps = recipe.settings, count_steps(data, recipe.settings)
+    cuda = choose_device(settings).type == "cuda"
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -243,7 +249,7 @@ def _arguments(recipe: Recipe, folder: Path, data: TaskData) -> TrainingArgument
         logging_nan_inf_filter=False,  # the filter waits for the GPU at every step
         bf16=recipe.bf16,
         eval_strategy="steps" if settings.keep is schema.Keep.best else "no",
-        eval_steps=settings.evaluate_every or steps_per_epoch(data, settings),
+        eval_steps=settings.evaluate_every or count_steps_per_epoch(data, settings),
         logging_strategy="steps",
         logging_steps=max(1, steps // 200),
         save_strategy="no",  # SaveByTime asks for checkpoints

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 SEEDS = 2  # per dropout, 32 bits each
 
 
-def dropout(x: Tensor, p: float, seeds: Tensor) -> Tensor:
+def apply_dropout(x: Tensor, p: float, seeds: Tensor) -> Tensor:
     """Return x / (1 - p) for kept elements and 0 for the others; each element is dropped with probability p.
 
     Args:
@@ -40,21 +40,21 @@ def _hash(index: Tensor, seeds: Tensor) -> Tensor:
     second seed is applied after the first round, so that two dropouts never differ by a permutation of elements alone.
     """
     mixed = index ^ seeds[0]
-    mixed = (mixed ^ _right(mixed, 17)) * (0xED5AD4BB - 2**32) ^ seeds[1]
-    mixed = (mixed ^ _right(mixed, 11)) * (0xAC4C1B51 - 2**32)
-    mixed = (mixed ^ _right(mixed, 15)) * 0x31848BAB
-    return (mixed ^ _right(mixed, 14)) & 0x7FFFFFFF
+    mixed = (mixed ^ _shift_right(mixed, 17)) * (0xED5AD4BB - 2**32) ^ seeds[1]
+    mixed = (mixed ^ _shift_right(mixed, 11)) * (0xAC4C1B51 - 2**32)
+    mixed = (mixed ^ _shift_right(mixed, 15)) * 0x31848BAB
+    return (mixed ^ _shift_right(mixed, 14)) & 0x7FFFFFFF
 
 
-def _right(bits: Tensor, count: int) -> Tensor:
+def _shift_right(bits: Tensor, count: int) -> Tensor:
     """Shift to the right, filling with zeros from the left: int32's own shift copies the sign."""
     shifted: Tensor = (bits >> count) & (2 ** (32 - count) - 1)
     return shifted
 
 
-def rewrite(graph: GraphModule) -> GraphModule:
-    """Replace every dropout of a graph that torch.compile has traced, in place, by `dropout` with its own seeds."""
-    found = list(_dropouts(graph))
+def rewrite_graph(graph: GraphModule) -> GraphModule:
+    """Replace every dropout of a graph that torch.compile has traced, in place, by `apply_dropout` with seeds."""
+    found = list(_find_dropouts(graph))
     if not found:
         return graph
     first = next(node for node in graph.graph.nodes if node.op != "placeholder")
@@ -67,7 +67,7 @@ def rewrite(graph: GraphModule) -> GraphModule:
         with graph.graph.inserting_before(node):
             own = graph.graph.call_function(torch.select, (seeds, 0, index))
             # Read the input now: if a dropout follows a dropout, its input is a new node.
-            new = graph.graph.call_function(dropout, (_arguments(node)["input"], p, own))
+            new = graph.graph.call_function(apply_dropout, (_read_arguments(node)["input"], p, own))
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         graph.graph.erase_node(node)
@@ -75,26 +75,26 @@ def rewrite(graph: GraphModule) -> GraphModule:
     return graph
 
 
-def _dropouts(graph: GraphModule) -> Iterator[tuple[Node, float]]:
+def _find_dropouts(graph: GraphModule) -> Iterator[tuple[Node, float]]:
     """Yield the calls of F.dropout that drop something: the node and p."""
     for node in graph.graph.nodes:
         if node.op != "call_function" or node.target is not F.dropout:
             continue
-        given = _arguments(node)
+        given = _read_arguments(node)
         p = given.get("p", 0.5)
         if given.get("training", True) is True and isinstance(p, float) and 0 < p < 1 and not given.get("inplace"):
             yield node, p
 
 
-def _arguments(node: Node) -> dict[str, Any]:
+def _read_arguments(node: Node) -> dict[str, Any]:
     return dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | dict(node.kwargs)
 
 
 @cache
-def with_hashed_dropout(backend: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a backend of torch.compile that gets the graphs of `rewrite`; for one backend always the same object."""
+def add_hashed_dropout(backend: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a backend of torch.compile that gets rewritten graphs; for one backend always the same object."""
 
     def compile_rewritten(graph: GraphModule, inputs: list[Any]) -> Any:
-        return backend(rewrite(graph), inputs)
+        return backend(rewrite_graph(graph), inputs)
 
     return compile_rewritten

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
 from peftbench.tasks.batch import NO_TOKEN
-from peftbench.utils.memory import make_room, out_of_memory
+from peftbench.utils.memory import is_out_of_memory, make_room
 
 AUTO = "auto"
 MOMENTS = 2  # tensors that AdamW keeps for each trained tensor
@@ -38,7 +38,7 @@ class MicroBatches:
 
     def of(self, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Yield the parts of a batch whose tensors and lists have one row for each example."""
-        examples = _examples(batch)
+        examples = _count_examples(batch)
         parts = min(self.parts, examples)
         cuts = [part * examples // parts for part in range(parts + 1)]
         for start, stop in pairwise(cuts):
@@ -104,7 +104,11 @@ class MicroBatched(Trainer):
                     loss = self._add_gradients(model, batch, items)
                 return loss
             except RuntimeError as error:
-                if not self.micro.splits or not out_of_memory(error) or self.micro.parts >= max(map(_examples, todo)):
+                if (
+                    not self.micro.splits
+                    or not is_out_of_memory(error)
+                    or self.micro.parts >= max(map(_count_examples, todo))
+                ):
                     raise
             # An error in the middle of a backward pass leaves some tensors with gradients and some without.
             model.zero_grad()
@@ -151,5 +155,5 @@ class MicroBatched(Trainer):
         return (labels if self.model.config.is_encoder_decoder else labels[:, 1:]).ne(NO_TOKEN).sum()
 
 
-def _examples(batch: Mapping[str, Tensor]) -> int:
+def _count_examples(batch: Mapping[str, Tensor]) -> int:
     return len(batch["labels"])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from peftbench.backbones.sites import configs_of, configured, find_sites
+from peftbench.backbones.sites import find_sites, list_configs, set_configs
 from peftbench.modification.attach import takes_our_attention
 from peftbench.modification.packed_attention import PACKED_NAME, PACKING, Packing
 from peftbench.modification.prompt import PROMPT
@@ -28,7 +28,7 @@ from peftbench.utils.errors import UserError
 SOURCES, TARGETS = "source_lengths", "target_lengths"  # for each example of a batch, in tokens; lists, not tensors
 
 
-def with_lengths(collator: Collator, widths: tuple[int, int] | None = None, pad: int = 0) -> Collator:
+def add_lengths(collator: Collator, widths: tuple[int, int] | None = None, pad: int = 0) -> Collator:
     """Return the collator that adds lists of lengths to its tensors: the CPU knows them without asking the GPU.
 
     Args:
@@ -60,7 +60,7 @@ def with_lengths(collator: Collator, widths: tuple[int, int] | None = None, pad:
     return collate
 
 
-def row_step(lengths: Sequence[int], batch_size: int) -> int:
+def choose_row_step(lengths: Sequence[int], batch_size: int) -> int:
     """Return the number of tokens to whose multiples rows are filled up, so that they come in few lengths, about six.
 
     It is the spread of the number of tokens in a batch of random examples, rounded up to the next power of two.
@@ -69,7 +69,7 @@ def row_step(lengths: Sequence[int], batch_size: int) -> int:
     return 1 << max(0, math.ceil(math.log2(spread))) if spread > 0 else 1
 
 
-def refusal(model: PreTrainedModel) -> str | None:
+def find_refusal(model: PreTrainedModel) -> str | None:
     """Return the part of a model that cannot be trained without padding, or None if all can."""
     sites = find_sites(model)
     if not sites.embedding or sites.family.embedding_at != "input" or not takes_our_attention(model):
@@ -91,7 +91,7 @@ class PaddingFree:
     """
 
     def __init__(self, model: PreTrainedModel, sources: int, targets: int, steps: tuple[int, int] = (1, 1)) -> None:
-        if (why := refusal(model)) is not None:
+        if (why := find_refusal(model)) is not None:
             raise UserError(
                 f"trainer.padding_free=true is not supported for {why}; use trainer.batching=bucketed, which has "
                 "little padding."
@@ -110,15 +110,15 @@ class PaddingFree:
                 queries = self.packings[layer.stack]
                 keys = self.packings["encoder"] if attention.kind == "cross" else queries
                 object.__setattr__(attention.module, PACKING, (queries, keys))
-        self.configs = configs_of(model)
+        self.configs = list_configs(model)
 
     def load(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Take the lengths of the next batch from it, or the tensors that `rows` made of them; return the rest, which
         are the model's inputs."""
         batch = self.rows(batch) if SOURCES in batch else dict(batch)
         for stack, column in (("encoder", "input_ids"), ("decoder", "labels")):
-            if _names(stack)[0] in batch:
-                example, offsets, index = (batch.pop(name) for name in _names(stack))
+            if _list_names(stack)[0] in batch:
+                example, offsets, index = (batch.pop(name) for name in _list_names(stack))
                 self.packings[stack].take((example, offsets, index), tuple(batch[column].shape))
         return batch
 
@@ -131,7 +131,7 @@ class PaddingFree:
                 made = self.packings[stack].tensors(
                     counts, padded.shape[1], padded.device, self._fillers(stack, sum(counts))
                 )
-                batch.update(zip(_names(stack), made, strict=True))
+                batch.update(zip(_list_names(stack), made, strict=True))
         return batch
 
     def _fillers(self, stack: str, tokens: int) -> list[int]:
@@ -159,7 +159,7 @@ class PaddingFree:
         end = base.get_submodule(self.sites.family.stacks[last].rpartition(".")[0])
         handles.append(end.register_forward_hook(self._pad(last)))
         try:
-            with configured(self.configs, "_attn_implementation", PACKED_NAME):
+            with set_configs(self.configs, "_attn_implementation", PACKED_NAME):
                 yield
         finally:
             for handle in handles:
@@ -181,5 +181,5 @@ class PaddingFree:
         return pad
 
 
-def _names(stack: str) -> list[str]:
+def _list_names(stack: str) -> list[str]:
     return [f"{stack}_{part}" for part in ("example", "offsets", "index")]

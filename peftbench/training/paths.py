@@ -10,23 +10,23 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from peftbench.backbones.sites import configs_of
+from peftbench.backbones.sites import list_configs
 from peftbench.config import schema
-from peftbench.config.validity import unrecordable
+from peftbench.config.validity import list_unrecordable
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.batch import Collator
-from peftbench.tasks.tokens import positions
-from peftbench.training.batching import Lengths, padded_to
+from peftbench.tasks.tokens import count_positions
+from peftbench.training.batching import Lengths, pad_to_multiple
 from peftbench.training.compiled import CompiledLayers
-from peftbench.training.padding_free import PaddingFree, refusal, row_step, with_lengths
-from peftbench.training.token_loss import TokenLoss, output_layer
+from peftbench.training.padding_free import PaddingFree, add_lengths, choose_row_step, find_refusal
+from peftbench.training.token_loss import TokenLoss, find_output_layer
 from peftbench.utils.errors import UserError
 
 AUTO = "auto"
 WIDTH = 32  # tokens; bucketed batches are padded to multiples of it, if the backbone has enough positions
 
 
-def settled(settings: schema.Trainer, model: PreTrainedModel, *, bf16: bool, records: bool) -> schema.Trainer:
+def resolve_auto(settings: schema.Trainer, model: PreTrainedModel, *, bf16: bool, records: bool) -> schema.Trainer:
     """Return the settings with true or false instead of `auto`: true if a path is fast and the backbone supports it.
 
     Args:
@@ -40,7 +40,7 @@ def settled(settings: schema.Trainer, model: PreTrainedModel, *, bf16: bool, rec
         raise UserError(
             "trainer.graphs=true: CUDA graphs need a GPU, and there is none here; use trainer.graphs=false."
         )
-    if settings.graphs is True and (key := layer_drop(model)) is not None:
+    if settings.graphs is True and (key := find_layer_drop(model)) is not None:
         raise UserError(
             f"trainer.graphs=true: this backbone leaves layers out at random ({key} in its config.json), and a CUDA "
             "graph always has the same; use trainer.graphs=false."
@@ -48,29 +48,29 @@ def settled(settings: schema.Trainer, model: PreTrainedModel, *, bf16: bool, rec
     padding_free, graphs = settings.padding_free, settings.graphs
     if padding_free == AUTO:
         quick = model.device.type == "cuda" and (bf16 or model.dtype is torch.bfloat16)
-        padding_free = quick and refusal(model) is None
+        padding_free = quick and find_refusal(model) is None
     if graphs == AUTO:
-        graphs = records and not unrecordable(settings) and layer_drop(model) is None
+        graphs = records and not list_unrecordable(settings) and find_layer_drop(model) is None
     return replace(settings, padding_free=padding_free, graphs=graphs)
 
 
-def layer_drop(model: PreTrainedModel) -> str | None:
+def find_layer_drop(model: PreTrainedModel) -> str | None:
     """Return the config key by which the backbone skips layers at random in training; None: it skips none."""
-    for each in configs_of(model):
+    for each in list_configs(model):
         for key, rate in each.to_dict().items():
             if key.endswith("layerdrop") and rate:
                 return f"{key}={rate}"
     return None
 
 
-def collator_of(data: TaskData, model: PreTrainedModel, settings: schema.Trainer, lengths: Lengths) -> Collator:
+def make_collator(data: TaskData, model: PreTrainedModel, settings: schema.Trainer, lengths: Lengths) -> Collator:
     """Return the task's collator, adapted to the paths."""
     if settings.padding_free:
-        return with_lengths(data.collator, lengths.longest if settings.graphs else None, model.config.pad_token_id or 0)
+        return add_lengths(data.collator, lengths.longest if settings.graphs else None, model.config.pad_token_id or 0)
     if settings.graphs or settings.batching is schema.Batching.bucketed:
-        limit, longest = positions(model), max(*data.lengths, *lengths.longest)
+        limit, longest = count_positions(model), max(*data.lengths, *lengths.longest)
         fits = limit is None or -(-longest // WIDTH) * WIDTH <= limit
-        return padded_to(data.collator, WIDTH if fits else 1)
+        return pad_to_multiple(data.collator, WIDTH if fits else 1)
     return data.collator
 
 
@@ -95,9 +95,12 @@ class FastPaths:
             multiples = (1, 1)
             if settings.graphs:
                 size = min(len(lengths.sources), settings.batch_size)
-                multiples = (row_step(lengths.sources, size), row_step(lengths.targets or lengths.sources, size))
+                multiples = (
+                    choose_row_step(lengths.sources, size),
+                    choose_row_step(lengths.targets or lengths.sources, size),
+                )
             padding_free = PaddingFree(model, *lengths.longest, multiples)
-        if settings.fused_loss and (layer := output_layer(model)) is not None:
+        if settings.fused_loss and (layer := find_output_layer(model)) is not None:
             pack = None if padding_free is None else padding_free.targets
             token_loss = TokenLoss(model, layer, settings.label_smoothing, compiled=compiled, pack=pack)
         return cls(padding_free, token_loss, CompiledLayers(model) if compiled else None)

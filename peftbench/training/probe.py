@@ -19,7 +19,7 @@ from peftbench.utils.errors import UserError
 NAMED = 6  # in the error; the record has all of them
 
 
-def unreached(model: PreTrainedModel, batch: Mapping[str, Tensor], bf16: bool) -> list[str]:
+def find_unreached(model: PreTrainedModel, batch: Mapping[str, Tensor], bf16: bool) -> list[str]:
     """Return the names of the trainable tensors that get no gradient from the loss of `batch`, with one forward and
     backward pass.
 
@@ -47,7 +47,7 @@ def unreached(model: PreTrainedModel, batch: Mapping[str, Tensor], bf16: bool) -
     return [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]
 
 
-def no_gradient(names: Sequence[str]) -> UserError:
+def make_no_gradient_error(names: Sequence[str]) -> UserError:
     """Return the error that names the tensors."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return UserError(

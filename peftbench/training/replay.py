@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peftbench.utils.errors import UserError
-from peftbench.utils.memory import no_collection
+from peftbench.utils.memory import pause_collection
 
 MOST = 64  # graphs, each of a few MB; batches of further shapes are computed without one
 
@@ -160,7 +160,7 @@ class CudaGraphs:
         torch.cuda.empty_cache()  # a graph cannot use the memory that unrecorded steps leave unused
         torch.cuda.synchronize()
         # Objects with GPU memory must not be destroyed in the middle of a recording.
-        with self._growing(), self._stream(), no_collection():
+        with self._growing(), self._stream(), pause_collection():
             # Other threads, such as one that pins batches, may continue.
             graph.capture_begin(pool=self.pool.id, capture_error_mode="thread_local")
             try:

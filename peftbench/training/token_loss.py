@@ -1,7 +1,8 @@
 """The cross-entropy of target tokens, with label smoothing, without the logits of a whole batch.
 
 The logits of 64 targets of 64 tokens over BART's 50,265 words are 0.8 GB in float32, and a training step holds several
-copies of them. `cross_entropy` computes them in chunks, together with their part of the gradient, and keeps none.
+copies of them. `compute_cross_entropy` computes them in chunks, together with their part of the gradient, and keeps
+none.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class TokenLoss:
     """The loss of a model's target tokens, computed from the input of its output layer, which gets no gradient.
 
     Args:
-        smoothing: ε of `cross_entropy`.
+        smoothing: ε of `compute_cross_entropy`.
         compiled: the operations on a chunk's logits are compiled into one kernel.
         pack: selects from (B, S, ...) the tokens that have a label, for an encoder-decoder; None: all tokens.
     """
@@ -42,7 +43,7 @@ class TokenLoss:
         pack: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.model, self.layer, self.smoothing, self.pack = model, layer, smoothing, pack
-        self.chunk: Chunk = torch.compile(_of_chunk, dynamic=True) if compiled else _of_chunk
+        self.chunk: Chunk = torch.compile(_compute_chunk, dynamic=True) if compiled else _compute_chunk
         self._kept: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
 
     def __call__(self, inputs: Mapping[str, Tensor], count: Tensor | float | None = None) -> Tensor:
@@ -50,7 +51,7 @@ class TokenLoss:
 
         Args:
             inputs: the model's inputs, with labels.
-            count: the divisor of the sum over tokens, see `cross_entropy`.
+            count: the divisor of the sum over tokens, see `compute_cross_entropy`.
         """
         labels = inputs["labels"]
         given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
@@ -59,13 +60,13 @@ class TokenLoss:
                 given["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
         else:  # the logits at a token predict the next token
             labels = F.pad(labels[:, 1:], (0, 1), value=NO_TOKEN)
-        with hidden_states(self.layer) as read:
+        with capture_hidden_states(self.layer) as read:
             self.model(**given)
         hidden = read[0]
         if self.pack is not None:
             hidden, labels = self.pack(hidden), self.pack(labels)
-        weight, bias = self._weights(_computed_in(hidden))
-        return cross_entropy(
+        weight, bias = self._weights(_get_compute_dtype(hidden))
+        return compute_cross_entropy(
             hidden, weight, bias, labels, self.smoothing, count=count, words=len(self.layer.weight), of=self.chunk
         )
 
@@ -74,7 +75,7 @@ class TokenLoss:
         """Return W and b in `dtype` with rows of zeros appended, up to a multiple of `ROWS`; computed once."""
         if dtype not in self._kept:
             weight = self.layer.weight.detach()
-            bias = self.layer.bias.detach() if self.layer.bias is not None else logits_bias(self.model)
+            bias = self.layer.bias.detach() if self.layer.bias is not None else find_logits_bias(self.model)
             more = -len(weight) % ROWS
             self._kept[dtype] = (
                 F.pad(weight.to(dtype), (0, 0, 0, more)) if more else weight.to(dtype),
@@ -83,12 +84,12 @@ class TokenLoss:
         return self._kept[dtype]
 
 
-def _computed_in(hidden: Tensor) -> torch.dtype:
+def _get_compute_dtype(hidden: Tensor) -> torch.dtype:
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
-def output_layer(model: PreTrainedModel) -> nn.Linear | None:
+def find_output_layer(model: PreTrainedModel) -> nn.Linear | None:
     """Return the frozen Linear that computes a model's logits; None if there is none, or if it is trained and so needs
     its gradient too."""
     layer = model.get_output_embeddings()
@@ -98,7 +99,7 @@ def output_layer(model: PreTrainedModel) -> nn.Linear | None:
 
 
 @contextmanager
-def hidden_states(layer: nn.Module) -> Iterator[list[Tensor]]:
+def capture_hidden_states(layer: nn.Module) -> Iterator[list[Tensor]]:
     """Inside the block, a forward pass leaves the input of `layer` in the list, and `layer` itself gets no tokens."""
     seen: list[Tensor] = []
 
@@ -113,7 +114,7 @@ def hidden_states(layer: nn.Module) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def _of_chunk(logits: Tensor, labels: Tensor, smoothing: float, words: int) -> tuple[Tensor, Tensor]:
+def _compute_chunk(logits: Tensor, labels: Tensor, smoothing: float, words: int) -> tuple[Tensor, Tensor]:
     """Return the sum of the tokens' losses and its gradient for the logits, in the dtype and shape of the logits.
 
     logits: (n, V or more columns, which do not count); labels: (n,).
@@ -127,7 +128,7 @@ def _of_chunk(logits: Tensor, labels: Tensor, smoothing: float, words: int) -> t
     return -(loss * active).sum(), F.pad(slope.to(logits.dtype), (0, logits.shape[-1] - words))
 
 
-def cross_entropy(
+def compute_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -137,7 +138,7 @@ def cross_entropy(
     count: Tensor | float | None = None,
     words: int | None = None,
     chunk: int = CHUNK,
-    of: Chunk = _of_chunk,
+    of: Chunk = _compute_chunk,
 ) -> Tensor:
     """Sum over tokens (1-ε) (-log p_label) + ε mean_v (-log p_v), p = softmax(W hidden + b), and divide by `count`.
 
@@ -166,7 +167,7 @@ def cross_entropy(
 
 
 class _Summed(torch.autograd.Function):
-    """The sum of `cross_entropy`. Each chunk's gradient, (softmax - target) W, is computed while its logits exist."""
+    """The sum of `compute_cross_entropy`. Each chunk's gradient, (softmax - target) W, is computed with its logits."""
 
     @staticmethod
     def forward(
@@ -198,7 +199,7 @@ class _Summed(torch.autograd.Function):
         return gradient * upstream[0].to(gradient.dtype), *(7 * [None])
 
 
-def logits_bias(model: PreTrainedModel) -> Tensor | None:
+def find_logits_bias(model: PreTrainedModel) -> Tensor | None:
     """Return the bias that a model adds to its logits after the output layer: BART's `final_logits_bias`,
     (1, vocabulary)."""
     bias: Tensor | None = getattr(model, "final_logits_bias", None)

@@ -171,7 +171,7 @@ class FineTuner(MicroBatched, Resumable):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         if not self.diverging.may_look(self.model, self.state, self.control):
             return {}
-        if self.replayed is not None and _crowded(self.args.device):
+        if self.replayed is not None and _is_crowded(self.args.device):
             self.replayed.release()  # nothing but graphs can use their memory
         metrics = {f"eval_{name}": value for name, value in self.scores().items()}
         if self.args.device.type == "cuda":
@@ -181,7 +181,7 @@ class FineTuner(MicroBatched, Resumable):
         return metrics
 
 
-def _crowded(device: torch.device) -> bool:
+def _is_crowded(device: torch.device) -> bool:
     """Return whether less than half of a GPU's memory is free."""
     if device.type != "cuda":
         return False

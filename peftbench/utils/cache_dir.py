@@ -6,6 +6,6 @@ import os
 from pathlib import Path
 
 
-def cache_dir() -> Path:
+def find_cache_dir() -> Path:
     """Return `$PEFTBENCH_CACHE`, or `~/.cache/peftbench`."""
     return Path(os.environ.get("PEFTBENCH_CACHE") or Path.home() / ".cache" / "peftbench")

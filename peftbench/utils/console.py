@@ -12,10 +12,10 @@ from rich.console import Console
 class _Terminal(Console):
     def on_broken_pipe(self) -> None:
         """Do nothing: rich would end the process in the middle of a run."""
-        let_go(self.file)
+        discard_output(self.file)
 
 
-def terminal(stderr: bool = False) -> Console:
+def make_console(stderr: bool = False) -> Console:
     """Return a console that prints a user's text literally: rich's markup would take the [prefix] of mix=[prefix] for a
     style."""
     return _Terminal(stderr=stderr, markup=False, emoji=False)
@@ -26,9 +26,9 @@ def say(line: str) -> None:
     try:
         print(line, flush=True)
     except BrokenPipeError:
-        let_go(sys.stdout)
+        discard_output(sys.stdout)
 
 
-def let_go(file: IO[str]) -> None:
+def discard_output(file: IO[str]) -> None:
     """Discard all further output: its reader, such as head, has closed the pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())

@@ -15,14 +15,14 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def differing(values: Sequence[Mapping[str, Any]]) -> list[str]:
+def find_differing(values: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the keys that do not have the same value in all of `values`, in the order of their first occurrence."""
     keys = dict.fromkeys(key for one in values for key in one)
     absent = object()
     return [key for key in keys if any(one.get(key, absent) != values[0].get(key, absent) for one in values)]
 
 
-def distinctive(typed: Sequence[Mapping[str, str]]) -> list[str]:
+def find_distinctive(typed: Sequence[Mapping[str, str]]) -> list[str]:
     """Return the keys that were typed with different values for different runs.
 
     Keys below a group that distinguishes the runs equally well are left out: task.data_dir, if each task has its own.
@@ -32,5 +32,5 @@ def distinctive(typed: Sequence[Mapping[str, str]]) -> list[str]:
         values = {one.get(group) for one in typed}
         return group != key and len(values) == len({(one.get(group), one.get(key)) for one in typed})
 
-    keys = differing(typed)
+    keys = find_differing(typed)
     return [key for key in keys if not ((group := key.partition(".")[0]) in keys and tells_as_much(group, key))]

@@ -29,23 +29,23 @@ def print_faults(faults: Iterable[str]) -> None:
 OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT)
 
 
-def of_the_machine(error: OSError) -> str | None:
+def describe_os_error(error: OSError) -> str | None:
     """Return the sentence for an error of the file system that the user can correct, or None for any other error."""
     if error.errno not in OF_THE_MACHINE or error.strerror is None:
         return None
     return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
 
 
-def unknown(what: str, value: object, choices: Iterable[object]) -> str:
+def describe_unknown(what: str, value: object, choices: Iterable[object]) -> str:
     """Return the sentence for a `value` that is none of `choices`: the closest match first, then all of them.
 
     >>> unknown("method", "lroa", ["lora", "mam"])
     'method=lroa is unknown; did you mean lora? Choices: lora, mam.'
     """
-    return f"{what}={value} is unknown{meant(value, choices)}"
+    return f"{what}={value} is unknown{suggest(value, choices)}"
 
 
-def meant(value: object, choices: Iterable[object]) -> str:
+def suggest(value: object, choices: Iterable[object]) -> str:
     """Return the end of a sentence which says that `value` is none of `choices`."""
     names = [str(choice) for choice in choices]
     close = get_close_matches(str(value), names, n=1, cutoff=0.5)

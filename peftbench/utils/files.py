@@ -12,19 +12,19 @@ from typing import Any, TextIO
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[TextIO]:
+def replace_file(path: Path) -> Iterator[TextIO]:
     """Yield a text file to write to; it replaces `path` once it is complete."""
     if path.exists() and not path.is_file():  # /dev/stdout cannot be replaced
         with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
             yield file
         return
     # A lone surrogate, which UTF-8 cannot encode, becomes \udxxx, as JSON writes it.
-    with beside(path) as unfinished, unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    with write_beside(path) as unfinished, unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
         yield file
 
 
 @contextmanager
-def beside(path: Path) -> Iterator[Path]:
+def write_beside(path: Path) -> Iterator[Path]:
     """Yield the path at which to write a file that replaces `path` once it is complete."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -40,18 +40,18 @@ def beside(path: Path) -> Iterator[Path]:
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object on each line of a file."""
-    with replacing(path) as file:
-        file.writelines(dumped(row) + "\n" for row in rows)
+    with replace_file(path) as file:
+        file.writelines(dump_json(row) + "\n" for row in rows)
 
 
-def dumped(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
+def dump_json(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
     """JSON that every program reads: with null for NaN and infinity, for which it has no numbers."""
-    return json.dumps(_finite(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
+    return json.dumps(_replace_nonfinite(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
+def _replace_nonfinite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _finite(below) for key, below in value.items()}
+        return {key: _replace_nonfinite(below) for key, below in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(below) for below in value]
+        return [_replace_nonfinite(below) for below in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,7 +10,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
 
-def out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
     """Return whether an error says that the memory of a device, or of the machine, is not enough."""
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
@@ -23,7 +23,7 @@ def make_room() -> None:
 
 
 @contextmanager
-def no_collection() -> Iterator[None]:
+def pause_collection() -> Iterator[None]:
     """Pause Python's garbage collector inside the block."""
     enabled = gc.isenabled()
     gc.disable()

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def quick_imports() -> Iterator[None]:
+def speed_up_imports() -> Iterator[None]:
     """Import torch and transformers in half the time, inside the block.
 
     They create millions of objects that live as long as the process. The garbage collector would traverse these again

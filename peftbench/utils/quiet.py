@@ -6,7 +6,7 @@ import datasets
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from peftbench.utils.console import terminal
+from peftbench.utils.console import make_console
 
 
 def silence_libraries() -> None:
@@ -17,7 +17,7 @@ def silence_libraries() -> None:
     datasets.logging.set_verbosity_error()
 
 
-def quiet_console(stderr: bool = False) -> Console:
+def make_quiet_console(stderr: bool = False) -> Console:
     """Return a console, and silence the libraries."""
     silence_libraries()
-    return terminal(stderr)
+    return make_console(stderr)

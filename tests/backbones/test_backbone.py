@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from peftbench.backbones.load import Backbone, load_backbone
-from peftbench.backbones.sites import family_of
+from peftbench.backbones.sites import find_family
 from peftbench.config.schema import Model, Task, TaskKind
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import count
@@ -100,7 +100,7 @@ def test_a_classifier_from_any_checkpoint_of_its_family(family: str, tmp_path: P
                 loaded(saved(model, tmp_path / name), CLASSIFY)
             continue
         found = loaded(saved(model, tmp_path / name), CLASSIFY)
-        heads = family_of(model.config.model_type).task_head
+        heads = find_family(model.config.model_type).task_head
         assert all(new.split(".")[0] in heads or ".pooler." in new for new in found.untrained), name
         assert same_backbone(found.model, model), name
         assert bool(found.untrained) == (name != "AutoModelForSequenceClassification"), name

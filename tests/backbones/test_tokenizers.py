@@ -19,9 +19,9 @@ from peftbench.cli.main import main
 from peftbench.config.schema import Model, Run, Task, TaskKind, Trainer
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.evaluation.partial import Partial
-from peftbench.evaluation.predict import predict, share_cut_off
-from peftbench.tasks.load import load
-from peftbench.tasks.prepare import prepare
+from peftbench.evaluation.predict import measure_cut_off, predict
+from peftbench.tasks.load import load_task
+from peftbench.tasks.prepare import prepare_data
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import write_lines
 from tests.evaluation.test_batch_size import letters, task_of
@@ -111,13 +111,13 @@ def test_texts_that_are_cut_off_are_counted_and_said(
 def test_the_share_that_is_cut_off() -> None:
     """Ends after what a decoder begins with; one that is forced in the last place is none of the text's own."""
     ids = np.array([[2, 7, 2, 1, 1], [2, 7, 8, 9, 7], [2, 7, 8, 9, 2], [2, 7, 4, -100, -100]])
-    assert share_cut_off(ids, GenerationConfig(eos_token_id=[2, 4], max_length=5), begun=1) == 0.25
-    assert share_cut_off(ids, GenerationConfig(eos_token_id=2, max_length=5), begun=1) == 0.5
+    assert measure_cut_off(ids, GenerationConfig(eos_token_id=[2, 4], max_length=5), begun=1) == 0.25
+    assert measure_cut_off(ids, GenerationConfig(eos_token_id=2, max_length=5), begun=1) == 0.5
     forced = GenerationConfig(eos_token_id=[2, 4], forced_eos_token_id=2, max_length=5)
-    assert share_cut_off(ids, forced, begun=1) == 0.5
-    assert share_cut_off(ids[:, 1:], GenerationConfig(eos_token_id=[2, 4], max_new_tokens=4), begun=0) == 0.25
-    assert share_cut_off(ids, GenerationConfig(max_length=5), begun=1) == 1
-    assert share_cut_off(ids[:0], GenerationConfig(eos_token_id=2), begun=1) == 0
+    assert measure_cut_off(ids, forced, begun=1) == 0.5
+    assert measure_cut_off(ids[:, 1:], GenerationConfig(eos_token_id=[2, 4], max_new_tokens=4), begun=0) == 0.25
+    assert measure_cut_off(ids, GenerationConfig(max_length=5), begun=1) == 1
+    assert measure_cut_off(ids[:0], GenerationConfig(eos_token_id=2), begun=1) == 0
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_cut_off_is_the_same_in_parts(family: str, beams: int, likely: float, tm
     task = task_of(family, tmp_path)
     task.generation.num_beams = beams
     backbone = load_backbone(Model(path=str(tmp_path)), task)
-    data = prepare(load(task), backbone.tokenizer, backbone.model)
+    data = prepare_data(load_task(task), backbone.tokenizer, backbone.model)
     run = Run(task=task, trainer=Trainer(learning_rate=1.0, eval_batch_size=8))
     evaluator = Evaluator(backbone.model, data, run)
     evaluator.score("report")
@@ -165,7 +165,7 @@ def test_an_end_that_is_no_special_token_is_not_part_of_the_text(tmp_path: Path)
     task = task_of("llama", tmp_path)
     backbone = load_backbone(Model(path=str(tmp_path)), task)
     assert not backbone.tokenizer.added_tokens_decoder[index].special
-    data = prepare(load(task), backbone.tokenizer, backbone.model)
+    data = prepare_data(load_task(task), backbone.tokenizer, backbone.model)
     assert all(labels[-1] == index for labels in data.train["labels"])
     evaluator = Evaluator(backbone.model, data, Run(task=task, trainer=Trainer(learning_rate=1.0)))
     decoded = evaluator.score("report")[1]
@@ -241,7 +241,7 @@ def test_another_models_tokenizer_is_refused(reviews: Task) -> None:
     model = tiny_bert()
     model.resize_token_embeddings(260)
     with pytest.raises(UserError, match=r"has the id \d+ for '.*' in train, and .* embeddings for 260 ids only"):
-        prepare(load(reviews), byte_level(), model)
+        prepare_data(load_task(reviews), byte_level(), model)
 
 
 def words(count: int, unknown: int) -> str:
@@ -252,7 +252,7 @@ def words(count: int, unknown: int) -> str:
 def test_unknown_tokens_are_counted(unknown: int, share: float, reviews: Task) -> None:
     """Special tokens around a text do not count, and the split that has them is named."""
     write_lines(Path(str(reviews.data_dir)) / "dev.jsonl", [{"text": words(20, unknown), "label": "good"}])
-    data = prepare(load(reviews), word_level(), tiny_bert())
+    data = prepare_data(load_task(reviews), word_level(), tiny_bert())
     assert data.unknown["validation"] == pytest.approx(share)
     notes = [note for note in data.notes if "does not know" in note]
     assert len(notes) == (share > 0.05)
@@ -262,17 +262,17 @@ def test_unknown_tokens_are_counted(unknown: int, share: float, reviews: Task) -
 def test_text_that_is_mostly_unknown_is_refused(reviews: Task) -> None:
     write_lines(Path(str(reviews.data_dir)) / "dev.jsonl", [{"text": words(20, 11), "label": "good"}])
     with pytest.raises(UserError, match=r"knows too little of validation: 55\.0% of its tokens are <unk>"):
-        prepare(load(reviews), word_level(), tiny_bert())
+        prepare_data(load_task(reviews), word_level(), tiny_bert())
 
 
 def test_an_end_that_is_the_unknown_token_too_is_not_counted(reviews: Task) -> None:
     """As GPT-2's, which knows every byte."""
     tokenizer = byte_level()
     tokenizer.unk_token = "</s>"
-    assert prepare(load(reviews), tokenizer, tiny_bert()).unknown == {}
+    assert prepare_data(load_task(reviews), tokenizer, tiny_bert()).unknown == {}
 
 
 def test_texts_of_which_nothing_is_left_are_refused(reviews: Task) -> None:
     write_lines(Path(str(reviews.data_dir)) / "train.jsonl", [{"text": "χ", "label": "good"}] * 3)
     with pytest.raises(UserError, match="makes no token of any text in train"):
-        prepare(load(reviews), letters(), tiny_bert())
+        prepare_data(load_task(reviews), letters(), tiny_bert())

@@ -14,12 +14,12 @@ import pytest
 
 from peftbench.cli.compare import main
 from peftbench.config.schema import FunctionalForm, Modification, Trainer
-from peftbench.records.location import run_dir
-from peftbench.records.record import Score, Searched, find, load_records
-from peftbench.records.recording import recording
+from peftbench.records.location import locate_run
+from peftbench.records.record import Score, Searched, find_record, load_records
+from peftbench.records.recording import record_run
 from peftbench.records.run_files import write_predictions
-from peftbench.tables.comparison import settings_that_differ
-from peftbench.tables.row import single
+from peftbench.tables.comparison import find_differing_settings
+from peftbench.tables.row import make_rows
 from peftbench.utils.errors import UserError
 from tests.records.test_record import RUN
 
@@ -29,8 +29,8 @@ REFERENCES = ["yes", "no"] * 50
 def trained(root: Path, right: int, references: list[str] = REFERENCES, **changes: Any) -> Path:
     """The folder of a run whose first `right` predictions of a hundred are right."""
     run = replace(RUN, output_dir=str(root), **changes)
-    folder = run_dir(run)
-    with recording(run, folder, []) as record:
+    folder = locate_run(run)
+    with record_run(run, folder, []) as record:
         record.scores["report"] = Score("test", len(references), {"accuracy": 100 * right / len(references)})
         record.score = record.scores["report"].metrics["accuracy"]
         record.versions = {"python": "3.11"}
@@ -74,8 +74,8 @@ def test_two_settings_over_their_seeds(outputs: Path, capsys: pytest.CaptureFixt
 def test_a_further_modification_is_told_by_what_is_its_own(tmp_path: Path) -> None:
     mix = replace(Modification(), bottleneck=7, bias=True, functional_form=FunctionalForm("relu"))
     folders = [trained(tmp_path, 50), trained(tmp_path, 50, mix={**RUN.mix, "other": mix})]
-    a, b = (single(load_records(folder)[0])[0] for folder in folders)
-    assert settings_that_differ(a, b) == {
+    a, b = (make_rows(load_records(folder)[0])[0] for folder in folders)
+    assert find_differing_settings(a, b) == {
         "mix.other.functional_form.name": [None, "relu"],
         "mix.other.bottleneck": [None, 7],
         "mix.other.bias": [None, True],
@@ -83,7 +83,7 @@ def test_a_further_modification_is_told_by_what_is_its_own(tmp_path: Path) -> No
 
 
 def test_the_trials_of_a_search_stand_back(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trial = find(trained(outputs, 99, method="mam", trainer=Trainer(learning_rate=1e-2), seed=1))
+    trial = find_record(trained(outputs, 99, method="mam", trainer=Trainer(learning_rate=1e-2), seed=1))
     assert trial is not None
     trial.search = Searched("lr3", "trial", 1, {"trainer.learning_rate": [1e-2, 1e-3]}, {"trainer.learning_rate": 1e-2})
     trial.save()
@@ -192,6 +192,6 @@ def test_comparing_imports_no_torch() -> None:
 
 def test_how_texts_were_read_is_a_difference(tmp_path: Path) -> None:
     """A run of an earlier version beside one of this."""
-    a, b = (single(load_records(trained(tmp_path, 50, seed=seed))[0])[0] for seed in (1, 2))
+    a, b = (make_rows(load_records(trained(tmp_path, 50, seed=seed))[0])[0] for seed in (1, 2))
     b.first.data["reading"] = {"pair_separator": "\n"}
-    assert settings_that_differ(a, b) == {"(reading.pair_separator)": [None, "\n"]}
+    assert find_differing_settings(a, b) == {"(reading.pair_separator)": [None, "\n"]}

@@ -13,14 +13,14 @@ from omegaconf import OmegaConf
 from peftbench.cli.main import main
 from peftbench.config import schema
 from peftbench.config.axes import CHOICES
-from peftbench.config.keys import Key, keys
+from peftbench.config.keys import Key, list_keys
 from peftbench.config.schema import HELP, Run, Search
-from peftbench.config.validity import BASELINES, METRICS
+from peftbench.config.validity import BASELINES, METRIC_NAMES
 from peftbench.utils.differences import flatten
 
 
 def test_every_key_of_the_schema_is_listed_once() -> None:
-    names = [key.name for key in keys()]
+    names = [key.name for key in list_keys()]
     schema = OmegaConf.to_container(OmegaConf.structured(Run(search=Search())))
     assert isinstance(schema, dict)
     leaves = {name for name, _ in flatten(schema) if name not in ("size", "sizes")}
@@ -44,10 +44,10 @@ def test_every_field_of_the_schema_has_help_or_keys_of_its_own(kind: type, item:
 
 
 def test_every_key_that_is_listed_has_help() -> None:
-    assert [key.name for key in keys() if not key.meaning] == []
+    assert [key.name for key in list_keys() if not key.meaning] == []
 
 
-@pytest.mark.parametrize("key", [key for key in keys() if key.choices], ids=lambda key: str(key.name))
+@pytest.mark.parametrize("key", [key for key in list_keys() if key.choices], ids=lambda key: str(key.name))
 def test_help_explains_each_choice(key: Key) -> None:
     told = "`peftbench ls axes` describes the choices" in key.meaning
     explained = {choice for choices in CHOICES.values() for choice in choices} if told else set()
@@ -56,8 +56,8 @@ def test_help_explains_each_choice(key: Key) -> None:
 
 
 def test_help_names_the_choices_of_texts() -> None:
-    meaning = {key.name: key.meaning for key in keys()}
-    for key, choices in (("task.metric", METRICS), ("task.baselines", BASELINES)):
+    meaning = {key.name: key.meaning for key in list_keys()}
+    for key, choices in (("task.metric", METRIC_NAMES), ("task.baselines", BASELINES)):
         assert all(re.search(rf"\b{choice}\b", meaning[key]) for of_kind in choices.values() for choice in of_kind)
     assert all(re.search(rf"\b{form}\b", meaning["functional_form.name"]) for form in schema.FUNCTIONAL_FORMS)
 
@@ -70,7 +70,7 @@ def test_a_default_is_copied_for_each_config() -> None:
 
 
 def test_choices_and_defaults_are_as_they_are_typed() -> None:
-    found = {key.name: key for key in keys()}
+    found = {key.name: key for key in list_keys()}
     assert found["trainer.keep"].choices == ["best", "last"]
     assert found["modified_representation.stacks"].choices == ["encoder", "decoder"]
     assert found["bottleneck"].default == "null" and found["bias"].default == "false"
@@ -83,7 +83,7 @@ def test_ls_keys(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("COLUMNS", "1000")
     assert main(["ls", "keys"]) == 0
     printed = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    for key in keys():
+    for key in list_keys():
         assert printed[printed.index(f"{key.name}: {', '.join(key.choices) or key.default}".strip()) + 1] == key.meaning
     assert main(["ls", "keys", "trainr"]) == 2
     assert "No key starts with trainr; did you mean trainer?" in capsys.readouterr().err

@@ -12,10 +12,10 @@ from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassificati
 
 from peftbench.backbones.load import load_backbone
 from peftbench.cli.main import main
-from peftbench.evaluation.finished import changed_run
+from peftbench.evaluation.finished import read_changed_run
 from peftbench.modification.attach import attach_run
 from peftbench.modification.state import load as load_adapter
-from peftbench.records.saved import saved_record
+from peftbench.records.saved import read_saved_record
 from peftbench.utils.files import write_lines
 
 pytestmark = pytest.mark.slow
@@ -50,7 +50,7 @@ def logits(model: Any, tokenizer: Any) -> torch.Tensor:
 
 def unmerged(run: Path) -> torch.Tensor:
     """The logits of the run's adapter beside the backbone."""
-    config = changed_run(run, saved_record(run), [])
+    config = read_changed_run(run, read_saved_record(run), [])
     backbone = load_backbone(config.model, config.task)
     attach_run(backbone.model, config, backbone.untrained)
     load_adapter(backbone.model, run / "adapter", backbone.untrained)
@@ -76,7 +76,7 @@ def test_merged_folder_needs_no_peftbench(
     loaded = auto.from_pretrained(out)
     expected = unmerged(run)
     assert (logits(loaded, AutoTokenizer.from_pretrained(out)) - expected).abs().max() < 1e-5 * expected.abs().max()
-    before = auto.from_pretrained(changed_run(run, saved_record(run), []).model.path, num_labels=2)
+    before = auto.from_pretrained(read_changed_run(run, read_saved_record(run), []).model.path, num_labels=2)
     state = before.state_dict()
     backbone = [name for name in state if "layers" in name]
     assert any(not torch.equal(loaded.state_dict()[name], state[name]) for name in backbone)

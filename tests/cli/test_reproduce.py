@@ -13,19 +13,22 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from peftbench.cli.reproduce import lines, main
+from peftbench.cli.reproduce import describe_runs, main
 from peftbench.config.compose import compose_points, compose_run
-from peftbench.config.rows import rows, scores
-from peftbench.config.schema import Run, conf_dir
+from peftbench.config.rows import read_rows, read_scores
+from peftbench.config.schema import Run, find_conf_dir
 from peftbench.records.record import Score
-from peftbench.records.recording import recording
+from peftbench.records.recording import record_run
 from peftbench.utils.errors import UserError
 
-TABLES = sorted(file.stem for file in (conf_dir() / "experiment" / "paper").glob("*.yaml"))
+TABLES = sorted(file.stem for file in (find_conf_dir() / "experiment" / "paper").glob("*.yaml"))
 SEEDS = [42, 2, 4, 6, 8]
-ROWS = list(rows())
-METHODS = sorted(file.stem for file in (conf_dir() / "method").glob("*.yaml"))
-PRINTED = {**{row: scores(row, "") for row in ROWS}, **{f"method={name}": scores(None, name) for name in METHODS}}
+ROWS = list(read_rows())
+METHODS = sorted(file.stem for file in (find_conf_dir() / "method").glob("*.yaml"))
+PRINTED = {
+    **{row: read_scores(row, "") for row in ROWS},
+    **{f"method={name}": read_scores(None, name) for name in METHODS},
+}
 SCORES: Any = {  # by table and row
     table: {name.removeprefix("method="): of[table] for name, of in PRINTED.items() if table in of}
     for table in dict.fromkeys(table for of in PRINTED.values() for table in of)
@@ -34,7 +37,7 @@ SCORES: Any = {  # by table and row
 
 def swept(table: str) -> dict[str, list[str]]:
     """What a table's file goes over, by key."""
-    params = OmegaConf.load(conf_dir() / "experiment" / "paper" / f"{table}.yaml").hydra.sweeper.params
+    params = OmegaConf.load(find_conf_dir() / "experiment" / "paper" / f"{table}.yaml").hydra.sweeper.params
     return {str(key): [str(word).strip() for word in str(value).split(",")] for key, value in params.items()}
 
 
@@ -123,10 +126,10 @@ def test_a_sweep_needs_m(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_dry_run_lists_what_is_done_and_what_is_to_come(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["task=docsum", "trainer=quick", "debug=smoke", f"output_dir={tmp_path}"]
     (row,) = points("experiment=paper/table5", "row=pa_ffn_512", *overrides)
-    (line,) = lines("table5", [row])
-    from peftbench.records.location import run_dir
+    (line,) = describe_runs("table5", [row])
+    from peftbench.records.location import locate_run
 
-    with recording(line.run, run_dir(line.run), []) as record:
+    with record_run(line.run, locate_run(line.run), []) as record:
         record.scores["report"] = Score("test", 16, {"rouge2": 7.0})
         record.score = 7.0
     record.timings["total_s"] = 100.0
@@ -139,9 +142,9 @@ def test_a_dry_run_lists_what_is_done_and_what_is_to_come(tmp_path: Path, capsys
 
 def test_the_papers_score_and_the_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (row,) = points("experiment=paper/table5", "row=pa_ffn_512", f"output_dir={tmp_path}")
-    from peftbench.records.location import run_dir
+    from peftbench.records.location import locate_run
 
-    with recording(row[1], run_dir(row[1]), []) as record:
+    with record_run(row[1], locate_run(row[1]), []) as record:
         record.score = 21.5
     main(["table5", "row=pa_ffn_512", "--dry-run", f"output_dir={tmp_path}"])
     assert re.search(r"pa_ffn_512 +done .* 20\.98 +21\.50 +\+0\.52", capsys.readouterr().out)
@@ -158,7 +161,7 @@ def test_the_papers_score_and_the_difference(tmp_path: Path, capsys: pytest.Capt
 def test_figures_have_the_scores_that_tables_print(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Figures 2, 4 and 5 print none of their own; all their points are rows of tables."""
     for figure in ("figure2", "figure4", "figure5"):
-        found = lines(figure, points(f"experiment=paper/{figure}", f"output_dir={tmp_path}"))
+        found = describe_runs(figure, points(f"experiment=paper/{figure}", f"output_dir={tmp_path}"))
         assert all(line.paper is not None for line in found)
     main(["figure5", "row=full,pa_ffn_1024", "--dry-run", f"output_dir={tmp_path}"])
     printed = capsys.readouterr().out

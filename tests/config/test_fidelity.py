@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from peftbench.config.compose import compose_run
-from peftbench.config.fidelity import DEAD, SWITCHES, with_deviations
-from peftbench.config.identity import run_hash
+from peftbench.config.fidelity import DEAD, SWITCHES, apply_fidelity
+from peftbench.config.identity import hash_run
 from peftbench.config.schema import (
     Fidelity,
     HeadInput,
@@ -17,13 +17,13 @@ from peftbench.config.schema import (
     Representation,
     Run,
     TaskKind,
-    conf_dir,
-    modifications,
+    find_conf_dir,
+    list_modifications,
 )
 from peftbench.utils.errors import UserError
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "fidelity.md"
-METHODS = sorted(path.stem for path in (conf_dir() / "method").glob("*.yaml"))
+METHODS = sorted(path.stem for path in (find_conf_dir() / "method").glob("*.yaml"))
 
 
 def composed(*overrides: str) -> Run:
@@ -31,7 +31,7 @@ def composed(*overrides: str) -> Run:
 
 
 def names(run: Run, model_type: str) -> list[str]:
-    return [deviation.name for deviation in with_deviations(run, model_type)[1]]
+    return [deviation.name for deviation in apply_fidelity(run, model_type)[1]]
 
 
 def test_the_two_sets_are_all_switches_off_and_all_on() -> None:
@@ -50,7 +50,7 @@ def test_the_document_names_every_switch() -> None:
 def test_the_papers_text_leaves_a_run_as_it_is(method: str) -> None:
     run = composed(f"method={method}", "task=sst2")
     for model_type in ("bart", "mbart", "roberta", "t5"):
-        assert with_deviations(run, model_type) == (run, [])
+        assert apply_fidelity(run, model_type) == (run, [])
 
 
 HEAD, BEFORE, NORM, INIT, MLP, QUERY, RESIDUAL, DEAD_ONES = SWITCHES
@@ -101,19 +101,19 @@ def test_the_switches_in_force(case: str) -> None:
 
 def test_a_mixture_is_changed_part_by_part() -> None:
     run = composed("task=xsum", "method=pa_attention_pa_ffn", "fidelity=released_code")
-    changed = modifications(with_deviations(run, "mbart")[0])
+    changed = list_modifications(apply_fidelity(run, "mbart")[0])
     assert {prefix: m.modified_representation.name.name for prefix, m in changed.items()} == {
         "": "ffn",
         "mix.attention.": "heads_joint",
     }
     assert [m.layer_norm.name for m in changed.values()] == ["none", "input"]
     assert [m.bottleneck for m in changed.values()] == [512, 30]
-    assert modifications(run)["mix.attention."].layer_norm is LayerNormPlace.none  # the run itself is as it was
+    assert list_modifications(run)["mix.attention."].layer_norm is LayerNormPlace.none  # the run itself is as it was
 
 
 def test_what_modifies_both_sublayers_is_taken_apart() -> None:
     run = composed("task=xsum", "method=adapter", "mix=[prefix]", "fidelity=released_code")
-    changed = modifications(with_deviations(run, "bart")[0])
+    changed = list_modifications(apply_fidelity(run, "bart")[0])
     places = {prefix: (m.modified_representation.name.name, m.layer_norm.name) for prefix, m in changed.items()}
     assert places == {
         "": ("attention", "input"),
@@ -121,7 +121,7 @@ def test_what_modifies_both_sublayers_is_taken_apart() -> None:
         "mix.attention.": ("heads", "none"),
     }
     named_so = replace(run, mix={"modification_ffn": run.mix["attention"]})  # a name that the user has taken
-    changed = modifications(with_deviations(named_so, "bart")[0])
+    changed = list_modifications(apply_fidelity(named_so, "bart")[0])
     places = {prefix: (m.modified_representation.name.name, m.layer_norm.name) for prefix, m in changed.items()}
     assert places == {
         "": ("attention", "input"),
@@ -132,14 +132,14 @@ def test_what_modifies_both_sublayers_is_taken_apart() -> None:
 
 def test_an_mlp_of_another_width_is_kept() -> None:
     run = composed("task=xsum", "method=mh_parallel_adapter", "prefix_mlp=64", "bias=true", "fidelity=released_code")
-    (changed,) = modifications(with_deviations(run, "bart")[0]).values()
+    (changed,) = list_modifications(apply_fidelity(run, "bart")[0]).values()
     assert (changed.prefix_mlp, changed.bias) == (64, False)
     assert changed.modified_representation.head_input is HeadInput.normed_query
 
 
 def test_a_switch_by_itself() -> None:
     run = composed("task=xsum", "method=parallel_adapter_attention", "fidelity.attention_adapter_before_output=true")
-    changed, deviations = with_deviations(run, "bart")
+    changed, deviations = apply_fidelity(run, "bart")
     assert [deviation.name for deviation in deviations] == ["attention_adapter_before_output"]
     assert changed.modified_representation.name is Representation.heads_joint
     assert changed.layer_norm is LayerNormPlace.none
@@ -184,10 +184,10 @@ def test_a_switch_of_another_family_is_refused_once_the_family_is_known() -> Non
     run = composed("task=xsum", "method=parallel_adapter", "fidelity.mbart_ffn_adapter_reads_residual=true")
     assert names(run, "mbart") == ["mbart_ffn_adapter_reads_residual"]
     with pytest.raises(UserError, match="reads_residual=true changes nothing on bart with method=parallel_adapter"):
-        with_deviations(run, "bart")
+        apply_fidelity(run, "bart")
 
 
 def test_the_sets_name_is_no_part_of_a_runs_identity() -> None:
     run = composed("method=parallel_adapter_attention")
-    assert run_hash(replace(run, fidelity=Fidelity(name="mine"))) == run_hash(run)
-    assert run_hash(replace(run, fidelity=Fidelity(attention_adapter_norm=True))) != run_hash(run)
+    assert hash_run(replace(run, fidelity=Fidelity(name="mine"))) == hash_run(run)
+    assert hash_run(replace(run, fidelity=Fidelity(attention_adapter_norm=True))) != hash_run(run)

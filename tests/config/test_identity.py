@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from peftbench.config.compose import compose_run
-from peftbench.config.identity import plain, run_hash
+from peftbench.config.identity import hash_run, to_plain
 from peftbench.config.schema import (
     Composition,
     CompositionFunction,
@@ -27,8 +27,8 @@ from peftbench.config.schema import (
     Trainer,
     Variation,
 )
-from peftbench.config.stamps import content_stamp
-from peftbench.records.location import run_dir
+from peftbench.config.stamps import stamp_content
+from peftbench.records.location import locate_run
 from peftbench.utils.errors import UserError
 
 
@@ -51,8 +51,8 @@ def run(**changes: object) -> Run:
 
 
 def test_the_folder_is_named_by_the_hash() -> None:
-    assert re.fullmatch("[0-9a-f]{8}", run_hash(run()))
-    assert run_dir(run(output_dir="runs")) == Path("runs/doctopic/mini/lora") / run_hash(run())
+    assert re.fullmatch("[0-9a-f]{8}", hash_run(run()))
+    assert locate_run(run(output_dir="runs")) == Path("runs/doctopic/mini/lora") / hash_run(run())
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_the_folder_is_named_by_the_hash() -> None:
     ],
 )
 def test_what_can_change_a_result_changes_the_hash(key: str, value: object) -> None:
-    assert run_hash(run(**{key: value})) != run_hash(run())
+    assert hash_run(run(**{key: value})) != hash_run(run())
 
 
 @pytest.mark.parametrize(
@@ -91,12 +91,12 @@ def test_what_can_change_a_result_changes_the_hash(key: str, value: object) -> N
     ],
 )
 def test_what_cannot_change_a_result_keeps_the_hash(key: str, value: object) -> None:
-    assert run_hash(run(**{key: value})) == run_hash(run())
+    assert hash_run(run(**{key: value})) == hash_run(run())
 
 
 def test_order_of_keys_is_no_matter() -> None:
     parts = {"a": run(), "b": run(bottleneck=3)}
-    assert run_hash(run(mix=parts)) == run_hash(run(mix=dict(reversed(parts.items()))))
+    assert hash_run(run(mix=parts)) == hash_run(run(mix=dict(reversed(parts.items()))))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_order_of_keys_is_no_matter() -> None:
 )
 def test_a_prompt_with_special_tokens_has_another_name_than_when_they_were_characters(prompt: str, before: str) -> None:
     special = any(token in prompt for token in ("<|im_start|>", "</s>", "[SEP]"))
-    assert (run_hash(run(task__prompt=prompt)) != before) is special
+    assert (hash_run(run(task__prompt=prompt)) != before) is special
 
 
 def test_files_count_by_content(tmp_path: Path) -> None:
@@ -120,27 +120,27 @@ def test_files_count_by_content(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "train.csv").write_text("a,b\n")
     one, two = (run(task__data_dir=str(tmp_path / name)) for name in ("one", "two"))
-    before = run_hash(one)
-    assert before == run_hash(two) == run_hash(run(task__data_dir=str(tmp_path / "one"), task__hub_id="overruled"))
+    before = hash_run(one)
+    assert before == hash_run(two) == hash_run(run(task__data_dir=str(tmp_path / "one"), task__hub_id="overruled"))
     (tmp_path / "one" / "train.csv").write_text("a,c\n")
-    assert run_hash(one) != before
-    assert run_hash(run(task__data_files={"train": str(tmp_path / "one" / "train.csv")})) != run_hash(one)
+    assert hash_run(one) != before
+    assert hash_run(run(task__data_files={"train": str(tmp_path / "one" / "train.csv")})) != hash_run(one)
 
     first, second = (run(model__path=str(tmp_path / name)) for name in ("one", "two"))
-    assert len({run_hash(first), run_hash(second), run_hash(run())}) == 3
+    assert len({hash_run(first), hash_run(second), hash_run(run())}) == 3
 
 
 def test_hidden_files_do_not_count(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("a")
-    before = content_stamp(tmp_path)
+    before = stamp_content(tmp_path)
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache" / "x").write_text("x")
-    assert content_stamp(tmp_path) == before
+    assert stamp_content(tmp_path) == before
 
 
 def test_a_missing_path_is_named() -> None:
     with pytest.raises(UserError, match="/nowhere does not exist"):
-        run_hash(run(model__path="/nowhere"))
+        hash_run(run(model__path="/nowhere"))
 
 
 def nodes(config: object) -> object:
@@ -163,13 +163,13 @@ def test_a_run_in_plain_values_is_what_omegaconf_makes_of_it() -> None:
         mix={"a": run(bottleneck=3), "b": Modification(composition_function=CompositionFunction(scale=4))},
     )
     for config in (composed, *composed.mix.values(), composed.trainer, whole, run()):
-        assert json.dumps(plain(config)) == json.dumps(nodes(config))
-    assert plain(run())["task"]["kind"] == "classification"
+        assert json.dumps(to_plain(config)) == json.dumps(nodes(config))
+    assert to_plain(run())["task"]["kind"] == "classification"
 
 
 def test_a_run_is_named_quickly() -> None:
     """A sweep names each of its runs before the first one starts, and each run names itself in its record."""
     config = run(sizes={"a": 1})
-    plain(config)
-    slow, quick = (min(repeat(partial(function, config), number=1, repeat=3)) for function in (nodes, run_hash))
+    to_plain(config)
+    slow, quick = (min(repeat(partial(function, config), number=1, repeat=3)) for function in (nodes, hash_run))
     assert quick < slow / 5

@@ -15,29 +15,31 @@ from omegaconf import OmegaConf
 
 from peftbench.cli.main import main
 from peftbench.config.compose import compose_run
-from peftbench.config.rows import rows, scores
-from peftbench.config.schema import Run, conf_dir
+from peftbench.config.rows import read_rows, read_scores
+from peftbench.config.schema import Run, find_conf_dir
 from peftbench.tables.paper import SETTINGS
 from peftbench.utils.errors import UserError
 
-FILE: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "rows.yaml"))  # which refuses a name that comes twice
-TABLES = {file.stem for file in (conf_dir() / "experiment" / "paper").glob("table*.yaml")}
+FILE: Any = OmegaConf.to_container(
+    OmegaConf.load(find_conf_dir() / "rows.yaml")
+)  # which refuses a name that comes twice
+TABLES = {file.stem for file in (find_conf_dir() / "experiment" / "paper").glob("table*.yaml")}
 
 
 def test_rows_are_read_as_they_are_written() -> None:
     """Numbers too: YAML has two ways to read 1e-4."""
-    assert {name: {"help": row.help, **row.settings, "paper": row.paper} for name, row in rows().items()} == FILE[
+    assert {name: {"help": row.help, **row.settings, "paper": row.paper} for name, row in read_rows().items()} == FILE[
         "rows"
     ]
-    assert {name: scores(None, name) for name in FILE["methods"]} == FILE["methods"]
-    assert list(rows()) == sorted(rows()) and len(rows()) == 30
+    assert {name: read_scores(None, name) for name in FILE["methods"]} == FILE["methods"]
+    assert list(read_rows()) == sorted(read_rows()) and len(read_rows()) == 30
 
 
-@pytest.mark.parametrize("name", rows())
+@pytest.mark.parametrize("name", read_rows())
 def test_a_row_chooses_options_that_exist_and_sets_keys_that_exist(name: str) -> None:
-    row = rows()[name]
+    row = read_rows()[name]
     assert "method" in row.choices
-    assert all((conf_dir() / group / f"{choice}.yaml").is_file() for group, choice in row.choices.items())
+    assert all((find_conf_dir() / group / f"{choice}.yaml").is_file() for group, choice in row.choices.items())
     assert set(row.settings) <= {item.name for item in fields(Run)}
 
 
@@ -48,7 +50,7 @@ def test_scores_are_numbers_of_tables_and_tasks_that_exist(of: tuple[str, Any]) 
         printed, tables = printed["paper"], set(re.findall(r"\d+", re.split("tables? ", printed["help"])[1]))
         assert {table.removeprefix("table") for table in printed} <= tables  # those that its help names
     else:
-        assert (conf_dir() / "method" / f"{name}.yaml").is_file() and set(printed) == {"table2"}
+        assert (find_conf_dir() / "method" / f"{name}.yaml").is_file() and set(printed) == {"table2"}
     assert printed and set(printed) <= TABLES
     assert all(int(a[5:]) < int(b[5:]) for a, b in pairwise(printed))  # without a table the first one counts
     for tasks in printed.values():
@@ -115,7 +117,7 @@ def test_a_users_own_file_with_the_name_of_one_of_ours_is_refused(tmp_path: Path
             compose_run(overrides, config_dir=str(tmp_path))
     assert main(["ls", "row", "--config-dir", str(tmp_path)]) == 2
     (tmp_path / "row" / "mam_30_512.yaml").unlink()
-    (tmp_path / "sizes.yaml").write_bytes((conf_dir() / "sizes.yaml").read_bytes())
+    (tmp_path / "sizes.yaml").write_bytes((find_conf_dir() / "sizes.yaml").read_bytes())
     assert compose_run(["row=mam_30_512"], config_dir=str(tmp_path)).bottleneck == 512  # a copy does no harm
     (tmp_path / "sizes.yaml").write_text("generation: {full: {lr: 1}}\n")
     with pytest.raises(UserError, match=r": sizes.yaml would not be read"):

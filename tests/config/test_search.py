@@ -13,14 +13,14 @@ import pytest
 
 from peftbench.cli.results import main
 from peftbench.cli.status import main as status
-from peftbench.config.compose import Point, compose_points
-from peftbench.config.identity import run_hash
-from peftbench.config.schema import LOSS, Init, Run, Search, Variation, conf_dir
-from peftbench.config.search import check, phases, search_faults, settings, trials
-from peftbench.records.choice import best, known, sentence, settled
-from peftbench.records.location import run_dir
-from peftbench.records.record import Failure, Score, Searched, Selection, Trial, find
-from peftbench.records.recording import describe
+from peftbench.config.compose import TypedRun, compose_points
+from peftbench.config.identity import hash_run
+from peftbench.config.schema import LOSS, Init, Run, Search, Variation, find_conf_dir
+from peftbench.config.search import build_trials, check_searches, find_search_faults, list_settings, split_phases
+from peftbench.records.choice import describe_choice, find_best, settle_search, try_settle
+from peftbench.records.location import locate_run
+from peftbench.records.record import Failure, Score, Searched, Selection, Trial, find_record
+from peftbench.records.recording import describe_run
 from peftbench.sweeps.plan import Sweep
 from peftbench.utils.errors import UserError
 from tests.records.test_record import RUN as BARE
@@ -37,7 +37,7 @@ def searching(tmp_path: Path = Path("outputs"), seed: int = 1, keys: dict[str, V
 
 def ended(run: Run, value: float | None, report: float = 50.0, **changes: Any) -> None:
     """Write the record of a run that has come to an end, with a score on the selection split."""
-    written = describe(run, run_dir(run), [], "done")
+    written = describe_run(run, locate_run(run), [], "done")
     written.folder.mkdir(parents=True)
     written.score, written.scores = report, {"report": Score("test", 1000, {"accuracy": report})}
     written.selection = Selection("validation", 500, "accuracy", value)
@@ -45,7 +45,7 @@ def ended(run: Run, value: float | None, report: float = 50.0, **changes: Any) -
     replace(written, timings={"total_s": 10.0}, data={"splits": splits}, **changes).save()
 
 
-def points(*words: str) -> list[Point]:
+def points(*words: str) -> list[TypedRun]:
     return compose_points(words, multirun=True)
 
 
@@ -56,8 +56,8 @@ def test_multiples_are_of_the_value_that_the_run_has() -> None:
     expected = [
         {"trainer.learning_rate": rate, "bottleneck": size} for rate, size in product([1e-3, 3e-4, 3e-3], [1, 4, 10])
     ]
-    assert settings(run, run.search) == expected
-    assert [(trial.trainer.learning_rate, trial.bottleneck) for trial in trials(run)] == [
+    assert list_settings(run, run.search) == expected
+    assert [(trial.trainer.learning_rate, trial.bottleneck) for trial in build_trials(run)] == [
         (one["trainer.learning_rate"], one["bottleneck"]) for one in expected
     ]
 
@@ -65,21 +65,21 @@ def test_multiples_are_of_the_value_that_the_run_has() -> None:
 def test_a_trial_is_the_run_that_could_have_been_typed() -> None:
     (searched,) = points("method=lora", "search=lr3", "seed=7")
     (typed,) = points("method=lora", "trainer.learning_rate=0.003", "seed=7")
-    assert run_dir(trials(searched[1])[2]) == run_dir(typed[1])
+    assert locate_run(build_trials(searched[1])[2]) == locate_run(typed[1])
 
 
 def test_a_part_of_a_mixture_can_be_searched() -> None:
     run = searching(keys={"mix.ffn.bottleneck": Variation(values=[2, 16])})
-    assert [trial.mix["ffn"].bottleneck for trial in trials(run)] == [2, 16]
+    assert [trial.mix["ffn"].bottleneck for trial in build_trials(run)] == [2, 16]
     assert RUN.mix["ffn"].bottleneck == 8
 
 
 def test_a_choice_of_names_can_be_searched(tmp_path: Path) -> None:
     run = searching(tmp_path, keys={"init": Variation(values=["bert", "lora"])})
-    assert search_faults(run) == [] and [trial.init for trial in trials(run)] == [Init.bert, Init.lora]
-    ended(trials(run)[0], 2.0)
-    ended(trials(run)[1], 1.0)
-    note = settled(run)[1]
+    assert find_search_faults(run) == [] and [trial.init for trial in build_trials(run)] == [Init.bert, Init.lora]
+    ended(build_trials(run)[0], 2.0)
+    ended(build_trials(run)[1], 1.0)
+    note = settle_search(run)[1]
     assert (
         note is not None and note.chosen == {"init": "bert"} and json.dumps(note.keys) == '{"init": ["bert", "lora"]}'
     )
@@ -88,23 +88,23 @@ def test_a_choice_of_names_can_be_searched(tmp_path: Path) -> None:
 def test_points_that_differ_in_their_seed_share_trials() -> None:
     seeds = [([f"seed={seed}", "search=lr3"], searching(seed=seed)) for seed in (3, 1, 2)]
     others = [(["bottleneck=9", *words], replace(run, bottleneck=9)) for words, run in seeds]
-    compared, final = phases([*seeds, *others])
+    compared, final = split_phases([*seeds, *others])
     assert [(run.bottleneck, run.seed, run.search.seed) for _, run in final if run.search] == [
         (size, seed, 3) for size in (4, 9) for seed in (3, 1, 2)
     ]
-    assert [(run.bottleneck, trials(run)[0].seed, run.search.trial) for _, run in compared if run.search] == [
+    assert [(run.bottleneck, build_trials(run)[0].seed, run.search.trial) for _, run in compared if run.search] == [
         (size, 3, index) for size in (4, 9) for index in range(3)
     ]
 
 
 def test_what_stands_for_a_job_makes_the_job() -> None:
-    compared, final = phases(points("method=lora", "search=lr3"))
+    compared, final = split_phases(points("method=lora", "search=lr3"))
     for overrides, run in [compared[2], *final]:
-        assert run_hash(points(*overrides)[0][1]) == run_hash(run)
+        assert hash_run(points(*overrides)[0][1]) == hash_run(run)
 
 
 def test_a_search_does_not_change_what_a_run_without_one_is_called() -> None:
-    assert run_hash(searching()) != run_hash(replace(searching(), search=None)) == run_hash(replace(RUN, seed=1))
+    assert hash_run(searching()) != hash_run(replace(searching(), search=None)) == hash_run(replace(RUN, seed=1))
 
 
 @pytest.mark.parametrize(
@@ -122,73 +122,73 @@ def test_a_search_does_not_change_what_a_run_without_one_is_called() -> None:
     ],
 )
 def test_the_best(values: list[float | None], metric: str, index: int | None) -> None:
-    assert best(values, metric) == index
+    assert find_best(values, metric) == index
 
 
 def test_the_choice_never_looks_at_the_report_split(tmp_path: Path) -> None:
     run = searching(tmp_path)
-    for trial, value, report in zip(trials(run), (60.0, 70.0, 65.0), (90.0, 10.0, 99.0), strict=True):
+    for trial, value, report in zip(build_trials(run), (60.0, 70.0, 65.0), (90.0, 10.0, 99.0), strict=True):
         ended(trial, value, report)
-    chosen, note = settled(run)
+    chosen, note = settle_search(run)
     assert chosen.trainer.learning_rate == 3e-4 and chosen.search is None and note is not None
     assert note.chosen == {"trainer.learning_rate": 3e-4} and note.selection is not None
     assert (note.selection.split, note.selection.examples, note.selection.value) == ("validation", 500, 70.0)
     assert [trial.value for trial in note.trials] == [60.0, 70.0, 65.0]
-    assert [trial.run for trial in note.trials] == [run_hash(trial) for trial in trials(run)]
+    assert [trial.run for trial in note.trials] == [hash_run(trial) for trial in build_trials(run)]
     for seed in (1, 2):  # every seed takes what the trials' seed has chosen
         assert run.search is not None
         other = replace(run, seed=seed, search=replace(run.search, seed=1))
-        assert run_hash(known(other)) == run_hash(replace(trials(run)[1], seed=seed))
+        assert hash_run(try_settle(other)) == hash_run(replace(build_trials(run)[1], seed=seed))
 
 
 def test_trials_that_failed_or_diverged_are_the_worst_and_named(tmp_path: Path) -> None:
     run = searching(tmp_path)
-    first, second, third = trials(run)
+    first, second, third = build_trials(run)
     ended(first, None)
     ended(second, 0.0)
     ended(third, None, status="failed", error=Failure("OutOfMemoryError", "CUDA"))
-    chosen, note = settled(run)
+    chosen, note = settle_search(run)
     assert chosen.trainer.learning_rate == 3e-4 and note is not None
     assert [trial.status for trial in note.trials] == ["diverged", "done", "failed (OutOfMemoryError)"]
 
 
 def test_where_all_failed_there_is_no_choice(tmp_path: Path) -> None:
     run = searching(tmp_path)
-    for trial in trials(run):
+    for trial in build_trials(run):
         ended(trial, None)
     with pytest.raises(
         UserError, match=r"all 3 trials of method=mam on task=doctopic failed or diverged: .*0\.003: diverged"
     ):
-        settled(run)
-    assert known(run) is run
+        settle_search(run)
+    assert try_settle(run) is run
 
 
 def test_there_is_no_choice_before_the_last_trial(tmp_path: Path) -> None:
     run = searching(tmp_path)
-    ended(trials(run)[0], 1.0)
+    ended(build_trials(run)[0], 1.0)
     with pytest.raises(UserError, match="2 of 3 trials of method=mam on task=doctopic are not done"):
-        settled(run)
-    assert known(run) is run
+        settle_search(run)
+    assert try_settle(run) is run
 
 
 def test_a_rerun_trains_a_trial_that_is_chosen_once(tmp_path: Path) -> None:
     run = replace(searching(tmp_path), rerun=True)
-    for trial, value in zip(trials(run), (1.0, 2.0, 3.0), strict=True):
+    for trial, value in zip(build_trials(run), (1.0, 2.0, 3.0), strict=True):
         assert trial.rerun
         ended(trial, value)
     assert run.search is not None
     search = replace(run.search, seed=1)
-    assert not settled(replace(run, search=search))[0].rerun
-    assert settled(replace(run, seed=2, search=search))[0].rerun
+    assert not settle_search(replace(run, search=search))[0].rerun
+    assert settle_search(replace(run, seed=2, search=search))[0].rerun
 
 
 def test_a_sweep_counts_its_trials_and_what_is_not_known_yet(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = [([f"seed={seed}", "search=lr3"], searching(tmp_path, seed)) for seed in (1, 2)]
-    compared, final = phases(asked)
+    compared, final = split_phases(asked)
     sweep = Sweep(final, ["-m", "seed=1,2", "search=lr3"], compared)
-    ended(trials(asked[0][1])[0], 1.0)
+    ended(build_trials(asked[0][1])[0], 1.0)
 
     def states() -> list[tuple[str, str]]:
         assert status([str(tmp_path), "--json"]) == 0
@@ -203,7 +203,7 @@ def test_a_sweep_counts_its_trials_and_what_is_not_known_yet(
         ("lr3 1 ?", "missing"),
         ("lr3 2 ?", "missing"),
     ]
-    for trial, value in zip(trials(asked[0][1])[1:], (3.0, 2.0), strict=True):
+    for trial, value in zip(build_trials(asked[0][1])[1:], (3.0, 2.0), strict=True):
         ended(trial, value)
     sweep.settle()
     assert states() == [
@@ -242,12 +242,12 @@ def test_a_sweep_counts_its_trials_and_what_is_not_known_yet(
 )
 def test_what_means_nothing_is_refused(keys: dict[str, Variation], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check([([], searching(keys=keys))])
+        check_searches([([], searching(keys=keys))])
 
 
 def test_only_the_training_is_searched_under_a_budget() -> None:
     run = replace(searching(keys={"bottleneck": Variation(times=[1, 2])}), budget="1%")
-    (sentence_,) = search_faults(run)
+    (sentence_,) = find_search_faults(run)
     assert "with a budget, only trainer.* can be" in sentence_
 
 
@@ -265,14 +265,14 @@ def test_only_the_training_is_searched_under_a_budget() -> None:
 )
 def test_what_is_typed_wrong_is_refused(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check(points(*words))
+        check_searches(points(*words))
 
 
-@pytest.mark.parametrize("name", [file.stem for file in (conf_dir() / "search").glob("*.yaml")])
+@pytest.mark.parametrize("name", [file.stem for file in (find_conf_dir() / "search").glob("*.yaml")])
 def test_the_shipped_searches_are_sound(name: str) -> None:
     ((_, run),) = points("method=prompt", "task=docsum", f"search={name}")
-    assert run.search is not None and run.search.name == name and search_faults(run) == []
-    rates = [trial.trainer.learning_rate for trial in trials(run)]
+    assert run.search is not None and run.search.name == name and find_search_faults(run) == []
+    rates = [trial.trainer.learning_rate for trial in build_trials(run)]
     assert rates[0] == run.trainer.learning_rate and min(rates) < rates[0] < max(rates)
 
 
@@ -295,7 +295,7 @@ def test_results_leave_trials_out_unless_asked(tmp_path: Path, capsys: pytest.Ca
     trial = Searched("lr3", "trial", 1, NOTE.keys, {"trainer.learning_rate": 3e-4})
     for name, search in (("plain", None), ("final", NOTE), ("trial", trial)):
         saved(record(50.0, run=name, folder=tmp_path / name, search=search))
-    assert (found := find(tmp_path / "final")) is not None and found.search == NOTE
+    assert (found := find_record(tmp_path / "final")) is not None and found.search == NOTE
     assert main([str(tmp_path), "--show", "run,search,searched", "--csv"]) == 0
     captured = capsys.readouterr()
     assert captured.err == "1 trials of searches are left out; trials=true shows them.\n"
@@ -306,7 +306,7 @@ def test_results_leave_trials_out_unless_asked(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_a_line_says_what_was_searched() -> None:
-    assert sentence(record(50.0, search=replace(NOTE, reported=True))) == (
+    assert describe_choice(record(50.0, search=replace(NOTE, reported=True))) == (
         "search=lr3, mam, mini on doctopic (bleu on validation, 1,500 examples, seed 1) takes "
         "trainer.learning_rate=0.003; trainer.learning_rate 0.001: 40.25, 0.0003: diverged, 0.003: 41.50; the "
         "outermost trainer.learning_rate that was tried: the best may lie beyond it; chosen on the split that is "

@@ -11,7 +11,7 @@ import pytest
 
 from peftbench.config import stamps
 from peftbench.config.compose import compose_run
-from peftbench.config.stamps import LARGE, content_stamp, ends_stamp
+from peftbench.config.stamps import LARGE, stamp_content, stamp_ends
 
 
 @pytest.fixture(autouse=True)
@@ -50,23 +50,23 @@ def large(file: Path, size: int = 3 * LARGE) -> Path:
 def test_every_byte_counts(size: int, tmp_path: Path) -> None:
     """At both ends, in the middle, and at the borders of what is hashed at once."""
     file = large(tmp_path / "weights", size)
-    found = {content_stamp(file)}
+    found = {stamp_content(file)}
     places = {0, size // 2, size - 1, *(p for p in (stamps._PIECE - 1, stamps._PIECE) if p < size)}
     for place in places:
         changed(file, place)
-        assert content_stamp(file) == content_stamp(tmp_path)  # the file's name is in both
-        found.add(content_stamp(file))
+        assert stamp_content(file) == stamp_content(tmp_path)  # the file's name is in both
+        found.add(stamp_content(file))
         changed(file, place)
     assert len(found) == 1 + len(places)
     file.write_bytes(bytes(size + 1))
-    assert content_stamp(file) not in found
+    assert stamp_content(file) not in found
 
 
 def test_the_first_version_was_blind_to_the_middle(tmp_path: Path) -> None:
     file = large(tmp_path / "weights")
-    before, whole = ends_stamp(file), content_stamp(file)
+    before, whole = stamp_ends(file), stamp_content(file)
     changed(file, 3 * LARGE // 2)
-    assert ends_stamp(file) == before and content_stamp(file) != whole
+    assert stamp_ends(file) == before and stamp_content(file) != whole
 
 
 def test_small_files_keep_their_stamps(tmp_path: Path) -> None:
@@ -74,26 +74,26 @@ def test_small_files_keep_their_stamps(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("a,b\n")
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "test.csv").write_bytes(b"x" * (LARGE - 1))
-    assert content_stamp(tmp_path) == ends_stamp(tmp_path) == "8a043d9683a4"
-    assert content_stamp(tmp_path / "train.csv") == "11f32180d92c"
+    assert stamp_content(tmp_path) == stamp_ends(tmp_path) == "8a043d9683a4"
+    assert stamp_content(tmp_path / "train.csv") == "11f32180d92c"
 
 
 def test_the_embedded_backbone_keeps_its_stamp() -> None:
     """Though its weights are large: the runs on it are the ones that everybody has."""
     path = compose_run([]).model.path
     assert path is not None
-    assert content_stamp(path) == ends_stamp(path) == "61d6297fc805"
+    assert stamp_content(path) == stamp_ends(path) == "61d6297fc805"
 
 
 @pytest.mark.usefixtures("settled")
 def test_a_large_file_is_read_once(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By this process, and by others that share the cache."""
     file = large(tmp_path / "weights")
-    first = content_stamp(file)
-    monkeypatch.setattr(stamps, "_hashed", None)
-    assert content_stamp(file) == first
+    first = stamp_content(file)
+    monkeypatch.setattr(stamps, "_hash_large", None)
+    assert stamp_content(file) == first
     monkeypatch.setattr(stamps, "_known", {})
-    assert content_stamp(file) == first
+    assert stamp_content(file) == first
     assert len(list((own_cache / "stamps").iterdir())) == 1
 
 
@@ -101,46 +101,46 @@ def test_a_large_file_is_read_once(tmp_path: Path, own_cache: Path, monkeypatch:
 @pytest.mark.parametrize("kept", ["", "[", '[[1, 2, 3, 4], "12"]', "{}", "null", '["a", "b"]'])
 def test_a_torn_cache_is_read_over(kept: str, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = large(tmp_path / "weights")
-    first = content_stamp(file)
+    first = stamp_content(file)
     (entry,) = (own_cache / "stamps").iterdir()
     entry.write_text(kept)
     monkeypatch.setattr(stamps, "_known", {})
-    assert content_stamp(file) == first
+    assert stamp_content(file) == first
     assert len(entry.read_text()) > 64
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "taken").write_text("no folder")
     monkeypatch.setenv("PEFTBENCH_CACHE", str(tmp_path / "taken"))
-    assert content_stamp(large(tmp_path / "weights")) != content_stamp(large(tmp_path / "others", 2 * LARGE))
+    assert stamp_content(large(tmp_path / "weights")) != stamp_content(large(tmp_path / "others", 2 * LARGE))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no time that nobody can set")
 def test_a_change_with_the_old_time_is_seen(tmp_path: Path, settled: Callable[[], None]) -> None:
     file = large(tmp_path / "weights")
-    first = content_stamp(file)
+    first = stamp_content(file)
     settled()
     changed(file, 3 * LARGE // 2, quietly=True)
-    assert content_stamp(file) != first
+    assert stamp_content(file) != first
 
 
 @pytest.mark.usefixtures("settled")
 def test_a_file_in_the_place_of_another_is_seen(tmp_path: Path) -> None:
     """The size and the times of the first, as `cp -p` gives them."""
     file, other = large(tmp_path / "weights"), large(tmp_path / "other")
-    first = content_stamp(file)
+    first = stamp_content(file)
     changed(other, 3 * LARGE // 2)
     os.utime(other, ns=(0, file.stat().st_mtime_ns))
     other.replace(file)
-    assert content_stamp(file) != first
+    assert stamp_content(file) != first
 
 
 def test_what_was_just_written_is_not_kept(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another write could have the very same times: clocks tick slowly."""
     file = large(tmp_path / "weights")
-    content_stamp(file)
+    stamp_content(file)
     assert not (own_cache / "stamps").exists()
     later = time.time_ns() + 3_000_000_000
     monkeypatch.setattr(stamps.time, "time_ns", lambda: later)
-    content_stamp(file)
+    stamp_content(file)
     assert (own_cache / "stamps").exists()

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.backbones.load import load_config, meta_backbone
+from peftbench.backbones.load import build_meta_backbone, load_config
 from peftbench.cli.main import main
-from peftbench.config.budget import largest_sizes, limit
+from peftbench.config.budget import find_largest_sizes, parse_budget
 from peftbench.config.compose import compose_run
-from peftbench.config.identity import run_hash
-from peftbench.config.schema import Modification, Run, Unfreeze, modifications
+from peftbench.config.identity import hash_run
+from peftbench.config.schema import Modification, Run, Unfreeze, list_modifications
 from peftbench.counts import solve as solving
-from peftbench.counts.solve import solve
+from peftbench.counts.solve import solve_budget
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import count
 from peftbench.utils.errors import UserError
@@ -58,7 +58,7 @@ MIX = {  # several bottlenecks, in ratios that round in different ways
     ],
 )
 def test_a_budget_is_a_share_or_a_number(budget: str, parameters: int) -> None:
-    assert limit(budget, 406_291_456) == parameters
+    assert parse_budget(budget, 406_291_456) == parameters
 
 
 @pytest.mark.parametrize("budget", ["6,7%", "-1", "lots", "", "%", "6.7 %", "1G", "1.2.3", "5%%", "5.%", "1e6", "0x10"])
@@ -66,13 +66,13 @@ def test_what_is_no_budget(budget: str) -> None:
     with pytest.raises(
         UserError, match=r"is not a budget; give a share of the backbone such as budget=6\.7%, or a number"
     ):
-        limit(budget, 100)
+        parse_budget(budget, 100)
 
 
 @pytest.mark.parametrize("budget", ["0.5", "1.5", "0.0001k"])
 def test_half_a_parameter_is_no_budget(budget: str) -> None:
     with pytest.raises(UserError, match="is not a whole number of parameters; give a share of the backbone such as"):
-        limit(budget, 100)
+        parse_budget(budget, 100)
 
 
 @pytest.mark.parametrize("weights", [(1,), (96,), (16, 16), (512, 30), (3, 7, 2), (2, 3), (1, 1000)])
@@ -83,7 +83,7 @@ def test_sizes_are_the_largest_of_all_scale_factors(weights: tuple[int, ...], mo
     best = None
     factors = {Fraction(2 * k + 1, 2 * w) for w in weights for k in range(most)} if most < 1000 else None
     if factors is None:  # too many to try all: those of the first weight, one after the other, are enough to bound it
-        found = largest_sizes(weights, costs, fixed, most)
+        found = find_largest_sizes(weights, costs, fixed, most)
         assert found is not None and fixed + sum(map(int.__mul__, found, costs)) <= most
         grown = min(Fraction(2 * n + 1, 2 * w) for n, w in zip(found, weights, strict=True))
         after = [max(1, int(grown * w + Fraction(1, 2))) for w in weights]
@@ -94,14 +94,14 @@ def test_sizes_are_the_largest_of_all_scale_factors(weights: tuple[int, ...], mo
         if fixed + sum(map(int.__mul__, sizes, costs)) > most:
             break
         best = sizes
-    assert largest_sizes(weights, costs, fixed, most) == best
+    assert find_largest_sizes(weights, costs, fixed, most) == best
 
 
 def test_sizes_that_tie_grow_together() -> None:
     """The 6 that are left would do for one of two equal sizes; neither takes it. A half is rounded up."""
-    assert largest_sizes([16, 16], [6, 6], 0, 24) == largest_sizes([16, 16], [6, 6], 0, 30) == [2, 2]
-    assert largest_sizes([2, 1], [1, 1], 0, 3) == [2, 1]
-    assert largest_sizes([2, 1], [1, 1], 0, 5) == [3, 2]  # at 3/2 of the ratio 2 : 1
+    assert find_largest_sizes([16, 16], [6, 6], 0, 24) == find_largest_sizes([16, 16], [6, 6], 0, 30) == [2, 2]
+    assert find_largest_sizes([2, 1], [1, 1], 0, 3) == [2, 1]
+    assert find_largest_sizes([2, 1], [1, 1], 0, 5) == [3, 2]  # at 3/2 of the ratio 2 : 1
 
 
 def stored(family: str, found: dict[str, Modification], sizes: tuple[int, ...], unfreeze: Unfreeze) -> int:
@@ -113,7 +113,7 @@ def stored(family: str, found: dict[str, Modification], sizes: tuple[int, ...], 
 
 
 def sizes_of(run: Run) -> tuple[int | None, ...]:
-    return tuple(m.bottleneck for m in modifications(run).values())
+    return tuple(m.bottleneck for m in list_modifications(run).values())
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_one_bottleneck_is_the_largest_that_fits(family: str, preset: str, tmp_p
     run = run_on(family, tmp_path, PRESETS[preset])
     assert six < seven
     for budget, expected in ((seven - 1, 6), (seven, 7)):
-        assert sizes_of(solve(replace(run, budget=str(budget)))) == (expected,)
+        assert sizes_of(solve_budget(replace(run, budget=str(budget)))) == (expected,)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_several_bottlenecks_keep_their_ratio(family: str, mix: str, unfreeze: U
     run = run_on(family, tmp_path, MIX[mix], unfreeze=unfreeze)
     for sizes, fits, next_one in zip(reached, counts, counts[1:], strict=False):
         for budget in (fits, next_one - 1):
-            assert sizes_of(solve(replace(run, budget=str(budget)))) == sizes
+            assert sizes_of(solve_budget(replace(run, budget=str(budget)))) == sizes
 
 
 def composed(*overrides: str) -> Run:
@@ -174,7 +174,7 @@ PAPER = [  # the paper's own sizes, and counts that tests/modification/test_coun
 
 @pytest.mark.parametrize(("overrides", "sizes"), PAPER)
 def test_the_papers_sizes_come_back(overrides: tuple[str, ...], sizes: tuple[int, ...]) -> None:
-    assert sizes_of(solve(composed(*overrides))) == sizes
+    assert sizes_of(solve_budget(composed(*overrides))) == sizes
 
 
 def test_a_split_is_of_what_is_stored() -> None:
@@ -182,13 +182,13 @@ def test_a_split_is_of_what_is_stored() -> None:
     r_cost, l_cost = 24 * (2 * 1024 + 1), 36 * 2 * 1024
     run = composed("method=mam", "task=xsum", "budget=6.7%")
     for shares in ([9.0, 1.0], [1.0, 1.0], [0.1, 0.9], [0.15, 0.05]):
-        (r, length) = sizes_of(solve(replace(run, budget_split=shares)))
+        (r, length) = sizes_of(solve_budget(replace(run, budget_split=shares)))
         assert r is not None and length is not None
         wanted = shares[0] / shares[1] * l_cost / r_cost  # r for each prefix vector
         assert abs(r - wanted * length) <= (1 + wanted) / 2  # each is rounded
         assert 0 < 27_221_527 - 24 * 1024 - r * r_cost - length * l_cost < r_cost + l_cost
     as_in_the_paper = [512.0 * r_cost, 30.0 * l_cost]
-    assert sizes_of(solve(replace(run, budget="6.75%", budget_split=as_in_the_paper))) == (512, 30)
+    assert sizes_of(solve_budget(replace(run, budget="6.75%", budget_split=as_in_the_paper))) == (512, 30)
 
 
 def test_a_budget_needs_no_labels() -> None:
@@ -196,22 +196,24 @@ def test_a_budget_needs_no_labels() -> None:
     run = composed("method=lora", "task=text_classification", "task.data_dir=.", "budget=1%")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert sizes_of(solve(run)) == sizes_of(solve(replace(run, task=replace(run.task, labels=["a", "b"]))))
+        assert sizes_of(solve_budget(run)) == sizes_of(
+            solve_budget(replace(run, task=replace(run.task, labels=["a", "b"])))
+        )
 
 
 def test_without_a_budget_nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solving, "meta_backbone", None)
     run = composed("method=mam")
-    assert solve(run) is run
+    assert solve_budget(run) is run
 
 
 def test_the_same_bottlenecks_are_the_same_run() -> None:
     """Asked for as a share, as a number, or by their sizes."""
-    runs = [solve(composed("method=mam", budget)) for budget in ("budget=10%", "budget=473k")]
+    runs = [solve_budget(composed("method=mam", budget)) for budget in ("budget=10%", "budget=473k")]
     r, length = sizes_of(runs[0])
     by_hand = composed("method=mam", f"bottleneck={r}", f"mix.attention.bottleneck={length}")
-    assert len({run_hash(run) for run in (*runs, by_hand)}) == 1
-    assert run_hash(solve(composed("method=mam", "budget=5%"))) != run_hash(by_hand)
+    assert len({hash_run(run) for run in (*runs, by_hand)}) == 1
+    assert hash_run(solve_budget(composed("method=mam", "budget=5%"))) != hash_run(by_hand)
 
 
 def test_training_takes_the_hubs_config(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,8 +227,8 @@ def test_training_takes_the_hubs_config(monkeypatch: pytest.MonkeyPatch) -> None
     run = composed("method=lora", "task=sst2", "model.hub_id=some/roberta", "budget=5%")
     monkeypatch.setattr("peftbench.backbones.load.AutoConfig.from_pretrained", from_pretrained)
     monkeypatch.setattr("peftbench.backbones.load.hub_missing", lambda: None)
-    backbone = count(meta_backbone(run.model, run.task, load_config(run.model))).backbone
-    (size,) = sizes_of(solve(run, as_trained=True))
+    backbone = count(build_meta_backbone(run.model, run.task, load_config(run.model))).backbone
+    (size,) = sizes_of(solve_budget(run, as_trained=True))
     assert asked == 2 * ["some/roberta"]  # once by this test
     assert size is not None and size * 2 * 4 * 16 <= 0.05 * backbone < (size + 1) * 2 * 4 * 16  # 2 layers, 4 r d each
 

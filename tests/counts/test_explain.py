@@ -24,7 +24,7 @@ from peftbench.config.schema import (
     Unfreeze,
 )
 from peftbench.counts.explanation import Explanation, explain
-from peftbench.counts.formula import describe
+from peftbench.counts.formula import describe_modification
 from peftbench.counts.sizes import Size
 from peftbench.counts.tree import Branch
 from peftbench.modification.attach import attach
@@ -57,7 +57,7 @@ FORMULAS = {  # as table 1 and equation 7 have them, with the biases that a pres
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_formulas(preset: str) -> None:
-    assert describe("", PRESETS[preset][""]).formula == FORMULAS[preset]
+    assert describe_modification("", PRESETS[preset][""]).formula == FORMULAS[preset]
 
 
 @pytest.mark.parametrize(
@@ -76,11 +76,11 @@ def test_formulas(preset: str) -> None:
     ],
 )
 def test_formulas_of_other_points(m: Modification, formula: str) -> None:
-    assert describe("", m).formula == formula
+    assert describe_modification("", m).formula == formula
 
 
 def test_the_gate_and_the_scale_say_what_they_are() -> None:
-    meanings = {name: describe("", PRESETS[name][""]).axes["composition function"][1] for name in PRESETS}
+    meanings = {name: describe_modification("", PRESETS[name][""]).axes["composition function"][1] for name in PRESETS}
     assert meanings["prefix"] == "(1 - λ) h + λ Δh, λ: the share of the attention that the prefix gets (eq. 8)"
     assert meanings["learned_gate"] == "(1 - λ) h + λ Δh, λ = σ(x w + b), trained"
     assert meanings["heads_gate"] == "(1 - λ) h + λ Δh, λ = σ(q w + b), trained"
@@ -90,24 +90,26 @@ def test_the_gate_and_the_scale_say_what_they_are() -> None:
 
 
 def test_where_no_module_holds_the_layers_output() -> None:
-    row = describe("", PRESETS["pfeiffer"][""], over_residual=True)
+    row = describe_modification("", PRESETS["pfeiffer"][""], over_residual=True)
     assert row.formula == "h ← h + ReLU((h + x) W_down + b_down) W_up + b_up"
-    assert describe("", PRESETS["adapter"][""], over_residual=True) == describe("", PRESETS["adapter"][""])
+    assert describe_modification("", PRESETS["adapter"][""], over_residual=True) == describe_modification(
+        "", PRESETS["adapter"][""]
+    )
 
 
 def test_every_choice_of_every_axis_is_written() -> None:
     assert REPRESENTATIONS.keys() == set(Representation) - {Representation.none}
     assert COMPOSITIONS.keys() == set(Composition) - {Composition.none}
     for name in ACTIVATIONS:
-        assert describe("", modification(name)).formula.endswith("(x W_down) W_up")
+        assert describe_modification("", modification(name)).formula.endswith("(x W_down) W_up")
     read = {
-        m.modified_representation.head_input: describe("", m).axes["insertion form"][1]
+        m.modified_representation.head_input: describe_modification("", m).axes["insertion form"][1]
         for m in (PRESETS[f"mh_parallel_adapter{which}"][""] for which in ("", "_hidden", "_normed_query"))
     }
     assert len(set(read.values())) == len(HeadInput)
     m = modification("relu", "ffn")
     m.modified_representation.ffn_input = FFNInput.residual
-    assert "residual" in describe("", m).axes["insertion form"][1]
+    assert "residual" in describe_modification("", m).axes["insertion form"][1]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,7 @@ def test_every_choice_of_every_axis_is_written() -> None:
     ],
 )
 def test_the_papers_names(name: str | None, m: Modification) -> None:
-    assert describe("", m).name == name
+    assert describe_modification("", m).name == name
 
 
 def value(written: str) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from peftbench.backbones.load import meta_backbone
+from peftbench.backbones.load import build_meta_backbone
 from peftbench.cli.main import main
 from peftbench.config import schema
 from peftbench.config.compose import compose_run
@@ -124,8 +124,8 @@ def test_nothing_has_memory(method: str) -> None:
     """Every parameter is on the meta device, those that attach adds too; for a folder as for a preset."""
     for overrides in (("task=xsum",), ("task=docsum",), ("task=sst2", "model=bert_base")):
         run = composed(*overrides, f"method={method}")
-        model = meta_backbone(run.model, run.task)
-        attach(model, schema.modifications(run), run.unfreeze)
+        model = build_meta_backbone(run.model, run.task)
+        attach(model, schema.list_modifications(run), run.unfreeze)
         assert all(parameter.is_meta for parameter in model.parameters())
 
 
@@ -134,7 +134,7 @@ def test_a_folder_needs_its_config_only(tmp_path: Path, capsys: pytest.CaptureFi
     model = build("bert")
     model.config.save_pretrained(tmp_path)
     (found,) = counted(capsys, "method=lora", "task=mnli", f"model.path={tmp_path}", "bottleneck=8")
-    attach(model, schema.modifications(composed("method=lora", "task=mnli", "bottleneck=8")))
+    attach(model, schema.list_modifications(composed("method=lora", "task=mnli", "bottleneck=8")))
     totals = count(model)
     assert [found[name] for name in ("backbone", "trained", "stored", "paper", "head")] == [
         totals.backbone,
@@ -173,7 +173,7 @@ def test_known_counts(
 
 
 OWN_FILES = ("text_classification", "text_to_text", "webnlg")  # whose data is on no hub
-TASKS = sorted(path.stem for path in (schema.conf_dir() / "task").glob("*.yaml"))
+TASKS = sorted(path.stem for path in (schema.find_conf_dir() / "task").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("command", ["params", "explain"])

@@ -10,12 +10,12 @@ from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, 
 
 from peftbench.cli.main import main
 from peftbench.config.compose import compose_run
-from peftbench.config.schema import Run, modifications
-from peftbench.config.sizes import sizes_taken
+from peftbench.config.schema import Run, list_modifications
+from peftbench.config.sizes import list_sizes_taken
 from peftbench.counts import shares
 from peftbench.counts.run_counts import count_run
-from peftbench.counts.shares import fitted, note_of
-from peftbench.records.location import run_dir
+from peftbench.counts.shares import fit_sizes, note_of
+from peftbench.records.location import locate_run
 from peftbench.records.record import load_records
 from tests.families import build
 
@@ -42,7 +42,7 @@ def run_of(*words: str) -> Run:
 
 
 def sizes(run: Run) -> list[int | None]:
-    return [m.bottleneck for m in modifications(run).values()]
+    return [m.bottleneck for m in list_modifications(run).values()]
 
 
 def percent(run: Run) -> float:
@@ -56,7 +56,7 @@ def test_a_small_backbone_takes_the_share_of_the_large_one(method: str, small: s
     paper = percent(run_of("task=xsum", f"method={method}"))
     run = run_of(*TEXT, "model=bart_large", small, f"method={method}")
     assert 0.95 * paper < percent(run) <= paper
-    found = fitted(run)
+    found = fit_sizes(run)
     assert sizes(found) != sizes(run) and max(size or 0 for size in sizes(found)) < 320
 
 
@@ -65,7 +65,7 @@ def test_mam_on_a_small_bart(small: str, capsys: pytest.CaptureFixture[str]) -> 
     words = [*TEXT, "model=bart_large", small, "method=mam"]
     share = percent(run_of("task=xsum", "method=mam"))
     assert sizes(count_run(run_of(*words)).run) == sizes(count_run(run_of(*words, f"budget={share:.6f}%")).run)
-    r, length = sizes(fitted(run_of(*words)))
+    r, length = sizes(fit_sizes(run_of(*words)))
     note = (
         f"bottleneck={r} mix.attention.bottleneck={length}: the sizes of generation (512, 30) were made for bart_large "
         "and mbart_large; these store the same share of small, 6.75%."
@@ -105,47 +105,47 @@ def test_what_keeps_its_sizes(words: tuple[str, ...]) -> None:
     """The column's own backbone or nearly that, and the rows of the paper's tables on any."""
     for method in ([],) if words[0].startswith("row=") else (["method=mam"], ["method=adapter"]):
         run = run_of(*words, *method)
-        assert sizes(fitted(run)) == sizes(run) and note_of(fitted(run)) is None
+        assert sizes(fit_sizes(run)) == sizes(run) and note_of(fit_sizes(run)) is None
 
 
 def test_the_columns_own_backbone_in_a_folder_keeps_them(tmp_path: Path) -> None:
     path = folder_of(BartConfig(), tmp_path / "my-bart-large")  # transformers' defaults are nearly BART-large's
     run = run_of("task=xsum", "method=mam", path)
-    assert sizes(fitted(run)) == [512, 30]
+    assert sizes(fit_sizes(run)) == [512, 30]
 
 
 def test_what_is_typed_stays(small: str) -> None:
     words = (*TEXT, "model=bart_large", small, "method=mam")
-    assert sizes(fitted(run_of(*words, "bottleneck=64", "mix.attention.bottleneck=8"))) == [64, 8]
-    r, length = sizes(fitted(run_of(*words, "bottleneck=64")))
+    assert sizes(fit_sizes(run_of(*words, "bottleneck=64", "mix.attention.bottleneck=8"))) == [64, 8]
+    r, length = sizes(fit_sizes(run_of(*words, "bottleneck=64")))
     assert r == 64 and length is not None and 1 < length < 30
     budget = run_of(*words, "budget=3%")
-    assert fitted(budget) is budget
+    assert fit_sizes(budget) is budget
 
 
 def test_part_of_the_layers_has_the_bottleneck_of_all(small: str) -> None:
     """Layers that are left out are not made up for by larger bottlenecks, and may be there on this backbone alone."""
     words = (*TEXT, "model=bart_large", small, "method=lora")
-    some = fitted(run_of(*words, "modified_representation.layers=[-1]", "modified_representation.stacks=[decoder]"))
-    assert sizes(some) == sizes(fitted(run_of(*words)))
+    some = fit_sizes(run_of(*words, "modified_representation.layers=[-1]", "modified_representation.stacks=[decoder]"))
+    assert sizes(some) == sizes(fit_sizes(run_of(*words)))
 
 
 def test_on_its_own_backbone_nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shares, "counted", None)
     run = run_of("task=xsum", "method=mam")
-    assert not sizes_taken(run) and fitted(run) is run
+    assert not list_sizes_taken(run) and fit_sizes(run) is run
 
 
 def test_once_is_enough(small: str) -> None:
     """A run that was fitted before its sweep began is itself in its process."""
-    found = fitted(run_of(*TEXT, "model=bart_large", small, "method=mam"))
-    assert fitted(found) is found
+    found = fit_sizes(run_of(*TEXT, "model=bart_large", small, "method=mam"))
+    assert fit_sizes(found) is found
 
 
 def test_a_backbone_where_the_smallest_is_too_large(tmp_path: Path) -> None:
     """Of 0.5% of a tiny backbone a bottleneck of 1 is more; what it stores is shown."""
     path = folder_of(build("roberta").config, tmp_path / "tiny")
-    assert sizes(fitted(run_of("task=sst2", path, "method=adapter"))) == [1]
+    assert sizes(fit_sizes(run_of("task=sst2", path, "method=adapter"))) == [1]
 
 
 def test_more_than_the_backbone_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,12 +170,12 @@ def test_a_search_of_bottlenecks_multiplies_what_the_backbone_has(small: str, tm
     run = compose_run(
         [*TEXT, "model=bart_large", small, "method=lora", "search=half"], config_dir=str(tmp_path), reads_data=False
     )
-    from peftbench.config.search import trials
+    from peftbench.config.search import build_trials
 
-    one = fitted(run)
+    one = fit_sizes(run)
     (size,) = sizes(one)
     assert size is not None
-    found = [sizes(fitted(trial)) for trial in trials(one)]
+    found = [sizes(fit_sizes(trial)) for trial in build_trials(one)]
     assert found == [[size], [round(size / 2)]]
 
 
@@ -189,7 +189,7 @@ def test_train_says_so_and_records_it(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "rows.csv").write_text(rows)
     words = ["task=text_to_text", f"task.train_file={tmp_path / 'rows.csv'}", "model=bart_large", path, "method=lora"]
     words += ["debug=smoke", "trainer.max_steps=2", f"output_dir={tmp_path / 'outputs'}"]
-    before = run_dir(compose_run(words))
+    before = locate_run(compose_run(words))
     assert main(["train", *words, "bottleneck=200"]) == 2  # more than all of it
     assert "bottleneck=200: 153,600 parameters would be stored, 271% of" in capsys.readouterr().err
     assert main(["train", *words]) == 0

@@ -13,8 +13,8 @@ from peftbench.backbones.load import load_backbone
 from peftbench.config.schema import Generation, Model, Run, Task, TaskKind, Trainer
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.evaluation.predict import predict
-from peftbench.tasks.load import load
-from peftbench.tasks.prepare import prepare
+from peftbench.tasks.load import load_task
+from peftbench.tasks.prepare import prepare_data
 from peftbench.utils.files import write_lines
 from tests.families import CONTINUING, FAMILIES, MORE_FAMILIES, VOCABULARY, WRITING, build
 from tests.tasks.test_tasks import SPECIAL, with_template
@@ -71,7 +71,7 @@ def test_the_size_of_the_batches_changes_no_prediction(family: str, pads: str, t
     task = task_of(family, tmp_path)
     backbone = load_backbone(Model(path=str(tmp_path)), task)
     assert any("pad_token is <pad> (1)" in note for note in backbone.notes) is (pads == "another")
-    data = prepare(load(task), backbone.tokenizer, backbone.model)
+    data = prepare_data(load_task(task), backbone.tokenizer, backbone.model)
     decoded, logits = {}, {}
     for size in (1, 8):
         settings = Trainer(learning_rate=1.0, eval_batch_size=size)

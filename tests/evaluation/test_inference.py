@@ -1,4 +1,4 @@
-"""A model that `prepared` makes quick, and `predict`, against the model as it was trained."""
+"""A model that `prepare_inference` makes quick, and `predict`, against the model as it was trained."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from peftbench.backbones.sites import find_sites
 from peftbench.evaluation import inference, kv_cache
-from peftbench.evaluation.inference import prepared
+from peftbench.evaluation.inference import prepare_inference
 from peftbench.evaluation.predict import predict
 from peftbench.modification import head_attention
 from peftbench.modification.attach import attach
@@ -71,7 +71,7 @@ def test_prepared_computes_the_same_and_leaves_no_trace(family: str, preset: str
     model = attached(family, preset)
     expected, before = logits(model, family), traces(model)
     for bf16 in (False, True):
-        with prepared(model, bf16):
+        with prepare_inference(model, bf16):
             if not bf16:
                 assert (logits(model, family) - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
             else:
@@ -96,7 +96,7 @@ def test_memory_that_runs_out_on_the_way_leaves_no_trace(
         return prepare(*args)
 
     monkeypatch.setattr(owner, name, running_out)
-    with pytest.raises(torch.OutOfMemoryError), prepared(model):
+    with pytest.raises(torch.OutOfMemoryError), prepare_inference(model):
         pass
     assert traces(model) == before
     assert torch.equal(logits(model, "bart"), expected)
@@ -108,7 +108,7 @@ def test_bfloat16_weights_are_those_that_autocast_makes(family: str) -> None:
     model = build(family)
     attach(model, {})
     expected = logits(model, family, bf16=True)
-    with prepared(model, bf16=True):
+    with prepare_inference(model, bf16=True):
         assert torch.equal(logits(model, family, bf16=True), expected)
 
 
@@ -117,7 +117,7 @@ def test_bfloat16_differs_by_its_rounding(preset: str) -> None:
     """Prepared and not, both in bf16, are equally far from float32."""
     model = attached("bart", preset)
     exact, plain = logits(model, "bart"), logits(model, "bart", bf16=True)
-    with prepared(model, bf16=True):
+    with prepare_inference(model, bf16=True):
         quick = logits(model, "bart", bf16=True)
     distance = (plain - exact).square().mean().sqrt()
     assert (quick - exact).square().mean().sqrt() < 1.5 * distance
@@ -235,13 +235,13 @@ def test_a_source_mask_is_made_once_for_a_token(preset: str, monkeypatch: pytest
     model = attached("bart", preset)
     fold(model)
     made: list[tuple[int, ...]] = []
-    additive = head_attention.additive
+    additive = head_attention.make_additive
 
     def spy(mask: Tensor, dtype: torch.dtype) -> Tensor:
         made.append(tuple(mask.shape))
         return additive(mask, dtype)
 
-    monkeypatch.setattr(head_attention, "additive", spy)
+    monkeypatch.setattr(head_attention, "make_additive", spy)
     predicted(model, inputs("bart", (9, 6)), tokens(5, num_beams=4))
     prefixes = [each for each in model.modules() if isinstance(each, head_attention.Prefix)]
     length = 9 + (prefixes[0].function.bottleneck if prefixes else 0)
@@ -251,7 +251,7 @@ def test_a_source_mask_is_made_once_for_a_token(preset: str, monkeypatch: pytest
 
 def test_rows_of_an_additive_mask_are_aligned() -> None:
     mask = torch.tensor([[True, False, True, True, True]]).expand(3, -1)
-    found = head_attention.additive(mask, torch.bfloat16)
+    found = head_attention.make_additive(mask, torch.bfloat16)
     assert found.stride() == (8, 1)
     assert found.tolist() == 3 * [[0.0, float("-inf"), 0.0, 0.0, 0.0]]
 
@@ -281,7 +281,7 @@ def test_a_prefix_is_joined_once_for_a_text(family: str, joins: int, monkeypatch
 def test_a_parallel_adapter_is_a_wider_ffn() -> None:
     """While the model is prepared every FFN takes two matrix products, and no hook of the edit is called."""
     model = attached("bart", "scaled_parallel_adapter")
-    with prepared(model):
+    with prepare_inference(model):
         hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
         assert not any(isinstance(getattr(hook, "__self__", None), Edit) for hook in hooks)
         with torch.profiler.profile() as profile:
@@ -308,7 +308,7 @@ def test_rows_of_a_wider_ffn_are_aligned(device: str) -> None:
     with torch.no_grad(), torch.autocast(device, torch.bfloat16):
         expected = model(**given).logits
         with (
-            prepared(model, bf16=True),
+            prepare_inference(model, bf16=True),
             second.register_forward_pre_hook(lambda *call: widths.append(call[1][0].shape[-1])),
         ):
             found = model(**given).logits
@@ -324,7 +324,10 @@ def test_queries_beside_a_bottleneck_are_aligned(device: str) -> None:
     strides: list[tuple[int, ...]] = []
     with torch.no_grad(), torch.autocast(device, torch.bfloat16):
         expected = model(**given).logits
-        with prepared(model, bf16=True), query.register_forward_hook(lambda *call: strides.append(call[2].stride())):
+        with (
+            prepare_inference(model, bf16=True),
+            query.register_forward_hook(lambda *call: strides.append(call[2].stride())),
+        ):
             found = model(**given).logits
     assert len(strides) == 1 and strides[0][-2] % 8 == 0
     assert (found - expected).norm() < 0.05 * expected.norm()
@@ -337,7 +340,7 @@ def test_what_fills_a_bottleneck_up_is_not_seen(form: str) -> None:
     attach(model, {"": modification(form, "ffn", "parallel", "add", 5, bias=True)})
     shake(model, 1.0)
     expected = logits(model, "bart")
-    with prepared(model):
+    with prepare_inference(model):
         torch.testing.assert_close(logits(model, "bart"), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -356,7 +359,7 @@ def test_a_form_that_autocast_computes_in_float32(place: str) -> None:
     for function in (module for module in model.modules() if isinstance(module, Bottleneck)):
         function.f = InFloat32(dim=-1)
     expected = logits(model, "bart", bf16=True)
-    with prepared(model, bf16=True):
+    with prepare_inference(model, bf16=True):
         assert (logits(model, "bart", bf16=True) - expected).norm() < 0.05 * expected.norm()
 
 
@@ -367,7 +370,7 @@ def test_a_bfloat16_backbone_is_quick_without_autocast() -> None:
     shake(model)
     fold(model)
     expected, before = logits(model, "bart"), traces(model)
-    with prepared(model):
+    with prepare_inference(model):
         assert "forward" in vars(find_sites(model).layers[0].ffn.source)
         difference = logits(model, "bart") - expected
     assert difference.square().mean().sqrt() < 0.05 * expected.square().mean().sqrt()

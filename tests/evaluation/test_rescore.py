@@ -16,8 +16,8 @@ from peftbench.cli.main import main
 from peftbench.evaluation import predict as predict_module
 from peftbench.metrics.measure import measure
 from peftbench.modification.state import FILE_NAME
-from peftbench.records.run_files import logged
-from peftbench.records.saved import run_folder
+from peftbench.records.run_files import read_metrics
+from peftbench.records.saved import find_run_folder
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import write_lines
 from tests.tables.test_table import record
@@ -301,12 +301,14 @@ def test_a_run_goes_by_the_first_digits_of_its_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_folder("3f2a") == Path("3f2a")  # without outputs
+    assert find_run_folder("3f2a") == Path("3f2a")  # without outputs
     folders = [Path("outputs", name) for name in ("3f2a91c0", "3f77d01b")]
     for folder in folders:
         folder.mkdir(parents=True)
         record(50.0, run=folder.name, folder=folder).save()
-    assert run_folder("3f2") == run_folder(str(folders[0])) == folders[0] and run_folder("abc") == Path("abc")
+    assert find_run_folder("3f2") == find_run_folder(str(folders[0])) == folders[0] and find_run_folder("abc") == Path(
+        "abc"
+    )
     assert main(["rescore", "3f"]) == 2
     assert "3f matches 2 runs: outputs/3f2a91c0, outputs/3f77d01b; give one." in capsys.readouterr().err
 
@@ -380,5 +382,5 @@ def test_a_run_that_was_stopped_while_it_generated_goes_on(
         assert (file.parent / name).read_bytes() == (whole / name).read_bytes()
     before, after = recorded(whole), recorded(file.parent)
     assert after["scores"] == before["scores"] and after["adapter_bytes"] == before["adapter_bytes"]
-    assert after["steps"] == before["steps"] and len(logged(file.parent)) == len(logged(whole))
+    assert after["steps"] == before["steps"] and len(read_metrics(file.parent)) == len(read_metrics(whole))
     assert after["timings"]["earlier_s"] > 0 and not (file.parent / "checkpoints").exists()

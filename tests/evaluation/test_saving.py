@@ -16,7 +16,7 @@ from peftbench.cli.main import main
 from peftbench.config.schema import Unfreeze
 from peftbench.evaluation.finished import keep_from_saving
 from peftbench.modification.attach import attach
-from peftbench.modification.state import fold, trained_tensors
+from peftbench.modification.state import fold, list_trained
 from peftbench.records.record import load_records
 from peftbench.utils.errors import UserError
 from tests.families import FAMILIES, MORE_FAMILIES, PRESETS, batch, build, shake
@@ -77,7 +77,7 @@ def test_what_copies_the_model_keeps_its_adapter(family: str, preset: str) -> No
         assert torch.equal(logits(copy, family), expected)
         with pytest.raises(UserError, match="without its adapter"):
             copy.save_pretrained("/nowhere")
-    assert trained_tensors(model).keys() <= model.state_dict().keys()
+    assert list_trained(model).keys() <= model.state_dict().keys()
 
 
 @pytest.mark.parametrize("unfreeze", ["all", "bias", "norm"])

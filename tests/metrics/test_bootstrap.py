@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peftbench.metrics.bootstrap import paired_bootstrap
+from peftbench.metrics.bootstrap import bootstrap_pairs
 from peftbench.metrics.measure import DEFINITIONS, compute_statistics, measure
 from peftbench.metrics.statistics import Statistics
 from peftbench.utils.errors import UserError
@@ -119,7 +119,7 @@ def test_the_scores_that_are_compared_are_the_metrics_to_the_last_digit(metric: 
     """`compare` prints what the records hold, though the sums over a draw are rounded in another way."""
     _, right, labels = sample(metric, 40, seed=1)
     sides = [[sample(metric, 40, seed)[0] for seed in seeds] for seeds in ((2, 3), (4,))]
-    found = paired_bootstrap(
+    found = bootstrap_pairs(
         *([compute_statistics(metric, ours, right, labels) for ours in side] for side in sides),
         paired_seeds=False,
         resamples=2,
@@ -133,7 +133,7 @@ def test_of_what_is_not_a_number_nothing_is_said() -> None:
     """A model that diverged predicts nan: its correlation is undefined, and so is the chance of the difference."""
     right = ["1.0", "2.0", "4.0"]
     a, b = ([compute_statistics("pearson", ours, right)] for ours in (["nan", "1.0", "2.0"], ["1.0", "2.5", "2.0"]))
-    for found in paired_bootstrap(a, b, paired_seeds=True, resamples=50).values():
+    for found in bootstrap_pairs(a, b, paired_seeds=True, resamples=50).values():
         assert np.isnan([found.a, found.low, found.high, found.p]).all() and found.b > 0
 
 
@@ -142,7 +142,7 @@ def test_one_run_against_scipy() -> None:
     draw = np.random.default_rng(1)
     a = draw.normal(0.6, 0.2, 300)
     b = a + draw.normal(-0.02, 0.1, 300)  # paired: the difference varies less than either side
-    ours = paired_bootstrap([mean(a)], [mean(b)], paired_seeds=True, resamples=4000)["score"]
+    ours = bootstrap_pairs([mean(a)], [mean(b)], paired_seeds=True, resamples=4000)["score"]
 
     def statistic(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
         difference: np.ndarray = 100 * (x.mean(axis) - y.mean(axis))
@@ -167,7 +167,7 @@ def test_a_score_that_is_no_mean() -> None:
         return score
 
     side = [{"f1": Statistics(counts, f1)}]
-    zero = paired_bootstrap(side, side, paired_seeds=True, resamples=100)["f1"]
+    zero = bootstrap_pairs(side, side, paired_seeds=True, resamples=100)["f1"]
     whole = counts.sum(axis=0)
     assert zero.a == pytest.approx(2 * whole[0] / (2 * whole[0] + whole[1] + whole[2]))
     assert (zero.difference, zero.low, zero.high, zero.p) == (0, 0, 0, 1)
@@ -176,7 +176,7 @@ def test_a_score_that_is_no_mean() -> None:
 def test_equal_models_differ_by_chance_one_time_in_twenty() -> None:
     draw = np.random.default_rng(3)
     tried = [
-        paired_bootstrap(
+        bootstrap_pairs(
             [mean((draw.random(150) < 0.7).astype(float))],
             [mean((draw.random(150) < 0.7).astype(float))],
             paired_seeds=True,
@@ -194,15 +194,15 @@ def test_seeds_add_their_own_chance() -> None:
     examples = draw.normal(0.5, 0.01, 400)
     a = [mean(examples + offset) for offset in offsets]
     b = [mean(examples) for _ in offsets]
-    seeds = paired_bootstrap(a, b, paired_seeds=True, resamples=2000)["score"]
-    one = paired_bootstrap(a[2:3], b[2:3], paired_seeds=True, resamples=2000)["score"]
+    seeds = bootstrap_pairs(a, b, paired_seeds=True, resamples=2000)["score"]
+    one = bootstrap_pairs(a[2:3], b[2:3], paired_seeds=True, resamples=2000)["score"]
     expected = 2 * 1.96 * 100 * offsets.std() / np.sqrt(len(offsets))
     assert seeds.high - seeds.low == pytest.approx(expected, rel=0.1)
     assert one.high - one.low < 0.01
 
     # The same seeds on both sides, with the same effect on both: paired it cancels, unpaired it does not.
     shifted = [mean(examples + offset + 0.02) for offset in offsets]
-    paired = paired_bootstrap(shifted, a, paired_seeds=True, resamples=500)["score"]
-    unpaired = paired_bootstrap(shifted, a, paired_seeds=False, resamples=500)["score"]
+    paired = bootstrap_pairs(shifted, a, paired_seeds=True, resamples=500)["score"]
+    unpaired = bootstrap_pairs(shifted, a, paired_seeds=False, resamples=500)["score"]
     assert paired.low == pytest.approx(2) == paired.high
     assert unpaired.low < 0 < unpaired.high

@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from peftbench.metrics.evaluate_metric import EvaluateMetric
 from peftbench.metrics.measure import measure
-from peftbench.metrics.romanian import prepared
+from peftbench.metrics.romanian import prepare_text
 from peftbench.metrics.scripts import Words
 from peftbench.metrics.text import ROUGE_TYPES
 
@@ -82,8 +82,8 @@ def test_metrics_of_texts_equal_rouge_score_and_sacrebleu(language: str, tokeniz
         for kind in ("rouge1", "rouge2", "rougeL"):
             assert found[kind] == 100 * sum(score[kind].fmeasure for score in direct) / len(direct)
 
-        streams, plain = list(zip_longest(*right)), list(map(prepared, ours))
-        ready = list(zip_longest(*([prepared(text) for text in texts] for texts in right)))
+        streams, plain = list(zip_longest(*right)), list(map(prepare_text, ours))
+        ready = list(zip_longest(*([prepare_text(text) for text in texts] for texts in right)))
         assert measure("bleu_ro", ours, right).scores == {
             "bleu_ro": BLEU(tokenize="none", smooth_method="none", force=True).corpus_score(plain, ready).score,
             "bleu": BLEU(tokenize=tokenize).corpus_score(ours, streams).score,

@@ -14,10 +14,10 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
 from peftbench.config.schema import TaskKind
-from peftbench.config.validity import METRICS as METRICS_OF_KIND
+from peftbench.config.validity import METRIC_NAMES as METRICS_OF_KIND
 from peftbench.metrics.evaluate_metric import EvaluateMetric
 from peftbench.metrics.measure import DEFINITIONS, measure
-from peftbench.metrics.sentences import first_sentence, sentences
+from peftbench.metrics.sentences import split_sentences, take_first_sentence
 from peftbench.metrics.text import ROUGE_TYPES
 
 PREDICTIONS = ["The cats sat on a mat. It rained.", "", "Prices rose again"]
@@ -67,13 +67,13 @@ def test_every_metric_that_a_task_may_name_exists() -> None:
     ],
 )
 def test_sentences(text: str, expected: list[str]) -> None:
-    assert sentences(text) == expected
+    assert split_sentences(text) == expected
 
 
 def test_first_sentence() -> None:
-    assert first_sentence("\nA sentence that is\nwrapped. Another.\n\nMore.") == "A sentence that is wrapped."
-    assert first_sentence("Parameters\n\nMore. And more.") == "Parameters"
-    assert first_sentence(" ") == ""
+    assert take_first_sentence("\nA sentence that is\nwrapped. Another.\n\nMore.") == "A sentence that is wrapped."
+    assert take_first_sentence("Parameters\n\nMore. And more.") == "Parameters"
+    assert take_first_sentence(" ") == ""
 
 
 def test_f1_is_that_of_the_second_label() -> None:
@@ -226,7 +226,7 @@ def test_bleu_is_tokenised_by_the_script_of_the_references() -> None:
     ],
 )
 def test_sentences_of_other_scripts(text: str, expected: list[str]) -> None:
-    assert sentences(text) == expected
+    assert split_sentences(text) == expected
 
 
 def test_romanian_bleu_compares_prepared_texts() -> None:

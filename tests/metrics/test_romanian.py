@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peftbench.metrics.romanian import COMMAS, DIACRITICS, prepared, with_commas, without_diacritics
+from peftbench.metrics.romanian import COMMAS, DIACRITICS, prepare_text, remove_diacritics, replace_cedillas
 
 # (with a cedilla, with a comma below), by their Unicode names
 CEDILLAS = [
@@ -29,19 +29,19 @@ BARE = [
 
 @pytest.mark.parametrize(("cedilla", "comma"), CEDILLAS)
 def test_a_cedilla_becomes_a_comma_below(cedilla: str, comma: str) -> None:
-    assert with_commas(f"a{cedilla}b") == f"a{comma}b"
-    assert with_commas(comma) == comma
+    assert replace_cedillas(f"a{cedilla}b") == f"a{comma}b"
+    assert replace_cedillas(comma) == comma
 
 
 @pytest.mark.parametrize(("letter", "bare"), BARE)
 def test_a_diacritic_goes(letter: str, bare: str) -> None:
-    assert without_diacritics(f"x{letter}y") == f"x{bare}y"
+    assert remove_diacritics(f"x{letter}y") == f"x{bare}y"
 
 
 def test_the_maps_have_no_other_entries() -> None:
     assert {chr(key): chr(value) for key, value in COMMAS.items()} == dict(CEDILLAS)
     assert {chr(key): chr(value) for key, value in DIACRITICS.items()} == dict(BARE)
-    assert without_diacritics("Müller, café, Škoda, ş") == "Müller, café, Škoda, ş"
+    assert remove_diacritics("Müller, café, Škoda, ş") == "Müller, café, Škoda, ş"
 
 
 @pytest.mark.parametrize(
@@ -61,4 +61,4 @@ def test_the_maps_have_no_other_entries() -> None:
     ],
 )
 def test_sentences_by_hand(text: str, tokens: str) -> None:
-    assert prepared(text) == tokens
+    assert prepare_text(text) == tokens

@@ -133,7 +133,7 @@ def test_every_trained_tensor_gets_a_gradient_also_after_an_evaluation(family: s
     before = gradients(model, family)
     assert without_gradient(before) == []
     logits(model, family)
-    with state.folded(model):
+    with state.fold_tensors(model):
         logits(model, family)
     after = gradients(model, family)
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
@@ -360,8 +360,8 @@ def test_folded_for_a_while_puts_the_mlp_back(family: str, preset: str) -> None:
     """Inside the block the prefixes are plain tensors; afterwards, also after an error, the very same MLP is there."""
     model = attached(family, PRESETS[preset])
     before = {name: (id(parameter), parameter.detach().clone()) for name, parameter in model.named_parameters()}
-    expected, made = logits(model, family), state.bottlenecks(model)
-    with pytest.raises(KeyError), state.folded(model):
+    expected, made = logits(model, family), state.list_bottlenecks(model)
+    with pytest.raises(KeyError), state.fold_tensors(model):
         assert all(bottleneck.generator is None for bottleneck in made)
         assert (logits(model, family) - expected).abs().max() < 1e-6 * max(1.0, float(expected.abs().max()))
         raise KeyError
@@ -605,7 +605,7 @@ def test_places_that_a_backbone_lacks_are_refused(
 
 # ---- the presets in conf/ ----
 
-METHODS = sorted(path.stem for path in (schema.conf_dir() / "method").glob("*.yaml"))
+METHODS = sorted(path.stem for path in (schema.find_conf_dir() / "method").glob("*.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -620,7 +620,7 @@ def test_presets_in_conf_train(family: str, task: str, method: str) -> None:
     """With the sizes of their task, on a tiny model: the loss stays finite and what is trained moves."""
     run = compose_run([f"method={method}", f"task={task}"])
     model = build(family)
-    attach(model, schema.modifications(run), run.unfreeze)
+    attach(model, schema.list_modifications(run), run.unfreeze)
     before = tensors(model, trained=True)
     losses = take_steps(model, family)
     assert all(torch.isfinite(torch.tensor(losses)))

@@ -207,7 +207,7 @@ def roberta_base() -> PreTrainedModel:
 def counted(model: PreTrainedModel, *overrides: str) -> Counts:
     """The counts of the preset that a command line names, on a model."""
     run = compose_run(overrides)
-    attach(model, schema.modifications(run), run.unfreeze)
+    attach(model, schema.list_modifications(run), run.unfreeze)
     assert all(parameter.is_meta for parameter in model.parameters())
     return count(model)
 

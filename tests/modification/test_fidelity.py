@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from peftbench.backbones.sites import Attention, find_sites
 from peftbench.config import schema
 from peftbench.config.compose import compose_run
-from peftbench.config.fidelity import with_deviations
+from peftbench.config.fidelity import apply_fidelity
 from peftbench.counts.run_counts import count_run
 from peftbench.modification import state
 from peftbench.modification.attach import attach
@@ -40,8 +40,8 @@ def attached(
     """A tiny model with a preset of conf/ as text or code have it, without dropout; and the deviations in force."""
     model = build(family, **dropout(family))
     run = composed(f"task={TASKS[family]}", "bottleneck=5", f"fidelity={fidelity}", *overrides.split())
-    run, deviations = with_deviations(run, model.config.model_type)
-    attach(model, schema.modifications(run), run.unfreeze, train_head=not run.fidelity.frozen_task_head)
+    run, deviations = apply_fidelity(run, model.config.model_type)
+    attach(model, schema.list_modifications(run), run.unfreeze, train_head=not run.fidelity.frozen_task_head)
     if shaken:
         shake(model)
     return model, {deviation.name for deviation in deviations}
@@ -130,12 +130,12 @@ def test_attention_adapters_begin_as_bert_and_ffn_adapters_as_they_are_set() -> 
     attention = "method=scaled_parallel_adapter modified_representation=attention"
     model, deviations = attached("bart", attention, shaken=False)
     assert "attention_adapter_bert_init" in deviations
-    drawn = torch.cat([f.up.flatten() for f in state.bottlenecks(model) if f.up is not None])
+    drawn = torch.cat([f.up.flatten() for f in state.list_bottlenecks(model) if f.up is not None])
     assert 0.018 < float(drawn.detach().std()) < 0.022
     for overrides, fidelity in ((attention, "paper"), ("method=scaled_parallel_adapter", "released_code")):
         model, deviations = attached("bart", overrides, fidelity=fidelity, shaken=False)
         assert deviations == set()
-        assert not any(f.up.any() for f in state.bottlenecks(model) if f.up is not None)
+        assert not any(f.up.any() for f in state.list_bottlenecks(model) if f.up is not None)
 
 
 # ---- the multi-head parallel adapter ----

@@ -34,7 +34,7 @@ def attention_calls(model: PreTrainedModel, inputs: dict[str, Tensor], *, bf16: 
     import peftbench.modification.head_attention as module
 
     calls: list[dict[str, Any]] = []
-    original = module.modified_attention
+    original = module.attend_modified
 
     def spy(
         attention: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from peftbench.config import schema
 from peftbench.modification.attach import attach
 from peftbench.modification.edit import Edit
-from peftbench.modification.merge import merge, merged, obstacles
-from peftbench.modification.state import fold, trained_tensors
+from peftbench.modification.merge import find_obstacles, merge, merge_temporarily
+from peftbench.modification.state import fold, list_trained
 from tests.families import FAMILIES, MORE_FAMILIES, PRESETS, batch, build, long_tail, modification, points, shake
 
 MERGEABLE: dict[str, dict[str, schema.Modification]] = {
@@ -55,10 +55,10 @@ def close(found: Tensor, expected: Tensor) -> bool:
 def test_merged_computes_the_same_and_leaves_no_trace(family: str, name: str) -> None:
     """For a while: the same logits without a hook of the modification; then the very tensors and hooks."""
     model = attached(family, MERGEABLE[name])
-    assert obstacles(model) == {}
+    assert find_obstacles(model) == {}
     beside, bare = logits(model, family), logits(build(family), family)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    with merged(model):
+    with merge_temporarily(model):
         assert close(logits(model, family), beside)
         assert not hooked(model)
     assert (beside - bare).abs().max() > 1e-2
@@ -109,24 +109,24 @@ def test_what_cannot_be_merged_stays_beside_what_can() -> None:
     found = {**MERGEABLE["lora_ffn"], "mix.attention.": PRESETS["prefix"][""]}
     model = attached("bart", found)
     fold(model)
-    assert set(obstacles(model)) == {"attention"}
-    beside, trained = logits(model, "bart"), trained_tensors(model)
-    with merged(model):
+    assert set(find_obstacles(model)) == {"attention"}
+    beside, trained = logits(model, "bart"), list_trained(model)
+    with merge_temporarily(model):
         assert close(logits(model, "bart"), beside)
-    assert trained.keys() == trained_tensors(model).keys()
+    assert trained.keys() == list_trained(model).keys()
     model(**batch("bart")).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.slow
 def test_every_point_merges_or_says_why() -> None:
-    """Over all combinations: whatever `obstacles` lets through computes the same; the rest is never merged."""
+    """Over all combinations: whatever `find_obstacles` lets through computes the same; the rest is never merged."""
     merges = 0
     for name, m in points("identity", "relu", "constant"):
         model = attached("bart", {"": m})
         expected = logits(model, "bart")
-        why = obstacles(model)
-        with merged(model):
+        why = find_obstacles(model)
+        with merge_temporarily(model):
             assert close(logits(model, "bart"), expected), name
             assert bool(hooked(model)) == any(isinstance(module, Edit) for module in model.modules() if why), name
         merges += not why
@@ -144,7 +144,7 @@ def test_bfloat16_weights_are_rounded_once() -> None:
     expected, beside = logits(exact, "bart"), logits(model, "bart").float()
     before = {name: (p.data_ptr(), p.clone()) for name, p in model.named_parameters()}
     edits = {name.rpartition(".")[0]: m for name, m in model.named_modules() if isinstance(m, Edit)}
-    with merged(model):
+    with merge_temporarily(model):
         assert not hooked(model)
         inside = logits(model, "bart").float()
         for place, edit in edits.items():

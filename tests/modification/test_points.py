@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from peftbench.config.axes import points as all_points
-from peftbench.config.axes import runs
+from peftbench.config.axes import is_allowed
+from peftbench.config.axes import list_points as all_points
 from peftbench.modification.attach import attach
 from tests.families import ALIKE, DECODERS, FAMILIES, MORE_FAMILIES, PLACES, PRESETS, batch, build, points, shake
 
@@ -68,7 +68,7 @@ def test_these_are_the_points_that_run() -> None:
     """Counted by hand: of 3 forms, 14 representations without the embedding, 2 insertions and 5 compositions those with
     gated and sequential mean nothing, nor layer with parallel or multiply. A constant is sequential only, and adds
     nothing to keys. The embedding has one point, the prompt."""
-    assert set(POINTS) == {"-".join(point) for point in all_points() if runs(point)}
+    assert set(POINTS) == {"-".join(point) for point in all_points() if is_allowed(point)}
     assert len(POINTS) == 3 * (14 * 2 * 5 - 14 - 5 - 1) + (14 * 4 - 1 - 2 * 2) + 1
 
 

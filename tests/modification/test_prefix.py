@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from peftbench.evaluation.kv_cache import cache_argument
+from peftbench.evaluation.kv_cache import name_cache_argument
 from peftbench.modification.attach import attach
 from peftbench.modification.functional_form import Bottleneck
-from peftbench.modification.state import bottlenecks
+from peftbench.modification.state import list_bottlenecks
 from tests.families import batch, build, dropout, modification
 
 LENGTH = 5
@@ -36,7 +36,7 @@ def pair(family: str) -> tuple[PreTrainedModel, PeftModel, list[tuple[Bottleneck
         build(family, **RATES[family]),
         PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=LENGTH),
     )
-    functions = bottlenecks(ours)
+    functions = list_bottlenecks(ours)
     table = theirs.prompt_encoder["default"].embedding.weight  # (l, layers x 2 x N_kv x d_h)
     width = table.shape[1] // len(functions)
     places = [(function, slice(width * i, width * (i + 1))) for i, function in enumerate(functions)]
@@ -62,7 +62,7 @@ def told(theirs: PeftModel, inputs: dict[str, Tensor], position_ids: Tensor) -> 
     """peft's model with the positions of its tokens given, and its prefix in the cache as peft has it."""
     mask = torch.cat([torch.ones(2, LENGTH, dtype=torch.long), inputs["attention_mask"]], dim=1)
     prefix = theirs.get_prompt(batch_size=2)
-    given = {**inputs, "attention_mask": mask, cache_argument(theirs.base_model): prefix}
+    given = {**inputs, "attention_mask": mask, name_cache_argument(theirs.base_model): prefix}
     return theirs.base_model(**given, position_ids=position_ids)
 
 

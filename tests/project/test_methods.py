@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from peftbench.config.compose import compose_run
-from peftbench.config.schema import conf_dir, modifications
+from peftbench.config.schema import find_conf_dir, list_modifications
 
-METHODS = sorted(path.stem for path in (conf_dir() / "method").glob("*.yaml"))
+METHODS = sorted(path.stem for path in (find_conf_dir() / "method").glob("*.yaml"))
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
 
 
@@ -45,11 +45,11 @@ def test_the_page_has_the_axes_of_the_preset(method: str) -> None:
             m.insertion_form.name.name,
             m.composition_function.name.name,
         )
-        for prefix, m in modifications(run).items()
+        for prefix, m in list_modifications(run).items()
     ]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_preset_opens_with_what_it_is(method: str) -> None:
-    first, second, *_ = (conf_dir() / "method" / f"{method}.yaml").read_text(encoding="utf-8").splitlines()
+    first, second, *_ = (find_conf_dir() / "method" / f"{method}.yaml").read_text(encoding="utf-8").splitlines()
     assert first == "# @package _global_" and second.startswith("# ")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from peftbench.tasks.docstrings import split_of
+from peftbench.tasks.docstrings import assign_split
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 BOS, PAD, EOS, MASK = 0, 1, 2, 4
@@ -168,8 +168,8 @@ def run(pretrain: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: objec
 def test_held_out_docstrings_are_left_out_under_any_name(
     pretrain: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained, also_trained = [f"alpha.f{i}" for i in range(50) if split_of(f"alpha.f{i}") == "train"][:2]
-    held_out = next(f"beta.f{i}" for i in range(50) if split_of(f"beta.f{i}") != "train")
+    trained, also_trained = [f"alpha.f{i}" for i in range(50) if assign_split(f"alpha.f{i}") == "train"][:2]
+    held_out = next(f"beta.f{i}" for i in range(50) if assign_split(f"beta.f{i}") != "train")
     secret = "The summary that stands in a test row.\n\nIts body has enough words to train on."
     same_summary = "The summary that stands in a test row.\n\nAnother body with quite enough words to train on."
     fine = "A text of its own that is long enough to train on."

@@ -9,7 +9,7 @@ import pytest
 
 from peftbench.cli import compare, plot, report, results
 from peftbench.records.record import FILE, load_records
-from peftbench.tables.row import Row, over_seeds, tables
+from peftbench.tables.row import Row, group_seeds, split_tables
 from peftbench.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,8 +40,8 @@ def _table(file: Path, heading: str) -> list[list[str]]:
 
 
 def _grid() -> list[Row]:
-    rows = over_seeds(load_records(REFERENCE / "grid")[0], "mean")
-    assert len(tables(rows)) == 1
+    rows = group_seeds(load_records(REFERENCE / "grid")[0], "mean")
+    assert len(split_tables(rows)) == 1
     assert all([record.seed for record in row.scored] == [1, 42] for row in rows)
     return rows
 

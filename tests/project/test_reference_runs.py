@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from peftbench.config.compose import compose_points
-from peftbench.config.identity import run_hash
-from peftbench.config.search import check, phases
+from peftbench.config.identity import hash_run
+from peftbench.config.search import check_searches, split_phases
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "reference_runs.sh"
 FOLDERS = ("backbones/minilm-l6", "backbones/bart-mini", "data/sst2", "data/rte", "data/webnlg", "data/xsum_subset")
@@ -65,10 +65,10 @@ def test_a_part_is_one_sweep(part: str, trials: int, runs: int, shared: Path) ->
     option, *words = arguments(shared, part, *smoke_words())
     assert option == "-m"
     points = compose_points(words, multirun=True)
-    check(points)
-    tried, final = phases(points)
+    check_searches(points)
+    tried, final = split_phases(points)
     assert (len(tried), len(final)) == (trials, runs)
-    assert len({run_hash(run) for _, run in points}) == len(points)
+    assert len({hash_run(run) for _, run in points}) == len(points)
     for _, run in points:
         assert (run.debug, run.trainer.max_steps, run.jobs, run.output_dir) == ("smoke", 4, "auto", "outputs")
         sources = [source for source in (run.task.data_dir, run.task.train_file) if source is not None]

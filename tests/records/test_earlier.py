@@ -10,14 +10,14 @@ from shutil import copytree
 import pytest
 
 from peftbench.config.compose import compose_run
-from peftbench.config.identity import run_hash
+from peftbench.config.identity import hash_run
 from peftbench.config.schema import Model, Run, Task, TaskKind, Trainer
-from peftbench.config.stamps import LARGE, content_stamp, ends_stamp
+from peftbench.config.stamps import LARGE, stamp_content, stamp_ends
 from peftbench.records import earlier
 from peftbench.records.earlier import check_backbone
-from peftbench.records.location import run_dir
-from peftbench.records.record import Record, find
-from peftbench.records.recording import start
+from peftbench.records.location import locate_run
+from peftbench.records.record import Record, find_record
+from peftbench.records.recording import start_record
 from peftbench.utils.errors import UserError
 from tests.config.test_stamps import changed, large
 
@@ -54,16 +54,16 @@ def recorded_then(run: Run, seed: int = 42) -> Record:
     """The record of a run that is done, as peftbench wrote it when names saw the ends alone."""
     run = replace(run, seed=seed)
     method = Path(run.output_dir) / run.task.name / run.model.name / run.method
-    record = start(run, method / run_hash(run, ends_stamp), [])
-    record.run, record.point = run_hash(run, ends_stamp), run_hash(replace(run, seed=0), ends_stamp)
-    record.model.content = ends_stamp(str(run.model.path))
+    record = start_record(run, method / hash_run(run, stamp_ends), [])
+    record.run, record.point = hash_run(run, stamp_ends), hash_run(replace(run, seed=0), stamp_ends)
+    record.model.content = stamp_ends(str(run.model.path))
     record.finish()
     return record
 
 
 def test_a_run_whose_files_are_what_they_were_is_found(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [recorded_then(run, seed).folder for seed in (42, 43)]
-    assert [run_dir(replace(run, seed=seed)) for seed in (42, 43)] == folders
+    assert [locate_run(replace(run, seed=seed)) for seed in (42, 43)] == folders
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1 and told[0].startswith(f"{run.model.path}, {run.task.train_file} unchanged since: runs that")
 
@@ -71,11 +71,11 @@ def test_a_run_whose_files_are_what_they_were_is_found(run: Run, capsys: pytest.
 def test_its_seeds_are_a_row_with_those_recorded_now(run: Run, tmp_path: Path) -> None:
     """Its record is told apart by whole files from then on; its name, by which it is known, stays."""
     before = recorded_then(run)
-    found, new = find(run_dir(run)), start(replace(run, seed=1), tmp_path / "new", [])
+    found, new = find_record(locate_run(run)), start_record(replace(run, seed=1), tmp_path / "new", [])
     assert found is not None and found.run == before.run
     assert (found.point, found.model.content) == (new.point, new.model.content)
     os.utime(run.task.train_file or "")  # what was seen to be the same once stays so
-    assert run_dir(run) == before.folder
+    assert locate_run(run) == before.folder
 
 
 @pytest.mark.parametrize("which", ["data", "backbone"])
@@ -84,12 +84,12 @@ def test_a_run_whose_files_have_changed_is_another(which: str, run: Run, capsys:
     before = recorded_then(run)
     file = Path(run.task.train_file or "") if which == "data" else Path(run.model.path or "") / "model.safetensors"
     changed(file, MIDDLE, quietly=True)
-    assert run_hash(run, ends_stamp) == before.run
-    assert run_dir(run) == run_dir(run) == before.folder.with_name(run_hash(run))
+    assert hash_run(run, stamp_ends) == before.run
+    assert locate_run(run) == locate_run(run) == before.folder.with_name(hash_run(run))
     (told,) = capsys.readouterr().err.splitlines()
     key = f"task.data_files.train={file}" if which == "data" else f"model.path={run.model.path}"
     assert told.startswith(f"{key} has changed since: runs such as {before.folder} were named when")
-    record = find(before.folder)
+    record = find_record(before.folder)
     assert record is not None and record.point == before.point
 
 
@@ -99,7 +99,7 @@ def test_another_path_with_the_same_ends_is_another_run(run: Run, tmp_path: Path
     large(other / "model.safetensors")
     changed(other / "model.safetensors", MIDDLE)
     before = recorded_then(run)
-    assert run_dir(replace(run, model=replace(run.model, path=str(other)))) != before.folder
+    assert locate_run(replace(run, model=replace(run.model, path=str(other)))) != before.folder
 
 
 def test_a_link_that_leads_elsewhere_now_is_seen(run: Run, tmp_path: Path) -> None:
@@ -110,10 +110,10 @@ def test_a_link_that_leads_elsewhere_now_is_seen(run: Run, tmp_path: Path) -> No
     link.symlink_to(str(run.model.path))
     run = replace(run, model=replace(run.model, path=str(link)))
     before = recorded_then(run)
-    assert run_dir(run) == before.folder
+    assert locate_run(run) == before.folder
     link.unlink()
     link.symlink_to(other)
-    assert run_dir(run) != before.folder
+    assert locate_run(run) != before.folder
 
 
 def test_a_folder_renamed_into_the_place_is_seen(run: Run, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_folder_renamed_into_the_place_is_seen(run: Run, tmp_path: Path) -> No
     before = recorded_then(run)
     path.rename(tmp_path / "away")
     (tmp_path / "other").rename(path)
-    assert run_hash(run, ends_stamp) == before.run and run_dir(run) != before.folder
+    assert hash_run(run, stamp_ends) == before.run and locate_run(run) != before.folder
 
 
 def test_small_files_need_no_such_look(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,7 +132,7 @@ def test_small_files_need_no_such_look(run: Run, capsys: pytest.CaptureFixture[s
     Path(run.task.train_file or "").write_bytes(b"small")
     before = recorded_then(run)
     os.utime(run.task.train_file or "")
-    assert run_dir(run) == before.folder and before.run == run_hash(run)
+    assert locate_run(run) == before.folder and before.run == hash_run(run)
     assert not capsys.readouterr().err
 
 
@@ -145,10 +145,10 @@ def test_the_embedded_backbone_may_be_anywhere(run: Run, tmp_path: Path, capsys:
         for name in ("a", "b")
     ]
     before = recorded_then(runs[0])
-    assert run_dir(runs[1]) == before.folder
+    assert locate_run(runs[1]) == before.folder
     large(Path(run.task.train_file or ""))
     before = recorded_then(runs[0])
-    assert run_dir(runs[1]) == before.folder
+    assert locate_run(runs[1]) == before.folder
     assert capsys.readouterr().err.startswith(f"{run.task.train_file} unchanged since")
 
 
@@ -160,7 +160,7 @@ def test_a_backbone_is_checked_by_what_the_record_has(run: Run, capsys: pytest.C
     changed(Path(run.model.path or "") / "model.safetensors", MIDDLE, quietly=True)
     check_backbone(run, record)
     assert "model.path" in capsys.readouterr().err
-    record.model.content = content_stamp(str(run.model.path))
+    record.model.content = stamp_content(str(run.model.path))
     check_backbone(run, record)
     changed(Path(run.model.path or "") / "model.safetensors", MIDDLE)
     with pytest.raises(UserError, match="is not the backbone on which the run was trained"):

@@ -31,18 +31,18 @@ from peftbench.records.record import (
     APART,
     FILE,
     Axes,
-    Counts,
     Divergence,
     Record,
+    RecordedCounts,
     Score,
     Selection,
-    find,
-    finished,
+    find_finished,
+    find_record,
     load_records,
 )
-from peftbench.records.recording import recording, start
+from peftbench.records.recording import record_run, start_record
 from peftbench.records.run_files import append_metrics, write_predictions
-from peftbench.tables.select import read
+from peftbench.tables.select import read_records
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import write_lines
 
@@ -76,13 +76,13 @@ def on_disk(folder: Path) -> dict[str, object]:
 
 
 def test_a_run_that_ends_well_is_done(tmp_path: Path) -> None:
-    with recording(RUN, tmp_path, ["method=mam"]) as record:
+    with record_run(RUN, tmp_path, ["method=mam"]) as record:
         assert on_disk(tmp_path)["status"] == "running"
-        assert finished(tmp_path) is None
-        record.counts = Counts(backbone=1000, trained=60, stored=50, head=10, paper=None)
+        assert find_finished(tmp_path) is None
+        record.counts = RecordedCounts(backbone=1000, trained=60, stored=50, head=10, paper=None)
         record.scores["report"] = Score("test", 100, {"accuracy": 63.0})
         record.score = 63.0
-    assert finished(tmp_path) == record
+    assert find_finished(tmp_path) == record
     assert record.status == "done"
     assert record.error is None
     assert record.finished is not None
@@ -92,7 +92,7 @@ def test_a_run_that_ends_well_is_done(tmp_path: Path) -> None:
 
 
 def test_axes_are_recorded_with_the_options_that_differ(tmp_path: Path) -> None:
-    heads, ffn = start(RUN, tmp_path, []).axes
+    heads, ffn = start_record(RUN, tmp_path, []).axes
     assert (heads.prefix, heads.functional_form, heads.bottleneck) == ("", "softmax", 4)
     assert heads.options == {"modified_representation.layers": [-1]}
     assert (ffn.prefix, ffn.composition_function, ffn.scale) == ("mix.ffn.", "scaled", 4.0)
@@ -100,27 +100,27 @@ def test_axes_are_recorded_with_the_options_that_differ(tmp_path: Path) -> None:
 
 
 def test_the_resolved_config_stands_beside_it(tmp_path: Path) -> None:
-    start(RUN, tmp_path, [])
+    start_record(RUN, tmp_path, [])
     config = OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.load(tmp_path / "config.yaml"))
     assert config.mix.ffn.bottleneck == 8
     assert config.sizes is None
 
 
 def test_ctrl_c_is_recorded_as_interrupted(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), recording(RUN, tmp_path, []):
+    with pytest.raises(KeyboardInterrupt), record_run(RUN, tmp_path, []):
         raise KeyboardInterrupt
     assert on_disk(tmp_path)["status"] == "interrupted"
-    assert finished(tmp_path) is None
+    assert find_finished(tmp_path) is None
 
 
 def test_a_run_that_diverges_has_no_score(tmp_path: Path) -> None:
-    with recording(RUN, tmp_path, []) as record:
+    with record_run(RUN, tmp_path, []) as record:
         record.scores["report"] = Score("test", 8, {"accuracy": 50.0})
         record.score = 50.0
         record.diverge(Divergence("loss", 12))
-    read_again = find(tmp_path)
+    read_again = find_record(tmp_path)
     assert read_again == record and record.status == "diverged" and record.outcome == "diverged: step 12"
-    assert read_again.score is None and not read_again.scores and finished(tmp_path) is not None
+    assert read_again.score is None and not read_again.scores and find_finished(tmp_path) is not None
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_a_run_that_diverges_has_no_score(tmp_path: Path) -> None:
 def test_what_an_earlier_version_called_done_is_shown_as_diverged(
     score: float, selection: Selection | None, what: str, tmp_path: Path
 ) -> None:
-    with recording(RUN, tmp_path, []) as record:
+    with record_run(RUN, tmp_path, []) as record:
         record.scores["report"] = Score("test", 8, {"accuracy": score})
         record.score, record.selection = score, selection
     values = json.dumps({key: value for key, value in record.to_json().items() if key != "diverged"})
@@ -147,19 +147,19 @@ def test_what_an_earlier_version_called_done_is_shown_as_diverged(
 
 def test_records_and_logs_are_json_for_any_program(tmp_path: Path) -> None:
     """NaN and infinity are no JSON. A metric beside the main one may still be none."""
-    with recording(RUN, tmp_path, []) as record:
+    with record_run(RUN, tmp_path, []) as record:
         record.scores["report"] = Score("test", 8, {"accuracy": 50.0, "pearson": math.nan})
         record.score = 50.0
         append_metrics(tmp_path, {"stage": "train", "step": 1, "loss": math.inf})
         write_predictions(tmp_path, [{"prediction": math.nan}])
     for file in (FILE, "metrics.jsonl", "predictions.jsonl"):
         json.loads((tmp_path / file).read_text(), parse_constant=pytest.fail)
-    again = find(tmp_path)
+    again = find_record(tmp_path)
     assert again is not None and again.status == "done" and math.isnan(again.scores["report"].metrics["pearson"])
 
 
 def test_an_exception_is_recorded_as_failed_with_its_traceback(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), recording(RUN, tmp_path, []):
+    with pytest.raises(ZeroDivisionError), record_run(RUN, tmp_path, []):
         _ = 1 / 0
     values = on_disk(tmp_path)
     assert values["status"] == "failed"
@@ -168,17 +168,17 @@ def test_an_exception_is_recorded_as_failed_with_its_traceback(tmp_path: Path) -
 
 
 def test_a_second_try_starts_clean(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), recording(RUN, tmp_path, []):
+    with pytest.raises(ZeroDivisionError), record_run(RUN, tmp_path, []):
         append_metrics(tmp_path, {"step": 1})
         _ = 1 / 0
-    with recording(RUN, tmp_path, []):
+    with record_run(RUN, tmp_path, []):
         append_metrics(tmp_path, {"step": 2})
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.yaml", "metrics.jsonl", "record.json"]
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 2}\n'
 
 
 def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = start(RUN, tmp_path, [])
+    record = start_record(RUN, tmp_path, [])
 
     def disk_full(*_: object) -> None:
         raise OSError("no space left")
@@ -200,7 +200,7 @@ def test_predictions_hold_any_text(tmp_path: Path) -> None:
 
 
 def test_records_survive_the_round_trip_and_unknown_keys(tmp_path: Path) -> None:
-    with recording(RUN, tmp_path / "a", ["seed=1"]) as record:
+    with record_run(RUN, tmp_path / "a", ["seed=1"]) as record:
         record.baselines = {"majority": 20.0}
         record.score = 63  # JSON writes 63.0 this way too
     values = {**on_disk(tmp_path / "a"), "from_a_later_version": [1]}
@@ -238,7 +238,7 @@ def test_records_survive_the_round_trip_and_unknown_keys(tmp_path: Path) -> None
 )
 def test_what_is_no_record_is_named_and_left_out(tmp_path: Path, change: object, complaint: str) -> None:
     for name in ("bad", "good"):
-        start(RUN, tmp_path / name, [])
+        start_record(RUN, tmp_path / name, [])
     bad = tmp_path / "bad" / "record.json"
     if isinstance(change, dict):
         change = json.dumps({**on_disk(tmp_path / "bad"), **change})
@@ -254,20 +254,20 @@ def test_runs_that_are_kept_apart_are_no_rivals_of_ones_own(tmp_path: Path) -> N
     """As outputs/reference is: it is read where it, or a folder in it, is named."""
     for place in ("task/own", "reference/grid/one", "reference/grid/two"):
         (tmp_path / place).mkdir(parents=True)
-        start(RUN, tmp_path / place, []).finish()
+        start_record(RUN, tmp_path / place, []).finish()
     (tmp_path / "reference" / APART).touch()
     found = {folder: len(load_records(tmp_path / folder)[0]) for folder in ("", "reference", "reference/grid")}
     assert found == {"": 1, "reference": 2, "reference/grid": 2}
     (tmp_path / "task" / "own" / FILE).unlink()
     with pytest.raises(UserError, match=r"or show those in .*reference: peftbench results .*reference"):
-        read([str(tmp_path)])
+        read_records([str(tmp_path)])
 
 
 def test_folders_that_are_links_are_read_once_and_loops_end(tmp_path: Path) -> None:
     """outputs/TASK may lie on another disk."""
-    start(RUN, tmp_path / "disk" / "run", []).finish()
+    start_record(RUN, tmp_path / "disk" / "run", []).finish()
     outputs = tmp_path / "outputs"
-    start(RUN, outputs / "here" / "run", []).finish()
+    start_record(RUN, outputs / "here" / "run", []).finish()
     for name, target in (("task", tmp_path / "disk"), ("same", outputs / "here"), ("loop", outputs)):
         (outputs / name).symlink_to(target, target_is_directory=True)
     records, left_out = load_records(outputs)
@@ -276,7 +276,7 @@ def test_folders_that_are_links_are_read_once_and_loops_end(tmp_path: Path) -> N
 
 
 def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    start(RUN, tmp_path / "mine", []).finish()
+    start_record(RUN, tmp_path / "mine", []).finish()
     (tmp_path / "theirs").mkdir()
     scandir = os.scandir
 

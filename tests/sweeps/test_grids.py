@@ -11,11 +11,11 @@ import pytest
 import peftbench.config.compose
 import peftbench.sweeps.sweeper
 from peftbench.cli.main import main
-from peftbench.config.compose import _grids, compose_points, compose_run
+from peftbench.config.compose import _split_grids, compose_points, compose_run
 from peftbench.config.schema import Run
-from peftbench.config.search import check
+from peftbench.config.search import check_searches
 from peftbench.sweeps.workers import Ended
-from peftbench.utils.differences import distinctive
+from peftbench.utils.differences import find_distinctive
 from peftbench.utils.errors import UserError
 from tests.cli.test_train import records, sentiment, smoke
 
@@ -37,14 +37,14 @@ def test_each_grid_is_the_first_one_with_other_words() -> None:
 
 def test_a_word_takes_the_place_of_that_of_the_same_key() -> None:
     words = ["seed=1,2", "+task.data_files.train=a", "bottleneck=4", "and", "task.data_files.train=b", "seed=3"]
-    grids = _grids(words)
+    grids = _split_grids(words)
     assert grids == [words[:3], ["bottleneck=4", *words[4:]]]
-    assert _grids(["seed=1", "and", "seed=2", "and", "method=full"]) == [
+    assert _split_grids(["seed=1", "and", "seed=2", "and", "method=full"]) == [
         ["seed=1"],
         ["seed=2"],
         ["seed=1", "method=full"],
     ]
-    assert _grids([]) == [[]]
+    assert _split_grids([]) == [[]]
 
 
 @pytest.mark.parametrize(
@@ -112,12 +112,12 @@ def test_each_grid_may_have_a_value_of_its_own_around_which_is_searched() -> Non
     """That is no sweep over what the search chooses, which stays refused."""
     rates = ["trainer.learning_rate=1e-4", "and", "method=lora", "trainer.learning_rate=1e-3"]
     points = compose_points(["search=lr3", "method=full", *rates], multirun=True)
-    check(points)
+    check_searches(points)
     assert [run.trainer.learning_rate for _, run in points] == [1e-4, 1e-3]
     rates[-1] += ",1e-2"
     points = compose_points(["search=lr3", "method=full", *rates], multirun=True)
     with pytest.raises(UserError, match=r"trainer\.learning_rate is swept and is chosen by search=lr3"):
-        check(points)
+        check_searches(points)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_each_grid_may_have_a_value_of_its_own_around_which_is_searched() -> Non
 )  # fmt: skip
 def test_what_goes_with_the_task_tells_no_runs_apart(words: list[str], keys: list[str]) -> None:
     """The columns of `peftbench status`: paths that each task has one of would fill it."""
-    assert distinctive([dict(word.split("=") for word in line.split()) for line in words]) == keys
+    assert find_distinctive([dict(word.split("=") for word in line.split()) for line in words]) == keys
 
 
 @pytest.mark.slow

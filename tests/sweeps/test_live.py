@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from peftbench.records.lock import holding
+from peftbench.records.lock import hold_run
 from peftbench.records.record import Failure
-from peftbench.sweeps.live import READ_EVERY, LiveSweep, progress
+from peftbench.sweeps.live import READ_EVERY, LiveSweep, read_progress
 from peftbench.sweeps.plan import Sweep
 from peftbench.utils.progress import Display, is_live
 from tests.records.test_record import RUN
@@ -67,7 +67,7 @@ def test_the_table_grows_with_the_records(tmp_path: Path) -> None:
     (running / "metrics.jsonl").write_text(json.dumps({"stage": "train mam", "step": 90, "loss": 1.0}) + "\n")
     assert screen(live) == first  # it is not read again for every picture
     live.read_at -= READ_EVERY
-    with holding(running):
+    with hold_run(running):
         grown = screen(live)
     assert grown[0].startswith("4 runs: 2 done, 1 running, 1 failed; about 1:3")
     rows = [line.split() for line in grown[3:7]]
@@ -84,7 +84,7 @@ def test_a_tall_sweep_fits_the_screen(tmp_path: Path) -> None:
     running = put(sweep, 1, created=datetime.now(timezone.utc).isoformat(), timings={})
     for seed in range(2, 9):
         put(sweep, seed, 50.0 + seed / 100)
-    with holding(running):
+    with hold_run(running):
         lines = screen(LiveSweep(sweep, terminal()), 40, height=12)
     assert [line.split()[0] for line in lines[3:]] == ["1", "6", "7", "8", "not"]
     assert lines[-1] == "not shown: 4 done"
@@ -122,8 +122,8 @@ def test_scores_of_several_metrics_are_named(tmp_path: Path) -> None:
 )
 def test_how_far_a_run_has_come(trainer: dict[str, Any], lines: list[str], expected: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    assert progress(record(None, FFN, folder=tmp_path, trainer=trainer)) == expected
-    assert progress(record(None, FFN, folder=tmp_path / "nowhere", trainer=trainer)) == ""
+    assert read_progress(record(None, FFN, folder=tmp_path, trainer=trainer)) == expected
+    assert read_progress(record(None, FFN, folder=tmp_path / "nowhere", trainer=trainer)) == ""
 
 
 def test_a_run_within_a_sweep_prints_nothing_and_its_bar_stands_below(

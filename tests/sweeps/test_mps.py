@@ -24,7 +24,7 @@ import torch
 from peftbench.cli.main import main
 from peftbench.sweeps import mps as module
 from peftbench.sweeps import places, workers
-from peftbench.sweeps.mps import CONTROL, LOGS, PIPES, UnusableError, await_gpu, shared
+from peftbench.sweeps.mps import CONTROL, LOGS, PIPES, UnusableError, await_gpu, share_gpus
 from peftbench.sweeps.workers import Ended
 from peftbench.utils.errors import UserError
 
@@ -81,8 +81,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ma
 def test_one_daemon_for_the_gpus_in_use(raised: type[BaseException] | None, machine: Any, tmp_path: Path) -> None:
     made = machine()
     with (
-        pytest.raises(raised) if raised else shared(False, [], tmp_path),
-        shared("auto", TWO_ON_ONE, tmp_path / "logs") as found,
+        pytest.raises(raised) if raised else share_gpus(False, [], tmp_path),
+        share_gpus("auto", TWO_ON_ONE, tmp_path / "logs") as found,
     ):
         pipes = Path(found[0][PIPES])
         own = {PIPES: str(pipes), LOGS: str(tmp_path / "logs" / "mps")}
@@ -102,7 +102,7 @@ def test_indices_are_those_of_all_gpus(machine: Any, tmp_path: Path, monkeypatch
     """A client's index counts among the daemon's GPUs, so the daemon gets all of them, not the user's choice."""
     made = machine()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    with shared(True, [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "2323"], tmp_path) as found:
+    with share_gpus(True, [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "2323"], tmp_path) as found:
         assert [place["CUDA_VISIBLE_DEVICES"] for place in found] == list("2323")
     assert [call[:2] for call in made.heard()] == [
         ["-d", "all"],
@@ -124,13 +124,13 @@ def test_none_where_none_is_needed(
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
         if why == "one that listens":
             _listen(server, tmp_path, monkeypatch)
-        with shared(mode, at, tmp_path) as found:
+        with share_gpus(mode, at, tmp_path) as found:
             assert found == at
     assert made.heard() == []
 
 
 def test_none_unless_asked_for(machine: Any, tmp_path: Path) -> None:
-    with shared(False, TWO_ON_ONE, tmp_path) as found:
+    with share_gpus(False, TWO_ON_ONE, tmp_path) as found:
         assert found == TWO_ON_ONE
     assert machine().heard() == []
 
@@ -140,7 +140,7 @@ def test_what_a_dead_daemon_left_is_none(machine: Any, tmp_path: Path, monkeypat
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
         _listen(server, tmp_path, monkeypatch)
     assert (tmp_path / "default" / "control").exists()
-    with shared("auto", TWO_ON_ONE, tmp_path):
+    with share_gpus("auto", TWO_ON_ONE, tmp_path):
         assert "-d" in made.said()
 
 
@@ -181,10 +181,10 @@ def test_what_cannot_be_is_said_or_left(
         made.control.unlink()
     if why == "hangs":
         monkeypatch.setattr(module, "PATIENCE", 0.2)
-    with pytest.raises(UserError) as refused, shared(True, at, tmp_path):
+    with pytest.raises(UserError) as refused, share_gpus(True, at, tmp_path):
         pass
     assert len(refused.value.faults) == 1 and sentence in refused.value.faults[0]
-    with shared("auto", at, tmp_path) as found:
+    with share_gpus("auto", at, tmp_path) as found:
         assert found == at
     assert made.said().count("quit -t 10") == (0 if why in ("no GPU", "no program") else 2)
     assert made.said()[-1:] == ([] if why in ("no GPU", "no program") else ["quit -t 10"])
@@ -247,7 +247,7 @@ with mps.shared(True, {TWO_ON_ONE!r}, Path({str(tmp_path)!r})):
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "_listed", lambda: [])
+    monkeypatch.setattr(places, "_query_gpus", lambda: [])
     monkeypatch.delenv(PIPES, raising=False)
     monkeypatch.setattr(module, "DEFAULT_PIPES", Path("/nonexistent"))
 
@@ -295,19 +295,19 @@ def test_whether_a_gpu_is_lost_is_seen_after_a_run(lost: bool, monkeypatch: pyte
         if lost:
             raise RuntimeError("CUDA error: device-side assert triggered")
 
-    assert workers._let_go()  # where there is no GPU
+    assert workers._free_gpu()  # where there is no GPU
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    assert workers._let_go() is not lost
+    assert workers._free_gpu() is not lost
 
 
 @pytest.mark.gpu
 def test_processes_share_a_gpu(tmp_path: Path) -> None:
     """The real one: two programs are clients of one server, and one with a fault in a kernel does not spoil it."""
-    if shutil.which(CONTROL) is None or module._users_own():
+    if shutil.which(CONTROL) is None or module._finds_users_own():
         pytest.skip(f"needs {CONTROL}, and no daemon that is there already")
-    gpu = places.visible_gpus()[0].name
+    gpu = places.list_visible_gpus()[0].name
     program = "import torch; x = torch.arange(8, device='cuda'); print(int(x[x + {}].sum()))"
     right, wrong = program.format(0), program.format(1)
 
@@ -315,7 +315,7 @@ def test_processes_share_a_gpu(tmp_path: Path) -> None:
         environment = {**os.environ, **place}
         return subprocess.Popen([PYTHON, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
 
-    with shared(True, [{"CUDA_VISIBLE_DEVICES": gpu}] * 2, tmp_path) as found:
+    with share_gpus(True, [{"CUDA_VISIBLE_DEVICES": gpu}] * 2, tmp_path) as found:
         place = found[0]
         assert [process.communicate(timeout=120)[0] for process in (start(right), start(right))] == ["28\n"] * 2
         ask = {"input": "get_server_list\n", "capture_output": True, "text": True}

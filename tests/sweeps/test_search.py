@@ -12,7 +12,7 @@ import torch
 import peftbench.train
 from peftbench.cli.main import main
 from peftbench.evaluation.evaluator import Evaluator
-from peftbench.modification.state import trained_tensors
+from peftbench.modification.state import list_trained
 from peftbench.training.fit import Fitted
 from tests.cli.test_train import SUBPROCESS, records, sentiment, smoke
 from tests.sweeps.test_sweeper import SHORT, killed_until_done, outcome, replaced, trained
@@ -35,7 +35,7 @@ def test_a_search_trains_its_trials_once_and_takes_the_best(
     smoke: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Three trials and a second seed are four trainings; one trial's weights turn to NaN, as after a divergence."""
-    really = peftbench.train._fit
+    really = peftbench.train._fit_model
     rates: list[float] = []
 
     def fit(run: Any, backbone: Any, *rest: Any) -> Fitted:
@@ -43,10 +43,10 @@ def test_a_search_trains_its_trials_once_and_takes_the_best(
         rates.append(run.trainer.learning_rate)
         if run.trainer.learning_rate == 3e-3:
             with torch.no_grad():
-                next(iter(trained_tensors(backbone.model).values())).fill_(torch.nan)
+                next(iter(list_trained(backbone.model).values())).fill_(torch.nan)
         return fitted
 
-    monkeypatch.setattr(peftbench.train, "_fit", fit)
+    monkeypatch.setattr(peftbench.train, "_fit_model", fit)
     monkeypatch.setattr(Evaluator, "selection", lambda self: {"accuracy": {1e-3: 61.0, 3e-4: 62.0}[rates[-1]]})
     arguments = ["train", "-m", *smoke, *SEARCH, "trainer=quick", "trainer.keep=last", OTHER_SPLIT, "seed=2,1"]
     assert main(arguments) == 0

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from peftbench.records.choice import objective
+from peftbench.records.choice import compute_objective
 from peftbench.records.record import Selection
 from peftbench.training.best import KeepBest
 from tests.cli.test_train import SUBPROCESS, records
@@ -120,8 +120,8 @@ def test_a_sweeper_that_would_look_for_the_worst_run_is_refused(
 )
 def test_what_a_sweeper_is_given_is_better_when_higher(metric: str, value: float | None, given: float) -> None:
     """What failed or diverged is the worst, in a number: Optuna's sweeper ends where it is given NaN."""
-    assert objective(Selection("validation", 8, metric, value)) == given
-    assert objective(None) == -math.inf
+    assert compute_objective(Selection("validation", 8, metric, value)) == given
+    assert compute_objective(None) == -math.inf
 
 
 def test_a_look_without_a_score_is_never_the_best() -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from peftbench.cli.status import main
-from peftbench.records.lock import holding
+from peftbench.records.lock import hold_run
 from peftbench.records.record import Failure
-from peftbench.sweeps.plan import Member, Plan, Point
-from peftbench.sweeps.status import State, seconds_left
+from peftbench.sweeps.plan import Member, Plan, PlannedRun
+from peftbench.sweeps.status import State, estimate_seconds_left
 from peftbench.utils.errors import UserError
 from tests.records.test_record import RUN
 from tests.tables.test_table import record, saved
@@ -24,7 +24,7 @@ NOW = datetime(2025, 1, 1, 0, 1, tzinfo=timezone.utc)  # a minute after the reco
 
 
 def state(method: str, status: str, total_s: float | None = None, **changes: Any) -> State:
-    point = Point(f"{method}/{status}", method, {"method": method})
+    point = PlannedRun(f"{method}/{status}", method, {"method": method})
     if status == "missing":
         return State(point, None)
     timings = {} if total_s is None else {"total_s": total_s}
@@ -32,7 +32,7 @@ def state(method: str, status: str, total_s: float | None = None, **changes: Any
 
 
 def test_no_time_is_promised_before_a_run_is_done() -> None:
-    assert seconds_left([state("lora", "running"), state("lora", "missing")]) is None
+    assert estimate_seconds_left([state("lora", "running"), state("lora", "missing")]) is None
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_no_time_is_promised_before_a_run_is_done() -> None:
     ],
 )
 def test_time_left(states: list[tuple[str, str, float]], seconds: float) -> None:
-    assert seconds_left([state(*one) for one in states], NOW) == pytest.approx(seconds)
+    assert estimate_seconds_left([state(*one) for one in states], NOW) == pytest.approx(seconds)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def outputs(tmp_path: Path) -> Path:
 def test_every_run_of_a_sweep_is_counted(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (file,) = outputs.rglob("*.sweep.json")
     second = Plan.load(file).points[1]
-    with holding(outputs / second.folder):
+    with hold_run(outputs / second.folder):
         assert main([str(outputs)]) == 1
         printed = capsys.readouterr().out
         assert main([str(outputs), "--json"]) == 1

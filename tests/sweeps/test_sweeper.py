@@ -24,11 +24,11 @@ from peftbench.cli.main import main
 from peftbench.config.compose import compose_run
 from peftbench.config.schema import Task
 from peftbench.evaluation.evaluator import Evaluator
-from peftbench.records.record import find
+from peftbench.records.record import find_record
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.cache import Recent
-from peftbench.tasks.load import load
-from peftbench.tasks.prepare import prepare
+from peftbench.tasks.load import load_task
+from peftbench.tasks.prepare import prepare_data
 from peftbench.tasks.rows import Source
 from tests.cli.test_train import SUBPROCESS, records, sentiment, smoke
 
@@ -135,7 +135,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(stage: str, smoke: list[str], 
     killed = subprocess.run([sys.executable, "-c", code, *parts], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL
     (folder,) = [file.parent for file in (tmp_path / "parts").rglob("record.json")]
-    assert (record := find(folder)) is not None and record.status == "interrupted"
+    assert (record := find_record(folder)) is not None and record.status == "interrupted"
     (checkpoint,) = (folder / "checkpoints" / stage).glob("checkpoint-*")
     assert checkpoint.name == "checkpoint-7"
     frozen = 4_737_408 * 4  # bytes of the backbone's weights, none of which are in it
@@ -144,7 +144,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(stage: str, smoke: list[str], 
     went_on = subprocess.run([*SUBPROCESS, *parts], capture_output=True, text=True)
     assert went_on.returncode == 0 and f"{stage}: goes on from step 7" in went_on.stdout
     assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
-    assert (record := find(folder)) is not None and record.timings["earlier_s"] > 0
+    assert (record := find_record(folder)) is not None and record.timings["earlier_s"] > 0
 
 
 def test_a_torn_checkpoint_is_passed_over(smoke: list[str], tmp_path: Path) -> None:
@@ -349,9 +349,9 @@ def test_changed_files_are_read_again(smoke: list[str], sentiment: Path, tmp_pat
 def test_prepared_data_holds_no_model() -> None:
     """A model that an earlier run trained would fill the GPU."""
     run = compose_run(["task=docsum", "debug=smoke"])
-    loaded = load(run.task)
+    loaded = load_task(run.task)
     backbone = load_backbone(run.model, loaded.task)
-    data = prepare(loaded, backbone.tokenizer, backbone.model)
+    data = prepare_data(loaded, backbone.tokenizer, backbone.model)
     assert data.tokenizer in [kept.tokenizer for kept in peftbench.tasks.prepare._recent.values.values()]
     assert getattr(data.collator, "model", None) is backbone.model
     model = weakref.ref(backbone.model)

@@ -17,17 +17,17 @@ from omegaconf import OmegaConf
 
 from peftbench.cli.report import main as report
 from peftbench.cli.results import main
-from peftbench.config.schema import conf_dir
-from peftbench.records.record import Backbone, Record, Score
-from peftbench.tables.paper import SETTINGS, printed
+from peftbench.config.schema import find_conf_dir
+from peftbench.records.record import Record, RecordedBackbone, Score
+from peftbench.tables.paper import SETTINGS, find_printed
 from tests.tables.test_results import LORA
 from tests.tables.test_table import FFN, record, saved
 
-BART = Backbone("bart_large", "facebook/bart-large", None, None)
-MINI = Backbone("mini", None, None, "0123456789ab")
+BART = RecordedBackbone("bart_large", "facebook/bart-large", None, None)
+MINI = RecordedBackbone("mini", None, None, "0123456789ab")
 
 
-def xsum(score: float, *overrides: str, model: Backbone = BART, **changes: Any) -> Record:
+def xsum(score: float, *overrides: str, model: RecordedBackbone = BART, **changes: Any) -> Record:
     part = changes.pop("of", None)
     values: dict[str, Any] = {
         "task": "xsum",
@@ -59,13 +59,13 @@ def xsum(score: float, *overrides: str, model: Backbone = BART, **changes: Any) 
             "table6",
             False,
         ),
-        (xsum(1.0, "method=mam", task="mnli", metric="accuracy", model=Backbone("roberta_base", *3 * [None])),
+        (xsum(1.0, "method=mam", task="mnli", metric="accuracy", model=RecordedBackbone("roberta_base", *3 * [None])),
          87.4, "table2", True),
         (xsum(1.0, "row=prefix_30", task="wmt16_enro", metric="bleu_ro"), 35.2, "table4", False),
     ],
 )  # fmt: skip
 def test_a_row_of_the_paper(run: Record, score: float, table: str, same: bool) -> None:
-    found = printed(run)
+    found = find_printed(run)
     assert found is not None and (found.score, found.table, found.same) == (score, table, same)
 
 
@@ -84,12 +84,12 @@ def test_a_row_of_the_paper(run: Record, score: float, table: str, same: bool) -
     ],
 )
 def test_no_row_of_the_paper(run: Record) -> None:
-    assert printed(run) is None
+    assert find_printed(run) is None
 
 
 @pytest.mark.parametrize("task", SETTINGS)
 def test_the_settings_are_those_of_the_tasks_files(task: str) -> None:
-    conf: Any = OmegaConf.load(conf_dir() / "task" / f"{task}.yaml")
+    conf: Any = OmegaConf.load(find_conf_dir() / "task" / f"{task}.yaml")
     metric, backbones = SETTINGS[task]
     assert conf.task.metric == metric
     assert {"override /model": backbones[0]} in conf.defaults

@@ -11,10 +11,10 @@ import pytest
 from matplotlib.figure import Figure
 
 from peftbench.cli.plot import main
-from peftbench.records.record import Counts, Record, Score
-from peftbench.tables.plot import COLOURS, draw, draw_curves
-from peftbench.tables.row import over_seeds, single
-from peftbench.utils.errors import UserError, of_the_machine
+from peftbench.records.record import Record, RecordedCounts, Score
+from peftbench.tables.plot import COLOURS, draw_curves, draw_scores
+from peftbench.tables.row import group_seeds, make_rows
+from peftbench.utils.errors import UserError, describe_os_error
 from tests.tables.test_results import run
 from tests.tables.test_table import saved
 
@@ -27,7 +27,7 @@ def runs(folder: Path = Path("outputs")) -> list[Record]:
     for index, (method, sizes) in enumerate(SIZES.items()):
         for size in sizes:
             for seed in (1, 2):
-                counts = Counts(backbone=100_000, trained=size, stored=size, head=0, paper=None)
+                counts = RecordedCounts(backbone=100_000, trained=size, stored=size, head=0, paper=None)
                 name = f"{method}-{size}"
                 score = 60 + 5 * index + size / 10_000 + seed
                 made = run(method, seed, score, folder / f"{name}-{seed}", counts=counts, point=name)
@@ -36,7 +36,7 @@ def runs(folder: Path = Path("outputs")) -> list[Record]:
 
 
 def test_every_line_and_mark_is_where_the_records_say() -> None:
-    figure = draw(over_seeds(runs(), "mean"))
+    figure = draw_scores(group_seeds(runs(), "mean"))
     (axes,) = figure.axes
     lines = {container.get_label(): container[0].get_xydata().tolist() for container in axes.containers}
     assert lines == {"lora": [[1000, 61.6], [10_000, 62.5]], "mam": [[3000, 66.8], [30_000, 69.5]]}
@@ -54,7 +54,7 @@ def test_every_line_and_mark_is_where_the_records_say() -> None:
 
 
 def test_another_axis_and_other_lines() -> None:
-    (axes,) = draw(over_seeds(runs(), "mean"), x="percent", y="f1", by="functional_form").axes
+    (axes,) = draw_scores(group_seeds(runs(), "mean"), x="percent", y="f1", by="functional_form").axes
     assert axes.get_xlabel() == "stored parameters, % of the backbone" and axes.get_ylabel() == "f1"
     assert {container.get_label() for container in axes.containers} == {"identity", "relu + softmax"}
 
@@ -65,7 +65,7 @@ def test_a_method_has_a_line_for_each_of_the_axes_it_was_tried_with() -> None:
         for record in (record for record in runs() if record.method == "lora"):
             axes = [replace(one, modified_representation=place) for one in record.axes]
             tried.append(replace(record, axes=axes, point=f"{record.point} {place}", score=record.score + 10 * index))
-    (axes,) = draw(over_seeds([*runs()[4:], *tried], "mean")).axes
+    (axes,) = draw_scores(group_seeds([*runs()[4:], *tried], "mean")).axes
     lines = {container.get_label(): container[0].get_xydata().tolist() for container in axes.containers}
     assert lines == {
         "lora · attention": [[1000, 71.6], [10_000, 72.5]],
@@ -77,14 +77,14 @@ def test_a_method_has_a_line_for_each_of_the_axes_it_was_tried_with() -> None:
 def test_what_may_not_be_compared_has_panels_of_its_own() -> None:
     other = run("lora", 1, 50.0, task="sst2")
     other.scores["report"] = Score("dev", 872, {"accuracy": 50.0, "mcc": 10.0})
-    assert len(draw(over_seeds([*runs(), other], "mean")).axes) == 2
-    (axes,) = draw(over_seeds([*runs(), other], "mean"), y="mcc").axes
+    assert len(draw_scores(group_seeds([*runs(), other], "mean")).axes) == 2
+    (axes,) = draw_scores(group_seeds([*runs(), other], "mean"), y="mcc").axes
     assert axes.get_title(loc="left").startswith("sst2")
 
 
 def test_more_methods_than_colours_are_still_told_apart() -> None:
     many = [replace(run("lora", 1, 50.0 + i, point=str(i)), method=f"m{i:02}") for i in range(2 * len(COLOURS))]
-    (axes,) = draw(over_seeds(many, "mean")).axes
+    (axes,) = draw_scores(group_seeds(many, "mean")).axes
     looks = {(c[0].get_color(), c[0].get_marker(), c[0].get_linestyle()) for c in axes.containers}
     assert len(looks) == 2 * len(COLOURS)
 
@@ -92,7 +92,7 @@ def test_more_methods_than_colours_are_still_told_apart() -> None:
 @pytest.mark.parametrize("number", [3, 60])
 def test_the_legend_is_whole(number: int) -> None:
     many = [replace(run("lora", 1, 50.0 + i, point=str(i)), method=f"method_{i:02}") for i in range(number)]
-    figure = draw(over_seeds(many, "mean"))
+    figure = draw_scores(group_seeds(many, "mean"))
     figure.draw_without_rendering()
     (axes,), (legend,) = figure.axes, figure.legends
     box, panel = legend.get_window_extent(), axes.get_window_extent()
@@ -108,12 +108,14 @@ def test_a_method_has_a_line_for_each_length_of_training() -> None:
     ]
     short = [replace(record, trainer={"epochs": 3.0, "learning_rate": record.score}) for record in runs()]
     short[4:8] = [replace(record, trainer={"epochs": 3.0, "max_steps": 500}) for record in short[4:8]]
-    (axes,) = draw(over_seeds([*short, *longer], "mean")).axes
+    (axes,) = draw_scores(group_seeds([*short, *longer], "mean")).axes
     lines = {container.get_label(): container[0].get_xydata().tolist() for container in axes.containers}
     assert list(lines) == ["lora · 12 epochs", "lora · 3 epochs", "mam"]
     assert lines["lora · 12 epochs"] == [[1000, 71.6], [10_000, 72.5]]
     elsewhere = [replace(record, task="sst2", trainer={"epochs": 1.0}) for record in runs() if record.method == "mam"]
-    names = [{c.get_label() for c in axes.containers} for axes in draw(over_seeds([*short, *elsewhere], "mean")).axes]
+    names = [
+        {c.get_label() for c in axes.containers} for axes in draw_scores(group_seeds([*short, *elsewhere], "mean")).axes
+    ]
     assert names == [{"lora", "mam"}, {"mam"}]
 
 
@@ -151,7 +153,7 @@ def test_a_picture_that_cannot_be_written_leaves_the_one_before(
     for name in ("a.png", "b.png"):
         with pytest.raises(OSError) as error:
             main([str(tmp_path / "outputs"), "--out", str(tmp_path / name)])
-        assert of_the_machine(error.value) == f"{tmp_path / name}: No space left on device."
+        assert describe_os_error(error.value) == f"{tmp_path / name}: No space left on device."
     assert [(file.name, file.read_bytes()) for file in tmp_path.glob("*.*")] == [("a.png", b"whole")]
 
 
@@ -164,13 +166,13 @@ def test_curves(tmp_path: Path) -> None:
         lines += [{"stage": "train x", "step": 2, "eval_accuracy": 50.0}]
         lines += [{"stage": "train the head alone", "step": step, "loss": 99.0} for step in (1, 2)]
         (record.folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"stage": "tr')
-    figure = draw_curves(single(records))
+    figure = draw_curves(make_rows(records))
     (axes,) = figure.axes
     assert [line.get_xydata().tolist() for line in axes.get_lines()] == [[[1, 10], [2, 5]]] * 3
     assert [word.get_text() for word in figure.legends[0].get_texts()] == ["lora", "mam"]
-    (axes,) = draw_curves(single(records), y="eval_accuracy", by="seed").axes
+    (axes,) = draw_curves(make_rows(records), y="eval_accuracy", by="seed").axes
     assert [line.get_label() for line in axes.get_lines()] == ["1", "1", "2"]
     with pytest.raises(UserError, match="--y=los is unknown; did you mean loss"):
-        draw_curves(single(records), y="los")
+        draw_curves(make_rows(records), y="los")
     with pytest.raises(UserError, match="has logged anything"):
-        draw_curves(single([run("lora", 1, folder=tmp_path)]))
+        draw_curves(make_rows([run("lora", 1, folder=tmp_path)]))

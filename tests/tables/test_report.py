@@ -14,12 +14,12 @@ import pytest
 import yaml
 
 from peftbench.cli.report import main
-from peftbench.config.identity import plain
-from peftbench.records.record import Axes, Counts, Failure, load_records
-from peftbench.records.recording import start
+from peftbench.config.identity import to_plain
+from peftbench.records.record import Axes, Failure, RecordedCounts, load_records
+from peftbench.records.recording import start_record
 from peftbench.records.run_files import write_predictions
 from peftbench.tables.report.content import LONGEST, POINTS, SAMPLES
-from peftbench.tables.select import read
+from peftbench.tables.select import read_records
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import write_lines
 from tests.records.test_record import RUN
@@ -41,7 +41,7 @@ SIZES = (1000, 4000, 16_000, 64_000)
 
 def make_runs(folder: Path, count: int = 30, steps: int = 40) -> None:
     """Runs of five methods, four sizes and several seeds, half of them on another task, each with all its files."""
-    config = plain(RUN)
+    config = to_plain(RUN)
     for index in range(count):
         method = list(FORMS)[index % 5]
         task = ("doctopic", "sst2")[index // 5 % 2]
@@ -60,7 +60,7 @@ def make_runs(folder: Path, count: int = 30, steps: int = 40) -> None:
             examples=500,
             unfreeze="all" if method == "full" else "none",
             overrides=[f"method={method}", f"task={task}", f"seed={seed}"],
-            counts=Counts(BACKBONE, trained=2 * stored, stored=stored, head=10, paper=None),
+            counts=RecordedCounts(BACKBONE, trained=2 * stored, stored=stored, head=10, paper=None),
             tokens_per_s=9000.0 - index,
             peak_memory_bytes=2**30 + stored * 100,
             timings={"total_s": 60.5 + index},
@@ -167,7 +167,7 @@ def test_groups_are_what_may_be_compared_and_delta_is_within_them(outputs: Path)
 def test_filters_are_those_of_results(outputs: Path) -> None:
     content = report(outputs, "method=mam,lora", "task=sst2", "status=done").content
     assert {run["method"] for run in content["runs"]} == {"mam", "lora"}
-    assert len(content["runs"]) == len(read([str(outputs), "method=mam,lora", "task=sst2", "status=done"]))
+    assert len(content["runs"]) == len(read_records([str(outputs), "method=mam,lora", "task=sst2", "status=done"]))
     with pytest.raises(UserError, match="did you mean lora"):
         report(outputs, "method=lroa")
 
@@ -190,7 +190,7 @@ def test_it_needs_no_other_file(outputs: Path) -> None:
 
 def test_text_of_runs_stays_text(tmp_path: Path) -> None:
     folder = tmp_path / "outputs"
-    record = start(replace(RUN, method=EVIL.replace("\ud800", "")), folder / "run", [f"method={EVIL}"])
+    record = start_record(replace(RUN, method=EVIL.replace("\ud800", "")), folder / "run", [f"method={EVIL}"])
     write_predictions(record.folder, [{"id": EVIL, "prediction": EVIL, "reference": EVIL * 50}])
     record.fail(RuntimeError(EVIL))
     page = report(folder)

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from peftbench.cli.report import main
-from peftbench.records.record import finished, load_records
-from peftbench.records.recording import start
+from peftbench.records.record import find_finished, load_records
+from peftbench.records.recording import start_record
 from peftbench.records.run_files import write_predictions
-from peftbench.tables.columns import columns
-from peftbench.tables.row import front, over_seeds, single
+from peftbench.tables.columns import choose_columns
+from peftbench.tables.row import find_front, group_seeds, make_rows
 from tests.records.test_record import RUN
 from tests.tables.test_report import EVIL, make_runs
 
@@ -85,7 +85,7 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three seeds of each of forty points; one run of one of them failed, and one was trained twice."""
     folder = tmp_path_factory.mktemp("seeds") / "outputs"
     make_runs(folder, 120)
-    record = finished(folder / "sst2" / "0006")
+    record = find_finished(folder / "sst2" / "0006")
     assert record is not None and record.score is not None
     again = {"score": record.score - 9, "created": "2024-01-01T00:00:00.000+00:00", "folder": folder / "sst2/before"}
     before = replace(record, **again)
@@ -101,8 +101,8 @@ def page_of_seeds(request: pytest.FixtureRequest, browser: Any, seeds: Path) -> 
 
 def averages(folder: Path, *seeds: int) -> dict[str, tuple[str, str, str]]:
     """What `peftbench results --mean` says in each row: score, n and difference to full fine-tuning, by the score."""
-    rows = over_seeds((r for r in load_records(folder)[0] if r.seed in seeds), "mean")
-    known = {column.key: column for column in columns(rows)}
+    rows = group_seeds((r for r in load_records(folder)[0] if r.seed in seeds), "mean")
+    known = {column.key: column for column in choose_columns(rows)}
     cells = [tuple(known[key].cell(row) for key in ("score", "n", "delta")) for row in rows]
     return {score: (score, n, delta.replace("-", "\N{MINUS SIGN}")) for score, n, delta in cells}
 
@@ -191,7 +191,7 @@ def test_a_filter_that_is_wrong_says_so_and_hides_nothing(page: Any) -> None:
 
 def test_the_scatter_draws_the_front_that_the_tables_mark(page: Any, outputs: Path) -> None:
     records, _ = load_records(outputs / "doctopic")
-    best = front(single(records), lambda record: record.counts.stored if record.counts else None)
+    best = find_front(make_rows(records), lambda record: record.counts.stored if record.counts else None)
     edge = page.locator("#scatter svg[role=group] .edge").get_attribute("points").split()
     assert len(edge) == len(best) > 2
     points = page.locator("#scatter .point[role=button]")
@@ -348,7 +348,7 @@ def test_dark_and_light(browser: Any, outputs: Path) -> None:
 
 def test_text_of_runs_stays_text(browser: Any, tmp_path: Path) -> None:
     """Also in the browser: neither a script nor an element comes out of a name, a setting or a prediction."""
-    record = start(RUN, tmp_path / "outputs" / "run", [f"method={EVIL}"])
+    record = start_record(RUN, tmp_path / "outputs" / "run", [f"method={EVIL}"])
     record.method = EVIL
     write_predictions(record.folder, [{"id": EVIL, "prediction": EVIL, "reference": EVIL}])
     record.fail(RuntimeError(EVIL))

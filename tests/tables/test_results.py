@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 
 from peftbench.cli.results import main
-from peftbench.records.record import Axes, Backbone, Counts, Divergence, Failure, Record, load_records
-from peftbench.records.recording import describe
-from peftbench.tables.columns import best_of, columns
-from peftbench.tables.formats import latex, markdown
-from peftbench.tables.pivot import pivot
-from peftbench.tables.row import front, over_seeds, single
-from peftbench.tables.select import select
+from peftbench.records.record import Axes, Divergence, Failure, Record, RecordedBackbone, RecordedCounts, load_records
+from peftbench.records.recording import describe_run
+from peftbench.tables.columns import choose_columns, find_best
+from peftbench.tables.formats import to_latex, to_markdown
+from peftbench.tables.pivot import pivot_records
+from peftbench.tables.row import find_front, group_seeds, make_rows
+from peftbench.tables.select import select_records
 from peftbench.utils.errors import UserError
 from tests.records.test_record import RUN
 from tests.tables.test_table import FFN, HEADS, record, saved
@@ -50,7 +50,7 @@ def run(method: str, seed: int, score: float | None = 50.0, folder: Path | None 
         "unfreeze": "all" if method == "full" else "none",
         "run": f"{method}{seed}",
         "point": f"{method} {changes.get('trainer')}",
-        "counts": Counts(backbone=100_000, trained=2 * stored, stored=stored, head=10, paper=None),
+        "counts": RecordedCounts(backbone=100_000, trained=2 * stored, stored=stored, head=10, paper=None),
         "timings": {"total_s": 200_000.0 - stored},
         "folder": folder or Path(f"outputs/doctopic/mini/{method}/{seed}"),
         **changes,
@@ -97,7 +97,7 @@ def printed_rows(capsys: pytest.CaptureFixture[str], *arguments: object) -> list
 )
 def test_filters(filters: list[str], expected: int) -> None:
     records = [run(method, seed, trainer={"learning_rate": 1e-3}) for method, seed in SCORES]
-    assert len(select(records, filters)) == expected
+    assert len(select_records(records, filters)) == expected
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_filters(filters: list[str], expected: int) -> None:
 )
 def test_a_filter_that_matches_nothing_says_what_there_is(filters: list[str], sentences: list[str]) -> None:
     with pytest.raises(UserError) as refused:
-        select([run(method, seed) for method, seed in SCORES], filters)
+        select_records([run(method, seed) for method, seed in SCORES], filters)
     assert len(refused.value.faults) == len(sentences)
     assert all(sentence in fault for sentence, fault in zip(sentences, refused.value.faults, strict=True))
 
@@ -120,9 +120,9 @@ def test_a_filter_that_matches_nothing_says_what_there_is(filters: list[str], se
 def test_a_value_that_some_runs_have_none_of_can_be_asked_for() -> None:
     records = [run("lora", 1, budget="1%"), run("lora", 2)]
     with pytest.raises(UserError) as refused:
-        select(records, ["budget=null"])
+        select_records(records, ["budget=null"])
     assert refused.value.faults == ["budget=null is unknown. Choices: 1%. budget= selects the runs that have none."]
-    assert select(records, ["budget="]) == records[1:]
+    assert select_records(records, ["budget="]) == records[1:]
 
 
 def test_filters_that_leave_nothing_are_named(outputs: Path) -> None:
@@ -148,9 +148,9 @@ def test_a_row_of_several_seeds(outputs: Path, capsys: pytest.CaptureFixture[str
 
 def test_only_runs_that_came_through_are_counted() -> None:
     runs = [run("lora", 1, 60.0), run("lora", 2, math.nan), run("lora", 3, None, status="failed")]
-    (row,) = over_seeds(runs, "mean")
+    (row,) = group_seeds(runs, "mean")
     assert row.score == 60.0 and len(row.scored) == 1 and row.spread(lambda r: r.score) is None
-    status = next(column for column in columns([row]) if column.key == "status")
+    status = next(column for column in choose_columns([row]) if column.key == "status")
     assert status.cell(row) == "2 done, 1 failed"
     runs[2].error = Failure("OutOfMemoryError", "CUDA")  # which would break a narrow column; single runs name it
     assert status.cell(row) == "2 done, 1 failed"
@@ -187,9 +187,9 @@ def test_a_mean_says_which_runs_diverged(words: list[str], outputs: Path, capsys
     told = capsys.readouterr()
     assert told.err == "1 diverged and is in no mean: lora4 (lora, seed 4).\n"
     if words == ["--mean"]:
-        (row,) = (row for row in over_seeds(load_records(outputs)[0], "mean") if row.first.method == "lora")
+        (row,) = (row for row in group_seeds(load_records(outputs)[0], "mean") if row.first.method == "lora")
         assert row.score == fmean(score for (method, _), score in SCORES.items() if method == "lora")
-        status = next(column for column in columns([row]) if column.key == "status")
+        status = next(column for column in choose_columns([row]) if column.key == "status")
         assert status.cell(row) == "3 done, 1 diverged"
 
 
@@ -197,10 +197,10 @@ def test_what_diverged_is_never_best_nor_on_a_front() -> None:
     """Not as an earlier version wrote it either, which gave it a score."""
     runs = [run("lora", 1, 60.0), run("mam", 1, 70.0), run("full", 1, 65.0)]
     runs.append(run("lora", 2, 99.0, status="diverged"))
-    rows = single(runs)
-    assert rows[3] not in front(rows, lambda record: record.counts.stored if record.counts else None)
-    for column in columns(rows):
-        assert 3 not in best_of(column, rows)
+    rows = make_rows(runs)
+    assert rows[3] not in find_front(rows, lambda record: record.counts.stored if record.counts else None)
+    for column in choose_columns(rows):
+        assert 3 not in find_best(column, rows)
         assert column.key != "score" or column.cell(rows[3]) == ""
 
 
@@ -212,7 +212,7 @@ def test_a_run_that_was_trained_twice_counts_once(tmp_path: Path, capsys: pytest
         replace(one, created=at, folder=tmp_path / at[:10], status="done" if one.score else "running")
         for one, at in zip(runs, began, strict=True)
     ]
-    (row,) = over_seeds(runs, "mean")
+    (row,) = group_seeds(runs, "mean")
     assert [(one.seed, one.score) for one in row.records] == [(1, 61.0), (2, 64.0)]  # the last one that has a score
     for one in runs[:3]:
         one.folder.mkdir()
@@ -226,14 +226,14 @@ def test_a_run_that_was_trained_twice_counts_once(tmp_path: Path, capsys: pytest
 
 def test_what_differs_in_more_than_the_seed_has_rows_of_its_own() -> None:
     runs = [run("lora", seed, trainer={"learning_rate": rate}) for seed, rate in product((1, 2), (1e-3, 1e-4))]
-    assert [len(row.records) for row in over_seeds(runs, "mean")] == [2, 2]
+    assert [len(row.records) for row in group_seeds(runs, "mean")] == [2, 2]
     older = [replace(one, point=None) for one in runs]  # records from before there was `point`
-    assert [len(row.records) for row in over_seeds(older, "mean")] == [2, 2]
+    assert [len(row.records) for row in group_seeds(older, "mean")] == [2, 2]
 
 
 def test_the_point_of_a_run_is_its_identity_without_the_seed(tmp_path: Path) -> None:
     one, two, other = (
-        describe(replace(RUN, **changes), tmp_path, []) for changes in ({"seed": 1}, {"seed": 2}, {"bottleneck": 5})
+        describe_run(replace(RUN, **changes), tmp_path, []) for changes in ({"seed": 1}, {"seed": 2}, {"bottleneck": 5})
     )
     assert one.run != two.run and one.point == two.point != other.point
 
@@ -243,8 +243,8 @@ def test_the_point_of_a_run_is_its_identity_without_the_seed(tmp_path: Path) -> 
 
 def test_the_pareto_front_by_hand() -> None:
     scores, stored = [60, 70, 65, 70, 80, 60], [10, 20, 20, 30, 40, 10]
-    rows = single(
-        run("lora", seed, score, counts=Counts(1000, cost, cost, 0, None))
+    rows = make_rows(
+        run("lora", seed, score, counts=RecordedCounts(1000, cost, cost, 0, None))
         for seed, (score, cost) in enumerate(zip(scores, stored, strict=True))
     )
     expected = [
@@ -252,18 +252,20 @@ def test_the_pareto_front_by_hand() -> None:
         for row, s, c in zip(rows, scores, stored, strict=True)
         if not any(t >= s and d <= c and (t, d) != (s, c) for t, d in zip(scores, stored, strict=True))
     ]
-    found = front(rows, lambda r: r.counts and r.counts.stored)
+    found = find_front(rows, lambda r: r.counts and r.counts.stored)
     assert [row.first.seed for row in expected] == [0, 1, 4, 5]
     assert sorted(row.first.seed for row in found) == [0, 1, 4, 5]
 
 
 def test_best_values_are_marked_and_failed_runs_are_never_best() -> None:
-    rows = single([run("full", 1, 72.0), run("lora", 1, 60.0), run("mam", 1, None, timings={"total_s": 1.0})])
-    by_key = {column.key: best_of(column, rows) for column in columns(rows)}
+    rows = make_rows([run("full", 1, 72.0), run("lora", 1, 60.0), run("mam", 1, None, timings={"total_s": 1.0})])
+    by_key = {column.key: find_best(column, rows) for column in choose_columns(rows)}
     assert (by_key["score"], by_key["stored"], by_key["time"]) == ({0}, {1}, {0})
     assert by_key["percent"] == by_key["method"] == set()
-    equal = single([run("lora", 1, 60.0), run("lora", 2, 60.0)])
-    assert all(best_of(column, equal) == set() for column in columns(equal) if column.key in ("score", "stored"))
+    equal = make_rows([run("lora", 1, 60.0), run("lora", 2, 60.0)])
+    assert all(
+        find_best(column, equal) == set() for column in choose_columns(equal) if column.key in ("score", "stored")
+    )
 
 
 def test_marks_in_a_table(outputs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,17 +319,17 @@ def test_markdown_and_latex(outputs: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_letters_that_latex_takes_for_commands() -> None:
     odd = replace(run("lora", 1), method="a_b & 100% #1 {x} ~ ^ \\ \udcff")
-    rows = single([odd, run("lora", 2)])
-    text = latex([columns(rows)[0]], rows)
+    rows = make_rows([odd, run("lora", 2)])
+    text = to_latex([choose_columns(rows)[0]], rows)
     assert r"a\_b \& 100\% \#1 \{x\} \~{} \^{} \textbackslash" in text
-    assert "$-$0.75 & 2026-11-25 a-1" in latex(
+    assert "$-$0.75 & 2026-11-25 a-1" in to_latex(
         [
-            replace(columns(rows)[0], cell=lambda row: "-0.75"),
-            replace(columns(rows)[0], cell=lambda row: "2026-11-25 a-1"),
+            replace(choose_columns(rows)[0], cell=lambda row: "-0.75"),
+            replace(choose_columns(rows)[0], cell=lambda row: "2026-11-25 a-1"),
         ],
         rows,
     )  # a minus, not a hyphen
-    assert r"| a\|b |" in markdown([columns(rows)[0]], single([replace(odd, method="a|b")]))
+    assert r"| a\|b |" in to_markdown([choose_columns(rows)[0]], make_rows([replace(odd, method="a|b")]))
 
 
 def test_rows_as_json(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -362,7 +364,7 @@ def test_a_pivot_by_hand(outputs: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_sizes_of_the_same_share_are_one_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for stored, (method, seed) in zip((60_930, 60_931), (("lora", 1), ("mam", 2)), strict=True):
-        counts = Counts(backbone=1_000_000, trained=stored, stored=stored, head=0, paper=None)
+        counts = RecordedCounts(backbone=1_000_000, trained=stored, stored=stored, head=0, paper=None)
         saved(run(method, seed, 50.0 + seed, tmp_path / method, counts=counts))
     rows = printed_rows(capsys, tmp_path, "--rows", "method", "--columns", "percent")
     assert rows == [{"method": "lora", "6.09": "51.0"}, {"method": "mam", "6.09": "52.0"}]
@@ -373,7 +375,7 @@ def test_sizes_of_the_same_share_are_one_column(tmp_path: Path, capsys: pytest.C
     [
         ({"split": "validation"}, "split"),
         ({"examples": 500}, "examples"),
-        ({"model": Backbone("bart_large", "facebook/bart-large", None, None)}, "model"),
+        ({"model": RecordedBackbone("bart_large", "facebook/bart-large", None, None)}, "model"),
         ({"task": "docsum"}, "task"),
         ({"debug": "smoke"}, "debug"),
         ({"data": {"splits": {"train": {"split": "train", "examples": 7}}}}, "train_examples"),
@@ -396,10 +398,10 @@ def test_what_may_not_be_compared_is_not_put_into_one_column(
 
 def test_fidelity_is_compared_where_a_record_has_it() -> None:
     runs = [run("lora", 1), run("lora", 2)]
-    assert len(pivot(runs, ["method"], [])[2]) == 1
+    assert len(pivot_records(runs, ["method"], [])[2]) == 1
     runs[1].fidelity = "released_code"
     with pytest.raises(UserError, match="they differ in fidelity"):
-        pivot(runs, ["method"], [])
+        pivot_records(runs, ["method"], [])
 
 
 def test_a_cell_is_no_mean_over_different_settings(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:

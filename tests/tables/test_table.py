@@ -14,11 +14,11 @@ from rich.console import Console
 
 from peftbench.cli.results import main
 from peftbench.config.fidelity import Deviation
-from peftbench.records.record import Axes, Backbone, Counts, Failure, Record, Score
-from peftbench.tables.columns import columns
-from peftbench.tables.formats import to_csv, to_json
-from peftbench.tables.row import over_seeds
-from peftbench.tables.terminal import show, show_table, single_row, wrapped
+from peftbench.records.record import Axes, Failure, Record, RecordedBackbone, RecordedCounts, Score
+from peftbench.tables.columns import choose_columns
+from peftbench.tables.formats import records_to_csv, records_to_json
+from peftbench.tables.row import group_seeds
+from peftbench.tables.terminal import show_records, show_single_row, show_table, wrap_text
 from peftbench.utils.errors import UserError
 
 HEADS = Axes("", "softmax", "heads", "parallel", "gated", 1.0, 30, {})
@@ -32,7 +32,7 @@ def record(score: float | None, *axes: Axes, split: str = "test", examples: int 
         "created": "2025-01-01T00:00:00.000+00:00",
         "method": "mam",
         "task": "doctopic",
-        "model": Backbone("mini", None, None, "0123456789ab"),
+        "model": RecordedBackbone("mini", None, None, "0123456789ab"),
         "axes": list(axes),
         "unfreeze": "none",
         "metric": "accuracy",
@@ -42,7 +42,7 @@ def record(score: float | None, *axes: Axes, split: str = "test", examples: int 
         "timings": {"total_s": 92.4},
     }
     if score is not None:
-        values["counts"] = Counts(backbone=4_812_345, trained=1_241_234, stored=41_234, head=1000, paper=None)
+        values["counts"] = RecordedCounts(backbone=4_812_345, trained=1_241_234, stored=41_234, head=1000, paper=None)
         values["scores"] = {"report": Score(split, examples, {"accuracy": score, "f1": 1.0})}
         values["baselines"] = {"majority": 20.0, "head": 52.1}
     return Record(**{**values, **changes})
@@ -56,7 +56,7 @@ def saved(made: Record) -> None:
 
 def shown(records: list[Record], width: int) -> str:
     console = Console(width=width, file=io.StringIO(), force_terminal=False)
-    show(records, console)
+    show_records(records, console)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     assert max(map(len, text.splitlines())) <= width
@@ -65,7 +65,7 @@ def shown(records: list[Record], width: int) -> str:
 
 def last_table(record: Record, width: int) -> str:
     console = Console(width=width, file=io.StringIO(), force_terminal=False)
-    single_row(record, console)
+    show_single_row(record, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -91,7 +91,7 @@ def positions(text: str, *parts: str) -> list[int]:
     ],
 )
 def test_a_cell_wraps_where_it_can_be_read(text: str, width: int, lines: list[str]) -> None:
-    assert wrapped(text, width).split("\n") == lines
+    assert wrap_text(text, width).split("\n") == lines
 
 
 @pytest.mark.parametrize("width", [80, 200])
@@ -108,8 +108,8 @@ def test_on_a_narrow_terminal_words_give_way_to_numbers(width: int) -> None:
     """Where there is no room for the numbers alone, lines are longer: the terminal breaks them, not we the numbers."""
     runs = [record(63.17, FFN, method="scaled_parallel_adapter", seed=seed) for seed in (1, 2)]
     console = Console(width=width, file=io.StringIO(), force_terminal=False)
-    rows = over_seeds([replace(run, run=str(run.seed)) for run in runs], "mean")
-    show_table(columns(rows), rows, console)
+    rows = group_seeds([replace(run, run=str(run.seed)) for run in runs], "mean")
+    show_table(choose_columns(rows), rows, console)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     assert max(map(len, text.splitlines())) <= max(width, 48)
@@ -140,7 +140,7 @@ def test_what_follows_the_released_code_says_so(width: int) -> None:
     text = shown([record(63.17, FFN, deviations=deviations), record(62.0, FFN)], width)
     positions(text, "as in the code", "frozen task head", "attention adapter", "63.17", "62.00", "0.86")
     assert "as in the code" not in shown([record(62.0, FFN)], width)
-    (row,) = csv.DictReader(io.StringIO(to_csv([record(63.17, FFN, deviations=deviations)])))
+    (row,) = csv.DictReader(io.StringIO(records_to_csv([record(63.17, FFN, deviations=deviations)])))
     assert row["deviations"] == "frozen_task_head attention_adapter_norm"
 
 
@@ -198,9 +198,9 @@ def test_a_narrow_console_keeps_the_seeds_that_tell_runs_apart() -> None:
         {"split": "validation"},
         {"examples": 500},
         {"task": "docsum"},
-        {"model": Backbone("bart_large", "facebook/bart-large", None, None)},
-        {"model": Backbone("mini", None, None, "ba9876543210")},
-        {"model": Backbone("mini", "somebody/else", None, None)},
+        {"model": RecordedBackbone("bart_large", "facebook/bart-large", None, None)},
+        {"model": RecordedBackbone("mini", None, None, "ba9876543210")},
+        {"model": RecordedBackbone("mini", "somebody/else", None, None)},
         {"metric": "f1"},
     ],
 )
@@ -249,8 +249,11 @@ def test_another_output_folder_is_named_in_the_command() -> None:
 
 def test_json_and_csv_hold_every_run() -> None:
     runs = [record(50.0, HEADS, FFN), record(None, error=Failure("ValueError", 'a, "b"\nc'))]
-    assert [run["axes"][0]["bottleneck"] if run["axes"] else None for run in json.loads(to_json(runs))] == [30, None]
-    first, second = csv.DictReader(io.StringIO(to_csv(runs)))
+    assert [run["axes"][0]["bottleneck"] if run["axes"] else None for run in json.loads(records_to_json(runs))] == [
+        30,
+        None,
+    ]
+    first, second = csv.DictReader(io.StringIO(records_to_csv(runs)))
     assert first["axes.functional_form"] == "softmax + relu"
     assert (first["axes.bottleneck"], first["scores.report.metrics.accuracy"]) == ("30 + 512", "50.0")
     assert (second["status"], second["error.message"], second["score"]) == ("running", 'a, "b"\nc', "")

@@ -18,8 +18,8 @@ from peftbench.tasks import cache
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.cache import Recent
 from peftbench.tasks.classification import Classification
-from peftbench.tasks.load import load
-from peftbench.tasks.prepare import prepare
+from peftbench.tasks.load import load_task
+from peftbench.tasks.prepare import prepare_data
 from peftbench.utils.files import write_lines
 from tests.tasks.test_tasks import byte_level, tiny_bert
 
@@ -65,7 +65,7 @@ def task(tmp_path: Path) -> Task:
 
 
 def prepared(task: Task) -> TaskData:
-    return prepare(load(task), byte_level(), tiny_bert())
+    return prepare_data(load_task(task), byte_level(), tiny_bert())
 
 
 def rows(data: TaskData) -> list[list[dict[str, Any]]]:
@@ -110,7 +110,7 @@ def test_other_text_and_another_tokenizer_are_other_entries(task: Task, made: li
     made.clear()
     tokenizer = byte_level()
     tokenizer.add_tokens(["film"])
-    prepare(load(task), tokenizer, tiny_bert())
+    prepare_data(load_task(task), tokenizer, tiny_bert())
     assert made == [6, 5]
     file = tmp_path / "train.jsonl"
     file.write_text(file.read_text().replace("film 0", "play 0"))
@@ -146,7 +146,7 @@ def test_nothing_half_written_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         raise OSError("no space left")
 
     monkeypatch.setattr(Dataset, "save_to_disk", disk_full)
-    assert len(cache.kept({}, 2, lambda: Dataset.from_dict({"x": [1, 2]}))) == 2
+    assert len(cache.cache_dataset({}, 2, lambda: Dataset.from_dict({"x": [1, 2]}))) == 2
     assert list((tmp_path / "tokens").iterdir()) == []
 
 

@@ -16,10 +16,10 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from peftbench.cli.main import main
 from peftbench.config.schema import Generation, Run, Task, TaskKind, Trainer
 from peftbench.evaluation.evaluator import Evaluator
-from peftbench.evaluation.predict import mean_loss, predict
+from peftbench.evaluation.predict import compute_mean_loss, predict
 from peftbench.tasks.base import TaskData
-from peftbench.tasks.load import load
-from peftbench.tasks.prepare import prepare
+from peftbench.tasks.load import load_task
+from peftbench.tasks.prepare import prepare_data
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import write_lines
 from tests.tasks.test_tasks import byte_level
@@ -67,7 +67,7 @@ def task(tmp_path: Path) -> Task:
 def data(task: Task) -> TaskData:
     tokenizer = byte_level()
     tokenizer.pad_token = None  # as Llama's and GPT-2's
-    return prepare(load(task), tokenizer, tiny_llama())
+    return prepare_data(load_task(task), tokenizer, tiny_llama())
 
 
 def test_prompt_and_completion(data: TaskData) -> None:
@@ -80,7 +80,7 @@ def test_prompt_and_completion(data: TaskData) -> None:
 
 
 def test_a_long_source_is_cut_and_the_end_of_the_prompt_stays(task: Task) -> None:
-    data = prepare(load(replace(task, max_source_length=16)), byte_level(), tiny_llama())
+    data = prepare_data(load_task(replace(task, max_source_length=16)), byte_level(), tiny_llama())
     longest = max(data.train["input_ids"][:], key=len)
     assert len(longest) == 16
     assert data.tokenizer.decode(longest).endswith("\nAnswer:")
@@ -88,16 +88,18 @@ def test_a_long_source_is_cut_and_the_end_of_the_prompt_stays(task: Task) -> Non
 
 def test_no_room_for_a_source(task: Task) -> None:
     with pytest.raises(UserError, match=r"task\.max_target_length=64 leaves no room for a source"):
-        prepare(load(replace(task, max_target_length=64)), byte_level(), tiny_llama())
+        prepare_data(load_task(replace(task, max_target_length=64)), byte_level(), tiny_llama())
 
 
 def test_what_is_generated_has_room_behind_the_prompt(task: Task) -> None:
     """Of the 64 positions, where more is generated than trained on."""
     task = replace(task, generation=replace(task.generation, max_length=44))
-    data = prepare(load(task), byte_level(), tiny_llama())
+    data = prepare_data(load_task(task), byte_level(), tiny_llama())
     assert max(map(len, data.report["input_ids"])) == 20
     with pytest.raises(UserError, match=r"task\.generation\.max_length=80 leaves no room for a source"):
-        prepare(load(replace(task, generation=replace(task.generation, max_length=80))), byte_level(), tiny_llama())
+        prepare_data(
+            load_task(replace(task, generation=replace(task.generation, max_length=80))), byte_level(), tiny_llama()
+        )
 
 
 def test_an_empty_source_is_begun_where_nothing_else_is(task: Task, tmp_path: Path) -> None:
@@ -106,7 +108,7 @@ def test_an_empty_source_is_begun_where_nothing_else_is(task: Task, tmp_path: Pa
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("$A", special_tokens=[])
     write_lines(tmp_path / "test.jsonl", [{"source": "", "target": "bad"}, *ROWS])
     for prompt, expected in ((None, tokenizer("\n")["input_ids"]), ("{source}", [0])):
-        data = prepare(load(replace(task, prompt=prompt)), tokenizer, tiny_llama())
+        data = prepare_data(load_task(replace(task, prompt=prompt)), tokenizer, tiny_llama())
         assert data.report[0]["input_ids"] == expected
         Evaluator(tiny_llama(), data, Run(task=data.task, trainer=Trainer(learning_rate=1.0))).score("report")
 
@@ -115,7 +117,7 @@ def test_a_tokenizer_that_cannot_end_a_text(task: Task) -> None:
     tokenizer = byte_level()
     tokenizer.eos_token = None
     with pytest.raises(UserError, match=r"has no token that ends a text.*name one as eos_token"):
-        prepare(load(task), tokenizer, tiny_llama())
+        prepare_data(load_task(task), tokenizer, tiny_llama())
 
 
 def test_the_loss_is_that_of_the_target(data: TaskData) -> None:
@@ -129,7 +131,7 @@ def test_the_loss_is_that_of_the_target(data: TaskData) -> None:
         tokens += len(target)
     assert float(model(**batch).loss.detach()) == pytest.approx(total / tokens, rel=1e-4)
     # the selection split holds the same rows; the batches are others
-    assert mean_loss(model, data.selection, data.collator, 2) == pytest.approx(total / tokens, rel=1e-4)
+    assert compute_mean_loss(model, data.selection, data.collator, 2) == pytest.approx(total / tokens, rel=1e-4)
 
 
 def test_generation_in_padded_batches_is_that_of_each_prompt_alone(data: TaskData) -> None:

@@ -14,12 +14,12 @@ from peftbench.tasks import docstrings
 from peftbench.tasks.docstrings import (
     SPLITS,
     Docstring,
-    gather,
+    assign_split,
     gather_folder,
-    split_of,
-    summary_rows,
-    topic_rows,
-    versions,
+    gather_packages,
+    make_summary_rows,
+    make_topic_rows,
+    read_versions,
 )
 from peftbench.utils.errors import UserError
 
@@ -93,7 +93,7 @@ def names(found: list[Docstring]) -> list[str]:
 def test_names_are_qualified_and_sorted_and_nothing_is_imported(write: Write) -> None:
     write("alpha/__init__.py", ALPHA)
     write("alpha/sub/deep.py", '"""A module without a package file."""')
-    assert names(gather(["alpha"])) == [
+    assert names(gather_packages(["alpha"])) == [
         "alpha",
         "alpha.Outer",
         "alpha.Outer.Inner.method",
@@ -106,7 +106,7 @@ def test_names_are_qualified_and_sorted_and_nothing_is_imported(write: Write) ->
 
 def test_summary_is_one_line_and_body_keeps_its_paragraphs(write: Write) -> None:
     write("alpha/__init__.py", ALPHA)
-    found = {docstring.name: docstring for docstring in gather(["alpha"])}
+    found = {docstring.name: docstring for docstring in gather_packages(["alpha"])}
     outer = found["alpha.Outer"]
     assert outer.summary == "Holds the inner class."
     assert outer.body == "First paragraph of the body,\n    with an indented line.\n\nSecond paragraph."
@@ -118,8 +118,8 @@ def test_summary_is_one_line_and_body_keeps_its_paragraphs(write: Write) -> None
 def test_equal_texts_are_kept_once_under_the_first_name(write: Write) -> None:
     write("alpha/__init__.py", 'def late():\n    """The same  TEXT here."""\n')
     write("beta/__init__.py", 'def copy():\n    """The same text here."""\n')
-    assert names(gather(["beta", "alpha"])) == ["alpha.late"]
-    assert names(gather(["beta"])) == ["beta.copy"]
+    assert names(gather_packages(["beta", "alpha"])) == ["alpha.late"]
+    assert names(gather_packages(["beta"])) == ["beta.copy"]
 
 
 def test_tests_and_broken_files_are_skipped(write: Write) -> None:
@@ -130,12 +130,12 @@ def test_tests_and_broken_files_are_skipped(write: Write) -> None:
     for test_file in ("tests/helper.py", "test/helper.py", "testing/_data/helper.py", "test_alpha.py", "conftest.py"):
         write(f"alpha/{test_file}", f'"""The docstring of {test_file} itself."""')
     write("alpha/testing/__init__.py", '"""A testing module for users."""')
-    assert names(gather(["alpha"])) == ["alpha", "alpha.testing"]
+    assert names(gather_packages(["alpha"])) == ["alpha", "alpha.testing"]
 
 
 def test_a_single_file_module_and_a_folder_that_is_not_installed(write: Write, tmp_path: Path) -> None:
     write("solo.py", '"""A module in one file."""')
-    assert names(gather(["solo"])) == ["solo"]
+    assert names(gather_packages(["solo"])) == ["solo"]
     elsewhere = tmp_path / "unpacked" / "gamma"
     elsewhere.mkdir(parents=True)
     (elsewhere / "part.py").write_text('"""A part of gamma."""')
@@ -144,27 +144,27 @@ def test_a_single_file_module_and_a_folder_that_is_not_installed(write: Write, t
 
 def test_the_cache_is_hit_until_the_files_change(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write("alpha/__init__.py", '"""The alpha package."""')
-    first = gather(["alpha"])
+    first = gather_packages(["alpha"])
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".jsonl"]
 
     with monkeypatch.context() as patched:
         patched.setattr(docstrings, "_read_file", lambda _: pytest.fail("parsed again"))
-        assert gather(["alpha"]) == first
+        assert gather_packages(["alpha"]) == first
 
     write("alpha/__init__.py", '"""Another alpha package altogether."""')
-    assert gather(["alpha"]) != first
+    assert gather_packages(["alpha"]) != first
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(write: Write, tmp_path: Path) -> None:
     write("alpha/__init__.py", '"""The alpha package."""')
     (tmp_path / "cache").touch()
-    assert names(gather(["alpha"])) == ["alpha"]
+    assert names(gather_packages(["alpha"])) == ["alpha"]
 
 
 def test_workers_find_what_one_process_finds(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(5):
         write(f"alpha/m{i}.py", f'"""Module {i} of alpha."""')
-    sources = docstrings._sources("alpha")
+    sources = docstrings._list_sources("alpha")
     alone = docstrings._read_all("alpha", sources)
     monkeypatch.setattr(docstrings, "_POOL_FROM", 1)
     assert docstrings._read_all("alpha", sources) == alone
@@ -173,11 +173,11 @@ def test_workers_find_what_one_process_finds(write: Write, monkeypatch: pytest.M
 @pytest.mark.parametrize("package", ["nunpy", "os.path", "sys", "no such"])
 def test_a_missing_package_is_named(package: str) -> None:
     with pytest.raises(UserError, match=rf"^{package} is not an installed package.* or python for the standard"):
-        gather(["python", package])
+        gather_packages(["python", package])
 
 
 def test_versions() -> None:
-    assert versions(["python", "pytest"]) == {
+    assert read_versions(["python", "pytest"]) == {
         "python": ".".join(map(str, sys.version_info[:3])),
         "pytest": pytest.__version__,
     }
@@ -185,37 +185,37 @@ def test_versions() -> None:
 
 @pytest.mark.slow
 def test_the_standard_library_is_found_without_its_tests(write: Write) -> None:
-    found = {docstring.name: docstring for docstring in gather(["python"])}
+    found = {docstring.name: docstring for docstring in gather_packages(["python"])}
     assert found["json.dumps"].summary.startswith("Serialize ``obj`` to a JSON formatted")
     assert not [name for name in found if name.startswith(("test.", "idlelib.", "site-packages.", "unittest.test."))]
 
 
 def test_splits_depend_on_the_name_alone_and_are_80_10_10() -> None:
-    assert [split_of(name) for name in ("json.dumps", "torch.nn", "pandas.concat")] == ["train", "train", "test"]
-    counts = Counter(split_of(f"package.name{i}") for i in range(10_000))
+    assert [assign_split(name) for name in ("json.dumps", "torch.nn", "pandas.concat")] == ["train", "train", "test"]
+    counts = Counter(assign_split(f"package.name{i}") for i in range(10_000))
     assert 7_800 < counts["train"] < 8_200
     assert 850 < counts["validation"] < 1_150
     assert 850 < counts["test"] < 1_150
 
 
 def test_own_names_are_masked_as_whole_identifiers() -> None:
-    names_of = docstrings._names_of(["numpy", "torch", "transformers", "python"])
+    names_of = docstrings._match_names(["numpy", "torch", "transformers", "python"])
     masked = names_of.sub(
         "package", "NumPy np.array torch.nn PyTorch Hugging\nFace huggingface_hub my_np nps </s> pythonic"
     )
     assert masked == "package package.array package.nn package package huggingface_hub my_np nps </s> pythonic"
-    assert docstrings._names_of(["numpy"]).sub("package", "pd.array(np)") == "pd.array(package)"
+    assert docstrings._match_names(["numpy"]).sub("package", "pd.array(np)") == "pd.array(package)"
 
 
 def test_topic_rows_are_masked_balanced_and_reproducible(write: Write) -> None:
     write_functions(write, "alpha", 120, "alpha.word")
     write_functions(write, "beta", 60, "Beta")
-    rows = {split: topic_rows(["alpha", "beta"], split) for split in SPLITS}
+    rows = {split: make_topic_rows(["alpha", "beta"], split) for split in SPLITS}
     for split in SPLITS:
         counts = Counter(row["label"] for row in rows[split])
         assert counts["alpha"] == counts["beta"] > 0
-        assert rows[split] == topic_rows(["beta", "alpha"], split)
-        assert all(split_of(row["name"]) == split for row in rows[split])
+        assert rows[split] == make_topic_rows(["beta", "alpha"], split)
+        assert all(assign_split(row["name"]) == split for row in rows[split])
     text = " ".join(row["text"].lower() for split in SPLITS for row in rows[split])
     assert "alpha" not in text and "beta" not in text and "package.word" in text
 
@@ -224,7 +224,7 @@ def test_a_package_with_too_little_text_is_named(write: Write) -> None:
     write_functions(write, "alpha", 60, "word")
     write("beta/__init__.py", '"""Only this one text."""')
     with pytest.raises(UserError, match=r"^beta has no docstring of 150 characters in the test split\.$"):
-        topic_rows(["alpha", "beta"], "test")
+        make_topic_rows(["alpha", "beta"], "test")
 
 
 def test_summary_rows_hold_long_documents_with_short_summaries(write: Write) -> None:
@@ -242,14 +242,14 @@ def test_summary_rows_hold_long_documents_with_short_summaries(write: Write) -> 
             '''A summary with a body too short.\n\n            Short.'''
         """,
     )
-    rows = [row for split in SPLITS for row in summary_rows(["alpha"], split)]
+    rows = [row for split in SPLITS for row in make_summary_rows(["alpha"], split)]
     assert rows == [{"name": "alpha.good", "document": body.strip(), "summary": "A summary of good length."}]
 
 
 def test_no_summary_stands_in_two_splits(write: Write) -> None:
     write_functions(write, "alpha", 300, "word")
     write_functions(write, "beta", 300, "other")  # the same summaries, other bodies
-    rows = {split: summary_rows(["alpha", "beta"], split) for split in SPLITS}
+    rows = {split: make_summary_rows(["alpha", "beta"], split) for split in SPLITS}
     summaries = [{row["summary"] for row in rows[split]} for split in SPLITS]
     assert all(summaries)
     assert not (summaries[0] & summaries[1] or summaries[0] & summaries[2] or summaries[1] & summaries[2])

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from peftbench.config.compose import compose_run
 from peftbench.config.schema import EMBEDDED
-from peftbench.tasks.framing import framed
+from peftbench.tasks.framing import frame_sources
 from peftbench.tasks.tokens import Encoder
 from peftbench.utils.errors import UserError
 from tests.families import build
@@ -25,22 +25,22 @@ def encoder() -> Encoder:
 
 def test_the_whole_is_tokenised_as_one_text_would_be(encoder: Encoder) -> None:
     texts = ["a long day", "two\nlines"]
-    found = framed(encoder, "Summary:\n\n{source}", texts, 60)
+    found = frame_sources(encoder, "Summary:\n\n{source}", texts, 60)
     assert found["input_ids"] == encoder.tokenizer([f"Summary:\n\n{text}" for text in texts])["input_ids"]
     assert [len(mask) for mask in found["attention_mask"]] == [len(ids) for ids in found["input_ids"]]
-    assert framed(encoder, "{source}", texts, 60)["input_ids"] == encoder(texts, max_length=60)["input_ids"]
+    assert frame_sources(encoder, "{source}", texts, 60)["input_ids"] == encoder(texts, max_length=60)["input_ids"]
 
 
 def test_a_mask_is_the_mask_token_in_the_prompt_and_text_in_a_source(encoder: Encoder) -> None:
     tokenizer = encoder.tokenizer
-    (ids,) = framed(encoder, "{mask}\n\n{source} ({mask})", ["a <mask> day"], 60)["input_ids"]
+    (ids,) = frame_sources(encoder, "{mask}\n\n{source} ({mask})", ["a <mask> day"], 60)["input_ids"]
     assert ids[1] == tokenizer.mask_token_id and ids.count(tokenizer.mask_token_id) == 2
     assert tokenizer.decode(ids) == "<s><mask>\n\na <mask> day (<mask>)</s>"
     assert ids[:1] == [tokenizer.bos_token_id] and ids[-1:] == [tokenizer.eos_token_id]
 
 
 def test_a_source_is_cut_and_the_prompt_is_not(encoder: Encoder) -> None:
-    (ids,) = framed(encoder, "{mask}\n\n{source} in short:", ["word " * 100], 30)["input_ids"]
+    (ids,) = frame_sources(encoder, "{mask}\n\n{source} in short:", ["word " * 100], 30)["input_ids"]
     assert len(ids) == 30
     text = encoder.tokenizer.decode(ids)
     assert text.startswith("<s><mask>\n\nword word") and text.endswith(" in short:</s>")
@@ -48,10 +48,10 @@ def test_a_source_is_cut_and_the_prompt_is_not(encoder: Encoder) -> None:
 
 def test_what_cannot_be_framed_is_refused(encoder: Encoder) -> None:
     with pytest.raises(UserError, match="leaves no room for a source in 6 tokens"):
-        framed(encoder, "a rather long prompt before {source}", ["text"], 6)
+        frame_sources(encoder, "a rather long prompt before {source}", ["text"], 6)
     maskless = SimpleNamespace(mask_token_id=None, name_or_path="some")
     with pytest.raises(UserError, match=r"task.prompt has \{mask\}, but the tokenizer of some has no mask token"):
-        framed(SimpleNamespace(tokenizer=maskless), "{mask} {source}", ["text"], 6)  # type: ignore[arg-type]  # all it reads
+        frame_sources(SimpleNamespace(tokenizer=maskless), "{mask} {source}", ["text"], 6)  # type: ignore[arg-type]  # all it reads
 
 
 def test_a_typed_line_break_is_one() -> None:

@@ -14,8 +14,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 from peftbench.config.compose import compose_run
 from peftbench.config.schema import Task, TaskKind
 from peftbench.tasks import source
-from peftbench.tasks.load import data_fingerprint
-from peftbench.tasks.rows import checked
+from peftbench.tasks.load import fingerprint_data
+from peftbench.tasks.rows import check_split
 from peftbench.tasks.source import read_split
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import write_lines
@@ -32,7 +32,7 @@ NEWS = Task(name="news", kind=TaskKind.text_to_text)
 
 
 def load_rows(task: Task, split: str, limit: int | None = None) -> Dataset:
-    return checked(task, split, read_split(task, split), limit)
+    return check_split(task, split, read_split(task, split), limit)
 
 
 def with_file(task: Task, folder: Path, *rows: dict[str, Any]) -> Task:
@@ -187,8 +187,8 @@ def test_the_fingerprint_is_of_the_cells_in_use(tmp_path: Path) -> None:
     plain = load_rows(with_file(REVIEWS, tmp_path, {"text": "fine", "label": "good"}), "train")
     other = load_rows(with_file(REVIEWS, tmp_path, {"id": 7, "label": 1, "text": "fine"}), "train")
     changed = load_rows(with_file(REVIEWS, tmp_path, {"text": "fine!", "label": 1}), "train")
-    assert data_fingerprint(REVIEWS, plain) == data_fingerprint(REVIEWS, other) != data_fingerprint(REVIEWS, changed)
-    assert len(data_fingerprint(REVIEWS, plain)) == 64
+    assert fingerprint_data(REVIEWS, plain) == fingerprint_data(REVIEWS, other) != fingerprint_data(REVIEWS, changed)
+    assert len(fingerprint_data(REVIEWS, plain)) == 64
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 from peftbench.config.schema import Task, TaskKind
 from peftbench.tasks.deal import ROW
-from peftbench.tasks.load import homeless, label_names, load
+from peftbench.tasks.load import list_dealt, load_task, read_label_names
 from peftbench.utils.errors import UserError
 
 OWN = Task(name="own", kind=TaskKind.classification, text_columns=["text"], metric="accuracy")
@@ -40,38 +40,38 @@ def test_each_role_has_its_file(tmp_path: Path) -> None:
         f"{name}_file": jsonl(tmp_path, f"{name}.jsonl", *reviews(count))
         for name, count in (("train", 6), ("validation", 3), ("test", 4))
     }
-    loaded = load(replace(OWN, labels=["bad", "good"], **files))
+    loaded = load_task(replace(OWN, labels=["bad", "good"], **files))
     assert {split: len(rows) for split, rows in loaded.rows.items()} == {"train": 6, "validation": 3, "test": 4}
     assert loaded.notes == []
 
 
 def test_one_file_is_dealt_by_content(tmp_path: Path) -> None:
     rows = reviews(40)
-    loaded = load(replace(OWN, train_file=jsonl(tmp_path, "all.jsonl", *rows)))
+    loaded = load_task(replace(OWN, train_file=jsonl(tmp_path, "all.jsonl", *rows)))
     for of_split in loaded.rows.values():  # each row knows its place in the file
         assert of_split["text"][:] == [rows[index]["text"] for index in of_split[ROW][:]]
     texts = {split: set(of_split["text"][:]) for split, of_split in loaded.rows.items()}
     assert {split: len(found) for split, found in texts.items()} == {"train": 32, "validation": 4, "test": 4}
     assert texts["train"] | texts["validation"] | texts["test"] == {row["text"] for row in rows}
-    again = load(replace(OWN, train_file=jsonl(tmp_path, "reversed.jsonl", *reversed(rows))))
+    again = load_task(replace(OWN, train_file=jsonl(tmp_path, "reversed.jsonl", *reversed(rows))))
     assert {split: set(of_split["text"][:]) for split, of_split in again.rows.items()} == texts
     assert "validation and test each have one in ten of the different inputs." in loaded.notes[1]
 
 
 def test_a_split_is_dealt_as_for_the_task_that_was_trained(tmp_path: Path) -> None:
     trained = replace(OWN, train_file=jsonl(tmp_path, "all.jsonl", *reviews(40)))
-    expected = load(trained)
-    assert homeless(trained) == ["validation", "test"]
+    expected = load_task(trained)
+    assert list_dealt(trained) == ["validation", "test"]
     for split, rows in expected.rows.items():
-        again = load(replace(expected.task, report_split=split), training=False, dealt=homeless(trained))
+        again = load_task(replace(expected.task, report_split=split), training=False, dealt=list_dealt(trained))
         assert again.rows[split]["text"][:] == rows["text"][:]
     other = replace(expected.task, test_file=jsonl(tmp_path, "other.jsonl", *reviews(7)))  # given since
-    assert len(load(other, training=False, dealt=homeless(trained)).rows["test"]) == 7
+    assert len(load_task(other, training=False, dealt=list_dealt(trained)).rows["test"]) == 7
 
 
 def test_equal_inputs_are_dealt_to_one_split(tmp_path: Path) -> None:
     rows = [{"text": f"film {i % 12}", "label": ("bad", "good")[i % 2]} for i in range(120)]
-    loaded = load(replace(OWN, train_file=jsonl(tmp_path, "all.jsonl", *rows)))
+    loaded = load_task(replace(OWN, train_file=jsonl(tmp_path, "all.jsonl", *rows)))
     texts = [set(of_split["text"][:]) for of_split in loaded.rows.values()]
     assert sum(map(len, texts)) == len(set.union(*texts)) == 12
     assert sum(map(len, loaded.rows.values())) == 120
@@ -83,22 +83,22 @@ def test_only_what_has_no_file_is_dealt(tmp_path: Path) -> None:
         train_file=jsonl(tmp_path, "train.jsonl", *reviews(20)),
         test_file=jsonl(tmp_path, "test.jsonl", *reviews(5)),
     )
-    loaded = load(task)
+    loaded = load_task(task)
     assert {split: len(rows) for split, rows in loaded.rows.items()} == {"train": 18, "validation": 2, "test": 5}
     assert "validation has one in ten of the different inputs." in loaded.notes[1]
-    assert len(load(replace(task, max_train=7)).rows["train"]) == 7
+    assert len(load_task(replace(task, max_train=7)).rows["train"]) == 7
 
 
 def test_too_few_inputs_to_deal(tmp_path: Path) -> None:
     rows = [{"text": "a", "label": "bad"}, {"text": "b", "label": "good"}, {"text": "b", "label": "good"}]
     with pytest.raises(UserError, match=r"all\.jsonl has 2 different inputs, too few for the splits train, validation"):
-        load(replace(OWN, train_file=jsonl(tmp_path, "all.jsonl", *rows)))
+        load_task(replace(OWN, train_file=jsonl(tmp_path, "all.jsonl", *rows)))
 
 
 def test_a_pair_is_one_input(tmp_path: Path) -> None:
     rows = [{"premise": "p", "hypothesis": f"h{i}", "label": i % 2} for i in range(10)]
     task = replace(OWN, text_columns=["premise", "hypothesis"], train_file=jsonl(tmp_path, "nli.jsonl", *rows))
-    loaded = load(task)
+    loaded = load_task(task)
     assert {split: len(found) for split, found in loaded.rows.items()} == {"train": 8, "validation": 1, "test": 1}
     assert loaded.task.labels == ["0", "1"]
 
@@ -115,8 +115,8 @@ def test_a_pair_is_one_input(tmp_path: Path) -> None:
 def test_labels_are_found_and_sorted(tmp_path: Path, cells: list[Any], labels: list[str]) -> None:
     rows = [{"text": f"film {i}", "label": cell} for i, cell in enumerate(cells)]
     task = replace(OWN, train_file=jsonl(tmp_path, "all.jsonl", *rows))
-    assert label_names(task) == labels
-    loaded = load(task)
+    assert read_label_names(task) == labels
+    loaded = load_task(task)
     found = {
         text: labels[code] for of in loaded.rows.values() for text, code in zip(of["text"], of["label"], strict=True)
     }
@@ -138,7 +138,7 @@ def test_labels_are_found_and_sorted(tmp_path: Path, cells: list[Any], labels: l
 )
 def test_labels_that_are_none(tmp_path: Path, content: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        load(replace(OWN, train_file=write(tmp_path, "own.csv", content)))
+        load_task(replace(OWN, train_file=write(tmp_path, "own.csv", content)))
 
 
 @pytest.mark.parametrize(
@@ -151,13 +151,13 @@ def test_labels_that_are_none(tmp_path: Path, content: str, sentence: str) -> No
 def test_cells_that_are_no_label(tmp_path: Path, cell: object, sentence: str) -> None:
     rows = [{"text": "a", "label": cell}, {"text": "b", "label": cell}]
     with pytest.raises(UserError, match=sentence):
-        load(replace(OWN, train_file=jsonl(tmp_path, "own.jsonl", *rows)))
+        load_task(replace(OWN, train_file=jsonl(tmp_path, "own.jsonl", *rows)))
 
 
 def test_three_labels_have_no_f1_whether_named_or_found(tmp_path: Path) -> None:
     file = write(tmp_path, "own.csv", "text,label\n" + "".join(f"{i},{'xyz'[i % 3]}\n" for i in range(30)))
     with pytest.raises(UserError, match=r"own\.csv: task\.metric=f1 is the F1 of the second of two labels"):
-        load(replace(OWN, metric="f1", train_file=file))
+        load_task(replace(OWN, metric="f1", train_file=file))
 
 
 def test_a_label_that_training_has_not_seen(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_label_that_training_has_not_seen(tmp_path: Path) -> None:
         validation_file=write(tmp_path, "dev.csv", 'text,label\n"a,\nb",x\nc,z\n'),
     )
     with pytest.raises(UserError, match=r"dev\.csv:4: label 'z' is not one of x, y"):
-        load(task)
+        load_task(task)
 
 
 @pytest.mark.parametrize(
@@ -186,9 +186,9 @@ def test_numbers_as_labels_are_names(tmp_path: Path, trained: list[float], score
     task.test_file = jsonl(tmp_path, "test.jsonl", {"text": "a", "label": scored})
     if label is None:
         with pytest.raises(UserError, match=r"test\.jsonl:1: label 1 is not one of 0\.5, 1\.5\."):
-            load(task)
+            load_task(task)
     else:
-        loaded = load(task)
+        loaded = load_task(task)
         assert [loaded.task.labels[code] for code in loaded.rows["test"]["label"]] == [label]
 
 
@@ -213,14 +213,15 @@ def test_a_code_is_refused_where_the_order_of_codes_is_not_known(
         f"label {code!r} is not one of {', '.join(ordered)}; if it is a code, name the labels in the order of their "
     )
     with pytest.raises(UserError, match=re.escape(f"{sentence}codes, such as task.labels=[{','.join(ordered)}].")):
-        load(task)
-    named = load(replace(task, labels=list(map(str, names))))
+        load_task(task)
+    named = load_task(replace(task, labels=list(map(str, names))))
     assert named.task.labels[named.rows["test"]["label"][0]] == str(names[int(code)])
     # so it is where the run is scored again, with the labels that it had found
     with pytest.raises(UserError, match=re.escape(sentence)):
-        load(task, training=False, dealt=[], labels=ordered)
+        load_task(task, training=False, dealt=[], labels=ordered)
     assert (
-        load(replace(task, test_file=task.train_file), training=False, dealt=[], labels=ordered).task.labels == ordered
+        load_task(replace(task, test_file=task.train_file), training=False, dealt=[], labels=ordered).task.labels
+        == ordered
     )
 
 
@@ -237,10 +238,10 @@ def test_labels_of_a_file_that_names_its_codes(tmp_path: Path) -> None:
     task = replace(OWN, train_file=train, test_file=parquet("test.parquet", ["neg", "pos"], [0, 1, 1]))
 
     def read(task: Task) -> list[str]:
-        loaded = load(task)
+        loaded = load_task(task)
         return [loaded.task.labels[code] for code in loaded.rows["test"]["label"]]
 
-    assert load(task).task.labels == ["pos", "neg"]
+    assert load_task(task).task.labels == ["pos", "neg"]
     assert read(task) == ["neg", "pos", "pos"]
     assert read(replace(task, test_file=jsonl(tmp_path, "own.jsonl", {"text": "a", "label": 0}))) == ["pos"]
     assert read(replace(task, labels=["neg", "pos"])) == ["neg", "pos", "pos"]  # in another order
@@ -262,13 +263,13 @@ def test_labels_that_differ_in_spelling_alone(tmp_path: Path, cells: list[str], 
     rows = [{"text": f"{i}", "label": cells[i % 3]} for i in range(30)]
     task = replace(OWN, train_file=jsonl(tmp_path, "train.jsonl", *rows))
     with pytest.raises(UserError, match=rf"train\.jsonl: the labels {told} differ only in spelling"):
-        load(task)
-    assert load(replace(task, labels=cells)).task.labels == cells
+        load_task(task)
+    assert load_task(replace(task, labels=cells)).task.labels == cells
 
 
 def test_a_file_that_is_trained_on_and_scored_on_is_noted(tmp_path: Path) -> None:
     file = jsonl(tmp_path, "own.jsonl", *reviews(20))
-    loaded = load(replace(OWN, train_file=file, validation_file=f"{tmp_path}/./own.jsonl", test_file=file))
+    loaded = load_task(replace(OWN, train_file=file, validation_file=f"{tmp_path}/./own.jsonl", test_file=file))
     assert f"{file} is the file of train and of validation and test: training rows are also scored." in loaded.notes
 
 
@@ -276,14 +277,14 @@ def test_oddities_that_work(tmp_path: Path) -> None:
     """A byte order mark, quotes, empty texts and a text of 100,000 characters."""
     rows = [f'"a ""quoted"", text {i}",{"xy"[i % 2]}' for i in range(9)] + [f"{'long ' * 20_000},x", ",y"]
     content = "\ufefftext,label\r\n" + "\r\n".join(rows) + "\r\n"
-    loaded = load(replace(OWN, train_file=write(tmp_path, "own.csv", content)))
+    loaded = load_task(replace(OWN, train_file=write(tmp_path, "own.csv", content)))
     texts = {text for rows in loaded.rows.values() for text in rows["text"]}
     assert len(texts) == 11 and 'a "quoted", text 0' in texts and "" in texts and "long " * 20_000 in texts
 
 
 def test_targets_may_be_lists(tmp_path: Path) -> None:
     rows = [{"source": f"s{i}", "target": ["one", "another"]} for i in range(10)]
-    loaded = load(replace(WRITING, train_file=jsonl(tmp_path, "own.jsonl", *rows)))
+    loaded = load_task(replace(WRITING, train_file=jsonl(tmp_path, "own.jsonl", *rows)))
     assert loaded.rows["test"]["target"][:] == [["one", "another"]]
 
 
@@ -298,14 +299,14 @@ def test_targets_may_be_lists(tmp_path: Path) -> None:
 def test_targets_that_are_none(tmp_path: Path, target: object, sentence: str) -> None:
     rows = [{"source": "s", "target": ["one"]}, {"source": "t", "target": target}]
     with pytest.raises(UserError, match=sentence):
-        load(replace(WRITING, train_file=jsonl(tmp_path, "own.jsonl", *rows)))
+        load_task(replace(WRITING, train_file=jsonl(tmp_path, "own.jsonl", *rows)))
 
 
 def test_numbers_to_predict(tmp_path: Path) -> None:
     task = replace(OWN, kind=TaskKind.regression, metric="pearson")
     rows = "".join(f"text {i},{i}.5\n" for i in range(10))
-    loaded = load(replace(task, train_file=write(tmp_path, "own.csv", f"text,label\n{rows}")))
+    loaded = load_task(replace(task, train_file=write(tmp_path, "own.csv", f"text,label\n{rows}")))
     assert sorted(x for of in loaded.rows.values() for x in of["label"]) == [i + 0.5 for i in range(10)]
     for cell in ("", "high", "nan", "inf"):
         with pytest.raises(UserError, match=rf"own\.csv:3: label '{cell}' is not a number\."):
-            load(replace(task, train_file=write(tmp_path, "own.csv", f"text,label\na,1\nb,{cell}\nc,2\n")))
+            load_task(replace(task, train_file=write(tmp_path, "own.csv", f"text,label\na,1\nb,{cell}\nc,2\n")))

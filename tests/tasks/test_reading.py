@@ -25,9 +25,9 @@ from transformers import (
 
 from peftbench.config.schema import EMBEDDED, Generation, Task, TaskKind
 from peftbench.evaluation.finished import read_otherwise
-from peftbench.tasks.framing import framed
-from peftbench.tasks.load import load
-from peftbench.tasks.prepare import prepare
+from peftbench.tasks.framing import frame_sources
+from peftbench.tasks.load import load_task
+from peftbench.tasks.prepare import prepare_data
 from peftbench.tasks.tokens import Encoder
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import write_lines
@@ -92,7 +92,7 @@ def test_a_special_token_is_one_in_the_prompt_and_text_in_the_data(name: str, go
     encoder = Encoder(tokenizer, build(MODEL_OF.get(name, name)))
     opening, closing = encoder.ends()
     source = f"a {special} b"
-    (ids,) = framed(encoder, f"c{special}d {{source}}{special}c", [source], 60, goes_on=goes_on)["input_ids"]
+    (ids,) = frame_sources(encoder, f"c{special}d {{source}}{special}c", [source], 60, goes_on=goes_on)["input_ids"]
     (inner,) = encoder([f"d {source}"], max_length=60, special=False)["input_ids"]
     index = tokenizer.convert_tokens_to_ids(special)
     assert index not in inner and ids.count(index) == 2 + [*opening, *([] if goes_on else closing)].count(index)
@@ -106,7 +106,7 @@ def test_the_prompt_is_read_as_the_tokenizer_reads_it(name: str) -> None:
     make, special = TOKENIZERS[name]
     tokenizer = make()
     encoder = Encoder(tokenizer, build(MODEL_OF.get(name, name)))
-    (ids,) = framed(encoder, f"a b{special}{{source}}", ["c d"], 60, goes_on=True)["input_ids"]
+    (ids,) = frame_sources(encoder, f"a b{special}{{source}}", ["c d"], 60, goes_on=True)["input_ids"]
     opening, _ = encoder.ends()
     whole = tokenizer(f"a b{special}", add_special_tokens=False)["input_ids"]
     assert ids == [*opening, *whole, *tokenizer("c d", add_special_tokens=False)["input_ids"]]
@@ -114,18 +114,20 @@ def test_the_prompt_is_read_as_the_tokenizer_reads_it(name: str) -> None:
 
 def test_a_token_that_the_tokenizer_puts_there_anyway_is_put_once() -> None:
     encoder = Encoder(bart(), build("bart"))
-    (plain,) = framed(encoder, "a {source}", ["b"], 60)["input_ids"]
-    assert framed(encoder, "<s>a {source}", ["b"], 60)["input_ids"] == [plain]
-    assert framed(encoder, "a {source}</s>", ["b"], 60)["input_ids"] == [plain]
-    (twice,) = framed(encoder, "<s></s>a {source}", ["b"], 60)["input_ids"]
+    (plain,) = frame_sources(encoder, "a {source}", ["b"], 60)["input_ids"]
+    assert frame_sources(encoder, "<s>a {source}", ["b"], 60)["input_ids"] == [plain]
+    assert frame_sources(encoder, "a {source}</s>", ["b"], 60)["input_ids"] == [plain]
+    (twice,) = frame_sources(encoder, "<s></s>a {source}", ["b"], 60)["input_ids"]
     assert twice == [0, 2, *plain[1:]]
 
 
 def test_a_decoders_prompt_is_never_cut(tmp_path: Path) -> None:
     task = completing(tmp_path, [{"source": "good", "target": "bad"}])
     with pytest.raises(UserError, match="leaves no room for a source in 12 tokens"):
-        prepare(
-            load(replace(task, prompt="good film " * 9 + "{source}", max_source_length=12)), byte_level(), tiny_llama()
+        prepare_data(
+            load_task(replace(task, prompt="good film " * 9 + "{source}", max_source_length=12)),
+            byte_level(),
+            tiny_llama(),
         )
 
 
@@ -185,16 +187,16 @@ def test_what_stands_between_pairs_is_noted(tmp_path: Path) -> None:
     )
     wide = build("gpt2_classifier")
     wide.resize_token_embeddings(len(gpt2()))
-    data = prepare(load(task), gpt2(), wide)
+    data = prepare_data(load_task(task), gpt2(), wide)
     assert data.reading() == {"pair_separator": "\n"}
     assert "The tokenizer puts nothing between the texts of a pair: '\\n' is added there." in data.notes
-    assert data.notes != load(task).notes  # which other backbones share
+    assert data.notes != load_task(task).notes  # which other backbones share
     told = read_otherwise({}, data.reading())
     assert told is not None and 'pair_separator "\\n"' in told and "train it again" in told
     assert read_otherwise({"reading": data.reading()}, data.reading()) is None
     for other in (
-        prepare(load(replace(task, text_columns=["text"])), gpt2(), wide),
-        prepare(load(task), bert(), tiny_bert()),
+        prepare_data(load_task(replace(task, text_columns=["text"])), gpt2(), wide),
+        prepare_data(load_task(task), bert(), tiny_bert()),
     ):
         assert other.reading() == {} and "nothing between" not in " ".join(other.notes)
 
@@ -221,7 +223,7 @@ LONG = [{"source": "good " * 30, "target": "bad " * 20}, *({"source": "good", "t
 def test_the_limit_and_the_share_that_was_cut_are_said(tmp_path: Path) -> None:
     tokenizer = byte_level()
     tokenizer.model_max_length = 12
-    data = prepare(load(completing(tmp_path, LONG)), tokenizer, tiny_bart())
+    data = prepare_data(load_task(completing(tmp_path, LONG)), tokenizer, tiny_bart())
     assert data.limits() == {"sources": 12, "targets": 8}
     assert data.cut == {role: {"sources": 0.25, "targets": 0.25} for role in ("train", "selection", "report")}
     assert data.notes == [
@@ -235,18 +237,18 @@ def test_the_limit_and_the_share_that_was_cut_are_said(tmp_path: Path) -> None:
 
 def test_a_few_that_are_cut_are_in_the_record_alone(tmp_path: Path) -> None:
     rows = [LONG[0], *(LONG[1:] * 9)]
-    data = prepare(load(completing(tmp_path, rows)), byte_level(), tiny_bart())
+    data = prepare_data(load_task(completing(tmp_path, rows)), byte_level(), tiny_bart())
     assert data.cut["train"] == {"sources": pytest.approx(1 / 28), "targets": pytest.approx(1 / 28)} and not data.notes
 
 
 def test_a_decoders_limit_leaves_room_for_what_it_writes(tmp_path: Path) -> None:
     task = replace(completing(tmp_path, LONG), max_source_length=100)
-    data = prepare(load(task), byte_level(), tiny_llama())
+    data = prepare_data(load_task(task), byte_level(), tiny_llama())
     assert data.limits() == {"sources": 56, "targets": 8}
     for tokens, why in ((64, "the tokenizer's model_max_length=64"), (10**30, "the backbone's positions")):
         tokenizer = byte_level()
         tokenizer.model_max_length = tokens
-        data = prepare(load(replace(task, max_target_length=50)), tokenizer, tiny_llama())
+        data = prepare_data(load_task(replace(task, max_target_length=50)), tokenizer, tiny_llama())
         assert data.notes == [
             f"Sources are truncated to 14 tokens ({why} less task.max_target_length=50; task.max_source_length=100): "
             "25.0% of train, 25.0% of validation, 25.0% of test."
@@ -259,7 +261,7 @@ def test_a_target_that_is_cut_teaches_no_end(model: Any, side: str, tmp_path: Pa
     tokenizer = byte_level()
     tokenizer.truncation_side = side  # of sources; a target is cut at its end
     rows = [{"source": "good", "target": text} for text in ("good film bad day " * 9, "good")]
-    data = prepare(load(completing(tmp_path, rows)), tokenizer, model())
+    data = prepare_data(load_task(completing(tmp_path, rows)), tokenizer, model())
     cut, whole = data.train["labels"][:]
     assert len(cut) == 8 and 2 not in cut and whole[-1] == 2
     assert rows[0]["target"].startswith(tokenizer.decode(cut, skip_special_tokens=True))
@@ -268,7 +270,7 @@ def test_a_target_that_is_cut_teaches_no_end(model: Any, side: str, tmp_path: Pa
     room = exact + (2 if model is tiny_bart else 1)
     for limit, ends in ((room, True), (room - 1, False)):
         task = replace(completing(tmp_path, rows[1:]), max_target_length=limit)
-        found = prepare(load(task), tokenizer, model())
+        found = prepare_data(load_task(task), tokenizer, model())
         assert (found.train["labels"][0][-1] == 2) is ends and found.cut["train"]["targets"] == (not ends)
         assert ("cut_targets" in found.reading()) is not ends
 
@@ -277,7 +279,7 @@ def test_a_target_that_is_cut_teaches_no_end(model: Any, side: str, tmp_path: Pa
 def test_mbart_begins_a_target_that_is_cut_in_its_language(kind: Any, tmp_path: Path) -> None:
     """The code goes to the front of the decoder's input, and is not learned as what comes after the cut."""
     task = replace(completing(tmp_path, LONG), source_language="en_XX", target_language="ro_RO")
-    data = prepare(load(task), multilingual(kind), tiny_mbart())
+    data = prepare_data(load_task(task), multilingual(kind), tiny_mbart())
     romanian = data.tokenizer.convert_tokens_to_ids("ro_RO")
     batch = data.collator([data.train[0], data.train[1]])
     starts, labels = batch["decoder_input_ids"].tolist(), batch["labels"].tolist()

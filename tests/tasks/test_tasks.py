@@ -34,18 +34,18 @@ from transformers import (
 
 from peftbench.backbones.load import load_backbone
 from peftbench.config.compose import compose_run
-from peftbench.config.schema import Device, Generation, Keep, Model, Run, Task, TaskKind, Trainer, conf_dir
+from peftbench.config.schema import Device, Generation, Keep, Model, Run, Task, TaskKind, Trainer, find_conf_dir
 from peftbench.evaluation import predict as predict_module
 from peftbench.evaluation.evaluator import Evaluator
-from peftbench.evaluation.predict import mean_loss, predict
-from peftbench.tasks.deal import ROW, numbered
+from peftbench.evaluation.predict import compute_mean_loss, predict
+from peftbench.tasks.deal import ROW, number_rows
 from peftbench.tasks.files import read_file
-from peftbench.tasks.load import load
-from peftbench.tasks.prepare import KINDS, prepare
-from peftbench.tasks.tokens import Encoder, positions
-from peftbench.training.batching import batches_per_epoch
+from peftbench.tasks.load import load_task
+from peftbench.tasks.prepare import KINDS, prepare_data
+from peftbench.tasks.tokens import Encoder, count_positions
+from peftbench.training.batching import count_batches_per_epoch
 from peftbench.training.checkpoint import Checkpoints
-from peftbench.training.fit import Criterion, Recipe, Resuming, fit
+from peftbench.training.fit import Criterion, Recipe, Resuming, fit_model
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import write_lines
 
@@ -194,24 +194,24 @@ def test_lengths() -> None:
 
 
 def test_positions() -> None:
-    assert positions(tiny_bart()) == 32
+    assert count_positions(tiny_bart()) == 32
     size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     roberta = RobertaConfig(vocab_size=16, max_position_embeddings=34, pad_token_id=1, **size)
-    assert positions(RobertaForSequenceClassification(roberta)) == 32
+    assert count_positions(RobertaForSequenceClassification(roberta)) == 32
     t5 = T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    assert positions(T5ForConditionalGeneration(t5)) is None
+    assert count_positions(T5ForConditionalGeneration(t5)) is None
 
 
 def test_a_tokenizer_without_a_pad_token(reviews: Task) -> None:
     tokenizer = byte_level()
     tokenizer.pad_token = None
     with pytest.raises(UserError, match="has no pad token"):
-        prepare(load(reviews), tokenizer, tiny_bert())
+        prepare_data(load_task(reviews), tokenizer, tiny_bert())
 
 
 def test_classification(reviews: Task) -> None:
     model = tiny_bert()
-    task = prepare(load(reviews), byte_level(), model)
+    task = prepare_data(load_task(reviews), byte_level(), model)
     assert task.splits == {
         "train": {"split": "train", "examples": 5},
         "selection": {"split": "validation", "examples": 2, "of": 3},
@@ -227,7 +227,7 @@ def test_classification(reviews: Task) -> None:
         {"index": 0, "prediction": "bad", "reference": "good"},
         {"index": 1, "prediction": "bad", "reference": "bad"},
     ]
-    taken = numbered(task.report_rows).select([2, 0])
+    taken = number_rows(task.report_rows).select([2, 0])
     assert [one["index"] for one in task.records(["bad", "bad"], taken)] == [2, 0]
 
 
@@ -245,7 +245,7 @@ def test_regression(tmp_path: Path) -> None:
         metric="pearson",
     )
     model = tiny_bert(labels=1)
-    data = prepare(load(task), byte_level(), model)
+    data = prepare_data(load_task(task), byte_level(), model)
     batch = data.collator([data.train[i] for i in range(5)])
     assert batch["labels"].tolist() == [0, 0.5, 1, 1.5, 2]
     outputs = model.eval()(**batch)
@@ -272,7 +272,7 @@ def translation(news: Task) -> Task:
 def test_mbart_reads_one_language_and_writes_another(translation: Task) -> None:
     """The paper's: codes at the end, and the target's, turned to the front, starts the decoder."""
     tokenizer, model = multilingual(MBartTokenizer), tiny_mbart()
-    data = prepare(load(translation), tokenizer, model)
+    data = prepare_data(load_task(translation), tokenizer, model)
     batch = data.collator([data.train[0], data.train[2]])
     english, romanian = tokenizer.convert_tokens_to_ids(["en_XX", "ro_RO"])
     assert data.train[0]["input_ids"][-2:] == [2, english]
@@ -289,7 +289,7 @@ def test_mbart_reads_one_language_and_writes_another(translation: Task) -> None:
 
 def test_mbart50_is_forced_to_write_the_language_first(translation: Task) -> None:
     tokenizer, model = multilingual(MBart50Tokenizer), tiny_mbart()
-    data = prepare(load(translation), tokenizer, model)
+    data = prepare_data(load_task(translation), tokenizer, model)
     english, romanian = tokenizer.convert_tokens_to_ids(["en_XX", "ro_RO"])
     assert data.train[0]["input_ids"][0] == english
     assert data.train[0]["labels"][0] == romanian
@@ -298,7 +298,9 @@ def test_mbart50_is_forced_to_write_the_language_first(translation: Task) -> Non
 
 def test_no_more_is_written_than_the_backbone_has_positions_for(news: Task) -> None:
     model = tiny_bart().eval()
-    data = prepare(load(replace(news, generation=Generation(min_length=100, max_length=200))), byte_level(), model)
+    data = prepare_data(
+        load_task(replace(news, generation=Generation(min_length=100, max_length=200))), byte_level(), model
+    )
     evaluator = Evaluator(model, data, Run(task=data.task, trainer=Trainer(learning_rate=1.0)))
     evaluator.score("report")
     assert evaluator.generation is not None and evaluator.generation.max_length == 32
@@ -306,11 +308,11 @@ def test_no_more_is_written_than_the_backbone_has_positions_for(news: Task) -> N
 
 def test_a_language_that_the_backbone_has_not(translation: Task) -> None:
     with pytest.raises(UserError, match=r"task\.target_language=ro is unknown; did you mean ro_RO\?"):
-        prepare(load(replace(translation, target_language="ro")), multilingual(MBartTokenizer), tiny_mbart())
+        prepare_data(load_task(replace(translation, target_language="ro")), multilingual(MBartTokenizer), tiny_mbart())
 
 
 def test_a_backbone_without_language_codes_translates_too(translation: Task) -> None:
-    data = prepare(load(translation), byte_level(), tiny_bart())
+    data = prepare_data(load_task(translation), byte_level(), tiny_bart())
     scores = data.baselines()
     assert scores["copy.bleu_ro"] >= 0 and set(data.signatures) == set()  # a baseline leaves no signature
     data.score(["a"], data.report_rows)
@@ -320,7 +322,7 @@ def test_a_backbone_without_language_codes_translates_too(translation: Task) -> 
 def test_the_selection_loss_is_the_mean_over_all_tokens(news: Task) -> None:
     """Whatever the batches; with label smoothing as in training."""
     model = tiny_bart().eval()
-    data = prepare(load(news), byte_level(), model)
+    data = prepare_data(load_task(news), byte_level(), model)
     total, tokens = 0.0, 0
     for example in data.selection:
         batch = data.collator([example])
@@ -329,7 +331,7 @@ def test_the_selection_loss_is_the_mean_over_all_tokens(news: Task) -> None:
         total += float((0.9 * nll[range(len(labels)), labels] + 0.1 * nll.mean(-1)).sum())
         tokens += len(labels)
     for batch_size in (1, 3):
-        loss = mean_loss(model, data.selection, data.collator, batch_size, label_smoothing=0.1)
+        loss = compute_mean_loss(model, data.selection, data.collator, batch_size, label_smoothing=0.1)
         assert loss == pytest.approx(total / tokens, rel=1e-5)
 
 
@@ -339,8 +341,8 @@ def test_padding_stands_behind_a_text(news: Task, tmp_path: Path) -> None:
     byte_level().save_pretrained(tmp_path)
     PreTrainedTokenizerFast.from_pretrained(tmp_path, padding_side="left").save_pretrained(tmp_path)
     backbone = load_backbone(Model(path=str(tmp_path)), news)
-    data, model = prepare(load(news), backbone.tokenizer, backbone.model), backbone.model.eval()
-    alone, together = (mean_loss(model, data.selection, data.collator, batch_size) for batch_size in (1, 3))
+    data, model = prepare_data(load_task(news), backbone.tokenizer, backbone.model), backbone.model.eval()
+    alone, together = (compute_mean_loss(model, data.selection, data.collator, batch_size) for batch_size in (1, 3))
     assert together == pytest.approx(alone, rel=1e-6)
 
 
@@ -349,7 +351,7 @@ def test_training_sees_every_example_once_an_epoch_in_batches_of_tokens(news: Ta
     rows = [{"document": "good " * (1 + i % 7), "summary": "bad"} for i in range(40)]
     write_lines(tmp_path / "train.jsonl", rows)
     model = tiny_bart()
-    data = prepare(load(news), byte_level(), model)
+    data = prepare_data(load_task(news), byte_level(), model)
     collate, seen = data.collator, []
 
     def noted(examples: list[dict[str, Any]]) -> Any:
@@ -360,8 +362,8 @@ def test_training_sees_every_example_once_an_epoch_in_batches_of_tokens(news: Ta
     settings = Trainer(learning_rate=1e-3, epochs=2, batch_tokens=32, device=Device.cpu)
     nowhere = Checkpoints(tmp_path, minutes=60, stamp="")
     recipe, criterion = Recipe(settings, seed=1, bf16=False), Criterion(evaluate=dict, metric="rouge1")
-    fitted = fit(model, data, recipe, criterion, Resuming(nowhere))
-    each = batches_per_epoch(data, settings)
+    fitted = fit_model(model, data, recipe, criterion, Resuming(nowhere))
+    each = count_batches_per_epoch(data, settings)
     assert fitted.steps == 2 * each == len(seen)
     assert all(len(batch) * max(batch) <= 32 or len(batch) == 1 for batch in seen)
     first, second = seen[:each], seen[each:]
@@ -376,7 +378,7 @@ def test_what_a_backbone_says_of_generation_is_not_done(own: dict[str, Any], new
     """As a chat model's generation_config.json does; its beams end as it says, and its file stays what it is."""
     model = tiny_bart().eval()
     task = replace(news, generation=Generation(num_beams=2, min_length=4, max_length=6, no_repeat_ngram_size=0))
-    data, run = prepare(load(task), byte_level(), model), Run(task=task, trainer=Trainer(learning_rate=1.0))
+    data, run = prepare_data(load_task(task), byte_level(), model), Run(task=task, trainer=Trainer(learning_rate=1.0))
     _, expected = Evaluator(model, data, run).score("report")
     for key, value in own.items():
         setattr(model.generation_config, key, value)
@@ -393,7 +395,7 @@ def test_a_text_of_no_tokens_is_refused(news: Task) -> None:
     """An encoder-decoder's begins with a token of its own. It is said before training, not at the first look at dev."""
     model = tiny_bart()
     task = replace(news, generation=Generation(num_beams=1, min_length=0, max_length=1, no_repeat_ngram_size=0))
-    data, run = prepare(load(task), byte_level(), model), Run(task=task, trainer=Trainer(learning_rate=1.0))
+    data, run = prepare_data(load_task(task), byte_level(), model), Run(task=task, trainer=Trainer(learning_rate=1.0))
     with pytest.raises(UserError, match=r"task\.generation\.max_length=1: .* give 2 or more"):
         Evaluator(model, data, run)
 
@@ -401,7 +403,7 @@ def test_a_text_of_no_tokens_is_refused(news: Task) -> None:
 def test_predictions_do_not_depend_on_the_batches(news: Task) -> None:
     """Longest first, at most so many examples and tokens at once, and back in their own order."""
     model = tiny_bart().eval()
-    data = prepare(load(replace(news, max_eval=None)), byte_level(), model)
+    data = prepare_data(load_task(replace(news, max_eval=None)), byte_level(), model)
     generation = GenerationConfig(max_length=6, num_beams=2, decoder_start_token_id=2, eos_token_id=2, pad_token_id=1)
     lengths = [len(ids) for ids in data.report["input_ids"]]
     expected = predict(model, data.report, data.collator, 1, generation=generation)
@@ -427,7 +429,7 @@ def test_predictions_do_not_depend_on_the_batches(news: Task) -> None:
 def test_a_batch_that_does_not_fit_is_halved(news: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     """And those behind it, which are nearly as long; one example that does not fit is an error."""
     model = tiny_bart().eval()
-    data = prepare(load(replace(news, max_eval=None)), byte_level(), model)
+    data = prepare_data(load_task(replace(news, max_eval=None)), byte_level(), model)
     generation = GenerationConfig(max_length=6, num_beams=2, decoder_start_token_id=2, eos_token_id=2, pad_token_id=1)
     expected = predict(model, data.report, data.collator, 5, generation=generation)
     generate, room = predict_module._generate, 2
@@ -453,15 +455,15 @@ def test_columns_of_columns_are_opened_and_lists_joined(tmp_path: Path, news: Ta
     for split in ("train", "validation", "test"):
         write_lines(tmp_path / f"{split}.jsonl", rows)
     task = replace(news, source_column="en", target_column="ro", source_join=" | ", max_eval=None)
-    loaded = load(task).rows["test"]
+    loaded = load_task(task).rows["test"]
     assert loaded["en"][:] == ["good | bad", "good | bad", "bad"]
     assert loaded["ro"][:] == ["n1", "n2", "n3"]
-    merged = load(replace(task, merge_references=True)).rows["test"]
+    merged = load_task(replace(task, merge_references=True)).rows["test"]
     assert (merged["en"][:], merged["ro"][:]) == (["good | bad", "bad"], [["n1", "n2"], ["n3"]])
     assert merged[ROW][:] == [0, 2]
     write_lines(tmp_path / "test.jsonl", [*rows, {"translation": {"en": ["bad"], "ro": None}}])
     with pytest.raises(UserError, match=r"test\.jsonl:4: column ro holds None, not text"):
-        load(replace(task, merge_references=True))
+        load_task(replace(task, merge_references=True))
 
 
 def test_a_translation_of_the_hub_is_opened(tmp_path: Path, news: Task) -> None:
@@ -472,7 +474,7 @@ def test_a_translation_of_the_hub_is_opened(tmp_path: Path, news: Task) -> None:
     for split in ("train", "validation", "test"):
         Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "hub" / f"{split}.parquet")
     task = replace(news, data_dir=str(tmp_path / "hub"), source_column="en", target_column="ro", max_eval=None)
-    loaded = load(task).rows["test"]
+    loaded = load_task(task).rows["test"]
     assert (loaded["en"][:], loaded["ro"][:]) == (["good"] * 3, ["n0", "n1", "n2"])
 
 
@@ -481,7 +483,7 @@ def test_parts_of_columns_keep_their_long_names_where_the_short_one_is_taken(tmp
     for split in ("train", "validation", "test"):
         write_lines(tmp_path / f"{split}.jsonl", rows)
     task = replace(news, source_column="a.text", target_column="b.text")
-    found = load(task).rows["test"]
+    found = load_task(task).rows["test"]
     assert found[0] == {"a.text": "x", "a.deep.in": "y", "b.text": "z", "in": "w", "c": "v"}
 
 
@@ -490,7 +492,7 @@ def test_a_row_with_two_targets_trains_on_both(news: Task, tmp_path: Path) -> No
     for split in ("train", "validation", "test"):
         write_lines(tmp_path / f"{split}.jsonl", rows)
     tokenizer = byte_level()
-    data = prepare(load(news), tokenizer, tiny_bart())
+    data = prepare_data(load_task(news), tokenizer, tiny_bart())
     written = tokenizer.batch_decode(data.train["labels"][:], skip_special_tokens=True)
     assert written == ["bad", "good", "bad", "bad", "good", "bad", "bad"]
     assert [data.splits[role]["examples"] for role in ("train", "selection", "report")] == [7, 5, 1]
@@ -500,19 +502,19 @@ def test_a_row_with_two_targets_trains_on_both(news: Task, tmp_path: Path) -> No
         ["bad"],
         ["good", "bad"],
     ]
-    assert len(prepare(load(replace(news, max_train=2)), tokenizer, tiny_bart()).train) == 3
+    assert len(prepare_data(load_task(replace(news, max_train=2)), tokenizer, tiny_bart()).train) == 3
 
 
 def test_a_pair_has_equally_many_ends_in_every_row(reviews: Task) -> None:
     """BART's classification head refuses a batch whose rows do not."""
     pair = replace(reviews, text_columns=["text", "text"], max_source_length=16)
-    rows = prepare(load(pair), byte_level(), tiny_bart()).train["input_ids"]
+    rows = prepare_data(load_task(pair), byte_level(), tiny_bart()).train["input_ids"]
     assert {ids.count(2) for ids in rows} == {3}
 
 
 def test_summarization(news: Task) -> None:
     tokenizer, model = byte_level(), tiny_bart()
-    task = prepare(load(news), tokenizer, model)
+    task = prepare_data(load_task(news), tokenizer, model)
     assert task.splits["report"] == {"split": "test", "examples": 1, "of": 5}
     batch = task.collator([task.train[i] for i in range(5)])
     assert batch["labels"].shape == batch["decoder_input_ids"].shape
@@ -536,19 +538,19 @@ def test_a_split_in_two_roles_is_loaded_once(reviews: Task, monkeypatch: pytest.
         return read_file(path, used)
 
     monkeypatch.setattr("peftbench.tasks.source.read_file", counted)
-    prepare(load(reviews), byte_level(), tiny_bert())
+    prepare_data(load_task(reviews), byte_level(), tiny_bert())
     assert [Path(file).name for file in read] == ["train.jsonl", "dev.jsonl"]
 
 
 def test_the_fingerprint_follows_the_data(reviews: Task) -> None:
     tokenizer, model = byte_level(), tiny_bert()
-    first = prepare(load(reviews), tokenizer, model).fingerprint
-    assert prepare(load(replace(reviews, max_source_length=8)), tokenizer, model).fingerprint == first
-    assert prepare(load(replace(reviews, max_train=4)), tokenizer, model).fingerprint != first
+    first = prepare_data(load_task(reviews), tokenizer, model).fingerprint
+    assert prepare_data(load_task(replace(reviews, max_source_length=8)), tokenizer, model).fingerprint == first
+    assert prepare_data(load_task(replace(reviews, max_train=4)), tokenizer, model).fingerprint != first
 
 
 def test_nothing_is_printed(reviews: Task, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder) -> None:
-    task = prepare(load(reviews), byte_level(), tiny_bert())
+    task = prepare_data(load_task(reviews), byte_level(), tiny_bert())
     task.collator([task.train[0]])
     task.baselines()
     out, err = capfd.readouterr()
@@ -559,7 +561,7 @@ def test_every_kind_has_a_class() -> None:
     assert set(KINDS) == set(TaskKind)
 
 
-@pytest.mark.parametrize("option", sorted((conf_dir() / "task").glob("*.yaml")), ids=lambda file: str(file.stem))
+@pytest.mark.parametrize("option", sorted((find_conf_dir() / "task").glob("*.yaml")), ids=lambda file: str(file.stem))
 def test_conf_fits_the_schema(option: Path) -> None:
     assert option.read_text().startswith("# @package _global_\n# ")
     task: Any = OmegaConf.merge(OmegaConf.structured(Task), OmegaConf.load(option).task)
@@ -615,5 +617,5 @@ def test_the_papers_tasks_have_the_papers_settings(name: str) -> None:
 
 def test_the_document_names_every_task() -> None:
     text = (Path(__file__).resolve().parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
-    tasks = {option.stem for option in (conf_dir() / "task").glob("*.yaml")}
+    tasks = {option.stem for option in (find_conf_dir() / "task").glob("*.yaml")}
     assert {name for name in tasks if f"`{name}`" not in text} == set()

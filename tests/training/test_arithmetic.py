@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from peftbench.modification.attach import attach
-from peftbench.training.arithmetic import operations
+from peftbench.training.arithmetic import count_operations
 from tests.families import PRESETS, build, dropout
 
 
@@ -29,4 +29,4 @@ def test_a_pass(family: str, preset: str) -> None:
     with FlopCounterMode(display=False) as counter:
         model.train()(input_ids=ids, labels=labels).loss.backward()
     targets = [12, 12] if family == "bart" else []
-    assert 2 * operations(model, [40, 40], targets) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert 2 * count_operations(model, [40, 40], targets) == pytest.approx(counter.get_total_flops(), rel=0.01)

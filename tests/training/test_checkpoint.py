@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from peftbench.config.schema import LOSS, Device, Keep, Trainer
 from peftbench.modification.attach import attach
-from peftbench.training.batching import batches_per_epoch
+from peftbench.training.batching import count_batches_per_epoch
 from peftbench.training.checkpoint import Checkpoints, SaveByTime
 from tests.families import PRESETS, batch, build
 from tests.fitting import Rows, fitted, trained
@@ -68,7 +68,7 @@ def test_the_batches_go_on(
     settings = Trainer(learning_rate=1e-2, batch_size=4, max_steps=11, evaluate_every=2, keep=keep)
     settings.device, settings.batch_tokens = Device.cpu, batch_tokens
     whole, parts = Noted(), Noted()
-    assert 1 < 8 / batches_per_epoch(whole, settings) < 11 / batches_per_epoch(whole, settings)  # type: ignore[arg-type]  # Noted is all they read
+    assert 1 < 8 / count_batches_per_epoch(whole, settings) < 11 / count_batches_per_epoch(whole, settings)  # type: ignore[arg-type]  # Noted is all they read
     expected = gone_on(tmp_path / "whole", settings, whole, resume=False)
 
     def killed(self: TrainerCallback, args: object, state: Any, control: object, **kwargs: object) -> None:

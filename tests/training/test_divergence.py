@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 import peftbench.train
 from peftbench.cli.main import main
 from peftbench.config.schema import Keep
-from peftbench.modification.state import trained_tensors
+from peftbench.modification.state import list_trained
 from peftbench.records.record import Divergence
 from peftbench.training.fit import Fitted
 from tests.cli.test_train import records, sentiment, smoke
@@ -71,16 +71,16 @@ def test_a_sweep_with_a_run_that_diverges(smoke: list[str], tmp_path: Path, caps
 def test_the_head_alone_makes_no_number_where_it_diverges(
     smoke: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    really = peftbench.train._fit
+    really = peftbench.train._fit_model
 
     def fit(run: Any, backbone: Any, *rest: Any) -> Fitted:
         found = really(run, backbone, *rest)
         if rest[-1] == "train the head alone":
             with torch.no_grad():
-                next(iter(trained_tensors(backbone.model).values())).fill_(torch.inf)
+                next(iter(list_trained(backbone.model).values())).fill_(torch.inf)
         return found
 
-    monkeypatch.setattr(peftbench.train, "_fit", fit)
+    monkeypatch.setattr(peftbench.train, "_fit_model", fit)
     assert main(["train", *smoke, "method=lora", "task.baselines=[majority,head]"]) == 0
     (record,) = records(tmp_path / "outputs")
     assert record["status"] == "done" and set(record["baselines"]) == {"majority"} and "head" not in record["scores"]
@@ -97,7 +97,7 @@ class Poison(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
             with torch.no_grad():
-                next(iter(trained_tensors(kwargs["model"]).values())).fill_(torch.nan)
+                next(iter(list_trained(kwargs["model"]).values())).fill_(torch.nan)
 
 
 def test_no_look_is_taken_at_weights_that_are_not_finite(tmp_path: Path) -> None:

@@ -13,16 +13,21 @@ from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import LabelSmoother
 
-from peftbench.backbones.sites import configs_of, find_sites
+from peftbench.backbones.sites import find_sites, list_configs
 from peftbench.config.schema import LOSS, Compile, Keep
-from peftbench.evaluation.kv_cache import cache_argument
-from peftbench.evaluation.predict import mean_loss
+from peftbench.evaluation.kv_cache import name_cache_argument
+from peftbench.evaluation.predict import compute_mean_loss
 from peftbench.modification.attach import attach
 from peftbench.modification.functional_form import Bottleneck
 from peftbench.tasks.batch import NO_TOKEN
 from peftbench.training import paths
 from peftbench.training.compiled import CompiledLayers
-from peftbench.training.token_loss import cross_entropy, hidden_states, logits_bias, output_layer
+from peftbench.training.token_loss import (
+    capture_hidden_states,
+    compute_cross_entropy,
+    find_logits_bias,
+    find_output_layer,
+)
 from tests.families import CONTINUING, PRESETS, WRITING, batch, build, long_tail, shake
 from tests.fitting import Targets, fitted, gradients_of, model_of, one_step
 
@@ -47,12 +52,12 @@ def test_the_loss_is_that_of_label_smoother(family: str, smoothing: float) -> No
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
     smoother = LabelSmoother(epsilon=smoothing)
     expected = smoother({"logits": model(**inputs).logits}, labels.clone(), shift_labels=family in CONTINUING)
-    layer = output_layer(model)
+    layer = find_output_layer(model)
     assert layer is not None
-    with hidden_states(layer) as read:
+    with capture_hidden_states(layer) as read:
         assert model(**inputs).logits.numel() == 0
     hidden, right = (read[0][:, :-1], labels[:, 1:]) if family in CONTINUING else (read[0], labels)
-    loss = cross_entropy(hidden, layer.weight, logits_bias(model), right, smoothing, chunk=4)
+    loss = compute_cross_entropy(hidden, layer.weight, find_logits_bias(model), right, smoothing, chunk=4)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     wanted, found = gradients_of(model, expected), gradients_of(model, loss)
     assert wanted.keys() == found.keys()
@@ -64,12 +69,12 @@ def test_the_loss_is_that_of_label_smoother(family: str, smoothing: float) -> No
 def test_training_fills_no_cache(family: str, tmp_path: Path) -> None:
     """T5's decoder has a config of its own, which says that it wants one."""
     model, asked = model_of(family, "lora"), []
-    for config in configs_of(model):
+    for config in list_configs(model):
         config.use_cache = True
     attention = find_sites(model).layers[-1].attentions[0].module
 
     def look(module: torch.nn.Module, args: tuple[object, ...], given: dict[str, object]) -> None:
-        asked.append(given[cache_argument(model)])
+        asked.append(given[name_cache_argument(model)])
 
     attention.register_forward_pre_hook(look, with_kwargs=True)
     fitted(model, Targets(family), one_step(), tmp_path)
@@ -78,10 +83,10 @@ def test_training_fills_no_cache(family: str, tmp_path: Path) -> None:
 
 def test_a_trained_output_layer_is_left_to_the_model() -> None:
     model = build("bart")
-    assert output_layer(model) is None  # nothing is frozen yet
+    assert find_output_layer(model) is None  # nothing is frozen yet
     attach(model, PRESETS["lora"])
-    assert output_layer(model) is not None
-    assert output_layer(build("roberta")) is None
+    assert find_output_layer(model) is not None
+    assert find_output_layer(build("roberta")) is None
 
 
 # What is traced is the family's layer, then the hooks in it, which call one module whatever the layer. So each kind of
@@ -157,7 +162,7 @@ def test_an_evaluation_leaves_compiled_layers_as_they_are(
         looks: list[float] = []
 
         def evaluate(model: PreTrainedModel = model, looks: list[float] = looks) -> dict[str, float]:
-            looks.append(mean_loss(model, data.selection, data.collator, batch_size=4))
+            looks.append(compute_mean_loss(model, data.selection, data.collator, batch_size=4))
             return {LOSS: looks[-1]}
 
         settings = one_step(

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from peftbench.modification.attach import attach
 from peftbench.training.compiled import CompiledLayers
-from peftbench.training.hashed_dropout import dropout, with_hashed_dropout
+from peftbench.training.hashed_dropout import add_hashed_dropout, apply_dropout
 from tests.families import PRESETS, batch, build
 from tests.families import dropout as rates
 
@@ -23,7 +23,7 @@ SEEDS = torch.randint(-(2**31), 2**31, (64, 2), dtype=torch.int32, generator=tor
 
 
 def kept(shape: tuple[int, ...], p: float, seeds: Tensor) -> Tensor:
-    return dropout(torch.ones(shape), p, seeds) != 0
+    return apply_dropout(torch.ones(shape), p, seeds) != 0
 
 
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9])
@@ -53,7 +53,7 @@ def test_elements_and_dropouts_are_independent() -> None:
 
 def test_what_is_kept_is_scaled_and_so_is_its_gradient() -> None:
     x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
-    out = dropout(x, 0.4, SEEDS[0])
+    out = apply_dropout(x, 0.4, SEEDS[0])
     keep = kept((5, 7), 0.4, SEEDS[0])
     assert 0 < keep.sum() < 35
     torch.testing.assert_close(out, torch.where(keep, x / 0.6, 0.0))
@@ -76,7 +76,7 @@ def test_every_dropout_is_rewritten_and_no_mask_is_kept() -> None:
         return module(F.dropout(hidden, 0.5, training=False)) + F.dropout(F.dropout(F.dropout(x, 0.0), 0.2), 0.3)
 
     looked = aot_autograd(fw_compiler=look, bw_compiler=look, partition_fn=min_cut_rematerialization_partition)
-    compiled = torch.compile(layer, backend=with_hashed_dropout(looked), dynamic=True)
+    compiled = torch.compile(layer, backend=add_hashed_dropout(looked), dynamic=True)
     x = torch.randn(50, 64, requires_grad=True)
     torch.manual_seed(3)
     first = compiled(x)
@@ -123,7 +123,7 @@ def test_compiled_layers_with_dropout(family: str) -> None:
 def test_generated_code_drops_what_the_function_drops() -> None:
     """Products of 32-bit integers wrap around there too."""
     torch._dynamo.reset()
-    compiled = torch.compile(dropout, dynamic=True)
+    compiled = torch.compile(apply_dropout, dynamic=True)
     for count in (1000, 77_777):
         x = torch.randn(count)
-        assert torch.equal(compiled(x, 0.1, SEEDS[1]), dropout(x, 0.1, SEEDS[1]))
+        assert torch.equal(compiled(x, 0.1, SEEDS[1]), apply_dropout(x, 0.1, SEEDS[1]))

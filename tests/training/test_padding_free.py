@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from peftbench.modification.attach import attach
 from peftbench.modification.head_attention import ATTENTION_NAME
-from peftbench.modification.packed_attention import Packing, Row, attend
+from peftbench.modification.packed_attention import Packing, TokenRow, attend
 from peftbench.training.compiled import CompiledLayers
-from peftbench.training.padding_free import PaddingFree, with_lengths
+from peftbench.training.padding_free import PaddingFree, add_lengths
 from peftbench.utils.errors import UserError
 from tests.families import ALIKE, PRESETS, WRITING, batch, build, cases, dropout, modification, shake
 from tests.fitting import Targets, fitted, gradients_of, model_of, one_step, trained
@@ -28,7 +28,7 @@ PACKED = ("bart", "mbart", "bart_classifier", "roberta", "bert", "electra", "dis
 LENGTHS = (9, 3, 6)
 
 
-def row_of(lengths: tuple[int, ...], longest: int, device: str = "cpu") -> Row:
+def row_of(lengths: tuple[int, ...], longest: int, device: str = "cpu") -> TokenRow:
     packing = Packing(longest)
     packing.load(lengths, longest, torch.device(device))
     return packing.row
@@ -48,7 +48,7 @@ def one_by_one(query: Tensor, key: Tensor, value: Tensor, counts: list[tuple[int
     return torch.cat(heads)
 
 
-def attention_case(device: str, dtype: torch.dtype) -> tuple[list[Tensor], Row, Row, list[tuple[int, int]]]:
+def attention_case(device: str, dtype: torch.dtype) -> tuple[list[Tensor], TokenRow, TokenRow, list[tuple[int, int]]]:
     """Query, key and value; four keys before those of each example, as many as its queries."""
     generator = torch.Generator().manual_seed(3)
     queries = row_of(LENGTHS, 12, device)
@@ -142,8 +142,8 @@ def uneven(family: str, lengths: tuple[int, ...] = LENGTHS) -> dict[str, Tensor]
 
 
 def lengthened(inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """The batch as `with_lengths` gives it."""
-    collate = with_lengths(lambda examples: inputs)
+    """The batch as `add_lengths` gives it."""
+    collate = add_lengths(lambda examples: inputs)
     return dict(collate([]))
 
 

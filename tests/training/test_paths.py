@@ -10,8 +10,8 @@ import torch
 
 from peftbench.config.schema import Trainer
 from peftbench.modification.attach import attach
-from peftbench.training.padding_free import refusal
-from peftbench.training.paths import settled
+from peftbench.training.padding_free import find_refusal
+from peftbench.training.paths import resolve_auto
 from peftbench.utils.errors import UserError
 from tests.families import PRESETS, build
 from tests.fitting import Targets, fitted, model_of, one_step
@@ -21,7 +21,7 @@ AUTO = {"padding_free": "auto", "graphs": "auto"}
 
 
 def test_a_cpu_takes_none() -> None:
-    found = settled(Trainer(**AUTO), build("bart"), bf16=True, records=False)
+    found = resolve_auto(Trainer(**AUTO), build("bart"), bf16=True, records=False)
     assert (found.padding_free, found.graphs) == (False, False)
 
 
@@ -32,23 +32,23 @@ def test_a_cpu_takes_none() -> None:
 def test_padding_free_on_a_gpu(family: str, bf16: bool, expected: bool) -> None:
     model = build(family).cuda()
     attach(model, PRESETS["lora"])
-    found = settled(Trainer(**AUTO), model, bf16=bf16, records=True)
+    found = resolve_auto(Trainer(**AUTO), model, bf16=bf16, records=True)
     assert (found.padding_free, found.graphs) == (expected, True)
 
 
 @pytest.mark.parametrize("other", [{"micro_batch": "4"}, {"accumulation": 2}, {"gradient_checkpointing": True}])
 def test_graphs_are_of_whole_batches(other: dict[str, Any]) -> None:
     model = build("bart")
-    assert settled(Trainer(**AUTO), model, bf16=False, records=True).graphs is True
-    assert settled(Trainer(**AUTO, **other), model, bf16=False, records=True).graphs is False
+    assert resolve_auto(Trainer(**AUTO), model, bf16=False, records=True).graphs is True
+    assert resolve_auto(Trainer(**AUTO, **other), model, bf16=False, records=True).graphs is False
 
 
 def test_layers_that_are_left_out_at_random_cannot_be_recorded() -> None:
     """A graph would have the same ones at every step."""
     model = build("bart", encoder_layerdrop=0.1)
-    assert settled(Trainer(**AUTO), model, bf16=False, records=True).graphs is False
+    assert resolve_auto(Trainer(**AUTO), model, bf16=False, records=True).graphs is False
     with pytest.raises(UserError, match=r"encoder_layerdrop=0\.1 in its config\.json"):
-        settled(Trainer(graphs=True), model, bf16=False, records=True)
+        resolve_auto(Trainer(graphs=True), model, bf16=False, records=True)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_layers_that_are_left_out_at_random_cannot_be_recorded() -> None:
 def test_what_cannot_be_without_padding(family: str, preset: str, expected: str | None) -> None:
     model = build(family)
     attach(model, PRESETS[preset])
-    found = refusal(model)
+    found = find_refusal(model)
     assert found is None if expected is None else expected in str(found)
 
 

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 from peftbench.config import schema
 from peftbench.modification.attach import attach
 from peftbench.modification.edit import Edit
-from peftbench.training.probe import no_gradient, unreached
+from peftbench.training.probe import find_unreached, make_no_gradient_error
 from peftbench.utils.errors import UserError
 from tests.families import FAMILIES, MORE_FAMILIES, PRESETS, batch, build, modification, table
 from tests.fitting import Rows, fitted, trained
@@ -35,7 +35,7 @@ def test_every_method_is_reached_from_its_own_initialisation(family: str, preset
     """Exactly zero gradients, as that of LoRA's W_down, are no fault."""
     model = build(family)
     attach(model, PRESETS[preset])
-    assert unreached(model, batch(family), bf16=False) == []
+    assert find_unreached(model, batch(family), bf16=False) == []
 
 
 WITHOUT_BIASES = ("t5", "t5_gated", "t5_classifier", "llama", "llama_classifier", "mistral", "qwen3")
@@ -53,7 +53,7 @@ WITHOUT_BIASES = ("t5", "t5_gated", "t5_classifier", "llama", "llama_classifier"
 def test_the_backbones_own_parameters_are_reached(family: str, unfreeze: schema.Unfreeze) -> None:
     model = build(family)
     attach(model, {}, unfreeze)
-    assert unreached(model, batch(family), bf16=False) == []
+    assert find_unreached(model, batch(family), bf16=False) == []
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -66,34 +66,34 @@ def test_an_attention_that_never_runs_is_named(bf16: bool) -> None:
         for part in ("query", "value")
         for tensor in ("down", "up")
     ]
-    assert unreached(model, batch("bert"), bf16) == expected
-    message = str(no_gradient(expected))
+    assert find_unreached(model, batch("bert"), bf16) == expected
+    message = str(make_no_gradient_error(expected))
     assert all(name in message for name in expected[:6]) and "and 2 more" in message and "allow_unused=true" in message
 
     without = with_idle_cross_attention()
     attach(without, {"": modification("identity", "query_value", "parallel", "add", attentions=("self",))})
-    assert unreached(without, batch("bert"), bf16) == []
+    assert find_unreached(without, batch("bert"), bf16) == []
 
 
 def test_a_parameter_beside_the_model_is_named() -> None:
     model = build("roberta")
     attach(model, PRESETS["lora"])
     model.register_parameter("extra", nn.Parameter(torch.zeros(3)))
-    assert unreached(model, batch("roberta"), bf16=False) == ["extra"]
+    assert find_unreached(model, batch("roberta"), bf16=False) == ["extra"]
 
 
 def test_all_are_named_where_the_loss_depends_on_none() -> None:
     model = build("bart")
     attach(model, {})
     model.register_parameter("extra", nn.Parameter(torch.zeros(3)))
-    assert unreached(model, batch("bart"), bf16=False) == ["extra"]
+    assert find_unreached(model, batch("bart"), bf16=False) == ["extra"]
 
 
 def test_layers_that_training_drops_are_no_fault() -> None:
     """LayerDrop of 1: in training mode no layer would run at all."""
     model = build("bart", encoder_layerdrop=1.0, decoder_layerdrop=1.0)
     attach(model, PRESETS["mam"])
-    assert unreached(model.train(), batch("bart"), bf16=False) == []
+    assert find_unreached(model.train(), batch("bart"), bf16=False) == []
 
 
 def random_states() -> list[Any]:
@@ -120,7 +120,7 @@ def test_nothing_is_left_behind(family: str) -> None:
             return x + 0 * torch.rand_like(x)
 
     handle = model.get_input_embeddings().register_forward_hook(lambda module, args, output: Drawing()(output))
-    assert unreached(model, batch(family), bf16=False) == []
+    assert find_unreached(model, batch(family), bf16=False) == []
     handle.remove()
 
     assert [module.training for module in model.modules()] == flags and len(set(flags)) == 2
@@ -136,7 +136,7 @@ def test_flags_are_put_back_after_an_error() -> None:
     model = build("roberta").train()
     attach(model, PRESETS["lora"])
     with pytest.raises(IndexError):
-        unreached(model, {"input_ids": torch.tensor([[1000]]), "labels": torch.tensor([0])}, bf16=False)
+        find_unreached(model, {"input_ids": torch.tensor([[1000]]), "labels": torch.tensor([0])}, bf16=False)
     assert all(module.training for module in model.modules())
 
 
@@ -152,7 +152,7 @@ def test_training_is_the_same_to_the_bit_with_and_without_the_probe(checkpointin
         attach(model, PRESETS["mam"])
         torch.manual_seed(3)
         if probed:
-            assert unreached(model, data.collator([data.train[0]]), bf16=False) == []
+            assert find_unreached(model, data.collator([data.train[0]]), bf16=False) == []
         state = torch.get_rng_state()
         fitted(model, data, settings, tmp_path)
         results.append((state, trained(model)))
@@ -165,7 +165,7 @@ def test_training_is_the_same_to_the_bit_with_and_without_the_probe(checkpointin
 
 
 def test_the_error_is_one_a_user_can_mend() -> None:
-    error = no_gradient(["a.b"])
+    error = make_no_gradient_error(["a.b"])
     assert isinstance(error, UserError)
     assert "1 of the tensors that are to be trained: a.b. Leave" in str(error)
 
@@ -178,9 +178,9 @@ def test_on_a_gpu_nothing_is_left_behind_either() -> None:
     handle = model.get_input_embeddings().register_forward_hook(
         lambda module, args, output: output + 0 * torch.rand_like(output)
     )
-    unreached(model, batch("roberta"), bf16=True)
+    find_unreached(model, batch("roberta"), bf16=True)
     state, allocated = torch.cuda.get_rng_state(), torch.cuda.memory_allocated()
-    assert unreached(model, batch("roberta"), bf16=True) == []
+    assert find_unreached(model, batch("roberta"), bf16=True) == []
     handle.remove()
     assert torch.equal(torch.cuda.get_rng_state(), state)
     assert torch.cuda.memory_allocated() == allocated

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from peftbench.config.schema import Compile, Device
 from peftbench.modification.packed_attention import Packing
 from peftbench.training import replay
-from peftbench.training.padding_free import PaddingFree, row_step
+from peftbench.training.padding_free import PaddingFree, choose_row_step
 from peftbench.training.replay import Replayed
 from peftbench.utils.errors import UserError
 from tests.families import WRITING
@@ -200,8 +200,8 @@ def test_released_memory_is_for_all() -> None:
 def test_rows_come_in_few_lengths() -> None:
     """Multiples of a power of two near the spread of a batch's tokens; equal lengths need none."""
     lengths = [3, 9] * 50
-    assert row_step(lengths, 16) == 16  # of one: 3; of 16 examples: 12
-    assert row_step([7] * 10, 16) == 1
+    assert choose_row_step(lengths, 16) == 16  # of one: 3; of 16 examples: 12
+    assert choose_row_step([7] * 10, 16) == 1
 
 
 @pytest.mark.parametrize("steps", [(16, 8), (1, 32), (64, 1)])

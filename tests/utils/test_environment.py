@@ -10,7 +10,7 @@ import pytest
 
 from peftbench.cli.main import main
 from peftbench.train import train
-from peftbench.utils.console import terminal
+from peftbench.utils.console import make_console
 from peftbench.utils.environment import run_alone
 from peftbench.utils.errors import UserError
 from peftbench.utils.progress import Display
@@ -93,7 +93,7 @@ def test_a_run_that_is_started_from_python_is_refused_too(monkeypatch: pytest.Mo
     for key, value in LAUNCHED.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(UserError, match="of a launcher"):
-        train(compose_run(smoke), display=Display(terminal()))
+        train(compose_run(smoke), display=Display(make_console()))
 
 
 def test_what_is_not_accelerates_is_kept() -> None:

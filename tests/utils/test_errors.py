@@ -11,29 +11,30 @@ from pathlib import Path
 import pytest
 
 from peftbench.cli.main import main
-from peftbench.utils.errors import of_the_machine, unknown
-from peftbench.utils.files import replacing
+from peftbench.utils.errors import describe_os_error, describe_unknown
+from peftbench.utils.files import replace_file
 
 
 def test_an_unknown_value_is_told_its_choices() -> None:
     assert (
-        unknown("method", "lroa", ["lora", "mam"]) == "method=lroa is unknown; did you mean lora? Choices: lora, mam."
+        describe_unknown("method", "lroa", ["lora", "mam"])
+        == "method=lroa is unknown; did you mean lora? Choices: lora, mam."
     )
-    assert unknown("init", "xavier", ["bert", "lora"]) == "init=xavier is unknown. Choices: bert, lora."
-    assert unknown("init", "xavier", []) == "init=xavier is unknown."
+    assert describe_unknown("init", "xavier", ["bert", "lora"]) == "init=xavier is unknown. Choices: bert, lora."
+    assert describe_unknown("init", "xavier", []) == "init=xavier is unknown."
 
 
 def test_a_full_disk_is_told_and_a_broken_pipe_is_not() -> None:
-    assert of_the_machine(OSError(errno.ENOSPC, "No space left on device")) == "No space left on device."
-    assert of_the_machine(OSError(errno.EACCES, "Permission denied", "/a/b")) == "/a/b: Permission denied."
-    assert of_the_machine(OSError(errno.EPIPE, "Broken pipe")) is None
-    assert of_the_machine(OSError("a library's own")) is None
+    assert describe_os_error(OSError(errno.ENOSPC, "No space left on device")) == "No space left on device."
+    assert describe_os_error(OSError(errno.EACCES, "Permission denied", "/a/b")) == "/a/b: Permission denied."
+    assert describe_os_error(OSError(errno.EPIPE, "Broken pipe")) is None
+    assert describe_os_error(OSError("a library's own")) is None
 
 
 def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
-    with pytest.raises(OSError) as error, replacing(tmp_path / "record.json"):
+    with pytest.raises(OSError) as error, replace_file(tmp_path / "record.json"):
         raise OSError(errno.ENOSPC, "No space left on device")
-    assert of_the_machine(error.value) == f"{tmp_path / 'record.json'}: No space left on device."
+    assert describe_os_error(error.value) == f"{tmp_path / 'record.json'}: No space left on device."
 
 
 @pytest.mark.parametrize("sweep", [[], ["-m", "seed=1,2"]])

@@ -9,15 +9,15 @@ from typing import Any
 
 from peftbench import __version__
 from peftbench.records.record import Axes, Record
-from peftbench.records.run_files import logged, predictions_file, read_lines
-from peftbench.records.wording import text
-from peftbench.tables.columns import PAPER, columns
-from peftbench.tables.comparison import settings_of
-from peftbench.tables.fields import COSTS, FIELDS, field
+from peftbench.records.run_files import name_predictions_file, read_lines, read_metrics
+from peftbench.records.wording import format_value
+from peftbench.tables.columns import PAPER, choose_columns
+from peftbench.tables.comparison import read_settings
+from peftbench.tables.fields import COSTS, FIELDS, find_field
 from peftbench.tables.plot import COLOURS, NAMES
-from peftbench.tables.row import Row, point, rank, single, tables
-from peftbench.tables.terminal import titles
-from peftbench.utils.differences import differing
+from peftbench.tables.row import Row, get_rank, identify_point, make_rows, split_tables
+from peftbench.tables.terminal import make_titles
+from peftbench.utils.differences import find_differing
 
 SAMPLES = 6  # predictions of each run
 LONGEST = 600  # characters of each prediction
@@ -49,7 +49,7 @@ FORMS = {
 }
 
 
-def content(
+def build_content(
     records: Sequence[Record], words: Sequence[str] = (), samples: int = SAMPLES, paper: bool = False
 ) -> dict[str, Any]:
     """Return all content of the page, best runs first; comparable runs are one group.
@@ -59,16 +59,16 @@ def content(
         samples: number of predictions of each run.
         paper: show the paper's scores also next to runs with another backbone or less data.
     """
-    groups = sorted((sorted(table, key=rank) for table in tables(single(records))), key=len, reverse=True)
+    groups = sorted((sorted(table, key=get_rank) for table in split_tables(make_rows(records))), key=len, reverse=True)
     rows = [(index, row) for index, table in enumerate(groups) for row in table]
-    points = _points(rows)
-    keys, values, settings = _settings([row.first for _, row in rows])
-    shown = _columns(groups, paper)
+    points = _number_points(rows)
+    keys, values, settings = _index_settings([row.first for _, row in rows])
+    shown = _describe_columns(groups, paper)
     return {
         "made": f"peftbench {__version__}, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
         "words": " ".join(words),
         "colours": COLOURS,
-        "groups": [heading.plain for heading in titles(groups)],
+        "groups": [heading.plain for heading in make_titles(groups)],
         "columns": [{key: value for key, value in column.items() if key != "cells"} for column in shown],
         "settings": {"keys": keys, "values": values},
         "runs": [
@@ -83,31 +83,31 @@ def content(
                 "error": f"{row.first.error.name}: {row.first.error.message}" if row.first.error else None,
                 "overrides": row.first.overrides,
                 "cells": [column["cells"][index] for column in shown],
-                "axes": [_axes(axes) for axes in row.first.axes],
+                "axes": [_describe_axes(axes) for axes in row.first.axes],
                 "settings": settings[index],
-                "curves": _curves(row),
-                "predictions": _predictions(row.first, samples),
+                "curves": _read_curves(row),
+                "predictions": _sample_predictions(row.first, samples),
             }
             for index, (group, row) in enumerate(rows)
         ],
     }
 
 
-def _points(rows: Sequence[tuple[int, Row]]) -> list[int]:
+def _number_points(rows: Sequence[tuple[int, Row]]) -> list[int]:
     """Return a number for each run; runs of a group that differ only in their seed have the same number."""
     known: dict[tuple[Any, ...], int] = {}
-    return [known.setdefault((group, point(row.first)), len(known)) for group, row in rows]
+    return [known.setdefault((group, identify_point(row.first)), len(known)) for group, row in rows]
 
 
-def _columns(groups: Sequence[Sequence[Row]], paper: bool) -> list[dict[str, Any]]:
+def _describe_columns(groups: Sequence[Sequence[Row]], paper: bool) -> list[dict[str, Any]]:
     """Return the columns that `peftbench results` knows, with the cells in the order of the rows."""
     records = [row.first for table in groups for row in table]
     measured = dict.fromkeys(name for r in records if "report" in r.scores for name in r.scores["report"].metrics)
     measured |= dict.fromkeys(name for r in records for name in r.baselines)
-    found = {key: [field(key, records)(record) for record in records] for key in [*FIELDS, *measured]}
+    found = {key: [find_field(key, records)(record) for record in records] for key in [*FIELDS, *measured]}
     beside: dict[str, list[Any]] = {key: [] for key in ("axes", "paper_of", "delta", *PAPER)}
     for table in groups:
-        known = {column.key: column for column in columns(table, paper=paper)}
+        known = {column.key: column for column in choose_columns(table, paper=paper)}
         for key, cells in beside.items():
             column = known.get(key)
             cells += [None if column is None else (column.value or column.cell)(row) for row in table]
@@ -115,7 +115,7 @@ def _columns(groups: Sequence[Sequence[Row]], paper: bool) -> list[dict[str, Any
 
     made = []
     for key in dict.fromkeys([*SHOWN, *found]):
-        cells = [_cell(value) for value in found[key]]
+        cells = [_to_cell(value) for value in found[key]]
         kinds = {type(cell) for cell in cells} - {type(None)}
         if not kinds and key not in ALWAYS:
             continue
@@ -129,7 +129,7 @@ def _columns(groups: Sequence[Sequence[Row]], paper: bool) -> list[dict[str, Any
                 "header": HEADERS.get(key, key.replace("_", " ")),
                 "name": NAMES.get(key, HEADERS.get(key, key.replace("_", " "))),
                 "form": form,
-                "better": _better(key, form),
+                "better": _find_better(key, form),
                 "shown": key in ALWAYS or (key in SHOWN and apart),
                 "same": None if apart else cells[0],
                 "cells": [None if cell is None else str(cell) for cell in cells] if words else cells,
@@ -138,54 +138,56 @@ def _columns(groups: Sequence[Sequence[Row]], paper: bool) -> list[dict[str, Any
     return made
 
 
-def _better(key: str, form: str) -> str | None:
+def _find_better(key: str, form: str) -> str | None:
     """Return which end of a column is marked as the best. The paper's printed score is not one of our scores."""
     if key in COSTS:
         return "lower"
     return "higher" if key == "tokens_per_s" or (form == "score" and key != "paper") else None
 
 
-def _cell(value: Any) -> Any:
+def _to_cell(value: Any) -> Any:
     """Return a number, a text or None. A mixture's values become one text; a single modification's value stays."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else text(value) or None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else format_value(value) or None
 
 
-def _axes(axes: Axes) -> dict[str, str]:
+def _describe_axes(axes: Axes) -> dict[str, str]:
     """Return the four axes of a modification, its size and its options, by name."""
     return {
         "functional form": axes.functional_form,
         "modified representation": axes.modified_representation,
         "insertion form": axes.insertion_form,
         "composition function": axes.composition,
-        "bottleneck": text(axes.bottleneck),
-        **{key: _setting(value) or "none" for key, value in axes.options.items()},
+        "bottleneck": format_value(axes.bottleneck),
+        **{key: _format_setting(value) or "none" for key, value in axes.options.items()},
     }
 
 
-def _settings(records: Sequence[Record]) -> tuple[list[str], list[list[str]], list[list[int]]]:
+def _index_settings(records: Sequence[Record]) -> tuple[list[str], list[list[str]], list[list[int]]]:
     """Return (keys that differ among the runs, the values of each key, for each run the indices of its values; -1 for
     none)."""
-    settings = [settings_of(record) for record in records]
-    keys = differing(settings)
+    settings = [read_settings(record) for record in records]
+    keys = find_differing(settings)
     values: list[dict[str, int]] = [{} for _ in keys]
     of_runs = []
     for one in settings:
         pairs = zip(keys, values, strict=True)
-        of_runs.append([known.setdefault(_setting(one[key]), len(known)) if key in one else -1 for key, known in pairs])
+        of_runs.append(
+            [known.setdefault(_format_setting(one[key]), len(known)) if key in one else -1 for key, known in pairs]
+        )
     return keys, [list(known) for known in values], of_runs
 
 
-def _setting(value: Any) -> str:
-    return ", ".join(map(text, value)) if isinstance(value, list) else text(value)
+def _format_setting(value: Any) -> str:
+    return ", ".join(map(format_value, value)) if isinstance(value, list) else format_value(value)
 
 
-def _curves(row: Row) -> list[dict[str, Any]]:
+def _read_curves(row: Row) -> list[dict[str, Any]]:
     """Return the values that a run logged during training, grouped by their steps and thinned out evenly."""
-    lines = logged(row.first.folder)
+    lines = read_metrics(row.first.folder)
     found: dict[str, list[tuple[int, float]]] = {}
     for line in lines:  # without the training of the head alone, which comes second
         for key, value in line.items():
@@ -201,16 +203,16 @@ def _curves(row: Row) -> list[dict[str, Any]]:
     return [{"steps": steps, "values": values} for steps, values in together.items()]
 
 
-def _predictions(record: Record, samples: int) -> list[list[str]]:
+def _sample_predictions(record: Record, samples: int) -> list[list[str]]:
     """Return the first predictions, each as (example, reference, prediction). All runs have the same examples."""
     found: list[list[str]] = []
-    for one in read_lines(record.folder / predictions_file("report"), samples):
+    for one in read_lines(record.folder / name_predictions_file("report"), samples):
         if one is not None and {"reference", "prediction"} <= one.keys():  # not a damaged line or another program's
             name = str(one.get("id", one.get("index", len(found))))
-            found.append([name, _cut(one["reference"]), _cut(one["prediction"])])
+            found.append([name, _cut_text(one["reference"]), _cut_text(one["prediction"])])
     return found
 
 
-def _cut(value: Any) -> str:
+def _cut_text(value: Any) -> str:
     whole = str(value)
     return whole if len(whole) <= LONGEST else whole[:LONGEST] + " …"
