@@ -26,8 +26,8 @@ def solve_budget(run: Run, *, as_trained: bool = False) -> Run:
     has no budget.
 
     Several bottlenecks keep a ratio, see `find_largest_sizes`: the ratio of their configured sizes, or the ratio at
-    which the parts of their stored counts that grow with the bottleneck are as `run.budget_split`. Like counting, this loads
-    no weights. `as_trained`: the architecture of a hub model is read from its config.json, not from
+    which the parts of their stored counts that grow with the bottleneck are as `run.budget_split`. Like counting,
+    this loads no weights. `as_trained`: the architecture of a hub model is read from its config.json, not from
     `model.architecture`.
 
     Raises:

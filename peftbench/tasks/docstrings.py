@@ -1,8 +1,8 @@
 """Real text on every machine: the docstrings of Python's standard library and of installed packages.
 
-Source files are parsed with `ast`; no package is imported. `gather_packages` returns the docstrings, `assign_split` deals
-them into train, validation and test by name, and two tasks are made from them: `make_topic_rows` (which package does this
-text come from?) and `make_summary_rows` (write the first paragraph, given the rest).
+Source files are parsed with `ast`; no package is imported. `gather_packages` returns the docstrings, `assign_split`
+deals them into train, validation and test by name, and two tasks are made from them: `make_topic_rows` (which package
+does this text come from?) and `make_summary_rows` (write the first paragraph, given the rest).
 
 The standard library has the package name `python`.
 """
