@@ -424,7 +424,7 @@ def test_a_sweep_keeps_what_was_refused_and_says_why(
 def test_a_model_folder_without_config_and_a_hub_id_without_network(
     smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peftbench.backbones.load.hub_missing", lambda: "the hub cannot be reached from here")
+    monkeypatch.setattr("peftbench.backbones.load.explain_missing_hub", lambda: "the hub cannot be reached from here")
     (tmp_path / "empty").mkdir()
     for override, sentence in (
         (f"model.path={tmp_path / 'empty'}", "has no config.json"),

@@ -202,7 +202,7 @@ def test_a_budget_needs_no_labels() -> None:
 
 
 def test_without_a_budget_nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(solving, "meta_backbone", None)
+    monkeypatch.setattr(solving, "build_meta_backbone", None)
     run = composed("method=mam")
     assert solve_budget(run) is run
 
@@ -226,7 +226,7 @@ def test_training_takes_the_hubs_config(monkeypatch: pytest.MonkeyPatch) -> None
 
     run = composed("method=lora", "task=sst2", "model.hub_id=some/roberta", "budget=5%")
     monkeypatch.setattr("peftbench.backbones.load.AutoConfig.from_pretrained", from_pretrained)
-    monkeypatch.setattr("peftbench.backbones.load.hub_missing", lambda: None)
+    monkeypatch.setattr("peftbench.backbones.load.explain_missing_hub", lambda: None)
     backbone = count(build_meta_backbone(run.model, run.task, load_config(run.model))).backbone
     (size,) = sizes_of(solve_budget(run, as_trained=True))
     assert asked == 2 * ["some/roberta"]  # once by this test

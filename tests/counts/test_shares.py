@@ -131,7 +131,7 @@ def test_part_of_the_layers_has_the_bottleneck_of_all(small: str) -> None:
 
 
 def test_on_its_own_backbone_nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shares, "counted", None)
+    monkeypatch.setattr(shares, "count_resized", None)
     run = run_of("task=xsum", "method=mam")
     assert not list_sizes_taken(run) and fit_sizes(run) is run
 

@@ -368,7 +368,7 @@ def test_a_run_that_was_stopped_while_it_generated_goes_on(
         return fit(*given, **more)
 
     monkeypatch.setattr(predict_module, "_generate", stopped)
-    monkeypatch.setattr(train_module, "fit", counted)
+    monkeypatch.setattr(train_module, "fit_model", counted)
     line = ["train", *SMOKE, *words, f"output_dir={outputs / 'stopped'}"]
     assert main(line) == 130
     assert (sum(sizes), sizes[-1], len(trainings)) == (15, 5, 1)

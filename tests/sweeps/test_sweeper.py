@@ -277,8 +277,8 @@ def test_a_run_that_another_process_is_at_is_refused(
     assert main(arguments) == 0
     (folder,) = [file.parent for file in (tmp_path / "outputs").rglob("record.json")]
     code = (
-        "import sys, time; from pathlib import Path; from peftbench.records.lock import holding\n"
-        "with holding(Path(sys.argv[1])): print('held', flush=True); time.sleep(300)\n"
+        "import sys, time; from pathlib import Path; from peftbench.records.lock import hold_run\n"
+        "with hold_run(Path(sys.argv[1])): print('held', flush=True); time.sleep(300)\n"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
     try:

@@ -99,8 +99,8 @@ def test_order_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         return [{"name": "json.dumps", "text": f"{packages} {split}", "label": "good"}]
 
     monkeypatch.setattr(source, "load_dataset", hub)
-    monkeypatch.setattr(source, "hub_missing", lambda: None)
-    monkeypatch.setattr(source, "topic_rows", docstrings)
+    monkeypatch.setattr(source, "explain_missing_hub", lambda: None)
+    monkeypatch.setattr(source, "make_topic_rows", docstrings)
     task = replace(REVIEWS, hub_id="me/reviews", hub_config="en")
     assert load_rows(task, "train").to_list() == [{"text": "me/reviews en train", "label": 1}]
     task = replace(task, packages=["json"])
@@ -155,7 +155,7 @@ def test_the_hub_fails(monkeypatch: pytest.MonkeyPatch, error: Exception, senten
         raise error
 
     monkeypatch.setattr(source, "load_dataset", fail)
-    monkeypatch.setattr(source, "hub_missing", lambda: "no cable is in")
+    monkeypatch.setattr(source, "explain_missing_hub", lambda: "no cable is in")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # puts back what the call sets
     with pytest.raises(UserError, match=sentence):
         load_rows(replace(REVIEWS, hub_id="me/reviews"), "train")
@@ -171,7 +171,7 @@ def test_a_dataset_script_is_read_as_the_hub_converted_it(monkeypatch: pytest.Mo
         return Dataset.from_list([{"text": "fine", "label": 1}])
 
     monkeypatch.setattr(source, "load_dataset", scripted)
-    monkeypatch.setattr(source, "hub_missing", lambda: None)
+    monkeypatch.setattr(source, "explain_missing_hub", lambda: None)
     assert load_rows(replace(REVIEWS, hub_id="me/reviews"), "train").to_list() == [{"text": "fine", "label": 1}]
     assert asked == [None, "refs/convert/parquet"]
 
