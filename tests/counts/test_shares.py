@@ -205,4 +205,4 @@ def test_train_says_so_and_records_it(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "1 of them before" in capsys.readouterr().out
     record.folder.rename(before)  # as if it had been recorded then
     assert main(["train", *words]) == 0
-    assert f"{before} has this run with the sizes of generation as they are" in capsys.readouterr().out
+    assert f"{before} is this run with the unchanged sizes of generation" in capsys.readouterr().out

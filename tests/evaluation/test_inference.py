@@ -80,7 +80,7 @@ def test_prepared_computes_the_same_and_leaves_no_trace(family: str, preset: str
     assert torch.equal(logits(model, family), expected)
 
 
-@pytest.mark.parametrize(("owner", "name"), [(Bottleneck, "fold"), (inference, "widened")])
+@pytest.mark.parametrize(("owner", "name"), [(Bottleneck, "fold"), (inference, "widen_ffn")])
 def test_memory_that_runs_out_on_the_way_leaves_no_trace(
     owner: object, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
