@@ -353,7 +353,7 @@ def test_a_run_that_was_stopped_while_it_generated_goes_on(
     words = ("task=xsum", texts, "trainer.keep=last", "trainer.eval_batch_size=5")
     outputs = tmp_path_factory.mktemp("outputs")  # not in the folder of the data, whose content names a run
     whole = trained(outputs / "whole", *words)
-    generate, fit = predict_module._generate, train_module.fit
+    generate, fit = predict_module._generate, train_module.fit_model
     sizes: list[int] = []
     trainings: list[int] = []
 

@@ -224,7 +224,7 @@ import sys, time
 from pathlib import Path
 from peftbench.sweeps import mps
 mps.PARENT, mps.DEFAULT_PIPES, sys.executable = Path({str(tmp_path)!r}), Path("/nonexistent"), {str(made.python)!r}
-with mps.shared(True, {TWO_ON_ONE!r}, Path({str(tmp_path)!r})):
+with mps.share_gpus(True, {TWO_ON_ONE!r}, Path({str(tmp_path)!r})):
     try:
         print("ready", flush=True)
         time.sleep(60)
