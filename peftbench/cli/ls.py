@@ -15,12 +15,12 @@ from rich.text import Text
 from peftbench.config.axes import CHOICES, Point, is_allowed, list_points
 from peftbench.config.keys import Key, list_keys
 from peftbench.config.notation import describe_choice
-from peftbench.config.rows import GROUP, Row, read_rows
+from peftbench.config.rows import GROUP, PaperRow, read_rows
 from peftbench.config.schema import find_conf_dir
 from peftbench.utils.console import make_console
 from peftbench.utils.errors import UserError, describe_unknown, suggest
 
-Options = Mapping[str, Path | Row]  # the options of a group, by name
+Options = Mapping[str, Path | PaperRow]  # the options of a group, by name
 
 MARKDOWN = """\
 # Keys
@@ -93,8 +93,8 @@ def _show_group(group: str, options: Options, console: Console) -> None:
     console.print(table, highlight=False)
 
 
-def _get_meaning(option: Path | Row) -> str:
-    if isinstance(option, Row):
+def _get_meaning(option: Path | PaperRow) -> str:
+    if isinstance(option, PaperRow):
         return option.help
     return " ".join(_read_opening(option.read_text(encoding="utf-8").splitlines()))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from peftbench.config.compose import compose_points
 from peftbench.config.schema import Run
-from peftbench.counts.table import show_run, show_sweep, to_json
+from peftbench.counts.table import counts_to_json, show_run, show_sweep
 from peftbench.utils.console import make_console
 from peftbench.utils.errors import UserError
 from peftbench.utils.quick_imports import speed_up_imports
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
             for sentence in error.faults:
                 print(f"peftbench: {run.method} on {run.model.name}: {sentence}", file=sys.stderr)
     if args.json:
-        print(to_json(counted))
+        print(counts_to_json(counted))
     elif args.multirun:
         show_sweep(counted, make_console())
     else:

@@ -31,7 +31,7 @@ from peftbench.utils.errors import UserError, describe_unknown
 
 
 @dataclass(frozen=True)
-class Line:
+class TableRun:
     """One run of a table."""
 
     settings: dict[str, str]  # the keys in which the table's runs differ, as typed
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
     return code
 
 
-def describe_runs(table: str, points: Sequence[tuple[list[str], Run]]) -> list[Line]:
+def describe_runs(table: str, points: Sequence[tuple[list[str], Run]]) -> list[TableRun]:
     """Return a line for each run, with its record, time and the paper's score as far as they are known."""
     given = [index_by_key(overrides) for overrides, _ in points]
     keys = find_differing(given) or ["row"]
@@ -95,7 +95,7 @@ def describe_runs(table: str, points: Sequence[tuple[list[str], Run]]) -> list[L
         printed = find_score(values.get("row"), run.method, run.task.name, table)
         took = record.timings.get("total_s") if record is not None and record.has_ended else None
         found.append(
-            Line(
+            TableRun(
                 settings={key: values[key] for key in keys if key in values},
                 run=run,
                 record=record,
@@ -123,9 +123,9 @@ def _estimate_seconds(run: Run, records: Sequence[Record]) -> float | None:
     return fmean(record.timings["total_s"] for record in same) if same else None
 
 
-def _print_table(name: str, table: Sequence[Line], console: Console) -> None:
+def _print_table(name: str, table: Sequence[TableRun], console: Console) -> None:
     keys = list(dict.fromkeys(key for line in table for key in line.settings))
-    columns = [Column[Line](key, key, partial(_get_setting, key), words=True) for key in keys]
+    columns = [Column[TableRun](key, key, partial(_get_setting, key), words=True) for key in keys]
     columns += [
         Column("status", "status", lambda line: line.record.outcome if line.record else "missing", words=True, wrap=11),
         Column("time", "time", _format_time),
@@ -153,17 +153,17 @@ def _print_table(name: str, table: Sequence[Line], console: Console) -> None:
         console.print("There is no record of a similar run, so the time of the others is unknown.", highlight=False)
 
 
-def _get_setting(key: str, line: Line) -> str:
+def _get_setting(key: str, line: TableRun) -> str:
     return line.settings.get(key, "")
 
 
-def _format_time(line: Line) -> str:
+def _format_time(line: TableRun) -> str:
     if line.seconds is None:
         return ""
     return format_duration(line.seconds) if line.has_ended else f"~{format_duration(line.seconds)}"
 
 
-def _format_difference(line: Line) -> str:
+def _format_difference(line: TableRun) -> str:
     if line.record is None or line.ours is None or line.paper is None or not is_papers_setting(line.record):
         return ""
     return f"{line.ours - line.paper:+.2f}"

@@ -18,7 +18,7 @@ Scores = Mapping[str, Mapping[str, Any]]  # by table and task; `rouge` is ROUGE-
 
 
 @dataclass(frozen=True)
-class Row:
+class PaperRow:
     """A row of the paper's tables."""
 
     help: str
@@ -38,10 +38,10 @@ class Row:
 
 
 @cache
-def read_rows() -> dict[str, Row]:
+def read_rows() -> dict[str, PaperRow]:
     """Return the rows by name."""
     return {
-        name: Row(
+        name: PaperRow(
             help=row["help"],
             settings={key: row[key] for key in row if key not in ("help", "paper")},
             paper=row["paper"],

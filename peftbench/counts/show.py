@@ -57,7 +57,7 @@ def show_explanation(explained: Explanation, console: Console) -> None:
     _show_parameters(explained, console)
 
 
-def to_json(explained: Explanation) -> str:
+def explanation_to_json(explained: Explanation) -> str:
     """Return a JSON object with the rows, the parameters' formulas and totals, and the network."""
     run, totals = explained.counted.run, explained.counted.totals
     values = {

@@ -120,7 +120,7 @@ COLUMNS: list[Column[RunCounts]] = [
 ]
 
 
-def to_json(counted: Sequence[RunCounts]) -> str:
+def counts_to_json(counted: Sequence[RunCounts]) -> str:
     """Return a JSON array with an object for each run; `percent` is the percentage of the backbone."""
     return json.dumps([_to_object(c) for c in counted], indent=2)
 

@@ -138,12 +138,12 @@ def _find_ffn(edit: Edit, layers: Sequence[Layer]) -> tuple[nn.Linear, nn.Linear
         return None
     for ffn in (layer.ffn for layer in layers):
         first, second = ffn.source, ffn.second
-        ahead, behind = first._forward_pre_hooks, second._forward_hooks
-        if edit.read not in ahead.values() or edit.edit_output not in behind.values():
+        ahead, after = first._forward_pre_hooks, second._forward_hooks
+        if edit.read not in ahead.values() or edit.edit_output not in after.values():
             continue
         if len(ffn.first) > 1 or not isinstance(first, nn.Linear) or not isinstance(second, nn.Linear):
             return None
-        alone = len(ahead) == len(behind) == 1 and not first._forward_hooks and not second._forward_pre_hooks
+        alone = len(ahead) == len(after) == 1 and not first._forward_hooks and not second._forward_pre_hooks
         return (first, second) if alone else None
     return None
 

@@ -30,14 +30,14 @@ class TokenRow:
     offsets: Tensor  # (B + 1,), int32: where each example begins, then T
     longest: int  # upper bound of an example's length
 
-    def behind(self, front: Tensor, vectors: Tensor) -> Tensor:
+    def prepend(self, front: Tensor, vectors: Tensor) -> Tensor:
         """Insert `front` (l, N, d_h) before each example's part of `vectors` (T, N, d_h); returns (T + B l, N, d_h)."""
         length, count = len(front), len(self.offsets) - 1
         joined = vectors.new_empty(len(vectors) + count * length, *vectors.shape[1:])
         steps = torch.arange(length, device=vectors.device)
         begins = self.longer(length).offsets[:-1, None] + steps  # (B, l)
-        stands = torch.arange(len(vectors), device=vectors.device) + length * (self.example + 1)
-        joined.index_copy_(0, stands, vectors)
+        places = torch.arange(len(vectors), device=vectors.device) + length * (self.example + 1)
+        joined.index_copy_(0, places, vectors)
         return joined.index_copy_(0, begins.flatten(), front.repeat(count, 1, 1))
 
     def longer(self, length: int) -> TokenRow:
@@ -125,7 +125,7 @@ def attend_packed(
     fronts = [each.vectors(k.dtype) for each in modifications if isinstance(each, Prefix)]
     if fronts:
         front_k, front_v = (torch.cat(each, dim=1).transpose(0, 1) for each in zip(*fronts, strict=True))
-        k, v, row = row.behind(front_k, k), row.behind(front_v, v), row.longer(len(front_k))
+        k, v, row = row.prepend(front_k, k), row.prepend(front_v, v), row.longer(len(front_k))
     scaling = scaling or query.shape[-1] ** -0.5
     heads = attend(q, k, v, queries.row, row, causal=causal, dropout=dropout, scaling=scaling).unsqueeze(0)
     for modification in modifications:

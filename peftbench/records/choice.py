@@ -116,7 +116,7 @@ def try_settle(run: Run, folders: Folders | None = None) -> Run:
         return run
 
 
-def describe_choice(record: Record) -> str:
+def describe_search_choice(record: Record) -> str:
     """What was searched for a run, on a line."""
     search = record.search
     assert search is not None and search.selection is not None

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from peftbench.config.compose import TypedRun as TypedRun
 from peftbench.config.schema import Run, get_value, index_by_key
-from peftbench.records.choice import Folders, NoChoice, describe_choice, settle_search, try_settle
+from peftbench.records.choice import Folders, NoChoice, describe_search_choice, settle_search, try_settle
 from peftbench.records.location import locate_run
 from peftbench.records.record import Record, decode, find_finished, find_record
 from peftbench.records.recording import describe_run
@@ -169,7 +169,7 @@ class Sweep:
             console.print()
         # Runs that differ only in their seed share one line on what was searched.
         for line in dict.fromkeys(
-            describe_choice(record) for record in records if record.search and record.search.role == "final"
+            describe_search_choice(record) for record in records if record.search and record.search.role == "final"
         ):
             console.print(line, highlight=False)
         lost = {folder: fault for folder, run in self.runs.items() if (fault := _explain_no_choice(run, self.folders))}

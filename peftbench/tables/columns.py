@@ -286,7 +286,7 @@ def make_front_columns(rows: Sequence[Row], cost: Cost) -> list[Column[Row]]:
     return [Column("front", "front", lambda row: "◆" if id(row) in best else "", dispensable=4)]
 
 
-def find_best(column: Column[T], rows: Sequence[T]) -> set[int]:
+def find_best_rows(column: Column[T], rows: Sequence[T]) -> set[int]:
     """Return the indices of the rows with the column's best value; none if all are equal."""
     if column.better is None or column.value is None:
         return set()

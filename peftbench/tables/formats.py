@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from peftbench.records.record import Axes, Record
-from peftbench.tables.columns import Column, find_best, flatten_header
+from peftbench.tables.columns import Column, find_best_rows, flatten_header
 from peftbench.utils.differences import flatten
 from peftbench.utils.files import dump_json
 
@@ -55,7 +55,7 @@ def rows_to_values(columns: Sequence[Column[T]], rows: Sequence[T]) -> list[dict
 
 def to_markdown(columns: Sequence[Column[T]], rows: Sequence[T]) -> str:
     """Return a table in GitHub's Markdown, with the best value of each column in bold."""
-    marked = [find_best(column, rows) for column in columns]
+    marked = [find_best_rows(column, rows) for column in columns]
     lines = [[flatten_header(column) for column in columns], ["---" if column.words else "---:" for column in columns]]
     for index, row in enumerate(rows):
         texts = [_join_lines(column.cell(row)).replace("|", "\\|") for column in columns]
@@ -68,7 +68,7 @@ def to_latex(columns: Sequence[Column[T]], rows: Sequence[T]) -> str:
     """Return a tabular with the rules of the package booktabs, with the best value of each column in bold."""
     import pandas as pd
 
-    marked = [find_best(column, rows) for column in columns]
+    marked = [find_best_rows(column, rows) for column in columns]
     cells = []
     for index, row in enumerate(rows):
         texts = [_escape(_join_lines(column.cell(row))) for column in columns]

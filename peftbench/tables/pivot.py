@@ -28,7 +28,7 @@ COMPARABLE = ("task", "model", "metric", "split", "examples", "train_examples", 
 
 
 @dataclass(frozen=True)
-class Line:
+class PivotLine:
     """A row of the table: its labels, and the runs of each of its cells by the labels of the column."""
 
     labels: tuple[str, ...]
@@ -43,7 +43,7 @@ def pivot_records(
     value: str = "score",
     mixed: Sequence[str] = (),
     statistic: Statistic = "mean",
-) -> tuple[str, list[Column[Line]], list[Line]]:
+) -> tuple[str, list[Column[PivotLine]], list[PivotLine]]:
     """Return title, columns and lines of the table of `value`, over those of `records` that have a score.
 
     Args:
@@ -77,13 +77,15 @@ def pivot_records(
         raise UserError(fault)
 
     lines = [
-        Line(label, {head: Row(tuple(drop_retrained(cell)), statistic) for head, cell in grid[label].items()})
+        PivotLine(label, {head: Row(tuple(drop_retrained(cell)), statistic) for head, cell in grid[label].items()})
         for label in sorted(grid, key=_sort_naturally)
     ]
-    labels = [Column[Line](key, key, partial(_get_label, index), words=True, wrap=20) for index, key in enumerate(rows)]
+    labels = [
+        Column[PivotLine](key, key, partial(_get_label, index), words=True, wrap=20) for index, key in enumerate(rows)
+    ]
     better: Literal["higher", "lower"] = "lower" if value in COSTS else "higher"
     numbers = [
-        Column[Line](
+        Column[PivotLine](
             ", ".join(head) or value,
             "\n".join(label or "none" for label in head) or value,
             partial(_format_cell, head, shown),
@@ -181,11 +183,11 @@ def _format_label(key: str, value: Any) -> str:
     return f"{value:.2f}" if key == "percent" and value is not None else format_value(value)
 
 
-def _get_label(index: int, line: Line) -> str:
+def _get_label(index: int, line: PivotLine) -> str:
     return line.labels[index]
 
 
-def _format_cell(head: tuple[str, ...], of: Callable[[Record], float | None], line: Line) -> str:
+def _format_cell(head: tuple[str, ...], of: Callable[[Record], float | None], line: PivotLine) -> str:
     value, spread = _get_number(head, of, line), _get_spread(head, of, line)
     if value is None:
         return ""
@@ -193,11 +195,11 @@ def _format_cell(head: tuple[str, ...], of: Callable[[Record], float | None], li
     return shown if spread is None else f"{shown} ± {spread:.2f} ({len(line.cells[head].records)})"
 
 
-def _get_number(head: tuple[str, ...], of: Callable[[Record], float | None], line: Line) -> float | None:
+def _get_number(head: tuple[str, ...], of: Callable[[Record], float | None], line: PivotLine) -> float | None:
     return line.cells[head].number(of) if head in line.cells else None
 
 
-def _get_spread(head: tuple[str, ...], of: Callable[[Record], float | None], line: Line) -> float | None:
+def _get_spread(head: tuple[str, ...], of: Callable[[Record], float | None], line: PivotLine) -> float | None:
     return line.cells[head].spread(of) if head in line.cells else None
 
 

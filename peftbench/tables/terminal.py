@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from peftbench.records.record import Record
-from peftbench.tables.columns import Column, choose_columns, find_best, flatten_header
+from peftbench.tables.columns import Column, choose_columns, find_best_rows, flatten_header
 from peftbench.tables.fields import describe_cut_off
 from peftbench.tables.row import Row, get_rank, identify_setting, is_unscored, make_rows, split_tables
 
@@ -155,7 +155,7 @@ class _Laid:
 
 def _lay_column(column: Column[T], rows: Sequence[T], star: bool) -> _Laid:
     """Return a column with its cells as text. `star` marks the best cells by a star, if bold would be lost."""
-    marked = find_best(column, rows)
+    marked = find_best_rows(column, rows)
     cells = [column.cell(row) + ("*" if star and index in marked else "") for index, row in enumerate(rows)]
     most = max(cell_len(line) for text in (column.header, *cells) for line in text.split("\n"))
     least = most if column.wrap is None else min(most, column.wrap)

@@ -17,7 +17,7 @@ from peftbench.config.compose import TypedRun, compose_points
 from peftbench.config.identity import hash_run
 from peftbench.config.schema import LOSS, Init, Run, Search, Variation, find_conf_dir
 from peftbench.config.search import build_trials, check_searches, find_search_faults, list_settings, split_phases
-from peftbench.records.choice import describe_choice, find_best, settle_search, try_settle
+from peftbench.records.choice import describe_search_choice, find_best, settle_search, try_settle
 from peftbench.records.location import locate_run
 from peftbench.records.record import Failure, Score, Searched, Selection, Trial, find_record
 from peftbench.records.recording import describe_run
@@ -306,7 +306,7 @@ def test_results_leave_trials_out_unless_asked(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_a_line_says_what_was_searched() -> None:
-    assert describe_choice(record(50.0, search=replace(NOTE, reported=True))) == (
+    assert describe_search_choice(record(50.0, search=replace(NOTE, reported=True))) == (
         "search=lr3, mam, mini on doctopic (bleu on validation, 1,500 examples, seed 1) takes "
         "trainer.learning_rate=0.003; trainer.learning_rate 0.001: 40.25, 0.0003: diverged, 0.003: 41.50; the "
         "outermost trainer.learning_rate that was tried: the best may lie beyond it; chosen on the split that is "

@@ -88,3 +88,14 @@ def test_folders_that_read_or_refuse_import_no_torch() -> None:
     commands = [f"peftbench.cli.{name}" for name in ("main", "train", "results", "compare", "status", "params")]
     done = subprocess.run([sys.executable, "-c", IMPORT_ALL, *modules, *commands], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_one_name_means_one_thing() -> None:
+    """No two classes and no two public functions of the package have one name."""
+    named: dict[str, list[str]] = {}
+    for module, file in _modules().items():
+        for node in ast.parse(file.read_bytes()).body:
+            is_public = isinstance(node, ast.FunctionDef) and node.name != "main" and not node.name.startswith("_")
+            if isinstance(node, ast.ClassDef) or is_public:
+                named.setdefault(node.name, []).append(module)
+    assert {name: places for name, places in named.items() if len(places) > 1} == {}

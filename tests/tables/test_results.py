@@ -19,7 +19,7 @@ import pytest
 from peftbench.cli.results import main
 from peftbench.records.record import Axes, Divergence, Failure, Record, RecordedBackbone, RecordedCounts, load_records
 from peftbench.records.recording import describe_run
-from peftbench.tables.columns import choose_columns, find_best
+from peftbench.tables.columns import choose_columns, find_best_rows
 from peftbench.tables.formats import to_latex, to_markdown
 from peftbench.tables.pivot import pivot_records
 from peftbench.tables.row import find_front, group_seeds, make_rows
@@ -200,7 +200,7 @@ def test_what_diverged_is_never_best_nor_on_a_front() -> None:
     rows = make_rows(runs)
     assert rows[3] not in find_front(rows, lambda record: record.counts.stored if record.counts else None)
     for column in choose_columns(rows):
-        assert 3 not in find_best(column, rows)
+        assert 3 not in find_best_rows(column, rows)
         assert column.key != "score" or column.cell(rows[3]) == ""
 
 
@@ -259,12 +259,12 @@ def test_the_pareto_front_by_hand() -> None:
 
 def test_best_values_are_marked_and_failed_runs_are_never_best() -> None:
     rows = make_rows([run("full", 1, 72.0), run("lora", 1, 60.0), run("mam", 1, None, timings={"total_s": 1.0})])
-    by_key = {column.key: find_best(column, rows) for column in choose_columns(rows)}
+    by_key = {column.key: find_best_rows(column, rows) for column in choose_columns(rows)}
     assert (by_key["score"], by_key["stored"], by_key["time"]) == ({0}, {1}, {0})
     assert by_key["percent"] == by_key["method"] == set()
     equal = make_rows([run("lora", 1, 60.0), run("lora", 2, 60.0)])
     assert all(
-        find_best(column, equal) == set() for column in choose_columns(equal) if column.key in ("score", "stored")
+        find_best_rows(column, equal) == set() for column in choose_columns(equal) if column.key in ("score", "stored")
     )
 
 

@@ -111,7 +111,7 @@ def test_a_row_and_what_stands_before_its_examples() -> None:
     row = row_of((2, 0, 3), 4)
     vectors = torch.arange(5.0)[:, None, None].requires_grad_()
     front = torch.tensor([10.0, 11.0])[:, None, None].requires_grad_()
-    joined = row.behind(front, vectors)
+    joined = row.prepend(front, vectors)
     assert joined.flatten().tolist() == [10, 11, 0, 1, 10, 11, 10, 11, 2, 3, 4]
     assert row.longer(2).offsets.tolist() == [0, 4, 6, 11] and row.longer(2).longest == 6
     weights = torch.arange(11.0)[:, None, None]
