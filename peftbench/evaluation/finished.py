@@ -35,6 +35,7 @@ from peftbench.tasks.prepare import prepare_data
 from peftbench.utils.errors import UserError, describe_unknown
 from peftbench.utils.files import write_lines
 from peftbench.utils.progress import Display
+from peftbench.utils.quiet import silence_libraries
 
 GROUPS = ("task", "trainer", "model")  # may be changed, and the run is still the same
 
@@ -204,6 +205,7 @@ def load_run(folder: str | Path, *overrides: str) -> tuple[PreTrainedModel, PreT
     Raises:
         UserError: there is no finished run, or not the backbone that it was trained on.
     """
+    silence_libraries()  # which tell of the task head as missing, though the adapter brings it
     folder = find_run_folder(str(folder))
     run = read_saved_run(folder, read_saved_record(folder), overrides)
     backbone = restore_backbone(folder, run, run.task)
