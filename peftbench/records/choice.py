@@ -1,4 +1,4 @@
-"""The choice of a search: of its trials' records, the best on the selection split. Imports no torch.
+"""The choice of a search: of its trials' records, the best on the selection split.
 
 The report split is never looked at: what is compared is `Record.selection`, and nothing else of a record. A sweeper of
 Hydra's is given the same (`compute_objective`).
