@@ -71,9 +71,17 @@ def test_from_the_hub_then_offline_from_its_cache_then_without_one(published: Pa
     done, _ = train(tmp_path, "torn", HF_HUB_OFFLINE="1")
     assert done.returncode == 2 and "model.hub_id=me/tiny cannot be loaded: Error while deserializing" in done.stderr
 
+    # The backbone's config.json is the first that is read: the sizes of a preset depend on it.
     done, missing = train(tmp_path, "empty", HF_HUB_OFFLINE="1")
     assert (done.returncode, missing) == (2, {})
     assert len(done.stderr.splitlines()) == 1
+    assert "model.hub_id=me/tiny is not in this machine's cache and HF_HUB_OFFLINE is set; bring" in done.stderr
+
+    shutil.copytree(tmp_path / "home" / "hub", tmp_path / "part" / "hub", symlinks=True)
+    (data,) = (tmp_path / "part" / "hub").glob("datasets--me--reviews")
+    shutil.rmtree(data)
+    done, missing = train(tmp_path, "part", HF_HUB_OFFLINE="1")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "task.hub_id=me/reviews is not in this machine's cache and HF_HUB_OFFLINE is set; give task.data_dir=" in (
         done.stderr
     )
