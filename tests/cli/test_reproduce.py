@@ -158,6 +158,7 @@ def test_the_papers_score_and_the_difference(tmp_path: Path, capsys: pytest.Capt
         main(["tabel5"])
 
 
+@pytest.mark.slow
 def test_figures_have_the_scores_that_tables_print(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Figures 2, 4 and 5 print none of their own; all their points are rows of tables."""
     for figure in ("figure2", "figure4", "figure5"):

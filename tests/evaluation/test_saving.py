@@ -97,6 +97,7 @@ def test_without_modules_of_its_own_a_run_is_saved_as_it_was_trained(
     assert torch.equal(logits(again, family), logits(model, family))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mam", "lora", "bitfit"])
 def test_a_run_that_was_loaded(method: str, tmp_path: Path) -> None:
     words = [

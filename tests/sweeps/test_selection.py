@@ -91,6 +91,7 @@ def chosen(words: list[str], environment: dict[str, str], folder: Path) -> dict[
     }
 
 
+@pytest.mark.slow
 def test_no_choice_changes_with_what_is_reported(words: list[str], sweeper: dict[str, str], tmp_path: Path) -> None:
     """Where all labels of the report split are turned round, its scores are others, and nothing else is."""
     plain = chosen(words, sweeper, tmp_path / "plain")
