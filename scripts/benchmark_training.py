@@ -1,11 +1,13 @@
 """Measures training steps of peftbench, peft, full fine-tuning and a bare frozen backbone: seconds and memory.
 
 All variants train on the same random examples in one process, in turn, for several rounds, with random weights and
-without the hub. Ours use `peftbench.training.fit.fit_model`, the others transformers' Trainer as their users run it. A
-variant that fails is reported with its error, and the others continue.
+without the hub. A decoder's examples have log-normal lengths, and the last 40% of their tokens have labels. Ours use
+`peftbench.training.fit.fit_model`, the others transformers' Trainer as their users run it. A variant that fails is
+reported with its error, and the others continue.
 
     python scripts/benchmark_training.py --shape bart_large --out training.json
     python scripts/benchmark_training.py --shape roberta_base --only "mam,lora,peft"
+    python scripts/benchmark_training.py --shape llama_1b --variants defaults,on
     python scripts/benchmark_training.py --shape tiny --device cpu
     python scripts/benchmark_training.py --only mam --variants all --profile mam
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import platform
 import statistics
 import sys
@@ -33,6 +36,9 @@ from torch import Tensor, nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    DataCollatorWithFlattening,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -46,6 +52,7 @@ from transformers import (
 from peftbench.config.compose import compose_run
 from peftbench.config.schema import Batching, Compile, Device, DType, Keep, Precision, Run, Unfreeze, list_modifications
 from peftbench.modification.attach import attach
+from peftbench.tasks.completion import PromptCollator
 from peftbench.training.batching import pad_to_multiple
 from peftbench.training.checkpoint import Checkpoints
 from peftbench.training.fit import Criterion, Monitor, Recipe, Resuming, fit_model
@@ -63,9 +70,10 @@ class Shape:
     model: Callable[[], PreTrainedModel]
     task: str  # its preset sizes and trainer settings are used
     batch: int
-    source: tuple[int, int]  # lengths are uniform between the two
+    source: tuple[int, int]  # lengths are uniform between the two; a decoder's are log-normal, cut at the two
     target: int | None  # tokens; None: a class
-    targets: str | list[str]  # of peft's LoRA: the FFN's two weights
+    targets: str | list[str]  # of peft's LoRA: the FFN's weights
+    alone: bool = False  # a decoder alone: a source and its target are one text of a length of `source`
 
 
 def _bart(**sizes: Any) -> PreTrainedModel:
@@ -87,7 +95,39 @@ def _tiny_roberta() -> PreTrainedModel:
     return _roberta(vocab_size=500, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
 
 
+def _llama(**sizes: Any) -> PreTrainedModel:
+    # Llama-3.2-1B, without the scaling of its positions
+    sizes = {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "tie_word_embeddings": True,
+        **sizes,
+    }
+    return LlamaForCausalLM(LlamaConfig(**sizes, pad_token_id=1, bos_token_id=0, eos_token_id=2))
+
+
+def _smollm2() -> PreTrainedModel:
+    # SmolLM2-135M
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    return _llama(**sizes, num_attention_heads=9, num_key_value_heads=3)
+
+
+def _tiny_llama() -> PreTrainedModel:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 500}
+    return _llama(**sizes, num_attention_heads=4, num_key_value_heads=2)
+
+
+GATED = ["gate_proj", "up_proj", "down_proj"]
 SHAPES = {
+    "llama_1b": Shape(_llama, "webnlg", 16, (64, 1024), None, GATED, alone=True),
+    "smollm_135m": Shape(_smollm2, "webnlg", 16, (64, 1024), None, GATED, alone=True),
+    "tiny_llama": Shape(_tiny_llama, "webnlg", 4, (8, 64), None, GATED, alone=True),
     "bart_large": Shape(_bart, "xsum", 64, (256, 512), 64, ["fc1", "fc2"]),
     "roberta_base": Shape(
         _roberta,
@@ -132,15 +172,24 @@ class Data:
             return [0, *ids[2:], 2]
 
         low, high = shape.source
+        if shape.alone:
+            # the mean of 16 Llama examples is 322 tokens
+            whole = torch.randn(examples, generator=generator).mul(0.8).add(math.log((low * high) ** 0.5)).exp()
+            self.lengths = whole.round().int().clamp(low, high).tolist()
+            prompts = [text(round(0.6 * length)) for length in self.lengths]
+            targets = [text(length - len(prompt)) for length, prompt in zip(self.lengths, prompts, strict=True)]
+            self.train = self.selection = Dataset.from_dict({"input_ids": prompts, "labels": targets})
+            self.collator: Any = PromptCollator(1)
+            return
         sources = [text(int(torch.randint(low, high + 1, (), generator=generator))) for _ in range(examples)]
         labels: list[Any] = [text(shape.target) if shape.target else index % 2 for index in range(examples)]
         self.train = self.selection = Dataset.from_dict({"input_ids": sources, "labels": labels})
         self.lengths = [len(source) for source in sources]
-        self.collator = Collator(1)
+        self.collator = PaddingCollator(1)
 
 
 @dataclass
-class Collator:
+class PaddingCollator:
     """Pads sources with `pad`; the decoder's input is </s> and then the labels, shifted by one."""
 
     pad: int
@@ -290,8 +339,13 @@ class Bench:
         )
         return fitted.step_seconds, losses
 
-    def peer(self, name: str, prepare: Callable[[PreTrainedModel], Any], *, compiled: bool) -> Variant:
-        """transformers' Trainer as its users run it: bfloat16 autocast, fused AdamW, random batches."""
+    def peer(
+        self, name: str, prepare: Callable[[PreTrainedModel], Any], *, compiled: bool, flat: bool = False
+    ) -> Variant:
+        """transformers' Trainer as its users run it: bfloat16 autocast, fused AdamW, random batches.
+
+        With `flat`, it trains without padding, with its flattening collator and Liger's kernels.
+        """
 
         def build() -> PreTrainedModel:
             model: PreTrainedModel = prepare(self.shape.model()).to(self.device)
@@ -310,6 +364,7 @@ class Bench:
                 optim="adamw_torch_fused",
                 bf16=True,
                 torch_compile=compiled,
+                use_liger_kernel=flat,
                 dataloader_num_workers=2 if cuda else 0,
                 logging_steps=RUN // 200,
                 save_strategy="no",
@@ -323,6 +378,8 @@ class Bench:
             arguments._n_gpu = min(1, arguments.n_gpu)
             # If the widths changed at every batch, a compiled model would be compiled again and again.
             collator = pad_to_multiple(self.data.collator, 64) if compiled else self.data.collator
+            if flat:
+                collator = self.flatten()
             trainer = Trainer(
                 model=model,
                 args=arguments,
@@ -337,6 +394,22 @@ class Bench:
 
         return Variant(name, build, train)
 
+    def flatten(self) -> Callable[[list[dict[str, Any]]], Any]:
+        """transformers' collator that puts a batch in one row, with the prompts' labels left out."""
+        flattening = DataCollatorWithFlattening()
+
+        def collate(examples: list[dict[str, Any]]) -> Any:
+            joined = [
+                {
+                    "input_ids": [*example["input_ids"], *example["labels"]],
+                    "labels": [*[-100] * len(example["input_ids"]), *example["labels"]],
+                }
+                for example in examples
+            ]
+            return flattening(joined)
+
+        return collate
+
     def peft(self, model: PreTrainedModel) -> Any:
         """peft's LoRA at the FFN, of the same size as ours."""
         from peft import LoraConfig, get_peft_model
@@ -348,7 +421,7 @@ class Bench:
             lora_alpha=round(run.composition_function.scale * run.bottleneck),
             lora_dropout=run.input_dropout,
             target_modules=self.shape.targets,
-            modules_to_save=None if self.shape.target else ["classifier"],
+            modules_to_save=None if self.shape.target or self.shape.alone else ["classifier"],
         )
         return get_peft_model(model, lora)
 
@@ -360,6 +433,13 @@ class Bench:
                 yield self.ours(f"{name} {change}", method, **WITHOUT[change])
         yield self.limit("limit on")
         yield self.limit("limit off", **WITHOUT["off"])
+        if self.shape.alone:
+
+            def rounded(model: PreTrainedModel) -> Any:
+                return self.peft(model.to(torch.bfloat16))
+
+            yield self.peer("peft lora bf16", rounded, compiled=False)
+            yield self.peer("peft lora bf16 flat liger", rounded, compiled=False, flat=True)
         yield self.peer("full Trainer eager", lambda model: model, compiled=False)
         yield self.peer("peft lora compiled", self.peft, compiled=True)
         yield self.peer("full Trainer compiled", lambda model: model, compiled=True)
@@ -399,7 +479,7 @@ def table(results: list[Result]) -> str:
     """Rows of medians, fastest and slowest steps, memory, and ratios to peft as its users run it and compiled."""
     done = {result.name: result for result in results if result.seconds}
     lines = [
-        f"{'variant':<24}{'trained':>9}{'ms':>9}{'min':>8}{'max':>8}{'x peft':>8}{'x comp.':>8}{'GiB':>8}{'x peft':>8}"
+        f"{'variant':<28}{'trained':>9}{'ms':>9}{'min':>8}{'max':>8}{'x peft':>8}{'x comp.':>8}{'GiB':>8}{'x peft':>8}"
         f"{'reserved':>9}{'first s':>9}{'loss':>8}"
     ]
     eager, compiled = done.get("peft lora eager"), done.get("peft lora compiled")
@@ -412,11 +492,11 @@ def table(results: list[Result]) -> str:
 
     for result in results:
         if not result.seconds:
-            lines.append(f"{result.name:<24}{result.error or 'not run'}"[:150])
+            lines.append(f"{result.name:<28}{result.error or 'not run'}"[:150])
             continue
         peak = result.peak_bytes
         lines.append(
-            f"{result.name:<24}{result.trained / 1e6:>8.1f}M{1000 * result.median:>9.1f}"
+            f"{result.name:<28}{result.trained / 1e6:>8.1f}M{1000 * result.median:>9.1f}"
             f"{1000 * min(result.seconds):>8.1f}{1000 * max(result.seconds):>8.1f}"
             f"{ratio(result.median, eager and eager.median)}{ratio(result.median, compiled and compiled.median)}"
             f"{gib(peak):>8}{ratio(peak, eager and eager.peak_bytes)}{gib(result.reserved_bytes):>9}"

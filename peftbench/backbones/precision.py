@@ -44,3 +44,9 @@ def use_autocast(settings: schema.Trainer, model: schema.Model) -> bool:
 def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[object]:
     """Return bfloat16 autocast on `device`, or a context that does nothing."""
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+
+
+def cast_for_autocast(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a floating-point tensor in the dtype in which autocast would multiply it; unchanged without autocast."""
+    device = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from peftbench.backbones.precision import cast_for_autocast
 from peftbench.modification.head_attention import HEADS, HeadModification, Prefix
 
 PACKED_NAME = "peftbench_packed"  # the value of `config._attn_implementation` while batches are packed
+BEYOND = ("softcap", "s_aux", "position_bias")  # what some families ask of an attention function, and this one lacks
 PACKING = "packing"  # the attention module's attribute: the `Packing` of its queries and that of its keys
 
 
@@ -29,6 +31,11 @@ class TokenRow:
     example: Tensor  # (T,): the example that each vector belongs to
     offsets: Tensor  # (B + 1,), int32: where each example begins, then T
     longest: int  # upper bound of an example's length
+
+    @property
+    def positions(self) -> Tensor:
+        """Return the position of each vector in its example, (T,)."""
+        return torch.arange(len(self.example), device=self.example.device) - self.offsets[self.example]
 
     def prepend(self, front: Tensor, vectors: Tensor) -> Tensor:
         """Insert `front` (l, N, d_h) before each example's part of `vectors` (T, N, d_h); returns (T + B l, N, d_h)."""
@@ -114,20 +121,28 @@ def attend_packed(
 ) -> tuple[Tensor, None]:
     """Compute `head_attention.attend_modified` for packed tokens, which need no mask.
 
-    query: (1, N_h, T, d_h), key and value: (1, N_h, T', d_h). Returns (1, T, N_h, d_h).
+    query: (1, N_h, T, d_h), key and value: (1, N_kv, T', d_h). Returns (1, T, N_h, d_h).
     """
+    unknown = [name for name in BEYOND if kwargs.get(name) is not None]
+    assert not unknown, f"{type(module).__name__} has {unknown}, which `padding_free.find_refusal` must refuse"
     queries, keys = getattr(module, PACKING)
     children = module._modules.get(HEADS)
     modifications = [] if children is None else list(children.children())
     row = keys.row
-    q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))
+    # Rotated queries and keys are float32 under autocast, which casts them for torch's functions, but not for ours.
+    q, k, v = (cast_for_autocast(heads[0]).transpose(0, 1) for heads in (query, key, value))
     causal = queries is keys and bool(getattr(module, "is_causal", False))
     fronts = [each.vectors(k.dtype) for each in modifications if isinstance(each, Prefix)]
     if fronts:
         front_k, front_v = (torch.cat(each, dim=1).transpose(0, 1) for each in zip(*fronts, strict=True))
         k, v, row = row.prepend(front_k, k), row.prepend(front_v, v), row.longer(len(front_k))
     scaling = scaling or query.shape[-1] ** -0.5
-    heads = attend(q, k, v, queries.row, row, causal=causal, dropout=dropout, scaling=scaling).unsqueeze(0)
+    window = kwargs.get("sliding_window")
+    if window is not None and window >= keys.longest:  # it hides nothing; a shorter one has no prefix
+        window = None
+    heads = attend(q, k, v, queries.row, row, causal=causal, dropout=dropout, scaling=scaling, window=window).unsqueeze(
+        0
+    )
     for modification in modifications:
         if isinstance(modification, HeadModification):
             heads = modification(heads, query * scaling)
@@ -144,13 +159,16 @@ def attend(
     causal: bool,
     dropout: float,
     scaling: float,
+    window: int | None = None,
 ) -> Tensor:
     """Compute softmax(q K^T · scaling) V within each example.
 
     Args:
         query: (T, N_h, d_h).
-        key, value: (T', N_h, d_h), of the same examples in the same order.
+        key, value: (T', N_kv, d_h), of the same examples in the same order; each head of theirs serves N_h / N_kv
+            queries.
         causal: the last query of an example sees all its keys, the one before it all but the last, and so on.
+        window: a causal query sees only the last `window` of these keys; None: all of them.
 
     Returns (T, N_h, d_h).
     """
@@ -167,9 +185,12 @@ def attend(
             causal,
             False,
             scale=scaling,
+            window_size_left=None if window is None else window - 1,
         )[0]
         return heads
-    return _attend_padded(query, key, value, queries, keys, causal=causal, dropout=dropout, scaling=scaling)
+    return _attend_padded(
+        query, key, value, queries, keys, causal=causal, dropout=dropout, scaling=scaling, window=window
+    )
 
 
 def _attend_padded(
@@ -182,6 +203,7 @@ def _attend_padded(
     causal: bool,
     dropout: float,
     scaling: float,
+    window: int | None,
 ) -> Tensor:
     """Compute `attend` with torch's SDPA on padded examples."""
     here, q = _pad(query, queries)
@@ -191,8 +213,12 @@ def _attend_padded(
     at_k = torch.arange(k.shape[2], device=k.device)[None, None, None, :]
     mask = at_k < counts_k
     if causal:
-        mask = mask & (at_k - counts_k <= at_q - counts_q)
-    heads = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scaling)
+        ahead = (at_k - counts_k) - (at_q - counts_q)  # of a key, from the query's own
+        mask = mask & (ahead <= 0)
+        if window is not None:
+            mask = mask & (ahead > -window)
+    grouped = q.shape[1] != k.shape[1]
+    heads = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scaling, enable_gqa=grouped)
     return heads.transpose(1, 2)[here]
 
 

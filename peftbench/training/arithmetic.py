@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import nn
 from transformers import PreTrainedModel
 
 from peftbench.backbones.sites import find_sites
 from peftbench.modification.head_attention import HEADS, Prefix
+from peftbench.training.batching import Lengths
 
 
-def count_operations(model: PreTrainedModel, sources: Sequence[int], targets: Sequence[int]) -> float:
+def count_operations(model: PreTrainedModel, lengths: Lengths) -> float:
     r"""Return the floating point operations of a forward and backward pass over an average example.
 
     A multiplication with its addition counts as two.
@@ -23,17 +22,13 @@ def count_operations(model: PreTrainedModel, sources: Sequence[int], targets: Se
     padding, or recomputation. Gradients are assumed to pass through every layer.
 
     The keys and values of a cross-attention are computed from the source's tokens, everything else in a decoder from
-    the target's. The output layer reads the target's tokens (all tokens in a decoder alone), a classifier's head one
-    position.
-
-    Args:
-        sources: for each example, the number of tokens of its input; in a decoder alone, including its completion.
-        targets: for each example, the number of tokens of its target, if there is an encoder too; else empty.
+    the target's. The output layer reads the tokens that have a label, a classifier's head one position.
     """
     sites = find_sites(model)
-    both = bool(targets)
+    sources, targets = lengths.sources, lengths.targets
+    both = bool(targets) and not lengths.joined
     source = sum(sources) / len(sources)
-    target = sum(targets) / len(targets) if both else source
+    target = sum(targets) / len(targets) if targets else source
     total = 0.0
     counted = {id(p) for module in model.modules() if isinstance(module, Prefix) for p in module.parameters()}
     for layer in sites.layers:

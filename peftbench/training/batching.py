@@ -90,15 +90,17 @@ def pad_to_multiple(collator: Collator, multiple: int) -> Collator:
 class Lengths(NamedTuple):
     """The numbers of tokens of the training examples, without padding."""
 
-    sources: list[int]  # for each example's input
+    sources: list[int]  # for each example's input; if `joined`, with its target
     targets: list[int]  # for each example's target, if that is text; else empty
+    joined: bool  # a decoder alone reads source and target as one text
 
     @classmethod
-    def of(cls, data: TaskData) -> Lengths:
-        """Return the lengths of a task's training examples."""
+    def of(cls, data: TaskData, *, encoder_decoder: bool) -> Lengths:
+        """Return the lengths of a task's training examples for a model that is an encoder-decoder, or is not."""
         texts = len(data.train) > 0 and isinstance(data.train[0]["labels"], list)
-        sources = [len(ids) for ids in data.train["input_ids"]]
-        return cls(sources, [len(ids) for ids in data.train["labels"]] if texts else [])
+        targets = [len(ids) for ids in data.train["labels"]] if texts else []
+        joined = texts and not encoder_decoder
+        return cls(list(data.lengths) if joined else [len(ids) for ids in data.train["input_ids"]], targets, joined)
 
     @property
     def longest(self) -> tuple[int, int]:
@@ -107,8 +109,9 @@ class Lengths(NamedTuple):
 
     @property
     def mean(self) -> float:
-        """Return the mean of source and target together."""
-        return (sum(self.sources) + sum(self.targets)) / max(1, len(self.sources))
+        """Return the mean number of tokens that a model reads of an example."""
+        read = sum(self.sources) + (0 if self.joined else sum(self.targets))
+        return read / max(1, len(self.sources))
 
 
 def make_batches(data: TaskData, settings: schema.Trainer, seed: int) -> LengthBatches | None:

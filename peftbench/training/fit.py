@@ -128,7 +128,8 @@ def fit_model(
         UserError: `recipe.settings.graphs` without a GPU, or for a step that cannot be recorded; `padding_free` for a
             backbone that cannot have it.
     """
-    settings, lengths = recipe.settings, Lengths.of(data)
+    settings = recipe.settings
+    lengths = Lengths.of(data, encoder_decoder=model.config.is_encoder_decoder)
     trainer = _build_trainer(model, data, lengths, recipe, criterion, resuming, monitor)
     if settings.gradient_checkpointing:
         _checkpoint_gradients(model)
@@ -137,14 +138,13 @@ def fit_model(
     seconds, replay_bytes = trainer.clock.seconds, trainer.replay_bytes
     trainer.restore_best()  # may evaluate, which takes time, and releases graphs
     examples = settings.accumulation * len(data.train) / count_batches_per_epoch(data, settings)  # of a step
-    read = lengths if model.config.is_encoder_decoder else Lengths(data.lengths, [])
     return Fitted(
         steps=trainer.state.global_step,
         seconds=seconds,
         earlier_seconds=resuming.earlier_seconds,
         tokens_per_s=trainer.state.global_step * examples * lengths.mean / seconds,
         step_seconds=step_seconds,
-        operations=examples * count_operations(model, *read),
+        operations=examples * count_operations(model, lengths),
         micro_batch=trainer.micro.notes,
         fast_paths=trainer.paths_taken,
         replay_bytes=replay_bytes,
@@ -163,7 +163,8 @@ def _build_trainer(
 ) -> FineTuner:
     """Replace `auto` in the settings, and build the trainer with its fast paths and callbacks."""
     can_record = recipe.recorder is not None or model.device.type == "cuda"
-    settings = resolve_auto(recipe.settings, model, bf16=recipe.bf16, records=can_record)
+    longest = lengths.longest[0]
+    settings = resolve_auto(recipe.settings, model, bf16=recipe.bf16, records=can_record, longest=longest)
     required = recipe.settings.graphs is True
     checkpoints = resuming.checkpoints
     return FineTuner(

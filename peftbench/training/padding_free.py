@@ -4,10 +4,14 @@ From a stack's embeddings to its end, the tokens of a batch are in one row, (1, 
 layer computes anything for padding. All operations of a layer are token by token, except its attentions, which
 `modification.packed_attention` restricts to each example. Everything before and after the stacks sees the batch in its
 usual form. An encoder's output stays packed for the cross-attentions of its decoder.
+
+A decoder alone is told the position of each token (`position_ids`), so that its row begins before the embeddings. The
+other families count positions there from the shape of the batch, and their row begins after the embeddings.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,32 +24,38 @@ from transformers import PreTrainedModel
 
 from peftbench.backbones.sites import find_sites, list_configs, set_configs
 from peftbench.modification.attach import takes_our_attention
+from peftbench.modification.head_attention import Prefix
 from peftbench.modification.packed_attention import PACKED_NAME, PACKING, Packing
 from peftbench.modification.prompt import PROMPT
 from peftbench.tasks.batch import NO_TOKEN, Collator
 from peftbench.utils.errors import UserError
 
 SOURCES, TARGETS = "source_lengths", "target_lengths"  # for each example of a batch, in tokens; lists, not tensors
+LABELLED = "labelled"  # the tokens of a decoder alone that predict a label, by their places in the flattened batch
 
 
-def add_lengths(collator: Collator, widths: tuple[int, int] | None = None, pad: int = 0) -> Collator:
+def add_lengths(
+    collator: Collator, widths: tuple[int, int] | None = None, pad: int = 0, *, joined: bool = False
+) -> Collator:
     """Return the collator that adds lists of lengths to its tensors: the CPU knows them without asking the GPU.
 
     Args:
         widths: widths to which sources and targets are padded, so that all batches have one shape; None: the widths as
             they come.
         pad: the id of the padding token.
+        joined: source and target are one text. Then the targets' lengths are the numbers of tokens with a label, which
+            the tokens before them predict.
     """
 
     def collate(examples: list[dict[str, Any]]) -> Mapping[str, Any]:
         batch = dict(collator(examples))
         batch[SOURCES] = batch["attention_mask"].sum(1).tolist()
         if batch["labels"].dim() > 1:
-            width = batch["labels"].shape[1]
-            last = batch["labels"].ne(NO_TOKEN) * torch.arange(1, width + 1)
-            batch[TARGETS] = last.amax(1).tolist()
+            labelled = batch["labels"].ne(NO_TOKEN)
+            last = (labelled * torch.arange(1, labelled.shape[1] + 1)).amax(1)
+            batch[TARGETS] = (labelled[:, 1:].sum(1) if joined else last).tolist()
         if widths is not None:
-            sources, targets = widths
+            sources, targets = widths if not joined else (widths[0], widths[0])
             for name, width, value in (
                 ("input_ids", sources, pad),
                 ("attention_mask", sources, 0),
@@ -69,39 +79,66 @@ def choose_row_step(lengths: Sequence[int], batch_size: int) -> int:
     return 1 << max(0, math.ceil(math.log2(spread))) if spread > 0 else 1
 
 
-def find_refusal(model: PreTrainedModel) -> str | None:
-    """Return the part of a model that cannot be trained without padding, or None if all can."""
+def find_refusal(model: PreTrainedModel, longest: int) -> str | None:
+    """Return the part of a model that cannot be trained without padding, or None if all can.
+
+    Args:
+        longest: tokens of the longest example.
+    """
     sites = find_sites(model)
-    if not sites.embedding or sites.family.embedding_at != "input" or not takes_our_attention(model):
-        return f"{model.config.model_type}, whose layers count positions"
     if any(name.endswith(f".{PROMPT}") for name, _ in model.named_modules()):
         return "prompts, which are prepended to a batch after its embeddings"
+    if not takes_our_attention(model):
+        return f"{model.config.model_type}, whose attention function cannot be replaced"
+    if not _takes_positions(model) and (not sites.embedding or sites.family.embedding_at != "input"):
+        return f"{model.config.model_type}, whose layers count positions"
+    windows = [window for config in list_configs(model) if (window := getattr(config, "sliding_window", None))]
+    prefixes = any(isinstance(module, Prefix) for module in model.modules())
+    if prefixes and windows and min(windows) < longest:
+        return f"prefixes, of which a sliding window of {min(windows)} tokens hides a part"
     return None
+
+
+def _takes_positions(model: PreTrainedModel) -> bool:
+    """Return whether the model is a decoder alone that takes the position of each token."""
+    alone = set(find_sites(model).family.stacks) == {"decoder"}
+    return alone and "position_ids" in inspect.signature(model.base_model.forward).parameters
 
 
 class PaddingFree:
     """Packs the batches of `model` inside `active`.
 
     Args:
-        sources, targets: tokens of the longest example; targets is 0 if the examples have none.
-        steps: the rows of encoder and decoder are filled up to multiples of this number of tokens.
+        sources: tokens of the longest input; in a decoder alone, with its completion.
+        targets: tokens of the longest target; 0 if the examples have none.
+        steps: the rows of encoder and decoder are filled up to multiples of these numbers of tokens. In a decoder
+            alone, they are for its row and for its tokens with a label.
 
     Raises:
-        UserError: for a family whose layers know positions (T5, decoders alone), and for prompts.
+        UserError: for a family whose layers count positions (T5), and for prompts; see `find_refusal`.
     """
 
     def __init__(self, model: PreTrainedModel, sources: int, targets: int, steps: tuple[int, int] = (1, 1)) -> None:
-        if (why := find_refusal(model)) is not None:
+        if (why := find_refusal(model, sources)) is not None:
             raise UserError(
                 f"trainer.padding_free=true is not supported for {why}; use trainer.batching=bucketed, which has "
                 "little padding."
             )
         self.model = model
         self.sites = find_sites(model)
-        self.packings = {"encoder": Packing(sources), "decoder": Packing(max(1, targets))}
-        if targets == 0:  # a classifier with a decoder reads the source again there
-            self.packings["decoder"] = self.packings["encoder"]
-        self.steps = dict(zip(self.packings, steps, strict=True))
+        self.flattens = _takes_positions(model)
+        if self.flattens:
+            self.parameters = list(inspect.signature(model.base_model.forward).parameters)
+            self.packings = {"decoder": Packing(sources)}
+            self.columns = [("decoder", "input_ids", SOURCES)]
+        else:
+            self.packings = {"encoder": Packing(sources), "decoder": Packing(max(1, targets))}
+            self.columns = [("encoder", "input_ids", SOURCES), ("decoder", "labels", TARGETS)]
+            if targets == 0:  # a classifier with a decoder reads the source again there
+                self.packings["decoder"] = self.packings["encoder"]
+        self.steps = dict(zip(self.packings, steps, strict=False))
+        self.labelled_step = steps[1]
+        self.labelled: Tensor | None = None
         # Both stacks have the same number of examples, each with at least one token: a query sees at least one key.
         rooms = [(step - 1, self.packings[stack].longest - 1) for stack, step in self.steps.items()]
         self.fillers = max(math.ceil(most / max(1, each)) for most, each in rooms)
@@ -116,23 +153,35 @@ class PaddingFree:
         """Take the lengths of the next batch from it, or the tensors that `rows` made of them; return the rest, which
         are the model's inputs."""
         batch = self.rows(batch) if SOURCES in batch else dict(batch)
-        for stack, column in (("encoder", "input_ids"), ("decoder", "labels")):
+        for stack, column, _ in self.columns:
             if _list_names(stack)[0] in batch:
                 example, offsets, index = (batch.pop(name) for name in _list_names(stack))
                 self.packings[stack].take((example, offsets, index), tuple(batch[column].shape))
+        self.labelled = batch.pop(LABELLED, None)
         return batch
 
     def rows(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the batch with tensors on its device in place of the lengths."""
         batch = dict(batch)
-        for stack, column, lengths in (("encoder", "input_ids", SOURCES), ("decoder", "labels", TARGETS)):
+        for stack, column, lengths in self.columns:
             if lengths in batch:
                 counts, padded = batch.pop(lengths), batch[column]
                 made = self.packings[stack].tensors(
                     counts, padded.shape[1], padded.device, self._fillers(stack, sum(counts))
                 )
                 batch.update(zip(_list_names(stack), made, strict=True))
+        if TARGETS in batch:
+            batch[LABELLED] = self._find_labelled(batch["labels"], sum(batch.pop(TARGETS)))
         return batch
+
+    def _find_labelled(self, labels: Tensor, count: int) -> Tensor:
+        """Return the `count` places in the flattened (B, S) whose next token has a label, without waiting for the GPU.
+
+        They are filled up, to a multiple of a step, with places that have none and so add nothing to the loss.
+        """
+        ahead = F.pad(labels[:, 1:], (0, 1), value=NO_TOKEN).flatten()
+        count = min(count + -count % self.labelled_step, len(ahead))
+        return (ahead == NO_TOKEN).to(torch.uint8).argsort(stable=True)[:count]
 
     def _fillers(self, stack: str, tokens: int) -> list[int]:
         """Return the lengths of the fillers of a row of that many tokens."""
@@ -145,7 +194,9 @@ class PaddingFree:
 
     def targets(self, padded: Tensor) -> Tensor:
         """Return the target tokens of (B, S, ...) for the batch that was loaded last, as (1, T, ...); for labels, the
-        fillers are `NO_TOKEN`."""
+        fillers are `NO_TOKEN`. In a decoder alone, these are the tokens that predict a label."""
+        if self.labelled is not None:
+            return padded.flatten(0, 1).index_select(0, self.labelled).unsqueeze(0)
         return self.packings["decoder"].pack(padded, 0.0 if padded.is_floating_point() else NO_TOKEN)
 
     @contextmanager
@@ -153,8 +204,11 @@ class PaddingFree:
         """Inside the block, a forward pass packs the batch that was loaded last."""
         handles = []
         base = self.model.base_model
-        for stack, module in self.sites.embedding.items():
-            handles.append(module.register_forward_hook(self._pack(stack)))
+        if self.flattens:
+            handles.append(base.register_forward_pre_hook(self._flatten, with_kwargs=True))
+        else:
+            for stack, module in self.sites.embedding.items():
+                handles.append(module.register_forward_hook(self._pack(stack)))
         last = list(self.sites.family.stacks)[-1]
         end = base.get_submodule(self.sites.family.stacks[last].rpartition(".")[0])
         handles.append(end.register_forward_hook(self._pad(last)))
@@ -164,6 +218,20 @@ class PaddingFree:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _flatten(
+        self, module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]]:
+        """Give a decoder the batch's tokens as one text, with the position of each in its example (forward pre-hook).
+
+        Its mask is all ones: without any, transformers would look for examples in the positions, for which it waits
+        for the GPU.
+        """
+        given = {**dict(zip(self.parameters, args, strict=False)), **given}
+        packing = self.packings["decoder"]
+        ids = packing.pack(given["input_ids"])
+        positions = packing.row.positions.unsqueeze(0)
+        return (), {**given, "input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
 
     def _pack(self, stack: str) -> Any:
         def pack(module: nn.Module, args: tuple[Tensor, ...], embedded: Tensor) -> Tensor:

@@ -26,12 +26,15 @@ AUTO = "auto"
 WIDTH = 32  # tokens; bucketed batches are padded to multiples of it, if the backbone has enough positions
 
 
-def resolve_auto(settings: schema.Trainer, model: PreTrainedModel, *, bf16: bool, records: bool) -> schema.Trainer:
+def resolve_auto(
+    settings: schema.Trainer, model: PreTrainedModel, *, bf16: bool, records: bool, longest: int
+) -> schema.Trainer:
     """Return the settings with true or false instead of `auto`: true if a path is fast and the backbone supports it.
 
     Args:
         bf16: the training runs under bfloat16 autocast.
         records: steps can be recorded, as on a GPU.
+        longest: tokens of the longest example.
 
     Raises:
         UserError: `graphs=true`, and they cannot.
@@ -48,7 +51,7 @@ def resolve_auto(settings: schema.Trainer, model: PreTrainedModel, *, bf16: bool
     padding_free, graphs = settings.padding_free, settings.graphs
     if padding_free == AUTO:
         quick = model.device.type == "cuda" and (bf16 or model.dtype is torch.bfloat16)
-        padding_free = quick and find_refusal(model) is None
+        padding_free = quick and find_refusal(model, longest) is None
     if graphs == AUTO:
         graphs = records and not list_unrecordable(settings) and find_layer_drop(model) is None
     return replace(settings, padding_free=padding_free, graphs=graphs)
@@ -66,7 +69,8 @@ def find_layer_drop(model: PreTrainedModel) -> str | None:
 def make_collator(data: TaskData, model: PreTrainedModel, settings: schema.Trainer, lengths: Lengths) -> Collator:
     """Return the task's collator, adapted to the paths."""
     if settings.padding_free:
-        return add_lengths(data.collator, lengths.longest if settings.graphs else None, model.config.pad_token_id or 0)
+        widths = lengths.longest if settings.graphs else None
+        return add_lengths(data.collator, widths, model.config.pad_token_id or 0, joined=lengths.joined)
     if settings.graphs or settings.batching is schema.Batching.bucketed:
         limit, longest = count_positions(model), max(*data.lengths, *lengths.longest)
         fits = limit is None or -(-longest // WIDTH) * WIDTH <= limit

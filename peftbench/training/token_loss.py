@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from peftbench.backbones.precision import cast_for_autocast
 from peftbench.tasks.batch import NO_TOKEN
 
 CHUNK = 1024  # target tokens whose logits exist at a time
@@ -30,7 +31,7 @@ class TokenLoss:
     Args:
         smoothing: ε of `compute_cross_entropy`.
         compiled: the operations on a chunk's logits are compiled into one kernel.
-        pack: selects from (B, S, ...) the tokens that have a label, for an encoder-decoder; None: all tokens.
+        pack: selects the tokens that have a label from (B, S, ...), as (1, T, ...); None: all tokens.
     """
 
     def __init__(
@@ -65,7 +66,10 @@ class TokenLoss:
         hidden = read[0]
         if self.pack is not None:
             hidden, labels = self.pack(hidden), self.pack(labels)
-        weight, bias = self._weights(_get_compute_dtype(hidden))
+        elif hidden.device.type == "cpu":  # a GPU would have to be waited for
+            labelled = labels != NO_TOKEN
+            hidden, labels = hidden[labelled], labels[labelled]
+        weight, bias = self._weights(hidden.dtype)
         return compute_cross_entropy(
             hidden, weight, bias, labels, self.smoothing, count=count, words=len(self.layer.weight), of=self.chunk
         )
@@ -84,11 +88,6 @@ class TokenLoss:
         return self._kept[dtype]
 
 
-def _get_compute_dtype(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-
-
 def find_output_layer(model: PreTrainedModel) -> nn.Linear | None:
     """Return the frozen Linear that computes a model's logits; None if there is none, or if it is trained and so needs
     its gradient too."""
@@ -100,11 +99,15 @@ def find_output_layer(model: PreTrainedModel) -> nn.Linear | None:
 
 @contextmanager
 def capture_hidden_states(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside the block, a forward pass leaves the input of `layer` in the list, and `layer` itself gets no tokens."""
+    """Inside the block, a forward pass leaves the input of `layer` in the list, and `layer` itself gets no tokens.
+
+    The input is in the dtype in which `layer` would have multiplied it. Autocast is on inside the forward pass alone,
+    and a norm's output is float32 there.
+    """
     seen: list[Tensor] = []
 
     def take(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        seen.append(args[0])
+        seen.append(cast_for_autocast(args[0]))
         return (args[0][:, :0],)
 
     hook = layer.register_forward_pre_hook(take)
@@ -119,12 +122,17 @@ def _compute_chunk(logits: Tensor, labels: Tensor, smoothing: float, words: int)
 
     logits: (n, V or more columns, which do not count); labels: (n,).
     """
-    log_p = logits[:, :words].float().log_softmax(-1)
+    log_p = logits[:, :words].log_softmax(-1, dtype=torch.float32)
     active = (labels != NO_TOKEN).unsqueeze(-1)
     index = labels.clamp(min=0).unsqueeze(-1)
-    loss = (1 - smoothing) * log_p.gather(-1, index) + smoothing / words * log_p.sum(-1, keepdim=True)
-    right = torch.arange(words, device=labels.device) == index
-    slope = (log_p.exp() - smoothing / words - (1 - smoothing) * right) * active
+    loss = (1 - smoothing) * log_p.gather(-1, index)
+    if smoothing:
+        loss = loss + smoothing / words * log_p.sum(-1, keepdim=True)
+    slope = log_p.exp_()  # in place: each further tensor of this size costs as much time as the softmax
+    if smoothing:
+        slope -= smoothing / words
+    slope.scatter_add_(-1, index, slope.new_full((1, 1), smoothing - 1).expand_as(index))
+    slope *= active
     return -(loss * active).sum(), F.pad(slope.to(logits.dtype), (0, logits.shape[-1] - words))
 
 

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from peftbench.modification.attach import attach
 from peftbench.training.arithmetic import count_operations
+from peftbench.training.batching import Lengths
 from tests.families import PRESETS, build, dropout
 
 
@@ -29,4 +30,12 @@ def test_a_pass(family: str, preset: str) -> None:
     with FlopCounterMode(display=False) as counter:
         model.train()(input_ids=ids, labels=labels).loss.backward()
     targets = [12, 12] if family == "bart" else []
-    assert 2 * count_operations(model, [40, 40], targets) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    lengths = Lengths([40, 40], targets, joined=False)
+    assert 2 * count_operations(model, lengths) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_a_decoder_needs_logits_only_where_there_are_labels() -> None:
+    model = build("llama")
+    attach(model, PRESETS["lora_ffn"])
+    few, many = (count_operations(model, Lengths([40, 40], [targets] * 2, joined=True)) for targets in (10, 30))
+    assert many - few == 4 * model.lm_head.weight.numel() * 20

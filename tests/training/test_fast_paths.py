@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from peftbench.tasks.batch import NO_TOKEN
 from peftbench.training import paths
 from peftbench.training.compiled import CompiledLayers
 from peftbench.training.token_loss import (
+    TokenLoss,
+    _compute_chunk,
     capture_hidden_states,
     compute_cross_entropy,
     find_logits_bias,
@@ -63,6 +66,51 @@ def test_the_loss_is_that_of_label_smoother(family: str, smoothing: float) -> No
     assert wanted.keys() == found.keys()
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("family", ["bart", "llama"])
+def test_the_loss_is_computed_in_the_dtype_of_the_pass(family: str) -> None:
+    """Under autocast, which ends with the forward pass, and after whose norms the hidden states are float32."""
+    model = model_of(family, "lora_ffn")
+    inputs = batch(family)
+    layer = find_output_layer(model)
+    assert layer is not None
+    token_loss = TokenLoss(model, layer, 0.1)
+    multiplied: list[torch.dtype] = []
+
+    def chunk(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        multiplied.append(logits.dtype)
+        return _compute_chunk(logits, *others)
+
+    token_loss.chunk = chunk
+
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)  # as accelerate does
+    found = token_loss(inputs)
+    logits = model(**inputs).logits.float()
+    wanted = LabelSmoother(epsilon=0.1)({"logits": logits}, inputs["labels"], shift_labels=family in CONTINUING)
+    assert multiplied == [torch.bfloat16]
+    torch.testing.assert_close(found, wanted, rtol=2e-3, atol=0)
+    exact, rounded = gradients_of(model, wanted), gradients_of(model, found)
+    for name, gradient in exact.items():
+        assert (rounded[name] - gradient).norm() <= 0.02 * gradient.norm(), name
+
+
+def test_tokens_without_a_label_get_no_logits() -> None:
+    model = model_of("llama", "lora_ffn")
+    inputs = batch("llama")
+    inputs["labels"][:, :4] = NO_TOKEN
+    layer = find_output_layer(model)
+    assert layer is not None
+    token_loss, tokens = TokenLoss(model, layer, 0.0), 0
+
+    def chunk(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        nonlocal tokens
+        tokens += len(logits)
+        return _compute_chunk(logits, *others)
+
+    token_loss.chunk = chunk
+    torch.testing.assert_close(token_loss(inputs), model(**inputs).loss, rtol=1e-5, atol=1e-6)
+    assert tokens == int((inputs["labels"] != NO_TOKEN).sum())
 
 
 @pytest.mark.parametrize("family", ["t5", pytest.param("gpt2", marks=pytest.mark.slow)])

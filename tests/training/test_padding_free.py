@@ -20,11 +20,24 @@ from peftbench.modification.packed_attention import Packing, TokenRow, attend
 from peftbench.training.compiled import CompiledLayers
 from peftbench.training.padding_free import PaddingFree, add_lengths
 from peftbench.utils.errors import UserError
-from tests.families import ALIKE, PRESETS, WRITING, batch, build, cases, dropout, modification, shake
+from tests.families import (
+    ALIKE,
+    CONTINUING,
+    DECODERS,
+    PRESETS,
+    WRITING,
+    batch,
+    build,
+    cases,
+    dropout,
+    modification,
+    shake,
+)
 from tests.fitting import Targets, fitted, gradients_of, model_of, one_step, trained
 from tests.training.test_gradients import relative_error, smooth
 
 PACKED = ("bart", "mbart", "bart_classifier", "roberta", "bert", "electra", "distilbert")
+PACKED += DECODERS
 LENGTHS = (9, 3, 6)
 
 
@@ -132,8 +145,11 @@ def test_packed_and_padded_again() -> None:
 
 
 def uneven(family: str, lengths: tuple[int, ...] = LENGTHS) -> dict[str, Tensor]:
-    """A batch in which targets, too, have different lengths."""
+    """A batch in which targets, too, have different lengths. A decoder's texts begin with tokens without a label."""
     inputs = batch(family, lengths)
+    if family in CONTINUING:
+        inputs["labels"][:, :2] = -100
+        inputs["labels"][0, :5] = -100
     if family in WRITING:
         inputs["labels"][0, 3:] = -100
         shifted = build(family).prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
@@ -141,10 +157,15 @@ def uneven(family: str, lengths: tuple[int, ...] = LENGTHS) -> dict[str, Tensor]
     return inputs
 
 
-def lengthened(inputs: dict[str, Tensor]) -> dict[str, Any]:
+def lengthened(inputs: dict[str, Tensor], family: str = "bart") -> dict[str, Any]:
     """The batch as `add_lengths` gives it."""
-    collate = add_lengths(lambda examples: inputs)
+    collate = add_lengths(lambda examples: inputs, joined=family in CONTINUING)
     return dict(collate([]))
+
+
+def longest_target(family: str, lengths: tuple[int, ...] = LENGTHS) -> int:
+    """Tokens; 0 if the examples have none."""
+    return max(lengths) if family in CONTINUING else 5 if family in WRITING else 0
 
 
 def loss_and_gradients(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -162,13 +183,14 @@ def loss_and_gradients(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[
     ],
 )
 def test_the_loss_and_gradients_are_those_with_padding(family: str, preset: str) -> None:
-    model = model_of(family, preset)
+    windowed = family in ("mistral", "qwen2") and preset in ("mam", "unipelt")
+    model = model_of(family, preset, **({"sliding_window": max(LENGTHS)} if windowed else {}))
     inputs = uneven(family)
     wanted, expected = loss_and_gradients(model, inputs)
-    packed = PaddingFree(model, max(LENGTHS), 5 if family in WRITING else 0)
+    packed = PaddingFree(model, max(LENGTHS), longest_target(family))
     named = model.config._attn_implementation
     with packed.active():
-        loss, gradients = loss_and_gradients(model, packed.load(lengthened(inputs)))
+        loss, gradients = loss_and_gradients(model, packed.load(lengthened(inputs, family)))
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -191,7 +213,8 @@ def test_no_layer_sees_padding() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "preset"), [("bart", "mam"), ("bart", "mh_parallel_adapter_hidden"), ("roberta", "lora_ffn")]
+    ("family", "preset"),
+    [("bart", "mam"), ("bart", "mh_parallel_adapter_hidden"), ("roberta", "lora_ffn"), ("llama", "mam")],
 )
 def test_compiled(family: str, preset: str) -> None:
     """No graph break, and no more graphs for batches of other lengths."""
@@ -200,12 +223,12 @@ def test_compiled(family: str, preset: str) -> None:
     model = model_of(family, preset)
     graphs = CompileCounterWithBackend("aot_eager")
     layers = CompiledLayers(model, backend=graphs)
-    packed = PaddingFree(model, 12, 5 if family in WRITING else 0)
+    packed = PaddingFree(model, 12, longest_target(family, (12,)))
     for lengths in [(9, 3, 6), (5, 8, 12), (7, 7, 2)]:
         inputs = uneven(family, lengths)
         wanted, expected = loss_and_gradients(model, inputs)
         with packed.active(), layers.active():
-            loss, gradients = loss_and_gradients(model, packed.load(lengthened(inputs)))
+            loss, gradients = loss_and_gradients(model, packed.load(lengthened(inputs, family)))
         torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
         for name, gradient in expected.items():
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
@@ -213,13 +236,22 @@ def test_compiled(family: str, preset: str) -> None:
     assert 0 < sum(1 for graph in graphs.graphs if len(graph.graph.nodes)) <= 4
 
 
-WIDE = {"bart": {"d_model": 32}, "roberta": {"hidden_size": 32}}  # heads of 8, which the kernel takes
+# heads of 8, which the kernel takes
+WIDE: dict[str, dict[str, Any]] = {
+    "bart": {"d_model": 32},
+    "roberta": {"hidden_size": 32},
+    "llama": {"hidden_size": 32},
+    "gpt2": {"n_embd": 32},
+    "mistral": {"hidden_size": 32, "sliding_window": 4},
+}
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("preset", ["mam", "lora_ffn"])
-@pytest.mark.parametrize("family", WIDE)
+@pytest.mark.parametrize(
+    ("family", "preset"),
+    [(family, preset) for family in WIDE for preset in ("mam", "lora_ffn") if (family, preset) != ("mistral", "mam")],
+)
 def test_gradients_on_the_gpu(family: str, preset: str, compiled: bool) -> None:
     """Under autocast, against float64 on the CPU with padding; the tolerance is that of `test_gradients`."""
     torch._dynamo.reset()
@@ -232,11 +264,11 @@ def test_gradients_on_the_gpu(family: str, preset: str, compiled: bool) -> None:
 
     _, exact = loss_and_gradients(model(torch.float64), uneven(family))
     on_gpu = model(torch.float32).to("cuda")
-    packed = PaddingFree(on_gpu, max(LENGTHS), 5 if family in WRITING else 0)
+    packed = PaddingFree(on_gpu, max(LENGTHS), longest_target(family))
     layers = CompiledLayers(on_gpu) if compiled else None
     for lengths in (LENGTHS, (2, 8, 9), LENGTHS):  # compiled code meets other lengths in between
         inputs = {name: tensor.cuda() for name, tensor in uneven(family, lengths).items()}
-        given = packed.load({**lengthened(uneven(family, lengths)), **inputs})
+        given = packed.load({**lengthened(uneven(family, lengths), family), **inputs})
         with packed.active(), layers.active() if layers else nullcontext(), torch.autocast("cuda", torch.bfloat16):
             _, gradients = loss_and_gradients(on_gpu, given)
     assert relative_error({name: g.double().cpu() for name, g in gradients.items()}, exact) < 0.15
@@ -253,8 +285,10 @@ FIT = {
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
-        pytest.param(family, settings, marks=[] if (family, settings) == ("bart", "fused loss") else pytest.mark.slow)
-        for family, settings in itertools.product(("bart", "bart_classifier", "roberta"), FIT)
+        pytest.param(
+            family, settings, marks=[] if settings == "fused loss" and family in ("bart", "llama") else pytest.mark.slow
+        )
+        for family, settings in itertools.product(("bart", "bart_classifier", "roberta", "llama", "gpt2"), FIT)
     ],
 )
 def test_fit(family: str, settings: str, tmp_path: Path) -> None:
@@ -281,12 +315,69 @@ def test_attention_dropout_is_there_in_training_alone() -> None:
         assert torch.equal(model(**given).logits, model(**given).logits)
 
 
-@pytest.mark.parametrize("family", ["t5", "gpt2", "llama"])
-def test_layers_that_count_positions_are_refused(family: str) -> None:
-    model = build(family)
+def test_layers_that_count_positions_are_refused() -> None:
+    model = build("t5")
     attach(model, PRESETS["lora"])
     with pytest.raises(UserError, match=r"trainer\.padding_free=true .*; use trainer.batching=bucketed"):
         PaddingFree(model, 9, 5)
+
+
+def test_a_window_hides_no_prefix() -> None:
+    """A kernel's window would count the prefix's vectors as tokens; longer windows hide nothing."""
+    model = model_of("mistral", "mam", sliding_window=4)
+    with pytest.raises(UserError, match="prefixes, of which a sliding window of 4 tokens hides a part"):
+        PaddingFree(model, 9, 9)
+    assert PaddingFree(model, 4, 4).flattens
+
+
+def test_a_sliding_window() -> None:
+    """A token sees as many tokens before it as with padding, and fewer than without a window."""
+    inputs, losses = uneven("mistral"), []
+    for window in (4, 100):
+        model = model_of("mistral", "lora_ffn", sliding_window=window)
+        wanted, expected = loss_and_gradients(model, inputs)
+        packed = PaddingFree(model, max(LENGTHS), max(LENGTHS))
+        with packed.active():
+            loss, gradients = loss_and_gradients(model, packed.load(lengthened(inputs, "mistral")))
+        torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+        losses.append(float(loss))
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+def test_a_decoder_sees_one_text_in_which_each_example_begins_at_0() -> None:
+    model = model_of("llama", "lora_ffn")
+    seen: list[Tensor] = []
+    model.model.rotary_emb.register_forward_hook(
+        lambda module, args, given, output: seen.append(given["position_ids"]), with_kwargs=True
+    )
+    packed = PaddingFree(model, max(LENGTHS), max(LENGTHS), (32, 16))
+    given = packed.load(lengthened(uneven("llama"), "llama"))
+    with packed.active():
+        model(**given)
+    positions = seen[0][0].tolist()
+    assert positions[:18] == [position for length in LENGTHS for position in range(length)]
+    assert len(positions) == 32 and max(positions) < max(LENGTHS)  # filled up with further examples
+    ahead = given["labels"][:, 1:]
+    found = packed.targets(torch.nn.functional.pad(ahead, (0, 1), value=-100))[0]
+    labelled = ahead[ahead != -100]
+    assert found[: len(labelled)].tolist() == labelled.tolist()
+    assert len(found) == 16 and bool((found[len(labelled) :] == -100).all())
+
+
+def test_under_autocast() -> None:
+    """Rotated queries are float32 there, values bfloat16; what is computed is nearer to bfloat16's padded result than
+    that is to float32's."""
+    model = model_of("llama", "mam")
+    inputs = uneven("llama")
+    exact, _ = loss_and_gradients(model, inputs)
+    packed = PaddingFree(model, max(LENGTHS), max(LENGTHS))
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted, _ = loss_and_gradients(model, inputs)
+        with packed.active():
+            loss, _ = loss_and_gradients(model, packed.load(lengthened(inputs, "llama")))
+    assert abs(loss - exact) <= 2 * abs(wanted - exact) + 1e-3
 
 
 def test_two_prefixes_at_one_attention() -> None:
