@@ -116,6 +116,8 @@ def attend_packed(
 
     query: (1, N_h, T, d_h), key and value: (1, N_h, T', d_h). Returns (1, T, N_h, d_h).
     """
+    if kwargs.get("softcap") is not None or kwargs.get("sliding_window") is not None:
+        raise RuntimeError(f"{type(module).__name__} caps its scores or has a window, which packed rows do not support")
     queries, keys = getattr(module, PACKING)
     children = module._modules.get(HEADS)
     modifications = [] if children is None else list(children.children())

@@ -74,6 +74,8 @@ def find_refusal(model: PreTrainedModel) -> str | None:
     sites = find_sites(model)
     if not sites.embedding or sites.family.embedding_at != "input" or not takes_our_attention(model):
         return f"{model.config.model_type}, whose layers count positions"
+    if any(getattr(config, "attn_logit_softcapping", None) is not None for config in list_configs(model)):
+        return f"{model.config.model_type}, whose attentions cap their scores"
     if any(name.endswith(f".{PROMPT}") for name, _ in model.named_modules()):
         return "prompts, which are prepended to a batch after its embeddings"
     return None
