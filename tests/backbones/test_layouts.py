@@ -101,6 +101,7 @@ def test_saved_and_loaded_and_in_inference_it_predicts_the_same(family: str, pre
     model = attached(family, preset)
     expected = logits(model, family)
     assert not torch.allclose(expected, logits(build(family), family), atol=1e-5)
+    fold(model)
     save(model, tmp_path)
     again = build(family)
     attach(again, PRESETS[preset])
