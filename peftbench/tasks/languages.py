@@ -29,12 +29,20 @@ def begin_in_language(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     mBART-cc25 ends a text with its code, and generation starts from the target's code, which the model moves to the
     front of the decoder's input. mBART-50, M2M100 and NLLB begin a text with its code, which is then forced as the
     first generated token. How the tokenizer encodes a target tells the two apart.
+
+    Raises:
+        UserError: the tokenizer is of the first kind, and the model of the second.
     """
     if not hasattr(tokenizer, "src_lang"):
         return
     written = get_written_language(tokenizer)
     ids = tokenizer(text_target="")["input_ids"]
     assert model.generation_config is not None
+    if ids[-1] == written and model.config.model_type == "m2m_100":
+        raise UserError(
+            "The tokenizer puts the language code after a text, and this backbone (m2m_100) reads it before: set "
+            "legacy_behaviour to false in its tokenizer_config.json."
+        )
     if ids[-1] == written:
         model.generation_config.decoder_start_token_id = written
         model.generation_config.forced_bos_token_id = None

@@ -3,6 +3,7 @@ interleaved by head, capped scores, parallel residuals, attentions without an in
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, GenerationConfig, PreTrainedModel
+from transformers import AttentionInterface, GenerationConfig, M2M100Tokenizer, NllbTokenizer, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from peftbench.backbones.sites import find_sites
@@ -23,6 +24,7 @@ from peftbench.modification.head_attention import attend_modified
 from peftbench.modification.merge import find_obstacles, merge
 from peftbench.modification.state import fold, load, save
 from peftbench.tasks.batch import make_decoder_inputs
+from peftbench.tasks.languages import begin_in_language, get_written_language, set_languages
 from peftbench.training.arithmetic import count_operations
 from peftbench.training.padding_free import find_refusal
 from peftbench.training.token_loss import TokenLoss, find_output_layer
@@ -330,3 +332,50 @@ def test_blooms_dropout_is_drawn_once_and_before_the_modified_output() -> None:
         losses.append(each.train()(**batch("bloom")).loss.item())
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     assert losses[0] != pytest.approx(plain.eval()(**batch("bloom")).loss.item(), abs=1e-4)
+
+
+def nllb(**more: Any) -> NllbTokenizer:
+    """A tokenizer of a few letters and two languages."""
+    words = {word: index for index, word in enumerate(("<s>", "<pad>", "</s>", "<unk>", *"\u2581abcdef"))}
+    codes = ["eng_Latn", "ron_Latn"]
+    return NllbTokenizer(vocab=words, merges=[], extra_special_tokens=codes, src_lang="eng_Latn", **more)
+
+
+def test_nllb_is_forced_to_write_the_language_first() -> None:
+    tokenizer, model = nllb(), build("m2m_100")
+    set_languages(tokenizer, "eng_Latn", "ron_Latn")
+    begin_in_language(model, tokenizer)
+    english, romanian = tokenizer.convert_tokens_to_ids(["eng_Latn", "ron_Latn"])
+    assert tokenizer("ab")["input_ids"][0] == english
+    labels = torch.tensor([tokenizer(text_target="ab")["input_ids"]])
+    assert labels[0, 0] == romanian == get_written_language(tokenizer)
+    assert make_decoder_inputs(model, labels)[0, :2].tolist() == [2, romanian]
+    options = model.generation_config
+    assert options is not None and options.forced_bos_token_id == romanian
+    options.max_new_tokens = 3
+    assert model.generate(torch.tensor([[5, 6, 2]]))[0, :2].tolist() == [2, romanian]
+
+
+def test_a_code_after_a_text_is_refused_where_it_is_not_read() -> None:
+    tokenizer = nllb(legacy_behaviour=True)
+    set_languages(tokenizer, "eng_Latn", "ron_Latn")
+    with pytest.raises(UserError, match="set legacy_behaviour to false"):
+        begin_in_language(build("m2m_100"), tokenizer)
+
+
+def test_m2m100_names_its_languages_without_underscores(tmp_path: Path) -> None:
+    """Its token of ro is __ro__."""
+    pieces = pytest.importorskip("sentencepiece")
+    text, words = tmp_path / "text", {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
+    text.write_text("the cat sat on the mat\no pisica sta\n" * 20)
+    pieces.SentencePieceTrainer.train(input=str(text), model_prefix=str(tmp_path / "spm"), vocab_size=20)
+    (tmp_path / "vocab.json").write_text(json.dumps(words))
+    tokenizer, model = M2M100Tokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "spm.model")), build("m2m_100")
+    set_languages(tokenizer, "en", "ro")
+    begin_in_language(model, tokenizer)
+    assert tokenizer("cat")["input_ids"][0] == tokenizer.get_lang_id("en")
+    assert get_written_language(tokenizer) == tokenizer.get_lang_id("ro")
+    assert model.generation_config is not None
+    assert model.generation_config.forced_bos_token_id == tokenizer.get_lang_id("ro")
+    with pytest.raises(UserError, match=r"task\.target_language=ron_Latn is unknown"):
+        set_languages(tokenizer, None, "ron_Latn")
