@@ -464,7 +464,7 @@ def run_on(family: str, folder: Path, found: dict[str, schema.Modification], **m
     """A run of the modifications `found`, by prefix, on a tiny model of which `folder` has the config.json alone."""
     build(family).config.save_pretrained(folder)
     root = {} if "" not in found else {key: getattr(found[""], key) for key in schema.Modification.__dataclass_fields__}
-    kind = schema.TaskKind.text_to_text if family in WRITING else schema.TaskKind.classification
+    kind = schema.TaskKind.text_to_text if family in (*WRITING, *LAID_OUT_WRITING) else schema.TaskKind.classification
     return schema.Run(
         **root,
         mix={prefix.split(".")[1]: m for prefix, m in found.items() if prefix},

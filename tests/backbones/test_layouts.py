@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
 from transformers import AttentionInterface, GenerationConfig, M2M100Tokenizer, NllbTokenizer, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from peftbench.backbones.sites import find_sites
+from peftbench.counts.run_counts import count_run
 from peftbench.evaluation.inference import prepare_inference
 from peftbench.evaluation.kv_cache import make_caches
 from peftbench.modification.attach import attach, takes_our_attention
@@ -26,6 +29,7 @@ from peftbench.modification.state import fold, load, save
 from peftbench.tasks.batch import make_decoder_inputs
 from peftbench.tasks.languages import begin_in_language, get_written_language, set_languages
 from peftbench.training.arithmetic import count_operations
+from peftbench.training.compiled import CompiledLayers
 from peftbench.training.padding_free import find_refusal
 from peftbench.training.token_loss import TokenLoss, find_output_layer
 from peftbench.utils.errors import UserError
@@ -38,6 +42,7 @@ from tests.families import (
     build,
     inputs,
     modification,
+    run_on,
     shake,
 )
 
@@ -379,3 +384,48 @@ def test_m2m100_names_its_languages_without_underscores(tmp_path: Path) -> None:
     assert model.generation_config.forced_bos_token_id == tokenizer.get_lang_id("ro")
     with pytest.raises(UserError, match=r"task\.target_language=ron_Latn is unknown"):
         set_languages(tokenizer, None, "ron_Latn")
+
+
+@every_case
+def test_groups_of_a_run_sum_to_the_counts_of_the_model(family: str, preset: str, tmp_path: Path) -> None:
+    """Counted without weights, group by group, as `params` prints them."""
+    found = count_run(run_on(family, tmp_path, PRESETS[preset]))
+    expected = count(attached(family, preset))
+    for name in ("trained", "stored", "paper"):
+        assert sum(getattr(group, name) for group in found.groups) == getattr(found.totals, name)
+        assert getattr(found.totals, name) == getattr(expected, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "preset"),
+    [
+        ("phi3", "mam"),
+        ("modernbert", "mam"),
+        ("gemma2", "mam"),
+        ("gpt_neox", "lora"),
+        ("bloom", "ia3"),
+        ("falcon", "lora"),
+    ],
+)
+def test_compiled_layers_compute_the_same(family: str, preset: str) -> None:
+    graphs = 0
+
+    def backend(graph: Any, example: Any, **options: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return aot_eager(graph, example)
+
+    model = attached(family, preset)
+    outcomes: list[list[Tensor]] = []
+    layers = CompiledLayers(model, backend=backend)
+    for compiled in (False, True):
+        model.zero_grad()
+        with layers.active() if compiled else nullcontext():
+            out = model(**batch(family))
+            out.loss.backward()
+        outcomes.append([out.logits, *(p.grad for p in model.parameters() if p.grad is not None)])
+        assert bool(graphs) is compiled
+    assert len(outcomes[0]) > 1
+    for plain, other in zip(*outcomes, strict=True):
+        assert torch.allclose(plain, other, atol=1e-4 * max(1.0, float(plain.detach().abs().max())))
