@@ -441,8 +441,17 @@ def find_family(model_type: str) -> Family:
 
 
 def find_sites(model: PreTrainedModel) -> Sites:
-    """Resolve the model's family row into modules. Works on the meta device too."""
+    """Resolve the model's family row into modules. Works on the meta device too.
+
+    Raises:
+        UserError: there is no such row, or the config makes the layers multiply by weights without their modules.
+    """
     config = model.config
+    if getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1:
+        raise UserError(
+            "The backbone's config.json has slow_but_exact=true, with which BLOOM's layers bypass the modules that a "
+            "modification is attached to; set it to false."
+        )
     family = find_family(config.model_type)
     base = model.base_model
     names = {module: name for name, module in model.named_modules()}

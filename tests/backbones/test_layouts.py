@@ -429,3 +429,9 @@ def test_compiled_layers_compute_the_same(family: str, preset: str) -> None:
     assert len(outcomes[0]) > 1
     for plain, other in zip(*outcomes, strict=True):
         assert torch.allclose(plain, other, atol=1e-4 * max(1.0, float(plain.detach().abs().max())))
+
+
+def test_layers_that_bypass_their_modules_are_refused() -> None:
+    model = build("bloom", slow_but_exact=True, pretraining_tp=2)
+    with pytest.raises(UserError, match="slow_but_exact=true"):
+        attach(model, PRESETS["lora"])
