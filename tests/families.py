@@ -16,25 +16,47 @@ from transformers import (
     BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    BloomConfig,
+    BloomForCausalLM,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     ElectraConfig,
     ElectraForSequenceClassification,
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
     MBartConfig,
     MBartForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    MPNetConfig,
+    MPNetForSequenceClassification,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
     T5Config,
@@ -184,6 +206,66 @@ def gpt2_classifier(**more: Any) -> PreTrainedModel:
     return GPT2ForSequenceClassification(GPT2Config(**{**_GPT2, **more}))
 
 
+def phi3(**more: Any) -> PreTrainedModel:
+    return Phi3ForCausalLM(Phi3Config(**{**_DECODER, **more}))
+
+
+def modernbert(**more: Any) -> PreTrainedModel:
+    """The first layer sees everything, the second has a window that is shorter than the texts."""
+    own = {"global_attn_every_n_layers": 2, "local_attention": 4, "eos_token_id": 2, "bos_token_id": 0}
+    return ModernBertForSequenceClassification(ModernBertConfig(**{**_ENCODER, **own, **more}))
+
+
+def gemma2(**more: Any) -> PreTrainedModel:
+    """Caps so low that a forgotten one shows; the first layer has a window that is shorter than the texts."""
+    own = {"head_dim": 6, "sliding_window": 4, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 0.5}
+    return Gemma2ForCausalLM(Gemma2Config(**{**_DECODER, **own, "query_pre_attn_scalar": 6, **more}))
+
+
+_NO_GROUPS = {key: value for key, value in _DECODER.items() if key != "num_key_value_heads"}
+
+
+def gpt_neox(**more: Any) -> PreTrainedModel:
+    """Attention and FFN read the same hidden states."""
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**{**_NO_GROUPS, **more}))
+
+
+def bloom(**more: Any) -> PreTrainedModel:
+    own = {"vocab_size": VOCABULARY, "hidden_size": 16, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
+    return BloomForCausalLM(BloomConfig(**{**own, "pad_token_id": 1, "eos_token_id": 2, "bos_token_id": 0, **more}))
+
+
+def falcon(**more: Any) -> PreTrainedModel:
+    """As Falcon-40B: two key heads, each after its two query heads, and a norm for each sub-layer."""
+    own = {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 32, "bias": False}
+    return FalconForCausalLM(FalconConfig(**{**_NO_GROUPS, **own, **more}))
+
+
+def m2m_100(**more: Any) -> PreTrainedModel:
+    own = {**_ENCODER_DECODER, "decoder_start_token_id": 2, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
+    return M2M100ForConditionalGeneration(M2M100Config(**{**own, **more}))
+
+
+def mpnet(**more: Any) -> PreTrainedModel:
+    return MPNetForSequenceClassification(MPNetConfig(**{**_ENCODER, **more}))
+
+
+def deberta_v2(**more: Any) -> PreTrainedModel:
+    """As v3: the projections of queries and keys also read the relative positions."""
+    own = {"relative_attention": True, "share_att_key": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4}
+    own |= {"norm_rel_ebd": "layer_norm", "position_biased_input": False, "pad_token_id": 1}
+    return DebertaV2ForSequenceClassification(DebertaV2Config(**{**_ENCODER, **own, **more}))
+
+
+def mixtral(**more: Any) -> PreTrainedModel:
+    return MixtralForCausalLM(MixtralConfig(**{**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2, **more}))
+
+
+def qwen3_moe(**more: Any) -> PreTrainedModel:
+    own = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 6}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**_DECODER, **own, **more}))
+
+
 FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
     "bart": bart,
     "bart_classifier": bart_classifier,
@@ -205,9 +287,25 @@ MORE_FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
     "gpt2": gpt2,
     "gpt2_classifier": gpt2_classifier,
 }
+# Families whose layers are laid out in another way than a row of modules: tests/backbones/test_layouts.py.
+LAYOUTS: dict[str, Callable[..., PreTrainedModel]] = {
+    "phi3": phi3,
+    "modernbert": modernbert,
+    "gemma2": gemma2,
+    "gpt_neox": gpt_neox,
+    "bloom": bloom,
+    "falcon": falcon,
+    "m2m_100": m2m_100,
+    "mpnet": mpnet,
+    "deberta_v2": deberta_v2,
+    "mixtral": mixtral,
+    "qwen3_moe": qwen3_moe,
+}
 GENERATING = ("bart", "mbart")
 WRITING = (*GENERATING, "t5", "t5_gated")  # whose labels are texts
 CONTINUING = ("llama", "mistral", "qwen2", "qwen3", "gpt2")  # decoders alone, whose labels are the input itself
+LAID_OUT_WRITING = ("m2m_100",)  # of LAYOUTS
+LAID_OUT_CONTINUING = ("phi3", "gemma2", "gpt_neox", "bloom", "falcon", "mixtral", "qwen3_moe")
 DECODERS = (*CONTINUING, "llama_classifier", "gpt2_classifier")
 
 
@@ -216,8 +314,9 @@ def build(family: str, seed: int = 0, **more: Any) -> PreTrainedModel:
     torch.manual_seed(seed)
     if family.startswith("t5") and not T5_HAS_INTERFACE:
         pytest.skip("this transformers' T5 does not call registered attention functions; peftbench refuses its heads")
-    model = {**FAMILIES, **MORE_FAMILIES}[family](**more)
-    model.set_attn_implementation("sdpa")
+    model = {**FAMILIES, **MORE_FAMILIES, **LAYOUTS}[family](**more)
+    if model._supports_sdpa:
+        model.set_attn_implementation("sdpa")
     return model.eval()
 
 
@@ -247,9 +346,9 @@ def batch(family: str, lengths: tuple[int, ...] = (9, 6), seed: int = 1) -> dict
         ids[row, :length] = torch.randint(5, VOCABULARY, (length,), generator=generator)
         ids[row, length - 1] = 2  # BART's classifier reads the last </s>
         mask[row, :length] = 1
-    if family in CONTINUING:
+    if family in (*CONTINUING, *LAID_OUT_CONTINUING):
         labels = ids.masked_fill(mask == 0, -100)
-    elif family in WRITING:
+    elif family in (*WRITING, *LAID_OUT_WRITING):
         labels = torch.randint(5, VOCABULARY, (len(lengths), 5), generator=generator)
     else:
         labels = torch.randint(0, 3, (len(lengths),), generator=generator)
@@ -260,7 +359,7 @@ def inputs(family: str, lengths: tuple[int, ...] = (9, 6), seed: int = 1) -> dic
     """What generation begins with: a batch without labels, for decoders alone padded on the left."""
     found = batch(family, lengths, seed)
     del found["labels"]
-    if family in CONTINUING:
+    if family in (*CONTINUING, *LAID_OUT_CONTINUING):
         longest = max(lengths)
         for name, tensor in found.items():
             rows = zip(tensor, lengths, strict=True)
@@ -365,7 +464,7 @@ def run_on(family: str, folder: Path, found: dict[str, schema.Modification], **m
     """A run of the modifications `found`, by prefix, on a tiny model of which `folder` has the config.json alone."""
     build(family).config.save_pretrained(folder)
     root = {} if "" not in found else {key: getattr(found[""], key) for key in schema.Modification.__dataclass_fields__}
-    kind = schema.TaskKind.text_to_text if family in WRITING else schema.TaskKind.classification
+    kind = schema.TaskKind.text_to_text if family in (*WRITING, *LAID_OUT_WRITING) else schema.TaskKind.classification
     return schema.Run(
         **root,
         mix={prefix.split(".")[1]: m for prefix, m in found.items() if prefix},

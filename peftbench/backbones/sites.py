@@ -6,11 +6,13 @@ To support an architecture, add a row and a test case (CONTRIBUTING.md); no clas
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -21,7 +23,7 @@ from peftbench.utils.errors import UserError
 class AttentionPaths:
     """One attention sub-layer, as paths from its layer.
 
-    If query, key and value have the same path, the projection is fused: its output is q | k | v.
+    If query, key and value have the same path, the projection is fused: its output is q | k | v, or `interleaved`.
     """
 
     module: str  # the module that calls the attention function
@@ -29,6 +31,9 @@ class AttentionPaths:
     key: str
     value: str
     output: str  # W_o; its input is the concatenation of the heads
+    # A fused output is a list of groups, one for each key head: the group's queries, its key and its value.
+    interleaved: bool = False
+    source: str | None = None  # a projection that reads the attention's input x and nothing else; None: the query's
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,15 @@ class FeedForwardPaths:
     first: tuple[str, ...]  # W_1, or all modules that read the sub-layer's input x; a layer may lack some of them
     second: str  # W_2
     dropout: str | None = None  # the Dropout module after W_2; None if there is none, or dropout is a function call
+    fused: tuple[str, ...] = ()  # if `first` is one module that computes several matrices: their names, in its order
+
+
+def _count_kv_heads(config: Any, heads: int) -> int:
+    return int(getattr(config, "num_key_value_heads", None) or heads)
+
+
+def _is_never_parallel(config: Any) -> bool:
+    return False
 
 
 @dataclass(frozen=True)
@@ -53,8 +67,13 @@ class Family:
     embedding: Mapping[str, str] = field(default_factory=dict)
     embedding_at: str = "input"  # of that module, a LayerNorm; or "output", of an embedding, if there is no such norm
     norm: str | None = None  # post-norm: the LayerNorm that ends a layer
-    residual: str | None = None  # pre-norm: the module whose input is the residual that the FFN's output is added to
-    functional_dropout: str | None = None  # the attribute of a layer with the rate of its functional dropout
+    # Pre-norm: the module whose input is the residual that the FFN's output is added to; it may depend on the config.
+    residual: str | Callable[[Any], str] | None = None
+    post_norm: str | None = None  # the norm of the FFN's output before it is added to that residual
+    parallel: Callable[[Any], bool] = _is_never_parallel  # whether attention and FFN are added to one residual at once
+    experts: str | None = None  # the module of a layer with its experts' weights, which are no Linears
+    kv_heads: Callable[[Any, int], int] = _count_kv_heads  # of a config and its number of heads
+    functional_dropout: tuple[str, ...] = ()  # the paths of a layer's attributes with the rate of functional dropout
     attention_dropout: str = "attention_dropout"  # config attribute
     hidden_dropout: str = "dropout"  # config attribute; if the config lacks it, the rate is 0
     counts_keys: bool = False  # whether its attentions add a bias to each key by its position among the keys
@@ -76,6 +95,37 @@ def _t5_attention(module: str) -> AttentionPaths:
     return AttentionPaths(module, f"{module}.q", f"{module}.k", f"{module}.v", f"{module}.o")
 
 
+def _count_falcon_kv_heads(config: Any, heads: int) -> int:
+    if config.new_decoder_architecture:
+        return int(config.num_kv_heads)
+    return 1 if config.multi_query else heads
+
+
+def _is_falcon_parallel(config: Any) -> bool:
+    return bool(config.new_decoder_architecture or config.parallel_attn)
+
+
+def _find_falcon_residual(config: Any) -> str:
+    if not config.parallel_attn:
+        return "post_attention_layernorm"
+    both = config.new_decoder_architecture and config.num_ln_in_parallel_attn in (2, None)
+    return "ln_mlp" if both else "input_layernorm"
+
+
+def _find_bloom_residual(config: Any) -> str:
+    """The FFN's output is added to its input before the norm, or to that after it."""
+    return "mlp.dense_h_to_4h" if config.apply_residual_connection_post_layernorm else "post_attention_layernorm"
+
+
+def _llama_attention() -> AttentionPaths:
+    return AttentionPaths("self_attn", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+
+
+def _fused_attention(module: str, projection: str, output: str, *, interleaved: bool = False) -> AttentionPaths:
+    path = f"{module}.{projection}"
+    return AttentionPaths(module, path, path, path, f"{module}.{output}", interleaved=interleaved)
+
+
 FAMILIES = (
     Family(
         model_types=("bart",),
@@ -85,7 +135,7 @@ FAMILIES = (
         embedding={"encoder": "encoder.layernorm_embedding", "decoder": "decoder.layernorm_embedding"},
         heads="{stack}_attention_heads",
         norm="final_layer_norm",
-        functional_dropout="dropout",
+        functional_dropout=("dropout",),
     ),
     Family(
         model_types=("mbart",),
@@ -95,7 +145,7 @@ FAMILIES = (
         embedding={"encoder": "encoder.layernorm_embedding", "decoder": "decoder.layernorm_embedding"},
         heads="{stack}_attention_heads",
         residual="final_layer_norm",
-        functional_dropout="dropout",
+        functional_dropout=("dropout",),
     ),
     Family(
         model_types=("bert", "roberta", "electra"),
@@ -161,16 +211,146 @@ FAMILIES = (
         attention_dropout="attn_pdrop",
         hidden_dropout="resid_pdrop",
     ),
+    Family(
+        model_types=("phi3",),
+        stacks={"decoder": "layers"},
+        attentions={"self": _fused_attention("self_attn", "qkv_proj", "o_proj")},
+        ffn=FeedForwardPaths(
+            ("mlp.gate_up_proj",), "mlp.down_proj", dropout="resid_mlp_dropout", fused=("gate_proj", "up_proj")
+        ),
+        heads="num_attention_heads",
+        residual="post_attention_layernorm",
+        hidden_dropout="resid_pdrop",
+    ),
+    Family(  # rotary positions are made for the padded batch: no prompts, and no packing
+        model_types=("modernbert",),
+        stacks={"encoder": "layers"},
+        attentions={"self": _fused_attention("attn", "Wqkv", "Wo")},
+        ffn=FeedForwardPaths(("mlp.Wi",), "mlp.Wo", fused=("input", "gate")),  # act(input) * gate
+        heads="num_attention_heads",
+        residual="mlp_norm",
+        hidden_dropout="mlp_dropout",
+        task_head=("head", "classifier"),
+    ),
+    Family(
+        model_types=("gemma2",),
+        stacks={"decoder": "layers"},
+        attentions={"self": _llama_attention()},
+        ffn=FeedForwardPaths(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
+        heads="num_attention_heads",
+        residual="pre_feedforward_layernorm",
+        post_norm="post_feedforward_layernorm",
+        hidden_dropout="hidden_dropout",
+    ),
+    Family(
+        model_types=("gpt_neox",),
+        stacks={"decoder": "layers"},
+        attentions={"self": _fused_attention("attention", "query_key_value", "dense", interleaved=True)},
+        ffn=FeedForwardPaths(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", dropout="post_mlp_dropout"),
+        heads="num_attention_heads",
+        residual="post_attention_layernorm",
+        parallel=lambda config: bool(config.use_parallel_residual),
+        hidden_dropout="hidden_dropout",
+    ),
+    Family(
+        model_types=("bloom",),
+        stacks={"decoder": "h"},
+        attentions={"self": _fused_attention("self_attention", "query_key_value", "dense", interleaved=True)},
+        ffn=FeedForwardPaths(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
+        heads="num_attention_heads",
+        residual=_find_bloom_residual,
+        functional_dropout=("self_attention.hidden_dropout", "mlp.hidden_dropout"),
+        hidden_dropout="hidden_dropout",
+    ),
+    Family(  # one dropout takes the sum of both sub-layers: a modified FFN's output is inside of it
+        model_types=("falcon",),
+        stacks={"decoder": "h"},
+        attentions={"self": _fused_attention("self_attention", "query_key_value", "dense", interleaved=True)},
+        ffn=FeedForwardPaths(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
+        heads="num_attention_heads",
+        kv_heads=_count_falcon_kv_heads,
+        residual=_find_falcon_residual,
+        parallel=_is_falcon_parallel,
+        hidden_dropout="hidden_dropout",
+    ),
+    Family(  # no norm of the embeddings, before which a prompt could join them, after their positions
+        model_types=("m2m_100",),
+        stacks={"encoder": "encoder.layers", "decoder": "decoder.layers"},
+        attentions={"self": _bart_attention("self_attn"), "cross": _bart_attention("encoder_attn")},
+        ffn=FeedForwardPaths(("fc1",), "fc2"),
+        heads="{stack}_attention_heads",
+        residual="final_layer_norm",
+        functional_dropout=("dropout",),
+    ),
+    Family(
+        model_types=("mpnet",),
+        stacks={"encoder": "encoder.layer"},
+        attentions={"self": _t5_attention("attention.attn")},
+        ffn=FeedForwardPaths(("intermediate.dense",), "output.dense", dropout="output.dropout"),
+        heads="num_attention_heads",
+        norm="output.LayerNorm",
+        attention_dropout="attention_probs_dropout_prob",
+        hidden_dropout="hidden_dropout_prob",
+    ),
+    Family(
+        model_types=("deberta-v2",),  # and v3
+        stacks={"encoder": "encoder.layer"},
+        attentions={
+            "self": AttentionPaths(
+                "attention.self",
+                "attention.self.query_proj",
+                "attention.self.key_proj",
+                "attention.self.value_proj",
+                "attention.output.dense",
+                source="attention.self.value_proj",  # those of query and key may read the relative positions too
+            )
+        },
+        ffn=FeedForwardPaths(("intermediate.dense",), "output.dense", dropout="output.dropout"),
+        heads="num_attention_heads",
+        norm="output.LayerNorm",
+        attention_dropout="attention_probs_dropout_prob",
+        hidden_dropout="hidden_dropout_prob",
+        task_head=("pooler", "classifier"),
+    ),
+    Family(
+        model_types=("mixtral", "qwen3_moe"),
+        stacks={"decoder": "layers"},
+        attentions={"self": _llama_attention()},
+        ffn=FeedForwardPaths(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),  # of Qwen3-MoE's dense layers
+        heads="num_attention_heads",
+        residual="post_attention_layernorm",
+        experts="mlp.experts",
+        hidden_dropout="hidden_dropout",
+    ),
 )
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of the projections that a fused projection computes: a slice of the last axis of its output."""
+    """One of the projections that a fused projection computes: the same slice of each of the equal groups into which
+    the last axis of its output is divided."""
 
-    name: str  # query, key or value
+    name: str  # query, key or value; in an FFN, such as gate_proj
     start: int
     stop: int
+    groups: int = 1
+
+    @property
+    def width(self) -> int:
+        """The number of columns of all groups."""
+        return self.groups * (self.stop - self.start)
+
+    def take(self, output: Tensor) -> Tensor:
+        """Return this part of a fused output (..., columns), as (..., width)."""
+        return self._group(output)[..., self.start : self.stop].flatten(-2)
+
+    def put(self, output: Tensor, part: Tensor) -> Tensor:
+        """Return the fused output (..., columns) with `part` (..., width) in place of this part."""
+        own = self._group(part)
+        return torch.slice_scatter(self._group(output), own, -1, self.start, self.stop).flatten(-2)
+
+    def _group(self, columns: Tensor) -> Tensor:
+        return columns.reshape(*columns.shape[:-1], self.groups, -1)
 
 
 @dataclass(frozen=True)
@@ -187,6 +367,7 @@ class Attention:
     key: nn.Module
     value: nn.Module
     output: nn.Module
+    source: nn.Module  # its input is the attention's input x
     parts: Mapping[str, Part] = field(default_factory=dict)  # by name, if query, key and value are one module
 
 
@@ -195,10 +376,12 @@ class FeedForward:
     """One feed-forward sub-layer of a loaded model."""
 
     name: str
-    first: Mapping[str, nn.Module]  # by the last part of their names
+    first: Mapping[str, nn.Module]  # by the last part of their names, or by those of their parts
     second: nn.Module
     dropout: nn.Module | None
     source: nn.Module  # its input is the sub-layer's input x
+    post_norm: nn.Module | None = None  # the norm of its output, before the residual is added
+    parts: Mapping[str, Part] = field(default_factory=dict)  # by name, if those of `first` are one module
 
 
 @dataclass(frozen=True)
@@ -211,9 +394,25 @@ class Layer:
     depth: int  # number of layers in its stack
     module: nn.Module
     attentions: tuple[Attention, ...]
-    ffn: FeedForward
+    dense: FeedForward | None  # None: its FFN is a mixture of experts
     norm: nn.Module | None
     residual: nn.Module | None
+    parallel: bool = False  # attention and FFN read the same hidden states, and are added to them at once
+    experts: nn.Module | None = None
+
+    @property
+    def ffn(self) -> FeedForward:
+        """The FFN, of a layer that has one.
+
+        Raises:
+            UserError: the FFN is a mixture of experts.
+        """
+        if self.dense is None:
+            raise UserError(
+                "The FFNs of this backbone are mixtures of experts, whose weights are no Linears that a modification "
+                "could be attached to; modify the attention, such as with modified_representation=attention."
+            )
+        return self.dense
 
 
 @dataclass(frozen=True)
@@ -242,8 +441,17 @@ def find_family(model_type: str) -> Family:
 
 
 def find_sites(model: PreTrainedModel) -> Sites:
-    """Resolve the model's family row into modules. Works on the meta device too."""
+    """Resolve the model's family row into modules. Works on the meta device too.
+
+    Raises:
+        UserError: there is no such row, or the config makes the layers multiply by weights without their modules.
+    """
     config = model.config
+    if getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1:
+        raise UserError(
+            "The backbone's config.json has slow_but_exact=true, with which BLOOM's layers bypass the modules that a "
+            "modification is attached to; set it to false."
+        )
     family = find_family(config.model_type)
     base = model.base_model
     names = {module: name for name, module in model.named_modules()}
@@ -277,13 +485,12 @@ def set_configs(configs: Iterable[object], key: str, value: object) -> Iterator[
 
 
 def _find_layers(family: Family, base: nn.Module, config: object, names: Mapping[nn.Module, str]) -> Iterator[Layer]:
+    residual = family.residual(config) if callable(family.residual) else family.residual
     for stack, path in family.stacks.items():
         modules = list(base.get_submodule(path).children())
         heads = int(getattr(config, family.heads.format(stack=stack)))
         for index, module in enumerate(modules):
-            second = _require_module(module, family.ffn.second)
-            found = {path.rpartition(".")[2]: _find_module(module, path) for path in family.ffn.first}
-            first = {name: linear for name, linear in found.items() if linear is not None}
+            experts = None if family.experts is None else _find_module(module, family.experts)
             yield Layer(
                 name=names[module],
                 stack=stack,
@@ -291,16 +498,35 @@ def _find_layers(family: Family, base: nn.Module, config: object, names: Mapping
                 depth=len(modules),
                 module=module,
                 attentions=tuple(_find_attentions(family, module, heads, config, names)),
-                ffn=FeedForward(
-                    name=names[second],
-                    first=first,
-                    second=second,
-                    dropout=None if family.ffn.dropout is None else _require_module(module, family.ffn.dropout),
-                    source=next(iter(first.values())),
-                ),
+                dense=_find_ffn(family, module, names) if experts is None else None,
                 norm=None if family.norm is None else _require_module(module, family.norm),
-                residual=None if family.residual is None else _require_module(module, family.residual),
+                residual=None if residual is None else _require_module(module, residual),
+                parallel=family.parallel(config),
+                experts=experts,
             )
+
+
+def _find_ffn(family: Family, layer: nn.Module, names: Mapping[nn.Module, str]) -> FeedForward:
+    paths = family.ffn
+    second = _require_module(layer, paths.second)
+    found = {path.rpartition(".")[2]: _find_module(layer, path) for path in paths.first}
+    first = {name: linear for name, linear in found.items() if linear is not None}
+    parts: dict[str, Part] = {}
+    if paths.fused:
+        (fused,) = first.values()
+        widths = measure_projection(fused)
+        assert widths is not None, f"{type(fused).__name__} is not a projection that in_out knows"
+        parts = _divide(dict.fromkeys(paths.fused, widths[1] // len(paths.fused)))
+        first = dict.fromkeys(paths.fused, fused)
+    return FeedForward(
+        name=names[second],
+        first=first,
+        second=second,
+        dropout=None if paths.dropout is None else _require_module(layer, paths.dropout),
+        source=next(iter(first.values())),
+        post_norm=None if family.post_norm is None else _require_module(layer, family.post_norm),
+        parts=parts,
+    )
 
 
 def _find_attentions(
@@ -313,10 +539,12 @@ def _find_attentions(
         query = _require_module(layer, paths.query)
         widths = measure_projection(query)
         assert widths is not None, f"{type(query).__name__} is not a projection that in_out knows"
-        kv_heads = int(getattr(config, "num_key_value_heads", heads))
+        kv_heads = family.kv_heads(config, heads)
         fused = paths.query == paths.key == paths.value
         computed = {"query": heads, "key": kv_heads, "value": kv_heads} if fused else {"query": heads}
         head_width = widths[1] // sum(computed.values())
+        groups = kv_heads if paths.interleaved else 1
+        columns = {name: count * head_width // groups for name, count in computed.items()}
         yield Attention(
             name=names[module],
             kind=kind,
@@ -328,15 +556,18 @@ def _find_attentions(
             key=_require_module(layer, paths.key),
             value=_require_module(layer, paths.value),
             output=_require_module(layer, paths.output),
-            parts={part.name: part for part in _divide_heads(computed, head_width)} if fused else {},
+            source=query if paths.source is None else _require_module(layer, paths.source),
+            parts=_divide(columns, groups) if fused else {},
         )
 
 
-def _divide_heads(heads: Mapping[str, int], head_width: int) -> Iterator[Part]:
-    """Yield the parts next to each other, each as wide as its heads."""
-    start = 0
-    for name, count in heads.items():
-        yield Part(name, start, start := start + count * head_width)
+def _divide(columns: Mapping[str, int], groups: int = 1) -> dict[str, Part]:
+    """Return the parts next to each other, each with its number of columns in every group."""
+    parts, start = {}, 0
+    for name, count in columns.items():
+        parts[name] = Part(name, start, start + count, groups)
+        start += count
+    return parts
 
 
 def measure_projection(module: nn.Module) -> tuple[int, int] | None:

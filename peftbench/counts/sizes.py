@@ -109,7 +109,8 @@ def _find_letters(axis: str, number: int, m: Modification, sites: Sites) -> Iter
     attention = sites.layers[0].attentions[0]
     heads, kv_heads, head = attention.heads, attention.kv_heads, attention.head_width
     at_heads = m.modified_representation.name is Representation.heads
-    inner = sites.layers[0].ffn.second.get_parameter("weight").numel() // sites.width  # W_2 is d_ff to d
+    ffn = next((layer.dense for layer in sites.layers if layer.dense is not None), None)
+    inner = 0 if ffn is None else ffn.second.get_parameter("weight").numel() // sites.width  # W_2 is d_ff to d
     found: tuple[tuple[str, int], ...]
     if axis == "bottleneck":
         is_vectors = m.functional_form.name == "softmax" and m.modified_representation.name in VECTORS

@@ -136,7 +136,7 @@ def _find_ffn(edit: Edit, layers: Sequence[Layer]) -> tuple[nn.Linear, nn.Linear
     """
     if edit.insertion is not parallel or edit.own_input:
         return None
-    for ffn in (layer.ffn for layer in layers):
+    for ffn in (layer.dense for layer in layers if layer.dense is not None):
         first, second = ffn.source, ffn.second
         ahead, after = first._forward_pre_hooks, second._forward_hooks
         if edit.read not in ahead.values() or edit.edit_output not in after.values():

@@ -136,19 +136,21 @@ def _wrap_dropout(sites: Sites) -> tuple[Sites, list[tuple[nn.Module, SublayerDr
     Returns the sites with `ffn.dropout` filled in, and pairs of a Linear and its dropout module. Hook each dropout onto
     its Linear after all edits of that Linear are attached.
     """
-    attribute = sites.family.functional_dropout
-    if attribute is None:
+    attributes = sites.family.functional_dropout
+    if not attributes:
         return sites, []
     layers: list[Layer] = []
     owned: list[tuple[nn.Module, SublayerDropout]] = []
     for layer in sites.layers:
-        rate = float(getattr(layer.module, attribute))
-        setattr(layer.module, attribute, 0.0)
+        for path in attributes:
+            owner, _, attribute = path.rpartition(".")
+            rate = float(getattr(layer.module.get_submodule(owner), attribute))
+            setattr(layer.module.get_submodule(owner), attribute, 0.0)
         for linear in (*(attention.output for attention in layer.attentions), layer.ffn.second):
             dropout = SublayerDropout(rate)
             linear.add_module("sublayer_dropout", dropout)
             owned.append((linear, dropout))
-        layers.append(replace(layer, ffn=replace(layer.ffn, dropout=owned[-1][1])))
+        layers.append(replace(layer, dense=replace(layer.ffn, dropout=owned[-1][1])))
     return replace(sites, layers=tuple(layers)), owned
 
 
@@ -188,7 +190,7 @@ def _read_residual(layer: Layer, prefix: str) -> Layer:
             f"{prefix}modified_representation.ffn_input=residual: in this backbone each norm comes after its "
             "sub-layer, so that the FFN's input already is the residual; leave it out."
         )
-    return replace(layer, ffn=replace(layer.ffn, source=layer.residual))
+    return replace(layer, dense=replace(layer.ffn, source=layer.residual))
 
 
 def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: schema.Modification, name: str, prefix: str) -> None:
@@ -228,6 +230,7 @@ def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: schema.Modificatio
                 composition,
                 reads_hidden=hidden,
                 query_norm=nn.LayerNorm(sites.width) if normed else None,
+                query_part=attention.parts.get("query"),
             )
             if modification.reads_input:
                 attention.query.register_forward_pre_hook(modification.read)
@@ -241,8 +244,9 @@ def _require_attention_interface(sites: Sites, key: str) -> None:
     attention = type(sites.layers[0].attentions[0].module)
     if not _asks_for_functions(attention):
         raise UserError(
-            f"{key}: transformers {transformers.__version__} does not let its {attention.__name__} be modified; "
-            "upgrade transformers, or choose another representation."
+            f"{key}: transformers {transformers.__version__} does not let its {attention.__name__} be modified, "
+            "because that calls no registered attention function; choose another representation, such as "
+            "modified_representation=attention (or, for T5, a newer transformers)."
         )
 
 

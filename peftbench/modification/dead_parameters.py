@@ -25,7 +25,7 @@ def count_dead(model: PreTrainedModel, modifications: Mapping[str, Modification]
     for prefix, m in modifications.items():
         name = name_module(prefix)
         kinds = list_dead_kinds(m, model.config.model_type)
-        at_ffns = [layer.ffn.dropout for layer in sites.layers]
+        at_ffns = [layer.dense.dropout for layer in sites.layers if layer.dense is not None]
         at_heads = [getattr(a.module, HEADS, None) for layer in sites.layers for a in layer.attentions]
         if "ffn_adapter" in kinds:
             total += _count_parameters(_find_named(name, at_ffns))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from peftbench.backbones.sites import Part
@@ -84,8 +83,7 @@ class Edit(Modifier):
         """Return the output with h, all of it or a slice, modified."""
         if self.part is None:
             return self.modify(output, x)
-        start, stop = self.part.start, self.part.stop
-        return torch.slice_scatter(output, self.modify(output[..., start:stop], x), -1, start, stop)
+        return self.part.put(output, self.modify(self.part.take(output), x))
 
     def edit_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         """Modify the target's input h (forward pre-hook of the target)."""

@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from peftbench.backbones.sites import Part
 from peftbench.modification.edit import Modifier
 from peftbench.modification.functional_form import Bottleneck, FunctionalForm
 from peftbench.modification.insertion import InsertionForm
@@ -44,6 +45,7 @@ class HeadModification(Modifier):
         reads_hidden: f reads the attention input x instead, as in table 1.
         query_norm: f reads the head's part of LN(x) W_q instead, not scaled, with the backbone's W_q (the paper's code
             on BART, modeling_bart.py at 3222ce2, lines 271-274). This argument is that LN, which is trained.
+        query_part: where the query is in the output of a fused projection.
     """
 
     _x: Tensor | None = None
@@ -56,10 +58,12 @@ class HeadModification(Modifier):
         *,
         reads_hidden: bool = False,
         query_norm: nn.LayerNorm | None = None,
+        query_part: Part | None = None,
     ) -> None:
         super().__init__(function, insertion, composition)
         self.reads_input = reads_hidden or query_norm is not None
         self.query_norm = query_norm
+        self.query_part = query_part
 
     def read(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Keep what f reads: x as (B, 1, T, d), or the heads' parts of LN(x) W_q as (B, N_h, T, d_h).
@@ -73,8 +77,9 @@ class HeadModification(Modifier):
             assert isinstance(self.function, Bottleneck), "a constant reads nothing"
             normed = self.query_norm(x.to(self.query_norm.weight.dtype)).to(x.dtype)
             query = module.forward(normed)  # runs no hooks: a modified query is not the backbone's W_q
-            heads, width = self.function.groups, self.function.in_width
-            self._x = query[..., : heads * width].unflatten(-1, (heads, width)).transpose(1, 2)
+            if self.query_part is not None:
+                query = self.query_part.take(query)
+            self._x = query.unflatten(-1, (self.function.groups, self.function.in_width)).transpose(1, 2)
 
     def forward(self, heads: Tensor, query: Tensor) -> Tensor:
         """Return the modified heads.
@@ -173,8 +178,36 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: 
         together = query.view(sources, -1, count, queries, width).transpose(1, 2)  # (B / n, N_h, n, Q, d_h)
         query = together.reshape(sources, count, -1, width)
         kwargs["is_causal"] = False  # a single query sees all keys, and so do n single queries
-    heads: Tensor = sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
+    if kwargs.get("softcap") is None:
+        heads: Tensor = sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
+    else:
+        heads = _attend_capped(query, key, value, mask, **kwargs)
     return heads.reshape(every, queries, count, -1)  # (B / n, n Q, N_h, d_h) -> (B, Q, N_h, d_h)
+
+
+def _attend_capped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    softcap: float,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> Tensor:
+    """Compute softmax(c tanh(q K^T scaling / c) + mask) V, as Gemma 2 does with c = `softcap`; SDPA cannot.
+
+    query: (B, N_h, Q, d_h), key and value: (B, N_kv, K, d_h). Without a mask a query sees all keys, which is right for
+    single queries alone: `make_modified_mask` writes out every other mask. Returns (B, Q, N_h, d_h).
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = (heads.repeat_interleave(groups, dim=1) for heads in (key, value))
+    scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * scaling / softcap)
+    if mask is not None:
+        scores = scores + (make_additive(mask, scores.dtype) if mask.dtype is torch.bool else mask)
+    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(value.dtype), dropout)
+    return (weights @ value).transpose(1, 2)
 
 
 def _widen_mask(mask: Tensor, sources: int, query: Tensor, biased: bool) -> Tensor:

@@ -14,6 +14,7 @@ from torch import nn
 
 from peftbench.backbones.sites import Attention, Layer, Part, measure_projection
 from peftbench.modification.insertion import INSERTION_FORMS, InsertionForm, sequential_over_residual
+from peftbench.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Place:
         target_in, target_out = measure_projection(self.target) or (hidden, hidden)
         h = target_out if self.at == "output" else target_in
         if self.part is not None:
-            h = self.part.stop - self.part.start
+            h = self.part.width
         return (source_in if insertion == "parallel" else h), h
 
 
@@ -59,13 +60,13 @@ def _heads_joint(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Plac
     """Yield the concatenated heads before W_o; x is the attention's input. The paper's code calls this the parallel
     attention adapter."""
     for a in attentions:
-        yield Place(f"{a.name}.heads_joint", a.output, a.query, in_attention=True, at="input")
+        yield Place(f"{a.name}.heads_joint", a.output, a.source, in_attention=True, at="input")
 
 
 def _attention(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
     """Yield the output of W_o; x is the attention's input."""
     for a in attentions:
-        yield Place(a.name, a.output, a.query, in_attention=True)
+        yield Place(a.name, a.output, a.source, in_attention=True)
 
 
 def _ffn(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
@@ -74,9 +75,11 @@ def _ffn(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
 
 
 def _ffn_weights(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
-    """Yield the outputs of the FFN's Linears, each with its own input as x."""
-    for part, module in (*layer.ffn.first.items(), ("second", layer.ffn.second)):
-        yield Place(f"{layer.ffn.name}.{part}", module, module, in_attention=False)
+    """Yield the outputs of the FFN's matrices, each with its own input as x. Matrices that one Linear computes, such as
+    Phi-3's gate and up, are modified each by itself, as if they were Linears of their own."""
+    for name, module in (*layer.ffn.first.items(), ("second", layer.ffn.second)):
+        place = f"{layer.ffn.name}.{name}"
+        yield Place(place, module, module, in_attention=False, part=layer.ffn.parts.get(name))
 
 
 def _ffn_intermediate(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
@@ -92,11 +95,17 @@ def _attention_ffn(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Pl
 
 def _layer(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
     """Yield the layer's output, after the FFN's add & norm (Pfeiffer et al. 2021)."""
+    if layer.parallel:
+        raise UserError(
+            "modified_representation=layer: this backbone adds attention and FFN to one residual at once, so that no "
+            "module returns the layer's output; use modified_representation=ffn or attention_ffn."
+        )
     if layer.norm is not None:
         yield Place(layer.name, layer.norm, layer.norm, in_attention=False)
     else:
         assert layer.residual is not None, "a family must name its layers' last norm or their residual"
-        yield Place(layer.name, _ffn_output(layer), layer.residual, in_attention=False, over_residual=True)
+        last = layer.ffn.post_norm or _ffn_output(layer)  # what is added to the residual
+        yield Place(layer.name, last, layer.residual, in_attention=False, over_residual=True)
 
 
 def _ffn_output(layer: Layer) -> nn.Module:

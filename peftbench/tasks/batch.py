@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 # Makes a padded batch of tensors of examples, each a dict of columns.
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
 NO_TOKEN = -100  # a label, or a predicted id, that is not a token: torch's cross-entropy leaves it out
+
+
+def make_decoder_inputs(model: PreTrainedModel, labels: Tensor) -> Tensor:
+    """Return the input of an encoder-decoder's decoder for `labels` (B, S): the same tokens, one position later.
+
+    M2M100 has no method for that: its forward pass shifts labels as BART's does.
+    """
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is not None:
+        made: Tensor = prepare(labels=labels)
+        return made
+    shifted = labels.roll(1, dims=-1)
+    shifted[:, 0] = model.config.decoder_start_token_id
+    return shifted.masked_fill(shifted == NO_TOKEN, model.config.pad_token_id)

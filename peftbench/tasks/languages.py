@@ -1,4 +1,4 @@
-"""Source and target language of a translation, for backbones that mark texts with language codes (mBART)."""
+"""Source and target language of a translation, for backbones with language codes (mBART, M2M100, NLLB)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def set_languages(tokenizer: PreTrainedTokenizerBase, source: str | None, target
     """
     if not hasattr(tokenizer, "src_lang"):
         return
-    codes = [token for token in tokenizer.all_special_tokens if "_" in token]
+    codes = [*getattr(tokenizer, "lang_code_to_token", ())]  # M2M100: its token of en is __en__
+    codes = codes or [token for token in tokenizer.all_special_tokens if "_" in token]
     for key, code in (("task.source_language", source), ("task.target_language", target)):
         if code is not None and code not in codes:
             raise UserError(describe_unknown(key, code, codes))
@@ -26,14 +27,22 @@ def begin_in_language(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     """Make the model write in the language that `set_languages` has set.
 
     mBART-cc25 ends a text with its code, and generation starts from the target's code, which the model moves to the
-    front of the decoder's input. mBART-50 begins a text with its code, which is then forced as the first generated
-    token. How the tokenizer encodes a target tells the two apart.
+    front of the decoder's input. mBART-50, M2M100 and NLLB begin a text with its code, which is then forced as the
+    first generated token. How the tokenizer encodes a target tells the two apart.
+
+    Raises:
+        UserError: the tokenizer is of the first kind, and the model of the second.
     """
     if not hasattr(tokenizer, "src_lang"):
         return
     written = get_written_language(tokenizer)
     ids = tokenizer(text_target="")["input_ids"]
     assert model.generation_config is not None
+    if ids[-1] == written and model.config.model_type == "m2m_100":
+        raise UserError(
+            "The tokenizer puts the language code after a text, and this backbone (m2m_100) reads it before: set "
+            "legacy_behaviour to false in its tokenizer_config.json."
+        )
     if ids[-1] == written:
         model.generation_config.decoder_start_token_id = written
         model.generation_config.forced_bos_token_id = None
@@ -45,5 +54,6 @@ def get_written_language(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the id of the code of the output language that `set_languages` has set; None if there are no codes."""
     if not hasattr(tokenizer, "src_lang"):
         return None
-    code: int = tokenizer.convert_tokens_to_ids(tokenizer.tgt_lang)
+    token = getattr(tokenizer, "lang_code_to_token", {}).get(tokenizer.tgt_lang, tokenizer.tgt_lang)
+    code: int = tokenizer.convert_tokens_to_ids(token)
     return code

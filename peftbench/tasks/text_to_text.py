@@ -12,7 +12,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedToke
 from peftbench.metrics.sentences import take_first_sentence
 from peftbench.metrics.statistics import References
 from peftbench.tasks.base import TaskData
-from peftbench.tasks.batch import NO_TOKEN
+from peftbench.tasks.batch import NO_TOKEN, make_decoder_inputs
 from peftbench.tasks.framing import SOURCE, frame_sources, special_tokens
 from peftbench.tasks.languages import begin_in_language, get_written_language, set_languages
 from peftbench.tasks.load import Loaded
@@ -117,6 +117,8 @@ class TargetCollator(DataCollatorForSeq2Seq):
     def __call__(self, features: Any, return_tensors: Any = None) -> Any:
         batch = super().__call__(features, return_tensors)
         code, labels = get_written_language(self.tokenizer), batch.get("labels")
+        if labels is not None and "decoder_input_ids" not in batch:
+            batch["decoder_input_ids"] = make_decoder_inputs(self.model, labels)
         if code is not None and labels is not None:
             for row in labels:
                 last = int((row != NO_TOKEN).sum()) - 1

@@ -86,6 +86,8 @@ def find_refusal(model: PreTrainedModel, longest: int) -> str | None:
         longest: tokens of the longest example.
     """
     sites = find_sites(model)
+    if any(getattr(config, "attn_logit_softcapping", None) is not None for config in list_configs(model)):
+        return f"{model.config.model_type}, whose attentions cap their scores"
     if any(name.endswith(f".{PROMPT}") for name, _ in model.named_modules()):
         return "prompts, which are prepended to a batch after its embeddings"
     if not takes_our_attention(model):

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from peftbench.backbones.precision import cast_for_autocast
-from peftbench.tasks.batch import NO_TOKEN
+from peftbench.tasks.batch import NO_TOKEN, make_decoder_inputs
 
 CHUNK = 1024  # target tokens whose logits exist at a time
 ROWS = 64  # a GPU's matrix products take much longer if the number of words is odd, as BART's is
@@ -58,7 +58,7 @@ class TokenLoss:
         given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
         if self.model.config.is_encoder_decoder:
             if "decoder_input_ids" not in given:
-                given["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
+                given["decoder_input_ids"] = make_decoder_inputs(self.model, labels)
         else:  # the logits at a token predict the next token
             labels = F.pad(labels[:, 1:], (0, 1), value=NO_TOKEN)
         with capture_hidden_states(self.layer) as read:
