@@ -55,6 +55,7 @@ LayerNormPlace = Enum("LayerNormPlace", ["none", "input", "output"])
 Unfreeze = Enum("Unfreeze", ["none", "bias", "norm", "all"])
 TaskKind = Enum("TaskKind", ["classification", "regression", "text_to_text"])
 DType = Enum("DType", ["auto", "float32", "bfloat16"])
+Quantization = Enum("Quantization", ["none", "nf4", "int8"])
 Precision = Enum("Precision", ["auto", "fp32", "bf16"])
 Schedule = Enum("Schedule", ["linear", "cosine", "constant"])
 Keep = Enum("Keep", ["best", "last"])
@@ -226,6 +227,12 @@ class Model:
         DType.float32,
         "Type of the frozen weights, float32 or bfloat16; trained weights are always float32. auto: bfloat16 if the "
         "run computes in it on a GPU and trains nothing of the backbone, else float32.",
+    )
+    quantization: Quantization = key(
+        Quantization.none,
+        "How the frozen projections of the layers are packed by bitsandbytes while they are loaded: nf4, four bits; "
+        "int8, eight bits; none: they are not, or are as model.path stores them. The other weights are then "
+        "bfloat16 if the run computes in it on a GPU.",
     )
     sizes: str = key(MISSING, "The column of conf/sizes.yaml from which the method presets take their sizes.")
     architecture: dict[str, Any] = key(

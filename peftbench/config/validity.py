@@ -22,6 +22,7 @@ from peftbench.config.schema import (
     Device,
     DType,
     Precision,
+    Quantization,
     Representation,
     Run,
     Task,
@@ -110,6 +111,7 @@ def find_faults(run: Run, *, reads_data: bool = True) -> list[str]:
         *_find_source_faults(run.task, reads_data),
         *_find_data_faults(run.task),
         *_find_dtype_faults(run),
+        *_find_quantization_faults(run),
         *_find_trainer_faults(run),
         *_find_nothing_to_train(run),
         *find_idle_switches(run),
@@ -247,6 +249,20 @@ def _find_dtype_faults(run: Run) -> Iterator[str]:
             "trainer.precision=fp32 with model.dtype=bfloat16: a bfloat16 backbone computes in bfloat16; set "
             "trainer.precision=auto, or model.dtype=float32."
         )
+
+
+def _find_quantization_faults(run: Run) -> Iterator[str]:
+    """Yield faults of settings that packed weights cannot serve."""
+    if run.model.quantization is Quantization.none:
+        return
+    typed = f"model.quantization={run.model.quantization.name}"
+    if run.unfreeze is not Unfreeze.none:
+        yield (
+            f"unfreeze={run.unfreeze.name} with {typed}: a packed backbone is frozen as a whole; use "
+            "model.quantization=none, or a method that adds parameters, such as method=lora."
+        )
+    if run.trainer.compile is not Compile.none:
+        yield f"trainer.compile={run.trainer.compile.name} with {typed} is not supported; use trainer.compile=none."
 
 
 def _find_trainer_faults(run: Run) -> Iterator[str]:

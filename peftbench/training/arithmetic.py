@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
+from peftbench.backbones.quantisation import count_elements
 from peftbench.backbones.sites import find_sites
 from peftbench.modification.head_attention import HEADS, Prefix
 
@@ -68,5 +69,5 @@ def _count_weights(module: nn.Module, counted: set[int]) -> float:
         if parameter.dim() < 2 or id(parameter) in counted:
             continue
         counted.add(id(parameter))
-        total += (6 if parameter.requires_grad else 4) * parameter.numel()
+        total += (6 if parameter.requires_grad else 4) * count_elements(parameter)
     return total

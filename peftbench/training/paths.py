@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from peftbench.backbones.quantisation import is_quantised
 from peftbench.backbones.sites import list_configs
 from peftbench.config import schema
 from peftbench.config.validity import list_unrecordable
@@ -45,12 +46,19 @@ def resolve_auto(settings: schema.Trainer, model: PreTrainedModel, *, bf16: bool
             f"trainer.graphs=true: this backbone leaves layers out at random ({key} in its config.json), and a CUDA "
             "graph always has the same; use trainer.graphs=false."
         )
+    if is_quantised(model) and settings.compile is not schema.Compile.none:
+        raise UserError(
+            f"trainer.compile={settings.compile.name} is not supported for a quantised backbone; use "
+            "trainer.compile=none."
+        )
     padding_free, graphs = settings.padding_free, settings.graphs
     if padding_free == AUTO:
-        quick = model.device.type == "cuda" and (bf16 or model.dtype is torch.bfloat16)
+        quick = model.device.type == "cuda" and not is_quantised(model) and (bf16 or model.dtype is torch.bfloat16)
         padding_free = quick and find_refusal(model) is None
     if graphs == AUTO:
-        graphs = records and not list_unrecordable(settings) and find_layer_drop(model) is None
+        graphs = (
+            records and not is_quantised(model) and not list_unrecordable(settings) and find_layer_drop(model) is None
+        )
     return replace(settings, padding_free=padding_free, graphs=graphs)
 
 
