@@ -57,7 +57,7 @@ from peftbench.training.checkpoint import Checkpoints
 from peftbench.training.divergence import are_finite
 from peftbench.training.ended import load_ended
 from peftbench.training.ended import save_ended as keep_ended
-from peftbench.training.fit import Criterion, Fitted, Monitor, Recipe, Resuming, fit_model
+from peftbench.training.fit import Criterion, Fitted, Monitor, Recipe, Resuming, fit_model, require_optimizer
 from peftbench.training.probe import find_unreached, make_no_gradient_error
 from peftbench.utils.environment import run_alone
 from peftbench.utils.errors import UserError
@@ -182,6 +182,9 @@ def _run(
 
 def _prepare(run: Run, record: Record, display: Display) -> _Prepared:
     """Load the data and the backbone, attach the modifications, and note what they are."""
+    require_optimizer(run.trainer.optimizer)
+    if run.model.attn_implementation == "flex_attention" and choose_device(run.trainer).type == "cpu":
+        raise UserError("model.attn_implementation=flex_attention has no gradients on a CPU; use sdpa or a GPU.")
     set_seed(run.seed)
     loaded = load_task(run.task)
     placed = resolve_dtype(run)

@@ -79,13 +79,16 @@ def load_backbone(model: Model, task: Task, device: torch.device | None = None) 
     auto = _choose_auto_class(model, task, config)
     tokenizer = load_tokenizer(model)
     dtype = torch.bfloat16 if model.dtype is DType.bfloat16 else torch.float32
+    _check_attention(model, auto, config)
     packing = _plan_packing(model, task, config, dtype, device)
+    chosen = model.attn_implementation
     loaded, report = _load_or_explain(
         model,
         lambda: auto.from_pretrained(
             source,
             **options,
             **packing,
+            **({} if chosen is None else {"attn_implementation": chosen}),
             config=config,
             dtype=dtype,
             output_loading_info=True,
@@ -98,6 +101,18 @@ def load_backbone(model: Model, task: Task, device: torch.device | None = None) 
     notes = settle(loaded, tokenizer, writes=task.kind is TaskKind.text_to_text)
     _pad_on_the_right(loaded, tokenizer, task)
     return Backbone(loaded, tokenizer, untrained, tuple(notes))
+
+
+def _check_attention(model: Model, auto: Any, config: PretrainedConfig) -> None:
+    """Raise a UserError if the backbone cannot have `model.attn_implementation`, before weights are read."""
+    chosen = model.attn_implementation
+    if chosen is None:
+        return
+    try:
+        with torch.device("meta"):
+            auto.from_config(deepcopy(config), attn_implementation=chosen)
+    except (ImportError, ValueError, OSError, RuntimeError) as error:
+        raise UserError(f"model.attn_implementation={chosen}: {' '.join(str(error).split())}") from error
 
 
 def _plan_packing(

@@ -20,6 +20,32 @@ HELP = "help"  # a field's metadata: what the key means
 
 # Names in transformers' ACT2FN of functions of one tensor without parameters; a test compares them with ACT2FN.
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "mish", "tanh", "sigmoid", "relu6", "relu2", "leaky_relu")
+# Names of transformers' OptimizerNames that need nothing else than trainer's keys, and the packages of some; a test
+# compares them. Left out are those that change the training loop, or are for other devices.
+OPTIMIZERS: dict[str, str | None] = {
+    "adamw": None,
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")),
+    **dict.fromkeys(
+        (
+            "adamw_bnb_8bit",
+            "ademamix",
+            "ademamix_8bit",
+            "lion_8bit",
+            "lion_32bit",
+            "paged_adamw_32bit",
+            "paged_adamw_8bit",
+            "paged_ademamix_32bit",
+            "paged_ademamix_8bit",
+            "paged_lion_32bit",
+            "paged_lion_8bit",
+            "rmsprop_bnb",
+            "rmsprop_bnb_8bit",
+            "rmsprop_bnb_32bit",
+        ),
+        "bitsandbytes",
+    ),
+    **dict.fromkeys(("adamw_torch_4bit", "adamw_torch_8bit"), "torchao"),
+}
 FUNCTIONAL_FORMS = ("none", "constant", "identity", "softmax", *ACTIVATIONS)
 
 # mypy and OmegaConf both need the members of an Enum spelled out; a user types a member's name.
@@ -234,6 +260,11 @@ class Model:
         "int8, eight bits; none: they are not, or are as model.path stores them. The other weights are then "
         "bfloat16 if the run computes in it on a GPU.",
     )
+    attn_implementation: str | None = key(
+        None,
+        "The attention function, as transformers names it: sdpa, eager, flash_attention_2, flex_attention and others; "
+        "modified heads and prompts need sdpa, which has ours. null: transformers' default, sdpa where there is one.",
+    )
     sizes: str = key(MISSING, "The column of conf/sizes.yaml from which the method presets take their sizes.")
     architecture: dict[str, Any] = key(
         {},
@@ -394,6 +425,11 @@ class Trainer:
     max_grad_norm: float = key(1.0, "Maximum norm of the gradient of all trained tensors, by clipping; 0: no clipping.")
     label_smoothing: float = key(
         0.0, "Share of a target's probability, at least 0 and below 1, spread evenly over all labels or tokens."
+    )
+    optimizer: str = key(
+        "adamw",
+        "adamw: torch's AdamW, fused on a GPU; or a name of transformers, such as adamw_bnb_8bit, adafactor or "
+        "lion_32bit, with the same learning rate, decay, betas and epsilon as far as it has them.",
     )
     betas: list[float] = key([0.9, 0.999], "AdamW's two decay rates, for the mean gradient and for its square.")
     epsilon: float = key(1e-8, "AdamW's epsilon, added to the denominator of its update.")

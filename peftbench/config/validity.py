@@ -17,6 +17,7 @@ from peftbench.config.fidelity import find_idle_switches
 from peftbench.config.schema import (
     EMBEDDED,
     LOSS,
+    OPTIMIZERS,
     Batching,
     Compile,
     Device,
@@ -112,6 +113,7 @@ def find_faults(run: Run, *, reads_data: bool = True) -> list[str]:
         *_find_data_faults(run.task),
         *_find_dtype_faults(run),
         *_find_quantization_faults(run),
+        *_find_attention_faults(run),
         *_find_trainer_faults(run),
         *_find_nothing_to_train(run),
         *find_idle_switches(run),
@@ -265,9 +267,31 @@ def _find_quantization_faults(run: Run) -> Iterator[str]:
         yield f"trainer.compile={run.trainer.compile.name} with {typed} is not supported; use trainer.compile=none."
 
 
+def _find_attention_faults(run: Run) -> Iterator[str]:
+    """Yield faults of an attention function that ours, which a modification or a fast path needs, would replace."""
+    chosen = run.model.attn_implementation
+    if chosen in (None, "sdpa"):
+        return
+    instead = "leave it out, or use sdpa"
+    for prefix, m in list_modifications(run).items():
+        representation = m.modified_representation.name
+        if representation in (Representation.heads, Representation.embedding):
+            yield (
+                f"model.attn_implementation={chosen} with {prefix}modified_representation={representation.name}: these "
+                f"modifications are part of an attention function of their own; {instead}."
+            )
+    if run.trainer.padding_free is True:
+        yield (
+            f"model.attn_implementation={chosen} with trainer.padding_free=true, which has an attention function of "
+            f"its own; {instead}, or use trainer.padding_free=false."
+        )
+
+
 def _find_trainer_faults(run: Run) -> Iterator[str]:
     """Yield faults for settings of the trainer that exclude each other."""
     trainer = run.trainer
+    if trainer.optimizer not in OPTIMIZERS:
+        yield describe_unknown("trainer.optimizer", trainer.optimizer, OPTIMIZERS)
     if trainer.graphs is True:
         for key, value in list_unrecordable(trainer).items():
             yield (

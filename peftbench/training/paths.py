@@ -14,6 +14,7 @@ from peftbench.backbones.quantisation import is_quantised
 from peftbench.backbones.sites import list_configs
 from peftbench.config import schema
 from peftbench.config.validity import list_unrecordable
+from peftbench.modification.head_attention import ATTENTION_NAME
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.batch import Collator
 from peftbench.tasks.tokens import count_positions
@@ -52,13 +53,15 @@ def resolve_auto(settings: schema.Trainer, model: PreTrainedModel, *, bf16: bool
             "trainer.compile=none."
         )
     padding_free, graphs = settings.padding_free, settings.graphs
+    attention = model.config._attn_implementation
+    whole = not is_quantised(model)
     if padding_free == AUTO:
-        quick = model.device.type == "cuda" and not is_quantised(model) and (bf16 or model.dtype is torch.bfloat16)
+        own = attention in ("sdpa", ATTENTION_NAME)  # the functions that this path's replaces
+        quick = model.device.type == "cuda" and whole and own and (bf16 or model.dtype is torch.bfloat16)
         padding_free = quick and find_refusal(model) is None
     if graphs == AUTO:
-        graphs = (
-            records and not is_quantised(model) and not list_unrecordable(settings) and find_layer_drop(model) is None
-        )
+        known = attention in ("sdpa", "eager", ATTENTION_NAME)
+        graphs = records and whole and known and not list_unrecordable(settings) and find_layer_drop(model) is None
     return replace(settings, padding_free=padding_free, graphs=graphs)
 
 

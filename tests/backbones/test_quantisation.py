@@ -247,3 +247,10 @@ def test_packing_names_a_run_and_excludes_training_the_backbone() -> None:
     assert any(fault.startswith("unfreeze=all with model.quantization=nf4") for fault in found)
     assert not any("quantization" in fault for fault in find_faults(run_of("none", unfreeze=schema.Unfreeze.all)))
     assert resolve_dtype(run_of("nf4")).model.dtype is schema.DType.float32
+
+
+def test_the_attention_function_is_the_one_that_is_named(folders: dict[str, Path]) -> None:
+    model = schema.Model(name="bart", path=str(folders["bart"]), attn_implementation="eager")
+    assert load_backbone(model, task_of("bart")).model.config._attn_implementation == "eager"
+    with pytest.raises(UserError, match=r"^model\.attn_implementation=egaer: "):
+        load_backbone(replace(model, attn_implementation="egaer"), task_of("bart"))
