@@ -70,7 +70,8 @@ def build_packed(shape: dict[str, float], device: torch.device) -> PreTrainedMod
                 module.weight = packed.to(device)
             else:
                 setattr(module, name, nn.Parameter(drawn, requires_grad=False))
-    model.model.rotary_emb = type(model.model.rotary_emb)(config, device=device)
+    with device:
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
     model.hf_quantizer = AutoHfQuantizer.from_config(packing)
     model.config.quantization_config, model.is_loaded_in_4bit = packing, True
     settle_quantised(model, "the random model", dtype)
@@ -79,7 +80,7 @@ def build_packed(shape: dict[str, float], device: torch.device) -> PreTrainedMod
 
 def prepare_ours(model: PreTrainedModel, overrides: list[str]) -> Callable[[dict[str, Tensor]], Tensor]:
     """Attach a method and return the function of its loss, the fused one."""
-    run = compose_run([*overrides, "task=text_to_text", "task.train_file=none", "model=llama"])
+    run = compose_run([*overrides, "task=text_to_text", "model=llama"], reads_data=False)
     attach(model, list_modifications(run))
     model.train()
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
@@ -133,7 +134,7 @@ def measure(name: str, shape: dict[str, float], tokens: int, steps: int, device:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))  # waits for the GPU
+        losses.append(loss.item())  # waits for the GPU
         if cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
