@@ -20,8 +20,9 @@ from transformers import PreTrainedModel, set_seed
 
 from peftbench.backbones.load import Backbone, load_backbone
 from peftbench.backbones.precision import choose_device, resolve_dtype, use_autocast
+from peftbench.backbones.quantisation import find_format, is_quantised
 from peftbench.backbones.sites import find_sites
-from peftbench.config.schema import LOSS, Keep, Run, TaskKind, Unfreeze, list_modifications
+from peftbench.config.schema import LOSS, Keep, Quantization, Run, TaskKind, Unfreeze, list_modifications
 from peftbench.counts.shares import size_notes
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.evaluation.finished import restore_backbone
@@ -56,7 +57,7 @@ from peftbench.training.checkpoint import Checkpoints
 from peftbench.training.divergence import are_finite
 from peftbench.training.ended import load_ended
 from peftbench.training.ended import save_ended as keep_ended
-from peftbench.training.fit import Criterion, Fitted, Monitor, Recipe, Resuming, fit_model
+from peftbench.training.fit import Criterion, Fitted, Monitor, Recipe, Resuming, fit_model, require_optimizer
 from peftbench.training.probe import find_unreached, make_no_gradient_error
 from peftbench.utils.environment import run_alone
 from peftbench.utils.errors import UserError
@@ -181,10 +182,13 @@ def _run(
 
 def _prepare(run: Run, record: Record, display: Display) -> _Prepared:
     """Load the data and the backbone, attach the modifications, and note what they are."""
+    require_optimizer(run.trainer.optimizer)
+    if run.model.attn_implementation == "flex_attention" and choose_device(run.trainer).type == "cpu":
+        raise UserError("model.attn_implementation=flex_attention has no gradients on a CPU; use sdpa or a GPU.")
     set_seed(run.seed)
     loaded = load_task(run.task)
     placed = resolve_dtype(run)
-    backbone = load_backbone(placed.model, loaded.task)
+    backbone = load_backbone(placed.model, loaded.task, choose_device(run.trainer))
     read, record.deviations = attach_run(backbone.model, placed, backbone.untrained)
     record.axes = record_axes(read)
     _record_counts(record, read, backbone)
@@ -341,7 +345,7 @@ def _note_search(record: Record, search: Searched | None, selecting: bool, run: 
         with display:
             with display.stage("prepare"):
                 loaded, placed = load_task(run.task), resolve_dtype(run)
-                backbone = restore_backbone(record.folder, placed, loaded.task)
+                backbone = restore_backbone(record.folder, placed, loaded.task, choose_device(run.trainer))
                 data = prepare_data(loaded, backbone.tokenizer, backbone.model)
                 backbone.model.to(choose_device(run.trainer))
             finite = are_finite(backbone.model)  # an earlier version may have called a diverged run done
@@ -357,7 +361,7 @@ def _score_head_alone(run: Run, data: TaskData, record: Record, display: Display
     """Return the score of the task head trained alone, in the same way, on the unmodified backbone; None if it
     diverged."""
     set_seed(run.seed)
-    backbone = load_backbone(run.model, data.task)
+    backbone = load_backbone(run.model, data.task, choose_device(run.trainer))
     attach(backbone.model, {}, untrained=backbone.untrained)
     data = data.serving(backbone.model)
     backbone.model.to(choose_device(run.trainer))
@@ -381,6 +385,9 @@ def _record_counts(record: Record, run: Run, backbone: Backbone) -> None:
     dead = count_dead(backbone.model, list_modifications(run)) if run.fidelity.dead_parameters else 0
     record.counts = RecordedCounts(**asdict(counts), dead=dead)
     record.model.parameters = counts.backbone
+    if is_quantised(backbone.model):
+        packed = run.model.quantization
+        record.model.quantization = find_format(backbone.model.config) if packed is Quantization.none else packed.name
     record.notes = size_notes(run, counts, find_sites(backbone.model).width)
 
 

@@ -28,9 +28,10 @@ from transformers import (
 from transformers.utils import cached_file, logging
 
 from peftbench.backbones.hub import explain_missing_hub
+from peftbench.backbones.quantisation import find_format, make_quantisation, require_package, settle_quantised
 from peftbench.backbones.sites import find_family
 from peftbench.backbones.special_tokens import settle
-from peftbench.config.schema import DType, Model, Task, TaskKind
+from peftbench.config.schema import DType, Model, Quantization, Task, TaskKind
 from peftbench.utils.errors import UserError, suggest
 
 T = TypeVar("T")
@@ -63,10 +64,11 @@ class Backbone:
     notes: tuple[str, ...] = ()
 
 
-def load_backbone(model: Model, task: Task) -> Backbone:
+def load_backbone(model: Model, task: Task, device: torch.device | None = None) -> Backbone:
     """Load the backbone for a task, on the CPU, in `model.dtype`, where `auto` means float32.
 
-    Its attention is transformers' default: SDPA, but eager for T5 in the versions that have no other.
+    A quantised one is loaded straight to `device`, and packed there. The attention is transformers' default: SDPA, but
+    eager for T5 in the versions that have no other.
 
     Raises:
         UserError: the place contains no model or no tokenizer, or cannot be reached; the architecture has no family or
@@ -76,21 +78,65 @@ def load_backbone(model: Model, task: Task) -> Backbone:
     config = load_config(model)
     auto = _choose_auto_class(model, task, config)
     tokenizer = load_tokenizer(model)
+    dtype = torch.bfloat16 if model.dtype is DType.bfloat16 else torch.float32
+    _check_attention(model, auto, config)
+    packing = _plan_packing(model, task, config, dtype, device)
+    chosen = model.attn_implementation
     loaded, report = _load_or_explain(
         model,
         lambda: auto.from_pretrained(
             source,
             **options,
+            **packing,
+            **({} if chosen is None else {"attn_implementation": chosen}),
             config=config,
-            dtype=torch.bfloat16 if model.dtype is DType.bfloat16 else torch.float32,
+            dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # a folder tuned for other labels: its head is initialised anew, and trained
         ),
     )
+    if packing:
+        settle_quantised(loaded, _place(model), dtype)
     untrained = _find_new_head(model, loaded, report)
     notes = settle(loaded, tokenizer, writes=task.kind is TaskKind.text_to_text)
     _pad_on_the_right(loaded, tokenizer, task)
     return Backbone(loaded, tokenizer, untrained, tuple(notes))
+
+
+def _check_attention(model: Model, auto: Any, config: PretrainedConfig) -> None:
+    """Raise a UserError if the backbone cannot have `model.attn_implementation`, before weights are read."""
+    chosen = model.attn_implementation
+    if chosen is None:
+        return
+    try:
+        with torch.device("meta"):
+            auto.from_config(deepcopy(config), attn_implementation=chosen)
+    except (ImportError, ValueError, OSError, RuntimeError) as error:
+        raise UserError(f"model.attn_implementation={chosen}: {' '.join(str(error).split())}") from error
+
+
+def _plan_packing(
+    model: Model, task: Task, config: PretrainedConfig, dtype: torch.dtype, device: torch.device | None
+) -> dict[str, Any]:
+    """Return the options of `from_pretrained` for a quantised backbone; none for another.
+
+    Raises:
+        UserError: a package is missing, the backbone has nothing to pack, or is packed already.
+    """
+    wanted, form = model.quantization is not Quantization.none, find_format(config)
+    if form is None and not wanted:
+        return {}
+    placed = {"device_map": {"": device or torch.device("cpu")}}
+    if form is None:
+        bare = build_meta_backbone(model, task, config)
+        return {**placed, "quantization_config": make_quantisation(model, bare, dtype)}
+    if wanted:
+        raise UserError(
+            f"model.quantization={model.quantization.name}: {_place(model)} is quantised already ({form}); leave "
+            "model.quantization out."
+        )
+    require_package(_place(model), form)
+    return placed
 
 
 # Tensors in old checkpoints that are not weights: positions, masks and frequencies, which are computed now.
@@ -322,7 +368,7 @@ def _load_or_explain(model: Model, load: Callable[[], T]) -> T:
     """Run `load`; turn transformers' error for a place without a model into one sentence."""
     try:
         return load()
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         torn = isinstance(error, SafetensorError)
         if model.path is None and not torn and (reason := explain_missing_hub()):
             raise UserError(

@@ -27,8 +27,13 @@ def use_bf16(settings: schema.Trainer) -> bool:
 
 
 def resolve_dtype(run: schema.Run) -> schema.Run:
-    """Return the run with `model.dtype=auto` decided; see config/schema.py."""
-    if run.model.dtype is not schema.DType.auto:
+    """Return the run with `model.dtype=auto` decided; see config/schema.py.
+
+    The float32 of a quantised backbone is decided like `auto`: what is not packed is small, and everything next to
+    packed weights would be computed in float32.
+    """
+    packed = run.model.quantization is not schema.Quantization.none and run.model.dtype is schema.DType.float32
+    if run.model.dtype is not schema.DType.auto and not packed:
         return run
     cuda = choose_device(run.trainer).type == "cuda"
     small = cuda and use_bf16(run.trainer) and run.unfreeze is schema.Unfreeze.none

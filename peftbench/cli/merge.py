@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from peftbench.config.schema import DType
+from peftbench.config.schema import DType, Quantization
 from peftbench.evaluation.finished import read_saved_run
 from peftbench.evaluation.merged import write_merged
 from peftbench.records.saved import find_run_folder, read_saved_record
@@ -36,6 +36,13 @@ def main(argv: list[str]) -> int:
     console.print(
         f"{arguments.out}: load it with transformers' {name}.from_pretrained.", highlight=False, soft_wrap=True
     )
+    if run.model.quantization is not Quantization.none:
+        console.print(
+            f"The backbone was {run.model.quantization.name}: its weights are unpacked, with the values that they had "
+            "packed.",
+            highlight=False,
+            soft_wrap=True,
+        )
     if run.model.dtype is DType.bfloat16 and share:
         console.print(
             f"The weights are bfloat16: rounding changed them by {share:.1%} of what the run changed "

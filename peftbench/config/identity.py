@@ -45,6 +45,9 @@ IGNORED = (
     "trainer.eval_batch_tokens",
 )
 
+# Keys that runs of earlier versions did not have: at their defaults they are no part of a name.
+LATER = ("model.quantization", "model.attn_implementation", "trainer.optimizer")
+
 _SPECIAL = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what a special token may look like: </s>, <|im_start|>, [SEP]
 
 
@@ -66,6 +69,8 @@ def hash_run(run: Run, stamp: Callable[[str], str] = stamp_content) -> str:
     prompt = config["task"]["prompt"]
     if prompt is not None and _SPECIAL.search(prompt):  # earlier versions read them as ordinary characters
         config["task"]["special_tokens"] = "kept"
+    for group in ("model", "trainer"):
+        drop_later_defaults(group, config[group])
     if config["search"] is None:  # a settled search (records/choice.py) is the run that it chose
         del config["search"]
 
@@ -83,6 +88,23 @@ def hash_run(run: Run, stamp: Callable[[str], str] = stamp_content) -> str:
     if "content" in task:
         task |= {"hub_id": None, "hub_config": None, "hub_revision": None}
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def drop_later_defaults(group: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Delete from the values of a group the keys of `LATER` that are at their defaults; return the values."""
+    for key in LATER:
+        prefix, leaf = key.split(".")
+        if prefix == group and values[leaf] == _get_default(key):
+            del values[leaf]
+    return values
+
+
+@cache
+def _get_default(key: str) -> Any:
+    """Return the JSON value of a key's default."""
+    group, leaf = key.split(".")
+    (found,) = (field for field in fields(get_type_hints(Run)[group]) if field.name == leaf)
+    return found.default.name if isinstance(found.default, Enum) else found.default
 
 
 def to_plain(config: object) -> dict[str, Any]:

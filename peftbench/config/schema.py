@@ -20,6 +20,32 @@ HELP = "help"  # a field's metadata: what the key means
 
 # Names in transformers' ACT2FN of functions of one tensor without parameters; a test compares them with ACT2FN.
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "mish", "tanh", "sigmoid", "relu6", "relu2", "leaky_relu")
+# Names of transformers' OptimizerNames that need nothing else than trainer's keys, and the packages of some; a test
+# compares them. Left out are those that change the training loop, or are for other devices.
+OPTIMIZERS: dict[str, str | None] = {
+    "adamw": None,
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")),
+    **dict.fromkeys(
+        (
+            "adamw_bnb_8bit",
+            "ademamix",
+            "ademamix_8bit",
+            "lion_8bit",
+            "lion_32bit",
+            "paged_adamw_32bit",
+            "paged_adamw_8bit",
+            "paged_ademamix_32bit",
+            "paged_ademamix_8bit",
+            "paged_lion_32bit",
+            "paged_lion_8bit",
+            "rmsprop_bnb",
+            "rmsprop_bnb_8bit",
+            "rmsprop_bnb_32bit",
+        ),
+        "bitsandbytes",
+    ),
+    **dict.fromkeys(("adamw_torch_4bit", "adamw_torch_8bit"), "torchao"),
+}
 FUNCTIONAL_FORMS = ("none", "constant", "identity", "softmax", *ACTIVATIONS)
 
 # mypy and OmegaConf both need the members of an Enum spelled out; a user types a member's name.
@@ -55,6 +81,7 @@ LayerNormPlace = Enum("LayerNormPlace", ["none", "input", "output"])
 Unfreeze = Enum("Unfreeze", ["none", "bias", "norm", "all"])
 TaskKind = Enum("TaskKind", ["classification", "regression", "text_to_text"])
 DType = Enum("DType", ["auto", "float32", "bfloat16"])
+Quantization = Enum("Quantization", ["none", "nf4", "int8"])
 Precision = Enum("Precision", ["auto", "fp32", "bf16"])
 Schedule = Enum("Schedule", ["linear", "cosine", "constant"])
 Keep = Enum("Keep", ["best", "last"])
@@ -227,6 +254,17 @@ class Model:
         "Type of the frozen weights, float32 or bfloat16; trained weights are always float32. auto: bfloat16 if the "
         "run computes in it on a GPU and trains nothing of the backbone, else float32.",
     )
+    quantization: Quantization = key(
+        Quantization.none,
+        "How the frozen projections of the layers are packed by bitsandbytes while they are loaded: nf4, four bits; "
+        "int8, eight bits; none: they are not, or are as model.path stores them. The other weights are then "
+        "bfloat16 if the run computes in it on a GPU.",
+    )
+    attn_implementation: str | None = key(
+        None,
+        "The attention function, as transformers names it: sdpa, eager, flash_attention_2, flex_attention and others; "
+        "modified heads and prompts need sdpa, which has ours. null: transformers' default, sdpa where there is one.",
+    )
     sizes: str = key(MISSING, "The column of conf/sizes.yaml from which the method presets take their sizes.")
     architecture: dict[str, Any] = key(
         {},
@@ -387,6 +425,11 @@ class Trainer:
     max_grad_norm: float = key(1.0, "Maximum norm of the gradient of all trained tensors, by clipping; 0: no clipping.")
     label_smoothing: float = key(
         0.0, "Share of a target's probability, at least 0 and below 1, spread evenly over all labels or tokens."
+    )
+    optimizer: str = key(
+        "adamw",
+        "adamw: torch's AdamW, fused on a GPU; or a name of transformers, such as adamw_bnb_8bit, adafactor or "
+        "lion_32bit, with the same learning rate, decay, betas and epsilon as far as it has them.",
     )
     betas: list[float] = key([0.9, 0.999], "AdamW's two decay rates, for the mean gradient and for its square.")
     epsilon: float = key(1e-8, "AdamW's epsilon, added to the denominator of its update.")

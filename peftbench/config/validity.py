@@ -17,11 +17,13 @@ from peftbench.config.fidelity import find_idle_switches
 from peftbench.config.schema import (
     EMBEDDED,
     LOSS,
+    OPTIMIZERS,
     Batching,
     Compile,
     Device,
     DType,
     Precision,
+    Quantization,
     Representation,
     Run,
     Task,
@@ -110,6 +112,8 @@ def find_faults(run: Run, *, reads_data: bool = True) -> list[str]:
         *_find_source_faults(run.task, reads_data),
         *_find_data_faults(run.task),
         *_find_dtype_faults(run),
+        *_find_quantization_faults(run),
+        *_find_attention_faults(run),
         *_find_trainer_faults(run),
         *_find_nothing_to_train(run),
         *find_idle_switches(run),
@@ -249,9 +253,45 @@ def _find_dtype_faults(run: Run) -> Iterator[str]:
         )
 
 
+def _find_quantization_faults(run: Run) -> Iterator[str]:
+    """Yield faults of settings that packed weights cannot serve."""
+    if run.model.quantization is Quantization.none:
+        return
+    typed = f"model.quantization={run.model.quantization.name}"
+    if run.unfreeze is not Unfreeze.none:
+        yield (
+            f"unfreeze={run.unfreeze.name} with {typed}: a packed backbone is frozen as a whole; use "
+            "model.quantization=none, or a method that adds parameters, such as method=lora."
+        )
+    if run.trainer.compile is not Compile.none:
+        yield f"trainer.compile={run.trainer.compile.name} with {typed} is not supported; use trainer.compile=none."
+
+
+def _find_attention_faults(run: Run) -> Iterator[str]:
+    """Yield faults of an attention function that ours, which a modification or a fast path needs, would replace."""
+    chosen = run.model.attn_implementation
+    if chosen in (None, "sdpa"):
+        return
+    instead = "leave it out, or use sdpa"
+    for prefix, m in list_modifications(run).items():
+        representation = m.modified_representation.name
+        if representation in (Representation.heads, Representation.embedding):
+            yield (
+                f"model.attn_implementation={chosen} with {prefix}modified_representation={representation.name}: these "
+                f"modifications are part of an attention function of their own; {instead}."
+            )
+    if run.trainer.padding_free is True:
+        yield (
+            f"model.attn_implementation={chosen} with trainer.padding_free=true, which has an attention function of "
+            f"its own; {instead}, or use trainer.padding_free=false."
+        )
+
+
 def _find_trainer_faults(run: Run) -> Iterator[str]:
     """Yield faults for settings of the trainer that exclude each other."""
     trainer = run.trainer
+    if trainer.optimizer not in OPTIMIZERS:
+        yield describe_unknown("trainer.optimizer", trainer.optimizer, OPTIMIZERS)
     if trainer.graphs is True:
         for key, value in list_unrecordable(trainer).items():
             yield (

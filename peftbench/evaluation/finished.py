@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftbench.backbones.load import Backbone, load_backbone
 from peftbench.backbones.precision import choose_device, resolve_dtype
+from peftbench.backbones.quantisation import unpack_backbone
 from peftbench.config.overrides import apply_override
 from peftbench.config.roles import list_splits
 from peftbench.config.schema import Run, Task, list_modifications, list_task_files, resolve_config
@@ -127,9 +129,18 @@ def _report_on(task: Task, trained: Task) -> Task:
     return replace(task, data_files=files, test_file=None)
 
 
-def restore_backbone(folder: Path, run: Run, task: Task) -> Backbone:
-    """Return the backbone of the run in `folder` with its adapter; `task` is the run's, with the data's labels."""
-    backbone = load_backbone(run.model, task)
+def restore_backbone(
+    folder: Path, run: Run, task: Task, device: torch.device | None = None, *, unpacked: bool = False
+) -> Backbone:
+    """Return the backbone of the run in `folder` with its adapter; `task` is the run's, with the data's labels.
+
+    Args:
+        device: where a quantised backbone is packed, see `load_backbone`.
+        unpacked: give a quantised backbone weights that are no longer packed, with the values that the packed ones had.
+    """
+    backbone = load_backbone(run.model, task, device)
+    if unpacked:
+        unpack_backbone(backbone.model)
     attach_run(backbone.model, run, backbone.untrained)
     load_adapter(backbone.model, folder / "adapter", backbone.untrained)
     return backbone
@@ -162,7 +173,7 @@ def evaluate_run(folder: Path, run: Run, console: Console, predictions: Path | N
             dealt, labels = list_dealt(read_trained_task(folder)), read_saved_record(folder).data.get("labels", [])
             loaded = load_task(run.task, training=False, dealt=dealt, labels=labels)
             run = resolve_dtype(run)
-            backbone = restore_backbone(folder, run, loaded.task)
+            backbone = restore_backbone(folder, run, loaded.task, choose_device(run.trainer))
             data = prepare_data(loaded, backbone.tokenizer, backbone.model)
             backbone.model.to(choose_device(run.trainer))
             evaluator = Evaluator(backbone.model, data, run)

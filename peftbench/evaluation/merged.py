@@ -27,7 +27,7 @@ def write_merged(folder: Path, run: Run, out: Path) -> tuple[str, float]:
     if found := find_obstacles(bare):
         why = "; ".join(found[n] if n == name_module("") else f"mix.{n}: {found[n]}" for n in sorted(found))
         raise UserError(f"method={run.method} cannot be merged into the backbone's weights: {why}.")
-    backbone = restore_backbone(folder, run, run.task)
+    backbone = restore_backbone(folder, run, run.task, unpacked=True)
     share = merge(backbone.model)
     tensors = backbone.model.state_dict()
     backbone.model.save_pretrained(out, state_dict={name: tensors[name] for name in plain})

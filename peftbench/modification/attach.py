@@ -19,6 +19,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from peftbench.backbones.quantisation import is_quantised
 from peftbench.backbones.sites import Attention, Layer, Sites, find_sites
 from peftbench.config import schema
 from peftbench.config.axes import WITHOUT_ATTENTION
@@ -86,6 +87,11 @@ def _name_representation(m: schema.Modification) -> str:
 def _freeze(
     model: PreTrainedModel, sites: Sites, unfreeze: schema.Unfreeze, untrained: Collection[str], train_head: bool
 ) -> None:
+    if is_quantised(model) and unfreeze is not schema.Unfreeze.none:
+        raise UserError(
+            f"unfreeze={unfreeze.name}: the backbone is quantised, and a packed backbone is frozen as a whole; use a "
+            "method that adds parameters, such as method=lora, or the unquantised model."
+        )
     computed_in, unfrozen = model.dtype, _list_unfrozen(model, unfreeze)
     in_backbone = False
     for name, parameter in model.named_parameters():

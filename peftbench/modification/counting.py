@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
+from peftbench.backbones.quantisation import count_elements
 from peftbench.backbones.sites import find_family
 from peftbench.modification.edit import Modifier
 from peftbench.modification.functional_form import FunctionalForm
@@ -90,7 +91,7 @@ def count(model: PreTrainedModel, untrained: Collection[str] = ()) -> Counts:
     trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     is_head = {name: name.split(".")[0] in heads for name in named}
     head = sum(p.numel() for name, p in trained.items() if is_head[name] or name in untrained)
-    backbone = sum(p.numel() for name, p in named.items() if id(p) not in modification and not is_head[name])
+    backbone = sum(count_elements(p) for name, p in named.items() if id(p) not in modification and not is_head[name])
     own = {name: p for name, p in trained.items() if not is_head[name] and name not in untrained}
     unfrozen = sum(p.numel() for p in own.values() if id(p) not in modification)
     trained_total = sum(parameter.numel() for parameter in trained.values()) - head

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from peftbench.backbones.quantisation import is_packed
 from peftbench.modification.composition import Gated, Multiply
 from peftbench.modification.edit import Edit
 from peftbench.modification.functional_form import Bottleneck
@@ -136,9 +137,12 @@ def _unhook(model: nn.Module, modification: nn.Module) -> None:
 
 
 def _list_mergeable(model: nn.Module) -> list[nn.Module]:
-    """Return the projections whose edits are all affine."""
+    """Return the projections whose edits are all affine. Packed weights take no change: their edits stay next to
+    them."""
     found = []
     for module in model.modules():
+        if is_packed(module):
+            continue
         edits = _list_edits_before(module) + _list_edits_after(module)
         if edits and all(_find_obstacle(edit, module) is None for edit in edits):
             found.append(module)

@@ -74,6 +74,7 @@ class RecordedBackbone:
     revision: str | None
     content: str | None
     parameters: int | None = None
+    quantization: str | None = None  # model.quantization, or the format of a folder that is quantised already
 
 
 @dataclass

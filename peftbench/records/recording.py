@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 import peftbench
 from peftbench.config.axes import read_axes
-from peftbench.config.identity import hash_run, to_plain
+from peftbench.config.identity import drop_later_defaults, hash_run, to_plain
 from peftbench.config.schema import Modification, Run, list_modifications
 from peftbench.config.stamps import stamp_content
 from peftbench.records.record import FILE, Axes, Record, RecordedBackbone, Status, find_record, get_time
@@ -90,7 +90,7 @@ def describe_run(run: Run, folder: Path, overrides: Sequence[str], status: Statu
         budget=run.budget,
         debug=run.debug,
         fidelity=run.fidelity.name,
-        trainer=to_plain(run.trainer),
+        trainer=drop_later_defaults("trainer", to_plain(run.trainer)),
         versions=_read_versions(),
         git=_read_git(),
     )

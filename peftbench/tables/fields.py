@@ -16,6 +16,7 @@ FIELDS: dict[str, Callable[[Record], Any]] = {
     "method": lambda r: r.method,
     "task": lambda r: r.task,
     "model": lambda r: r.model.name,
+    "quantization": lambda r: r.model.quantization,
     "seed": lambda r: r.seed,
     "status": lambda r: r.status,
     "error": lambda r: r.error.name if r.error else None,

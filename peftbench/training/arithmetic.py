@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
+from peftbench.backbones.quantisation import count_elements
 from peftbench.backbones.sites import find_sites
 from peftbench.modification.head_attention import HEADS, Prefix
 from peftbench.training.batching import Lengths
@@ -71,5 +72,5 @@ def _count_weights(module: nn.Module, counted: set[int]) -> float:
         if parameter.dim() < 2 or id(parameter) in counted:
             continue
         counted.add(id(parameter))
-        total += (6 if parameter.requires_grad else 4) * parameter.numel()
+        total += (6 if parameter.requires_grad else 4) * count_elements(parameter)
     return total

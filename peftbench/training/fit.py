@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from peftbench.training.micro_batch import AUTO, MicroBatches
 from peftbench.training.paths import FastPaths, make_collator, resolve_auto
 from peftbench.training.replay import Recorder
 from peftbench.training.trainer import Evaluate, FineTuner, Recording
+from peftbench.utils.errors import UserError
 from peftbench.utils.progress import Stage
 
 Log = Callable[[dict[str, Any]], None]
@@ -228,6 +230,21 @@ _SCHEDULES = {  # transformers' names; its "constant" has no warm-up
 }
 
 
+def _choose_optimizer(name: str, cuda: bool) -> str:
+    """Return transformers' name of the optimiser."""
+    if name != "adamw":
+        return name
+    return "adamw_torch_fused" if cuda else "adamw_torch"
+
+
+def require_optimizer(name: str) -> None:
+    """Raise a UserError if the package of an optimiser is missing."""
+    package = schema.OPTIMIZERS.get(name)
+    if package is not None and find_spec(package) is None:
+        pip = "peftbench[quant]" if package == "bitsandbytes" else package
+        raise UserError(f"trainer.optimizer={name} needs {package}, which is not installed: pip install {pip}.")
+
+
 def _build_arguments(recipe: Recipe, folder: Path, data: TaskData) -> TrainingArguments:
     """Return Trainer's arguments; `folder` is for its checkpoints."""
     settings, steps = recipe.settings, count_steps(data, recipe.settings)
@@ -246,7 +263,7 @@ def _build_arguments(recipe: Recipe, folder: Path, data: TaskData) -> TrainingAr
         adam_beta1=settings.betas[0],
         adam_beta2=settings.betas[1],
         adam_epsilon=settings.epsilon,
-        optim="adamw_torch_fused" if cuda else "adamw_torch",
+        optim=_choose_optimizer(settings.optimizer, cuda),
         logging_nan_inf_filter=False,  # the filter waits for the GPU at every step
         bf16=recipe.bf16,
         eval_strategy="steps" if settings.keep is schema.Keep.best else "no",

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from peftbench.backbones.quantisation import is_quantised
 from peftbench.backbones.sites import list_configs
 from peftbench.config import schema
 from peftbench.config.validity import list_unrecordable
+from peftbench.modification.head_attention import ATTENTION_NAME
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.batch import Collator
 from peftbench.tasks.tokens import count_positions
@@ -48,12 +50,21 @@ def resolve_auto(
             f"trainer.graphs=true: this backbone leaves layers out at random ({key} in its config.json), and a CUDA "
             "graph always has the same; use trainer.graphs=false."
         )
+    if is_quantised(model) and settings.compile is not schema.Compile.none:
+        raise UserError(
+            f"trainer.compile={settings.compile.name} is not supported for a quantised backbone; use "
+            "trainer.compile=none."
+        )
     padding_free, graphs = settings.padding_free, settings.graphs
+    attention = model.config._attn_implementation
+    whole = not is_quantised(model)
     if padding_free == AUTO:
-        quick = model.device.type == "cuda" and (bf16 or model.dtype is torch.bfloat16)
+        own = attention in ("sdpa", ATTENTION_NAME)  # the functions that this path's replaces
+        quick = model.device.type == "cuda" and whole and own and (bf16 or model.dtype is torch.bfloat16)
         padding_free = quick and find_refusal(model, longest) is None
     if graphs == AUTO:
-        graphs = records and not list_unrecordable(settings) and find_layer_drop(model) is None
+        known = attention in ("sdpa", "eager", ATTENTION_NAME)
+        graphs = records and whole and known and not list_unrecordable(settings) and find_layer_drop(model) is None
     return replace(settings, padding_free=padding_free, graphs=graphs)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerControl
 
+from peftbench.backbones.quantisation import present_as_adapted
 from peftbench.training.batching import LengthBatches
 from peftbench.training.best import KeepBest
 from peftbench.training.checkpoint import Resumable
@@ -75,7 +76,8 @@ class FineTuner(MicroBatched, Resumable):
             self.replayed = Replayed(self._whole_batch, self.trained, recording.recorder, required=required)
         self.clock, self.pace, self.diverging = Clock(earlier_seconds), Pace(model.device), StopWhereDiverged()
         own = [self.diverging, self.pace, *([] if keeper is None else [keeper])]
-        super().__init__(model=model, notes=self._notes, callbacks=[*own, *callbacks], **others)
+        with present_as_adapted(model):
+            super().__init__(model=model, notes=self._notes, callbacks=[*own, *callbacks], **others)
         self.remove_callback(PrinterCallback)
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import datasets
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
@@ -15,6 +17,7 @@ def silence_libraries() -> None:
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at every product of int8 that it reads float16
 
 
 def make_quiet_console(stderr: bool = False) -> Console:

@@ -1,0 +1,207 @@
+"""Backbones whose frozen weights are packed in four or eight bits: what is packed, by which package, and what it holds.
+
+`model.quantization` packs the projections of the repeated layers with bitsandbytes while they are loaded. Embeddings,
+norms, the output layer and task heads stay as they are: they are read by the loss or trained. A folder that is
+quantised already is loaded as its config.json says. A packed weight has fewer elements than the matrix it holds, so
+that every count has to ask `count_elements`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from peftbench.backbones.sites import find_sites
+from peftbench.config.schema import Model, Quantization
+from peftbench.utils.errors import UserError
+
+# The module that each format of a folder needs, and what pip calls it.
+PACKAGES = {
+    "bitsandbytes": ("bitsandbytes", "peftbench[quant]"),
+    "gptq": ("gptqmodel", "gptqmodel"),
+    "awq": ("gptqmodel", "gptqmodel"),
+    "torchao": ("torchao", "torchao"),
+    "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
+    "gguf": ("gguf", "gguf"),
+    "hqq": ("hqq", "hqq"),
+    "quanto": ("optimum.quanto", "optimum-quanto"),
+    "aqlm": ("aqlm", "aqlm"),
+}
+PACKED = ("Linear4bit", "Linear8bitLt")  # bitsandbytes' classes, by name: the package may be missing
+
+
+def find_format(config: PretrainedConfig) -> str | None:
+    """Return the format in which a place's weights are quantised already, as its config.json names it, or None."""
+    own = getattr(config, "quantization_config", None)
+    if own is None:
+        return None
+    values = own if isinstance(own, dict) else own.to_dict()
+    method = values.get("quant_method")
+    return "bitsandbytes" if method is None else str(getattr(method, "value", method))
+
+
+def require_package(key: str, form: str) -> None:
+    """Raise a UserError if the package that unpacks `form` is missing; `key` is what asked for it, as typed."""
+    module, name = PACKAGES.get(form, (None, None))
+    if module is not None and not _is_installed(module):
+        raise UserError(f"{key} needs {module.partition('.')[0]}, which is not installed: pip install {name}.")
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # a part of a package that is missing as a whole
+        return False
+
+
+def make_quantisation(model: Model, bare: PreTrainedModel, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return what `from_pretrained` packs `model.quantization` by.
+
+    Args:
+        bare: the model on the meta device, which shows what is outside of the repeated layers and stays unpacked.
+        dtype: of the products.
+
+    Raises:
+        UserError: bitsandbytes is missing, or the backbone has nothing to pack.
+    """
+    typed = f"model.quantization={model.quantization.name}"
+    require_package(typed, "bitsandbytes")
+    inside = {id(module) for layer in find_sites(bare).layers for module in layer.module.modules()}
+    projections = {name: module for name, module in bare.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    skipped = [name for name, module in projections.items() if id(module) not in inside]
+    if len(skipped) == len(projections):
+        raise UserError(
+            f"{typed}: the layers of model={model.name} ({bare.config.model_type}) have no linear projections to pack; "
+            "use model.quantization=none."
+        )
+    if model.quantization is Quantization.int8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skipped,
+    )
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Return whether a loaded model's weights are packed."""
+    return bool(getattr(model, "is_quantized", False))
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Return whether a module is a projection of bitsandbytes, whose weight is no matrix to compute with."""
+    return type(module).__name__ in PACKED
+
+
+def settle_quantised(model: PreTrainedModel, place: str, dtype: torch.dtype) -> None:
+    """Have the packed projections compute in `dtype`, and check that modifications can be trained next to them.
+
+    Args:
+        place: of the weights, as typed.
+
+    Raises:
+        UserError: the format passes no gradients on, or its projections are of a kind that we cannot measure.
+    """
+    form = find_format(model.config)
+    try:
+        find_sites(model)
+        known = True
+    except (AssertionError, AttributeError):
+        known = False
+    if not known or not model.hf_quantizer.is_trainable:
+        why = "which passes no gradients on" if known else "whose projections peftbench cannot read"
+        raise UserError(
+            f"{place} is quantised as {form}, {why}; bring the unquantised model, with model.quantization=nf4 if it is "
+            "large."
+        )
+    for module in filter(is_packed, model.modules()):
+        packed: Any = module
+        if type(module).__name__ == "Linear4bit":
+            # A folder may name another dtype. On a CPU with AVX-512 bfloat16, bitsandbytes would rearrange the weights
+            # at the first prediction and compute in bfloat16, and could not train them again.
+            packed.compute_dtype, packed.compute_type_is_set = dtype, True
+            packed.support_avx512bf16_for_cpu = False
+            _check_rows(packed, place)
+    if hasattr(
+        model, "hf_device_map"
+    ):  # all of it is on one device; accelerate refuses to train what it calls offloaded
+        del model.hf_device_map
+
+
+def _check_rows(module: Any, place: str) -> None:
+    """Refuse four-bit rows on a CPU that are not whole blocks: bitsandbytes 0.50 packs blocks across rows, but its
+    kernel for CPUs unpacks them row by row, and so gives wrong weights without a word."""
+    width, block = module.in_features, module.weight.quant_state.blocksize
+    if module.weight.device.type == "cpu" and width % block:
+        raise UserError(
+            f"{place} in four bits on a CPU: its projections have rows of {width} weights, and bitsandbytes may "
+            f"unpack what is no multiple of {block} wrongly there; use a GPU or model.quantization=int8."
+        )
+
+
+@contextmanager
+def present_as_adapted(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block, transformers' Trainer takes a quantised model, as it takes one that peft has adapted: its own
+    check for something to train does not know our modifications."""
+    if not is_quantised(model):
+        yield
+        return
+    vars(model)["_hf_peft_config_loaded"] = True
+    try:
+        yield
+    finally:
+        del vars(model)["_hf_peft_config_loaded"]
+
+
+def count_elements(parameter: Tensor) -> int:
+    """Return the number of elements of a parameter; of a packed one, those of the matrix that it holds."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(torch.Size(state.shape).numel())
+
+
+@torch.no_grad()
+def unpack_weight(module: nn.Module) -> Tensor:
+    """Return the matrix (out, in) that a packed projection holds, in float32, or in the dtype it was packed from."""
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    weight: Tensor = dequantize_bnb_weight(module.weight, getattr(module, "state", None))
+    return weight
+
+
+def unpack_backbone(model: PreTrainedModel) -> None:
+    """Replace the packed projections by unpacked ones of the same values, in place, before anything is attached.
+
+    Raises:
+        UserError: the weights are packed by something else than bitsandbytes.
+    """
+    if not is_quantised(model):
+        return
+    if (form := find_format(model.config)) != "bitsandbytes":
+        raise UserError(f"A backbone that is quantised as {form} cannot be unpacked; bring the unquantised model.")
+    dtype = model.dtype
+    for name, module in [(name, module) for name, module in model.named_modules() if is_packed(module)]:
+        found: Any = module
+        weight = unpack_weight(module).to(dtype)
+        plain: Any
+        with torch.device("meta"):
+            if issubclass(found.source_cls, Conv1D):
+                plain = Conv1D(found.out_features, found.in_features)
+                weight = weight.T.contiguous()
+            else:
+                plain = nn.Linear(found.in_features, found.out_features, bias=found.bias is not None)
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        if found.bias is not None:
+            plain.bias = nn.Parameter(found.bias.detach().to(dtype), requires_grad=False)
+        model.set_submodule(name, plain.train(found.training))
+    vars(model).pop("hf_quantizer", None)
+    for attribute in ("is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"):
+        vars(model).pop(attribute, None)
+    del model.config.quantization_config
