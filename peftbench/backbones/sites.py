@@ -49,7 +49,7 @@ class Family:
     attentions: Mapping[str, AttentionPaths]  # "self" and, if the family has it, "cross"
     ffn: FeedForwardPaths
     heads: str  # config attribute with the number of heads; one for each stack if it contains "{stack}_"
-    # Stack name: where its embedded input can be lengthened. In a decoder alone: its token embedding, see `DecoderPrompt`.
+    # Stack name: where its embedded input can be lengthened. A decoder alone: its token embedding (`DecoderPrompt`).
     embedding: Mapping[str, str] = field(default_factory=dict)
     embedding_at: str = "input"  # of that module, a LayerNorm; or "output", of an embedding, if there is no such norm
     norm: str | None = None  # post-norm: the LayerNorm that ends a layer

@@ -205,9 +205,9 @@ def make_caches(model: PreTrainedModel, beams: int) -> Iterator[NewCache]:
 
     cached = [prefix for each in prefixes.values() for prefix in each]
     # The prompt first: while it is computed, no prefix is in a cache.
-    with hold_prompts(model), set_configs(cached, "in_cache", True):
-        with set_configs(list_configs(model), "_attn_implementation", ATTENTION_NAME):
-            yield new
+    ours_everywhere = set_configs(list_configs(model), "_attn_implementation", ATTENTION_NAME)
+    with hold_prompts(model), set_configs(cached, "in_cache", True), ours_everywhere:
+        yield new
 
 
 def name_cache_argument(model: PreTrainedModel) -> str:

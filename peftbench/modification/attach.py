@@ -281,8 +281,8 @@ def _attach_prompt(model: PreTrainedModel, sites: Sites, m: schema.Modification,
     _require_attention_interface(sites, "modified_representation=embedding")
     if not sites.embedding:
         raise UserError(
-            f"modified_representation=embedding: prompts are not supported for {model.config.model_type}, because where "
-            "its embedded input can be lengthened is not known; use method=prefix."
+            f"modified_representation=embedding: prompts are not supported for {model.config.model_type}, because its "
+            "family names no embedding to lengthen; use method=prefix."
         )
     if not model.config.is_encoder_decoder and set(sites.family.stacks) == {"decoder"}:
         _attach_decoder_prompt(model, sites, m, name)

@@ -93,8 +93,8 @@ class DecoderPrompt(Prompt):
     """A prompt before the tokens of a decoder alone; see this module's docstring.
 
     With rotary positions the prompt takes the positions -l to -1 and the tokens keep theirs. Scores depend on
-    differences of positions only, so that this equals positions from 0 for the prompt and from l for the tokens, as peft
-    has them; and the prompt is next to the first token even if padding comes between. With learned positions there are
+    differences of positions only, so that this equals peft's positions, from 0 for the prompt and from l for the
+    tokens; and the prompt is next to the first token even if padding comes between. With learned positions there are
     none below 0: the prompt takes 0 to l-1, as in peft, and the tokens keep theirs, as in the paper's code, so that no
     position is lost to the prompt.
 
@@ -122,7 +122,9 @@ class DecoderPrompt(Prompt):
         finally:
             self._held = False
         for front, (keys, values) in zip(self.fronts, found, strict=True):
-            front.function.take(keys, values)
+            function = front.function
+            assert isinstance(function, PromptKeys)
+            function.take(keys, values)
 
 
 def compute_front(base: PreTrainedModel, embedded: Tensor) -> list[tuple[Tensor, Tensor]]:
