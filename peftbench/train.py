@@ -29,6 +29,7 @@ from peftbench.evaluation.finished import restore_backbone
 from peftbench.modification.attach import attach, attach_run
 from peftbench.modification.counting import count
 from peftbench.modification.dead_parameters import count_dead
+from peftbench.modification.prefix_start import NEAR_START, find_near_starts, record_activations, start_prefixes
 from peftbench.modification.state import fold, save, size
 from peftbench.modification.state import load as load_adapter
 from peftbench.records.location import locate_run
@@ -189,9 +190,14 @@ def _prepare(run: Run, record: Record, display: Display) -> _Prepared:
     loaded = load_task(run.task)
     placed = resolve_dtype(run)
     backbone = load_backbone(placed.model, loaded.task, choose_device(run.trainer))
+    starts = find_near_starts(backbone.model, list_modifications(placed))
+    activations = record_activations(backbone.model, set(starts.values()), run.seed)
     read, record.deviations = attach_run(backbone.model, placed, backbone.untrained)
+    start_prefixes(backbone.model, starts, activations)
     record.axes = record_axes(read)
     _record_counts(record, read, backbone)
+    if starts:
+        record.notes.append(NEAR_START)
     for note in record.notes:
         display.say(note)
     data = prepare_data(loaded, backbone.tokenizer, backbone.model)

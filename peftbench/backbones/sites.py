@@ -63,7 +63,7 @@ class Family:
     attentions: Mapping[str, AttentionPaths]  # "self" and, if the family has it, "cross"
     ffn: FeedForwardPaths
     heads: str  # config attribute with the number of heads; one for each stack if it contains "{stack}_"
-    # Stack name: where its embedded input can be lengthened. None in a decoder alone: its labels and cache count it.
+    # Stack name: where its embedded input can be lengthened. A decoder alone: its token embedding (`DecoderPrompt`).
     embedding: Mapping[str, str] = field(default_factory=dict)
     embedding_at: str = "input"  # of that module, a LayerNorm; or "output", of an embedding, if there is no such norm
     norm: str | None = None  # post-norm: the LayerNorm that ends a layer
@@ -197,6 +197,8 @@ FAMILIES = (
             )
         },
         ffn=FeedForwardPaths(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
+        embedding={"decoder": "embed_tokens"},
+        embedding_at="output",
         heads="num_attention_heads",
         residual="post_attention_layernorm",
         hidden_dropout="hidden_dropout",
@@ -206,6 +208,8 @@ FAMILIES = (
         stacks={"decoder": "h"},
         attentions={"self": AttentionPaths("attn", "attn.c_attn", "attn.c_attn", "attn.c_attn", "attn.c_proj")},
         ffn=FeedForwardPaths(("mlp.c_fc",), "mlp.c_proj", dropout="mlp.dropout"),
+        embedding={"decoder": "wte"},
+        embedding_at="output",
         heads="num_attention_heads",
         residual="ln_2",
         attention_dropout="attn_pdrop",

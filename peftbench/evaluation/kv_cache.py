@@ -28,6 +28,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from peftbench.backbones.sites import Attention, find_sites, list_configs, set_configs
 from peftbench.modification.attach import takes_our_attention
 from peftbench.modification.head_attention import ATTENTION_NAME, HEADS, Prefix
+from peftbench.modification.prompt import hold_prompts
 
 ROOM = 64  # tokens for which a store has room initially, and by which it grows
 
@@ -203,14 +204,10 @@ def make_caches(model: PreTrainedModel, beams: int) -> Iterator[NewCache]:
         return {argument: EncoderDecoderCache(cache, sources) if both else cache}
 
     cached = [prefix for each in prefixes.values() for prefix in each]
-    for prefix in cached:
-        prefix.in_cache = True
-    try:
-        with set_configs(list_configs(model), "_attn_implementation", ATTENTION_NAME):
-            yield new
-    finally:
-        for prefix in cached:
-            prefix.in_cache = False
+    # The prompt first: while it is computed, no prefix is in a cache.
+    ours_everywhere = set_configs(list_configs(model), "_attn_implementation", ATTENTION_NAME)
+    with hold_prompts(model), set_configs(cached, "in_cache", True), ours_everywhere:
+        yield new
 
 
 def name_cache_argument(model: PreTrainedModel) -> str:

@@ -9,4 +9,5 @@ There is one file for each axis of He et al. (2022). The other files attach the 
     composition.py       axis 4: h + Δh, h + sΔh, gated     head_attention.py      modifications of heads
     attach.py            a run's modifications on a model   counting.py, state.py  how many numbers; fold, save, load
     merge.py             affine ones inside the weights     memo.py                values computed once a pass
+    prefix_start.py      a decoder's prefixes at the start
 """

@@ -29,7 +29,7 @@ from peftbench.modification.edit import Edit, SublayerDropout
 from peftbench.modification.functional_form import Bottleneck, Constant, FunctionalForm
 from peftbench.modification.head_attention import ATTENTION_NAME, HEADS, HeadModification, Prefix
 from peftbench.modification.insertion import INSERTION_FORMS
-from peftbench.modification.prompt import PROMPT, Prompt, PromptMask
+from peftbench.modification.prompt import PROMPT, DecoderPrompt, Prompt, PromptKeys, PromptMask
 from peftbench.modification.reparameterization import PrefixMLP, PrefixTrunk
 from peftbench.modification.representation import REPRESENTATIONS
 from peftbench.utils.errors import UserError
@@ -292,8 +292,11 @@ def _attach_prompt(model: PreTrainedModel, sites: Sites, m: schema.Modification,
     if not sites.embedding:
         raise UserError(
             f"modified_representation=embedding: prompts are not supported for {model.config.model_type}, because its "
-            "labels and positions are aligned with the input tokens; use method=prefix."
+            "family names no embedding to lengthen; use method=prefix."
         )
+    if not model.config.is_encoder_decoder and set(sites.family.stacks) == {"decoder"}:
+        _attach_decoder_prompt(model, sites, m, name)
+        return
     stack, module = next(iter(sites.embedding.items()))
     prompt = Prompt(_get_size(m), int(module.get_parameter("weight").shape[-1]))
     module.add_module(name, prompt)
@@ -309,6 +312,30 @@ def _attach_prompt(model: PreTrainedModel, sites: Sites, m: schema.Modification,
     last = [layer for layer in sites.layers if layer.stack == stack][-1]
     if len(sites.embedding) == 1 and last.norm is not None:  # only an encoder: its task head reads fixed positions
         last.norm.register_forward_hook(prompt.strip)
+    use_our_attention(model)
+
+
+def _attach_decoder_prompt(model: PreTrainedModel, sites: Sites, m: schema.Modification, name: str) -> None:
+    """Put vectors before the tokens of a decoder alone, whose keys and values are the attentions' prefixes."""
+    (embedding,), length, config = sites.embedding.values(), _get_size(m), model.config
+    if any(isinstance(module, DecoderPrompt) for module in model.modules()):
+        raise UserError(
+            f"modified_representation=embedding twice on {config.model_type}: a decoder takes one prompt; add the "
+            "bottlenecks of the two."
+        )
+    if length > config.max_position_embeddings:
+        raise UserError(
+            f"bottleneck={length} with modified_representation=embedding: the backbone has "
+            f"{config.max_position_embeddings} positions; use a shorter prompt."
+        )
+    fronts = []
+    for layer in sites.layers:
+        for attention in layer.attentions:
+            fronts.append(Prefix(PromptKeys(length)))
+            _add_to_heads(attention, name, fronts[-1])
+    prompt = DecoderPrompt(length, int(embedding.get_parameter("weight").shape[-1]), fronts)
+    embedding.add_module(name, prompt)
+    model.base_model.register_forward_pre_hook(prompt.run_before)
     use_our_attention(model)
 
 

@@ -20,7 +20,7 @@ from peftbench.backbones.sites import find_family
 from peftbench.modification.edit import Modifier
 from peftbench.modification.functional_form import FunctionalForm
 from peftbench.modification.head_attention import Prefix
-from peftbench.modification.prompt import Prompt
+from peftbench.modification.prompt import Prompt, PromptKeys
 from peftbench.modification.reparameterization import PrefixMLP
 from peftbench.modification.state import list_bottlenecks
 
@@ -60,7 +60,7 @@ def count_places(model: PreTrainedModel) -> list[PlaceCounts]:
     places: list[PlaceCounts] = []
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if not isinstance(module, _ADDED):
+        if not isinstance(module, _ADDED) or isinstance(getattr(module, "function", None), PromptKeys):
             continue
         tensors = {key: tuple(p.shape) for key, p in module.named_parameters() if ".generator." not in key}
         if isinstance(module, Prompt):

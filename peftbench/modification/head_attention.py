@@ -29,7 +29,7 @@ from peftbench.modification.edit import Modifier
 from peftbench.modification.functional_form import Bottleneck, FunctionalForm
 from peftbench.modification.insertion import InsertionForm
 from peftbench.modification.memo import Memo
-from peftbench.modification.prompt import PROMPT, extend_mask
+from peftbench.modification.prompt import PROMPT, PromptKeys, extend_mask
 
 ATTENTION_NAME = "peftbench"  # the value of `config._attn_implementation` while heads are modified
 HEADS = "head_modifications"  # the attention module's child that holds the modifications, by name
@@ -99,8 +99,9 @@ class Prefix(nn.Module):
     """Prefix tuning, eq. 5: keys and values before those of the context. `function.weights` are P_k and P_v^T."""
 
     in_cache = False  # whether the given keys and values already have the prefix, see evaluation/kv_cache.py
+    inert = False  # whether it is left out, while a decoder's prompt computes the keys and values for it
 
-    def __init__(self, function: Bottleneck) -> None:
+    def __init__(self, function: Bottleneck | PromptKeys) -> None:
         super().__init__()
         self.function = function
 
@@ -150,6 +151,8 @@ def attend_modified(
     modifications = () if heads_modifications is None else heads_modifications._modules.values()
     for modification in modifications:
         if isinstance(modification, Prefix):
+            if modification.inert:
+                continue
             if modification.in_cache:
                 if attention_mask is not None:
                     attention_mask = modification.widened(attention_mask)

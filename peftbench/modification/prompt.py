@@ -4,13 +4,26 @@ As in the paper's code (modeling_bart.py at 3222ce2, lines 981-1003) the vectors
 embedding layer's LayerNorm (in T5, which has none, before the output of its token embedding). They get no position
 embedding, and the tokens keep theirs. The layers see l more keys, and `PromptMask` lets the attention function see
 them.
+
+In a decoder alone no vector of the prompt attends to a token, so that its keys and values are the same for every
+example. `DecoderPrompt` runs the prompt through the layers by itself, once for each forward pass, and every
+self-attention puts the keys and values that it has computed before its own, as a prefix. The tokens' hidden states keep
+their length: labels, padding, the KV cache and task heads need no special case.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import DynamicCache, PreTrainedModel
+
+from peftbench.backbones.sites import set_configs
 
 PROMPT = "prompt_mask"  # the attention module's child that widens the mask
 
@@ -46,6 +59,104 @@ class Prompt(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.vectors.shape)}"
+
+
+class PromptKeys(nn.Module):
+    """One attention's keys and values of a decoder's prompt, where a prefix has its functional form."""
+
+    generator = None  # there is nothing to fold
+    _computed: tuple[Tensor, Tensor] | None = None
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.bottleneck = length
+
+    def take(self, keys: Tensor, values: Tensor) -> None:
+        """Keep keys and values, each (1, N_kv, l, d_h)."""
+        self._computed = keys[0], values[0].transpose(-1, -2)
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Return the keys, (N_kv, l, d_h), and the values, (N_kv, d_h, l)."""
+        assert self._computed is not None, "the prompt is computed before the model's layers run"
+        return self._computed
+
+    def formula(self) -> int:
+        """Return 0: the prompt's vectors are counted where they are."""
+        return 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to one forward pass: tensors with a graph cannot be copied."""
+        return {name: value for name, value in self.__dict__.items() if name != "_computed"}
+
+
+class DecoderPrompt(Prompt):
+    """A prompt before the tokens of a decoder alone; see this module's docstring.
+
+    With rotary positions the prompt takes the positions -l to -1 and the tokens keep theirs. Scores depend on
+    differences of positions only, so that this equals peft's positions, from 0 for the prompt and from l for the
+    tokens; and the prompt is next to the first token even if padding comes between. With learned positions there are
+    none below 0: the prompt takes 0 to l-1, as in peft, and the tokens keep theirs, as in the paper's code, so that no
+    position is lost to the prompt.
+
+    Args:
+        fronts: for each layer, its `Prefix`, whose function is a `PromptKeys`.
+    """
+
+    def __init__(self, length: int, width: int, fronts: Iterable[nn.Module]) -> None:
+        super().__init__(length, width)
+        self.fronts = tuple(fronts)  # a tuple: they are modules of the attentions, not of this module
+        self._held = False
+
+    def run_before(self, base: PreTrainedModel, *_: object) -> None:
+        """Compute the prompt's keys and values (forward pre-hook of the model without its task head)."""
+        if not self._held:
+            self.compute_keys(base)
+
+    def compute_keys(self, base: PreTrainedModel) -> None:
+        """Run the prompt through the layers, and give every attention its keys and values."""
+        embedded = self.vectors.to(base.get_input_embeddings().weight.dtype).unsqueeze(0)
+        self._held = True
+        try:
+            with set_configs(self.fronts, "inert", True):
+                found = compute_front(base, embedded)
+        finally:
+            self._held = False
+        for front, (keys, values) in zip(self.fronts, found, strict=True):
+            function = front.function
+            assert isinstance(function, PromptKeys)
+            function.take(keys, values)
+
+
+def compute_front(base: PreTrainedModel, embedded: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return each layer's keys and values of vectors (1, l, d) before a decoder's tokens, each (1, N_kv, l, d_h).
+
+    Their positions are those that `DecoderPrompt` describes.
+    """
+    length = embedded.shape[1]
+    rotary = any("RotaryEmbedding" in type(module).__name__ for module in base.modules())
+    positions = torch.arange(length, device=embedded.device) - (length if rotary else 0)
+    argument = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+    cache = DynamicCache()  # without the config, which would drop the keys that leave a sliding window
+    given = {argument: cache, "position_ids": positions.unsqueeze(0), "use_cache": True}
+    # Layers that are computed again in the backward pass fill no cache.
+    recomputed = [module for module in base.modules() if getattr(module, "gradient_checkpointing", False)]
+    with set_configs(recomputed, "gradient_checkpointing", False):
+        base(inputs_embeds=embedded, **given)
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+@contextmanager
+def hold_prompts(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block, a decoder's prompts are computed once, for all forward passes. The weights must not change."""
+    prompts = [module for module in model.modules() if isinstance(module, DecoderPrompt)]
+    for prompt in prompts:
+        prompt.compute_keys(model.base_model)
+        prompt._held = True
+    try:
+        yield
+    finally:
+        for prompt in prompts:
+            prompt._held = False
 
 
 class PromptMask(nn.Module):

@@ -26,7 +26,7 @@ from peftbench.backbones.sites import find_sites, list_configs, set_configs
 from peftbench.modification.attach import takes_our_attention
 from peftbench.modification.head_attention import Prefix
 from peftbench.modification.packed_attention import PACKED_NAME, PACKING, Packing
-from peftbench.modification.prompt import PROMPT
+from peftbench.modification.prompt import PROMPT, DecoderPrompt
 from peftbench.tasks.batch import NO_TOKEN, Collator
 from peftbench.utils.errors import UserError
 
@@ -88,8 +88,8 @@ def find_refusal(model: PreTrainedModel, longest: int) -> str | None:
     sites = find_sites(model)
     if any(getattr(config, "attn_logit_softcapping", None) is not None for config in list_configs(model)):
         return f"{model.config.model_type}, whose attentions cap their scores"
-    if any(name.endswith(f".{PROMPT}") for name, _ in model.named_modules()):
-        return "prompts, which are prepended to a batch after its embeddings"
+    if any(name.endswith(f".{PROMPT}") or isinstance(module, DecoderPrompt) for name, module in model.named_modules()):
+        return "prompts, which are put before each example of a batch"
     if not takes_our_attention(model):
         return f"{model.config.model_type}, whose attention function cannot be replaced"
     if not _takes_positions(model) and (not sites.embedding or sites.family.embedding_at != "input"):

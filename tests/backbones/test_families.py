@@ -3,11 +3,14 @@ DistilBERT, ELECTRA."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from peftbench.backbones import sites
 from peftbench.backbones.sites import find_sites
 from peftbench.config import schema
 from peftbench.modification.attach import attach
@@ -16,7 +19,6 @@ from peftbench.modification.state import fold
 from peftbench.utils.errors import UserError
 from tests.families import (
     CONTINUING,
-    DECODERS,
     MORE_FAMILIES,
     PRESETS,
     WRITING,
@@ -152,10 +154,11 @@ def test_an_attention_that_calls_no_registered_function_is_refused(monkeypatch: 
         attach(build("llama"), PRESETS["prefix"])
 
 
-@pytest.mark.parametrize("family", DECODERS)
-def test_prompts_are_refused_where_labels_count_the_input(family: str) -> None:
-    with pytest.raises(UserError, match=f"prompts are not supported for {family.partition('_')[0]}"):
-        attach(build(family), PRESETS["prompt"])
+def test_prompts_are_refused_where_a_family_names_no_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = next(row for row in sites.FAMILIES if "llama" in row.model_types)
+    monkeypatch.setattr(sites, "FAMILIES", (replace(row, embedding={}),))
+    with pytest.raises(UserError, match="prompts are not supported for llama"):
+        attach(build("llama"), PRESETS["prompt"])
 
 
 NORMS = {  # by hand, of width 16: LayerNorms have a weight and a bias, RMSNorms a weight; ELECTRA's first is 8 wide

@@ -20,7 +20,7 @@ import torch
 from peftbench.config.axes import is_allowed
 from peftbench.config.axes import list_points as all_points
 from peftbench.modification.attach import attach
-from tests.families import ALIKE, DECODERS, FAMILIES, MORE_FAMILIES, PLACES, PRESETS, batch, build, points, shake
+from tests.families import ALIKE, FAMILIES, MORE_FAMILIES, PLACES, PRESETS, batch, build, points, shake
 
 POINTS = dict(points("constant", "identity", "relu", "softmax", init="bert"))
 ALL_FAMILIES = (*FAMILIES, *MORE_FAMILIES)
@@ -60,7 +60,6 @@ BUILT = {  # whether the default run takes the pair
     for family in ALL_FAMILIES
     for point in POINTS
     if (family, point) in DEFAULT | SLOW
-    if not ("embedding" in point and family in DECODERS)  # refused: tests/backbones/test_families.py
 }
 
 
@@ -81,12 +80,11 @@ def test_each_point_and_each_family_has_its_turn() -> None:
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_each_family_takes_every_place(family: str) -> None:
     """And there every composition, and each of these with every form, unless it is laid out as another family."""
-    possible = [point for point in POINTS if not ("embedding" in point and family in DECODERS)]
-    taken = [point for point in possible if (family, point) in BUILT]
-    assert set(map(place, taken)) == set(map(place, possible))
+    taken = [point for point in POINTS if (family, point) in BUILT]
+    assert set(map(place, taken)) == set(map(place, POINTS))
     if family not in ALIKE:
         for some in ((1, 2, 3), (0, 2), (0, 3)):
-            found, wanted = ({tuple(axes(point)[i] for i in some) for point in these} for these in (taken, possible))
+            found, wanted = ({tuple(axes(point)[i] for i in some) for point in these} for these in (taken, POINTS))
             assert found == wanted, some
 
 

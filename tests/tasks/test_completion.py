@@ -17,6 +17,7 @@ from peftbench.cli.main import main
 from peftbench.config.schema import Generation, Run, Task, TaskKind, Trainer
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.evaluation.predict import compute_mean_loss, predict
+from peftbench.modification.prefix_start import NEAR_START
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.load import load_task
 from peftbench.tasks.prepare import prepare_data
@@ -157,7 +158,7 @@ def test_what_the_prompt_says_may_be_said_again(data: TaskData) -> None:
     assert np.array_equal(free[:, 0], ids[:, 0])  # nothing is forbidden before the first token
 
 
-@pytest.mark.parametrize("method", ["lora", "prefix"])
+@pytest.mark.parametrize("method", ["lora", "prefix", "prompt"])
 def test_a_run_from_the_command_line(task: Task, tmp_path: Path, method: str) -> None:
     folder = tmp_path / "model"
     tiny_llama().save_pretrained(folder)
@@ -169,6 +170,7 @@ def test_a_run_from_the_command_line(task: Task, tmp_path: Path, method: str) ->
     (file,) = (tmp_path / "outputs").rglob("record.json")
     record = json.loads(file.read_text())
     assert record["status"] == "done" and set(record["scores"]["report"]["metrics"]) >= {"rougeL"}
+    assert (NEAR_START in record["notes"]) == (method == "prefix")
     lines = [json.loads(line) for line in (file.parent / "metrics.jsonl").read_text().splitlines()]
     losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
     assert losses[-1] < losses[0]

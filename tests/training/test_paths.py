@@ -53,7 +53,13 @@ def test_layers_that_are_left_out_at_random_cannot_be_recorded() -> None:
 
 @pytest.mark.parametrize(
     ("family", "preset", "expected"),
-    [("bart", "mam", None), ("t5", "lora", "positions"), ("gpt2", "lora", None), ("bart", "prompt", "prompts")],
+    [
+        ("bart", "mam", None),
+        ("t5", "lora", "positions"),
+        ("gpt2", "lora", None),
+        ("bart", "prompt", "prompts"),
+        ("llama", "prompt", "prompts"),
+    ],
 )
 def test_what_cannot_be_without_padding(family: str, preset: str, expected: str | None) -> None:
     model = build(family)
