@@ -2,6 +2,7 @@
 """Measures how fast models with modifications generate, compared with the bare backbone. Prints a table of ratios.
 
     python scripts/benchmark_generation.py                                BART-large's shape on one CUDA device
+    python scripts/benchmark_generation.py --shape llama_1b --beams 1     a decoder alone
     python scripts/benchmark_generation.py --shape tiny --device cpu      checks that it runs
     python scripts/benchmark_generation.py --profile mam                  where one variant spends its time
 
@@ -32,7 +33,14 @@ from unittest.mock import patch
 import torch
 import transformers
 from datasets import Dataset
-from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig, PreTrainedModel
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from peftbench.backbones.precision import autocast
 from peftbench.config import schema
@@ -42,9 +50,37 @@ from peftbench.evaluation import predict as predict_module
 from peftbench.evaluation.predict import predict
 from peftbench.modification.attach import attach
 from peftbench.modification.state import fold
+from peftbench.tasks.completion import PromptCollator
 from peftbench.utils.memory import pause_collection
 
+DECODERS: dict[str, dict[str, Any]] = {
+    "llama_1b": {  # Llama-3.2-1B, without the scaling of its positions
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "smollm_135m": {  # SmolLM2-135M
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
+    "tiny_llama": {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
 SHAPES: dict[str, dict[str, Any]] = {
+    **DECODERS,
     "bart_large": {},  # transformers' defaults are BART-large's
     "tiny": {
         "vocab_size": 99,
@@ -101,8 +137,13 @@ class Measured:
 def build(shape: str, device: torch.device) -> PreTrainedModel:
     """Build the backbone with random weights, the same in each call."""
     torch.manual_seed(0)
+    model: PreTrainedModel
     with device:
-        model = BartForConditionalGeneration(BartConfig(**SHAPES[shape]))
+        if shape in DECODERS:
+            ends = {"pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": 2, "tie_word_embeddings": True}
+            model = LlamaForCausalLM(LlamaConfig(**DECODERS[shape], **ends))
+        else:
+            model = BartForConditionalGeneration(BartConfig(**SHAPES[shape]))
     return model.eval()
 
 
@@ -134,7 +175,7 @@ def sources(count: int, longest: int, vocabulary: int) -> Dataset:
     return Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def collate_right(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Pad on the right."""
     longest = max(len(row["input_ids"]) for row in rows)
     filled = {"input_ids": PAD, "attention_mask": 0}
@@ -144,10 +185,12 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
-def generation(beams: int, tokens: int) -> GenerationConfig:
-    """The settings of a run of task=xsum, but with exactly `tokens` tokens after the start token."""
+def generation(beams: int, tokens: int, alone: bool) -> GenerationConfig:
+    """The settings of a run of task=xsum, but with exactly `tokens` tokens after the start token or the prompt."""
     own = {"pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
     lengths = {"min_length": tokens + 1, "max_length": tokens + 1}
+    if alone:
+        lengths = {"min_new_tokens": tokens + 1, "max_new_tokens": tokens + 1}
     return GenerationConfig(**own, **lengths, num_beams=beams, no_repeat_ngram_size=3, length_penalty=1.0)
 
 
@@ -155,12 +198,14 @@ def one_pass(
     variant: Variant, model: PreTrainedModel, data: Dataset, options: GenerationConfig, arguments: Namespace
 ) -> Any:
     """Generate once from all sources; returns the ids."""
+    collate = PromptCollator(PAD) if arguments.shape in DECODERS else collate_right
     if not variant.plain:
         return predict(model, data, collate, len(data), generation=options, bf16=True)
     order = sorted(range(len(data)), key=lambda i: len(data[i]["input_ids"]), reverse=True)
     batch = {name: tensor.to(model.device) for name, tensor in collate([data[i] for i in order]).items()}
     with torch.no_grad(), autocast(model.device, not variant.whole):
-        return model.generate(**batch, generation_config=options).cpu().numpy()
+        ids = model.generate(**batch, generation_config=options).cpu().numpy()
+        return ids[:, batch["input_ids"].shape[1] :] if arguments.shape in DECODERS else ids
 
 
 @contextmanager
@@ -168,10 +213,10 @@ def ready(variant: Variant, model: PreTrainedModel) -> Iterator[None]:
     """Do in advance what `predict` does before the first batch; nothing is merged if `variant.merge` is false."""
     with ExitStack() as stack:
         if not variant.merge:
-            stack.enter_context(patch.object(inference, "merged", lambda model: nullcontext()))
+            stack.enter_context(patch.object(inference, "merge_temporarily", lambda model: nullcontext()))
         if not variant.plain:
             stack.enter_context(inference.prepare_inference(model, bf16=True))
-            stack.enter_context(patch.object(predict_module, "prepared", lambda model, bf16: nullcontext()))
+            stack.enter_context(patch.object(predict_module, "prepare_inference", lambda model, bf16: nullcontext()))
         yield
 
 
@@ -179,7 +224,7 @@ def measure(
     models: dict[Variant, PreTrainedModel], data: Dataset, beams: int, arguments: Namespace, found: dict[str, Measured]
 ) -> None:
     """Run the passes of all variants in turns; the first pass of each is not counted."""
-    options = generation(beams, arguments.tokens)
+    options = generation(beams, arguments.tokens, arguments.shape in DECODERS)
     for turn in range(arguments.rounds + 1):
         for variant, model in models.items():
             measured = found[variant.name]
@@ -229,7 +274,7 @@ def profile(variant: Variant, model: PreTrainedModel, data: Dataset, beams: int,
     """Print the kernels of one pass that take longest, and what launching them costs the CPU."""
     from torch.profiler import ProfilerActivity
 
-    options = generation(beams, arguments.tokens)
+    options = generation(beams, arguments.tokens, arguments.shape in DECODERS)
     cuda = model.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with ready(variant, model):
@@ -289,7 +334,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=25, help="of the profile")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     arguments = parser.parse_args()
-    if arguments.shape == "tiny":
+    if arguments.shape.startswith("tiny"):
         arguments.longest = min(arguments.longest, 64)
     device = torch.device(arguments.device)
     names = [arguments.profile] if arguments.profile else arguments.only or [v.name for v in VARIANTS]

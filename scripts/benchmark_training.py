@@ -255,7 +255,7 @@ class Bench:
 
     def __init__(self, shape: Shape, device: torch.device, steps: int, scratch: Path) -> None:
         self.shape, self.device, self.scratch = shape, device, scratch
-        vocabulary = 500 if shape.batch < 32 else 50000
+        vocabulary = 500 if shape.batch < 16 else 49000
         # enough that one round sees no example twice, and that buckets have neighbours
         self.data = Data(shape, shape.batch * max(40, WARM_UP + steps), vocabulary)
 
