@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
     BartConfig,
     BartForConditionalGeneration,
     BartForSequenceClassification,
@@ -18,26 +20,44 @@ from transformers import (
     BertForSequenceClassification,
     BloomConfig,
     BloomForCausalLM,
+    CamembertConfig,
+    CamembertForSequenceClassification,
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     ElectraConfig,
     ElectraForSequenceClassification,
+    EuroBertConfig,
+    EuroBertForSequenceClassification,
     FalconConfig,
     FalconForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     M2M100Config,
     M2M100ForConditionalGeneration,
+    MarianConfig,
+    MarianMTModel,
     MBartConfig,
     MBartForConditionalGeneration,
     MistralConfig,
@@ -48,6 +68,16 @@ from transformers import (
     ModernBertForSequenceClassification,
     MPNetConfig,
     MPNetForSequenceClassification,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
@@ -59,9 +89,21 @@ from transformers import (
     Qwen3MoeForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
+    RobertaPreLayerNormConfig,
+    RobertaPreLayerNormForSequenceClassification,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     T5ForSequenceClassification,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
 )
 from transformers.models.t5.modeling_t5 import T5Attention
 
@@ -266,6 +308,124 @@ def qwen3_moe(**more: Any) -> PreTrainedModel:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**_DECODER, **own, **more}))
 
 
+def xlm_roberta(**more: Any) -> PreTrainedModel:
+    return XLMRobertaForSequenceClassification(XLMRobertaConfig(**{**_ENCODER, **more}))
+
+
+def camembert(**more: Any) -> PreTrainedModel:
+    return CamembertForSequenceClassification(CamembertConfig(**{**_ENCODER, **more}))
+
+
+def roberta_prelayernorm(**more: Any) -> PreTrainedModel:
+    return RobertaPreLayerNormForSequenceClassification(RobertaPreLayerNormConfig(**{**_ENCODER, **more}))
+
+
+def albert(**more: Any) -> PreTrainedModel:
+    """Two layers that are one module."""
+    own = {"embedding_size": 8, "pad_token_id": 1, "classifier_dropout_prob": 0.0}
+    return AlbertForSequenceClassification(AlbertConfig(**{**_ENCODER, **own, **more}))
+
+
+def eurobert(**more: Any) -> PreTrainedModel:
+    """A Llama that sees what comes later too."""
+    return EuroBertForSequenceClassification(EuroBertConfig(**{**_DECODER, **more}))
+
+
+def mt5(**more: Any) -> PreTrainedModel:
+    return MT5ForConditionalGeneration(MT5Config(**{**_T5, **more}))
+
+
+def umt5(**more: Any) -> PreTrainedModel:
+    """Every layer has a bias of positions of its own."""
+    return UMT5ForConditionalGeneration(UMT5Config(**{**_T5, **more}))
+
+
+def marian(**more: Any) -> PreTrainedModel:
+    own = {"decoder_start_token_id": 1, "activation_function": "swish", "scale_embedding": True}
+    return MarianMTModel(MarianConfig(**{**_ENCODER_DECODER, **own, **more}))
+
+
+def pegasus(**more: Any) -> PreTrainedModel:
+    return PegasusForConditionalGeneration(PegasusConfig(**{**_ENCODER_DECODER, "decoder_start_token_id": 1, **more}))
+
+
+def gemma(**more: Any) -> PreTrainedModel:
+    return GemmaForCausalLM(GemmaConfig(**{**_DECODER, "head_dim": 6, **more}))
+
+
+def gemma3(**more: Any) -> PreTrainedModel:
+    """The first layer has a window that is shorter than the texts, and positions of its own; no cap, as published."""
+    own = {"head_dim": 6, "sliding_window": 4, "query_pre_attn_scalar": 9}
+    own |= {"layer_types": ["sliding_attention", "full_attention"]}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**{**_DECODER, **own, **more}))
+
+
+def smollm3(**more: Any) -> PreTrainedModel:
+    """The second layer has no positions."""
+    return SmolLM3ForCausalLM(SmolLM3Config(**{**_DECODER, "no_rope_layers": [1, 0], **more}))
+
+
+def granite(**more: Any) -> PreTrainedModel:
+    """Four multipliers, each other than what a model without it has."""
+    own = {"embedding_multiplier": 3.0, "attention_multiplier": 0.7, "residual_multiplier": 0.4, "logits_scaling": 5.0}
+    return GraniteForCausalLM(GraniteConfig(**{**_DECODER, **own, **more}))
+
+
+def olmo(**more: Any) -> PreTrainedModel:
+    """Norms without weights; queries, keys and values are clipped."""
+    return OlmoForCausalLM(OlmoConfig(**{**_DECODER, "clip_qkv": 2.0, **more}))
+
+
+def olmo2(**more: Any) -> PreTrainedModel:
+    """Each norm comes after its sub-layer."""
+    return Olmo2ForCausalLM(Olmo2Config(**{**_DECODER, **more}))
+
+
+def cohere(**more: Any) -> PreTrainedModel:
+    """One norm for both sub-layers; queries and keys are normed."""
+    return CohereForCausalLM(CohereConfig(**{**_DECODER, "use_qk_norm": True, **more}))
+
+
+def cohere2(**more: Any) -> PreTrainedModel:
+    """As Cohere; the first layer has a window that is shorter than the texts, the second has no positions."""
+    own = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+    return Cohere2ForCausalLM(Cohere2Config(**{**_DECODER, **own, **more}))
+
+
+def stablelm(**more: Any) -> PreTrainedModel:
+    """Half of each head's dimensions are rotated."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    return StableLmForCausalLM(StableLmConfig(**{**_DECODER, "rope_parameters": rope, **more}))
+
+
+def stablelm_parallel(**more: Any) -> PreTrainedModel:
+    """As StableLM 2 12B: one norm for both sub-layers, and a norm for each head of queries and keys."""
+    return stablelm(**{"use_parallel_residual": True, "qk_layernorm": True, **more})
+
+
+def starcoder2(**more: Any) -> PreTrainedModel:
+    """Biases everywhere, a window that is shorter than the texts."""
+    own = {"sliding_window": 4, "embedding_dropout": 0.0, "residual_dropout": 0.0}
+    return Starcoder2ForCausalLM(Starcoder2Config(**{**_DECODER, **own, **more}))
+
+
+def gptj(**more: Any) -> PreTrainedModel:
+    """One norm for both sub-layers; two of a head's four dimensions are rotated."""
+    return GPTJForCausalLM(GPTJConfig(**{**_GPT2, "rotary_dim": 2, **more}))
+
+
+_OPT = {"ffn_dim": 32, "word_embed_proj_dim": 16, "eos_token_id": 2, "bos_token_id": 0, "init_std": 0.3}
+
+
+def opt(**more: Any) -> PreTrainedModel:
+    return OPTForCausalLM(OPTConfig(**{**_ENCODER, **_OPT, **more}))
+
+
+def opt_post_norm(**more: Any) -> PreTrainedModel:
+    """As OPT-350m: norms after the sub-layers, and embeddings that are narrower than the layers."""
+    return opt(**{"do_layer_norm_before": False, "word_embed_proj_dim": 8, **more})
+
+
 FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
     "bart": bart,
     "bart_classifier": bart_classifier,
@@ -301,20 +461,49 @@ LAYOUTS: dict[str, Callable[..., PreTrainedModel]] = {
     "mixtral": mixtral,
     "qwen3_moe": qwen3_moe,
 }
+# Families that are a row of modules: tests/backbones/test_contract.py.
+ROWS: dict[str, Callable[..., PreTrainedModel]] = {
+    "xlm_roberta": xlm_roberta,
+    "camembert": camembert,
+    "roberta_prelayernorm": roberta_prelayernorm,
+    "albert": albert,
+    "eurobert": eurobert,
+    "mt5": mt5,
+    "umt5": umt5,
+    "marian": marian,
+    "pegasus": pegasus,
+    "gemma": gemma,
+    "gemma3": gemma3,
+    "smollm3": smollm3,
+    "granite": granite,
+    "olmo": olmo,
+    "olmo2": olmo2,
+    "cohere": cohere,
+    "cohere2": cohere2,
+    "stablelm": stablelm,
+    "stablelm_parallel": stablelm_parallel,
+    "starcoder2": starcoder2,
+    "gptj": gptj,
+    "opt": opt,
+    "opt_post_norm": opt_post_norm,
+}
 GENERATING = ("bart", "mbart")
 WRITING = (*GENERATING, "t5", "t5_gated")  # whose labels are texts
 CONTINUING = ("llama", "mistral", "qwen2", "qwen3", "gpt2")  # decoders alone, whose labels are the input itself
 LAID_OUT_WRITING = ("m2m_100",)  # of LAYOUTS
 LAID_OUT_CONTINUING = ("phi3", "gemma2", "gpt_neox", "bloom", "falcon", "mixtral", "qwen3_moe")
+ROW_WRITING = ("mt5", "umt5", "marian", "pegasus")  # of ROWS
+ROW_CONTINUING = tuple(list(ROWS)[list(ROWS).index("gemma") :])
+WITHOUT_CLASSIFIER = ("marian", "pegasus", "granite", "cohere", "cohere2")  # of ROWS; transformers has no such class
 DECODERS = (*CONTINUING, "llama_classifier", "gpt2_classifier")
 
 
 def build(family: str, seed: int = 0, **more: Any) -> PreTrainedModel:
     """A tiny model with the same weights for the same seed, in eval mode."""
     torch.manual_seed(seed)
-    if family.startswith("t5") and not T5_HAS_INTERFACE:
+    if family.removeprefix("u").removeprefix("m").startswith("t5") and not T5_HAS_INTERFACE:
         pytest.skip("this transformers' T5 does not call registered attention functions; peftbench refuses its heads")
-    model = {**FAMILIES, **MORE_FAMILIES, **LAYOUTS}[family](**more)
+    model = {**FAMILIES, **MORE_FAMILIES, **LAYOUTS, **ROWS}[family](**more)
     if model._supports_sdpa:
         model.set_attn_implementation("sdpa")
     return model.eval()
@@ -346,9 +535,9 @@ def batch(family: str, lengths: tuple[int, ...] = (9, 6), seed: int = 1) -> dict
         ids[row, :length] = torch.randint(5, VOCABULARY, (length,), generator=generator)
         ids[row, length - 1] = 2  # BART's classifier reads the last </s>
         mask[row, :length] = 1
-    if family in (*CONTINUING, *LAID_OUT_CONTINUING):
+    if family in (*CONTINUING, *LAID_OUT_CONTINUING, *ROW_CONTINUING):
         labels = ids.masked_fill(mask == 0, -100)
-    elif family in (*WRITING, *LAID_OUT_WRITING):
+    elif family in (*WRITING, *LAID_OUT_WRITING, *ROW_WRITING):
         labels = torch.randint(5, VOCABULARY, (len(lengths), 5), generator=generator)
     else:
         labels = torch.randint(0, 3, (len(lengths),), generator=generator)
@@ -359,7 +548,7 @@ def inputs(family: str, lengths: tuple[int, ...] = (9, 6), seed: int = 1) -> dic
     """What generation begins with: a batch without labels, for decoders alone padded on the left."""
     found = batch(family, lengths, seed)
     del found["labels"]
-    if family in (*CONTINUING, *LAID_OUT_CONTINUING):
+    if family in (*CONTINUING, *LAID_OUT_CONTINUING, *ROW_CONTINUING):
         longest = max(lengths)
         for name, tensor in found.items():
             rows = zip(tensor, lengths, strict=True)
@@ -464,7 +653,8 @@ def run_on(family: str, folder: Path, found: dict[str, schema.Modification], **m
     """A run of the modifications `found`, by prefix, on a tiny model of which `folder` has the config.json alone."""
     build(family).config.save_pretrained(folder)
     root = {} if "" not in found else {key: getattr(found[""], key) for key in schema.Modification.__dataclass_fields__}
-    kind = schema.TaskKind.text_to_text if family in (*WRITING, *LAID_OUT_WRITING) else schema.TaskKind.classification
+    writes = family in (*WRITING, *LAID_OUT_WRITING, *ROW_WRITING, *WITHOUT_CLASSIFIER)
+    kind = schema.TaskKind.text_to_text if writes else schema.TaskKind.classification
     return schema.Run(
         **root,
         mix={prefix.split(".")[1]: m for prefix, m in found.items() if prefix},

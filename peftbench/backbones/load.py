@@ -326,6 +326,11 @@ def _choose_auto_class(model: Model, task: Task, config: PretrainedConfig) -> An
         UserError: the architecture has no family, or cannot do the task.
     """
     find_family(config.model_type)
+    if task.kind is not TaskKind.text_to_text and type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise UserError(
+            f"task={task.name} needs a classifier and transformers has none on model={model.name} "
+            f"({config.model_type}): take a task that writes text, or another backbone."
+        )
     if task.kind is TaskKind.classification:
         if task.labels:  # empty if a budget is solved, before data is read; it does not depend on the size of the head
             config.num_labels = len(task.labels)

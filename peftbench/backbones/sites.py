@@ -54,6 +54,10 @@ def _is_never_parallel(config: Any) -> bool:
     return False
 
 
+def _is_always_parallel(config: Any) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Family:
     """One row: the layout of a family of transformers classes, relative to `model.base_model`."""
@@ -66,9 +70,10 @@ class Family:
     # Stack name: where its embedded input can be lengthened. A decoder alone: its token embedding (`DecoderPrompt`).
     embedding: Mapping[str, str] = field(default_factory=dict)
     embedding_at: str = "input"  # of that module, a LayerNorm; or "output", of an embedding, if there is no such norm
-    norm: str | None = None  # post-norm: the LayerNorm that ends a layer
-    # Pre-norm: the module whose input is the residual that the FFN's output is added to; it may depend on the config.
-    residual: str | Callable[[Any], str] | None = None
+    # Post-norm: the LayerNorm that ends a layer. Pre-norm: the module whose input is the residual that the FFN's output
+    # is added to. Both may depend on the config.
+    norm: str | Callable[[Any], str | None] | None = None
+    residual: str | Callable[[Any], str | None] | None = None
     post_norm: str | None = None  # the norm of the FFN's output before it is added to that residual
     parallel: Callable[[Any], bool] = _is_never_parallel  # whether attention and FFN are added to one residual at once
     experts: str | None = None  # the module of a layer with its experts' weights, which are no Linears
@@ -77,6 +82,7 @@ class Family:
     attention_dropout: str = "attention_dropout"  # config attribute
     hidden_dropout: str = "dropout"  # config attribute; if the config lacks it, the rate is 0
     counts_keys: bool = False  # whether its attentions add a bias to each key by its position among the keys
+    shared: bool = False  # whether each module of a stack is several layers, one after another
     task_head: tuple[str, ...] = ("classification_head", "classifier", "score", "pre_classifier")
 
 
@@ -148,7 +154,7 @@ FAMILIES = (
         functional_dropout=("dropout",),
     ),
     Family(
-        model_types=("bert", "roberta", "electra"),
+        model_types=("bert", "roberta", "electra", "xlm-roberta", "camembert"),
         stacks={"encoder": "encoder.layer"},
         attentions={"self": _bert_attention("attention"), "cross": _bert_attention("crossattention")},
         ffn=FeedForwardPaths(("intermediate.dense",), "output.dense", dropout="output.dropout"),
@@ -171,8 +177,47 @@ FAMILIES = (
         heads="n_heads",
         norm="output_layer_norm",
     ),
+    Family(  # not RoBERTa's row: a sub-layer begins with its norm, and no norm of a layer ends it
+        model_types=("roberta-prelayernorm",),
+        stacks={"encoder": "encoder.layer"},
+        attentions={"self": _bert_attention("attention")},
+        ffn=FeedForwardPaths(("intermediate.dense",), "output.dense", dropout="output.dropout"),
+        heads="num_attention_heads",
+        residual="intermediate.LayerNorm",
+        attention_dropout="attention_probs_dropout_prob",
+        hidden_dropout="hidden_dropout_prob",
+    ),
+    Family(  # all layers of a group are one module: its modifications are shared, as its weights are
+        model_types=("albert",),
+        stacks={"encoder": "encoder.albert_layer_groups"},
+        attentions={
+            "self": AttentionPaths(
+                "albert_layers.0.attention",
+                "albert_layers.0.attention.query",
+                "albert_layers.0.attention.key",
+                "albert_layers.0.attention.value",
+                "albert_layers.0.attention.dense",
+            )
+        },
+        ffn=FeedForwardPaths(("albert_layers.0.ffn",), "albert_layers.0.ffn_output"),
+        heads="num_attention_heads",
+        norm="albert_layers.0.full_layer_layer_norm",
+        attention_dropout="attention_probs_dropout_prob",
+        hidden_dropout="hidden_dropout_prob",
+        shared=True,
+    ),
     Family(
-        model_types=("t5",),
+        model_types=("eurobert",),
+        stacks={"encoder": "layers"},
+        attentions={"self": _llama_attention()},
+        ffn=FeedForwardPaths(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
+        heads="num_attention_heads",
+        residual="post_attention_layernorm",
+        hidden_dropout="hidden_dropout",
+        task_head=("dense", "classifier"),
+    ),
+    Family(
+        model_types=("t5", "mt5", "umt5"),
         stacks={"encoder": "encoder.block", "decoder": "decoder.block"},
         attentions={"self": _t5_attention("layer.0.SelfAttention"), "cross": _t5_attention("layer.1.EncDecAttention")},
         ffn=FeedForwardPaths(
@@ -188,14 +233,10 @@ FAMILIES = (
         hidden_dropout="dropout_rate",
         counts_keys=True,
     ),
-    Family(
-        model_types=("llama", "mistral", "qwen2", "qwen3"),
+    Family(  # Granite multiplies a sub-layer's output with its Δh by residual_multiplier, and adds it to the residual
+        model_types=("llama", "mistral", "qwen2", "qwen3", "gemma", "granite", "olmo", "smollm3"),
         stacks={"decoder": "layers"},
-        attentions={
-            "self": AttentionPaths(
-                "self_attn", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"
-            )
-        },
+        attentions={"self": _llama_attention()},
         ffn=FeedForwardPaths(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
         embedding={"decoder": "embed_tokens"},
         embedding_at="output",
@@ -236,8 +277,8 @@ FAMILIES = (
         hidden_dropout="mlp_dropout",
         task_head=("head", "classifier"),
     ),
-    Family(
-        model_types=("gemma2",),
+    Family(  # h is a sub-layer's output before its own norm, to which Δh is added as in BERT's layers
+        model_types=("gemma2", "gemma3_text"),
         stacks={"decoder": "layers"},
         attentions={"self": _llama_attention()},
         ffn=FeedForwardPaths(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
@@ -245,6 +286,79 @@ FAMILIES = (
         residual="pre_feedforward_layernorm",
         post_norm="post_feedforward_layernorm",
         hidden_dropout="hidden_dropout",
+    ),
+    Family(  # no norm before a sub-layer, one after it: h is its output before that norm, as in Gemma 2 and BERT
+        model_types=("olmo2",),
+        stacks={"decoder": "layers"},
+        attentions={"self": _llama_attention()},
+        ffn=FeedForwardPaths(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
+        embedding={"decoder": "embed_tokens"},
+        embedding_at="output",
+        heads="num_attention_heads",
+        residual="mlp.gate_proj",
+        post_norm="post_feedforward_layernorm",
+        hidden_dropout="hidden_dropout",
+    ),
+    Family(
+        model_types=("cohere", "cohere2"),
+        stacks={"decoder": "layers"},
+        attentions={"self": _llama_attention()},
+        ffn=FeedForwardPaths(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
+        embedding={"decoder": "embed_tokens"},
+        embedding_at="output",
+        heads="num_attention_heads",
+        residual="input_layernorm",
+        parallel=_is_always_parallel,
+        hidden_dropout="hidden_dropout",
+    ),
+    Family(
+        model_types=("stablelm",),
+        stacks={"decoder": "layers"},
+        attentions={"self": _llama_attention()},
+        ffn=FeedForwardPaths(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", dropout="dropout"),
+        embedding={"decoder": "embed_tokens"},
+        embedding_at="output",
+        heads="num_attention_heads",
+        residual=lambda config: "input_layernorm" if config.use_parallel_residual else "post_attention_layernorm",
+        parallel=lambda config: bool(config.use_parallel_residual),
+        hidden_dropout="hidden_dropout",
+    ),
+    Family(
+        model_types=("starcoder2",),
+        stacks={"decoder": "layers"},
+        attentions={"self": _llama_attention()},
+        ffn=FeedForwardPaths(("mlp.c_fc",), "mlp.c_proj"),
+        embedding={"decoder": "embed_tokens"},
+        embedding_at="output",
+        heads="num_attention_heads",
+        residual="post_attention_layernorm",
+        functional_dropout=("self_attn.residual_dropout", "mlp.residual_dropout"),
+        hidden_dropout="residual_dropout",
+    ),
+    Family(
+        model_types=("gptj",),
+        stacks={"decoder": "h"},
+        attentions={
+            "self": AttentionPaths("attn", "attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj"),
+        },
+        ffn=FeedForwardPaths(("mlp.fc_in",), "mlp.fc_out", dropout="mlp.dropout"),
+        embedding={"decoder": "wte"},
+        embedding_at="output",
+        heads="num_attention_heads",
+        residual="ln_1",
+        parallel=_is_always_parallel,
+        attention_dropout="attn_pdrop",
+        hidden_dropout="resid_pdrop",
+    ),
+    Family(  # pre-norm, except OPT-350m; no prompts, because its language model calls the decoder past the base model
+        model_types=("opt",),
+        stacks={"decoder": "decoder.layers"},
+        attentions={"self": _bart_attention("self_attn")},
+        ffn=FeedForwardPaths(("fc1",), "fc2"),
+        heads="num_attention_heads",
+        norm=lambda config: None if config.do_layer_norm_before else "final_layer_norm",
+        residual=lambda config: "final_layer_norm" if config.do_layer_norm_before else None,
+        functional_dropout=("dropout",),
     ),
     Family(
         model_types=("gpt_neox",),
@@ -278,7 +392,16 @@ FAMILIES = (
         hidden_dropout="hidden_dropout",
     ),
     Family(  # no norm of the embeddings, before which a prompt could join them, after their positions
-        model_types=("m2m_100",),
+        model_types=("marian",),
+        stacks={"encoder": "encoder.layers", "decoder": "decoder.layers"},
+        attentions={"self": _bart_attention("self_attn"), "cross": _bart_attention("encoder_attn")},
+        ffn=FeedForwardPaths(("fc1",), "fc2"),
+        heads="{stack}_attention_heads",
+        norm="final_layer_norm",
+        functional_dropout=("dropout",),
+    ),
+    Family(  # nor here
+        model_types=("m2m_100", "pegasus"),
         stacks={"encoder": "encoder.layers", "decoder": "decoder.layers"},
         attentions={"self": _bart_attention("self_attn"), "cross": _bart_attention("encoder_attn")},
         ffn=FeedForwardPaths(("fc1",), "fc2"),
@@ -403,6 +526,8 @@ class Layer:
     residual: nn.Module | None
     parallel: bool = False  # attention and FFN read the same hidden states, and are added to them at once
     experts: nn.Module | None = None
+    passes: int = 1  # how often a forward pass runs the module: more than once if several layers share it
+    residual_multiplier: float = 1.0  # what each sub-layer's output is multiplied by before it is added to the residual
 
     @property
     def ffn(self) -> FeedForward:
@@ -448,9 +573,15 @@ def find_sites(model: PreTrainedModel) -> Sites:
     """Resolve the model's family row into modules. Works on the meta device too.
 
     Raises:
-        UserError: there is no such row, or the config makes the layers multiply by weights without their modules.
+        UserError: there is no such row, the config makes the layers multiply by weights without their modules, or it
+            groups layers in a way that the row does not name.
     """
     config = model.config
+    if getattr(config, "inner_group_num", 1) > 1:
+        raise UserError(
+            f"The backbone's config.json has inner_group_num={config.inner_group_num}: peftbench modifies an ALBERT "
+            "whose groups have one layer each, as all published ones do; set it to 1."
+        )
     if getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1:
         raise UserError(
             "The backbone's config.json has slow_but_exact=true, with which BLOOM's layers bypass the modules that a "
@@ -466,6 +597,20 @@ def find_sites(model: PreTrainedModel) -> Sites:
         embedding={stack: base.get_submodule(path) for stack, path in family.embedding.items()},
         attention_dropout=float(getattr(config, family.attention_dropout)),
         hidden_dropout=float(getattr(config, family.hidden_dropout, 0.0)),
+    )
+
+
+# Keys of a config by which logits are changed after the output layer, and the values with which they are not.
+_CHANGED_LOGITS: Mapping[str, object] = {"final_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1}
+
+
+def has_plain_logits(model: PreTrainedModel) -> bool:
+    """Return whether a language model's logits are W h + b, neither scaled nor capped after the output layer.
+
+    Gemma 2 caps them, Granite divides them by `logits_scaling`, Cohere multiplies them by `logit_scale`.
+    """
+    return all(
+        getattr(config, key, plain) == plain for config in list_configs(model) for key, plain in _CHANGED_LOGITS.items()
     )
 
 
@@ -490,6 +635,7 @@ def set_configs(configs: Iterable[object], key: str, value: object) -> Iterator[
 
 def _find_layers(family: Family, base: nn.Module, config: object, names: Mapping[nn.Module, str]) -> Iterator[Layer]:
     residual = family.residual(config) if callable(family.residual) else family.residual
+    norm = family.norm(config) if callable(family.norm) else family.norm
     for stack, path in family.stacks.items():
         modules = list(base.get_submodule(path).children())
         heads = int(getattr(config, family.heads.format(stack=stack)))
@@ -503,11 +649,19 @@ def _find_layers(family: Family, base: nn.Module, config: object, names: Mapping
                 module=module,
                 attentions=tuple(_find_attentions(family, module, heads, config, names)),
                 dense=_find_ffn(family, module, names) if experts is None else None,
-                norm=None if family.norm is None else _require_module(module, family.norm),
+                norm=None if norm is None else _require_module(module, norm),
                 residual=None if residual is None else _require_module(module, residual),
                 parallel=family.parallel(config),
                 experts=experts,
+                passes=_count_passes(config, index, len(modules)) if family.shared else 1,
+                residual_multiplier=float(getattr(config, "residual_multiplier", 1.0)),
             )
+
+
+def _count_passes(config: Any, group: int, groups: int) -> int:
+    """Return how many layers the module `group` of ALBERT's `groups` is."""
+    layers = config.num_hidden_layers
+    return sum(int(layer / (layers / groups)) == group for layer in range(layers))
 
 
 def _find_ffn(family: Family, layer: nn.Module, names: Mapping[nn.Module, str]) -> FeedForward:

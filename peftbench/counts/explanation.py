@@ -35,7 +35,7 @@ def explain(run: Run) -> Explanation:
     counted = count_built(built)
     return Explanation(
         counted,
-        [describe_modification(prefix, m, over_residual=sites.family.norm is None) for prefix, m in found.items()],
+        [describe_modification(prefix, m, over_residual=sites.layers[0].norm is None) for prefix, m in found.items()],
         [describe_size(group, found[group.prefix], sites) for group in counted.groups if group.prefix is not None],
         draw_network(model, run),
     )

@@ -402,6 +402,11 @@ def _choose_sites(sites: Sites, m: schema.Modification, prefix: str) -> Iterator
         if layer.stack not in stacks:
             continue
         if r.layers is not None:
+            if layer.passes > 1:
+                raise UserError(
+                    f"{key}.layers: the {layer.passes} layers of this backbone share one module and so its "
+                    "modifications; leave it out."
+                )
             wrong = [index for index in r.layers if not -layer.depth <= index < layer.depth]
             if wrong:
                 raise UserError(

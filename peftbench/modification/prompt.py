@@ -94,9 +94,9 @@ class DecoderPrompt(Prompt):
 
     With rotary positions the prompt takes the positions -l to -1 and the tokens keep theirs. Scores depend on
     differences of positions only, so that this equals peft's positions, from 0 for the prompt and from l for the
-    tokens; and the prompt is next to the first token even if padding comes between. With learned positions there are
-    none below 0: the prompt takes 0 to l-1, as in peft, and the tokens keep theirs, as in the paper's code, so that no
-    position is lost to the prompt.
+    tokens; and the prompt is next to the first token even if padding comes between. With learned positions, and with
+    GPT-J's table of rotations, there are none below 0: the prompt takes 0 to l-1, as in peft, and the tokens keep
+    theirs, as in the paper's code, so that no position is lost to the prompt.
 
     Args:
         fronts: for each layer, its `Prefix`, whose function is a `PromptKeys`.
@@ -133,8 +133,7 @@ def compute_front(base: PreTrainedModel, embedded: Tensor) -> list[tuple[Tensor,
     Their positions are those that `DecoderPrompt` describes.
     """
     length = embedded.shape[1]
-    rotary = any("RotaryEmbedding" in type(module).__name__ for module in base.modules())
-    positions = torch.arange(length, device=embedded.device) - (length if rotary else 0)
+    positions = torch.arange(length, device=embedded.device) - (length if _has_positions_below_zero(base) else 0)
     argument = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
     cache = DynamicCache()  # without the config, which would drop the keys that leave a sliding window
     given = {argument: cache, "position_ids": positions.unsqueeze(0), "use_cache": True}
@@ -143,6 +142,12 @@ def compute_front(base: PreTrainedModel, embedded: Tensor) -> list[tuple[Tensor,
     with set_configs(recomputed, "gradient_checkpointing", False):
         base(inputs_embeds=embedded, **given)
     return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _has_positions_below_zero(base: nn.Module) -> bool:
+    """Return whether a decoder's rotations are computed for any position. GPT-J's are rows of a table, from 0."""
+    rotations = [module for module in base.modules() if "RotaryEmbedding" in type(module).__name__]
+    return bool(rotations) and not any(hasattr(module, "embed_positions") for module in rotations)
 
 
 @contextmanager

@@ -104,6 +104,12 @@ def _layer(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
         yield Place(layer.name, layer.norm, layer.norm, in_attention=False)
     else:
         assert layer.residual is not None, "a family must name its layers' last norm or their residual"
+        if layer.residual_multiplier != 1:
+            raise UserError(
+                "modified_representation=layer: this backbone multiplies the FFN's output by residual_multiplier="
+                f"{layer.residual_multiplier:g} before it adds it to the residual, so that no module returns the "
+                "layer's output; use modified_representation=ffn or attention_ffn."
+            )
         last = layer.ffn.post_norm or _ffn_output(layer)  # what is added to the residual
         yield Place(layer.name, last, layer.residual, in_attention=False, over_residual=True)
 

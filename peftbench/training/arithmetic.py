@@ -43,11 +43,11 @@ def count_operations(model: PreTrainedModel, lengths: Lengths) -> float:
             keys = sources if cross else queries
             length = _count_prefix(attention.module)
             pairs = sum(q * (length + k) for q, k in zip(queries, keys, strict=True)) / len(queries)
-            total += 12 * pairs * attention.heads * attention.head_width
+            total += layer.passes * 12 * pairs * attention.heads * attention.head_width
         if layer.experts is not None:  # a token passes through few of them
             taken = model.config.num_experts_per_tok / _count_experts(layer.experts)
             total += _count_weights(layer.experts, counted) * tokens * taken
-        total += _count_weights(layer.module, counted) * tokens
+        total += layer.passes * _count_weights(layer.module, counted) * tokens
     head = model.get_output_embeddings()
     if head is not None:
         total += _count_weights(head, counted) * target

@@ -102,8 +102,12 @@ def find_refusal(model: PreTrainedModel, longest: int) -> str | None:
 
 
 def _takes_positions(model: PreTrainedModel) -> bool:
-    """Return whether the model is a decoder alone that takes the position of each token."""
-    alone = set(find_sites(model).family.stacks) == {"decoder"}
+    """Return whether the model is a decoder alone that takes the position of each token.
+
+    OPT's language model calls the decoder inside of its base model, past the hook on the latter.
+    """
+    stacks = find_sites(model).family.stacks
+    alone = set(stacks) == {"decoder"} and "." not in stacks["decoder"]
     return alone and "position_ids" in inspect.signature(model.base_model.forward).parameters
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from peftbench.backbones.precision import cast_for_autocast
+from peftbench.backbones.sites import has_plain_logits
 from peftbench.tasks.batch import NO_TOKEN, make_decoder_inputs
 
 CHUNK = 1024  # target tokens whose logits exist at a time
@@ -89,10 +90,12 @@ class TokenLoss:
 
 
 def find_output_layer(model: PreTrainedModel) -> nn.Linear | None:
-    """Return the frozen Linear that computes a model's logits; None if there is none, or if it is trained and so needs
-    its gradient too."""
+    """Return the frozen Linear that computes a model's logits; None if there is none, if it is trained and so needs
+    its gradient too, or if the model changes the logits afterwards."""
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear) or any(p.requires_grad for p in layer.parameters()):
+        return None
+    if not has_plain_logits(model):
         return None
     return layer
 
