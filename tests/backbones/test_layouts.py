@@ -29,8 +29,9 @@ from peftbench.modification.state import fold, load, save
 from peftbench.tasks.batch import make_decoder_inputs
 from peftbench.tasks.languages import begin_in_language, get_written_language, set_languages
 from peftbench.training.arithmetic import count_operations
+from peftbench.training.batching import Lengths
 from peftbench.training.compiled import CompiledLayers
-from peftbench.training.padding_free import find_refusal
+from peftbench.training.padding_free import PaddingFree, add_lengths, find_refusal
 from peftbench.training.token_loss import TokenLoss, find_output_layer
 from peftbench.utils.errors import UserError
 from tests.families import (
@@ -301,9 +302,20 @@ def test_labels_become_decoder_inputs_as_in_m2m100s_forward_pass() -> None:
 
 
 @pytest.mark.parametrize("family", LAYOUTS)
-def test_no_layout_is_trained_without_padding(family: str) -> None:
-    """Rotary and relative positions count the batch with its padding."""
-    assert find_refusal(build(family)) is not None
+def test_without_padding_the_loss_is_the_same_or_it_is_refused(family: str) -> None:
+    """Decoders are told their positions. Others count the batch with its padding."""
+    model = attached(family, "lora")
+    if find_refusal(model, 9) is not None:
+        with pytest.raises(UserError, match=r"trainer\.padding_free=true is not supported for"):
+            PaddingFree(model, 9, 5)
+        return
+    both = batch(family)
+    expected = logits(model, family)
+    free = PaddingFree(model, 9, 0)
+    with torch.no_grad(), free.active():
+        found = model(**free.load(add_lengths(lambda _: both, joined=True)([]))).logits
+    seen = both["attention_mask"].bool()
+    assert torch.allclose(found[seen], expected[seen], atol=1e-4 * max(1.0, float(expected.abs().max())))
 
 
 def test_the_places_of_deberta_read_the_tokens_not_the_relative_positions() -> None:
@@ -322,8 +334,10 @@ def test_the_places_of_deberta_read_the_tokens_not_the_relative_positions() -> N
 def test_operations_count_the_experts_that_a_token_passes() -> None:
     """2 of 4 experts: 4 operations for each of half their weights, forward and backward through frozen matrices."""
     d, d_ff, experts = 16, 32, 4
-    every = count_operations(build("mixtral", num_experts_per_tok=4).requires_grad_(False), [6], [])
-    half = count_operations(build("mixtral").requires_grad_(False), [6], [])
+    every = count_operations(
+        build("mixtral", num_experts_per_tok=4).requires_grad_(False), Lengths([6], [], joined=True)
+    )
+    half = count_operations(build("mixtral").requires_grad_(False), Lengths([6], [], joined=True))
     assert every - half == 2 * 6 * 4 * (experts / 2) * 3 * d * d_ff
 
 
