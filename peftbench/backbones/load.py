@@ -6,6 +6,9 @@ Counting uses the same model on the meta device, which has shapes and no weights
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -15,8 +18,10 @@ from typing import Any, TypeVar
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -274,10 +279,13 @@ def build_meta_backbone(model: Model, task: Task, config: PretrainedConfig | Non
     auto = _choose_auto_class(model, task, config)
     try:
         with torch.device("meta"):
-            return auto.from_config(config)
+            built: PreTrainedModel = auto.from_config(config)
     except (ValueError, TypeError, ZeroDivisionError) as error:
         place = "model.architecture" if model.path is None else f"model.path={model.path}"
         raise UserError(f"{place} describes no model that can be built: {' '.join(str(error).split())}") from error
+    if _is_untied(model):
+        _untie_output(built)
+    return built
 
 
 def load_config(model: Model) -> PretrainedConfig:
@@ -308,7 +316,7 @@ def _build_described_config(model: Model) -> PretrainedConfig:
         raise UserError("model.architecture has no model_type; give the one of the model's config.json, such as bart.")
     find_family(model_type)
     known = AutoConfig.for_model(model_type)
-    if wrong := [key for key in values if not hasattr(known, key)]:
+    if wrong := [key for key in values if not hasattr(known, key) and not _is_read(known, key)]:
         choices = known.to_dict()
         raise UserError(
             *(f"model.architecture.{key} is no key of {model_type}'s config{suggest(key, choices)}" for key in wrong)
@@ -317,6 +325,31 @@ def _build_described_config(model: Model) -> PretrainedConfig:
         return AutoConfig.for_model(model_type, **values)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"model.architecture does not fit {model_type}: {' '.join(str(error).split())}") from error
+
+
+def _is_read(config: PretrainedConfig, key: str) -> bool:
+    """Return whether the model's class reads a key that its config does not declare, such as DeBERTa's
+    position_buckets."""
+    module = AutoModel._model_mapping[type(config)].__module__
+    return f'getattr(config, "{key}"' in inspect.getsource(importlib.import_module(module))
+
+
+def _is_untied(model: Model) -> bool:
+    """Return whether the config.json says that the output embedding has weights of its own.
+
+    transformers' T5 configs drop that key and tie; weights that it then finds in a checkpoint, it keeps apart.
+    """
+    if model.path is None:
+        return model.architecture.get("tie_word_embeddings") is False
+    said: dict[str, Any] = json.loads((Path(model.path).expanduser() / "config.json").read_text(encoding="utf-8"))
+    return said.get("tie_word_embeddings") is False
+
+
+def _untie_output(model: PreTrainedModel) -> None:
+    """Give the output layer of a model on the meta device a weight of its own, if it has that of the embedding."""
+    output = model.get_output_embeddings()
+    if isinstance(output, nn.Linear) and output.weight is model.get_input_embeddings().weight:
+        output.weight = nn.Parameter(torch.empty_like(output.weight))
 
 
 def _choose_auto_class(model: Model, task: Task, config: PretrainedConfig) -> Any:

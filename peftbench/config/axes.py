@@ -168,7 +168,8 @@ RULES = (
     Rule(
         lambda m: (
             m.functional_form.name == "constant"
-            and m.modified_representation.name in (Representation.key, Representation.key_value)
+            and m.modified_representation.name
+            in (Representation.key, Representation.key_value, Representation.all_linear)
             and m.composition_function.name in (Composition.add, Composition.scaled)
         ),
         "{p}functional_form=constant with {p}modified_representation={r} and {p}composition_function={c} means "

@@ -62,6 +62,10 @@ REPRESENTATIONS = {
     Representation.attention_ffn: Described(
         "the outputs of the attention and of the feed-forward sub-layer", "the input of the same sub-layer"
     ),
+    Representation.all_linear: Described(
+        "the outputs of all linear layers: W_q, W_k, W_v, W_o and the feed-forward sub-layer's weights",
+        "the input of the same weight",
+    ),
     Representation.layer: Described("the layer's output, after the feed-forward's add & norm", ""),
     Representation.embedding: Described("the embedded input", ""),
 }

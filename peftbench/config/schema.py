@@ -66,6 +66,7 @@ Representation = Enum(
         "ffn_weights",
         "ffn_intermediate",
         "attention_ffn",
+        "all_linear",
         "layer",
         "embedding",
     ],

@@ -156,6 +156,8 @@ def _label_group(modification: Modification, owners: list[Owner], sites: Sites) 
     what = str(modification.modified_representation.name.name)
     if modification.modified_representation.name is Representation.attention_ffn:
         what = "attention" if kind else "ffn"
+    if modification.modified_representation.name is Representation.all_linear:
+        what = "projections" if kind else "ffn_weights"
     stacks = list(dict.fromkeys(owner.stack for owner in owners if owner.stack))
     if kind:
         return f"{stacks[0]} {kind} {what}"

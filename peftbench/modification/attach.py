@@ -36,7 +36,7 @@ from peftbench.utils.errors import UserError
 
 # One module can end a projection, its sub-layer and its layer at once, as W_2 does in Llama. The modification that is
 # nearer to the weights is hooked first. All other representations have 1.
-OUTWARDS = {"ffn_weights": 0, "attention": 2, "attention_ffn": 2, "layer": 3}
+OUTWARDS = {"ffn_weights": 0, "all_linear": 0, "attention": 2, "attention_ffn": 2, "layer": 3}
 
 
 def attach(

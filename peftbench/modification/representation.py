@@ -93,6 +93,13 @@ def _attention_ffn(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Pl
     yield from _ffn(layer, attentions)
 
 
+def _all_linear(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
+    """Yield the outputs of all matrices of the attentions and the FFN, each with its own input as x (Dettmers et al.
+    2023; peft's target_modules="all-linear")."""
+    yield from _projections("query", "key", "value", "output")(layer, attentions)
+    yield from _ffn_weights(layer, attentions)
+
+
 def _layer(layer: Layer, attentions: Iterable[Attention]) -> Iterator[Place]:
     """Yield the layer's output, after the FFN's add & norm (Pfeiffer et al. 2021)."""
     if layer.parallel:
@@ -138,5 +145,6 @@ REPRESENTATIONS: dict[str, Places] = {
     "ffn_weights": _ffn_weights,
     "ffn_intermediate": _ffn_intermediate,
     "attention_ffn": _attention_ffn,
+    "all_linear": _all_linear,
     "layer": _layer,
 }

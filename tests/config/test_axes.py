@@ -32,7 +32,7 @@ def test_choices_are_those_of_the_schema() -> None:
         {choice.name for choice in enum} - {"none"} for enum in enums
     ]
     assert set(CHOICES["functional_form"]) | set(schema.ACTIVATIONS) == set(schema.FUNCTIONAL_FORMS) - {"none"}
-    assert len(list(list_points())) == 4 * 15 * 2 * 5
+    assert len(list(list_points())) == 4 * 16 * 2 * 5
 
 
 def test_rules_see_no_difference_between_activations() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForSeq2SeqLM
 
 from peftbench.backbones.load import build_meta_backbone
 from peftbench.cli.main import main
@@ -80,6 +81,21 @@ PUBLISHED = [  # preset, task: the backbone's parameters without its task head
     ("t5_base", "sst2", 222_903_552),
     ("gpt2", "sst2", 124_439_808),
     ("llama", "sst2", 1_235_814_400),
+    # What the hub shows for each checkpoint (the sizes in its safetensors), tensors that are tied counted once:
+    ("smollm2_135m", "webnlg", 134_515_008),
+    ("smollm3_3b", "webnlg", 3_075_098_624),
+    ("qwen3_0_6b", "webnlg", 596_049_920),  # shown with the tied output embedding counted twice: 751,632,384
+    ("qwen3_4b", "webnlg", 4_022_468_096),
+    ("gemma3_270m", "webnlg", 268_098_176),
+    ("gemma3_1b", "webnlg", 999_885_952),
+    ("llama3_2_1b", "webnlg", 1_235_814_400),
+    ("llama3_2_3b", "webnlg", 3_212_749_824),
+    ("llama3_1_8b", "webnlg", 8_030_261_248),
+    ("modernbert_base", "sst2", 149_014_272),  # 149,655,232 with the head for masked tokens, 640,960
+    ("deberta_v3_base", "sst2", 183_831_552),  # transformers' DebertaV2Model, without the discriminator's head
+    ("xlm_roberta_base", "sst2", 277_453_056),  # 278,043,648 with the pooler
+    ("flan_t5_base", "xsum", 247_577_856),
+    ("nllb_600m", "wmt16_enro", 615_073_792),
 ]
 
 
@@ -110,6 +126,44 @@ def test_decoders_by_hand() -> None:
     assert 50257 * d + 1024 * d + 12 * layer + 2 * d == 124_439_808
     d, ffn = 2048, 8192
     assert 128256 * d + 16 * (2 * d * d + 2 * d * d // 4 + 3 * d * ffn + 2 * d) + d == 1_235_814_400
+
+
+def test_todays_decoders_by_hand() -> None:
+    """Each layer has queries and W_o, keys and values, three matrices of the FFN, and its norms; at the end one norm."""
+
+    def count_decoder(
+        words: int, d: int, ffn: int, layers: int, queries: int, keys: int, norms: int, tied: bool = True
+    ) -> int:
+        layer = 2 * d * queries + 2 * d * keys + 3 * d * ffn + norms
+        return (1 if tied else 2) * words * d + layers * layer + d
+
+    assert count_decoder(49152, 576, 1536, 30, 9 * 64, 3 * 64, 2 * 576) == 134_515_008
+    assert count_decoder(128256, 2048, 11008, 36, 16 * 128, 4 * 128, 2 * 2048) == 3_075_098_624
+    assert count_decoder(151936, 1024, 3072, 28, 16 * 128, 8 * 128, 2 * 1024 + 2 * 128) == 596_049_920
+    assert 596_049_920 + 151936 * 1024 == 751_632_384
+    assert count_decoder(151936, 2560, 9728, 36, 32 * 128, 8 * 128, 2 * 2560 + 2 * 128) == 4_022_468_096
+    assert count_decoder(262144, 640, 2048, 18, 4 * 256, 256, 4 * 640 + 2 * 256) == 268_098_176
+    assert count_decoder(262144, 1152, 6912, 26, 4 * 256, 256, 4 * 1152 + 2 * 256) == 999_885_952
+    assert count_decoder(128256, 3072, 8192, 28, 3072, 1024, 2 * 3072) == 3_212_749_824
+    assert count_decoder(128256, 4096, 14336, 32, 4096, 1024, 2 * 4096, tied=False) == 8_030_261_248
+
+
+def test_an_output_layer_of_its_own_is_counted(tmp_path: Path) -> None:
+    """Flan-T5's. transformers' T5 config forgets that it is not tied, and keeps the checkpoint's weights apart."""
+    model = build("t5_gated")
+    embedding = model.get_input_embeddings().weight
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(embedding))
+    model.save_pretrained(tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**described, "tie_word_embeddings": False}))
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    run = composed("task=docsum", "method=full", f"model.path={tmp_path}")
+    found = count_run(run).totals.backbone
+    assert (
+        found
+        == sum(p.numel() for p in loaded.parameters())
+        == sum(p.numel() for p in build("t5").parameters()) + (embedding.numel() + 2 * 2 * 16 * 32)
+    )
 
 
 def test_t5_base_by_hand() -> None:

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from peftbench.cli.main import main
 from peftbench.config.compose import compose_run
-from peftbench.config.schema import Run, list_modifications
+from peftbench.config.schema import Run, find_conf_dir, list_modifications
 from peftbench.config.sizes import list_sizes_taken
 from peftbench.counts import shares
 from peftbench.counts.run_counts import count_run
@@ -106,6 +107,34 @@ def test_what_keeps_its_sizes(words: tuple[str, ...]) -> None:
     for method in ([],) if words[0].startswith("row=") else (["method=mam"], ["method=adapter"]):
         run = run_of(*words, *method)
         assert sizes(fit_sizes(run)) == sizes(run) and note_of(fit_sizes(run)) is None
+
+
+def test_the_decoders_column_is_two_percent_of_its_backbone() -> None:
+    """But for methods without a size, prompts, and whole numbers of r: no more than 2%, the learning rates' share."""
+    column = OmegaConf.load(find_conf_dir() / "sizes.yaml")["decoder"]
+    sized = [name for name, row in column.items() if name not in ("of", "mix", "prompt") and {"r", "l"} & set(row)]
+    assert len(sized) == 15
+    for method in sized:
+        found = percent(run_of("model=smollm2_135m", "task=webnlg", f"method={method}"))
+        assert 1.8 < found <= 2.01, method
+
+
+@pytest.mark.parametrize("model", ["smollm3_3b", "gemma3_270m", "llama3_1_8b"])
+def test_other_decoders_take_the_share_of_smollm2(model: str) -> None:
+    """And its learning rates: neither r = 512 nor the rates of BART."""
+    for method, rate in (("lora", 2e-3), ("mam", 5e-4), ("lora_all", 5e-4)):
+        run = run_of(f"model={model}", "task=webnlg", f"method={method}", "trainer=quick")
+        assert run.trainer.learning_rate == rate
+        own = percent(run_of("model=smollm2_135m", "task=webnlg", f"method={method}"))
+        assert 0.9 * own < percent(run) <= own
+
+
+def test_every_column_has_every_method() -> None:
+    columns = OmegaConf.to_container(OmegaConf.load(find_conf_dir() / "sizes.yaml"))
+    assert isinstance(columns, dict)
+    methods = {path.stem for path in (find_conf_dir() / "method").glob("*.yaml")}
+    for name, column in columns.items():
+        assert set(column) - {"of", "mix"} == methods, name
 
 
 def test_the_columns_own_backbone_in_a_folder_keeps_them(tmp_path: Path) -> None:

@@ -7,9 +7,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
+from peftbench.backbones.load import build_meta_backbone
+from peftbench.config.compose import compose_run
+from peftbench.counts.run_counts import count_run
 from peftbench.modification.attach import attach
 from peftbench.modification.edit import Edit
-from tests.families import build, dropout, modification, outcome
+from peftbench.modification.merge import merge
+from tests.families import batch, build, dropout, modification, outcome, shake
 
 RANK, ALPHA = 4, 12
 # (family, our representation): peft's target modules, and how many Linears of the tiny model they are
@@ -153,3 +157,57 @@ def test_lora_begins_as_peft_begins() -> None:
         assert 0.99 * bound < weight.abs().max() <= bound
         assert abs(float(weight.std()) - bound / 3**0.5) < 0.02 * bound
     assert not ours.up.any() and not layer.lora_B["default"].weight.any()
+
+
+def test_lora_on_all_linear_layers_is_pefts_count_on_llama_1b() -> None:
+    """target_modules="all-linear" leaves the output layer out: 5,636,096 at r = 8."""
+    run = compose_run(["method=lora_all", "model=llama3_2_1b", "task=webnlg", "bottleneck=8"])
+    config = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    with torch.device("meta"):
+        theirs = get_peft_model(build_meta_backbone(run.model, run.task), config)
+    trained, every = theirs.get_nb_trainable_parameters()
+    totals = count_run(run).totals
+    assert totals.trained == totals.stored == totals.paper == trained == 5_636_096
+    assert totals.backbone == every - trained == 1_235_814_400
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "bart", "t5_gated", "roberta"])
+def test_lora_on_all_linear_layers_is_pefts(family: str) -> None:
+    """Output and gradients, with peft's random weights copied: every Linear of the layers, and no other."""
+    model, bare = build(family), build(family)
+    attach(model, {"": modification("identity", "all_linear", "parallel", "scaled", 4, scale=2.0, dropout=0.0)})
+    inside = [name for name, m in bare.base_model.named_modules() if isinstance(m, torch.nn.Linear)]
+    names = "|".join(name.replace(".", r"\.") for name in inside)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=rf".*({names})", init_lora_weights=False)
+    theirs = get_peft_model(bare, config).eval()
+    places = {path.rpartition(".")[0]: m for path, m in model.named_modules() if isinstance(m, Edit)}
+    loras = {path.removeprefix("base_model.model."): m for path, m in theirs.named_modules() if hasattr(m, "lora_A")}
+    assert places.keys() == loras.keys() and places
+    for path, edit in places.items():
+        lora = loras[path]
+        with torch.no_grad():
+            edit.function.down.copy_(lora.lora_A["default"].weight[None])
+            edit.function.up.copy_(lora.lora_B["default"].weight[None])
+    for each in (model, theirs):
+        each(**batch(family)).loss.backward()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch(family)).logits, theirs(**batch(family)).logits, rtol=1e-5, atol=1e-5)
+    for path, edit in places.items():
+        torch.testing.assert_close(
+            edit.function.down.grad[0], loras[path].lora_A["default"].weight.grad, rtol=1e-4, atol=1e-6
+        )
+        torch.testing.assert_close(
+            edit.function.up.grad[0], loras[path].lora_B["default"].weight.grad, rtol=1e-4, atol=1e-6
+        )
+
+
+def test_lora_on_all_linear_layers_merges() -> None:
+    model = build("llama")
+    attach(model, {"": modification("identity", "all_linear", "parallel", "scaled", 4, scale=2.0, dropout=0.0)})
+    shake(model)
+    with torch.no_grad():
+        expected = model(**batch("llama")).logits
+        merge(model)
+        hooks = [getattr(hook, "__self__", None) for m in model.modules() for hook in m._forward_hooks.values()]
+        assert not any(isinstance(owner, Edit) for owner in hooks)
+        torch.testing.assert_close(model(**batch("llama")).logits, expected, rtol=1e-4, atol=1e-4)
