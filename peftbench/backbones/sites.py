@@ -614,6 +614,11 @@ def has_plain_logits(model: PreTrainedModel) -> bool:
     )
 
 
+def adds_router_loss(model: PreTrainedModel) -> bool:
+    """Return whether a model adds to its loss that of its experts' routers, as Mixtral and Qwen3-MoE can."""
+    return any(getattr(config, "output_router_logits", False) for config in list_configs(model))
+
+
 def list_configs(model: PreTrainedModel) -> list[PretrainedConfig]:
     """Return the configs that a model's parts read, each once: T5's stacks have their own."""
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]

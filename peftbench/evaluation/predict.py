@@ -18,11 +18,12 @@ from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLog
 
 from peftbench.backbones.attention_kernels import avoid_cudnn_attention
 from peftbench.backbones.precision import autocast
+from peftbench.backbones.sites import has_plain_logits
 from peftbench.evaluation.inference import prepare_inference
 from peftbench.evaluation.kv_cache import NewCache, make_caches
 from peftbench.evaluation.partial import Partial
 from peftbench.tasks.batch import NO_TOKEN, Collator
-from peftbench.training.token_loss import TokenLoss
+from peftbench.training.token_loss import TokenLoss, sum_own_losses
 from peftbench.utils.memory import is_out_of_memory, make_room
 
 
@@ -184,12 +185,13 @@ def compute_mean_loss(
     layer = model.get_output_embeddings()
     assert isinstance(layer, nn.Linear), f"{type(model).__name__} writes no text"
     with _prepare_model(model, bf16):
-        summed = TokenLoss(model, layer, label_smoothing)
+        fused = TokenLoss(model, layer, label_smoothing) if has_plain_logits(model) else None
         for start in range(0, len(dataset), batch_size):
             padded = collator([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
             batch = {name: tensor.to(model.device) for name, tensor in padded.items() if tensor is not None}
             labels = batch["labels"] if model.config.is_encoder_decoder else batch["labels"][:, 1:]
-            total += float(summed(batch, count=1))
+            summed = sum_own_losses(model, batch, label_smoothing) if fused is None else fused(batch, count=1)
+            total += float(summed)
             tokens += int((labels != NO_TOKEN).sum())
     return total / tokens
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from peftbench.backbones.sites import find_sites, list_configs, set_configs
+from peftbench.backbones.sites import adds_router_loss, find_sites, list_configs, set_configs
 from peftbench.modification.attach import takes_our_attention
 from peftbench.modification.head_attention import Prefix
 from peftbench.modification.packed_attention import PACKED_NAME, PACKING, Packing
@@ -94,6 +94,8 @@ def find_refusal(model: PreTrainedModel, longest: int) -> str | None:
         return f"{model.config.model_type}, whose attention function cannot be replaced"
     if not _takes_positions(model) and (not sites.embedding or sites.family.embedding_at != "input"):
         return f"{model.config.model_type}, whose layers count positions"
+    if adds_router_loss(model):
+        return "the auxiliary loss of routers (output_router_logits=true), which reads the mask of a padded batch"
     windows = [window for config in list_configs(model) if (window := getattr(config, "sliding_window", None))]
     prefixes = any(isinstance(module, Prefix) for module in model.modules())
     if prefixes and windows and min(windows) < longest:

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from peftbench.backbones.quantisation import is_quantised
-from peftbench.backbones.sites import list_configs
+from peftbench.backbones.sites import adds_router_loss, list_configs
 from peftbench.config import schema
 from peftbench.config.validity import list_unrecordable
 from peftbench.modification.head_attention import ATTENTION_NAME
@@ -102,8 +102,15 @@ class FastPaths:
         """Return the paths that the settings request and the model supports.
 
         Raises:
-            UserError: `padding_free` for a backbone that does not support it.
+            UserError: `padding_free` for a backbone that does not support it; label smoothing for one whose routers
+                have a loss, which transformers' label smoothing leaves out.
         """
+        if settings.label_smoothing and adds_router_loss(model):
+            raise UserError(
+                f"trainer.label_smoothing={settings.label_smoothing} would leave out the auxiliary loss that the "
+                "backbone's config.json asks for with output_router_logits=true; set trainer.label_smoothing=0, or "
+                "output_router_logits to false in config.json."
+            )
         compiled = settings.compile is not schema.Compile.none
         padding_free, token_loss = None, None
         if settings.padding_free:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from peftbench.backbones.precision import cast_for_autocast
-from peftbench.backbones.sites import has_plain_logits
+from peftbench.backbones.sites import adds_router_loss, has_plain_logits
 from peftbench.tasks.batch import NO_TOKEN, make_decoder_inputs
 
 CHUNK = 1024  # target tokens whose logits exist at a time
@@ -55,13 +55,7 @@ class TokenLoss:
             inputs: the model's inputs, with labels.
             count: the divisor of the sum over tokens, see `compute_cross_entropy`.
         """
-        labels = inputs["labels"]
-        given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
-        if self.model.config.is_encoder_decoder:
-            if "decoder_input_ids" not in given:
-                given["decoder_input_ids"] = make_decoder_inputs(self.model, labels)
-        else:  # the logits at a token predict the next token
-            labels = F.pad(labels[:, 1:], (0, 1), value=NO_TOKEN)
+        given, labels = _separate_labels(self.model, inputs)
         with capture_hidden_states(self.layer) as read:
             self.model(**given)
         hidden = read[0]
@@ -91,13 +85,45 @@ class TokenLoss:
 
 def find_output_layer(model: PreTrainedModel) -> nn.Linear | None:
     """Return the frozen Linear that computes a model's logits; None if there is none, if it is trained and so needs
-    its gradient too, or if the model changes the logits afterwards."""
+    its gradient too, or if the model's loss is not that of W h + b: it changes the logits afterwards, or adds the
+    auxiliary loss of its experts' routers."""
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear) or any(p.requires_grad for p in layer.parameters()):
         return None
-    if not has_plain_logits(model):
+    if not has_plain_logits(model) or adds_router_loss(model):
         return None
     return layer
+
+
+def sum_own_losses(model: PreTrainedModel, inputs: Mapping[str, Tensor], smoothing: float = 0.0) -> Tensor:
+    """Return the sum over tokens of `compute_cross_entropy`, from the logits that the model returns; a scalar.
+
+    For a model whose logits are more than W h + b. Few examples pass at a time, so that the logits of about `CHUNK`
+    tokens exist at once.
+
+    Args:
+        inputs: the model's inputs (B, ...), with labels.
+        smoothing: ε of `compute_cross_entropy`.
+    """
+    given, labels = _separate_labels(model, inputs)
+    rows = max(1, CHUNK // labels.shape[1])
+    total = torch.zeros((), device=labels.device)
+    for start in range(0, len(labels), rows):
+        part = slice(start, start + rows)
+        logits = model(**{name: tensor[part] for name, tensor in given.items()}).logits.flatten(0, 1)
+        total += _compute_chunk(logits, labels[part].flatten(), smoothing, logits.shape[-1])[0]
+    return total
+
+
+def _separate_labels(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """Return a model's inputs without the labels, and the label that the logits at each position predict."""
+    labels = inputs["labels"]
+    given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+    if not model.config.is_encoder_decoder:  # the logits at a token predict the next token
+        return given, F.pad(labels[:, 1:], (0, 1), value=NO_TOKEN)
+    if "decoder_input_ids" not in given:
+        given["decoder_input_ids"] = make_decoder_inputs(model, labels)
+    return given, labels
 
 
 @contextmanager
