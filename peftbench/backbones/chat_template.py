@@ -349,7 +349,7 @@ def stop_at_turns(model: PreTrainedModel, template: ChatTemplate) -> None:
 
 def list_ends(model: PreTrainedModel) -> list[int]:
     """Return the ids at which generation stops."""
-    found = getattr(model.generation_config, "eos_token_id", None)
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)  # a classifier has none
     return [*found] if isinstance(found, list | tuple) else [] if found is None else [found]
 
 
