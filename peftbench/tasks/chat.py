@@ -149,6 +149,15 @@ class Chat(Completion):
 class Conversations(Chat):
     """A task of conversations, in which the assistant's turns are learned; the last one is generated and scored."""
 
+    def __init__(self, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+        super().__init__(loaded, tokenizer, model)
+        if hasattr(self, "train") and len(self.train) > len(self.train_rows):
+            self.notes.append(
+                "The chat template shows the assistant's turn otherwise once another one follows: "
+                f"{len(self.train_rows):,} conversations are {len(self.train):,} examples, one for each turn where it "
+                "does."
+            )
+
     def encode(self, rows: dict[str, list[Any]], training: bool) -> dict[str, list[Any]]:
         """Return `input_ids` up to where the assistant first writes, the ids that follow as `labels`, and which of them
         are `learned`. Except in training, only the last turn is.

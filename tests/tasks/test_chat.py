@@ -27,6 +27,9 @@ from peftbench.tasks.chat import Chat
 from peftbench.tasks.completion import LEARNED, Completion
 from peftbench.tasks.load import load_task
 from peftbench.tasks.prepare import prepare_data
+from peftbench.training.batching import Lengths
+from peftbench.training.padding_free import PaddingFree, add_lengths
+from peftbench.training.token_loss import TokenLoss
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import write_lines
 from tests.backbones.test_chat_template import THREE_TURNS, ids
@@ -106,6 +109,22 @@ def test_the_loss_is_that_of_the_replies_by_hand(tokenizer: PreTrainedTokenizerB
     assert float(model(**batch).loss.detach()) == pytest.approx(total / count, rel=1e-5)
 
 
+def test_the_loss_without_padding_is_the_same(tmp_path: Path) -> None:
+    """Labels of a conversation are not in one piece, and only their logits are computed."""
+    data = prepare(make_task(tmp_path, [{"messages": THREE_TURNS[:count]} for count in (6, 2, 4)]))
+    lengths = Lengths.of(data, encoder_decoder=False)
+    learned = [sum(column) for column in data.train[LEARNED]]
+    assert lengths.targets == learned and lengths.sources == data.lengths and lengths.joined
+    model = tiny_llama()
+    batch = data.collator([data.train[i] for i in range(3)])
+    packed = PaddingFree(model, *lengths.longest, (16, 8))
+    loss = TokenLoss(model, model.lm_head, pack=packed.targets, smoothing=0.0)
+    with packed.active():
+        given = packed.load(add_lengths(lambda examples: batch, joined=True)([]))
+        found = float(loss(given, count=sum(learned)).detach())
+    assert found == pytest.approx(float(model(**batch).loss.detach()), rel=1e-5)
+
+
 def test_selection_by_loss_is_of_the_last_turn(tmp_path: Path) -> None:
     data, model = prepare(make_task(tmp_path, [{"messages": THREE_TURNS}])), tiny_llama()
     whole = data.tokenizer.apply_chat_template(THREE_TURNS)["input_ids"][:-1]
@@ -162,6 +181,7 @@ def test_a_long_conversation_is_cut_and_its_end_not_taught(tmp_path: Path) -> No
 def test_turns_that_are_shown_otherwise_later_are_examples_of_their_own(tmp_path: Path) -> None:
     data = prepare(make_task(tmp_path, [{"messages": THREE_TURNS}]), chatml(QWEN3))
     assert len(data.train) == 3 and len(data.report) == 1
+    assert any("1 conversations are 3 examples" in note for note in data.notes)
     assert [data.tokenizer.decode(labels) for labels in data.train["labels"]] == [
         f"<think>\n\n</think>\n\n{reply}{END}" for reply in ("Shakespeare did.", "Around 1600.", "You are welcome.")
     ]
