@@ -9,9 +9,11 @@ exactly the ids of transformers' `apply_chat_template`.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -27,10 +29,11 @@ Message = dict[str, Any]  # role, content, and whatever else the template reads
 
 MARK = "\ufdd0"  # Unicode keeps this code point out of texts
 ASSISTANT = "assistant"
-DATE = "26 July 2024"  # what a template gets that asks for today's date: a run must not depend on its day
+DATE = date(2024, 7, 26)  # what a template gets that asks for today's date: a run must not depend on its day
 _PROBE = "0123456789"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_TODAY = "strftime_now"
+_TODAY = "strftime_now"  # the function of transformers' templates, which takes a format
+_FORMATS = re.compile(rf"""{_TODAY}\s*\(\s*["'](.*?)["']""")
 
 
 class NotRenderedError(Exception):
@@ -69,9 +72,10 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         words = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
-        self._special_ids = set(tokenizer.convert_tokens_to_ids(words))
-        self._special = re.compile("|".join(map(re.escape, words)))
-        self._spelled = re.compile("|".join(re.escape(_mark(word)) for word in words))
+        # The unknown token also stands for letters that the vocabulary lacks.
+        self._special_ids = {*tokenizer.convert_tokens_to_ids(words)} - {tokenizer.unk_token_id}
+        self._special = _any_of(words)
+        self._spelled = _any_of(map(_mark, words))
         self.ends = {self.end, *ends}
 
     @cached_property
@@ -230,7 +234,9 @@ class ChatTemplate:
         if _TODAY not in source:
             return source
         kept = "\n" if source.startswith("\n") else ""  # the first line break after a block is dropped
-        return f"{{% macro {_TODAY}(format) %}}{DATE}{{% endmacro %}}{kept}{source}"
+        known = json.dumps({form: DATE.strftime(form) for form in _FORMATS.findall(source)})
+        written = f"{{{{ {known}.get(format, '{DATE}') }}}}"
+        return f"{{% macro {_TODAY}(format) %}}{written}{{% endmacro %}}{kept}{source}"
 
     def _is_marked(self, tools: Sequence[Any]) -> bool:
         return self.tokenizer.is_fast and _GENERATION.search(self._source(tools)) is not None
@@ -351,6 +357,11 @@ def list_ends(model: PreTrainedModel) -> list[int]:
     """Return the ids at which generation stops."""
     found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)  # a classifier has none
     return [*found] if isinstance(found, list | tuple) else [] if found is None else [found]
+
+
+def _any_of(words: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern that matches each of the words, or nothing if there are none."""
+    return re.compile("|".join(map(re.escape, words)) or "(?!)")
 
 
 def _mark(word: str) -> str:

@@ -46,7 +46,7 @@ class Chat(Completion):
                 "generation stops there."
             )
         if self.template.is_dated:
-            self.notes.append(f"The chat template asks for today's date: it is {DATE} in every run.")
+            self.notes.append(f"The chat template asks for today's date: it is {DATE:%d %B %Y} in every run.")
         if self.task.chat == "auto":
             self.notes.append(
                 "Sources and targets go through the chat template (task.chat=auto): generation stops at "

@@ -184,7 +184,9 @@ def test_what_cannot_be_right_is_refused() -> None:
 
 def test_today_is_the_same_day_in_every_run() -> None:
     dated = ChatTemplate(chatml("{{ strftime_now('%d %b %Y') }}" + CHATML))
-    assert dated.is_dated and dated.render(THREE_TURNS[:1]).startswith("26 July 2024<|im_start|>")
+    assert dated.is_dated and dated.render(THREE_TURNS[:1]).startswith("26 Jul 2024<|im_start|>")
+    other = ChatTemplate(chatml("{% set day = strftime_now('%Y-%m-%d') %}{{ day }}" + CHATML))
+    assert other.render(THREE_TURNS[:1]).startswith("2024-07-26<|im_start|>")
     assert not ChatTemplate(chatml()).is_dated
 
 
