@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, set_seed
 
+from peftbench.backbones.chat_template import list_ends
 from peftbench.backbones.load import Backbone, load_backbone
 from peftbench.backbones.precision import choose_device, resolve_dtype, use_autocast
 from peftbench.backbones.quantisation import find_format, is_quantised
@@ -53,6 +54,7 @@ from peftbench.tasks.base import TaskData
 from peftbench.tasks.docstrings import read_versions
 from peftbench.tasks.load import load_task
 from peftbench.tasks.prepare import prepare_data
+from peftbench.tasks.text_to_text import TextToText
 from peftbench.training.batching import count_steps
 from peftbench.training.checkpoint import Checkpoints
 from peftbench.training.divergence import are_finite
@@ -201,7 +203,7 @@ def _prepare(run: Run, record: Record, display: Display) -> _Prepared:
     for note in record.notes:
         display.say(note)
     data = prepare_data(loaded, backbone.tokenizer, backbone.model)
-    _record_data(record, data, backbone.notes)
+    _record_data(record, data, backbone)
     for note in record.data["notes"]:
         display.say(note)
     return _Prepared(read, backbone, data)
@@ -397,16 +399,19 @@ def _record_counts(record: Record, run: Run, backbone: Backbone) -> None:
     record.notes = size_notes(run, counts, find_sites(backbone.model).width)
 
 
-def _record_data(record: Record, data: TaskData, notes: Sequence[str]) -> None:
-    """Record what the run was trained and scored on; `notes` says what was decided about the backbone."""
+def _record_data(record: Record, data: TaskData, backbone: Backbone) -> None:
+    """Record what the run was trained and scored on, and what was decided about the backbone."""
     record.data = {
         "fingerprint": data.fingerprint,
         "scored_on": data.scored_on,
         "splits": data.splits,
-        "notes": [*notes, *data.notes],
+        "notes": [*backbone.notes, *data.notes],
         "limits": data.limits(),
         "cut": data.cut,
     }
+    if isinstance(data, TextToText):
+        stops = data.tokenizer.convert_ids_to_tokens(list_ends(backbone.model))
+        record.data["ends"] = {"taught": data.taught_ends(), "stops": stops}
     if data.unknown:
         record.data["unknown_tokens"] = data.unknown
     if reading := data.reading():

@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers.utils import cached_file, logging
 
+from peftbench.backbones.chat_template import choose_template, stop_at_turns
 from peftbench.backbones.hub import explain_missing_hub
 from peftbench.backbones.quantisation import find_format, make_quantisation, require_package, settle_quantised
 from peftbench.backbones.sites import find_family
@@ -104,6 +105,8 @@ def load_backbone(model: Model, task: Task, device: torch.device | None = None) 
         settle_quantised(loaded, _place(model), dtype)
     untrained = _find_new_head(model, loaded, report)
     notes = settle(loaded, tokenizer, writes=task.kind is TaskKind.text_to_text)
+    if (template := choose_template(task, loaded, tokenizer)) is not None:
+        stop_at_turns(loaded, template)
     _pad_on_the_right(loaded, tokenizer, task)
     return Backbone(loaded, tokenizer, untrained, tuple(notes))
 
@@ -235,6 +238,8 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
         if not any(map(is_there, VOCABULARIES)):
             raise UserError(f"{_place(model)} has no tokenizer: {VOCABULARIES[0]} is missing; {BRING}") from None
         raise
+    if model.chat_template is not None:
+        tokenizer.chat_template = _read_template(model.chat_template)
     if "merges_file" in tokenizer.vocab_files_names:
         _require_tokenizer_files(model, is_there)
     if _has_words(tokenizer):
@@ -247,6 +252,13 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
         f"{_place(model)} has a tokenizer whose vocabulary has only special tokens; put the files of the tokenizer "
         "with which the model was pretrained there."
     )
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"model.chat_template={path} cannot be read: {error}.") from error
 
 
 def _require_tokenizer_files(model: Model, is_there: Callable[[str], bool]) -> None:

@@ -46,7 +46,16 @@ IGNORED = (
 )
 
 # Keys that runs of earlier versions did not have: at their defaults they are no part of a name.
-LATER = ("model.quantization", "model.attn_implementation", "trainer.optimizer")
+LATER = (
+    "model.quantization",
+    "model.attn_implementation",
+    "model.chat_template",
+    "trainer.optimizer",
+    "task.chat",
+    "task.messages_column",
+    "task.tools_column",
+    "task.max_length",
+)
 
 _SPECIAL = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what a special token may look like: </s>, <|im_start|>, [SEP]
 
@@ -69,7 +78,7 @@ def hash_run(run: Run, stamp: Callable[[str], str] = stamp_content) -> str:
     prompt = config["task"]["prompt"]
     if prompt is not None and _SPECIAL.search(prompt):  # earlier versions read them as ordinary characters
         config["task"]["special_tokens"] = "kept"
-    for group in ("model", "trainer"):
+    for group in ("model", "trainer", "task"):
         drop_later_defaults(group, config[group])
     if config["search"] is None:  # a settled search (records/choice.py) is the run that it chose
         del config["search"]
@@ -79,6 +88,8 @@ def hash_run(run: Run, stamp: Callable[[str], str] = stamp_content) -> str:
     path, data_dir = model.pop("path"), task.pop("data_dir")
     for key in ("data_files", "train_file", "validation_file", "test_file"):
         del task[key]
+    if run.model.chat_template is not None:
+        model["chat_template"] = stamp(run.model.chat_template)
     if path:
         model |= {"hub_id": None, "revision": None, "content": stamp(path)}
     if files := list_task_files(run.task):

@@ -268,6 +268,11 @@ class Model:
         "modified heads and prompts need sdpa, which has ours. null: transformers' default, sdpa where there is one.",
     )
     sizes: str = key(MISSING, "The column of conf/sizes.yaml from which the method presets take their sizes.")
+    chat_template: str | None = key(
+        None,
+        "A file with a chat template in Jinja, for a tokenizer that has none, or instead of its own. null: the "
+        "tokenizer's own.",
+    )
     architecture: dict[str, Any] = key(
         {},
         "Used to count parameters without weights or network, in the form of config.json: model_type, the keys that "
@@ -348,6 +353,21 @@ class Task:
         "Other special tokens, such as <|im_start|>, are typed as they are. "
         "null: the source; for a decoder-only model, which continues with the target, the source and a line break.",
     )
+    chat: bool | str = key(
+        False,
+        "Text to text with a decoder-only model. true: a source (in task.prompt) is a user's turn and its target the "
+        "assistant's reply, in the tokenizer's chat template; auto: so for an instruct model, which is one whose "
+        "generation stops at the token with which its template ends a turn; false: not so.",
+    )
+    messages_column: str | None = key(
+        None,
+        "Chat: the column of conversations, lists of {role, content}, in which the assistant's turns are learned. "
+        "task.source_column and task.target_column then name what precedes the last one, and that one. null: not such "
+        "a task.",
+    )
+    tools_column: str | None = key(
+        None, "Chat: the column of the tools that the template shows, as lists of JSON schemas. null: no tools."
+    )
     merge_references: bool = key(False, "true: rows with equal sources become one example with all their targets.")
     source_language: str | None = key(
         None, "Language of the source, as a code of the backbone, such as mBART's en_XX. null: not set."
@@ -359,6 +379,11 @@ class Task:
         512, "Maximum number of tokens of an input, including prompt and special tokens; the rest is cut off."
     )
     max_target_length: int = key(128, "Maximum number of tokens of a target in training; the rest is cut off.")
+    max_length: int = key(
+        1024,
+        "Chat: maximum number of tokens of a conversation; the rest is cut off. What precedes the assistant's first "
+        "turn keeps its last tokens, and leaves room for task.generation.max_length.",
+    )
     metric: str = key(
         MISSING,
         "The main score, by which runs are ranked. Classification: accuracy, f1 (of the second of two labels), "

@@ -70,6 +70,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
             "task.max_eval",
             "task.max_source_length",
             "task.max_target_length",
+            "task.max_length",
             "task.generation.num_beams",
             "task.generation.max_length",
         ),
@@ -80,7 +81,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("seed",), lambda number: 0 <= number < 2**32, "it must be a whole number from 0 to 4294967295"),
     (("jobs",), lambda jobs: jobs == "auto" or _is_count(jobs), "it must be a whole number of at least 1, or auto"),
     (
-        ("mps", "trainer.padding_free", "trainer.graphs"),
+        ("mps", "trainer.padding_free", "trainer.graphs", "task.chat"),
         lambda switch: switch in (True, False, "auto"),
         "it must be auto, true or false",
     ),
@@ -160,6 +161,7 @@ def _find_path_faults(run: Run) -> Iterator[str]:
         "task.train_file": run.task.train_file,
         "task.validation_file": run.task.validation_file,
         "task.test_file": run.task.test_file,
+        "model.chat_template": run.model.chat_template,
     }
     if run.model.hub_id is not None and run.model.path is not None and Path(run.model.path).parent == EMBEDDED:
         yield (
@@ -206,11 +208,31 @@ def _find_data_faults(task: Task) -> Iterator[str]:
         yield f"task.text_columns=[{','.join(task.text_columns)}] must name one column, or two for a pair."
     if task.prompt is not None and task.prompt.count("{source}") != 1:
         yield f"task.prompt={task.prompt!r} must contain {{source}} once, where the source goes."
+    yield from _find_chat_faults(task)
     if len(set(task.labels)) < len(task.labels):
         yield f"task.labels=[{','.join(task.labels)}] names a label twice."
     elif len(task.labels) == 1 and task.kind is TaskKind.classification:
         yield f"task.labels=[{task.labels[0]}] names one label; two or more are needed."
     yield from find_label_faults("task.metric", task.metric, task.labels)
+
+
+def _find_chat_faults(task: Task) -> Iterator[str]:
+    """Yield faults of keys that do not go with conversations, or with a chat template."""
+    if task.kind is not TaskKind.text_to_text:
+        for key, is_set in (("chat", task.chat is not False), ("messages_column", task.messages_column is not None)):
+            if is_set:
+                yield f"task.{key}={getattr(task, key)} is for tasks that write text; leave it out of task={task.name}."
+    elif task.messages_column is not None:
+        for key, default in (("prompt", None), ("source_join", None), ("merge_references", False), ("chat", False)):
+            if getattr(task, key) != default:
+                yield (
+                    f"task.{key}={getattr(task, key)} is for sources and targets, and task={task.name} has "
+                    "conversations; leave it out."
+                )
+        if task.baselines:
+            yield f"task.baselines=[{','.join(task.baselines)}]: conversations have no baseline; use task.baselines=[]."
+    elif task.tools_column is not None:
+        yield f"task.tools_column={task.tools_column} is for conversations; name their column by task.messages_column."
 
 
 def find_label_faults(key: str, metric: str, labels: Sequence[str]) -> Iterator[str]:

@@ -62,6 +62,7 @@ class Evaluator:
         source = stamp_content(model.path) if model.path else f"{model.hub_id} {model.revision}"
         reads: list[Any] = [task.max_source_length, task.prompt, task.source_language, task.target_language]
         reads.extend(filter(None, [self.data.reading()]))
+        reads.extend([] if task.messages_column is None else [task.max_length])
         how = [self.generation.to_json_string(), self.bf16, model.dtype.name, *reads]
         return Partial(path, json.dumps([source, stamp_content(adapter), self.data.fingerprint, *how]))
 

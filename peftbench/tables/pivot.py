@@ -18,11 +18,12 @@ from peftbench.config.identity import IGNORED
 from peftbench.records.record import Record
 from peftbench.records.wording import format_value
 from peftbench.tables.columns import Column
-from peftbench.tables.fields import COSTS, FIELDS, find_field
+from peftbench.tables.fields import COSTS, FIELDS, MANY_CUT_OFF, find_field
 from peftbench.tables.row import Row, Statistic, drop_retrained, identify_point, is_scored
 from peftbench.utils.differences import find_differing, flatten
 from peftbench.utils.errors import UserError
 
+CUT_MARK = "†"  # a score of generated texts of which many ended by their length
 # The settings that runs must share for their scores to be in one column.
 COMPARABLE = ("task", "model", "metric", "split", "examples", "train_examples", "fidelity", "debug")
 
@@ -88,14 +89,16 @@ def pivot_records(
         Column[PivotLine](
             ", ".join(head) or value,
             "\n".join(label or "none" for label in head) or value,
-            partial(_format_cell, head, shown),
+            partial(_format_cell, head, shown, value not in FIELDS or value == "score"),
             partial(_get_number, head, shown),
             partial(_get_spread, head, shown),
             better,
         )
         for head in heads
     ]
-    return _write_title(value, scored), [*labels, *numbers], lines
+    marked = any(column.cell(line).endswith(CUT_MARK) for column in numbers for line in lines)
+    legend = f"; {CUT_MARK} more than {MANY_CUT_OFF:.0%} of the texts were cut off" if marked else ""
+    return _write_title(value, scored) + legend, [*labels, *numbers], lines
 
 
 def _write_title(value: str, records: Sequence[Record]) -> str:
@@ -187,12 +190,16 @@ def _get_label(index: int, line: PivotLine) -> str:
     return line.labels[index]
 
 
-def _format_cell(head: tuple[str, ...], of: Callable[[Record], float | None], line: PivotLine) -> str:
+def _format_cell(head: tuple[str, ...], of: Callable[[Record], float | None], is_score: bool, line: PivotLine) -> str:
+    """Return the value of a cell; a score of texts of which many were cut off is marked."""
     value, spread = _get_number(head, of, line), _get_spread(head, of, line)
     if value is None:
         return ""
     shown = f"{value:.2f}" if abs(value) < 1e4 else f"{value:,.0f}"
-    return shown if spread is None else f"{shown} ± {spread:.2f} ({len(line.cells[head].records)})"
+    if spread is not None:
+        shown = f"{shown} ± {spread:.2f} ({len(line.cells[head].records)})"
+    many = any((FIELDS["cut_off"](record) or 0) > MANY_CUT_OFF for record in line.cells[head].records)
+    return f"{shown} {CUT_MARK}" if is_score and many else shown
 
 
 def _get_number(head: tuple[str, ...], of: Callable[[Record], float | None], line: PivotLine) -> float | None:

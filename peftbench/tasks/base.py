@@ -21,14 +21,15 @@ from peftbench.tasks.cache import cache_dataset
 from peftbench.tasks.deal import ROW
 from peftbench.tasks.load import Loaded, fingerprint_data
 from peftbench.tasks.rows import take_head
-from peftbench.tasks.tokens import SOURCE_CUT, TARGET_CUT, Encoder
+from peftbench.tasks.tokens import CONVERSATION_CUT, SOURCE_CUT, TARGET_CUT, Encoder
 from peftbench.tasks.unknown import describe_unknown_tokens, measure_unknown
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 ENCODE_VERSION = 2  # part of the name of what is cached: raise it whenever `encode` or the Encoder changes
-CUT = {"sources": SOURCE_CUT, "targets": TARGET_CUT}
+CUT = {"sources": SOURCE_CUT, "targets": TARGET_CUT, "conversations": CONVERSATION_CUT}
+LIMITED_BY = {"sources": "max_source_length", "targets": "max_target_length", "conversations": "max_length"}
 NOTED = 0.05  # a larger share of truncated texts is reported on the screen
 ID_COLUMNS = ("id", "idx", "index", "name", "eid")  # the names that data sets give to the column of row ids
 
@@ -51,7 +52,7 @@ class TaskData(ABC):
     report_rows: Dataset
     # By role: {"split": "test", "examples": 1600, "of": 11334}; "of" only if not all rows were taken.
     splits: dict[str, dict[str, Any]]
-    # By role: {"sources": 0.62, "targets": 0.0}, the share of texts that were truncated.
+    # By role: {"sources": 0.62, "targets": 0.0} or {"conversations": 0.1}, the share of texts that were truncated.
     cut: dict[str, dict[str, float]]
     fingerprint: str  # sha256 over the splits that were read
     unknown: dict[str, float]  # by split: the share of its tokens that the tokenizer does not know
@@ -103,7 +104,8 @@ class TaskData(ABC):
         return [self.task.max_source_length, self.task.max_target_length, self.task.prompt]
 
     def limits(self) -> dict[str, int]:
-        """Return the maximum length in tokens of the input texts ("sources") and, if any, of the output ("targets")."""
+        """Return the maximum length in tokens of the input texts ("sources") and, if any, of the output ("targets"), or
+        of both as one text ("conversations")."""
         return {"sources": min(self.task.max_source_length, self.encoder.limit)}
 
     def reading(self) -> dict[str, Any]:
@@ -162,10 +164,10 @@ class TaskData(ABC):
             shares = {self.splits[role]["split"]: self.cut[role][what] for role in roles if role in self.cut}
             cut = {split: share for split, share in shares.items() if share > NOTED}
             if cut:
-                asked = f"task.max_{what[:-1]}_length={getattr(self.task, f'max_{what[:-1]}_length')}"
+                asked = f"task.{LIMITED_BY[what]}={getattr(self.task, LIMITED_BY[what])}"
                 why = asked if asked.endswith(f"={tokens}") else f"{self._limited_by(what)}; {asked}"
                 told = ", ".join(f"{100 * share:.1f}% of {split}" for split, share in cut.items())
-                without = "; the end of a text is not learned there" if what == "targets" else ""
+                without = "" if what == "sources" else "; the end of a text is not learned there"
                 yield f"{what.capitalize()} are truncated to {tokens} tokens ({why}): {told}{without}."
 
     def _limited_by(self, what: str) -> str:

@@ -16,6 +16,8 @@ from peftbench.tasks.text_to_text import TextToText
 from peftbench.tasks.tokens import SOURCE_CUT
 from peftbench.utils.errors import UserError
 
+LEARNED = "learned"  # a column: whether each token of `labels` is learned; without it, all are
+
 
 class Completion(TextToText):
     """A task that maps the source in `task.prompt` to the target and an end of text; only the output has a loss."""
@@ -48,6 +50,10 @@ class Completion(TextToText):
         ends = [self.tokenizer.eos_token_id, self.tokenizer.bos_token_id]
         return [*super().settings(), self.task.generation.max_length, *ends]
 
+    def taught_ends(self) -> list[str]:
+        """Return the token with which the model is taught to end a text: the tokenizer adds none."""
+        return [self.tokenizer.eos_token]
+
     def encode(self, rows: dict[str, list[Any]], training: bool) -> dict[str, list[Any]]:
         """Return `input_ids` of the prompts, and as `labels` the ids of the targets with the end of text.
 
@@ -56,11 +62,7 @@ class Completion(TextToText):
         """
         sources, targets = self.pairs(rows, training)
         prompt = self.prompt
-        if MASK in prompt:
-            raise UserError(
-                f"task.prompt has {MASK}, but a decoder-only model has no mask token; remove it, or set "
-                "task.prompt=null."
-            )
+        self.check_prompt()
         length = self.limits()["sources"]
         after = self.encoder.typed(prompt.split(SOURCE)[1])
         if length - len(after) < 1:
@@ -79,6 +81,14 @@ class Completion(TextToText):
             SOURCE_CUT: found[SOURCE_CUT],
             **self.written(targets, [], [end]),
         }
+
+    def check_prompt(self) -> None:
+        """Raise UserError if the prompt has a mask."""
+        if MASK in self.prompt:
+            raise UserError(
+                f"task.prompt has {MASK}, but a decoder-only model has no mask token; remove it, or set "
+                "task.prompt=null."
+            )
 
     def limits(self) -> dict[str, int]:
         """Return the maximum lengths in tokens; a prompt leaves room for the generated text, too."""
@@ -106,7 +116,10 @@ class Completion(TextToText):
 
 
 class PromptCollator:
-    """Makes batches of prompts padded on the left; with `labels`, of prompts and targets padded on the right."""
+    """Makes batches of prompts padded on the left; with `labels`, of prompts and targets padded on the right.
+
+    If examples have the column `LEARNED`, those of their targets' tokens have no label that are not learned.
+    """
 
     def __init__(self, pad: int) -> None:
         self.pad = pad
@@ -116,12 +129,19 @@ class PromptCollator:
         prompts = [list(example["input_ids"]) for example in examples]
         if "labels" not in examples[0]:
             return _pad(prompts, self.pad, left=True)
-        targets = [list(example["labels"]) for example in examples]
-        whole = [prompt + target for prompt, target in zip(prompts, targets, strict=True)]
+        whole = [prompt + list(example["labels"]) for prompt, example in zip(prompts, examples, strict=True)]
         multiple = self.pad_to_multiple_of or 1
-        batch = _pad(whole, self.pad, multiple=multiple)
-        labels = [[NO_TOKEN] * len(prompt) + target for prompt, target in zip(prompts, targets, strict=True)]
-        return {**batch, "labels": _pad(labels, NO_TOKEN, multiple=multiple)["input_ids"]}
+        labels = _pad([_label(example) for example in examples], NO_TOKEN, multiple=multiple)["input_ids"]
+        return {**_pad(whole, self.pad, multiple=multiple), "labels": labels}
+
+
+def _label(example: dict[str, Any]) -> list[int]:
+    """Return a label for each token of an example."""
+    target = list(example["labels"])
+    if LEARNED in example:
+        pairs = zip(target, example[LEARNED], strict=True)
+        target = [token if is_learned else NO_TOKEN for token, is_learned in pairs]
+    return [NO_TOKEN] * len(example["input_ids"]) + target
 
 
 def _pad(rows: list[list[int]], pad: int, left: bool = False, multiple: int = 1) -> dict[str, Tensor]:

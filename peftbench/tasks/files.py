@@ -64,12 +64,13 @@ def _list_files(folder: Path, split: str) -> list[Path]:
     return [file for stem in _list_stems(split) for ending in READERS if (file := folder / f"{stem}{ending}").is_file()]
 
 
-def read_file(path: str | Path, used: Collection[str] = ()) -> Dataset:
+def read_file(path: str | Path, used: Collection[str] = (), nested: Collection[str] = ()) -> Dataset:
     """Read the rows of one file into memory. A .tsv or .csv file starts with a header, and its cells are strings.
 
     Args:
         used: the columns that are needed. If the file has all of them, any other column whose values have no common
             type, such as numbers and texts, is left out.
+        nested: the columns of a .json or .jsonl file whose lists and dicts become texts, in JSON.
 
     Raises:
         UserError: the file is missing, empty, malformed or not UTF-8; with the line number if there is one.
@@ -82,7 +83,11 @@ def read_file(path: str | Path, used: Collection[str] = ()) -> Dataset:
         raise UserError(f"{path} cannot be read: its extension must be one of {', '.join(READERS)}.")
     try:
         read = reader(file)
-        rows = Dataset(read if isinstance(read, pa.Table) else _make_table(file, read, used))
+        if not isinstance(read, pa.Table):
+            read = _make_table(
+                file, {name: _nest(cells) if name in nested else cells for name, cells in read.items()}, used
+            )
+        rows = Dataset(read)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     if not len(rows):
@@ -174,6 +179,11 @@ def _read_parquet(file: Path) -> pa.Table:
         return pq.read_table(file)
     except pa.ArrowInvalid as error:
         raise UserError(f"{file} is incomplete or not Parquet: {error}") from error
+
+
+def _nest(cells: Sequence[Any]) -> Sequence[Any]:
+    """Return the lists and dicts of a column as JSON: they may be too unlike each other for a column of Arrow."""
+    return [json.dumps(cell, ensure_ascii=False) if isinstance(cell, list | dict) else cell for cell in cells]
 
 
 def _make_table(file: Path, columns: Columns, used: Collection[str]) -> pa.Table:

@@ -6,9 +6,11 @@ import json
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peftbench.backbones.chat_template import choose_template, explain_plain, list_ends
 from peftbench.config.schema import TaskKind
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.cache import Recent
+from peftbench.tasks.chat import Chat, Conversations
 from peftbench.tasks.classification import Classification, Regression
 from peftbench.tasks.completion import Completion
 from peftbench.tasks.load import Loaded
@@ -30,14 +32,32 @@ def prepare_data(loaded: Loaded, tokenizer: PreTrainedTokenizerBase, model: PreT
     Tokens of an earlier run of this process are reused if rows, tokenizer and the backbone's config are the same.
     Nothing else of that run gets into this one: rows and tokens are never changed, and its model is released.
     """
-    completes = loaded.task.kind is TaskKind.text_to_text and not model.config.is_encoder_decoder
-    kind = Completion if completes else KINDS[loaded.task.kind]
+    kind = _choose_kind(loaded, tokenizer, model)
     words = [
         *describe_rules(tokenizer),
         tokenizer.name_or_path,
         tokenizer.model_max_length,
         tokenizer.special_tokens_map,
+        tokenizer.chat_template,
     ]
-    backbone = [type(model).__name__, model.config.to_json_string(use_diff=False)]
+    backbone = [type(model).__name__, model.config.to_json_string(use_diff=False), list_ends(model)]
     key = (loaded, json.dumps([words, backbone], default=str))
-    return _recent.get(key, lambda: kind(loaded, tokenizer, model)).serving(model)
+    return _recent.get(key, lambda: _make_data(kind, loaded, tokenizer, model)).serving(model)
+
+
+def _make_data(
+    kind: type[TaskData], loaded: Loaded, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> TaskData:
+    data = kind(loaded, tokenizer, model)
+    if loaded.task.chat == "auto" and not isinstance(data, Chat) and (why := explain_plain(model, tokenizer)):
+        data.notes.append(f"Sources and targets do not go through a chat template (task.chat=auto): {why}.")
+    return data
+
+
+def _choose_kind(loaded: Loaded, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> type[TaskData]:
+    task = loaded.task
+    if task.kind is not TaskKind.text_to_text:
+        return KINDS[task.kind]
+    if choose_template(task, model, tokenizer) is not None:
+        return Chat if task.messages_column is None else Conversations
+    return TextToText if model.config.is_encoder_decoder else Completion

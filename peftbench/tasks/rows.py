@@ -79,6 +79,12 @@ def list_used_columns(task: Task) -> list[tuple[str, str]]:
     return [*(("task.text_columns", column) for column in task.text_columns), ("task.label_column", task.label_column)]
 
 
+def list_file_columns(task: Task) -> list[tuple[str, str]]:
+    """Return (key as typed, column) for each column that the task's files must have."""
+    named = (("task.messages_column", task.messages_column), ("task.tools_column", task.tools_column))
+    return [(key, column) for key, column in named if column is not None] or list_used_columns(task)
+
+
 def _require_columns(source: Source, keys: Sequence[tuple[str, str]]) -> None:
     there = source.rows.column_names
     missing = [describe_unknown(key, column, there) for key, column in keys if column not in there]

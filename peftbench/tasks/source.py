@@ -12,10 +12,11 @@ from datasets import Dataset, load_dataset
 from peftbench.backbones.hub import explain_missing_hub
 from peftbench.config.roles import list_splits
 from peftbench.config.schema import Task, TaskKind, list_task_files
+from peftbench.tasks.conversations import split_conversations
 from peftbench.tasks.deal import number_rows
 from peftbench.tasks.docstrings import SPLITS, make_summary_rows, make_topic_rows
 from peftbench.tasks.files import find_split, read_file
-from peftbench.tasks.rows import Source, check_cells, list_used_columns
+from peftbench.tasks.rows import Source, check_cells, list_file_columns
 from peftbench.utils.errors import UserError
 
 
@@ -41,12 +42,13 @@ def _read_raw(task: Task, split: str) -> Source:
             raise UserError(
                 f"task.data_files.{named} is not a split of this task; its splits are {', '.join(list_splits(task))}."
             )
-    used = [column for _, column in list_used_columns(task)]
+    used = [column for _, column in list_file_columns(task)]
+    nested = used if task.messages_column is not None else ()
     if file := list_task_files(task).get(split):
-        return Source(read_file(file, used), file, file)
+        return Source(read_file(file, used, nested), file, file)
     if task.data_dir is not None:
         found = str(find_split(task.data_dir, split))
-        return Source(read_file(found, used), found, found)
+        return Source(read_file(found, used, nested), found, found)
     if task.packages is not None:
         return Source(
             _read_docstrings(task.kind, task.packages, split), f"The docstrings of {', '.join(task.packages)}"
@@ -95,7 +97,7 @@ def _read_hub(task: Task, hub_id: str, split: str) -> Dataset:
 
 def _describe_missing_hub(task: Task, split: str) -> str:
     """Return what to do on a machine without access to the hub."""
-    columns = [column for _, column in list_used_columns(task)]
+    columns = [column for _, column in list_file_columns(task)]
     return (
         f"give task.data_dir=FOLDER with files for {', '.join(list_splits(task))} (such as {split}.jsonl) that have "
         f"the columns {', '.join(columns)}, or set HF_HOME to a copy of the cache of a machine that has loaded it."
@@ -103,7 +105,10 @@ def _describe_missing_hub(task: Task, split: str) -> str:
 
 
 def _reshape(task: Task, source: Source) -> Source:
-    """Turn dicts into columns, so that WMT's `translation: {en, ro}` is two, and lists into texts or references."""
+    """Turn dicts into columns, so that WMT's `translation: {en, ro}` is two, lists into texts or references, and
+    conversations into a source and a target."""
+    if task.messages_column is not None:
+        return source._replace(rows=split_conversations(task, source))
     rows = source.rows
     flat = rows.flatten()  # also nested dicts, and the hub's Translation type
     if opened := {long: long.rpartition(".")[2] for long in flat.column_names if long not in rows.column_names}:

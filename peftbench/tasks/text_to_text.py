@@ -56,6 +56,11 @@ class TextToText(TaskData):
             found["cut_targets"] = "no end"
         return {name: value for name, value in found.items() if value}
 
+    def taught_ends(self) -> list[str]:
+        """Return the tokens with which the model is taught to end a text."""
+        found: list[str] = self.tokenizer.convert_ids_to_tokens(self.encoder.ends(target=True)[1])
+        return found
+
     def written(self, targets: list[str], opening: list[int], closing: list[int]) -> dict[str, list[Any]]:
         """Return the ids of targets between `opening` and `closing` as `labels`, and whether each was truncated.
 

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftbench.utils.errors import UserError
 
-SOURCE_CUT, TARGET_CUT = "source_cut", "target_cut"  # columns: whether the text of a row was truncated
+# Columns: whether the text of a row was truncated.
+SOURCE_CUT, TARGET_CUT, CONVERSATION_CUT = "source_cut", "target_cut", "conversation_cut"
 
 
 class Encoder:

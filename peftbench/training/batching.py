@@ -12,6 +12,7 @@ from torch.utils.data import Sampler
 from peftbench.config import schema
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.batch import Collator
+from peftbench.tasks.completion import LEARNED
 
 
 class LengthBatches(Sampler[list[int]]):
@@ -91,14 +92,17 @@ class Lengths(NamedTuple):
     """The numbers of tokens of the training examples, without padding."""
 
     sources: list[int]  # for each example's input; if `joined`, with its target
-    targets: list[int]  # for each example's target, if that is text; else empty
+    targets: list[int]  # for each example's target, or what of it is learned, if that is text; else empty
     joined: bool  # a decoder alone reads source and target as one text
 
     @classmethod
     def of(cls, data: TaskData, *, encoder_decoder: bool) -> Lengths:
         """Return the lengths of a task's training examples for a model that is an encoder-decoder, or is not."""
         texts = len(data.train) > 0 and isinstance(data.train[0]["labels"], list)
-        targets = [len(ids) for ids in data.train["labels"]] if texts else []
+        if LEARNED in data.train.column_names:
+            targets = [sum(learned) for learned in data.train[LEARNED]]
+        else:
+            targets = [len(ids) for ids in data.train["labels"]] if texts else []
         joined = texts and not encoder_decoder
         return cls(list(data.lengths) if joined else [len(ids) for ids in data.train["input_ids"]], targets, joined)
 

@@ -22,6 +22,7 @@ from peftbench.records.recording import describe_run
 from peftbench.tables.columns import choose_columns, find_best_rows
 from peftbench.tables.formats import to_latex, to_markdown
 from peftbench.tables.pivot import pivot_records
+from peftbench.tables.report.content import build_content
 from peftbench.tables.row import find_front, group_seeds, make_rows
 from peftbench.tables.select import select_records
 from peftbench.utils.errors import UserError
@@ -415,6 +416,19 @@ def test_a_cell_is_no_mean_over_different_settings(outputs: Path, capsys: pytest
         main([str(outputs), "--rows", "method"])  # recorded steps are as good as others
     (outputs / "another" / "record.json").unlink()
     assert "10.00" in printed(capsys, outputs, "--rows", "method", "--columns", "learning_rate")
+
+
+def test_a_pivot_marks_scores_of_texts_that_were_cut_off(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "†" not in printed(capsys, outputs, "--rows", "method")
+    cut = run("lora", 4, 64.0, outputs / "lora-4")
+    cut.cut_off = {"report": 0.06}
+    saved(cut)
+    text = " ".join(printed(capsys, outputs, "--rows", "method").split())
+    assert "† more than 5% of the texts were cut off" in text and text.count("†") == 2
+    assert "(4) †" in text and "72.00 †" not in text
+    assert "†" not in printed(capsys, outputs, "--rows", "method", "--value", "time")
+    shown = {column["key"]: column["shown"] for column in build_content([cut])["columns"]}
+    assert shown["cut_off"]
 
 
 def test_a_wide_pivot_goes_on_below(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:

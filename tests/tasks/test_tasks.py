@@ -533,9 +533,9 @@ def test_summarization(news: Task) -> None:
 def test_a_split_in_two_roles_is_loaded_once(reviews: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
 
-    def counted(path: str, used: list[str]) -> Dataset:
+    def counted(path: str, *columns: list[str]) -> Dataset:
         read.append(path)
-        return read_file(path, used)
+        return read_file(path, *columns)
 
     monkeypatch.setattr("peftbench.tasks.source.read_file", counted)
     prepare_data(load_task(reviews), byte_level(), tiny_bert())

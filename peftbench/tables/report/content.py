@@ -13,7 +13,7 @@ from peftbench.records.run_files import name_predictions_file, read_lines, read_
 from peftbench.records.wording import format_value
 from peftbench.tables.columns import PAPER, choose_columns
 from peftbench.tables.comparison import read_settings
-from peftbench.tables.fields import COSTS, FIELDS, find_field
+from peftbench.tables.fields import COSTS, FIELDS, MANY_CUT_OFF, find_field
 from peftbench.tables.plot import COLOURS, NAMES
 from peftbench.tables.row import Row, get_rank, identify_point, make_rows, split_tables
 from peftbench.tables.terminal import make_titles
@@ -130,12 +130,17 @@ def _describe_columns(groups: Sequence[Sequence[Row]], paper: bool) -> list[dict
                 "name": NAMES.get(key, HEADERS.get(key, key.replace("_", " "))),
                 "form": form,
                 "better": _find_better(key, form),
-                "shown": key in ALWAYS or (key in SHOWN and apart),
+                "shown": key in ALWAYS or (key in SHOWN and apart) or (key == "cut_off" and _has_many(cells)),
                 "same": None if apart else cells[0],
                 "cells": [None if cell is None else str(cell) for cell in cells] if words else cells,
             }
         )
     return made
+
+
+def _has_many(cut_off: Sequence[Any]) -> bool:
+    """Return whether some run had many of its texts cut off, which its score does not show."""
+    return any(share is not None and share > MANY_CUT_OFF for share in cut_off)
 
 
 def _find_better(key: str, form: str) -> str | None:
