@@ -54,9 +54,9 @@ AT_FFNS |= {"learned_scale"}
 REFUSED: dict[tuple[str, str], str] = {(family, "prompt"): "modified_representation=embedding" for family in LAYOUTS}
 REFUSED |= {(family, "pfeiffer"): "one residual at once" for family in ("gpt_neox", "falcon")}
 for _family in ("bloom", "falcon", "mpnet", "deberta_v2"):
-    REFUSED |= {(_family, preset): "calls no registered attention function" for preset in AT_HEADS}
+    REFUSED |= {(_family, preset): "calls no registered attention function" for preset in sorted(AT_HEADS)}
 for _family in ("mixtral", "qwen3_moe"):
-    REFUSED |= {(_family, preset): "mixtures of experts" for preset in AT_FFNS}
+    REFUSED |= {(_family, preset): "mixtures of experts" for preset in sorted(AT_FFNS)}
 QUICK = {"lora", "lora_ffn", "mam"}  # one preset for each of query and value, the FFN's matrices, heads
 
 

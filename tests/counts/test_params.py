@@ -129,7 +129,7 @@ def test_decoders_by_hand() -> None:
 
 
 def test_todays_decoders_by_hand() -> None:
-    """Each layer has queries and W_o, keys and values, three matrices of the FFN, and its norms; at the end one norm."""
+    """A layer has queries and W_o, keys and values, three matrices of the FFN, and its norms; at the end is a norm."""
 
     def count_decoder(
         words: int, d: int, ffn: int, layers: int, queries: int, keys: int, norms: int, tied: bool = True

@@ -580,6 +580,7 @@ def test_conf_fits_the_schema(option: Path) -> None:
         "compile",
         "graphs",
         "fused_loss",
+        "optimizer",
     }
     assert set(task.quick) <= {"label_smoothing", "batch_tokens", "keep", "evaluate_every"}  # what quick.yaml reads
     assert not task.paper or set(task.paper) == {field.name for field in fields(Trainer)} - elsewhere
