@@ -60,6 +60,7 @@ IN_FORCE = {  # method and further overrides: on BART, on mBART, on RoBERTa (who
     "prompt": ([], [], [HEAD]),
     "lora": ([], [], [HEAD]),
     "lora_ffn": ([], [], [HEAD]),
+    "lora_all": ([], [], [HEAD]),
     "pfeiffer": ([], [], [HEAD]),
     "prefix": ([], [], [HEAD, DEAD_ONES]),
     "prefix_no_gating": ([], [], [HEAD]),

@@ -453,7 +453,7 @@ def test_zero_initialised_modifications_leave_the_backbone_as_it_is(family: str,
     expected = logits(build(family), family)
     forms = ("relu",) if options else ("relu", "constant")
     at_rest = {name: m for name, m in points(*forms, init="lora", **options) if not name.endswith("-gated")}
-    assert len(at_rest) == 14 * 2 * 4 - 4 - 1 + (0 if options else 14 * 4 - 1 - 2 * 2)
+    assert len(at_rest) == 15 * 2 * 4 - 4 - 1 + (0 if options else 15 * 4 - 1 - 3 * 2)
     for name, m in at_rest.items():
         model = attached(family, {"": m}, shaken=False)
         assert torch.equal(logits(model, family), expected), name
