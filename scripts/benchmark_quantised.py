@@ -17,11 +17,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers import AutoHfQuantizer
 
 from peftbench.backbones.precision import autocast
@@ -50,6 +48,9 @@ WARM_UP = 2  # uncounted steps
 
 def build_packed(shape: dict[str, float], device: torch.device) -> PreTrainedModel:
     """Return the model with its layers' projections in NF4, of which no more than one is ever unpacked."""
+    import bitsandbytes as bnb
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     packing = BitsAndBytesConfig(
         load_in_4bit=True,

@@ -151,6 +151,7 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "no_fused_loss": {"fused_loss": False},
     "no_bf16_backbone": {"dtype": DType.float32},
     "defaults": {"compile": Compile.none, "dtype": DType.float32},
+    "padded_defaults": {"compile": Compile.none, "dtype": DType.float32, "padding_free": False},
     "off": {
         "compile": Compile.none,
         "padding_free": False,
