@@ -124,7 +124,9 @@ class FastPaths:
             padding_free = PaddingFree(model, *lengths.longest, multiples)
         if settings.fused_loss and (layer := find_output_layer(model)) is not None:
             pack = None if padding_free is None else padding_free.targets
-            token_loss = TokenLoss(model, layer, settings.label_smoothing, compiled=compiled, pack=pack)
+            token_loss = TokenLoss(
+                model, layer, settings.label_smoothing, compiled=compiled, pack=pack, recorded=bool(settings.graphs)
+            )
         return cls(padding_free, token_loss, CompiledLayers(model) if compiled else None)
 
     @property

@@ -32,7 +32,9 @@ class TokenLoss:
     Args:
         smoothing: ε of `compute_cross_entropy`.
         compiled: the operations on a chunk's logits are compiled into one kernel.
-        pack: selects the tokens that have a label from (B, S, ...), as (1, T, ...); None: all tokens.
+        pack: selects the tokens that have a label from (B, S, ...), as (1, T, ...).
+        recorded: without `pack`, tokens without a label are computed too: to find the others, a step would have to wait
+            for the GPU, which a recorded one cannot.
     """
 
     def __init__(
@@ -43,8 +45,10 @@ class TokenLoss:
         *,
         compiled: bool = False,
         pack: Callable[[Tensor], Tensor] | None = None,
+        recorded: bool = False,
     ) -> None:
-        self.model, self.layer, self.smoothing, self.pack = model, layer, smoothing, pack
+        self.model, self.layer, self.smoothing = model, layer, smoothing
+        self.pack, self.recorded = pack, recorded
         self.chunk: Chunk = torch.compile(_compute_chunk, dynamic=True) if compiled else _compute_chunk
         self._kept: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
 
@@ -61,7 +65,7 @@ class TokenLoss:
         hidden = read[0]
         if self.pack is not None:
             hidden, labels = self.pack(hidden), self.pack(labels)
-        elif hidden.device.type == "cpu":  # a GPU would have to be waited for
+        elif not self.recorded:
             labelled = labels != NO_TOKEN
             hidden, labels = hidden[labelled], labels[labelled]
         weight, bias = self._weights(hidden.dtype)
