@@ -61,6 +61,7 @@ def recorded(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     return file.parent, json.loads(file.read_text())
 
 
+@pytest.mark.slow
 def test_a_model_learns_the_end_at_which_it_stops(
     chat: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,6 +206,7 @@ def test_a_vocabulary_of_special_tokens_alone(tmp_path: Path) -> None:
         load_tokenizer(Model(path=str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_a_hub_id_without_a_tokenizer(tmp_path: Path) -> None:
     """From a hub on loopback."""
     build("bert").config.save_pretrained(tmp_path / "models" / "me" / "tiny")

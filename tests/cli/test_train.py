@@ -452,6 +452,7 @@ def test_results_as_table_json_and_csv(smoke: list[str], tmp_path: Path, capsys:
     assert main(["results", str(tmp_path / "nowhere")]) == 2
 
 
+@pytest.mark.slow
 def test_a_users_own_folder_adds_methods(smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     preset = tmp_path / "own" / "method" / "tiny_lora.yaml"
     preset.parent.mkdir(parents=True)
@@ -545,6 +546,7 @@ def test_tab_completion_knows_subcommands_groups_and_choices(line: str, words: l
     assert done.stdout.split() == words
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_an_interrupted_record(smoke: list[str], tmp_path: Path) -> None:
     arguments = [*SUBPROCESS, "train", *smoke, "method=lora", "trainer.max_steps=100000"]
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

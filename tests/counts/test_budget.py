@@ -129,6 +129,7 @@ def test_one_bottleneck_is_the_largest_that_fits(family: str, preset: str, tmp_p
         assert sizes_of(solve_budget(replace(run, budget=str(budget)))) == (expected,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "mix", "unfreeze"),
     [

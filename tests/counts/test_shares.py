@@ -51,6 +51,7 @@ def percent(run: Run) -> float:
     return counts.percent(counts.stored)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_small_backbone_takes_the_share_of_the_large_one(method: str, small: str) -> None:
     """Of the paper's BART-large: no more, and hardly less."""
@@ -81,6 +82,7 @@ def test_mam_on_a_small_bart(small: str, capsys: pytest.CaptureFixture[str]) -> 
     assert note in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_a_decoder_takes_the_share_too(tmp_path: Path) -> None:
     shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
     shape |= {"num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True}
@@ -119,6 +121,7 @@ def test_the_decoders_column_is_two_percent_of_its_backbone() -> None:
         assert 1.8 < found <= 2.01, method
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["smollm3_3b", "gemma3_270m", "llama3_1_8b"])
 def test_other_decoders_take_the_share_of_smollm2(model: str) -> None:
     """And its learning rates: neither r = 512 nor the rates of BART."""

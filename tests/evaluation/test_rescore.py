@@ -157,6 +157,7 @@ def test_how_texts_were_read_is_in_the_record(texts: str, tmp_path: Path, capsys
     assert 'read in another way (special_tokens ["<s>", "</s>"])' in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_a_generation_that_was_stopped_goes_on(
     texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,6 +228,7 @@ def test_labels_that_were_found_keep_their_order(tmp_path: Path, capsys: pytest.
     assert [entry["metrics"] for entry in scored(capsys, "rescore", str(run))] == [metrics]
 
 
+@pytest.mark.slow
 def test_files_that_are_not_read_need_not_be_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On another machine a run may find the file that it reports on and no other; one that it reads is asked for."""
     rows = [{"text": f"text {i}", "label": ("b", "a", "c")[i % 3]} for i in range(60)]
@@ -254,6 +256,7 @@ def test_files_that_are_not_read_need_not_be_there(tmp_path: Path, capsys: pytes
     assert own["examples"] == 16 and own["of"] == 60
 
 
+@pytest.mark.slow
 def test_a_further_split_can_be_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its file may have gone, as that of mismatched MNLI; where a folder had it, it is named and left out."""
     data = tmp_path / "data"
@@ -343,6 +346,7 @@ def test_what_cannot_be_scored_is_refused(texts: str, tmp_path: Path, capsys: py
     assert "has a run that is not done" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_while_it_generated_goes_on(
     texts: str,
     tmp_path_factory: pytest.TempPathFactory,

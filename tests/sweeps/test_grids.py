@@ -150,6 +150,7 @@ def test_grids_side_by_side_with_a_search(smoke: list[str], tmp_path: Path, caps
     ]
 
 
+@pytest.mark.slow
 def test_the_same_choices_are_composed_once_and_leave_nothing_to_the_next_run(monkeypatch: pytest.MonkeyPatch) -> None:
     composed: list[list[str]] = []
 

@@ -147,6 +147,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(stage: str, smoke: list[str], 
     assert (record := find_record(folder)) is not None and record.timings["earlier_s"] > 0
 
 
+@pytest.mark.slow
 def test_a_torn_checkpoint_is_passed_over(smoke: list[str], tmp_path: Path) -> None:
     """A process that dies while it writes a checkpoint leaves a folder without Trainer's last file."""
     arguments = ["train", *smoke, "method=lora"]
@@ -174,6 +175,7 @@ def test_two_processes_share_a_sweep(smoke: list[str], tmp_path: Path) -> None:
         assert "3 of 3 runs are done" in out.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_a_sweep_with_its_table(
     smoke: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -270,6 +272,7 @@ def test_a_failed_run_is_kept_until_retry(smoke: list[str], tmp_path: Path, caps
     assert second["done"] == first["done"] and second["failed"] != first["failed"]
 
 
+@pytest.mark.slow
 def test_a_run_that_another_process_is_at_is_refused(
     smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -307,6 +310,7 @@ def test_the_record_of_a_newer_version_is_not_written_over(
         assert file.read_text() == newer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["docsum", pytest.param("doctopic", marks=pytest.mark.slow)])
 def test_runs_of_one_process_leave_nothing_to_each_other(
     task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -338,6 +342,7 @@ def test_runs_of_one_process_leave_nothing_to_each_other(
     assert sorted(tokenised) == [False, False, True]
 
 
+@pytest.mark.slow
 def test_changed_files_are_read_again(smoke: list[str], sentiment: Path, tmp_path: Path) -> None:
     arguments = ["train", *smoke, "method=head"]
     assert main(arguments) == 0
@@ -346,6 +351,7 @@ def test_changed_files_are_read_again(smoke: list[str], sentiment: Path, tmp_pat
     assert len({record["data"]["fingerprint"] for record in records(tmp_path / "outputs")}) == 2
 
 
+@pytest.mark.slow
 def test_prepared_data_holds_no_model() -> None:
     """A model that an earlier run trained would fill the GPU."""
     run = compose_run(["task=docsum", "debug=smoke"])

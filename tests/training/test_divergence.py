@@ -29,6 +29,7 @@ def strictly(text: str) -> Any:
     return json.loads(text, parse_constant=pytest.fail)
 
 
+@pytest.mark.slow
 def test_a_sweep_with_a_run_that_diverges(smoke: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It stops at the step at which it is seen; the other run is done, and it alone is shown as anything good."""
     folder = tmp_path / "outputs"

@@ -172,6 +172,7 @@ def test_a_try_that_fits_changes_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "accumulation"),
     [
@@ -212,6 +213,7 @@ def test_memory_that_runs_out_later_costs_no_step(where: str, accumulation: int,
         torch.testing.assert_close(trained(model)[name], tensor, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_not_even_one_example_fits(tmp_path: Path) -> None:
     model = model_of("bart")
     given = starved(model, lambda: 0)

@@ -47,6 +47,7 @@ def plain() -> dict[str, bytes]:
     return {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEFTOVERS)
 def test_what_accelerate_reads_changes_no_weights(
     name: str, smoke: list[str], tmp_path: Path, plain: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
