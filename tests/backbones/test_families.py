@@ -3,7 +3,9 @@ DistilBERT, ELECTRA."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,3 +195,12 @@ def test_norms_are_trained_alone(family: str) -> None:
         expected = "norm" in name.lower() or ".ln_" in name or name.startswith(head)
         assert parameter.requires_grad is expected, name
         assert (parameter.grad is not None and bool(parameter.grad.any())) is expected, name
+
+
+def test_the_page_lists_every_family() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "backbones.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith(("| encoder", "| decoder"))]
+    named = {name for line in lines for name in re.findall(r"`([^`]+)`", line)}
+    assert named == {name for family in sites.FAMILIES for name in family.model_types}
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert f"{len(named)} families" in readme
