@@ -73,7 +73,7 @@ def _modify_quickly(model: PreTrainedModel, bf16: bool) -> Iterator[None]:
                     edit.quick = quick_modify(edit, constants)
                     continue
                 unhook(edit)
-                for linear, forward in zip(ffn, widen_ffn(*ffn, constants), strict=True):
+                for linear, forward in zip(ffn, widen_ffn(constants, *ffn), strict=True):
                     vars(linear)["forward"] = forward  # hides the class's own; a hook would take longer, at every token
                     replaced.append(linear)
             yield
@@ -129,10 +129,11 @@ def quick_modify(edit: Edit, constants: Constants) -> Callable[[Tensor, Tensor],
     return modify
 
 
-def _find_ffn(edit: Edit, layers: Sequence[Layer]) -> tuple[nn.Linear, nn.Linear] | None:
+def _find_ffn(edit: Edit, layers: Sequence[Layer]) -> tuple[nn.Linear, ...] | None:
     """Return W_1 and W_2 of the FFN to which a parallel edit, and no other one, adds; None if it cannot be `widen_ffn`.
 
-    With one W_1, the input of W_2 is an activation of each column by itself; with two, it is a product of columns.
+    The input of W_2 is an activation of each column by itself, or a product of such an activation with the same column
+    of a second W_1, which is then returned too.
     """
     if edit.insertion is not parallel or edit.own_input:
         return None
@@ -141,10 +142,13 @@ def _find_ffn(edit: Edit, layers: Sequence[Layer]) -> tuple[nn.Linear, nn.Linear
         ahead, after = first._forward_pre_hooks, second._forward_hooks
         if edit.read not in ahead.values() or edit.edit_output not in after.values():
             continue
-        if len(ffn.first) > 1 or not isinstance(first, nn.Linear) or not isinstance(second, nn.Linear):
+        others = [module for module in ffn.first.values() if module is not first]
+        found = [module for module in (first, second, *others) if isinstance(module, nn.Linear)]
+        if ffn.parts or len(others) > 1 or len(found) < 2 + len(others):
             return None
-        alone = len(ahead) == len(after) == 1 and not first._forward_hooks and not second._forward_pre_hooks
-        return (first, second) if alone else None
+        hooked = [first._forward_hooks, second._forward_pre_hooks]
+        hooked += [hooks for module in others for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        return tuple(found) if len(ahead) == len(after) == 1 and not any(hooked) else None
     return None
 
 
@@ -152,8 +156,8 @@ Forward = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def widen_ffn(first: nn.Linear, second: nn.Linear, constants: Constants) -> tuple[Forward, Forward]:
-    """Return functions for W_1 and W_2 of an FFN that treat a parallel bottleneck as r more inner columns:
+def widen_ffn(constants: Constants, first: nn.Linear, second: nn.Linear, *others: nn.Linear) -> tuple[Forward, ...]:
+    """Return functions for the matrices of an FFN that treat a parallel bottleneck as r more inner columns:
 
         W_2 g(W_1 x + b_1) + b_2 + s(W_up f(W_down x + b_down) + b_up)
             = [W_2, sW_up] [g(W_1 x + b_1), f(W_down x + b_down)] + (b_2 + sb_up)
@@ -161,6 +165,10 @@ def widen_ffn(first: nn.Linear, second: nn.Linear, constants: Constants) -> tupl
     The layer applies g to all columns; then those of the bottleneck are overwritten. The columns are padded to a
     multiple of 8 with zeros, which g leaves finite and W_2 multiplies by zero, because products of bfloat16 matrices
     need rows of multiples of 16 bytes to be fast.
+
+    Args:
+        others: a second W_1, if the input of W_2 is g(W_1 x) times it or g of it times W_1 x. Its further columns are
+            zero, so that the products are finite.
     """
     down, down_bias, up, up_bias, f = constants
     width, bottleneck = len(first.weight), len(down)
@@ -172,6 +180,12 @@ def widen_ffn(first: nn.Linear, second: nn.Linear, constants: Constants) -> tupl
         parts = (first.bias, first.weight.new_zeros(width)), (down_bias, down.new_zeros(bottleneck))
         bias_1 = F.pad(torch.cat([zeros if own is None else own for own, zeros in parts]), (0, filling))
     relu, kept = isinstance(f, nn.ReLU), list[Tensor]()
+    more = bottleneck + filling
+
+    def widen(other: nn.Linear) -> Forward:
+        weight = F.pad(other.weight, (0, 0, 0, more))
+        bias = None if other.bias is None else F.pad(other.bias, (0, more))
+        return lambda x: F.linear(x, weight, bias)
 
     def read(x: Tensor) -> Tensor:
         inner = F.linear(x, weight_1, bias_1)
@@ -186,7 +200,7 @@ def widen_ffn(first: nn.Linear, second: nn.Linear, constants: Constants) -> tupl
             into.copy_(f(z))
         return F.linear(x, weight_2, bias_2)
 
-    return read, add
+    return read, add, *map(widen, others)
 
 
 def _add_optional(one: Tensor | None, other: Tensor | None) -> Tensor | None:

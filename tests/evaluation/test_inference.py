@@ -291,6 +291,26 @@ def test_a_parallel_adapter_is_a_wider_ffn() -> None:
     assert (called["aten::linear"], called.get("aten::addmm_", 0)) == (attentions + 2 * 4 + 1, 0)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_so_it_is_where_the_activation_is_a_product(family: str, bias: bool) -> None:
+    """Three matrix products for each FFN, with as many columns in each factor, and the same logits."""
+    model = build(family)
+    attach(model, {"": modification("relu", "ffn", "parallel", "scaled", 5, scale=4.0, bias=bias)})
+    shake(model)
+    expected = logits(model, family)
+    with prepare_inference(model):
+        hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+        assert not any(isinstance(getattr(hook, "__self__", None), Edit) for hook in hooks)
+        with torch.profiler.profile() as profile:
+            found = logits(model, family)
+    called = {event.key: event.count for event in profile.key_averages()}
+    matrices = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    assert called["aten::linear"] == len(matrices)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(logits(model, family), expected)
+
+
 def of_odd_width(where: str, device: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """A parallel adapter whose bottleneck is no multiple of 8, and what to give the model."""
     model = build("bart").to(device)
