@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, set_seed
 
 from peftbench.backbones.chat_template import list_ends
 from peftbench.backbones.load import Backbone, load_backbone
-from peftbench.backbones.precision import choose_device, resolve_dtype, use_autocast
+from peftbench.backbones.precision import choose_autocast_dtype, choose_device, resolve_dtype
 from peftbench.backbones.quantisation import find_format, is_quantised
 from peftbench.backbones.sites import find_sites
 from peftbench.config.schema import LOSS, Keep, Quantization, Run, TaskKind, Unfreeze, list_modifications
@@ -213,7 +213,7 @@ def _probe(prepared: _Prepared, record: Record) -> None:
     """Refuse to train tensors on which the loss does not depend, unless `allow_unused` permits it."""
     run, data = prepared.run, prepared.data
     batch = data.collator([data.train[0]])
-    record.unused = find_unreached(prepared.backbone.model, batch, use_autocast(run.trainer, run.model))
+    record.unused = find_unreached(prepared.backbone.model, batch, choose_autocast_dtype(run.trainer, run.model))
     if record.unused and not run.allow_unused:
         raise make_no_gradient_error(record.unused)
 
@@ -280,7 +280,7 @@ def _fit_model(run: Run, backbone: Backbone, data: TaskData, record: Record, dis
         fitted = fit_model(
             backbone.model,
             data,
-            Recipe(run.trainer, run.seed, bf16=use_autocast(run.trainer, run.model)),
+            Recipe(run.trainer, run.seed, choose_autocast_dtype(run.trainer, run.model)),
             Criterion(evaluator.selection, run.task.selection_metric or run.task.metric),
             Resuming(checkpoints, resume),
             Monitor(stage, log=lambda values: append_metrics(record.folder, {"stage": name, **values})),

@@ -200,10 +200,10 @@ def one_pass(
     """Generate once from all sources; returns the ids."""
     collate = PromptCollator(PAD) if arguments.shape in DECODERS else collate_right
     if not variant.plain:
-        return predict(model, data, collate, len(data), generation=options, bf16=True)
+        return predict(model, data, collate, len(data), generation=options, autocast_dtype=torch.bfloat16)
     order = sorted(range(len(data)), key=lambda i: len(data[i]["input_ids"]), reverse=True)
     batch = {name: tensor.to(model.device) for name, tensor in collate([data[i] for i in order]).items()}
-    with torch.no_grad(), autocast(model.device, not variant.whole):
+    with torch.no_grad(), autocast(model.device, None if variant.whole else torch.bfloat16):
         ids = model.generate(**batch, generation_config=options).cpu().numpy()
         return ids[:, batch["input_ids"].shape[1] :] if arguments.shape in DECODERS else ids
 
@@ -215,8 +215,8 @@ def ready(variant: Variant, model: PreTrainedModel) -> Iterator[None]:
         if not variant.merge:
             stack.enter_context(patch.object(inference, "merge_temporarily", lambda model: nullcontext()))
         if not variant.plain:
-            stack.enter_context(inference.prepare_inference(model, bf16=True))
-            stack.enter_context(patch.object(predict_module, "prepare_inference", lambda model, bf16: nullcontext()))
+            stack.enter_context(inference.prepare_inference(model, torch.bfloat16))
+            stack.enter_context(patch.object(predict_module, "prepare_inference", lambda model, dtype: nullcontext()))
         yield
 
 

@@ -100,10 +100,10 @@ def prepare_peft(model: PreTrainedModel) -> Callable[[dict[str, Tensor]], Tensor
     names = ["gate_proj", "up_proj", "down_proj"]
     adapted = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names, task_type="CAUSAL_LM"))
     adapted.train()
-    bf16 = next(model.parameters()).device.type == "cuda"
+    dtype = torch.bfloat16 if next(model.parameters()).device.type == "cuda" else None
 
     def compute_loss(inputs: dict[str, Tensor]) -> Tensor:
-        with autocast(inputs["input_ids"].device, bf16):
+        with autocast(inputs["input_ids"].device, dtype):
             loss: Tensor = adapted(**inputs).loss
         return loss
 

@@ -49,6 +49,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from peftbench.backbones.precision import choose_autocast_dtype
 from peftbench.config.compose import compose_run
 from peftbench.config.schema import Batching, Compile, Device, DType, Keep, Precision, Run, Unfreeze, list_modifications
 from peftbench.modification.attach import attach
@@ -330,7 +331,7 @@ class Bench:
         fitted = fit_model(
             model,
             self.data,  # type: ignore[arg-type]  # it has what fit reads of a TaskData
-            Recipe(settings, seed=1, bf16=run.model.dtype is not DType.bfloat16),
+            Recipe(settings, seed=1, autocast_dtype=choose_autocast_dtype(settings, run.model)),
             Criterion(evaluate=dict, metric="loss"),
             Resuming(Checkpoints(self.scratch, 1e9, "")),
             Monitor(

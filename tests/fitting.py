@@ -91,7 +91,7 @@ def fitted(
     settings: Trainer,
     folder: Path,
     *,
-    bf16: bool = False,
+    autocast_dtype: torch.dtype | None = None,
     recorder: Recorder | None = None,
     evaluate: Evaluate = dict,
     metric: str = LOSS,
@@ -103,7 +103,7 @@ def fitted(
     return fit_model(
         model,
         data,  # type: ignore[arg-type]  # it has what fit reads of a TaskData
-        Recipe(settings, seed=1, bf16=bf16, recorder=recorder),
+        Recipe(settings, seed=1, autocast_dtype=autocast_dtype, recorder=recorder),
         Criterion(evaluate, metric),
         Resuming(checkpoints or Checkpoints(folder, minutes=60, stamp=""), resume),
         Monitor(**monitoring),

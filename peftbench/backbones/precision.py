@@ -19,11 +19,21 @@ def choose_device(settings: schema.Trainer) -> torch.device:
     return torch.device("cpu" if cpu else "cuda")
 
 
-def use_bf16(settings: schema.Trainer) -> bool:
-    """Return whether to compute in bfloat16: with `precision=bf16`, or with `auto` on a GPU that supports it."""
-    if settings.precision is not schema.Precision.auto:
-        return settings.precision is schema.Precision.bf16
-    return choose_device(settings).type == "cuda" and torch.cuda.is_bf16_supported()
+HALF = {schema.Precision.bf16: torch.bfloat16, schema.Precision.fp16: torch.float16}
+
+
+def choose_half_dtype(settings: schema.Trainer) -> torch.dtype | None:
+    """Return the 16-bit dtype to compute in; None: float32. `auto` is bfloat16 on a GPU that supports it.
+
+    Raises:
+        UserError: `precision=fp16` without a GPU.
+    """
+    if settings.precision is schema.Precision.auto:
+        quick = choose_device(settings).type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if quick else None
+    if settings.precision is schema.Precision.fp16 and choose_device(settings).type != "cuda":
+        raise UserError("trainer.precision=fp16 needs a GPU, and this run has none; use trainer.precision=fp32.")
+    return HALF.get(settings.precision)
 
 
 def resolve_dtype(run: schema.Run) -> schema.Run:
@@ -36,19 +46,20 @@ def resolve_dtype(run: schema.Run) -> schema.Run:
     if run.model.dtype is not schema.DType.auto and not packed:
         return run
     cuda = choose_device(run.trainer).type == "cuda"
-    small = cuda and use_bf16(run.trainer) and run.unfreeze is schema.Unfreeze.none
+    bf16 = choose_half_dtype(run.trainer) is torch.bfloat16
+    small = cuda and bf16 and run.unfreeze is schema.Unfreeze.none
     dtype = schema.DType.bfloat16 if small else schema.DType.float32
     return replace(run, model=replace(run.model, dtype=dtype))
 
 
-def use_autocast(settings: schema.Trainer, model: schema.Model) -> bool:
-    """Return whether to run under bfloat16 autocast, which a bfloat16 backbone does not need."""
-    return use_bf16(settings) and model.dtype is not schema.DType.bfloat16
+def choose_autocast_dtype(settings: schema.Trainer, model: schema.Model) -> torch.dtype | None:
+    """Return the dtype of the autocast to run under; None: without, as a bfloat16 backbone in bfloat16."""
+    return None if model.dtype is schema.DType.bfloat16 else choose_half_dtype(settings)
 
 
-def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[object]:
-    """Return bfloat16 autocast on `device`, or a context that does nothing."""
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """Return autocast to `dtype` on `device`; None: a context that does nothing."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def cast_for_autocast(tensor: torch.Tensor) -> torch.Tensor:

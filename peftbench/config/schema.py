@@ -83,7 +83,7 @@ Unfreeze = Enum("Unfreeze", ["none", "bias", "norm", "all"])
 TaskKind = Enum("TaskKind", ["classification", "regression", "text_to_text"])
 DType = Enum("DType", ["auto", "float32", "bfloat16"])
 Quantization = Enum("Quantization", ["none", "nf4", "int8"])
-Precision = Enum("Precision", ["auto", "fp32", "bf16"])
+Precision = Enum("Precision", ["auto", "fp32", "bf16", "fp16"])
 Schedule = Enum("Schedule", ["linear", "cosine", "constant"])
 Keep = Enum("Keep", ["best", "last"])
 Batching = Enum("Batching", ["random", "bucketed"])
@@ -429,7 +429,7 @@ class Trainer:
     padding_free: bool | str = key(
         "auto",
         "true: the layers get a batch's tokens in one row and compute nothing for padding, which is fast only on a GPU "
-        "in bf16. auto: there, for backbones that support it.",
+        "in bf16 or fp16. auto: there, for backbones that support it.",
     )
     micro_batch: str | None = key(
         None,
@@ -470,8 +470,9 @@ class Trainer:
     )
     precision: Precision = key(
         Precision.auto,
-        "Precision of the computation. fp32: float32; bf16: bfloat16, by autocast if the weights are float32; auto: "
-        "bf16 on a GPU that supports it, else fp32.",
+        "Precision of the computation. fp32: float32; bf16: bfloat16, by autocast if the weights are float32; fp16: "
+        "float16 by autocast, with loss scaling, for GPUs without bfloat16; auto: bf16 on a GPU that supports it, else "
+        "fp32.",
     )
     gradient_checkpointing: bool = key(
         False, "true: activations are recomputed in the backward pass, which takes less memory and more time."

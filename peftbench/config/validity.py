@@ -268,10 +268,10 @@ def _find_dtype_faults(run: Run) -> Iterator[str]:
             f"unfreeze={run.unfreeze.name} trains the backbone's own parameters, which must then be float32; set "
             "model.dtype=float32."
         )
-    if run.trainer.precision is Precision.fp32:
+    if run.trainer.precision in (Precision.fp32, Precision.fp16):
         yield (
-            "trainer.precision=fp32 with model.dtype=bfloat16: a bfloat16 backbone computes in bfloat16; set "
-            "trainer.precision=auto, or model.dtype=float32."
+            f"trainer.precision={run.trainer.precision.name} with model.dtype=bfloat16: a bfloat16 backbone computes "
+            "in bfloat16; set trainer.precision=auto, or model.dtype=float32."
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import GenerationConfig, PreTrainedModel
 
-from peftbench.backbones.precision import use_autocast
+from peftbench.backbones.precision import choose_autocast_dtype
 from peftbench.backbones.sites import set_configs
 from peftbench.config.schema import LOSS, Run, TaskKind
 from peftbench.config.stamps import stamp_content
@@ -33,7 +33,7 @@ class Evaluator:
         self.batch_size, self.max_tokens = run.trainer.eval_batch_size, run.trainer.eval_batch_tokens
         self.label_smoothing = run.trainer.label_smoothing
         self.by_loss = run.task.selection_metric == LOSS
-        self.bf16 = use_autocast(run.trainer, run.model)
+        self.autocast_dtype = choose_autocast_dtype(run.trainer, run.model)
         self.generation = _configure_generation(model, run) if run.task.kind is TaskKind.text_to_text else None
         self.run = run
         self.cut_off: dict[str, float] = {}
@@ -43,7 +43,12 @@ class Evaluator:
         if not self.by_loss:
             return self.score("selection")[0]
         loss = compute_mean_loss(
-            self.model, self.data.selection, self.data.collator, self.batch_size, self.label_smoothing, bf16=self.bf16
+            self.model,
+            self.data.selection,
+            self.data.collator,
+            self.batch_size,
+            self.label_smoothing,
+            autocast_dtype=self.autocast_dtype,
         )
         return {LOSS: loss}
 
@@ -63,7 +68,7 @@ class Evaluator:
         reads: list[Any] = [task.max_source_length, task.prompt, task.source_language, task.target_language]
         reads.extend(filter(None, [self.data.reading()]))
         reads.extend([] if task.messages_column is None else [task.max_length])
-        how = [self.generation.to_json_string(), self.bf16, model.dtype.name, *reads]
+        how = [self.generation.to_json_string(), str(self.autocast_dtype), model.dtype.name, *reads]
         return Partial(path, json.dumps([source, stamp_content(adapter), self.data.fingerprint, *how]))
 
     def score(
@@ -79,7 +84,7 @@ class Evaluator:
                 self.batch_size,
                 max_tokens=self.max_tokens,
                 generation=self.generation,
-                bf16=self.bf16,
+                autocast_dtype=self.autocast_dtype,
                 partial=partial,
                 on_batch=on_batch,
             )

@@ -28,16 +28,17 @@ from peftbench.modification.state import fold_tensors
 
 
 @contextmanager
-def prepare_inference(model: PreTrainedModel, bf16: bool = False) -> Iterator[None]:
+def prepare_inference(model: PreTrainedModel, autocast_dtype: torch.dtype | None = None) -> Iterator[None]:
     """Inside the block, the model predicts as before, except for rounding, in evaluation mode and without gradients.
 
     Products are computed in the dtype of autocast or of the backbone.
 
     Args:
-        bf16: the model will run under bfloat16 autocast.
+        autocast_dtype: of the autocast that the model will run under; None: without.
     """
-    rounded = _round_weights(model) if bf16 else nullcontext()
-    with fold_tensors(model), merge_temporarily(model), _hook_directly(model), rounded, _modify_quickly(model, bf16):
+    rounded = nullcontext() if autocast_dtype is None else _round_weights(model, autocast_dtype)
+    dtype = autocast_dtype or model.dtype
+    with fold_tensors(model), merge_temporarily(model), _hook_directly(model), rounded, _modify_quickly(model, dtype):
         yield
 
 
@@ -58,12 +59,11 @@ def _hook_directly(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _modify_quickly(model: PreTrainedModel, bf16: bool) -> Iterator[None]:
+def _modify_quickly(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
     """Inside the block, edits that add a bottleneck use `widen_ffn` if possible, and otherwise `quick_modify`."""
     quick = [module for module in model.modules() if isinstance(module, Edit) and _adds_bottleneck(module)]
     layers = find_sites(model).layers if quick else ()
     replaced: list[nn.Linear] = []
-    dtype = torch.bfloat16 if bf16 else model.dtype
     with unhook_temporarily(model) as unhook:
         try:
             for edit in quick:
@@ -208,8 +208,8 @@ def _add_optional(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 @contextmanager
-def _round_weights(model: nn.Module) -> Iterator[None]:
-    """Inside the block, the projections' weights and biases are rounded as autocast rounds them.
+def _round_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inside the block, the projections' weights and biases are rounded as autocast to `dtype` rounds them.
 
     Autocast caches no copy of a weight without gradient, and so rounds it again for every token. A tied output
     embedding is rounded, the input embedding is not.
@@ -222,7 +222,7 @@ def _round_weights(model: nn.Module) -> Iterator[None]:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.dtype is torch.float32:
                     replaced.append((module, name, parameter))
-                    setattr(module, name, nn.Parameter(parameter.detach().bfloat16(), requires_grad=False))
+                    setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
         yield
     finally:
         for module, name, parameter in replaced:

@@ -35,7 +35,7 @@ def predict(
     *,
     max_tokens: int | None = None,
     generation: GenerationConfig | None = None,
-    bf16: bool = False,
+    autocast_dtype: torch.dtype | None = None,
     partial: Partial | None = None,
     on_batch: Callable[[int], None] = lambda examples: None,
 ) -> np.ndarray:
@@ -45,7 +45,7 @@ def predict(
         batch_size: the maximum number of examples in a batch; it is halved when memory runs out.
         max_tokens: the maximum number of tokens of its inputs, padding included; None: any number.
         generation: how to generate; None: the model's logits.
-        bf16: run under bfloat16 autocast.
+        autocast_dtype: of the autocast to run under; None: without.
         partial: the rows that an earlier attempt has predicted, which are not predicted again; each batch is added.
         on_batch: is called with the number of examples of each batch.
     """
@@ -62,7 +62,7 @@ def predict(
     caches: AbstractContextManager[NewCache] = nullcontext(dict)
     if generation is not None and generation.use_cache is not False:
         caches = make_caches(model, generation.num_beams or 1)
-    with _prepare_model(model, bf16), caches as new_cache:
+    with _prepare_model(model, autocast_dtype), caches as new_cache:
 
         def outputs(batch: dict[str, Tensor]) -> Tensor:
             if generation is None:
@@ -175,7 +175,7 @@ def compute_mean_loss(
     batch_size: int,
     label_smoothing: float = 0.0,
     *,
-    bf16: bool = False,
+    autocast_dtype: torch.dtype | None = None,
 ) -> float:
     """Return the cross-entropy of the labels, with label smoothing, averaged over all tokens of `dataset`.
 
@@ -184,7 +184,7 @@ def compute_mean_loss(
     total, tokens = 0.0, 0
     layer = model.get_output_embeddings()
     assert isinstance(layer, nn.Linear), f"{type(model).__name__} writes no text"
-    with _prepare_model(model, bf16):
+    with _prepare_model(model, autocast_dtype):
         fused = TokenLoss(model, layer, label_smoothing) if has_plain_logits(model) else None
         for start in range(0, len(dataset), batch_size):
             padded = collator([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
@@ -197,12 +197,17 @@ def compute_mean_loss(
 
 
 @contextmanager
-def _prepare_model(model: PreTrainedModel, bf16: bool) -> Iterator[None]:
+def _prepare_model(model: PreTrainedModel, autocast_dtype: torch.dtype | None) -> Iterator[None]:
     """Inside the block, the model is in evaluation mode and prepared, and computes no gradients."""
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), avoid_cudnn_attention(), prepare_inference(model, bf16), autocast(model.device, bf16):
+        with (
+            torch.no_grad(),
+            avoid_cudnn_attention(),
+            prepare_inference(model, autocast_dtype),
+            autocast(model.device, autocast_dtype),
+        ):
             yield
     finally:
         model.train(was_training)

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peftbench.backbones.attention_kernels import avoid_cudnn_attention
@@ -48,7 +49,7 @@ class Recipe:
 
     settings: schema.Trainer
     seed: int
-    bf16: bool  # under bfloat16 autocast, see `peftbench.backbones.precision.use_autocast`
+    autocast_dtype: torch.dtype | None = None  # see `peftbench.backbones.precision.choose_autocast_dtype`
     recorder: Recorder | None = None  # records a step for `settings.graphs`; None: CUDA
 
 
@@ -166,7 +167,8 @@ def _build_trainer(
     """Replace `auto` in the settings, and build the trainer with its fast paths and callbacks."""
     can_record = recipe.recorder is not None or model.device.type == "cuda"
     longest = lengths.longest[0]
-    settings = resolve_auto(recipe.settings, model, bf16=recipe.bf16, records=can_record, longest=longest)
+    half = recipe.autocast_dtype is not None or model.dtype is torch.bfloat16
+    settings = resolve_auto(recipe.settings, model, half=half, records=can_record, longest=longest)
     required = recipe.settings.graphs is True
     checkpoints = resuming.checkpoints
     return FineTuner(
@@ -265,7 +267,8 @@ def _build_arguments(recipe: Recipe, folder: Path, data: TaskData) -> TrainingAr
         adam_epsilon=settings.epsilon,
         optim=_choose_optimizer(settings.optimizer, cuda),
         logging_nan_inf_filter=False,  # the filter waits for the GPU at every step
-        bf16=recipe.bf16,
+        bf16=recipe.autocast_dtype is torch.bfloat16,
+        fp16=recipe.autocast_dtype is torch.float16,
         eval_strategy="steps" if settings.keep is schema.Keep.best else "no",
         eval_steps=settings.evaluate_every or count_steps_per_epoch(data, settings),
         logging_strategy="steps",

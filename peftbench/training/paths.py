@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from peftbench.backbones.quantisation import is_quantised
@@ -29,12 +28,12 @@ WIDTH = 32  # tokens; bucketed batches are padded to multiples of it, if the bac
 
 
 def resolve_auto(
-    settings: schema.Trainer, model: PreTrainedModel, *, bf16: bool, records: bool, longest: int
+    settings: schema.Trainer, model: PreTrainedModel, *, half: bool, records: bool, longest: int
 ) -> schema.Trainer:
     """Return the settings with true or false instead of `auto`: true if a path is fast and the backbone supports it.
 
     Args:
-        bf16: the training runs under bfloat16 autocast.
+        half: products are computed in 16 bits.
         records: steps can be recorded, as on a GPU.
         longest: tokens of the longest example.
 
@@ -60,7 +59,7 @@ def resolve_auto(
     whole = not is_quantised(model)
     if padding_free == AUTO:
         own = attention in ("sdpa", ATTENTION_NAME)  # the functions that this path's replaces
-        quick = model.device.type == "cuda" and whole and own and (bf16 or model.dtype is torch.bfloat16)
+        quick = model.device.type == "cuda" and whole and own and half
         padding_free = quick and find_refusal(model, longest) is None
     if graphs == AUTO:
         known = attention in ("sdpa", "eager", ATTENTION_NAME)

@@ -19,7 +19,9 @@ from peftbench.utils.errors import UserError
 NAMED = 6  # in the error; the record has all of them
 
 
-def find_unreached(model: PreTrainedModel, batch: Mapping[str, Tensor], bf16: bool) -> list[str]:
+def find_unreached(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], autocast_dtype: torch.dtype | None = None
+) -> list[str]:
     """Return the names of the trainable tensors that get no gradient from the loss of `batch`, with one forward and
     backward pass.
 
@@ -29,14 +31,14 @@ def find_unreached(model: PreTrainedModel, batch: Mapping[str, Tensor], bf16: bo
     Args:
         batch: examples with labels, padded. One example is enough, and needs less memory than a training step, even if
             that uses gradient checkpointing.
-        bf16: whether to run under bfloat16 autocast, like the training.
+        autocast_dtype: of the autocast to run under, like the training; None: without.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     was_training = [(module, module.training) for module in model.modules()]
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
     devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices), torch.enable_grad(), autocast(model.device, bf16):
+        with torch.random.fork_rng(devices=devices), torch.enable_grad(), autocast(model.device, autocast_dtype):
             loss = model.eval()(**inputs).loss
         if not loss.requires_grad:
             return list(trained)

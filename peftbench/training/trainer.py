@@ -74,7 +74,8 @@ class FineTuner(MicroBatched, Resumable):
         if recording is not None:
             required = recording.required
             self.replayed = Replayed(self._whole_batch, self.trained, recording.recorder, required=required)
-        self.clock, self.pace, self.diverging = Clock(earlier_seconds), Pace(model.device), StopWhereDiverged()
+        self.clock, self.pace = Clock(earlier_seconds), Pace(model.device)
+        self.diverging = StopWhereDiverged(self._get_loss_scale)
         own = [self.diverging, self.pace, *([] if keeper is None else [keeper])]
         with present_as_adapted(model):
             super().__init__(model=model, notes=self._notes, callbacks=[*own, *callbacks], **others)
@@ -112,6 +113,11 @@ class FineTuner(MicroBatched, Resumable):
         if self.keeper.step < self.state.global_step:
             self.evaluate()
         self.keeper.restore(self.model)
+
+    def _get_loss_scale(self) -> float:
+        """Return the scale by which fp16's gradients stay within range. Waits for the GPU."""
+        scaler = self.accelerator.scaler
+        return 1.0 if scaler is None else float(scaler.get_scale())
 
     def _notes(self) -> dict[str, Any]:
         """Return what a checkpoint stores in addition to the tensors."""

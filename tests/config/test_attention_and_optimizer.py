@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers.training_args import OptimizerNames
 
+from peftbench.backbones.precision import choose_autocast_dtype
 from peftbench.config import schema
 from peftbench.config.identity import hash_run
 from peftbench.config.validity import find_faults
@@ -39,6 +40,14 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit, "find_spec", lambda package: None)
     with pytest.raises(UserError, match=r"^trainer.optimizer=lion_8bit needs bitsandbytes.*peftbench\[quant\]\.$"):
         fit.require_optimizer("lion_8bit")
+
+
+def test_float16_needs_a_gpu_and_a_backbone_in_float32(tmp_path: Path) -> None:
+    run = run_in(tmp_path, precision=schema.Precision.fp16, device=schema.Device.cpu)
+    with pytest.raises(UserError, match=r"^trainer\.precision=fp16 needs a GPU"):
+        choose_autocast_dtype(run.trainer, run.model)
+    half = replace(run, model=replace(run.model, dtype=schema.DType.bfloat16))
+    assert any(fault.startswith("trainer.precision=fp16 with model.dtype=bfloat16") for fault in find_faults(half))
 
 
 def test_keys_at_their_defaults_are_no_part_of_a_name_or_record(tmp_path: Path) -> None:

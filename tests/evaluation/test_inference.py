@@ -71,7 +71,7 @@ def test_prepared_computes_the_same_and_leaves_no_trace(family: str, preset: str
     model = attached(family, preset)
     expected, before = logits(model, family), traces(model)
     for bf16 in (False, True):
-        with prepare_inference(model, bf16):
+        with prepare_inference(model, torch.bfloat16 if bf16 else None):
             if not bf16:
                 assert (logits(model, family) - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
             else:
@@ -108,7 +108,7 @@ def test_bfloat16_weights_are_those_that_autocast_makes(family: str) -> None:
     model = build(family)
     attach(model, {})
     expected = logits(model, family, bf16=True)
-    with prepare_inference(model, bf16=True):
+    with prepare_inference(model, torch.bfloat16):
         assert torch.equal(logits(model, family, bf16=True), expected)
 
 
@@ -117,7 +117,7 @@ def test_bfloat16_differs_by_its_rounding(preset: str) -> None:
     """Prepared and not, both in bf16, are equally far from float32."""
     model = attached("bart", preset)
     exact, plain = logits(model, "bart"), logits(model, "bart", bf16=True)
-    with prepare_inference(model, bf16=True):
+    with prepare_inference(model, torch.bfloat16):
         quick = logits(model, "bart", bf16=True)
     distance = (plain - exact).square().mean().sqrt()
     assert (quick - exact).square().mean().sqrt() < 1.5 * distance
@@ -328,7 +328,7 @@ def test_rows_of_a_wider_ffn_are_aligned(device: str) -> None:
     with torch.no_grad(), torch.autocast(device, torch.bfloat16):
         expected = model(**given).logits
         with (
-            prepare_inference(model, bf16=True),
+            prepare_inference(model, torch.bfloat16),
             second.register_forward_pre_hook(lambda *call: widths.append(call[1][0].shape[-1])),
         ):
             found = model(**given).logits
@@ -345,7 +345,7 @@ def test_queries_beside_a_bottleneck_are_aligned(device: str) -> None:
     with torch.no_grad(), torch.autocast(device, torch.bfloat16):
         expected = model(**given).logits
         with (
-            prepare_inference(model, bf16=True),
+            prepare_inference(model, torch.bfloat16),
             query.register_forward_hook(lambda *call: strides.append(call[2].stride())),
         ):
             found = model(**given).logits
@@ -379,7 +379,7 @@ def test_a_form_that_autocast_computes_in_float32(place: str) -> None:
     for function in (module for module in model.modules() if isinstance(module, Bottleneck)):
         function.f = InFloat32(dim=-1)
     expected = logits(model, "bart", bf16=True)
-    with prepare_inference(model, bf16=True):
+    with prepare_inference(model, torch.bfloat16):
         assert (logits(model, "bart", bf16=True) - expected).norm() < 0.05 * expected.norm()
 
 

@@ -361,7 +361,7 @@ def test_training_sees_every_example_once_an_epoch_in_batches_of_tokens(news: Ta
     data.collator = noted
     settings = Trainer(learning_rate=1e-3, epochs=2, batch_tokens=32, device=Device.cpu)
     nowhere = Checkpoints(tmp_path, minutes=60, stamp="")
-    recipe, criterion = Recipe(settings, seed=1, bf16=False), Criterion(evaluate=dict, metric="rouge1")
+    recipe, criterion = Recipe(settings, seed=1), Criterion(evaluate=dict, metric="rouge1")
     fitted = fit_model(model, data, recipe, criterion, Resuming(nowhere))
     each = count_batches_per_epoch(data, settings)
     assert fitted.steps == 2 * each == len(seen)

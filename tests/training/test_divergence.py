@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 import peftbench.train
 from peftbench.cli.main import main
 from peftbench.config.schema import Keep
 from peftbench.modification.state import list_trained
 from peftbench.records.record import Divergence
+from peftbench.training.divergence import StopWhereDiverged
 from peftbench.training.fit import Fitted
 from tests.cli.test_train import records, sentiment, smoke
 from tests.fitting import Targets, fitted, model_of, one_step
@@ -134,3 +136,22 @@ def test_a_training_that_stays_finite_goes_on(tmp_path: Path) -> None:
         settings = one_step(max_steps=6, learning_rate=1e-3, batch_size=2, label_smoothing=smoothing)
         found = fitted(model_of("bart", "lora"), Targets("bart", with_targets=2), settings, tmp_path)
         assert found.diverged is None and found.steps == 6
+
+
+@pytest.mark.parametrize(
+    ("logs", "scale", "stops"),
+    [
+        ({"loss": 1.0, "grad_norm": math.inf}, 65536.0, False),  # the step was skipped, and the scale is halved
+        ({"loss": 1.0, "grad_norm": math.nan}, 2.0, False),
+        ({"loss": 1.0, "grad_norm": math.inf}, 1.0, True),  # no scale helps
+        ({"loss": math.nan, "grad_norm": math.nan}, 65536.0, True),  # the forward pass is not scaled
+        ({"loss": 1.0, "grad_norm": 3.0}, 1.0, False),
+    ],
+)
+def test_a_gradient_that_overflows_while_the_loss_scale_is_sought(
+    logs: dict[str, float], scale: float, stops: bool
+) -> None:
+    watch, control = StopWhereDiverged(lambda: scale), TrainerControl()
+    watch.on_log(None, TrainerState(global_step=7), control, logs)
+    assert control.should_training_stop is stops
+    assert (watch.found is not None) is stops

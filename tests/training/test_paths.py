@@ -21,7 +21,7 @@ AUTO = {"padding_free": "auto", "graphs": "auto"}
 
 
 def test_a_cpu_takes_none() -> None:
-    found = resolve_auto(Trainer(**AUTO), build("bart"), bf16=True, records=False, longest=9)
+    found = resolve_auto(Trainer(**AUTO), build("bart"), half=True, records=False, longest=9)
     assert (found.padding_free, found.graphs) == (False, False)
 
 
@@ -32,23 +32,23 @@ def test_a_cpu_takes_none() -> None:
 def test_padding_free_on_a_gpu(family: str, bf16: bool, expected: bool) -> None:
     model = build(family).cuda()
     attach(model, PRESETS["lora"])
-    found = resolve_auto(Trainer(**AUTO), model, bf16=bf16, records=True, longest=9)
+    found = resolve_auto(Trainer(**AUTO), model, half=bf16, records=True, longest=9)
     assert (found.padding_free, found.graphs) == (expected, True)
 
 
 @pytest.mark.parametrize("other", [{"micro_batch": "4"}, {"accumulation": 2}, {"gradient_checkpointing": True}])
 def test_graphs_are_of_whole_batches(other: dict[str, Any]) -> None:
     model = build("bart")
-    assert resolve_auto(Trainer(**AUTO), model, bf16=False, records=True, longest=9).graphs is True
-    assert resolve_auto(Trainer(**AUTO, **other), model, bf16=False, records=True, longest=9).graphs is False
+    assert resolve_auto(Trainer(**AUTO), model, half=False, records=True, longest=9).graphs is True
+    assert resolve_auto(Trainer(**AUTO, **other), model, half=False, records=True, longest=9).graphs is False
 
 
 def test_layers_that_are_left_out_at_random_cannot_be_recorded() -> None:
     """A graph would have the same ones at every step."""
     model = build("bart", encoder_layerdrop=0.1)
-    assert resolve_auto(Trainer(**AUTO), model, bf16=False, records=True, longest=9).graphs is False
+    assert resolve_auto(Trainer(**AUTO), model, half=False, records=True, longest=9).graphs is False
     with pytest.raises(UserError, match=r"encoder_layerdrop=0\.1 in its config\.json"):
-        resolve_auto(Trainer(graphs=True), model, bf16=False, records=True, longest=9)
+        resolve_auto(Trainer(graphs=True), model, half=False, records=True, longest=9)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_every_method_is_reached_from_its_own_initialisation(family: str, preset
     """Exactly zero gradients, as that of LoRA's W_down, are no fault."""
     model = build(family)
     attach(model, PRESETS[preset])
-    assert find_unreached(model, batch(family), bf16=False) == []
+    assert find_unreached(model, batch(family)) == []
 
 
 WITHOUT_BIASES = ("t5", "t5_gated", "t5_classifier", "llama", "llama_classifier", "mistral", "qwen3")
@@ -53,11 +53,11 @@ WITHOUT_BIASES = ("t5", "t5_gated", "t5_classifier", "llama", "llama_classifier"
 def test_the_backbones_own_parameters_are_reached(family: str, unfreeze: schema.Unfreeze) -> None:
     model = build(family)
     attach(model, {}, unfreeze)
-    assert find_unreached(model, batch(family), bf16=False) == []
+    assert find_unreached(model, batch(family)) == []
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_an_attention_that_never_runs_is_named(bf16: bool) -> None:
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_an_attention_that_never_runs_is_named(dtype: torch.dtype | None) -> None:
     model = with_idle_cross_attention()
     attach(model, {"": modification("identity", "query_value", "parallel", "add")})
     expected = [
@@ -66,34 +66,34 @@ def test_an_attention_that_never_runs_is_named(bf16: bool) -> None:
         for part in ("query", "value")
         for tensor in ("down", "up")
     ]
-    assert find_unreached(model, batch("bert"), bf16) == expected
+    assert find_unreached(model, batch("bert"), dtype) == expected
     message = str(make_no_gradient_error(expected))
     assert all(name in message for name in expected[:6]) and "and 2 more" in message and "allow_unused=true" in message
 
     without = with_idle_cross_attention()
     attach(without, {"": modification("identity", "query_value", "parallel", "add", attentions=("self",))})
-    assert find_unreached(without, batch("bert"), bf16) == []
+    assert find_unreached(without, batch("bert"), dtype) == []
 
 
 def test_a_parameter_beside_the_model_is_named() -> None:
     model = build("roberta")
     attach(model, PRESETS["lora"])
     model.register_parameter("extra", nn.Parameter(torch.zeros(3)))
-    assert find_unreached(model, batch("roberta"), bf16=False) == ["extra"]
+    assert find_unreached(model, batch("roberta")) == ["extra"]
 
 
 def test_all_are_named_where_the_loss_depends_on_none() -> None:
     model = build("bart")
     attach(model, {})
     model.register_parameter("extra", nn.Parameter(torch.zeros(3)))
-    assert find_unreached(model, batch("bart"), bf16=False) == ["extra"]
+    assert find_unreached(model, batch("bart")) == ["extra"]
 
 
 def test_layers_that_training_drops_are_no_fault() -> None:
     """LayerDrop of 1: in training mode no layer would run at all."""
     model = build("bart", encoder_layerdrop=1.0, decoder_layerdrop=1.0)
     attach(model, PRESETS["mam"])
-    assert find_unreached(model.train(), batch("bart"), bf16=False) == []
+    assert find_unreached(model.train(), batch("bart")) == []
 
 
 def random_states() -> list[Any]:
@@ -120,7 +120,7 @@ def test_nothing_is_left_behind(family: str) -> None:
             return x + 0 * torch.rand_like(x)
 
     handle = model.get_input_embeddings().register_forward_hook(lambda module, args, output: Drawing()(output))
-    assert find_unreached(model, batch(family), bf16=False) == []
+    assert find_unreached(model, batch(family)) == []
     handle.remove()
 
     assert [module.training for module in model.modules()] == flags and len(set(flags)) == 2
@@ -136,7 +136,7 @@ def test_flags_are_put_back_after_an_error() -> None:
     model = build("roberta").train()
     attach(model, PRESETS["lora"])
     with pytest.raises(IndexError):
-        find_unreached(model, {"input_ids": torch.tensor([[1000]]), "labels": torch.tensor([0])}, bf16=False)
+        find_unreached(model, {"input_ids": torch.tensor([[1000]]), "labels": torch.tensor([0])})
     assert all(module.training for module in model.modules())
 
 
@@ -152,7 +152,7 @@ def test_training_is_the_same_to_the_bit_with_and_without_the_probe(checkpointin
         attach(model, PRESETS["mam"])
         torch.manual_seed(3)
         if probed:
-            assert find_unreached(model, data.collator([data.train[0]]), bf16=False) == []
+            assert find_unreached(model, data.collator([data.train[0]])) == []
         state = torch.get_rng_state()
         fitted(model, data, settings, tmp_path)
         results.append((state, trained(model)))
@@ -178,9 +178,9 @@ def test_on_a_gpu_nothing_is_left_behind_either() -> None:
     handle = model.get_input_embeddings().register_forward_hook(
         lambda module, args, output: output + 0 * torch.rand_like(output)
     )
-    find_unreached(model, batch("roberta"), bf16=True)
+    find_unreached(model, batch("roberta"), torch.bfloat16)
     state, allocated = torch.cuda.get_rng_state(), torch.cuda.memory_allocated()
-    assert find_unreached(model, batch("roberta"), bf16=True) == []
+    assert find_unreached(model, batch("roberta"), torch.bfloat16) == []
     handle.remove()
     assert torch.equal(torch.cuda.get_rng_state(), state)
     assert torch.cuda.memory_allocated() == allocated

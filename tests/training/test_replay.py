@@ -291,11 +291,43 @@ def test_fit_on_the_gpu(family: str, preset: str, settings: dict[str, Any], comp
         begun = trained(model)
         given = one_step(max_steps=24, batch_size=4, learning_rate=1e-2, device=Device.cuda, compile=compiled)
         settings_of = replace(given, graphs=graphs, **settings)
-        fitted(model, Targets(family), settings_of, tmp_path, bf16=True)
+        fitted(model, Targets(family), settings_of, tmp_path, autocast_dtype=torch.bfloat16)
         ends.append({name: tensor - begun[name] for name, tensor in trained(model).items()})
     moved = torch.cat([tensor.flatten() for tensor in ends[0].values()])
     difference = torch.cat([(ends[1][name] - tensor).flatten() for name, tensor in ends[0].items()])
     assert difference.norm() < 0.05 * moved.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("family", "preset"), [("bart", "mam"), ("llama", "lora"), ("roberta", "full")])
+def test_float16_with_loss_scaling(family: str, preset: str, tmp_path: Path) -> None:
+    """The losses are those of float32, recorded or not, also when a first scale is too large for the gradients."""
+    losses: dict[str, list[float]] = {}
+    ways = {"float32": (None, False), "float16": (torch.float16, False), "recorded": (torch.float16, True)}
+    for way, (dtype, fast) in ways.items():
+        torch.manual_seed(3)
+        model = model_of(family, "mam" if preset == "full" else preset).cuda()
+        if preset == "full":
+            model.requires_grad_(True)
+        settings = one_step(
+            max_steps=24, batch_size=4, learning_rate=3e-3, device=Device.cuda, graphs=fast, fused_loss=fast
+        )
+        seen = losses[way] = []
+        done = fitted(
+            model,
+            Targets(family),
+            settings,
+            tmp_path,
+            autocast_dtype=dtype,
+            log=lambda values, seen=seen: seen.append(values["loss"]) if "loss" in values else None,
+        )
+        assert done.diverged is None and ("graphs" in done.fast_paths) is fast
+        assert all(tensor.isfinite().all() for tensor in trained(model).values())
+    assert losses["float32"][-1] < losses["float32"][0]
+    for way in ("float16", "recorded"):
+        for found, expected in zip(losses[way], losses["float32"], strict=True):
+            assert abs(found - expected) < 0.03 * expected
+    torch.testing.assert_close(losses["recorded"], losses["float16"], rtol=5e-3, atol=0)
 
 
 @pytest.mark.gpu
