@@ -53,6 +53,8 @@ VOCABULARIES = (
 )
 BYTE_LEVEL = ("vocab.json", "merges.txt")  # neither can be used without the other
 BRING = "put there what save_pretrained of the model's tokenizer writes."
+# The Python files of a folder or a repository are never run, and transformers does not ask whether to.
+OWN_CODE_ONLY = {"trust_remote_code": False}
 NOWHERE = "model.hub_id and model.path are both null; give one, or take a preset such as model=mini."
 
 
@@ -227,7 +229,8 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
     def is_there(name: str) -> bool:
         lenient = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
-        return cached_file(source, name, **options, **lenient) is not None
+        places = {key: value for key, value in options.items() if key not in OWN_CODE_ONLY}
+        return cached_file(source, name, **places, **lenient) is not None
 
     try:
         tokenizer: PreTrainedTokenizerBase = _load_or_explain(
@@ -407,11 +410,11 @@ def _find_source(model: Model) -> tuple[str, dict[str, Any]]:
                 f"model.path={model.path} has no config.json; give a folder that save_pretrained wrote, with "
                 "config.json, model.safetensors and the tokenizer's files."
             )
-        return str(folder), {"local_files_only": True}
+        return str(folder), {"local_files_only": True, **OWN_CODE_ONLY}
     if model.hub_id is None:
         raise UserError(NOWHERE)
     options: dict[str, Any] = {"revision": model.revision} if model.revision else {}
-    return model.hub_id, {**options, "local_files_only": explain_missing_hub() is not None}
+    return model.hub_id, {**options, **OWN_CODE_ONLY, "local_files_only": explain_missing_hub() is not None}
 
 
 def _load_or_explain(model: Model, load: Callable[[], T]) -> T:
@@ -419,6 +422,11 @@ def _load_or_explain(model: Model, load: Callable[[], T]) -> T:
     try:
         return load()
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{_place(model)} can only be read with Python code of its own (auto_map in its config.json), which "
+                "peftbench never runs; take a backbone whose model_type transformers has."
+            ) from error
         torn = isinstance(error, SafetensorError)
         if model.path is None and not torn and (reason := explain_missing_hub()):
             raise UserError(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,9 @@ from peftbench.tables.comparison import compare_rows, find_differing_settings, r
 from peftbench.tables.fields import FIELDS
 from peftbench.tables.row import Row, describe_left_out, group_seeds, is_trial, is_unscored
 from peftbench.tables.select import TRIALS, is_filter, select_records
-from peftbench.utils.console import make_console
+from peftbench.utils.console import make_console, say
 from peftbench.utils.differences import find_differing
-from peftbench.utils.errors import UserError
+from peftbench.utils.errors import UserError, warn
 from peftbench.utils.files import dump_json
 
 EPILOG = """\
@@ -63,11 +62,11 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         scores = {name: {**asdict(one), "difference": one.difference} for name, one in differences.items()}
         runs = {name: [record.run for record in row.scored] for name, row in (("a", a), ("b", b))}
-        print(dump_json({**runs, "metrics": scores, "settings": settings}, indent=2, ensure_ascii=True))
+        say(dump_json({**runs, "metrics": scores, "settings": settings}, indent=2, ensure_ascii=True))
     else:
         _print_comparison(a, b, differences, settings, make_console())
     if missing := describe_left_out([a, b]):
-        print(missing, file=sys.stderr)
+        warn(missing)
     return 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from peftbench.evaluation.finished import evaluate_run, read_changed_run
 from peftbench.records.saved import find_run_folder, read_saved_record
 from peftbench.tables.scores import show_scores
+from peftbench.utils.console import say
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import dump_json
 from peftbench.utils.quiet import make_quiet_console
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> int:
     console = make_quiet_console(stderr=arguments.json)
     found = evaluate_run(arguments.run, run, console, arguments.predictions)
     if arguments.json:
-        print(dump_json(found, indent=2, ensure_ascii=True))
+        say(dump_json(found, indent=2, ensure_ascii=True))
     else:
         show_scores(found, record, console)
     return 0

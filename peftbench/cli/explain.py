@@ -6,7 +6,7 @@ import argparse
 
 from peftbench.config.compose import compose_run
 from peftbench.counts.show import explanation_to_json, show_explanation
-from peftbench.utils.console import make_console
+from peftbench.utils.console import make_console, say
 from peftbench.utils.quick_imports import speed_up_imports
 
 
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
         from peftbench.counts.explanation import explain
     explained = explain(run)
     if args.json:
-        print(explanation_to_json(explained))
+        say(explanation_to_json(explained))
     else:
         show_explanation(explained, make_console())
     return 0

@@ -17,7 +17,7 @@ from peftbench.config.keys import Key, list_keys
 from peftbench.config.notation import describe_choice
 from peftbench.config.rows import GROUP, PaperRow, read_rows
 from peftbench.config.schema import find_conf_dir
-from peftbench.utils.console import make_console
+from peftbench.utils.console import make_console, say
 from peftbench.utils.errors import UserError, describe_unknown, suggest
 
 Options = Mapping[str, Path | PaperRow]  # the options of a group, by name
@@ -54,13 +54,13 @@ def main(argv: Sequence[str]) -> int:
         )
     elif arguments.group == "axes":
         if arguments.json:
-            print(json.dumps([{**point._asdict(), "runs": is_allowed(point)} for point in list_points()], indent=1))
+            say(json.dumps([{**point._asdict(), "runs": is_allowed(point)} for point in list_points()], indent=1))
         else:
             _show_axes(console)
     elif arguments.group == "keys":
         found = _find_keys(arguments.start)
         if arguments.markdown:
-            print("\n".join(_to_markdown(found)))
+            say("\n".join(_to_markdown(found)))
         else:
             _show_keys(found, console)
     elif arguments.group in groups:

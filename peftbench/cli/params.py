@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
 from peftbench.config.compose import compose_points
 from peftbench.config.schema import Run
 from peftbench.counts.table import counts_to_json, show_run, show_sweep
-from peftbench.utils.console import make_console
-from peftbench.utils.errors import UserError
+from peftbench.utils.console import make_console, say
+from peftbench.utils.errors import UserError, print_faults
 from peftbench.utils.quick_imports import speed_up_imports
 
 if TYPE_CHECKING:
@@ -33,9 +32,9 @@ def main(argv: list[str]) -> int:
             if not args.multirun:
                 raise
             for sentence in error.faults:
-                print(f"peftbench: {run.method} on {run.model.name}: {sentence}", file=sys.stderr)
+                print_faults([f"{run.method} on {run.model.name}: {sentence}"])
     if args.json:
-        print(counts_to_json(counted))
+        say(counts_to_json(counted))
     elif args.multirun:
         show_sweep(counted, make_console())
     else:

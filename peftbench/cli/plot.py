@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from peftbench.tables.plot import ENDINGS, NAMES, draw_curves, draw_scores, save_figure
 from peftbench.tables.row import Statistic, describe_left_out, group_seeds, make_rows
 from peftbench.tables.select import read_records
-from peftbench.utils.errors import UserError
+from peftbench.utils.console import say
+from peftbench.utils.errors import UserError, warn
 
 if TYPE_CHECKING:
     pass
@@ -45,9 +45,9 @@ def main(argv: list[str]) -> int:
     else:
         rows = group_seeds(records, arguments.statistic)
         if missing := describe_left_out(rows):
-            print(missing, file=sys.stderr)
+            warn(missing)
         figure = draw_scores(rows, x=arguments.x, y=arguments.y or "score", by=arguments.by)
     for file in files:
         save_figure(figure, file)
-        print(file)
+        say(str(file))
     return 0

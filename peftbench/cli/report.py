@@ -8,6 +8,7 @@ from pathlib import Path
 from peftbench.tables.report.content import SAMPLES, build_content
 from peftbench.tables.report.page import build_page
 from peftbench.tables.select import read_records
+from peftbench.utils.console import say
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import replace_file
 
@@ -40,5 +41,5 @@ def main(argv: list[str]) -> int:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(arguments.out) as file:
         file.write(text)
-    print(arguments.out)
+    say(str(arguments.out))
     return 0

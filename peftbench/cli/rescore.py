@@ -7,7 +7,7 @@ import argparse
 from peftbench.evaluation.rescore import rescore
 from peftbench.records.saved import find_run_folder, read_saved_record
 from peftbench.tables.scores import show_scores
-from peftbench.utils.console import make_console
+from peftbench.utils.console import make_console, say
 from peftbench.utils.files import dump_json
 
 
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     found = rescore(arguments.run, arguments.metric)
     if arguments.json:
-        print(dump_json(found, indent=2, ensure_ascii=True))
+        say(dump_json(found, indent=2, ensure_ascii=True))
     else:
         show_scores(found, read_saved_record(arguments.run), make_console())
     return 0

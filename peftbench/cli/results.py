@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -27,9 +26,10 @@ from peftbench.tables.row import (
 )
 from peftbench.tables.select import read_records
 from peftbench.tables.terminal import make_titles, show_table
-from peftbench.utils.console import make_console
-from peftbench.utils.errors import UserError
+from peftbench.utils.console import make_console, say
+from peftbench.utils.errors import UserError, warn
 from peftbench.utils.files import dump_json
+from peftbench.utils.text import join_lines
 
 EPILOG = """\
 KEY is a column (method, task, model, seed, status, functional_form, bottleneck, learning_rate, stored, score, time,
@@ -52,15 +52,15 @@ def main(argv: list[str]) -> int:
     if arguments.reverse and not arguments.sort:
         raise UserError("--reverse needs --sort, whose order it reverses.")
     if arguments.paper and not any(map(find_printed, records)):
-        print("None of these runs is a row of the paper's tables, at its size; row=NAME trains one.", file=sys.stderr)
+        warn("None of these runs is a row of the paper's tables, at its size; row=NAME trains one.")
     pivoted = arguments.rows or arguments.columns
     if (pivoted or arguments.statistic) and (again := len(records) - len(drop_retrained(records))):
         runs = "1 run was" if again == 1 else f"{again} runs were"
-        print(f"{runs} trained more than once; a mean uses the latest.", file=sys.stderr)
+        warn(f"{runs} trained more than once; a mean uses the latest.")
     if pivoted:
         _check_pivot(arguments)
         if missing := describe_left_out([Row(tuple(records))]):
-            print(missing, file=sys.stderr)
+            warn(missing)
         heading, wanted, lines = pivot_records(
             records,
             arguments.rows or ["method"],
@@ -79,11 +79,11 @@ def main(argv: list[str]) -> int:
         columns_beside = make_paper_columns(rows, arguments.paper)
         beside = dict(zip(map(id, records), rows_to_values(columns_beside, rows), strict=True))
         form = records_to_json if arguments.form == "json" else records_to_csv
-        print(form(records, lambda record: beside[id(record)]).rstrip("\n"))
+        say(form(records, lambda record: beside[id(record)]).rstrip("\n"))
     else:
         rows = group_seeds(records, arguments.statistic) if arguments.statistic else make_rows(records)
         if missing := describe_left_out(rows):
-            print(missing, file=sys.stderr)
+            warn(missing)
         found = split_tables(rows)
         headed = zip(make_titles(found), found, strict=True)
         _print_tables([(heading, *_choose_columns(table, arguments)) for heading, table in headed], arguments)
@@ -178,18 +178,18 @@ def _print_tables(
 ) -> None:
     if arguments.form in ("json", "csv"):
         rows = [row for _, wanted, lines in tables for row in rows_to_values(wanted, lines)]
-        print(
+        say(
             dump_json(rows, indent=2, ensure_ascii=True) if arguments.form == "json" else rows_to_csv(rows).rstrip("\n")
         )
         return
     console = make_console()
     for index, (heading, wanted, lines) in enumerate(tables):
         if index:
-            print()
+            say("")
         if arguments.form == "markdown":
-            print(f"{heading.plain}\n\n{to_markdown(wanted, lines)}", end="")
+            say(f"{join_lines(heading.plain)}\n\n{to_markdown(wanted, lines)}".rstrip("\n"))
         elif arguments.form == "latex":
-            print(f"% {heading.plain}\n{to_latex(wanted, lines)}", end="")
+            say(f"% {join_lines(heading.plain)}\n{to_latex(wanted, lines)}".rstrip("\n"))
         else:
             console.print(heading)
             show_table(wanted, lines, console, labels=len(arguments.rows))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +17,8 @@ from rich.table import Table
 from peftbench.records.record import find_record
 from peftbench.sweeps.plan import FOLDER, SUFFIX, Plan
 from peftbench.sweeps.status import ORDER, State, estimate_seconds_left, format_time, summarise_states
-from peftbench.utils.console import make_console
-from peftbench.utils.errors import UserError
+from peftbench.utils.console import make_console, say
+from peftbench.utils.errors import UserError, warn
 
 
 def main(argv: list[str]) -> int:
@@ -40,13 +39,13 @@ def main(argv: list[str]) -> int:
         try:
             plan = Plan.load(file)
         except (OSError, ValueError) as error:
-            print(f"{file} is left out: {error}.", file=sys.stderr)
+            warn(f"{file} is left out: {error}.")
             continue
         sweeps.append((plan, [State(point, find_record(file.parent.parent / point.folder)) for point in plan.points]))
     if not sweeps:
         raise UserError(f"{arguments.folder} has no sweep; make one with: peftbench train -m KEY=A,B")
     if arguments.json:
-        print(json.dumps([_to_json(plan, states) for plan, states in sweeps], indent=2))
+        say(json.dumps([_to_json(plan, states) for plan, states in sweeps], indent=2))
     else:
         console = make_console()
         for index, (plan, states) in enumerate(sweeps):

@@ -137,6 +137,9 @@ def _parse_arguments(argv: list[str]) -> Namespace:
             f"{rest[0]} is no option of peftbench train: -m, --config-dir FOLDER, --cfg job and --help are; keys have "
             "no dashes, as in method=lora."
         )
+    if given := [name for name in ("config_name", "config_path") if getattr(args, name, None)]:
+        option = f"--{given[0].replace('_', '-')}"
+        raise UserError(f"{option} is no option of peftbench train; give a folder of your own groups as --config-dir.")
     if args.cfg and args.multirun:
         raise UserError("--cfg shows the config of one run; leave out -m, and name one value of each key.")
     return args

@@ -32,6 +32,7 @@ from peftbench.config.overrides import apply_override, describe_error
 from peftbench.config.rows import GROUP, read_rows
 from peftbench.config.schema import Run, find_conf_dir, resolve_config
 from peftbench.config.validity import find_faults
+from peftbench.config.yaml_files import find_hydra_faults
 from peftbench.utils.errors import UserError, describe_unknown
 
 CONFIG_NAME = "train"
@@ -84,6 +85,8 @@ def compose_points(
     """
     if config_dir is not None:
         check_config_dir(Path(config_dir))
+    if unchecked := [word for word in overrides if _get_key(word) == "hydra.searchpath"]:
+        raise UserError(f"{unchecked[0]}: give a folder of your own groups as --config-dir FOLDER.")
     grids = _split_grids(overrides)
     if len(grids) > 1 and not multirun:
         raise UserError(f"{AND} joins grids into a sweep; add -m to run it.")
@@ -106,13 +109,16 @@ def check_config_dir(folder: Path) -> None:
     """Check that `folder` is a folder without files that Hydra would ignore because peftbench has the same name.
 
     Raises:
-        UserError: with a sentence for each such file. An exact copy of peftbench's file is allowed.
+        UserError: with a sentence for each such file, and for each that would configure Hydra itself. An exact copy of
+            peftbench's file is allowed.
     """
     if not folder.is_dir():
         raise UserError(f"--config-dir {folder} is not a folder; give one with method/, task/ ... below it.")
     ours = {file.relative_to(find_conf_dir()): file for file in find_conf_dir().rglob("*.yaml")}
     theirs = [name for name, file in ours.items() if (folder / name).is_file() and not _is_same(folder / name, file)]
     theirs += [name for name in (Path(GROUP, f"{row}.yaml") for row in read_rows()) if (folder / name).is_file()]
+    if faults := list(find_hydra_faults(folder)):
+        raise UserError(*faults)
     if theirs:
         own = "would not be read, because peftbench has a file with this name; give it another name."
         raise UserError(*(f"--config-dir {folder}: {name.as_posix()} {own}" for name in sorted(theirs)))

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from peftbench.utils.files import open_unlinked
+
 
 class Partial:
     """The rows of a prediction that have been computed, by example.
@@ -29,14 +31,14 @@ class Partial:
             for line in lines[1:]:
                 index, ids = json.loads(line)
                 self.rows[index] = np.array(ids)
-        with path.open("w", encoding="utf-8") as file:
+        with open_unlinked(path, "w") as file:
             file.write(json.dumps(stamp) + "\n")
         self.add(list(self.rows), list(self.rows.values()))
 
     def add(self, indices: Sequence[int], rows: Sequence[np.ndarray]) -> None:
         """Store the rows of these examples."""
         self.rows.update(zip(indices, rows, strict=True))
-        with self.path.open("a", encoding="utf-8") as file:
+        with open_unlinked(self.path, "a") as file:
             file.writelines(json.dumps([i, row.tolist()]) + "\n" for i, row in zip(indices, rows, strict=True))
 
     def remove(self) -> None:

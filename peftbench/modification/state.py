@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from peftbench.modification.functional_form import Bottleneck
 from peftbench.modification.reparameterization import PrefixMLP
 from peftbench.utils.errors import UserError
+from peftbench.utils.files import write_bytes
 
 FILE_NAME = "adapter.safetensors"
 
@@ -76,7 +77,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     They are converted to bytes first: safetensors' own writing creates a file that no other user may read, and raises
     its own kind of error.
     """
-    path.write_bytes(serialised({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+    write_bytes(path, serialised({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def load(model: nn.Module, folder: Path, untrained: Collection[str] = ()) -> None:

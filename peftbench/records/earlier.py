@@ -6,7 +6,6 @@ the recorded run began. Otherwise nobody can know, and the run is trained again.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
@@ -18,7 +17,7 @@ from peftbench.config.schema import Run, list_task_files
 from peftbench.config.stamps import LARGE, list_counted_files, stamp_content, stamp_ends
 from peftbench.records.record import Record
 from peftbench.records.saved import read_saved_config
-from peftbench.utils.errors import UserError
+from peftbench.utils.errors import UserError, warn
 
 _told: set[str] = set()
 
@@ -122,4 +121,4 @@ def _tell(line: str) -> None:
     """Print a line once, on stderr, since stdout may be JSON."""
     if line not in _told:
         _told.add(line)
-        print(line, file=sys.stderr, flush=True)
+        warn(line)

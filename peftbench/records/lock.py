@@ -15,6 +15,7 @@ from pathlib import Path
 from filelock import FileLock, SoftFileLock, Timeout
 
 from peftbench.utils.errors import UserError
+from peftbench.utils.files import open_unlinked, refuse_links
 
 FILE = ".lock"
 PATIENCE = 1.0  # seconds: longer than `is_held` ever holds a lock while it checks it
@@ -33,8 +34,10 @@ def hold_run(folder: Path, wait: bool = False) -> Iterator[None]:
 
     Raises:
         Busy: another process holds the lock, and `wait` is false.
+        UserError: there is a symbolic link in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    refuse_links(folder)  # among them the lock itself
     lock = FileLock(folder / FILE)
     try:
         lock.acquire(timeout=-1 if wait else PATIENCE, poll_interval=0.2)
@@ -42,7 +45,8 @@ def hold_run(folder: Path, wait: bool = False) -> Iterator[None]:
         raise Busy(f"{folder} is being trained by {_find_holder(folder)}.") from None
     try:
         if not isinstance(lock, SoftFileLock):  # a soft lock has written the same itself
-            (folder / FILE).write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
+            with open_unlinked(folder / FILE, "w") as file:
+                file.write(f"{os.getpid()}\n{socket.gethostname()}\n")
         yield
     finally:
         if [file.name for file in folder.iterdir()] == [FILE]:  # the run was refused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -130,7 +131,15 @@ def _read_git() -> dict[str, Any] | None:
     checkout = Path(peftbench.__file__).resolve().parent.parent
 
     def git(*command: str) -> str:
-        done = subprocess.run(["git", *command], cwd=checkout, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            ["git", *command],
+            cwd=checkout,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},  # a status would write the index, which others may hold
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
         return done.stdout.strip()
 
     try:

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from peftbench.utils.files import dump_json, write_lines
+from peftbench.utils.files import dump_json, open_unlinked, write_lines
 
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints, deleted once the run is done
@@ -46,7 +46,7 @@ def rewind_metrics(folder: Path, stage: str, step: int) -> None:
 
 def append_metrics(folder: Path, values: dict[str, Any]) -> None:
     """Append one line to `metrics.jsonl`, which can be read during the run."""
-    with (folder / METRICS_FILE).open("a", encoding="utf-8") as file:
+    with open_unlinked(folder / METRICS_FILE, "a") as file:
         file.write(dump_json(values, ensure_ascii=True) + "\n")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from peftbench.config.schema import Run
+from peftbench.config.yaml_files import read_yaml_text
 from peftbench.records.record import FILE, Record, find_finished, load_records
 from peftbench.records.run_files import name_predictions_file
 from peftbench.utils.errors import UserError
@@ -45,8 +46,9 @@ def read_saved_record(folder: Path) -> Record:
 def read_saved_config(folder: Path) -> DictConfig:
     """Return the resolved config of a run, typed. Raises UserError if it is missing or of another version."""
     file = folder / "config.yaml"
+    text = read_yaml_text(file)
     try:
-        config = OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.load(file))
+        config = OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.create(text))
     except Exception as error:
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
     assert isinstance(config, DictConfig)

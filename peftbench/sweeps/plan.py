@@ -23,7 +23,7 @@ from peftbench.tables.terminal import show_records
 from peftbench.utils.console import make_console
 from peftbench.utils.differences import find_distinctive
 from peftbench.utils.errors import UserError
-from peftbench.utils.files import replace_file
+from peftbench.utils.files import refuse_links, replace_file
 
 FOLDER = ".sweeps"  # below the output_dir
 SUFFIX = ".sweep.json"
@@ -98,6 +98,7 @@ class Plan:
                 os.utime(path)  # `peftbench status` has the latest sweep last
                 return
         path.parent.mkdir(parents=True, exist_ok=True)
+        refuse_links(root / FOLDER)
         with replace_file(path) as file:
             file.write(json.dumps(asdict(self), indent=1) + "\n")
 

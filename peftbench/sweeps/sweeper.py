@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -84,7 +83,7 @@ class Sweeper:
         if ended.busy:
             self.put_off.append((overrides, run))
         if ended.faults and self.display is not None:  # elsewhere this line is printed before the run starts
-            print(f"peftbench: {' '.join(overrides)}", file=sys.stderr)
+            print_faults([" ".join(overrides)])
         print_faults(ended.faults)
 
     def _train_side_by_side(self, jobs: Sequence[Job], places: Sequence[dict[str, str]]) -> None:

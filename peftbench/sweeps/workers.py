@@ -30,8 +30,9 @@ from peftbench.records.choice import compute_objective, describe_given, settle_s
 from peftbench.records.lock import Busy
 from peftbench.sweeps.mps import UnusableError, await_gpu
 from peftbench.tables.terminal import show_ended
-from peftbench.utils.console import make_console
+from peftbench.utils.console import make_console, say
 from peftbench.utils.errors import UserError
+from peftbench.utils.files import open_unlinked
 from peftbench.utils.progress import Display
 from peftbench.utils.quick_imports import speed_up_imports
 
@@ -208,7 +209,7 @@ def _serve_jobs(pipe: Connection, environment: dict[str, str], log: str) -> None
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # which it is if a script started the sweep with &
         signal.signal(signal.SIGINT, _handle_interrupt)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with open(log, "a", encoding="utf-8") as file:
+    with open_unlinked(Path(log), "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a TextIOWrapper, over file 1
@@ -217,10 +218,10 @@ def _serve_jobs(pipe: Connection, environment: dict[str, str], log: str) -> None
             import_module("peftbench.train")  # before there is a job: while the parent starts the others
         await_gpu(environment)
         while (job := pipe.recv()) is not None:
-            print(f"\nrun {job.number}: {' '.join(job.overrides)}")
+            say(f"\nrun {job.number}: {' '.join(job.overrides)}")
             ended = train_attempt(job.run, job.overrides)
             for sentence in ended.faults:
-                print(f"peftbench: {sentence}")
+                say(f"peftbench: {sentence}")
             usable = _free_gpu()
             pipe.send(replace(ended, last=not usable))
             if not usable:
@@ -258,6 +259,6 @@ def _free_gpu() -> bool:
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch leaves it without types
             torch.cuda.synchronize()
     except RuntimeError as error:
-        print(f"peftbench: this process has lost its GPU: {error}")
+        say(f"peftbench: this process has lost its GPU: {error}")
         return False
     return True

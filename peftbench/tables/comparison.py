@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from peftbench.config.identity import IGNORED, to_plain
 from peftbench.config.schema import Modification
+from peftbench.config.yaml_files import read_yaml
 from peftbench.metrics.bootstrap import Difference, bootstrap_pairs
 from peftbench.metrics.measure import compute_statistics
 from peftbench.metrics.statistics import Statistics
@@ -18,9 +16,7 @@ from peftbench.records.record import Record
 from peftbench.records.saved import read_saved_predictions
 from peftbench.tables.row import Row
 from peftbench.utils.differences import find_differing, flatten
-from peftbench.utils.errors import UserError
-
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C implementation, if PyYAML was built with it
+from peftbench.utils.errors import UserError, warn
 
 
 def compare_rows(a: Row, b: Row, resamples: int) -> dict[str, Difference]:
@@ -76,13 +72,12 @@ def _read_config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        # The file that OmegaConf.save wrote is plain YAML; OmegaConf.load would take fifteen times as long to read it.
-        config = yaml.load(file.read_text(encoding="utf-8"), LOADER)
-    except (yaml.YAMLError, UnicodeDecodeError):
+        config = read_yaml(file)
+    except UserError:
         config = None
     if isinstance(config, dict):
         return config
-    print(f"{file} is left out: it is incomplete or not the config of a run.", file=sys.stderr)
+    warn(f"{file} is left out: it is incomplete or not the config of a run.")
     return {}
 
 

@@ -1,4 +1,8 @@
-"""Tables of runs as JSON, CSV, Markdown and LaTeX. Only LaTeX imports pandas."""
+"""Tables of runs as JSON, CSV, Markdown and LaTeX. Only LaTeX imports pandas.
+
+Names in a record may be anybody's. Here they cannot become a formula of a spreadsheet, or a command or a line of LaTeX;
+what prints a table strips the characters that would command a terminal.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,13 @@ from peftbench.records.record import Axes, Record
 from peftbench.tables.columns import Column, find_best_rows, flatten_header
 from peftbench.utils.differences import flatten
 from peftbench.utils.files import dump_json
+from peftbench.utils.text import strip_controls
 
 T = TypeVar("T")
 Beside = Callable[[Record], dict[str, Any]]  # additional values of a record
 
+# At the beginning of a cell, but not of a number such as -0.5.
+FORMULA = re.compile(r"(?![+-]\d[\d.]*(?:e[+-]?\d+)?$)[\t\r ]*[=+@-]")
 # Characters that pdflatex cannot typeset without a replacement.
 LATEX = {"±": r"$\pm$", "Δ": r"$\Delta$", "λ": r"$\lambda$", "·": r"$\cdot$", "↑": r"$\uparrow$", "◆": r"$\bullet$"}
 
@@ -34,10 +41,17 @@ def records_to_csv(records: Iterable[Record], beside: Beside = lambda record: {}
 def rows_to_csv(rows: Sequence[dict[str, Any]]) -> str:
     """Return the rows as CSV; every key that any row has is a column."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(map(_quote_formula, keys))
+    writer.writerows([_quote_formula(row.get(key, "")) for key in keys] for row in rows)
     return text.getvalue()
+
+
+def _quote_formula(cell: Any) -> Any:
+    """Return a text which a spreadsheet would compute, such as =1+1, with a ' before it, which makes it a text."""
+    is_formula = isinstance(cell, str) and FORMULA.match(cell) is not None
+    return f"'{cell}" if is_formula else cell
 
 
 def rows_to_values(columns: Sequence[Column[T]], rows: Sequence[T]) -> list[dict[str, Any]]:
@@ -87,11 +101,12 @@ def _escape(text: str) -> str:
         text = text.replace(letter, {"\\": r"\textbackslash ", "~": r"\~{}", "^": r"\^{}"}.get(letter, "\\" + letter))
     for letter, command in LATEX.items():
         text = text.replace(letter, command)
+    text = re.sub(r"^\s*([\[*])", r"{\1}", text)  # after the \\ of the row above it would be an argument of that
     return re.sub(r"(?<![\w.])-(?=\d)", "$-$", text)  # a minus, not a hyphen
 
 
 def _join_lines(cell: str) -> str:
-    return " + ".join(cell.split("\n"))
+    return " + ".join(cell.splitlines()) if "\n" in cell else strip_controls(cell)
 
 
 def _flatten_record(record: Record) -> dict[str, Any]:

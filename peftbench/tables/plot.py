@@ -22,6 +22,7 @@ from peftbench.tables.terminal import make_title
 from peftbench.utils.differences import find_differing
 from peftbench.utils.errors import UserError, describe_unknown
 from peftbench.utils.files import write_beside
+from peftbench.utils.text import strip_controls
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,9 +44,14 @@ IN_LEGEND = 17  # names below each other, next to one panel
 
 
 def save_figure(figure: Figure, file: Path) -> None:
-    """Write the picture; in an SVG, words stay text."""
+    """Write the picture; in an SVG, words stay text. Names are drawn as they are: an SVG has no controls, and $ is no
+    formula."""
     from matplotlib import rc_context
+    from matplotlib.text import Text
 
+    for text in figure.findobj(Text):
+        text.set_text(strip_controls(text.get_text()))
+        text.set_parse_math(False)
     file.parent.mkdir(parents=True, exist_ok=True)
     with rc_context({"svg.fonttype": "none"}), write_beside(file) as unfinished:
         figure.savefig(unfinished, format=file.suffix.lower().removeprefix("."), dpi=200)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import operator
 import re
-import sys
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,7 +14,7 @@ from peftbench.records.record import Record, find_kept_apart, load_records
 from peftbench.records.wording import format_value
 from peftbench.tables.fields import find_field
 from peftbench.tables.row import is_trial
-from peftbench.utils.errors import UserError, describe_unknown
+from peftbench.utils.errors import UserError, describe_unknown, warn
 
 TRIALS = "trials=true"  # the word that shows trials
 FILTER = re.compile(r"(?P<key>[\w.]+)(?P<sign>!=|>=|<=|=|>|<)(?P<values>.*)", re.DOTALL)
@@ -34,7 +33,7 @@ def read_records(words: Sequence[str]) -> list[Record]:
         found, left_out = load_records(folder)
         records.update((record.folder.resolve(), record) for record in found)
         for sentence in left_out:
-            print(sentence, file=sys.stderr)
+            warn(sentence)
     if not records:
         others = "".join(
             f", or show those in {place}: peftbench results {place}" for place in find_kept_apart(folders[0])
@@ -43,7 +42,7 @@ def read_records(words: Sequence[str]) -> list[Record]:
     filters = [word for word in words if is_filter(word) and word != TRIALS]
     compared = [record for record in records.values() if TRIALS in words or not is_trial(record)]
     if hidden := len(records) - len(compared):
-        print(f"{hidden} trials of searches are left out; {TRIALS} shows them.", file=sys.stderr)
+        warn(f"{hidden} trials of searches are left out; {TRIALS} shows them.")
     if not compared:
         raise UserError(f"{folders[0]} holds trials of a search and no other run yet; {TRIALS} shows them.")
     chosen = select_records(compared, filters)

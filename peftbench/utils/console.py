@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from typing import IO
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+from peftbench.utils.text import strip_controls
 
 
 class _Terminal(Console):
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Yield what is printed. What commands the terminal comes from rich's styles, never from a text."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=strip_controls(segment.text))
+
     def on_broken_pipe(self) -> None:
         """Do nothing: rich would end the process in the middle of a run."""
         discard_output(self.file)
@@ -22,9 +31,9 @@ def make_console(stderr: bool = False) -> Console:
 
 
 def say(line: str) -> None:
-    """Print a line, of any length, at once."""
+    """Print a line, or lines, of any length, at once."""
     try:
-        print(line, flush=True)
+        print(strip_controls(line), flush=True)
     except BrokenPipeError:
         discard_output(sys.stdout)
 

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from peftbench.utils.text import strip_controls
+
 
 class UserError(Exception):
     """A mistake that the user can correct. `faults` is a list of plain sentences, one for each mistake."""
@@ -22,7 +24,12 @@ class UserError(Exception):
 def print_faults(faults: Iterable[str]) -> None:
     """Print one plain sentence on each line of stderr."""
     for sentence in faults:
-        print(f"peftbench: {sentence}", file=sys.stderr)
+        warn(f"peftbench: {sentence}")
+
+
+def warn(line: str) -> None:
+    """Print a line on stderr, which is read even if the output goes to a file."""
+    print(strip_controls(line), file=sys.stderr, flush=True)
 
 
 # A full disk, and paths that cannot be written to or read: their cause is outside peftbench.

@@ -1,4 +1,7 @@
-"""JSON, and files that are written next to their destination and then renamed, so that no reader sees half a file."""
+"""JSON, and files that are written next to their destination and then renamed, so that no reader sees half a file.
+
+No file is written through a symbolic link, which somebody else may have put in its place.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,12 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, TextIO
+
+from peftbench.utils.errors import UserError
 
 
 @contextmanager
@@ -18,24 +24,57 @@ def replace_file(path: Path) -> Iterator[TextIO]:
         with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
             yield file
         return
-    # A lone surrogate, which UTF-8 cannot encode, becomes \udxxx, as JSON writes it.
-    with write_beside(path) as unfinished, unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    with write_beside(path) as unfinished, open_unlinked(unfinished, "w") as file:
         yield file
 
 
 @contextmanager
 def write_beside(path: Path) -> Iterator[Path]:
-    """Yield the path at which to write a file that replaces `path` once it is complete."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """Yield the path at which to write a file that replaces `path` once it is complete: an empty file of our own, whose
+    name nobody can know beforehand."""
+    unfinished = path.with_name(f"{path.name}.{token_hex(4)}.tmp")
     try:
+        os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield unfinished
         os.replace(unfinished, path)
     except OSError as error:
-        if error.errno is not None and error.filename is None:  # the error of a full disk names no file
+        if error.errno is not None and error.filename in (None, str(unfinished)):  # a full disk names no file
             error.filename = str(path)
         raise
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # of a path that cannot exist
+            unfinished.unlink()
+
+
+def open_unlinked(path: Path, mode: str) -> TextIO:
+    """Open a text file to write ("w") or to append ("a"). Raises OSError if `path` is a symbolic link."""
+    no_link = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
+
+    def open_file(name: str, flags: int) -> int:
+        return os.open(name, flags | no_link, 0o666)
+
+    # A lone surrogate, which UTF-8 cannot encode, becomes \\udxxx, as JSON writes it.
+    return open(path, mode, encoding="utf-8", errors="backslashreplace", opener=open_file)  # type: ignore[return-value]
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file. Raises OSError if the disk is full; then the file that was there before is still there."""
+    with write_beside(path) as unfinished:
+        unfinished.write_bytes(content)
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise UserError if a symbolic link is in a folder or below it, through which we would write elsewhere.
+
+    The folder itself may be one: it is where the user wants it.
+    """
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            if (link := Path(place, name)).is_symlink():
+                raise UserError(
+                    f"{link} is a link, and a run writes and deletes in its own folder only; remove the link, or put "
+                    "in its place what it leads to."
+                )
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -1,0 +1,28 @@
+"""Text that others wrote, such as names in a record or labels of a file, made safe to print."""
+
+from __future__ import annotations
+
+STANDS_FOR = "\N{REPLACEMENT CHARACTER}"
+# The controls of ASCII and Latin-1, by which a text would command the terminal; the overrides and isolates that let it
+# read in another order than it is stored; and half surrogate pairs and non-characters, which are in no valid file.
+_UNPRINTABLE = dict.fromkeys(
+    (
+        *(code for code in range(0x20) if chr(code) not in "\t\n"),
+        *range(0x7F, 0xA0),
+        *range(0x202A, 0x202F),
+        *range(0x2066, 0x206A),
+        *range(0xD800, 0xE000),
+        *(0xFFFE, 0xFFFF),
+    ),
+    STANDS_FOR,
+)
+
+
+def strip_controls(text: str) -> str:
+    """Return the text with a � for each character that is none: only tabs and line feeds are left of the controls."""
+    return text if text.isascii() and text.isprintable() else text.translate(_UNPRINTABLE)
+
+
+def join_lines(text: str) -> str:
+    """Return the text on one line, without controls."""
+    return " ".join(strip_controls(text).split())
