@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from functools import cache
 from typing import Any, get_args, get_type_hints
@@ -55,6 +55,8 @@ LATER = (
     "task.messages_column",
     "task.tools_column",
     "task.max_length",
+    "task.column_names",
+    "task.delimiter",
 )
 
 _SPECIAL = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what a special token may look like: </s>, <|im_start|>, [SEP]
@@ -115,7 +117,8 @@ def _get_default(key: str) -> Any:
     """Return the JSON value of a key's default."""
     group, leaf = key.split(".")
     (found,) = (field for field in fields(get_type_hints(Run)[group]) if field.name == leaf)
-    return found.default.name if isinstance(found.default, Enum) else found.default
+    default = found.default if found.default_factory is MISSING else found.default_factory()
+    return default.name if isinstance(default, Enum) else default
 
 
 def to_plain(config: object) -> dict[str, Any]:

@@ -333,6 +333,12 @@ class Task:
     max_eval: int | None = key(
         None, "Number of examples of task.report_split, and of each further split, to use, from the start. null: all."
     )
+    column_names: list[str] = key(
+        [], "The names of the columns of .csv and .tsv files without a header. []: a file's first row names them."
+    )
+    delimiter: str | None = key(
+        None, "What separates the columns of .csv and .tsv files. null: a comma in .csv, a tab (\\t) in .tsv."
+    )
     text_columns: list[str] = key([], "Classification and regression: the column of the text, or the two of a pair.")
     label_column: str = key("label", "Classification and regression: the column of the label or number.")
     labels: list[str] = key(
@@ -592,6 +598,11 @@ def list_task_files(task: Task) -> dict[str, str]:
     return {**task.data_files, **{split: file for split, file in roles if file is not None}}
 
 
+def is_text_table(file: str) -> bool:
+    """Return whether a file is a table of cells with delimiters between them."""
+    return Path(file).suffix.lower() in (".csv", ".tsv")
+
+
 def list_modifications(run: Run) -> dict[str, Modification]:
     """Return the modifications of a run by the prefix of their keys: "" for the root's, "mix.NAME." for the others."""
     found: dict[str, Modification] = {}
@@ -628,6 +639,8 @@ def resolve_config(cfg: DictConfig) -> Run:
         run.size["taken"] = {
             prefix: m.bottleneck for prefix, m in list_modifications(run).items() if _is_from_column(cfg, prefix)
         }
+    if run.task.delimiter == r"\t":
+        run.task.delimiter = "\t"
     if run.task.prompt is not None:  # a line break on Hydra's command line can only come from the shell
         run.task.prompt = run.task.prompt.replace(r"\n", "\n")
     return run

@@ -31,6 +31,7 @@ from peftbench.config.schema import (
     Trainer,
     Unfreeze,
     get_value,
+    is_text_table,
     list_modifications,
     list_task_files,
 )
@@ -206,6 +207,13 @@ def _find_data_faults(task: Task) -> Iterator[str]:
         )
     if task.kind is not TaskKind.text_to_text and len(task.text_columns) not in (1, 2):
         yield f"task.text_columns=[{','.join(task.text_columns)}] must name one column, or two for a pair."
+    for key in ("column_names", "delimiter"):
+        if getattr(task, key) and not (task.data_dir or any(map(is_text_table, list_task_files(task).values()))):
+            yield f"task.{key} is for .csv and .tsv files, and the task has none; leave it out."
+    if len(set(task.column_names)) < len(task.column_names):
+        yield f"task.column_names=[{','.join(task.column_names)}] names a column twice."
+    if task.delimiter is not None and (len(task.delimiter) != 1 or task.delimiter in '\r\n"'):
+        yield f"task.delimiter={task.delimiter!r} must be one character, such as ';' or '|'."
     if task.prompt is not None and task.prompt.count("{source}") != 1:
         yield f"task.prompt={task.prompt!r} must contain {{source}} once, where the source goes."
     yield from _find_chat_faults(task)

@@ -26,11 +26,12 @@ from peftbench.config.schema import list_task_files
 from peftbench.metrics.statistics import References
 from peftbench.tasks.completion import LEARNED, Completion
 from peftbench.tasks.deal import ROW
+from peftbench.tasks.files import Layout
 from peftbench.tasks.framing import SOURCE
 from peftbench.tasks.load import Loaded
 from peftbench.tasks.rows import Source
 from peftbench.tasks.tokens import CONVERSATION_CUT, SOURCE_CUT, TARGET_CUT
-from peftbench.utils.errors import UserError
+from peftbench.utils.errors import UserError, quote
 
 
 class Chat(Completion):
@@ -142,8 +143,8 @@ class Chat(Completion):
                 file = files.get(split, files.get(self.task.train_split))  # from which a split without a file is dealt
                 index = sources.index(source)
                 number = 1 + (rows[ROW][index] if ROW in rows.column_names else index)
-                return Source(rows, f"the {split} split", file).at(number)
-        return f"{source!r:.40}"
+                return Source(rows, f"the {split} split", file, Layout.of(self.task)).at(number)
+        return quote(source)
 
 
 class Conversations(Chat):

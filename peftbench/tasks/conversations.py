@@ -10,7 +10,7 @@ from datasets import Dataset
 from peftbench.backbones.chat_template import ASSISTANT, Message
 from peftbench.config.schema import Task
 from peftbench.tasks.rows import Source
-from peftbench.utils.errors import UserError, describe_unknown, suggest
+from peftbench.utils.errors import UserError, describe_unknown, quote, suggest
 
 # A template builds its special tokens from roles, and so only these are let through.
 ROLES = ("system", "developer", "user", ASSISTANT, "tool", "function", "ipython")
@@ -81,7 +81,7 @@ def _read_message(number: int, entry: Any) -> Message:
     """Return a message in the form of OpenAI and transformers, `{"role": ..., "content": ...}`."""
     if not isinstance(entry, dict) or not ({"role"} <= entry.keys() or {"from", "value"} <= entry.keys()):
         raise _UnreadableError(
-            f'message {number} is {entry!r:.60}; write {{"role": "user", "content": "..."}}, or in ShareGPT\'s form '
+            f'message {number} is {quote(entry)}; write {{"role": "user", "content": "..."}}, or in ShareGPT\'s form '
             '{"from": "human", "value": "..."}'
         )
     message: Message = _drop_nulls(entry)
@@ -114,9 +114,9 @@ def _read_list(cell: Any, what: str) -> list[Any]:
         try:
             cell = json.loads(cell)
         except json.JSONDecodeError as error:
-            raise _UnreadableError(f"{cell!r:.40} is not {what}: not JSON") from error
+            raise _UnreadableError(f"{quote(cell)} is not {what}: not JSON") from error
     if not isinstance(cell, list):
-        raise _UnreadableError(f"{cell!r:.40} is not {what}: not a list")
+        raise _UnreadableError(f"{quote(cell)} is not {what}: not a list")
     return cell
 
 

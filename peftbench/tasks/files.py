@@ -9,15 +9,35 @@ from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from peftbench.utils.errors import UserError
+from peftbench.config.schema import Task
+from peftbench.utils.errors import UserError, quote
 
 Columns = dict[str, Sequence[Any]]
+
+
+class Layout(NamedTuple):
+    """How the cells of .csv and .tsv files are read, if not as their names say."""
+
+    column_names: tuple[str, ...] = ()  # of files without a header; (): the first row names the columns
+    delimiter: str | None = None
+
+    @classmethod
+    def of(cls, task: Task) -> Layout:
+        """Return the layout that the task's keys describe."""
+        return cls(tuple(task.column_names), task.delimiter)
+
+    def dialect(self, ending: str) -> dict[str, Any]:
+        """Return the options of csv.reader for files with this ending."""
+        return DIALECTS[ending] | ({} if self.delimiter is None else {"delimiter": self.delimiter})
+
+
+PLAIN = Layout()
 
 # The file stems of a split; any other split is looked for under its own name.
 ALIASES = {
@@ -64,8 +84,11 @@ def _list_files(folder: Path, split: str) -> list[Path]:
     return [file for stem in _list_stems(split) for ending in READERS if (file := folder / f"{stem}{ending}").is_file()]
 
 
-def read_file(path: str | Path, used: Collection[str] = (), nested: Collection[str] = ()) -> Dataset:
-    """Read the rows of one file into memory. A .tsv or .csv file starts with a header, and its cells are strings.
+def read_file(
+    path: str | Path, used: Collection[str] = (), nested: Collection[str] = (), layout: Layout = PLAIN
+) -> Dataset:
+    """Read the rows of one file into memory. A .tsv or .csv file starts with a header, unless `layout` has the names of
+    its columns, and its cells are strings.
 
     Args:
         used: the columns that are needed. If the file has all of them, any other column whose values have no common
@@ -82,7 +105,7 @@ def read_file(path: str | Path, used: Collection[str] = (), nested: Collection[s
     if reader is None:
         raise UserError(f"{path} cannot be read: its extension must be one of {', '.join(READERS)}.")
     try:
-        read = reader(file)
+        read = reader(file, layout, used)
         if not isinstance(read, pa.Table):
             read = _make_table(
                 file, {name: _nest(cells) if name in nested else cells for name, cells in read.items()}, used
@@ -95,15 +118,14 @@ def read_file(path: str | Path, used: Collection[str] = (), nested: Collection[s
     return rows
 
 
-def locate_row(path: str | Path, row: int) -> str:
+def locate_row(path: str | Path, row: int, layout: Layout = PLAIN) -> str:
     """Return where row number `row` (from 1) of a file for `read_file` begins: "FILE:LINE", or "FILE, row ROW"."""
     file = Path(path).expanduser()
     ending = file.suffix.lower()
     lines: Iterator[int] = iter(())
     if ending in DIALECTS:
-        lines = islice(
-            _number_lines(csv.reader(io.StringIO(_read_text(file), newline=""), **DIALECTS[ending])), 1, None
-        )
+        every = _number_lines(csv.reader(io.StringIO(_read_text(file), newline=""), **layout.dialect(ending)))
+        lines = islice(every, 0 if layout.column_names else 1, None)
     elif ending in (".jsonl", ".json") and not (text := _read_text(file)).lstrip().startswith("["):
         lines = (number for number, line in enumerate(text.split("\n"), 1) if line.strip())
     line = next(islice(lines, row - 1, None), None)
@@ -128,18 +150,25 @@ def _read_text(file: Path) -> str:
         raise UserError(f"{file}:{line} is not UTF-8 text; save the file as UTF-8.") from error
 
 
-def _read_cells(file: Path) -> Columns:
+def _read_cells(file: Path, layout: Layout, used: Collection[str]) -> Columns:
     csv.field_size_limit(2**31 - 1)  # an article may be longer than csv's own limit of 131,072 characters
-    reader = csv.reader(io.StringIO(_read_text(file), newline=""), **DIALECTS[file.suffix.lower()])
+    dialect = layout.dialect(file.suffix.lower())
+    reader = csv.reader(io.StringIO(_read_text(file), newline=""), **dialect)
     rows: list[list[str]] = []
     try:
-        header = next(reader, [])
+        first = next(filter(None, reader), [])
+        if (hint := _find_delimiter(file, first, dialect.get("delimiter", ","))) and not set(used) <= {*first}:
+            raise UserError(hint)
+        header = list(layout.column_names) or first
         if len(set(header)) < len(header):
-            raise UserError(f"{file}:1 names a column twice: {', '.join(header)}.")
-        for row in filter(None, reader):
+            raise UserError(f"{file}:1 names a column twice: {', '.join(map(quote, header))}{IF_NO_HEADER}.")
+        if layout.column_names and first == header:
+            raise UserError(f"{file}:1 is a header with the names in task.column_names; leave task.column_names out.")
+        for row in filter(None, chain([first] if layout.column_names else [], reader)):
             if len(row) != len(header):
+                whose = "name in task.column_names" if layout.column_names else "column of the header"
                 raise UserError(
-                    f"{file}:{reader.line_num} should have one cell for each column of the header "
+                    f"{file}:{reader.line_num} should have one cell for each {whose} "
                     f"({', '.join(header)}); it has {len(row)}."
                 )
             rows.append(row)
@@ -148,7 +177,21 @@ def _read_cells(file: Path) -> Columns:
     return dict(zip(header, zip(*rows, strict=True), strict=False))
 
 
-def _read_json(file: Path) -> Columns:
+def _find_delimiter(file: Path, first: Sequence[str], expected: str) -> str | None:
+    """Return the sentence that says with what a file separates its columns, if its first row looks like another
+    delimiter than the expected one."""
+    counts = {sign: first[0].count(sign) for sign in DELIMITERS if sign != expected} if len(first) == 1 else {}
+    likely = max(counts, key=counts.__getitem__, default="")
+    if not counts.get(likely):
+        return None
+    typed = likely.replace("\t", r"\t")
+    return (
+        f"{file}:1 has {DELIMITERS[likely]} where {DELIMITERS.get(expected, expected)} are expected: "
+        f"{quote(first[0])}; 'task.delimiter=\"{typed}\"' reads such files."
+    )
+
+
+def _read_json(file: Path, layout: Layout, used: Collection[str]) -> Columns:
     """Read an array of objects, or one object per line: both kinds of file are called .json."""
     text = _read_text(file)
     if text.lstrip().startswith("["):
@@ -158,7 +201,7 @@ def _read_json(file: Path) -> Columns:
         rows = [(f"{file}:{number}", _parse_json(file, number, line)) for number, line in lines if line.strip()]
     for place, row in rows:
         if not isinstance(row, dict):
-            raise UserError(f'{place} is {row!r:.40}, not an object such as {{"text": "..."}}.')
+            raise UserError(f'{place} is {quote(row)}, not an object such as {{"text": "..."}}.')
     names = dict.fromkeys(chain.from_iterable(row for _, row in rows))
     return {name: [row.get(name) for _, row in rows] for name in names}
 
@@ -171,7 +214,7 @@ def _parse_json(file: Path, line: int, text: str) -> Any:
         raise UserError(f"{file}:{line + error.lineno - 1} is incomplete or not JSON: {what}.") from error
 
 
-def _read_parquet(file: Path) -> pa.Table:
+def _read_parquet(file: Path, layout: Layout, used: Collection[str]) -> pa.Table:
     try:
         names = pq.read_schema(file).names
         if len(set(names)) < len(names):
@@ -205,8 +248,8 @@ def _describe_odd_cell(file: Path, name: str, values: Sequence[Any], error: Exce
     """Return the sentence for the first cell of a column whose type does not fit the cells above it."""
     row = bisect_left(range(1, len(values)), True, key=lambda count: not _is_column(values[:count])) + 1
     value, first = values[row - 1], next(value for value in values if value is not None)
-    holds = f"{locate_row(file, row)}: column {name} holds {value!r:.40}"
-    return f"{holds}, but the rows above hold {first!r:.40}." if _is_column([value]) else f"{holds}: {error}."
+    holds = f"{locate_row(file, row)}: column {name} holds {quote(value)}"
+    return f"{holds}, but the rows above hold {quote(first)}." if _is_column([value]) else f"{holds}: {error}."
 
 
 def _is_column(values: Sequence[Any]) -> bool:
@@ -222,7 +265,10 @@ DIALECTS: dict[str, dict[str, Any]] = {
     ".csv": {"strict": True},
 }
 
-READERS: dict[str, Callable[[Path], Columns | pa.Table]] = {
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+IF_NO_HEADER = "; if the file has no header, name its columns by task.column_names"
+
+READERS: dict[str, Callable[[Path, Layout, Collection[str]], Columns | pa.Table]] = {
     ".tsv": _read_cells,
     ".csv": _read_cells,
     ".jsonl": _read_json,

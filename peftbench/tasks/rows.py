@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from datasets import ClassLabel, Dataset
 
-from peftbench.config.schema import Task, TaskKind
+from peftbench.config.schema import Task, TaskKind, is_text_table
 from peftbench.config.validity import find_label_faults
-from peftbench.tasks.files import locate_row
-from peftbench.utils.errors import UserError, describe_unknown
+from peftbench.tasks.files import PLAIN, Layout, locate_row
+from peftbench.utils.errors import UserError, describe_unknown, quote
 
 NUMBER = re.compile(r"[+-]?\d*\.?\d+")  # a label that is a number
 
@@ -24,10 +24,16 @@ class Source(NamedTuple):
     rows: Dataset
     name: str  # the source's name in messages
     file: str | None = None
+    layout: Layout = PLAIN
+
+    @property
+    def has_header(self) -> bool:
+        """Return whether the columns were named by the first row of a file."""
+        return self.file is not None and is_text_table(self.file) and not self.layout.column_names
 
     def at(self, row: int) -> str:
         """Return where a row (numbered from 1) is, for messages."""
-        return locate_row(self.file, row) if self.file else f"{self.name}, row {row}"
+        return locate_row(self.file, row, self.layout) if self.file else f"{self.name}, row {row}"
 
 
 def check_split(task: Task, split: str, source: Source, limit: int | None, *, coded: bool = True) -> Dataset:
@@ -87,9 +93,25 @@ def list_file_columns(task: Task) -> list[tuple[str, str]]:
 
 def _require_columns(source: Source, keys: Sequence[tuple[str, str]]) -> None:
     there = source.rows.column_names
-    missing = [describe_unknown(key, column, there) for key, column in keys if column not in there]
+    missing = [(key, column) for key, column in keys if column not in there]
+    if len(missing) == len(keys) and source.has_header:
+        raise UserError(_describe_first_row(source, missing))
     if missing:
-        raise UserError(*(f"{source.name}: {sentence}" for sentence in missing))
+        raise UserError(*(f"{source.name}: {describe_unknown(key, column, there)}" for key, column in missing))
+
+
+def _describe_first_row(source: Source, missing: Sequence[tuple[str, str]]) -> str:
+    """Return the sentence for a file whose header has none of the columns, and which may have no header."""
+    there = source.rows.column_names
+    columns = [column for _, column in missing]
+    if len(columns) != len(there):
+        columns = [*columns[: len(there)], "..."]
+    named = " and ".join(f"{column} ({key})" for key, column in missing)
+    return (
+        f"{source.name}: no column is called {named} by the first row, "
+        f"{', '.join(quote(name, most=40) for name in there)}; give these keys names from it or, if the file has no "
+        f"header, task.column_names=[{','.join(columns)}]."
+    )
 
 
 def check_cells(task: Task, rows: Dataset, source: Source) -> None:
@@ -97,14 +119,22 @@ def check_cells(task: Task, rows: Dataset, source: Source) -> None:
     for column in list_input_columns(task):
         for number, cell in enumerate(rows[column][:], 1):
             if not isinstance(cell, str):
-                raise UserError(f"{source.at(number)}: column {column} holds {cell!r:.40}, not text.")
+                raise UserError(f"{source.at(number)}: column {column} holds {_describe_no_text(task, cell)}.")
     if task.kind is TaskKind.text_to_text:
         for number, cell in enumerate(rows[task.target_column][:], 1):
             texts = [cell] if isinstance(cell, str) else cell
             if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
                 raise UserError(
-                    f"{source.at(number)}: column {task.target_column} holds {cell!r:.40}, not text or a list of texts."
+                    f"{source.at(number)}: column {task.target_column} holds {quote(cell)}, "
+                    "not text or a list of texts."
                 )
+
+
+def _describe_no_text(task: Task, cell: object) -> str:
+    """Return the end of the sentence for an input that is no text, with the key that makes one of a list of texts."""
+    if isinstance(cell, list) and task.kind is TaskKind.text_to_text and task.source_join is None:
+        return f"a list, {quote(cell)}; task.source_join joins the texts of a list, as in 'task.source_join=\" | \"'"
+    return f"{quote(cell)}, not text"
 
 
 def has_codes(task: Task, train: Source) -> bool:
@@ -124,7 +154,7 @@ def set_labels(task: Task, train: Source) -> tuple[Task, str]:
             if cell is None or cell != cell or not str(cell).strip():  # pandas writes a missing value as nan
                 raise UserError(f"{train.at(number)}: column {task.label_column} is empty; every row needs a label.")
             if isinstance(cell, (list, dict)):
-                raise UserError(f"{train.at(number)}: column {task.label_column} holds {cell!r:.40}, not one label.")
+                raise UserError(f"{train.at(number)}: column {task.label_column} holds {quote(cell)}, not one label.")
         names = sorted({_name_label(cell) for cell in cells})
         _check_distinct(names, train)
         if all(name.isdecimal() for name in names):
@@ -196,5 +226,5 @@ def _parse_numbers(cells: Sequence[Any], source: Source) -> list[float]:
         except (TypeError, ValueError):
             numbers.append(math.nan)
         if not math.isfinite(numbers[-1]):
-            raise UserError(f"{source.at(row)}: label {cell!r:.40} is not a number.")
+            raise UserError(f"{source.at(row)}: label {quote(cell)} is not a number.")
     return numbers

@@ -15,7 +15,7 @@ from peftbench.config.schema import Task, TaskKind, list_task_files
 from peftbench.tasks.conversations import split_conversations
 from peftbench.tasks.deal import number_rows
 from peftbench.tasks.docstrings import SPLITS, make_summary_rows, make_topic_rows
-from peftbench.tasks.files import find_split, read_file
+from peftbench.tasks.files import Layout, find_split, read_file
 from peftbench.tasks.rows import Source, check_cells, list_file_columns
 from peftbench.utils.errors import UserError
 
@@ -44,11 +44,12 @@ def _read_raw(task: Task, split: str) -> Source:
             )
     used = [column for _, column in list_file_columns(task)]
     nested = used if task.messages_column is not None else ()
+    layout = Layout.of(task)
     if file := list_task_files(task).get(split):
-        return Source(read_file(file, used, nested), file, file)
+        return Source(read_file(file, used, nested, layout), file, file, layout)
     if task.data_dir is not None:
         found = str(find_split(task.data_dir, split))
-        return Source(read_file(found, used, nested), found, found)
+        return Source(read_file(found, used, nested, layout), found, found, layout)
     if task.packages is not None:
         return Source(
             _read_docstrings(task.kind, task.packages, split), f"The docstrings of {', '.join(task.packages)}"

@@ -43,6 +43,20 @@ def describe_os_error(error: OSError) -> str | None:
     return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
 
 
+def quote(value: object, most: int = 60) -> str:
+    """Return a value for a sentence, as Python writes it; if it is longer than `most`, cut between two words.
+
+    >>> quote("a film that is as long as it is good", most=20)
+    "'a film that is ...'"
+    """
+    text = repr(value)
+    if len(text) <= most:
+        return text
+    whole = text[: most - 4].rpartition(" ")[0]
+    kept = whole if 2 * len(whole) > most else text[: most - 4]  # a word without an end, such as Chinese text
+    return f"{kept.rstrip(' ,')} ...{text[-1]}"
+
+
 def describe_unknown(what: str, value: object, choices: Iterable[object]) -> str:
     """Return the sentence for a `value` that is none of `choices`: the closest match first, then all of them.
 

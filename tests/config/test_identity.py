@@ -63,6 +63,8 @@ def test_the_folder_is_named_by_the_hash() -> None:
         ("composition_function", CompositionFunction(name=Composition.scaled, scale=4)),
         ("model__revision", "main"),
         ("task__max_train", 100),
+        ("task__column_names", ["text", "label"]),
+        ("task__delimiter", ";"),
         ("trainer__learning_rate", 2e-3),
         ("debug", "smoke"),
     ],

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from peftbench.tasks.files import find_split, read_file
+from peftbench.tasks.files import Layout, find_split, locate_row, read_file
 from peftbench.utils.errors import UserError
 
 ROWS = [{"text": "a film", "label": "good"}, {"text": "", "label": "bad"}]
@@ -103,6 +103,47 @@ def test_a_column_that_nobody_needs_may_hold_anything(tmp_path: Path) -> None:
 def test_a_bad_file_ends_in_a_sentence(tmp_path: Path, name: str, content: str | bytes, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         read_file(write(tmp_path, name, content))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "layout"),
+    [
+        ("semicolons.csv", 'text;label\n"a; film, really";good\n', Layout(delimiter=";")),
+        ("tabs.csv", '"text"\tlabel\na; film, really\tgood\n', Layout(delimiter="\t")),
+        ("bars.tsv", "text|label\na; film, really|good\n", Layout(delimiter="|")),
+        ("headless.csv", '"a; film, really",good\n', Layout(("text", "label"))),
+        ("headless.tsv", "\na; film, really\tgood\n", Layout(("text", "label"))),
+    ],
+)
+def test_other_delimiters_and_files_without_a_header(tmp_path: Path, name: str, content: str, layout: Layout) -> None:
+    file = write(tmp_path, name, content)
+    assert read_file(file, ["text", "label"], layout=layout).to_list() == [{"text": "a; film, really", "label": "good"}]
+    place = content.split("\n").index(next(line for line in content.split("\n") if "film" in line)) + 1
+    assert locate_row(file, 1, layout) == f"{file}:{place}"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.csv", "text;label\nfine, really;good\n", "has semicolons where commas are expected: 'text;label'"),
+        ("a.csv", "text\tlabel\na\tgood\n", r"has tabs where commas .*; 'task.delimiter=\"\\t\"' reads such files"),
+        ("a.tsv", "text,label\na,good\n", "has commas where tabs are expected"),
+        ("a.tsv", "text|label\na|good\n", "has vertical bars where tabs are expected"),
+    ],
+)
+def test_a_file_with_another_delimiter_says_so(tmp_path: Path, name: str, content: str, sentence: str) -> None:
+    file = write(tmp_path, name, content)
+    with pytest.raises(UserError, match=f":1 {sentence}"):
+        read_file(file, ["text", "label"])
+    assert read_file(write(tmp_path, "odd.csv", "a;b\n1\n"), ["a;b"]).to_list() == [{"a;b": "1"}]  # it is a name
+
+
+def test_names_for_a_file_with_a_header(tmp_path: Path) -> None:
+    layout = Layout(("text", "label"))
+    with pytest.raises(UserError, match=r"a\.csv:1 is a header with the names in task\.column_names"):
+        read_file(write(tmp_path, "a.csv", "text,label\na,good\n"), layout=layout)
+    with pytest.raises(UserError, match=r"b\.csv:2 should have one cell for each name in task\.column_names"):
+        read_file(write(tmp_path, "b.csv", "a,good\nb\n"), layout=layout)
 
 
 def test_a_parquet_file_that_names_a_column_twice(tmp_path: Path) -> None:

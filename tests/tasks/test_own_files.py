@@ -141,6 +141,37 @@ def test_labels_that_are_none(tmp_path: Path, content: str, sentence: str) -> No
         load_task(replace(OWN, train_file=write(tmp_path, "own.csv", content)))
 
 
+def test_a_file_without_a_header(tmp_path: Path) -> None:
+    """Its first row is no list of choices: the sentence shows it, and the key that reads it."""
+    lines = [f'"a film, {i}",{("bad", "good")[i % 2]}\n' for i in range(20)]
+    task = replace(OWN, train_file=write(tmp_path, "own.csv", "".join(lines)))
+    with pytest.raises(UserError) as caught:
+        load_task(task)
+    assert caught.value.faults == [
+        f"{task.train_file}: no column is called text (task.text_columns) and label (task.label_column) by the first "
+        "row, 'a film, 0', 'bad'; give these keys names from it or, if the file has no header, "
+        "task.column_names=[text,label]."
+    ]
+    loaded = load_task(replace(task, column_names=["text", "label"]))
+    assert sum(map(len, loaded.rows.values())) == 20
+    assert loaded.task.labels == ["bad", "good"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "join", "sentence"),
+    [
+        (["a film", "and another"], None, "a list, ['a film', 'and another']; task.source_join joins the texts of a"),
+        ([1, 2], " | ", "[1, 2], not text"),
+        (7, None, "7, not text"),
+    ],
+)
+def test_a_source_that_is_no_text(tmp_path: Path, cell: object, join: str | None, sentence: str) -> None:
+    rows = [{"source": cell, "target": "t"}] * 3
+    task = replace(WRITING, source_join=join, train_file=jsonl(tmp_path, "own.jsonl", *rows))
+    with pytest.raises(UserError, match=re.escape(f"own.jsonl:1: column source holds {sentence}")):
+        load_task(task)
+
+
 @pytest.mark.parametrize(
     ("cell", "sentence"),
     [

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from peftbench.cli.main import main
-from peftbench.utils.errors import describe_os_error, describe_unknown
+from peftbench.utils.errors import describe_os_error, describe_unknown, quote
 from peftbench.utils.files import replace_file
 
 
@@ -22,6 +22,14 @@ def test_an_unknown_value_is_told_its_choices() -> None:
     )
     assert describe_unknown("init", "xavier", ["bert", "lora"]) == "init=xavier is unknown. Choices: bert, lora."
     assert describe_unknown("init", "xavier", []) == "init=xavier is unknown."
+
+
+def test_a_long_value_is_cut_between_words() -> None:
+    text = "a film that is as long as it is good, and " * 3
+    assert quote(text) == "'a film that is as long as it is good, and a film that ...'"
+    assert quote([text, 1]) == "['a film that is as long as it is good, and a film that ...]"
+    assert quote("映" * 100, most=20) == f"'{'映' * 15} ...'"  # a text without spaces
+    assert quote({"a": 1}) == "{'a': 1}"
 
 
 def test_a_full_disk_is_told_and_a_broken_pipe_is_not() -> None:
