@@ -354,30 +354,9 @@ class Bench:
             return model
 
         def train(model: PreTrainedModel, steps: int) -> tuple[list[float], list[float]]:
-            cuda = self.device.type == "cuda"
             pace = Pace(self.device)
             model.train()
-            arguments = TrainingArguments(
-                output_dir=str(self.scratch),
-                max_steps=RUN,
-                per_device_train_batch_size=self.shape.batch,
-                learning_rate=1e-4,
-                label_smoothing_factor=self.run("mam").trainer.label_smoothing,
-                optim="adamw_torch_fused",
-                bf16=True,
-                torch_compile=compiled,
-                use_liger_kernel=flat,
-                dataloader_num_workers=2 if cuda else 0,
-                logging_steps=RUN // 200,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                remove_unused_columns=False,
-                use_cpu=not cuda,
-                seed=1,
-                log_level="error",
-            )
-            arguments._n_gpu = min(1, arguments.n_gpu)
+            arguments = self.arguments(TrainingArguments, torch_compile=compiled, use_liger_kernel=flat)
             # If the widths changed at every batch, a compiled model would be compiled again and again.
             collator = pad_to_multiple(self.data.collator, 64) if compiled else self.data.collator
             if flat:
@@ -396,21 +375,79 @@ class Bench:
 
         return Variant(name, build, train)
 
+    def arguments(self, kind: type[TrainingArguments], **others: Any) -> TrainingArguments:
+        """Trainer's arguments that all peers have, and `others`."""
+        cuda = self.device.type == "cuda"
+        arguments = kind(
+            output_dir=str(self.scratch),
+            max_steps=RUN,
+            per_device_train_batch_size=self.shape.batch,
+            learning_rate=1e-4,
+            label_smoothing_factor=self.run("mam").trainer.label_smoothing,
+            optim="adamw_torch_fused",
+            bf16=True,
+            dataloader_num_workers=2 if cuda else 0,
+            logging_steps=RUN // 200,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            use_cpu=not cuda,
+            seed=1,
+            log_level="error",
+            **others,
+        )
+        arguments._n_gpu = min(1, arguments.n_gpu)
+        return arguments
+
+    def trl(self, name: str, prepare: Callable[[PreTrainedModel], Any]) -> Variant:
+        """TRL's SFTTrainer without padding, with Liger's kernels, on the same examples. Measure it in its own process:
+        Liger patches the model's class."""
+
+        def train(model: PreTrainedModel, steps: int) -> tuple[list[float], list[float]]:
+            from tokenizers import Tokenizer, models
+            from trl import SFTConfig, SFTTrainer
+
+            pace = Pace(self.device)
+            words = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1}, unk_token="<pad>"))
+            trainer = SFTTrainer(
+                model=model,
+                args=self.arguments(
+                    SFTConfig,
+                    padding_free=True,
+                    use_liger_kernel=self.device.type == "cuda",
+                    max_length=None,
+                    dataset_kwargs={"skip_prepare_dataset": True},
+                ),
+                train_dataset=Dataset.from_list([self.join(example) for example in self.data.train]),
+                processing_class=transformers.PreTrainedTokenizerFast(
+                    tokenizer_object=words, pad_token="<pad>", eos_token="<end>"
+                ),
+                callbacks=[pace, StopAfter(steps)],
+            )
+            trainer.remove_callback(transformers.PrinterCallback)
+            trainer.train()
+            return pace.seconds(), [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+        def build() -> PreTrainedModel:
+            model: PreTrainedModel = prepare(self.shape.model()).to(self.device)
+            return model
+
+        return Variant(name, build, train)
+
     def flatten(self) -> Callable[[list[dict[str, Any]]], Any]:
         """transformers' collator that puts a batch in one row, with the prompts' labels left out."""
         flattening = DataCollatorWithFlattening()
 
         def collate(examples: list[dict[str, Any]]) -> Any:
-            joined = [
-                {
-                    "input_ids": [*example["input_ids"], *example["labels"]],
-                    "labels": [*[-100] * len(example["input_ids"]), *example["labels"]],
-                }
-                for example in examples
-            ]
-            return flattening(joined)
+            return flattening([self.join(example) for example in examples])
 
         return collate
+
+    def join(self, example: dict[str, Any]) -> dict[str, list[int]]:
+        """A prompt and its completion as one text, of which the prompt has no labels."""
+        prompt, completion = example["input_ids"], example["labels"]
+        return {"input_ids": [*prompt, *completion], "labels": [*[-100] * len(prompt), *completion]}
 
     def peft(self, model: PreTrainedModel) -> Any:
         """peft's LoRA at the FFN, of the same size as ours."""
@@ -435,16 +472,17 @@ class Bench:
                 yield self.ours(f"{name} {change}", method, **WITHOUT[change])
         yield self.limit("limit on")
         yield self.limit("limit off", **WITHOUT["off"])
-        if self.shape.alone:
+        yield self.peer("full Trainer eager", lambda model: model, compiled=False)
+        yield self.peer("peft lora compiled", self.peft, compiled=True)
+        yield self.peer("full Trainer compiled", lambda model: model, compiled=True)
+        if self.shape.alone:  # last, because Liger patches the classes of models
 
             def rounded(model: PreTrainedModel) -> Any:
                 return self.peft(model.to(torch.bfloat16))
 
             yield self.peer("peft lora bf16", rounded, compiled=False)
             yield self.peer("peft lora bf16 flat liger", rounded, compiled=False, flat=True)
-        yield self.peer("full Trainer eager", lambda model: model, compiled=False)
-        yield self.peer("peft lora compiled", self.peft, compiled=True)
-        yield self.peer("full Trainer compiled", lambda model: model, compiled=True)
+            yield self.trl("trl lora bf16 flat liger", rounded)
 
 
 def measure(bench: Bench, variant: Variant, steps: int, result: Result) -> None:
