@@ -72,9 +72,11 @@ def main(argv: Sequence[str]) -> int:
 
 def _list_groups(conf: Path) -> dict[str, Options]:
     """Return the groups of a folder that are not empty, with the files of their options by name, as paper/table5."""
-    folders = sorted(path for path in conf.iterdir() if path.is_dir())
+    folders = sorted(
+        path for path in (*conf.iterdir(), *conf.glob("hydra/*")) if path.is_dir() and path.name != "hydra"
+    )
     found = {
-        folder.name: {
+        folder.relative_to(conf).as_posix(): {
             file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.rglob("*.yaml"))
         }
         for folder in folders

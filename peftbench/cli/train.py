@@ -21,12 +21,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from peftbench.config.compose import AND, CONFIG_NAME, TypedRun, compose_points
+from peftbench.config.launchers import SWEEPER, Local, read_launcher
 from peftbench.config.schema import Run, find_conf_dir, resolve_config
 from peftbench.config.search import check_searches, has_open_search, split_phases
 from peftbench.records.choice import settle_search
+from peftbench.sweeps.executors import require_packages
+from peftbench.sweeps.hydra_launcher import train_for_hydra
 from peftbench.sweeps.plan import Sweep
 from peftbench.sweeps.resolve import resolve_points
-from peftbench.sweeps.sweeper import INTERRUPTED, Sweeper, find_places, train_for_hydra
+from peftbench.sweeps.sweeper import INTERRUPTED, Sweeper, find_places
 from peftbench.tables.terminal import show_ended
 from peftbench.utils.console import make_console, say
 from peftbench.utils.environment import run_alone
@@ -46,15 +49,18 @@ def main(argv: list[str]) -> int:
         run_job()
         return 0
     run_alone()
-    points = compose_points(args.overrides, multirun=args.multirun, config_dir=args.config_dir)
+    words, launcher = read_launcher(args.overrides, args.config_dir)
+    points = compose_points(words, multirun=args.multirun, config_dir=args.config_dir)
     check_searches(points)
-    _check_plugins(args.overrides, points)
+    _check_plugins(args.overrides, points, launcher)
+    if launcher is not None and not isinstance(launcher, Local):
+        require_packages(launcher)
     points = resolve_points(points)
-    plugins = any(word.lstrip("+~").startswith(("hydra.", "hydra/")) for word in args.overrides)
-    if args.multirun or any(has_open_search(run) for _, run in points):
+    plugins = any(word.lstrip("+~").startswith(("hydra.", "hydra/")) for word in words)
+    if args.multirun or launcher is not None or any(has_open_search(run) for _, run in points):
         if AND in args.overrides:
             _print_what_differs(points)
-        return _train_by_hydra(points, argv) if plugins else _train_sweep(points, argv)
+        return _train_by_hydra(points, argv) if plugins else _train_sweep(points, argv, launcher)
     if plugins:
         run_job()
         return 0
@@ -90,12 +96,16 @@ def _print_what_differs(points: Sequence[TypedRun]) -> None:
         say(f'This sweep goes over {listed}. What follows "{AND}" belongs to that grid; what all share comes first.')
 
 
-def _train_sweep(points: Sequence[TypedRun], argv: list[str]) -> int:
-    """Train the runs of a sweep: the trials of its searches, then the others."""
+def _train_sweep(points: Sequence[TypedRun], argv: list[str], launcher: Any) -> int:
+    """Train the runs of a sweep: the trials of its searches, then the others.
+
+    Args:
+        launcher: where, see `read_launcher`.
+    """
     trials, final = split_phases(points)
     places_of_trials, places = (find_places([run for _, run in phase]) for phase in (trials, final))
     sweep = Sweep(final, argv, trials)
-    sweeper = Sweeper(sweep)
+    sweeper = Sweeper(sweep, None if isinstance(launcher, Local) else launcher)
     try:
         with sweeper.shown():
             if trials:
@@ -145,18 +155,19 @@ def _parse_arguments(argv: list[str]) -> Namespace:
     return args
 
 
-def _check_plugins(overrides: Sequence[str], points: Sequence[TypedRun]) -> None:
-    """Raise UserError where a sweeper or launcher of Hydra's and peftbench would both decide what is trained where."""
+def _check_plugins(overrides: Sequence[str], points: Sequence[TypedRun], launcher: Any) -> None:
+    """Raise UserError where a launcher or sweeper and peftbench would both decide what is trained where."""
     jobs, searching = points[0][1].jobs, any(has_open_search(run) for _, run in points)
-    for own in ("hydra/sweeper", "hydra/launcher"):
-        if not any(word.startswith(f"{own}=") for word in overrides):
-            continue
-        if jobs != "1":
-            raise UserError(f"{own}= and jobs={jobs} both decide where a run goes; leave one of the two out.")
-        if searching:
-            raise UserError(f"{own}= and search= both decide when what is trained; leave one of the two out.")
-        if AND in overrides:
-            raise UserError(f"{own}= takes one grid and not several; leave it out, or what follows {AND}.")
+    if launcher is not None and not isinstance(launcher, Local) and jobs != "1":
+        raise UserError(f"hydra/launcher= and jobs={jobs} both decide where a run goes; leave one of the two out.")
+    if not any(word.startswith(SWEEPER) for word in overrides):
+        return
+    if jobs != "1":
+        raise UserError(f"{SWEEPER} and jobs={jobs} both decide where a run goes; leave one of the two out.")
+    if searching:
+        raise UserError(f"{SWEEPER} and search= both decide when what is trained; leave one of the two out.")
+    if AND in overrides:
+        raise UserError(f"{SWEEPER} takes one grid and not several; leave it out, or what follows {AND}.")
 
 
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"  # which knows all runs beforehand

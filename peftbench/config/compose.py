@@ -85,12 +85,11 @@ def compose_points(
     """
     if config_dir is not None:
         check_config_dir(Path(config_dir))
-    if unchecked := [word for word in overrides if _get_key(word) == "hydra.searchpath"]:
-        raise UserError(f"{unchecked[0]}: give a folder of your own groups as --config-dir FOLDER.")
+    refuse_searchpath(overrides)
     grids = _split_grids(overrides)
     if len(grids) > 1 and not multirun:
         raise UserError(f"{AND} joins grids into a sweep; add -m to run it.")
-    with _open_hydra(config_dir):
+    with open_hydra(config_dir):
         loader = GlobalHydra.instance().config_loader()
         known = _Known(cache(partial(_list_options, loader)), cache(_compose_groups))
         found: list[str] = []
@@ -103,6 +102,12 @@ def compose_points(
         if found:
             raise UserError(*found)
         return runs
+
+
+def refuse_searchpath(overrides: Sequence[str]) -> None:
+    """Raise UserError if a command line names a folder of configs that `check_config_dir` does not see."""
+    if unchecked := [word for word in overrides if _get_key(word) == "hydra.searchpath"]:
+        raise UserError(f"{unchecked[0]}: give a folder of your own groups as --config-dir FOLDER.")
 
 
 def check_config_dir(folder: Path) -> None:
@@ -183,7 +188,7 @@ def _parse_overrides(overrides: list[str], loader: ConfigLoader) -> list[Overrid
 
 
 @contextmanager
-def _open_hydra(config_dir: str | None) -> Iterator[None]:
+def open_hydra(config_dir: str | None) -> Iterator[None]:
     """Provide Hydra's compose API over conf/ and the user's --config-dir, and clear it afterwards for hydra.main.
 
     `initialize_config_dir`, the public way, takes only one folder.

@@ -76,7 +76,7 @@ def _describe_unknown_key(cfg: DictConfig, key: str, value: object) -> str:
 def _suggest_group(cfg: DictConfig, key: str) -> str | None:
     """Return the end of that sentence if the key is one of trainer, task or model, typed without this prefix."""
     for group in ("trainer", "task", "model"):
-        if key.partition(".")[0] in list(cfg[group]):  # includes keys without a value
+        if key.partition(".")[0] in list(cfg.get(group, {})):  # includes keys without a value
             return f"; did you mean {group}.{key}?"
     return None
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from peftbench.config.compose import TypedRun
+from peftbench.config.launchers import HydraLauncher
 from peftbench.config.schema import Run, index_by_key
 from peftbench.records.record import find_finished, find_record
 from peftbench.sweeps import mps
+from peftbench.sweeps.executors import start_executor
+from peftbench.sweeps.jobs import Ended, Job, train_attempt
 from peftbench.sweeps.live import LiveSweep
 from peftbench.sweeps.plan import FOLDER, Member, Sweep
-from peftbench.sweeps.workers import Ended, Job, Workers, train_attempt
+from peftbench.sweeps.workers import Workers
 from peftbench.tables.columns import format_duration
 from peftbench.utils.console import make_console, say
 from peftbench.utils.differences import find_distinctive
@@ -29,18 +34,22 @@ class Sweeper:
 
     Args:
         sweep: on a terminal it is shown as a table that grows; elsewhere each run prints its own lines.
+        launcher: where runs are trained, see `config.launchers`; None: on this machine.
     """
 
-    def __init__(self, sweep: Sweep) -> None:
-        self.sweep = sweep
+    def __init__(self, sweep: Sweep, launcher: Any = None) -> None:
+        self.sweep, self.launcher = sweep, launcher
         self.display: Display | None = None  # of the run that is trained, while the sweep is shown as a table
-        self.put_off: list[TypedRun] = []  # runs that another process is at
+        self.put_off: list[Job] = []  # runs that another process is at
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Show the sweep as a table during the block, if it is on a terminal."""
+        """Show the sweep as a table during the block, if it is on a terminal.
+
+        Runs of a launcher of Hydra's may print to the same terminal, so there is no table then.
+        """
         console = make_console()
-        if not is_live(console):
+        if not is_live(console) or isinstance(self.launcher, HydraLauncher):
             yield
             return
         self.display = Display(console, within_another=True)
@@ -57,82 +66,88 @@ class Sweeper:
 
         Args:
             members: where the runs lie.
-            places: of the runs that are trained at once, see `find_places`.
+            places: of the runs that are trained at once on this machine, see `find_places`.
             before: the number of runs of the sweep before these.
         """
-        if len(places) > 1:
-            self._train_side_by_side(_build_jobs(points, [member.folder for member in members]), places)
+        jobs = _build_jobs(points, [member.folder for member in members], before)
+        if self.launcher is not None:
+            self._train_elsewhere(jobs)
+        elif len(places) > 1:
+            self._train_side_by_side(jobs, places)
         else:
-            for number, (overrides, run) in enumerate(points, start=before + 1):
+            for job in jobs:
                 if self.display is None:
-                    say(f"\nrun {number}: {' '.join(overrides)}")
-                self._train_one(run, overrides)
+                    say(f"\nrun {job.number}: {' '.join(job.overrides)}")
+                self._train_one(job)
         while self.put_off:
-            overrides, run = self.put_off.pop(0)
-            say(f"\nwaiting for the other process: {' '.join(overrides)}")
-            self._train_one(run, overrides, wait=True)
+            waiting, self.put_off = [replace(job, wait=True) for job in self.put_off], []
+            if self.launcher is not None:
+                self._train_elsewhere(waiting)
+                continue
+            for job in waiting:
+                say(f"\nwaiting for the other process: {' '.join(job.overrides)}")
+                self._train_one(job)
 
-    def _train_one(self, run: Run, overrides: list[str], wait: bool = False) -> None:
+    def _train_one(self, job: Job) -> None:
         try:
-            self._take(train_attempt(run, overrides, wait=wait, display=self.display), run, overrides)
+            self._take(train_attempt(job.run, job.overrides, wait=job.wait, display=self.display), job)
         except KeyboardInterrupt:
             raise SystemExit(INTERRUPTED) from None
 
-    def _take(self, ended: Ended, run: Run, overrides: list[str]) -> None:
+    def _take(self, ended: Ended, job: Job) -> None:
         """Print why a run failed, and put off one that another process is at."""
         if ended.busy:
-            self.put_off.append((overrides, run))
+            self.put_off.append(job)
         if ended.faults and self.display is not None:  # elsewhere this line is printed before the run starts
-            print_faults([" ".join(overrides)])
+            print_faults([" ".join(job.overrides)])
         print_faults(ended.faults)
 
     def _train_side_by_side(self, jobs: Sequence[Job], places: Sequence[dict[str, str]]) -> None:
-        """Train runs in workers, and print a line for each that ends. Those that are done need no worker.
+        """Train runs in workers on this machine.
 
         Args:
             places: of the workers, see `find_places`.
         """
-        # What a search has chosen is noted in the record of a run that is done.
-        waiting = [
-            job for job in jobs if job.run.rerun or job.run.search is not None or find_finished(job.folder) is None
-        ]
+        waiting = _list_waiting(jobs)
         if not waiting:
             return
-        places = places[: len(waiting)]
-        name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{os.getpid()}"  # two processes may start on a sweep in one second
-        logs = Path(waiting[0].run.output_dir).expanduser() / FOLDER / name
+        places, logs = places[: len(waiting)], _name_logs(waiting[0].run)
         with (
             mps.share_gpus(_get_mps([job.run for job in waiting]), places, logs) as shared,
             Workers(shared, logs) as workers,
         ):
             through = " through MPS" if any(mps.PIPES in place for place in shared) else ""
             say(f"{len(waiting)} runs, {len(places)} at once{through}; what they print is in {logs}")
-            for count, (job, ended) in enumerate(workers.run(waiting), start=1):
-                if self.display is None:
-                    say(f"{count} of {len(waiting)}: {job.settings}: {_describe_result(job)}")
-                self._take(ended, job.run, job.overrides)
+            self._take_each(workers.run(waiting), len(waiting))
+
+    def _train_elsewhere(self, jobs: Sequence[Job]) -> None:
+        """Train runs through the launcher."""
+        waiting = _list_waiting(jobs)
+        if not waiting:
+            return
+        with start_executor(self.launcher, _name_logs(waiting[0].run)) as executor:
+            self._take_each(executor.run(waiting), len(waiting))
+
+    def _take_each(self, ending: Iterator[tuple[Job, Ended]], number: int) -> None:
+        """Print a line for each run that ends."""
+        for count, (job, ended) in enumerate(ending, start=1):
+            if self.display is None:
+                say(f"{count} of {number}: {job.settings}: {_describe_result(job)}")
+            self._take(ended, job)
 
 
-def train_for_hydra(number: int, run: Run, overrides: list[str], selecting: bool) -> float:
-    """Train one run that a sweeper or launcher of Hydra's has started; a run that fails is recorded and ends nothing.
+def _list_waiting(jobs: Sequence[Job]) -> list[Job]:
+    """Return the jobs that are not done: these need no worker.
 
-    A run that another process is at is waited for, since nobody comes back to it.
-
-    Args:
-        selecting: the sweeper decides on its next runs by this one.
-
-    Returns:
-        What such a sweeper may maximise (`records.choice.compute_objective`).
+    What a search has chosen is noted in the record of a run that is done.
     """
-    say(f"\nrun {number}: {' '.join(overrides)}")
-    try:
-        ended = train_attempt(run, overrides, wait=True, selecting=selecting)
-    except KeyboardInterrupt:
-        raise SystemExit(INTERRUPTED) from None
-    print_faults(ended.faults)
-    if ended.given:
-        say(ended.given)
-    return ended.objective
+    return [job for job in jobs if job.run.rerun or job.run.search is not None or find_finished(job.folder) is None]
+
+
+def _name_logs(run: Run) -> Path:
+    """Return the folder for what the processes of a sweep print."""
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{os.getpid()}"  # two processes may start on a sweep in one second
+    return Path(run.output_dir).expanduser() / FOLDER / name
 
 
 def find_places(runs: Sequence[Run]) -> list[dict[str, str]]:
@@ -159,12 +174,13 @@ def _get_mps(runs: Sequence[Run]) -> bool | str:
     return mode
 
 
-def _build_jobs(points: Sequence[TypedRun], folders: Sequence[Path]) -> list[Job]:
+def _build_jobs(points: Sequence[TypedRun], folders: Sequence[Path], before: int) -> list[Job]:
     """What a worker must know of each run.
 
     Args:
         points: the runs, with the overrides that make them.
         folders: of the runs, with budgets solved: a folder's name depends on the bottlenecks.
+        before: the number of runs of the sweep before these.
     """
     typed = [[word for word in overrides if not word.startswith(("hydra.", "hydra/"))] for overrides, _ in points]
     given = [index_by_key(words) for words in typed]
@@ -172,7 +188,9 @@ def _build_jobs(points: Sequence[TypedRun], folders: Sequence[Path]) -> list[Job
     settings = [" ".join(f"{key}={value}" for key, value in values.items() if key in keys) for values in given]
     return [
         Job(number, words, told, run, folder)
-        for number, (words, told, (_, run), folder) in enumerate(zip(typed, settings, points, folders, strict=True), 1)
+        for number, (words, told, (_, run), folder) in enumerate(
+            zip(typed, settings, points, folders, strict=True), before + 1
+        )
     ]
 
 

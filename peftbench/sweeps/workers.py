@@ -8,16 +8,14 @@ parent dies, all workers end.
 from __future__ import annotations
 
 import gc
-import math
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -25,75 +23,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from peftbench.config.schema import Run
-from peftbench.records.choice import compute_objective, describe_given, settle_search
-from peftbench.records.lock import Busy
+from peftbench.sweeps.jobs import Ended, Job, train_attempt
 from peftbench.sweeps.mps import UnusableError, await_gpu
-from peftbench.tables.terminal import show_ended
-from peftbench.utils.console import make_console, say
-from peftbench.utils.errors import UserError
+from peftbench.utils.console import say
 from peftbench.utils.files import open_unlinked
-from peftbench.utils.progress import Display
 from peftbench.utils.quick_imports import speed_up_imports
 
 PATIENCE = 60.0  # seconds that a worker has, when it is interrupted, to note it in its run's record
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of a sweep."""
-
-    number: int  # from 1 on
-    overrides: list[str]  # what was typed
-    settings: str  # those of them in which the sweep's runs differ
-    run: Run
-    folder: Path  # the run's
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a run of a sweep ended. Its record has everything else."""
-
-    objective: float = -math.inf  # for a sweeper, see records/choice.py
-    given: str = ""  # the sentence that says so to the user
-    faults: tuple[str, ...] = ()  # sentences for the user; none where the run is done
-    busy: bool = False  # another process is at it
-    last: bool = False  # the worker has lost its GPU and can train no other
-
-
-def train_attempt(
-    run: Run,
-    overrides: Sequence[str],
-    *,
-    wait: bool = False,
-    display: Display | None = None,
-    selecting: bool = False,
-) -> Ended:
-    """Train one run of a sweep. Why it failed is returned, not raised, so that the next one can start.
-
-    Args:
-        run: with its sizes resolved; its search is settled here, when its trials are done.
-        wait: if another process is at this run, wait until it has ended.
-        display: where the run is shown; None: it prints lines of its own.
-        selecting: as for `train`.
-    """
-    with speed_up_imports():
-        from peftbench.train import train
-
-    display = display or Display(make_console())
-    try:
-        final, search = settle_search(run)
-        record = train(
-            final, overrides, search=search, display=display, keep_failed=True, wait=wait, selecting=selecting
-        )
-        show_ended(record, display.console)
-        return Ended(compute_objective(record.selection), describe_given(record) if selecting else "")
-    except Busy as error:
-        return Ended(faults=tuple(error.faults), busy=True)
-    except UserError as error:
-        return Ended(faults=tuple(error.faults))
-    except Exception as error:
-        return Ended(faults=(f"this run failed with {type(error).__name__}: {error}",))
 
 
 class Workers:
@@ -114,14 +50,16 @@ class Workers:
             worker.start()
         return self
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Ended]]:
-        """Train the jobs; yield each with how it ended, in the order in which they end."""
-        waiting = deque(jobs)
+    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Ended]]:
+        """Train the jobs; yield each with how it ended, in the order in which they end.
+
+        A job is taken from `jobs` when a worker is free, and when what ended before has been yielded.
+        """
+        waiting = iter(jobs)
         busy: dict[Connection, tuple[_Worker, Job]] = {}
 
         def give(worker: _Worker) -> None:
-            if waiting:
-                job = waiting.popleft()
+            if (job := next(waiting, None)) is not None:
                 worker.give(job)
                 busy[worker.pipe] = (worker, job)
 
@@ -131,9 +69,8 @@ class Workers:
             for pipe in connection.wait(list(busy)):
                 assert isinstance(pipe, Connection)
                 worker, job = busy.pop(pipe)
-                ended = worker.take()
+                yield job, worker.take()
                 give(worker)
-                yield job, ended
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -1,0 +1,115 @@
+"""Where the runs of a sweep are trained: `hydra/launcher=NAME`, and its settings `hydra.launcher.KEY=`.
+
+A preset is a file of conf/hydra/launcher, or of the user's own folder. Those with a `kind` are peftbench's: the kind
+names the dataclass of their settings. Those without are plugins of Hydra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from peftbench.config.compose import CONFIG_NAME, check_config_dir, open_hydra, refuse_searchpath
+from peftbench.config.overrides import set_key
+from peftbench.utils.errors import UserError, describe_unknown
+
+GROUP = "hydra/launcher"
+KEYS = "hydra.launcher"
+SWEEPER = "hydra/sweeper="
+
+
+@dataclass
+class Local:
+    """Runs on this machine: one after another, or `jobs` at once."""
+
+    kind: str = "local"
+
+
+@dataclass
+class HydraLauncher:
+    """A launcher of one of Hydra's plugins."""
+
+    name: str  # as typed
+    words: list[str] = field(default_factory=list)  # the overrides that configure it
+    config_dir: str | None = None
+
+
+KINDS: dict[str, type] = {"local": Local}
+
+
+def read_launcher(words: Sequence[str], config_dir: str | None = None) -> tuple[list[str], Any]:
+    """Take the words that say where runs are trained out of a command line.
+
+    With `hydra/sweeper=`, Hydra itself reads all words.
+
+    Args:
+        config_dir: a folder with the user's own groups.
+
+    Returns:
+        The other words; and a dataclass of `KINDS`, a `HydraLauncher`, or None if no launcher was asked for.
+
+    Raises:
+        UserError: the launcher, or a setting of it, is unknown.
+    """
+    own = [word for word in words if word.lstrip("+~").startswith((f"{GROUP}=", f"{KEYS}."))]
+    if not own or any(word.startswith(SWEEPER) for word in words):
+        return list(words), None
+    if config_dir is not None:
+        check_config_dir(Path(config_dir))
+    refuse_searchpath(words)
+    rest = [word for word in words if word not in own]
+    names = list(dict.fromkeys(word.partition("=")[2] for word in own if word.startswith(f"{GROUP}=")))
+    settings = [word for word in own if not word.startswith(f"{GROUP}=")]
+    if not names:
+        raise UserError(f"{settings[0]} is a setting of a launcher; name it, as in {GROUP}=slurm.")
+    if len(names) > 1 or "," in names[0]:
+        raise UserError(f"{GROUP}={','.join(names)}: a sweep has one launcher; give one.")
+    (name,) = names
+    with open_hydra(config_dir):
+        loader = GlobalHydra.instance().config_loader()
+        options = loader.get_group_options(GROUP)
+        if name not in options:
+            raise UserError(describe_unknown(GROUP, name, options))
+        preset = loader.load_configuration(CONFIG_NAME, [f"{GROUP}={name}"], RunMode.MULTIRUN).hydra.launcher
+        if "kind" not in preset:
+            plugin = [word for word in rest if word.lstrip("+~").startswith(("hydra.", "hydra/"))]
+            rest = [word for word in rest if word not in plugin]
+            return rest, HydraLauncher(name, [*own, *plugin], config_dir)
+        return rest, _read_settings(name, preset, settings)
+
+
+def _read_settings(name: str, preset: DictConfig, words: Sequence[str]) -> Any:
+    """Return the settings of a preset with those of `words` in their place."""
+    values = OmegaConf.to_container(preset, resolve=True)
+    assert isinstance(values, dict)
+    kind = str(values.pop("kind"))
+    if kind not in KINDS:
+        raise UserError(f"{GROUP}/{name}.yaml: {describe_unknown('kind', kind, KINDS)}")
+    config = OmegaConf.create({"hydra": {"launcher": OmegaConf.structured(KINDS[kind])}})
+    OmegaConf.set_struct(config, True)
+    found = [
+        f"{GROUP}/{name}.yaml: {fault}"
+        for key, value in values.items()
+        if (fault := set_key(config, f"{KEYS}.{key!s}", value))
+    ]
+    for word in words:
+        try:
+            (override,) = OverridesParser.create().parse_overrides([word])
+        except HydraException:
+            found.append(f"{word} cannot be read; put a value with spaces or commas in both kinds of quotes.")
+            continue
+        if override.is_sweep_override():
+            found.append(f"{word} names several values; a sweep has one launcher with one value of each setting.")
+        elif fault := set_key(config, override.key_or_group, override.value(), force_add=override.is_add()):
+            found.append(fault)
+    if found:
+        raise UserError(*found)
+    return OmegaConf.to_object(config.hydra.launcher)

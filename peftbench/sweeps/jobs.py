@@ -1,0 +1,84 @@
+"""A run of a sweep as it is handed to the process that trains it, and how it ended."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from peftbench.config.schema import Run
+from peftbench.records.choice import compute_objective, describe_given, settle_search
+from peftbench.records.lock import Busy
+from peftbench.tables.terminal import show_ended
+from peftbench.utils.console import make_console
+from peftbench.utils.errors import UserError
+from peftbench.utils.progress import Display
+from peftbench.utils.quick_imports import speed_up_imports
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep."""
+
+    number: int  # from 1 on
+    overrides: list[str]  # what was typed
+    settings: str  # those of them in which the sweep's runs differ
+    run: Run
+    folder: Path  # the run's
+    wait: bool = False  # for another process that is at it
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run of a sweep ended. Its record has everything else."""
+
+    objective: float = -math.inf  # for a sweeper, see records/choice.py
+    given: str = ""  # the sentence that says so to the user
+    faults: tuple[str, ...] = ()  # sentences for the user; none where the run is done
+    busy: bool = False  # another process is at it
+    last: bool = False  # the worker has lost its GPU and can train no other
+
+
+class Executor(Protocol):
+    """Trains the runs of a sweep somewhere: in worker processes, through a launcher of Hydra, on a cluster."""
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Ended]]:
+        """Train the jobs; yield each with how it ended, in the order in which they end."""
+        ...
+
+
+def train_attempt(
+    run: Run,
+    overrides: Sequence[str],
+    *,
+    wait: bool = False,
+    display: Display | None = None,
+    selecting: bool = False,
+) -> Ended:
+    """Train one run of a sweep. Why it failed is returned, not raised, so that the next one can start.
+
+    Args:
+        run: with its sizes resolved; its search is settled here, when its trials are done.
+        wait: if another process is at this run, wait until it has ended.
+        display: where the run is shown; None: it prints lines of its own.
+        selecting: as for `train`.
+    """
+    with speed_up_imports():
+        from peftbench.train import train
+
+    display = display or Display(make_console())
+    try:
+        final, search = settle_search(run)
+        record = train(
+            final, overrides, search=search, display=display, keep_failed=True, wait=wait, selecting=selecting
+        )
+        show_ended(record, display.console)
+        return Ended(compute_objective(record.selection), describe_given(record) if selecting else "")
+    except Busy as error:
+        return Ended(faults=tuple(error.faults), busy=True)
+    except UserError as error:
+        return Ended(faults=tuple(error.faults))
+    except Exception as error:
+        return Ended(faults=(f"this run failed with {type(error).__name__}: {error}",))

@@ -1,0 +1,52 @@
+"""Where the runs of a sweep are trained, as typed: `hydra/launcher=NAME hydra.launcher.KEY=VALUE`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from peftbench.config.launchers import HydraLauncher, Local, read_launcher
+from peftbench.utils.errors import UserError
+
+
+def test_words_of_a_launcher_are_taken_out_and_the_others_stay() -> None:
+    assert read_launcher(["method=lora", "seed=1,2"]) == (["method=lora", "seed=1,2"], None)
+    assert read_launcher(["method=lora", "hydra/launcher=local", "and", "seed=2"]) == (
+        ["method=lora", "and", "seed=2"],
+        Local(),
+    )
+    words = ["seed=1", "hydra/launcher=basic", "hydra.sweep.subdir=x"]
+    assert read_launcher(words) == (["seed=1"], HydraLauncher("basic", words[1:]))
+
+
+def test_a_sweeper_of_hydra_reads_its_launcher_itself() -> None:
+    words = ["hydra/sweeper=basic", "hydra/launcher=basic", "seed=1,2"]
+    assert read_launcher(words) == (words, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["hydra/launcher=lokal"], "hydra/launcher=lokal is unknown; did you mean local? Choices: basic, "),
+        (["hydra.launcher.at_once=2"], "hydra.launcher.at_once=2 is a setting of a launcher; name it"),
+        (["hydra/launcher=local,basic"], "hydra/launcher=local,basic: a sweep has one launcher; give one."),
+        (["hydra/launcher=basic", "hydra.searchpath=[file:///tmp]"], "hydra.searchpath=[file:///tmp]: give a folder"),
+        (["hydra/launcher=local", "hydra.launcher.gpus=1"], "hydra.launcher.gpus is not a key of the config"),
+    ],
+)
+def test_what_is_refused(words: list[str], sentence: str) -> None:
+    with pytest.raises(UserError) as raised:
+        read_launcher(words)
+    (fault,) = raised.value.faults
+    assert fault.startswith(sentence), fault
+
+
+def test_a_preset_of_ones_own_has_the_settings_of_its_kind(tmp_path: Path) -> None:
+    folder = tmp_path / "hydra" / "launcher"
+    folder.mkdir(parents=True)
+    (folder / "here.yaml").write_text("defaults: [local]\n")
+    (folder / "wrong.yaml").write_text("kind: locl\n")
+    assert read_launcher(["hydra/launcher=here"], str(tmp_path)) == ([], Local())
+    with pytest.raises(UserError, match=r"hydra/launcher/wrong.yaml: kind=locl is unknown; did you mean local?"):
+        read_launcher(["hydra/launcher=wrong"], str(tmp_path))
