@@ -1,9 +1,10 @@
-"""A Hugging Face hub on this machine: as much of its HTTP interface as loading a model and a data set asks for."""
+"""A Hugging Face hub on this machine: as much of its HTTP interface as loading and uploading ask for."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,8 +28,37 @@ def hub(root: Path) -> Iterator[str]:
             self.answer()
 
         def do_POST(self) -> None:
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.answer(asked)
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            path = urlsplit(self.path).path
+            if "Authorization" not in self.headers and path != "/api/validate-yaml" and "paths-info" not in path:
+                self.send(401, b'{"error": "Unauthorized"}')
+            elif path.endswith("/commit/main"):
+                self.commit(body)
+            else:
+                self.post(path, json.loads(body))
+
+        def post(self, path: str, asked: dict[str, Any]) -> None:
+            if path == "/api/repos/create":
+                name = f"{asked['organization']}/{asked['name']}"
+                (root / "models" / name).mkdir(parents=True, exist_ok=True)
+                self.send(200, json.dumps({"url": f"http://{self.headers['Host']}/{name}"}).encode())
+            elif path == "/api/validate-yaml":
+                self.send(200, b'{"errors": [], "warnings": []}')
+            elif path.endswith("/preupload/main"):
+                modes = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked["files"]]
+                self.send(200, json.dumps({"files": modes}).encode())
+            else:
+                self.answer(asked)
+
+        def commit(self, body: bytes) -> None:
+            kind, owner, name, *_ = _parts(self.path)
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    (root / kind / owner / name / line["value"]["path"]).write_bytes(
+                        b64decode(line["value"]["content"])
+                    )
+            url = f"http://{self.headers['Host']}/{owner}/{name}/commit/{REVISION}"
+            self.send(200, json.dumps({"success": True, "commitUrl": url, "commitOid": REVISION}).encode())
 
         def answer(self, asked: dict[str, Any] | None = None) -> None:
             kind, owner, name, *rest = _parts(self.path)

@@ -39,6 +39,7 @@ peftbench: which parameter-efficient fine-tuning method, where in the network, h
                                            score a finished run's adapter again, on any split
   peftbench rescore RUN [METRIC]           any metric of a finished run, from its predictions
   peftbench merge RUN --out FOLDER         merge a finished run's LoRA into the backbone: a plain checkpoint
+  peftbench export RUN --out FOLDER        a finished run's LoRA, IA3 or prompt as an adapter for the peft library
   peftbench explain [KEY=VALUE ...] [--json]
                                            a method in the paper's terms, and where it is in the network
   peftbench ls [axes|keys|GROUP]           the choices of a group; the four axes and which combinations run; the
@@ -73,8 +74,9 @@ COMMANDS = {
     "evaluate": "cli.evaluate",
     "rescore": "cli.rescore",
     "merge": "cli.merge",
+    "export": "cli.export",
 }
-COMPUTING = ("evaluate", "merge")  # compute with a model, and import torch at once
+COMPUTING = ("evaluate", "merge", "export")  # compute with a model, and import torch at once
 
 
 def main(argv: Sequence[str] | None = None) -> int:

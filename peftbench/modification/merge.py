@@ -44,7 +44,7 @@ def find_obstacles(model: nn.Module) -> dict[str, str]:
                 found.setdefault(name, "it changes single heads between the attention's weights")
             elif isinstance(child, Prefix | Prompt):
                 found.setdefault(name, "it adds vectors for the attention to look at, which no weight can hold")
-        for edit in _list_edits_before(module) + _list_edits_after(module):
+        for edit in list_edits_before(module) + list_edits_after(module):
             if reason := _find_obstacle(edit, module):
                 found.setdefault(_find_name(module, edit), reason)
     return found
@@ -65,7 +65,7 @@ def merge(model: nn.Module) -> float:
         lost += float((rounded.double() - weight).square().sum())
         changed += float((weight - parameter.double()).square().sum())
         _put_weights(module, rounded, bias)
-        for edit in _list_edits_before(module) + _list_edits_after(module):
+        for edit in list_edits_before(module) + list_edits_after(module):
             _unhook(model, edit)
     return (lost / changed) ** 0.5 if changed else 0.0
 
@@ -85,7 +85,7 @@ def merge_temporarily(model: nn.Module) -> Iterator[None]:
                 weight, bias = _get_weight(module), _get_bias(module)
                 replaced.append((module, weight.data, None if bias is None else bias.data))
                 _put_weights(module, *compute_merged_weights(module))
-                for edit in _list_edits_before(module) + _list_edits_after(module):
+                for edit in list_edits_before(module) + list_edits_after(module):
                     unhook(edit)
             yield
         finally:
@@ -100,7 +100,7 @@ def compute_merged_weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     transposed = weight if isinstance(module, Conv1D) else weight.T  # (in, out)
     inputs = transposed.shape[0]
     x = F.pad(torch.eye(inputs, dtype=torch.float64, device=weight.device), (0, 0, 1, 0))  # the origin, then each e_i
-    before, after = _list_edits_before(module), _list_edits_after(module)
+    before, after = list_edits_before(module), list_edits_after(module)
     seen = x
     for edit in before:
         seen = _to_double(edit).change(seen, seen)
@@ -143,7 +143,7 @@ def _list_mergeable(model: nn.Module) -> list[nn.Module]:
     for module in model.modules():
         if is_packed(module):
             continue
-        edits = _list_edits_before(module) + _list_edits_after(module)
+        edits = list_edits_before(module) + list_edits_after(module)
         if edits and all(_find_obstacle(edit, module) is None for edit in edits):
             found.append(module)
     return found
@@ -180,12 +180,12 @@ def _adds_constant(edit: Edit) -> bool:
     return not isinstance(edit.composition, Multiply)
 
 
-def _list_edits_before(module: nn.Module) -> list[Edit]:
+def list_edits_before(module: nn.Module) -> list[Edit]:
     """Return the edits of the module's input, in order."""
     return [hook.__self__ for hook in _list_bound_hooks(module) if hook.__func__ is Edit.edit_input]
 
 
-def _list_edits_after(module: nn.Module) -> list[Edit]:
+def list_edits_after(module: nn.Module) -> list[Edit]:
     """Return the edits of the module's output, in order."""
     return [hook.__self__ for hook in _list_bound_hooks(module) if hook.__func__ is Edit.edit_output]
 

@@ -133,7 +133,7 @@ def compute_front(base: PreTrainedModel, embedded: Tensor) -> list[tuple[Tensor,
     Their positions are those that `DecoderPrompt` describes.
     """
     length = embedded.shape[1]
-    positions = torch.arange(length, device=embedded.device) - (length if _has_positions_below_zero(base) else 0)
+    positions = torch.arange(length, device=embedded.device) - (length if has_positions_below_zero(base) else 0)
     argument = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
     cache = DynamicCache()  # without the config, which would drop the keys that leave a sliding window
     given = {argument: cache, "position_ids": positions.unsqueeze(0), "use_cache": True}
@@ -144,7 +144,7 @@ def compute_front(base: PreTrainedModel, embedded: Tensor) -> list[tuple[Tensor,
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def _has_positions_below_zero(base: nn.Module) -> bool:
+def has_positions_below_zero(base: nn.Module) -> bool:
     """Return whether a decoder's rotations are computed for any position. GPT-J's are rows of a table, from 0."""
     rotations = [module for module in base.modules() if "RotaryEmbedding" in type(module).__name__]
     return bool(rotations) and not any(hasattr(module, "embed_positions") for module in rotations)

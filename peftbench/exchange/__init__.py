@@ -1,0 +1,1 @@
+"""Adapters of other libraries: finished runs in their formats, and their files as finished runs."""
