@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from functools import cache
@@ -95,12 +95,18 @@ def hash_run(run: Run, stamp: Callable[[str], str] = stamp_content) -> str:
     if path:
         model |= {"hub_id": None, "revision": None, "content": stamp(path)}
     if files := list_task_files(run.task):
-        task["content"] = {split: stamp(file) for split, file in files.items()}
+        task["content"] = {split: _stamp_files(names, stamp) for split, names in files.items()}
     elif data_dir:
         task["content"] = stamp(data_dir)
     if "content" in task:
         task |= {"hub_id": None, "hub_config": None, "hub_revision": None}
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _stamp_files(files: Sequence[str], stamp: Callable[[str], str]) -> str | list[str]:
+    """Return the hash of a file's content, or those of several files in their order."""
+    found = [stamp(file) for file in files]
+    return found[0] if len(found) == 1 else found
 
 
 def drop_later_defaults(group: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -311,10 +311,16 @@ class Task:
     data_dir: str | None = key(
         None, "A folder with train, validation and test files; overrides task.hub_id. null: none."
     )
-    data_files: dict[str, str] = key({}, "A file for each split, as {SPLIT: FILE}; overrides task.data_dir.")
-    train_file: str | None = key(None, "The file for task.train_split, whatever its name. null: none.")
-    validation_file: str | None = key(None, "The file for task.selection_split, whatever its name. null: none.")
-    test_file: str | None = key(None, "The file for task.report_split, whatever its name. null: none.")
+    data_files: dict[str, Any] = key(
+        {}, "A file, or a list of files, for each split, as {SPLIT: FILE}; overrides task.data_dir."
+    )
+    train_file: Any = key(
+        None,
+        "The file for task.train_split, whatever its name, or a list of files: their rows follow each other, and "
+        "[a.en,a.de] are the columns en and de, line by line. null: none.",
+    )
+    validation_file: Any = key(None, "The file, or files, for task.selection_split. null: none.")
+    test_file: Any = key(None, "The file, or files, for task.report_split. null: none.")
     packages: list[str] | None = key(
         None,
         "For tasks made of docstrings: the Python packages from which they are read; python is the standard library. "
@@ -588,19 +594,25 @@ def find_conf_dir() -> Path:
     return PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 
 
-def list_task_files(task: Task) -> dict[str, str]:
+def list_task_files(task: Task) -> dict[str, list[str]]:
     """Return the user's own files by split."""
     roles = (
         (task.train_split, task.train_file),
         (task.selection_split, task.validation_file),
         (task.report_split, task.test_file),
     )
-    return {**task.data_files, **{split: file for split, file in roles if file is not None}}
+    named = {**task.data_files, **{split: file for split, file in roles if file is not None}}
+    return {split: list_files(value) for split, value in named.items()}
+
+
+def list_files(value: Any) -> list[str]:
+    """Return the value of a key for files as a list: none, one or several."""
+    return [] if value is None else [str(file) for file in (value if isinstance(value, list) else [value])]
 
 
 def is_text_table(file: str) -> bool:
     """Return whether a file is a table of cells with delimiters between them."""
-    return Path(file).suffix.lower() in (".csv", ".tsv")
+    return file.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
 
 
 def list_modifications(run: Run) -> dict[str, Modification]:

@@ -32,6 +32,7 @@ from peftbench.config.schema import (
     Unfreeze,
     get_value,
     is_text_table,
+    list_files,
     list_modifications,
     list_task_files,
 )
@@ -157,12 +158,12 @@ def _find_budget_faults(run: Run) -> Iterator[str]:
 def _find_path_faults(run: Run) -> Iterator[str]:
     """Yield faults of paths that do not exist; their content is checked when it is read."""
     folders = {"model.path": run.model.path, "task.data_dir": run.task.data_dir}
-    files: dict[str, str | None] = {
-        **{f"task.data_files.{split}": file for split, file in run.task.data_files.items()},
-        "task.train_file": run.task.train_file,
-        "task.validation_file": run.task.validation_file,
-        "task.test_file": run.task.test_file,
-        "model.chat_template": run.model.chat_template,
+    files = {
+        **{f"task.data_files.{split}": list_files(files) for split, files in run.task.data_files.items()},
+        "task.train_file": list_files(run.task.train_file),
+        "task.validation_file": list_files(run.task.validation_file),
+        "task.test_file": list_files(run.task.test_file),
+        "model.chat_template": list_files(run.model.chat_template),
     }
     if run.model.hub_id is not None and run.model.path is not None and Path(run.model.path).parent == EMBEDDED:
         yield (
@@ -172,8 +173,8 @@ def _find_path_faults(run: Run) -> Iterator[str]:
     for key, path in folders.items():
         if path is not None and not Path(path).expanduser().is_dir():
             yield f"{key}={path} is not a folder{_describe_base(path)}; give the path of an existing one."
-    for key, path in files.items():
-        if path is not None and not Path(path).expanduser().is_file():
+    for key, path in ((key, path) for key, paths in files.items() for path in paths):
+        if not Path(path).expanduser().is_file():
             yield f"{key}={path} is not a file{_describe_base(path)}; give the path of an existing one."
 
 
@@ -200,6 +201,7 @@ def _find_source_faults(task: Task, reads_data: bool) -> Iterator[str]:
 
 def _find_data_faults(task: Task) -> Iterator[str]:
     """Yield faults in the settings for reading the data."""
+    files = [file for files in list_task_files(task).values() for file in files]
     if task.validation_file and task.test_file and task.selection_split == task.report_split:
         yield (
             f"task.test_file={task.test_file}: task={task.name} selects and reports on its {task.report_split} split; "
@@ -208,7 +210,7 @@ def _find_data_faults(task: Task) -> Iterator[str]:
     if task.kind is not TaskKind.text_to_text and len(task.text_columns) not in (1, 2):
         yield f"task.text_columns=[{','.join(task.text_columns)}] must name one column, or two for a pair."
     for key in ("column_names", "delimiter"):
-        if getattr(task, key) and not (task.data_dir or any(map(is_text_table, list_task_files(task).values()))):
+        if getattr(task, key) and not (task.data_dir or any(map(is_text_table, files))):
             yield f"task.{key} is for .csv and .tsv files, and the task has none; leave it out."
     if len(set(task.column_names)) < len(task.column_names):
         yield f"task.column_names=[{','.join(task.column_names)}] names a column twice."

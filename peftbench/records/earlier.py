@@ -72,7 +72,10 @@ def list_sources(run: Run) -> dict[str, str]:
     """Return the paths whose content is part of the run, by the keys with which they were typed."""
     found = {"model.path": run.model.path} if run.model.path else {}
     if files := list_task_files(run.task):
-        return found | {f"task.data_files.{split}": file for split, file in files.items()}
+        for split, (first, *others) in files.items():
+            found |= {f"task.data_files.{split}": first}
+            found |= {f"task.data_files.{split}[{index}]": file for index, file in enumerate(others, 1)}
+        return found
     return found | ({"task.data_dir": run.task.data_dir} if run.task.data_dir else {})
 
 

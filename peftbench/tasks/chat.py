@@ -26,10 +26,10 @@ from peftbench.config.schema import list_task_files
 from peftbench.metrics.statistics import References
 from peftbench.tasks.completion import LEARNED, Completion
 from peftbench.tasks.deal import ROW
-from peftbench.tasks.files import Layout
 from peftbench.tasks.framing import SOURCE
 from peftbench.tasks.load import Loaded
 from peftbench.tasks.rows import Source
+from peftbench.tasks.source import find_files
 from peftbench.tasks.tokens import CONVERSATION_CUT, SOURCE_CUT, TARGET_CUT
 from peftbench.utils.errors import UserError, quote
 
@@ -139,11 +139,11 @@ class Chat(Completion):
         for split, rows in self.loaded_rows.items():
             sources = rows[self.task.source_column][:]
             if source in sources:
-                files = list_task_files(self.task)
-                file = files.get(split, files.get(self.task.train_split))  # from which a split without a file is dealt
+                dealt = split not in list_task_files(self.task) and self.task.data_dir is None
+                files = find_files(self.task, self.task.train_split if dealt else split)
                 index = sources.index(source)
                 number = 1 + (rows[ROW][index] if ROW in rows.column_names else index)
-                return Source(rows, f"the {split} split", file, Layout.of(self.task)).at(number)
+                return Source(rows, f"the {split} split", files).at(number)
         return quote(source)
 
 

@@ -1,12 +1,14 @@
-"""Local files of rows: find the file of a split in a folder and read .tsv, .csv, .jsonl, .json and .parquet."""
+"""Local files of rows: read .tsv, .csv, .jsonl, .json and .parquet, and parallel files of lines; packed by gzip too."""
 
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
+import zlib
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,50 +40,7 @@ class Layout(NamedTuple):
 
 
 PLAIN = Layout()
-
-# The file stems of a split; any other split is looked for under its own name.
-ALIASES = {
-    "validation": ("validation", "dev", "valid", "val"),
-    "validation_matched": ("validation_matched", "dev_matched", "validation", "dev"),
-    "validation_mismatched": ("validation_mismatched", "dev_mismatched"),
-}
-
-
-def find_split(data_dir: str, split: str) -> Path:
-    """Return the file of `split` in the folder `data_dir`. Raises UserError if there is none, or more than one."""
-    folder = Path(data_dir).expanduser()
-    if not folder.is_dir():
-        raise UserError(
-            f"task.data_dir={data_dir} is not a folder; give one with a file for each split, such as {split}.tsv."
-        )
-    stems, found = _list_stems(split), _list_files(folder, split)
-    if len(found) == 1:
-        return found[0]
-    remedy = f"+task.data_files.{split}=FILE names the file."
-    if found:
-        raise UserError(
-            f"task.data_dir={data_dir} has {len(found)} files for the {split} split "
-            f"({', '.join(file.name for file in found)}); {remedy}"
-        )
-    there = sorted(path.name for path in folder.iterdir())
-    listed = ", ".join(there[:12]) + (", ..." if len(there) > 12 else "")
-    raise UserError(
-        f"task.data_dir={data_dir} has no file for the {split} split: looked for {' or '.join(stems)} with the "
-        f"extension {', '.join(READERS)}, and found {listed or 'an empty folder'}; {remedy}"
-    )
-
-
-def has_split(data_dir: str, split: str) -> bool:
-    """Return whether the folder `data_dir` has a file for `split`."""
-    return bool(_list_files(Path(data_dir).expanduser(), split))
-
-
-def _list_stems(split: str) -> tuple[str, ...]:
-    return ALIASES.get(split, (split,))
-
-
-def _list_files(folder: Path, split: str) -> list[Path]:
-    return [file for stem in _list_stems(split) for ending in READERS if (file := folder / f"{stem}{ending}").is_file()]
+GZIP = ".gz"  # after the extension of a packed file
 
 
 def read_file(
@@ -101,9 +60,12 @@ def read_file(
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"{path} is not a file; give the path of an existing one.")
-    reader = READERS.get(file.suffix.lower())
-    if reader is None:
-        raise UserError(f"{path} cannot be read: its extension must be one of {', '.join(READERS)}.")
+    reader = READERS.get(get_ending(path))
+    if reader is None or (reader is _read_parquet and file.suffix == GZIP):
+        raise UserError(
+            f"{path} cannot be read: its extension must be one of {', '.join(READERS)}, and the first four may be "
+            f"packed ({GZIP}){_describe_lines(get_ending(path)[1:], used)}."
+        )
     try:
         read = reader(file, layout, used)
         if not isinstance(read, pa.Table):
@@ -118,16 +80,38 @@ def read_file(
     return rows
 
 
+def read_parallel_lines(columns: Mapping[str, str]) -> Dataset:
+    """Read files of lines, `{column: path}`; line n of each is in row n.
+
+    Raises UserError if a file is missing, empty or not UTF-8, or if they have different numbers of lines.
+    """
+    found = {column: _read_lines(Path(path).expanduser(), path) for column, path in columns.items()}
+    counts = {path: len(found[column]) for column, path in columns.items()}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{path} has {count:,}" for path, count in counts.items())
+        raise UserError(f"Parallel files need the same number of lines: {listed}.")
+    return Dataset(pa.table(found))
+
+
+def get_ending(path: str | Path) -> str:
+    """Return the extension that says how a file is read, in small letters: .csv also for rows.csv.gz."""
+    name = Path(path).name
+    ending = Path(name.removesuffix(GZIP)).suffix
+    return ending.lower() if ending.lower() in READERS else ending
+
+
 def locate_row(path: str | Path, row: int, layout: Layout = PLAIN) -> str:
     """Return where row number `row` (from 1) of a file for `read_file` begins: "FILE:LINE", or "FILE, row ROW"."""
     file = Path(path).expanduser()
-    ending = file.suffix.lower()
+    ending = get_ending(path)
     lines: Iterator[int] = iter(())
     if ending in DIALECTS:
         every = _number_lines(csv.reader(io.StringIO(_read_text(file), newline=""), **layout.dialect(ending)))
         lines = islice(every, 0 if layout.column_names else 1, None)
     elif ending in (".jsonl", ".json") and not (text := _read_text(file)).lstrip().startswith("["):
         lines = (number for number, line in enumerate(text.split("\n"), 1) if line.strip())
+    elif ending not in READERS:
+        return f"{path}:{row}"
     line = next(islice(lines, row - 1, None), None)
     return f"{path}, row {row}" if line is None else f"{path}:{line}"
 
@@ -141,8 +125,31 @@ def _number_lines(reader: Any) -> Iterator[int]:
         line = reader.line_num + 1
 
 
+def _describe_lines(ending: str, used: Collection[str]) -> str:
+    """Return the end of the sentence for a file that may have been meant as one of parallel files of lines."""
+    if not used or not ending:
+        return ""
+    return f"; a file of lines ends in the name of its column, which is here {' or '.join(used)}, not {ending}"
+
+
+def _read_lines(file: Path, path: str) -> list[str]:
+    if not file.is_file():
+        raise UserError(f"{path} is not a file; give the path of an existing one.")
+    lines = _read_text(file).split("\n")
+    if not lines[-1]:  # after the last line break
+        lines.pop()
+    if not lines:
+        raise UserError(f"{path} has no rows.")
+    return [line.removesuffix("\r") for line in lines]
+
+
 def _read_text(file: Path) -> str:
     data = file.read_bytes()
+    if file.suffix == GZIP:
+        try:
+            data = gzip.decompress(data)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{file} is incomplete or not packed by gzip: {error}.") from error
     try:
         return data.decode("utf-8-sig")  # Excel and Windows editors write a byte order mark
     except UnicodeDecodeError as error:
@@ -152,7 +159,7 @@ def _read_text(file: Path) -> str:
 
 def _read_cells(file: Path, layout: Layout, used: Collection[str]) -> Columns:
     csv.field_size_limit(2**31 - 1)  # an article may be longer than csv's own limit of 131,072 characters
-    dialect = layout.dialect(file.suffix.lower())
+    dialect = layout.dialect(get_ending(file))
     reader = csv.reader(io.StringIO(_read_text(file), newline=""), **dialect)
     rows: list[list[str]] = []
     try:

@@ -15,8 +15,17 @@ from peftbench.config.roles import Roles, assign_roles, is_reported, limit_split
 from peftbench.config.schema import Task, TaskKind, list_task_files
 from peftbench.tasks.cache import Recent
 from peftbench.tasks.deal import deal_rows
-from peftbench.tasks.files import has_split
-from peftbench.tasks.rows import check_split, has_codes, list_input_columns, list_used_columns, set_labels, take_head
+from peftbench.tasks.file_set import has_split
+from peftbench.tasks.rows import (
+    check_split,
+    describe_empty_texts,
+    has_codes,
+    list_file_columns,
+    list_input_columns,
+    list_used_columns,
+    set_labels,
+    take_head,
+)
 from peftbench.tasks.source import has_source, read_split
 
 
@@ -109,6 +118,7 @@ def _load_splits(task: Task, training: bool, dealt: Sequence[str], labels: Seque
     sizes = {split: len(rows[split] if split in rows else read(split).rows) for split in limits}
     for split, limit in limits.items():
         rows[split] = take_head(rows[split], limit) if split in rows else check(split, read(split), limit)
+    notes.extend(describe_empty_texts(task, {split: rows[split] for split in limits}))
     return Loaded(task, wanted, {split: rows[split] for split in limits}, sizes, notes)
 
 
@@ -117,7 +127,7 @@ _recent: Recent[Loaded] = Recent()
 
 def _stat_files(task: Task) -> Iterator[tuple[str, int, int]]:
     """Yield the current state of the task's own files: path, size and time of the last change."""
-    files = [Path(file).expanduser() for file in list_task_files(task).values()]
+    files = [Path(file).expanduser() for files in list_task_files(task).values() for file in files]
     if task.data_dir is not None and (folder := Path(task.data_dir).expanduser()).is_dir():
         files.extend(folder.iterdir())
     for file in sorted(files):
@@ -144,13 +154,16 @@ def fingerprint_data(task: Task, rows: Dataset) -> str:
 
 def _note_trained_files(task: Task) -> list[str]:
     """Return the note that the training file is also the file of another split, if so."""
-    files = {split: Path(file).expanduser().resolve() for split, file in list_task_files(task).items()}
-    train = files.pop(task.train_split, None)
-    others = [split for split, file in files.items() if file == train]
+    splits = {
+        split: {Path(file).expanduser().resolve(): file for file in files}
+        for split, files in list_task_files(task).items()
+    }
+    train = splits.pop(task.train_split, {})
+    others = [split for split, files in splits.items() if files.keys() & train.keys()]
     if not others:
         return []
-    file = list_task_files(task)[task.train_split]
-    return [f"{file} is the file of {task.train_split} and of {' and '.join(others)}: training rows are also scored."]
+    (file, *_) = (name for place, name in train.items() if any(place in files for files in splits.values()))
+    return [f"{file} is a file of {task.train_split} and of {' and '.join(others)}: training rows are also scored."]
 
 
 def _drop_absent(task: Task) -> tuple[Task, list[str]]:
@@ -158,7 +171,8 @@ def _drop_absent(task: Task) -> tuple[Task, list[str]]:
     files = list_task_files(task)
     if not files and task.data_dir is None:
         return task, []
-    there = [s for s in task.further_splits if s in files or (task.data_dir and has_split(task.data_dir, s))]
+    used = [column for _, column in list_file_columns(task)]
+    there = [s for s in task.further_splits if s in files or (task.data_dir and has_split(task.data_dir, s, used))]
     absent = [split for split in task.further_splits if split not in there]
     notes = [f"{', '.join(absent)} is not scored: there is no file for it."] if absent else []
     return replace(task, further_splits=there), notes

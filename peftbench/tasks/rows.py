@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset
 
 from peftbench.config.schema import Task, TaskKind, is_text_table
 from peftbench.config.validity import find_label_faults
-from peftbench.tasks.files import PLAIN, Layout, locate_row
+from peftbench.tasks.file_set import FileSet
 from peftbench.utils.errors import UserError, describe_unknown, quote
 
 NUMBER = re.compile(r"[+-]?\d*\.?\d+")  # a label that is a number
@@ -23,17 +23,16 @@ class Source(NamedTuple):
 
     rows: Dataset
     name: str  # the source's name in messages
-    file: str | None = None
-    layout: Layout = PLAIN
+    files: FileSet | None = None
 
     @property
     def has_header(self) -> bool:
-        """Return whether the columns were named by the first row of a file."""
-        return self.file is not None and is_text_table(self.file) and not self.layout.column_names
+        """Return whether the first row of a file named the columns."""
+        return self.files is not None and not self.files.layout.column_names and is_text_table(self.files.paths[0])
 
     def at(self, row: int) -> str:
         """Return where a row (numbered from 1) is, for messages."""
-        return locate_row(self.file, row, self.layout) if self.file else f"{self.name}, row {row}"
+        return self.files.locate(row) if self.files else f"{self.name}, row {row}"
 
 
 def check_split(task: Task, split: str, source: Source, limit: int | None, *, coded: bool = True) -> Dataset:
@@ -128,6 +127,24 @@ def check_cells(task: Task, rows: Dataset, source: Source) -> None:
                     f"{source.at(number)}: column {task.target_column} holds {quote(cell)}, "
                     "not text or a list of texts."
                 )
+
+
+def describe_empty_texts(task: Task, splits: Mapping[str, Dataset]) -> list[str]:
+    """Return a note for each column that has texts without a character other than white space."""
+    notes = []
+    texts = [*list_input_columns(task), *([task.target_column] if task.kind is TaskKind.text_to_text else [])]
+    for column in texts:
+        counts = {split: sum(map(_is_empty, rows[column][:])) for split, rows in splits.items()}
+        if any(counts.values()):
+            told = ", ".join(
+                f"{count:,} of {len(splits[split]):,} in {split}" for split, count in counts.items() if count
+            )
+            notes.append(f"Column {column} has rows with an empty text, which are kept: {told}.")
+    return notes
+
+
+def _is_empty(cell: Any) -> bool:
+    return not all(text.strip() for text in ([cell] if isinstance(cell, str) else cell))
 
 
 def _describe_no_text(task: Task, cell: object) -> str:

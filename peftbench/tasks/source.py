@@ -15,7 +15,8 @@ from peftbench.config.schema import Task, TaskKind, list_task_files
 from peftbench.tasks.conversations import split_conversations
 from peftbench.tasks.deal import number_rows
 from peftbench.tasks.docstrings import SPLITS, make_summary_rows, make_topic_rows
-from peftbench.tasks.files import Layout, find_split, read_file
+from peftbench.tasks.file_set import FileSet, find_split
+from peftbench.tasks.files import Layout
 from peftbench.tasks.rows import Source, check_cells, list_file_columns
 from peftbench.utils.errors import UserError
 
@@ -36,20 +37,23 @@ def has_source(task: Task, split: str) -> bool:
     return split in list_task_files(task) or elsewhere
 
 
+def find_files(task: Task, split: str) -> FileSet | None:
+    """Return the user's files of a split, or None if the task has no files. Raises UserError as `find_split`."""
+    used = tuple(column for _, column in list_file_columns(task))
+    paths = list_task_files(task).get(split)
+    if not paths and task.data_dir is not None:
+        paths = find_split(task.data_dir, split, used)
+    return FileSet(tuple(paths), used, Layout.of(task), used if task.messages_column else ()) if paths else None
+
+
 def _read_raw(task: Task, split: str) -> Source:
     for named in task.data_files:
         if named not in list_splits(task):
             raise UserError(
                 f"task.data_files.{named} is not a split of this task; its splits are {', '.join(list_splits(task))}."
             )
-    used = [column for _, column in list_file_columns(task)]
-    nested = used if task.messages_column is not None else ()
-    layout = Layout.of(task)
-    if file := list_task_files(task).get(split):
-        return Source(read_file(file, used, nested, layout), file, file, layout)
-    if task.data_dir is not None:
-        found = str(find_split(task.data_dir, split))
-        return Source(read_file(found, used, nested, layout), found, found, layout)
+    if (files := find_files(task, split)) is not None:
+        return Source(files.read(), files.name, files)
     if task.packages is not None:
         return Source(
             _read_docstrings(task.kind, task.packages, split), f"The docstrings of {', '.join(task.packages)}"

@@ -132,6 +132,16 @@ def test_files_count_by_content(tmp_path: Path) -> None:
     assert len({hash_run(first), hash_run(second), hash_run(run())}) == 3
 
 
+def test_several_files_of_a_split_count_in_their_order(tmp_path: Path) -> None:
+    first, second = (str(tmp_path / name) for name in ("a.en", "a.de"))
+    for file in (first, second):
+        Path(file).write_text("the same\n")
+    orders: list[object] = [first, [first, second], [second, first]]
+    names = {hash_run(run(task__train_file=files)) for files in orders}
+    assert len(names) == 3
+    assert hash_run(run(task__train_file=[first])) == hash_run(run(task__train_file=first))
+
+
 def test_hidden_files_do_not_count(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("a")
     before = stamp_content(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from peftbench.tasks.files import Layout, find_split, locate_row, read_file
+from peftbench.tasks.file_set import find_split, has_split
+from peftbench.tasks.files import Layout, locate_row, read_file
 from peftbench.utils.errors import UserError
 
 ROWS = [{"text": "a film", "label": "good"}, {"text": "", "label": "bad"}]
@@ -33,6 +35,14 @@ def written(folder: Path, ending: str) -> Path:
     else:
         rows.to_csv(file, sep="\t" if ending == ".tsv" else ",", index=False)
     return file
+
+
+@pytest.mark.parametrize("ending", [".tsv", ".csv", ".jsonl", ".json"])
+def test_files_packed_by_gzip_give_the_same_rows(tmp_path: Path, ending: str) -> None:
+    plain = written(tmp_path, ending)
+    packed = write(tmp_path, f"{plain.name}.gz", gzip.compress(plain.read_bytes()))
+    assert read_file(packed).to_list() == ROWS
+    assert locate_row(packed, 2).replace(".gz", "") == locate_row(plain, 2)
 
 
 @pytest.mark.parametrize("ending", [".tsv", ".csv", ".jsonl", ".json", ".parquet"])
@@ -95,6 +105,9 @@ def test_a_column_that_nobody_needs_may_hold_anything(tmp_path: Path) -> None:
         ("open.csv", 'text\n"never closed\n', r"open\.csv:2 is malformed: unexpected end of data"),
         ("latin.tsv", b"text\nyes\ncaf\xe9\n", r"latin\.tsv:3 is not UTF-8 text"),
         ("torn.parquet", b"PAR1 and no more", r"torn\.parquet is incomplete or not Parquet"),
+        ("torn.csv.gz", gzip.compress(b"text\nyes\n" * 99)[:30], r"torn\.csv\.gz is incomplete or not packed by gzip"),
+        ("plain.csv.gz", b"text\nyes\n", r"plain\.csv\.gz is incomplete or not packed by gzip"),
+        ("packed.parquet.gz", b"", r"packed\.parquet\.gz cannot be read"),
         ("rows.xlsx", b"", r"rows\.xlsx cannot be read: its extension must be one of \.tsv, \.csv"),
         ("header.tsv", "text\tlabel\n", r"header\.tsv has no rows"),
         *((f"empty.{kind}", b"", rf"empty\.{kind} has no rows") for kind in ("tsv", "csv", "jsonl", "json")),
@@ -171,7 +184,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 )
 def test_a_split_goes_by_its_aliases(tmp_path: Path, name: str, split: str) -> None:
     file = write(tmp_path, name, "")
-    assert find_split(str(tmp_path), split) == file
+    assert find_split(str(tmp_path), split) == [str(file)]
 
 
 def test_a_split_without_a_file_says_what_is_there(tmp_path: Path) -> None:
@@ -183,6 +196,17 @@ def test_a_split_without_a_file_says_what_is_there(tmp_path: Path) -> None:
         "val with the extension .tsv, .csv, .jsonl, .json, .parquet, and found dev.txt; "
         "+task.data_files.validation=FILE names the file."
     )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_split_of_parallel_lines(tmp_path: Path, packed: bool) -> None:
+    """As corpora of translations come: train.en and train.ro."""
+    files = [write(tmp_path, f"dev.{name}{'.gz' * packed}", "") for name in ("en", "ro")]
+    assert find_split(str(tmp_path), "validation", ["en", "ro"]) == list(map(str, files))
+    assert not has_split(str(tmp_path), "validation", ["en", "de"])
+    write(tmp_path, "dev.jsonl", "")
+    with pytest.raises(UserError, match=r"has 2 files for the validation split \(dev\.jsonl, dev\.en"):
+        find_split(str(tmp_path), "validation", ["en", "ro"])
 
 
 def test_a_split_with_two_files(tmp_path: Path) -> None:

@@ -301,7 +301,7 @@ def test_labels_that_differ_in_spelling_alone(tmp_path: Path, cells: list[str], 
 def test_a_file_that_is_trained_on_and_scored_on_is_noted(tmp_path: Path) -> None:
     file = jsonl(tmp_path, "own.jsonl", *reviews(20))
     loaded = load_task(replace(OWN, train_file=file, validation_file=f"{tmp_path}/./own.jsonl", test_file=file))
-    assert f"{file} is the file of train and of validation and test: training rows are also scored." in loaded.notes
+    assert f"{file} is a file of train and of validation and test: training rows are also scored." in loaded.notes
 
 
 def test_oddities_that_work(tmp_path: Path) -> None:
@@ -341,3 +341,67 @@ def test_numbers_to_predict(tmp_path: Path) -> None:
     for cell in ("", "high", "nan", "inf"):
         with pytest.raises(UserError, match=rf"own\.csv:3: label '{cell}' is not a number\."):
             load_task(replace(task, train_file=write(tmp_path, "own.csv", f"text,label\na,1\nb,{cell}\nc,2\n")))
+
+
+def parallel(folder: Path, stem: str, count: int, start: int = 0) -> list[str]:
+    """Two files of lines."""
+    return [
+        write(folder, f"{stem}.{name}", "".join(f"{name} {i}\n" for i in range(start, start + count)))
+        for name in ("en", "de")
+    ]
+
+
+def test_files_of_lines_are_columns(tmp_path: Path) -> None:
+    """Also in a list with others, whose rows follow; and a wrong file is told with its place."""
+    task = replace(WRITING, source_column="en", target_column="de")
+    task.train_file = [*parallel(tmp_path, "a", 20), *reversed(parallel(tmp_path, "b", 10, 20))]
+    task.validation_file = task.test_file = parallel(tmp_path, "dev", 3)
+    rows = load_task(task).rows["train"]
+    assert rows["en"][:] == [f"en {i}" for i in range(30)]
+    assert rows["de"][:] == [f"de {i}" for i in range(30)]
+    write(tmp_path, "dev.de", "one\r\n\r\nthree")
+    loaded = load_task(task)
+    assert loaded.rows["test"]["de"][:] == ["one", "", "three"]
+    assert loaded.notes == [
+        "Column de has rows with an empty text, which are kept: 1 of 3 in validation, 1 of 3 in test."
+    ]
+    write(tmp_path, "dev.de", "one\ntwo")
+    with pytest.raises(UserError, match=r"the same number of lines: .*dev\.en has 3, .*dev\.de has 2\."):
+        load_task(task)
+    task.test_file = task.test_file[:1]
+    with pytest.raises(
+        UserError, match=r"dev\.en has the lines of one column; name the others too: \[.*dev\.en,dev\.de\]"
+    ):
+        load_task(replace(task, validation_file=None))
+    with pytest.raises(
+        UserError, match=r"a file of lines ends in the name of its column, which is here source or target"
+    ):
+        load_task(replace(task, source_column="source", target_column="target"))
+
+
+def test_files_in_a_list_follow_each_other(tmp_path: Path) -> None:
+    first = jsonl(tmp_path, "a.jsonl", *({**row, "more": 1} for row in reviews(20)))
+    second = write(tmp_path, "b.csv", "label,text\nbad,x\ngood,\n")
+    task = replace(OWN, train_file=[first, second], test_file=jsonl(tmp_path, "t.jsonl", *reviews(2)))
+    task.validation_file = task.test_file
+    loaded = load_task(task)
+    rows = loaded.rows["train"]
+    assert rows["text"][:] == [*(row["text"] for row in reviews(20)), "x", ""]
+    assert [loaded.task.labels[code] for code in rows["label"]][-2:] == ["bad", "good"]
+    assert "Column text has rows with an empty text, which are kept: 1 of 22 in train." in loaded.notes
+    write(tmp_path, "b.csv", "label,text\nbad,x\n,y\n")
+    with pytest.raises(UserError, match=r"b\.csv:3: column label is empty"):
+        load_task(task)
+    jsonl(tmp_path, "a.jsonl", *({"text": f"{i}", "label": i % 2} for i in range(20)))
+    with pytest.raises(UserError, match=r"b\.csv: column label holds string, but that of .*a\.jsonl holds int64"):
+        load_task(task)
+    jsonl(tmp_path, "a.jsonl", *reviews(20))
+    write(tmp_path, "b.csv", "label,words\nbad,x\n")
+    with pytest.raises(UserError, match=r"b\.csv has no column text, which .*a\.jsonl has\."):
+        load_task(task)
+
+
+def test_a_training_file_of_several_that_is_also_scored(tmp_path: Path) -> None:
+    first, second = jsonl(tmp_path, "a.jsonl", *reviews(20)), jsonl(tmp_path, "b.jsonl", *reviews(30))
+    loaded = load_task(replace(OWN, train_file=[first, second], test_file=second))
+    assert loaded.notes[0] == f"{second} is a file of train and of test: training rows are also scored."

@@ -533,11 +533,11 @@ def test_summarization(news: Task) -> None:
 def test_a_split_in_two_roles_is_loaded_once(reviews: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
 
-    def counted(path: str, *columns: list[str]) -> Dataset:
+    def counted(path: str, *others: Any) -> Dataset:
         read.append(path)
-        return read_file(path, *columns)
+        return read_file(path, *others)
 
-    monkeypatch.setattr("peftbench.tasks.source.read_file", counted)
+    monkeypatch.setattr("peftbench.tasks.file_set.read_file", counted)
     prepare_data(load_task(reviews), byte_level(), tiny_bert())
     assert [Path(file).name for file in read] == ["train.jsonl", "dev.jsonl"]
 
