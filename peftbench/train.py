@@ -66,6 +66,7 @@ from peftbench.utils.environment import run_alone
 from peftbench.utils.errors import UserError
 from peftbench.utils.progress import Display
 from peftbench.utils.quiet import silence_libraries
+from peftbench.utils.stopping import heed_signals, stop_if_asked
 
 
 def train(
@@ -96,6 +97,7 @@ def train(
 
     Raises:
         Busy: another process is at this run, and we do not wait.
+        Stopped: a scheduler asked this process to end; the same call goes on with the run.
         UserError: for everything else that a user can mend.
     """
     run_alone()
@@ -107,7 +109,7 @@ def train(
     folder = locate_run(run)
     if not run.rerun and (record := find_finished(folder)) is not None and _is_noted(record, search, selecting):
         return _report_ended(record, display)
-    with hold_run(folder, wait):
+    with heed_signals(), hold_run(folder, wait):
         refuse_newer(folder)
         before = find_record(folder)
         if not run.rerun and before is not None:
@@ -164,6 +166,7 @@ def _run(
         with _record_time(record, "train_s"):
             fitted, diverged = _train_or_load(prepared.run, prepared.backbone, prepared.data, record, display)
             _record_fit(record, fitted)
+        stop_if_asked()  # the adapter is saved
         if diverged is None:
             with _record_time(record, "evaluate_s"):
                 _evaluate(prepared.run, model, prepared.data, record, display)
@@ -238,6 +241,7 @@ def _train_or_load(
     else:
         fitted = earlier
         load_adapter(backbone.model, adapter, backbone.untrained)
+        record.attempts[-1].step = fitted.steps
         _count_earlier(record, fitted.seconds)
         display.say(f"{name}: has ended before")
     diverged = _find_divergence(fitted, backbone.model)
@@ -276,6 +280,9 @@ def _fit_model(run: Run, backbone: Backbone, data: TaskData, record: Record, dis
     rewind_metrics(record.folder, name, resume.step if resume else 0)
     if resume is not None:
         display.say(f"{name}: goes on from step {resume.step}")
+        if name == f"train {run.method}":
+            record.attempts[-1].step = resume.step
+            record.save()
     with display.stage(name, count_steps(data, run.trainer)) as stage:
         fitted = fit_model(
             backbone.model,

@@ -36,6 +36,7 @@ from peftbench.utils.environment import run_alone
 from peftbench.utils.errors import UserError, print_faults
 from peftbench.utils.progress import Display
 from peftbench.utils.quick_imports import speed_up_imports
+from peftbench.utils.stopping import heed_signals
 
 
 def main(argv: list[str]) -> int:
@@ -107,7 +108,7 @@ def _train_sweep(points: Sequence[TypedRun], argv: list[str], launcher: Any) -> 
     sweep = Sweep(final, argv, trials)
     sweeper = Sweeper(sweep, None if isinstance(launcher, Local) else launcher)
     try:
-        with sweeper.shown():
+        with heed_signals(), sweeper.shown():
             if trials:
                 sweeper.train_all(trials, sweep.trials, places_of_trials)
                 sweep.settle()

@@ -66,6 +66,15 @@ class Divergence:
 
 
 @dataclass
+class Attempt:
+    """One start of a run. A run that was interrupted has several, each after the one before."""
+
+    started: str  # ISO 8601 in UTC
+    host: str
+    step: int = 0  # the optimiser step from which the training went on
+
+
+@dataclass
 class RecordedBackbone:
     """The frozen model: a hub id at a revision, or the content stamp of a local folder."""
 
@@ -176,6 +185,7 @@ class Record:
     folder: Path = field(compare=False)  # the record's location; not part of the record
     schema_version: int = SCHEMA_VERSION
     point: str | None = None  # `run_hash` without the seed
+    attempts: list[Attempt] = field(default_factory=list)  # none in records of earlier versions
     error: Failure | None = None
     diverged: Divergence | None = None
     finished: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import socket
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,7 +21,7 @@ from peftbench.config.axes import read_axes
 from peftbench.config.identity import drop_later_defaults, hash_run, to_plain
 from peftbench.config.schema import Modification, Run, list_modifications
 from peftbench.config.stamps import stamp_content
-from peftbench.records.record import FILE, Axes, Record, RecordedBackbone, Status, find_record, get_time
+from peftbench.records.record import FILE, Attempt, Axes, Record, RecordedBackbone, Status, find_record, get_time
 from peftbench.records.run_files import CHECKPOINTS, METRICS_FILE
 from peftbench.utils.differences import flatten
 from peftbench.utils.files import replace_file
@@ -55,7 +56,10 @@ def start_record(run: Run, folder: Path, overrides: Sequence[str]) -> Record:
     Files of an earlier attempt are deleted, except its checkpoints and the metrics up to them.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    before = find_record(folder)
     record = describe_run(run, folder, overrides)
+    earlier = before.attempts if before is not None and not before.has_ended else []
+    record.attempts = [*earlier, Attempt(record.created, socket.gethostname())]
     record.save()  # before all else: an earlier run in this folder is no longer done
     for stale in (folder / "error.txt", folder / "predictions.jsonl", *folder.glob("*.tmp")):
         stale.unlink(missing_ok=True)

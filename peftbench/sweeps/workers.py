@@ -28,6 +28,7 @@ from peftbench.sweeps.mps import UnusableError, await_gpu
 from peftbench.utils.console import say
 from peftbench.utils.files import open_unlinked
 from peftbench.utils.quick_imports import speed_up_imports
+from peftbench.utils.stopping import Stopped
 
 PATIENCE = 60.0  # seconds that a worker has, when it is interrupted, to note it in its run's record
 
@@ -77,7 +78,7 @@ class Workers:
     ) -> None:
         try:
             for worker in self.workers:
-                worker.dismiss() if error is None else worker.interrupt()
+                worker.dismiss() if error is None else worker.interrupt(error)
             for worker in self.workers:
                 worker.process.join(PATIENCE)
         finally:  # a second Ctrl-C ends the patience
@@ -132,12 +133,13 @@ class _Worker:
         with suppress(OSError):
             self.pipe.send(None)
 
-    def interrupt(self) -> None:
+    def interrupt(self, error: BaseException) -> None:
+        """End the worker as this process is ended: by Ctrl-C, or by a scheduler, for whom runs write a checkpoint."""
         pid = self.process.pid
         if os.name != "posix":
             self.process.terminate()
         elif self.process.is_alive() and pid is not None:
-            os.kill(pid, signal.SIGINT)
+            os.kill(pid, signal.SIGTERM if isinstance(error, Stopped) else signal.SIGINT)
 
 
 def _serve_jobs(pipe: Connection, environment: dict[str, str], log: str) -> None:

@@ -32,13 +32,14 @@ from peftbench.training.batching import (
     make_batches,
 )
 from peftbench.training.best import KeepBest
-from peftbench.training.checkpoint import Checkpoint, Checkpoints, SaveByTime
+from peftbench.training.checkpoint import Checkpoint, Checkpoints, SaveByTime, StopWhenAsked
 from peftbench.training.micro_batch import AUTO, MicroBatches
 from peftbench.training.paths import FastPaths, make_collator, resolve_auto
 from peftbench.training.replay import Recorder
 from peftbench.training.trainer import Evaluate, FineTuner, Recording
 from peftbench.utils.errors import UserError
 from peftbench.utils.progress import Stage
+from peftbench.utils.stopping import defer_stop, stop_if_asked
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -128,6 +129,7 @@ def fit_model(
     """Train the parameters of `model` that require gradients, in place.
 
     Raises:
+        Stopped: a scheduler asked this process to end, and the training has a checkpoint.
         UserError: `recipe.settings.graphs` without a GPU, or for a step that cannot be recorded; `padding_free` for a
             backbone that cannot have it.
     """
@@ -137,6 +139,8 @@ def fit_model(
     if settings.gradient_checkpointing:
         _checkpoint_gradients(model)
     _train(trainer, resuming.resume, monitor.stage)
+    if trainer.state.global_step < trainer.state.max_steps and trainer.diverging.found is None:
+        stop_if_asked()  # there is a checkpoint; a training that has ended is first saved
     step_seconds = trainer.pace.seconds()  # waits for the GPU, so the clock is read after it
     seconds, replay_bytes = trainer.clock.seconds, trainer.replay_bytes
     trainer.restore_best()  # may evaluate, which takes time, and releases graphs
@@ -181,7 +185,7 @@ def _build_trainer(
         recording=Recording(recipe.recorder, required) if settings.graphs else None,
         stamp=checkpoints.stamp,
         earlier_seconds=resuming.earlier_seconds,
-        callbacks=[SaveByTime(checkpoints.minutes), *monitor.all_callbacks],
+        callbacks=[SaveByTime(checkpoints.minutes), StopWhenAsked(), *monitor.all_callbacks],
         args=_build_arguments(recipe, checkpoints.folder, data),
         data_collator=make_collator(data, model, settings, lengths),
         train_dataset=data.train,
@@ -211,7 +215,7 @@ def _train(trainer: FineTuner, resume: Checkpoint | None, stage: Stage | None) -
     if resume is not None and stage is not None:
         stage.advance(resume.step)
     no_cache = set_configs(list_configs(trainer.model), "use_cache", False)  # a decoder would fill it and never read it
-    with no_cache, avoid_cudnn_attention():
+    with no_cache, avoid_cudnn_attention(), defer_stop():
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
 
 

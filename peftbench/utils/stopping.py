@@ -1,0 +1,80 @@
+"""SIGTERM, SIGUSR1 and SIGUSR2: a scheduler such as Slurm will soon end this process.
+
+Where that can be done at any moment, the signal raises `Stopped`, which is recorded as Ctrl-C is. A training is first
+taken to the end of its step, and writes a checkpoint. Signals belong to the process, so what was asked is module state.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+HEEDED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+
+
+class Stopped(KeyboardInterrupt):
+    """A scheduler has asked this process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number  # of the signal
+
+
+class _State:
+    """What this process has been asked."""
+
+    heeding = False
+    deferring = False
+    asked: int | None = None  # the number of the signal
+    raised = False  # one `Stopped` is enough: its handling must not be interrupted
+
+
+@contextmanager
+def heed_signals() -> Iterator[None]:
+    """Raise `Stopped` inside the block when one of the signals comes; only in the main thread, where Python has them.
+
+    An inner block of two changes nothing.
+    """
+    if _State.heeding or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = {number: signal.signal(number, _note) for number in HEEDED}
+    _State.heeding, _State.asked, _State.raised = True, None, False
+    try:
+        yield
+    finally:
+        _State.heeding = False
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def defer_stop() -> Iterator[None]:
+    """Only note the signals inside the block, which watches `is_asked`."""
+    _State.deferring = True
+    try:
+        yield
+    finally:
+        _State.deferring = False
+
+
+def is_asked() -> bool:
+    """Return whether one of the signals has come."""
+    return _State.heeding and _State.asked is not None
+
+
+def stop_if_asked() -> None:
+    """Raise `Stopped` if one of the signals has come."""
+    if is_asked() and _State.asked is not None and not _State.raised:
+        _State.raised = True
+        raise Stopped(_State.asked)
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    if _State.asked is None:
+        _State.asked = number
+    if not _State.deferring:
+        stop_if_asked()
