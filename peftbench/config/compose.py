@@ -91,7 +91,7 @@ def compose_points(
         raise UserError(f"{AND} joins grids into a sweep; add -m to run it.")
     with open_hydra(config_dir):
         loader = GlobalHydra.instance().config_loader()
-        known = _Known(cache(partial(_list_options, loader)), cache(_compose_groups))
+        known = _Known(cache(partial(_list_options, loader)), _cache_compositions(config_dir))
         found: list[str] = []
         runs: list[TypedRun] = []
         for point in [point for grid in grids for point in _expand_grid(grid, multirun, loader)]:
@@ -244,6 +244,21 @@ class _Known(NamedTuple):
 
 def _compose_groups(groups: tuple[str, ...]) -> DictConfig:
     return compose(CONFIG_NAME, overrides=list(groups))
+
+
+_compose_packaged = cache(_compose_groups)  # from conf/ alone, which does not change while a process runs
+
+
+def _cache_compositions(config_dir: str | None) -> Callable[[tuple[str, ...]], DictConfig]:
+    """Return `_compose_groups`, cached. Users may edit their own groups between two command lines of one process, as
+    in a notebook, so that those are read anew for each command line."""
+    anew = cache(_compose_groups)
+
+    def compose_cached(groups: tuple[str, ...]) -> DictConfig:
+        is_packaged = config_dir is None and not any(group.lstrip("+~").startswith("hydra") for group in groups)
+        return _compose_packaged(groups) if is_packaged else anew(groups)
+
+    return compose_cached
 
 
 def _compose_run(overrides: list[str], loader: ConfigLoader, known: _Known, reads_data: bool) -> Run:

@@ -248,7 +248,7 @@ def _require_attention_interface(sites: Sites, key: str) -> None:
     """Refuse a transformers version whose attention classes do not look up registered functions: it would never call
     ours."""
     attention = type(sites.layers[0].attentions[0].module)
-    if not _asks_for_functions(attention):
+    if not _class_takes_ours(attention.__module__, attention.__qualname__):
         raise UserError(
             f"{key}: transformers {transformers.__version__} does not let its {attention.__name__} be modified, "
             "because that calls no registered attention function; choose another representation, such as "
@@ -265,11 +265,7 @@ def takes_our_attention(model: PreTrainedModel) -> bool:
 @cache
 def _class_takes_ours(module: str, name: str) -> bool:
     """Look up an attention class by name, cached: finding the source of a class takes tens of milliseconds."""
-    return _asks_for_functions(getattr(sys.modules[module], name))
-
-
-def _asks_for_functions(attention: type[nn.Module]) -> bool:
-    return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(attention)
+    return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(getattr(sys.modules[module], name))
 
 
 def use_our_attention(model: PreTrainedModel) -> None:
