@@ -3,9 +3,13 @@
 A shell that starts the tests in the background has them ignore Ctrl-C, and the commands that they start would inherit
 that, among them those that are to be interrupted.
 
+What is alive once the tests are collected, torch and transformers with their thousands of classes, is there to the end:
+the garbage collector need not look through it again and again.
+
 Tests marked `gpu` are skipped where there is none, also when another mark has chosen them.
 """
 
+import gc
 import os
 import signal
 
@@ -23,3 +27,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
