@@ -37,6 +37,8 @@ peftbench: which parameter-efficient fine-tuning method, where in the network, h
                                            what a run would train and store; needs no weights
   peftbench evaluate RUN [task.split=SPLIT ...]
                                            score a finished run's adapter again, on any split
+  peftbench predict RUN FILE|- [--out FILE]
+                                           what a finished run predicts for unlabelled inputs: a file's, or a pipe's
   peftbench rescore RUN [METRIC]           any metric of a finished run, from its predictions
   peftbench merge RUN --out FOLDER         merge a finished run's LoRA into the backbone: a plain checkpoint
   peftbench export RUN --out FOLDER        a finished run's LoRA, IA3 or prompt as an adapter for the peft library
@@ -72,11 +74,12 @@ COMMANDS = {
     "explain": "cli.explain",
     "ls": "cli.ls",
     "evaluate": "cli.evaluate",
+    "predict": "cli.predict",
     "rescore": "cli.rescore",
     "merge": "cli.merge",
     "export": "cli.export",
 }
-COMPUTING = ("evaluate", "merge", "export")  # compute with a model, and import torch at once
+COMPUTING = ("evaluate", "predict", "merge", "export")  # compute with a model, and import torch at once
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -128,7 +131,7 @@ def _print_completions(argv: list[str]) -> int:
     if any(word.startswith("query") for word in argv) and not space:
         print(" ".join(name for name in COMMANDS if name.startswith(typed)))
         return 0
-    if typed in ("train", "reproduce", "params", "evaluate", "explain"):
+    if typed in ("train", "reproduce", "params", "evaluate", "predict", "export", "explain"):
         # Hydra reads the words before the one to complete, and refuses those that are not overrides: RUN, TABLE, `and`,
         # and the pieces of a quoted override, which it splits at spaces.
         *before, last = overrides.split(" ")

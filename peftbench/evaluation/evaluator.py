@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from peftbench.backbones.precision import choose_autocast_dtype
 from peftbench.backbones.sites import set_configs
-from peftbench.config.schema import LOSS, Run, TaskKind
+from peftbench.config.schema import LOSS, Quantization, Run, TaskKind
 from peftbench.config.stamps import stamp_content
 from peftbench.evaluation.partial import Partial
 from peftbench.evaluation.predict import compute_mean_loss, end_ids, measure_cut_off, predict
@@ -53,28 +53,37 @@ class Evaluator:
         return {LOSS: loss}
 
     def partial(self, path: Path, adapter: Path) -> Partial | None:
-        """Return the store of generated texts until all are complete, with a stamp of all that they depend on.
-
-        It is None for a task that generates no text.
+        """Return the store of generated texts until all are complete; None for a task that generates no text.
 
         Args:
             path: of the file.
             adapter: the folder with the trained tensors.
         """
-        if self.generation is None:
-            return None
+        return None if self.generation is None else self.store(path, adapter)
+
+    def store(self, path: Path, adapter: Path) -> Partial:
+        """Return the store of what is predicted until all is complete, with a stamp of all that it depends on."""
         model, task = self.run.model, self.run.task
         source = stamp_content(model.path) if model.path else f"{model.hub_id} {model.revision}"
         reads: list[Any] = [task.max_source_length, task.prompt, task.source_language, task.target_language]
         reads.extend(filter(None, [self.data.reading()]))
         reads.extend([] if task.messages_column is None else [task.max_length])
-        how = [self.generation.to_json_string(), str(self.autocast_dtype), model.dtype.name, *reads]
+        reads.extend([] if model.quantization is Quantization.none else [model.quantization.name])
+        written = "logits" if self.generation is None else self.generation.to_json_string()
+        how = [written, str(self.autocast_dtype), model.dtype.name, *reads]
         return Partial(path, json.dumps([source, stamp_content(adapter), self.data.fingerprint, *how]))
 
     def score(
         self, role: str, on_batch: Callable[[int], None] = lambda examples: None, partial: Partial | None = None
     ) -> tuple[dict[str, float], list[str]]:
         """Return the metrics on a role of the data, and each example's prediction as text."""
+        decoded = self.data.decode(self.predict(role, on_batch, partial))
+        return self.data.score(decoded, getattr(self.data, f"{role}_rows")), decoded
+
+    def predict(
+        self, role: str, on_batch: Callable[[int], None] = lambda examples: None, partial: Partial | None = None
+    ) -> np.ndarray:
+        """Return what the model predicts for a role of the data, in the form that `TaskData.decode` reads."""
         # `generate` replaces unset values by the backbone's own: those of a chat model would make it sample.
         with set_configs([] if self.generation is None else [self.model], "generation_config", GenerationConfig()):
             predictions = predict(
@@ -93,8 +102,7 @@ class Evaluator:
             self.cut_off[role] = measure_cut_off(predictions, self.generation, begun)
             # An end token is not part of the text, even if the tokenizer does not call it special.
             predictions = np.where(np.isin(predictions, end_ids(self.generation)), NO_TOKEN, predictions)
-        decoded = self.data.decode(predictions)
-        return self.data.score(decoded, getattr(self.data, f"{role}_rows")), decoded
+        return predictions
 
 
 def _configure_generation(model: PreTrainedModel, run: Run) -> GenerationConfig:

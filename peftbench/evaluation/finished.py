@@ -75,11 +75,11 @@ def _override_run(folder: Path, record: Record, overrides: Sequence[str]) -> Run
     for typed, override in zip(overrides, parsed, strict=True):
         if override.key_or_group.split(".")[0] not in GROUPS or "." not in override.key_or_group:
             keys = ", ".join(f"{group}.KEY" for group in GROUPS)
-            found.append(f"{override.input_line}: evaluate takes {keys} only, such as task.split=test.")
+            found.append(f"{override.input_line}: a saved run takes {keys} only, such as task.split=test.")
         elif override.is_delete():
-            found.append(f"{typed}: evaluate takes no key away; give it another value.")
+            found.append(f"{typed}: a saved run loses no key; give it another value.")
         elif override.is_sweep_override():
-            found.append(f"{typed} names several values, and evaluate takes one; type a line for each of them.")
+            found.append(f"{typed} names several values, and a saved run takes one; type a line for each of them.")
         elif sentence := apply_override(config, override):
             found.append(sentence)
     if found:

@@ -85,7 +85,8 @@ class TaskData(ABC):
                 self.splits[role]["of"] = loaded.sizes[split]
 
         by_split = {split: [one for (name, _), one in tokens.items() if name == split] for split, _ in tokens}
-        self.unknown = measure_unknown(by_split, tokenizer, rows=model.get_input_embeddings().weight.shape[0])
+        known = model.get_input_embeddings().weight.shape[0]
+        self.unknown = measure_unknown(by_split, tokenizer, known, required=loaded.labelled)
         self.scored_on = fingerprint_data(self.task, self.report_rows)
         self.notes = [*loaded.notes, *describe_unknown_tokens(self.unknown, tokenizer), *self._reading_notes()]
 
@@ -142,15 +143,20 @@ class TaskData(ABC):
         return scores
 
     def records(self, decoded: Sequence[str], rows: Dataset) -> Iterator[dict[str, Any]]:
-        """Yield one `{"index", "id", "prediction", "reference"}` for each example; without an id if the rows have none.
+        """Yield one `{"index", "id", "prediction", "reference"}` for each example; see `name_rows`."""
+        for name, prediction, reference in zip(self.name_rows(rows), decoded, self.references(rows), strict=True):
+            yield {**name, "prediction": prediction, "reference": reference}
+
+    def name_rows(self, rows: Dataset) -> Iterator[dict[str, Any]]:
+        """Yield one `{"index", "id"}` for each example; without an id if the rows have none.
 
         The index is the row's position in the file from which it was read, from 0.
         """
         column = next((name for name in ID_COLUMNS if name in rows.column_names), None)
         names = [{"id": name} for name in rows[column][:]] if column else [{}] * len(rows)
         indices = rows[ROW][:] if ROW in rows.column_names else range(len(rows))
-        for index, name, prediction, reference in zip(indices, names, decoded, self.references(rows), strict=True):
-            yield {"index": index, **name, "prediction": prediction, "reference": reference}
+        for index, name in zip(indices, names, strict=True):
+            yield {"index": index, **name}
 
     def _reading_notes(self) -> Iterator[str]:
         """Yield a sentence for each way in which the texts are read that may surprise the user."""

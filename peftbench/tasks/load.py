@@ -38,6 +38,7 @@ class Loaded:
     rows: dict[str, Dataset]  # by split; as many as the role of the split that needs most
     sizes: dict[str, int]  # by split: how many rows it has
     notes: list[str] = field(default_factory=list)  # a sentence for each decision made here, for the record
+    labelled: bool = True  # false: rows to predict for, whose labels are placeholders
 
 
 def load_task(

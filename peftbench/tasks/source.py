@@ -28,7 +28,7 @@ def read_split(task: Task, split: str) -> Source:
     Raises:
         UserError: there is no source, or it cannot be read.
     """
-    return _reshape(task, _read_raw(task, split))
+    return reshape_rows(task, _read_raw(task, split))
 
 
 def has_source(task: Task, split: str) -> bool:
@@ -109,7 +109,7 @@ def _describe_missing_hub(task: Task, split: str) -> str:
     )
 
 
-def _reshape(task: Task, source: Source) -> Source:
+def reshape_rows(task: Task, source: Source) -> Source:
     """Turn dicts into columns, so that WMT's `translation: {en, ro}` is two, lists into texts or references, and
     conversations into a source and a target."""
     if task.messages_column is not None:

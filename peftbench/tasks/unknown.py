@@ -16,7 +16,7 @@ COLUMNS = ("input_ids", "labels")
 
 
 def measure_unknown(
-    splits: Mapping[str, Iterable[Dataset]], tokenizer: PreTrainedTokenizerBase, rows: int
+    splits: Mapping[str, Iterable[Dataset]], tokenizer: PreTrainedTokenizerBase, rows: int, *, required: bool = True
 ) -> dict[str, float]:
     """Return the share of unknown tokens in each split; special tokens around the texts do not count.
 
@@ -26,9 +26,11 @@ def measure_unknown(
     Args:
         splits: tokenised texts, with `input_ids` and, if the labels are texts, `labels`.
         rows: how many ids the embedding has.
+        required: that the backbone knows most of each split, which someone may ask a trained model not to.
 
     Raises:
-        UserError: an id has no row in the embedding, or more than half of a split is unknown, or all of it is dropped.
+        UserError: an id has no row in the embedding; or, with `required`, more than half of a split is unknown, or all
+            of it is dropped.
     """
     whose = f"The tokenizer of {tokenizer.name_or_path or 'the backbone'}"
     unknown = tokenizer.unk_token_id
@@ -48,14 +50,14 @@ def measure_unknown(
                 f"has embeddings for {rows:,} ids only: it is another model's tokenizer; give the model with its own."
             )
         texts = counts.sum() - counts[special].sum()
-        if parts and not texts:
+        if parts and not texts and required:
             raise UserError(
                 f"{whose} makes no token of any text in {split}: {type(tokenizer).__name__} does not fit its files, or "
                 "its vocabulary does not fit the text; give the model with its own tokenizer."
             )
         if told_apart and texts:
             found[split] = float(counts[unknown] / texts)
-    if told_apart and (split := max(found, key=found.__getitem__, default="")) and found[split] > TOO_MANY:
+    if required and told_apart and (split := max(found, key=found.__getitem__, default="")) and found[split] > TOO_MANY:
         raise UserError(
             f"{whose} knows too little of {split}: {_format_percent(found[split])} of its tokens are "
             f"{tokenizer.unk_token}; use a backbone that was pretrained on such text."

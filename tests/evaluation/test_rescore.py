@@ -271,7 +271,7 @@ def test_a_further_split_can_be_left_out(tmp_path: Path, capsys: pytest.CaptureF
     (data / "more.jsonl").unlink()
     for overrides, sentence in (
         ([], f"task.data_files.more={data}/more.jsonl is not a file"),
-        (["~task.data_files.more"], "~task.data_files.more: evaluate takes no key away; give it another value."),
+        (["~task.data_files.more"], "~task.data_files.more: a saved run loses no key; give it another value."),
     ):
         assert main(["evaluate", str(named), *overrides]) == 2
         assert sentence in capsys.readouterr().err
@@ -322,10 +322,16 @@ def test_what_cannot_be_scored_is_refused(texts: str, tmp_path: Path, capsys: py
     for arguments, sentence in (
         (["evaluate", str(tmp_path)], "has no run; give the folder that peftbench train named"),
         (["rescore", str(tmp_path / "nowhere")], "has no run"),
-        (["evaluate", str(run), "bottleneck=3"], "bottleneck=3: evaluate takes task.KEY, trainer.KEY, model.KEY only"),
+        (
+            ["evaluate", str(run), "bottleneck=3"],
+            "bottleneck=3: a saved run takes task.KEY, trainer.KEY, model.KEY only",
+        ),
         (["evaluate", str(run), "task.splt=train"], "task.splt is not a key of the config (in task)"),
         (["evaluate", str(run), "task.split=dev"], "has no file for the dev split"),
-        (["evaluate", str(run), "task.split=test,train"], "task.split=test,train names several values, and evaluate"),
+        (
+            ["evaluate", str(run), "task.split=test,train"],
+            "task.split=test,train names several values, and a saved run",
+        ),
         (["rescore", str(run), "accuracy"], "metric=accuracy is unknown. Choices: rouge1"),
     ):
         assert main(arguments) == 2
