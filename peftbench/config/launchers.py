@@ -34,6 +34,53 @@ class Local:
 
 
 @dataclass
+class Slurm:
+    """Runs as tasks of Slurm's job arrays, which submitit submits."""
+
+    kind: str = "slurm"
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    gpus: str | None = None
+    cpus: int = 4
+    memory: str | None = None
+    time: str = "4:00:00"
+    timeouts: int = 10
+    signal_s: int = 120
+    at_once: int | None = None
+    poll_s: float = 15.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        texts = [self.partition, self.account, self.qos, self.gpus, self.memory, *self.options, *self.options.values()]
+        for text in texts:  # they become lines of a shell script
+            if text is not None and not str(text).isprintable():
+                raise UserError(f"{KEYS}: {str(text)!r} has control characters.")
+        parse_minutes(self.time)
+
+
+def parse_minutes(time: str) -> int:
+    """Return the minutes of a time as Slurm writes it: MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS,
+    DAYS-HOURS:MINUTES or DAYS-HOURS:MINUTES:SECONDS; parts of a minute count as one.
+
+    Raises:
+        UserError: it is none of these, or no time at all.
+    """
+    days, dash, rest = time.rpartition("-")
+    parts = rest.split(":")
+    if all(part.isdecimal() for part in parts) and len(parts) <= 3 and (days.isdecimal() if dash else not days):
+        numbers = [int(part) for part in parts]
+        if dash:
+            hours, minutes, seconds = [*numbers, 0, 0][:3]
+        else:
+            hours, minutes, seconds = [0, *numbers, 0] if len(numbers) == 1 else [*[0, *numbers][-3:]]
+        total = int(days or 0) * 1440 + hours * 60 + minutes + -(-seconds // 60)
+        if total > 0:
+            return total
+    raise UserError(f"{KEYS}.time={time} is no time of Slurm; give minutes, HOURS:MINUTES:SECONDS or DAYS-HOURS.")
+
+
+@dataclass
 class HydraLauncher:
     """A launcher of one of Hydra's plugins."""
 
@@ -42,7 +89,7 @@ class HydraLauncher:
     config_dir: str | None = None
 
 
-KINDS: dict[str, type] = {"local": Local}
+KINDS: dict[str, type] = {"local": Local, "slurm": Slurm}
 
 
 def read_launcher(words: Sequence[str], config_dir: str | None = None) -> tuple[list[str], Any]:

@@ -7,17 +7,27 @@ the trials of a search.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from peftbench.config.launchers import HydraLauncher
+from peftbench.config.launchers import HydraLauncher, Slurm
 from peftbench.sweeps.jobs import Executor
+from peftbench.utils.errors import UserError
 
 
 def require_packages(launcher: Any) -> None:
     """Raise UserError if a package or program that the launcher needs is missing."""
+    if isinstance(launcher, Slurm):
+        if find_spec("submitit") is None:
+            raise UserError(
+                "hydra/launcher=slurm needs submitit, which is not installed: pip install peftbench[slurm]."
+            )
+        if missing := [name for name in ("sbatch", "squeue", "srun") if shutil.which(name) is None]:
+            raise UserError(f"hydra/launcher=slurm: {missing[0]} is not on PATH; start the sweep where Slurm is.")
 
 
 @contextmanager
@@ -32,5 +42,10 @@ def start_executor(launcher: Any, logs: Path) -> Iterator[Executor]:
         from peftbench.sweeps.hydra_launcher import HydraJobs
 
         yield HydraJobs(launcher)
+        return
+    if isinstance(launcher, Slurm):
+        from peftbench.sweeps.slurm import SlurmTasks
+
+        yield SlurmTasks(launcher, logs)
         return
     raise TypeError(f"{launcher} is no launcher")

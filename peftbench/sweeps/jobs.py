@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from peftbench.config.schema import Run
 from peftbench.records.choice import compute_objective, describe_given, settle_search
 from peftbench.records.lock import Busy
+from peftbench.records.record import find_record
 from peftbench.tables.terminal import show_ended
 from peftbench.utils.console import make_console
 from peftbench.utils.errors import UserError
@@ -28,6 +29,7 @@ class Job:
     run: Run
     folder: Path  # the run's
     wait: bool = False  # for another process that is at it
+    since: str = ""  # when the sweep began, ISO 8601 in UTC
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,20 @@ class Executor(Protocol):
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Ended]]:
         """Train the jobs; yield each with how it ended, in the order in which they end."""
         ...
+
+
+def train_job(job: Job) -> Ended:
+    """Train a job on a machine of a cluster, where it may be started again after it was stopped.
+
+    Returns at once, without torch, if the run is done. `rerun=true` trains again only what began before the sweep.
+    """
+    run, record = job.run, find_record(job.folder)
+    if run.rerun and record is not None and record.created >= job.since:
+        run = replace(run, rerun=False)
+    if record is not None and record.has_ended and run.search is None and not run.rerun:
+        print(f"{job.folder} is done already.")
+        return Ended()
+    return train_attempt(run, job.overrides, wait=job.wait)
 
 
 def train_attempt(

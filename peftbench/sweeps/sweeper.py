@@ -13,7 +13,7 @@ from typing import Any
 from peftbench.config.compose import TypedRun
 from peftbench.config.launchers import HydraLauncher
 from peftbench.config.schema import Run, index_by_key
-from peftbench.records.record import find_finished, find_record
+from peftbench.records.record import find_finished, find_record, get_time
 from peftbench.sweeps import mps
 from peftbench.sweeps.executors import start_executor
 from peftbench.sweeps.jobs import Ended, Job, train_attempt
@@ -121,8 +121,11 @@ class Sweeper:
             self._take_each(workers.run(waiting), len(waiting))
 
     def _train_elsewhere(self, jobs: Sequence[Job]) -> None:
-        """Train runs through the launcher."""
+        """Train runs through the launcher. What a search has chosen is noted here if its run is done."""
         waiting = _list_waiting(jobs)
+        for job in [job for job in waiting if _is_done(job)]:
+            self._train_one(job)
+        waiting = [job for job in waiting if not _is_done(job)]
         if not waiting:
             return
         with start_executor(self.launcher, _name_logs(waiting[0].run)) as executor:
@@ -142,6 +145,12 @@ def _list_waiting(jobs: Sequence[Job]) -> list[Job]:
     What a search has chosen is noted in the record of a run that is done.
     """
     return [job for job in jobs if job.run.rerun or job.run.search is not None or find_finished(job.folder) is None]
+
+
+def _is_done(job: Job) -> bool:
+    """Return whether nothing remains to be computed for a job."""
+    record = find_finished(job.folder)
+    return record is not None and not job.run.rerun and (record.selection is not None or record.diverged is not None)
 
 
 def _name_logs(run: Run) -> Path:
@@ -184,10 +193,10 @@ def _build_jobs(points: Sequence[TypedRun], folders: Sequence[Path], before: int
     """
     typed = [[word for word in overrides if not word.startswith(("hydra.", "hydra/"))] for overrides, _ in points]
     given = [index_by_key(words) for words in typed]
-    keys = find_distinctive(given)
+    keys, began = find_distinctive(given), get_time()
     settings = [" ".join(f"{key}={value}" for key, value in values.items() if key in keys) for values in given]
     return [
-        Job(number, words, told, run, folder)
+        Job(number, words, told, run, folder, since=began)
         for number, (words, told, (_, run), folder) in enumerate(
             zip(typed, settings, points, folders, strict=True), before + 1
         )
