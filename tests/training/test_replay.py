@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -301,7 +302,11 @@ def test_fit_on_the_gpu(family: str, preset: str, settings: dict[str, Any], comp
 @pytest.mark.gpu
 @pytest.mark.parametrize(("family", "preset"), [("bart", "mam"), ("llama", "lora"), ("roberta", "full")])
 def test_float16_with_loss_scaling(family: str, preset: str, tmp_path: Path) -> None:
-    """The losses are those of float32, recorded or not, also when a first scale is too large for the gradients."""
+    """The losses are those of float32, recorded or not.
+
+    The first steps are skipped while the scale, which begins at 2^16, is too large for float16; all later ones are
+    therefore that many updates behind.
+    """
     losses: dict[str, list[float]] = {}
     ways = {"float32": (None, False), "float16": (torch.float16, False), "recorded": (torch.float16, True)}
     for way, (dtype, fast) in ways.items():
@@ -310,7 +315,7 @@ def test_float16_with_loss_scaling(family: str, preset: str, tmp_path: Path) -> 
         if preset == "full":
             model.requires_grad_(True)
         settings = one_step(
-            max_steps=24, batch_size=4, learning_rate=3e-3, device=Device.cuda, graphs=fast, fused_loss=fast
+            max_steps=48, batch_size=8, learning_rate=1e-2, device=Device.cuda, graphs=fast, fused_loss=fast
         )
         seen = losses[way] = []
         done = fitted(
@@ -323,11 +328,13 @@ def test_float16_with_loss_scaling(family: str, preset: str, tmp_path: Path) -> 
         )
         assert done.diverged is None and ("graphs" in done.fast_paths) is fast
         assert all(tensor.isfinite().all() for tensor in trained(model).values())
-    assert losses["float32"][-1] < losses["float32"][0]
+    late = {way: statistics.mean(seen[-8:]) for way, seen in losses.items()}
+    learned = statistics.mean(losses["float32"][:8]) - late["float32"]
+    assert learned > 0.1
     for way in ("float16", "recorded"):
-        for found, expected in zip(losses[way], losses["float32"], strict=True):
-            assert abs(found - expected) < 0.03 * expected
-    torch.testing.assert_close(losses["recorded"], losses["float16"], rtol=5e-3, atol=0)
+        assert abs(losses[way][0] - losses["float32"][0]) < 0.01 * losses["float32"][0]
+        assert abs(late[way] - late["float32"]) < 0.25 * learned
+    torch.testing.assert_close(losses["recorded"], losses["float16"], rtol=0.02, atol=0)
 
 
 @pytest.mark.gpu
