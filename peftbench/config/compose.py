@@ -37,6 +37,7 @@ from peftbench.utils.errors import UserError, describe_unknown
 
 CONFIG_NAME = "train"
 AND = "and"  # between the grids of one sweep
+OF_SWEEP = ("jobs", "mps")  # keys that a sweep has once, whichever grid they are typed in
 
 
 class _Shared(dict[str, Any]):
@@ -135,20 +136,26 @@ def _is_same(file: Path, other: Path) -> bool:
 
 def _split_grids(words: Sequence[str]) -> list[list[str]]:
     """Return the overrides of each grid of a sweep. A grid after an `and` has the first grid's overrides and its own,
-    which replace those with the same key."""
+    which replace those with the same key. `OF_SWEEP` belong to all grids."""
     grids: list[list[str]] = [[]]
+    shared = list(dict.fromkeys(word for word in words if _get_key(word) in OF_SWEEP))
     for word in words:
         if word == AND:
             grids.append([])
-        else:
+        elif word not in shared:
             grids[-1].append(word)
-    if len(grids) > 1 and not all(grids):
+    if len(grids) == 1:
+        return [list(words)]
+    if not all(grids):
         raise UserError(f"{AND} must be between two grids, as in -m method=full {AND} method=lora,mam budget=1%.")
+    if len(set(map(_get_key, shared))) < len(shared):
+        raise UserError(f"{', '.join(shared)}: a sweep has one value of {' and of '.join(OF_SWEEP)}, not several.")
     first, *others = grids
-    return [
+    grids = [
         first,
         *([*(word for word in first if _get_key(word) not in set(map(_get_key, own))), *own] for own in others),
     ]
+    return [[*grid, *shared] for grid in grids]
 
 
 def _get_key(word: str) -> str:

@@ -47,6 +47,14 @@ def test_a_word_takes_the_place_of_that_of_the_same_key() -> None:
     assert _split_grids([]) == [[]]
 
 
+def test_the_number_of_runs_at_once_is_that_of_the_whole_sweep() -> None:
+    expected = [["seed=1", "jobs=2"], ["seed=2", "jobs=2"]]
+    assert _split_grids(["seed=1", "and", "seed=2", "jobs=2"]) == expected
+    assert _split_grids(["seed=1", "jobs=2", "and", "seed=2", "jobs=2"]) == expected
+    with pytest.raises(UserError, match=r"^jobs=2, jobs=3: a sweep has one value of jobs"):
+        _split_grids(["seed=1", "jobs=2", "and", "seed=2", "jobs=3"])
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
