@@ -25,7 +25,7 @@ from peftbench.tables.row import (
     split_tables,
 )
 from peftbench.tables.select import read_records
-from peftbench.tables.terminal import make_titles, show_table
+from peftbench.tables.terminal import describe_marks, make_titles, show_legend, show_table
 from peftbench.utils.console import make_console, say
 from peftbench.utils.errors import UserError, warn
 from peftbench.utils.files import dump_json
@@ -186,10 +186,15 @@ def _print_tables(
     for index, (heading, wanted, lines) in enumerate(tables):
         if index:
             say("")
+        everything = {column.key for column in wanted}
         if arguments.form == "markdown":
             say(f"{join_lines(heading.plain)}\n\n{to_markdown(wanted, lines)}".rstrip("\n"))
+            if all(isinstance(line, Row) for line in lines) and (marks := describe_marks(wanted, lines, everything)):
+                say(f"\n{'; '.join(marks)}")
         elif arguments.form == "latex":
             say(f"% {join_lines(heading.plain)}\n{to_latex(wanted, lines)}".rstrip("\n"))
         else:
             console.print(heading)
-            show_table(wanted, lines, console, labels=len(arguments.rows))
+            shown = show_table(wanted, lines, console, labels=len(arguments.rows))
+            if all(isinstance(line, Row) for line in lines):
+                show_legend(wanted, lines, console, shown)

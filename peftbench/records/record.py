@@ -192,6 +192,7 @@ class Record:
     overrides: list[str] = field(default_factory=list)  # of the command line
     budget: str | None = None  # as typed; the bottlenecks in `axes` were solved for it
     debug: str | None = None
+    test_file: str | None = None  # the user's files or folder with the scored rows, as typed
     fidelity: str = "paper"  # the set of switches between the paper's text and its released code
     notes: list[str] = field(default_factory=list)  # on the sizes, for example that they were fitted to the backbone
     deviations: list[Deviation] = field(default_factory=list)  # the switches that make this run differ from the text

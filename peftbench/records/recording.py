@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 import peftbench
 from peftbench.config.axes import read_axes
 from peftbench.config.identity import drop_later_defaults, hash_run, to_plain
-from peftbench.config.schema import Modification, Run, list_modifications
+from peftbench.config.schema import Modification, Run, Task, list_modifications, list_task_files
 from peftbench.config.stamps import stamp_content
 from peftbench.records.record import FILE, Attempt, Axes, Record, RecordedBackbone, Status, find_record, get_time
 from peftbench.records.run_files import CHECKPOINTS, METRICS_FILE
@@ -94,11 +94,19 @@ def describe_run(run: Run, folder: Path, overrides: Sequence[str], status: Statu
         overrides=list(overrides),
         budget=run.budget,
         debug=run.debug,
+        test_file=_name_test_files(run.task),
         fidelity=run.fidelity.name,
         trainer=drop_later_defaults("trainer", to_plain(run.trainer)),
         versions=_read_versions(),
         git=_read_git(),
     )
+
+
+def _name_test_files(task: Task) -> str | None:
+    """Return the user's files from which the scored rows come, or the folder; None if they come from elsewhere."""
+    files = list_task_files(task)
+    found = files.get(task.report_split) or (None if task.data_dir else files.get(task.train_split))
+    return ", ".join(found) if found else task.data_dir
 
 
 def record_axes(run: Run) -> list[Axes]:

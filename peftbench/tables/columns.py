@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
 from typing import Any, Generic, Literal, TypeVar
@@ -24,7 +24,7 @@ from peftbench.tables.fields import (
     list_further_splits,
 )
 from peftbench.tables.paper import Printed, find_printed
-from peftbench.tables.row import Row, find_front, identify_point, is_unscored
+from peftbench.tables.row import Row, find_front, identify_point, is_below_baseline, is_unscored
 from peftbench.utils.differences import find_differing
 
 T = TypeVar("T")
@@ -47,6 +47,7 @@ class Column(Generic[T]):
     dispensable: int = 0
     words: bool = False  # left-aligned; numbers are right-aligned
     wrap: int | None = None  # minimum width in characters to which cells may wrap; None: they never wrap
+    marks: tuple[tuple[str, str], ...] = ()  # signs in the cells, each with its meaning
 
 
 # Paths of files: only their content counts, and other content would be another data set or backbone.
@@ -55,6 +56,9 @@ PATHS = ("model.path", "task.data_dir", "task.train_file", "task.validation_file
 PAPER = ("paper", "difference")  # columns of `make_paper_columns`
 
 RUNS = Column[Row]("n", "n", lambda row: str(len(row.scored)), lambda row: len(row.scored))  # runs with a score
+
+FRONT_MARK, BELOW_MARK = "◆", "▽"
+COSTS: dict[Cost, str] = {"stored": "stored parameters", "memory": "peak memory", "time": "time"}
 
 OUTCOME = attrgetter("outcome")  # outcome of a record
 
@@ -96,7 +100,7 @@ def choose_columns(
         # ± needs space, and so do the seeds and the other settings that distinguish rows.
         make_number("percent", "% of\nmodel", _format_two, dispensable=2 if grouped or apart or len(seeds) > 1 else 0),
         # For every metric of the tasks, higher is better.
-        make_number("score", f"{records[0].metric} ↑", _format_two, better="higher", of=FIELDS["score"], spread=True),
+        _make_score_column(records[0].metric),
         *([CUT_OFF] if any((FIELDS["cut_off"](record) or 0) > MANY_CUT_OFF for record in records) else []),
         *map(_make_further_column, list_further_splits(records)),
         *make_delta_columns(rows),
@@ -167,6 +171,16 @@ def make_number(
         better,
         dispensable,
     )
+
+
+def _make_score_column(metric: str) -> Column[Row]:
+    """Return the column of the main metric; a score below a baseline is marked."""
+    plain = make_number("score", f"{metric} ↑", _format_two, better="higher", spread=True)
+
+    def cell(row: Row) -> str:
+        return f"{plain.cell(row)} {BELOW_MARK}" if is_below_baseline(row) else plain.cell(row)
+
+    return replace(plain, cell=cell, marks=((BELOW_MARK, "below a baseline"),))
 
 
 # The share of generated texts that ended by their length: shown where it is large, for such a score says little.
@@ -283,7 +297,8 @@ def make_front_columns(rows: Sequence[Row], cost: Cost) -> list[Column[Row]]:
     best = {id(row) for row in find_front(rows, FIELDS[cost])}
     if sum(1 for row in rows if row.scored) < 3 or not best:
         return []
-    return [Column("front", "front", lambda row: "◆" if id(row) in best else "", dispensable=4)]
+    marks = ((FRONT_MARK, f"on the Pareto front of score against {COSTS[cost]}"),)
+    return [Column("front", "front", lambda row: FRONT_MARK if id(row) in best else "", dispensable=4, marks=marks)]
 
 
 def find_best_rows(column: Column[T], rows: Sequence[T]) -> set[int]:

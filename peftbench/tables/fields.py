@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from peftbench.config.roles import FURTHER
+from peftbench.config.schema import index_by_key
 from peftbench.records.record import Record
 from peftbench.records.wording import describe_search
 from peftbench.utils.differences import flatten
@@ -38,6 +39,7 @@ FIELDS: dict[str, Callable[[Record], Any]] = {
     "metric": lambda r: r.metric,
     "split": lambda r: r.scores["report"].split if "report" in r.scores else None,
     "examples": lambda r: r.scores["report"].examples if "report" in r.scores else None,
+    "test_file": lambda r: get_test_file(r),
     "data": lambda r: r.data.get("scored_on", "")[:8] or None,
     "train_examples": lambda r: r.data.get("splits", {}).get("train", {}).get("examples"),
     "backbone": lambda r: r.counts.backbone if r.counts else None,
@@ -98,6 +100,15 @@ def _get_metric(name: str, record: Record) -> float | None:
 def get_baseline(name: str, record: Record) -> float | None:
     """Return the main metric of a baseline, such as majority."""
     return record.baselines.get(name)
+
+
+def get_test_file(record: Record) -> str | None:
+    """Return the user's files or folder with the scored rows, as typed; a record without the field has it in its
+    overrides."""
+    words = index_by_key(record.overrides)
+    named = (f"task.data_files.{split}" for split in ("test", "validation"))
+    keys = ("task.test_file", *named, "task.data_dir", "task.train_file")
+    return record.test_file or next((words[key] for key in keys if key in words), None)
 
 
 def list_further_splits(records: Sequence[Record]) -> list[str]:

@@ -24,7 +24,15 @@ Beside = Callable[[Record], dict[str, Any]]  # additional values of a record
 # At the beginning of a cell, but not of a number such as -0.5.
 FORMULA = re.compile(r"(?![+-]\d[\d.]*(?:e[+-]?\d+)?$)[\t\r ]*[=+@-]")
 # Characters that pdflatex cannot typeset without a replacement.
-LATEX = {"±": r"$\pm$", "Δ": r"$\Delta$", "λ": r"$\lambda$", "·": r"$\cdot$", "↑": r"$\uparrow$", "◆": r"$\bullet$"}
+LATEX = {
+    "±": r"$\pm$",
+    "Δ": r"$\Delta$",
+    "λ": r"$\lambda$",
+    "·": r"$\cdot$",
+    "↑": r"$\uparrow$",
+    "◆": r"$\bullet$",
+    "▽": r"$\nabla$",
+}
 
 
 def records_to_json(records: Iterable[Record], beside: Beside = lambda record: {}) -> str:

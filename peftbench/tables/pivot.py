@@ -17,9 +17,9 @@ from peftbench.config.axes import CHOICES
 from peftbench.config.identity import IGNORED
 from peftbench.records.record import Record
 from peftbench.records.wording import format_value
-from peftbench.tables.columns import Column
+from peftbench.tables.columns import BELOW_MARK, Column
 from peftbench.tables.fields import COSTS, FIELDS, MANY_CUT_OFF, find_field
-from peftbench.tables.row import Row, Statistic, drop_retrained, identify_point, is_scored
+from peftbench.tables.row import Row, Statistic, drop_retrained, identify_point, is_below_baseline, is_scored
 from peftbench.utils.differences import find_differing, flatten
 from peftbench.utils.errors import UserError
 
@@ -89,15 +89,19 @@ def pivot_records(
         Column[PivotLine](
             ", ".join(head) or value,
             "\n".join(label or "none" for label in head) or value,
-            partial(_format_cell, head, shown, value not in FIELDS or value == "score"),
+            partial(_format_cell, head, shown, value not in FIELDS or value == "score", value == "score"),
             partial(_get_number, head, shown),
             partial(_get_spread, head, shown),
             better,
         )
         for head in heads
     ]
-    marked = any(column.cell(line).endswith(CUT_MARK) for column in numbers for line in lines)
-    legend = f"; {CUT_MARK} more than {MANY_CUT_OFF:.0%} of the texts were cut off" if marked else ""
+    shown_cells = [column.cell(line) for column in numbers for line in lines]
+    meanings = {
+        CUT_MARK: f"more than {MANY_CUT_OFF:.0%} of the texts were cut off",
+        BELOW_MARK: "below a baseline",
+    }
+    legend = "".join(f"; {mark} {what}" for mark, what in meanings.items() if any(mark in cell for cell in shown_cells))
     return _write_title(value, scored) + legend, [*labels, *numbers], lines
 
 
@@ -190,8 +194,10 @@ def _get_label(index: int, line: PivotLine) -> str:
     return line.labels[index]
 
 
-def _format_cell(head: tuple[str, ...], of: Callable[[Record], float | None], is_score: bool, line: PivotLine) -> str:
-    """Return the value of a cell; a score of texts of which many were cut off is marked."""
+def _format_cell(
+    head: tuple[str, ...], of: Callable[[Record], float | None], is_score: bool, is_main: bool, line: PivotLine
+) -> str:
+    """Return the value of a cell; a score of texts of which many were cut off, or below a baseline, is marked."""
     value, spread = _get_number(head, of, line), _get_spread(head, of, line)
     if value is None:
         return ""
@@ -199,7 +205,8 @@ def _format_cell(head: tuple[str, ...], of: Callable[[Record], float | None], is
     if spread is not None:
         shown = f"{shown} ± {spread:.2f} ({len(line.cells[head].records)})"
     many = any((FIELDS["cut_off"](record) or 0) > MANY_CUT_OFF for record in line.cells[head].records)
-    return f"{shown} {CUT_MARK}" if is_score and many else shown
+    below = is_main and is_below_baseline(line.cells[head])
+    return " ".join([shown, *([CUT_MARK] if is_score and many else []), *([BELOW_MARK] if below else [])])
 
 
 def _get_number(head: tuple[str, ...], of: Callable[[Record], float | None], line: PivotLine) -> float | None:

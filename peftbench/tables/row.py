@@ -6,13 +6,16 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
 from statistics import fmean, median, stdev
 from typing import Literal
 
 from peftbench.records.record import Record, Score
+from peftbench.tables.fields import get_baseline, get_test_file
 
 Statistic = Literal["mean", "median"]
+SHARED = 5  # parts of `identify_setting` that a run without a score has too
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def group_seeds(records: Iterable[Record], statistic: Statistic) -> list[Row]:
     """Return a row for each group of runs that differ only in their seed."""
     found: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
-        found.setdefault((identify_point(record), *identify_setting(record)[:4]), []).append(record)
+        found.setdefault((identify_point(record), *identify_setting(record)[:SHARED]), []).append(record)
     return [Row(tuple(sorted(drop_retrained(runs), key=lambda run: run.seed)), statistic) for runs in found.values()]
 
 
@@ -92,7 +95,8 @@ def is_trial(record: Record) -> bool:
 
 
 def identify_setting(record: Record) -> tuple[str, ...]:
-    """Return what the runs of a comparison must share: task, backbone, metric, split, its size and its content.
+    """Return what the runs of a comparison must share: task, backbone, metric, debug preset, split, its size and its
+    content.
 
     The content is that of the scored rows, because the name of a user's files does not identify them. It is "" if the
     record is older than this field.
@@ -102,7 +106,7 @@ def identify_setting(record: Record) -> tuple[str, ...]:
     split = (report.split, _format_examples(report), content) if report and is_scored(record) else ("", "", "")
     model = record.model
     version = model.content or model.revision or ""
-    return (record.task, model.hub_id or model.name, version, record.metric, *split)
+    return (record.task, model.hub_id or model.name, version, record.metric, record.debug or "", *split)
 
 
 def _format_examples(report: Score) -> str:
@@ -142,13 +146,24 @@ def split_tables(rows: Sequence[Row]) -> list[list[Row]]:
     for row in rows:
         if not row.scored:
             _find_home(found, row).append(row)
-    return found
+    return sorted(found, key=lambda table: table[0].first.debug is not None)  # what is no result comes last
 
 
 def _find_home(found: list[list[Row]], row: Row) -> list[Row]:
-    """Return the table in which a row without a score is listed: the first of its task, backbone and metric."""
+    """Return the table in which a row without a score is listed: the first of its task, backbone, metric and data.
+
+    The data are the scored rows, or for a run that was stopped before it had read them the files that were typed.
+    """
+
+    def is_home(table: Sequence[Row]) -> bool:
+        one, other = table[0].first, row.first
+        if identify_setting(one)[:SHARED] != identify_setting(other)[:SHARED]:
+            return False
+        contents = [str(record.data.get("scored_on", "")) for record in (one, other)]
+        return contents[0] == contents[1] if all(contents) else get_test_file(one) == get_test_file(other)
+
     for table in found:
-        if identify_setting(table[0].first)[:4] == identify_setting(row.first)[:4]:
+        if is_home(table):
             return table
     found.append([])
     return found[-1]
@@ -160,9 +175,24 @@ def get_rank(row: Row) -> tuple[float, str, int]:
     return (math.inf if score is None else -score, row.first.method, row.first.seed)
 
 
+def find_baselines(row: Row) -> dict[str, float]:
+    """Return the main metric of each baseline, over the row's runs."""
+    names = dict.fromkeys(name for record in row.scored for name in record.baselines)
+    values = {name: row.number(partial(get_baseline, name)) for name in names}
+    return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def is_below_baseline(row: Row) -> bool:
+    """Return whether a baseline, such as copying the source, has a higher score than the row."""
+    return row.score is not None and any(value > row.score for value in find_baselines(row).values())
+
+
 def find_front(rows: Sequence[Row], cost: Callable[[Record], float | None]) -> list[Row]:
-    """Return the Pareto front: the rows that no other row beats in score or cost while it equals them in the other."""
-    priced = [(row.number(cost), row.score, row) for row in rows if row.scored]
+    """Return the Pareto front: the rows that no other row beats in score or cost while it equals them in the other.
+
+    A row below a baseline, which costs nothing, is never on it.
+    """
+    priced = [(row.number(cost), row.score, row) for row in rows if row.scored and not is_below_baseline(row)]
     known = [(price, score, row) for price, score, row in priced if price is not None and score is not None]
     found: list[tuple[float, float, Row]] = []
     for price, score, row in sorted(known, key=lambda one: (one[0], -one[1])):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -19,8 +18,17 @@ from rich.text import Text
 
 from peftbench.records.record import Record
 from peftbench.tables.columns import Column, choose_columns, find_best_rows, flatten_header
-from peftbench.tables.fields import describe_cut_off
-from peftbench.tables.row import Row, get_rank, identify_setting, is_unscored, make_rows, split_tables
+from peftbench.tables.fields import describe_cut_off, get_test_file
+from peftbench.tables.row import (
+    Row,
+    find_baselines,
+    get_rank,
+    identify_setting,
+    is_below_baseline,
+    is_unscored,
+    make_rows,
+    split_tables,
+)
 
 T = TypeVar("T")
 GAP = 2  # characters between two columns
@@ -43,11 +51,12 @@ def show_records(records: Sequence[Record], console: Console, status: Callable[[
             console.print()
         table.sort(key=get_rank)
         console.print(heading)
-        show_table(choose_columns(table, status), table, console)
+        columns = choose_columns(table, status)
+        show_legend(columns, table, console, show_table(columns, table, console))
 
 
-def show_table(columns: Sequence[Column[T]], rows: Sequence[T], console: Console, labels: int = 0) -> None:
-    """Print a table with as many of the columns as fit, the best value of each marked.
+def show_table(columns: Sequence[Column[T]], rows: Sequence[T], console: Console, labels: int = 0) -> set[str]:
+    """Print a table with as many of the columns as fit, the best value of each marked; return their keys.
 
     Rows without a score come last, below a line. With `labels`, the number of columns that name a row, columns that do
     not fit are printed in further tables below, which begin with the same labels; each has the rows with a value in its
@@ -56,6 +65,7 @@ def show_table(columns: Sequence[Column[T]], rows: Sequence[T], console: Console
     laid = [_lay_column(column, rows, star=not console.is_terminal) for column in columns]
     below = next((index for index, row in enumerate(rows) if is_unscored(row)), 0)
     names, rest = laid[:labels], laid[labels:]
+    found = set[str]()
     while rest:
         fitting = names + rest
         if labels:
@@ -63,21 +73,66 @@ def show_table(columns: Sequence[Column[T]], rows: Sequence[T], console: Console
                 fitting.pop()
         rest = rest[len(fitting) - labels :]
         fitting = _fit_columns(fitting, console.width)
+        found.update(column.key for column in fitting)
         shown = [index for index in range(len(rows)) if not labels or any(one.cells[index] for one in fitting[labels:])]
         console.print(_make_table(fitting, console.width, shown, below), crop=False)
         if labels and rest:
             console.print()
+    return found
+
+
+def show_legend(columns: Sequence[Column[Row]], rows: Sequence[Row], console: Console, shown: set[str]) -> None:
+    """Print what the marks of a table mean, and the baselines that it has no column for. `shown` are its columns."""
+    best = any(find_best_rows(column, rows) for column in columns if column.key in shown)
+    parts = [f"{'bold' if console.is_terminal else '*'} best of its column"] if best else []
+    sentences = [*parts, *describe_marks(columns, rows, shown)]
+    if baselines := describe_baselines(rows, shown):
+        sentences.append(baselines)
+    if sentences:
+        console.print(Text("; ".join(sentences), "dim"))
+
+
+def describe_marks(columns: Sequence[Column[Row]], rows: Sequence[Row], shown: set[str]) -> list[str]:
+    """Return what each mark means that some cell of the columns shown has."""
+    return [
+        f"{mark} {what}"
+        for column in columns
+        if column.key in shown
+        for mark, what in column.marks
+        if any(mark in column.cell(row) for row in rows)
+    ]
+
+
+def describe_baselines(rows: Sequence[Row], shown: set[str]) -> str | None:
+    """Return the scores of the baselines without a column, such as "baselines: copy 14.10, head 50.10 to 54.53"."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in find_baselines(row).items():
+            found.setdefault(name, []).append(value)
+    ranges = {name: sorted({f"{min(values):.2f}", f"{max(values):.2f}"}, key=float) for name, values in found.items()}
+    told = ", ".join(f"{name} {' to '.join(ends)}" for name, ends in ranges.items() if name not in shown)
+    return f"baselines: {told}" if told else None
 
 
 def make_titles(found: Sequence[Sequence[Row]]) -> list[Text]:
-    """Return what the rows of each table have in common, and the identity of their data if only that differs."""
+    """Return what the rows of each table have in common, and the user's files or the data's identity if only those
+    differ."""
     plain = [make_title(table) for table in found]
-    counted = Counter(heading.plain for heading in plain)
-    contents = [identify_setting(_find_scored(table))[-1] for table in found]
+    alike = [[one for one, other in zip(found, plain, strict=True) if other == heading] for heading in plain]
     return [
-        Text.assemble(heading, f" (data {content or 'unknown'})") if counted[heading.plain] > 1 else heading
-        for heading, content in zip(plain, contents, strict=True)
+        Text.assemble(heading, f" ({_name_data(table, among)})") if len(among) > 1 else heading
+        for heading, table, among in zip(plain, found, alike, strict=True)
     ]
+
+
+def _name_data(table: Sequence[Row], among: Sequence[Sequence[Row]]) -> str:
+    """Return what tells the scored rows of a table from those of others: the file's name, the path, or the content."""
+    files = [get_test_file(_find_scored(one)) for one in among]
+    own, content = get_test_file(_find_scored(table)), identify_setting(_find_scored(table))[-1] or "unknown"
+    names = [Path(file).name for file in files if file]
+    if own and names.count(Path(own).name) == 1:
+        return Path(own).name
+    return own if own and files.count(own) == 1 else f"data {content}"
 
 
 def _find_scored(table: Sequence[Row]) -> Record:
@@ -88,11 +143,12 @@ def _find_scored(table: Sequence[Row]) -> Record:
 def make_title(table: Sequence[Row]) -> Text:
     """Return what the rows of a table have in common."""
     record = _find_scored(table)
-    task, model, version, metric, split, examples, _ = identify_setting(record)
+    task, model, version, metric, debug, split, examples, _ = identify_setting(record)
     size = f" of {record.counts.backbone:,} parameters" if record.counts else ""
-    where = f", {metric} on {examples} {split} examples" if split else ""
+    where = f", {metric} on {examples} {split} examples" if split else f", {metric}, no score yet"
     version = f"@{version[:8]}" if version else ""
-    return Text.assemble((task, "bold"), " with ", (model, "bold"), version, size, where)
+    preset = f" (debug={debug})" if debug else ""
+    return Text.assemble((task, "bold"), " with ", (model, "bold"), version, (preset, "bold"), size, where)
 
 
 def show_ended(record: Record, console: Console, alone: bool = False) -> None:
@@ -124,6 +180,8 @@ def show_single_row(record: Record, console: Console, alone: bool = True) -> Non
             table.add_row(Text(flatten_header(column), "dim"), Text(column.cell(row)))
     console.print(make_title([row]))
     console.print(table)
+    if is_below_baseline(row):
+        console.print(f"This score is below a baseline ({describe_baselines([row], set())}).", highlight=False)
     for role, share in record.cut_off.items():
         if role in record.scores and (sentence := describe_cut_off(record.scores[role].split, share)):
             console.print(sentence, highlight=False, soft_wrap=True)
@@ -144,6 +202,7 @@ def show_single_row(record: Record, console: Console, alone: bool = True) -> Non
 class _Laid:
     """A column and the text of all its cells."""
 
+    key: str
     header: str
     cells: list[str]
     best: set[int]  # rows
@@ -159,7 +218,7 @@ def _lay_column(column: Column[T], rows: Sequence[T], star: bool) -> _Laid:
     cells = [column.cell(row) + ("*" if star and index in marked else "") for index, row in enumerate(rows)]
     most = max(cell_len(line) for text in (column.header, *cells) for line in text.split("\n"))
     least = most if column.wrap is None else min(most, column.wrap)
-    return _Laid(column.header, cells, marked, column.dispensable, column.words, least, most)
+    return _Laid(column.key, column.header, cells, marked, column.dispensable, column.words, least, most)
 
 
 def _fit_columns(columns: list[_Laid], width: int) -> list[_Laid]:

@@ -164,6 +164,21 @@ def test_groups_are_what_may_be_compared_and_delta_is_within_them(outputs: Path)
         assert [delta for *_, delta in inside] == pytest.approx([score - best for _, score, _ in inside])
 
 
+def test_debug_runs_are_the_last_group_and_say_what_they_are(outputs: Path) -> None:
+    """The page opens on the first group, whatever is larger."""
+    for record in load_records(outputs)[0]:
+        if record.task == "doctopic":
+            record.debug = "smoke"
+            record.save()
+        elif record.seed == 1 and record.method == "lora":
+            record.status, record.score = "interrupted", None
+            record.save()
+    content = report(outputs).content
+    assert ["(debug=smoke)" in name for name in content["groups"]] == [False, True]
+    assert "interrupted" in cells(content, "status")
+    assert next(column for column in content["columns"] if column["key"] == "status")["shown"]
+
+
 def test_filters_are_those_of_results(outputs: Path) -> None:
     content = report(outputs, "method=mam,lora", "task=sst2", "status=done").content
     assert {run["method"] for run in content["runs"]} == {"mam", "lora"}

@@ -141,6 +141,13 @@ def test_the_page_shows_one_group_best_first_and_all_on_demand(page: Any, output
     assert sorted(filter(None, column(page, "score"))) == expected
 
 
+def test_the_table_fits_a_small_desktop(browser: Any, outputs: Path) -> None:
+    for page in _opened(browser.new_context(viewport={"width": 1300, "height": 800}), outputs, "small desktop"):
+        assert page.evaluate(
+            "document.querySelector('.scroll').scrollWidth <= document.querySelector('.scroll').clientWidth"
+        )
+
+
 def test_sorting(page: Any) -> None:
     page.locator("thead").get_by_role("button", name="stored", exact=True).click()
     stored = [int(text.replace(",", "")) for text in column(page, "stored")]

@@ -275,7 +275,8 @@ def test_marks_in_a_table(outputs: Path, capsys: pytest.CaptureFixture[str], mon
     assert "72.00*" in lines["full"] and "-1.50" in lines["mam"] and "+0.00" in lines["full"]
     assert all("◆" in lines[method] for method in ("full", "mam", "lora"))
     by_time = printed(capsys, outputs, "--mean", "--pareto", "time")
-    assert by_time.count("◆") == 1  # full is best, and here quickest
+    assert by_time.count("◆") == 2  # full is best, and here quickest; the other is the legend
+    assert "* best of its column; ◆ on the Pareto front of score against time\n" in by_time
 
 
 # Order and choice of columns

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from peftbench.cli.results import main
 from peftbench.config.fidelity import Deviation
 from peftbench.records.record import Axes, Failure, Record, RecordedBackbone, RecordedCounts, Score
 from peftbench.tables.columns import choose_columns
+from peftbench.tables.fields import FIELDS, get_test_file
 from peftbench.tables.formats import records_to_csv, records_to_json
-from peftbench.tables.row import group_seeds
+from peftbench.tables.row import find_front, group_seeds, make_rows
 from peftbench.tables.terminal import show_records, show_single_row, show_table, wrap_text
 from peftbench.utils.errors import UserError
 
@@ -309,3 +311,46 @@ def test_a_thousand_runs_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture
         stored(tmp_path / str(index), record(index / 10, HEADS, FFN, seed=index))
     assert main([str(tmp_path), "--csv"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1001
+
+
+def test_two_data_sets_are_told_apart_by_their_files() -> None:
+    """And a run that was stopped is listed with its own, also if it had read no row yet."""
+    runs = [
+        record(50.0, test_file="a/test.csv", data={"scored_on": "a" * 64}),
+        record(60.0, test_file="a/held_out.csv", data={"scored_on": "b" * 64}),
+        record(None, method="stopped", status="interrupted", test_file="a/held_out.csv", data={"scored_on": "b" * 64}),
+        record(None, method="waiting", status="interrupted", test_file="a/test.csv"),
+    ]
+    first, second = shown(runs, 200).split("\n\n")
+    assert "(test.csv)" in first and "waiting" in first
+    assert "(held_out.csv)" in second and "stopped" in second
+    named_alike = [replace(run, test_file="b/test.csv") if run.score == 60.0 else run for run in runs[:2]]
+    assert set(re.findall(r"\(./test.csv\)", shown(named_alike, 200))) == {"(a/test.csv)", "(b/test.csv)"}
+    changed = [replace(run, test_file="test.csv") for run in runs[:2]]  # the same file with other rows
+    assert "(data aaaaaaaa)" in shown(changed, 200)
+    before = replace(runs[0], test_file=None, overrides=["task.test_file=old.csv"])  # an earlier version's record
+    assert get_test_file(before) == "old.csv"
+
+
+def test_a_run_below_a_baseline_is_marked_and_on_no_front() -> None:
+    runs = [
+        record(52.0, FFN, HEADS, method="below", counts=RecordedCounts(10_000, 10, 10, 0, None)),
+        record(60.0, method="above", counts=RecordedCounts(10_000, 20, 20, 0, None)),
+        record(61.0, method="best", counts=RecordedCounts(10_000, 30, 30, 0, None)),
+    ]
+    assert [row.first.method for row in find_front(make_rows(runs), FIELDS["stored"])] == ["above", "best"]
+    text = shown(runs, 70)
+    assert "52.00 ▽" in text and "60.00 ▽" not in text
+    legend = " ".join(text.split("\n")[-3:])
+    assert "* best of its column; ▽ below a baseline; " in legend and "baselines: majority 20.00, head 52.10" in legend
+    wide = shown(runs, 200)
+    assert "◆ on the Pareto front of score against stored parameters" in wide and "baselines:" not in wide
+    assert "This score is below a baseline (baselines: majority 20.00, head 52.10)." in last_table(runs[0], 200)
+    assert "below" not in last_table(runs[1], 200)
+
+
+def test_debug_runs_are_never_ranked_with_others() -> None:
+    """They have a table of their own, the last one, whose title says what they are."""
+    first, second = shown([record(99.0, debug="smoke"), record(50.0), record(60.0)], 200).split("\n\n")
+    assert "debug" not in first and "60.00*" in first
+    assert "doctopic with mini@01234567 (debug=smoke) of" in second and "99.00" in second

@@ -59,7 +59,8 @@ def build_content(
         samples: number of predictions of each run.
         paper: show the paper's scores also next to runs with another backbone or less data.
     """
-    groups = sorted((sorted(table, key=get_rank) for table in split_tables(make_rows(records))), key=len, reverse=True)
+    tables = split_tables(make_rows(records))
+    groups = sorted((sorted(table, key=get_rank) for table in tables), key=_rank_group)
     rows = [(index, row) for index, table in enumerate(groups) for row in table]
     points = _number_points(rows)
     keys, values, settings = _index_settings([row.first for _, row in rows])
@@ -70,6 +71,7 @@ def build_content(
         "colours": COLOURS,
         "groups": [heading.plain for heading in make_titles(groups)],
         "columns": [{key: value for key, value in column.items() if key != "cells"} for column in shown],
+        "baselines": list(dict.fromkeys(name for record in records for name in record.baselines)),
         "settings": {"keys": keys, "values": values},
         "runs": [
             {
@@ -91,6 +93,11 @@ def build_content(
             for index, (group, row) in enumerate(rows)
         ],
     }
+
+
+def _rank_group(table: Sequence[Row]) -> tuple[bool, bool, int]:
+    """Return the sort key of a group: large groups first; then those without a score, and debug runs."""
+    return (table[0].first.debug is not None, not any(row.scored for row in table), -len(table))
 
 
 def _number_points(rows: Sequence[tuple[int, Row]]) -> list[int]:

@@ -90,6 +90,11 @@ function once(runs) {
   return [...last.values()];
 }
 
+function isBelow(row) { // below a baseline, which costs nothing
+  const score = value(row, COLUMN.get("score"));
+  return score !== null && DATA.baselines.some(name => COLUMN.has(name) && value(row, COLUMN.get(name)) > score);
+}
+
 function isScored(run) { return value(run, COLUMN.get("score")) !== null; }
 
 function differences() { // from the best full fine-tuning of the group
@@ -121,7 +126,8 @@ function together(words, counted) { // the distinct words, with the number of ti
 function shownAs(row, column) {
   if (column.key === "seed" && row.seeds !== undefined) return row.seeds;
   const spread = column.better === "higher" && column.form === "score" ? row.spreads[column.index] : undefined;
-  return format(column, value(row, column)) + (spread === undefined ? "" : ` ± ${spread.toFixed(2)}`);
+  const mark = column.key === "score" && isBelow(row) ? " ▽" : "";
+  return format(column, value(row, column)) + (spread === undefined ? "" : ` ± ${spread.toFixed(2)}`) + mark;
 }
 
 // Numbers as text
@@ -221,6 +227,7 @@ function filter() {
   const shown = new Set(state.shown);
   if (state.averaged) averageShown(shown);
   state.rows = rows().filter(row => row.runs.some(run => shown.has(run)));
+  $("marks").hidden = !state.rows.some(isBelow);
   const visible = new Set(state.rows);
   for (const row of rows()) if (row.line.hidden === visible.has(row)) row.line.hidden = !visible.has(row);
   markBest();
@@ -269,7 +276,7 @@ function buildTable() {
         row.line.append(make("th", { scope: "row" }, make("label", {}, row.check, row.mark, make("span", {}, ...breakable(text)))));
         continue;
       }
-      const long = column.form === "words" && text.length > 24 && column.key !== "axes";
+      const long = column.form === "words" && text.length > 24;
       const cell = make("td", { className: column.form !== "words" ? "number" : long ? "text" : "" }, text);
       row.tds.set(column, cell);
       row.line.append(cell);
@@ -456,7 +463,7 @@ function drawScatter() {
       chart.node.append(draw("line", { class: "full", x1: chart.left, x2: chart.right, y1: chart.y(best), y2: chart.y(best) }));
       extra.push([draw("line", { class: "full", x1: 0, x2: 22, y1: 8, y2: 8 }), "full fine-tuning", 22]);
     }
-    const edge = x.better && y.better && x !== y ? front(points, x, y) : [];
+    const edge = x.better && y.better && x !== y ? front(points.filter(point => y.key !== "score" || !isBelow(point.run)), x, y) : [];
     if (edge.length > 1) {
       const places = edge.map(point => `${chart.x(point.x)},${chart.y(point.y)}`).join(" ");
       chart.node.append(draw("polyline", { class: "edge", points: places }));
