@@ -57,6 +57,7 @@ from peftbench.tasks.prepare import prepare_data
 from peftbench.tasks.text_to_text import TextToText
 from peftbench.training.batching import count_steps
 from peftbench.training.checkpoint import Checkpoints
+from peftbench.training.class_weights import describe_class_weights, scale_class_weights
 from peftbench.training.divergence import are_finite
 from peftbench.training.ended import load_ended
 from peftbench.training.ended import save_ended as keep_ended
@@ -207,6 +208,9 @@ def _prepare(run: Run, record: Record, display: Display) -> _Prepared:
         display.say(note)
     data = prepare_data(loaded, backbone.tokenizer, backbone.model)
     _record_data(record, data, backbone)
+    if run.trainer.class_weights is not None:
+        weights = scale_class_weights(run.trainer.class_weights, data.train["labels"][:], data.task.labels)
+        record.data["notes"].append(describe_class_weights(weights, data.task.labels))
     for note in record.data["notes"]:
         display.say(note)
     return _Prepared(read, backbone, data)
@@ -294,6 +298,13 @@ def _fit_model(run: Run, backbone: Backbone, data: TaskData, record: Record, dis
         )
     if resume is not None:
         _count_earlier(record, fitted.earlier_seconds)
+    if fitted.stopped_early:
+        note = (
+            f"{name}: ended at step {fitted.steps} of {count_steps(data, run.trainer)}, after "
+            f"{run.trainer.early_stopping} evaluations without a better one (trainer.early_stopping)."
+        )
+        display.say(note)
+        record.data["notes"].append(note)
     return fitted
 
 

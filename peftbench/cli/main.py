@@ -42,7 +42,7 @@ peftbench: which parameter-efficient fine-tuning method, where in the network, h
   peftbench rescore RUN [METRIC]           any metric of a finished run, from its predictions
   peftbench merge RUN --out FOLDER         merge a finished run's LoRA into the backbone: a plain checkpoint
   peftbench export RUN --out FOLDER        a finished run's LoRA, IA3 or prompt as an adapter for the peft library
-  peftbench explain [KEY=VALUE ...] [--json]
+  peftbench explain [RUN | KEY=VALUE ...] [--json]
                                            a method in the paper's terms, and where it is in the network
   peftbench ls [axes|keys|GROUP]           the choices of a group; the four axes and which combinations run; the
                                            meaning of every key

@@ -51,6 +51,8 @@ LATER = (
     "model.attn_implementation",
     "model.chat_template",
     "trainer.optimizer",
+    "trainer.early_stopping",
+    "trainer.class_weights",
     "task.chat",
     "task.messages_column",
     "task.tools_column",

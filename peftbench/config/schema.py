@@ -480,6 +480,16 @@ class Trainer:
         None,
         "With trainer.keep=best: optimiser steps between evaluations on the selection split. null: once per epoch.",
     )
+    early_stopping: int | None = key(
+        None,
+        "With trainer.keep=best: the training ends after this many evaluations in a row on the selection split that "
+        "are no better than the best. null: it always runs to its end.",
+    )
+    class_weights: Any = key(
+        None,
+        "Classification: how much an example of each label counts in the loss, as numbers in the order of the labels. "
+        "balanced: in inverse proportion to the label's share of the training examples; null: all alike.",
+    )
     precision: Precision = key(
         Precision.auto,
         "Precision of the computation. fp32: float32; bf16: bfloat16, by autocast if the weights are float32; fp16: "

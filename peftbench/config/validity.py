@@ -22,6 +22,7 @@ from peftbench.config.schema import (
     Compile,
     Device,
     DType,
+    Keep,
     Precision,
     Quantization,
     Representation,
@@ -67,6 +68,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
             "trainer.eval_batch_tokens",
             "trainer.max_steps",
             "trainer.evaluate_every",
+            "trainer.early_stopping",
             "task.max_train",
             "task.max_selection",
             "task.max_eval",
@@ -348,6 +350,13 @@ def _find_trainer_faults(run: Run) -> Iterator[str]:
             f"trainer.compile={trainer.compile.name} with trainer.gradient_checkpointing=true is not supported; "
             "set one of them to none or false."
         )
+    if trainer.early_stopping is not None and trainer.keep is not Keep.best:
+        yield (
+            f"trainer.early_stopping={trainer.early_stopping} needs evaluations on the selection split; add "
+            "trainer.keep=best."
+        )
+    if trainer.class_weights is not None:
+        yield from _find_class_weight_faults(trainer.class_weights, run.task)
     if trainer.label_smoothing and run.task.kind is TaskKind.regression:
         yield (
             f"trainer.label_smoothing={trainer.label_smoothing} with task={run.task.name}: a number is predicted, "
@@ -358,6 +367,22 @@ def _find_trainer_faults(run: Run) -> Iterator[str]:
             f"trainer.micro_batch={trainer.micro_batch} with trainer.batch_tokens={trainer.batch_tokens}: such batches "
             "have no fixed number of examples; use trainer.micro_batch=auto."
         )
+
+
+def _find_class_weight_faults(weights: Any, task: Task) -> Iterator[str]:
+    typed = f"[{','.join(map(str, weights))}]" if isinstance(weights, list) else weights
+    if task.kind is not TaskKind.classification:
+        yield f"trainer.class_weights={typed} is for tasks with labels; leave it out of task={task.name}."
+    elif weights != "balanced" and not (isinstance(weights, list) and all(map(_is_weight, weights))):
+        yield f"trainer.class_weights={typed}: it must be balanced, or a list of numbers above 0, one for each label."
+    elif isinstance(weights, list) and task.labels and len(weights) != len(task.labels):
+        yield (
+            f"trainer.class_weights={typed} must have a number for each label, in this order: {', '.join(task.labels)}."
+        )
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def list_unrecordable(trainer: Trainer) -> dict[str, str]:

@@ -19,10 +19,17 @@ BEST = "best.safetensors"  # in a checkpoint: the trained tensors at the best ev
 
 
 class KeepBest(TrainerCallback):
-    """Keeps a copy, on the CPU, of the trained tensors at the best evaluation so far."""
+    """Keeps a copy, on the CPU, of the trained tensors at the best evaluation so far.
 
-    def __init__(self, metric: str) -> None:
-        self.metric = metric
+    Args:
+        metric: the score that counts; higher is better, except for a loss.
+        patience: ends the training after this many evaluations in a row that are no better; None: never.
+    """
+
+    def __init__(self, metric: str, patience: int | None = None) -> None:
+        self.metric, self.patience = metric, patience
+        self.since = 0  # evaluations since the best one
+        self.stopped = False
         self.best: float | None = None
         self.step = 0  # of the last evaluation
         self.tensors: dict[str, Tensor] = {}
@@ -35,11 +42,16 @@ class KeepBest(TrainerCallback):
         if math.isfinite(value) and (self.best is None or value > self.best):
             self.best = value
             self.tensors = {name: tensor.cpu().clone() for name, tensor in list_trained(kwargs["model"]).items()}
+            self.since = 0
+            return
+        self.since += 1
+        if self.patience is not None and self.since >= self.patience and state.global_step < state.max_steps:
+            self.stopped = control.should_training_stop = True
 
     @property
     def notes(self) -> dict[str, float | None]:
         """Return what a checkpoint stores in addition to the tensors."""
-        return {"value": self.best, "step": self.step}
+        return {"value": self.best, "step": self.step, "since": self.since}
 
     def save(self, folder: Path) -> None:
         """Write the best tensors to a checkpoint's folder."""
@@ -48,6 +60,7 @@ class KeepBest(TrainerCallback):
     def load(self, checkpoint: Checkpoint) -> None:
         """Restore this object to its state when the checkpoint was written."""
         self.best, self.step = checkpoint.notes["best"]["value"], checkpoint.notes["best"]["step"]
+        self.since = checkpoint.notes["best"].get("since", 0)  # checkpoints of earlier versions lack it
         self.tensors = load_file(checkpoint.folder / BEST)
 
     @torch.no_grad()

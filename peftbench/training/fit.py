@@ -33,6 +33,7 @@ from peftbench.training.batching import (
 )
 from peftbench.training.best import KeepBest
 from peftbench.training.checkpoint import Checkpoint, Checkpoints, SaveByTime, StopWhenAsked
+from peftbench.training.class_weights import WeightedLoss, scale_class_weights
 from peftbench.training.micro_batch import AUTO, MicroBatches
 from peftbench.training.paths import FastPaths, make_collator, resolve_auto
 from peftbench.training.replay import Recorder
@@ -106,6 +107,7 @@ class Fitted:
     fast_paths: list[str]  # keys of those taken
     replay_bytes: int  # GPU memory of a step that CUDA graphs replay, which is not counted as allocated
     diverged: Divergence | None = None  # where the training was stopped because it diverged
+    stopped_early: bool = False  # by `trainer.early_stopping`
 
     @property
     def step_s(self) -> float | None:
@@ -156,6 +158,7 @@ def fit_model(
         fast_paths=trainer.paths_taken,
         replay_bytes=replay_bytes,
         diverged=trainer.diverging.found,
+        stopped_early=trainer.keeper is not None and trainer.keeper.stopped,
     )
 
 
@@ -188,6 +191,7 @@ def _build_trainer(
         callbacks=[SaveByTime(checkpoints.minutes), StopWhenAsked(), *monitor.all_callbacks],
         args=_build_arguments(recipe, checkpoints.folder, data),
         data_collator=make_collator(data, model, settings, lengths),
+        compute_loss_func=_make_weighted_loss(model, data, settings),
         train_dataset=data.train,
         eval_dataset=data.selection,
     )
@@ -197,10 +201,18 @@ def _make_keeper(settings: schema.Trainer, criterion: Criterion, resume: Checkpo
     """Return what keeps the best state, with the one from the checkpoint; None: the last state is the result."""
     if settings.keep is not schema.Keep.best:
         return None
-    keeper = KeepBest(criterion.metric)
+    keeper = KeepBest(criterion.metric, settings.early_stopping)
     if resume is not None:
         keeper.load(resume)
     return keeper
+
+
+def _make_weighted_loss(model: PreTrainedModel, data: TaskData, settings: schema.Trainer) -> WeightedLoss | None:
+    """Return the loss with class weights; None: the model's own."""
+    if settings.class_weights is None:
+        return None
+    weights = scale_class_weights(settings.class_weights, data.train["labels"][:], data.task.labels)
+    return WeightedLoss(weights, settings.label_smoothing, model.device)
 
 
 def _checkpoint_gradients(model: PreTrainedModel) -> None:

@@ -66,6 +66,8 @@ def test_the_folder_is_named_by_the_hash() -> None:
         ("task__column_names", ["text", "label"]),
         ("task__delimiter", ";"),
         ("trainer__learning_rate", 2e-3),
+        ("trainer__early_stopping", 3),
+        ("trainer__class_weights", [1.0, 2.0]),
         ("debug", "smoke"),
     ],
 )

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from peftbench.cli.main import main
+from peftbench.config.compose import compose_run
 from peftbench.config.notation import COMPOSITIONS, REPRESENTATIONS
 from peftbench.config.schema import (
     ACTIVATIONS,
@@ -25,10 +26,12 @@ from peftbench.config.schema import (
 )
 from peftbench.counts.explanation import Explanation, explain
 from peftbench.counts.formula import describe_modification
+from peftbench.counts.resolve import resolve_sizes
 from peftbench.counts.sizes import Size
 from peftbench.counts.tree import Branch
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import count, count_places
+from peftbench.records.recording import start_record
 from tests.families import FAMILIES, MORE_FAMILIES, PRESETS, build, modification, run_on, table
 
 FORMULAS = {  # as table 1 and equation 7 have them, with the biases that a preset has
@@ -332,3 +335,21 @@ def test_refusing_imports_no_torch() -> None:
         "sys.exit('torch' in sys.modules or code != 2)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_a_run_is_explained_as_it_was_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["method=lora", "budget=1%"]
+    (run,) = resolve_sizes([compose_run(words)])
+    start_record(run, tmp_path / "run", words)
+    assert main(["explain", str(tmp_path / "run"), "--json"]) == 0
+    of_run = json.loads(capsys.readouterr().out)
+    assert main(["explain", *words, "--json"]) == 0
+    typed = json.loads(capsys.readouterr().out)
+    for key in ("totals", "parameters", "modifications", "network"):
+        assert of_run[key] == typed[key]
+    assert main(["explain", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'run'}: interrupted, seed 42, doctopic\n")
+    assert main(["explain", str(tmp_path / "run"), "seed=1"]) == 2
+    assert "is a run, which is explained as it was trained" in capsys.readouterr().err
+    assert main(["explain", str(tmp_path)]) == 2
+    assert f"{tmp_path} has no run" in capsys.readouterr().err

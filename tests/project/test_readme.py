@@ -48,6 +48,19 @@ def test_commands_compose(command: str, tmp_path: Path) -> None:
     assert compose_points([word for word in words if word != "-m"], multirun="-m" in words)
 
 
+def test_the_experiment_of_the_page_composes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (CHECKOUT / "docs/command_line.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"experiment/reviews\.yaml.*?```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "reviews.yaml").write_text(text, encoding="utf-8")
+    (tmp_path / "films.csv").write_text("review,sentiment\ngood,yes\nbad,no\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    points = compose_points(["experiment=reviews", "trainer.epochs=2"], multirun=True, config_dir=str(tmp_path))
+    runs = [run for _, run in points]
+    assert {(run.method, run.seed) for run in runs} == {(m, s) for m in ("lora", "mam", "bitfit") for s in (1, 2)}
+    assert {run.task.train_file for run in runs} == {"films.csv"} and {run.trainer.epochs for run in runs} == {2}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [c for c in COMMANDS if not any(word in c for word in ("FOLDER", "task=", "experiment="))]
