@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from peftbench.backbones import sites
 from peftbench.backbones.sites import find_sites
 from peftbench.config import schema
+from peftbench.modification import attach as attachment
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import count
 from peftbench.modification.state import fold
@@ -152,6 +153,7 @@ def test_an_edit_of_a_fused_projection_changes_its_slice_only(representation: st
 def test_an_attention_that_calls_no_registered_function_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As T5's in transformers 5.10: a prefix there would train nothing and change nothing."""
     monkeypatch.setattr("inspect.getsource", lambda cls: "class OldAttention: ...")
+    monkeypatch.setattr(attachment, "_class_takes_ours", attachment._class_takes_ours.__wrapped__)  # read it anew
     with pytest.raises(UserError, match="does not let its LlamaAttention be modified"):
         attach(build("llama"), PRESETS["prefix"])
 
