@@ -42,6 +42,7 @@ from peftbench.training.padding_free import PaddingFree, add_lengths, find_refus
 from peftbench.training.token_loss import TokenLoss, find_output_layer
 from peftbench.utils.errors import UserError
 from tests.families import (
+    PLACES,
     PRESETS,
     ROW_CONTINUING,
     ROW_WRITING,
@@ -73,7 +74,9 @@ def mark(family: str, preset: str) -> Any:
     return pytest.param(family, preset, id=f"{family}-{preset}", marks=[] if quick else [pytest.mark.slow])
 
 
-CASES = [mark(family, preset) for family in ROWS for preset in PRESETS if (family, preset) not in REFUSED]
+# A preset for each kind of place: a row of modules says where those are, and what is computed there is tested on the
+# families of the full matrix (tests/modification/test_behaviours.py).
+CASES = [mark(family, preset) for family in ROWS for preset in PLACES if (family, preset) not in REFUSED]
 every_case = pytest.mark.parametrize(("family", "preset"), CASES)
 every_family = pytest.mark.parametrize("family", ROWS)
 
