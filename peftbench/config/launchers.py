@@ -59,6 +59,20 @@ class Slurm:
         parse_minutes(self.time)
 
 
+@dataclass
+class Ray:
+    """Runs as tasks of a Ray cluster."""
+
+    kind: str = "ray"
+    address: str | None = None
+    gpus: float | None = None
+    cpus: float = 1.0
+    resources: dict[str, float] = field(default_factory=dict)
+    at_once: int | None = None
+    restarts: int = 10
+    runtime_env: dict[str, Any] = field(default_factory=dict)
+
+
 def parse_minutes(time: str) -> int:
     """Return the minutes of a time as Slurm writes it: MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS,
     DAYS-HOURS:MINUTES or DAYS-HOURS:MINUTES:SECONDS; parts of a minute count as one.
@@ -89,7 +103,8 @@ class HydraLauncher:
     config_dir: str | None = None
 
 
-KINDS: dict[str, type] = {"local": Local, "slurm": Slurm}
+KINDS: dict[str, type] = {"local": Local, "slurm": Slurm, "ray": Ray}
+TYPED = ("runtime_env",)  # settings that can run a command, and so come from no file
 
 
 def read_launcher(words: Sequence[str], config_dir: str | None = None) -> tuple[list[str], Any]:
@@ -147,6 +162,7 @@ def _read_settings(name: str, preset: DictConfig, words: Sequence[str]) -> Any:
         for key, value in values.items()
         if (fault := set_key(config, f"{KEYS}.{key!s}", value))
     ]
+    found += [f"{GROUP}/{name}.yaml: {key} is taken from the command line only." for key in TYPED if values.get(key)]
     for word in words:
         try:
             (override,) = OverridesParser.create().parse_overrides([word])

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from peftbench.config.launchers import HydraLauncher, Slurm
+from peftbench.config.launchers import HydraLauncher, Ray, Slurm
 from peftbench.sweeps.jobs import Executor
 from peftbench.utils.errors import UserError
 
@@ -28,6 +28,8 @@ def require_packages(launcher: Any) -> None:
             )
         if missing := [name for name in ("sbatch", "squeue", "srun") if shutil.which(name) is None]:
             raise UserError(f"hydra/launcher=slurm: {missing[0]} is not on PATH; start the sweep where Slurm is.")
+    if isinstance(launcher, Ray) and find_spec("ray") is None:
+        raise UserError("hydra/launcher=ray needs ray, which is missing: pip install peftbench[ray].")
 
 
 @contextmanager
@@ -47,5 +49,11 @@ def start_executor(launcher: Any, logs: Path) -> Iterator[Executor]:
         from peftbench.sweeps.slurm import SlurmTasks
 
         yield SlurmTasks(launcher, logs)
+        return
+    if isinstance(launcher, Ray):
+        from peftbench.sweeps.ray_cluster import RayTasks  # imports ray
+
+        with RayTasks(launcher, logs) as tasks:
+            yield tasks
         return
     raise TypeError(f"{launcher} is no launcher")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.config.launchers import HydraLauncher, Local, read_launcher
+from peftbench.config.launchers import HydraLauncher, Local, Ray, read_launcher
 from peftbench.utils.errors import UserError
 
 
@@ -40,6 +40,16 @@ def test_what_is_refused(words: list[str], sentence: str) -> None:
         read_launcher(words)
     (fault,) = raised.value.faults
     assert fault.startswith(sentence), fault
+
+
+def test_what_can_run_a_command_comes_from_no_file(tmp_path: Path) -> None:
+    folder = tmp_path / "hydra" / "launcher"
+    folder.mkdir(parents=True)
+    (folder / "theirs.yaml").write_text("defaults: [ray]\ngpus: 0.25\nruntime_env: {pip: [something]}\n")
+    with pytest.raises(UserError, match=r"theirs.yaml: runtime_env is taken from the command line only."):
+        read_launcher(["hydra/launcher=theirs"], str(tmp_path))
+    typed = ["hydra/launcher=ray", "hydra.launcher.gpus=0.25", "+hydra.launcher.runtime_env.env_vars={A: b}"]
+    assert read_launcher(typed) == ([], Ray(gpus=0.25, runtime_env={"env_vars": {"A": "b"}}))
 
 
 def test_a_preset_of_ones_own_has_the_settings_of_its_kind(tmp_path: Path) -> None:
