@@ -27,6 +27,7 @@ from peftbench.config.schema import LOSS, Keep, Quantization, Run, TaskKind, Unf
 from peftbench.counts.shares import size_notes
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.evaluation.finished import restore_backbone
+from peftbench.metrics.statistics import References
 from peftbench.modification.attach import attach, attach_run
 from peftbench.modification.counting import count
 from peftbench.modification.dead_parameters import count_dead
@@ -62,9 +63,10 @@ from peftbench.training.divergence import are_finite
 from peftbench.training.ended import load_ended
 from peftbench.training.ended import save_ended as keep_ended
 from peftbench.training.fit import Criterion, Fitted, Monitor, Recipe, Resuming, fit_model, require_optimizer
+from peftbench.training.outline import describe_training
 from peftbench.training.probe import find_unreached, make_no_gradient_error
 from peftbench.utils.environment import run_alone
-from peftbench.utils.errors import UserError
+from peftbench.utils.errors import UserError, quote
 from peftbench.utils.progress import Display
 from peftbench.utils.quiet import silence_libraries
 from peftbench.utils.stopping import heed_signals, stop_if_asked
@@ -158,6 +160,9 @@ def _run(
         )
         with _record_time(record, "prepare_s"), display.stage("prepare"):
             prepared = _prepare(run, record, display)
+        head_too = "head" in run.task.baselines and not _is_head_alone(run)
+        if record.counts is not None:
+            display.say(describe_training(prepared.run, record.counts, prepared.data, head_too))
         model = prepared.backbone.model.to(device)
         with _record_time(record, "probe_s"):
             _probe(prepared, record)
@@ -179,7 +184,7 @@ def _run(
             record.diverge(diverged)
         if device.type == "cuda":
             record.peak_memory_bytes = max(torch.cuda.max_memory_allocated(), fitted.replay_bytes)
-        if record.diverged is None and "head" in run.task.baselines and not _is_head_alone(run):
+        if record.diverged is None and head_too:
             with _record_time(record, "baseline_s"):
                 score = _score_head_alone(prepared.run, prepared.data, record, display)
             if score is not None:
@@ -324,7 +329,9 @@ def _evaluate(run: Run, model: PreTrainedModel, data: TaskData, record: Record, 
         record.scores[role] = Score(**split, metrics=metrics)
         record.cut_off = dict(evaluator.cut_off)
         if role != "selection":
-            write_predictions(record.folder, data.records(decoded, getattr(data, f"{role}_rows")), role)
+            rows = getattr(data, f"{role}_rows")
+            _note_one_prediction(record, split["split"], decoded, data.references(rows), display)
+            write_predictions(record.folder, data.records(decoded, rows), role)
     record.score = record.scores["report"].metrics[run.task.metric]
     if data.signatures:
         record.data["signatures"] = data.signatures
@@ -333,6 +340,17 @@ def _evaluate(run: Run, model: PreTrainedModel, data: TaskData, record: Record, 
         record.scores.setdefault(name, Score(**data.splits["report"], metrics={})).metrics[metric] = value
         if metric == run.task.metric:
             record.baselines[name] = value
+
+
+def _note_one_prediction(
+    record: Record, split: str, decoded: Sequence[str], references: References, display: Display
+) -> None:
+    """Note that a model has predicted the same for all examples of a split, although their references differ."""
+    if len(set(decoded)) > 1 or all(reference == references[0] for reference in references):
+        return
+    note = f"All {len(decoded):,} predictions on {split} are {quote(decoded[0])}: the model ignores its input."
+    record.data["notes"].append(note)
+    display.say(note)
 
 
 def _score_selection(run: Run, model: PreTrainedModel, data: TaskData, record: Record, display: Display) -> Selection:

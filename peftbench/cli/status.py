@@ -48,15 +48,30 @@ def main(argv: list[str]) -> int:
         say(json.dumps([_to_json(plan, states) for plan, states in sweeps], indent=2))
     else:
         console = make_console()
+        shared = _find_shared([plan for plan, _ in sweeps])
+        if shared:
+            console.print(f"Each sweep: peftbench train {shlex.join(shared)}", soft_wrap=True, highlight=False)
+            console.print()
         for index, (plan, states) in enumerate(sweeps):
             if index:
                 console.print()
-            _print_sweep(plan, states, console, arguments.all)
+            _print_sweep(plan, states, shared, console, arguments.all)
     return int(any(state.status == "failed" for _, states in sweeps for state in states))
 
 
-def _print_sweep(plan: Plan, states: Sequence[State], console: Console, everything: bool) -> None:
-    console.print(f"peftbench train {shlex.join(plan.arguments)}", style="dim", soft_wrap=True, highlight=False)
+def _find_shared(plans: Sequence[Plan]) -> list[str]:
+    """Return the words that were typed for every one of several sweeps; none if each is short without that."""
+    first, *others = (plan.arguments for plan in plans)
+    shared = [word for word in first if all(word in words for words in others)] if others else []
+    return shared if any("=" in word for word in shared) else []
+
+
+def _print_sweep(
+    plan: Plan, states: Sequence[State], shared: Sequence[str], console: Console, everything: bool
+) -> None:
+    own = shlex.join(word for word in plan.arguments if word not in shared)
+    line = f"... {own}".rstrip() if shared else f"peftbench train {own}"
+    console.print(line, style="dim", soft_wrap=True, highlight=False)
     console.print(summarise_states(states), highlight=False)
     listed = [state for state in states if everything or state.status != "done"]
     if not listed:

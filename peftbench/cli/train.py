@@ -36,7 +36,7 @@ from peftbench.utils.environment import run_alone
 from peftbench.utils.errors import UserError, print_faults
 from peftbench.utils.progress import Display
 from peftbench.utils.quick_imports import speed_up_imports
-from peftbench.utils.stopping import heed_signals
+from peftbench.utils.stopping import describe_ignored_interrupt, heed_signals
 
 
 def main(argv: list[str]) -> int:
@@ -57,6 +57,8 @@ def main(argv: list[str]) -> int:
     if launcher is not None and not isinstance(launcher, Local):
         require_packages(launcher)
     points = resolve_points(points)
+    if how := describe_ignored_interrupt():
+        say(how)
     plugins = any(word.lstrip("+~").startswith(("hydra.", "hydra/")) for word in words)
     if args.multirun or launcher is not None or any(has_open_search(run) for _, run in points):
         if AND in args.overrides:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import is_dataclass
+from difflib import get_close_matches
 from enum import Enum
 from typing import Any, get_args, get_origin
 
@@ -64,7 +65,8 @@ def _describe_unknown_key(cfg: DictConfig, key: str, value: object) -> str:
             at = f" (in {'.'.join(parts[:depth])})" if depth else ""
             if depth and not choices:
                 return f"{key} is not a key of the config{at}; +{key}=... adds it."
-            return f"{key} is not a key of the config{at}{_suggest_group(cfg, key) or suggest(parts[depth], choices)}"
+            hint = _suggest_group(cfg, key) or _suggest_keys(parts[depth], choices, ".".join(parts[:depth]))
+            return f"{key} is not a key of the config{at}{hint}"
     if isinstance(value, dict):
         node = OmegaConf.select(cfg, key)
         for name in value:
@@ -73,14 +75,26 @@ def _describe_unknown_key(cfg: DictConfig, key: str, value: object) -> str:
     return f"{key}={value} does not fit the config."
 
 
+def _suggest_keys(name: str, choices: list[str], group: str) -> str:
+    """Return the end of that sentence: the closest keys or, if there is none, where all of them are listed."""
+    if len(choices) <= FEW:
+        return suggest(name, choices)
+    close = get_close_matches(name, choices, n=1, cutoff=0.8) or get_close_matches(name, choices, n=3, cutoff=0.6)
+    if close:
+        return f"; did you mean {' or '.join(close)}?"
+    named = f" {group}" if group in ("trainer", "task", "model", "fidelity") else ""
+    return f"; peftbench ls keys{named} lists all."
+
+
 def _suggest_group(cfg: DictConfig, key: str) -> str | None:
     """Return the end of that sentence if the key is one of trainer, task or model, typed without this prefix."""
     for group in ("trainer", "task", "model"):
         if key.partition(".")[0] in list(cfg.get(group, {})):  # includes keys without a value
             return f"; did you mean {group}.{key}?"
-    return None
+    return "; did you mean trainer.learning_rate?" if key == "lr" else None
 
 
+FEW = 8  # keys that a sentence can list
 WANTED: dict[type | None, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 

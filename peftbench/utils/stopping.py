@@ -6,6 +6,7 @@ taken to the end of its step, and writes a checkpoint. Signals belong to the pro
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -71,6 +72,13 @@ def stop_if_asked() -> None:
     if is_asked() and _State.asked is not None and not _State.raised:
         _State.raised = True
         raise Stopped(_State.asked)
+
+
+def describe_ignored_interrupt() -> str | None:
+    """Return how to stop this process if Ctrl-C cannot: the shell has it ignored in the background jobs of scripts."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        return None
+    return f"Ctrl-C does not reach this process, which runs in the background; kill {os.getpid()} stops it."
 
 
 def _note(number: int, frame: FrameType | None) -> None:

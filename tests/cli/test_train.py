@@ -262,6 +262,13 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["composition_function.scale=inf"], ["composition_function.scale=inf: it must be a finite number."]),
         (["bottlenek=3"], ["bottlenek is not a key of the config; did you mean bottleneck?"]),
         (["trainer.epoch=3"], ["trainer.epoch is not a key of the config (in trainer); did you mean epochs?"]),
+        (
+            ["trainer.foo=1"],
+            ["not a key of the config (in trainer); peftbench ls keys trainer lists all."],
+        ),
+        (["blurb=1"], ["blurb is not a key of the config; peftbench ls keys lists all."]),
+        (["lr=1"], ["lr is not a key of the config; did you mean trainer.learning_rate?"]),
+        (["task.train=a"], ["(in task); did you mean max_train or train_file or train_split?"]),
         (["task.data_dir=/nowhere"], ["task.data_dir=/nowhere is not a folder"]),
         (["model.path=/nowhere"], ["model.path=/nowhere is not a folder"]),
         (["task=text_to_text"], ["task=text_to_text has no data; give task.train_file=FILE"]),
@@ -474,7 +481,7 @@ def test_a_users_own_folder_adds_methods(smoke: list[str], tmp_path: Path, capsy
         ),
         (
             "# @package _global_\nmethod: own\nbottlneck: 1\n",
-            "method/own.yaml: bottlneck is not a key of the config; did you mean bottleneck? Choices: ",
+            "method/own.yaml: bottlneck is not a key of the config; did you mean bottleneck?",
         ),
         (
             "# @package _global_\ndefaults: [mam]\nmix:\n  attention:\n    initt: bert\n",

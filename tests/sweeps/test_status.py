@@ -94,6 +94,19 @@ def test_what_was_typed_is_shown_as_it_was(tmp_path: Path, capsys: pytest.Captur
     assert re.search(r"\[prefix\] +:smile:prefix", printed)
 
 
+def test_several_sweeps_share_a_line_of_what_they_have_in_common(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = ["-m", "task=text_classification", "task.train_file=a b.csv"]
+    for seed, own in ((1, ["method=lora"]), (2, ["method=mam", "bottleneck=4"])):
+        member = Member([], replace(RUN, seed=seed, output_dir=str(tmp_path)))
+        Plan.of([member], [*shared, *own]).save(tmp_path)
+    assert main([str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Each sweep: peftbench train -m task=text_classification 'task.train_file=a b.csv'"
+    assert [line for line in lines if line.startswith("...")] == ["... method=lora", "... method=mam bottleneck=4"]
+
+
 def test_done_runs_are_listed_where_asked(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(outputs)])
     assert "1:00:00" not in capsys.readouterr().out
