@@ -23,7 +23,16 @@ from peftbench.backbones.load import Backbone, load_backbone
 from peftbench.backbones.precision import choose_autocast_dtype, choose_device, resolve_dtype
 from peftbench.backbones.quantisation import find_format, is_quantised
 from peftbench.backbones.sites import find_sites
-from peftbench.config.schema import LOSS, Keep, Quantization, Run, TaskKind, Unfreeze, list_modifications
+from peftbench.config.schema import (
+    LOSS,
+    Keep,
+    Quantization,
+    Run,
+    TaskKind,
+    Unfreeze,
+    has_modification,
+    list_modifications,
+)
 from peftbench.counts.shares import size_notes
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.evaluation.finished import restore_backbone
@@ -31,6 +40,7 @@ from peftbench.metrics.statistics import References
 from peftbench.modification.attach import attach, attach_run
 from peftbench.modification.counting import count
 from peftbench.modification.dead_parameters import count_dead
+from peftbench.modification.peft_files import write_peft_files
 from peftbench.modification.prefix_start import NEAR_START, find_near_starts, record_activations, start_prefixes
 from peftbench.modification.state import fold, save, size
 from peftbench.modification.state import load as load_adapter
@@ -259,6 +269,8 @@ def _train_or_load(
         return fitted, diverged
     if earlier is None:
         save(backbone.model, adapter, backbone.untrained)
+        if run.peft:
+            write_peft_files(backbone.model, adapter, run.model.path or str(run.model.hub_id), backbone.untrained)
         keep_ended(noted, stamp, fitted)
     record.adapter_bytes = size(adapter)
     return fitted, None
@@ -421,7 +433,7 @@ def _score_head_alone(run: Run, data: TaskData, record: Record, display: Display
 
 
 def _is_head_alone(run: Run) -> bool:
-    return not list_modifications(run) and run.unfreeze is Unfreeze.none
+    return not has_modification(run) and run.unfreeze is Unfreeze.none
 
 
 def _record_counts(record: Record, run: Run, backbone: Backbone) -> None:

@@ -659,6 +659,12 @@ def shake(model: torch.nn.Module, scale: float = 0.3, seed: int = 2) -> None:
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter.device))
 
 
+def list_methods(*, peft: bool = False) -> list[str]:
+    """The presets of conf/method that are our own, or with `peft` those of the peft library."""
+    files = sorted((schema.find_conf_dir() / "method").glob("*.yaml"))
+    return [file.stem for file in files if ("\npeft:\n" in file.read_text(encoding="utf-8")) is peft]
+
+
 def run_on(family: str, folder: Path, found: dict[str, schema.Modification], **more: Any) -> schema.Run:
     """A run of the modifications `found`, by prefix, on a tiny model of which `folder` has the config.json alone."""
     build(family).config.save_pretrained(folder)

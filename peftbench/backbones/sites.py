@@ -734,7 +734,11 @@ def _divide(columns: Mapping[str, int], groups: int = 1) -> dict[str, Part]:
 
 
 def measure_projection(module: nn.Module) -> tuple[int, int] | None:
-    """Return the widths of a projection's input and output, or None for a module that is not a projection."""
+    """Return the widths of a projection's input and output, or None for a module that is not a projection.
+
+    A layer of the peft library has those of the projection inside.
+    """
+    module = getattr(module, "base_layer", module)
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if isinstance(module, Conv1D):  # a Linear whose weight is stored as (in, out)

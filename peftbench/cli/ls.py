@@ -15,6 +15,7 @@ from rich.text import Text
 from peftbench.config.axes import CHOICES, Point, is_allowed, list_points
 from peftbench.config.keys import Key, list_keys
 from peftbench.config.notation import describe_choice
+from peftbench.config.peft_methods import METHODS, is_peft_installed, list_types
 from peftbench.config.rows import GROUP, PaperRow, read_rows
 from peftbench.config.schema import find_conf_dir
 from peftbench.utils.console import make_console, say
@@ -33,7 +34,7 @@ groups: `functional_form=relu` or `task=xsum` takes a preset of one, and `peftbe
 def main(argv: Sequence[str]) -> int:
     """Print what `peftbench ls [GROUP]` asks for and return 0. Raises UserError for an unknown group."""
     parser = argparse.ArgumentParser("peftbench ls", description=__doc__)
-    parser.add_argument("group", nargs="?", help="axes, keys, or a group of conf/ such as method, task or model")
+    parser.add_argument("group", nargs="?", help="axes, keys, peft, or a group of conf/ such as method or task")
     parser.add_argument("start", nargs="?", default="", help="with keys: the start of the keys, such as trainer")
     parser.add_argument("-cd", "--config-dir", type=Path, help="a folder of your own with method/, task/ ... below it")
     parser.add_argument("--markdown", action="store_true", help="with keys: print the tables of docs/keys.md")
@@ -63,10 +64,12 @@ def main(argv: Sequence[str]) -> int:
             say("\n".join(_to_markdown(found)))
         else:
             _show_keys(found, console)
+    elif arguments.group == "peft":
+        _show_peft(console)
     elif arguments.group in groups:
         _show_group(arguments.group, groups[arguments.group], console)
     else:
-        raise UserError(describe_unknown("group", arguments.group, ["axes", "keys", *groups]))
+        raise UserError(describe_unknown("group", arguments.group, ["axes", "keys", "peft", *groups]))
     return 0
 
 
@@ -108,6 +111,20 @@ def _read_opening(lines: Sequence[str]) -> Iterator[str]:
         if not line.startswith("#"):
             return
         yield line.lstrip("# ").rstrip()
+
+
+def _show_peft(console: Console) -> None:
+    """Print the values of `peft.type` with their formulas; peft has further ones where it is installed."""
+    names = list_types() if is_peft_installed() else list(METHODS)
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name in names:
+        table.add_row(name, METHODS[name].formula if name in METHODS else "see peft's documentation")
+    console.print(table, highlight=False)
+    if not is_peft_installed():
+        console.print("peft, which computes them, is not installed: pip install peftbench[peft].", highlight=False)
+    console.print("Each is peft.type=NAME of method=peft; peftbench ls method has the presets.", highlight=False)
 
 
 def _find_keys(start: str) -> list[Key]:

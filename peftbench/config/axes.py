@@ -250,6 +250,11 @@ def format_composition(name: str, scale: float, learned: bool) -> str:
     return name + (f" {scale:g}" + (" learned" if learned else "") if name == Composition.scaled.name else "")
 
 
+def format_axes(*names: str) -> str:
+    """Return the names of a modification's axes in one line; a method of peft may lack some."""
+    return " · ".join(filter(None, names))
+
+
 def read_axes(m: Modification) -> Point:
     """Return the point of a modification."""
     return Point(

@@ -53,6 +53,7 @@ LATER = (
     "trainer.optimizer",
     "trainer.early_stopping",
     "trainer.class_weights",
+    "trainer.lora_plus",
     "task.chat",
     "task.messages_column",
     "task.tools_column",
@@ -84,6 +85,8 @@ def hash_run(run: Run, stamp: Callable[[str], str] = stamp_content) -> str:
         config["task"]["special_tokens"] = "kept"
     for group in ("model", "trainer", "task"):
         drop_later_defaults(group, config[group])
+    if not config["peft"]:  # earlier runs had no such key
+        del config["peft"]
     if config["search"] is None:  # a settled search (records/choice.py) is the run that it chose
         del config["search"]
 

@@ -25,7 +25,8 @@ from peftbench.utils.errors import describe_unknown, suggest
 
 def apply_override(cfg: DictConfig, override: Override) -> str | None:
     """Set the key of an override in `cfg`. Return what is wrong with it as a sentence, or None."""
-    return set_key(cfg, override.key_or_group, override.value(), force_add=_is_addition(cfg, override))
+    free = override.key_or_group.startswith("peft.")  # whose keys are those of peft, which find_peft_faults checks
+    return set_key(cfg, override.key_or_group, override.value(), force_add=free or _is_addition(cfg, override))
 
 
 def set_key(cfg: DictConfig, key: str, value: Any, force_add: bool = False) -> str | None:

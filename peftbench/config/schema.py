@@ -470,6 +470,11 @@ class Trainer:
         "adamw: torch's AdamW, fused on a GPU; or a name of transformers, such as adamw_bnb_8bit, adafactor or "
         "lion_32bit, with the same learning rate, decay, betas and epsilon as far as it has them.",
     )
+    lora_plus: float | None = key(
+        None,
+        "LoRA+: how many times the learning rate of W_down that of W_up is, in modifications whose functional form is "
+        "the identity. null: once.",
+    )
     betas: list[float] = key([0.9, 0.999], "AdamW's two decay rates, for the mean gradient and for its square.")
     epsilon: float = key(1e-8, "AdamW's epsilon, added to the denominator of its update.")
     keep: Keep = key(
@@ -548,6 +553,13 @@ class Run(Modification):
 
     mix: dict[str, Modification] = key(
         {}, "Further modifications by name: mix.NAME.KEY is for one of them what KEY above is for the first."
+    )
+    peft: dict[str, Any] = key(
+        {},
+        "A method of the peft library in the place of our own: peft.type is its name, such as DORA; other keys are "
+        "those of its config there, such as peft.oft_block_size. bottleneck is its rank, composition_function.scale "
+        "its alpha / r, input_dropout its dropout, and modified_representation the projections that it modifies; "
+        "{}: none.",
     )
     unfreeze: Unfreeze = key(
         Unfreeze.none,
@@ -634,6 +646,19 @@ def list_modifications(run: Run) -> dict[str, Modification]:
     return found
 
 
+def list_bottlenecks_of(run: Run) -> dict[str, int]:
+    """Return the bottlenecks of a run by the prefix of their keys; that of a method of peft is the root's."""
+    found = {prefix: m.bottleneck for prefix, m in list_modifications(run).items()}
+    if run.peft:
+        found[""] = run.bottleneck
+    return {prefix: size for prefix, size in found.items() if size is not None}
+
+
+def has_modification(run: Run) -> bool:
+    """Return whether a run adds anything to its backbone, of our own or of peft."""
+    return bool(list_modifications(run) or run.peft)
+
+
 def name_module(prefix: str) -> str:
     """Return the name of a modification's modules in the model: NAME for "mix.NAME.", "modification" for "" (root)."""
     return prefix.split(".")[1] if prefix else "modification"
@@ -659,7 +684,7 @@ def resolve_config(cfg: DictConfig) -> Run:
     run.model.name = name_backbone(run.model)
     if isinstance(run.size, dict):
         run.size["taken"] = {
-            prefix: m.bottleneck for prefix, m in list_modifications(run).items() if _is_from_column(cfg, prefix)
+            prefix: size for prefix, size in list_bottlenecks_of(run).items() if _is_from_column(cfg, prefix)
         }
     if run.task.delimiter == r"\t":
         run.task.delimiter = "\t"

@@ -14,6 +14,7 @@ from typing import Any
 from peftbench.config.axes import find_refusals, read_axes
 from peftbench.config.budget import parse_budget
 from peftbench.config.fidelity import find_idle_switches
+from peftbench.config.peft_methods import find_peft_faults, has_identity_form, has_rank
 from peftbench.config.schema import (
     EMBEDDED,
     LOSS,
@@ -33,6 +34,7 @@ from peftbench.config.schema import (
     Unfreeze,
     get_value,
     is_text_table,
+    list_bottlenecks_of,
     list_files,
     list_modifications,
     list_task_files,
@@ -94,7 +96,11 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         lambda examples: examples == "auto" or _is_count(examples),
         "it must be a whole number of at least 1, auto or null",
     ),
-    (("trainer.learning_rate", "trainer.epochs"), lambda number: 0 < number < math.inf, "it must be a number above 0"),
+    (
+        ("trainer.learning_rate", "trainer.epochs", "trainer.lora_plus"),
+        lambda number: 0 < number < math.inf,
+        "it must be a number above 0",
+    ),
     (("trainer.warmup", "trainer.label_smoothing"), lambda share: 0 <= share < 1, "it must be in [0, 1)"),
     (
         ("trainer.weight_decay", "trainer.max_grad_norm", "trainer.epsilon", "trainer.checkpoint_minutes"),
@@ -111,6 +117,7 @@ def find_faults(run: Run, *, reads_data: bool = True) -> list[str]:
     """
     return [
         *_find_axes_faults(run),
+        *find_peft_faults(run),
         *_find_budget_faults(run),
         *_find_number_faults(run),
         *_find_path_faults(run),
@@ -129,7 +136,7 @@ def find_faults(run: Run, *, reads_data: bool = True) -> list[str]:
 def _find_axes_faults(run: Run) -> Iterator[str]:
     for prefix, m in list_modifications(run).items():
         yield from find_refusals(prefix, m)
-    if run.functional_form.name == "none" and any(axis != "none" for axis in read_axes(run)):
+    if run.functional_form.name == "none" and not run.peft and any(axis != "none" for axis in read_axes(run)):
         yield from find_refusals("", run)
 
 
@@ -142,13 +149,13 @@ def _find_budget_faults(run: Run) -> Iterator[str]:
         parse_budget(run.budget, backbone=100)
     except UserError as error:
         yield from error.faults
-    if all(m.bottleneck is None for m in list_modifications(run).values()):
+    if not list_bottlenecks_of(run) and not has_rank(run):
         yield (
             f"budget={run.budget} determines bottlenecks, but method={run.method} has none: its size follows from the "
             "backbone; leave budget out, or take a method with a bottleneck such as method=lora."
         )
         return
-    split, names = run.budget_split, [prefix.rstrip(".") or "the root's" for prefix in list_modifications(run)]
+    split, names = run.budget_split, [prefix.rstrip(".") or "the root's" for prefix in list_modifications(run) or [""]]
     if split is not None and (len(split) != len(names) or not all(0 < share < math.inf for share in split)):
         shares = ", ".join(f"{share:g}" for share in split)
         yield (
@@ -324,6 +331,11 @@ def _find_attention_faults(run: Run) -> Iterator[str]:
 def _find_trainer_faults(run: Run) -> Iterator[str]:
     """Yield faults for settings of the trainer that exclude each other."""
     trainer = run.trainer
+    if trainer.lora_plus is not None and not has_identity_form(run):
+        yield (
+            f"trainer.lora_plus={trainer.lora_plus:g} with method={run.method}: it is for LoRA's two matrices, and "
+            "this method has none; use trainer.lora_plus=null."
+        )
     if trainer.optimizer not in OPTIMIZERS:
         yield describe_unknown("trainer.optimizer", trainer.optimizer, OPTIMIZERS)
     if trainer.graphs is True:
@@ -396,7 +408,7 @@ def list_unrecordable(trainer: Trainer) -> dict[str, str]:
 
 
 def _find_nothing_to_train(run: Run) -> Iterator[str]:
-    if run.mix or any(axis != "none" for axis in read_axes(run)) or run.unfreeze is not Unfreeze.none:
+    if run.peft or run.mix or any(axis != "none" for axis in read_axes(run)) or run.unfreeze is not Unfreeze.none:
         return
     if run.task.kind is TaskKind.text_to_text:
         yield (

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peftbench.backbones.sites import find_sites
-from peftbench.config.schema import Run, list_modifications
-from peftbench.counts.formula import Description, describe_modification
+from peftbench.config.schema import Modification, Run, list_modifications
+from peftbench.counts.formula import Description, describe_modification, describe_peft_method
 from peftbench.counts.run_counts import RunCounts, build_run, count_built
 from peftbench.counts.sizes import Size, describe_size
 from peftbench.counts.tree import Branch, draw_network
@@ -31,11 +31,17 @@ def explain(run: Run) -> Explanation:
     built = build_run(run)
     run, _, model = built
     sites = find_sites(model)
-    found = list_modifications(run)
+    found: dict[str, Modification] = {"": run} if run.peft else list_modifications(run)
     counted = count_built(built)
     return Explanation(
         counted,
-        [describe_modification(prefix, m, over_residual=sites.layers[0].norm is None) for prefix, m in found.items()],
+        _describe_rows(run, over_residual=sites.layers[0].norm is None),
         [describe_size(group, found[group.prefix], sites) for group in counted.groups if group.prefix is not None],
         draw_network(model, run),
     )
+
+
+def _describe_rows(run: Run, over_residual: bool) -> list[Description]:
+    if run.peft:
+        return [describe_peft_method(run)]
+    return [describe_modification(prefix, m, over_residual) for prefix, m in list_modifications(run).items()]

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peftbench.config.notation import COMPOSITIONS, FORMS, REPRESENTATIONS
+from peftbench.config.axes import format_composition
+from peftbench.config.notation import COMPOSITIONS, FORMS, REPRESENTATIONS, describe_choice
+from peftbench.config.peft_methods import TYPE, get_method, read_point
 from peftbench.config.schema import (
     Composition,
     FFNInput,
@@ -16,6 +18,7 @@ from peftbench.config.schema import (
     LayerNormPlace,
     Modification,
     Representation,
+    Run,
 )
 
 LAYER_OVER_RESIDUAL = "the feed-forward sub-layer's output, to which the residual x is added afterwards"
@@ -89,6 +92,26 @@ def describe_modification(prefix: str, m: Modification, over_residual: bool = Fa
         },
         formula,
     )
+
+
+def describe_peft_method(run: Run) -> Description:
+    """Return the row of a method of peft, with the axes that it has."""
+    point, method, typed = read_point(run), get_method(run), run.peft[TYPE]
+    known = Representation.__members__.get(point.modified_representation, Representation.none)
+    h = f"h: {REPRESENTATIONS[known].h}" if known in REPRESENTATIONS else "modules by peft's names"
+    axes = {"modified representation": (point.modified_representation, h)}
+    if method.axes is not None:
+        axes = {
+            "functional form": (point.functional_form, describe_choice("functional_form", point.functional_form)),
+            **axes,
+            "insertion form": (point.insertion_form, describe_choice("insertion_form", point.insertion_form)),
+            "composition function": (
+                format_composition(point.composition_function, point.scale, False),
+                describe_choice("composition_function", point.composition_function),
+            ),
+        }
+    formula = f"h ← {method.formula}" if method.formula else f"h ← as peft's documentation of {typed} has it"
+    return Description("", f"{typed} of the peft library", axes, formula)
 
 
 def _reads_query(m: Modification) -> bool:

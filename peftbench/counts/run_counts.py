@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -27,6 +28,7 @@ from peftbench.counts.solve import solve_budget
 from peftbench.modification.attach import attach_run
 from peftbench.modification.counting import Counts, PlaceCounts, count, count_places
 from peftbench.modification.dead_parameters import count_dead
+from peftbench.modification.peft_method import PeftPlace, list_peft_places
 
 UNFROZEN_LABELS = {
     Unfreeze.bias: "the backbone's biases",
@@ -100,7 +102,7 @@ def count_built(built: Built) -> RunCounts:
     """Return the counts of a built run. Raises UserError if they make no sense, see `size_notes`."""
     run, deviations, model = built
     totals = count(model)
-    groups = list(_group_places(model, run))
+    groups = [*_group_places(model, run), *_group_peft_places(model)]
     unfrozen = totals.trained - sum(group.trained for group in groups)
     if unfrozen:
         groups.append(Group(UNFROZEN_LABELS[run.unfreeze], None, 1, {}, unfrozen, unfrozen, unfrozen))
@@ -128,7 +130,7 @@ def _group_places(model: PreTrainedModel, run: Run) -> Iterator[Group]:
         alike: dict[tuple[object, ...], list[tuple[Owner, PlaceCounts]]] = {}
         for place in places:
             if place.name.rpartition(".")[2] == name:
-                owner = _find_owner(model, place, owners)
+                owner = _find_owner(model, place.name, owners)
                 # Attentions of two stacks are two groups, because each has its own prefix MLP.
                 key = (owner if owner.kind else None, *place.tensors.items())
                 alike.setdefault(key, []).append((owner, place))
@@ -136,6 +138,21 @@ def _group_places(model: PreTrainedModel, run: Run) -> Iterator[Group]:
             yield _sum_group(
                 _label_group(modification, [owner for owner, _ in members], sites), prefix, [p for _, p in members]
             )
+
+
+def _group_peft_places(model: PreTrainedModel) -> Iterator[Group]:
+    """Group the places of a method of peft that are alike, in the order of the model."""
+    sites = find_sites(model)
+    owners = _map_owners(sites)
+    alike: dict[tuple[object, ...], list[PeftPlace]] = {}
+    for place in list_peft_places(model):
+        owner = _find_owner(model, place.name, owners) if place.name else Owner(None, None)
+        alike.setdefault((owner.stack, owner.kind, *place.tensors.items()), []).append(place)
+    for (stack, kind, *_), places in alike.items():
+        count = sum(math.prod(shape) for place in places for shape in place.tensors.values())
+        what = "projections" if kind else "weights"
+        label = " ".join(str(word) for word in (stack, kind, what) if word) if stack else "shared by several places"
+        yield Group(label, "", len(places), places[0].tensors, count, count, count)
 
 
 def _sum_group(label: str, prefix: str, places: list[PlaceCounts]) -> Group:
@@ -175,9 +192,8 @@ def _map_owners(sites: Sites) -> dict[nn.Module, Owner]:
     return found
 
 
-def _find_owner(model: nn.Module, place: PlaceCounts, owners: dict[nn.Module, Owner]) -> Owner:
+def _find_owner(model: nn.Module, path: str, owners: dict[nn.Module, Owner]) -> Owner:
     """Return the attention or layer that a place is in: that of the nearest module above it that has an owner."""
-    path = place.name
     while path:
         path = path.rpartition(".")[0]
         if (owner := owners.get(model.get_submodule(path))) is not None:

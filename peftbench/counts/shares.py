@@ -34,7 +34,7 @@ from peftbench.config.schema import (
     list_modifications,
 )
 from peftbench.config.sizes import list_column_backbones, list_sizes_taken
-from peftbench.counts.solve import count_resized, resize
+from peftbench.counts.solve import count_resized, find_largest_rank, resize
 from peftbench.modification.counting import Counts
 from peftbench.utils.errors import UserError
 
@@ -61,6 +61,8 @@ def fit_sizes(run: Run, *, as_trained: bool = False) -> Run:
     if not sizes:
         return run
     config = load_config(run.model) if as_trained or run.model.path is not None else None
+    if run.peft:
+        return _fit_rank(run, sizes, own, config)
     alone = _strip_modifications(run, sizes)
     here, shares = _compute_costs(alone, config), [_compute_share(alone, sizes, model) for model in own.values()]
     if any(1 / NEARLY <= here.stored(sizes) / here.backbone / share <= NEARLY for share in shares):
@@ -70,10 +72,32 @@ def fit_sizes(run: Run, *, as_trained: bool = False) -> Run:
     steps = [here.steps[prefix] for prefix in sizes]
     best = find_largest_sizes(list(sizes.values()), steps, here.stored(ones) - sum(steps), most)
     found = ones if best is None else dict(zip(sizes, best, strict=True))
+    return _resize_noted(run, sizes, found, own, shares[0])
+
+
+def _fit_rank(run: Run, sizes: Mapping[str, int], own: Mapping[str, Model], config: PretrainedConfig | None) -> Run:
+    """Return the run of a method of peft with its rank fitted. Modules that were named are those of this backbone
+    alone, so that the share of another one is not known, and the rank stays."""
+    if "target_modules" in run.peft or run.modified_representation.name is Representation.none:
+        return run
+    alone = replace(run, unfreeze=Unfreeze.none, fidelity=Fidelity(), modified_representation=_spread(run))
+    here = count_resized(alone, sizes, config)
+    counted = [_count_on(alone, sizes, model) for model in own.values()]
+    shares = [counts.stored / counts.backbone for counts in counted]
+    if any(1 / NEARLY <= here.stored / here.backbone / share <= NEARLY for share in shares):
+        return replace(run, size=None)
+    rank = find_largest_rank(alone, config, int(shares[0] * here.backbone))
+    return _resize_noted(run, sizes, {"": rank or 1}, own, shares[0])
+
+
+def _resize_noted(
+    run: Run, sizes: Mapping[str, int], found: Mapping[str, int], own: Mapping[str, Model], share: float
+) -> Run:
+    """Return the run with the sizes that were found, and as `size` the sentence that says so."""
     typed = " ".join(f"{prefix}bottleneck={size}" for prefix, size in found.items())
     note = (
         f"{typed}: the sizes of {run.model.sizes} ({', '.join(map(str, sizes.values()))}) were made for "
-        f"{' and '.join(own)}; these store the same share of {run.model.name}, {100 * shares[0]:.3g}%."
+        f"{' and '.join(own)}; these store the same share of {run.model.name}, {100 * share:.3g}%."
     )
     return replace(resize(run, found), size=note)
 
@@ -89,11 +113,8 @@ def size_notes(run: Run, counts: Counts, width: int) -> list[str]:
     Raises:
         UserError: the modifications store more parameters than the backbone has, without a budget that asks for it.
     """
-    sized = {
-        f"{prefix}bottleneck={m.bottleneck}": m
-        for prefix, m in list_modifications(run).items()
-        if m.bottleneck is not None
-    }
+    modifications: dict[str, Modification] = {"": run} if run.peft else list_modifications(run)
+    sized = {f"{prefix}bottleneck={m.bottleneck}": m for prefix, m in modifications.items() if m.bottleneck is not None}
     if counts.stored > counts.backbone and sized and run.unfreeze is not Unfreeze.all and run.budget is None:
         share = f"{counts.percent(counts.stored):,.0f}%"
         raise UserError(
@@ -104,6 +125,7 @@ def size_notes(run: Run, counts: Counts, width: int) -> list[str]:
         f"{typed} is above the width of {run.model.name}, {width}."
         for typed, m in sized.items()
         if m.functional_form.name != "softmax"  # prefix vectors may be many
+        and not run.peft  # whose size may be a number of frozen vectors or of coefficients
         and m.modified_representation.name
         is not Representation.ffn_intermediate  # the FFN's intermediate layer is wider
         and (m.bottleneck or 0) > width
@@ -148,12 +170,22 @@ def _spread(m: Modification) -> ModifiedRepresentation:
 
 def _compute_share(run: Run, sizes: Mapping[str, int], model: Model) -> float:
     """Return the share of the column's own backbone `model` that the column's sizes store."""
+    costs = _compute_costs(*_place_on(run, model))
+    return costs.stored(sizes) / costs.backbone
+
+
+def _count_on(run: Run, sizes: Mapping[str, int], model: Model) -> Counts:
+    """Return the counts of a run with the sizes `sizes` on another backbone."""
+    placed, config = _place_on(run, model)
+    return count_resized(placed, sizes, config)
+
+
+def _place_on(run: Run, model: Model) -> tuple[Run, PretrainedConfig | None]:
+    """Return the run on another backbone, and that one's config.json if it is in a folder."""
     task = replace(
         run.task, kind=TaskKind.classification, labels=[]
     )  # every family can do it; the head is counted separately
-    config = load_config(model) if model.path is not None else None
-    costs = _compute_costs(replace(run, model=model, task=task), config)
-    return costs.stored(sizes) / costs.backbone
+    return replace(run, model=model, task=task), load_config(model) if model.path is not None else None
 
 
 def _compute_costs(run: Run, config: PretrainedConfig | None) -> _Costs:

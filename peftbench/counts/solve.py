@@ -6,6 +6,7 @@ no formula: the counts at bottlenecks of 1 and 2, on the meta device, determine 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -15,7 +16,8 @@ from transformers import PretrainedConfig
 
 from peftbench.backbones.load import build_meta_backbone, load_config
 from peftbench.config.budget import find_largest_sizes, parse_budget
-from peftbench.config.schema import Run, list_modifications
+from peftbench.config.peft_methods import TYPE
+from peftbench.config.schema import Run, list_bottlenecks_of
 from peftbench.modification.attach import attach_run
 from peftbench.modification.counting import Counts, count
 from peftbench.utils.errors import UserError
@@ -35,9 +37,11 @@ def solve_budget(run: Run, *, as_trained: bool = False) -> Run:
     """
     if run.budget is None:
         return run
-    given = {prefix: m.bottleneck for prefix, m in list_modifications(run).items() if m.bottleneck is not None}
-    least = dict.fromkeys(given, 1)
     config = load_config(run.model) if as_trained else None
+    if run.peft:
+        return _solve_peft_budget(run, config)
+    given = list_bottlenecks_of(run)
+    least = dict.fromkeys(given, 1)
     smallest = count_resized(run, least, config)
     costs = [count_resized(run, {**least, prefix: 2}, config).stored - smallest.stored for prefix in given]
     most = parse_budget(run.budget, smallest.backbone)
@@ -55,6 +59,51 @@ def solve_budget(run: Run, *, as_trained: bool = False) -> Run:
     expected = smallest.stored + sum((size - 1) * cost for size, cost in zip(sizes, costs, strict=True))
     assert stored == expected <= most, f"{stored:,} parameters are stored, but {expected:,} were expected"
     return resize(run, found)
+
+
+def _solve_peft_budget(run: Run, config: PretrainedConfig | None) -> Run:
+    """Return the run of a method of peft with the largest rank that is within its budget. Raises UserError if there is
+    none, or if the count does not grow with the rank."""
+    assert run.budget is not None
+    smallest = count_resized(run, {"": 1}, config)
+    rank = find_largest_rank(run, config, parse_budget(run.budget, smallest.backbone))
+    if rank is None:
+        raise UserError(
+            f"budget={run.budget}: the smallest {run.method} on {run.model.name} stores {smallest.stored:,} parameters "
+            f"({smallest.percent(smallest.stored):.3g}% of the backbone), with a rank of 1; give at least "
+            f"budget={smallest.stored}."
+        )
+    return resize(run, {"": rank})
+
+
+def find_largest_rank(run: Run, config: PretrainedConfig | None, most: int) -> int | None:
+    """Return the largest rank of a method of peft that stores at most `most` parameters, or None.
+
+    The stored count need not be affine in the rank, so that ranks are tried: first the one that would be right if it
+    were affine, and from there one by one.
+
+    Raises:
+        UserError: the count does not grow with the rank.
+    """
+    counted: dict[int, int] = {}
+
+    def count_at(rank: int) -> int:
+        if rank not in counted:
+            counted[rank] = count_resized(run, {"": rank}, config).stored
+        return counted[rank]
+
+    step = (count_at(6) - count_at(2)) / 4
+    if step <= 0:
+        typed = f"peft.type={run.peft[TYPE]}"
+        raise UserError(f"budget={run.budget} with {typed}: its parameters do not grow with its rank; leave it out.")
+    rank = max(1, 2 + math.floor((most - count_at(2)) / step))
+    while rank > 1 and count_at(rank) > most:
+        rank -= 1
+    if count_at(rank) > most:
+        return None
+    while count_at(rank + 1) <= most and count_at(rank + 1) > count_at(rank):
+        rank += 1
+    return rank
 
 
 def count_resized(run: Run, sizes: Mapping[str, int], config: PretrainedConfig | None) -> Counts:

@@ -12,8 +12,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from peftbench.config.axes import UNFROZEN, format_composition, read_axes
+from peftbench.config.axes import UNFROZEN, format_axes, format_composition, read_axes
 from peftbench.config.budget import parse_budget
+from peftbench.config.peft_methods import read_point
 from peftbench.config.schema import Modification, Run, Unfreeze, list_modifications
 from peftbench.tables.columns import Column
 from peftbench.tables.terminal import show_table
@@ -34,6 +35,8 @@ def show_run(counted: RunCounts, console: Console) -> None:
     console.print(Text.assemble((run.method, "bold"), " on ", (run.model.name, "bold"), backbone))
     for modification in list_modifications(run).values():
         console.print(Text(f"  {_format_axes(modification)}{_format_bottleneck(modification)}"))
+    if run.peft:
+        console.print(Text(f"  {_format_point(run)}{_format_bottleneck(run)}"))
     if counted.deviations:
         console.print("As in the paper's released code, not its text:")
     for deviation in counted.deviations:
@@ -86,13 +89,16 @@ def show_sweep(counted: Sequence[RunCounts], console: Console) -> None:
 def _format_four_axes(counted: RunCounts) -> str:
     """Return the four axes of each modification, a line each, then what else is trained."""
     lines = [_format_axes(m) for m in list_modifications(counted.run).values()]
+    if counted.run.peft:
+        lines.append(_format_point(counted.run))
     if counted.run.unfreeze is not Unfreeze.none:
         lines.append(UNFROZEN[counted.run.unfreeze.name])
     return "\n".join(lines)
 
 
 def _format_bottlenecks(counted: RunCounts) -> str:
-    sizes = (m.bottleneck for m in list_modifications(counted.run).values())
+    modifications = [counted.run] if counted.run.peft else list_modifications(counted.run).values()
+    sizes = (m.bottleneck for m in modifications)
     return "\n".join("" if size is None else str(size) for size in sizes)
 
 
@@ -136,6 +142,7 @@ def _to_object(counted: RunCounts) -> dict[str, Any]:
             {"prefix": prefix, **read_axes(m)._asdict(), "bottleneck": m.bottleneck}
             for prefix, m in list_modifications(run).items()
         ],
+        "peft": run.peft,
         "unfreeze": run.unfreeze.name,
         "fidelity": run.fidelity.name,
         "deviations": [deviation.name for deviation in counted.deviations],
@@ -162,7 +169,13 @@ def _format_axes(m: Modification) -> str:
     """Return the four axes in one line, as `peftbench results` writes them."""
     *names, composition = read_axes(m)
     joined = format_composition(composition, m.composition_function.scale, m.composition_function.learned)
-    return " · ".join([*names, joined])
+    return format_axes(*names, joined)
+
+
+def _format_point(run: Run) -> str:
+    """Return the axes that a method of peft has, in one line."""
+    point = read_point(run)
+    return format_axes(*point[:3], format_composition(point.composition_function, point.scale, False))
 
 
 def _format_bottleneck(m: Modification) -> str:

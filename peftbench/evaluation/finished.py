@@ -22,7 +22,7 @@ from peftbench.backbones.precision import choose_device, resolve_dtype
 from peftbench.backbones.quantisation import unpack_backbone
 from peftbench.config.overrides import apply_override
 from peftbench.config.roles import list_splits
-from peftbench.config.schema import Run, Task, list_modifications, list_task_files, resolve_config
+from peftbench.config.schema import Run, Task, has_modification, list_task_files, resolve_config
 from peftbench.config.validity import find_faults
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.modification.attach import attach_run
@@ -220,7 +220,7 @@ def load_run(folder: str | Path, *overrides: str) -> tuple[PreTrainedModel, PreT
     folder = find_run_folder(str(folder))
     run = read_saved_run(folder, read_saved_record(folder), overrides)
     backbone = restore_backbone(folder, run, run.task)
-    if list_modifications(run):
+    if has_modification(run):
         keep_from_saving(backbone.model, folder)
     return backbone.model.eval(), backbone.tokenizer
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -22,16 +22,16 @@ from transformers import PreTrainedModel
 from peftbench.backbones.quantisation import is_quantised
 from peftbench.backbones.sites import Attention, Layer, Sites, find_sites
 from peftbench.config import schema
-from peftbench.config.axes import WITHOUT_ATTENTION
 from peftbench.config.fidelity import Deviation, apply_fidelity
 from peftbench.modification.composition import Add, Gated, GatedAdd, Multiply, Scaled
 from peftbench.modification.edit import Edit, SublayerDropout
 from peftbench.modification.functional_form import Bottleneck, Constant, FunctionalForm
 from peftbench.modification.head_attention import ATTENTION_NAME, HEADS, HeadModification, Prefix
 from peftbench.modification.insertion import INSERTION_FORMS
+from peftbench.modification.peft_method import attach_peft
 from peftbench.modification.prompt import PROMPT, DecoderPrompt, Prompt, PromptKeys, PromptMask
 from peftbench.modification.reparameterization import PrefixMLP, PrefixTrunk
-from peftbench.modification.representation import REPRESENTATIONS
+from peftbench.modification.representation import REPRESENTATIONS, choose_sites
 from peftbench.utils.errors import UserError
 
 # One module can end a projection, its sub-layer and its layer at once, as W_2 does in Llama. The modification that is
@@ -69,7 +69,7 @@ def attach(
 def attach_run(
     model: PreTrainedModel, run: schema.Run, untrained: Collection[str] = ()
 ) -> tuple[schema.Run, list[Deviation]]:
-    """Attach the modifications of a run, interpreted according to its `fidelity`.
+    """Attach the modifications of a run, interpreted according to its `fidelity`, or its method of peft.
 
     Returns:
         The run with its deviations from the paper's text filled in, and these deviations.
@@ -77,6 +77,8 @@ def attach_run(
     run, deviations = apply_fidelity(run, model.config.model_type)
     train_head = not run.fidelity.frozen_task_head
     attach(model, schema.list_modifications(run), run.unfreeze, untrained, train_head=train_head)
+    if run.peft:
+        attach_peft(model, run)
     return run, deviations
 
 
@@ -175,7 +177,7 @@ def _attach_one(model: PreTrainedModel, sites: Sites, prefix: str, m: schema.Mod
 def _attach_to_places(sites: Sites, m: schema.Modification, name: str, prefix: str) -> None:
     insertion = m.insertion_form.name.name
     places = REPRESENTATIONS[_name_representation(m)]
-    for layer, attentions in _choose_sites(sites, m, prefix):
+    for layer, attentions in choose_sites(sites, m, prefix):
         if m.modified_representation.ffn_input is schema.FFNInput.residual:
             layer = _read_residual(layer, prefix)
         for place in places(layer, attentions):
@@ -207,7 +209,7 @@ def _attach_to_heads(model: PreTrainedModel, sites: Sites, m: schema.Modificatio
     is_prefix = m.functional_form.name == "softmax" and m.composition_function.name is schema.Composition.gated
     _require_attention_interface(sites, f"{prefix}modified_representation=heads")
     trunks: dict[tuple[str, str], PrefixTrunk] = {}
-    for layer, attentions in _choose_sites(sites, m, prefix):
+    for layer, attentions in choose_sites(sites, m, prefix):
         for attention in attentions:
             groups = attention.kv_heads if is_prefix else attention.heads
             generator = None
@@ -376,38 +378,3 @@ def _build_composition(m: schema.Modification, in_width: int, groups: int) -> nn
 def _get_size(m: schema.Modification) -> int:
     assert m.bottleneck is not None, "config/axes.py requires a bottleneck"
     return m.bottleneck
-
-
-def _choose_sites(sites: Sites, m: schema.Modification, prefix: str) -> Iterator[tuple[Layer, list[Attention]]]:
-    """Yield the layers and attentions that the representation's options name. A name that matches nothing is an
-    error."""
-    r = m.modified_representation
-    stacks = {stack.name for stack in r.stacks}
-    kinds = {kind.name for kind in r.attentions}
-    key = f"{prefix}modified_representation"
-    if not stacks & {layer.stack for layer in sites.layers}:
-        there = ", ".join(sites.family.stacks)
-        raise UserError(f"{key}.stacks=[{', '.join(sorted(stacks))}] names no stack of the backbone; it has: {there}.")
-    there_are = {a.kind for layer in sites.layers if layer.stack in stacks for a in layer.attentions}
-    if r.name not in WITHOUT_ATTENTION and not kinds & there_are:
-        raise UserError(
-            f"{key}.attentions=[{', '.join(sorted(kinds))}] names no attention in the {', '.join(sorted(stacks))} of "
-            f"this backbone; it has: {', '.join(sorted({a.kind for layer in sites.layers for a in layer.attentions}))}."
-        )
-    for layer in sites.layers:
-        if layer.stack not in stacks:
-            continue
-        if r.layers is not None:
-            if layer.passes > 1:
-                raise UserError(
-                    f"{key}.layers: the {layer.passes} layers of this backbone share one module and so its "
-                    "modifications; leave it out."
-                )
-            wrong = [index for index in r.layers if not -layer.depth <= index < layer.depth]
-            if wrong:
-                raise UserError(
-                    f"{key}.layers: {wrong[0]} is outside the {layer.stack}'s layers 0 to {layer.depth - 1}."
-                )
-            if layer.index not in {index % layer.depth for index in r.layers}:
-                continue
-        yield layer, [attention for attention in layer.attentions if attention.kind in kinds]

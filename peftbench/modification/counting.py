@@ -20,6 +20,7 @@ from peftbench.backbones.sites import find_family
 from peftbench.modification.edit import Modifier
 from peftbench.modification.functional_form import FunctionalForm
 from peftbench.modification.head_attention import Prefix
+from peftbench.modification.peft_method import list_added
 from peftbench.modification.prompt import Prompt, PromptKeys
 from peftbench.modification.reparameterization import PrefixMLP
 from peftbench.modification.state import list_bottlenecks
@@ -85,7 +86,8 @@ def count(model: PreTrainedModel, untrained: Collection[str] = ()) -> Counts:
         untrained: names of parameters that came with no weights, as `attach` takes them. They count as task head, even
             the pooler, which is a part of the backbone if it came with weights.
     """
-    modification = _modification_parameters(model)
+    of_peft = {id(tensor) for tensor in list_added(model).values()}
+    modification = _modification_parameters(model) | of_peft
     heads = find_family(model.config.model_type).task_head
     named = dict(model.named_parameters())  # has each tied or shared tensor once
     trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
@@ -99,11 +101,12 @@ def count(model: PreTrainedModel, untrained: Collection[str] = ()) -> Counts:
     prompts = sum(m.vectors.numel() for m in model.modules() if isinstance(m, Prompt))
     mlp = {id(p): p.numel() for m in model.modules() if isinstance(m, PrefixMLP) for p in m.parameters()}
     made = sum(bottleneck.formula() for bottleneck in list_bottlenecks(model) if bottleneck.generator)
+    trained_by_peft = sum(p.numel() for p in own.values() if id(p) in of_peft)  # for which the paper has no formula
     return Counts(
         backbone=backbone,
         trained=trained_total,
         stored=trained_total - sum(mlp.values()) + made,
-        paper=formula + prompts + unfrozen,
+        paper=formula + prompts + unfrozen + trained_by_peft,
         head=head,
     )
 

@@ -21,11 +21,13 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from peftbench.backbones.quantisation import is_packed
+from peftbench.config.schema import name_module
 from peftbench.modification.composition import Gated, Multiply
 from peftbench.modification.edit import Edit
 from peftbench.modification.functional_form import Bottleneck
 from peftbench.modification.head_attention import HeadModification, Prefix
 from peftbench.modification.insertion import sequential
+from peftbench.modification.peft_method import find_peft_obstacle, list_added, merge_peft
 from peftbench.modification.prompt import Prompt
 
 Hooks = OrderedDict[int, Callable[..., Any]]
@@ -38,6 +40,8 @@ def find_obstacles(model: nn.Module) -> dict[str, str]:
     The result is empty if all of them can be merged. Works on the meta device.
     """
     found: dict[str, str] = {}
+    if (reason := find_peft_obstacle(model)) is not None:
+        found[name_module("")] = reason
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, HeadModification):
@@ -57,6 +61,8 @@ def merge(model: nn.Module) -> float:
     change. It is about 1e-5 for float32. It is not small for bfloat16, in which a small change to a large weight is
     less than half a step.
     """
+    if list_added(model):
+        return merge_peft(model)
     lost, changed = 0.0, 0.0
     for module in _list_mergeable(model):
         weight, bias = compute_merged_weights(module)

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from peftbench.backbones.sites import Attention, Layer, Part, measure_projection
+from peftbench.backbones.sites import Attention, Layer, Part, Sites, measure_projection
+from peftbench.config.axes import WITHOUT_ATTENTION
+from peftbench.config.schema import Modification
 from peftbench.modification.insertion import INSERTION_FORMS, InsertionForm, sequential_over_residual
 from peftbench.utils.errors import UserError
 
@@ -148,3 +150,38 @@ REPRESENTATIONS: dict[str, Places] = {
     "all_linear": _all_linear,
     "layer": _layer,
 }
+
+
+def choose_sites(sites: Sites, m: Modification, prefix: str) -> Iterator[tuple[Layer, list[Attention]]]:
+    """Yield the layers and attentions that the representation's options name. A name that matches nothing is an
+    error."""
+    r = m.modified_representation
+    stacks = {stack.name for stack in r.stacks}
+    kinds = {kind.name for kind in r.attentions}
+    key = f"{prefix}modified_representation"
+    if not stacks & {layer.stack for layer in sites.layers}:
+        there = ", ".join(sites.family.stacks)
+        raise UserError(f"{key}.stacks=[{', '.join(sorted(stacks))}] names no stack of the backbone; it has: {there}.")
+    there_are = {a.kind for layer in sites.layers if layer.stack in stacks for a in layer.attentions}
+    if r.name not in WITHOUT_ATTENTION and not kinds & there_are:
+        raise UserError(
+            f"{key}.attentions=[{', '.join(sorted(kinds))}] names no attention in the {', '.join(sorted(stacks))} of "
+            f"this backbone; it has: {', '.join(sorted({a.kind for layer in sites.layers for a in layer.attentions}))}."
+        )
+    for layer in sites.layers:
+        if layer.stack not in stacks:
+            continue
+        if r.layers is not None:
+            if layer.passes > 1:
+                raise UserError(
+                    f"{key}.layers: the {layer.passes} layers of this backbone share one module and so its "
+                    "modifications; leave it out."
+                )
+            wrong = [index for index in r.layers if not -layer.depth <= index < layer.depth]
+            if wrong:
+                raise UserError(
+                    f"{key}.layers: {wrong[0]} is outside the {layer.stack}'s layers 0 to {layer.depth - 1}."
+                )
+            if layer.index not in {index % layer.depth for index in r.layers}:
+                continue
+        yield layer, [attention for attention in layer.attentions if attention.kind in kinds]

@@ -17,6 +17,7 @@ from safetensors.torch import save as serialised
 from torch import Tensor, nn
 
 from peftbench.modification.functional_form import Bottleneck
+from peftbench.modification.peft_method import list_added
 from peftbench.modification.reparameterization import PrefixMLP
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import write_bytes
@@ -63,7 +64,7 @@ def save(model: nn.Module, folder: Path, untrained: Collection[str] = ()) -> Non
         untrained: names of parameters that the backbone's files do not have, as `attach` takes them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(_needed(model, untrained), folder / FILE_NAME)
+    write_tensors(list_needed(model, untrained), folder / FILE_NAME)
 
 
 def size(folder: Path) -> int:
@@ -104,7 +105,7 @@ def read_tensors(model: nn.Module, path: Path, untrained: Collection[str] = ()) 
         UserError: the file's names or shapes do not match the model's.
     """
     saved = load_file(path)
-    trained = _needed(model, untrained)
+    trained = list_needed(model, untrained)
     if saved.keys() != trained.keys():
         odd = sorted(saved.keys() ^ trained.keys())
         raise UserError(
@@ -121,6 +122,8 @@ def read_tensors(model: nn.Module, path: Path, untrained: Collection[str] = ()) 
         parameter.copy_(saved[name])
 
 
-def _needed(model: nn.Module, untrained: Collection[str]) -> dict[str, nn.Parameter]:
-    """Return the parameters of the model that are stored nowhere but in a checkpoint."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad or name in untrained}
+def list_needed(model: nn.Module, untrained: Collection[str] = ()) -> dict[str, Tensor]:
+    """Return the tensors of the model that are stored nowhere but in a checkpoint: those that are trained, the
+    `untrained` ones, and all that peft added, of which some methods have frozen parts."""
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad or name in untrained}
+    return {**own, **list_added(model)}

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 import peftbench
 from peftbench.config.axes import read_axes
 from peftbench.config.identity import drop_later_defaults, hash_run, to_plain
+from peftbench.config.peft_methods import read_point
 from peftbench.config.schema import Modification, Run, Task, list_modifications, list_task_files
 from peftbench.config.stamps import stamp_content
 from peftbench.records.record import FILE, Attempt, Axes, Record, RecordedBackbone, Status, find_record, get_time
@@ -97,7 +98,7 @@ def describe_run(run: Run, folder: Path, overrides: Sequence[str], status: Statu
         test_file=_name_test_files(run.task),
         fidelity=run.fidelity.name,
         trainer=drop_later_defaults("trainer", to_plain(run.trainer)),
-        versions=_read_versions(),
+        versions=_read_versions(*(["peft"] if run.peft else [])),
         git=_read_git(),
     )
 
@@ -111,27 +112,33 @@ def _name_test_files(task: Task) -> str | None:
 
 def record_axes(run: Run) -> list[Axes]:
     """Return the modifications of a run, each with the options in which it differs from the defaults."""
-    bare = dict(flatten(to_plain(Modification())))
-    shown = {"bottleneck", "composition_function.scale"} | {key for key in bare if key.endswith(".name")}
+    if run.peft:
+        of_peft = {f"peft.{key}": value for key, value in flatten(to_plain(run)["peft"])}
+        return [Axes(prefix="", **read_point(run)._asdict(), options={**_list_options_of(run), **of_peft})]
     return [
         Axes(
             prefix=prefix,
             **read_axes(modification)._asdict(),
             scale=modification.composition_function.scale,
             bottleneck=modification.bottleneck,
-            options={
-                key: value
-                for key, value in flatten(to_plain(modification))
-                if key in bare and key not in shown and value != bare[key]
-            },
+            options=_list_options_of(modification),
         )
         for prefix, modification in list_modifications(run).items()
     ]
 
 
-def _read_versions() -> dict[str, str]:
+def _list_options_of(m: Modification) -> dict[str, Any]:
+    """Return the options of a modification that differ from their defaults, by their dotted keys."""
+    bare = dict(flatten(to_plain(Modification())))
+    shown = {"bottleneck", "composition_function.scale"} | {key for key in bare if key.endswith(".name")}
+    return {
+        key: value for key, value in flatten(to_plain(m)) if key in bare and key not in shown and value != bare[key]
+    }
+
+
+def _read_versions(*more: str) -> dict[str, str]:
     found = {"python": platform.python_version(), "peftbench": peftbench.__version__}
-    for package in ("torch", "transformers", "datasets"):
+    for package in ("torch", "transformers", "datasets", *more):
         with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found

@@ -10,7 +10,7 @@ from functools import partial
 from operator import attrgetter
 from typing import Any, Generic, Literal, TypeVar
 
-from peftbench.config.axes import UNFROZEN
+from peftbench.config.axes import UNFROZEN, format_axes
 from peftbench.config.identity import IGNORED
 from peftbench.config.schema import index_by_key
 from peftbench.records.record import Record
@@ -335,7 +335,7 @@ def _format_axes(row: Row) -> str:
     lines = []
     for axes in row.first.axes:
         names = (axes.functional_form, axes.modified_representation, axes.insertion_form, axes.composition)
-        lines.append(" · ".join(names))
+        lines.append(format_axes(*names))
     unfreeze = row.first.unfreeze
     if unfreeze != "none":
         lines.append(UNFROZEN.get(unfreeze, unfreeze))

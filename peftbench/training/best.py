@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
 from peftbench.config.schema import LOSS
-from peftbench.modification.state import list_trained, write_tensors
+from peftbench.modification.state import list_needed, write_tensors
 from peftbench.training.checkpoint import Checkpoint
 
 BEST = "best.safetensors"  # in a checkpoint: the trained tensors at the best evaluation so far
@@ -41,7 +41,7 @@ class KeepBest(TrainerCallback):
         value = metrics[f"eval_{self.metric}"] * (-1 if self.metric == LOSS else 1)
         if math.isfinite(value) and (self.best is None or value > self.best):
             self.best = value
-            self.tensors = {name: tensor.cpu().clone() for name, tensor in list_trained(kwargs["model"]).items()}
+            self.tensors = {name: tensor.cpu().clone() for name, tensor in list_needed(kwargs["model"]).items()}
             self.since = 0
             return
         self.since += 1

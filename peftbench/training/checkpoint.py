@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from peftbench.modification.state import list_trained, read_tensors, write_tensors
+from peftbench.modification.state import list_needed, read_tensors, write_tensors
 from peftbench.utils.stopping import is_asked
 
 TENSORS = "trained.safetensors"
@@ -83,7 +83,7 @@ class Resumable(Trainer):
         assert output_dir is not None
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(list_trained(self.model), folder / TENSORS)
+        write_tensors(list_needed(self.model), folder / TENSORS)
         (folder / NOTES).write_text(json.dumps(self.notes()), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

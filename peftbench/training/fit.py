@@ -186,6 +186,7 @@ def _build_trainer(
         paths=FastPaths.of(model, settings, lengths),
         micro=MicroBatches(settings.micro_batch, settings.batch_size, _find_longest(data, settings)),
         recording=Recording(recipe.recorder, required) if settings.graphs else None,
+        lora_plus=settings.lora_plus,
         stamp=checkpoints.stamp,
         earlier_seconds=resuming.earlier_seconds,
         callbacks=[SaveByTime(checkpoints.minutes), StopWhenAsked(), *monitor.all_callbacks],

@@ -13,10 +13,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerControl
 
 from peftbench.backbones.quantisation import present_as_adapted
+from peftbench.training.adaptive_rank import PruneRanks, is_adaptive, make_penalty
 from peftbench.training.batching import LengthBatches
 from peftbench.training.best import KeepBest
 from peftbench.training.checkpoint import Resumable
 from peftbench.training.divergence import StopWhereDiverged
+from peftbench.training.loraplus import raise_up_rate
 from peftbench.training.micro_batch import MicroBatched
 from peftbench.training.pace import Clock, Pace
 from peftbench.training.paths import FastPaths
@@ -46,6 +48,7 @@ class FineTuner(MicroBatched, Resumable):
         batches: batches of similar length; None: random batches.
         paths: the fast paths of the forward pass.
         recording: how steps are recorded and replayed; None: they are not.
+        lora_plus: the ratio of the learning rate of W_up to that of W_down; None: they are the same.
         stamp: see `Checkpoints.stamp`; each checkpoint notes it.
         earlier_seconds: see `Clock.earlier`.
         callbacks: Trainer's, in addition to those of this class.
@@ -63,6 +66,7 @@ class FineTuner(MicroBatched, Resumable):
         batches: LengthBatches | None,
         paths: FastPaths,
         recording: Recording | None,
+        lora_plus: float | None,
         stamp: str,
         earlier_seconds: float,
         callbacks: Sequence[TrainerCallback],
@@ -76,7 +80,9 @@ class FineTuner(MicroBatched, Resumable):
             self.replayed = Replayed(self._whole_batch, self.trained, recording.recorder, required=required)
         self.clock, self.pace = Clock(earlier_seconds), Pace(model.device)
         self.diverging = StopWhereDiverged(self._get_loss_scale)
-        own = [self.diverging, self.pace, *([] if keeper is None else [keeper])]
+        self.lora_plus, self.penalty = lora_plus, make_penalty(model)
+        self.pruning = PruneRanks(model) if is_adaptive(model) else None
+        own = [self.diverging, self.pace, *filter(None, (keeper, self.pruning))]
         with present_as_adapted(model):
             super().__init__(model=model, notes=self._notes, callbacks=[*own, *callbacks], **others)
         self.remove_callback(PrinterCallback)
@@ -126,8 +132,22 @@ class FineTuner(MicroBatched, Resumable):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.keeper is not None and output_dir is not None:
-            self.keeper.save(Path(output_dir))
+        parts: tuple[KeepBest | PruneRanks | None, ...] = (self.keeper, self.pruning)
+        for part in parts:
+            if part is not None and output_dir is not None:
+                part.save(Path(output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.pruning is not None:
+            self.pruning.load(Path(resume_from_checkpoint))
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and self.lora_plus is not None:
+            raise_up_rate(optimizer, self.model, self.lora_plus)
+        return optimizer
 
     def get_train_dataloader(self) -> Any:  # accelerate's shard of a DataLoader
         if self.batches is None:
@@ -164,9 +184,13 @@ class FineTuner(MicroBatched, Resumable):
     ) -> Any:
         inputs = self.paths.inputs(inputs)
         token_loss = self.paths.token_loss
-        if token_loss is None or return_outputs or inputs["labels"].dim() < 2:
+        if return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return token_loss(inputs, num_items_in_batch)
+        if token_loss is None or inputs["labels"].dim() < 2:
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        else:
+            loss = token_loss(inputs, num_items_in_batch)
+        return loss if self.penalty is None else loss + self.penalty()
 
     def _clip_grad_norm(self, model: PreTrainedModel) -> Any:
         """Clip the gradients of `trained`: to search all tensors of a backbone takes milliseconds at every step."""

@@ -69,6 +69,7 @@ def describe_unknown(what: str, value: object, choices: Iterable[object]) -> str
 def suggest(value: object, choices: Iterable[object]) -> str:
     """Return the end of a sentence which says that `value` is none of `choices`."""
     names = [str(choice) for choice in choices]
-    close = get_close_matches(str(value), names, n=1, cutoff=0.5)
+    close = get_close_matches(str(value), names, n=3, cutoff=0.5)
+    close.sort(key=lambda name: sorted(name) != sorted(str(value)))  # the same letters in another order come first
     hint = f"; did you mean {close[0]}?" if close else "."
     return f"{hint} Choices: {', '.join(names)}." if names else hint

@@ -17,13 +17,13 @@ from peftbench.config.schema import (
     Representation,
     Run,
     TaskKind,
-    find_conf_dir,
     list_modifications,
 )
 from peftbench.utils.errors import UserError
+from tests.families import list_methods
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "fidelity.md"
-METHODS = sorted(path.stem for path in (find_conf_dir() / "method").glob("*.yaml"))
+METHODS = list_methods()
 
 
 def composed(*overrides: str) -> Run:
@@ -61,6 +61,7 @@ IN_FORCE = {  # method and further overrides: on BART, on mBART, on RoBERTa (who
     "lora": ([], [], [HEAD]),
     "lora_ffn": ([], [], [HEAD]),
     "lora_all": ([], [], [HEAD]),
+    "lora_plus": ([], [], [HEAD]),
     "pfeiffer": ([], [], [HEAD]),
     "prefix": ([], [], [HEAD, DEAD_ONES]),
     "prefix_no_gating": ([], [], [HEAD]),

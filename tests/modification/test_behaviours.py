@@ -36,6 +36,7 @@ from tests.families import (
     build,
     cases,
     dropout,
+    list_methods,
     long_tail,
     modification,
     points,
@@ -615,7 +616,7 @@ def test_places_that_a_backbone_lacks_are_refused(
 
 # ---- the presets in conf/ ----
 
-METHODS = sorted(path.stem for path in (schema.find_conf_dir() / "method").glob("*.yaml"))
+METHODS = list_methods()
 
 
 @pytest.mark.parametrize(
