@@ -15,11 +15,11 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 SHOW = "--cfg job"  # an option of the command, not an override
 
 
-def commands_of(page: str) -> list[str]:
-    """The `peftbench train` lines in the bash blocks of a page, without comments, each on one line."""
+def commands_of(page: str, begin: str = "peftbench train") -> list[str]:
+    """The lines in the bash blocks of a page that begin so, without comments, each on one line."""
     blocks = re.findall(r"```bash\n(.*?)```", (CHECKOUT / page).read_text(encoding="utf-8"), re.DOTALL)
     lines = [line.split(" #")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [" ".join(line.split()) for line in lines if line.startswith("peftbench train")]
+    return [" ".join(line.split()) for line in lines if line.startswith(begin)]
 
 
 PAGES = {page: commands_of(page) for page in ("README.md", "docs/command_line.md")}
@@ -46,6 +46,20 @@ def test_the_page_has_commands(page: str, least: int) -> None:
 def test_commands_compose(command: str, tmp_path: Path) -> None:
     words = arguments(command.replace(SHOW, ""), tmp_path)[1:]
     assert compose_points([word for word in words if word != "-m"], multirun="-m" in words)
+
+
+LOOKS = [c for c in commands_of("README.md", "peftbench") if not c.startswith("peftbench train") and "RUN" not in c]
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(c, marks=[] if c.startswith("peftbench results") else pytest.mark.slow) for c in LOOKS]
+)
+def test_commands_that_look_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder with the project's own records."""
+    folder = "outputs" if "outputs/" in command else "outputs/reference/text"
+    (tmp_path / "outputs").symlink_to(CHECKOUT / folder, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(command)[1:]) == 0
 
 
 def test_the_experiment_of_the_page_composes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
