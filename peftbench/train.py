@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, set_seed
 
 from peftbench.backbones.chat_template import list_ends
 from peftbench.backbones.load import Backbone, load_backbone
-from peftbench.backbones.precision import choose_autocast_dtype, choose_device, resolve_dtype
+from peftbench.backbones.precision import choose_autocast_dtype, choose_device, describe_device, resolve_dtype
 from peftbench.backbones.quantisation import find_format, is_quantised
 from peftbench.backbones.sites import find_sites
 from peftbench.config.schema import (
@@ -165,9 +165,7 @@ def _run(
     with record_run(run, folder, overrides) as record, display:
         record.search = search
         device = choose_device(run.trainer)
-        record.device = (
-            torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
-        )
+        record.device = describe_device(device)
         with _record_time(record, "prepare_s"), display.stage("prepare"):
             prepared = _prepare(run, record, display)
         head_too = "head" in run.task.baselines and not _is_head_alone(run)
@@ -185,7 +183,7 @@ def _run(
         stop_if_asked()  # the adapter is saved
         if diverged is None:
             with _record_time(record, "evaluate_s"):
-                _evaluate(prepared.run, model, prepared.data, record, display)
+                record_scores(prepared.run, model, prepared.data, record, display)
                 if search is not None or selecting:
                     record.selection = _score_selection(prepared.run, model, prepared.data, record, display)
             if (seen := detect_divergence(record)) is not None:
@@ -216,13 +214,13 @@ def _prepare(run: Run, record: Record, display: Display) -> _Prepared:
     read, record.deviations = attach_run(backbone.model, placed, backbone.untrained)
     start_prefixes(backbone.model, starts, activations)
     record.axes = record_axes(read)
-    _record_counts(record, read, backbone)
+    record_counts(record, read, backbone)
     if starts:
         record.notes.append(NEAR_START)
     for note in record.notes:
         display.say(note)
     data = prepare_data(loaded, backbone.tokenizer, backbone.model)
-    _record_data(record, data, backbone)
+    record_data(record, data, backbone)
     if run.trainer.class_weights is not None:
         weights = scale_class_weights(run.trainer.class_weights, data.train["labels"][:], data.task.labels)
         record.data["notes"].append(describe_class_weights(weights, data.task.labels))
@@ -325,13 +323,13 @@ def _fit_model(run: Run, backbone: Backbone, data: TaskData, record: Record, dis
     return fitted
 
 
-def _evaluate(run: Run, model: PreTrainedModel, data: TaskData, record: Record, display: Display) -> None:
+def record_scores(run: Run, model: PreTrainedModel, data: TaskData, record: Record, display: Display) -> None:
     """Score the model, write the predictions of the reported splits, and record the baselines next to the score.
 
     The selection split is scored too if it chose the state that is reported.
     """
     evaluator = Evaluator(model, data, run)
-    selected = run.trainer.keep is Keep.best and data.splits["selection"] != data.splits["report"]
+    selected = run.trainer.keep is Keep.best and data.splits.get("selection") not in (None, data.splits["report"])
     for role, split in data.splits.items():
         if role == "train" or (role == "selection" and not selected):
             continue
@@ -366,7 +364,7 @@ def _note_one_prediction(
 
 
 def _score_selection(run: Run, model: PreTrainedModel, data: TaskData, record: Record, display: Display) -> Selection:
-    """Return what a search, or a sweeper, compares. A score that `_evaluate` has recorded is not computed again."""
+    """Return what a search, or a sweeper, compares. A score that `record_scores` has recorded is not computed again."""
     split, metric = data.splits["selection"], run.task.selection_metric or run.task.metric
     same = "report" if split == data.splits["report"] else "selection"
     if metric != LOSS and same in record.scores:
@@ -436,7 +434,8 @@ def _is_head_alone(run: Run) -> bool:
     return not has_modification(run) and run.unfreeze is Unfreeze.none
 
 
-def _record_counts(record: Record, run: Run, backbone: Backbone) -> None:
+def record_counts(record: Record, run: Run, backbone: Backbone) -> None:
+    """Record the numbers of parameters of a backbone with the run's modifications, and notes on their sizes."""
     counts = count(backbone.model, backbone.untrained)
     dead = count_dead(backbone.model, list_modifications(run)) if run.fidelity.dead_parameters else 0
     record.counts = RecordedCounts(**asdict(counts), dead=dead)
@@ -447,7 +446,7 @@ def _record_counts(record: Record, run: Run, backbone: Backbone) -> None:
     record.notes = size_notes(run, counts, find_sites(backbone.model).width)
 
 
-def _record_data(record: Record, data: TaskData, backbone: Backbone) -> None:
+def record_data(record: Record, data: TaskData, backbone: Backbone) -> None:
     """Record what the run was trained and scored on, and what was decided about the backbone."""
     record.data = {
         "fingerprint": data.fingerprint,

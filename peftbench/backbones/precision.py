@@ -22,6 +22,11 @@ def choose_device(settings: schema.Trainer) -> torch.device:
 HALF = {schema.Precision.bf16: torch.bfloat16, schema.Precision.fp16: torch.float16}
 
 
+def describe_device(device: torch.device) -> str:
+    """Return the name of a GPU, or the number of a CPU's threads, for a record."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
+
+
 def choose_half_dtype(settings: schema.Trainer) -> torch.dtype | None:
     """Return the 16-bit dtype to compute in; None: float32. `auto` is bfloat16 on a GPU that supports it.
 

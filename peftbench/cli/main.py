@@ -42,6 +42,8 @@ peftbench: which parameter-efficient fine-tuning method, where in the network, h
   peftbench rescore RUN [METRIC]           any metric of a finished run, from its predictions
   peftbench merge RUN --out FOLDER         merge a finished run's LoRA into the backbone: a plain checkpoint
   peftbench export RUN --out FOLDER        a finished run's LoRA, IA3 or prompt as an adapter for the peft library
+  peftbench import FOLDER|FILE --task TASK --out RUN
+                                           an adapter of peft or loralib as a finished run
   peftbench explain [RUN | KEY=VALUE ...] [--json]
                                            a method in the paper's terms, and where it is in the network
   peftbench ls [axes|keys|GROUP]           the choices of a group; the four axes and which combinations run; the
@@ -78,8 +80,9 @@ COMMANDS = {
     "rescore": "cli.rescore",
     "merge": "cli.merge",
     "export": "cli.export",
+    "import": "cli.import_adapter",
 }
-COMPUTING = ("evaluate", "predict", "merge", "export")  # compute with a model, and import torch at once
+COMPUTING = ("evaluate", "predict", "merge", "export", "import")  # compute with a model, and import torch at once
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,7 +134,7 @@ def _print_completions(argv: list[str]) -> int:
     if any(word.startswith("query") for word in argv) and not space:
         print(" ".join(name for name in COMMANDS if name.startswith(typed)))
         return 0
-    if typed in ("train", "reproduce", "params", "evaluate", "predict", "export", "explain"):
+    if typed in ("train", "reproduce", "params", "evaluate", "predict", "export", "import", "explain"):
         # Hydra reads the words before the one to complete, and refuses those that are not overrides: RUN, TABLE, `and`,
         # and the pieces of a quoted override, which it splits at spaces.
         *before, last = overrides.split(" ")

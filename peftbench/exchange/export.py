@@ -71,13 +71,26 @@ def export_run(folder: Path, run: Run, record: Record, out: Path, *, check: bool
     write_tensors(adapter.tensors, out / TENSORS)
     exported = Exported(adapter)
     if check and find_spec("peft") is not None:
-        exported = Exported(adapter, *_compare(backbone, placed, out))
+        exported = Exported(adapter, *_check(backbone, placed, out))
     write_card(out / CARD, run, record, exported.adapter, exported.difference)
     return exported
 
 
-def _compare(backbone: Backbone, run: Run, out: Path) -> tuple[float, float]:
-    """Return the largest difference of logits with peft's model, and the largest of our logits.
+def _check(backbone: Backbone, run: Run, out: Path) -> tuple[float, float]:
+    try:
+        return compare_with_peft(backbone, run, out)
+    except UserError:
+        for name in (CONFIG, TENSORS):
+            (out / name).unlink()
+        raise
+
+
+def compare_with_peft(backbone: Backbone, run: Run, folder: Path) -> tuple[float, float]:
+    """Return the largest difference of the logits of our model, and of peft's with a folder, and the largest of ours.
+
+    Args:
+        backbone: with the run's modifications, in float32.
+        run: with the labels of its task.
 
     Raises:
         UserError: they differ by more than rounding.
@@ -88,16 +101,14 @@ def _compare(backbone: Backbone, run: Run, out: Path) -> tuple[float, float]:
     unpack_backbone(plain.model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what the next versions of peft and transformers will change
-        theirs = PeftModel.from_pretrained(plain.model, str(out), torch_device="cpu").eval()
+        theirs = PeftModel.from_pretrained(plain.model, str(folder), torch_device="cpu").eval()
     batch = _make_batch(backbone.model, backbone.tokenizer)
     ours, others = compute_logits(backbone.model.eval(), batch), compute_logits(theirs, batch)
     difference, largest = float((ours - others).abs().max()), float(ours.abs().max())
     if not difference <= TOLERANCE * max(1.0, largest):
-        for name in (CONFIG, TENSORS):
-            (out / name).unlink()
         raise UserError(
-            f"method={run.method}: peft's logits differ from ours by up to {difference:.3g} (the largest is "
-            f"{largest:.3g}), so that this is another model there; nothing was exported. Please report this."
+            f"{folder}: peft's logits differ from ours by up to {difference:.3g} (the largest is {largest:.3g}), so "
+            "that this is another model there; nothing is kept. Please report this."
         )
     return difference, largest
 

@@ -153,10 +153,11 @@ def _find_obstacle_of_child(child: nn.Module, model: PreTrainedModel, run: Run) 
             "its prefix vectors have no positions, and peft's prefixes shift the positions of the text, so that no "
             "prefix there computes the same"
         )
-    return _find_obstacle_of_prompt(child, model, run) if isinstance(child, Prompt) else None
+    return find_obstacle_of_prompt(child, model, run) if isinstance(child, Prompt) else None
 
 
-def _find_obstacle_of_prompt(prompt: Prompt, model: PreTrainedModel, run: Run) -> str | None:
+def find_obstacle_of_prompt(prompt: Prompt, model: PreTrainedModel, run: Run) -> str | None:
+    """Return why peft's prompts compute something else than a prompt of this model; None if they compute the same."""
     config = model.config
     if run.task.kind is not TaskKind.text_to_text:
         return "peft's task heads read other positions of a text after a prompt"

@@ -41,6 +41,8 @@ def find_differing_settings(a: Row, b: Row) -> dict[str, list[Any]]:
     For a modification that only one of them has: its axes, and its settings that are not the defaults.
     """
     both = [read_settings(row.first) for row in (a, b)]
+    if not all(row.first.trainer for row in (a, b)):  # an imported run: how it was trained is not known
+        both = [{key: value for key, value in side.items() if not key.startswith("trainer.")} for side in both]
     one, other = ({key.split(".")[1] for key in side if key.startswith("mix.")} for side in both)
     bare = {f"mix.{name}.{key}": value for name in one ^ other for key, value in flatten(to_plain(Modification()))}
     own = [{key: value for key, value in side.items() if key not in bare or value != bare[key]} for side in both]

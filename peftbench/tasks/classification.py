@@ -42,8 +42,11 @@ class Classification(TaskData):
         return self._names(rows[self.task.label_column][:])
 
     def baselines(self) -> dict[str, float]:
-        """Return the baseline majority: the most frequent label of the training split for every example."""
-        if "majority" not in self.task.baselines:
+        """Return the baseline majority: the most frequent label of the training split for every example.
+
+        There is none if the training split was not read.
+        """
+        if "majority" not in self.task.baselines or not hasattr(self, "train_rows"):
             return {}
         counts = Counter(self.references(self.train_rows))
         return self._named("majority", [counts.most_common(1)[0][0]] * len(self.report_rows))

@@ -73,7 +73,7 @@ def test_another_model_is_refused(
     write = export.dump_json
     monkeypatch.setattr(export, "dump_json", lambda config, indent: write({**config, "lora_alpha": 1.0}, indent))
     assert main(["export", str(run), "--out", str(tmp_path / "peft")]) == 2
-    assert "so that this is another model there; nothing was exported" in capsys.readouterr().err
+    assert "so that this is another model there; nothing is kept" in capsys.readouterr().err
     assert not list((tmp_path / "peft").iterdir())
 
 
@@ -109,3 +109,39 @@ def test_upload_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(UserError, match=r"^--push me/adapter: 127.0.0.1 cannot be reached from here; the folder"):
         export.push_folder(folder, "me/adapter")
     explain_missing_hub.cache_clear()
+
+
+def test_the_way_back(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same score to the last digit; and what a run can be used for, an imported one can."""
+    record = json.loads((run / "record.json").read_text())
+    peft, again = tmp_path / "peft", tmp_path / "outputs" / "again"
+    assert main(["export", str(run), "--out", str(peft)]) == 0
+    words = ["task.max_eval=16", "task.max_source_length=48", "task.max_train=32", "--task", "doctopic"]
+    assert main(["import", str(peft), *words, "--out", str(again)]) == 0
+    told = capsys.readouterr().out
+    assert "Its logits differ from peft's by at most 0." in told
+    assert f"accuracy {record['score']!r}" in told
+    imported = json.loads((again / "record.json").read_text())
+    assert (imported["score"], imported["counts"]) == (record["score"], record["counts"])
+    lines = [file.read_text() for file in (run / "predictions.jsonl", again / "predictions.jsonl")]
+    assert lines[0] == lines[1]
+    assert (again / "adapter" / "adapter.safetensors").read_bytes() == (
+        run / "adapter" / "adapter.safetensors"
+    ).read_bytes()
+    assert imported["run"] != record["run"]
+
+    assert main(["evaluate", str(again)]) == 0
+    assert "as in the record" in capsys.readouterr().out
+    (tmp_path / "lines.txt").write_text("\n".join(TEXTS))
+    assert main(["predict", str(again), str(tmp_path / "lines.txt")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert main(["merge", str(again), "--out", str(tmp_path / "merged")]) == 0
+    assert main(["rescore", str(again), "macro_f1"]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(run), str(again)]) == 0
+    compared = capsys.readouterr().out
+    assert "0.00" in compared and "trainer." not in compared
+    assert main(["results", str(tmp_path / "outputs")]) == 0
+    assert "lora" in capsys.readouterr().out
+    assert main(["export", str(again), "--out", str(tmp_path / "peft2")]) == 0
+    assert (tmp_path / "peft2" / export.TENSORS).read_bytes() == (peft / export.TENSORS).read_bytes()

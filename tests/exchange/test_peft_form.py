@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from peftbench.utils.errors import UserError
 from peftbench.utils.files import dump_json
 from tests.families import PRESETS, ROW_WRITING, WRITING, batch, build, modification, run_on, shake
 
-EIGHT = ("bart", "mbart", "roberta", "bert", "t5", "t5_gated", "gpt2", "llama")
+EIGHT = ("bart", "t5", "gpt2", "llama", "roberta", "mbart", "bert", "t5_gated")
+UNFUSED = ("lora", "lora_ffn", "ia3")
 WITH_HEAD = ("bart_classifier", "roberta", "bert", "t5_classifier", "gpt2_classifier", "llama_classifier")
 FUSED = ("gpt2", "phi3", "modernbert", "gpt_neox", "bloom", "falcon")
 OTHERS = ("distilbert", "electra", "deberta_v2", "mpnet", "albert", "eurobert", "qwen3", "gemma2", "mixtral", "opt")
@@ -30,6 +33,17 @@ def lora(representation: str, **more: Any) -> schema.Modification:
     return modification(
         "identity", representation, "parallel", "scaled", **{"bottleneck": 5, "scale": 2.0, "dropout": 0.0, **more}
     )
+
+
+def first_quickly(cases: Iterable[tuple[str, str]]) -> list[Any]:
+    """Every pair of a family and a preset; those of a preset after its first three families are slow."""
+    seen: Counter[str] = Counter()
+    found = []
+    for family, preset in cases:
+        seen[preset] += 1
+        marks = [pytest.mark.slow] if seen[preset] > 3 else []
+        found.append(pytest.param(family, preset, id=f"{family}-{preset}", marks=marks))
+    return found
 
 
 LORA_ALL = {"": lora("all_linear")}
@@ -69,8 +83,7 @@ def compare(family: str, found: dict[str, schema.Modification], folder: Path, **
     return float((ours - logits(theirs, family)).abs().max()), adapter
 
 
-@pytest.mark.parametrize("preset", ["lora", "lora_ffn", "ia3"])
-@pytest.mark.parametrize("family", EIGHT)
+@pytest.mark.parametrize(("family", "preset"), first_quickly((f, p) for p in UNFUSED for f in EIGHT))
 def test_peft_computes_the_same(family: str, preset: str, tmp_path: Path) -> None:
     """To the last digit; but where one product of rank 2r stands for two, it may be rounded in another order."""
     difference, adapter = compare(family, PRESETS[preset], tmp_path)
@@ -112,8 +125,9 @@ def test_a_pooler_that_came_without_weights_comes_along(tmp_path: Path) -> None:
     assert "base_model.model.bert.pooler.dense.weight" in adapter.tensors
 
 
-@pytest.mark.parametrize("preset", ["lora", "lora_all", "ia3"])
-@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize(
+    ("family", "preset"), first_quickly((f, p) for p in ("lora", "lora_all", "ia3") for f in FUSED)
+)
 def test_parts_of_one_projection_are_a_block_diagonal(family: str, preset: str, tmp_path: Path) -> None:
     found = LORA_ALL if preset == "lora_all" else PRESETS[preset]
     difference, adapter = compare(family, found, tmp_path)

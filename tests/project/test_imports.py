@@ -13,7 +13,7 @@ import peftbench
 PACKAGE = Path(peftbench.__file__).parent
 # Each imports what stands left of it and nothing else. Those in one string know nothing of each other.
 LAYERS = ("utils", "config", "records backbones metrics", "tables modification tasks", "counts training", "evaluation")
-LAYERS = (*LAYERS, "exchange train", "sweeps", "cli", "__main__")
+LAYERS = (*LAYERS, "train", "exchange", "sweeps", "cli", "__main__")
 WITHOUT_TORCH = ("config", "records", "tables")
 IMPORT_ALL = """
 import sys
