@@ -6,6 +6,8 @@ that the presets' sizes are held to the paper's tables too.
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -193,15 +195,21 @@ def test_bitfit_and_full_train_what_they_name(family: str, unfreeze: schema.Unfr
     assert counts.backbone == sum(numbers.values()) - counts.head
 
 
-def bart_large() -> PreTrainedModel:
+@cache
+def _published(name: str) -> PreTrainedModel:
     with torch.device("meta"):
-        return BartForConditionalGeneration(BartConfig())
+        if name == "bart_large":
+            return BartForConditionalGeneration(BartConfig())
+        shape = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
+        return RobertaForSequenceClassification(shape)
+
+
+def bart_large() -> PreTrainedModel:
+    return deepcopy(_published("bart_large"))
 
 
 def roberta_base() -> PreTrainedModel:
-    shape = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
-    with torch.device("meta"):
-        return RobertaForSequenceClassification(shape)
+    return deepcopy(_published("roberta_base"))
 
 
 def counted(model: PreTrainedModel, *overrides: str) -> Counts:
