@@ -159,3 +159,19 @@ def test_bfloat16_weights_are_rounded_once() -> None:
     share = merge(model)
     assert 1e-4 < share < 0.1
     assert not hooked(model)
+
+
+@pytest.mark.parametrize("preset", ["biased_lora", "ia3"])
+@pytest.mark.parametrize("family", ["bart", "gpt2"])
+def test_the_bias_takes_its_part_of_the_change(family: str, preset: str) -> None:
+    """b' = b + Δ's own bias, or b ∘ (1 + l): the tiny models' biases are zero at first, which would hide it."""
+    biased = {"": modification("identity", "query_value", "parallel", "scaled", scale=2.0, bias=True, dropout=0.0)}
+    model = attached(family, biased if preset == "biased_lora" else PRESETS[preset])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                torch.nn.init.normal_(parameter)
+    expected = logits(model, family)
+    merge(model)
+    assert not hooked(model)
+    assert close(logits(model, family), expected)
