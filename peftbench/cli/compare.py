@@ -118,7 +118,8 @@ def _print_comparison(
     console.print(f"{one.task}, {report.examples:,} {report.split} examples", highlight=False)
     for name, row in (("A", a), ("B", b)):
         runs = ", ".join(f"{record.run} (seed {record.seed})" for record in row.scored)
-        console.print(f"{name}: {row.first.method}, {runs}", highlight=False)
+        preset = f" (debug={row.first.debug})" if row.first.debug else ""
+        console.print(f"{name}: {row.first.method}{preset}, {runs}", highlight=False)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("metric")
     for header in ("A", "B", "A - B", "95% interval", "p"):

@@ -61,7 +61,10 @@ def summarise_states(states: Sequence[State]) -> str:
     """Return how many runs have each status, and the time left."""
     counted = Counter(state.status for state in states)
     counts = ", ".join(f"{counted[status]} {status}" for status in ORDER if counted[status])
-    return f"{len(states)} runs: {counts}{_format_left(states)}"
+    presets = {state.record.debug for state in states if state.record is not None and state.record.debug}
+    marked = f" (debug={', '.join(sorted(presets))})" if presets else ""
+    runs = "1 run" if len(states) == 1 else f"{len(states)} runs"
+    return f"{runs}{marked}: {counts}{_format_left(states)}"
 
 
 def format_time(state: State) -> str:

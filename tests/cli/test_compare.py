@@ -82,6 +82,15 @@ def test_a_further_modification_is_told_by_what_is_its_own(tmp_path: Path) -> No
     }
 
 
+def test_a_debug_run_says_so(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for record in load_records(outputs)[0]:
+        if record.method == "mam":
+            record.debug = "smoke"
+            record.save()
+    assert main(["method=mam", "method=lora", "--folder", str(outputs)]) == 0
+    assert "A: mam (debug=smoke), " in capsys.readouterr().out
+
+
 def test_the_trials_of_a_search_stand_back(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trial = find_record(trained(outputs, 99, method="mam", trainer=Trainer(learning_rate=1e-2), seed=1))
     assert trial is not None

@@ -15,7 +15,7 @@ from peftbench.cli.status import main
 from peftbench.records.lock import hold_run
 from peftbench.records.record import Failure
 from peftbench.sweeps.plan import Member, Plan, PlannedRun
-from peftbench.sweeps.status import State, estimate_seconds_left
+from peftbench.sweeps.status import State, estimate_seconds_left, summarise_states
 from peftbench.utils.errors import UserError
 from tests.records.test_record import RUN
 from tests.tables.test_table import record, saved
@@ -92,6 +92,13 @@ def test_what_was_typed_is_shown_as_it_was(tmp_path: Path, capsys: pytest.Captur
     printed = capsys.readouterr().out
     assert "'mix=[prefix],[ia3_ffn]'" in printed
     assert re.search(r"\[prefix\] +:smile:prefix", printed)
+
+
+def test_runs_of_a_debug_preset_say_so() -> None:
+    assert summarise_states([state("lora", "done", 9.0, debug="smoke"), state("mam", "missing")]).startswith(
+        "2 runs (debug=smoke): 1 done, 1 missing"
+    )
+    assert summarise_states([state("lora", "done", 9.0)]) == "1 run: 1 done"
 
 
 def test_several_sweeps_share_a_line_of_what_they_have_in_common(
