@@ -5,6 +5,7 @@ Read `train` and `_run` as the description of a run; each line is one file of th
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, set_seed
@@ -58,7 +60,7 @@ from peftbench.records.record import (
     find_record,
     refuse_newer,
 )
-from peftbench.records.recording import forget_refused, record_axes, record_run
+from peftbench.records.recording import describe_run, forget_refused, record_axes, record_run
 from peftbench.records.run_files import CHECKPOINTS, append_metrics, rewind_metrics, write_predictions
 from peftbench.records.wording import format_settings
 from peftbench.tasks.base import TaskData
@@ -69,6 +71,7 @@ from peftbench.tasks.text_to_text import TextToText
 from peftbench.training.batching import count_steps
 from peftbench.training.checkpoint import Checkpoints
 from peftbench.training.class_weights import describe_class_weights, scale_class_weights
+from peftbench.training.devices import form_team
 from peftbench.training.divergence import are_finite
 from peftbench.training.ended import load_ended
 from peftbench.training.ended import save_ended as keep_ended
@@ -76,10 +79,11 @@ from peftbench.training.fit import Criterion, Fitted, Monitor, Recipe, Resuming,
 from peftbench.training.outline import describe_training
 from peftbench.training.probe import find_unreached, make_no_gradient_error
 from peftbench.utils.environment import run_alone
-from peftbench.utils.errors import UserError, quote
-from peftbench.utils.progress import Display
+from peftbench.utils.errors import LostProcess, UserError, quote
+from peftbench.utils.progress import Display, hide_progress
 from peftbench.utils.quiet import silence_libraries
 from peftbench.utils.stopping import heed_signals, stop_if_asked
+from peftbench.utils.team import ALONE, Team
 
 
 def train(
@@ -162,51 +166,81 @@ def _run(
     run: Run, folder: Path, overrides: Sequence[str], search: Searched | None, selecting: bool, display: Display
 ) -> Record:
     """The run itself, while no other process is at it."""
-    with record_run(run, folder, overrides) as record, display:
+    with record_run(run, folder, overrides) as record, form_team(run.trainer) as team, display:
         record.search = search
-        device = choose_device(run.trainer)
-        record.device = describe_device(device)
-        with _record_time(record, "prepare_s"), display.stage("prepare"):
-            prepared = _prepare(run, record, display)
-        head_too = "head" in run.task.baselines and not _is_head_alone(run)
-        if record.counts is not None:
-            display.say(describe_training(prepared.run, record.counts, prepared.data, head_too))
-        model = prepared.backbone.model.to(device)
-        with _record_time(record, "probe_s"):
-            _probe(prepared, record)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()  # the probe, and a sweep's earlier runs, had their own
-
-        with _record_time(record, "train_s"):
-            fitted, diverged = _train_or_load(prepared.run, prepared.backbone, prepared.data, record, display)
-            _record_fit(record, fitted)
-        stop_if_asked()  # the adapter is saved
-        if diverged is None:
-            with _record_time(record, "evaluate_s"):
-                record_scores(prepared.run, model, prepared.data, record, display)
-                if search is not None or selecting:
-                    record.selection = _score_selection(prepared.run, model, prepared.data, record, display)
-            if (seen := detect_divergence(record)) is not None:
-                record.diverge(replace(seen, step=fitted.steps))
-        else:
-            record.diverge(diverged)
-        if device.type == "cuda":
-            record.peak_memory_bytes = max(torch.cuda.max_memory_allocated(), fitted.replay_bytes)
-        if record.diverged is None and head_too:
-            with _record_time(record, "baseline_s"):
-                score = _score_head_alone(prepared.run, prepared.data, record, display)
-            if score is not None:
-                record.baselines["head"] = score
+        selecting = selecting or search is not None
+        with team.together():
+            team.decide(lambda: (run, folder, selecting))  # an order, see `obey`
+            _train_and_score(run, record, selecting, display, team)
     return record
 
 
-def _prepare(run: Run, record: Record, display: Display) -> _Prepared:
+def obey(team: Team) -> None:
+    """Take part in the trainings of a leader, as one of several processes, until the leader orders to end.
+
+    An error is raised in the leader too, which then goes on with its next run or not.
+
+    Raises:
+        LostProcess: the leader has ended.
+    """
+    silence_libraries()
+    while (order := team.decide(lambda: None)) is not None:
+        run, folder, selecting = order
+        try:
+            with team.together():
+                _train_and_score(run, describe_run(run, folder, ()), selecting, hide_progress(), team)
+        except LostProcess:
+            raise
+        except (Exception, KeyboardInterrupt):  # the leader has it
+            gc.collect()  # its traceback held the model
+
+
+def _train_and_score(run: Run, record: Record, selecting: bool, display: Display, team: Team) -> None:
+    """What all processes of a run do together. The leader's `record`, and what it writes, is that of the run."""
+    device = choose_device(run.trainer)
+    name = describe_device(device)
+    record.device = name if team.size == 1 else f"{team.size} x {name}"
+    with _record_time(record, "prepare_s"), display.stage("prepare"):
+        prepared = _prepare(run, record, display, team)
+    head_too = "head" in run.task.baselines and not _is_head_alone(run)
+    if record.counts is not None:
+        display.say(describe_training(prepared.run, record.counts, prepared.data, head_too))
+    model = prepared.backbone.model.to(device)
+    with _record_time(record, "probe_s"):
+        _probe(prepared, record)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # the probe, and a sweep's earlier runs, had their own
+
+    with _record_time(record, "train_s"):
+        fitted, diverged = _train_or_load(prepared.run, prepared.backbone, prepared.data, record, display, team)
+        _record_fit(record, fitted)
+    stop_if_asked()  # the adapter is saved
+    if diverged is None:
+        with _record_time(record, "evaluate_s"):
+            record_scores(prepared.run, model, prepared.data, record, display, team)
+            if selecting:
+                record.selection = _score_selection(prepared.run, model, prepared.data, record, display, team)
+        if (seen := detect_divergence(record)) is not None:
+            record.diverge(replace(seen, step=fitted.steps))
+    else:
+        record.diverge(diverged)
+    if device.type == "cuda":
+        (record.peak_memory_bytes,) = team.find_highest(max(torch.cuda.max_memory_allocated(), fitted.replay_bytes))
+    if record.diverged is None and head_too:
+        with _record_time(record, "baseline_s"):
+            score = _score_head_alone(prepared.run, prepared.data, record, display, team)
+        if score is not None:
+            record.baselines["head"] = score
+
+
+def _prepare(run: Run, record: Record, display: Display, team: Team) -> _Prepared:
     """Load the data and the backbone, attach the modifications, and note what they are."""
     require_optimizer(run.trainer.optimizer)
     if run.model.attn_implementation == "flex_attention" and choose_device(run.trainer).type == "cpu":
         raise UserError("model.attn_implementation=flex_attention has no gradients on a CPU; use sdpa or a GPU.")
     set_seed(run.seed)
-    loaded = load_task(run.task)
+    with team.leader_first():
+        loaded = load_task(run.task)
     placed = resolve_dtype(run)
     backbone = load_backbone(placed.model, loaded.task, choose_device(run.trainer))
     starts = find_near_starts(backbone.model, list_modifications(placed))
@@ -219,7 +253,8 @@ def _prepare(run: Run, record: Record, display: Display) -> _Prepared:
         record.notes.append(NEAR_START)
     for note in record.notes:
         display.say(note)
-    data = prepare_data(loaded, backbone.tokenizer, backbone.model)
+    with team.leader_first():
+        data = prepare_data(loaded, backbone.tokenizer, backbone.model)
     record_data(record, data, backbone)
     if run.trainer.class_weights is not None:
         weights = scale_class_weights(run.trainer.class_weights, data.train["labels"][:], data.task.labels)
@@ -239,7 +274,7 @@ def _probe(prepared: _Prepared, record: Record) -> None:
 
 
 def _train_or_load(
-    run: Run, backbone: Backbone, data: TaskData, record: Record, display: Display
+    run: Run, backbone: Backbone, data: TaskData, record: Record, display: Display, team: Team
 ) -> tuple[Fitted, Divergence | None]:
     """Train, fold and save the adapter; or load that of an earlier attempt, whose evaluation was stopped.
 
@@ -250,10 +285,11 @@ def _train_or_load(
     """
     name, adapter, noted = f"train {run.method}", record.folder / "adapter", record.folder / CHECKPOINTS / "ended.json"
     stamp = _make_stamp(data, record)
-    earlier = load_ended(noted, stamp)
+    earlier = team.decide(lambda: load_ended(noted, stamp))
     if earlier is None:
-        noted.unlink(missing_ok=True)
-        fitted = _fit_model(run, backbone, data, record, display, name)
+        if team.leads:
+            noted.unlink(missing_ok=True)
+        fitted = _fit_model(run, backbone, data, record, display, name, team)
         fold(backbone.model)
     else:
         fitted = earlier
@@ -262,6 +298,8 @@ def _train_or_load(
         _count_earlier(record, fitted.seconds)
         display.say(f"{name}: has ended before")
     diverged = _find_divergence(fitted, backbone.model)
+    if not team.leads:
+        return fitted, diverged
     if diverged is not None:
         shutil.rmtree(adapter, ignore_errors=True)  # of an earlier training
         return fitted, diverged
@@ -290,18 +328,25 @@ def _count_earlier(record: Record, seconds: float) -> None:
     record.timings["earlier_s"] = round(record.timings.get("earlier_s", 0.0) + seconds, 3)
 
 
-def _fit_model(run: Run, backbone: Backbone, data: TaskData, record: Record, display: Display, name: str) -> Fitted:
+def _fit_model(
+    run: Run, backbone: Backbone, data: TaskData, record: Record, display: Display, name: str, team: Team
+) -> Fitted:
     """Train what is trainable in the backbone's model, from the last checkpoint if there is one; log to the folder."""
-    evaluator = Evaluator(backbone.model, data, run)
+    evaluator = Evaluator(backbone.model, data, run, team)
     folder = record.folder / CHECKPOINTS / name
     checkpoints = Checkpoints(folder, run.trainer.checkpoint_minutes, _make_stamp(data, record))
-    resume = checkpoints.take_up()
-    rewind_metrics(record.folder, name, resume.step if resume else 0)
+    resume = team.decide(checkpoints.take_up)
+    if team.leads:
+        rewind_metrics(record.folder, name, resume.step if resume else 0)
     if resume is not None:
         display.say(f"{name}: goes on from step {resume.step}")
-        if name == f"train {run.method}":
+        if name == f"train {run.method}" and team.leads:
             record.attempts[-1].step = resume.step
             record.save()
+
+    def log(values: dict[str, Any]) -> None:
+        append_metrics(record.folder, {"stage": name, **values})
+
     with display.stage(name, count_steps(data, run.trainer)) as stage:
         fitted = fit_model(
             backbone.model,
@@ -309,7 +354,8 @@ def _fit_model(run: Run, backbone: Backbone, data: TaskData, record: Record, dis
             Recipe(run.trainer, run.seed, choose_autocast_dtype(run.trainer, run.model)),
             Criterion(evaluator.selection, run.task.selection_metric or run.task.metric),
             Resuming(checkpoints, resume),
-            Monitor(stage, log=lambda values: append_metrics(record.folder, {"stage": name, **values})),
+            Monitor(stage, log=log if team.leads else lambda values: None),
+            team,
         )
     if resume is not None:
         _count_earlier(record, fitted.earlier_seconds)
@@ -323,17 +369,21 @@ def _fit_model(run: Run, backbone: Backbone, data: TaskData, record: Record, dis
     return fitted
 
 
-def record_scores(run: Run, model: PreTrainedModel, data: TaskData, record: Record, display: Display) -> None:
+def record_scores(
+    run: Run, model: PreTrainedModel, data: TaskData, record: Record, display: Display, team: Team = ALONE
+) -> None:
     """Score the model, write the predictions of the reported splits, and record the baselines next to the score.
 
     The selection split is scored too if it chose the state that is reported.
     """
-    evaluator = Evaluator(model, data, run)
+    evaluator = Evaluator(model, data, run, team)
     selected = run.trainer.keep is Keep.best and data.splits.get("selection") not in (None, data.splits["report"])
     for role, split in data.splits.items():
         if role == "train" or (role == "selection" and not selected):
             continue
-        partial = evaluator.partial(record.folder / CHECKPOINTS / f"{role}.partial", record.folder / "adapter")
+        partial = None
+        if team.leads:
+            partial = evaluator.partial(record.folder / CHECKPOINTS / f"{role}.partial", record.folder / "adapter")
         with display.stage(f"evaluate {split['split']}", split["examples"]) as stage:
             metrics, decoded = evaluator.score(role, stage.advance, partial)
         record.scores[role] = Score(**split, metrics=metrics)
@@ -341,7 +391,8 @@ def record_scores(run: Run, model: PreTrainedModel, data: TaskData, record: Reco
         if role != "selection":
             rows = getattr(data, f"{role}_rows")
             _note_one_prediction(record, split["split"], decoded, data.references(rows), display)
-            write_predictions(record.folder, data.records(decoded, rows), role)
+            if team.leads:
+                write_predictions(record.folder, data.records(decoded, rows), role)
     record.score = record.scores["report"].metrics[run.task.metric]
     if data.signatures:
         record.data["signatures"] = data.signatures
@@ -363,7 +414,9 @@ def _note_one_prediction(
     display.say(note)
 
 
-def _score_selection(run: Run, model: PreTrainedModel, data: TaskData, record: Record, display: Display) -> Selection:
+def _score_selection(
+    run: Run, model: PreTrainedModel, data: TaskData, record: Record, display: Display, team: Team = ALONE
+) -> Selection:
     """Return what a search, or a sweeper, compares. A score that `record_scores` has recorded is not computed again."""
     split, metric = data.splits["selection"], run.task.selection_metric or run.task.metric
     same = "report" if split == data.splits["report"] else "selection"
@@ -371,7 +424,7 @@ def _score_selection(run: Run, model: PreTrainedModel, data: TaskData, record: R
         value = record.scores[same].metrics[metric]
     else:
         with display.stage(f"evaluate {split['split']}"):
-            value = Evaluator(model, data, run).selection()[metric]
+            value = Evaluator(model, data, run, team).selection()[metric]
     return Selection(**split, metric=metric, value=value if math.isfinite(value) else None)
 
 
@@ -411,7 +464,7 @@ def _note_search(record: Record, search: Searched | None, selecting: bool, run: 
     record.save()
 
 
-def _score_head_alone(run: Run, data: TaskData, record: Record, display: Display) -> float | None:
+def _score_head_alone(run: Run, data: TaskData, record: Record, display: Display, team: Team) -> float | None:
     """Return the score of the task head trained alone, in the same way, on the unmodified backbone; None if it
     diverged."""
     set_seed(run.seed)
@@ -419,13 +472,13 @@ def _score_head_alone(run: Run, data: TaskData, record: Record, display: Display
     attach(backbone.model, {}, untrained=backbone.untrained)
     data = data.serving(backbone.model)
     backbone.model.to(choose_device(run.trainer))
-    fitted = _fit_model(run, backbone, data, record, display, "train the head alone")
+    fitted = _fit_model(run, backbone, data, record, display, "train the head alone", team)
     if (diverged := _find_divergence(fitted, backbone.model)) is not None:
         note = f"The head alone diverged ({diverged.said}): there is no baseline of it."
         display.say(note)
         record.data["notes"] = [*record.data["notes"], note]
         return None
-    metrics, _ = Evaluator(backbone.model, data, run).score("report")
+    metrics, _ = Evaluator(backbone.model, data, run, team).score("report")
     record.scores["head"] = Score(**data.splits["report"], metrics=metrics)
     return metrics[run.task.metric]
 

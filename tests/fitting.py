@@ -18,6 +18,7 @@ from peftbench.training.checkpoint import Checkpoint, Checkpoints
 from peftbench.training.fit import Criterion, Fitted, Monitor, Recipe, Resuming, fit_model
 from peftbench.training.replay import Recorder
 from peftbench.training.trainer import Evaluate
+from peftbench.utils.team import ALONE, Team
 from tests.families import PRESETS, WRITING, batch, build, dropout, shake
 
 EXAMPLES = 8
@@ -97,6 +98,7 @@ def fitted(
     metric: str = LOSS,
     checkpoints: Checkpoints | None = None,
     resume: Checkpoint | None = None,
+    team: Team = ALONE,
     **monitoring: Any,
 ) -> Fitted:
     """`fit_model`, by default without scores, with no checkpoint in the first hour; `monitoring` is for `Monitor`."""
@@ -107,6 +109,7 @@ def fitted(
         Criterion(evaluate, metric),
         Resuming(checkpoints or Checkpoints(folder, minutes=60, stamp=""), resume),
         Monitor(**monitoring),
+        team,
     )
 
 

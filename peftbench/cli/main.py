@@ -14,7 +14,7 @@ from io import TextIOWrapper
 
 from peftbench import __version__
 from peftbench.utils.environment import run_alone
-from peftbench.utils.errors import UserError, describe_os_error, describe_unknown, print_faults
+from peftbench.utils.errors import LostProcess, UserError, describe_os_error, describe_unknown, print_faults
 
 HELP = """\
 peftbench: which parameter-efficient fine-tuning method, where in the network, how large, for my model and task.
@@ -82,7 +82,7 @@ COMMANDS = {
     "export": "cli.export",
     "import": "cli.import_adapter",
 }
-COMPUTING = ("evaluate", "predict", "merge", "export", "import")  # compute with a model, and import torch at once
+ALONE = ("evaluate", "predict", "merge", "export", "import", "reproduce")  # compute with a model, as one process
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,6 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print_faults(error.faults)
         return 2
+    except LostProcess as error:
+        print_faults([str(error)])
+        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -121,8 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_command(command: str, argv: list[str]) -> int:
-    if command in COMPUTING:
-        run_alone()  # before torch is imported; `train` calls it itself if it will compute
+    if command in ALONE:
+        run_alone()  # before torch is imported; `train` finds out itself whether it is one of several processes
     code: int = import_module(f"peftbench.{COMMANDS[command]}").main(argv)
     return code
 

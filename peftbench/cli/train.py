@@ -32,7 +32,7 @@ from peftbench.sweeps.resolve import resolve_points
 from peftbench.sweeps.sweeper import INTERRUPTED, Sweeper, find_places
 from peftbench.tables.terminal import show_ended
 from peftbench.utils.console import make_console, say
-from peftbench.utils.environment import run_alone
+from peftbench.utils.environment import Launch, read_launch, run_alone
 from peftbench.utils.errors import UserError, print_faults
 from peftbench.utils.progress import Display
 from peftbench.utils.quick_imports import speed_up_imports
@@ -49,17 +49,39 @@ def main(argv: list[str]) -> int:
             compose_points(args.overrides, config_dir=args.config_dir)
         run_job()
         return 0
-    run_alone()
+    launch = read_launch()
+    if launch is None:
+        run_alone()
+    elif launch.rank > 0:
+        from peftbench.training.devices import follow
+
+        return follow(launch)
     words, launcher = read_launcher(args.overrides, args.config_dir)
     points = compose_points(words, multirun=args.multirun, config_dir=args.config_dir)
     check_searches(points)
     _check_plugins(args.overrides, points, launcher)
+    if launch is None:
+        return _train(args, words, points, argv, launcher)
+    _check_launch(args.overrides, points, launch)
+    from peftbench.training.devices import lead
+
+    with lead(launch):
+        return _train(args, words, points, argv, launcher)
+
+
+def _train(args: Namespace, words: Sequence[str], points: Sequence[TypedRun], argv: list[str], launcher: Any) -> int:
+    """Train the runs of the command line.
+
+    Args:
+        words: its overrides without those of the launcher.
+        launcher: see `read_launcher`.
+    """
     if launcher is not None and not isinstance(launcher, Local):
         require_packages(launcher)
     points = resolve_points(points)
     if how := describe_ignored_interrupt():
         say(how)
-    plugins = any(word.lstrip("+~").startswith(("hydra.", "hydra/")) for word in words)
+    plugins = _has_plugins(words)
     if args.multirun or launcher is not None or any(has_open_search(run) for _, run in points):
         if AND in args.overrides:
             _print_what_differs(points)
@@ -69,6 +91,23 @@ def main(argv: list[str]) -> int:
         return 0
     ((overrides, run),) = points
     return _train_alone(run, [*_name_config_dir(args.config_dir), *overrides])
+
+
+def _has_plugins(overrides: Sequence[str]) -> bool:
+    """Return whether Hydra itself is configured."""
+    return any(word.lstrip("+~").startswith(("hydra.", "hydra/")) for word in overrides)
+
+
+def _check_launch(overrides: Sequence[str], points: Sequence[TypedRun], launch: Launch) -> None:
+    """Raise UserError where torchrun and something else would both decide which process trains what."""
+    started = f"torchrun has started {launch.size} processes, which train one run after another together"
+    for _, run in points:
+        if run.jobs != "1":
+            raise UserError(f"jobs={run.jobs}: {started}; leave out jobs, or start this without torchrun.")
+        if run.trainer.devices not in ("1", "auto", str(launch.size)):
+            raise UserError(f"trainer.devices={run.trainer.devices}: {started}; leave out trainer.devices.")
+    if _has_plugins(overrides):
+        raise UserError(f"hydra/...: {started}; leave Hydra's own keys out, or start this without torchrun.")
 
 
 def _name_config_dir(folder: str | None) -> list[str]:

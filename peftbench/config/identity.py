@@ -35,6 +35,7 @@ IGNORED = (
     "task.paper",
     "task.quick",
     "trainer.device",
+    "trainer.devices",
     "trainer.compile",
     "trainer.graphs",
     "trainer.fused_loss",

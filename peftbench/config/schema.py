@@ -521,6 +521,11 @@ class Trainer:
         5.0, "Minutes of training between checkpoints, from which an interrupted run resumes."
     )
     device: Device = key(Device.auto, "Where a run computes: cpu, cuda (a GPU); auto: a GPU if there is one.")
+    devices: str = key(
+        "1",
+        "Processes that train a run together, each with a GPU of its own, or on the CPU; each batch is shared among "
+        "them. auto: one for each visible GPU. Under torchrun, as many as it has started.",
+    )
 
 
 @dataclass

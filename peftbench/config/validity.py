@@ -85,6 +85,11 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     ),
     # The range of numpy's generator.
     (("seed",), lambda number: 0 <= number < 2**32, "it must be a whole number from 0 to 4294967295"),
+    (
+        ("trainer.devices",),
+        lambda number: number == "auto" or _is_count(number),
+        "it must be a whole number of at least 1, or auto",
+    ),
     (("jobs",), lambda jobs: jobs == "auto" or _is_count(jobs), "it must be a whole number of at least 1, or auto"),
     (
         ("mps", "trainer.padding_free", "trainer.graphs", "task.chat"),

@@ -20,16 +20,17 @@ from peftbench.tasks.base import TaskData
 from peftbench.tasks.batch import NO_TOKEN
 from peftbench.tasks.tokens import count_positions
 from peftbench.utils.errors import UserError
+from peftbench.utils.team import ALONE, Team
 
 
 class Evaluator:
-    """Scores one model on the splits of one task, always in the same way.
+    """Scores one model on the splits of one task, always in the same way, and with the other processes of `team`.
 
     `cut_off` contains, for each role for which texts were generated, the share that ended at the maximum length.
     """
 
-    def __init__(self, model: PreTrainedModel, data: TaskData, run: Run) -> None:
-        self.model, self.data = model, data
+    def __init__(self, model: PreTrainedModel, data: TaskData, run: Run, team: Team = ALONE) -> None:
+        self.model, self.data, self.team = model, data, team
         self.batch_size, self.max_tokens = run.trainer.eval_batch_size, run.trainer.eval_batch_tokens
         self.label_smoothing = run.trainer.label_smoothing
         self.by_loss = run.task.selection_metric == LOSS
@@ -49,6 +50,7 @@ class Evaluator:
             self.batch_size,
             self.label_smoothing,
             autocast_dtype=self.autocast_dtype,
+            team=self.team,
         )
         return {LOSS: loss}
 
@@ -78,7 +80,7 @@ class Evaluator:
     ) -> tuple[dict[str, float], list[str]]:
         """Return the metrics on a role of the data, and each example's prediction as text."""
         decoded = self.data.decode(self.predict(role, on_batch, partial))
-        return self.data.score(decoded, getattr(self.data, f"{role}_rows")), decoded
+        return self.team.decide(lambda: self.data.score(decoded, getattr(self.data, f"{role}_rows"))), decoded
 
     def predict(
         self, role: str, on_batch: Callable[[int], None] = lambda examples: None, partial: Partial | None = None
@@ -96,6 +98,7 @@ class Evaluator:
                 autocast_dtype=self.autocast_dtype,
                 partial=partial,
                 on_batch=on_batch,
+                team=self.team,
             )
         if self.generation is not None:
             begun = 1 if self.model.config.is_encoder_decoder else 0  # the token with which a decoder begins

@@ -25,17 +25,19 @@ from peftbench.config.stamps import stamp_content
 from peftbench.records.record import FILE, Attempt, Axes, Record, RecordedBackbone, Status, find_record, get_time
 from peftbench.records.run_files import CHECKPOINTS, METRICS_FILE
 from peftbench.utils.differences import flatten
+from peftbench.utils.errors import LostProcess
 from peftbench.utils.files import replace_file
 
 
 @contextmanager
 def record_run(run: Run, folder: Path, overrides: Sequence[str]) -> Iterator[Record]:
-    """Record what happens inside the block: done at its end, interrupted by Ctrl-C, failed by any other exception."""
+    """Record what happens inside the block: done at its end, interrupted by Ctrl-C or the end of another process of the
+    run, failed by any other exception."""
     record = start_record(run, folder, overrides)
     try:  # so that no unfinished run is ever recorded as done
         yield record
         record.finish()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, LostProcess):
         record.interrupt()
         raise
     except BaseException as error:

@@ -14,7 +14,7 @@ from peftbench.records.lock import Busy
 from peftbench.records.record import find_record
 from peftbench.tables.terminal import show_ended
 from peftbench.utils.console import make_console
-from peftbench.utils.errors import UserError
+from peftbench.utils.errors import LostProcess, UserError
 from peftbench.utils.progress import Display
 from peftbench.utils.quick_imports import speed_up_imports
 
@@ -96,5 +96,7 @@ def train_attempt(
         return Ended(faults=tuple(error.faults), busy=True)
     except UserError as error:
         return Ended(faults=tuple(error.faults))
+    except LostProcess as error:
+        return Ended(faults=(str(error),))
     except Exception as error:
         return Ended(faults=(f"this run failed with {type(error).__name__}: {error}",))

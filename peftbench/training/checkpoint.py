@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peftbench.modification.state import list_needed, read_tensors, write_tensors
 from peftbench.utils.stopping import is_asked
+from peftbench.utils.team import Team
 
 TENSORS = "trained.safetensors"
 NOTES = "peftbench.json"
@@ -113,22 +113,14 @@ class SaveByTime(TrainerCallback):
 class StopWhenAsked(TrainerCallback):
     """Ends the training with a checkpoint at the end of the step in which a scheduler asked the process to end.
 
-    The step's loss is logged, since checkpoints do not contain a running sum. The last step needs no checkpoint.
-    Several processes of one training decide together, at logged steps: each may be asked in another step.
+    The step's loss is logged, since checkpoints do not contain a running sum. The last step needs no checkpoint. Of
+    several processes the leader is asked.
     """
 
+    def __init__(self, team: Team) -> None:
+        self.team = team
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            return
-        if args.world_size > 1 and state.global_step % state.logging_steps:
-            return
-        if _is_asked_anywhere(args):
+        (asked,) = self.team.find_highest(int(is_asked()))
+        if asked and state.global_step < state.max_steps:
             control.should_log = control.should_save = control.should_training_stop = True
-
-
-def _is_asked_anywhere(args: TrainingArguments) -> bool:
-    if args.world_size == 1:
-        return is_asked()
-    asked = torch.tensor(int(is_asked()), device=args.device)
-    torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-    return bool(asked.item())

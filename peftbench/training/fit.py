@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,15 @@ from peftbench.training.best import KeepBest
 from peftbench.training.checkpoint import Checkpoint, Checkpoints, SaveByTime, StopWhenAsked
 from peftbench.training.class_weights import WeightedLoss, scale_class_weights
 from peftbench.training.micro_batch import AUTO, MicroBatches
+from peftbench.training.noise import choose_noise
 from peftbench.training.paths import FastPaths, make_collator, resolve_auto
 from peftbench.training.replay import Recorder
+from peftbench.training.shares import share_batches
 from peftbench.training.trainer import Evaluate, FineTuner, Recording
 from peftbench.utils.errors import UserError
 from peftbench.utils.progress import Stage
 from peftbench.utils.stopping import defer_stop, stop_if_asked
+from peftbench.utils.team import ALONE, Team
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -127,8 +130,9 @@ def fit_model(
     criterion: Criterion,
     resuming: Resuming,
     monitor: Monitor = NO_MONITOR,
+    team: Team = ALONE,
 ) -> Fitted:
-    """Train the parameters of `model` that require gradients, in place.
+    """Train the parameters of `model` that require gradients, in place, together with the other processes of `team`.
 
     Raises:
         Stopped: a scheduler asked this process to end, and the training has a checkpoint.
@@ -137,7 +141,7 @@ def fit_model(
     """
     settings = recipe.settings
     lengths = Lengths.of(data, encoder_decoder=model.config.is_encoder_decoder)
-    trainer = _build_trainer(model, data, lengths, recipe, criterion, resuming, monitor)
+    trainer = _build_trainer(model, data, lengths, recipe, criterion, resuming, monitor, team)
     if settings.gradient_checkpointing:
         _checkpoint_gradients(model)
     _train(trainer, resuming.resume, monitor.stage)
@@ -170,6 +174,7 @@ def _build_trainer(
     criterion: Criterion,
     resuming: Resuming,
     monitor: Monitor,
+    team: Team,
 ) -> FineTuner:
     """Replace `auto` in the settings, and build the trainer with its fast paths and callbacks."""
     can_record = recipe.recorder is not None or model.device.type == "cuda"
@@ -178,20 +183,24 @@ def _build_trainer(
     settings = resolve_auto(recipe.settings, model, half=half, records=can_record, longest=longest)
     required = recipe.settings.graphs is True
     checkpoints = resuming.checkpoints
+    examples = -(-settings.batch_size // team.size)  # of a process
+    collator = make_collator(data, model, settings, lengths)
     return FineTuner(
         model,
         scores=criterion.evaluate,
         keeper=_make_keeper(settings, criterion, resuming.resume),
         batches=make_batches(data, settings, recipe.seed),
-        paths=FastPaths.of(model, settings, lengths),
-        micro=MicroBatches(settings.micro_batch, settings.batch_size, _find_longest(data, settings)),
+        paths=FastPaths.of(model, replace(settings, batch_size=examples), lengths),
+        micro=MicroBatches(settings.micro_batch, examples, _find_longest(data, settings)),
+        team=team,
+        noise=choose_noise(model, settings, recipe.seed, team),
         recording=Recording(recipe.recorder, required) if settings.graphs else None,
         lora_plus=settings.lora_plus,
         stamp=checkpoints.stamp,
         earlier_seconds=resuming.earlier_seconds,
-        callbacks=[SaveByTime(checkpoints.minutes), StopWhenAsked(), *monitor.all_callbacks],
+        callbacks=[SaveByTime(checkpoints.minutes), StopWhenAsked(team), *monitor.all_callbacks],
         args=_build_arguments(recipe, checkpoints.folder, data),
-        data_collator=make_collator(data, model, settings, lengths),
+        data_collator=share_batches(collator, team, encoder_decoder=model.config.is_encoder_decoder),
         compute_loss_func=_make_weighted_loss(model, data, settings),
         train_dataset=data.train,
         eval_dataset=data.selection,

@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
+from zlib import crc32
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from peftbench.tasks.batch import NO_TOKEN
+from peftbench.training.noise import OwnNoise
+from peftbench.training.shares import ADDED, CHECK, COUNTED, WHOLE, count_items
 from peftbench.utils.memory import is_out_of_memory, make_room
+from peftbench.utils.team import Team
 
 AUTO = "auto"
 MOMENTS = 2  # tensors that AdamW keeps for each trained tensor
@@ -40,6 +43,9 @@ class MicroBatches:
         """Yield the parts of a batch whose tensors and lists have one row for each example."""
         examples = _count_examples(batch)
         parts = min(self.parts, examples)
+        if parts == 1:
+            yield dict(batch)
+            return
         cuts = [part * examples // parts for part in range(parts + 1)]
         for start, stop in pairwise(cuts):
             yield {name: column[start:stop] for name, column in batch.items()}
@@ -56,7 +62,8 @@ class MicroBatches:
 
 
 class MicroBatched(Trainer):
-    """Trainer that accumulates the gradients of a batch's parts, and of `accumulation` batches, as those of one batch.
+    """Trainer that accumulates the gradients of a batch's parts, of `accumulation` batches, and of the processes that
+    share them, as those of one batch.
 
     The loss of an optimiser step is the mean over all its items. Items are target tokens, or the examples of a task
     with one label each. A part with n_i of the N items has the weight n_i / N, a part without items none. (Trainer
@@ -66,27 +73,67 @@ class MicroBatched(Trainer):
     If memory runs out, the gradients of the step are computed again from parts of half the size. Weights and optimiser
     are then still in the state after the previous step.
 
+    Each process computes its own rows. After the last batch of a step, gradients and losses are added up, so that all
+    processes clip, log and update as one would.
+
     Args:
         micro: splits the batches.
+        team: the processes that share them, see `shares`.
+        noise: how they draw random numbers.
         others: the arguments of the next class, such as Trainer's.
     """
 
-    def __init__(self, *, micro: MicroBatches, **others: Any) -> None:
-        self.micro = micro
+    trained: Sequence[nn.Parameter]
+
+    def __init__(self, *, micro: MicroBatches, team: Team, noise: OwnNoise, **others: Any) -> None:
+        self.micro, self.team, self.noise = micro, team, noise
         self._batches: Sequence[Mapping[str, Tensor]] = []  # batches of the optimiser step
         self._begun = 0  # how many of them have been started
+        self._losses: list[Tensor] = []  # of these
         super().__init__(**others)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, items = super().get_batch_samples(*args, **kwargs)
-        self._batches, self._begun = batches, 0
+        self._batches, self._begun, self._losses = batches, 0, []
         return batches, items
 
     def training_step(self, model: PreTrainedModel, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         if self.micro.longest:
             self._try(model, num_items_in_batch)
+        if self._begun == 0:
+            self.noise.begin_step(self.state.global_step)
         self._begun += 1
-        return self._accumulate(model, [inputs], num_items_in_batch, self.state.global_step + 1)
+        loss = self._accumulate(model, [inputs], num_items_in_batch, self.state.global_step + 1)
+        if self.team.size == 1:
+            return loss
+        self._losses.append(loss)
+        if self._begun < len(self._batches):
+            return torch.zeros_like(loss)
+        return self._add_up(torch.stack(self._losses).sum().float())
+
+    def _add_up(self, loss: Tensor) -> Tensor:
+        """Add up the gradients of all processes; return the sum of their losses."""
+        checks = [batch[CHECK][0] for batch in self._batches]
+        check = crc32(repr(checks).encode())
+        with self.team.steady():
+            present = [index for index, p in enumerate(self.trained) if p.grad is not None]
+            reached = crc32(repr(present).encode())
+            parts, *ends = self.team.find_highest(self.micro.parts, check, -check, reached, -reached)
+            if ends[0] != -ends[1]:
+                raise RuntimeError("the processes of this run have different batches")
+            if ends[2] != -ends[3]:  # a layer that one process has left out at random
+                present = sorted(set().union(*self.team.gather(present)))
+            gradients = [self._get_gradient(self.trained[index]) for index in present]
+            self.team.add_up([*gradients, loss])
+        while self.micro.parts < parts:  # memory ran out in another process
+            self.micro.halve(self.state.global_step + 1)
+        return loss
+
+    @staticmethod
+    def _get_gradient(parameter: nn.Parameter) -> Tensor:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        return parameter.grad
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -117,18 +164,23 @@ class MicroBatched(Trainer):
             todo = self._batches[: self._begun]
 
     def _add_gradients(self, model: PreTrainedModel, batch: Any, items: Any) -> Tensor:
-        if self.micro.parts == 1 and len(self._batches) == 1:
+        if self.micro.parts == 1 and len(self._batches) == 1 and self.team.size == 1:
             whole: Tensor = super().training_step(model, batch, items)
             return whole
         model.train()
-        whole_count = torch.stack([self._count(each) for each in self._batches]).sum().clamp(min=1)
+        batch = self._prepare_inputs(batch)
+        # A recorded step has one batch, and reads nothing else.
+        step = [batch] if len(self._batches) == 1 else self._batches
+        whole_count = torch.stack([self._count_whole(each) for each in step]).sum().clamp(min=1)
         losses = []
-        for part in self.micro.of(self._prepare_inputs(batch)):
+        for part in self.micro.of(batch):
             count = self._count(part)
-            with self.compute_loss_context_manager():
-                mean = self.compute_loss(model, part, num_items_in_batch=None if items is None else count)
-            loss = mean * (count / whole_count.to(count.device))
-            self.accelerator.backward(loss)
+            own = {name: column for name, column in part.items() if name not in ADDED}
+            with self.noise.drawing(part):  # the backward pass may compute activations again
+                with self.compute_loss_context_manager():
+                    mean = self.compute_loss(model, own, num_items_in_batch=None if items is None else count)
+                loss = mean * (count / whole_count.to(count.device))
+                self.accelerator.backward(loss)
             losses.append(loss.detach())
         return torch.stack(losses).sum()
 
@@ -148,11 +200,14 @@ class MicroBatched(Trainer):
         self._batches, self._begun = batches, 0
 
     def _count(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Count the items of a batch. A decoder alone predicts each token but the first."""
-        labels = batch["labels"]
-        if labels.dim() == 1:
-            return torch.full((), len(labels), device=labels.device)
-        return (labels if self.model.config.is_encoder_decoder else labels[:, 1:]).ne(NO_TOKEN).sum()
+        """Count the items of a batch, or of a process's rows."""
+        if COUNTED in batch and batch["labels"].dim() == 1:
+            return batch[COUNTED].sum()
+        return count_items(batch["labels"], self.model.config.is_encoder_decoder)
+
+    def _count_whole(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Count the items of a batch of which these are a process's rows."""
+        return batch[WHOLE][0] if WHOLE in batch else self._count(batch)
 
 
 def _count_examples(batch: Mapping[str, Tensor]) -> int:

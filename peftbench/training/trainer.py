@@ -23,6 +23,7 @@ from peftbench.training.micro_batch import MicroBatched
 from peftbench.training.pace import Clock, Pace
 from peftbench.training.paths import FastPaths
 from peftbench.training.replay import Recorder, Replayed
+from peftbench.training.shares import CHECK, OF, ROW
 
 ITEMS = "items"  # added to a batch's tensors: the target tokens or examples by which the optimiser step divides
 
@@ -130,6 +131,10 @@ class FineTuner(MicroBatched, Resumable):
         best = None if self.keeper is None else self.keeper.notes
         return {"stamp": self.stamp, "seconds": self.clock.seconds, "best": best}
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self.team.leads:
+            super()._save_checkpoint(*args, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         parts: tuple[KeepBest | PruneRanks | None, ...] = (self.keeper, self.pruning)
@@ -168,7 +173,8 @@ class FineTuner(MicroBatched, Resumable):
     def _add_gradients(self, model: PreTrainedModel, batch: Any, items: Any) -> Tensor:
         if self.replayed is None:
             return super()._add_gradients(model, batch, items)
-        inputs = self._prepare_inputs(batch)
+        lists = (CHECK, ROW, OF)
+        inputs = {name: column for name, column in self._prepare_inputs(batch).items() if name not in lists}
         if self.paths.padding_free is not None:
             inputs = self.paths.padding_free.rows(inputs)
         if items is not None:
@@ -205,7 +211,7 @@ class FineTuner(MicroBatched, Resumable):
             return {}
         if self.replayed is not None and _is_crowded(self.args.device):
             self.replayed.release()  # nothing but graphs can use their memory
-        metrics = {f"eval_{name}": value for name, value in self.scores().items()}
+        metrics = {f"eval_{name}": value for name, value in self.scores().items()}  # the same in all processes
         if self.args.device.type == "cuda":
             torch.cuda.empty_cache()  # runs that share the GPU may need the memory that a generation took
         self.log(dict(metrics))

@@ -2,13 +2,15 @@
 
 accelerate and transformers read variables of both kinds whenever a Trainer is made. Those of a launcher such as
 torchrun would join the runs of its processes into one training, or wait for processes that never start. Accelerate's
-own would change what is trained, against the config.
+own would change what is trained, against the config. `peftbench train` itself reads those of torchrun (`read_launch`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import MutableMapping
+import socket
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
 
 from peftbench.utils.errors import UserError
 
@@ -32,14 +34,80 @@ def run_alone(environment: MutableMapping[str, str] = os.environ) -> None:
     Raises:
         UserError: a launcher has started this process as one of several that belong together.
     """
-    size = environment.get(WORLD_SIZE, "").strip()
-    if size.isdecimal() and int(size) > 1:
-        rank = environment.get("RANK", "")
+    if _count_processes(environment) > 1:
         raise UserError(
-            f"{WORLD_SIZE}={size}{f' RANK={rank}' if rank else ''} in the environment makes this one of {size} "
-            "processes of a launcher such as torchrun, but a run of peftbench is one process; start it without the "
-            f"launcher, or unset {WORLD_SIZE}. To train several runs of a sweep at once, on all GPUs, use jobs=auto."
+            f"{_describe_process(environment)} processes of a launcher such as torchrun, but only peftbench train "
+            f"works as several processes; start this without the launcher, or unset {WORLD_SIZE}."
         )
+    clear_launch(environment)
+
+
+def clear_launch(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Clear the variables that accelerate would read."""
     for name in list(environment):
         if name in CLEARED or name.startswith(CLEARED_BEGINNINGS):
             del environment[name]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process as one of those that torchrun has started for one command."""
+
+    rank: int
+    size: int
+    local_rank: int  # among the processes of this machine
+    host: str  # of the store through which they meet
+    port: int
+    hosted: bool  # torchrun has opened the store, not the process of rank 0
+
+
+def read_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
+    """Return what torchrun has made this process; None if it is alone.
+
+    Raises:
+        UserError: it is one of several processes of another launcher, or they cannot meet.
+    """
+    size = _count_processes(environment)
+    if size < 2:
+        return None
+    instead = "use torchrun, or trainer.devices= without a launcher"
+    if not any(name.startswith("TORCHELASTIC_") for name in environment):
+        raise UserError(
+            f"{_describe_process(environment)} processes, but torchrun has not started them; {instead}, or unset "
+            f"{WORLD_SIZE}."
+        )
+    numbers = {name: environment.get(name, "") for name in ("RANK", "LOCAL_RANK", "MASTER_PORT")}
+    missing = [name for name, value in numbers.items() if not value.isdecimal()]
+    missing += [] if environment.get("MASTER_ADDR") else ["MASTER_ADDR"]
+    if missing:
+        raise UserError(
+            f"{_describe_process(environment)} processes, but the environment lacks {', '.join(missing)}; {instead}."
+        )
+    rank, local_rank, port = (int(value) for value in numbers.values())
+    hosted = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    launch = Launch(rank, size, local_rank, environment["MASTER_ADDR"], port, hosted)
+    if launch.hosted:
+        _require_store(launch)
+    return launch
+
+
+def _require_store(launch: Launch) -> None:
+    """Raise UserError if nobody answers where torchrun's processes meet."""
+    try:
+        socket.create_connection((launch.host, launch.port), timeout=0.8).close()
+    except OSError as error:
+        raise UserError(
+            f"MASTER_ADDR={launch.host} MASTER_PORT={launch.port}: nobody answers there ({error}), so this process "
+            f"cannot meet the other {launch.size - 1} of {WORLD_SIZE}={launch.size}; start all of them by torchrun."
+        ) from None
+
+
+def _count_processes(environment: Mapping[str, str]) -> int:
+    size = environment.get(WORLD_SIZE, "").strip()
+    return int(size) if size.isdecimal() else 1
+
+
+def _describe_process(environment: Mapping[str, str]) -> str:
+    """Return the beginning of a sentence about a process of several."""
+    size, rank = environment[WORLD_SIZE].strip(), environment.get("RANK", "")
+    return f"{WORLD_SIZE}={size}{f' RANK={rank}' if rank else ''} in the environment makes this one of {size}"

@@ -21,6 +21,10 @@ class UserError(Exception):
         self.faults = list(faults)
 
 
+class LostProcess(Exception):
+    """Another process of a run on several devices has ended. What the run has written so far can be resumed."""
+
+
 def print_faults(faults: Iterable[str]) -> None:
     """Print one plain sentence on each line of stderr."""
     for sentence in faults:

@@ -94,3 +94,8 @@ class Display:
 
     def __exit__(self, *exception: object) -> None:
         self.progress.stop()
+
+
+def hide_progress() -> Display:
+    """Return a display that shows nothing."""
+    return Display(Console(quiet=True), within_another=True)

@@ -54,12 +54,18 @@ def heed_signals() -> Iterator[None]:
 
 @contextmanager
 def defer_stop() -> Iterator[None]:
-    """Only note the signals inside the block, which watches `is_asked`."""
+    """Only note the signals inside the block, which watches `is_asked`. The outer one of two blocks counts."""
+    before = _State.deferring
     _State.deferring = True
     try:
         yield
     finally:
-        _State.deferring = False
+        _State.deferring = before
+
+
+def is_deferring() -> bool:
+    """Return whether signals are only noted now."""
+    return _State.deferring
 
 
 def is_asked() -> bool:

@@ -89,6 +89,7 @@ def test_what_can_change_a_result_changes_the_hash(key: str, value: object) -> N
         ("task__paper", {"epochs": 10}),
         ("model__architecture", {"model_type": "bart"}),
         ("trainer__device", Device.cpu),
+        ("trainer__devices", "4"),
         ("trainer__eval_batch_size", 1),
         ("task__generation", Generation()),  # a default that is spelled out
         ("trainer__epochs", 3),  # a whole number where the schema has 3.0

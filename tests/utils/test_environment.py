@@ -1,8 +1,10 @@
-"""What a run finds in its environment: launchers are refused, and what else accelerate reads there changes nothing."""
+"""What a run finds in its environment: torchrun's processes are read, those of other launchers are refused, and what
+else accelerate reads there changes nothing."""
 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from peftbench.cli.main import main
 from peftbench.train import train
 from peftbench.utils.console import make_console
-from peftbench.utils.environment import run_alone
+from peftbench.utils.environment import Launch, read_launch, run_alone
 from peftbench.utils.errors import UserError
 from peftbench.utils.progress import Display
 from tests.cli.test_train import SUBPROCESS, sentiment, smoke
@@ -20,6 +22,7 @@ from tests.sweeps.test_sweeper import replaced
 __all__ = ["sentiment", "smoke"]  # fixtures
 
 LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+BY_TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True"}
 ONE_PROCESS = {**LAUNCHED, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
 LEFTOVERS = {
     "torchrun of one process": ONE_PROCESS,
@@ -71,7 +74,7 @@ def test_one_of_several_processes_is_refused_before_anything_is_written(
     )
     assert done.returncode == 2 and not done.stdout
     (line,) = done.stderr.splitlines()
-    assert line.startswith("peftbench: WORLD_SIZE=2 RANK=1 in the environment makes this one of 2 processes")
+    assert line.startswith("peftbench: WORLD_SIZE=2 RANK=1 in the environment makes this one of 2 processes, but")
     assert not (tmp_path / "outputs").exists()
 
 
@@ -95,6 +98,48 @@ def test_a_run_that_is_started_from_python_is_refused_too(monkeypatch: pytest.Mo
         monkeypatch.setenv(key, value)
     with pytest.raises(UserError, match="of a launcher"):
         train(compose_run(smoke), display=Display(make_console()))
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        (LAUNCHED, "torchrun has not started them"),
+        ({**LAUNCHED, **BY_TORCHRUN, "RANK": ""}, "the environment lacks RANK"),
+        ({**LAUNCHED, **BY_TORCHRUN, "MASTER_ADDR": "", "LOCAL_RANK": "x"}, "the environment lacks LOCAL_RANK, MASTER"),
+        ({**LAUNCHED, **BY_TORCHRUN, "MASTER_PORT": "1"}, "MASTER_ADDR=127.0.0.1 MASTER_PORT=1: nobody answers there"),
+    ],
+)
+def test_processes_that_cannot_meet_are_refused(environment: dict[str, str], said: str) -> None:
+    with pytest.raises(UserError, match=said) as refused:
+        read_launch(environment)
+    assert len(refused.value.faults) == 1
+
+
+def test_torchruns_processes_are_read() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as store:
+        port = store.getsockname()[1]
+        launch = read_launch({**LAUNCHED, **BY_TORCHRUN, "MASTER_PORT": str(port)})
+    assert launch == Launch(rank=1, size=2, local_rank=1, host="127.0.0.1", port=port, hosted=True)
+    assert read_launch(ONE_PROCESS) is None and read_launch({}) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-m", "seed=1,2", "jobs=2"], "jobs=2: torchrun has started 2 processes"),
+        (["trainer.devices=3"], "trainer.devices=3: torchrun has started 2 processes"),
+        (["-m", "hydra/launcher=joblib"], "hydra/...: torchrun has started 2 processes"),
+    ],
+)
+def test_what_else_decides_on_processes_is_refused_under_torchrun(
+    words: list[str], said: str, smoke: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as store:
+        ours = {**LAUNCHED, **BY_TORCHRUN, "RANK": "0", "MASTER_PORT": str(store.getsockname()[1])}
+        for key, value in ours.items():
+            monkeypatch.setenv(key, value)
+        assert main(["train", *words, *smoke]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_what_is_not_accelerates_is_kept() -> None:

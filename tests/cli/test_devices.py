@@ -1,0 +1,96 @@
+"""One run as several processes, as a user starts, stops and resumes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from peftbench.cli.main import main
+from tests.cli.test_train import SUBPROCESS, records, sentiment, smoke
+from tests.sweeps.test_sweeper import replaced
+
+__all__ = ["sentiment", "smoke"]  # fixtures
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "peftbench"]
+
+
+def assert_same_runs(folder: Path, expected: Path) -> None:
+    """The adapters, metrics and predictions of all runs below two folders are equal but for rounding."""
+    files = sorted(file.relative_to(expected) for file in expected.rglob("adapter/*.safetensors"))
+    assert files and files == sorted(file.relative_to(folder) for file in folder.rglob("adapter/*.safetensors"))
+    for file in files:
+        tensors = load_file(folder / file)
+        for key, tensor in load_file(expected / file).items():
+            assert_close(tensors[key], tensor, rtol=1e-3, atol=1e-4)
+        run = file.parent.parent
+        lines = [_read_lines(where / run / "metrics.jsonl") for where in (folder, expected)]
+        assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
+        losses = [[line["loss"] for line in each if "loss" in line] for each in lines]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+        texts = [(where / run / "predictions.jsonl").read_text() for where in (folder, expected)]
+        assert texts[0] == texts[1]
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_torchrun_trains_one_run_of_a_sweep_after_another(smoke: list[str], tmp_path: Path) -> None:
+    words = ["train", "-m", "method=lora", "seed=1,2", *smoke, "trainer.max_steps=4"]
+    done = subprocess.run([*TORCHRUN, *words], capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 of 2 runs are done") == 1
+    assert main(["train", *replaced(words[1:], tmp_path / "alone")]) == 0
+    assert_same_runs(tmp_path / "outputs", tmp_path / "alone")
+    for record in records(tmp_path / "outputs"):
+        assert record["status"] == "done" and record["device"].startswith("2 x cpu")
+
+
+@pytest.mark.slow
+def test_a_run_whose_processes_are_stopped_goes_on_where_it_was(smoke: list[str], tmp_path: Path) -> None:
+    """A process is killed, then Ctrl-C ends the run; the same line goes on each time."""
+    words = ["train", "method=mam", *smoke, "task.baselines=[]", "trainer.max_steps=150"]
+    words += ["trainer.checkpoint_minutes=0"]
+    line, outputs = [*SUBPROCESS, *words, "trainer.devices=2"], tmp_path / "outputs"
+
+    def stop(at: int, who: str, by: signal.Signals) -> tuple[int, list[str], float]:
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while not any(int(file.parent.name[11:]) >= at for file in outputs.rglob("checkpoint-*/trainer_state.json")):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        others = [
+            child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())
+        ]
+        os.kill(others[0].pid if who == "other" else process.pid, by)
+        began = time.monotonic()
+        said = process.communicate(timeout=60)[1].splitlines()
+        seconds = time.monotonic() - began
+        psutil.wait_procs(others, timeout=10)
+        assert not any(each.is_running() for each in others)
+        return process.returncode, said, seconds
+
+    code, said, seconds = stop(3, "other", signal.SIGKILL)
+    assert code == 1 and seconds < 15
+    assert said == [
+        "peftbench: process 2 of the 2 of this run was ended by SIGKILL; the same line goes on with the run."
+    ]
+    assert records(outputs)[0]["status"] == "interrupted"
+    code, said, seconds = stop(20, "leader", signal.SIGINT)
+    assert code == 130 and seconds < 15 and said == ["peftbench: interrupted; the same line goes on with this run."]
+    assert records(outputs)[0]["status"] == "interrupted"
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "goes on from step" in done.stdout
+    assert main([*replaced(words, tmp_path / "alone")]) == 0
+    assert_same_runs(outputs, tmp_path / "alone")

@@ -1,0 +1,65 @@
+"""Two processes that meet through gloo, and run the cases of a test module together."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import pickle
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import TCPStore
+
+from peftbench.training import devices
+
+SIZE = 2
+PATIENCE = 150  # seconds
+
+
+def run_together(module: str, names: list[str]) -> list[dict[str, Any]]:
+    """The results of a module's functions `case_NAME(team, folder)`, by name, for each process in turn.
+
+    A case that raises has its exception as the result, which must leave the processes able to meet again.
+    """
+    store = TCPStore("127.0.0.1", 0, SIZE, True, wait_for_workers=False)
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as scratch:
+        files = [Path(scratch, f"{rank}.pickle") for rank in range(SIZE)]
+        processes = [
+            context.Process(target=_serve, args=(rank, store.port, module, names, file), daemon=True)
+            for rank, file in enumerate(files)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join(PATIENCE)
+                assert process.exitcode == 0
+        finally:
+            for process in processes:
+                process.kill()
+        return [pickle.loads(file.read_bytes()) for file in files]
+
+
+def _serve(rank: int, port: int, module: str, names: list[str], file: Path) -> None:
+    import faulthandler
+
+    import torch
+
+    faulthandler.dump_traceback_later(PATIENCE - 20, exit=True)
+
+    torch.set_num_threads(1)
+    team = devices._join(TCPStore("127.0.0.1", port, SIZE, False), rank, SIZE)
+    cases, found = importlib.import_module(module), {}
+    for name in names:
+        folder = file.parent / name / str(rank)
+        folder.mkdir(parents=True)
+        try:
+            found[name] = getattr(cases, f"case_{name}")(team, folder)
+        except Exception as error:
+            traceback.print_exc()
+            found[name] = error
+    file.write_bytes(pickle.dumps(found))
+    torch.distributed.destroy_process_group()
