@@ -33,7 +33,6 @@ from peftbench.config.schema import (
     Trainer,
     Unfreeze,
     get_value,
-    is_text_table,
     list_bottlenecks_of,
     list_files,
     list_modifications,
@@ -215,7 +214,6 @@ def _find_source_faults(task: Task, reads_data: bool) -> Iterator[str]:
 
 def _find_data_faults(task: Task) -> Iterator[str]:
     """Yield faults in the settings for reading the data."""
-    files = [file for files in list_task_files(task).values() for file in files]
     if task.validation_file and task.test_file and task.selection_split == task.report_split:
         yield (
             f"task.test_file={task.test_file}: task={task.name} selects and reports on its {task.report_split} split; "
@@ -223,9 +221,6 @@ def _find_data_faults(task: Task) -> Iterator[str]:
         )
     if task.kind is not TaskKind.text_to_text and len(task.text_columns) not in (1, 2):
         yield f"task.text_columns=[{','.join(task.text_columns)}] must name one column, or two for a pair."
-    for key in ("column_names", "delimiter"):
-        if getattr(task, key) and not (task.data_dir or any(map(is_text_table, files))):
-            yield f"task.{key} is for .csv and .tsv files, and the task has none; leave it out."
     if len(set(task.column_names)) < len(task.column_names):
         yield f"task.column_names=[{','.join(task.column_names)}] names a column twice."
     if task.delimiter is not None and (len(task.delimiter) != 1 or task.delimiter in '\r\n"'):

@@ -12,7 +12,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from peftbench.config.roles import Roles, assign_roles, is_reported, limit_splits, list_splits
-from peftbench.config.schema import Task, TaskKind, list_task_files
+from peftbench.config.schema import Task, TaskKind, is_text_table, list_task_files
 from peftbench.tasks.cache import Recent
 from peftbench.tasks.deal import deal_rows
 from peftbench.tasks.file_set import has_split
@@ -26,7 +26,8 @@ from peftbench.tasks.rows import (
     set_labels,
     take_head,
 )
-from peftbench.tasks.source import has_source, read_split
+from peftbench.tasks.source import find_files, has_source, read_split
+from peftbench.utils.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +92,8 @@ def _list_still_dealt(task: Task, dealt: Sequence[str]) -> list[str]:
 
 def _load_splits(task: Task, training: bool, dealt: Sequence[str], labels: Sequence[str]) -> Loaded:
     task, notes = _drop_absent(task)
+    if training:  # other calls may read some of the files only
+        _require_text_tables(task)
     notes.extend(_note_trained_files(task))
     read = cache(partial(read_split, task))
     wanted = {role: place for role, place in assign_roles(task).items() if training or is_reported(role)}
@@ -121,6 +124,18 @@ def _load_splits(task: Task, training: bool, dealt: Sequence[str], labels: Seque
         rows[split] = take_head(rows[split], limit) if split in rows else check(split, read(split), limit)
     notes.extend(describe_empty_texts(task, {split: rows[split] for split in limits}))
     return Loaded(task, wanted, {split: rows[split] for split in limits}, sizes, notes)
+
+
+def _require_text_tables(task: Task) -> None:
+    """Raise UserError if a key describes .csv and .tsv files, and the task has none."""
+    idle = [key for key in ("column_names", "delimiter") if getattr(task, key)]
+    if not idle:
+        return
+    found = [find_files(task, split) for split in list_splits(task) if has_source(task, split)]
+    if not any(is_text_table(path) for files in found if files is not None for path in files.paths):
+        raise UserError(
+            *(f"task.{key} is for .csv and .tsv files, and the task has none; leave it out." for key in idle)
+        )
 
 
 _recent: Recent[Loaded] = Recent()

@@ -153,6 +153,10 @@ def test_a_file_without_a_header(tmp_path: Path) -> None:
         "task.column_names=[text,label]."
     ]
     loaded = load_task(replace(task, column_names=["text", "label"]))
+    named = replace(loaded.task, test_file=jsonl(tmp_path, "test.jsonl", *reviews(3)))
+    assert len(load_task(replace(named, train_file=None), training=False).rows["test"]) == 3  # as `evaluate` reads it
+    with pytest.raises(UserError, match=r"task\.column_names is for \.csv and \.tsv files, and the task has none"):
+        load_task(replace(named, train_file=named.test_file))
     assert sum(map(len, loaded.rows.values())) == 20
     assert loaded.task.labels == ["bad", "good"]
 
