@@ -297,6 +297,7 @@ def _train_or_load(
         record.attempts[-1].step = fitted.steps
         _count_earlier(record, fitted.seconds)
         display.say(f"{name}: has ended before")
+    _note_early_stop(run, data, record, display, name, fitted)
     diverged = _find_divergence(fitted, backbone.model)
     if not team.leads:
         return fitted, diverged
@@ -359,6 +360,11 @@ def _fit_model(
         )
     if resume is not None:
         _count_earlier(record, fitted.earlier_seconds)
+    return fitted
+
+
+def _note_early_stop(run: Run, data: TaskData, record: Record, display: Display, name: str, fitted: Fitted) -> None:
+    """Note that a training was ended by `trainer.early_stopping`."""
     if fitted.stopped_early:
         note = (
             f"{name}: ended at step {fitted.steps} of {count_steps(data, run.trainer)}, after "
@@ -366,7 +372,6 @@ def _fit_model(
         )
         display.say(note)
         record.data["notes"].append(note)
-    return fitted
 
 
 def record_scores(
@@ -472,7 +477,9 @@ def _score_head_alone(run: Run, data: TaskData, record: Record, display: Display
     attach(backbone.model, {}, untrained=backbone.untrained)
     data = data.serving(backbone.model)
     backbone.model.to(choose_device(run.trainer))
-    fitted = _fit_model(run, backbone, data, record, display, "train the head alone", team)
+    name = "train the head alone"
+    fitted = _fit_model(run, backbone, data, record, display, name, team)
+    _note_early_stop(run, data, record, display, name, fitted)
     if (diverged := _find_divergence(fitted, backbone.model)) is not None:
         note = f"The head alone diverged ({diverged.said}): there is no baseline of it."
         display.say(note)
