@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from peftbench.backbones.chat_template import list_ends
 from peftbench.backbones.load import Backbone, load_backbone
@@ -78,6 +78,7 @@ from peftbench.training.ended import save_ended as keep_ended
 from peftbench.training.fit import Criterion, Fitted, Monitor, Recipe, Resuming, fit_model, require_optimizer
 from peftbench.training.outline import describe_training
 from peftbench.training.probe import find_unreached, make_no_gradient_error
+from peftbench.training.trackers import Trackers, follow_run
 from peftbench.utils.environment import run_alone
 from peftbench.utils.errors import LostProcess, UserError, quote
 from peftbench.utils.progress import Display, hide_progress
@@ -166,12 +167,17 @@ def _run(
     run: Run, folder: Path, overrides: Sequence[str], search: Searched | None, selecting: bool, display: Display
 ) -> Record:
     """The run itself, while no other process is at it."""
-    with record_run(run, folder, overrides) as record, form_team(run.trainer) as team, display:
+    with (
+        record_run(run, folder, overrides) as record,
+        form_team(run.trainer) as team,
+        display,
+        follow_run(run, record, display.say) as trackers,
+    ):
         record.search = search
         selecting = selecting or search is not None
         with team.together():
             team.decide(lambda: (run, folder, selecting))  # an order, see `obey`
-            _train_and_score(run, record, selecting, display, team)
+            _train_and_score(run, record, selecting, display, team, trackers)
     return record
 
 
@@ -195,8 +201,11 @@ def obey(team: Team) -> None:
             gc.collect()  # its traceback held the model
 
 
-def _train_and_score(run: Run, record: Record, selecting: bool, display: Display, team: Team) -> None:
-    """What all processes of a run do together. The leader's `record`, and what it writes, is that of the run."""
+def _train_and_score(
+    run: Run, record: Record, selecting: bool, display: Display, team: Team, trackers: Trackers | None = None
+) -> None:
+    """What all processes of a run do together. The leader's `record`, and what it writes, is that of the run; it alone
+    has `trackers`."""
     device = choose_device(run.trainer)
     name = describe_device(device)
     record.device = name if team.size == 1 else f"{team.size} x {name}"
@@ -212,7 +221,7 @@ def _train_and_score(run: Run, record: Record, selecting: bool, display: Display
         torch.cuda.reset_peak_memory_stats()  # the probe, and a sweep's earlier runs, had their own
 
     with _record_time(record, "train_s"):
-        fitted, diverged = _train_or_load(prepared.run, prepared.backbone, prepared.data, record, display, team)
+        fitted, diverged = _train_or_load(prepared, record, display, team, trackers)
         _record_fit(record, fitted)
     stop_if_asked()  # the adapter is saved
     if diverged is None:
@@ -274,7 +283,7 @@ def _probe(prepared: _Prepared, record: Record) -> None:
 
 
 def _train_or_load(
-    run: Run, backbone: Backbone, data: TaskData, record: Record, display: Display, team: Team
+    prepared: _Prepared, record: Record, display: Display, team: Team, trackers: Trackers | None
 ) -> tuple[Fitted, Divergence | None]:
     """Train, fold and save the adapter; or load that of an earlier attempt, whose evaluation was stopped.
 
@@ -283,13 +292,15 @@ def _train_or_load(
     Returns:
         What the training cost, and where it diverged.
     """
+    run, backbone, data = prepared.run, prepared.backbone, prepared.data
     name, adapter, noted = f"train {run.method}", record.folder / "adapter", record.folder / CHECKPOINTS / "ended.json"
     stamp = _make_stamp(data, record)
     earlier = team.decide(lambda: load_ended(noted, stamp))
     if earlier is None:
         if team.leads:
             noted.unlink(missing_ok=True)
-        fitted = _fit_model(run, backbone, data, record, display, name, team)
+        callbacks = [] if trackers is None else trackers.begin()
+        fitted = _fit_model(run, backbone, data, record, display, name, team, callbacks)
         fold(backbone.model)
     else:
         fitted = earlier
@@ -330,7 +341,14 @@ def _count_earlier(record: Record, seconds: float) -> None:
 
 
 def _fit_model(
-    run: Run, backbone: Backbone, data: TaskData, record: Record, display: Display, name: str, team: Team
+    run: Run,
+    backbone: Backbone,
+    data: TaskData,
+    record: Record,
+    display: Display,
+    name: str,
+    team: Team,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Fitted:
     """Train what is trainable in the backbone's model, from the last checkpoint if there is one; log to the folder."""
     evaluator = Evaluator(backbone.model, data, run, team)
@@ -355,7 +373,7 @@ def _fit_model(
             Recipe(run.trainer, run.seed, choose_autocast_dtype(run.trainer, run.model)),
             Criterion(evaluator.selection, run.task.selection_metric or run.task.metric),
             Resuming(checkpoints, resume),
-            Monitor(stage, log=log if team.leads else lambda values: None),
+            Monitor(stage, log if team.leads else lambda values: None, callbacks),
             team,
         )
     if resume is not None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the runs of docs/results.md: real data, two small pretrained backbones, several runs at once on all GPUs.
-#   scripts/reference_runs.sh SHARED OUTPUTS glue|text|text_long|grid|grid_sst2|curves [OVERRIDE ...]
+#   scripts/reference_runs.sh SHARED OUTPUTS glue|text|text_long|grid|grid_sst2|peft|curves [OVERRIDE ...]
 # SHARED holds backbones/minilm-l6, backbones/bart-mini and data/. Run again, the script skips finished runs.
 #   glue  sst2, rte and a pool of NLI sets, five methods on MiniLM-L6: 30 runs
 #   text  WebNLG, en-ro and XSum, five methods on a small BART, each with the best of three learning rates on dev: 45
@@ -8,6 +8,8 @@
 #   grid  the rows of tables 3, 5, 6 and 12 at the paper's shares of the backbone, on WebNLG, two seeds: 40. As in the
 #         paper, all rows have one learning rate, except full fine-tuning, whose best one is lower.
 #   grid_sst2  the same rows on SST-2, one epoch: 40
+#   peft  SST-2, ten methods of the peft library and ten of ours, at 1% of the backbone where they have a rank, 600 steps,
+#         three seeds, each with the best of three learning rates on the first seed: 60 and 60 trials, of which 20 are runs
 #   curves  200 steps of MAM on WebNLG, three seeds: 3. To compare losses with and without fast paths, run it again with
 #         another OUTPUTS and trainer.graphs=false trainer.padding_free=false trainer.fused_loss=false, or with
 #         model.dtype=auto trainer.compile=layers
@@ -86,11 +88,17 @@ grid | grid_sst2)
   at 9.2% prefix_512,sa_attention_512,pa_attention_512
   at 12.3% sa_ffn_1024,pa_ffn_1024
   ;;
+peft)
+  grid "${sst2[@]}" search=lr3 trainer.max_steps=600 seed=42,1,2 method=full,bitfit
+  grid method=lora,lora_plus,lora_ffn,lora_all,adapter,parallel_adapter,prefix,mam budget=1%
+  grid method=dora,rslora,pissa,adalora,hra,loha,miss budget=1%
+  grid method=vera,oft,road # which have no rank, or one that adds a number for each
+  ;;
 curves)
   grid "${webnlg[@]}" method=mam budget=6.7% seed=42,1,2 trainer.max_steps=200 task.max_selection=100 task.max_eval=100
   ;;
 *)
-  echo "reference_runs.sh: $part is none of glue, text, text_long, grid, grid_sst2, curves" >&2
+  echo "reference_runs.sh: $part is none of glue, text, text_long, grid, grid_sst2, peft, curves" >&2
   exit 2
   ;;
 esac

@@ -22,6 +22,8 @@ IGNORED = (
     "rerun",
     "retry",
     "jobs",
+    "trackers",
+    "trackers_group",
     "mps",
     "allow_unused",
     "fidelity.name",

@@ -46,6 +46,8 @@ OPTIMIZERS: dict[str, str | None] = {
     ),
     **dict.fromkeys(("adamw_torch_4bit", "adamw_torch_8bit"), "torchao"),
 }
+# What `trackers` may name, and the module that each needs.
+TRACKERS = {name: name for name in ("tensorboard", "wandb", "mlflow", "trackio")}
 FUNCTIONAL_FORMS = ("none", "constant", "identity", "softmax", *ACTIVATIONS)
 
 # mypy and OmegaConf both need the members of an Enum spelled out; a user types a member's name.
@@ -595,6 +597,14 @@ class Run(Modification):
     )
     seed: int = key(42, "Seed of everything random in a run: new weights, the order of the examples, dropout.")
     search: Search | None = None
+    trackers: list[str] = key(
+        [],
+        "Experiment trackers that follow a run: tensorboard, wandb, mlflow, trackio. They get the config, the training "
+        "log, the score and the counts. []: none.",
+    )
+    trackers_group: str | None = key(
+        None, "Name under which trackers group runs. null: that of the sweep, or of the task and the model."
+    )
     debug: str | None = key(None, "Name of the debug preset, such as smoke. null: none.")
     output_dir: str = key("outputs", "Folder for the runs, which are stored in it as TASK/MODEL/METHOD/HASH.")
     rerun: bool = key(False, "true: train again even if the run is done.")

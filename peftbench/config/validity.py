@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from peftbench.config.schema import (
     EMBEDDED,
     LOSS,
     OPTIMIZERS,
+    TRACKERS,
     Batching,
     Compile,
     Device,
@@ -133,6 +135,7 @@ def find_faults(run: Run, *, reads_data: bool = True) -> list[str]:
         *_find_trainer_faults(run),
         *_find_nothing_to_train(run),
         *find_idle_switches(run),
+        *_find_tracker_faults(run),
         *_find_metric_faults(run.task),
     ]
 
@@ -405,6 +408,14 @@ def list_unrecordable(trainer: Trainer) -> dict[str, str]:
         "accumulation": ("1", trainer.accumulation > 1),
     }
     return {key: value for key, (value, hinders) in needed.items() if hinders}
+
+
+def _find_tracker_faults(run: Run) -> Iterator[str]:
+    for name in run.trackers:
+        if name not in TRACKERS:
+            yield describe_unknown("trackers", name, TRACKERS)
+        elif find_spec(TRACKERS[name]) is None:
+            yield f"trackers=[{name}] needs {name}, which is not installed: pip install {name}."
 
 
 def _find_nothing_to_train(run: Run) -> Iterator[str]:

@@ -154,6 +154,9 @@ class Sweep:
         self.done_before |= {folder for folder in new if find_finished(folder) is not None}
         self.runs = {member.folder: member.comes_to for member in self.members}
         self.plan = Plan.of([*self.trials, *self.members], self.arguments)
+        for member in (*self.trials, *self.members):  # for the workers, to which the runs go
+            for run in (member.run, member.comes_to):
+                run.trackers_group = run.trackers_group or self.plan.name
         self.plan.save(self.root)
 
     def show(self) -> int:

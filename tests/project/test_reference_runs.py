@@ -59,7 +59,7 @@ def smoke_words() -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "trials", "runs"),
-    [("glue", 0, 30), ("text", 45, 15), ("text_long", 0, 10), ("grid", 0, 40), ("grid_sst2", 0, 40)],
+    [("glue", 0, 30), ("text", 45, 15), ("text_long", 0, 10), ("grid", 0, 40), ("grid_sst2", 0, 40), ("peft", 60, 60)],
 )
 def test_a_part_is_one_sweep(part: str, trials: int, runs: int, shared: Path) -> None:
     option, *words = arguments(shared, part, *smoke_words())

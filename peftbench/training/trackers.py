@@ -1,0 +1,262 @@
+"""Experiment trackers: `trackers=[tensorboard,wandb,mlflow,trackio]`.
+
+transformers' own callbacks log the training. Each is given a run that was opened here, with the run's config, its name
+and its group, and that is closed here with the score and the counts. Files go below the output_dir unless the
+tracker's own environment variables say otherwise. A tracker that fails is left out from then on, with one note.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout, suppress
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import TrainerCallback
+
+from peftbench.config.identity import to_plain
+from peftbench.config.schema import Run
+from peftbench.records.record import Record
+from peftbench.utils.differences import flatten
+
+Say = Callable[[str], None]
+
+
+class Tracker(Protocol):
+    """One tracker, while a run is trained."""
+
+    def open(self) -> TrainerCallback:
+        """Open the run there; return transformers' callback, which logs into it."""
+        ...
+
+    def close(self, values: Mapping[str, float]) -> None:
+        """Log the values at the end, and close the run."""
+        ...
+
+
+class Followed:
+    """What trackers are told of a run."""
+
+    def __init__(self, run: Run, folder: Path) -> None:
+        self.folder, self.group = folder, run.trackers_group or f"{run.task.name}-{run.model.name}"
+        self.root = Path(run.output_dir).expanduser()
+        self.project = f"peftbench-{run.task.name}"
+        self.name = f"{run.method}-{folder.name}"
+        plain = {key: value for key, value in to_plain(run).items() if key not in ("sizes", "size")}
+        self.config: dict[str, Any] = {key: value for key, value in flatten(plain) if value not in (None, [], {})}
+
+
+class _TensorBoard:
+    """Event files in the run's folder, so that `tensorboard --logdir OUTPUT_DIR` shows all runs."""
+
+    def __init__(self, followed: Followed) -> None:
+        self.followed = followed
+
+    def _write(self) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(log_dir=str(self.followed.folder / "tensorboard"))
+
+    def open(self) -> TrainerCallback:
+        from transformers.integrations import TensorBoardCallback
+
+        writer = self._write()
+        text = "\n".join(f"    {key}: {value}" for key, value in self.followed.config.items())
+        writer.add_text("config", text)
+        writer.add_text("group", self.followed.group)
+        return TensorBoardCallback(writer)
+
+    def close(self, values: Mapping[str, float]) -> None:
+        writer = self._write()  # the callback has closed its own
+        for key, value in values.items():
+            writer.add_scalar(f"final/{key}", value, 0)
+        writer.close()
+
+
+class _Wandb:
+    def __init__(self, followed: Followed) -> None:
+        self.followed = followed
+
+    def open(self) -> TrainerCallback:
+        import wandb
+        from transformers.integrations import WandbCallback
+
+        followed = self.followed
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", followed.project),
+            group=followed.group,
+            name=followed.name,
+            dir=os.environ.get("WANDB_DIR", str(followed.root)),
+            config=followed.config,
+            reinit="finish_previous",
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        return WandbCallback()
+
+    def close(self, values: Mapping[str, float]) -> None:
+        self.run.summary.update({f"final/{key}": value for key, value in values.items()})
+        self.run.finish()
+
+
+class _MLflow:
+    def __init__(self, followed: Followed) -> None:
+        self.followed = followed
+
+    def open(self) -> TrainerCallback:
+        import mlflow
+        from transformers.integrations import MLflowCallback
+
+        followed = self.followed
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            mlflow.set_tracking_uri(f"sqlite:///{(followed.root / 'mlflow.db').resolve()}")
+        mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", followed.project))
+        while mlflow.active_run() is not None:
+            mlflow.end_run()
+        self.run = mlflow.start_run(run_name=followed.name, tags={"group": followed.group})
+        mlflow.log_params({f"peftbench.{key}": str(value)[:500] for key, value in followed.config.items()})
+        return MLflowCallback()
+
+    def close(self, values: Mapping[str, float]) -> None:
+        import mlflow
+
+        mlflow.log_metrics({f"final/{key}": value for key, value in values.items()})
+        mlflow.end_run()
+
+
+class _Trackio:
+    def __init__(self, followed: Followed) -> None:
+        self.followed = followed
+
+    def open(self) -> TrainerCallback:
+        if "TRACKIO_DIR" not in os.environ:
+            os.environ["TRACKIO_DIR"] = str((self.followed.root / "trackio").resolve())
+        import trackio
+
+        followed = self.followed
+        self.trackio: Any = trackio
+        names = {"project": followed.project, "name": followed.name, "group": followed.group}
+        with redirect_stdout(StringIO()):  # it prints how to open its dashboard
+            trackio.init(**names, config=followed.config, embed=False)
+        return _LogToTrackio(trackio)
+
+    def close(self, values: Mapping[str, float]) -> None:
+        self.trackio.log({f"final/{key}": value for key, value in values.items()})
+        with redirect_stdout(StringIO()):
+            self.trackio.finish()
+
+
+class _LogToTrackio(TrainerCallback):
+    """Logs into the open run. transformers' callback would open another, and close it before there is a score."""
+
+    def __init__(self, trackio: Any) -> None:
+        self.trackio = trackio
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.trackio.log({f"train/{key}": value for key, value in logs.items()}, step=state.global_step)
+
+
+KINDS: dict[str, Callable[[Followed], Tracker]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _Wandb,
+    "mlflow": _MLflow,
+    "trackio": _Trackio,
+}
+
+
+class _Guarded(TrainerCallback):
+    """Calls a tracker's callback at each event, until it fails."""
+
+    def __init__(self, callback: TrainerCallback, fail: Callable[[Exception], None]) -> None:
+        self.callback: TrainerCallback | None = callback
+        self.fail = fail
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("on_"):
+            return super().__getattribute__(name)
+
+        def call(*args: Any, **kwargs: Any) -> None:
+            if self.callback is None:
+                return
+            try:
+                getattr(self.callback, name)(*args, **kwargs)
+            except Exception as error:
+                self.callback = None
+                self.fail(error)
+
+        return call
+
+
+class Trackers:
+    """The trackers of a run. Nothing that goes wrong in one reaches the run."""
+
+    def __init__(self, run: Run, record: Record, say: Say) -> None:
+        self.run, self.record, self.say = run, record, say
+        self.open: dict[str, Tracker] = {}
+        self.begun = False
+
+    def begin(self) -> list[TrainerCallback]:
+        """Open the run in each tracker; return the callbacks that log the training."""
+        self.begun = True
+        found: list[TrainerCallback] = []
+        for name in self.run.trackers:
+            try:
+                tracker = KINDS[name](Followed(self.run, self.record.folder))
+                found.append(_Guarded(tracker.open(), partial(self._drop, name)))
+                self.open[name] = tracker
+            except Exception as error:
+                self._note(name, error)
+        return found
+
+    def close(self) -> None:
+        """Log the score and the counts of a run that has ended, and close it in all trackers."""
+        if not self.begun:  # an earlier attempt had trained it
+            self.begin()
+        for name, tracker in list(self.open.items()):
+            try:
+                tracker.close(list_final_values(self.record))
+            except Exception as error:
+                self._drop(name, error)
+
+    def abandon(self) -> None:
+        """Close what an interrupted or failed run has open."""
+        for tracker in self.open.values():
+            with suppress(Exception):
+                tracker.close({})
+
+    def _drop(self, name: str, error: Exception) -> None:
+        if self.open.pop(name, None) is not None:
+            self._note(name, error)
+
+    def _note(self, name: str, error: Exception) -> None:
+        note = f"trackers: {name} is left out: {type(error).__name__}: {' '.join(str(error).split())}"
+        self.say(note)
+        self.record.data.setdefault("notes", []).append(note)
+
+
+@contextmanager
+def follow_run(run: Run, record: Record, say: Say) -> Iterator[Trackers]:
+    """Yield the trackers of a run, and close them at the end of the block."""
+    trackers = Trackers(run, record, say)
+    try:
+        yield trackers
+    except BaseException:
+        trackers.abandon()
+        raise
+    if run.trackers:
+        trackers.close()
+
+
+def list_final_values(record: Record) -> dict[str, float]:
+    """Return what a tracker logs of a run at its end: its scores, counts and cost."""
+    found: dict[str, float | None] = {"score": record.score, "steps": record.steps, "step_s": record.step_s}
+    for role, score in record.scores.items():
+        found |= {f"{role}/{metric}": value for metric, value in score.metrics.items()}
+    if record.counts is not None:
+        names = ("backbone", "trained", "stored", "head")
+        found |= {name: getattr(record.counts, name) for name in names}
+        found["percent"] = record.counts.percent.get("stored")
+    found |= {"memory_bytes": record.peak_memory_bytes, "adapter_bytes": record.adapter_bytes}
+    return {key: float(value) for key, value in found.items() if value is not None}

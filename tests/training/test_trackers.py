@@ -1,0 +1,127 @@
+"""Trackers: what they log is read back by their own APIs; a tracker that fails never stops a run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import TrainerCallback
+
+from peftbench.cli.main import main
+from peftbench.config.compose import compose_run
+from peftbench.config.identity import hash_run
+from peftbench.config.schema import TRACKERS
+from peftbench.records.record import Record, load_records
+from peftbench.training import trackers
+from peftbench.training.trackers import follow_run
+from peftbench.utils.errors import UserError
+
+SMOKE = ("debug=smoke", "trainer.max_steps=3", "method=lora")
+
+
+def swept(folder: Path, *overrides: str) -> list[Record]:
+    assert main(["train", "-m", *SMOKE, f"output_dir={folder}", "seed=1,2", *overrides]) == 0
+    records, _ = load_records(folder)
+    return records
+
+
+@pytest.mark.slow
+def test_tensorboard_has_the_log_the_score_and_the_counts(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for record in swept(tmp_path, "trackers=[tensorboard]"):
+        events = accumulator.EventAccumulator(str(record.folder / "tensorboard"))
+        events.Reload()
+        assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+        assert record.counts is not None
+        assert events.Scalars("final/stored")[0].value == record.counts.stored
+        assert events.Scalars("final/score")[0].value == pytest.approx(record.score)
+
+
+@pytest.mark.slow
+def test_mlflow_has_a_run_for_each_with_its_sweep(tmp_path: Path) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    records = {record.run: record for record in swept(tmp_path, "trackers=[mlflow]")}
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    found = mlflow.search_runs(search_all_experiments=True)
+    (plan,) = (tmp_path / ".sweeps").glob("*.sweep.json")
+    assert set(found["tags.group"]) == {plan.name.partition(".")[0]} and len(found) == 2
+    for _, row in found.iterrows():
+        record = records[row["tags.mlflow.runName"].removeprefix("lora-")]
+        assert row["status"] == "FINISHED" and row["params.peftbench.seed"] == str(record.seed)
+        assert row["metrics.final/score"] == pytest.approx(record.score)
+        assert record.counts is not None and row["metrics.final/trained"] == record.counts.trained
+        assert row["metrics.loss"] > 0
+
+
+@pytest.mark.slow
+def test_wandb_writes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert len(swept(tmp_path, "trackers=[wandb]")) == 2
+    runs = list((tmp_path / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2 and all(next(run.glob("*.wandb")).stat().st_size > 1000 for run in runs)
+
+
+class Failing:
+    """A tracker that fails at the event that it is told."""
+
+    def __init__(self, event: str, seen: list[str]) -> None:
+        self.event, self.seen = event, seen
+
+    def _meet(self, event: str) -> None:
+        self.seen.append(event)
+        if event == self.event:
+            raise ConnectionError("no route\nto host")
+
+    def open(self) -> TrainerCallback:
+        self._meet("open")
+        callback: Any = TrainerCallback()
+        callback.on_log = lambda *args, **kwargs: self._meet("log")
+        return callback  # type: ignore[no-any-return]
+
+    def close(self, values: Any) -> None:
+        self._meet("close")
+
+
+@pytest.mark.parametrize(
+    ("event", "seen"),
+    [("open", ["open"]), ("log", ["open", "log"]), ("close", ["open", "log", "log", "close"]), ("", None)],
+)
+def test_a_tracker_that_fails_is_left_out_with_one_note(
+    event: str, seen: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    monkeypatch.setitem(trackers.KINDS, "wandb", lambda followed: Failing(event, events))
+    run = replace(compose_run([]), trackers=["wandb"])
+    record: Any = SimpleNamespace(data={}, folder=tmp_path, score=1.0, steps=2, step_s=None, scores={}, counts=None)
+    record.peak_memory_bytes = record.adapter_bytes = None
+    said: list[str] = []
+    with follow_run(run, record, said.append) as followed:
+        for callback in followed.begin():
+            callback.on_log(None, None, None)
+            callback.on_log(None, None, None)
+    assert events == (seen or ["open", "log", "log", "close"])
+    note = "trackers: wandb is left out: ConnectionError: no route to host"
+    assert said == record.data.get("notes", []) == ([note] if event else [])
+
+
+def test_trackers_are_no_part_of_a_name_and_unknown_ones_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = compose_run([])
+    assert hash_run(replace(plain, trackers=["wandb"], trackers_group="a")) == hash_run(plain)
+    assert set(TRACKERS) == set(trackers.KINDS)
+    with pytest.raises(UserError, match=r"trackers=wanbd is unknown; did you mean wandb\?"):
+        compose_run(["trackers=[wanbd]"])
+    monkeypatch.setattr("peftbench.config.validity.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"trackers=\[mlflow\] needs mlflow, which is not installed: pip install mlf"):
+        compose_run(["trackers=[mlflow]"])
+
+
+def test_a_run_without_trackers_imports_none(tmp_path: Path) -> None:
+    record: Any = SimpleNamespace(data={}, folder=tmp_path)
+    with follow_run(compose_run([]), record, print) as followed:
+        assert followed.begin() == []
+    assert json.dumps(record.data) == "{}"
