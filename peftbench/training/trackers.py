@@ -137,9 +137,10 @@ class _Trackio:
 
         followed = self.followed
         self.trackio: Any = trackio
-        names = {"project": followed.project, "name": followed.name, "group": followed.group}
         with redirect_stdout(StringIO()):  # it prints how to open its dashboard
-            trackio.init(**names, config=followed.config, embed=False)
+            trackio.init(
+                project=followed.project, name=followed.name, group=followed.group, config=followed.config, embed=False
+            )
         return _LogToTrackio(trackio)
 
     def close(self, values: Mapping[str, float]) -> None:
