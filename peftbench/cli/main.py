@@ -27,6 +27,8 @@ peftbench: which parameter-efficient fine-tuning method, where in the network, h
   peftbench results [FOLDER] [KEY=VALUE ...] [--mean] [--rows KEY --columns KEY] [--csv|--json|--markdown|--latex]
                                            the recorded runs, best first; results --help has more
   peftbench compare A B                    is the difference of two runs more than chance; which settings differ
+  peftbench advise task=T model=M [budget=B] [memory=GiB]
+                                           what the records show: fronts, differences beyond chance, what is untried
   peftbench plot [FOLDER] [KEY=VALUE ...] [--out FILE]
                                            score against stored parameters, a line for each method over its sizes
   peftbench report [FOLDER] [KEY=VALUE ...] [--out FILE]
@@ -69,6 +71,7 @@ COMMANDS = {
     "status": "cli.status",
     "results": "cli.results",
     "compare": "cli.compare",
+    "advise": "cli.advise",
     "plot": "cli.plot",
     "report": "cli.report",
     "reproduce": "cli.reproduce",
