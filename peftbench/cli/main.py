@@ -50,6 +50,7 @@ peftbench: which parameter-efficient fine-tuning method, where in the network, h
                                            a method in the paper's terms, and where it is in the network
   peftbench ls [axes|keys|GROUP]           the choices of a group; the four axes and which combinations run; the
                                            meaning of every key
+  peftbench env                            versions, devices, caches and extras, for a bug report
   peftbench train --help                   every group and its choices
   peftbench train [KEY=VALUE ...] --cfg job
                                            show the config and stop
@@ -84,6 +85,7 @@ COMMANDS = {
     "merge": "cli.merge",
     "export": "cli.export",
     "import": "cli.import_adapter",
+    "env": "cli.env",
 }
 ALONE = ("evaluate", "predict", "merge", "export", "import", "reproduce")  # compute with a model, as one process
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
@@ -16,6 +17,7 @@ from peftbench.tasks.inputs import FORMATS
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import dump_json, replace_file
 from peftbench.utils.quiet import make_quiet_console
+from peftbench.utils.text import strip_controls
 
 EPILOG = """\
 FILE is .txt, with an input on each line (of a pair: two texts and a tab between them), or .csv, .tsv, .jsonl, .json or
@@ -69,7 +71,10 @@ def main(argv: list[str]) -> int:
             None if out is None else _name_kept(out),
         )
     if out is None:
-        WRITERS[form](found, sys.stdout)
+        written = io.StringIO()
+        WRITERS[form](found, written)
+        text = written.getvalue()  # which a model wrote: on a terminal it must command nothing
+        sys.stdout.write(strip_controls(text) if sys.stdout.isatty() else text)
         return 0
     with replace_file(out) as file:
         WRITERS[form](found, file)

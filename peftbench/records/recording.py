@@ -101,7 +101,7 @@ def describe_run(run: Run, folder: Path, overrides: Sequence[str], status: Statu
         fidelity=run.fidelity.name,
         trainer=drop_later_defaults("trainer", to_plain(run.trainer)),
         versions=_read_versions(*(["peft"] if run.peft else [])),
-        git=_read_git(),
+        git=read_git(),
     )
 
 
@@ -147,7 +147,7 @@ def _read_versions(*more: str) -> dict[str, str]:
 
 
 @cache
-def _read_git() -> dict[str, Any] | None:
+def read_git() -> dict[str, Any] | None:
     """Return commit and state of the checkout from which peftbench runs; None if it is installed, or git is not."""
     checkout = Path(peftbench.__file__).resolve().parent.parent
 

@@ -224,7 +224,7 @@ def test_inputs_that_cannot_be_read(
 def test_what_was_predicted_before_a_stop_is_not_predicted_again(
     classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped after two batches and after a third; the result is that of one go, and each input was predicted once."""
+    """Stopped after two batches and after two more; the result is that of one go, and each input was predicted once."""
     file, seen = tmp_path / "inputs.txt", []
     file.write_text("".join(f"{'word ' * (i % 7)}{i}\n" for i in range(40)))
     words = ["predict", str(classifier), str(file), "trainer.eval_batch_size=8", "--out"]
@@ -244,13 +244,13 @@ def test_what_was_predicted_before_a_stop_is_not_predicted_again(
 
         return stopping
 
-    for batches in (2, 2, 9):  # a batch that is the last before a stop is stored
+    for batches in (1, 2, 9):  # a batch that is the last before a stop is stored
         monkeypatch.setattr(evaluator, "predict", stop_after(batches))
         try:
             assert main([*words, str(tmp_path / "out.jsonl")]) == 0
         except (StopIteration, RuntimeError):
             assert not (tmp_path / "out.jsonl").exists()
-    assert seen == [0, 8, 8, 16, 8, 8, 32, 8]  # the first of each go: what is there
+    assert seen == [8, 8, 16, 8, 8, 32, 8]  # the first of a later go: what is there
     assert (tmp_path / "out.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
     assert not (tmp_path / "out.jsonl.partial").exists()
 

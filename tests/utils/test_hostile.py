@@ -244,7 +244,7 @@ def test_the_state_of_a_checkout_is_read_without_its_lock(tmp_path: Path) -> Non
     """A git in the PATH that says which variables it was given."""
     (tmp_path / "git").write_text(f"#!/bin/sh\necho $GIT_OPTIONAL_LOCKS >> {tmp_path}/said\n")
     (tmp_path / "git").chmod(0o755)
-    code = "from peftbench.records.recording import _read_git; _read_git()"
+    code = "from peftbench.records.recording import read_git; read_git()"
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "PATH": path}, check=True)
     assert set((tmp_path / "said").read_text().split()) == {"0"}
