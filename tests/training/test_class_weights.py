@@ -7,13 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftbench.modification.attach import attach
 from peftbench.training.class_weights import WeightedLoss, describe_class_weights, scale_class_weights
 from peftbench.utils.errors import UserError
+from peftbench.utils.team import ALONE, Team
 from tests.families import PRESETS, build, dropout
-from tests.fitting import EPSILON, Targets, fitted, one_step, trained
+from tests.fitting import EPSILON, Targets, fitted, model_of, one_step, trained
+from tests.teamwork import run_together
 
 NAMES = ["bad", "fair", "good"]
 WEIGHTS = [4.0, 1.0, 0.5]
@@ -72,3 +74,21 @@ def test_balanced_weights_are_those_of_scikit_learn() -> None:
     assert describe_class_weights([1.5, 0.0, 0.75], NAMES) == told
     with pytest.raises(UserError, match="class_weights has 2 numbers, and the labels are bad, fair, good"):
         scale_class_weights([1, 2], codes, NAMES)
+
+
+def case_weighted(team: Team, folder: Path) -> dict[str, Tensor]:
+    """What is trained by a step of uneven batches: 5 and 3 examples."""
+    data = Targets("roberta")
+    data.task = SimpleNamespace(labels=NAMES)  # type: ignore[attr-defined]
+    model = model_of("roberta", "lora")
+    settings = one_step(class_weights=WEIGHTS, batch_size=5, accumulation=2)
+    fitted(model, data, settings, folder, team=team)
+    return trained(model)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
+    expected = case_weighted(ALONE, tmp_path)
+    for found in run_together(__name__, ["weighted"]):
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found["weighted"][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
