@@ -186,15 +186,17 @@ def _print_tables(
     for index, (heading, wanted, lines) in enumerate(tables):
         if index:
             say("")
-        everything = {column.key for column in wanted}
+        has_rows = all(isinstance(line, Row) for line in lines)
+        marks = "; ".join(describe_marks(wanted, lines, {column.key for column in wanted})) if has_rows else ""
         if arguments.form == "markdown":
             say(f"{join_lines(heading.plain)}\n\n{to_markdown(wanted, lines)}".rstrip("\n"))
-            if all(isinstance(line, Row) for line in lines) and (marks := describe_marks(wanted, lines, everything)):
-                say(f"\n{'; '.join(marks)}")
+            if marks:
+                say(f"\n{marks}")
         elif arguments.form == "latex":
-            say(f"% {join_lines(heading.plain)}\n{to_latex(wanted, lines)}".rstrip("\n"))
+            comment = "; ".join(filter(None, [join_lines(heading.plain), marks]))
+            say(f"% {comment}\n{to_latex(wanted, lines)}".rstrip("\n"))
         else:
             console.print(heading)
             shown = show_table(wanted, lines, console, labels=len(arguments.rows))
-            if all(isinstance(line, Row) for line in lines):
+            if has_rows:
                 show_legend(wanted, lines, console, shown)

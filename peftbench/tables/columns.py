@@ -58,7 +58,7 @@ PAPER = ("paper", "difference")  # columns of `make_paper_columns`
 RUNS = Column[Row]("n", "n", lambda row: str(len(row.scored)), lambda row: len(row.scored))  # runs with a score
 
 FRONT_MARK, BELOW_MARK = "◆", "▽"
-COSTS: dict[Cost, str] = {"stored": "stored parameters", "memory": "peak memory", "time": "time"}
+COST_NAMES: dict[Cost, str] = {"stored": "stored parameters", "memory": "peak memory", "time": "time"}
 
 OUTCOME = attrgetter("outcome")  # outcome of a record
 
@@ -297,7 +297,7 @@ def make_front_columns(rows: Sequence[Row], cost: Cost) -> list[Column[Row]]:
     best = {id(row) for row in find_front(rows, FIELDS[cost])}
     if sum(1 for row in rows if row.scored) < 3 or not best:
         return []
-    marks = ((FRONT_MARK, f"on the Pareto front of score against {COSTS[cost]}"),)
+    marks = ((FRONT_MARK, f"on the Pareto front of score against {COST_NAMES[cost]}"),)
     return [Column("front", "front", lambda row: FRONT_MARK if id(row) in best else "", dispensable=4, marks=marks)]
 
 

@@ -319,6 +319,17 @@ def test_markdown_and_latex(outputs: Path, capsys: pytest.CaptureFixture[str]) -
     assert r"full & 100.00 & \textbf{72.00} \\" in text and r"70.50 $\pm$ 0.71" in text
 
 
+def test_a_score_below_a_baseline_is_marked_in_all_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, method in enumerate(("lora", "mam")):
+        saved(run(method, seed, (40.0, 60.0)[seed], tmp_path / method, baselines={"copy": 50.0}))
+    for words in ([], ["--markdown"], ["--latex"], ["--rows", "method", "--columns", "model"]):
+        text = printed(capsys, tmp_path, *words)
+        assert ("40.00 $\\nabla$" if "--latex" in words else "40.00 ▽") in text
+        assert "▽ below a baseline" in text and "60.00 ▽" not in text
+    values = json.loads(printed(capsys, tmp_path, "--show", "method,score", "--json"))
+    assert {row["method"]: row["score"] for row in values} == {"lora": 40.0, "mam": 60.0}
+
+
 def test_letters_that_latex_takes_for_commands() -> None:
     odd = replace(run("lora", 1), method="a_b & 100% #1 {x} ~ ^ \\ \udcff")
     rows = make_rows([odd, run("lora", 2)])
