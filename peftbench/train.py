@@ -76,6 +76,7 @@ from peftbench.training.divergence import are_finite
 from peftbench.training.ended import load_ended
 from peftbench.training.ended import save_ended as keep_ended
 from peftbench.training.fit import Criterion, Fitted, Monitor, Recipe, Resuming, fit_model, require_optimizer
+from peftbench.training.looks import find_judge
 from peftbench.training.outline import describe_training
 from peftbench.training.probe import find_unreached, make_no_gradient_error
 from peftbench.training.trackers import Trackers, follow_run
@@ -115,6 +116,7 @@ def train(
 
     Raises:
         Busy: another process is at this run, and we do not wait.
+        Pruned: a judge (`training.looks`) gave the training up.
         Stopped: a scheduler asked this process to end; the same call goes on with the run.
         UserError: for everything else that a user can mend.
     """
@@ -363,6 +365,8 @@ def _fit_model(
             record.attempts[-1].step = resume.step
             record.save()
 
+    judge = find_judge() if name == f"train {run.method}" and team.size == 1 else None  # others have no part in it
+
     def log(values: dict[str, Any]) -> None:
         append_metrics(record.folder, {"stage": name, **values})
 
@@ -371,7 +375,7 @@ def _fit_model(
             backbone.model,
             data,
             Recipe(run.trainer, run.seed, choose_autocast_dtype(run.trainer, run.model)),
-            Criterion(evaluator.selection, run.task.selection_metric or run.task.metric),
+            Criterion(evaluator.selection, run.task.selection_metric or run.task.metric, judge),
             Resuming(checkpoints, resume),
             Monitor(stage, log if team.leads else lambda values: None, callbacks),
             team,

@@ -11,6 +11,7 @@ import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from peftbench.config.compose import AND, CONFIG_NAME, TypedRun, compose_points
-from peftbench.config.launchers import SWEEPER, Local, read_launcher
+from peftbench.config.launchers import SWEEPER, HydraLauncher, Local, read_launcher
 from peftbench.config.schema import Run, find_conf_dir, resolve_config
 from peftbench.config.search import check_searches, has_open_search, split_phases
+from peftbench.config.studies import is_study
 from peftbench.records.choice import settle_search
 from peftbench.sweeps.executors import require_packages
 from peftbench.sweeps.hydra_launcher import train_for_hydra
@@ -82,6 +84,8 @@ def _train(args: Namespace, words: Sequence[str], points: Sequence[TypedRun], ar
     if how := describe_ignored_interrupt():
         say(how)
     plugins = _has_plugins(words)
+    if any(is_study(run) for _, run in points):
+        return _train_studies(points, argv, args.config_dir, launcher)
     if args.multirun or launcher is not None or any(has_open_search(run) for _, run in points):
         if AND in args.overrides:
             _print_what_differs(points)
@@ -157,6 +161,33 @@ def _train_sweep(points: Sequence[TypedRun], argv: list[str], launcher: Any) -> 
     except (KeyboardInterrupt, SystemExit) as exit:
         return _end_interrupted(sweep, exit)
     return sweep.show()
+
+
+def _train_studies(points: Sequence[TypedRun], argv: list[str], config_dir: str | None, launcher: Any) -> int:
+    """Train a study for each point of the command line, one after another."""
+    if not all(is_study(run) for _, run in points):
+        raise UserError("search= with search.trials is for all grids of a sweep; type it before the first one.")
+    if find_spec("optuna") is None:
+        raise UserError("search.trials needs optuna, which is missing: pip install peftbench[search].")
+    if isinstance(launcher, HydraLauncher):
+        raise UserError(
+            f"hydra/launcher={launcher.name} takes its runs in batches, and a study chooses one after another; use "
+            "jobs=, hydra/launcher=slurm or hydra/launcher=ray."
+        )
+    from peftbench.sweeps.study import train_study  # imports optuna
+
+    codes = []
+    for point in points:
+        _, run = point
+        places = find_places([run] * (run.search.trials if run.search is not None and run.search.trials else 1))
+        try:
+            with heed_signals():
+                elsewhere = None if isinstance(launcher, Local) else launcher
+                codes.append(train_study(point, argv, config_dir, places, elsewhere))
+        except KeyboardInterrupt:
+            print_faults(["interrupted; the same line goes on with the study."])
+            return INTERRUPTED
+    return max(codes)
 
 
 def _train_by_hydra(points: Sequence[TypedRun], argv: list[str]) -> int:

@@ -90,6 +90,12 @@ def hash_run(run: Run, stamp: Callable[[str], str] = stamp_content) -> str:
         drop_later_defaults(group, config[group])
     if not config["peft"]:  # earlier runs had no such key
         del config["peft"]
+    if config["search"] is not None and config["search"]["trials"] is None:  # as earlier versions had it
+        for key in ("trials", "sampler", "sampler_seed", "prune"):
+            del config["search"][key]
+        for variation in config["search"]["keys"].values():
+            for key in ("low", "high", "log"):
+                del variation[key]
     if config["search"] is None:  # a settled search (records/choice.py) is the run that it chose
         del config["search"]
 

@@ -92,6 +92,8 @@ Batching = Enum("Batching", ["random", "bucketed"])
 Compile = Enum("Compile", ["none", "layers"])
 Device = Enum("Device", ["auto", "cpu", "cuda"])
 
+Sampler = Enum("Sampler", ["tpe", "nsgaii", "random"])
+
 LOSS = "loss"  # the only value of `Task.selection_metric` for which lower is better
 
 
@@ -532,10 +534,13 @@ class Trainer:
 
 @dataclass
 class Variation:
-    """What a search tries for a key: multiples of the run's value, or values."""
+    """What a search tries for a key: multiples of the run's value, values, or with `trials` a range."""
 
     times: list[float] | None = key(None, "Multiples of the run's value. null: see values.")
     values: list[Any] | None = key(None, "Values to try. null: see times.")
+    low: float | None = key(None, "Least value of a range, for search.trials. null: no range.")
+    high: float | None = key(None, "Largest value of a range, for search.trials. null: no range.")
+    log: bool = key(False, "true: the logarithm of the value is uniform in the range.")
 
 
 @dataclass
@@ -549,6 +554,20 @@ class Search:
         "{KEY: {values: [...]}}.",
     )
     seed: int | None = key(None, "Seed of the trials. null: the first seed of the sweep.")
+    trials: int | None = key(
+        None,
+        "Runs that Optuna chooses one after another, by the selection scores of those before. null: each combination "
+        "of the values is tried once.",
+    )
+    sampler: Sampler = key(
+        Sampler.tpe, "With search.trials, how Optuna chooses: tpe, nsgaii (a genetic algorithm), or random."
+    )
+    sampler_seed: int = key(0, "With search.trials, the seed of the sampler.")
+    prune: bool = key(
+        True,
+        "With search.trials and budget=, stop a trial whose look during training is worse than the median of the "
+        "others there; looks need trainer.keep=best.",
+    )
     trial: int | None = key(
         None, "Number of the trial that the run is, from 0. null: the run takes the best trial's values."
     )

@@ -19,6 +19,7 @@ from peftbench.config.compose import TypedRun
 from peftbench.config.identity import IGNORED, hash_run
 from peftbench.config.overrides import set_key
 from peftbench.config.schema import Run, Search, Variation, get_value, index_by_key
+from peftbench.config.studies import find_study_faults
 from peftbench.config.validity import find_faults
 from peftbench.utils.errors import UserError, suggest
 
@@ -76,6 +77,8 @@ def find_search_faults(run: Run) -> list[str]:
     if search is None:
         return []
     whose = f"search={search.name}"
+    if search.trials is not None:
+        return find_study_faults(run, search)
     if not search.keys:
         return [f"{whose} has no keys; give it some, as conf/search/lr3.yaml does."]
     cfg = OmegaConf.structured(replace(run, search=None))
@@ -105,6 +108,8 @@ def _find_key_faults(key: str, variation: Variation, cfg: DictConfig, run: Run) 
         return [f"{key} is not a key of method={run.method}, whose mix has no {name}{suggest(name, run.mix)}"]
     except AttributeError:
         return [set_key(cfg, key, None) or f"{key} is not a key of the config."]
+    if variation.low is not None or variation.high is not None:
+        return [f"{key}: a range (low, high) needs search.trials, the number of runs that are chosen from it."]
     if bool(variation.times) == bool(variation.values):
         return [f"{key} needs either times (multiples of its value) or values."]
     if variation.times and (isinstance(base, bool) or not isinstance(base, int | float)):
@@ -118,7 +123,7 @@ def check_searches(points: Sequence[TypedRun]) -> None:
     given = [index_by_key(overrides) for overrides, _ in points]
     found = [sentence for _, run in points for sentence in find_search_faults(run)]
     for typed, (_, run) in zip(given, points, strict=True):
-        if run.search is None:
+        if run.search is None or run.search.trials is not None:  # a study takes a key that is typed as given
             continue
         chosen = f"is chosen by search={run.search.name}; leave one of the two out."
         for key, variation in run.search.keys.items():

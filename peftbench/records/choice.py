@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peftbench.config.schema import LOSS, Run
+from peftbench.config.schema import LOSS, Run, Search
 from peftbench.config.search import build_trials, list_settings, list_values
+from peftbench.config.studies import list_space, read_chosen
 from peftbench.records.location import locate_run
 from peftbench.records.record import Record, Searched, Selection, Trial, find_record
 from peftbench.records.wording import describe_search, format_settings
@@ -74,6 +75,8 @@ def settle_search(run: Run, folders: Folders | None = None) -> tuple[Run, Search
     search = run.search
     if search is None:
         return run, None
+    if search.trials is not None:
+        return settle_trial(run, search)
     compared = build_trials(run)
     seed = run.seed if search.seed is None else search.seed
     tried = list_values(run, search)
@@ -106,6 +109,15 @@ def settle_search(run: Run, folders: Folders | None = None) -> tuple[Run, Search
     note.reported = splits.get("selection") == splits.get("report")
     # The trial with this run's seed is this run: it has just been trained.
     return replace(compared[index], seed=run.seed, rerun=run.rerun and run.seed != seed), note
+
+
+def settle_trial(run: Run, search: Search) -> tuple[Run, Searched]:
+    """The run of one trial of a study, which has the values that were chosen for it already."""
+    tried = {
+        key: variation.values or variation.times or [variation.low, variation.high]
+        for key, variation in list_space(run, search).items()
+    }
+    return replace(run, search=None), Searched(search.name, "trial", run.seed, tried, read_chosen(run, search))
 
 
 def try_settle(run: Run, folders: Folders | None = None) -> Run:

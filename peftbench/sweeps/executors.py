@@ -8,15 +8,17 @@ the trials of a search.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from peftbench.config.launchers import HydraLauncher, Ray, Slurm
-from peftbench.sweeps.jobs import Executor
+from peftbench.sweeps.jobs import Ended, Executor, Job, train_attempt
+from peftbench.utils.console import make_console
 from peftbench.utils.errors import UserError
+from peftbench.utils.progress import Display
 
 
 def require_packages(launcher: Any) -> None:
@@ -30,6 +32,16 @@ def require_packages(launcher: Any) -> None:
             raise UserError(f"hydra/launcher=slurm: {missing[0]} is not on PATH; start the sweep where Slurm is.")
     if isinstance(launcher, Ray) and find_spec("ray") is None:
         raise UserError("hydra/launcher=ray needs ray, which is missing: pip install peftbench[ray].")
+
+
+class InProcess:
+    """An executor: it trains one run after another in this process, silently."""
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Ended]]:
+        """Train the jobs; yield each with how it ended."""
+        for job in jobs:
+            display = Display(make_console(), within_another=True)
+            yield job, train_attempt(job.run, job.overrides, wait=job.wait, display=display, trial=job.trial)
 
 
 @contextmanager

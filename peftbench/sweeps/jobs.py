@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from peftbench.config.schema import Run
+from peftbench.config.studies import TrialOf
 from peftbench.records.choice import compute_objective, describe_given, settle_search
 from peftbench.records.lock import Busy
 from peftbench.records.record import find_record
@@ -29,6 +30,7 @@ class Job:
     run: Run
     folder: Path  # the run's
     wait: bool = False  # for another process that is at it
+    trial: TrialOf | None = None  # of a study
     since: str = ""  # when the sweep began, ISO 8601 in UTC
 
 
@@ -40,6 +42,7 @@ class Ended:
     given: str = ""  # the sentence that says so to the user
     faults: tuple[str, ...] = ()  # sentences for the user; none where the run is done
     busy: bool = False  # another process is at it
+    pruned: bool = False  # the search gave it up
     last: bool = False  # the worker has lost its GPU and can train no other
 
 
@@ -62,7 +65,7 @@ def train_job(job: Job) -> Ended:
     if record is not None and record.has_ended and run.search is None and not run.rerun:
         print(f"{job.folder} is done already.")
         return Ended()
-    return train_attempt(run, job.overrides, wait=job.wait)
+    return train_attempt(run, job.overrides, wait=job.wait, trial=job.trial)
 
 
 def train_attempt(
@@ -72,6 +75,7 @@ def train_attempt(
     wait: bool = False,
     display: Display | None = None,
     selecting: bool = False,
+    trial: TrialOf | None = None,
 ) -> Ended:
     """Train one run of a sweep. Why it failed is returned, not raised, so that the next one can start.
 
@@ -80,18 +84,34 @@ def train_attempt(
         wait: if another process is at this run, wait until it has ended.
         display: where the run is shown; None: it prints lines of its own.
         selecting: as for `train`.
+        trial: of the study that may prune the run.
     """
     with speed_up_imports():
         from peftbench.train import train
+        from peftbench.training.looks import Pruned
+    judge = None
+    if trial is not None:
+        from peftbench.sweeps.optuna_study import make_judge  # imports optuna
+
+        judge = make_judge(trial)
 
     display = display or Display(make_console())
     try:
         final, search = settle_search(run)
         record = train(
-            final, overrides, search=search, display=display, keep_failed=True, wait=wait, selecting=selecting
+            final,
+            overrides,
+            search=search,
+            display=display,
+            keep_failed=True,
+            wait=wait,
+            selecting=selecting,
+            judge=judge,
         )
         show_ended(record, display.console)
         return Ended(compute_objective(record.selection), describe_given(record) if selecting else "")
+    except Pruned:
+        return Ended(pruned=True)
     except Busy as error:
         return Ended(faults=tuple(error.faults), busy=True)
     except UserError as error:

@@ -124,7 +124,7 @@ class Sweeper:
         """Train runs through the launcher. What a search has chosen is noted here if its run is done."""
         waiting = _list_waiting(jobs)
         for job in [job for job in waiting if _is_done(job)]:
-            self._train_one(job)
+            self._take(train_attempt(job.run, job.overrides, display=Display(make_console(), within_another=True)), job)
         waiting = [job for job in waiting if not _is_done(job)]
         if not waiting:
             return

@@ -158,7 +158,7 @@ def _serve_jobs(pipe: Connection, environment: dict[str, str], log: str) -> None
         await_gpu(environment)
         while (job := pipe.recv()) is not None:
             say(f"\nrun {job.number}: {' '.join(job.overrides)}")
-            ended = train_attempt(job.run, job.overrides)
+            ended = train_attempt(job.run, job.overrides, wait=job.wait, trial=job.trial)
             for sentence in ended.faults:
                 say(f"peftbench: {sentence}")
             usable = _free_gpu()

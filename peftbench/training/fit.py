@@ -34,6 +34,7 @@ from peftbench.training.batching import (
 from peftbench.training.best import KeepBest
 from peftbench.training.checkpoint import Checkpoint, Checkpoints, SaveByTime, StopWhenAsked
 from peftbench.training.class_weights import WeightedLoss, scale_class_weights
+from peftbench.training.looks import Judge, PruneByLooks
 from peftbench.training.micro_batch import AUTO, MicroBatches
 from peftbench.training.noise import choose_noise
 from peftbench.training.paths import FastPaths, make_collator, resolve_auto
@@ -60,10 +61,11 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Criterion:
-    """What `keep=best` compares the states of a training by."""
+    """What `keep=best` compares the states of a training by, and what may give the training up."""
 
     evaluate: Evaluate  # scores the model in its current state on the selection split
     metric: str  # the score that counts; higher is better, except for a loss
+    judge: Judge | None = None  # gives a training up by a look
 
 
 @dataclass(frozen=True)
@@ -135,18 +137,24 @@ def fit_model(
     """Train the parameters of `model` that require gradients, in place, together with the other processes of `team`.
 
     Raises:
+        Pruned: the search gave the training up.
         Stopped: a scheduler asked this process to end, and the training has a checkpoint.
         UserError: `recipe.settings.graphs` without a GPU, or for a step that cannot be recorded; `padding_free` for a
             backbone that cannot have it.
     """
     settings = recipe.settings
     lengths = Lengths.of(data, encoder_decoder=model.config.is_encoder_decoder)
+    pruner = None if criterion.judge is None else PruneByLooks(criterion.judge, criterion.metric)
+    if pruner is not None:
+        monitor = replace(monitor, callbacks=[*monitor.callbacks, pruner])
     trainer = _build_trainer(model, data, lengths, recipe, criterion, resuming, monitor, team)
     if settings.gradient_checkpointing:
         _checkpoint_gradients(model)
     _train(trainer, resuming.resume, monitor.stage)
     if trainer.state.global_step < trainer.state.max_steps and trainer.diverging.found is None:
         stop_if_asked()  # there is a checkpoint; a training that has ended is first saved
+    if pruner is not None:
+        pruner.stop_if_pruned()
     step_seconds = trainer.pace.seconds()  # waits for the GPU, so the clock is read after it
     seconds, replay_bytes = trainer.clock.seconds, trainer.replay_bytes
     trainer.restore_best()  # may evaluate, which takes time, and releases graphs

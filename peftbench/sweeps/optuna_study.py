@@ -1,0 +1,118 @@
+"""Optuna's part of a study: its storage, its sampler, and its judgement of looks.
+
+The storage is a journal, a file to which each process appends: a study survives a kill, and workers on other machines
+judge by the same trials. A sampler is made anew for each trial, from the seed and the number of trials: what is chosen
+depends only on what the journal has.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial, TrialState
+
+from peftbench.config.schema import Run, Sampler, Search, Variation, get_value
+from peftbench.config.studies import GROUPS, TrialOf, list_multiples
+from peftbench.training.looks import Judge
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+WARM_UP = 5  # trials that are never judged
+STRIDE = 1_000_003  # between the seeds of two studies, so that their trials have no seed in common
+
+
+def open_study(file: Path, name: str, objectives: int) -> optuna.Study:
+    """Open a study, or begin it.
+
+    Args:
+        objectives: 1, the selection score; 2, also the stored parameters.
+    """
+    return optuna.create_study(
+        storage=_open_storage(str(file)),
+        study_name=name,
+        load_if_exists=True,
+        directions=["maximize", "minimize"][:objectives],
+    )
+
+
+def _open_storage(file: str) -> JournalStorage:
+    # The lock is a file: the other one that Optuna has is a symbolic link, which not every file system has.
+    return JournalStorage(JournalFileBackend(file, lock_obj=JournalFileOpenLock(file)))
+
+
+def make_sampler(search: Search, trials: int, in_vain: int) -> BaseSampler:
+    """Return the sampler for the next trial of a study that has so many.
+
+    Args:
+        in_vain: suggestions since the last one that could be trained. A sampler that learns from scores learns nothing
+            from these, and would repeat them: every other one is then random.
+    """
+    seed = search.sampler_seed * STRIDE + trials
+    if search.sampler is Sampler.random or in_vain % 2:
+        return RandomSampler(seed=seed)
+    if search.sampler is Sampler.nsgaii:
+        return NSGAIISampler(population_size=max(4, (search.trials or 0) // 4), seed=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # constant_liar is called experimental: trials that run count as bad ones
+        return TPESampler(seed=seed, constant_liar=True)
+
+
+def make_distributions(run: Run, space: Mapping[str, Variation]) -> dict[str, BaseDistribution]:
+    """Return what Optuna draws for each key: numbers, or values as they are typed."""
+    return {key: _make_distribution(run, key, variation) for key, variation in space.items()}
+
+
+def _make_distribution(run: Run, key: str, variation: Variation) -> BaseDistribution:
+    if variation.values:
+        return CategoricalDistribution([str(value) for value in variation.values])
+    if variation.times:
+        return CategoricalDistribution(list_multiples(run, key, variation.times))
+    assert variation.low is not None and variation.high is not None
+    if _is_whole(run, key, variation):
+        return IntDistribution(int(variation.low), int(variation.high), log=variation.log)
+    return FloatDistribution(variation.low, variation.high, log=variation.log)
+
+
+def _is_whole(run: Run, key: str, variation: Variation) -> bool:
+    try:
+        base: Any = None if key in GROUPS else get_value(run, key)
+    except KeyError:
+        base = None
+    if base is None:
+        return float(variation.low or 0).is_integer() and float(variation.high or 0).is_integer()
+    return isinstance(base, int)
+
+
+def make_judge(trial: TrialOf) -> Judge:
+    """Return the judge of a trial's looks: worse than the median of the other trials at the same step."""
+    study = optuna.load_study(
+        study_name=trial.study, storage=_open_storage(trial.storage), pruner=optuna.pruners.MedianPruner(WARM_UP)
+    )
+    (frozen,) = [one for one in study.get_trials(deepcopy=False) if one.number == trial.number]
+    own = optuna.trial.Trial(study, frozen._trial_id)  # the id by which a worker of Optuna's finds its trial
+
+    def judge(step: int, value: float) -> bool:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a look that an interrupted attempt has reported already is kept
+            own.report(value, step)
+        return bool(own.should_prune())
+
+    return judge
+
+
+def list_by_state(study: optuna.Study, *states: str) -> list[FrozenTrial]:
+    """Return the trials in the given states, such as RUNNING, in their order."""
+    found: list[FrozenTrial] = study.get_trials(deepcopy=False, states=[TrialState[state] for state in states])
+    return found

@@ -1,0 +1,209 @@
+"""Studies: runs that Optuna chooses one after another. A record of a made-up score takes the place of a training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("optuna")
+
+import peftbench.sweeps.executors
+import peftbench.sweeps.study
+from peftbench.cli.main import main
+from peftbench.config.compose import compose_run
+from peftbench.config.identity import hash_run
+from peftbench.config.schema import Run
+from peftbench.config.search import find_search_faults
+from peftbench.config.studies import TrialOf
+from peftbench.records.choice import settle_search
+from peftbench.records.location import locate_run
+from peftbench.records.record import Record, RecordedCounts, Score, Selection, load_records
+from peftbench.records.recording import start_record
+from peftbench.sweeps.jobs import Ended
+from peftbench.sweeps.optuna_study import list_by_state, make_judge, open_study
+from peftbench.sweeps.study import Study
+
+WORDS = ["task=doctopic", "debug=smoke", "search=optuna", "search.sampler=random"]
+
+
+class Killed(BaseException):
+    """Ends a study as SIGKILL does: nothing is noted."""
+
+
+class Sealed(Record):
+    """A record whose report must not be read."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("score", "scores", "baselines"):
+            raise AssertionError(f"{name} was read before the end")
+        return super().__getattribute__(name)
+
+
+class Trainings:
+    """Writes the record of each run: a selection score of its bottleneck, and a report score that says the opposite."""
+
+    def __init__(self, sign: float = -1.0, killed_at: int | None = None) -> None:
+        self.sign, self.killed_at = sign, killed_at
+        self.words: list[tuple[str, ...]] = []
+
+    def __call__(self, run: Run, overrides: Sequence[str], **others: Any) -> Ended:
+        self.words.append(tuple(overrides))
+        final, search = settle_search(run)
+        record = start_record(final, locate_run(final), overrides)
+        if len(self.words) == self.killed_at:
+            raise Killed
+        size = final.bottleneck or 0
+        value = 100.0 - abs(40 - size)
+        record.search, record.counts = search, RecordedCounts(1000, size, size, 0, None)
+        record.selection = Selection("validation", 16, "accuracy", value)
+        record.score = self.sign * value
+        record.scores["report"] = Score("test", 16, {"accuracy": record.score})
+        record.finish()
+        return Ended()
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    def begin(**settings: Any) -> Trainings:
+        trainings = Trainings(**settings)
+        monkeypatch.setattr(peftbench.sweeps.executors, "train_attempt", trainings)
+        return trainings
+
+    yield begin
+
+
+def line(folder: Path, *more: str) -> list[str]:
+    return ["train", "-m", *WORDS, *more, f"output_dir={folder}"]
+
+
+@pytest.mark.parametrize("number", [2, pytest.param(14, marks=pytest.mark.slow)])  # the first 10 are random
+def test_the_report_is_not_read_before_the_end(
+    number: int, tmp_path: Path, trained: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its score is in no decision: with other ones, the same runs are chosen. Then it is shown for the front."""
+    really, shown = peftbench.sweeps.study.find_record, peftbench.sweeps.study.show_front
+
+    def sealed(folder: Path) -> Record | None:
+        record = really(folder)
+        if record is not None:
+            record.__class__ = Sealed
+        return record
+
+    def end(*args: Any) -> None:
+        monkeypatch.setattr(peftbench.sweeps.study, "find_record", really)
+        shown(*args)
+
+    found = []
+    for sign in (-1.0, 2.0):
+        monkeypatch.setattr(peftbench.sweeps.study, "find_record", sealed)
+        monkeypatch.setattr(peftbench.sweeps.study, "show_front", end)
+        trainings = trained(sign=sign)
+        assert main(line(tmp_path / str(sign), f"search.trials={number}", "search.sampler=tpe")) == 0
+        found.append([[word for word in words if not word.startswith("output_dir")] for words in trainings.words])
+        assert f"{number} of {number}: functional_form=" in capsys.readouterr().out
+    assert found[0] == found[1] and len(found[0]) == number
+
+
+def test_a_study_goes_on_as_if_it_had_not_been_killed(tmp_path: Path, trained: Any) -> None:
+    """The trial in which it was killed is trained again, as the same run; no other is; more trials are more of it."""
+
+    def strip(trainings: Trainings) -> list[list[str]]:
+        return [[word for word in words if not word.startswith("output_dir")] for words in trainings.words]
+
+    whole = trained()
+    assert main(line(tmp_path / "whole", "search.trials=5")) == 0
+    first = trained(killed_at=3)
+    with pytest.raises(Killed):
+        main(line(tmp_path / "parts", "search.trials=4"))
+    second = trained()
+    assert main(line(tmp_path / "parts", "search.trials=4")) == 0
+    assert strip(first)[:2] + strip(second) == [
+        [word.replace("trials=5", "trials=4") for word in words] for words in strip(whole)[:4]
+    ]
+    assert strip(first)[2] == strip(second)[0]
+    third = trained()
+    assert main(line(tmp_path / "parts", "search.trials=5")) == 0
+    assert [words[-1] for words in strip(third)] == [strip(whole)[4][-1]]
+    fourth = trained()
+    assert main(line(tmp_path / "parts", "search.trials=5")) == 0 and not fourth.words
+    assert len(load_records(tmp_path / "parts")[0]) == 5
+
+
+def test_refused_points_cost_no_training_and_the_front_is_marked(
+    tmp_path: Path, trained: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainings, gated = trained(), "composition_function=gated"  # which no sequential form can have
+    assert main(line(tmp_path, "search.trials=4", gated)) == 0
+    assert len(trainings.words) == 4
+    words = [*WORDS, gated, f"output_dir={tmp_path}"]
+    study = Study((words, compose_run(words)), [])
+    refused = [trial for trial in list_by_state(study.study, "FAIL") if "reason" in trial.user_attrs]
+    assert refused and study.count()["done"] == 4
+    records = load_records(tmp_path)[0]
+    assert len(records) == 4
+    front = {
+        record.run
+        for record in records
+        if record.selection is not None
+        and record.counts is not None
+        and not any(
+            other.selection is not None
+            and other.counts is not None
+            and (other.selection.value, -other.counts.stored) > (record.selection.value, -record.counts.stored)
+            and (other.selection.value or 0) >= (record.selection.value or 0)
+            and other.counts.stored <= record.counts.stored
+            for other in records
+        )
+    }
+    assert {record.run for record in records if record.search is not None and record.search.role == "final"} == front
+    printed = capsys.readouterr().out
+    assert all(run in printed for run in front) and "4 done" in printed
+    assert main(["status", str(tmp_path)]) == 0
+    assert "4 runs (debug=smoke): 4 done" in capsys.readouterr().out
+
+
+def test_with_a_budget_the_score_alone_counts_and_what_is_typed_is_given(tmp_path: Path, trained: Any) -> None:
+    trainings = trained()
+    assert main(line(tmp_path, "search.trials=3", "budget=2%", "insertion_form=parallel", "mix=[]")) == 0
+    assert len(trainings.words) == 3
+    for words in trainings.words:
+        assert "insertion_form=parallel" in words and not any(word.startswith("bottleneck=") for word in words)
+    (final,) = [one for one in load_records(tmp_path)[0] if one.search is not None and one.search.role == "final"]
+    assert final.selection is not None
+    assert final.selection.value == max(one.selection.value or 0 for one in load_records(tmp_path)[0] if one.selection)
+
+
+def test_a_trial_that_is_worse_than_the_median_is_pruned(tmp_path: Path) -> None:
+    file = tmp_path / "study.jsonl"
+    study = open_study(file, "name", 1)
+    for number in range(6):
+        trial = study.ask()
+        trial.report(50.0 + number, 10)
+        study.tell(trial, 50.0 + number)
+    good, bad = study.ask(), study.ask()
+    assert make_judge(TrialOf(str(file), "name", good.number))(10, 60.0) is False
+    judge = make_judge(TrialOf(str(file), "name", bad.number))
+    assert judge(5, 1.0) is False  # no other has been looked at there
+    assert judge(10, 51.0) is True
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["search.trials=0"], "search.trials=0: a study needs at least one trial."),
+        (["search.keys.bottleneck.high=1"], "search=optuna: bottleneck: low must be less than high."),
+        (["+search.keys={seed: {values: [1, 2]}}"], "search=optuna: seed cannot be searched over"),
+        (["search.trials=null"], "search=optuna: functional_form"),
+    ],
+)
+def test_what_is_refused(words: list[str], sentence: str) -> None:
+    run = compose_run([*WORDS, *words])
+    assert any(fault.startswith(sentence) for fault in find_search_faults(run)), find_search_faults(run)
+
+
+def test_the_names_of_other_searches_are_as_before() -> None:
+    """The keys of studies are no part of the name of a run that waits for its trials."""
+    assert hash_run(compose_run(["method=lora", "search=lr3", "seed=1"])) == "f5d8e4c6"
