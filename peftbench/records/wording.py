@@ -18,6 +18,8 @@ def describe_search(search: Searched) -> str:
     """Return the values that a search tried, with their scores on the selection split or why there is none."""
     if search.role == "trial":
         return f"trial: {format_settings(search.chosen)}"
+    if not search.trials:  # of a study, whose trials have records of their own
+        return f"chosen: {format_settings(search.chosen)}"
     name = format_settings if len(search.keys) > 1 else lambda settings: format_value(*settings.values())
     scores = [trial.status if trial.value is None else f"{trial.value:.2f}" for trial in search.trials]
     listed = (f"{name(trial.settings)}: {score}" for trial, score in zip(search.trials, scores, strict=True))

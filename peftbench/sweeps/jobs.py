@@ -89,11 +89,11 @@ def train_attempt(
     with speed_up_imports():
         from peftbench.train import train
         from peftbench.training.looks import Pruned
-    judge = None
+    judged = None
     if trial is not None:
-        from peftbench.sweeps.optuna_study import make_judge  # imports optuna
+        from peftbench.sweeps.optuna_study import JudgedTrial  # imports optuna
 
-        judge = make_judge(trial)
+        judged = JudgedTrial(trial)
 
     display = display or Display(make_console())
     try:
@@ -106,11 +106,13 @@ def train_attempt(
             keep_failed=True,
             wait=wait,
             selecting=selecting,
-            judge=judge,
+            judge=None if judged is None else judged.judge,
         )
         show_ended(record, display.console)
         return Ended(compute_objective(record.selection), describe_given(record) if selecting else "")
     except Pruned:
+        if judged is not None:
+            judged.prune()
         return Ended(pruned=True)
     except Busy as error:
         return Ended(faults=tuple(error.faults), busy=True)

@@ -26,7 +26,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from peftbench.config.schema import Run, Sampler, Search, Variation, get_value
 from peftbench.config.studies import GROUPS, TrialOf, list_multiples
-from peftbench.training.looks import Judge
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 WARM_UP = 5  # trials that are never judged
@@ -95,21 +94,26 @@ def _is_whole(run: Run, key: str, variation: Variation) -> bool:
     return isinstance(base, int)
 
 
-def make_judge(trial: TrialOf) -> Judge:
-    """Return the judge of a trial's looks: worse than the median of the other trials at the same step."""
-    study = optuna.load_study(
-        study_name=trial.study, storage=_open_storage(trial.storage), pruner=optuna.pruners.MedianPruner(WARM_UP)
-    )
-    (frozen,) = [one for one in study.get_trials(deepcopy=False) if one.number == trial.number]
-    own = optuna.trial.Trial(study, frozen._trial_id)  # the id by which a worker of Optuna's finds its trial
+class JudgedTrial:
+    """A trial in the process that trains it, which may be on another machine than the study."""
 
-    def judge(step: int, value: float) -> bool:
+    def __init__(self, trial: TrialOf) -> None:
+        pruner = optuna.pruners.MedianPruner(WARM_UP)
+        storage = _open_storage(trial.storage)
+        self.study = optuna.load_study(study_name=trial.study, storage=storage, pruner=pruner)
+        (frozen,) = [one for one in self.study.get_trials(deepcopy=False) if one.number == trial.number]
+        self.trial = optuna.trial.Trial(self.study, frozen._trial_id)  # the id by which Optuna's workers find a trial
+
+    def judge(self, step: int, value: float) -> bool:
+        """Return whether a look is worse than the median of the other trials at the same step."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a look that an interrupted attempt has reported already is kept
-            own.report(value, step)
-        return bool(own.should_prune())
+            self.trial.report(value, step)
+        return bool(self.trial.should_prune())
 
-    return judge
+    def prune(self) -> None:
+        """Tell the study that the trial was given up."""
+        self.study.tell(self.trial.number, state=TrialState.PRUNED, skip_if_finished=True)
 
 
 def list_by_state(study: optuna.Study, *states: str) -> list[FrozenTrial]:

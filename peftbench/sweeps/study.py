@@ -39,6 +39,7 @@ from peftbench.utils.console import make_console, say
 from peftbench.utils.errors import UserError, print_faults
 
 PATIENCE = 300  # trials in a row that are refused or known: then the space has nothing new
+PRUNED = "pruned"
 WORDS, RUN_FOLDER, REASON = "words", "folder", "reason"  # attributes of a trial
 
 
@@ -139,9 +140,8 @@ class Study:
     def note(self, job: Job, ended: Ended) -> str:
         """Tell the study how a trial ended; return that in words. Of the record, only the selection score is read."""
         number = job.number - 1
-        if ended.pruned:
-            self.study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
-            return "pruned"
+        if ended.pruned or self.study.get_trials(deepcopy=False)[number].state is TrialState.PRUNED:
+            return PRUNED
         record = find_record(job.folder)
         if record is None or record.status != "done" or record.selection is None or record.selection.value is None:
             self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
@@ -235,7 +235,7 @@ def train_study(
         for job, ended in executor.run(study.choose_jobs()):
             said = study.note(job, ended)
             say(f"{len(study._list_folders())} of {wanted}: {job.settings}: {said}")
-            print_faults(ended.faults)
+            print_faults([] if said == PRUNED else ended.faults)  # Slurm's tasks return nothing
     show_front(study, make_console())
     return 1 if study.count()["failed"] else 0
 

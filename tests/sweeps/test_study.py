@@ -23,7 +23,7 @@ from peftbench.records.location import locate_run
 from peftbench.records.record import Record, RecordedCounts, Score, Selection, load_records
 from peftbench.records.recording import start_record
 from peftbench.sweeps.jobs import Ended
-from peftbench.sweeps.optuna_study import list_by_state, make_judge, open_study
+from peftbench.sweeps.optuna_study import JudgedTrial, list_by_state, open_study
 from peftbench.sweeps.study import Study
 
 WORDS = ["task=doctopic", "debug=smoke", "search=optuna", "search.sampler=random"]
@@ -159,7 +159,9 @@ def test_refused_points_cost_no_training_and_the_front_is_marked(
         )
     }
     assert {record.run for record in records if record.search is not None and record.search.role == "final"} == front
+    assert main(["results", str(tmp_path), "--show", "method,searched"]) == 0
     printed = capsys.readouterr().out
+    assert printed.count("chosen: functional_form=") == len(front) and "trial: " not in printed
     assert all(run in printed for run in front) and "4 done" in printed
     assert main(["status", str(tmp_path)]) == 0
     assert "4 runs (debug=smoke): 4 done" in capsys.readouterr().out
@@ -184,10 +186,12 @@ def test_a_trial_that_is_worse_than_the_median_is_pruned(tmp_path: Path) -> None
         trial.report(50.0 + number, 10)
         study.tell(trial, 50.0 + number)
     good, bad = study.ask(), study.ask()
-    assert make_judge(TrialOf(str(file), "name", good.number))(10, 60.0) is False
-    judge = make_judge(TrialOf(str(file), "name", bad.number))
-    assert judge(5, 1.0) is False  # no other has been looked at there
-    assert judge(10, 51.0) is True
+    assert not JudgedTrial(TrialOf(str(file), "name", good.number)).judge(10, 60.0)
+    worse = JudgedTrial(TrialOf(str(file), "name", bad.number))
+    assert not worse.judge(5, 1.0)  # no other has been looked at there
+    assert worse.judge(10, 51.0)
+    worse.prune()
+    assert [trial.number for trial in list_by_state(study, "PRUNED")] == [bad.number]
 
 
 @pytest.mark.parametrize(
