@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -88,7 +89,7 @@ def train_attempt(
     """
     with speed_up_imports():
         from peftbench.train import train
-        from peftbench.training.looks import Pruned
+        from peftbench.training.looks import Pruned, judge_looks
     judged = None
     if trial is not None:
         from peftbench.sweeps.optuna_study import JudgedTrial  # imports optuna
@@ -98,16 +99,10 @@ def train_attempt(
     display = display or Display(make_console())
     try:
         final, search = settle_search(run)
-        record = train(
-            final,
-            overrides,
-            search=search,
-            display=display,
-            keep_failed=True,
-            wait=wait,
-            selecting=selecting,
-            judge=None if judged is None else judged.judge,
-        )
+        with nullcontext() if judged is None else judge_looks(judged.judge):
+            record = train(
+                final, overrides, search=search, display=display, keep_failed=True, wait=wait, selecting=selecting
+            )
         show_ended(record, display.console)
         return Ended(compute_objective(record.selection), describe_given(record) if selecting else "")
     except Pruned:

@@ -19,7 +19,7 @@ class Pruned(KeyboardInterrupt):
     """The search has given the run up. It is recorded as interrupted, and has a checkpoint."""
 
 
-class _State:
+class _Judged:
     """The judge of the training that this process is at."""
 
     judge: Judge | None = None
@@ -28,16 +28,16 @@ class _State:
 @contextmanager
 def judge_looks(judge: Judge) -> Iterator[None]:
     """Have the looks of the run that is trained in the block judged."""
-    _State.judge = judge
+    _Judged.judge = judge
     try:
         yield
     finally:
-        _State.judge = None
+        _Judged.judge = None
 
 
 def find_judge() -> Judge | None:
     """Return the judge of the run that is trained now."""
-    return _State.judge
+    return _Judged.judge
 
 
 class PruneByLooks(TrainerCallback):

@@ -24,7 +24,7 @@ class Stopped(KeyboardInterrupt):
         self.number = number  # of the signal
 
 
-class _State:
+class _Asked:
     """What this process has been asked."""
 
     heeding = False
@@ -39,15 +39,15 @@ def heed_signals() -> Iterator[None]:
 
     An inner block of two changes nothing.
     """
-    if _State.heeding or threading.current_thread() is not threading.main_thread():
+    if _Asked.heeding or threading.current_thread() is not threading.main_thread():
         yield
         return
     earlier = {number: signal.signal(number, _note) for number in HEEDED}
-    _State.heeding, _State.asked, _State.raised = True, None, False
+    _Asked.heeding, _Asked.asked, _Asked.raised = True, None, False
     try:
         yield
     finally:
-        _State.heeding = False
+        _Asked.heeding = False
         for number, handler in earlier.items():
             signal.signal(number, handler)
 
@@ -55,29 +55,29 @@ def heed_signals() -> Iterator[None]:
 @contextmanager
 def defer_stop() -> Iterator[None]:
     """Only note the signals inside the block, which watches `is_asked`. The outer one of two blocks counts."""
-    before = _State.deferring
-    _State.deferring = True
+    before = _Asked.deferring
+    _Asked.deferring = True
     try:
         yield
     finally:
-        _State.deferring = before
+        _Asked.deferring = before
 
 
 def is_deferring() -> bool:
     """Return whether signals are only noted now."""
-    return _State.deferring
+    return _Asked.deferring
 
 
 def is_asked() -> bool:
     """Return whether one of the signals has come."""
-    return _State.heeding and _State.asked is not None
+    return _Asked.heeding and _Asked.asked is not None
 
 
 def stop_if_asked() -> None:
     """Raise `Stopped` if one of the signals has come."""
-    if is_asked() and _State.asked is not None and not _State.raised:
-        _State.raised = True
-        raise Stopped(_State.asked)
+    if is_asked() and _Asked.asked is not None and not _Asked.raised:
+        _Asked.raised = True
+        raise Stopped(_Asked.asked)
 
 
 def describe_ignored_interrupt() -> str | None:
@@ -88,7 +88,7 @@ def describe_ignored_interrupt() -> str | None:
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    if _State.asked is None:
-        _State.asked = number
-    if not _State.deferring:
+    if _Asked.asked is None:
+        _Asked.asked = number
+    if not _Asked.deferring:
         stop_if_asked()
