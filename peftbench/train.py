@@ -25,6 +25,7 @@ from peftbench.backbones.load import Backbone, load_backbone
 from peftbench.backbones.precision import choose_autocast_dtype, choose_device, describe_device, resolve_dtype
 from peftbench.backbones.quantisation import find_format, is_quantised
 from peftbench.backbones.sites import find_sites
+from peftbench.config.axes import find_steep_starts
 from peftbench.config.schema import (
     LOSS,
     Keep,
@@ -262,6 +263,7 @@ def _prepare(run: Run, record: Record, display: Display, team: Team) -> _Prepare
     record_counts(record, read, backbone)
     if starts:
         record.notes.append(NEAR_START)
+    record.notes.extend(note for prefix, m in list_modifications(read).items() for note in find_steep_starts(prefix, m))
     for note in record.notes:
         display.say(note)
     with team.leader_first():

@@ -20,6 +20,7 @@ from peftbench.config.schema import (
     FFNInput,
     FunctionalForm,
     HeadInput,
+    Init,
     Insertion,
     InsertionForm,
     LayerNormPlace,
@@ -326,6 +327,16 @@ def find_refusals(prefix: str, m: Modification) -> Iterator[str]:
             yield (
                 f"{sentence} {_describe_nearest(prefix, point)}" if rule.broken(build_modification(point)) else sentence
             )
+
+
+def find_steep_starts(prefix: str, m: Modification) -> Iterator[str]:
+    """Yield a sentence if the first gradients of the modification are far larger than the others of a run."""
+    is_made = m.functional_form.name == "constant" or m.prefix_mlp is not None  # not drawn as `init` says
+    if m.layer_norm is LayerNormPlace.output and m.init is Init.lora and not is_made:
+        yield (
+            f"{prefix}layer_norm=output with {prefix}init=lora: Δh starts at 0, where the LayerNorm multiplies the "
+            f"gradient of W_up by 316, which is 1/√ε; {prefix}init=bert starts elsewhere."
+        )
 
 
 def _describe_nearest(prefix: str, point: Point) -> str:

@@ -194,8 +194,9 @@ class Modification:
     )
     init: Init = key(
         Init.lora,
-        "How W_down and W_up start. bert: both from N(0, 0.02); lora: W_up at 0, so that Δh is 0 at the start. "
-        "On a decoder alone, lora starts a prefix as the keys and values of text that the backbone writes.",
+        "How W_down and W_up start. bert: both from N(0, 0.02); lora: W_up at 0, so that Δh is 0 and a run begins as "
+        "the backbone, unless its composition is gated: (1-λ)h is not h. On a decoder alone, lora starts a prefix as "
+        "the keys and values of text that the backbone writes.",
     )
     bias: bool = key(False, "true: W_down and W_up have biases.")
     layer_norm: LayerNormPlace = key(

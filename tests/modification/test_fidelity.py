@@ -14,15 +14,19 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from peftbench.backbones.sites import Attention, find_sites
+from peftbench.cli.main import main
 from peftbench.config import schema
+from peftbench.config.axes import find_steep_starts
 from peftbench.config.compose import compose_run
 from peftbench.config.fidelity import apply_fidelity
 from peftbench.counts.run_counts import count_run
 from peftbench.modification import state
 from peftbench.modification.attach import attach
 from peftbench.modification.dead_parameters import count_dead
+from peftbench.modification.edit import Edit
 from peftbench.modification.functional_form import Bottleneck
 from peftbench.modification.head_attention import HEADS, HeadModification
+from peftbench.records.record import load_records
 from peftbench.utils.errors import UserError
 from tests.families import PRESETS, batch, build, dropout, modification, shake
 from tests.modification.test_head_attention import attention_calls, plain_attention
@@ -76,6 +80,94 @@ def first_attention(model: PreTrainedModel, family: str) -> tuple[Attention, Ten
     for handle in handles:
         handle.remove()
     return attention, seen["x"], seen["joint"], seen["out"]
+
+
+# ---- what no switch sets: other points of the axes ----
+
+
+def test_a_norm_after_the_scale_is_the_norm_without_it() -> None:
+    """Ours is h + s LN(Δh), the code's h + LN(sΔh) (petl_factory.py); add gives the code's, but for ε."""
+    found = {}
+    for name in ("scaled", "add"):
+        model = build("bart")
+        attach(model, {"": modification("relu", "ffn", composition=name, scale=4.0, layer_norm="output", bias=True)})
+        shake(model)
+        found[name] = next(module for module in model.modules() if isinstance(module, Edit))
+    f = found["scaled"].function
+    assert isinstance(f, Bottleneck) and isinstance(f.norm_out, nn.LayerNorm)
+    h, x = torch.randn(2, 5, 7, 16, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        change = delta(f, x)
+        code = h + normed(4.0 * change, f.norm_out)
+        assert (found["scaled"].modify(h, x) - (h + 4.0 * normed(change, f.norm_out))).abs().max() < 1e-5
+        assert (found["add"].modify(h, x) - code).abs().max() < 1e-3  # ε counts 16 times as much there
+        assert (found["scaled"].modify(h, x) - code).abs().max() > 0.1
+
+
+def test_a_prefix_without_gating_behind_a_norm_of_its_own() -> None:
+    """heads + softmax(LN(x) W_q P_k^T) P_v on BART, with the backbone's W_q and a trained LayerNorm."""
+    normed_query = "modified_representation.head_input=normed_query prefix_mlp=null init=bert"
+    model, _ = attached("bart", f"method=prefix_no_gating {normed_query}", fidelity="paper")
+    _, x, plain, _ = first_attention(build("bart", **dropout("bart")), "bart")
+    attention, _, heads, _ = first_attention(model, "bart")
+    changed = attention.module.get_submodule(f"{HEADS}.modification")
+    assert isinstance(changed, HeadModification) and changed.query_norm is not None
+    f = changed.function
+    assert isinstance(f, Bottleneck)
+    keys, values = (weight.detach() for weight in f.weights())  # (N_h, l, d_h), (N_h, d_h, l)
+    with torch.no_grad():
+        weight, bias = attention.query.get_parameter("weight"), attention.query.get_parameter("bias")
+        query = F.linear(normed(x, changed.query_norm), weight, bias).unflatten(-1, (4, 4)).transpose(1, 2)
+        added = (query @ keys.transpose(1, 2)).softmax(-1) @ values.transpose(1, 2)
+    assert (heads - plain - added.transpose(1, 2).flatten(-2)).abs().max() < 1e-5
+    assert added.abs().max() > 0.1
+
+
+def test_the_start_of_a_prefix_without_mlp() -> None:
+    """P_v at 0, or with init=bert both P_k and P_v from N(0, 0.02), as the code's prefix_nomlp."""
+    for more, spread in (("", 0.0), (" init=bert", 0.02)):
+        model, _ = attached("bart", f"method=prefix prefix_mlp=null{more}", fidelity="paper", shaken=False)
+        ours = [f.weights() for f in state.list_bottlenecks(model)]
+        keys, values = (torch.cat([pair[side].detach().flatten() for pair in ours]) for side in (0, 1))
+        assert abs(float(values.std()) - spread) <= 0.1 * spread
+        if spread:
+            assert abs(float(keys.std()) - spread) <= 0.1 * spread
+
+
+def test_a_gated_prefix_without_mlp_does_not_begin_as_the_backbone() -> None:
+    """All else whose W_up starts at 0 does."""
+    plain = build("bart")(**batch("bart")).logits
+    gated = modification("softmax", "heads", "parallel", "gated", 3)
+    for m, begins_as_it in (
+        (gated, False),
+        *((PRESETS[name][""], True) for name in ("lora", "scaled_parallel_adapter")),
+    ):
+        model = build("bart")
+        attach(model, {"": m})
+        assert torch.equal(model.eval()(**batch("bart")).logits, plain) == begins_as_it
+
+
+def test_a_norm_of_nothing_makes_the_first_gradients_steep() -> None:
+    """W_up = 0 before a LayerNorm: 1/√ε times the gradient, of which a note warns; from N(0, 0.02) there is none."""
+    steepest = {}
+    for place in ("none", "output"):
+        model = build("bart")
+        attach(model, {"": modification("relu", "ffn", layer_norm=place)})
+        model(**batch("bart")).loss.backward()
+        steepest[place] = max(float(f.up.grad.norm()) for f in state.list_bottlenecks(model) if f.up is not None)
+    assert 100 < steepest["output"] / steepest["none"] < 1000
+    (note,) = find_steep_starts("mix.ffn.", modification("relu", "ffn", layer_norm="output"))
+    assert note.startswith("mix.ffn.layer_norm=output with mix.ffn.init=lora: Δh starts at 0")
+    for m in (modification("relu", "ffn", layer_norm="output", init="bert"), modification("relu", "ffn")):
+        assert not list(find_steep_starts("", m))
+
+
+@pytest.mark.slow
+def test_a_run_with_steep_first_gradients_says_so(tmp_path: Path) -> None:
+    words = ["method=parallel_adapter", "layer_norm=output", "init=lora", "debug=smoke", f"output_dir={tmp_path}"]
+    assert main(["train", *words, "trainer.max_steps=1"]) == 0
+    (record,) = load_records(tmp_path)[0]
+    assert any("layer_norm=output with init=lora: Δh starts at 0" in note for note in record.notes)
 
 
 # ---- adapters at the attention ----
