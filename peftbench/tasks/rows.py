@@ -106,10 +106,11 @@ def _describe_first_row(source: Source, missing: Sequence[tuple[str, str]]) -> s
     if len(columns) != len(there):
         columns = [*columns[: len(there)], "..."]
     named = " and ".join(f"{column} ({key})" for key, column in missing)
+    first = ", ".join(quote(name, most=40) for name in there)
     return (
-        f"{source.name}: no column is called {named} by the first row, "
-        f"{', '.join(quote(name, most=40) for name in there)}; give these keys names from it or, if the file has no "
-        f"header, task.column_names=[{','.join(columns)}]."
+        f"{source.name}: the first row, {first}, was taken for the names of the columns, and {named} are not among "
+        "them; set these keys to names in it or, if the file has no header, add "
+        f"task.column_names=[{','.join(columns)}]."
     )
 
 

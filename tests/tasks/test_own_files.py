@@ -148,9 +148,9 @@ def test_a_file_without_a_header(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_task(task)
     assert caught.value.faults == [
-        f"{task.train_file}: no column is called text (task.text_columns) and label (task.label_column) by the first "
-        "row, 'a film, 0', 'bad'; give these keys names from it or, if the file has no header, "
-        "task.column_names=[text,label]."
+        f"{task.train_file}: the first row, 'a film, 0', 'bad', was taken for the names of the columns, and text "
+        "(task.text_columns) and label (task.label_column) are not among them; set these keys to names in it or, if "
+        "the file has no header, add task.column_names=[text,label]."
     ]
     loaded = load_task(replace(task, column_names=["text", "label"]))
     named = replace(loaded.task, test_file=jsonl(tmp_path, "test.jsonl", *reviews(3)))
