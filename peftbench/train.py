@@ -36,6 +36,7 @@ from peftbench.config.schema import (
     has_modification,
     list_modifications,
 )
+from peftbench.config.stamps import stamp_content
 from peftbench.counts.shares import size_notes
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.evaluation.finished import restore_backbone
@@ -49,6 +50,7 @@ from peftbench.modification.state import fold, save, size
 from peftbench.modification.state import load as load_adapter
 from peftbench.records.location import locate_run
 from peftbench.records.lock import hold_run
+from peftbench.records.record import FILE as RECORD
 from peftbench.records.record import (
     Divergence,
     Record,
@@ -56,13 +58,14 @@ from peftbench.records.record import (
     Score,
     Searched,
     Selection,
+    describe_damage,
     detect_divergence,
     find_finished,
     find_record,
     refuse_newer,
 )
 from peftbench.records.recording import describe_run, forget_refused, record_axes, record_run
-from peftbench.records.run_files import CHECKPOINTS, append_metrics, rewind_metrics, write_predictions
+from peftbench.records.run_files import CHECKPOINTS, append_metrics, has_leftovers, rewind_metrics, write_predictions
 from peftbench.records.wording import format_settings
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.docstrings import read_versions
@@ -128,13 +131,17 @@ def train(
         display.say(f"a trial: {format_settings(search.chosen)}")
     selecting = selecting or is_trial
     folder = locate_run(run)
-    if not run.rerun and (record := find_finished(folder)) is not None and _is_noted(record, search, selecting):
+    record = None if run.rerun or has_leftovers(folder) else find_finished(folder)
+    if record is not None and _is_noted(record, search, selecting):
         return _report_ended(record, display)
     with heed_signals(), hold_run(folder, wait):
         refuse_newer(folder)
+        if damage := describe_damage(folder):
+            display.say(f"{folder / RECORD} cannot be read ({damage}): this run is trained again.")
         before = find_record(folder)
         if not run.rerun and before is not None:
             if before.has_ended:
+                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # if the process died before it did so itself
                 _note_search(before, search, selecting, run, display)
                 return _report_ended(before, display)
             if before.status == "failed" and before.error and keep_failed and not run.retry:
@@ -299,7 +306,7 @@ def _train_or_load(
     run, backbone, data = prepared.run, prepared.backbone, prepared.data
     name, adapter, noted = f"train {run.method}", record.folder / "adapter", record.folder / CHECKPOINTS / "ended.json"
     stamp = _make_stamp(data, record)
-    earlier = team.decide(lambda: load_ended(noted, stamp))
+    earlier = team.decide(lambda: load_ended(noted, stamp, adapter))
     if earlier is None:
         if team.leads:
             noted.unlink(missing_ok=True)
@@ -323,8 +330,8 @@ def _train_or_load(
         save(backbone.model, adapter, backbone.untrained)
         if run.peft:
             write_peft_files(backbone.model, adapter, run.model.path or str(run.model.hub_id), backbone.untrained)
-        keep_ended(noted, stamp, fitted)
-    record.adapter_bytes = size(adapter)
+        keep_ended(noted, stamp, fitted, adapter)
+    record.adapter_bytes, record.adapter_stamp = size(adapter), stamp_content(adapter)
     return fitted, None
 
 
@@ -358,7 +365,7 @@ def _fit_model(
     evaluator = Evaluator(backbone.model, data, run, team)
     folder = record.folder / CHECKPOINTS / name
     checkpoints = Checkpoints(folder, run.trainer.checkpoint_minutes, _make_stamp(data, record))
-    resume = team.decide(checkpoints.take_up)
+    resume = team.decide(lambda: checkpoints.take_up(display.say))
     if team.leads:
         rewind_metrics(record.folder, name, resume.step if resume else 0)
     if resume is not None:

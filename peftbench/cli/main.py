@@ -1,7 +1,7 @@
 """The command line: `peftbench SUBCOMMAND ...`. A subcommand's module is imported only when it is called.
 
 Exit codes: 0 done, also if a training diverged, which is a finding; 1 a run failed; 2 the user's input was refused;
-130 interrupted.
+130 interrupted, by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ from io import TextIOWrapper
 
 from peftbench import __version__
 from peftbench.utils.environment import run_alone
-from peftbench.utils.errors import LostProcess, UserError, describe_os_error, describe_unknown, print_faults
+from peftbench.utils.errors import (
+    LostProcess,
+    UserError,
+    describe_os_error,
+    describe_unknown,
+    is_out_of_memory,
+    print_faults,
+)
+from peftbench.utils.stopping import heed_signals
 
 HELP = """\
 peftbench: which parameter-efficient fine-tuning method, where in the network, how large, for my model and task.
@@ -107,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[0] not in COMMANDS:
             raise UserError(describe_unknown("subcommand", arguments[0], COMMANDS))
-        return _run_command(arguments[0], arguments[1:])
+        with heed_signals():
+            return _run_command(arguments[0], arguments[1:])
     except UserError as error:
         print_faults(error.faults)
         return 2
@@ -115,12 +124,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_faults([str(error)])
         return 1
     except KeyboardInterrupt:
+        print_faults(["interrupted; the same line goes on or begins again."])
         return 130
     except BrokenPipeError:
         from peftbench.utils.console import discard_output
 
         discard_output(sys.stdout)
         return 0
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print_faults([f"The memory of this machine is not enough: {' '.join(str(error).split())[:200]}"])
+        return 1
     except OSError as error:
         if (sentence := describe_os_error(error)) is None:
             raise

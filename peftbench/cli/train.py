@@ -23,6 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from peftbench.config.compose import AND, CONFIG_NAME, TypedRun, compose_points
 from peftbench.config.launchers import SWEEPER, HydraLauncher, Local, read_launcher
+from peftbench.config.overrides import quote_path
 from peftbench.config.schema import Run, find_conf_dir, resolve_config
 from peftbench.config.search import check_searches, has_open_search, split_phases
 from peftbench.config.studies import is_study
@@ -44,7 +45,9 @@ from peftbench.utils.stopping import describe_ignored_interrupt, heed_signals
 def main(argv: list[str]) -> int:
     """Check the whole command line, run its jobs, and close a sweep with the table of its runs."""
     args = _parse_arguments(argv)
-    argv = [*(word for word in argv if word not in args.overrides), *args.overrides]  # as Hydra's own parser wants them
+    flags = [word for word in argv if word not in args.overrides]
+    args.overrides = [quote_path(word) for word in args.overrides]
+    argv = [*flags, *args.overrides]  # as Hydra's own parser wants them
     sys.argv = ["peftbench train", *argv]
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         if args.cfg:

@@ -7,10 +7,12 @@ before the first of them starts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +24,13 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
-from peftbench.config.overrides import apply_override, describe_error
+from peftbench.config.overrides import apply_override, describe_error, quote_path
 from peftbench.config.rows import GROUP, read_rows
 from peftbench.config.schema import Run, find_conf_dir, resolve_config
 from peftbench.config.validity import find_faults
@@ -36,6 +38,7 @@ from peftbench.config.yaml_files import find_hydra_faults
 from peftbench.utils.errors import UserError, describe_unknown
 
 CONFIG_NAME = "train"
+MOST_RUNS = 10_000  # of one grid
 AND = "and"  # between the grids of one sweep
 OF_SWEEP = ("jobs", "mps")  # keys that a sweep has once, whichever grid they are typed in
 
@@ -87,6 +90,7 @@ def compose_points(
     if config_dir is not None:
         check_config_dir(Path(config_dir))
     refuse_searchpath(overrides)
+    overrides = [quote_path(word) for word in overrides]
     grids = _split_grids(overrides)
     if len(grids) > 1 and not multirun:
         raise UserError(f"{AND} joins grids into a sweep; add -m to run it.")
@@ -173,13 +177,50 @@ def _expand_grid(grid: list[str], multirun: bool, loader: ConfigLoader) -> list[
     return _expand_overrides(parsed) if multirun else [grid]
 
 
+def _check_sweeps(parsed: list[Override]) -> None:
+    """Raise UserError with a sentence for each override over which nothing can be swept, or if it is too much."""
+    found: list[str] = []
+    counted = 1
+    for override in parsed:
+        if not override.is_sweep_override():
+            continue
+        try:
+            number = _count_values(override)
+        except (HydraException, ValueError, TypeError, ArithmeticError) as error:
+            found.append(f"{override.input_line} cannot be swept over: {' '.join(str(error).split())}.")
+            continue
+        counted *= number
+        if not number:
+            found.append(f"{override.input_line} names no value; name some, as in {override.key_or_group}=A,B.")
+        elif counted > MOST_RUNS:
+            found.append(f"{override.input_line}: this sweep has more than {MOST_RUNS:,} runs; name fewer values.")
+    if found:
+        raise UserError(*found)
+
+
+def _count_values(override: Override) -> int:
+    """Return how many values a sweep names, or `MOST_RUNS` + 1 if there are more."""
+    swept = override.value()
+    if isinstance(swept, IntervalSweep):
+        raise ValueError("an interval has no list of values, which only sweepers such as hydra/sweeper=optuna need")
+    if isinstance(swept, RangeSweep):
+        assert swept.start is not None and swept.stop is not None
+        if not swept.step:
+            raise ValueError("its step is 0")
+        number = (swept.stop - swept.start) / swept.step
+        return int(min(max(0, math.ceil(number)), MOST_RUNS + 1)) if math.isfinite(number) else MOST_RUNS + 1
+    return sum(1 for _ in islice(override.sweep_iterator(), MOST_RUNS + 1))
+
+
 def _parse_overrides(overrides: list[str], loader: ConfigLoader) -> list[Override]:
     """Parse overrides. Raises UserError with a sentence for each word that is not an override."""
     parser, found, parsed = OverridesParser.create(config_loader=loader), [], []
     for line in overrides:
         try:
             parsed.extend(parser.parse_overrides([line]))
-        except HydraException:
+        except RecursionError:
+            found.append(f"{line[:40]}... is nested too deep.")
+        except (HydraException, ValueError):  # a ValueError of antlr's
             key = line.partition("=")[0]
             if key and "=" in line:
                 found.append(
@@ -217,6 +258,7 @@ def _expand_overrides(parsed: list[Override]) -> list[list[str]]:
     has no list of points: then the overrides that are not swept are checked."""
     if any(override.key_or_group == "hydra/sweeper" for override in parsed):
         return [[o.input_line for o in parsed if not o.is_sweep_override() and o.input_line is not None]]
+    _check_sweeps(parsed)
     batches: list[list[list[str]]] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     return [point for batch in batches for point in batch]
 
@@ -284,6 +326,8 @@ def _compose_run(overrides: list[str], loader: ConfigLoader, known: _Known, read
         cfg = deepcopy(known.composed(tuple(str(override.input_line) for override in groups)))
         found.extend(sentence for override in values if (sentence := apply_override(cfg, override)))
         run = resolve_config(cfg)
+    except RecursionError:
+        raise UserError(*found, "A value is nested too deep.") from None
     except (HydraException, OmegaConfBaseException, MarkedYAMLError, ValueError) as error:  # defaults are no list
         raise UserError(*found, describe_error(error)) from error
     found.extend(_find_misnamed_presets(groups, run))

@@ -8,7 +8,9 @@ from difflib import get_close_matches
 from enum import Enum
 from typing import Any, get_args, get_origin
 
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -31,6 +33,8 @@ def apply_override(cfg: DictConfig, override: Override) -> str | None:
 
 def set_key(cfg: DictConfig, key: str, value: Any, force_add: bool = False) -> str | None:
     """Set a key, like `apply_override`, to a value; `force_add` adds a key that does not exist."""
+    if _get_type(cfg, key)[0] is bool and type(value) in (int, float) and value not in (0, 1):
+        return f"{key}={value}: {WANTED[bool]} is expected."  # OmegaConf takes any number for true
     group = key.partition(".")[0]
     if group != key and group in cfg and OmegaConf.select(cfg, group) is None:
         return f"{key}={value} needs a {group}; give {group}= as well."
@@ -38,9 +42,31 @@ def set_key(cfg: DictConfig, key: str, value: Any, force_add: bool = False) -> s
         OmegaConf.update(cfg, key, value, merge=True, force_add=force_add)
     except (ConfigKeyError, ConfigAttributeError):
         return _describe_unknown_key(cfg, key, value)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, ArithmeticError, ValueError, TypeError) as error:  # OmegaConf passes some through
         return _describe_bad_value(cfg, key, value, error)
+    except RecursionError:
+        return f"{key}: its value is nested too deep."
     return None
+
+
+PATHS = ("output_dir", "model.path", "model.chat_template", "task.data_dir")
+FILES = ("task.train_file", "task.validation_file", "task.test_file")
+
+
+def quote_path(word: str) -> str:
+    """Return an override whose value is a path that Hydra cannot read, such as output_dir=a/é, with the path in quotes.
+
+    Any other override is returned as it is.
+    """
+    key, equals, value = word.partition("=")
+    bare = key.lstrip("+")
+    if not equals or (bare not in (*PATHS, *FILES) and not bare.startswith("task.data_files.")):
+        return word
+    try:
+        OverridesParser.create().parse_override(word)
+    except (HydraException, ValueError):
+        return f"{key}={QuotedString(value, Quote.double).with_quotes()}"
+    return word
 
 
 def _is_addition(cfg: DictConfig, override: Override) -> bool:
@@ -99,7 +125,7 @@ FEW = 8  # keys that a sentence can list
 WANTED: dict[type | None, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
-def _describe_bad_value(cfg: DictConfig, key: str, value: object, error: OmegaConfBaseException) -> str:
+def _describe_bad_value(cfg: DictConfig, key: str, value: object, error: Exception) -> str:
     kind, is_list = _get_type(cfg, key)
     if is_list and isinstance(value, (str, int, float)):
         return f"{key}={value}: a list is expected, as in {key}=[{value}]."

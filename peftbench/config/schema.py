@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from enum import Enum
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
+
+from peftbench.utils.errors import UserError
 
 HELP = "help"  # a field's metadata: what the key means
 
@@ -716,6 +719,7 @@ def resolve_config(cfg: DictConfig) -> Run:
     """Return the composed config as a typed `Run` with every interpolation resolved."""
     run = OmegaConf.to_object(cfg)
     assert isinstance(run, Run)
+    _check_containers(run)
     run.model.name = name_backbone(run.model)
     if isinstance(run.size, dict):
         run.size["taken"] = {
@@ -726,6 +730,27 @@ def resolve_config(cfg: DictConfig) -> Run:
     if run.task.prompt is not None:  # a line break on Hydra's command line can only come from the shell
         run.task.prompt = run.task.prompt.replace(r"\n", "\n")
     return run
+
+
+def _check_containers(node: Any, prefix: str = "") -> None:
+    """Raise UserError for a text where a list or a mapping belongs: OmegaConf does not check what an interpolation such
+    as ${oc.env:HOME} comes to."""
+    schema: Any = type(node)  # mypy: a type is hashable
+    for name, wanted in _list_containers(schema).items():
+        value, key = getattr(node, name), f"{prefix}{name}"
+        if is_dataclass(value):
+            _check_containers(value, f"{key}.")
+        elif wanted is not None and value is not None and not isinstance(value, wanted):
+            kind, example = ("list", "[a,b]") if wanted is list else ("mapping", "{a: b}")
+            raise UserError(f"{key}={value}: a {kind} is expected, as {example}.")
+
+
+@cache
+def _list_containers(schema: type) -> dict[str, type | None]:
+    """Return for each key of a dataclass whether it is a list or a dict, or None."""
+    hints = get_type_hints(schema)
+    origins = {name: {get_origin(kind) for kind in (hint, *get_args(hint))} for name, hint in hints.items()}
+    return {name: next((kind for kind in (list, dict) if kind in kinds), None) for name, kinds in origins.items()}
 
 
 def _is_from_column(cfg: DictConfig, prefix: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ from peftbench.config.schema import (
     list_modifications,
     list_task_files,
 )
+from peftbench.utils.differences import flatten
 from peftbench.utils.errors import UserError, describe_unknown
+from peftbench.utils.text import strip_controls
 
 # The metrics for each kind of task, by name; `metrics.measure.DEFINITIONS` computes them.
 METRIC_NAMES = {
@@ -54,6 +57,10 @@ BASELINES = {
     TaskKind.regression: ("head",),
     TaskKind.text_to_text: ("lead1", "copy"),
 }
+
+
+MOST_EPOCHS = 1_000_000
+LARGEST = 2**31 - 1  # of the whole numbers that torch, Arrow and transformers take everywhere
 
 
 def _is_count(value: str) -> bool:
@@ -103,10 +110,17 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         "it must be a whole number of at least 1, auto or null",
     ),
     (
-        ("trainer.learning_rate", "trainer.epochs", "trainer.lora_plus"),
+        ("trainer.learning_rate", "trainer.lora_plus"),
         lambda number: 0 < number < math.inf,
         "it must be a number above 0",
     ),
+    (("trainer.epochs",), lambda number: 0 < number <= MOST_EPOCHS, f"it must be above 0, and at most {MOST_EPOCHS:,}"),
+    (
+        ("task.generation.min_length", "task.generation.no_repeat_ngram_size"),
+        lambda number: number >= 0,
+        "it must be a whole number of at least 0",
+    ),
+    (("task.generation.length_penalty",), math.isfinite, "it must be a finite number"),
     (("trainer.warmup", "trainer.label_smoothing"), lambda share: 0 <= share < 1, "it must be in [0, 1)"),
     (
         ("trainer.weight_decay", "trainer.max_grad_norm", "trainer.epsilon", "trainer.checkpoint_minutes"),
@@ -122,6 +136,7 @@ def find_faults(run: Run, *, reads_data: bool = True) -> list[str]:
     Without `reads_data` the run is only counted, and its task needs no data.
     """
     return [
+        *_find_name_faults(run),
         *_find_axes_faults(run),
         *find_peft_faults(run),
         *_find_budget_faults(run),
@@ -138,6 +153,13 @@ def find_faults(run: Run, *, reads_data: bool = True) -> list[str]:
         *_find_tracker_faults(run),
         *_find_metric_faults(run.task),
     ]
+
+
+def _find_name_faults(run: Run) -> Iterator[str]:
+    """Yield faults of names that are folders in output_dir."""
+    for key, name in (("task.name", run.task.name), ("model.name", run.model.name), ("method", run.method)):
+        if name in ("", ".", "..") or not name.isprintable() or set(name) & set("/\\"):
+            yield f"{key}={strip_controls(name)}: it names a folder of runs, so that it must be a name without slashes."
 
 
 def _find_axes_faults(run: Run) -> Iterator[str]:
@@ -264,6 +286,9 @@ def find_label_faults(key: str, metric: str, labels: Sequence[str]) -> Iterator[
 
 
 def _find_number_faults(run: Run) -> Iterator[str]:
+    for name, number in flatten(asdict(run)):
+        if name != "seed" and type(number) is int and abs(number) > LARGEST:
+            yield f"{name}={number}: it must be at most {LARGEST}."
     for keys, holds, sentence in RANGES:
         for key in keys:
             value = get_value(run, key)

@@ -20,9 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peftbench.backbones.load import Backbone, load_backbone
 from peftbench.backbones.precision import choose_device, resolve_dtype
 from peftbench.backbones.quantisation import unpack_backbone
-from peftbench.config.overrides import apply_override
+from peftbench.config.overrides import apply_override, quote_path
 from peftbench.config.roles import list_splits
 from peftbench.config.schema import Run, Task, has_modification, list_task_files, resolve_config
+from peftbench.config.stamps import stamp_content
 from peftbench.config.validity import find_faults
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.modification.attach import attach_run
@@ -30,7 +31,7 @@ from peftbench.modification.merge import find_obstacles
 from peftbench.modification.state import FILE_NAME
 from peftbench.modification.state import load as load_adapter
 from peftbench.records.earlier import check_backbone
-from peftbench.records.record import Record
+from peftbench.records.record import Record, find_record
 from peftbench.records.saved import find_run_folder, read_saved_config, read_saved_record
 from peftbench.tasks.load import list_dealt, load_task, restrict_to_reported
 from peftbench.tasks.prepare import prepare_data
@@ -67,7 +68,7 @@ def read_saved_run(folder: Path, record: Record, overrides: Sequence[str] = ()) 
 def _override_run(folder: Path, record: Record, overrides: Sequence[str]) -> Run:
     config = read_saved_config(folder)
     try:
-        lines = [re.sub(r"^task\.split=", "task.report_split=", override) for override in overrides]
+        lines = [re.sub(r"^task\.split=", "task.report_split=", quote_path(override)) for override in overrides]
         parsed = OverridesParser.create().parse_overrides(lines)
     except HydraException as error:
         raise UserError(" ".join(str(error).split())) from error
@@ -142,8 +143,21 @@ def restore_backbone(
     if unpacked:
         unpack_backbone(backbone.model)
     attach_run(backbone.model, run, backbone.untrained)
+    _check_adapter(folder)
     load_adapter(backbone.model, folder / "adapter", backbone.untrained)
     return backbone
+
+
+def _check_adapter(folder: Path) -> None:
+    """Raise UserError if the trained tensors of the run in `folder` are not those that it stored. Records of earlier
+    versions do not say."""
+    record, file = find_record(folder), folder / "adapter" / FILE_NAME
+    if record is None or record.adapter_stamp is None or not file.is_file():
+        return
+    if stamp_content(file.parent) != record.adapter_stamp:
+        raise UserError(
+            f"{file} is not as the run stored it; restore the file, or train the run again with rerun=true."
+        )
 
 
 def read_otherwise(before: dict[str, Any], reading: dict[str, Any]) -> str | None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialised
 from torch import Tensor, nn
@@ -102,9 +103,9 @@ def read_tensors(model: nn.Module, path: Path, untrained: Collection[str] = ()) 
     """Read the trained tensors of `model`, in its present form, and the `untrained` ones from a file with just these.
 
     Raises:
-        UserError: the file's names or shapes do not match the model's.
+        UserError: the file is damaged, or its names or shapes do not match the model's.
     """
-    saved = load_file(path)
+    saved = load_tensors(path)
     trained = list_needed(model, untrained)
     if saved.keys() != trained.keys():
         odd = sorted(saved.keys() ^ trained.keys())
@@ -127,3 +128,15 @@ def list_needed(model: nn.Module, untrained: Collection[str] = ()) -> dict[str, 
     `untrained` ones, and all that peft added, of which some methods have frozen parts."""
     own = {name: p for name, p in model.named_parameters() if p.requires_grad or name in untrained}
     return {**own, **list_added(model)}
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file. Raises UserError if it is missing or damaged."""
+    try:
+        found: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{path} is damaged ({reason}); restore the file, or train the run again with rerun=true."
+        ) from error
+    return found

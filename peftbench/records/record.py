@@ -21,7 +21,7 @@ from peftbench.config.axes import format_composition
 from peftbench.config.fidelity import Deviation
 from peftbench.records.lock import is_held
 from peftbench.utils.errors import UserError
-from peftbench.utils.files import dump_json, replace_file
+from peftbench.utils.files import dump_json, read_json, replace_file
 
 SCHEMA_VERSION = 1
 FILE = "record.json"
@@ -219,6 +219,7 @@ class Record:
     fast_paths: list[str] = field(default_factory=list)  # used in training: padding_free, fused_loss, ...
     peak_memory_bytes: int | None = None
     adapter_bytes: int | None = None
+    adapter_stamp: str | None = None  # a hash of the file with the trained tensors, see config/stamps.py
     data: dict[str, Any] = field(default_factory=dict)  # fingerprint, scored_on, package versions
     device: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -317,6 +318,19 @@ def refuse_newer(folder: Path) -> None:
         pass
 
 
+def describe_damage(folder: Path) -> str | None:
+    """Return why the record in `folder` cannot be read; None if it can, or there is none."""
+    try:
+        _read_record(folder / FILE)
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError:
+        return "it is incomplete or not JSON"
+    except (OSError, ValueError) as error:
+        return str(getattr(error, "strerror", None) or error)
+    return None
+
+
 def load_records(folder: Path) -> tuple[list[Record], list[str]]:
     """Return the records anywhere below `folder`, and a sentence for each `record.json` or folder that cannot be read.
 
@@ -348,7 +362,7 @@ def load_records(folder: Path) -> tuple[list[Record], list[str]]:
             left_out.append(f"{file} is left out: it is incomplete or not JSON (line {error.lineno}: {error.msg}).")
         except OSError as error:
             left_out.append(f"{file} is left out: {error.strerror or error}.")
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             left_out.append(f"{file} is left out: {error}.")
     return records, left_out
 
@@ -364,7 +378,7 @@ def get_time() -> str:
 
 
 def _read_record(file: Path) -> Record:
-    record = Record.from_json(json.loads(file.read_text(encoding="utf-8")), file.parent)
+    record = Record.from_json(read_json(file), file.parent)
     if record.status == "running" and not is_held(record.folder):  # its process died without a word
         record.status = "interrupted"
     elif record.status == "done" and (divergence := detect_divergence(record)) is not None:

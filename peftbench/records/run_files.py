@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from peftbench.utils.files import dump_json, open_unlinked, write_lines
+from peftbench.utils.files import dump_json, open_unlinked, parse_json, write_lines
 
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints, deleted once the run is done
+
+
+def has_leftovers(folder: Path) -> bool:
+    """Return whether a run that has ended still has its checkpoints: its process died before it deleted them."""
+    return (folder / CHECKPOINTS).exists()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -31,8 +35,8 @@ def read_lines(file: Path, most: int | None = None) -> Iterator[dict[str, Any] |
     with file.open(encoding="utf-8", errors="replace") as lines:
         for line in islice(lines, most):
             try:
-                values = json.loads(line)
-            except (ValueError, RecursionError):
+                values = parse_json(line)
+            except ValueError:
                 values = None
             yield values if isinstance(values, dict) else None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from peftbench.config.yaml_files import read_yaml_text
 from peftbench.records.record import FILE, Record, find_finished, load_records
 from peftbench.records.run_files import name_predictions_file
 from peftbench.utils.errors import UserError
+from peftbench.utils.files import parse_json
 
 OUTPUTS = Path("outputs")  # the default output_dir
 
@@ -51,7 +51,9 @@ def read_saved_config(folder: Path) -> DictConfig:
         config = OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.create(text))
     except Exception as error:
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
-    assert isinstance(config, DictConfig)
+    if not isinstance(config, DictConfig) or (missing := sorted(OmegaConf.missing_keys(config))):
+        lacking = f"it lacks {', '.join(missing)}" if isinstance(config, DictConfig) else "it has no keys"
+        raise UserError(f"{file} is not the config of a run: {lacking}; restore the file.")
     return config
 
 
@@ -69,7 +71,7 @@ def read_saved_predictions(folder: Path, role: str) -> list[dict[str, Any]]:
 
 def _parse_prediction(file: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        found = json.loads(line)
+        found = parse_json(line)
     except ValueError as error:
         raise UserError(f"{file} cannot be read: line {number} is incomplete.") from error
     if not isinstance(found, dict) or not {"reference", "prediction"} <= found.keys():

@@ -5,7 +5,6 @@ All facts come from the records on disk, so it does not matter which process tra
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -27,6 +26,7 @@ from peftbench.records.run_files import METRICS_FILE
 from peftbench.sweeps.plan import Sweep
 from peftbench.sweeps.status import State, format_time, summarise_states
 from peftbench.tables.row import is_scored
+from peftbench.utils.files import parse_json
 
 READ_EVERY = 1.0  # seconds
 AROUND = 8  # lines that are no runs: heading, head of the table with its rule, what is left out, bars, the prompt
@@ -156,7 +156,7 @@ def _read_last_line(file: Path) -> dict[str, Any]:
         lines.seek(-min(TAIL, lines.seek(0, os.SEEK_END)), os.SEEK_END)
         for line in reversed(lines.read().splitlines()):
             with suppress(ValueError):  # the line may be half written
-                values = json.loads(line)
+                values = parse_json(line)
                 if isinstance(values, dict):
                     return values
     return {}

@@ -23,7 +23,7 @@ from peftbench.tables.terminal import show_records
 from peftbench.utils.console import make_console
 from peftbench.utils.differences import find_distinctive
 from peftbench.utils.errors import UserError
-from peftbench.utils.files import refuse_links, replace_file
+from peftbench.utils.files import read_json, refuse_links, replace_file
 
 FOLDER = ".sweeps"  # below the output_dir
 SUFFIX = ".sweep.json"
@@ -105,7 +105,7 @@ class Plan:
     @classmethod
     def load(cls, file: Path) -> Plan:
         """Read what `save` wrote. Raise ValueError for anything else."""
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         if not isinstance(values, dict):
             raise ValueError("it is not the plan of a sweep")
         plan: Plan = decode(cls, {**values, "name": file.name.removesuffix(SUFFIX)})

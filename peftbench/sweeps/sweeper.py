@@ -14,6 +14,7 @@ from peftbench.config.compose import TypedRun
 from peftbench.config.launchers import HydraLauncher
 from peftbench.config.schema import Run, index_by_key
 from peftbench.records.record import find_finished, find_record, get_time
+from peftbench.records.run_files import has_leftovers
 from peftbench.sweeps import mps
 from peftbench.sweeps.executors import start_executor
 from peftbench.sweeps.jobs import Ended, Job, train_attempt
@@ -144,7 +145,11 @@ def _list_waiting(jobs: Sequence[Job]) -> list[Job]:
 
     What a search has chosen is noted in the record of a run that is done.
     """
-    return [job for job in jobs if job.run.rerun or job.run.search is not None or find_finished(job.folder) is None]
+    return [
+        job
+        for job in jobs
+        if job.run.rerun or job.run.search is not None or find_finished(job.folder) is None or has_leftovers(job.folder)
+    ]
 
 
 def _is_done(job: Job) -> bool:

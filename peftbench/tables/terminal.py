@@ -186,16 +186,21 @@ def show_single_row(record: Record, console: Console, alone: bool = True) -> Non
         if role in record.scores and (sentence := describe_cut_off(record.scores[role].split, share)):
             console.print(sentence, highlight=False, soft_wrap=True)
     root = record.folder.parents[3]
-    results = "peftbench results" if root == Path("outputs") else f"peftbench results {shlex.quote(str(root))}"
+    results = "peftbench results" if root == Path("outputs") else f"peftbench results {shlex.quote(_type_path(root))}"
     kept = shlex.join(override for override in record.overrides if OVERRIDES_TO_KEEP.match(override))
     console.print()
     # Neither wrapped nor highlighted, so that these lines can be copied.
     for label, line in (
-        ("The run is in", str(record.folder)),
+        ("The run is in", _type_path(record.folder)),
         ("All runs", results),
         ("Other methods", f"peftbench train -m method=lora,adapter,prefix,mam {kept}".rstrip()),
     )[: 3 if alone else 1]:
         console.print(Text.assemble((f"{label}: ".ljust(15), "dim"), line), soft_wrap=True)
+
+
+def _type_path(path: Path) -> str:
+    """Return a path as it can be typed: one that begins with a dash would be an option."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from peftbench.utils.cache_dir import find_cache_dir
-from peftbench.utils.errors import UserError
-from peftbench.utils.files import write_lines
+from peftbench.utils.errors import UserError, warn
+from peftbench.utils.files import dump_json, replace_file
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -61,7 +61,7 @@ SUMMARY_LENGTH = range(20, 201)  # characters of a summary that is worth learnin
 # First paragraphs that are not a summary: "Args: ...", "x (`int`, *optional*): ...", a block of code, a directive.
 NOT_A_SUMMARY = re.compile(r"(?:\w+|\S+ \(.*?\))\s*:|```|\.\. ")
 
-_SCHEMA = 1  # part of the cache file's name: raise it whenever the gathered text changes
+_SCHEMA = 2  # part of the cache file's name: raise it whenever the gathered text or the file changes
 _POOL_FROM = 64  # source files; with fewer, starting workers costs more than it saves
 _WORKERS = 2
 
@@ -92,13 +92,14 @@ def gather_packages(packages: Sequence[str]) -> list[Docstring]:
     found: list[Docstring] = []
     for package, version in installed.items():
         cache = find_cache_dir() / f"docstrings-{package}-{version}-v{_SCHEMA}.jsonl"
-        if cache.is_file():
-            found += _load_cached(cache)
+        kept = _load_cached(cache)
+        if kept is not None:
+            found += kept
             continue
         fresh = _read_all(package, _list_sources(package))
         with suppress(OSError):  # a cache that cannot be written costs seconds, not the run
             cache.parent.mkdir(parents=True, exist_ok=True)
-            write_lines(cache, map(asdict, fresh))
+            _save_cached(cache, fresh)
         found += fresh
     return _drop_duplicates(found)
 
@@ -315,6 +316,20 @@ def _drop_duplicates(docstrings: Iterable[Docstring]) -> list[Docstring]:
 # The cache
 
 
-def _load_cached(path: Path) -> list[Docstring]:
-    with path.open(encoding="utf-8") as lines:
-        return [Docstring(**json.loads(line)) for line in lines]
+def _save_cached(path: Path, docstrings: Iterable[Docstring]) -> None:
+    """Write a line for each docstring, and before them a hash of them all."""
+    lines = "".join(dump_json(asdict(docstring)) + "\n" for docstring in docstrings)
+    with replace_file(path) as file:
+        file.write(f"{hashlib.sha256(lines.encode()).hexdigest()}\n{lines}")
+
+
+def _load_cached(path: Path) -> list[Docstring] | None:
+    """Return what `_save_cached` wrote; None if it is missing, or damaged, which is told."""
+    if not path.exists():
+        return None
+    with suppress(OSError, ValueError):
+        stamp, _, lines = path.read_bytes().partition(b"\n")
+        if hashlib.sha256(lines).hexdigest().encode() == stamp:
+            return [Docstring(**json.loads(line)) for line in lines.decode().split("\n")[:-1]]
+    warn(f"{path} is damaged: it is a cache, and is made again.")
+    return None

@@ -16,6 +16,7 @@ from peftbench.config.schema import Task, TaskKind, is_text_table, list_task_fil
 from peftbench.tasks.cache import Recent
 from peftbench.tasks.deal import deal_rows
 from peftbench.tasks.file_set import has_split
+from peftbench.tasks.overlap import describe_overlap
 from peftbench.tasks.rows import (
     check_split,
     describe_empty_texts,
@@ -23,6 +24,7 @@ from peftbench.tasks.rows import (
     list_file_columns,
     list_input_columns,
     list_used_columns,
+    require_texts,
     set_labels,
     take_head,
 )
@@ -122,6 +124,11 @@ def _load_splits(task: Task, training: bool, dealt: Sequence[str], labels: Seque
     sizes = {split: len(rows[split] if split in rows else read(split).rows) for split in limits}
     for split, limit in limits.items():
         rows[split] = take_head(rows[split], limit) if split in rows else check(split, read(split), limit)
+    if task.train_split in limits:
+        require_texts(task, rows[task.train_split], task.train_split)
+        apart = set(limits) - {task.train_split, *dealt, *_list_trained_files(task)}
+        others = {split: rows[split] for split in limits if split in apart}
+        notes.extend(describe_overlap(list_input_columns(task), rows[task.train_split], others))
     notes.extend(describe_empty_texts(task, {split: rows[split] for split in limits}))
     return Loaded(task, wanted, {split: rows[split] for split in limits}, sizes, notes)
 
@@ -168,14 +175,25 @@ def fingerprint_data(task: Task, rows: Dataset) -> str:
     return digest.hexdigest()
 
 
-def _note_trained_files(task: Task) -> list[str]:
-    """Return the note that the training file is also the file of another split, if so."""
-    splits = {
+def _resolve_files(task: Task) -> dict[str, dict[Path, str]]:
+    """Return the names of the user's own files by their paths, for each split."""
+    return {
         split: {Path(file).expanduser().resolve(): file for file in files}
         for split, files in list_task_files(task).items()
     }
+
+
+def _list_trained_files(task: Task) -> list[str]:
+    """Return the other splits that have a file of the training split."""
+    splits = _resolve_files(task)
     train = splits.pop(task.train_split, {})
-    others = [split for split, files in splits.items() if files.keys() & train.keys()]
+    return [split for split, files in splits.items() if files.keys() & train.keys()]
+
+
+def _note_trained_files(task: Task) -> list[str]:
+    """Return the note that the training file is also the file of another split, if so."""
+    splits = _resolve_files(task)
+    train, others = splits.pop(task.train_split, {}), _list_trained_files(task)
     if not others:
         return []
     (file, *_) = (name for place, name in train.items() if any(place in files for files in splits.values()))

@@ -130,6 +130,13 @@ def check_cells(task: Task, rows: Dataset, source: Source) -> None:
                 )
 
 
+def require_texts(task: Task, train: Dataset, split: str) -> None:
+    """Raise UserError if no row of the training split has any text: there is nothing to learn from."""
+    columns = list_input_columns(task)
+    if all(_is_empty(cell) for column in columns for cell in train[column][:]):
+        raise UserError(f"All texts of the {split} split are empty (column {' and '.join(columns)}).")
+
+
 def describe_empty_texts(task: Task, splits: Mapping[str, Dataset]) -> list[str]:
     """Return a note for each column that has texts without a character other than white space."""
     notes = []

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
 from peftbench.config.schema import LOSS
-from peftbench.modification.state import list_needed, write_tensors
+from peftbench.modification.state import list_needed, load_tensors, write_tensors
 from peftbench.training.checkpoint import Checkpoint
 
 BEST = "best.safetensors"  # in a checkpoint: the trained tensors at the best evaluation so far
@@ -61,7 +60,7 @@ class KeepBest(TrainerCallback):
         """Restore this object to its state when the checkpoint was written."""
         self.best, self.step = checkpoint.notes["best"]["value"], checkpoint.notes["best"]["step"]
         self.since = checkpoint.notes["best"].get("since", 0)  # checkpoints of earlier versions lack it
-        self.tensors = load_file(checkpoint.folder / BEST)
+        self.tensors = load_tensors(checkpoint.folder / BEST)
 
     @torch.no_grad()
     def restore(self, model: PreTrainedModel) -> None:

@@ -7,23 +7,33 @@ training that resumes from one ends with the same bits as one that was never int
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from peftbench.config.stamps import stamp_content
 from peftbench.modification.state import list_needed, read_tensors, write_tensors
+from peftbench.records.record import decode
+from peftbench.utils.files import read_json, replace_file
 from peftbench.utils.stopping import is_asked
 from peftbench.utils.team import Team
 
 TENSORS = "trained.safetensors"
 NOTES = "peftbench.json"
-LAST_WRITTEN = "trainer_state.json"  # Trainer writes it last: if it is complete, the checkpoint is
+LAST_WRITTEN = "trainer_state.json"  # Trainer writes it last: if it is there, the checkpoint is complete
+SEAL = "seal.json"  # a hash of each other file, written after them
+# Other than these: what each process of a training writes by itself, and what a killed process has left.
+UNSEALED = re.compile(r"seal\.json.*|rng_state_\d+\.pth|.*\.tmp")
+NEEDED = (TENSORS, "optimizer.pt", "scheduler.pt")  # without the last two, Trainer begins with new ones
 
 
 @dataclass(frozen=True)
@@ -43,9 +53,13 @@ class Checkpoints:
     minutes: float  # of training between two checkpoints; 0: one at every logged step
     stamp: str  # states all that must be the same for a training to resume, such as the data
 
-    def take_up(self) -> Checkpoint | None:
-        """Return the newest complete checkpoint with our stamp, or None. Delete the others, which will not be used."""
-        newest = max(self._whole(), key=lambda checkpoint: checkpoint.step, default=None)
+    def take_up(self, say: Callable[[str], None] = lambda sentence: None) -> Checkpoint | None:
+        """Return the newest sound checkpoint with our stamp, or None. Delete the others, which will not be used.
+
+        Args:
+            say: takes a sentence on each checkpoint that is damaged and therefore passed over.
+        """
+        newest = max(self._whole(say), key=lambda checkpoint: checkpoint.step, default=None)
         for folder in self._folders():
             if newest is None or folder != newest.folder:
                 shutil.rmtree(folder)
@@ -54,15 +68,66 @@ class Checkpoints:
     def _folders(self) -> list[Path]:
         return list(self.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
 
-    def _whole(self) -> Iterator[Checkpoint]:
+    def _whole(self, say: Callable[[str], None]) -> Iterator[Checkpoint]:
         for folder in self._folders():
-            try:
-                step = json.loads((folder / LAST_WRITTEN).read_text(encoding="utf-8"))["global_step"]
-                notes = json.loads((folder / NOTES).read_text(encoding="utf-8"))
-            except (OSError, ValueError):  # the process ended while it wrote this one
+            if not (folder / LAST_WRITTEN).exists():  # the process ended while it wrote this one
                 continue
-            if notes["stamp"] == self.stamp:
-                yield Checkpoint(folder, step, notes)
+            try:
+                _check_files(folder)
+                step = decode(int, read_json(folder / LAST_WRITTEN)["global_step"], "global_step")
+                notes = read_json(folder / NOTES)
+                if notes["stamp"] != self.stamp:
+                    continue
+                decode(float, notes["seconds"], "seconds")
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                reason = getattr(error, "strerror", None) or error
+                say(f"{folder} is damaged ({reason}): it is passed over.")
+                continue
+            yield Checkpoint(folder, step, notes)
+
+
+def _seal(folder: Path) -> None:
+    """Note a hash of each file of a checkpoint that is complete. Files of other processes may not be."""
+    stamps = {file.name: stamp_content(file) for file in _list_sealed(folder)}
+    with replace_file(folder / SEAL) as sealed:
+        json.dump(stamps, sealed)
+
+
+def _list_sealed(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.iterdir()) if file.is_file() and not UNSEALED.fullmatch(file.name)]
+
+
+def _check_files(folder: Path) -> None:
+    """Raise ValueError or OSError if a file of a checkpoint is not as it was written.
+
+    Without a seal, because the process ended just before it or an earlier version wrote the checkpoint, only what can
+    be seen in the files themselves is checked.
+    """
+    if (folder / SEAL).exists():
+        sealed = dict(read_json(folder / SEAL))
+        if odd := sorted(sealed.keys() ^ {file.name for file in _list_sealed(folder)}):
+            raise ValueError(f"{odd[0]} is missing, or was not there")
+        for name, stamp in sealed.items():
+            if stamp_content(folder / name) != stamp:
+                raise ValueError(f"{name} is not as it was written")
+        return
+    if missing := [name for name in NEEDED if not (folder / name).is_file()]:
+        raise ValueError(f"{missing[0]} is missing")
+    for file in folder.iterdir():
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, "pt"):  # checks the header, and the length of the file
+                    pass
+            except SafetensorError as error:
+                raise ValueError(f"{file.name}: {error}") from error
+        elif file.suffix in (".pt", ".pth"):
+            try:
+                with ZipFile(file) as archive:
+                    broken = archive.testzip()
+            except BadZipFile as error:
+                raise ValueError(f"{file.name}: {error}") from error
+            if broken is not None:
+                raise ValueError(f"{file.name} is not as it was written")
 
 
 class Resumable(Trainer):
@@ -85,6 +150,11 @@ class Resumable(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(list_needed(self.model), folder / TENSORS)
         (folder / NOTES).write_text(json.dumps(self.notes()), encoding="utf-8")
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        if self.args.should_save:
+            _seal(Path(self._get_output_dir(trial=None)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         read_tensors(self.model, Path(resume_from_checkpoint) / TENSORS)

@@ -9,21 +9,31 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from peftbench.config.stamps import stamp_content
+from peftbench.records.record import decode
 from peftbench.training.fit import Fitted
-from peftbench.utils.files import replace_file
+from peftbench.utils.errors import UserError
+from peftbench.utils.files import read_json, replace_file
 
 
-def save_ended(file: Path, stamp: str, fitted: Fitted) -> None:
-    """Note that a training has ended and did not diverge; `stamp` states all that must be the same to use it again."""
+def save_ended(file: Path, stamp: str, fitted: Fitted, adapter: Path) -> None:
+    """Note that a training has ended and did not diverge; `stamp` states all that must be the same to use it again.
+
+    Args:
+        adapter: the folder with its trained tensors.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(file) as written:
-        json.dump({"stamp": stamp, "fitted": asdict(fitted)}, written)
+        json.dump({"stamp": stamp, "adapter": stamp_content(adapter), "fitted": asdict(fitted)}, written)
 
 
-def load_ended(file: Path, stamp: str) -> Fitted | None:
-    """Return what `save_ended` noted; None if the training has not ended, or has another stamp."""
+def load_ended(file: Path, stamp: str, adapter: Path) -> Fitted | None:
+    """Return what `save_ended` noted; None if the training has not ended, or has another stamp, or if its tensors are
+    damaged."""
     try:
-        noted = json.loads(file.read_text(encoding="utf-8"))
-        return Fitted(**noted["fitted"]) if noted["stamp"] == stamp else None
-    except (OSError, ValueError, TypeError, KeyError):
+        noted = read_json(file)
+        is_ours = noted["stamp"] == stamp and noted["adapter"] == stamp_content(adapter)
+        fitted: Fitted | None = decode(Fitted, noted["fitted"]) if is_ours else None
+    except (OSError, ValueError, TypeError, KeyError, UserError):
         return None
+    return fitted

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -36,14 +38,20 @@ def warn(line: str) -> None:
     print(strip_controls(line), file=sys.stderr, flush=True)
 
 
-# A full disk, and paths that cannot be written to or read: their cause is outside peftbench.
-OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT)
+# A full disk, limits, and paths that cannot be written to or read: their cause is outside peftbench.
+OF_THE_MACHINE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE),
+    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY),
+    *(errno.ELOOP, errno.ENAMETOOLONG, errno.EBUSY),
+)
 
 
 def describe_os_error(error: OSError) -> str | None:
     """Return the sentence for an error of the file system that the user can correct, or None for any other error."""
     if error.errno not in OF_THE_MACHINE or error.strerror is None:
         return None
+    if error.errno == errno.EEXIST and error.filename and os.path.islink(error.filename):
+        return f"{error.filename} is a link to what does not exist."
     return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
 
 
@@ -59,6 +67,13 @@ def quote(value: object, most: int = 60) -> str:
     whole = text[: most - 4].rpartition(" ")[0]
     kept = whole if 2 * len(whole) > most else text[: most - 4]  # a word without an end, such as Chinese text
     return f"{kept.rstrip(' ,')} ...{text[-1]}"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that memory is not enough, without an import of torch."""
+    return isinstance(error, MemoryError) or bool(
+        type(error).__name__ == "OutOfMemoryError" or re.search(r"can't allocate memory|out of memory", str(error))
+    )
 
 
 def describe_unknown(what: str, value: object, choices: Iterable[object]) -> str:

@@ -77,6 +77,19 @@ def refuse_links(folder: Path) -> None:
                 )
 
 
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file. Raises OSError or ValueError if it cannot be read, whatever bytes it has."""
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text. Raises ValueError also if it is nested too deep for Python."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object on each line of a file."""
     with replace_file(path) as file:

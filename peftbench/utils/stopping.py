@@ -1,17 +1,21 @@
 """SIGTERM, SIGUSR1 and SIGUSR2: a scheduler such as Slurm will soon end this process.
 
 Where that can be done at any moment, the signal raises `Stopped`, which is recorded as Ctrl-C is. A training is first
-taken to the end of its step, and writes a checkpoint. Signals belong to the process, so what was asked is module state.
+taken to the end of its step, and writes a checkpoint. Neither is lost where Python ignores exceptions. Signals belong
+to the process, so what was asked is module state.
 """
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 HEEDED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
 
@@ -42,12 +46,14 @@ def heed_signals() -> Iterator[None]:
     if _Asked.heeding or threading.current_thread() is not threading.main_thread():
         yield
         return
-    earlier = {number: signal.signal(number, _note) for number in HEEDED}
+    earlier, hook = {number: signal.signal(number, _note) for number in HEEDED}, sys.unraisablehook
     _Asked.heeding, _Asked.asked, _Asked.raised = True, None, False
+    sys.unraisablehook = lambda ignored: _raise_again(ignored) or hook(ignored)
     try:
         yield
     finally:
         _Asked.heeding = False
+        sys.unraisablehook = hook
         for number, handler in earlier.items():
             signal.signal(number, handler)
 
@@ -85,6 +91,17 @@ def describe_ignored_interrupt() -> str | None:
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         return None
     return f"Ctrl-C does not reach this process, which runs in the background; kill {os.getpid()} stops it."
+
+
+def _raise_again(ignored: Any) -> bool:
+    """Interrupt this process again, soon, if Python has ignored an interruption, as it does in a callback of a weak
+    reference. Return whether it has."""
+    if not issubclass(ignored.exc_type, KeyboardInterrupt):
+        return False
+    _Asked.raised = False
+    number = signal.SIGINT if _Asked.asked is None else _Asked.asked
+    threading.Timer(0.01, _thread.interrupt_main, (number,)).start()
+    return True
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -160,3 +160,32 @@ def test_what_was_asked_for_last_is_in_memory() -> None:
     for name in ("a", "b", "a", "c", "a", "b"):
         assert recent.get(name, partial(make, name)) == name
     assert made == ["a", "b", "c", "b"]
+
+
+@pytest.mark.parametrize("harm", ["bit", "short", "gone", "null"])
+def test_a_damaged_cache_of_tokens_is_made_again(
+    harm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Arrow reads any bytes, and ends the process by a wild offset."""
+    monkeypatch.setenv("PEFTBENCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(cache, "MIN_ROWS", 1)
+    made: list[int] = []
+
+    def make() -> Dataset:
+        made.append(1)
+        return Dataset.from_dict({"x": [[1, 2], [3]] * 50})
+
+    for _ in range(2):
+        assert cache.cache_dataset({}, 100, make)["x"][:2] == [[1, 2], [3]]
+    assert len(made) == 1
+    for file in tmp_path.rglob("*.*"):
+        if file.is_file() and (harm != "null" or file.suffix == ".json"):
+            content = file.read_bytes()
+            middle = len(content) // 2
+            flipped = content[:middle] + bytes([content[middle] ^ 64]) + content[middle + 1 :]
+            file.write_bytes({"bit": flipped, "short": content[:-9], "gone": b"", "null": b"null"}[harm])
+            assert cache.cache_dataset({}, 100, make)["x"][:2] == [[1, 2], [3]]
+            made.pop()
+            assert made, file
+            assert "is damaged: it is a cache, and is made again" in capsys.readouterr().err
+            break

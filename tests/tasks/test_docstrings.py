@@ -253,3 +253,23 @@ def test_no_summary_stands_in_two_splits(write: Write) -> None:
     summaries = [{row["summary"] for row in rows[split]} for split in SPLITS]
     assert all(summaries)
     assert not (summaries[0] & summaries[1] or summaries[0] & summaries[2] or summaries[1] & summaries[2])
+
+
+@pytest.mark.parametrize("harm", ["a line less", "garbage", "empty", "folder"])
+def test_a_damaged_cache_of_docstrings_is_made_again(
+    harm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cut at the end of a line, it would be half of the data without a word."""
+    monkeypatch.setenv("PEFTBENCH_CACHE", str(tmp_path))
+    whole = gather_packages(["json"])
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    lines = content.splitlines(keepends=True)
+    if harm == "folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        file.write_bytes({"a line less": b"".join(lines[:-1]), "garbage": content[::-1], "empty": b""}[harm])
+    assert gather_packages(["json"]) == whole
+    assert f"{file} is damaged: it is a cache, and is made again" in capsys.readouterr().err
+    assert harm == "folder" or file.read_bytes() == content

@@ -1,0 +1,70 @@
+"""Values that mean nothing, sweeps over nothing and paths of every kind: a sentence, or the right thing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from peftbench.cli.main import main
+from peftbench.config.compose import compose_points, compose_run
+from peftbench.utils.errors import UserError
+
+NESTED = "[" * 1000 + "]" * 1000
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("task.max_source_length=range(0,3,-1)", "names no value"),
+        ("seed=range(0,3,0)", "its step is 0"),
+        ("seed=interval(5,1)", "an interval has no list of values"),
+        ("method=glob(zz*)", "names no value"),
+        ("nope.x=glob(*)", "names no value"),
+        ("seed=range(1,100000000)", "more than 10,000 runs"),
+        (f"task.labels={NESTED}", "nested too deep"),
+        ("task.data_files=${oc.env:HOME}", "a mapping is expected"),
+        ("task.labels=${oc.env:HOME}", "a list is expected"),
+        ("trainer.checkpoint_minutes=" + "9" * 400, "a number is expected"),
+        ("trainer.fused_loss=2", "true or false is expected"),
+        ("composition_function.learned=2", "true or false is expected"),
+        ("task.generation.length_penalty=nan", "it must be a finite number"),
+        ("task.generation.no_repeat_ngram_size=-3", "at least 0"),
+        ("task.generation.min_length=-1", "at least 0"),
+        ("trainer.epochs=1e38", "at most 1,000,000"),
+        ("bottleneck=" + "9" * 40, "at most 2147483647"),
+        ("model.name=../x", "without slashes"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_it_is_refused_in_a_sentence(word: str, said: str) -> None:
+    with pytest.raises(UserError) as refused:
+        compose_points(["task=sst2", "method=lora", "model.path=null", word], multirun=True, reads_data=False)
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "path", ["a b/é", "-x", "~/日本/#1", "it's", "a=b", "(x)", "a;b", "{x}", "a\\b", '"', "C:\\x", "x'y\"z", "a\nb"]
+)
+def test_the_value_of_a_path_is_any_path(path: str) -> None:
+    assert compose_run([f"output_dir={path}"]).output_dir == path
+
+
+def test_paths_may_still_be_swept_over_and_quoted() -> None:
+    points = compose_points(["output_dir=a,b"], multirun=True)
+    assert [run.output_dir for _, run in points] == ["a", "b"]
+    assert compose_run(["output_dir='a b, c'"]).output_dir == "a b, c"
+
+
+@pytest.mark.parametrize("kind", ["loop", "dangling", "file", "long"])
+def test_an_output_dir_that_cannot_be_one_is_told(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / (kind if kind != "long" else "x" * 300)
+    if kind in ("loop", "dangling"):
+        place.symlink_to(place if kind == "loop" else tmp_path / "nowhere" / "x")
+    elif kind == "file":
+        place.write_text("")
+    line = ["task=doctopic", "model=mini", "method=lora", "seed=1,2", f"output_dir={place}"]
+    assert main(["train", "-m", *line]) == 1
+    assert str(place) in capsys.readouterr().err
