@@ -39,6 +39,7 @@ from peftbench.backbones.sites import find_family
 from peftbench.backbones.special_tokens import settle
 from peftbench.config.schema import DType, Model, Quantization, Task, TaskKind
 from peftbench.utils.errors import UserError, suggest
+from peftbench.utils.files import read_json
 
 T = TypeVar("T")
 # Files of a tokenizer; the first one contains all of it, whatever its class.
@@ -55,6 +56,12 @@ BYTE_LEVEL = ("vocab.json", "merges.txt")  # neither can be used without the oth
 BRING = "put there what save_pretrained of the model's tokenizer writes."
 # The Python files of a folder or a repository are never run, and transformers does not ask whether to.
 OWN_CODE_ONLY = {"trust_remote_code": False}
+# What transformers and torch raise for a config.json, or a tokenizer's files, that describe nothing.
+NO_MODEL = (
+    *(ValueError, TypeError, ZeroDivisionError, KeyError, AttributeError, IndexError, AssertionError),
+    StrictDataclassError,
+)
+JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 NOWHERE = "model.hub_id and model.path are both null; give one, or take a preset such as model=mini."
 
 
@@ -107,6 +114,7 @@ def load_backbone(model: Model, task: Task, device: torch.device | None = None) 
         settle_quantised(loaded, _place(model), dtype)
     untrained = _find_new_head(model, loaded, report)
     notes = settle(loaded, tokenizer, writes=task.kind is TaskKind.text_to_text)
+    _require_start(model, loaded)
     if (template := choose_template(task, loaded, tokenizer)) is not None:
         stop_at_turns(loaded, template)
     _pad_on_the_right(loaded, tokenizer, task)
@@ -295,7 +303,7 @@ def build_meta_backbone(model: Model, task: Task, config: PretrainedConfig | Non
     try:
         with torch.device("meta"):
             built: PreTrainedModel = auto.from_config(config)
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+    except NO_MODEL as error:
         place = "model.architecture" if model.path is None else f"model.path={model.path}"
         raise UserError(f"{place} describes no model that can be built: {' '.join(str(error).split())}") from error
     if _is_untied(model):
@@ -384,6 +392,7 @@ def _choose_auto_class(model: Model, task: Task, config: PretrainedConfig) -> An
             config.num_labels = len(task.labels)
             config.id2label = dict(enumerate(task.labels))
             config.label2id = {label: code for code, label in enumerate(task.labels)}
+        config.problem_type = "single_label_classification"  # whatever the folder's own head was for
         return AutoModelForSequenceClassification
     if task.kind is TaskKind.regression:
         config.num_labels = 1
@@ -410,6 +419,7 @@ def _find_source(model: Model) -> tuple[str, dict[str, Any]]:
                 f"model.path={model.path} has no config.json; give a folder that save_pretrained wrote, with "
                 "config.json, model.safetensors and the tokenizer's files."
             )
+        _check_files(model, folder)
         return str(folder), {"local_files_only": True, **OWN_CODE_ONLY}
     if model.hub_id is None:
         raise UserError(NOWHERE)
@@ -417,11 +427,40 @@ def _find_source(model: Model) -> tuple[str, dict[str, Any]]:
     return model.hub_id, {**options, **OWN_CODE_ONLY, "local_files_only": explain_missing_hub() is not None}
 
 
+def _check_files(model: Model, folder: Path) -> None:
+    """Raise UserError for files in a folder that transformers would not understand, or would read in place of the
+    backbone."""
+    for name in JSON_FILES:
+        if not (folder / name).exists():
+            continue
+        try:
+            values = read_json(folder / name)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"model.path={model.path}: its {name} is damaged ({reason}).") from error
+        if not isinstance(values, dict):
+            raise UserError(f"model.path={model.path}: its {name} is damaged: it holds no object.")
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"model.path={model.path} has an adapter of peft beside the weights (adapter_config.json), which would be "
+            "loaded into them; merge it with peft's merge_and_unload and save that, or move its files elsewhere."
+        )
+
+
+def _require_start(model: Model, loaded: PreTrainedModel) -> None:
+    """Raise UserError if an encoder-decoder does not say with which token its output begins."""
+    if loaded.config.is_encoder_decoder and getattr(loaded.config, "decoder_start_token_id", None) is None:
+        raise UserError(
+            f"{_place(model)}: decoder_start_token_id is missing in its config.json, the token with which what is "
+            "written begins; for T5 it is the pad_token_id, for BART the eos_token_id."
+        )
+
+
 def _load_or_explain(model: Model, load: Callable[[], T]) -> T:
     """Run `load`; turn transformers' error for a place without a model into one sentence."""
     try:
         return load()
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except (*NO_MODEL, OSError, ImportError, SafetensorError, RecursionError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"{_place(model)} can only be read with Python code of its own (auto_map in its config.json), which "

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from peftbench.backbones.sites import find_sites
 from peftbench.config.schema import Model, Quantization
@@ -42,13 +43,15 @@ def find_format(config: PretrainedConfig) -> str | None:
     own = getattr(config, "quantization_config", None)
     if own is None:
         return None
-    values = own if isinstance(own, dict) else own.to_dict()
+    values = own if isinstance(own, dict) else own.to_dict() if hasattr(own, "to_dict") else {"quant_method": own}
     method = values.get("quant_method")
     return "bitsandbytes" if method is None else str(getattr(method, "value", method))
 
 
 def require_package(key: str, form: str) -> None:
     """Raise a UserError if the package that unpacks `form` is missing; `key` is what asked for it, as typed."""
+    if form not in {*PACKAGES, *AUTO_QUANTIZATION_CONFIG_MAPPING}:
+        raise UserError(f"{key}: transformers knows no quantization_config of the method {form}.")
     module, name = PACKAGES.get(form, (None, None))
     if module is not None and not _is_installed(module):
         raise UserError(f"{key} needs {module.partition('.')[0]}, which is not installed: pip install {name}.")

@@ -19,7 +19,7 @@ from peftbench.utils.errors import (
     UserError,
     describe_os_error,
     describe_unknown,
-    is_out_of_memory,
+    is_memory_error,
     print_faults,
 )
 from peftbench.utils.stopping import heed_signals
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         discard_output(sys.stdout)
         return 0
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if not is_memory_error(error):
             raise
         print_faults([f"The memory of this machine is not enough: {' '.join(str(error).split())[:200]}"])
         return 1

@@ -33,8 +33,6 @@ def apply_override(cfg: DictConfig, override: Override) -> str | None:
 
 def set_key(cfg: DictConfig, key: str, value: Any, force_add: bool = False) -> str | None:
     """Set a key, like `apply_override`, to a value; `force_add` adds a key that does not exist."""
-    if _get_type(cfg, key)[0] is bool and type(value) in (int, float) and value not in (0, 1):
-        return f"{key}={value}: {WANTED[bool]} is expected."  # OmegaConf takes any number for true
     group = key.partition(".")[0]
     if group != key and group in cfg and OmegaConf.select(cfg, group) is None:
         return f"{key}={value} needs a {group}; give {group}= as well."
@@ -46,6 +44,8 @@ def set_key(cfg: DictConfig, key: str, value: Any, force_add: bool = False) -> s
         return _describe_bad_value(cfg, key, value, error)
     except RecursionError:
         return f"{key}: its value is nested too deep."
+    if type(value) in (int, float) and value not in (0, 1) and _get_type(cfg, key) == (bool, False):
+        return f"{key}={value}: {WANTED[bool]} is expected."  # OmegaConf takes any number for true
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Collection, Sequence
@@ -17,6 +18,9 @@ from peftbench.utils.errors import UserError
 
 # Columns: whether the text of a row was truncated.
 SOURCE_CUT, TARGET_CUT, CONVERSATION_CUT = "source_cut", "target_cut", "conversation_cut"
+
+
+UNREAD = {"token_type_ids"}  # given by some tokenizers, and refused by models that do not read it
 
 
 class Encoder:
@@ -37,6 +41,7 @@ class Encoder:
         self.limited_by = (
             f"the tokenizer's model_max_length={read}" if self.limit == read else "the backbone's positions"
         )
+        self._unread = UNREAD - inspect.signature(model.forward).parameters.keys()
         self._spelled = self._unsplit_tokens()
         if model.config.is_encoder_decoder and not self._ends_texts():
             end = f"{tokenizer.eos_token}, at which generation stops" if tokenizer.eos_token else "any token"
@@ -73,7 +78,8 @@ class Encoder:
             add_special_tokens=special,
             split_special_tokens=True,
         )
-        return {**encoded, SOURCE_CUT: self._cut(encoded, kind, special)}
+        read = {name: column for name, column in encoded.items() if name not in self._unread}
+        return {**read, SOURCE_CUT: self._cut(encoded, kind, special)}
 
     def ids(self, texts: Sequence[str], target: bool = False) -> list[list[int]]:
         """Return the ids of whole texts, without special tokens; `target` says that the model has to write them."""
@@ -125,6 +131,7 @@ class Encoder:
             self.limit,
             transformers.__version__,
             tokenizers.__version__,
+            *sorted(self._unread & set(self.tokenizer.model_input_names)),
         ]
 
     def _ends_texts(self) -> bool:

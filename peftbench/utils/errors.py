@@ -69,7 +69,7 @@ def quote(value: object, most: int = 60) -> str:
     return f"{kept.rstrip(' ,')} ...{text[-1]}"
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_memory_error(error: Exception) -> bool:
     """Return whether an error says that memory is not enough, without an import of torch."""
     return isinstance(error, MemoryError) or bool(
         type(error).__name__ == "OutOfMemoryError" or re.search(r"can't allocate memory|out of memory", str(error))
