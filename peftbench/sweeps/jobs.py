@@ -15,7 +15,7 @@ from peftbench.records.choice import compute_objective, describe_given, settle_s
 from peftbench.records.lock import Busy
 from peftbench.records.record import find_record
 from peftbench.tables.terminal import show_ended
-from peftbench.utils.console import make_console
+from peftbench.utils.console import make_console, say
 from peftbench.utils.errors import LostProcess, UserError
 from peftbench.utils.progress import Display
 from peftbench.utils.quick_imports import speed_up_imports
@@ -64,7 +64,7 @@ def train_job(job: Job) -> Ended:
     if run.rerun and record is not None and record.created >= job.since:
         run = replace(run, rerun=False)
     if record is not None and record.has_ended and run.search is None and not run.rerun:
-        print(f"{job.folder} is done already.")
+        say(f"{job.folder} is done already.")
         return Ended()
     return train_attempt(run, job.overrides, wait=job.wait, trial=job.trial)
 

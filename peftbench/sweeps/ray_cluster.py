@@ -113,7 +113,7 @@ def _train_on_node(job: Job, directory: str, log: str) -> Ended | None:
         except Stopped:
             return None
         for sentence in ended.faults:
-            print(f"peftbench: {sentence}")
+            say(f"peftbench: {sentence}")
     return replace(ended, last=False)
 
 

@@ -22,7 +22,7 @@ from peftbench.config.launchers import Slurm, parse_minutes
 from peftbench.records.record import find_record
 from peftbench.sweeps.jobs import Ended, Job, train_job
 from peftbench.utils.console import say
-from peftbench.utils.errors import UserError
+from peftbench.utils.errors import UserError, print_faults
 from peftbench.utils.files import replace_file
 from peftbench.utils.stopping import Stopped, heed_signals
 
@@ -48,11 +48,11 @@ class ArrayTask:
             if stopped.number != signal.SIGTERM and requeue is not None:
                 requeue(stopped.number, None)
             # Slurm requeues a task that it preempts only if the task still runs when its grace time is over.
-            print("the run has stopped; waiting for Slurm to end this task", flush=True)
+            say("the run has stopped; waiting for Slurm to end this task")
             time.sleep(GRACE_S)
             sys.exit(1)
         for sentence in ended.faults:
-            print(f"peftbench: {sentence}", file=sys.stderr)
+            print_faults([sentence])
 
     def checkpoint(self) -> Any:
         """Return what is to be done when the task is started again: the same, since runs have checkpoints."""

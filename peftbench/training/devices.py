@@ -27,7 +27,7 @@ from tqdm import tqdm
 from peftbench.backbones.precision import choose_device
 from peftbench.config import schema
 from peftbench.utils.environment import Launch, clear_launch
-from peftbench.utils.errors import LostProcess, UserError
+from peftbench.utils.errors import LostProcess, UserError, print_faults
 from peftbench.utils.stopping import HEEDED
 from peftbench.utils.team import ALONE, PATIENCE, Processes, Team
 
@@ -223,7 +223,7 @@ def _watch(processes: list[BaseProcess], ended: threading.Event) -> None:
     connection.wait([process.sentinel for process in processes])
     if not ended.wait(GRACE):
         dead = _find_dead(processes, patience=0.0)
-        print(f"peftbench: {_describe_death(processes, dead)}", file=sys.stderr, flush=True)
+        print_faults([_describe_death(processes, dead)])
         os._exit(1)
 
 
