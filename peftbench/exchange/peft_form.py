@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peftbench.backbones.sites import find_family, measure_projection
-from peftbench.config.schema import Run, TaskKind, Unfreeze, list_modifications, name_module
+from peftbench.config.schema import Run, TaskKind, Unfreeze, has_modification, list_modifications, name_module
 from peftbench.modification.composition import Add, Gated, Multiply, Scaled
 from peftbench.modification.edit import Edit
 from peftbench.modification.functional_form import Bottleneck, Constant
 from peftbench.modification.head_attention import HeadModification, Prefix
 from peftbench.modification.insertion import parallel
 from peftbench.modification.merge import list_edits_after, list_edits_before
+from peftbench.modification.peft_files import make_peft_files
 from peftbench.modification.prompt import DecoderPrompt, Prompt, PromptKeys, has_positions_below_zero
 from peftbench.utils.errors import UserError
 
@@ -63,7 +64,9 @@ class PeftAdapter:
         edited = _list_edited(model)
         saved = list_saved_modules(model, untrained)
         notes: tuple[str, ...] = ()
-        if not edited:
+        if run.peft:
+            config, tensors = _read_method(model, str(run.model.path or run.model.hub_id))
+        elif not edited:
             config, tensors = _make_prompt(model, run)
         elif _name_form(edited[0].edits[0]) == LORA:
             config, tensors, notes = _make_lora(model, edited, run)
@@ -112,7 +115,7 @@ def list_saved_modules(model: PreTrainedModel, untrained: Collection[str] = ()) 
 
 def _require_form(model: PreTrainedModel, run: Run) -> None:
     """Raise UserError if the run is no adapter of peft, with the reason for each of its modifications."""
-    if run.unfreeze is not Unfreeze.none or not list_modifications(run):
+    if run.unfreeze is not Unfreeze.none or not has_modification(run):
         what = "it trains parameters of the backbone" if run.unfreeze is not Unfreeze.none else "it adds no modules"
         raise UserError(
             f"method={run.method} has no form in peft: {what}; peftbench merge RUN --out FOLDER writes the whole "
@@ -339,6 +342,19 @@ def _make_prompt(model: PreTrainedModel, run: Run) -> tuple[dict[str, Any], dict
         "prompt_tuning_init": "RANDOM",
     }
     return config, {"prompt_embeddings": prompt.vectors}
+
+
+# ---- methods of peft ----
+
+
+def _read_method(model: PreTrainedModel, base: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the config and the tensors of the method of peft that is attached to a model."""
+    config, tensors = make_peft_files(model, base)
+    names = [name for name, _ in model.named_modules()]
+    if isinstance(targets := config.get("target_modules"), list):
+        chosen = [name for name in names if any(is_ending(name, end) for end in targets)]
+        config["target_modules"] = shorten_names(chosen, names)
+    return config, tensors
 
 
 # ---- names ----

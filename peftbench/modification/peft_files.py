@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from peftbench.backbones.sites import find_sites
@@ -16,7 +18,18 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  
 
 
 def write_peft_files(model: PreTrainedModel, folder: Path, base: str, untrained: Collection[str] = ()) -> None:
-    """Write the files that `PeftModel.from_pretrained(backbone, folder)` reads, the trained task head among them.
+    """Write the files that `PeftModel.from_pretrained(backbone, folder)` reads; see `make_peft_files`."""
+    config, tensors = make_peft_files(model, base, untrained)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(tensors, folder / WEIGHTS_FILE)
+    text = json.dumps(config, indent=2, sort_keys=True)
+    (folder / CONFIG_FILE).write_text(f"{text}\n", encoding="utf-8")
+
+
+def make_peft_files(
+    model: PreTrainedModel, base: str, untrained: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return peft's config and tensors of the method of peft that is attached to a model, with the trained task head.
 
     Args:
         base: what peft should call the backbone: its hub id or folder.
@@ -37,10 +50,8 @@ def write_peft_files(model: PreTrainedModel, folder: Path, base: str, untrained:
         values["modules_to_save"] = sorted({name.split(".")[2] for name in others})
     if "rank_pattern" in values:
         values["rank_pattern"] = {}  # the tensors keep their pruned entries, which are 0
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors({**tensors, **others}, folder / WEIGHTS_FILE)
-    text = json.dumps(values, indent=2, sort_keys=True, default=_to_json)
-    (folder / CONFIG_FILE).write_text(f"{text}\n", encoding="utf-8")
+    config: dict[str, Any] = json.loads(json.dumps(values, default=_to_json))
+    return config, {**tensors, **others}
 
 
 def _name_for_peft(model: PreTrainedModel, name: str) -> str:

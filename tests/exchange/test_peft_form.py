@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from peftbench.config import schema
+from peftbench.config.compose import compose_run
 from peftbench.exchange.export import CONFIG, TENSORS, compute_logits
 from peftbench.exchange.peft_form import PeftAdapter, shorten_names
-from peftbench.modification.attach import attach
+from peftbench.modification.attach import attach, attach_run
 from peftbench.modification.state import fold, write_tensors
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import dump_json
@@ -214,6 +215,22 @@ def test_what_has_no_form_in_peft_is_refused(family: str, preset: str, tmp_path:
     with pytest.raises(UserError, match=f"^method=tiny has no form in peft: .*{REFUSED[family, preset]}") as caught:
         export(family, {**PRESETS, **MORE}[preset], tmp_path)
     assert len(caught.value.faults) == 1
+
+
+@pytest.mark.parametrize("kind", ["DORA", pytest.param("LOHA", marks=pytest.mark.slow)])
+def test_a_method_of_peft(kind: str, tmp_path: Path) -> None:
+    run = compose_run(["method=peft", f"peft.type={kind}", "peft.target_modules=[query,value]", "task=sst2"])
+    model = build("roberta")
+    attach_run(model, run)
+    shake(model)
+    adapter = PeftAdapter.of(model, run)
+    assert adapter.config["target_modules"] == ["query", "value"]
+    (tmp_path / CONFIG).write_text(dump_json(adapter.config))
+    write_tensors(adapter.tensors, tmp_path / TENSORS)
+    theirs = PeftModel.from_pretrained(build("roberta"), str(tmp_path)).eval()
+    found = logits(theirs, "roberta")
+    assert (found - logits(model.eval(), "roberta")).abs().max() < 2e-6
+    assert (found - logits(build("roberta"), "roberta")).abs().max() > 0.01
 
 
 def test_trained_parameters_of_the_backbone_are_refused(tmp_path: Path) -> None:
