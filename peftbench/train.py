@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from peftbench.config.schema import (
     Keep,
     Quantization,
     Run,
+    Sharding,
     TaskKind,
     Unfreeze,
     has_modification,
@@ -83,6 +84,7 @@ from peftbench.training.fit import Criterion, Fitted, Monitor, Recipe, Resuming,
 from peftbench.training.looks import find_judge
 from peftbench.training.outline import describe_training
 from peftbench.training.probe import find_unreached, make_no_gradient_error
+from peftbench.training.sharding import is_sharded, shard_layers
 from peftbench.training.trackers import Trackers, follow_run
 from peftbench.utils.environment import run_alone
 from peftbench.utils.errors import LostProcess, UserError, quote
@@ -224,8 +226,9 @@ def _train_and_score(
     head_too = "head" in run.task.baselines and not _is_head_alone(run)
     if record.counts is not None:
         display.say(describe_training(prepared.run, record.counts, prepared.data, head_too))
-    model = prepared.backbone.model.to(device)
-    with _record_time(record, "probe_s"):
+    model = prepared.backbone.model
+    _place_model(model, run, team)
+    with _record_time(record, "probe_s"), team.lockstep() if is_sharded(model) else nullcontext():
         _probe(prepared, record)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # the probe, and a sweep's earlier runs, had their own
@@ -284,6 +287,14 @@ def _prepare(run: Run, record: Record, display: Display, team: Team) -> _Prepare
     return _Prepared(read, backbone, data)
 
 
+def _place_model(model: PreTrainedModel, run: Run, team: Team) -> None:
+    """Move the model to the device of this process, or what it has of it if its layers are sharded."""
+    device = choose_device(run.trainer)
+    if run.trainer.sharding is Sharding.full:
+        shard_layers(model, team, device)
+    model.to(device)
+
+
 def _probe(prepared: _Prepared, record: Record) -> None:
     """Refuse to train tensors on which the loss does not depend, unless `allow_unused` permits it."""
     run, data = prepared.run, prepared.data
@@ -316,7 +327,8 @@ def _train_or_load(
     else:
         fitted = earlier
         load_adapter(backbone.model, adapter, backbone.untrained)
-        record.attempts[-1].step = fitted.steps
+        if team.leads:
+            record.attempts[-1].step = fitted.steps
         _count_earlier(record, fitted.seconds)
         display.say(f"{name}: has ended before")
     _note_early_stop(run, data, record, display, name, fitted)
@@ -507,7 +519,7 @@ def _score_head_alone(run: Run, data: TaskData, record: Record, display: Display
     backbone = load_backbone(run.model, data.task, choose_device(run.trainer))
     attach(backbone.model, {}, untrained=backbone.untrained)
     data = data.serving(backbone.model)
-    backbone.model.to(choose_device(run.trainer))
+    _place_model(backbone.model, run, team)
     name = "train the head alone"
     fitted = _fit_model(run, backbone, data, record, display, name, team)
     _note_early_stop(run, data, record, display, name, fitted)

@@ -113,6 +113,12 @@ def _llama(**sizes: Any) -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**sizes, pad_token_id=1, bos_token_id=0, eos_token_id=2))
 
 
+def _llama_8b() -> PreTrainedModel:
+    # Llama-3.1-8B
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "tie_word_embeddings": False}
+    return _llama(**sizes)
+
+
 def _smollm2() -> PreTrainedModel:
     # SmolLM2-135M
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
@@ -126,6 +132,7 @@ def _tiny_llama() -> PreTrainedModel:
 
 GATED = ["gate_proj", "up_proj", "down_proj"]
 SHAPES = {
+    "llama_8b": Shape(_llama_8b, "webnlg", 16, (64, 1024), None, GATED, alone=True),
     "llama_1b": Shape(_llama, "webnlg", 16, (64, 1024), None, GATED, alone=True),
     "smollm_135m": Shape(_smollm2, "webnlg", 16, (64, 1024), None, GATED, alone=True),
     "tiny_llama": Shape(_tiny_llama, "webnlg", 4, (8, 64), None, GATED, alone=True),

@@ -51,7 +51,7 @@ def _serve(rank: int, port: int, module: str, names: list[str], file: Path) -> N
     faulthandler.dump_traceback_later(PATIENCE - 20, exit=True)
 
     torch.set_num_threads(1)
-    team = devices._join(TCPStore("127.0.0.1", port, SIZE, False), rank, SIZE)
+    team = devices.join_processes(TCPStore("127.0.0.1", port, SIZE, False), rank, SIZE)
     cases, found = importlib.import_module(module), {}
     for name in names:
         folder = file.parent / name / str(rank)

@@ -38,6 +38,7 @@ IGNORED = (
     "task.quick",
     "trainer.device",
     "trainer.devices",
+    "trainer.sharding",
     "trainer.compile",
     "trainer.graphs",
     "trainer.fused_loss",

@@ -94,6 +94,7 @@ Keep = Enum("Keep", ["best", "last"])
 Batching = Enum("Batching", ["random", "bucketed"])
 Compile = Enum("Compile", ["none", "layers"])
 Device = Enum("Device", ["auto", "cpu", "cuda"])
+Sharding = Enum("Sharding", ["none", "full"])
 
 Sampler = Enum("Sampler", ["tpe", "nsgaii", "random"])
 
@@ -529,6 +530,11 @@ class Trainer:
         5.0, "Minutes of training between checkpoints, from which an interrupted run resumes."
     )
     device: Device = key(Device.auto, "Where a run computes: cpu, cuda (a GPU); auto: a GPU if there is one.")
+    sharding: Sharding = key(
+        Sharding.none,
+        "With several devices. full: each has a share of the weights of every layer, and gathers a layer while it "
+        "computes (FSDP2), for backbones that do not fit on one; none: each has all weights.",
+    )
     devices: str = key(
         "1",
         "Processes that train a run together, each with a GPU of its own, or on the CPU; each batch is shared among "

@@ -31,6 +31,7 @@ from peftbench.config.schema import (
     Quantization,
     Representation,
     Run,
+    Sharding,
     Task,
     TaskKind,
     Trainer,
@@ -366,6 +367,8 @@ def _find_trainer_faults(run: Run) -> Iterator[str]:
         )
     if trainer.optimizer not in OPTIMIZERS:
         yield describe_unknown("trainer.optimizer", trainer.optimizer, OPTIMIZERS)
+    if trainer.sharding is Sharding.full:
+        yield from _find_sharding_faults(run)
     if trainer.graphs is True:
         for key, value in list_unrecordable(trainer).items():
             yield (
@@ -423,6 +426,27 @@ def _find_class_weight_faults(weights: Any, task: Task) -> Iterator[str]:
 
 def _is_weight(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _find_sharding_faults(run: Run) -> Iterator[str]:
+    """Yield faults of settings that weights in shares cannot serve."""
+    trainer, typed = run.trainer, "trainer.sharding=full"
+    if run.unfreeze is Unfreeze.all:
+        yield (
+            f"{typed} with unfreeze=all: what is trained is whole on each device, so that nothing would be shared; use "
+            "trainer.sharding=none, or a method that adds parameters."
+        )
+    if run.model.quantization is not Quantization.none:
+        yield f"{typed} with model.quantization={run.model.quantization.name} is not supported; set one to none."
+    if trainer.graphs is True:
+        yield f"{typed} with trainer.graphs=true is not supported: use trainer.graphs=false."
+    if trainer.compile is not Compile.none:
+        yield f"{typed} with trainer.compile={trainer.compile.name} is not supported: use trainer.compile=none."
+    if trainer.micro_batch is not None:
+        yield (
+            f"{typed} with trainer.micro_batch={trainer.micro_batch} is not supported, because all devices compute a "
+            "layer at the same time; use trainer.accumulation with a smaller trainer.batch_size."
+        )
 
 
 def list_unrecordable(trainer: Trainer) -> dict[str, str]:

@@ -22,7 +22,9 @@ from peftbench.backbones.sites import has_plain_logits
 from peftbench.evaluation.inference import prepare_inference
 from peftbench.evaluation.kv_cache import NewCache, make_caches
 from peftbench.evaluation.partial import Partial
+from peftbench.modification.state import fold_tensors
 from peftbench.tasks.batch import NO_TOKEN, Collator
+from peftbench.training.sharding import is_sharded
 from peftbench.training.token_loss import TokenLoss, sum_own_losses
 from peftbench.utils.memory import is_out_of_memory, make_room
 from peftbench.utils.team import ALONE, Team
@@ -63,6 +65,7 @@ def predict(
     order = [index for index in order if index not in done]
     if done:
         on_batch(len(done))
+    sharded = is_sharded(model)
     caches: AbstractContextManager[NewCache] = nullcontext(dict)
     if generation is not None and generation.use_cache is not False:
         caches = make_caches(model, generation.num_beams or 1)
@@ -78,10 +81,11 @@ def predict(
         while waiting:
             now, waiting = waiting[: team.size], waiting[team.size :]  # a batch for each process
             predicted: list[np.ndarray] | None = []
-            if team.rank < len(now):
-                chosen = now[team.rank]
+            if team.rank < len(now) or sharded:  # all compute if each has a share of the weights
+                chosen = now[min(team.rank, len(now) - 1)]
                 padded = collator([examples[i] for i in chosen])
-                predicted = _try_batch(outputs, padded, model.device, last=len(chosen) == 1)
+                with team.lockstep() if sharded else nullcontext():
+                    predicted = _try_batch(outputs, padded, model.device, last=len(chosen) == 1 or sharded)
             found = list(zip(now, team.gather(predicted), strict=False))
             for chosen, these in found:
                 if these is None:
@@ -134,14 +138,17 @@ def _generate(
     model: PreTrainedModel, batch: dict[str, Tensor], generation: GenerationConfig, new_cache: NewCache
 ) -> Tensor:
     """Return the generated ids. A decoder alone may repeat n-grams of its prompt, as others may those of a source."""
+    synced = True if is_sharded(model) else None  # all go on until the last text is complete
     if model.config.is_encoder_decoder:
-        ids: Tensor = model.generate(**batch, **new_cache(), generation_config=generation)
+        ids: Tensor = model.generate(**batch, **new_cache(), generation_config=generation, synced_gpus=synced)
         return ids
     prompt, size = batch["input_ids"].shape[1], generation.no_repeat_ngram_size
     processors = LogitsProcessorList([_NoRepeatBehind(prompt, size)] if size else [])
     free = copy(generation)
     free.no_repeat_ngram_size = 0
-    ids = model.generate(**batch, **new_cache(), generation_config=free, logits_processor=processors)
+    ids = model.generate(
+        **batch, **new_cache(), generation_config=free, logits_processor=processors, synced_gpus=synced
+    )
     return ids[:, prompt:]
 
 
@@ -193,18 +200,25 @@ def compute_mean_loss(
 
     The logits of a whole batch (3 GB for 256 targets of 200 tokens over 16,384 words) are never in memory at once.
     """
-    total, tokens = 0.0, 0
+    total, tokens, sharded = 0.0, 0, is_sharded(model)
     layer = model.get_output_embeddings()
     assert isinstance(layer, nn.Linear), f"{type(model).__name__} writes no text"
     with _prepare_model(model, autocast_dtype):
         fused = TokenLoss(model, layer, label_smoothing) if has_plain_logits(model) else None
-        for start in range(team.rank * batch_size, len(dataset), team.size * batch_size):
+        for first in range(0, len(dataset), team.size * batch_size):
+            start = first + team.rank * batch_size
+            counts = start < len(dataset)
+            if not counts and not sharded:
+                continue
+            start = start if counts else first  # all compute if each has a share of the weights
             padded = collator([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
             batch = {name: tensor.to(model.device) for name, tensor in padded.items() if tensor is not None}
             labels = batch["labels"] if model.config.is_encoder_decoder else batch["labels"][:, 1:]
-            summed = sum_own_losses(model, batch, label_smoothing) if fused is None else fused(batch, count=1)
-            total += float(summed)
-            tokens += int((labels != NO_TOKEN).sum())
+            with team.lockstep() if sharded else nullcontext():
+                summed = sum_own_losses(model, batch, label_smoothing) if fused is None else fused(batch, count=1)
+            if counts:
+                total += float(summed)
+                tokens += int((labels != NO_TOKEN).sum())
     shares = team.gather((total, tokens))
     return sum(summed for summed, _ in shares) / sum(count for _, count in shares)
 
@@ -218,7 +232,8 @@ def _prepare_model(model: PreTrainedModel, autocast_dtype: torch.dtype | None) -
         with (
             torch.no_grad(),
             avoid_cudnn_attention(),
-            prepare_inference(model, autocast_dtype),
+            # Modifications cannot be merged into weights that are elsewhere.
+            fold_tensors(model) if is_sharded(model) else prepare_inference(model, autocast_dtype),
             autocast(model.device, autocast_dtype),
         ):
             yield

@@ -63,7 +63,7 @@ def form_team(settings: schema.Trainer) -> Iterator[Team]:
     """Provide the processes that train a run together: those of torchrun, or those that `trainer.devices` starts.
 
     Raises:
-        UserError: as `count_devices`; or torchrun has started another number of processes.
+        UserError: as `count_devices`; torchrun has started another number of processes; or one device is to shard.
         LostProcess: one of those that were started here has died.
     """
     if _launched:
@@ -73,8 +73,12 @@ def form_team(settings: schema.Trainer) -> Iterator[Team]:
                 f"trainer.devices={settings.devices}, but torchrun has started {team.size} processes; leave "
                 "trainer.devices out."
             )
+        if team.broken:
+            raise LostProcess("the processes of torchrun no longer meet; the same line goes on with the other runs.")
         yield team
     elif (number := count_devices(settings)) == 1:
+        if settings.sharding is not schema.Sharding.none:
+            raise UserError("trainer.sharding=full needs several devices; give trainer.devices=2, or use torchrun.")
         yield ALONE
     else:
         with _start_processes(number, choose_device(settings).type == "cuda") as team:
@@ -86,16 +90,25 @@ def lead(launch: Launch) -> Iterator[None]:
     """Inside the block, this process of torchrun leads the others; afterwards it dismisses them."""
     clear_launch()
     choose_own_gpu(launch.local_rank)
-    team = join(launch)
+    team: Processes | None = join(launch)
+    assert team is not None
     _launched.append(team)
     try:
         with team.handling_interrupts():
             yield
+    except LostProcess as error:
+        print_faults([str(error)])
+        team.broken = True
     finally:
         _launched.clear()
         with suppress(LostProcess):
-            team.decide(lambda: None)  # an order to end
-        dist.destroy_process_group()  # a process that ends without it may hang
+            if not team.broken:
+                team.decide(lambda: None)  # an order to end
+                dist.destroy_process_group()
+                team = None
+        if team is not None:  # others wait for this process, or are gone; torchrun ends those that are left
+            sys.stdout.flush()
+            os._exit(1)
 
 
 def follow(launch: Launch) -> int:
@@ -105,17 +118,16 @@ def follow(launch: Launch) -> int:
     _prepare_to_obey(os.getppid())
     try:
         _obey(join(launch))
-    except LostProcess:  # the leader, which has said why
-        return 1
-    finally:
-        dist.destroy_process_group()
+    except LostProcess:  # the leader has said why
+        os._exit(1)  # without waiting for those that are gone
+    dist.destroy_process_group()  # a process that ends without it may hang
     return 0
 
 
 def join(launch: Launch) -> Processes:
     """Join the processes of torchrun."""
     store = TCPStore(launch.host, launch.port, launch.size, not launch.hosted and launch.rank == 0, PATIENCE)
-    return _join(PrefixStore("peftbench", store), launch.rank, launch.size)
+    return join_processes(PrefixStore("peftbench", store), launch.rank, launch.size)
 
 
 def choose_own_gpu(index: int) -> None:
@@ -128,7 +140,7 @@ def choose_own_gpu(index: int) -> None:
         os.environ[VISIBLE] = names[index] if index < len(names) else ""
 
 
-def _join(store: Store, rank: int, size: int) -> Processes:
+def join_processes(store: Store, rank: int, size: int) -> Processes:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     team = Processes(rank, size)
@@ -148,6 +160,7 @@ def _start_processes(number: int, cuda: bool) -> Iterator[Processes]:
     processes: list[BaseProcess] = []
     pipes = []
     torch.set_num_threads(max(1, threads // number))
+    team: Processes | None = None
     try:
         for rank in range(1, number):
             ours, theirs = context.Pipe(duplex=False)
@@ -162,25 +175,37 @@ def _start_processes(number: int, cuda: bool) -> Iterator[Processes]:
             connection.wait([pipe, each.sentinel], READY_IN)
             if not pipe.poll():
                 raise LostProcess(_describe_death(processes, each))
-        team = _join(store, 0, number)
+        team = join_processes(store, 0, number)
         ended = threading.Event()
         threading.Thread(target=_watch, args=(processes, ended), daemon=True).start()
         try:
             with team.handling_interrupts():
                 yield team
         except LostProcess as error:
+            team.broken = True
             dead = _find_dead(processes, patience=2.0)
             raise LostProcess(_describe_death(processes, dead)) from error
         finally:
             ended.set()
     finally:
         torch.set_num_threads(threads)
-        if dist.is_initialized():
+        if team is not None and not team.broken:
             dist.destroy_process_group()
         for each in processes:
             each.kill()
         for each in processes:
             each.join()
+        if team is not None and team.broken:
+            _abort_collectives()
+
+
+def _abort_collectives() -> None:
+    """Leave the group of processes that have ended, with collectives that will never be complete."""
+    abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
+    if torch.cuda.is_available() and abort is not None:
+        abort()
+    else:
+        dist.destroy_process_group()
 
 
 def _serve(pipe: connection.Connection, place: dict[str, str], port: int, rank: int, number: int) -> None:
@@ -192,7 +217,7 @@ def _serve(pipe: connection.Connection, place: dict[str, str], port: int, rank: 
     pipe.send("ready")
     store = TCPStore("127.0.0.1", port, number, False, PATIENCE)
     with suppress(LostProcess):
-        _obey(_join(store, rank, number))
+        _obey(join_processes(store, rank, number))
 
 
 def _prepare_to_obey(parent: int) -> None:

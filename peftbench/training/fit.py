@@ -39,6 +39,7 @@ from peftbench.training.micro_batch import AUTO, MicroBatches
 from peftbench.training.noise import choose_noise
 from peftbench.training.paths import FastPaths, make_collator, resolve_auto
 from peftbench.training.replay import Recorder
+from peftbench.training.sharding import is_sharded
 from peftbench.training.shares import share_batches
 from peftbench.training.trainer import Evaluate, FineTuner, Recording
 from peftbench.utils.errors import UserError
@@ -185,7 +186,7 @@ def _build_trainer(
     team: Team,
 ) -> FineTuner:
     """Replace `auto` in the settings, and build the trainer with its fast paths and callbacks."""
-    can_record = recipe.recorder is not None or model.device.type == "cuda"
+    can_record = (recipe.recorder is not None or model.device.type == "cuda") and not is_sharded(model)
     longest = lengths.longest[0]
     half = recipe.autocast_dtype is not None or model.dtype is torch.bfloat16
     settings = resolve_auto(recipe.settings, model, half=half, records=can_record, longest=longest)
@@ -201,6 +202,7 @@ def _build_trainer(
         paths=FastPaths.of(model, replace(settings, batch_size=examples), lengths),
         micro=MicroBatches(settings.micro_batch, examples, _find_longest(data, settings)),
         team=team,
+        lockstep=is_sharded(model),
         noise=choose_noise(model, settings, recipe.seed, team),
         recording=Recording(recipe.recorder, required) if settings.graphs else None,
         lora_plus=settings.lora_plus,

@@ -6,7 +6,8 @@ smaller batch, and so train something else. Here the batch stays the same: the g
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any
 from zlib import crc32
@@ -80,13 +81,17 @@ class MicroBatched(Trainer):
         micro: splits the batches.
         team: the processes that share them, see `shares`.
         noise: how they draw random numbers.
+        lockstep: they wait for each other while they compute, see `Team.lockstep`.
         others: the arguments of the next class, such as Trainer's.
     """
 
     trained: Sequence[nn.Parameter]
 
-    def __init__(self, *, micro: MicroBatches, team: Team, noise: OwnNoise, **others: Any) -> None:
+    def __init__(
+        self, *, micro: MicroBatches, team: Team, noise: OwnNoise, lockstep: bool = False, **others: Any
+    ) -> None:
         self.micro, self.team, self.noise = micro, team, noise
+        self.together: Callable[[], AbstractContextManager[None]] = team.lockstep if lockstep else nullcontext
         self._batches: Sequence[Mapping[str, Tensor]] = []  # batches of the optimiser step
         self._begun = 0  # how many of them have been started
         self._losses: list[Tensor] = []  # of these
@@ -103,7 +108,8 @@ class MicroBatched(Trainer):
         if self._begun == 0:
             self.noise.begin_step(self.state.global_step)
         self._begun += 1
-        loss = self._accumulate(model, [inputs], num_items_in_batch, self.state.global_step + 1)
+        with self.together():
+            loss = self._accumulate(model, [inputs], num_items_in_batch, self.state.global_step + 1)
         if self.team.size == 1:
             return loss
         self._losses.append(loss)

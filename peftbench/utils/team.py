@@ -7,9 +7,11 @@ raised in all of them, so that none waits for another that has given up.
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -77,6 +79,14 @@ class Team:
         collectives."""
         yield
 
+    @contextmanager
+    def lockstep(self) -> Iterator[None]:
+        """Inside the block the processes wait for each other in the middle of computing, as with sharded weights.
+
+        An error of one cannot be told there. It ends the other processes, and Ctrl-C waits for the end of the block.
+        """
+        yield
+
 
 ALONE = Team()
 
@@ -91,6 +101,7 @@ class Processes(Team):
         self.rank, self.size = rank, size
         self._depth = 0
         self._interrupted = False
+        self.broken = False  # an error has left the processes at different places
 
     def decide(self, function: Callable[[], T]) -> T:
         value: T | None = None
@@ -158,6 +169,21 @@ class Processes(Team):
                 raise KeyboardInterrupt
             if not is_deferring():
                 stop_if_asked()
+
+    @contextmanager
+    def lockstep(self) -> Iterator[None]:
+        with self.steady():
+            try:
+                with _noticing_losses():
+                    yield
+            except BaseException as error:
+                self.broken = True
+                if not self.leads:
+                    said = f"process {self.rank + 1} of {self.size}: {type(error).__name__}: {error}"
+                    print(f"peftbench: {said}", file=sys.stderr, flush=True)
+                    os._exit(1)
+                setattr(error, _TOLD, True)
+                raise
 
     @contextmanager
     def handling_interrupts(self) -> Iterator[None]:

@@ -22,6 +22,7 @@ from peftbench.config.schema import (
     Modification,
     Run,
     Search,
+    Sharding,
     Task,
     TaskKind,
     Trainer,
@@ -90,6 +91,7 @@ def test_what_can_change_a_result_changes_the_hash(key: str, value: object) -> N
         ("model__architecture", {"model_type": "bart"}),
         ("trainer__device", Device.cpu),
         ("trainer__devices", "4"),
+        ("trainer__sharding", Sharding.full),
         ("trainer__eval_batch_size", 1),
         ("task__generation", Generation()),  # a default that is spelled out
         ("trainer__epochs", 3),  # a whole number where the schema has 3.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from peftbench.utils.team import ALONE, Team
 from tests.fitting import EXAMPLES, Targets, fitted, model_of, one_step, trained
 from tests.teamwork import run_together
 from tests.training.test_micro_batch import starved
+from tests.training.test_replay import Taped
 
 FAMILIES, METHODS = ("bart", "roberta", "llama"), ("mam", "lora")
 BATCHES: dict[str, dict[str, Any]] = {
@@ -101,6 +102,21 @@ def case_memory(team: Team, folder: Path) -> tuple[dict[str, Any], dict[str, Ten
     return fitted(model, Targets("bart"), settings, folder, team=team).micro_batch, trained(model)
 
 
+def case_recorded(team: Team, folder: Path) -> dict[str, tuple[dict[str, Tensor], int]]:
+    """Trainings whose steps are replayed as CUDA graphs are: what they trained, and how many steps were replayed."""
+    found = {}
+    for family, method, padding_free in (("bart", "mam", False), ("bart", "mam", True), ("llama", "lora", True)):
+        model, replayed = model_of(family, method), 0
+        settings = one_step(max_steps=16, batch_size=4, learning_rate=1e-2, padding_free=padding_free)
+        settings = replace(settings, graphs=team.size > 1)
+        with pytest.MonkeyPatch.context() as patch:
+            recorder = Taped(model, patch)
+            fitted(model, Targets(family), settings, folder, team=team, recorder=recorder)
+            replayed = recorder.replayed
+        found[f"{family} {method} {padding_free}"] = (trained(model), replayed)
+    return found
+
+
 def case_fault(team: Team, folder: Path) -> None:
     """One process refuses, while the other one waits for it."""
     with team.together():
@@ -153,17 +169,13 @@ def case_best(team: Team, folder: Path) -> dict[str, Tensor]:
     return trained(model)
 
 
-QUICK = ["predictions", "memory", "fault", "interrupt", "left_out", "other_batches", "best"]
+QUICK = ["recorded", "predictions", "memory", "fault", "interrupt", "left_out", "other_batches", "best"]
 LONG = ["gradients", "twenty_steps"]
 
 
 @pytest.fixture(scope="module")
 def together() -> list[dict[str, Any]]:
     return run_together(__name__, [*LONG, *QUICK])
-
-
-def alone(case: Callable[[Team, Path], Any], folder: Path) -> Any:
-    return case(ALONE, folder)
 
 
 @pytest.mark.slow
@@ -187,6 +199,16 @@ def test_twenty_steps_have_the_same_losses(together: list[dict[str, Any]], tmp_p
                 torch.testing.assert_close(theirs[1][key], tensor, rtol=1e-3, atol=1e-4, msg=name)
         first, second = (found["twenty_steps"][name][1] for found in together)
         assert all(torch.equal(first[key], second[key]) for key in first), "the processes drift apart"
+
+
+@pytest.mark.slow
+def test_recorded_steps_are_shared_too(together: list[dict[str, Any]], tmp_path: Path) -> None:
+    for name, (expected, _) in case_recorded(ALONE, tmp_path).items():
+        for found in together:
+            tensors, replayed = found["recorded"][name]
+            assert replayed >= 4, name
+            for key, tensor in expected.items():
+                torch.testing.assert_close(tensors[key], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.slow
