@@ -46,7 +46,7 @@ def measure(rank: int, port: int, number: int, args: argparse.Namespace, pipe: A
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(number)))
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[rank]
     import torch
-    from benchmark_training import RUN, SHAPES, WARM_UP, Bench, StopAfter
+    from benchmark_training import RUN, SHAPES, Bench, StopAfter
     from torch.distributed import TCPStore, destroy_process_group
 
     from peftbench.config.schema import Compile, Device, DType, Keep, Precision, list_modifications
@@ -97,19 +97,14 @@ def measure(rank: int, port: int, number: int, args: argparse.Namespace, pipe: A
             Resuming(Checkpoints(Path(scratch), 1e9, "")),
             Monitor(
                 log=lambda values: losses.append(values["loss"]) if "loss" in values else None,
-                callbacks=[StopAfter(WARM_UP + args.steps)],
+                callbacks=[StopAfter(args.warm_up + args.steps)],
             ),
             team,
         )
-        step_s = statistics.median(fitted.step_seconds[WARM_UP:])
-        tokens = (
-            shape.batch
-            * Lengths.of(
-                bench.data,  # type: ignore[arg-type]
-                encoder_decoder=model.config.is_encoder_decoder,
-            ).mean
-        )
-        counted = fitted.step_seconds[WARM_UP:]
+        step_s = statistics.median(fitted.step_seconds[args.warm_up :])
+        lengths = Lengths.of(bench.data, encoder_decoder=model.config.is_encoder_decoder)  # type: ignore[arg-type]
+        tokens = shape.batch * lengths.mean
+        counted = fitted.step_seconds[args.warm_up :]
         peak = torch.cuda.max_memory_allocated() if cuda else 0
         pipe.send(Measured(tokens * len(counted) / sum(counted), step_s, peak, built, losses))
     if number > 1:
@@ -165,11 +160,12 @@ def train_on(number: int, args: argparse.Namespace) -> list[Measured]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama_1b", help="a shape of scripts/benchmark_training.py")
-    parser.add_argument("--method", default="mam", help="a preset, such as mam, lora_ffn or full")
+    parser.add_argument("--method", default="mam", help="a preset that adds parameters, such as mam or lora_ffn")
     parser.add_argument("--devices", default="1,2", help="numbers of devices, separated by commas")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--batch", type=int, help="examples in the whole batch; by default the shape's")
     parser.add_argument("--steps", type=int, default=40, help="steps counted")
+    parser.add_argument("--warm-up", type=int, default=80, help="uncounted steps, in which graphs are recorded")
     parser.add_argument("--fast", action="store_true", help="compile the layers too")
     parser.add_argument("--sharding", choices=("none", "full"), default="none", help="share the frozen weights")
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward pass")

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -76,8 +75,12 @@ class WholeNoise(OwnNoise):
                 return attention(query, key, value, attn_mask, 0.0, is_causal, **others)
             return _attend(query, key, value, attn_mask, is_causal, lambda x: drop(x, dropout_p), **others)
 
-        with patch.object(F, "dropout", drop), patch.object(F, "scaled_dot_product_attention", attend):
+        functional: Any = F  # where modules and transformers look their functions up
+        functional.dropout, functional.scaled_dot_product_attention = drop, attend
+        try:
             yield
+        finally:
+            functional.dropout, functional.scaled_dot_product_attention = dropout, attention
 
 
 def _attend(
