@@ -24,6 +24,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from peftbench.config.compose import AND, CONFIG_NAME, TypedRun, compose_points
 from peftbench.config.launchers import SWEEPER, HydraLauncher, Local, read_launcher
 from peftbench.config.overrides import quote_path
+from peftbench.config.own_parts import is_own
 from peftbench.config.schema import Run, find_conf_dir, resolve_config
 from peftbench.config.search import check_searches, has_open_search, split_phases
 from peftbench.config.studies import is_study
@@ -63,6 +64,7 @@ def main(argv: list[str]) -> int:
         return follow(launch)
     words, launcher = read_launcher(args.overrides, args.config_dir)
     points = compose_points(words, multirun=args.multirun, config_dir=args.config_dir)
+    _check_own_metrics(points)
     check_searches(points)
     _check_plugins(args.overrides, points, launcher)
     if launch is None:
@@ -115,6 +117,17 @@ def _check_launch(overrides: Sequence[str], points: Sequence[TypedRun], launch: 
             raise UserError(f"trainer.devices={run.trainer.devices}: {started}; leave out trainer.devices.")
     if _has_plugins(overrides):
         raise UserError(f"hydra/...: {started}; leave Hydra's own keys out, or start this without torchrun.")
+
+
+def _check_own_metrics(points: Sequence[TypedRun]) -> None:
+    """Raise UserError where a metric of the user's own is none, before anything is loaded."""
+    names = dict.fromkeys(run.task.metric for _, run in points if is_own(run.task.metric))
+    if not names:
+        return
+    from peftbench.metrics.own_metric import find_own_metric_fault
+
+    if faults := [fault for name in names if (fault := find_own_metric_fault(name))]:
+        raise UserError(*faults)
 
 
 def _name_config_dir(folder: str | None) -> list[str]:

@@ -31,9 +31,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
 from peftbench.config.overrides import apply_override, describe_error, quote_path
+from peftbench.config.own_parts import add_import_folder, resolve_own
 from peftbench.config.rows import GROUP, read_rows
 from peftbench.config.schema import Run, find_conf_dir, resolve_config
-from peftbench.config.validity import find_faults
+from peftbench.config.validity import METRIC_NAMES, find_faults
 from peftbench.config.yaml_files import find_hydra_faults
 from peftbench.utils.errors import UserError, describe_unknown
 
@@ -89,6 +90,7 @@ def compose_points(
     """
     if config_dir is not None:
         check_config_dir(Path(config_dir))
+        add_import_folder(Path(config_dir))
     refuse_searchpath(overrides)
     overrides = [quote_path(word) for word in overrides]
     grids = _split_grids(overrides)
@@ -326,6 +328,8 @@ def _compose_run(overrides: list[str], loader: ConfigLoader, known: _Known, read
         cfg = deepcopy(known.composed(tuple(str(override.input_line) for override in groups)))
         found.extend(sentence for override in values if (sentence := apply_override(cfg, override)))
         run = resolve_config(cfg)
+        if run.task.metric not in METRIC_NAMES[run.task.kind]:
+            run.task.metric = resolve_own("task.metric", run.task.metric)
     except RecursionError:
         raise UserError(*found, "A value is nested too deep.") from None
     except (HydraException, OmegaConfBaseException, MarkedYAMLError, ValueError) as error:  # defaults are no list

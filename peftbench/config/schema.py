@@ -409,7 +409,9 @@ class Task:
         MISSING,
         "The main score, by which runs are ranked. Classification: accuracy, f1 (of the second of two labels), "
         "macro_f1, matthews; regression: pearson, spearman; text to text: rouge1, rouge2, rougeL, rougeLsum, bleu, "
-        "chrf, bleu_ro (without diacritics, as in the paper), exact_match.",
+        "chrf, bleu_ro (without diacritics, as in the paper), exact_match. Or "
+        "an evaluate.Metric of your own by its dotted name, such as mypkg.Brevity, or by its name in the entry points "
+        "peftbench.metrics of an installed package; its first score counts, higher is better.",
     )
     selection_metric: str | None = key(
         None,

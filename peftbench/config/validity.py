@@ -16,6 +16,7 @@ from typing import Any
 from peftbench.config.axes import find_refusals, read_axes
 from peftbench.config.budget import parse_budget
 from peftbench.config.fidelity import find_idle_switches
+from peftbench.config.own_parts import is_own, list_entry_points
 from peftbench.config.peft_methods import find_peft_faults, has_identity_form, has_rank
 from peftbench.config.schema import (
     EMBEDDED,
@@ -486,8 +487,9 @@ def _find_metric_faults(task: Task) -> Iterator[str]:
     for baseline in task.baselines:
         if baseline not in BASELINES[task.kind]:
             yield describe_unknown("task.baselines", baseline, BASELINES[task.kind])
-    if task.metric not in METRIC_NAMES[task.kind]:
-        yield describe_unknown("task.metric", task.metric, METRIC_NAMES[task.kind])
+    if task.metric not in METRIC_NAMES[task.kind] and not is_own(task.metric):
+        offered = list_entry_points("task.metric")
+        yield describe_unknown("task.metric", task.metric, [*METRIC_NAMES[task.kind], *offered])
     selectors = (task.metric, *([LOSS] if task.kind is TaskKind.text_to_text else []))
     if task.selection_metric is not None and task.selection_metric not in selectors:
         yield describe_unknown("task.selection_metric", task.selection_metric, selectors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from peftbench.config.own_parts import is_own, resolve_own
 from peftbench.config.roles import is_reported
 from peftbench.config.schema import Task
 from peftbench.config.validity import METRIC_NAMES, find_label_faults
@@ -25,7 +26,7 @@ def rescore(folder: Path, metric: str | None = None) -> list[dict[str, Any]]:
     record = read_saved_record(folder)
     task: Task = read_saved_config(folder).task
     metric = metric or record.metric
-    if metric not in METRIC_NAMES[task.kind]:
+    if metric not in METRIC_NAMES[task.kind] and not is_own(metric := resolve_own("task.metric", metric)):
         raise UserError(describe_unknown("metric", metric, METRIC_NAMES[task.kind]))
     labels = record.data.get("labels", ())
     if faults := list(find_label_faults("metric", metric, labels)):

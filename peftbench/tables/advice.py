@@ -15,6 +15,7 @@ from typing import Any
 from scipy.stats import ttest_ind
 
 from peftbench.config.budget import parse_budget
+from peftbench.config.own_parts import is_own
 from peftbench.config.schema import find_conf_dir, index_by_key
 from peftbench.records.record import Record
 from peftbench.tables.comparison import compare_rows
@@ -132,7 +133,8 @@ def _compute_p(best: Row, other: Row) -> tuple[float | None, str]:
     several = len(best.scored) > 1 and len(other.scored) > 1
     if all((record.folder / "predictions.jsonl").is_file() for row in (best, other) for record in row.scored):
         metric = best.first.metric
-        return compare_rows(best, other, 2000)[metric].p, "examples and seeds" if several else "examples"
+        if not is_own(metric):  # whose score has no part for each example
+            return compare_rows(best, other, 2000)[metric].p, "examples and seeds" if several else "examples"
     if not several:
         return None, ""
     scores = [[record.score for record in row.scored] for row in (best, other)]
