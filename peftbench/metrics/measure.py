@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from peftbench.config.own_parts import is_own
 from peftbench.metrics.classification import compute_accuracy, compute_f1, compute_macro_f1, compute_matthews
-from peftbench.metrics.own_metric import compute_own_metric
 from peftbench.metrics.regression import compute_correlations
 from peftbench.metrics.statistics import Definition, References, Statistics
 from peftbench.metrics.text import ROUGE_TYPES, compute_bleu, compute_exact_match, compute_romanian_bleu, compute_rouge
@@ -45,6 +44,8 @@ def measure(metric: str, predictions: Sequence[str], references: References, lab
     Args, Raises: as in `compute_statistics`.
     """
     if is_own(metric):
+        from peftbench.metrics.own_metric import compute_own_metric  # imports evaluate, and so torch
+
         return Measured(compute_own_metric(metric, predictions, references), {})
     found = compute_statistics(metric, predictions, references, labels)
     scores = {name: one.score_all() for name, one in found.items()}
