@@ -38,6 +38,7 @@ class PeftMethod:
     settings: dict[str, Any] = field(default_factory=dict)  # keys of peft's config that make the method
     axes: tuple[str, str, str] | None = None  # functional form, insertion form, composition; None: no point of the axes
     size: str = "r"  # the key of peft's config that `bottleneck` sets; empty: none
+    even: bool = False  # whether a run begins as the backbone only with an even rank
 
 
 METHODS: dict[str, PeftMethod] = {
@@ -58,12 +59,12 @@ METHODS: dict[str, PeftMethod] = {
     "LOHA": PeftMethod("h + s x (A B ∘ C D)"),
     "LOKR": PeftMethod("h + s x (A ⊗ B), B of rank r"),
     "HIRA": PeftMethod("x (W ∘ (1 + A B))"),
-    "MISS": PeftMethod("h + x expand(D), each row of D shared by d / r inputs"),
+    "MISS": PeftMethod("h + x expand(D), each row of D shared by d / r inputs", even=True),
     "BONE": PeftMethod("x (W + W D), in blocks of r inputs", "MISS", {"init_weights": "bat"}),
     "SHIRA": PeftMethod("h + x S, S with r (d_in + d_out) entries at random places"),
     "OFT": PeftMethod("x R W, R orthogonal and block-diagonal (oft_block_size)", size=""),
     "BOFT": PeftMethod("x R W, R a product of orthogonal butterfly factors (boft_block_size)", size=""),
-    "HRA": PeftMethod("x (I - 2 u_1 u_1ᵀ) ... (I - 2 u_r u_rᵀ) W"),
+    "HRA": PeftMethod("x (I - 2 u_1 u_1ᵀ) ... (I - 2 u_r u_rᵀ) W", even=True),
     "ROAD": PeftMethod("h rotated and scaled in pairs (variant)", size=""),
     "IA3": PeftMethod("h ∘ l", axes=("constant", "sequential", "multiply"), size=""),
     "LN_TUNING": PeftMethod("the norms' weights", size=""),
@@ -271,6 +272,8 @@ def _find_root_faults(run: Run, library_type: str, options: dict[str, Any]) -> I
     has_size = bool(method.size) and (method.size in options)
     if run.bottleneck is not None and not has_size:
         yield f"bottleneck={run.bottleneck} with {typed}, which has no rank: leave it out (bottleneck=null)."
+    elif run.bottleneck is not None and method.even and run.bottleneck % 2:
+        yield f"bottleneck={run.bottleneck} with {typed}: it must be even, so that the run begins as the backbone."
     elif run.bottleneck is not None and run.bottleneck < 1:
         yield f"bottleneck={run.bottleneck}: it must be a whole number of at least 1."
     if run.input_dropout and find_dropout_key(options, library_type) is None:

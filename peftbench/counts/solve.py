@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from peftbench.backbones.load import build_meta_backbone, load_config
 from peftbench.config.budget import find_largest_sizes, parse_budget
-from peftbench.config.peft_methods import TYPE
+from peftbench.config.peft_methods import TYPE, get_method
 from peftbench.config.schema import Run, list_bottlenecks_of
 from peftbench.modification.attach import attach_run
 from peftbench.modification.counting import Counts, count
@@ -103,7 +103,7 @@ def find_largest_rank(run: Run, config: PretrainedConfig | None, most: int) -> i
         return None
     while count_at(rank + 1) <= most and count_at(rank + 1) > count_at(rank):
         rank += 1
-    return rank
+    return rank - rank % 2 if rank > 1 and get_method(run).even else rank
 
 
 def count_resized(run: Run, sizes: Mapping[str, int], config: PretrainedConfig | None) -> Counts:

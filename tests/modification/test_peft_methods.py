@@ -145,7 +145,7 @@ def test_a_budget_is_solved_as_for_our_own(budget: str, tmp_path: Path) -> None:
         run = run_of(method)
         run = replace(run, size=None, model=replace(run.model, path=str(tmp_path)))
         most = count_run(replace(run, bottleneck=rank)).totals
-        more = count_run(replace(run, bottleneck=(rank or 0) + 1)).totals
+        more = count_run(replace(run, bottleneck=(rank or 0) + (2 if method == "hra" else 1))).totals
         limit = 3000 if budget == "3000" else int(0.05 * most.backbone)
         assert most.stored <= limit < more.stored
     with pytest.raises(UserError, match="its parameters do not grow with its rank"):
@@ -362,6 +362,7 @@ def test_scale_is_alpha_over_the_rank() -> None:
         (["method=dora", "peft.r=2"], "peft.r=2: use bottleneck=2, which is this size in all methods."),
         (["method=dora", "peft.use_dora=false"], "peft.use_dora=False is not peft.type=DORA; use peft.type=LORA."),
         (["method=dora", "peft.bias=all"], "peft.bias=all cannot be set: unfreeze=bias trains the backbone's biases."),
+        (["method=hra", "bottleneck=3"], "bottleneck=3 with peft.type=HRA: it must be even, so that the run begins as"),
         (["method=oft", "bottleneck=4"], "bottleneck=4 with peft.type=OFT, which has no rank"),
         (["method=oft", "budget=1%"], "budget=1% determines bottlenecks, but method=oft has none"),
         (["method=oft", "input_dropout=0.1"], "input_dropout=0.1 with peft.type=OFT, which has no dropout on x"),
