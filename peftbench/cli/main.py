@@ -13,7 +13,7 @@ from importlib import import_module
 from io import TextIOWrapper
 
 from peftbench import __version__
-from peftbench.utils.environment import run_alone
+from peftbench.utils.environment import read_as_utf8, run_alone
 from peftbench.utils.errors import (
     LostProcess,
     UserError,
@@ -103,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # ASCII and Windows code pages have no ↑, λ or Δ
+    read_as_utf8()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 import traceback
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from datetime import datetime, timezone
@@ -225,6 +226,9 @@ class Record:
     versions: dict[str, str] = field(default_factory=dict)
     git: dict[str, Any] | None = None  # commit, dirty; of the checkout from which peftbench runs
 
+    # When this process began with the run, by a clock that nobody sets back; not part of the record.
+    clock: float | None = field(default=None, init=False, compare=False, repr=False)
+
     @property
     def outcome(self) -> str:
         """The status, with the error of a failed run, or the step at which a run was seen to diverge."""
@@ -245,7 +249,7 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         """Return the record as nested dicts and lists of JSON values."""
         values = asdict(self)
-        del values["folder"]
+        del values["folder"], values["clock"]
         return {"schema_version": values.pop("schema_version"), **values}
 
     @classmethod
@@ -290,7 +294,8 @@ class Record:
     def _end(self, status: Status) -> None:
         self.status, self.finished = status, get_time()
         began, ended = datetime.fromisoformat(self.created), datetime.fromisoformat(self.finished)
-        self.timings["total_s"] = (ended - began).total_seconds() + self.timings.get("earlier_s", 0.0)
+        seconds = (ended - began).total_seconds() if self.clock is None else time.monotonic() - self.clock
+        self.timings["total_s"] = round(max(0.0, seconds), 3) + self.timings.get("earlier_s", 0.0)
         self.save()
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import socket
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -61,6 +62,7 @@ def start_record(run: Run, folder: Path, overrides: Sequence[str]) -> Record:
     folder.mkdir(parents=True, exist_ok=True)
     before = find_record(folder)
     record = describe_run(run, folder, overrides)
+    record.clock = time.monotonic()
     earlier = before.attempts if before is not None and not before.has_ended else []
     record.attempts = [*earlier, Attempt(record.created, socket.gethostname())]
     record.save()  # before all else: an earlier run in this folder is no longer done

@@ -72,9 +72,8 @@ def format_time(state: State) -> str:
     if state.record is None:
         return ""
     if state.status == "running":
-        return format_duration(
-            (datetime.now(timezone.utc) - datetime.fromisoformat(state.record.created)).total_seconds()
-        )
+        passed = datetime.now(timezone.utc) - datetime.fromisoformat(state.record.created)
+        return format_duration(max(0.0, passed.total_seconds()))  # the clock may have been set back
     return format_duration(state.record.timings["total_s"]) if "total_s" in state.record.timings else ""
 
 

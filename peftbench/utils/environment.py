@@ -7,9 +7,12 @@ own would change what is trained, against the config. `peftbench train` itself r
 
 from __future__ import annotations
 
+import codecs
+import locale
 import os
 import socket
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from peftbench.utils.errors import UserError
@@ -40,6 +43,18 @@ def run_alone(environment: MutableMapping[str, str] = os.environ) -> None:
             f"works as several processes; start this without the launcher, or unset {WORLD_SIZE}."
         )
     clear_launch(environment)
+
+
+def read_as_utf8(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Have this process and its children read files as UTF-8 in the locale C too, for which Python may take ASCII.
+
+    Our own files name their encoding, but not all files that torch reads when it is imported do.
+    """
+    if codecs.lookup(locale.getpreferredencoding(False)).name != "ascii":
+        return
+    environment["PYTHONUTF8"] = "1"
+    with suppress(locale.Error):  # a system without this locale
+        locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
 
 
 def clear_launch(environment: MutableMapping[str, str] = os.environ) -> None:

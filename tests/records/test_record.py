@@ -315,3 +315,10 @@ def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     write_lines(pipe, [{"a": 1}])
     assert os.read(reader, 100) == b'{"a": 1}\n' and pipe.is_fifo()
     os.close(reader)
+
+
+def test_a_clock_that_is_set_back_changes_no_duration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with record_run(RUN, tmp_path, []) as record:
+        monkeypatch.setattr("peftbench.records.record.get_time", lambda: "2001-01-01T00:00:00+00:00")
+    assert 0 <= record.timings["total_s"] < 60
+    assert "clock" not in on_disk(tmp_path)

@@ -3,9 +3,11 @@ else accelerate reads there changes nothing."""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -153,3 +155,20 @@ def test_what_is_not_accelerates_is_kept() -> None:
     environment = {**ours, **ONE_PROCESS, "PMI_SIZE": "4", "FSDP_VERSION": "2", "WORLD_SIZE": ""}
     run_alone(environment)
     assert environment == ours
+
+
+@pytest.mark.slow
+def test_the_locale_c_is_no_obstacle(tmp_path: Path) -> None:
+    """torch reads templates that are not ASCII when it is imported."""
+    rows = "".join(json.dumps({"text": f"é {number}", "label": str(number % 2)}) + "\n" for number in range(40))
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
+    line = ["train", "-m", "task=text_classification", "task.train_file=rows.jsonl", "model=mini", "debug=smoke"]
+    line += ["method=lora", "seed=1,2", "jobs=2", "trainer.max_steps=1"]  # in workers too
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "peftbench", *line],
+        env={**os.environ, **plain},
+        cwd=tmp_path,
+        capture_output=True,
+    )
+    assert done.returncode == 0 and b"2 of 2 runs are done" in done.stdout, done.stderr
