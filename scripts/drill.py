@@ -41,6 +41,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -268,7 +269,6 @@ class Drill:
         self.data = root / "data"
         self.lines: dict[str, Line] = {}
         self.stopped: list[tuple[Line, Path]] = []  # copies of places in which a run was stopped
-        self.done: Path | None = None  # a place in which runs are done
         self.queues: dict[str, Iterator[Any]] = {}
 
     def new_place(self, like: Path | None = None) -> Path:
@@ -299,16 +299,21 @@ class Drill:
             self.lines[name] = Line(name, [*words, *common, "model=mini"], self)
         for line in self.lines.values():
             line.learn()
-            self.stop(line)
-        self.done = self.new_place()
-        for line in self.lines.values():
-            Child(["train", *line.words], self.done).wait().check((0,))
-        Child(["train", "-m", *self.lines["classification"].words, "seed=1,2"], self.done).wait().check((0,))
+
+    @cached_property
+    def done(self) -> Path:
+        """A place in which runs are done, two of them in a sweep."""
+        place = self.root / "done"
+        place.mkdir()
+        Child(["train", *self.lines["generation"].words], place).wait().check((0,))
+        Child(["train", "-m", *self.lines["classification"].words, "seed=1,2"], place).wait().check((0,))
+        return place
 
     def stop(self, line: Line) -> None:
         """Keep places in which the line was killed: in its training, and after it."""
         for part in (0.5, 0.7, 0.9):
-            place = self.new_place()
+            place = self.root / f"stopped-{line.name}-{part}"
+            place.mkdir()
             total = self.count_changes(line)
             Child(["train", *line.words], place, die_at_change(int(part * total), place)).wait()
             self.stopped.append((line, place))
@@ -350,9 +355,8 @@ class Drill:
     # The kinds of trials
 
     def try_kill(self) -> None:
-        line, number = self.take(
-            "kill", lambda: [(line, n) for line in self.lines.values() for n in range(1, self.count_changes(line) + 1)]
-        )
+        line = self.random.choice(list(self.lines.values()))
+        number = self.take(f"kill {line.name}", lambda: range(1, self.count_changes(line) + 1))
         place, what = self.new_place(), f"SIGKILL at change {number} of {line.name}"
         if self.random.random() < 0.2:  # in the middle of a file instead
             size = self.random.choice([1, 100, 1000, 10_000, 100_000, 500_000])
@@ -462,7 +466,9 @@ class Drill:
                 raise Loss(f"after {what} the run is stuck, and no file is named: {said.both[-500:]}")
 
     def _list_torn(self) -> list[tuple[Line | None, Path, Path, str]]:
-        assert self.done is not None
+        if not self.stopped:
+            for line in self.lines.values():
+                self.stop(line)
         places = [*self.stopped, (None, self.done)]
         return [
             (line, place, file, damage)
@@ -526,7 +532,6 @@ class Drill:
 
     def try_words(self) -> None:
         words = make_words(self.random, self.data, self.hypothesis())
-        assert self.done is not None
         place = self.new_place(self.done) if words[0] in ("train", "reproduce", "merge", "report") else self.done
         Child(words, place).wait().check()
 
@@ -534,7 +539,6 @@ class Drill:
         return find_spec("hypothesis") is not None
 
     def try_records(self) -> None:
-        assert self.done is not None
         place = self.new_place(self.done)
         files = [*place.rglob("record.json"), *place.rglob("*.sweep.json"), *place.rglob("*.jsonl")]
         for file in self.random.sample(files, self.random.randint(1, len(files))):

@@ -16,6 +16,8 @@ from typing import Any, TextIO
 
 from peftbench.utils.errors import UserError
 
+MOST_DIGITS = 300  # of a whole number: math and torch make a float of it
+
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[TextIO]:
@@ -83,11 +85,18 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text. Raises ValueError also if it is nested too deep for Python."""
+    """Return the value of a JSON text. Raises ValueError also if it is nested too deep for Python, and for a whole
+    number that is too large for a float."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=_parse_int)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError("a number in it is too large")
+    return int(digits)
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -220,6 +220,7 @@ def test_records_survive_the_round_trip_and_unknown_keys(tmp_path: Path) -> None
         ('{"schema_version": 1}', "lacks axes, created"),
         ({"status": "asleep"}, "status is 'asleep'"),
         ({"score": "high"}, "score is 'high'"),
+        ({"steps": 10**400}, "a number in it is too large"),
         ({"axes": [{"prefix": ""}]}, "axes[0] lacks bottleneck"),
         (
             {"scores": {"report": {"split": "test", "examples": "all", "metrics": {}}}},
