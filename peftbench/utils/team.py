@@ -11,7 +11,6 @@ import os
 import pickle
 import re
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from peftbench.utils.errors import LostProcess
+from peftbench.utils.errors import LostProcess, print_faults
 from peftbench.utils.stopping import defer_stop, is_deferring, stop_if_asked
 
 T = TypeVar("T")
@@ -180,7 +179,7 @@ class Processes(Team):
                 self.broken = True
                 if not self.leads:
                     said = f"process {self.rank + 1} of {self.size}: {type(error).__name__}: {error}"
-                    print(f"peftbench: {said}", file=sys.stderr, flush=True)
+                    print_faults([said])
                     os._exit(1)
                 setattr(error, _TOLD, True)
                 raise
