@@ -42,7 +42,11 @@ def rescore(folder: Path, metric: str | None = None) -> list[dict[str, Any]]:
                 f"{file} holds {len(rows)} predictions, and the run made {score.examples}; restore the file."
             )
         predictions, references = [row["prediction"] for row in rows], [row["reference"] for row in rows]
-        scores, signatures = measure(metric, predictions, references, labels)
+        try:
+            scores, signatures = measure(metric, predictions, references, labels)
+        except (TypeError, ValueError, AttributeError) as error:
+            file = folder / name_predictions_file(role)
+            raise UserError(f"{file} holds values that are no predictions of this task ({error}).") from error
         found.append(
             {
                 "role": role,

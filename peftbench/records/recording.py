@@ -66,7 +66,7 @@ def start_record(run: Run, folder: Path, overrides: Sequence[str]) -> Record:
     earlier = before.attempts if before is not None and not before.has_ended else []
     record.attempts = [*earlier, Attempt(record.created, socket.gethostname())]
     record.save()  # before all else: an earlier run in this folder is no longer done
-    for stale in (folder / "error.txt", folder / "predictions.jsonl", *folder.glob("*.tmp")):
+    for stale in (folder / "error.txt", folder / "predictions.jsonl", *folder.glob("*.tmp"), *folder.glob("*/*.tmp")):
         stale.unlink(missing_ok=True)
     if not (folder / CHECKPOINTS).is_dir():
         (folder / METRICS_FILE).unlink(missing_ok=True)
