@@ -29,6 +29,7 @@ from peftbench.tables.row import is_scored
 from peftbench.utils.files import parse_json
 
 READ_EVERY = 1.0  # seconds
+MOST = 0.1  # the share of the time that is spent on reading: 10,000 records on a shared file system take seconds
 AROUND = 8  # lines that are no runs: heading, head of the table with its rule, what is left out, bars, the prompt
 STYLES = {"running": "bold", "failed": "bold red", "diverged": "bold magenta", "interrupted": "yellow"}
 TAIL = 4096  # bytes that hold the last line of metrics.jsonl
@@ -44,6 +45,7 @@ class LiveSweep:
     def __init__(self, sweep: Sweep, console: Console, below: RenderableType = "") -> None:
         self.sweep, self.below = sweep, below
         self.known: dict[Path, tuple[int, Record]] = {}
+        self.took = 0.0  # the last reading, in seconds
         self.read_at, self.states, self.drawn, self.width = -READ_EVERY, list[State](), list[list[Segment]](), 0
         # what goes to a file must not come to the screen instead
         self.live = Live(self, console=console, transient=True, redirect_stderr=sys.stderr.isatty())
@@ -56,9 +58,11 @@ class LiveSweep:
         self.live.stop()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        # The bars move with every picture, the table once a second.
-        if time.monotonic() - self.read_at >= READ_EVERY or options.max_width != self.width:
+        # The bars move with every picture, the table once a second, or less often if reading takes that long.
+        if time.monotonic() - self.read_at >= max(READ_EVERY, self.took / MOST) or options.max_width != self.width:
+            began = time.monotonic()
             self.states = self._read()
+            self.took = time.monotonic() - began
             self.drawn = console.render_lines(_Picture(self.states, self.sweep, console.height), options, pad=False)
             self.read_at, self.width = time.monotonic(), options.max_width
         for line in self.drawn:

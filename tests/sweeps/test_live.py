@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+import peftbench.sweeps.live
 from peftbench.records.lock import hold_run
 from peftbench.records.record import Failure
 from peftbench.sweeps.live import READ_EVERY, LiveSweep, read_progress
 from peftbench.sweeps.plan import Sweep
+from peftbench.sweeps.status import State
 from peftbench.utils.progress import Display, is_live
 from tests.records.test_record import RUN
 from tests.tables.test_table import FFN, record
@@ -76,6 +78,24 @@ def test_the_table_grows_with_the_records(tmp_path: Path) -> None:
     assert rows[3][:3] == ["4", "running", "45%"]
     live.read_at -= READ_EVERY
     assert "interrupted" in screen(live)[6]  # nobody holds it any more
+
+
+def test_a_slow_file_system_is_asked_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reading of 2 s: not again in the next 20 s."""
+    live = LiveSweep(begin(tmp_path, 1), terminal())
+    now, read = [100.0], list[float]()
+
+    def slow() -> list[State]:
+        read.append(now[0])
+        now[0] += 2.0
+        return []
+
+    monkeypatch.setattr(peftbench.sweeps.live.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(live, "_read", slow)
+    for seconds in (0.0, 1.0, 15.0, 5.0):
+        now[0] += seconds
+        screen(live)
+    assert read == [100.0, 123.0]
 
 
 def test_a_tall_sweep_fits_the_screen(tmp_path: Path) -> None:
