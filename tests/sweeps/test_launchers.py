@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ import pytest
 
 import peftbench.sweeps.hydra_launcher
 from peftbench.cli.main import main
+from peftbench.config.compose import compose_points
+from peftbench.config.launchers import Ray, Slurm, read_launcher
 from peftbench.config.schema import Run
 from peftbench.sweeps.jobs import Ended
 from tests.cli.test_train import records
+from tests.project.test_readme import commands_of
 
 SMOKE = ["task=doctopic", "debug=smoke", "trainer.max_steps=1", "task.max_train=8", "task.max_eval=8"]
 
@@ -39,6 +43,13 @@ def test_a_launcher_is_given_the_trials_first_and_all_grids(tmp_path: Path, monk
     assert main(["train", *line, f"output_dir={tmp_path}"]) == 1  # nothing was trained
     trials = [(method, trial) for method in ("head", "bitfit") for trial in (0, 1, 2)]
     assert given == [*trials, ("head", None), ("head", None), ("bitfit", None)]
+
+
+@pytest.mark.parametrize("command", commands_of("docs/cluster.md"))
+def test_the_commands_of_the_page_name_launchers_and_runs(command: str) -> None:
+    words, launcher = read_launcher(shlex.split(command)[3:])
+    assert isinstance(launcher, Slurm | Ray) and not [word for word in words if word.startswith("hydra")]
+    assert compose_points(words, multirun=True)
 
 
 @pytest.mark.slow
