@@ -262,15 +262,15 @@ def _make_table(records: Sequence[Record], keys: Sequence[str]) -> Table:
     Args:
         keys: of the space, without the axes and the bottleneck.
     """
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     selection = records[0].selection
     table.add_column("run", no_wrap=True)
-    table.add_column("four axes", overflow="fold", min_width=20)
+    table.add_column("four axes", overflow="fold", min_width=16)
     scores = [
         f"{selection.metric}\n{selection.split}" if selection is not None else "",
         f"{records[0].metric}\nreported",
     ]
-    for name in ("bottle-\nneck", *(key.replace(".", ".\n") for key in keys), "stored", *scores):
+    for name in ("bottle-\nneck", *(key.rpartition(".")[2].replace("_", "\n") for key in keys), "stored", *scores):
         table.add_column(name, justify="right", overflow="fold")
     for record in records:
         axes = "\n".join(

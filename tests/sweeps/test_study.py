@@ -162,6 +162,7 @@ def test_refused_points_cost_no_training_and_the_front_is_marked(
     assert main(["results", str(tmp_path), "--show", "method,searched"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("chosen: functional_form=") == len(front) and "trial: " not in printed
+    assert any(row.rstrip().endswith(" reported") for row in printed.splitlines())  # the last column fits
     assert all(run in printed for run in front) and "4 done" in printed
     assert main(["status", str(tmp_path)]) == 0
     assert "4 runs (debug=smoke): 4 done" in capsys.readouterr().out
