@@ -249,8 +249,11 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["mix=[]", "mix.prefix.bottleneck=3"], ["there is no prefix in the mixture; add one, such as mix=[prefix]."]),
         (["method", "lora"], ["method is not KEY=VALUE", "lora is not KEY=VALUE"]),
         (["task.prompt=read: {source}"], ["cannot be read; if the value itself has commas"]),
-        (["output_dir=Jörg"], ["a letter other than A to Z, put it in both kinds of quotes, 'output_dir=\"...\"'."]),
-        (["search=null"], ["search=null chooses nothing; leave search out for its default, or give one of: lr3."]),
+        (["task.prompt=Jörg"], ["a letter other than A to Z, put it in both kinds of quotes, 'task.prompt=\"...\"'."]),
+        (
+            ["search=null"],
+            ["search=null chooses nothing; leave search out for its default, or give one of: lr3, optuna."],
+        ),
         (["mix=[null]", "debug=null"], ["mix=[null] chooses nothing; leave mix out", "debug=null chooses nothing;"]),
         (["+experiment=paper/table5"], ["experiment is already in the config; leave out the +."]),
         (["--method", "lora"], ["--method is no option of peftbench train"]),

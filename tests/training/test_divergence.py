@@ -78,7 +78,7 @@ def test_the_head_alone_makes_no_number_where_it_diverges(
 
     def fit(run: Any, backbone: Any, *rest: Any) -> Fitted:
         found = really(run, backbone, *rest)
-        if rest[-1] == "train the head alone":
+        if "train the head alone" in rest:
             with torch.no_grad():
                 next(iter(list_trained(backbone.model).values())).fill_(torch.inf)
         return found

@@ -12,6 +12,8 @@ from transformers import TrainingArguments
 
 from peftbench.training.checkpoint import NOTES, TENSORS, Resumable
 from peftbench.training.micro_batch import MicroBatched, MicroBatches
+from peftbench.training.noise import OwnNoise
+from peftbench.utils.team import ALONE
 from tests.fitting import EPSILON, EXAMPLES, Targets, model_of, trained
 
 
@@ -39,7 +41,13 @@ def test_micro_batched_takes_the_whole_batchs_step(arguments: TrainingArguments)
         model = model_of("bart", "lora")
         before, micro = trained(model), MicroBatches(setting, EXAMPLES, [])
         trainer = MicroBatched(
-            model=model, args=arguments, data_collator=data.collator, train_dataset=data.train, micro=micro
+            model=model,
+            args=arguments,
+            data_collator=data.collator,
+            train_dataset=data.train,
+            micro=micro,
+            team=ALONE,
+            noise=OwnNoise(1, ALONE),
         )
         trainer.train()
         found.append({name: tensor - before[name] for name, tensor in trained(model).items()})
