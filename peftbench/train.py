@@ -7,44 +7,33 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
-from peftbench.backbones.chat_template import list_ends
 from peftbench.backbones.load import Backbone, load_backbone
 from peftbench.backbones.precision import choose_autocast_dtype, choose_device, describe_device, resolve_dtype
-from peftbench.backbones.quantisation import find_format, is_quantised
-from peftbench.backbones.sites import find_sites
 from peftbench.config.axes import find_steep_starts
 from peftbench.config.schema import (
-    LOSS,
-    Keep,
-    Quantization,
     Run,
     Sharding,
-    TaskKind,
     Unfreeze,
     has_modification,
     list_modifications,
 )
 from peftbench.config.stamps import stamp_content
-from peftbench.counts.shares import size_notes
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.evaluation.finished import restore_backbone
-from peftbench.metrics.statistics import References
+from peftbench.evaluation.recording import record_counts, record_data, record_scores, score_selection
 from peftbench.modification.attach import attach, attach_run
-from peftbench.modification.counting import count
-from peftbench.modification.dead_parameters import count_dead
 from peftbench.modification.peft_files import write_peft_files
 from peftbench.modification.prefix_start import NEAR_START, find_near_starts, record_activations, start_prefixes
 from peftbench.modification.state import fold, save, size
@@ -55,10 +44,8 @@ from peftbench.records.record import FILE as RECORD
 from peftbench.records.record import (
     Divergence,
     Record,
-    RecordedCounts,
     Score,
     Searched,
-    Selection,
     describe_damage,
     detect_divergence,
     find_finished,
@@ -66,13 +53,11 @@ from peftbench.records.record import (
     refuse_newer,
 )
 from peftbench.records.recording import describe_run, forget_refused, record_axes, record_run
-from peftbench.records.run_files import CHECKPOINTS, append_metrics, has_leftovers, rewind_metrics, write_predictions
+from peftbench.records.run_files import CHECKPOINTS, append_metrics, has_leftovers, rewind_metrics
 from peftbench.records.wording import format_settings
 from peftbench.tasks.base import TaskData
-from peftbench.tasks.docstrings import read_versions
 from peftbench.tasks.load import load_task
 from peftbench.tasks.prepare import prepare_data
-from peftbench.tasks.text_to_text import TextToText
 from peftbench.training.batching import count_steps
 from peftbench.training.checkpoint import Checkpoints
 from peftbench.training.class_weights import describe_class_weights, scale_class_weights
@@ -87,11 +72,11 @@ from peftbench.training.probe import find_unreached, make_no_gradient_error
 from peftbench.training.sharding import is_sharded, shard_layers
 from peftbench.training.trackers import Trackers, follow_run
 from peftbench.utils.environment import run_alone
-from peftbench.utils.errors import LostProcess, UserError, quote
+from peftbench.utils.errors import LostProcess, UserError
 from peftbench.utils.progress import Display, hide_progress
 from peftbench.utils.quiet import silence_libraries
 from peftbench.utils.stopping import heed_signals, stop_if_asked
-from peftbench.utils.team import ALONE, Team
+from peftbench.utils.team import Team
 
 
 def train(
@@ -241,7 +226,7 @@ def _train_and_score(
         with _record_time(record, "evaluate_s"):
             record_scores(prepared.run, model, prepared.data, record, display, team)
             if selecting:
-                record.selection = _score_selection(prepared.run, model, prepared.data, record, display, team)
+                record.selection = score_selection(prepared.run, model, prepared.data, record, display, team)
         if (seen := detect_divergence(record)) is not None:
             record.diverge(replace(seen, step=fitted.steps))
     else:
@@ -417,65 +402,6 @@ def _note_early_stop(run: Run, data: TaskData, record: Record, display: Display,
         record.data["notes"].append(note)
 
 
-def record_scores(
-    run: Run, model: PreTrainedModel, data: TaskData, record: Record, display: Display, team: Team = ALONE
-) -> None:
-    """Score the model, write the predictions of the reported splits, and record the baselines next to the score.
-
-    The selection split is scored too if it chose the state that is reported.
-    """
-    evaluator = Evaluator(model, data, run, team)
-    selected = run.trainer.keep is Keep.best and data.splits.get("selection") not in (None, data.splits["report"])
-    for role, split in data.splits.items():
-        if role == "train" or (role == "selection" and not selected):
-            continue
-        partial = None
-        if team.leads:
-            partial = evaluator.partial(record.folder / CHECKPOINTS / f"{role}.partial", record.folder / "adapter")
-        with display.stage(f"evaluate {split['split']}", split["examples"]) as stage:
-            metrics, decoded = evaluator.score(role, stage.advance, partial)
-        record.scores[role] = Score(**split, metrics=metrics)
-        record.cut_off = dict(evaluator.cut_off)
-        if role != "selection":
-            rows = getattr(data, f"{role}_rows")
-            _note_one_prediction(record, split["split"], decoded, data.references(rows), display)
-            if team.leads:
-                write_predictions(record.folder, data.records(decoded, rows), role)
-    record.score = record.scores["report"].metrics[run.task.metric]
-    if data.signatures:
-        record.data["signatures"] = data.signatures
-    for dotted, value in data.baselines().items():
-        name, metric = dotted.split(".", 1)
-        record.scores.setdefault(name, Score(**data.splits["report"], metrics={})).metrics[metric] = value
-        if metric == run.task.metric:
-            record.baselines[name] = value
-
-
-def _note_one_prediction(
-    record: Record, split: str, decoded: Sequence[str], references: References, display: Display
-) -> None:
-    """Note that a model has predicted the same for all examples of a split, although their references differ."""
-    if len(set(decoded)) > 1 or all(reference == references[0] for reference in references):
-        return
-    note = f"All {len(decoded):,} predictions on {split} are {quote(decoded[0])}: the model ignores its input."
-    record.data["notes"].append(note)
-    display.say(note)
-
-
-def _score_selection(
-    run: Run, model: PreTrainedModel, data: TaskData, record: Record, display: Display, team: Team = ALONE
-) -> Selection:
-    """Return what a search, or a sweeper, compares. A score that `record_scores` has recorded is not computed again."""
-    split, metric = data.splits["selection"], run.task.selection_metric or run.task.metric
-    same = "report" if split == data.splits["report"] else "selection"
-    if metric != LOSS and same in record.scores:
-        value = record.scores[same].metrics[metric]
-    else:
-        with display.stage(f"evaluate {split['split']}"):
-            value = Evaluator(model, data, run, team).selection()[metric]
-    return Selection(**split, metric=metric, value=value if math.isfinite(value) else None)
-
-
 def _lacks_selection(record: Record, selecting: bool) -> bool:
     """Return whether the selection split of a run that has ended must still be scored; a diverged run has no score."""
     return selecting and record.selection is None and record.diverged is None
@@ -505,7 +431,7 @@ def _note_search(record: Record, search: Searched | None, selecting: bool, run: 
                 backbone.model.to(choose_device(run.trainer))
             finite = are_finite(backbone.model)  # an earlier version may have called a diverged run done
             if finite:
-                record.selection = _score_selection(placed, backbone.model, data, record, display)
+                record.selection = score_selection(placed, backbone.model, data, record, display)
             if (seen := detect_divergence(record) if finite else Divergence("weights")) is not None:
                 record.status = "diverged"
                 record.diverge(seen)
@@ -535,41 +461,6 @@ def _score_head_alone(run: Run, data: TaskData, record: Record, display: Display
 
 def _is_head_alone(run: Run) -> bool:
     return not has_modification(run) and run.unfreeze is Unfreeze.none
-
-
-def record_counts(record: Record, run: Run, backbone: Backbone) -> None:
-    """Record the numbers of parameters of a backbone with the run's modifications, and notes on their sizes."""
-    counts = count(backbone.model, backbone.untrained)
-    dead = count_dead(backbone.model, list_modifications(run)) if run.fidelity.dead_parameters else 0
-    record.counts = RecordedCounts(**asdict(counts), dead=dead)
-    record.model.parameters = counts.backbone
-    if is_quantised(backbone.model):
-        packed = run.model.quantization
-        record.model.quantization = find_format(backbone.model.config) if packed is Quantization.none else packed.name
-    record.notes = size_notes(run, counts, find_sites(backbone.model).width)
-
-
-def record_data(record: Record, data: TaskData, backbone: Backbone) -> None:
-    """Record what the run was trained and scored on, and what was decided about the backbone."""
-    record.data = {
-        "fingerprint": data.fingerprint,
-        "scored_on": data.scored_on,
-        "splits": data.splits,
-        "notes": [*backbone.notes, *data.notes],
-        "limits": data.limits(),
-        "cut": data.cut,
-    }
-    if isinstance(data, TextToText):
-        stops = data.tokenizer.convert_ids_to_tokens(list_ends(backbone.model))
-        record.data["ends"] = {"taught": data.taught_ends(), "stops": stops}
-    if data.unknown:
-        record.data["unknown_tokens"] = data.unknown
-    if reading := data.reading():
-        record.data["reading"] = reading
-    if data.task.kind is TaskKind.classification:
-        record.data["labels"] = data.task.labels
-    if data.task.packages is not None:
-        record.data["packages"] = read_versions(data.task.packages)
 
 
 def _record_fit(record: Record, fitted: Fitted) -> None:

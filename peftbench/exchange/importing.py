@@ -20,6 +20,7 @@ from peftbench.config.compose import compose_run
 from peftbench.config.identity import hash_run
 from peftbench.config.stamps import stamp_content
 from peftbench.config.validity import find_faults
+from peftbench.evaluation.recording import record_counts, record_data, record_scores
 from peftbench.exchange.export import compare_with_peft
 from peftbench.exchange.foreign import ForeignAdapter, list_names
 from peftbench.exchange.peft_form import find_obstacle_of_prompt
@@ -33,7 +34,6 @@ from peftbench.records.recording import record_run
 from peftbench.records.run_files import CHECKPOINTS
 from peftbench.tasks.load import load_task
 from peftbench.tasks.prepare import prepare_data
-from peftbench.train import record_counts, record_data, record_scores
 from peftbench.utils.errors import UserError
 from peftbench.utils.progress import Display
 

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from peftbench.config.schema import Run, Trainer
+from peftbench.evaluation.recording import _note_one_prediction
 from peftbench.records.record import RecordedCounts
-from peftbench.train import _note_one_prediction
 from peftbench.training.outline import describe_training
 from peftbench.utils.progress import Display
 from peftbench.utils.stopping import describe_ignored_interrupt
