@@ -112,6 +112,7 @@ class _MLflow:
         followed = self.followed
         if "MLFLOW_TRACKING_URI" not in os.environ:
             mlflow.set_tracking_uri(f"sqlite:///{(followed.root / 'mlflow.db').resolve()}")
+            os.environ.pop("MLFLOW_TRACKING_URI", None)  # which that sets: the next run may have another folder
         mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", followed.project))
         while mlflow.active_run() is not None:
             mlflow.end_run()

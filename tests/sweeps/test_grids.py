@@ -168,6 +168,7 @@ def test_the_same_choices_are_composed_once_and_leave_nothing_to_the_next_run(mo
 
     compose = peftbench.config.compose.compose
     monkeypatch.setattr("peftbench.config.compose.compose", counted)
+    peftbench.config.compose._compose_packaged.cache_clear()
     words = ["method=lora,mam", "seed=1,2", "modified_representation.layers=[0],[1,2]", "task.baselines=[],[majority]"]
     points = compose_points(words, multirun=True)
     assert len(points) == 16 and len(composed) == 2

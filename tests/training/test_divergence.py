@@ -65,7 +65,7 @@ def test_a_sweep_with_a_run_that_diverges(smoke: list[str], tmp_path: Path, caps
     assert strictly(file.read_text())["created"] == bad[file]["created"]
 
     assert main(["status", str(folder)]) == 0
-    assert "4 runs: 2 done, 2 diverged" in capsys.readouterr().out
+    assert "4 runs (debug=smoke): 2 done, 2 diverged" in capsys.readouterr().out
     for command in ("evaluate", "rescore"):
         assert main([command, str(file.parent)]) == 2
         assert "has a run that diverged (the loss was not finite at step 2)" in capsys.readouterr().err

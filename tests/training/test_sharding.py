@@ -24,7 +24,7 @@ from tests.training.test_devices import Gradients
 
 __all__ = ["sentiment", "smoke"]  # fixtures
 
-POINTS = [("bart", "mam"), ("roberta", "lora"), ("llama", "mam"), ("llama", "lora")]
+POINTS = [("bart", "mam"), ("roberta", "lora"), ("llama", "mam")]
 
 
 def sharded(family: str, method: str, team: Team) -> PreTrainedModel:

@@ -76,7 +76,7 @@ def test_a_command_that_is_asked_to_end_leaves_checkpoints(more: list[str], tmp_
     words = ["task=doctopic", "debug=smoke", "method=lora", "task.baselines=[]", f"output_dir={tmp_path}"]
     seeds = "seed=1,2" if more else "seed=1"
     line = [*SUBPROCESS, "train", *more, *words, seeds]
-    process = subprocess.Popen([*line, "trainer.max_steps=200"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen([*line, "trainer.max_steps=120"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     count = 2 if more else 1
     deadline = time.monotonic() + 120
     while len(list(tmp_path.rglob("metrics.jsonl"))) < count and time.monotonic() < deadline:
@@ -90,9 +90,9 @@ def test_a_command_that_is_asked_to_end_leaves_checkpoints(more: list[str], tmp_
         (checkpoint,) = file.parent.glob("checkpoints/*/checkpoint-*")
         last = json.loads((file.parent / "metrics.jsonl").read_text().splitlines()[-1])
         assert checkpoint.name == f"checkpoint-{last['step']}"  # no step is lost
-    assert subprocess.run([*line, "trainer.max_steps=200"], stdout=subprocess.DEVNULL).returncode == 0
+    assert subprocess.run([*line, "trainer.max_steps=120"], stdout=subprocess.DEVNULL).returncode == 0
     for file in tmp_path.rglob("record.json"):
         record = find_record(file.parent)
         assert record is not None and record.status == "done"
         first, second = record.attempts
-        assert first.step == 0 < second.step < 200 and first.started < second.started
+        assert first.step == 0 < second.step < 120 and first.started < second.started

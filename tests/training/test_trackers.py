@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,7 +45,9 @@ def test_tensorboard_has_the_log_the_score_and_the_counts(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_mlflow_has_a_run_for_each_with_its_sweep(tmp_path: Path) -> None:
     mlflow = pytest.importorskip("mlflow")
+    assert "MLFLOW_TRACKING_URI" not in os.environ
     records = {record.run: record for record in swept(tmp_path, "trackers=[mlflow]")}
+    assert "MLFLOW_TRACKING_URI" not in os.environ  # the next run of a process has its own
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
     found = mlflow.search_runs(search_all_experiments=True)
     (plan,) = (tmp_path / ".sweeps").glob("*.sweep.json")
