@@ -130,7 +130,7 @@ def test_torchruns_processes_are_read() -> None:
     [
         (["-m", "seed=1,2", "jobs=2"], "jobs=2: torchrun has started 2 processes"),
         (["trainer.devices=3"], "trainer.devices=3: torchrun has started 2 processes"),
-        (["-m", "hydra/launcher=joblib"], "hydra/...: torchrun has started 2 processes"),
+        (["-m", "hydra/launcher=slurm"], "hydra/...: torchrun has started 2 processes"),
     ],
 )
 def test_what_else_decides_on_processes_is_refused_under_torchrun(
