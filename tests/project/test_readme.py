@@ -32,6 +32,13 @@ def arguments(command: str, tmp_path: Path) -> list[str]:
     return [word.replace("FOLDER", str(tmp_path)) for word in shlex.split(command)[1:]]
 
 
+def require_trackers(command: str) -> None:
+    """Skip the test of a command that names trackers whose packages are not installed."""
+    for names in re.findall(r"trackers=\[(.*?)\]", command):
+        for name in names.split(","):
+            pytest.importorskip(name)
+
+
 @pytest.mark.parametrize(("page", "least"), [("README.md", 5), ("docs/command_line.md", 15)])
 def test_the_page_has_commands(page: str, least: int) -> None:
     assert len(PAGES[page]) >= least
@@ -44,6 +51,7 @@ def test_the_page_has_commands(page: str, least: int) -> None:
     ],  # dozens of runs
 )
 def test_commands_compose(command: str, tmp_path: Path) -> None:
+    require_trackers(command)
     words = arguments(command.replace(SHOW, ""), tmp_path)[1:]
     assert compose_points([word for word in words if word != "-m"], multirun="-m" in words)
 
@@ -80,6 +88,7 @@ def test_the_experiment_of_the_page_composes(tmp_path: Path, monkeypatch: pytest
     "command", [c for c in COMMANDS if not any(word in c for word in ("FOLDER", "task=", "experiment="))]
 )
 def test_commands_run(command: str, tmp_path: Path) -> None:
+    require_trackers(command)
     train, *words = arguments(command.replace("debug=smoke", ""), tmp_path)
     # First: of several grids the first one's words are those of all.
     assert main([train, "debug=smoke", f"output_dir={tmp_path / 'outputs'}", *words]) == 0
