@@ -61,7 +61,7 @@ def test_torchrun_trains_one_run_of_a_sweep_after_another(smoke: list[str], tmp_
 @pytest.mark.slow
 def test_a_run_whose_processes_are_stopped_goes_on_where_it_was(smoke: list[str], tmp_path: Path) -> None:
     """A process is killed, then Ctrl-C ends the run; the same line goes on each time."""
-    words = ["train", "method=mam", *smoke, "task.baselines=[]", "trainer.max_steps=60"]
+    words = ["train", "method=mam", *smoke, "task.baselines=[]", "trainer.max_steps=150"]
     words += ["trainer.checkpoint_minutes=0"]
     line, outputs = [*SUBPROCESS, *words, "trainer.devices=2"], tmp_path / "outputs"
 
