@@ -102,7 +102,7 @@ def measure(rank: int, port: int, number: int, args: argparse.Namespace, pipe: A
             team,
         )
         step_s = statistics.median(fitted.step_seconds[args.warm_up :])
-        lengths = Lengths.of(bench.data, encoder_decoder=model.config.is_encoder_decoder)  # type: ignore[arg-type]
+        lengths = Lengths.of(bench.data, encoder_decoder=model.config.is_encoder_decoder)  # type: ignore[arg-type]  # as above
         tokens = shape.batch * lengths.mean
         counted = fitted.step_seconds[args.warm_up :]
         peak = torch.cuda.max_memory_allocated() if cuda else 0

@@ -41,7 +41,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -287,7 +287,7 @@ class Drill:
         os.environ["PEFTBENCH_CACHE"] = str(self.root / "cache")
         import peftbench.cli.train
         import peftbench.evaluation.merged
-        import peftbench.train  # noqa: F401
+        import peftbench.train  # noqa: F401  # children are forks, and so need not import it
 
         common = ["output_dir=out", "debug=smoke", "trainer.checkpoint_minutes=0", "trainer.device=cpu", "seed=1"]
         labels = ["task=text_classification", f"task.train_file={self.data / 'labels.jsonl'}"]
@@ -499,7 +499,7 @@ class Drill:
         shutil.copytree(cached, place / "cache")
         harm(place / "cache" / file.relative_to(cached), damage)
         what = f"the cache's {file.relative_to(cached)} {damage}"
-        before = lambda: os.environ.update(PEFTBENCH_CACHE=str(place / "cache"))  # noqa: E731
+        before = partial(os.environ.update, PEFTBENCH_CACHE=str(place / "cache"))
         said = Child(["train", *line.words], place, before).wait().check((0,))
         line.check(place, said, what)
 
@@ -761,22 +761,23 @@ def draw_text(chance: random.Random) -> str:
     return chance.choice(drawn) if drawn else str(strategies)
 
 
-def _texts(found: list[str] = []) -> list[str]:  # noqa: B006 - drawn once
+@cache
+def _texts() -> list[str]:
     from hypothesis import HealthCheck, Phase, given, settings, strategies
 
-    if not found:
-        letters = strategies.characters(exclude_characters="\x00", exclude_categories=())
-        nested = strategies.recursive(
-            strategies.text("abc019.,:={}[]()$'\"\\ ", max_size=6),
-            lambda below: strategies.lists(below, max_size=3).map(lambda parts: f"[{','.join(map(str, parts))}]"),
-        )
+    found: list[str] = []
+    letters = strategies.characters(exclude_characters="\x00", exclude_categories=())
+    nested = strategies.recursive(
+        strategies.text("abc019.,:={}[]()$'\"\\ ", max_size=6),
+        lambda below: strategies.lists(below, max_size=3).map(lambda parts: f"[{','.join(map(str, parts))}]"),
+    )
 
-        @settings(max_examples=400, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
-        @given(strategies.one_of(strategies.text(letters, max_size=12), nested))
-        def gather(text: str) -> None:
-            found.append(text)
+    @settings(max_examples=400, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @given(strategies.one_of(strategies.text(letters, max_size=12), nested))
+    def gather(text: str) -> None:
+        found.append(text)
 
-        gather()
+    gather()
     return [text for text in found if not re.search("[\ud800-\udfff]", text)]
 
 

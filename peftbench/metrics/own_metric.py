@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from tempfile import gettempdir
+from typing import Any
 
 from evaluate import Metric
 
@@ -44,9 +45,9 @@ def find_own_metric_fault(name: str) -> str | None:
     return None if math.isfinite(scores[name]) else f"task.metric={name} of two texts is {scores[name]}, no score."
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     try:
-        float(value)  # type: ignore[arg-type]  # that is the question
+        float(value)
     except (TypeError, ValueError):
         return False
     return not isinstance(value, str | bool)

@@ -49,11 +49,13 @@ class Followed:
         self.config: dict[str, Any] = {key: value for key, value in flatten(plain) if value not in (None, [], {})}
 
 
-class _TensorBoard:
-    """Event files in the run's folder, so that `tensorboard --logdir OUTPUT_DIR` shows all runs."""
-
+class _Follower:
     def __init__(self, followed: Followed) -> None:
         self.followed = followed
+
+
+class _TensorBoard(_Follower):
+    """Event files in the run's folder, so that `tensorboard --logdir OUTPUT_DIR` shows all runs."""
 
     def _write(self) -> Any:
         from torch.utils.tensorboard import SummaryWriter
@@ -76,10 +78,7 @@ class _TensorBoard:
         writer.close()
 
 
-class _Wandb:
-    def __init__(self, followed: Followed) -> None:
-        self.followed = followed
-
+class _Wandb(_Follower):
     def open(self) -> TrainerCallback:
         import wandb
         from transformers.integrations import WandbCallback
@@ -101,10 +100,7 @@ class _Wandb:
         self.run.finish()
 
 
-class _MLflow:
-    def __init__(self, followed: Followed) -> None:
-        self.followed = followed
-
+class _MLflow(_Follower):
     def open(self) -> TrainerCallback:
         import mlflow
         from transformers.integrations import MLflowCallback
@@ -127,10 +123,7 @@ class _MLflow:
         mlflow.end_run()
 
 
-class _Trackio:
-    def __init__(self, followed: Followed) -> None:
-        self.followed = followed
-
+class _Trackio(_Follower):
     def open(self) -> TrainerCallback:
         if "TRACKIO_DIR" not in os.environ:
             os.environ["TRACKIO_DIR"] = str((self.followed.root / "trackio").resolve())

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from peftbench.utils.errors import UserError
 
@@ -56,7 +56,7 @@ def open_unlinked(path: Path, mode: str) -> TextIO:
         return os.open(name, flags | no_link, 0o666)
 
     # A lone surrogate, which UTF-8 cannot encode, becomes \\udxxx, as JSON writes it.
-    return open(path, mode, encoding="utf-8", errors="backslashreplace", opener=open_file)  # type: ignore[return-value]
+    return cast(TextIO, open(path, mode, encoding="utf-8", errors="backslashreplace", opener=open_file))
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -37,7 +37,7 @@ def restore(family: str, folder: Path) -> tuple[PreTrainedModel, Placed, Foreign
     adapter, model = read_adapter(folder), build(family)
     described = describe_adapter(build(family), adapter)
     attach(model, described.modifications, schema.Unfreeze.bias if adapter.biases else schema.Unfreeze.none)
-    put_tensors(Backbone(model, None, frozenset()), adapter, described)  # type: ignore[arg-type]
+    put_tensors(Backbone(model, None, frozenset()), adapter, described)  # type: ignore[arg-type]  # no tokenizer is read
     return model.eval(), described, adapter
 
 
