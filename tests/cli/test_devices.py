@@ -13,12 +13,16 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from peftbench.cli.main import main
 from tests.cli.test_train import SUBPROCESS, records, sentiment, smoke
+from tests.finished import save_backbone
 from tests.sweeps.test_sweeper import replaced
+from tests.tasks.test_completion import tiny_llama
+from tests.tasks.test_tasks import byte_level
 
 __all__ = ["sentiment", "smoke"]  # fixtures
 
@@ -94,3 +98,31 @@ def test_a_run_whose_processes_are_stopped_goes_on_where_it_was(smoke: list[str]
     assert done.returncode == 0 and "goes on from step" in done.stdout
     assert main([*replaced(words, tmp_path / "alone")]) == 0
     assert_same_runs(outputs, tmp_path / "alone")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "more", [[], ["trainer.graphs=false", "trainer.padding_free=false"], ["trainer.sharding=full"]]
+)
+@pytest.mark.parametrize("method", ["mam", "lora"])
+def test_two_gpus_train_as_one(method: str, more: list[str], tmp_path: Path) -> None:
+    """Over NCCL, with a backbone without dropout: rounding is all that the number of GPUs changes."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    lines = [json.dumps({"source": f"{i} a b c " * (1 + i % 5), "target": f"{i} c"}) for i in range(40)]
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("train", "validation", "test"):
+        (data / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    model = save_backbone(tmp_path / "llama", tiny_llama(pad_token_id=1), byte_level())
+    words = ["train", "task=text_to_text", f"task.data_dir={data}", "model=llama", f"model.path={model}"]
+    words += [f"method={method}", "bottleneck=4", "debug=smoke"]
+    words += ["task.baselines=[]", "trainer.max_steps=20", "trainer.batch_size=5", "trainer.precision=fp32", *more]
+    together = [*words, "trainer.devices=2", f"output_dir={tmp_path / 'two'}"]
+    done = subprocess.run([*SUBPROCESS, *together], capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr
+    alone = [word for word in words if "sharding" not in word]
+    assert main([*alone, f"output_dir={tmp_path / 'one'}"]) == 0
+    assert_same_runs(tmp_path / "two", tmp_path / "one")
+    (record,) = records(tmp_path / "two")
+    assert record["device"].startswith("2 x ") and "cpu" not in record["device"]
