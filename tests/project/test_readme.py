@@ -1,17 +1,22 @@
-"""Every `peftbench train` line of the README and of docs/command_line.md composes, and runs in its smoke form."""
+"""The README is short and its figures are right; the commands of the pages compose, and run in their smoke form."""
 
 from __future__ import annotations
 
 import re
 import shlex
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from peftbench.backbones import sites
 from peftbench.cli.main import main
+from peftbench.config.axes import is_allowed, list_points
 from peftbench.config.compose import compose_points
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+DOCS = CHECKOUT / "docs"
+README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
 SHOW = "--cfg job"  # an option of the command, not an override
 
 
@@ -39,6 +44,30 @@ def require_trackers(command: str) -> None:
             pytest.importorskip(name)
 
 
+def test_the_readme_is_read_aloud_in_two_minutes() -> None:
+    """At 170 words a minute, without tables and code."""
+    prose = re.sub(r"```.*?```|!\[.*?\]|\]\(.*?\)|^[#|].*?$", " ", README, flags=re.DOTALL | re.MULTILINE)
+    assert 200 < len(re.findall(r"\S*\w\S*", prose)) <= 335
+
+
+def test_the_readme_counts_what_there_is() -> None:
+    methods = len(list((CHECKOUT / "conf" / "method").glob("*.yaml")))
+    families = sum(len(family.model_types) for family in sites.FAMILIES)
+    points = list(list_points())
+    running = sum(is_allowed(point) for point in points)
+    assert f"{methods} [methods]" in README and f"{families} families" in README
+    assert f"{len(points)} combinations run: {running}." in README
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in DOCS.glob("*.md"))])
+def test_no_page_says_a_thing_twice(page: str) -> None:
+    paragraphs = [
+        " ".join(part.split()) for part in re.split(r"\n\s*\n", (CHECKOUT / page).read_text(encoding="utf-8"))
+    ]
+    counts = Counter(paragraph for paragraph in paragraphs if len(paragraph.split()) > 12)
+    assert [paragraph for paragraph, count in counts.items() if count > 1] == []
+
+
 @pytest.mark.parametrize(("page", "least"), [("README.md", 5), ("docs/command_line.md", 15)])
 def test_the_page_has_commands(page: str, least: int) -> None:
     assert len(PAGES[page]) >= least
@@ -56,16 +85,27 @@ def test_commands_compose(command: str, tmp_path: Path) -> None:
     assert compose_points([word for word in words if word != "-m"], multirun="-m" in words)
 
 
-LOOKS = [c for c in commands_of("README.md", "peftbench") if not c.startswith("peftbench train") and "RUN" not in c]
+LOOKS = [
+    command
+    for page in ("README.md", "docs/command_line.md", "outputs/reference/README.md")
+    for command in commands_of(page, "peftbench")
+    if command.split()[1] in ("explain", "params", "results", "plot", "report", "advise", "reproduce")
+    and not any(word in command for word in ("RUN", "FOLDER"))
+]
 
 
 @pytest.mark.parametrize(
-    "command", [pytest.param(c, marks=[] if c.startswith("peftbench results") else pytest.mark.slow) for c in LOOKS]
+    "command",
+    [
+        pytest.param(c, marks=[] if c.startswith("peftbench results") else pytest.mark.slow)
+        for c in dict.fromkeys(LOOKS)
+    ],
 )
 def test_commands_that_look_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder with the project's own records."""
-    folder = "outputs" if "outputs/" in command else "outputs/reference/text"
-    (tmp_path / "outputs").symlink_to(CHECKOUT / folder, target_is_directory=True)
+    (tmp_path / "outputs").mkdir()
+    for folder in ("reference", "reference/text", "reference/grid_sst2"):
+        (tmp_path / "outputs" / Path(folder).name).symlink_to(CHECKOUT / "outputs" / folder, target_is_directory=True)
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split(command)[1:]) == 0
 

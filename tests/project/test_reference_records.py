@@ -63,7 +63,7 @@ def test_the_verdicts_of_the_readme_are_those_of_the_table() -> None:
     smaller = [name for name in means if name not in ("full", "mam_30_512", "pa_ffn_1024")]
     expected = {
         "Parallel beats sequential": [min(lead.values()), max(lead.values())],
-        "The FFN makes better use of parameters than attention": [],
+        "The FFN uses parameters better than attention": [],
         "Scaling helps": [
             4,
             means["lora_ffn_102"] - means["lora_ffn_102_s1"],
