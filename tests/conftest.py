@@ -4,7 +4,7 @@ A shell that starts the tests in the background has them ignore Ctrl-C, and the 
 that, among them those that are to be interrupted.
 
 What is alive once the tests are collected, torch and transformers with their thousands of classes, is there to the end:
-the garbage collector need not look through it again and again.
+the garbage collector need not look through it again and again, nor while it is imported.
 
 Tests marked `gpu` are skipped where there is none, also when another mark has chosen them.
 """
@@ -13,16 +13,18 @@ import gc
 import os
 import signal
 
+import pytest
+
+gc.disable()
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-import pytest
-import torch
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -32,3 +34,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
+    gc.enable()

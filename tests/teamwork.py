@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import multiprocessing
 import pickle
@@ -10,9 +11,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import TCPStore
-
-from peftbench.training import devices
+from peftbench.utils.quick_imports import speed_up_imports
 
 SIZE = 2
 PATIENCE = 150  # seconds
@@ -23,6 +22,8 @@ def run_together(module: str, names: list[str]) -> list[dict[str, Any]]:
 
     A case that raises has its exception as the result, which must leave the processes able to meet again.
     """
+    from torch.distributed import TCPStore
+
     store = TCPStore("127.0.0.1", 0, SIZE, True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch:
@@ -44,15 +45,16 @@ def run_together(module: str, names: list[str]) -> list[dict[str, Any]]:
 
 
 def _serve(rank: int, port: int, module: str, names: list[str], file: Path) -> None:
-    import faulthandler
-
-    import torch
-
     faulthandler.dump_traceback_later(PATIENCE - 20, exit=True)
+    with speed_up_imports():
+        cases = importlib.import_module(module)
+        import torch
+
+        from peftbench.training import devices
 
     torch.set_num_threads(1)
-    team = devices.join_processes(TCPStore("127.0.0.1", port, SIZE, False), rank, SIZE)
-    cases, found = importlib.import_module(module), {}
+    team = devices.join_processes(torch.distributed.TCPStore("127.0.0.1", port, SIZE, False), rank, SIZE)
+    found = {}
     for name in names:
         folder = file.parent / name / str(rank)
         folder.mkdir(parents=True)

@@ -8,8 +8,11 @@ a sentence, and a listed one never does ("at 5 p.m. He left." is one sentence he
 from __future__ import annotations
 
 import re
+from functools import cache
+from typing import TYPE_CHECKING
 
-from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
+if TYPE_CHECKING:
+    from nltk.tokenize.punkt import PunktSentenceTokenizer
 
 ABBREVIATIONS = (
     "mr mrs ms dr prof rev hon sr jr st gen col lt capt sgt cpl sen rep gov pres "  # people
@@ -23,7 +26,7 @@ ABBREVIATIONS = (
 def split_sentences(text: str) -> list[str]:
     """Return the sentences of `text` in order. A line break ends one, and so do full stops of other scripts."""
     lines = [part.strip() for line in text.splitlines() for part in _OTHER_END.split(line)]
-    return [sentence for line in lines for sentence in _PUNKT.tokenize(line)]
+    return [sentence for line in lines for sentence in _build_punkt().tokenize(line)]
 
 
 def take_first_sentence(text: str) -> str:
@@ -32,13 +35,15 @@ def take_first_sentence(text: str) -> str:
     return next(iter(split_sentences(" ".join(paragraph.split()))), "")
 
 
-def _punkt() -> PunktSentenceTokenizer:
+@cache
+def _build_punkt() -> PunktSentenceTokenizer:
+    from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer  # half a second, with scipy.stats
+
     parameters = PunktParameters()
     parameters.abbrev_types = set(ABBREVIATIONS.split())
     return PunktSentenceTokenizer(parameters)
 
 
-_PUNKT = _punkt()
 # Full stops and question marks that no English text has; a closing quotation mark or bracket goes with them.
 _STOP = "\u3002\uff01\uff1f\uff61\u0964\u0965\u06d4\u061f\u0589\u1362\u17d4\u104b\u0f0d"
 _CLOSING = "\u300d\u300f\u201d\u2019\uff09\u3011"

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._inductor.compile_fx import compile_fx
 from torch.fx.experimental import _config as shapes
 from transformers import PreTrainedModel
 
@@ -30,13 +29,13 @@ class CompiledLayers:
     """The layers of `model`, which run compiled inside `active` and uncompiled outside.
 
     Args:
-        backend: the backend of torch.compile. Use one object for all runs of a process, because another object compiles
-            all code again. Its graphs have the dropouts of `hashed_dropout`.
+        backend: the backend of torch.compile, by default torch's inductor. Use one object for all runs of a process,
+            because another object compiles all code again. Its graphs have the dropouts of `hashed_dropout`.
     """
 
-    def __init__(self, model: PreTrainedModel, *, backend: Callable[..., Any] = compile_fx) -> None:
+    def __init__(self, model: PreTrainedModel, *, backend: Callable[..., Any] | None = None) -> None:
         self.layers: Sequence[nn.Module] = [layer.module for layer in find_sites(model).layers]
-        rewriting = add_hashed_dropout(backend)
+        rewriting = add_hashed_dropout(backend or _load_inductor())
         self.calls: list[Callable[..., Any]] = []
         for layer in self.layers:
             layer.compile(backend=rewriting, dynamic=True)
@@ -63,3 +62,10 @@ class CompiledLayers:
         """Set the attribute that `Module.compile` sets: torch offers no way to undo that call."""
         for layer, call in zip(self.layers, self.calls, strict=True):
             layer._compiled_call_impl = call if active else None
+
+
+def _load_inductor() -> Callable[..., Any]:
+    """Return torch's inductor, whose import takes a second that a run without compiled layers need not wait."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx

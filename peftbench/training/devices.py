@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from peftbench.backbones.precision import choose_device
 from peftbench.config import schema
+from peftbench.training.started import serve
 from peftbench.utils.environment import Launch, clear_launch
 from peftbench.utils.errors import LostProcess, UserError, print_faults
 from peftbench.utils.stopping import HEEDED
@@ -115,7 +116,7 @@ def follow(launch: Launch) -> int:
     """Obey the leader of a command that torchrun has started, until it ends; return the exit code."""
     clear_launch()
     choose_own_gpu(launch.local_rank)
-    _prepare_to_obey(os.getppid())
+    prepare_to_obey(os.getppid())
     try:
         _obey(join(launch))
     except LostProcess:  # the leader has said why
@@ -166,7 +167,7 @@ def _start_processes(number: int, cuda: bool) -> Iterator[Processes]:
             ours, theirs = context.Pipe(duplex=False)
             place = {"OMP_NUM_THREADS": str(max(1, threads // number))}
             place |= {VISIBLE: names[rank]} if cuda else {}
-            process = context.Process(target=_serve, args=(theirs, place, store.port, rank, number), daemon=True)
+            process = context.Process(target=serve, args=(theirs, place, store.port, rank, number), daemon=True)
             process.start()
             theirs.close()
             processes.append(process)
@@ -208,19 +209,14 @@ def _abort_collectives() -> None:
         dist.destroy_process_group()
 
 
-def _serve(pipe: connection.Connection, place: dict[str, str], port: int, rank: int, number: int) -> None:
-    """Obey the process that has started this one. This is the main function of a process."""
-    os.environ.update(place)  # before CUDA is initialised
-    parent = multiprocessing.parent_process()
-    assert parent is not None and parent.pid is not None
-    _prepare_to_obey(parent.pid)
-    pipe.send("ready")
+def obey_starter(port: int, rank: int, number: int) -> None:
+    """Obey the process that has started this one and waits at the port."""
     store = TCPStore("127.0.0.1", port, number, False, PATIENCE)
     with suppress(LostProcess):
         _obey(join_processes(store, rank, number))
 
 
-def _prepare_to_obey(parent: int) -> None:
+def prepare_to_obey(parent: int) -> None:
     """Leave the terminal, Ctrl-C and a scheduler's signals to the leader. End when the process `parent` ends."""
     tqdm.set_lock(threading.RLock())  # its own, a semaphore, would be reported as leaked when this process is killed
     for number in (signal.SIGINT, *HEEDED):

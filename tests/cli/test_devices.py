@@ -26,6 +26,7 @@ from tests.tasks.test_tasks import byte_level
 
 __all__ = ["sentiment", "smoke"]  # fixtures
 
+SMALL_MAM = ["method=mam", "bottleneck=8", "mix.attention.bottleneck=4", "mix.attention.prefix_mlp=8"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "peftbench"]
 
 
@@ -65,8 +66,8 @@ def test_torchrun_trains_one_run_of_a_sweep_after_another(smoke: list[str], tmp_
 @pytest.mark.slow
 def test_a_run_whose_processes_are_stopped_goes_on_where_it_was(smoke: list[str], tmp_path: Path) -> None:
     """A process is killed, then Ctrl-C ends the run; the same line goes on each time."""
-    words = ["train", "method=mam", *smoke, "task.baselines=[]", "trainer.max_steps=150"]
-    words += ["trainer.checkpoint_minutes=0"]
+    words = ["train", *SMALL_MAM, *smoke, "task.baselines=[]", "trainer.max_steps=150"]
+    words += ["trainer.checkpoint_minutes=0"]  # 150 checkpoints, which a MAM of the usual size would make one of 38 MB
     line, outputs = [*SUBPROCESS, *words, "trainer.devices=2"], tmp_path / "outputs"
 
     def stop(at: int, who: str, by: signal.Signals) -> tuple[int, list[str], float]:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import peftbench
 
 PACKAGE = Path(peftbench.__file__).parent
@@ -88,6 +90,15 @@ def test_folders_that_read_or_refuse_import_no_torch() -> None:
     commands = [f"peftbench.cli.{name}" for name in ("main", "train", "results", "compare", "status", "params")]
     done = subprocess.run([sys.executable, "-c", IMPORT_ALL, *modules, *commands], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_plain_run_does_not_wait_for_what_few_runs_need() -> None:
+    """Each takes half a second or more: torch's compiler, and the packages that split texts and draw."""
+    few = ("torch._inductor.compile_fx", "nltk", "scipy.stats", "matplotlib", "evaluate", "sklearn")
+    code = "import gc, sys; gc.disable(); import peftbench.train; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"torch", "transformers"} <= set(done.stdout.split()) and not set(few) & set(done.stdout.split())
 
 
 def test_one_name_means_one_thing() -> None:
