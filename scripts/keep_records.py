@@ -3,33 +3,53 @@
 
     python scripts/keep_records.py OUTPUTS outputs/reference/grid --shared SHARED
 
-For each finished run it keeps the record and the config, in which the paths of this machine are replaced by SHARED and
-OUTPUTS, and of the log every look at the selection split and every fifth line of training, to six digits. A run's name
-and its content stamps stay: they say what it was trained on, wherever the data was stored. Predictions are left out,
-since their file also contains the references, which belong to the data.
+For each run that is done or has diverged it keeps the record and the config, in which the paths of this machine are
+replaced by SHARED and OUTPUTS, and of the log every look at the selection split and every fifth line of training, to
+six digits. A run's name and its content stamps stay: they say what it was trained on, wherever the data was stored.
+Predictions are left out, since their file also contains the references, which belong to the data; what each example
+contributed to the main score is kept, so that runs can be compared.
+
+A sweep skips the runs that were kept: copy them to its output_dir, and another machine goes on with it. What was kept
+before is kept as it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import shutil
 from pathlib import Path
 
 from peftbench.records.record import FILE, Record, load_records
 from peftbench.records.run_files import METRICS_FILE, read_metrics
+from peftbench.tables import examples
 from peftbench.utils.files import write_lines
 
 EVERY = 5  # every fifth line of the training log is kept
+OUTPUTS = "OUTPUTS"  # in place of the output_dir of the machine
 DIGITS = 6  # significant digits of its numbers
 
 
-def keep(record: Record, target: Path, shared: str) -> None:
-    """Write what is kept of a run to the folder `target`."""
+def keep(record: Record, target: Path, names: dict[str, str]) -> None:
+    """Write what is kept of a run to the folder `target`, with `names` in place of the folders of this machine."""
     target.mkdir(parents=True, exist_ok=True)
+    if f"output_dir={OUTPUTS}" in record.overrides:
+        for name in (FILE, "config.yaml", METRICS_FILE, examples.FILE):
+            if (record.folder / name).is_file():
+                shutil.copyfile(record.folder / name, target / name)
+        return
     (outputs,) = {word.partition("=")[2] for word in record.overrides if word.startswith("output_dir=")}
-    for name in (FILE, "config.yaml"):
-        text = (record.folder / name).read_text(encoding="utf-8")
-        (target / name).write_text(text.replace(shared, "SHARED").replace(outputs, "OUTPUTS"), encoding="utf-8")
+    for file in (FILE, "config.yaml"):
+        text = (record.folder / file).read_text(encoding="utf-8")
+        for folder, name in {**names, outputs: OUTPUTS}.items():
+            text = text.replace(folder, name)
+        (target / file).write_text(text, encoding="utf-8")
     write_lines(target / METRICS_FILE, thinned(read_metrics(record.folder)))
+    if record.score is not None and examples.has_examples(record):
+        statistics = examples.read_examples(record)[record.metric]
+        if not math.isclose(statistics.score_all(), record.score, rel_tol=1e-9):
+            raise ValueError(f"{record.folder}: the predictions have {statistics.score_all()}, not {record.score}")
+        examples.write_examples(statistics.rows, target)
 
 
 def thinned(lines: list[dict[str, object]]) -> list[dict[str, object]]:
@@ -50,13 +70,16 @@ def main() -> None:
     parser.add_argument("outputs", type=Path, help="the folder of the runs")
     parser.add_argument("target", type=Path, help="the folder to copy them to")
     parser.add_argument("--shared", required=True, help="the folder of data and backbones, as in the configs")
+    parser.add_argument("--backbones", help="the folder of the backbones, if it is another one")
     arguments = parser.parse_args()
+    folders = {"BACKBONES": arguments.backbones, "SHARED": arguments.shared}
+    names = {folder.rstrip("/"): name for name, folder in folders.items() if folder is not None}
     found, _ = load_records(arguments.outputs)
-    done = [record for record in found if record.status == "done"]
-    for record in done:
+    ended = [record for record in found if record.has_ended]
+    for record in ended:
         target = arguments.target / record.folder.relative_to(arguments.outputs)
-        keep(record, target, arguments.shared.rstrip("/"))
-    print(f"{len(done)} of {len(found)} runs are kept in {arguments.target}")
+        keep(record, target, names)
+    print(f"{len(ended)} of {len(found)} runs are kept in {arguments.target}")
 
 
 if __name__ == "__main__":

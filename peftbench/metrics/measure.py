@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from peftbench.config.own_parts import is_own
 from peftbench.metrics.classification import compute_accuracy, compute_f1, compute_macro_f1, compute_matthews
 from peftbench.metrics.regression import compute_correlations
@@ -69,3 +71,13 @@ def compute_statistics(
     if not len(predictions) == len(references) > 0:
         raise ValueError(f"{metric} of {len(predictions)} predictions and {len(references)} references is undefined.")
     return DEFINITIONS[metric](predictions, references, labels)
+
+
+def restore_statistics(metric: str, rows: np.ndarray, labels: Sequence[str] = ()) -> Statistics:
+    """Return the statistics of a score from their rows alone: how it follows from their sums is the same for all texts.
+
+    Args:
+        rows: (examples, k), as `compute_statistics` returned them.
+        labels: as there.
+    """
+    return Statistics(rows, compute_statistics(metric, ["0"], ["0"], labels)[metric].score)

@@ -15,10 +15,10 @@ from typing import Any
 from scipy.stats import ttest_ind
 
 from peftbench.config.budget import parse_budget
-from peftbench.config.own_parts import is_own
 from peftbench.config.schema import find_conf_dir, index_by_key
 from peftbench.records.record import Record
 from peftbench.tables.comparison import compare_rows
+from peftbench.tables.examples import has_examples
 from peftbench.tables.fields import FIELDS
 from peftbench.tables.row import Row, find_front, group_seeds, is_scored, split_tables
 from peftbench.utils.errors import UserError, describe_unknown
@@ -131,10 +131,8 @@ def _contrast(best: Row, others: Sequence[Row]) -> list[Contrast]:
 def _compute_p(best: Row, other: Row) -> tuple[float | None, str]:
     """Return p of a difference: by the predictions where both have them, else by the scores of the seeds."""
     several = len(best.scored) > 1 and len(other.scored) > 1
-    if all((record.folder / "predictions.jsonl").is_file() for row in (best, other) for record in row.scored):
-        metric = best.first.metric
-        if not is_own(metric):  # whose score has no part for each example
-            return compare_rows(best, other, 2000)[metric].p, "examples and seeds" if several else "examples"
+    if all(has_examples(record) for row in (best, other) for record in row.scored):
+        return compare_rows(best, other, 2000)[best.first.metric].p, "examples and seeds" if several else "examples"
     if not several:
         return None, ""
     scores = [[record.score for record in row.scored] for row in (best, other)]

@@ -10,10 +10,10 @@ from peftbench.config.identity import IGNORED, to_plain
 from peftbench.config.schema import Modification
 from peftbench.config.yaml_files import read_yaml
 from peftbench.metrics.bootstrap import Difference, bootstrap_pairs
-from peftbench.metrics.measure import compute_statistics
-from peftbench.metrics.statistics import Statistics
 from peftbench.records.record import Record
+from peftbench.records.run_files import name_predictions_file
 from peftbench.records.saved import read_saved_predictions
+from peftbench.tables.examples import read_examples
 from peftbench.tables.row import Row
 from peftbench.utils.differences import find_differing, flatten
 from peftbench.utils.errors import UserError, warn
@@ -21,16 +21,10 @@ from peftbench.utils.errors import UserError, warn
 
 def compare_rows(a: Row, b: Row, resamples: int) -> dict[str, Difference]:
     """Return the difference of each metric of the runs' report split."""
-    read = [[read_saved_predictions(record.folder, "report") for record in row.scored] for row in (a, b)]
-    asked = [_identify_examples(run) for side in read for run in side]
-    for other, record in zip(asked, [*a.scored, *b.scored], strict=True):
-        if other != asked[0]:
-            odd = sum(x != y for x, y in zip(asked[0], other, strict=False)) + abs(len(other) - len(asked[0]))
-            raise UserError(f"{record.folder} was not scored on the same examples: {odd} of {len(other)} differ.")
-    scored = [
-        [_score_examples(record, run) for record, run in zip(row.scored, side, strict=True)]
-        for row, side in zip((a, b), read, strict=True)
-    ]
+    _check_examples([*a.scored, *b.scored])
+    read = [[read_examples(record) for record in row.scored] for row in (a, b)]
+    names = [name for name in read[0][0] if all(name in run for side in read for run in side)]
+    scored = [[{name: run[name] for name in names} for run in side] for side in read]
     paired = [record.seed for record in a.scored] == [record.seed for record in b.scored]
     return bootstrap_pairs(*scored, paired_seeds=paired, resamples=resamples)
 
@@ -49,14 +43,22 @@ def find_differing_settings(a: Row, b: Row) -> dict[str, list[Any]]:
     return {key: [side.get(key) for side in own] for key in find_differing(own)}
 
 
+def _check_examples(records: Sequence[Record]) -> None:
+    """Raise UserError unless all records were scored on the same examples, by their predictions if they have them."""
+    told = [record for record in records if (record.folder / name_predictions_file("report")).is_file()]
+    asked = [_identify_examples(read_saved_predictions(record.folder, "report")) for record in told]
+    for other, record in zip(asked, told, strict=True):
+        if other != asked[0]:
+            odd = sum(x != y for x, y in zip(asked[0], other, strict=False)) + abs(len(other) - len(asked[0]))
+            raise UserError(f"{record.folder} was not scored on the same examples: {odd} of {len(other)} differ.")
+    for record in records if len(told) < len(records) else []:
+        if record.data.get("scored_on") != records[0].data.get("scored_on"):
+            raise UserError(f"{record.folder} was not scored on the same examples as {records[0].folder}.")
+
+
 def _identify_examples(predictions: Sequence[dict[str, Any]]) -> list[Any]:
     """Return the inputs of predictions, by which two runs on the same examples are recognised."""
     return [(one.get("id"), one["reference"]) for one in predictions]
-
-
-def _score_examples(record: Record, predictions: Sequence[dict[str, Any]]) -> dict[str, Statistics]:
-    ours, right = ([one[side] for one in predictions] for side in ("prediction", "reference"))
-    return compute_statistics(record.metric, ours, right, record.data.get("labels", ()))
 
 
 def read_settings(record: Record) -> dict[str, Any]:

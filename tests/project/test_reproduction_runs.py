@@ -1,0 +1,168 @@
+"""scripts/reproduction.sh: each step is one sweep, none of whose runs is refused; nothing is trained.
+
+scripts/keep_records.py: what it keeps of runs is compared as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from peftbench.cli.compare import main as compare
+from peftbench.config.compose import compose_points
+from peftbench.config.search import check_searches, list_settings
+from peftbench.records.record import find_record
+from peftbench.records.run_files import write_predictions
+from peftbench.tables.examples import FILE, read_examples, write_examples
+from peftbench.utils.errors import UserError
+from tests.cli.test_compare import trained
+from tests.project.test_reference_runs import shared
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+CELLS = {  # the points of the steps mam and saturation, and of all steps
+    "minilm-l6/sst2": (9, 62),
+    "minilm-l6/rte": (9, 62),
+    "minilm-l6/nli": (9, 62),
+    "mpnet-base/nli": (6, 43),
+    "bart-mini/webnlg": (9, 62),
+    "bart-mini/en_ro": (9, 62),
+    "smollm2-135m/xsum": (9, 61),
+}
+
+__all__ = ["shared"]
+
+
+def arguments(shared: Path, *words: str) -> list[str]:
+    """What the script gives to `python3 -m peftbench`."""
+    python = shared / "bin" / "python3"
+    python.parent.mkdir(exist_ok=True)
+    python.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    python.chmod(0o755)
+    for name in ("smollm2-135m", "mpnet-base"):
+        (shared / "backbones" / name).mkdir(exist_ok=True)
+    for file in ("sst2/train.tsv", "sst2/dev.tsv", "rte/train.tsv", "rte/dev.tsv"):
+        (shared / "data" / file).touch()
+    done = subprocess.run(
+        ["bash", SCRIPTS / "reproduction.sh", shared, shared / "backbones", "outputs", *words],
+        env={**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    module, name, command, option, *rest = json.loads(done.stdout.splitlines()[-1])
+    assert (module, name, command, option) == ("-m", "peftbench", "train", "-m")
+    return list(rest)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", ["minilm-l6/sst2", "mpnet-base/nli", "bart-mini/en_ro", "smollm2-135m/xsum"])
+def test_a_step_is_one_sweep(cell: str, shared: Path) -> None:
+    points = compose_points(arguments(shared, cell, "mam", "saturation"), multirun=True)
+    check_searches(points)
+    assert len(points) == 3 * CELLS[cell][0]
+    (steps,) = {run.trainer.max_steps for _, run in points}
+    assert steps
+    for _, run in points:
+        assert run.search is not None and len(list_settings(run, run.search)) == 5
+        assert run.task.selection_split != run.task.report_split
+        assert str(run.model.path).endswith(cell.partition("/")[0])
+
+
+def test_all_steps_have_a_point_once(shared: Path) -> None:
+    for cell, (_, number) in CELLS.items():
+        words = arguments(shared, cell)
+        budgets = [word.partition("=")[2] for word in words if word.startswith("budget=")]
+        rows = [word.partition("=")[2].split(",") for word in words if word.startswith("row=")]
+        found = [(budget, row) for budget, of in zip(budgets, rows, strict=True) for row in of]
+        assert len(found) == len(set(found)) == number
+
+
+@pytest.mark.parametrize(
+    ("words", "named"), [(["bart-mini/sst2"], "no cell bart-mini/sst2"), (["minilm-l6/sst2", "heds"], "no step heds")]
+)
+def test_what_is_not_there_is_refused(words: list[str], named: str, shared: Path) -> None:
+    done = subprocess.run(
+        ["bash", SCRIPTS / "reproduction.sh", shared, shared, "outputs", *words], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and named in done.stderr
+
+
+@pytest.fixture
+def keep_records(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return __import__("keep_records")
+
+
+def test_what_is_kept_is_compared_alike(
+    keep_records: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs, kept, again = (tmp_path / name for name in ("outputs", "kept", "again"))
+    for seed in (1, 2):
+        for method, right in (("mam", 80), ("lora", 60)):
+            folder = trained(outputs, right + seed, method=method, seed=seed)
+            record = find_record(folder)
+            assert record is not None
+            record.overrides = [f"output_dir={outputs}"]
+            record.save()
+
+    def keep(source: Path, target: Path) -> None:
+        monkeypatch.setattr(sys, "argv", ["keep_records.py", str(source), str(target), "--shared", "/nowhere"])
+        keep_records.main()
+
+    keep(outputs, kept)
+    keep(kept, again)  # nothing is lost of what was kept before
+    assert not list(kept.rglob("predictions*")) and len(list(kept.rglob(FILE))) == 4
+    capsys.readouterr()
+    told = []
+    for place in (outputs, kept, again):
+        assert compare(["method=mam", "method=lora", "--folder", str(place), "--resamples", "200", "--json"]) == 0
+        told.append(json.loads(capsys.readouterr().out)["metrics"])
+    assert told[0] == told[1] == told[2]
+    file = next(again.rglob(FILE))
+    assert file.stat().st_size < 400
+    write_examples(np.ones((99, 1)), file.parent)
+    with pytest.raises(UserError, match=r"examples\.npz cannot be read: it holds uint8 of the shape \(99, 1\)"):
+        compare(["method=mam", "method=lora", "--folder", str(again)])
+
+
+def test_predictions_that_are_not_those_of_the_score_are_not_kept(keep_records: ModuleType, tmp_path: Path) -> None:
+    folder = trained(tmp_path, 80)
+    record = find_record(folder)
+    assert record is not None
+    record.overrides = [f"output_dir={tmp_path}"]
+    write_predictions(folder, [{"prediction": "yes", "reference": "yes"}] * 100)
+    with pytest.raises(ValueError, match=r"the predictions have 100\.0, not 80\.0"):
+        keep_records.keep(record, tmp_path / "kept", {})
+
+
+@pytest.mark.parametrize(
+    ("metric", "pairs", "labels"),
+    [
+        ("bleu", [("a cat sat on a mat", ["the cat sat on a mat", "a cat sat"]), ("no", ["no dog"])], ()),
+        ("macro_f1", [("x", "x"), ("y", "x"), ("z", "z")], ("x", "y", "z")),
+        ("pearson", [("1.5", "2"), ("3", "2.5"), ("-4", "1")], ()),
+    ],
+)
+def test_a_score_of_rows_that_were_kept(
+    metric: str, pairs: list[tuple[str, str]], labels: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder = trained(tmp_path, 80)
+    record = find_record(folder)
+    assert record is not None
+    record.metric, record.data["labels"] = metric, list(labels)
+    record.scores["report"].examples = len(pairs)
+    write_predictions(folder, [{"prediction": ours, "reference": right} for ours, right in pairs])
+    before = read_examples(record)[metric]
+    write_examples(before.rows, folder)
+    (folder / "predictions.jsonl").unlink()
+    (after,) = read_examples(record).values()
+    assert np.array_equal(after.rows, before.rows)
+    draws = np.stack([before.rows.sum(axis=0), 2 * before.rows[0] + before.rows[1:].sum(axis=0)])
+    assert np.array_equal(after.score(draws, len(pairs)), before.score(draws, len(pairs)))
