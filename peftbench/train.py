@@ -467,6 +467,8 @@ def _record_fit(record: Record, fitted: Fitted) -> None:
     record.steps, record.tokens_per_s = fitted.steps, fitted.tokens_per_s
     record.step_s, record.tflops = fitted.step_s, fitted.tflops
     record.micro_batch, record.fast_paths = fitted.micro_batch, fitted.fast_paths
+    if fitted.replay_failure is not None:
+        record.notes = [*record.notes, f"Steps were not replayed as CUDA graphs to the end: {fitted.replay_failure}"]
 
 
 @contextmanager

@@ -38,6 +38,8 @@ class Measured:
     peak_bytes: int  # of this process's GPU; 0 on a CPU
     built_bytes: int  # when the model was there, before the first step
     losses: list[float]
+    fast_paths: list[str]
+    replay_failure: str | None  # why steps were not replayed as CUDA graphs
 
 
 def measure(rank: int, port: int, number: int, args: argparse.Namespace, pipe: Any) -> None:
@@ -106,7 +108,17 @@ def measure(rank: int, port: int, number: int, args: argparse.Namespace, pipe: A
         tokens = shape.batch * lengths.mean
         counted = fitted.step_seconds[args.warm_up :]
         peak = torch.cuda.max_memory_allocated() if cuda else 0
-        pipe.send(Measured(tokens * len(counted) / sum(counted), step_s, peak, built, losses))
+        pipe.send(
+            Measured(
+                tokens * len(counted) / sum(counted),
+                step_s,
+                peak,
+                built,
+                losses,
+                fitted.fast_paths,
+                fitted.replay_failure,
+            )
+        )
     if number > 1:
         destroy_process_group()
 
@@ -184,6 +196,7 @@ def main() -> None:
             f"{1000 * here.step_s:>10.1f}{built / 2**30:>11.2f}{peak / 2**30:>10.2f}{here.losses[-1]:>11.4f}",
             flush=True,
         )
+        print(f"         {', '.join(here.fast_paths)} {here.replay_failure or ''}", flush=True)
     if args.out:
         measured = {number: [asdict(each) for each in ranks] for number, ranks in found.items()}
         args.out.write_text(json.dumps({**vars(args), "date": time.strftime("%F"), "found": measured}, default=str))

@@ -40,7 +40,10 @@ class KeepBest(TrainerCallback):
         value = metrics[f"eval_{self.metric}"] * (-1 if self.metric == LOSS else 1)
         if math.isfinite(value) and (self.best is None or value > self.best):
             self.best = value
-            self.tensors = {name: tensor.cpu().clone() for name, tensor in list_needed(kwargs["model"]).items()}
+            # A copy with its autograd graph would keep the parameters' nodes of this look's stream: no step of a new
+            # shape could be recorded as a CUDA graph any more.
+            kept = list_needed(kwargs["model"])
+            self.tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in kept.items()}
             self.since = 0
             return
         self.since += 1

@@ -112,6 +112,7 @@ class Fitted:
     micro_batch: dict[str, Any]  # into how many parts a batch was split, and where memory ran out
     fast_paths: list[str]  # keys of those taken
     replay_bytes: int  # GPU memory of a step that CUDA graphs replay, which is not counted as allocated
+    replay_failure: str | None  # why steps were no longer recorded as CUDA graphs
     diverged: Divergence | None = None  # where the training was stopped because it diverged
     stopped_early: bool = False  # by `trainer.early_stopping`
 
@@ -170,6 +171,7 @@ def fit_model(
         micro_batch=trainer.micro.notes,
         fast_paths=trainer.paths_taken,
         replay_bytes=replay_bytes,
+        replay_failure=trainer.replay_failure,
         diverged=trainer.diverging.found,
         stopped_early=trainer.keeper is not None and trainer.keeper.stopped,
     )

@@ -60,6 +60,7 @@ class Replayed:
     """
 
     recorder: Recorder | None
+    failure: str | None = None  # why no step is recorded any more
 
     def __init__(
         self,
@@ -103,10 +104,10 @@ class Replayed:
         kept = {name: tensor.clone() for name, tensor in batch.items()}
         try:
             self.recorded[key] = (kept, *self.recorder.record(lambda: self.step(dict(kept))))
-        except (UserError, torch.OutOfMemoryError):
+        except (UserError, torch.OutOfMemoryError) as error:
             if self.required:
                 raise
-            self.recorder = None
+            self.recorder, self.failure = None, str(error).splitlines()[0]
             self.recorded.clear()
             return False
         return True

@@ -95,6 +95,11 @@ class FineTuner(MicroBatched, Resumable):
         return [*self.paths.taken, *(["graphs"] if replays else [])]
 
     @property
+    def replay_failure(self) -> str | None:
+        """Return why steps were no longer recorded as CUDA graphs; None: they were, or it was not asked for."""
+        return None if self.replayed is None else self.replayed.failure
+
+    @property
     def replay_bytes(self) -> int:
         """Return the GPU memory of a replayed step: what is allocated between steps and what its graphs hold.
 

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import TrainerCallback
 
-from peftbench.config.schema import Compile, Device
+from peftbench.config.schema import Compile, Device, Keep
 from peftbench.modification.packed_attention import Packing
 from peftbench.training import replay
 from peftbench.training.padding_free import PaddingFree, choose_row_step
@@ -158,6 +160,7 @@ def test_what_cannot_be_recorded_is_computed_where_that_is_wanted(error: Excepti
     replayed = Replayed(step, module.parameters(), Failing(), required=False)
     losses = [replayed(batch) for _ in range(3)]
     assert replayed.recorder is None and torch.equal(losses[0], losses[2])
+    assert replayed.failure is not None and "waits" in replayed.failure
     found = [p.grad.clone() for p in module.parameters() if p.grad is not None]
     module.zero_grad()
     for _ in range(3):
@@ -165,6 +168,32 @@ def test_what_cannot_be_recorded_is_computed_where_that_is_wanted(error: Excepti
     assert all(
         torch.equal(mine, p.grad) for mine, p in zip(found, module.parameters(), strict=True) if p.grad is not None
     )
+
+
+def test_the_kept_state_does_not_keep_the_graph_of_the_parameters(tmp_path: Path) -> None:
+    """A node of theirs that a look leaves alive has the stream of that look, in which no later step can be recorded."""
+    nodes: list[bool] = []
+
+    class Marking(TrainerCallback):
+        def on_step_begin(self, *args: Any, model: Any, **kwargs: Any) -> None:
+            for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+                marks = get_gradient_edge(parameter).node.metadata
+                nodes.append("seen" in marks)  # at an earlier step
+                marks["seen"] = True
+
+    settings = one_step(max_steps=4, keep=Keep.best, evaluate_every=1, batch_size=4, graphs=True)
+    scores = iter(range(9))
+    fitted(
+        model_of("roberta", "lora"),
+        Targets("roberta"),
+        settings,
+        tmp_path,
+        evaluate=lambda: {"accuracy": float(next(scores))},
+        metric="accuracy",
+        callbacks=[Marking()],
+        recorder=Recorder(),
+    )
+    assert nodes and not any(nodes)
 
 
 def test_what_was_released_is_recorded_anew() -> None:
