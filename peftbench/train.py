@@ -265,7 +265,7 @@ def _prepare(run: Run, record: Record, display: Display, team: Team) -> _Prepare
         data = prepare_data(loaded, backbone.tokenizer, backbone.model)
     record_data(record, data, backbone)
     if run.trainer.class_weights is not None:
-        weights = scale_class_weights(run.trainer.class_weights, data.train["labels"][:], data.task.labels)
+        weights = scale_class_weights(run.trainer.class_weights, data.label_codes(), data.task.labels)
         record.data["notes"].append(describe_class_weights(weights, data.task.labels))
     for note in record.data["notes"]:
         display.say(note)

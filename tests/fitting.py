@@ -32,6 +32,10 @@ class Rows:
         self.rows, self.lengths = rows, list(lengths)
         self.train = self.selection = Dataset.from_dict({name: column.tolist() for name, column in rows.items()})
 
+    def label_codes(self) -> list[int]:
+        codes: list[int] = self.rows["labels"].tolist()
+        return codes
+
     def collator(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         return {name: torch.tensor([example[name] for example in examples]) for name in examples[0]}
 

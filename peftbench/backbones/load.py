@@ -25,6 +25,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -37,7 +38,7 @@ from peftbench.backbones.hub import explain_missing_hub
 from peftbench.backbones.quantisation import find_format, make_quantisation, require_package, settle_quantised
 from peftbench.backbones.sites import find_family
 from peftbench.backbones.special_tokens import settle
-from peftbench.config.schema import DType, Model, Quantization, Task, TaskKind
+from peftbench.config.schema import WITH_LABELS, DType, Model, Quantization, Task, TaskKind
 from peftbench.utils.errors import UserError, suggest
 from peftbench.utils.files import read_json
 
@@ -382,22 +383,8 @@ def _choose_auto_class(model: Model, task: Task, config: PretrainedConfig) -> An
         UserError: the architecture has no family, or cannot do the task.
     """
     find_family(config.model_type)
-    if task.kind is not TaskKind.text_to_text and type(config) not in AutoModelForSequenceClassification._model_mapping:
-        raise UserError(
-            f"task={task.name} needs a classifier and transformers has none on model={model.name} "
-            f"({config.model_type}): take a task that writes text, or another backbone."
-        )
-    if task.kind is TaskKind.classification:
-        if task.labels:  # empty if a budget is solved, before data is read; it does not depend on the size of the head
-            config.num_labels = len(task.labels)
-            config.id2label = dict(enumerate(task.labels))
-            config.label2id = {label: code for code, label in enumerate(task.labels)}
-        config.problem_type = "single_label_classification"  # whatever the folder's own head was for
-        return AutoModelForSequenceClassification
-    if task.kind is TaskKind.regression:
-        config.num_labels = 1
-        config.problem_type = "regression"
-        return AutoModelForSequenceClassification
+    if task.kind is not TaskKind.text_to_text:
+        return _choose_head(model, task, config)
     if config.is_encoder_decoder:
         return AutoModelForSeq2SeqLM
     if set(find_family(config.model_type).stacks) == {"decoder"}:
@@ -406,6 +393,36 @@ def _choose_auto_class(model: Model, task: Task, config: PretrainedConfig) -> An
         f"task={task.name} writes text and model={model.name} is an encoder alone ({config.model_type}): take one with "
         "a decoder such as model=bart_large or model=mini."
     )
+
+
+HEADS = {
+    TaskKind.classification: (AutoModelForSequenceClassification, "a classifier"),
+    TaskKind.regression: (AutoModelForSequenceClassification, "a classifier"),
+    TaskKind.token_classification: (AutoModelForTokenClassification, "a classifier of tokens"),
+}
+
+
+def _choose_head(model: Model, task: Task, config: PretrainedConfig) -> Any:
+    """Return transformers' Auto class for a task with a head of its own; set the head's size and labels in `config`."""
+    auto, name = HEADS[task.kind]
+    # T5's classifier of tokens is its encoder alone
+    lacks = task.kind is TaskKind.token_classification and config.is_encoder_decoder
+    if lacks or type(config) not in auto._model_mapping:
+        others = "an encoder such as model=roberta_base" if lacks else "a task that writes text, or another backbone"
+        raise UserError(
+            f"task={task.name} needs {name} and transformers has none on model={model.name} ({config.model_type}): "
+            f"take {others}."
+        )
+    if task.kind in WITH_LABELS:
+        if task.labels:  # empty if a budget is solved, before data is read; it does not depend on the size of the head
+            config.num_labels = len(task.labels)
+            config.id2label = dict(enumerate(task.labels))
+            config.label2id = {label: code for code, label in enumerate(task.labels)}
+        config.problem_type = "single_label_classification"  # whatever the folder's own head was for
+    else:
+        config.num_labels = 1
+        config.problem_type = "regression"
+    return auto
 
 
 def _find_source(model: Model) -> tuple[str, dict[str, Any]]:

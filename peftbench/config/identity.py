@@ -62,6 +62,7 @@ LATER = (
     "task.messages_column",
     "task.tools_column",
     "task.max_length",
+    "task.stride",
     "task.column_names",
     "task.delimiter",
 )

@@ -85,7 +85,8 @@ FFNInput = Enum("FFNInput", ["normed", "residual"])
 Init = Enum("Init", ["bert", "lora"])
 LayerNormPlace = Enum("LayerNormPlace", ["none", "input", "output"])
 Unfreeze = Enum("Unfreeze", ["none", "bias", "norm", "all"])
-TaskKind = Enum("TaskKind", ["classification", "regression", "text_to_text"])
+TaskKind = Enum("TaskKind", ["classification", "regression", "token_classification", "text_to_text"])
+WITH_LABELS = (TaskKind.classification, TaskKind.token_classification)  # kinds of tasks that predict `Task.labels`
 DType = Enum("DType", ["auto", "float32", "bfloat16"])
 Quantization = Enum("Quantization", ["none", "nf4", "int8"])
 Precision = Enum("Precision", ["auto", "fp32", "bf16", "fp16"])
@@ -311,7 +312,8 @@ class Task:
     name: str = key(MISSING, "Name of the task, in tables and run folders.")
     kind: TaskKind = key(
         MISSING,
-        "What is predicted. classification: a label; regression: a number; text_to_text: a generated text.",
+        "What is predicted. classification: a label; regression: a number; token_classification: a label for each "
+        "word; text_to_text: a generated text.",
     )
     sizes: str = key(MISSING, "The column of conf/sizes.yaml for the task's backbone in the paper.")
     hub_id: str | None = key(None, "Dataset on the Hugging Face hub, such as EdinburghNLP/xsum. null: none.")
@@ -354,8 +356,16 @@ class Task:
     delimiter: str | None = key(
         None, "What separates the columns of .csv and .tsv files. null: a comma in .csv, a tab (\\t) in .tsv."
     )
-    text_columns: list[str] = key([], "Classification and regression: the column of the text, or the two of a pair.")
-    label_column: str = key("label", "Classification and regression: the column of the label or number.")
+    text_columns: list[str] = key(
+        [],
+        "Classification and regression: the column of the text, or the two of a pair. Token classification: the column "
+        "of the words, a list or a text with white space between them.",
+    )
+    label_column: str = key(
+        "label",
+        "Classification and regression: the column of the label or number. Token classification: that of the words' "
+        "labels.",
+    )
     labels: list[str] = key(
         [],
         "Names of the labels in the order of their codes. []: the labels of the training split; a number in the data "
@@ -399,6 +409,11 @@ class Task:
     max_source_length: int = key(
         512, "Maximum number of tokens of an input, including prompt and special tokens; the rest is cut off."
     )
+    stride: int = key(
+        128,
+        "Token classification: an input of more than task.max_source_length tokens is read in windows, of which "
+        "neighbours share this many tokens, or half a window if that is less.",
+    )
     max_target_length: int = key(128, "Maximum number of tokens of a target in training; the rest is cut off.")
     max_length: int = key(
         1024,
@@ -408,7 +423,8 @@ class Task:
     metric: str = key(
         MISSING,
         "The main score, by which runs are ranked. Classification: accuracy, f1 (of the second of two labels), "
-        "macro_f1, matthews; regression: pearson, spearman; text to text: rouge1, rouge2, rougeL, rougeLsum, bleu, "
+        "macro_f1, matthews; regression: pearson, spearman; token classification: entity_f1, entity_precision, "
+        "entity_recall, token_accuracy; text to text: rouge1, rouge2, rougeL, rougeLsum, bleu, "
         "chrf, bleu_ro (without diacritics, as in the paper), exact_match. Or "
         "an evaluate.Metric of your own by its dotted name, such as mypkg.Brevity, or by its name in the entry points "
         "peftbench.metrics of an installed package; its first score counts, higher is better.",
@@ -421,8 +437,8 @@ class Task:
     generation: Generation = field(default_factory=Generation)
     baselines: list[str] = key(
         [],
-        "Scores shown next to the run's. majority: the most frequent label for every example; head: the task head "
-        "trained alone; lead1: the source's first sentence; copy: the source itself; []: none.",
+        "Scores shown next to the run's. majority: the most frequent label for every example, or word; head: the task "
+        "head trained alone; lead1: the source's first sentence; copy: the source itself; []: none.",
     )
     paper: dict[str, Any] = key({}, "The paper's training settings, which trainer=paper uses.")
     quick: dict[str, Any] = key({}, "Settings such as keep and evaluate_every, which trainer=quick uses.")

@@ -7,6 +7,7 @@ table in config/axes.py.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ from peftbench.config.schema import (
     LOSS,
     OPTIMIZERS,
     TRACKERS,
+    WITH_LABELS,
     Batching,
     Compile,
     Device,
@@ -51,12 +53,14 @@ from peftbench.utils.text import strip_controls
 METRIC_NAMES = {
     TaskKind.classification: ("accuracy", "f1", "macro_f1", "matthews"),
     TaskKind.regression: ("pearson", "spearman"),
+    TaskKind.token_classification: ("entity_f1", "entity_precision", "entity_recall", "token_accuracy"),
     TaskKind.text_to_text: ("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "chrf", "bleu_ro", "exact_match"),
 }
 
 BASELINES = {
     TaskKind.classification: ("majority", "head"),
     TaskKind.regression: ("head",),
+    TaskKind.token_classification: ("majority", "head"),
     TaskKind.text_to_text: ("lead1", "copy"),
 }
 
@@ -87,6 +91,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
             "task.max_source_length",
             "task.max_target_length",
             "task.max_length",
+            "task.stride",
             "task.generation.num_beams",
             "task.generation.max_length",
         ),
@@ -232,7 +237,7 @@ def _find_source_faults(task: Task, reads_data: bool) -> Iterator[str]:
             f"task={task.name} has no data; give task.train_file=FILE (.csv, .tsv, .jsonl, .json or .parquet), with "
             "task.validation_file and task.test_file if you have them, or task.data_dir=FOLDER with all of them."
         )
-    elif task.kind is TaskKind.classification and not task.labels:
+    elif task.kind in WITH_LABELS and not task.labels:
         yield (
             f"task={task.name} has no labels, and their number is the size of the task head; give task.labels=[A,B], "
             "or task.train_file=FILE or task.data_dir=FOLDER, from which they are read."
@@ -246,7 +251,9 @@ def _find_data_faults(task: Task) -> Iterator[str]:
             f"task.test_file={task.test_file}: task={task.name} selects and reports on its {task.report_split} split; "
             "give only task.validation_file, or set task.report_split=test."
         )
-    if task.kind is not TaskKind.text_to_text and len(task.text_columns) not in (1, 2):
+    if task.kind is TaskKind.token_classification and len(task.text_columns) != 1:
+        yield f"task.text_columns=[{','.join(task.text_columns)}] must name one column, that of the words."
+    elif task.kind is not TaskKind.text_to_text and len(task.text_columns) not in (1, 2):
         yield f"task.text_columns=[{','.join(task.text_columns)}] must name one column, or two for a pair."
     if len(set(task.column_names)) < len(task.column_names):
         yield f"task.column_names=[{','.join(task.column_names)}] names a column twice."
@@ -257,7 +264,7 @@ def _find_data_faults(task: Task) -> Iterator[str]:
     yield from _find_chat_faults(task)
     if len(set(task.labels)) < len(task.labels):
         yield f"task.labels=[{','.join(task.labels)}] names a label twice."
-    elif len(task.labels) == 1 and task.kind is TaskKind.classification:
+    elif len(task.labels) == 1 and task.kind in WITH_LABELS:
         yield f"task.labels=[{task.labels[0]}] names one label; two or more are needed."
     yield from find_label_faults("task.metric", task.metric, task.labels)
 
@@ -281,10 +288,19 @@ def _find_chat_faults(task: Task) -> Iterator[str]:
         yield f"task.tools_column={task.tools_column} is for conversations; name their column by task.messages_column."
 
 
+_MARK = re.compile(r"O|[BIES]-.*")  # the label of a word outside or inside an entity: IOB1, IOB2 or IOBES
+
+
 def find_label_faults(key: str, metric: str, labels: Sequence[str]) -> Iterator[str]:
     """Yield a fault if a metric, typed as `key`, does not fit the labels, which may be known only from the data."""
     if metric == "f1" and len(labels) > 2:
         yield f"{key}=f1 is the F1 of the second of two labels; with more labels use macro_f1."
+    if metric.startswith("entity_") and (odd := [label for label in labels if not _MARK.fullmatch(label)]):
+        yield (
+            f"{key}={metric} counts entities, whose words have labels such as B-PER and I-PER, and the label "
+            f"{odd[0]} is none of them, nor O; use token_accuracy, or name labels that are codes by task.labels, in "
+            "the order of the codes."
+        )
 
 
 def _find_number_faults(run: Run) -> Iterator[str]:
@@ -415,7 +431,7 @@ def _find_trainer_faults(run: Run) -> Iterator[str]:
 
 def _find_class_weight_faults(weights: Any, task: Task) -> Iterator[str]:
     typed = f"[{','.join(map(str, weights))}]" if isinstance(weights, list) else weights
-    if task.kind is not TaskKind.classification:
+    if task.kind not in WITH_LABELS:
         yield f"trainer.class_weights={typed} is for tasks with labels; leave it out of task={task.name}."
     elif weights != "balanced" and not (isinstance(weights, list) and all(map(_is_weight, weights))):
         yield f"trainer.class_weights={typed}: it must be balanced, or a list of numbers above 0, one for each label."

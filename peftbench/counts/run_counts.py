@@ -14,11 +14,11 @@ from peftbench.backbones.load import build_meta_backbone
 from peftbench.backbones.sites import Sites, find_sites
 from peftbench.config.fidelity import Deviation
 from peftbench.config.schema import (
+    WITH_LABELS,
     Modification,
     Representation,
     Run,
     Task,
-    TaskKind,
     Unfreeze,
     list_modifications,
     name_module,
@@ -112,7 +112,7 @@ def count_built(built: Built) -> RunCounts:
 
 def _read_labels(task: Task) -> Task:
     """Return the task with the labels of its training file if it names none: they give the size of the task head."""
-    if task.labels or task.kind is not TaskKind.classification:
+    if task.labels or task.kind not in WITH_LABELS:
         return task
     from peftbench.tasks.load import read_label_names  # imports datasets, which nothing else here needs
 

@@ -79,7 +79,7 @@ class Evaluator:
         self, role: str, on_batch: Callable[[int], None] = lambda examples: None, partial: Partial | None = None
     ) -> tuple[dict[str, float], list[str]]:
         """Return the metrics on a role of the data, and each example's prediction as text."""
-        decoded = self.data.decode(self.predict(role, on_batch, partial))
+        decoded = self.data.decode(self.predict(role, on_batch, partial), role)
         return self.team.decide(lambda: self.data.score(decoded, getattr(self.data, f"{role}_rows"))), decoded
 
     def predict(
@@ -94,6 +94,7 @@ class Evaluator:
                 self.data.collator,
                 self.batch_size,
                 max_tokens=self.max_tokens,
+                read=self.data.read_outputs,
                 generation=self.generation,
                 autocast_dtype=self.autocast_dtype,
                 partial=partial,

@@ -202,7 +202,7 @@ def evaluate_run(folder: Path, run: Run, console: Console, predictions: Path | N
         kept = None if predictions is None else predictions.with_name(f"{predictions.name}.partial")
         partial = None if kept is None else evaluator.partial(kept, folder / "adapter")
         for role, split in data.splits.items():
-            with display.stage(f"evaluate {split['split']}", split["examples"]) as stage:
+            with display.stage(f"evaluate {split['split']}", len(getattr(data, role))) as stage:
                 metrics, decoded = evaluator.score(role, stage.advance, partial if role == "report" else None)
             found.append({"of": None, "role": role, **split, "metrics": metrics, "signatures": data.signatures})
             if role in evaluator.cut_off:

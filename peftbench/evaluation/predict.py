@@ -1,4 +1,4 @@
-"""Predict for a whole data set: logits for classification, generated ids for text; and compute the loss on it.
+"""Predict for a whole data set: what a task reads of a model's outputs, generated ids for text; and compute the loss.
 
 Examples are batched by length, so that there is little padding, and are returned in their original order.
 """
@@ -37,18 +37,21 @@ def predict(
     batch_size: int,
     *,
     max_tokens: int | None = None,
+    read: Callable[[Any, dict[str, Tensor]], Tensor] = lambda outputs, batch: outputs.logits.float(),
     generation: GenerationConfig | None = None,
     autocast_dtype: torch.dtype | None = None,
     partial: Partial | None = None,
     on_batch: Callable[[int], None] = lambda examples: None,
     team: Team = ALONE,
 ) -> np.ndarray:
-    """Return (examples, labels) logits, or with `generation` (examples, longest) ids, padded with `NO_TOKEN`.
+    """Return what `read` returns for each example, or with `generation` ids; (examples, ..., longest), padded with
+    `NO_TOKEN`.
 
     Args:
         batch_size: the maximum number of examples in a batch; it is halved when memory runs out.
         max_tokens: the maximum number of tokens of its inputs, padding included; None: any number.
-        generation: how to generate; None: the model's logits.
+        read: what of a model's outputs for a batch is returned; by default the logits.
+        generation: how to generate; None: one forward pass.
         autocast_dtype: of the autocast to run under; None: without.
         partial: the rows that an earlier attempt has predicted, which are not predicted again; each batch is added.
         on_batch: is called with the number of examples of each batch.
@@ -73,8 +76,7 @@ def predict(
 
         def outputs(batch: dict[str, Tensor]) -> Tensor:
             if generation is None:
-                logits: Tensor = model(**batch).logits.float()
-                return logits
+                return read(model(**batch), batch)
             return _generate(model, batch, generation, new_cache)
 
         waiting = list(_split_batches(order, lengths, batch_size, max_tokens))
@@ -98,10 +100,14 @@ def predict(
             if too_large := [chosen for chosen, these in found if these is None]:
                 make_room()
                 waiting = [half for each in (*too_large, *waiting) for half in _halve(each)]
-    width = max((len(row) for row in rows), default=0)
-    if generation is None:
-        return np.stack(rows)
-    return np.stack([np.pad(row, (0, width - len(row)), constant_values=NO_TOKEN) for row in rows])
+    width = max((row.shape[-1] for row in rows), default=0)
+    return np.stack([_widen(row, width) for row in rows])
+
+
+def _widen(row: np.ndarray, width: int) -> np.ndarray:
+    """Return (..., width): the row with `NO_TOKEN` added at the end."""
+    missing = [(0, 0)] * (row.ndim - 1) + [(0, width - row.shape[-1])]
+    return np.pad(row, missing, constant_values=NO_TOKEN) if row.shape[-1] < width else row
 
 
 def _split_batches(

@@ -12,7 +12,7 @@ from peftbench.backbones.chat_template import list_ends
 from peftbench.backbones.load import Backbone
 from peftbench.backbones.quantisation import find_format, is_quantised
 from peftbench.backbones.sites import find_sites
-from peftbench.config.schema import LOSS, Keep, Quantization, Run, TaskKind, list_modifications
+from peftbench.config.schema import LOSS, WITH_LABELS, Keep, Quantization, Run, list_modifications
 from peftbench.counts.shares import size_notes
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.metrics.statistics import References
@@ -57,7 +57,7 @@ def record_data(record: Record, data: TaskData, backbone: Backbone) -> None:
         record.data["unknown_tokens"] = data.unknown
     if reading := data.reading():
         record.data["reading"] = reading
-    if data.task.kind is TaskKind.classification:
+    if data.task.kind in WITH_LABELS:
         record.data["labels"] = data.task.labels
     if data.task.packages is not None:
         record.data["packages"] = read_versions(data.task.packages)
@@ -78,7 +78,7 @@ def record_scores(
         partial = None
         if team.leads:
             partial = evaluator.partial(record.folder / CHECKPOINTS / f"{role}.partial", record.folder / "adapter")
-        with display.stage(f"evaluate {split['split']}", split["examples"]) as stage:
+        with display.stage(f"evaluate {split['split']}", len(getattr(data, role))) as stage:
             metrics, decoded = evaluator.score(role, stage.advance, partial)
         record.scores[role] = Score(**split, metrics=metrics)
         record.cut_off = dict(evaluator.cut_off)

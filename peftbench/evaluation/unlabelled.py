@@ -30,8 +30,8 @@ class Prediction:
 
     Args:
         name: "index", the number of the input from 0, and its "id" if the rows have one.
-        value: a label, a text or, for a regression, a number.
-        probabilities: of the labels, in the order of their codes; None for texts and numbers.
+        value: a label, the labels of all words, a text or, for a regression, a number.
+        probabilities: of the labels, in the order of their codes; None unless there is one label.
     """
 
     name: dict[str, Any]
@@ -81,7 +81,7 @@ def predict_inputs(
         for note in (*backbone.notes, *data.notes):
             display.say(note)
         store = None if kept is None else evaluator.store(kept, folder / "adapter")
-        with display.stage("predict", loaded.sizes["input"]) as stage:
+        with display.stage("predict", len(data.report)) as stage:
             predicted = evaluator.predict("report", stage.advance, store)
     return _collect(data, run, predicted)
 
@@ -104,7 +104,7 @@ def _collect(data: TaskData, run: Run, predicted: np.ndarray) -> list[Prediction
     names, decoded = data.name_rows(data.report_rows), data.decode(predicted)
     if run.task.kind is TaskKind.regression:
         return [Prediction(name, float(number)) for name, number in zip(names, decoded, strict=True)]
-    if run.task.kind is TaskKind.text_to_text:
+    if run.task.kind is not TaskKind.classification:
         return [Prediction(name, text) for name, text in zip(names, decoded, strict=True)]
     shares = softmax(predicted.astype(np.float64), axis=1)
     found = [dict(zip(data.task.labels, map(float, row), strict=True)) for row in shares]

@@ -9,13 +9,14 @@ import yaml
 
 import peftbench
 from peftbench.config.roles import is_reported
-from peftbench.config.schema import Run, TaskKind
+from peftbench.config.schema import WITH_LABELS, Run
 from peftbench.exchange.peft_form import PeftAdapter, describe_targets
 from peftbench.records.record import Axes, Record
 from peftbench.utils.files import replace_file
 
 CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "CAUSAL_LM": "AutoModelForCausalLM",
 }
@@ -107,7 +108,7 @@ def _show_settings(run: Run, record: Record) -> Iterator[str]:
 
 def _show_loading(run: Run, adapter: PeftAdapter, base: str | None) -> Iterator[str]:
     auto = CLASSES[adapter.config["task_type"]]
-    labels = run.task.labels if run.task.kind is TaskKind.classification else []
+    labels = run.task.labels if run.task.kind in WITH_LABELS else []
     more = f", num_labels={len(labels)}" if labels else ", num_labels=1" if auto == CLASSES["SEQ_CLS"] else ""
     yield "```python"
     yield "import torch"

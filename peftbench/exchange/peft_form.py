@@ -216,9 +216,16 @@ def _list_edited(model: PreTrainedModel) -> list[_Edited]:
     return found
 
 
+TASK_TYPES = {
+    TaskKind.classification: "SEQ_CLS",
+    TaskKind.regression: "SEQ_CLS",
+    TaskKind.token_classification: "TOKEN_CLS",
+}
+
+
 def _name_task(run: Run, model: PreTrainedModel) -> str:
     if run.task.kind is not TaskKind.text_to_text:
-        return "SEQ_CLS"
+        return TASK_TYPES[run.task.kind]
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from peftbench.config.own_parts import is_own
 from peftbench.metrics.classification import compute_accuracy, compute_f1, compute_macro_f1, compute_matthews
+from peftbench.metrics.entities import ENTITY_SCORES, compute_entities
 from peftbench.metrics.regression import compute_correlations
 from peftbench.metrics.statistics import Definition, References, Statistics
 from peftbench.metrics.text import ROUGE_TYPES, compute_bleu, compute_exact_match, compute_romanian_bleu, compute_rouge
@@ -22,6 +23,7 @@ DEFINITIONS: dict[str, Definition] = {
     "matthews": compute_matthews,
     "pearson": compute_correlations,
     "spearman": compute_correlations,
+    **dict.fromkeys(ENTITY_SCORES, compute_entities),
     **dict.fromkeys(ROUGE_TYPES, compute_rouge),
     "bleu": compute_bleu,
     "chrf": compute_bleu,

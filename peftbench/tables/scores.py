@@ -20,12 +20,13 @@ def show_scores(found: Sequence[dict[str, Any]], record: Record, console: Consol
     for entry in found:
         size = f"{entry['examples']:,}" + (f" of {entry['of']:,}" if entry["of"] else "")
         console.print(f"{entry['split']}, {size} examples", highlight=False)
+        width = max(12, *map(len, entry["metrics"]))
         recorded = _find_recorded(record, entry["split"], entry["examples"])
         for name, value in entry["metrics"].items():
             known = recorded.get(name)
             beside = "" if known is None else "as in the record" if known == value else f"record: {known!r}"
             notes = "  ".join(filter(None, (beside, entry["signatures"].get(name))))
-            console.print(f"  {name:<12} {value!r:<20} {notes}".rstrip(), highlight=False, soft_wrap=True)
+            console.print(f"  {name:<{width}} {value!r:<20} {notes}".rstrip(), highlight=False, soft_wrap=True)
         if sentence := describe_cut_off(entry["split"], entry.get("cut_off")):
             console.print(f"  {sentence}", highlight=False, soft_wrap=True)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import numpy as np
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftbench.metrics.measure import Measured, measure
@@ -76,11 +77,12 @@ class TaskData(ABC):
                 wanted = take_head(rows, limit) if training else rows  # a row may make several training examples
                 tokens[split, training] = self._tokenise(wanted, training, prints[split])
             setattr(self, f"{role}_rows", take_head(rows, limit))
-            encoded = tokens[split, True] if training else take_head(tokens[split, False], limit)
+            encoded = tokens[split, True] if training else self.take_examples(tokens[split, False], limit)
             marks = {what: mark for what, mark in CUT.items() if mark in encoded.column_names}
             self.cut[role] = {what: float(np.mean(encoded[mark][:])) for what, mark in marks.items()}
             setattr(self, role, encoded.remove_columns(list(marks.values())))
-            self.splits[role] = {"split": split, "examples": len(getattr(self, role))}
+            examples = getattr(self, role if training else f"{role}_rows")
+            self.splits[role] = {"split": split, "examples": len(examples)}
             if len(getattr(self, f"{role}_rows")) < loaded.sizes[split]:
                 self.splits[role]["of"] = loaded.sizes[split]
 
@@ -117,17 +119,31 @@ class TaskData(ABC):
     def encode(self, rows: dict[str, list[Any]], training: bool) -> dict[str, list[Any]]:
         """Return the columns that `collator` takes, including the labels, for a batch of rows given as columns.
 
-        There is one example for each row; in training there may be more.
+        There is one example for each row; in training, and for `take_examples` of a subclass, there may be more.
         """
+
+    def take_examples(self, encoded: Dataset, rows: int | None) -> Dataset:
+        """Return the examples of the first `rows` rows, of those that `encode` made without `training`; None: all."""
+        return take_head(encoded, rows)
+
+    def read_outputs(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+        """Return what `decode` needs of a model's outputs for a batch, (B, ...): its logits in float32."""
+        logits: Tensor = outputs.logits.float()
+        return logits
 
     @cached_property
     def lengths(self) -> list[int]:
         """The length in tokens of each training example, by which token-sized batches are made."""
         return [len(ids) for ids in self.train["input_ids"]]
 
+    def label_codes(self) -> list[int]:
+        """Return the code of each label that is trained on, for a task with labels."""
+        codes: list[int] = self.train["labels"][:]
+        return codes
+
     @abstractmethod
-    def decode(self, predictions: np.ndarray) -> list[str]:
-        """Return what the model predicted for each example, as text."""
+    def decode(self, predictions: np.ndarray, role: str = "report") -> list[str]:
+        """Return what the model predicted for each row of a role, as text."""
 
     @abstractmethod
     def references(self, rows: Dataset) -> References:
@@ -167,7 +183,8 @@ class TaskData(ABC):
             )
         for what, tokens in self.limits().items():
             roles = ["train"] if what == "targets" else self.cut  # scores always use whole targets
-            shares = {self.splits[role]["split"]: self.cut[role][what] for role in roles if role in self.cut}
+            marked = {self.splits[role]["split"]: self.cut[role] for role in roles if role in self.cut}
+            shares = {split: marks[what] for split, marks in marked.items() if what in marks}
             cut = {split: share for split, share in shares.items() if share > NOTED}
             if cut:
                 asked = f"task.{LIMITED_BY[what]}={getattr(self.task, LIMITED_BY[what])}"

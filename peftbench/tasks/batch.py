@@ -15,6 +15,11 @@ Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 NO_TOKEN = -100  # a label, or a predicted id, that is not a token: torch's cross-entropy leaves it out
 
 
+def predicts_next(model: PreTrainedModel) -> bool:
+    """Return whether a model predicts the label of each token at the one before it, as a decoder alone that writes."""
+    return not model.config.is_encoder_decoder and model.get_output_embeddings() is not None
+
+
 def make_decoder_inputs(model: PreTrainedModel, labels: Tensor) -> Tensor:
     """Return the input of an encoder-decoder's decoder for `labels` (B, S): the same tokens, one position later.
 

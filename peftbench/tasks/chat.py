@@ -96,9 +96,9 @@ class Chat(Completion):
             found[TARGET_CUT].append(len(labels) > longest)
         return found
 
-    def decode(self, predictions: np.ndarray) -> list[str]:
+    def decode(self, predictions: np.ndarray, role: str = "report") -> list[str]:
         """Return the texts of generated ids, without what the template puts before each reply."""
-        return [self.template.clean(text) for text in super().decode(predictions)]
+        return [self.template.clean(text) for text in super().decode(predictions, role)]
 
     def _ask(self, source: str) -> Message:
         """Return the user's turn. Special tokens that are typed in the prompt are special, unlike a source's."""

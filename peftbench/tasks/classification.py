@@ -33,7 +33,7 @@ class Classification(TaskData):
             return {}
         return {"pair_separator": self.tokenizer.decode(self.encoder.separator)}
 
-    def decode(self, predictions: np.ndarray) -> list[str]:
+    def decode(self, predictions: np.ndarray, role: str = "report") -> list[str]:
         """Return the name of the label with the largest logit, from logits of shape (examples, labels)."""
         return self._names(predictions.argmax(axis=-1))
 
@@ -58,7 +58,7 @@ class Classification(TaskData):
 class Regression(Classification):
     """A task that maps text(s) to a number, the only output of the task head, trained with the mean squared error."""
 
-    def decode(self, predictions: np.ndarray) -> list[str]:
+    def decode(self, predictions: np.ndarray, role: str = "report") -> list[str]:
         """Return the numbers, given as (examples, 1), with enough digits to parse back to the same numbers."""
         return [repr(float(number)) for number in predictions[:, 0]]
 

@@ -18,7 +18,7 @@ from peftbench.tasks.conversations import SHARED_ROLES
 from peftbench.tasks.file_set import FileSet
 from peftbench.tasks.files import READERS, Layout, get_ending
 from peftbench.tasks.load import Loaded
-from peftbench.tasks.rows import Source, list_input_columns
+from peftbench.tasks.rows import Source, describe_no_input, list_input_columns
 from peftbench.tasks.source import reshape_rows
 from peftbench.utils.errors import UserError, describe_unknown, quote
 
@@ -128,15 +128,17 @@ def _shape(task: Task, source: Source) -> Dataset:
             there = [name for name in rows.column_names if name not in _choose_placeholder(task)]
             raise UserError(f"{source.name}: {describe_unknown(key, column, there)}")
         for number, cell in enumerate(rows[column][:], 1):
-            if not isinstance(cell, str):
-                raise UserError(f"{source.at(number)}: column {column} holds {quote(cell)}, not text.")
+            if (fault := describe_no_input(task, cell)) is not None:
+                raise UserError(f"{source.at(number)}: column {column} holds {fault}.")
     return rows
 
 
-def _choose_placeholder(task: Task) -> tuple[str, str | int | float]:
+def _choose_placeholder(task: Task) -> tuple[str, Any]:
     """Return the column of the target, and a value that stands for it and is not read."""
     if task.kind is TaskKind.text_to_text:
         return task.target_column, PLACEHOLDER
+    if task.kind is TaskKind.token_classification:
+        return task.label_column, []
     return task.label_column, 0.0 if task.kind is TaskKind.regression else 0
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from peftbench.config.roles import Roles, assign_roles, is_reported, limit_splits, list_splits
-from peftbench.config.schema import Task, TaskKind, is_text_table, list_task_files
+from peftbench.config.schema import WITH_LABELS, Task, is_text_table, list_task_files
 from peftbench.tasks.cache import Recent
 from peftbench.tasks.deal import deal_rows
 from peftbench.tasks.file_set import has_split
@@ -101,7 +101,7 @@ def _load_splits(task: Task, training: bool, dealt: Sequence[str], labels: Seque
     wanted = {role: place for role, place in assign_roles(task).items() if training or is_reported(role)}
     limits = limit_splits(wanted)
     coded = bool(task.labels)
-    if task.kind is TaskKind.classification and not coded:
+    if task.kind in WITH_LABELS and not coded:
         if labels:
             task = replace(task, labels=list(labels))
         else:
@@ -160,7 +160,7 @@ def _stat_files(task: Task) -> Iterator[tuple[str, int, int]]:
 
 def read_label_names(task: Task) -> list[str]:
     """Return the labels of the task, or of its training split if the task names none."""
-    if task.kind is not TaskKind.classification or task.labels:
+    if task.kind not in WITH_LABELS or task.labels:
         return list(task.labels)
     return set_labels(task, read_split(task, task.train_split))[0].labels
 

@@ -25,4 +25,5 @@ def describe_overlap(columns: Sequence[str], train: Dataset, others: Mapping[str
 
 def _hash_inputs(columns: Sequence[str], rows: Dataset) -> Iterator[int]:
     for batch in rows.select_columns(list(columns)).iter(batch_size=1000):
-        yield from map(hash, zip(*(batch[column] for column in columns), strict=True))
+        for cells in zip(*(batch[column] for column in columns), strict=True):
+            yield hash(tuple(tuple(cell) if isinstance(cell, list) else cell for cell in cells))

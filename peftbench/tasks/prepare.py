@@ -15,11 +15,13 @@ from peftbench.tasks.classification import Classification, Regression
 from peftbench.tasks.completion import Completion
 from peftbench.tasks.load import Loaded
 from peftbench.tasks.text_to_text import TextToText
+from peftbench.tasks.token_classification import TokenClassification
 from peftbench.tasks.tokens import describe_rules
 
 KINDS: dict[TaskKind, type[TaskData]] = {
     TaskKind.classification: Classification,
     TaskKind.regression: Regression,
+    TaskKind.token_classification: TokenClassification,
     TaskKind.text_to_text: TextToText,
 }
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 
 from peftbench.config.schema import Task, TaskKind, is_text_table
 from peftbench.config.validity import find_label_faults
 from peftbench.tasks.file_set import FileSet
+from peftbench.tasks.word_rows import OUTSIDE, describe_no_words, get_label_names, list_tags
 from peftbench.utils.errors import UserError, describe_unknown, quote
 
 NUMBER = re.compile(r"[+-]?\d*\.?\d+")  # a label that is a number
@@ -55,13 +57,15 @@ def check_split(task: Task, split: str, source: Source, limit: int | None, *, co
     check_cells(task, rows, source)
     if task.kind is TaskKind.text_to_text:
         return rows
-    cells = rows[task.label_column][:]
-    regression = task.kind is TaskKind.regression
-    if not regression:
-        cells = _named(task.labels, cells, rows.features[task.label_column])
-    codes: Sequence[float] = (
-        _parse_numbers(cells, source) if regression else _encode_labels(task.labels, cells, source, coded)
-    )
+    feature, codes = rows.features[task.label_column], list[Any]()
+    if task.kind is TaskKind.regression:
+        codes = _parse_numbers(rows[task.label_column][:], source)
+    else:
+        cells = _named(task.labels, list(_list_labels(task, rows, source)), get_label_names(feature))
+        codes = _encode_labels(task.labels, cells, source, coded)
+    if task.kind is TaskKind.token_classification:
+        ends = list(accumulate(map(len, rows[task.label_column][:])))
+        codes = [codes[start:end] for start, end in pairwise([0, *ends])]
     return rows.remove_columns(task.label_column).add_column(task.label_column, codes)
 
 
@@ -118,8 +122,8 @@ def check_cells(task: Task, rows: Dataset, source: Source) -> None:
     """Check that inputs are texts, and that a target is a text or a list of texts. Raises UserError otherwise."""
     for column in list_input_columns(task):
         for number, cell in enumerate(rows[column][:], 1):
-            if not isinstance(cell, str):
-                raise UserError(f"{source.at(number)}: column {column} holds {_describe_no_text(task, cell)}.")
+            if (fault := describe_no_input(task, cell)) is not None:
+                raise UserError(f"{source.at(number)}: column {column} holds {fault}.")
     if task.kind is TaskKind.text_to_text:
         for number, cell in enumerate(rows[task.target_column][:], 1):
             texts = [cell] if isinstance(cell, str) else cell
@@ -152,11 +156,17 @@ def describe_empty_texts(task: Task, splits: Mapping[str, Dataset]) -> list[str]
 
 
 def _is_empty(cell: Any) -> bool:
-    return not all(text.strip() for text in ([cell] if isinstance(cell, str) else cell))
+    texts = [cell] if isinstance(cell, str) else cell
+    return not texts or not all(text.strip() for text in texts)
 
 
-def _describe_no_text(task: Task, cell: object) -> str:
-    """Return the end of the sentence for an input that is no text, with the key that makes one of a list of texts."""
+def describe_no_input(task: Task, cell: object) -> str | None:
+    """Return the end of the sentence for an input that is no text, with the key that makes one of a list of texts; or
+    that is no list of words, where the task reads words. None if it is one."""
+    if task.kind is TaskKind.token_classification:
+        return describe_no_words(cell)
+    if isinstance(cell, str):
+        return None
     if isinstance(cell, list) and task.kind is TaskKind.text_to_text and task.source_join is None:
         return f"a list, {quote(cell)}; task.source_join joins the texts of a list, as in 'task.source_join=\" | \"'"
     return f"{quote(cell)}, not text"
@@ -164,31 +174,32 @@ def _describe_no_text(task: Task, cell: object) -> str:
 
 def has_codes(task: Task, train: Source) -> bool:
     """Return whether the training split says which label each code means, as data sets of the hub do."""
-    return isinstance(train.rows.features.get(task.label_column), ClassLabel)
+    return get_label_names(train.rows.features.get(task.label_column)) is not None
 
 
 def set_labels(task: Task, train: Source) -> tuple[Task, str]:
     """Return the task with the labels of its training split, and the note that says so."""
     _require_columns(train, list_used_columns(task))
-    feature = train.rows.features[task.label_column]
-    if has_codes(task, train):
-        names = list(feature.names)  # in the order of their codes
-    else:
-        cells = train.rows[task.label_column][:]
-        for number, cell in enumerate(cells, 1):
+    cells, of_words = list(_list_labels(task, train.rows, train)), task.kind is TaskKind.token_classification
+    names = get_label_names(train.rows.features[task.label_column])  # in the order of their codes
+    if names is None:
+        for number, cell in cells:
             if cell is None or cell != cell or not str(cell).strip():  # pandas writes a missing value as nan
                 raise UserError(f"{train.at(number)}: column {task.label_column} is empty; every row needs a label.")
             if isinstance(cell, (list, dict)):
                 raise UserError(f"{train.at(number)}: column {task.label_column} holds {quote(cell)}, not one label.")
-        names = sorted({_name_label(cell) for cell in cells})
+        names = sorted({_name_label(cell) for _, cell in cells})
+        if of_words and OUTSIDE in names:
+            names.sort(key=OUTSIDE.__ne__)  # comes first
         _check_distinct(names, train)
         if all(name.isdecimal() for name in names):
             names.sort(key=int)
+    what = "words" if of_words else "rows"
     if len(names) < 2:
-        raise UserError(f"{train.name}: all rows have the label {', '.join(names)}; two or more are needed.")
-    if len(names) > max(2, len(train.rows) // 2):
+        raise UserError(f"{train.name}: all {what} have the label {', '.join(names)}; two or more are needed.")
+    if len(names) > max(2, len(cells) // 2):
         raise UserError(
-            f"{train.name}: column {task.label_column} holds {len(names)} labels in {len(train.rows)} rows; name the "
+            f"{train.name}: column {task.label_column} holds {len(names)} labels in {len(cells)} {what}; name the "
             "column of labels by task.label_column, or all labels by task.labels."
         )
     if found := list(find_label_faults("task.metric", task.metric, names)):
@@ -210,23 +221,37 @@ def _check_distinct(names: Sequence[str], train: Source) -> None:
         seen[key] = name
 
 
-def _named(labels: Sequence[str], cells: Sequence[Any], feature: Any) -> Sequence[Any]:
+Cell = tuple[int, Any]  # the number of a row, from 1, and one label in it
+
+
+def _list_labels(task: Task, rows: Dataset, source: Source) -> Iterable[Cell]:
+    """Return the cells of the column of labels; of token classification, one for each word."""
+    if task.kind is TaskKind.token_classification:
+        return list_tags(task, rows, source)
+    return enumerate(rows[task.label_column][:], 1)
+
+
+def _named(labels: Sequence[str], cells: Sequence[Cell], names: Sequence[str] | None) -> Sequence[Cell]:
     """Return the cells of a column that says which label each code means, by name if the names are the task's labels.
-    If no name is one of them, `labels` are other names for the codes, in their order."""
-    if not isinstance(feature, ClassLabel) or not set(feature.names) & set(labels):
+    If no name is one of them, `labels` are other names for the codes, in their order.
+
+    Args:
+        names: what the column says; None: nothing.
+    """
+    if names is None or not set(names) & set(labels):
         return cells
-    known = range(len(feature.names))
-    return [feature.names[cell] if cell in known else cell for cell in cells]
+    known = range(len(names))
+    return [(row, names[cell] if cell in known else cell) for row, cell in cells]
 
 
-def _encode_labels(labels: Sequence[str], cells: Sequence[object], source: Source, coded: bool) -> list[int]:
+def _encode_labels(labels: Sequence[str], cells: Sequence[Cell], source: Source, coded: bool) -> list[int]:
     names = {label: code for code, label in enumerate(labels)}
     digits = {str(code): code for code in range(len(labels))}
     # If a name is a number, such as a star rating, a number in a cell can only be a name.
     numbers = any(NUMBER.fullmatch(name) for name in names)
     known = names if numbers or not coded else names | digits
     codes = []
-    for number, cell in enumerate(cells, 1):
+    for number, cell in cells:
         code = (names if isinstance(cell, float) else known).get(_name_label(cell))
         if code is None:
             sentence = f"{source.at(number)}: label {cell!r} is not one of {', '.join(list(known))}"

@@ -18,6 +18,7 @@ from peftbench.tasks.docstrings import SPLITS, make_summary_rows, make_topic_row
 from peftbench.tasks.file_set import FileSet, find_split
 from peftbench.tasks.files import Layout
 from peftbench.tasks.rows import Source, check_cells, list_file_columns
+from peftbench.tasks.word_rows import split_cells
 from peftbench.utils.errors import UserError
 
 
@@ -119,6 +120,8 @@ def reshape_rows(task: Task, source: Source) -> Source:
     if opened := {long: long.rpartition(".")[2] for long in flat.column_names if long not in rows.column_names}:
         names = Counter([*opened.values(), *(name for name in flat.column_names if name not in opened)])
         rows = flat.rename_columns({long: part for long, part in opened.items() if names[part] == 1})
+    if task.kind is TaskKind.token_classification:
+        rows = split_cells(task, rows)
     if task.kind is TaskKind.text_to_text and {task.source_column, task.target_column} <= set(rows.column_names):
         if task.source_join is not None:
             joined = [_join_texts(task.source_join, cell) for cell in rows[task.source_column][:]]

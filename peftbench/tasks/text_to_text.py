@@ -93,7 +93,7 @@ class TextToText(TaskData):
         """The length in tokens of each training example: of its source or its target, whichever is longer."""
         return [max(pair) for pair in zip(super().lengths, map(len, self.train["labels"]), strict=True)]
 
-    def decode(self, predictions: np.ndarray) -> list[str]:
+    def decode(self, predictions: np.ndarray, role: str = "report") -> list[str]:
         """Return the texts of generated ids (examples, tokens), without special tokens; `NO_TOKEN` is padding."""
         ids = np.where(predictions < 0, self.tokenizer.pad_token_id, predictions)
         texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)

@@ -6,7 +6,8 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Collection, Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -84,6 +85,23 @@ class Encoder:
     def ids(self, texts: Sequence[str], target: bool = False) -> list[list[int]]:
         """Return the ids of whole texts, without special tokens; `target` says that the model has to write them."""
         return self._whole({"text_target" if target else "text": self._plain(texts)}, special=False)
+
+    def pieces(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+        """Yield the ids of each whole text, without special tokens, and for each id its first character in the text and
+        the one after its last. The tokenizer must be a fast one."""
+        plain = self._plain(texts)
+        encoded: Any = self.tokenizer(
+            plain,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        for text, other, ids, spans in zip(texts, plain, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            if text != other and self._spelled is not None:  # a space was added after one character of each match
+                added = [match.start() + 1 + number for number, match in enumerate(self._spelled.finditer(text))]
+                spans = [(start - bisect_left(added, start), end - bisect_left(added, end)) for start, end in spans]
+            yield ids, spans
 
     def typed(self, text: str) -> list[int]:
         """Return the ids of a text that the user typed, in which special tokens are special."""

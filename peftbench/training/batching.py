@@ -98,7 +98,7 @@ class Lengths(NamedTuple):
     @classmethod
     def of(cls, data: TaskData, *, encoder_decoder: bool) -> Lengths:
         """Return the lengths of a task's training examples for a model that is an encoder-decoder, or is not."""
-        texts = len(data.train) > 0 and isinstance(data.train[0]["labels"], list)
+        texts = len(data.train) > 0 and isinstance(data.train[0].get("labels"), list)
         if LEARNED in data.train.column_names:
             targets = [sum(learned) for learned in data.train[LEARNED]]
         else:

@@ -1,8 +1,9 @@
-"""Class weights: rare labels count more in the loss of a classification.
+"""Class weights: rare labels count more in the loss of a classification, of texts or of words.
 
-The loss of a batch of n examples is (1 / n) Σ w[y] CE(x, y): torch's `CrossEntropyLoss(weight, reduction="sum")`
-divided by n. The weights are scaled so that their mean over the training examples is 1; over all of them, the loss is
-then torch's `CrossEntropyLoss(weight)`. An example has the same weight in each batch, however batches are split.
+The loss of a batch of n examples, or words, is (1 / n) Σ w[y] CE(x, y): torch's
+`CrossEntropyLoss(weight, reduction="sum")` divided by n. The weights are scaled so that their mean over all that is
+trained on is 1; over all of it, the loss is then torch's `CrossEntropyLoss(weight)`. An example has the same weight in
+each batch, however batches are split.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from peftbench.tasks.batch import NO_TOKEN
 from peftbench.utils.errors import UserError
 
 BALANCED = "balanced"
@@ -26,7 +28,7 @@ def scale_class_weights(setting: Any, codes: Sequence[int], names: Sequence[str]
     Args:
         setting: `trainer.class_weights`: numbers in the order of the labels, or "balanced", by which each label weighs
             the same in sum.
-        codes: the labels of the training examples, as indices of `names`.
+        codes: the labels of the training examples, or of their words, as indices of `names`.
         names: the labels.
 
     Raises:
@@ -59,7 +61,14 @@ class WeightedLoss:
         self.weights, self.label_smoothing = torch.tensor(weights, device=device), label_smoothing
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: object = None) -> Tensor:
-        """Return the mean over the examples of this batch; `MicroBatched` weighs the parts of a step."""
-        smoothing = self.label_smoothing
-        summed = cross_entropy(outputs.logits.float(), labels, self.weights, reduction="sum", label_smoothing=smoothing)
-        return summed / len(labels)
+        """Return the mean over the examples, or words, of this batch; `MicroBatched` weighs the parts of a step."""
+        logits, codes = outputs.logits.float().flatten(0, -2), labels.flatten()
+        summed = cross_entropy(
+            logits,
+            codes,
+            self.weights,
+            reduction="sum",
+            label_smoothing=self.label_smoothing,
+            ignore_index=NO_TOKEN,
+        )
+        return summed / codes.ne(NO_TOKEN).sum()

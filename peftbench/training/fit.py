@@ -23,6 +23,7 @@ from peftbench.backbones.sites import list_configs, set_configs
 from peftbench.config import schema
 from peftbench.records.record import Divergence
 from peftbench.tasks.base import TaskData
+from peftbench.tasks.batch import predicts_next
 from peftbench.training.arithmetic import count_operations
 from peftbench.training.batching import (
     Lengths,
@@ -212,7 +213,7 @@ def _build_trainer(
         earlier_seconds=resuming.earlier_seconds,
         callbacks=[SaveByTime(checkpoints.minutes), StopWhenAsked(team), *monitor.all_callbacks],
         args=_build_arguments(recipe, checkpoints.folder, data),
-        data_collator=share_batches(collator, team, encoder_decoder=model.config.is_encoder_decoder),
+        data_collator=share_batches(collator, team, next_token=predicts_next(model)),
         compute_loss_func=_make_weighted_loss(model, data, settings),
         train_dataset=data.train,
         eval_dataset=data.selection,
@@ -233,7 +234,7 @@ def _make_weighted_loss(model: PreTrainedModel, data: TaskData, settings: schema
     """Return the loss with class weights; None: the model's own."""
     if settings.class_weights is None:
         return None
-    weights = scale_class_weights(settings.class_weights, data.train["labels"][:], data.task.labels)
+    weights = scale_class_weights(settings.class_weights, data.label_codes(), data.task.labels)
     return WeightedLoss(weights, settings.label_smoothing, model.device)
 
 

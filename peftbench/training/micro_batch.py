@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
+from peftbench.tasks.batch import predicts_next
 from peftbench.training.noise import OwnNoise
 from peftbench.training.shares import ADDED, CHECK, COUNTED, WHOLE, count_items
 from peftbench.utils.memory import is_out_of_memory, make_room
@@ -66,8 +67,8 @@ class MicroBatched(Trainer):
     """Trainer that accumulates the gradients of a batch's parts, of `accumulation` batches, and of the processes that
     share them, as those of one batch.
 
-    The loss of an optimiser step is the mean over all its items. Items are target tokens, or the examples of a task
-    with one label each. A part with n_i of the N items has the weight n_i / N, a part without items none. (Trainer
+    The loss of an optimiser step is the mean over all its items. Items are tokens with a label, or the examples of a
+    task with one label each. A part with n_i of the N items has the weight n_i / N, a part without items none. (Trainer
     leaves the weighting to the models. Those with their own loss, such as BART's, return each batch's mean: two batches
     then have the weight 2 and not 1.)
 
@@ -209,7 +210,7 @@ class MicroBatched(Trainer):
         """Count the items of a batch, or of a process's rows."""
         if COUNTED in batch and batch["labels"].dim() == 1:
             return batch[COUNTED].sum()
-        return count_items(batch["labels"], self.model.config.is_encoder_decoder)
+        return count_items(batch["labels"], predicts_next(self.model))
 
     def _count_whole(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Count the items of a batch of which these are a process's rows."""

@@ -35,7 +35,7 @@ LABELLED = "labelled"  # the tokens of a decoder alone that predict a label, by 
 
 
 def add_lengths(
-    collator: Collator, widths: tuple[int, int] | None = None, pad: int = 0, *, joined: bool = False
+    collator: Collator, widths: tuple[int, int] | None = None, pad: int = 0, *, texts: bool = True, joined: bool = False
 ) -> Collator:
     """Return the collator that adds lists of lengths to its tensors: the CPU knows them without asking the GPU.
 
@@ -43,6 +43,7 @@ def add_lengths(
         widths: widths to which sources and targets are padded, so that all batches have one shape; None: the widths as
             they come.
         pad: the id of the padding token.
+        texts: the labels are texts; otherwise they are one for each example, or for each token of its source.
         joined: source and target are one text. Then the targets' lengths are the numbers of tokens with a label, which
             the tokens before them predict.
     """
@@ -50,12 +51,12 @@ def add_lengths(
     def collate(examples: list[dict[str, Any]]) -> Mapping[str, Any]:
         batch = dict(collator(examples))
         batch[SOURCES] = batch["attention_mask"].sum(1).tolist()
-        if batch["labels"].dim() > 1:
+        if texts and batch["labels"].dim() > 1:
             labelled = batch["labels"].ne(NO_TOKEN)
             last = (labelled * torch.arange(1, labelled.shape[1] + 1)).amax(1)
             batch[TARGETS] = (labelled[:, 1:].sum(1) if joined else last).tolist()
         if widths is not None:
-            sources, targets = widths if not joined else (widths[0], widths[0])
+            sources, targets = widths if texts and not joined else (widths[0], widths[0])
             for name, width, value in (
                 ("input_ids", sources, pad),
                 ("attention_mask", sources, 0),

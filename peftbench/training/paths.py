@@ -80,7 +80,8 @@ def make_collator(data: TaskData, model: PreTrainedModel, settings: schema.Train
     """Return the task's collator, adapted to the paths."""
     if settings.padding_free:
         widths = lengths.longest if settings.graphs else None
-        return add_lengths(data.collator, widths, model.config.pad_token_id or 0, joined=lengths.joined)
+        pad, texts = model.config.pad_token_id or 0, bool(lengths.targets)
+        return add_lengths(data.collator, widths, pad, texts=texts, joined=lengths.joined)
     if settings.graphs or settings.batching is schema.Batching.bucketed:
         limit, longest = count_positions(model), max(*data.lengths, *lengths.longest)
         fits = limit is None or -(-longest // WIDTH) * WIDTH <= limit

@@ -39,10 +39,13 @@ def balance_rows(lengths: Sequence[int], size: int) -> list[list[int]]:
     return [sorted(each) for each in rows]
 
 
-def share_batches(collator: Collator, team: Team, *, encoder_decoder: bool) -> Collator:
+def share_batches(collator: Collator, team: Team, *, next_token: bool) -> Collator:
     """Return the collator that keeps this process's rows of a batch, and adds the columns above.
 
     Without an example left for a process, it takes the first one, whose loss then counts nothing.
+
+    Args:
+        next_token: see `count_items`.
     """
     if team.size == 1:
         return collator
@@ -54,7 +57,7 @@ def share_batches(collator: Collator, team: Team, *, encoder_decoder: bool) -> C
         kept = {name: _take_rows(column, rows) for name, column in batch.items() if column is not None}
         if not counts and batch["labels"].dim() > 1:
             kept["labels"] = torch.full_like(kept["labels"], NO_TOKEN)
-        kept[WHOLE] = count_items(batch["labels"], encoder_decoder).expand(len(rows)).clone()
+        kept[WHOLE] = count_items(batch["labels"], next_token).expand(len(rows)).clone()
         kept[COUNTED] = torch.full((len(rows),), counts)
         kept[CHECK] = [crc32(batch["input_ids"].numpy().tobytes())] * len(rows)
         kept[ROW], kept[OF] = rows, [len(examples)] * len(rows)
@@ -63,18 +66,19 @@ def share_batches(collator: Collator, team: Team, *, encoder_decoder: bool) -> C
     return collate
 
 
-def count_items(labels: Tensor, encoder_decoder: bool) -> Tensor:
-    """Return the number of items of a batch: target tokens, or examples with one label each.
+def count_items(labels: Tensor, next_token: bool) -> Tensor:
+    """Return the number of items of a batch: tokens with a label, or examples with one label each.
 
-    A decoder alone predicts each token but the first.
+    Args:
+        next_token: see `predicts_next`; nothing predicts the label of the first token.
     """
     if labels.dim() == 1:
         return torch.full((), len(labels), device=labels.device)
-    return (labels if encoder_decoder else labels[:, 1:]).ne(NO_TOKEN).sum()
+    return (labels[:, 1:] if next_token else labels).ne(NO_TOKEN).sum()
 
 
 def _count_tokens(example: Mapping[str, Any]) -> int:
-    labels = example["labels"]
+    labels = example.get("labels")
     return len(example["input_ids"]) + (len(labels) if isinstance(labels, list) else 0)
 
 

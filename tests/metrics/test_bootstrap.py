@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from peftbench.metrics.bootstrap import bootstrap_pairs
+from peftbench.metrics.entities import ENTITY_SCORES
 from peftbench.metrics.measure import DEFINITIONS, compute_statistics, measure
 from peftbench.metrics.statistics import Statistics
 from peftbench.utils.errors import UserError
@@ -29,6 +30,11 @@ def sample(metric: str, examples: int, seed: int) -> tuple[list[str], list[Any],
         right = [labels[code] for code in draw.integers(0, min(3, len(labels)), examples)]
         ours = [word if draw.random() < 0.6 else labels[0] for word in right]
         return ours, right, labels
+    if metric in ENTITY_SCORES:
+        labels = ["O", "B-PER", "I-PER", "B-LOC"]
+        words = draw.choice(labels, (examples, 5))
+        guessed = np.where(draw.random(words.shape) < 0.6, words, "O")
+        return list(map(" ".join, guessed)), list(map(" ".join, words)), labels
     if metric in ("pearson", "spearman"):
         numbers = draw.integers(0, 6, examples) + 1000.0  # ties, far from nought
         return (

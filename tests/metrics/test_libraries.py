@@ -10,6 +10,9 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 from scipy.stats import pearsonr, spearmanr
+from seqeval.metrics import accuracy_score as token_accuracy
+from seqeval.metrics import f1_score as entity_f1
+from seqeval.metrics import precision_score, recall_score
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from peftbench.metrics.evaluate_metric import EvaluateMetric
@@ -54,6 +57,28 @@ def test_metrics_of_labels_equal_scikit_learn(number: int) -> None:
         if number == 2:
             f1 = f1_score(right, ours, labels=labels[1:], average="macro", zero_division=0)
             assert measure("f1", ours, right, labels).scores["f1"] == 100 * f1
+
+
+@pytest.mark.filterwarnings("ignore")  # of scores that are 0 / 0
+@pytest.mark.parametrize("marks", ["BI", "I", "BIES"])
+def test_metrics_of_entities_equal_seqeval(marks: str) -> None:
+    """On any labels, also an I- that follows nothing of its type; texts without words, and without entities."""
+    draw = np.random.default_rng(len(marks))
+    labels = ["O", *(f"{mark}-{kind}" for mark in marks for kind in ("PER", "LOC", "A-B"))]
+    for _ in range(60):
+        weights = np.array([draw.choice([1.0, 50.0]), *[1.0] * (len(labels) - 1)])  # some texts have few entities
+        sizes = draw.integers(1, 9, draw.integers(1, 20))
+        right = [draw.choice(labels, size, p=weights / weights.sum()) for size in sizes]
+        ours = [np.where(draw.random(len(tags)) < 0.7, tags, draw.choice(labels, len(tags))) for tags in right]
+        texts = [[" ".join(tags) for tags in side] for side in (ours, right)]
+        lists = [[tags.tolist() for tags in side] for side in (right, ours)]
+        found = measure("entity_f1", [*texts[0], ""], [*texts[1], ""]).scores
+        assert found == {
+            "entity_f1": pytest.approx(100 * entity_f1(*lists), rel=1e-12),
+            "entity_precision": pytest.approx(100 * precision_score(*lists), rel=1e-12),
+            "entity_recall": pytest.approx(100 * recall_score(*lists), rel=1e-12),
+            "token_accuracy": pytest.approx(100 * token_accuracy(*lists), rel=1e-12),
+        }
 
 
 def test_correlations_equal_scipy() -> None:

@@ -269,7 +269,7 @@ def test_a_share_knows_the_whole_batch() -> None:
         rank, size = 2, 3
 
     data = Targets("bart")
-    collate = share_batches(data.collator, Last(), encoder_decoder=True)
+    collate = share_batches(data.collator, Last(), next_token=False)
     examples = [data.train[row] for row in range(EXAMPLES)]
     whole, share = data.collator(examples), collate(examples)
     assert share[ROW] and share[OF] == [EXAMPLES] * len(share[ROW])
@@ -283,4 +283,4 @@ def test_a_share_knows_the_whole_batch() -> None:
 
 def test_one_process_has_no_columns_more() -> None:
     data = Targets("roberta")
-    assert share_batches(data.collator, ALONE, encoder_decoder=False) == data.collator
+    assert share_batches(data.collator, ALONE, next_token=True) == data.collator
