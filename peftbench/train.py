@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 from peftbench.backbones.load import Backbone, load_backbone
 from peftbench.backbones.precision import choose_autocast_dtype, choose_device, describe_device, resolve_dtype
 from peftbench.config.axes import find_steep_starts
+from peftbench.config.own_parts import METRIC
 from peftbench.config.schema import (
     Run,
     Sharding,
@@ -52,13 +53,14 @@ from peftbench.records.record import (
     find_record,
     refuse_newer,
 )
-from peftbench.records.recording import describe_run, forget_refused, record_axes, record_run
+from peftbench.records.recording import describe_changed_code, describe_run, forget_refused, record_axes, record_run
 from peftbench.records.run_files import CHECKPOINTS, append_metrics, has_leftovers, rewind_metrics
 from peftbench.records.wording import format_settings
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.load import load_task
 from peftbench.tasks.prepare import prepare_data
 from peftbench.training.batching import count_steps
+from peftbench.training.callbacks import build_callbacks
 from peftbench.training.checkpoint import Checkpoints
 from peftbench.training.class_weights import describe_class_weights, scale_class_weights
 from peftbench.training.devices import form_team
@@ -120,7 +122,7 @@ def train(
     folder = locate_run(run)
     record = None if run.rerun or has_leftovers(folder) else find_finished(folder)
     if record is not None and _is_noted(record, search, selecting):
-        return _report_ended(record, display)
+        return _report_ended(run, record, display)
     with heed_signals(), hold_run(folder, wait):
         refuse_newer(folder)
         if damage := describe_damage(folder):
@@ -130,7 +132,7 @@ def train(
             if before.has_ended:
                 shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # if the process died before it did so itself
                 _note_search(before, search, selecting, run, display)
-                return _report_ended(before, display)
+                return _report_ended(run, before, display)
             if before.status == "failed" and before.error and keep_failed and not run.retry:
                 raise UserError(f"This run failed before ({before.error.said}); retry=true trains it again.")
         if run.rerun:
@@ -145,9 +147,11 @@ def train(
     return record
 
 
-def _report_ended(record: Record, display: Display) -> Record:
+def _report_ended(run: Run, record: Record, display: Display) -> Record:
     if record.diverged is None:
         display.say("This run is done already; rerun=true trains it again.")
+    for sentence in describe_changed_code(run, record, METRIC):  # other code of other parts is another run
+        display.say(f"{sentence} peftbench rescore {record.folder} computes the score anew.")
     return record
 
 
@@ -306,7 +310,7 @@ def _train_or_load(
     if earlier is None:
         if team.leads:
             noted.unlink(missing_ok=True)
-        callbacks = [] if trackers is None else trackers.begin()
+        callbacks = [*build_callbacks(run.callbacks), *([] if trackers is None else trackers.begin())]
         fitted = _fit_model(run, backbone, data, record, display, name, team, callbacks)
         fold(backbone.model)
     else:
@@ -392,12 +396,16 @@ def _fit_model(
 
 
 def _note_early_stop(run: Run, data: TaskData, record: Record, display: Display, name: str, fitted: Fitted) -> None:
-    """Note that a training was ended by `trainer.early_stopping`."""
-    if fitted.stopped_early:
-        note = (
-            f"{name}: ended at step {fitted.steps} of {count_steps(data, run.trainer)}, after "
-            f"{run.trainer.early_stopping} evaluations without a better one (trainer.early_stopping)."
+    """Note that a training was ended by `trainer.early_stopping`, or by a callback of the user's own."""
+    steps = count_steps(data, run.trainer)
+    by_callback = bool(run.callbacks) and fitted.steps < steps and fitted.diverged is None
+    if fitted.stopped_early or by_callback:
+        why = (
+            f"after {run.trainer.early_stopping} evaluations without a better one (trainer.early_stopping)"
+            if fitted.stopped_early
+            else "by a callback"
         )
+        note = f"{name}: ended at step {fitted.steps} of {steps}, {why}."
         display.say(note)
         record.data["notes"].append(note)
 

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from peftbench.cli.own_parts import check_own_forms
 from peftbench.config.compose import compose_run
 from peftbench.config.schema import Run, resolve_config
 from peftbench.counts.show import explanation_to_json, show_explanation
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     folder = _find_run(args.words)
     run = compose_run(args.words, config_dir=args.config_dir, reads_data=False) if folder is None else _read_run(folder)
+    check_own_forms([run])
     with speed_up_imports():
         from peftbench.counts.explanation import explain
     explained = explain(run)

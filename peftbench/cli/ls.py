@@ -94,7 +94,9 @@ def _show_group(group: str, options: Options, console: Console) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for name, option in options.items():
-        table.add_row(name, _get_meaning(option) or (describe_choice(group, name) if group in CHOICES else ""))
+        table.add_row(
+            name, _get_meaning(option) or (describe_choice(group, name) if name in CHOICES.get(group, ()) else "")
+        )
     console.print(table, highlight=False)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from peftbench.cli.own_parts import check_own_forms
 from peftbench.config.compose import compose_points
 from peftbench.config.schema import Run
 from peftbench.counts.table import counts_to_json, show_run, show_sweep
@@ -24,6 +25,7 @@ def main(argv: list[str]) -> int:
     """
     args = _parse_arguments(argv)
     points = compose_points(args.overrides, multirun=args.multirun, config_dir=args.config_dir, reads_data=False)
+    check_own_forms([run for _, run in points])
     counted: list[RunCounts] = []
     for _, run in points:
         try:

@@ -21,11 +21,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from peftbench.config.compose import AND, CONFIG_NAME, TypedRun, compose_points
+from peftbench.cli.own_parts import check_own_parts
+from peftbench.config.compose import AND, CONFIG_NAME, TypedRun, compose_points, resolve_run
 from peftbench.config.launchers import SWEEPER, HydraLauncher, Local, read_launcher
 from peftbench.config.overrides import quote_path
-from peftbench.config.own_parts import is_own
-from peftbench.config.schema import Run, find_conf_dir, resolve_config
+from peftbench.config.schema import Run, find_conf_dir
 from peftbench.config.search import check_searches, has_open_search, split_phases
 from peftbench.config.studies import is_study
 from peftbench.records.choice import settle_search
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
         return follow(launch)
     words, launcher = read_launcher(args.overrides, args.config_dir)
     points = compose_points(words, multirun=args.multirun, config_dir=args.config_dir)
-    _check_own_metrics(points)
+    check_own_parts([run for _, run in points])
     check_searches(points)
     _check_plugins(args.overrides, points, launcher)
     if launch is None:
@@ -117,17 +117,6 @@ def _check_launch(overrides: Sequence[str], points: Sequence[TypedRun], launch: 
             raise UserError(f"trainer.devices={run.trainer.devices}: {started}; leave out trainer.devices.")
     if _has_plugins(overrides):
         raise UserError(f"hydra/...: {started}; leave Hydra's own keys out, or start this without torchrun.")
-
-
-def _check_own_metrics(points: Sequence[TypedRun]) -> None:
-    """Raise UserError where a metric of the user's own is none, before anything is loaded."""
-    names = dict.fromkeys(run.task.metric for _, run in points if is_own(run.task.metric))
-    if not names:
-        return
-    from peftbench.metrics.own_metric import find_own_metric_fault
-
-    if faults := [fault for name in names if (fault := find_own_metric_fault(name))]:
-        raise UserError(*faults)
 
 
 def _name_config_dir(folder: str | None) -> list[str]:
@@ -284,7 +273,7 @@ def _find_wrong_direction(sweeper: DictConfig) -> str | None:
 def run_job(cfg: DictConfig) -> float:
     """Train one run that Hydra has composed; return what a sweeper may maximise (`compute_objective`)."""
     hydra_config = HydraConfig.get()
-    ((overrides, run),) = resolve_points([(list(hydra_config.overrides.task), resolve_config(cfg))])
+    ((overrides, run),) = resolve_points([(list(hydra_config.overrides.task), resolve_run(cfg))])
     if hydra_config.mode == RunMode.MULTIRUN:
         selecting = hydra_config.sweeper["_target_"] != BASIC  # by a sweeper that goes by the outcome
         if selecting and (fault := _find_wrong_direction(hydra_config.sweeper)):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
+from peftbench.config.own_parts import FORM, is_own, list_entry_points
 from peftbench.config.schema import (
     FUNCTIONAL_FORMS,
     AttentionKind,
@@ -187,12 +188,21 @@ RULES = (
         "modified_representation=ffn.",
     ),
     Rule(
-        lambda m: m.functional_form.name != "constant" and (m.bottleneck is None or m.bottleneck < 1),
+        lambda m: (
+            m.functional_form.name != "constant"
+            and (m.bottleneck is None or m.bottleneck < 1)
+            and not (m.bottleneck is None and is_own(m.functional_form.name))  # which may have no size
+        ),
         "{p}bottleneck={b}: the bottleneck must be a whole number of at least 1.",
     ),
     Rule(
         lambda m: m.prefix_mlp is not None and m.prefix_mlp < 1,
         "{p}prefix_mlp={mlp}: the MLP's width must be at least 1, or null for none.",
+    ),
+    Rule(
+        lambda m: m.prefix_mlp is not None and is_own(m.functional_form.name),
+        "{p}prefix_mlp={mlp} makes W_down and W_up, and {p}functional_form={f} is a form of your own; set "
+        "{p}prefix_mlp=null.",
     ),
     Rule(
         lambda m: m.dropout is not None and not 0 <= m.dropout < 1,
@@ -303,8 +313,9 @@ def find_nearest(point: Point) -> Point:
 
 def find_refusals(prefix: str, m: Modification) -> Iterator[str]:
     """Yield a sentence for each rule that the modification breaks; `prefix` is that of its keys, "" or "mix.NAME."."""
-    if m.functional_form.name not in FUNCTIONAL_FORMS:
-        yield describe_unknown(f"{prefix}functional_form.name", m.functional_form.name, FUNCTIONAL_FORMS)
+    if m.functional_form.name not in FUNCTIONAL_FORMS and not is_own(m.functional_form.name):
+        choices = (*FUNCTIONAL_FORMS, *list_entry_points(FORM))
+        yield describe_unknown(f"{prefix}functional_form.name", m.functional_form.name, choices)
         return
     point = read_axes(m)
     form, representation, insertion, composition = point

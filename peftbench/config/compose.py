@@ -31,7 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
 from peftbench.config.overrides import apply_override, describe_error, quote_path
-from peftbench.config.own_parts import add_import_folder, resolve_own
+from peftbench.config.own_parts import FORM, METRIC, add_import_folder, is_own, name_own_parts, resolve_own
 from peftbench.config.rows import GROUP, read_rows
 from peftbench.config.schema import Run, find_conf_dir, resolve_config
 from peftbench.config.validity import METRIC_NAMES, find_faults
@@ -327,9 +327,7 @@ def _compose_run(overrides: list[str], loader: ConfigLoader, known: _Known, read
     try:
         cfg = deepcopy(known.composed(tuple(str(override.input_line) for override in groups)))
         found.extend(sentence for override in values if (sentence := apply_override(cfg, override)))
-        run = resolve_config(cfg)
-        if run.task.metric not in METRIC_NAMES[run.task.kind]:
-            run.task.metric = resolve_own("task.metric", run.task.metric)
+        run = resolve_run(cfg)
     except RecursionError:
         raise UserError(*found, "A value is nested too deep.") from None
     except (HydraException, OmegaConfBaseException, MarkedYAMLError, ValueError) as error:  # defaults are no list
@@ -345,6 +343,15 @@ def _compose_run(overrides: list[str], loader: ConfigLoader, known: _Known, read
         )
     if found:
         raise UserError(*found)
+    return run
+
+
+def resolve_run(cfg: DictConfig) -> Run:
+    """Return the composed config as a `Run`, with the dotted names of the user's own parts."""
+    run = resolve_config(cfg)
+    if run.task.metric not in METRIC_NAMES[run.task.kind]:
+        run.task.metric = resolve_own(METRIC, run.task.metric)
+    name_own_parts(run)
     return run
 
 
@@ -364,6 +371,8 @@ def _find_override_faults(override: Override, options: list[str]) -> Iterator[st
             if option is None:
                 choices = ", ".join(options)
                 yield f"{line} chooses nothing; leave {group} out for its default, or give one of: {choices}."
+            elif group == "functional_form" and is_own(str(option)):
+                yield f"{line}: a form of your own is typed {FORM}={option}, or is a file functional_form/NAME.yaml."
             elif str(option) not in options:
                 yield describe_unknown(override.get_key_element().lstrip("+"), option, options)
 

@@ -11,6 +11,7 @@ from enum import Enum
 from functools import cache
 from typing import Any, get_args, get_type_hints
 
+from peftbench.config.own_parts import TARGET, find_code, list_own_code
 from peftbench.config.schema import Run, list_task_files
 from peftbench.config.stamps import stamp_content
 
@@ -65,6 +66,8 @@ LATER = (
     "task.stride",
     "task.column_names",
     "task.delimiter",
+    "task._target_",
+    "task.settings",
 )
 
 _SPECIAL = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what a special token may look like: </s>, <|im_start|>, [SEP]
@@ -73,7 +76,8 @@ _SPECIAL = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what a special token may 
 def hash_run(run: Run, stamp: Callable[[str], str] = stamp_content) -> str:
     """Return the name of a run: eight hexadecimal digits.
 
-    Files count by content, not by path. Raises UserError if a path of the config does not exist.
+    Files count by content, not by path, and so does the code of the user's own form, task and callbacks. Raises
+    UserError if a path of the config does not exist, or such code cannot be imported.
 
     Args:
         stamp: a function from a path to a hash of its content.
@@ -90,8 +94,16 @@ def hash_run(run: Run, stamp: Callable[[str], str] = stamp_content) -> str:
         config["task"]["special_tokens"] = "kept"
     for group in ("model", "trainer", "task"):
         drop_later_defaults(group, config[group])
-    if not config["peft"]:  # earlier runs had no such key
-        del config["peft"]
+    for name in ("peft", "callbacks"):  # earlier runs had no such keys
+        if not config[name]:
+            del config[name]
+    for modification in (config, *config["mix"].values()):
+        form = modification["functional_form"]
+        del form[TARGET]  # which `name_own_parts` has put into the name
+        if not form["settings"]:
+            del form["settings"]
+    if own := list_own_code(run):
+        config["own_code"] = {part.name: stamp(str(find_code(part))) for part in own}
     if config["search"] is not None and config["search"]["trials"] is None:  # as earlier versions had it
         for key in ("trials", "sampler", "sampler_seed", "prune"):
             del config["search"][key]

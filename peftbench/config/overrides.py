@@ -27,7 +27,8 @@ from peftbench.utils.errors import describe_unknown, suggest
 
 def apply_override(cfg: DictConfig, override: Override) -> str | None:
     """Set the key of an override in `cfg`. Return what is wrong with it as a sentence, or None."""
-    free = override.key_or_group.startswith("peft.")  # whose keys are those of peft, which find_peft_faults checks
+    # The keys of peft are checked by find_peft_faults, the settings of own parts by those who build them.
+    free = override.key_or_group.startswith("peft.") or ".settings." in override.key_or_group
     return set_key(cfg, override.key_or_group, override.value(), force_add=free or _is_addition(cfg, override))
 
 

@@ -123,6 +123,16 @@ class FunctionalForm:
         f"f in Δh = f(x W_down) W_up: identity, softmax, or an activation ({', '.join(ACTIVATIONS)}). constant: Δh "
         "is a trained vector; none: no modification.",
     )
+    _target_: str | None = key(
+        None,
+        "A form of your own in the place of functional_form.name: the dotted name of a torch.nn.Module that computes "
+        "Δh, such as mypkg.Swish2, or its name in the entry points peftbench.functional_forms of an installed package. "
+        "null: none.",
+    )
+    settings: dict[str, Any] = key(
+        {},
+        "What a form of your own takes in addition to its sizes, as functional_form.settings.KEY=VALUE. {}: nothing.",
+    )
 
 
 @dataclass
@@ -314,6 +324,15 @@ class Task:
         MISSING,
         "What is predicted. classification: a label; regression: a number; token_classification: a label for each "
         "word; text_to_text: a generated text.",
+    )
+    _target_: str | None = key(
+        None,
+        "A task of your own: the dotted name of a class derived from the one that task.kind has in peftbench.tasks, "
+        "such as mypkg.Anagrams, or its name in the entry points peftbench.tasks of an installed package. null: that "
+        "class itself.",
+    )
+    settings: dict[str, Any] = key(
+        {}, "What a task of your own reads as self.task.settings, as task.settings.KEY=VALUE. {}: nothing."
     )
     sizes: str = key(MISSING, "The column of conf/sizes.yaml for the task's backbone in the paper.")
     hub_id: str | None = key(None, "Dataset on the Hugging Face hub, such as EdinburghNLP/xsum. null: none.")
@@ -644,6 +663,13 @@ class Run(Modification):
     )
     seed: int = key(42, "Seed of everything random in a run: new weights, the order of the examples, dropout.")
     search: Search | None = None
+    callbacks: list[Any] = key(
+        [],
+        "Callbacks of your own: dotted names of classes derived from transformers.TrainerCallback, such as "
+        "mypkg.StopAtLoss, or their names in the entry points peftbench.callbacks of an installed package; with "
+        "settings, {_target_: mypkg.StopAtLoss, loss: 0.1}. They can change a training, and belong to a run's name. "
+        "[]: none.",
+    )
     trackers: list[str] = key(
         [],
         "Experiment trackers that follow a run: tensorboard, wandb, mlflow, trackio. They get the config, the training "

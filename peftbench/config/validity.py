@@ -17,7 +17,7 @@ from typing import Any
 from peftbench.config.axes import find_refusals, read_axes
 from peftbench.config.budget import parse_budget
 from peftbench.config.fidelity import find_idle_switches
-from peftbench.config.own_parts import is_own, list_entry_points
+from peftbench.config.own_parts import METRIC, find_own_faults, is_own, list_entry_points
 from peftbench.config.peft_methods import find_peft_faults, has_identity_form, has_rank
 from peftbench.config.schema import (
     EMBEDDED,
@@ -145,6 +145,7 @@ def find_faults(run: Run, *, reads_data: bool = True) -> list[str]:
     return [
         *_find_name_faults(run),
         *_find_axes_faults(run),
+        *find_own_faults(run),
         *find_peft_faults(run),
         *_find_budget_faults(run),
         *_find_number_faults(run),
@@ -230,7 +231,7 @@ def _describe_base(path: str) -> str:
 
 def _find_source_faults(task: Task, reads_data: bool) -> Iterator[str]:
     """Yield a fault if there is no data but it is needed: to train, or to count a head with one output per label."""
-    if any((list_task_files(task), task.data_dir, task.packages, task.hub_id)):
+    if any((list_task_files(task), task.data_dir, task.packages, task.hub_id, task._target_)):  # may have own rows
         return
     if reads_data:
         yield (
@@ -504,7 +505,7 @@ def _find_metric_faults(task: Task) -> Iterator[str]:
         if baseline not in BASELINES[task.kind]:
             yield describe_unknown("task.baselines", baseline, BASELINES[task.kind])
     if task.metric not in METRIC_NAMES[task.kind] and not is_own(task.metric):
-        offered = list_entry_points("task.metric")
+        offered = list_entry_points(METRIC)
         yield describe_unknown("task.metric", task.metric, [*METRIC_NAMES[task.kind], *offered])
     selectors = (task.metric, *([LOSS] if task.kind is TaskKind.text_to_text else []))
     if task.selection_metric is not None and task.selection_metric not in selectors:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from peftbench.config.axes import format_composition
 from peftbench.config.notation import COMPOSITIONS, FORMS, REPRESENTATIONS, describe_choice
+from peftbench.config.own_parts import is_own
 from peftbench.config.peft_methods import TYPE, get_method, read_point
 from peftbench.config.schema import (
     Composition,
@@ -153,6 +154,10 @@ def _write_delta(m: Modification, read: str) -> str:
     name = m.functional_form.name
     if name == "constant":
         return "l"
+    if is_own(name):
+        seen = f"LN({read})" if m.layer_norm is LayerNormPlace.input else read
+        delta = f"{name.rpartition('.')[2]}({seen.strip('()') if seen == '(h + x)' else seen})"
+        return f"LN({delta})" if m.layer_norm is LayerNormPlace.output else delta
     f = FORMS.get(name, name)
     plain = not m.bias and m.layer_norm is LayerNormPlace.none
     if name == "softmax" and _reads_query(m) and plain:

@@ -34,7 +34,7 @@ from peftbench.config.schema import (
     list_modifications,
 )
 from peftbench.config.sizes import list_column_backbones, list_sizes_taken
-from peftbench.counts.solve import count_resized, find_largest_rank, resize
+from peftbench.counts.solve import count_resized, find_largest_rank, require_affine, resize
 from peftbench.modification.counting import Counts
 from peftbench.utils.errors import UserError
 
@@ -63,6 +63,7 @@ def fit_sizes(run: Run, *, as_trained: bool = False) -> Run:
     config = load_config(run.model) if as_trained or run.model.path is not None else None
     if run.peft:
         return _fit_rank(run, sizes, own, config)
+    require_affine(run, f"the sizes of {run.model.sizes} were made for {' and '.join(own)}")
     alone = _strip_modifications(run, sizes)
     here, shares = _compute_costs(alone, config), [_compute_share(alone, sizes, model) for model in own.values()]
     if any(1 / NEARLY <= here.stored(sizes) / here.backbone / share <= NEARLY for share in shares):

@@ -1,7 +1,8 @@
 """Solve the bottlenecks of a run with a budget: the largest ones whose stored count is within it.
 
 The stored count of a run is affine in each of its bottlenecks, for all axes and families. Therefore this module needs
-no formula: the counts at bottlenecks of 1 and 2, on the meta device, determine all others.
+no formula: the counts at bottlenecks of 1 and 2, on the meta device, determine all others. A form of the user's own for
+which that is not so is refused.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from transformers import PretrainedConfig
 
 from peftbench.backbones.load import build_meta_backbone, load_config
 from peftbench.config.budget import find_largest_sizes, parse_budget
+from peftbench.config.own_parts import is_own
 from peftbench.config.peft_methods import TYPE, get_method
-from peftbench.config.schema import Run, list_bottlenecks_of
+from peftbench.config.schema import Run, list_bottlenecks_of, list_modifications
 from peftbench.modification.attach import attach_run
 from peftbench.modification.counting import Counts, count
+from peftbench.modification.own_form import count_parameters
 from peftbench.utils.errors import UserError
 
 
@@ -40,6 +43,7 @@ def solve_budget(run: Run, *, as_trained: bool = False) -> Run:
     config = load_config(run.model) if as_trained else None
     if run.peft:
         return _solve_peft_budget(run, config)
+    require_affine(run, f"budget={run.budget}")
     given = list_bottlenecks_of(run)
     least = dict.fromkeys(given, 1)
     smallest = count_resized(run, least, config)
@@ -59,6 +63,23 @@ def solve_budget(run: Run, *, as_trained: bool = False) -> Run:
     expected = smallest.stored + sum((size - 1) * cost for size, cost in zip(sizes, costs, strict=True))
     assert stored == expected <= most, f"{stored:,} parameters are stored, but {expected:,} were expected"
     return resize(run, found)
+
+
+def require_affine(run: Run, typed: str) -> None:
+    """Raise UserError if a form of the user's own does not grow by the same number with each unit of its bottleneck.
+
+    Args:
+        typed: what asks for it.
+    """
+    for prefix, m in list_modifications(run).items():
+        if not is_own(m.functional_form.name) or m.bottleneck is None:
+            continue
+        one, two, five = (count_parameters(m, size) for size in (1, 2, 5))
+        if two <= one or five - two != 3 * (two - one):
+            raise UserError(
+                f"{typed}: the parameters of {m.functional_form.name} do not grow linearly with its bottleneck; give "
+                f"{prefix}bottleneck=NUMBER instead."
+            )
 
 
 def _solve_peft_budget(run: Run, config: PretrainedConfig | None) -> Run:

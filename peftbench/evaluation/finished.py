@@ -21,6 +21,7 @@ from peftbench.backbones.load import Backbone, load_backbone
 from peftbench.backbones.precision import choose_device, resolve_dtype
 from peftbench.backbones.quantisation import unpack_backbone
 from peftbench.config.overrides import apply_override, quote_path
+from peftbench.config.own_parts import FORM, METRIC, TASK
 from peftbench.config.roles import list_splits
 from peftbench.config.schema import Run, Task, has_modification, list_task_files, resolve_config
 from peftbench.config.stamps import stamp_content
@@ -32,10 +33,11 @@ from peftbench.modification.state import FILE_NAME
 from peftbench.modification.state import load as load_adapter
 from peftbench.records.earlier import check_backbone
 from peftbench.records.record import Record, find_record
+from peftbench.records.recording import describe_changed_code
 from peftbench.records.saved import find_run_folder, read_saved_config, read_saved_record
 from peftbench.tasks.load import list_dealt, load_task, restrict_to_reported
 from peftbench.tasks.prepare import prepare_data
-from peftbench.utils.errors import UserError, describe_unknown
+from peftbench.utils.errors import UserError, describe_unknown, warn
 from peftbench.utils.files import write_lines
 from peftbench.utils.progress import Display
 from peftbench.utils.quiet import silence_libraries
@@ -143,16 +145,20 @@ def restore_backbone(
     if unpacked:
         unpack_backbone(backbone.model)
     attach_run(backbone.model, run, backbone.untrained)
-    _check_adapter(folder)
+    record = find_record(folder)
+    if record is not None:
+        _check_adapter(folder, record)
+        for sentence in describe_changed_code(run, record, FORM):
+            warn(sentence)
     load_adapter(backbone.model, folder / "adapter", backbone.untrained)
     return backbone
 
 
-def _check_adapter(folder: Path) -> None:
+def _check_adapter(folder: Path, record: Record) -> None:
     """Raise UserError if the trained tensors of the run in `folder` are not those that it stored. Records of earlier
     versions do not say."""
-    record, file = find_record(folder), folder / "adapter" / FILE_NAME
-    if record is None or record.adapter_stamp is None or not file.is_file():
+    file = folder / "adapter" / FILE_NAME
+    if record.adapter_stamp is None or not file.is_file():
         return
     if stamp_content(file.parent) != record.adapter_stamp:
         raise UserError(
@@ -191,9 +197,11 @@ def evaluate_run(folder: Path, run: Run, console: Console, predictions: Path | N
             data = prepare_data(loaded, backbone.tokenizer, backbone.model)
             backbone.model.to(choose_device(run.trainer))
             evaluator = Evaluator(backbone.model, data, run)
-        for note in (*backbone.notes, *data.notes):
+        record = read_saved_record(folder)
+        changed = [line for key in (TASK, METRIC) for line in describe_changed_code(run, record, key)]
+        for note in (*backbone.notes, *data.notes, *changed):
             display.console.print(note, highlight=False, soft_wrap=True)
-        before = read_saved_record(folder).data
+        before = record.data
         if other := read_otherwise(before, data.reading()):
             display.console.print(other, highlight=False, soft_wrap=True)
         if before["splits"]["report"] == data.splits["report"] and before["scored_on"] != data.scored_on:

@@ -23,7 +23,7 @@ from peftbench.backbones.sites import find_family, measure_projection
 from peftbench.config.schema import Run, TaskKind, Unfreeze, has_modification, list_modifications, name_module
 from peftbench.modification.composition import Add, Gated, Multiply, Scaled
 from peftbench.modification.edit import Edit
-from peftbench.modification.functional_form import Bottleneck, Constant
+from peftbench.modification.functional_form import Bottleneck, Constant, OwnForm
 from peftbench.modification.head_attention import HeadModification, Prefix
 from peftbench.modification.insertion import parallel
 from peftbench.modification.merge import list_edits_after, list_edits_before
@@ -186,6 +186,8 @@ def _find_obstacle(edit: Edit, module: nn.Module, after: bool) -> str | None:
     function, composition = edit.function, edit.composition
     if isinstance(composition, Gated):
         return "peft has no gate"
+    if isinstance(function, OwnForm):
+        return "peft has no such form"
     if isinstance(function, Constant):
         if not isinstance(composition, Multiply):
             return "peft has no vector that is added to a representation"

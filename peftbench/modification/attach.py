@@ -23,11 +23,13 @@ from peftbench.backbones.quantisation import is_quantised
 from peftbench.backbones.sites import Attention, Layer, Sites, find_sites
 from peftbench.config import schema
 from peftbench.config.fidelity import Deviation, apply_fidelity
+from peftbench.config.own_parts import is_own
 from peftbench.modification.composition import Add, Gated, GatedAdd, Multiply, Scaled
 from peftbench.modification.edit import Edit, SublayerDropout
 from peftbench.modification.functional_form import Bottleneck, Constant, FunctionalForm
 from peftbench.modification.head_attention import ATTENTION_NAME, HEADS, HeadModification, Prefix
 from peftbench.modification.insertion import INSERTION_FORMS
+from peftbench.modification.own_form import build_own_form
 from peftbench.modification.peft_method import attach_peft
 from peftbench.modification.prompt import PROMPT, DecoderPrompt, Prompt, PromptKeys, PromptMask
 from peftbench.modification.reparameterization import PrefixMLP, PrefixTrunk
@@ -347,6 +349,8 @@ def _build_function(
 ) -> FunctionalForm:
     if m.functional_form.name == "constant":
         return Constant(out_width, groups=groups, init=m.init.name)
+    if is_own(m.functional_form.name):
+        return build_own_form(m, in_width, out_width, own_dropout, groups=groups)
     return Bottleneck(
         in_width,
         _get_size(m),

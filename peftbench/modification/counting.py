@@ -63,7 +63,8 @@ def count_places(model: PreTrainedModel) -> list[PlaceCounts]:
     for name, module in model.named_modules():
         if not isinstance(module, _ADDED) or isinstance(getattr(module, "function", None), PromptKeys):
             continue
-        tensors = {key: tuple(p.shape) for key, p in module.named_parameters() if ".generator." not in key}
+        of_module = {key: p for key, p in module.named_parameters() if p.requires_grad}  # an own form may have others
+        tensors = {key: tuple(p.shape) for key, p in of_module.items() if ".generator." not in key}
         if isinstance(module, Prompt):
             paper = module.vectors.numel()
         else:
@@ -72,7 +73,7 @@ def count_places(model: PreTrainedModel) -> list[PlaceCounts]:
             if f.generator is not None:  # the weights that `fold` will store
                 tensors["function.down"] = (f.groups, f.bottleneck, f.in_width)
                 tensors["function.up"] = (f.groups, f.out_width, f.bottleneck)
-        trained = {id(p): p.numel() for p in module.parameters() if id(p) not in seen}
+        trained = {id(p): p.numel() for p in of_module.values() if id(p) not in seen}
         seen |= trained.keys()
         stored = sum(math.prod(shape) for shape in tensors.values())
         places.append(PlaceCounts(name, tensors, sum(trained.values()), stored, paper))

@@ -3,7 +3,8 @@ r"""Axis 1, the functional form: every form but one is a grouped bottleneck, Δh
 f is the identity (LoRA), an activation (adapters) or softmax (prefix tuning): He et al. 2022, equations 4, 7 and 8 and
 table 1. A hidden state is one group; heads are N_h groups, each with its own weights. Prefix tuning uses the same
 module: for each head W_down = W_q P_k^T (the projected query is multiplied with the l prefix keys) and W_up = P_v, so
-that the number l of prefix vectors plays the role of the bottleneck r. The exception is `Constant`, Δh = l (IA3).
+that the number l of prefix vectors plays the role of the bottleneck r. The exceptions are `Constant`, Δh = l (IA3), and
+`OwnForm`, which is whatever a module of the user's computes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from peftbench.modification.reparameterization import PrefixMLP
+from peftbench.utils.errors import UserError
 
 
 def build_activation(name: str) -> nn.Module:
@@ -166,7 +168,68 @@ class Constant(nn.Module):
         return f"{self.out_width}, groups={self.vector.shape[0]}"
 
 
-FunctionalForm = Bottleneck | Constant
+class OwnForm(nn.Module):
+    """Compute Δh by a module of the user's own, or by one for each of G groups.
+
+    Args:
+        form: maps (..., in) to (..., out), each position by itself; with several groups (..., G or 1, T, in) to
+            (..., G, T, out), or it is a ModuleList with a module for each group.
+        in_width, out_width: widths of the input of f, and of h.
+        groups: G; 1 for hidden states, the number of heads for heads.
+        input_dropout, layer_norm: as for `Bottleneck`.
+    """
+
+    generator = None  # there is nothing to fold
+
+    def __init__(
+        self,
+        form: nn.Module,
+        in_width: int,
+        out_width: int,
+        *,
+        groups: int = 1,
+        input_dropout: float = 0.0,
+        layer_norm: str = "none",
+    ) -> None:
+        super().__init__()
+        self.form, self.in_width, self.out_width, self.groups = form, in_width, out_width, groups
+        self.input_dropout = nn.Dropout(input_dropout)
+        self.norm_in = nn.LayerNorm(in_width) if layer_norm == "input" else nn.Identity()
+        self.norm_out = nn.LayerNorm(out_width) if layer_norm == "output" else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return Δh, in the dtype of x. x: as for `Bottleneck.forward`.
+
+        Raises:
+            UserError: the form returns no tensor, or another width than that of h.
+        """
+        seen = self.input_dropout(_apply_norm(self.norm_in, x))
+        dtype = next((tensor.dtype for tensor in self.form.parameters()), x.dtype)
+        seen = seen.to(dtype)  # a bfloat16 backbone, and weights of the user's own in float32
+        if isinstance(self.form, nn.ModuleList):
+            seen = seen.expand(*seen.shape[:-3], self.groups, *seen.shape[-2:])
+            parts = [one(part) for one, part in zip(self.form, seen.unbind(-3), strict=True)]
+            delta = torch.stack(parts, dim=-3)
+        else:
+            delta = self.form(seen)
+        if not isinstance(delta, Tensor) or delta.shape[-1] != self.out_width:
+            returned = f"vectors of {delta.shape[-1]} elements" if isinstance(delta, Tensor) else type(delta).__name__
+            raise UserError(f"{self._name} returns {returned}; it must return Δh, whose vectors have {self.out_width}.")
+        return _apply_norm(self.norm_out, delta.to(x.dtype))
+
+    @property
+    def _name(self) -> str:
+        return type(self.form[0] if isinstance(self.form, nn.ModuleList) else self.form).__name__
+
+    def formula(self) -> int:
+        """Return the number of trained parameters: the paper has no formula for such a form."""
+        return sum(parameter.numel() for parameter in self.form.parameters() if parameter.requires_grad)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_width} -> {self.out_width}, groups={self.groups}"
+
+
+FunctionalForm = Bottleneck | Constant | OwnForm
 
 
 def _align(down: Tensor, up: Tensor, down_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

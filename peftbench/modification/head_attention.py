@@ -26,7 +26,7 @@ from transformers.masking_utils import sdpa_mask
 
 from peftbench.backbones.sites import Part
 from peftbench.modification.edit import Modifier
-from peftbench.modification.functional_form import Bottleneck, FunctionalForm
+from peftbench.modification.functional_form import Bottleneck, Constant, FunctionalForm
 from peftbench.modification.insertion import InsertionForm
 from peftbench.modification.memo import Memo
 from peftbench.modification.prompt import PROMPT, PromptKeys, extend_mask
@@ -74,7 +74,7 @@ class HeadModification(Modifier):
         if self.query_norm is None:
             self._x = x.unsqueeze(1)
         else:
-            assert isinstance(self.function, Bottleneck), "a constant reads nothing"
+            assert not isinstance(self.function, Constant), "a constant reads nothing"
             normed = self.query_norm(x.to(self.query_norm.weight.dtype)).to(x.dtype)
             query = module.forward(normed)  # runs no hooks: a modified query is not the backbone's W_q
             if self.query_part is not None:

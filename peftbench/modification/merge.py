@@ -24,7 +24,7 @@ from peftbench.backbones.quantisation import is_packed
 from peftbench.config.schema import name_module
 from peftbench.modification.composition import Gated, Multiply
 from peftbench.modification.edit import Edit
-from peftbench.modification.functional_form import Bottleneck
+from peftbench.modification.functional_form import Bottleneck, OwnForm
 from peftbench.modification.head_attention import HeadModification, Prefix
 from peftbench.modification.insertion import sequential
 from peftbench.modification.peft_method import find_peft_obstacle, list_added, merge_peft
@@ -160,6 +160,8 @@ def _find_obstacle(edit: Edit, module: nn.Module) -> str | None:
     function, composition = edit.function, edit.composition
     if isinstance(composition, Gated):
         return "its gate depends on the input"
+    if isinstance(function, OwnForm):
+        return "nobody knows whether a form of your own is linear"
     if isinstance(function, Bottleneck):
         if not isinstance(function.f, nn.Identity):
             return "its functional form is not linear"

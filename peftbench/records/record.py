@@ -224,6 +224,7 @@ class Record:
     data: dict[str, Any] = field(default_factory=dict)  # fingerprint, scored_on, package versions
     device: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    own_code: dict[str, str] = field(default_factory=dict)  # a hash of the file of each own part, by its dotted name
     git: dict[str, Any] | None = None  # commit, dirty; of the checkout from which peftbench runs
 
     # When this process began with the run, by a clock that nobody sets back; not part of the record.

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 import peftbench
 from peftbench.config.axes import read_axes
 from peftbench.config.identity import drop_later_defaults, hash_run, to_plain
+from peftbench.config.own_parts import METRIC, OwnPart, find_code, is_own, list_own_code
 from peftbench.config.peft_methods import read_point
 from peftbench.config.schema import Modification, Run, Task, list_modifications, list_task_files
 from peftbench.config.stamps import stamp_content
@@ -104,7 +105,24 @@ def describe_run(run: Run, folder: Path, overrides: Sequence[str], status: Statu
         trainer=drop_later_defaults("trainer", to_plain(run.trainer)),
         versions=_read_versions(*(["peft"] if run.peft else [])),
         git=read_git(),
+        own_code={part.name: stamp_content(find_code(part)) for part in _list_own_parts(run)},
     )
+
+
+def _list_own_parts(run: Run) -> list[OwnPart]:
+    """Return the own parts of a run, its metric too."""
+    return [*list_own_code(run), *([OwnPart(METRIC, run.task.metric)] if is_own(run.task.metric) else [])]
+
+
+def describe_changed_code(run: Run, record: Record, key: str) -> list[str]:
+    """Return a sentence for each own part of a key whose file is another one than when the run was recorded."""
+    return [
+        f"The code of {part.name} has changed since this run was recorded."
+        for part in _list_own_parts(run)
+        if part.key == key
+        and part.name in record.own_code
+        and record.own_code[part.name] != stamp_content(find_code(part))
+    ]
 
 
 def _name_test_files(task: Task) -> str | None:
@@ -135,7 +153,8 @@ def _list_options_of(m: Modification) -> dict[str, Any]:
     """Return the options of a modification that differ from their defaults, by their dotted keys."""
     bare = dict(flatten(to_plain(Modification())))
     shown = {"bottleneck", "composition_function.scale"} | {key for key in bare if key.endswith(".name")}
-    return {
+    own = {f"functional_form.settings.{key}": value for key, value in flatten(m.functional_form.settings)}
+    return own | {
         key: value for key, value in flatten(to_plain(m)) if key in bare and key not in shown and value != bare[key]
     }
 

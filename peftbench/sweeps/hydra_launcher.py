@@ -14,9 +14,9 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 
-from peftbench.config.compose import CONFIG_NAME, open_hydra
+from peftbench.config.compose import CONFIG_NAME, open_hydra, resolve_run
 from peftbench.config.launchers import HydraLauncher
-from peftbench.config.schema import Run, resolve_config
+from peftbench.config.schema import Run
 from peftbench.sweeps.jobs import Ended, Job, train_attempt
 from peftbench.sweeps.resolve import resolve_points
 from peftbench.utils.console import say
@@ -57,7 +57,7 @@ def train_composed(cfg: DictConfig) -> float:
     """Train one run that Hydra has composed; return its score on the selection split (`compute_objective`)."""
     run_alone()
     job = HydraConfig.get()
-    ((overrides, run),) = resolve_points([(list(job.overrides.task), resolve_config(cfg))])
+    ((overrides, run),) = resolve_points([(list(job.overrides.task), resolve_run(cfg))])
     return train_for_hydra(job.job.num + 1, run, overrides, selecting=False)
 
 

@@ -15,12 +15,15 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peftbench.config.own_parts import TASK, OwnPart, find_code
+from peftbench.config.stamps import stamp_content
 from peftbench.metrics.measure import Measured, measure
 from peftbench.metrics.statistics import References
 from peftbench.tasks.batch import Collator
 from peftbench.tasks.cache import cache_dataset
 from peftbench.tasks.deal import ROW
 from peftbench.tasks.load import Loaded, fingerprint_data
+from peftbench.tasks.own_task import RowMaker
 from peftbench.tasks.rows import take_head
 from peftbench.tasks.tokens import CONVERSATION_CUT, SOURCE_CUT, TARGET_CUT, Encoder
 from peftbench.tasks.unknown import describe_unknown_tokens, measure_unknown
@@ -35,7 +38,7 @@ NOTED = 0.05  # a larger share of truncated texts is reported on the screen
 ID_COLUMNS = ("id", "idx", "index", "name", "eid")  # the names that data sets give to the column of row ids
 
 
-class TaskData(ABC):
+class TaskData(RowMaker, ABC):
     """The data of one run by role: for training, for selecting a state, and for reporting scores.
 
     A further split on which scores are reported, such as validation_mismatched, has the role
@@ -204,6 +207,12 @@ class TaskData(ABC):
         scores = self._measure(decoded, self.report_rows).scores
         return {f"{baseline}.{name}": value for name, value in scores.items()}
 
+    def _own_code(self) -> list[Any]:
+        """Return what else `encode` depends on in a task of the user's own: its code and its settings."""
+        if self.task._target_ is None:
+            return []
+        return [stamp_content(find_code(OwnPart(TASK, self.task._target_))), self.task.settings]
+
     def _tokenise(self, rows: Dataset, training: bool, fingerprint: str) -> Dataset:
         """Apply `encode` to all rows. Fast tokenizers spread a batch over the cores by themselves."""
 
@@ -219,7 +228,7 @@ class TaskData(ABC):
             )
 
         what = {
-            "encode": [type(self).__name__, ENCODE_VERSION, training],
+            "encode": [type(self).__name__, ENCODE_VERSION, training, *self._own_code()],
             "task": self.settings(),
             "rows": [fingerprint, len(rows)],
             "tokenizer": self.encoder.fingerprint,

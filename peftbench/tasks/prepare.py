@@ -7,7 +7,8 @@ import json
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftbench.backbones.chat_template import choose_template, explain_plain, list_ends
-from peftbench.config.schema import TaskKind
+from peftbench.config.own_parts import TASK, load_class
+from peftbench.config.schema import Task, TaskKind
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.cache import Recent
 from peftbench.tasks.chat import Chat, Conversations
@@ -17,6 +18,7 @@ from peftbench.tasks.load import Loaded
 from peftbench.tasks.text_to_text import TextToText
 from peftbench.tasks.token_classification import TokenClassification
 from peftbench.tasks.tokens import describe_rules
+from peftbench.utils.errors import UserError
 
 KINDS: dict[TaskKind, type[TaskData]] = {
     TaskKind.classification: Classification,
@@ -57,7 +59,40 @@ def _make_data(
 
 
 def _choose_kind(loaded: Loaded, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> type[TaskData]:
-    task = loaded.task
+    chosen = _choose_own_kind(loaded.task, tokenizer, model)
+    return chosen if loaded.task._target_ is None else derive_own_task(loaded.task, KINDS[loaded.task.kind], chosen)
+
+
+def derive_own_task(task: Task, base: type[TaskData], chosen: type[TaskData]) -> type[TaskData]:
+    """Return the class of a task of the user's own, for the backbone of a run.
+
+    Args:
+        base: the class of the task's kind, from which it must be derived.
+        chosen: peftbench's class for the kind and the backbone; for a decoder-only model it is derived from `base`. Its
+            methods come after the user's.
+
+    Raises:
+        UserError: it cannot be imported, or is not derived from `base`.
+    """
+    assert task._target_ is not None
+    found: type[TaskData] = load_class(TASK, task._target_, base)
+    if missing := sorted(getattr(found, "__abstractmethods__", ())):
+        raise UserError(f"{TASK}={task._target_} does not define {', '.join(missing)}.")
+    return found if issubclass(found, chosen) else type(found.__name__, (found, chosen), {})
+
+
+def find_own_task_faults(task: Task) -> list[str]:
+    """Return what is wrong with a task of the user's own, before anything is loaded."""
+    try:
+        if task._target_ is not None:
+            derive_own_task(task, KINDS[task.kind], KINDS[task.kind])
+    except UserError as error:
+        return error.faults
+    return []
+
+
+def _choose_own_kind(task: Task, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> type[TaskData]:
+    """Return peftbench's own class for a task and a backbone."""
     if task.kind is not TaskKind.text_to_text:
         return KINDS[task.kind]
     if choose_template(task, model, tokenizer) is not None:

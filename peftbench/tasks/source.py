@@ -17,13 +17,14 @@ from peftbench.tasks.deal import number_rows
 from peftbench.tasks.docstrings import SPLITS, make_summary_rows, make_topic_rows
 from peftbench.tasks.file_set import FileSet, find_split
 from peftbench.tasks.files import Layout
+from peftbench.tasks.own_task import read_own_rows
 from peftbench.tasks.rows import Source, check_cells, list_file_columns
 from peftbench.tasks.word_rows import split_cells
 from peftbench.utils.errors import UserError
 
 
 def read_split(task: Task, split: str) -> Source:
-    """Read the rows of a split from the first source that the task has: the user's files, `task.data_dir`,
+    """Read the rows of a split from the first source that the task has: the user's own task, files, `task.data_dir`,
     `task.packages`, `task.hub_id`. Dicts become columns, and lists become texts or references.
 
     Raises:
@@ -53,6 +54,8 @@ def _read_raw(task: Task, split: str) -> Source:
             raise UserError(
                 f"task.data_files.{named} is not a split of this task; its splits are {', '.join(list_splits(task))}."
             )
+    if task._target_ is not None and (own := read_own_rows(task, split)) is not None:
+        return Source(own, task._target_)
     if (files := find_files(task, split)) is not None:
         return Source(files.read(), files.name, files)
     if task.packages is not None:

@@ -1,8 +1,7 @@
-"""A metric of the user's own: the example of the docs in a run, and what is refused before anything is loaded."""
+"""A metric of the user's own: the example of the docs, and what is refused before anything is loaded."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +14,10 @@ from peftbench.config.compose import compose_run
 from peftbench.config.own_parts import load_class
 from peftbench.metrics.measure import measure
 from peftbench.metrics.own_metric import find_own_metric_fault
-from peftbench.records.record import load_records
 from peftbench.utils.errors import UserError
+from tests.own_parts import EXAMPLE, importable
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "own_metric"
-NAME = "my_metrics.WithinOne"
+NAME = "my_parts.WithinOne"
 BROKEN = """
 import evaluate
 
@@ -48,36 +46,14 @@ def function(predictions, references):
 def paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """The example's folder and one with broken metrics can be imported from, in each test only."""
     (tmp_path / "broken_metrics.py").write_text(BROKEN, encoding="utf-8")
-    monkeypatch.setattr(sys, "path", [*sys.path, str(EXAMPLE), str(tmp_path)])
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    load_class.cache_clear()
-    yield
-    for module in ("my_metrics", "broken_metrics"):
-        sys.modules.pop(module, None)
-    load_class.cache_clear()
+    with importable(monkeypatch, EXAMPLE, tmp_path):
+        yield
 
 
 def test_its_first_score_counts_under_its_name(capsys: pytest.CaptureFixture[str]) -> None:
     predictions, references = ["ab", "abc", "a", "abcd"], ["ab", "ab", "abcd", "ab"]
     assert measure(NAME, predictions, references).scores == {NAME: 50.0}
-    assert f"task.metric={NAME} imports my_metrics." in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_the_example_of_the_docs_in_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["debug=smoke", "method=lora", f"task.metric={NAME}", "seed=1,2", f"output_dir={tmp_path / 'runs'}"]
-    assert main(["train", "-m", "--config-dir", str(EXAMPLE), *words]) == 0
-    records, _ = load_records(tmp_path / "runs")
-    assert len(records) == 2
-    for record in records:
-        rows = [json.loads(line) for line in (record.folder / "predictions.jsonl").read_text().splitlines()]
-        near = [abs(len(row["prediction"]) - len(row["reference"])) <= 1 for row in rows]
-        assert record.metric == NAME and record.score == pytest.approx(100 * sum(near) / len(near))
-    capsys.readouterr()
-    assert main(["rescore", str(records[0].folder)]) == 0
-    assert "WithinOne" in capsys.readouterr().out
-    assert main(["compare", str(records[0].folder), str(records[1].folder)]) == 2
-    assert f"{NAME} cannot be compared example by example" in capsys.readouterr().err
+    assert f"task.metric={NAME} imports my_parts." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
