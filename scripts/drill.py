@@ -285,9 +285,12 @@ class Drill:
         """Write the data, import what commands import, and train each line once, undisturbed."""
         write_data(self.data)
         os.environ["PEFTBENCH_CACHE"] = str(self.root / "cache")
-        import peftbench.cli.train
-        import peftbench.evaluation.merged
-        import peftbench.train  # noqa: F401  # children are forks, and so need not import it
+        from peftbench.utils.quick_imports import speed_up_imports
+
+        with speed_up_imports():  # children are forks, and so need not import it
+            import peftbench.cli.train
+            import peftbench.evaluation.merged
+            import peftbench.train  # noqa: F401
 
         common = ["output_dir=out", "debug=smoke", "trainer.checkpoint_minutes=0", "trainer.device=cpu", "seed=1"]
         labels = ["task=text_classification", f"task.train_file={self.data / 'labels.jsonl'}"]

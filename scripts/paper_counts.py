@@ -9,6 +9,7 @@ there. The counts are those of `peftbench params`. A percentage that differs fro
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -199,6 +200,7 @@ Every row of tables 2, 3, 4, 5, 6 and 12 of He et al. (2022), counted by `peftbe
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(document(), end="")
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from peftbench.cli.main import main
-from tests.cli.test_train import SUBPROCESS, records, sentiment, smoke
+from tests.cli.test_train import SMALL_MAM, SUBPROCESS, records, sentiment, smoke
 from tests.finished import save_backbone
 from tests.sweeps.test_sweeper import replaced
 from tests.tasks.test_completion import tiny_llama
@@ -26,7 +26,6 @@ from tests.tasks.test_tasks import byte_level
 
 __all__ = ["sentiment", "smoke"]  # fixtures
 
-SMALL_MAM = ["method=mam", "bottleneck=8", "mix.attention.bottleneck=4", "mix.attention.prefix_mlp=8"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "peftbench"]
 
 

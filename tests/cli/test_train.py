@@ -25,6 +25,8 @@ from peftbench.utils.files import write_lines
 from tests.families import long_tail
 
 SUBPROCESS = [sys.executable, "-m", "peftbench"]
+# Its usual prefix MLP makes each checkpoint one of 38 MB.
+SMALL_MAM = ["method=mam", "bottleneck=8", "mix.attention.bottleneck=4", "mix.attention.prefix_mlp=8"]
 
 
 @pytest.fixture

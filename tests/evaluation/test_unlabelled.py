@@ -261,7 +261,7 @@ def test_ten_thousand_lines_killed_twice(classifier: Path, tmp_path: Path) -> No
     file.write_text("".join(f"{'film ' * (i % 5)}{i}\n" for i in range(10_000)))
     kept = out.with_name("out.jsonl.partial")
     command = [sys.executable, "-m", "peftbench", "predict", str(classifier), str(file), "--out", str(out)]
-    command.append("trainer.eval_batch_size=4")
+    command.append("trainer.eval_batch_size=16")
     done: list[int] = []
     for _ in range(2):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -125,7 +125,12 @@ def test_the_experiment_of_the_page_composes(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if not any(word in c for word in ("FOLDER", "task=", "experiment="))]
+    "command",
+    [
+        c
+        for c in COMMANDS
+        if not any(word in c for word in ("FOLDER", "task=", "experiment=")) and f"{c} jobs=auto" not in COMMANDS
+    ],
 )
 def test_commands_run(command: str, tmp_path: Path) -> None:
     require_trackers(command)

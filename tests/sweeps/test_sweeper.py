@@ -30,14 +30,14 @@ from peftbench.tasks.cache import Recent
 from peftbench.tasks.load import load_task
 from peftbench.tasks.prepare import prepare_data
 from peftbench.tasks.rows import Source
-from tests.cli.test_train import SUBPROCESS, records, sentiment, smoke
+from tests.cli.test_train import SMALL_MAM, SUBPROCESS, records, sentiment, smoke
 
 __all__ = ["sentiment", "smoke"]  # fixtures
 
 SETTINGS = ["trainer.keep=best", "trainer.checkpoint_minutes=0"]
 SHORT = [*SETTINGS, "trainer.max_steps=6", "trainer.evaluate_every=3", "method=lora", "task.baselines=[]", "seed=1,2"]
 LONG = ["trainer.max_steps=12", "trainer.evaluate_every=4"]
-FOUR = [*SETTINGS, *LONG, "method=lora,mam", "seed=1,2"]
+FOUR = [*SETTINGS, *LONG, "method=lora,parallel_adapter", "seed=1,2"]
 
 
 def outcome(folder: Path) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def test_a_killed_sweep_ends_like_one_that_was_not(smoke: list[str], tmp_path: P
 @pytest.mark.parametrize("stage", ["train mam", "train the head alone"])
 def test_a_killed_run_goes_on_from_its_checkpoint(stage: str, smoke: list[str], tmp_path: Path) -> None:
     """Killed once its checkpoint at step 7, in the second epoch, is whole, with batches accumulated."""
-    settings = ["method=mam", "trainer.accumulation=2", "trainer.keep=best", "trainer.evaluate_every=3"]
+    settings = [*SMALL_MAM, "trainer.accumulation=2", "trainer.keep=best", "trainer.evaluate_every=3"]
     settings += ["task.baselines=[head]"]
     arguments = [word for word in smoke if not word.startswith("trainer.max_steps")]
     arguments += ["trainer.max_steps=11", "trainer.checkpoint_minutes=0", *settings]
