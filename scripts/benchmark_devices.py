@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ class Measured:
     peak_bytes: int  # of this process's GPU; 0 on a CPU
     built_bytes: int  # when the model was there, before the first step
     losses: list[float]
+    sum_s: float  # the median of adding up the gradients of all processes, by itself
     fast_paths: list[str]
     replay_failure: str | None  # why steps were not replayed as CUDA graphs
 
@@ -60,6 +63,7 @@ def measure(rank: int, port: int, number: int, args: argparse.Namespace, pipe: A
     from peftbench.training.sharding import shard_layers
     from peftbench.utils.team import ALONE
 
+    torch.set_num_threads(max(1, torch.get_num_threads() // number))  # as `trainer.devices` does
     team = ALONE
     if number > 1:
         team = join_processes(TCPStore("127.0.0.1", port, number, False), rank, number)
@@ -108,19 +112,24 @@ def measure(rank: int, port: int, number: int, args: argparse.Namespace, pipe: A
         tokens = shape.batch * lengths.mean
         counted = fitted.step_seconds[args.warm_up :]
         peak = torch.cuda.max_memory_allocated() if cuda else 0
-        pipe.send(
-            Measured(
-                tokens * len(counted) / sum(counted),
-                step_s,
-                peak,
-                built,
-                losses,
-                fitted.fast_paths,
-                fitted.replay_failure,
-            )
-        )
+        gradients = [torch.zeros_like(p) for p in model.parameters() if p.requires_grad]
+        sums = [_time(lambda: team.add_up(gradients), cuda) for _ in range(12)]
+        rate = tokens * len(counted) / sum(counted)
+        paths = (fitted.fast_paths, fitted.replay_failure)
+        pipe.send(Measured(rate, step_s, peak, built, losses, statistics.median(sums[2:]), *paths))
     if number > 1:
         destroy_process_group()
+
+
+def _time(function: Callable[[], None], cuda: bool) -> float:
+    """Return the seconds that a call takes, on the GPU too."""
+    import torch
+
+    began = time.perf_counter()
+    function()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 def build(shape: Any, device: Any) -> Any:
@@ -185,7 +194,8 @@ def main() -> None:
     args = parser.parse_args()
     found: dict[int, list[Measured]] = {}
     print(
-        f"{'devices':<9}{'tokens/s':>12}{'x 1st':>8}{'step ms':>10}{'GiB built':>11}{'GiB peak':>10}{'last loss':>11}"
+        f"{'devices':<9}{'tokens/s':>12}{'x 1st':>8}{'step ms':>10}{'GiB built':>11}{'GiB peak':>10}{'sum ms':>8}"
+        f"{'last loss':>11}"
     )
     for number in map(int, args.devices.split(",")):
         found[number] = train_on(number, args)
@@ -193,7 +203,8 @@ def main() -> None:
         built, peak = (max(getattr(each, name) for each in found[number]) for name in ("built_bytes", "peak_bytes"))
         print(
             f"{number:<9}{here.tokens_per_s:>12,.0f}{here.tokens_per_s / first.tokens_per_s:>8.2f}"
-            f"{1000 * here.step_s:>10.1f}{built / 2**30:>11.2f}{peak / 2**30:>10.2f}{here.losses[-1]:>11.4f}",
+            f"{1000 * here.step_s:>10.1f}{built / 2**30:>11.2f}{peak / 2**30:>10.2f}{1000 * here.sum_s:>8.2f}"
+            f"{here.losses[-1] if here.losses else math.nan:>11.4f}",
             flush=True,
         )
         print(f"         {', '.join(here.fast_paths)} {here.replay_failure or ''}", flush=True)
