@@ -23,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -107,6 +108,7 @@ def load_backbone(model: Model, task: Task, device: torch.device | None = None) 
             **({} if chosen is None else {"attn_implementation": chosen}),
             config=config,
             dtype=dtype,
+            key_mapping=_rename_base(auto, config),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # a folder tuned for other labels: its head is initialised anew, and trained
         ),
@@ -120,6 +122,14 @@ def load_backbone(model: Model, task: Task, device: torch.device | None = None) 
         stop_at_turns(loaded, template)
     _pad_on_the_right(loaded, tokenizer, task)
     return Backbone(loaded, tokenizer, untrained, tuple(notes))
+
+
+def _rename_base(auto: Any, config: PretrainedConfig) -> dict[str, str] | None:
+    """Return how the tensors of a checkpoint are renamed if the class with the head calls the backbone otherwise than
+    the others of its family do, as LlamaForQuestionAnswering does; None if it does not."""
+    usual = AutoModel._model_mapping[type(config)].base_model_prefix
+    own = auto._model_mapping[type(config)].base_model_prefix
+    return None if own == usual or not usual else {rf"^{usual}\.": f"{own}."}
 
 
 def _check_attention(model: Model, auto: Any, config: PretrainedConfig) -> None:
@@ -399,6 +409,7 @@ HEADS = {
     TaskKind.classification: (AutoModelForSequenceClassification, "a classifier"),
     TaskKind.regression: (AutoModelForSequenceClassification, "a classifier"),
     TaskKind.token_classification: (AutoModelForTokenClassification, "a classifier of tokens"),
+    TaskKind.question_answering: (AutoModelForQuestionAnswering, "a head that finds answers"),
 }
 
 
@@ -419,9 +430,11 @@ def _choose_head(model: Model, task: Task, config: PretrainedConfig) -> Any:
             config.id2label = dict(enumerate(task.labels))
             config.label2id = {label: code for code, label in enumerate(task.labels)}
         config.problem_type = "single_label_classification"  # whatever the folder's own head was for
-    else:
+    elif task.kind is TaskKind.regression:
         config.num_labels = 1
         config.problem_type = "regression"
+    else:
+        config.num_labels = 2  # the scores of a token as the first and as the last one
     return auto
 
 

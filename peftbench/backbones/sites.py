@@ -83,7 +83,7 @@ class Family:
     hidden_dropout: str = "dropout"  # config attribute; if the config lacks it, the rate is 0
     counts_keys: bool = False  # whether its attentions add a bias to each key by its position among the keys
     shared: bool = False  # whether each module of a stack is several layers, one after another
-    task_head: tuple[str, ...] = ("classification_head", "classifier", "score", "pre_classifier")
+    task_head: tuple[str, ...] = ("classification_head", "classifier", "score", "pre_classifier", "qa_outputs")
 
 
 def _bart_attention(module: str) -> AttentionPaths:
@@ -437,7 +437,7 @@ FAMILIES = (
         norm="output.LayerNorm",
         attention_dropout="attention_probs_dropout_prob",
         hidden_dropout="hidden_dropout_prob",
-        task_head=("pooler", "classifier"),
+        task_head=("pooler", "classifier", "qa_outputs"),
     ),
     Family(
         model_types=("mixtral", "qwen3_moe"),

@@ -64,6 +64,8 @@ LATER = (
     "task.tools_column",
     "task.max_length",
     "task.stride",
+    "task.max_answer_length",
+    "task.unanswerable",
     "task.column_names",
     "task.delimiter",
     "task._target_",

@@ -85,7 +85,9 @@ FFNInput = Enum("FFNInput", ["normed", "residual"])
 Init = Enum("Init", ["bert", "lora"])
 LayerNormPlace = Enum("LayerNormPlace", ["none", "input", "output"])
 Unfreeze = Enum("Unfreeze", ["none", "bias", "norm", "all"])
-TaskKind = Enum("TaskKind", ["classification", "regression", "token_classification", "text_to_text"])
+TaskKind = Enum(
+    "TaskKind", ["classification", "regression", "token_classification", "question_answering", "text_to_text"]
+)
 WITH_LABELS = (TaskKind.classification, TaskKind.token_classification)  # kinds of tasks that predict `Task.labels`
 DType = Enum("DType", ["auto", "float32", "bfloat16"])
 Quantization = Enum("Quantization", ["none", "nf4", "int8"])
@@ -323,7 +325,7 @@ class Task:
     kind: TaskKind = key(
         MISSING,
         "What is predicted. classification: a label; regression: a number; token_classification: a label for each "
-        "word; text_to_text: a generated text.",
+        "word; question_answering: a part of a context; text_to_text: a generated text.",
     )
     _target_: str | None = key(
         None,
@@ -378,12 +380,13 @@ class Task:
     text_columns: list[str] = key(
         [],
         "Classification and regression: the column of the text, or the two of a pair. Token classification: the column "
-        "of the words, a list or a text with white space between them.",
+        "of the words, a list or a text with white space between them. Question answering: the columns of the question "
+        "and of the context.",
     )
     label_column: str = key(
         "label",
         "Classification and regression: the column of the label or number. Token classification: that of the words' "
-        "labels.",
+        "labels. Question answering: that of the answers.",
     )
     labels: list[str] = key(
         [],
@@ -430,8 +433,14 @@ class Task:
     )
     stride: int = key(
         128,
-        "Token classification: an input of more than task.max_source_length tokens is read in windows, of which "
-        "neighbours share this many tokens, or half a window if that is less.",
+        "Token classification and question answering: an input of more than task.max_source_length tokens is read in "
+        "windows, of which neighbours share this many tokens, or half a window if that is less.",
+    )
+    max_answer_length: int = key(30, "Question answering: maximum number of tokens of an answer.")
+    unanswerable: bool = key(
+        False,
+        "Question answering. true: some questions have no answer in their context, and the model may say so; false: "
+        "each has one.",
     )
     max_target_length: int = key(128, "Maximum number of tokens of a target in training; the rest is cut off.")
     max_length: int = key(
@@ -443,8 +452,8 @@ class Task:
         MISSING,
         "The main score, by which runs are ranked. Classification: accuracy, f1 (of the second of two labels), "
         "macro_f1, matthews; regression: pearson, spearman; token classification: entity_f1, entity_precision, "
-        "entity_recall, token_accuracy; text to text: rouge1, rouge2, rougeL, rougeLsum, bleu, "
-        "chrf, bleu_ro (without diacritics, as in the paper), exact_match. Or "
+        "entity_recall, token_accuracy; question answering: squad_f1, squad_exact_match; text to text: rouge1, rouge2, "
+        "rougeL, rougeLsum, bleu, chrf, bleu_ro (without diacritics, as in the paper), exact_match. Or "
         "an evaluate.Metric of your own by its dotted name, such as mypkg.Brevity, or by its name in the entry points "
         "peftbench.metrics of an installed package; its first score counts, higher is better.",
     )
@@ -457,7 +466,8 @@ class Task:
     baselines: list[str] = key(
         [],
         "Scores shown next to the run's. majority: the most frequent label for every example, or word; head: the task "
-        "head trained alone; lead1: the source's first sentence; copy: the source itself; []: none.",
+        "head trained alone; lead1: the source's first sentence; copy: the source, or the context, itself; no_answer: "
+        "no answer to any question; []: none.",
     )
     paper: dict[str, Any] = key({}, "The paper's training settings, which trainer=paper uses.")
     quick: dict[str, Any] = key({}, "Settings such as keep and evaluate_every, which trainer=quick uses.")

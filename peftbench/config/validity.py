@@ -54,6 +54,7 @@ METRIC_NAMES = {
     TaskKind.classification: ("accuracy", "f1", "macro_f1", "matthews"),
     TaskKind.regression: ("pearson", "spearman"),
     TaskKind.token_classification: ("entity_f1", "entity_precision", "entity_recall", "token_accuracy"),
+    TaskKind.question_answering: ("squad_f1", "squad_exact_match"),
     TaskKind.text_to_text: ("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "chrf", "bleu_ro", "exact_match"),
 }
 
@@ -61,6 +62,7 @@ BASELINES = {
     TaskKind.classification: ("majority", "head"),
     TaskKind.regression: ("head",),
     TaskKind.token_classification: ("majority", "head"),
+    TaskKind.question_answering: ("copy", "no_answer", "head"),
     TaskKind.text_to_text: ("lead1", "copy"),
 }
 
@@ -92,6 +94,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
             "task.max_target_length",
             "task.max_length",
             "task.stride",
+            "task.max_answer_length",
             "task.generation.num_beams",
             "task.generation.max_length",
         ),
@@ -254,6 +257,8 @@ def _find_data_faults(task: Task) -> Iterator[str]:
         )
     if task.kind is TaskKind.token_classification and len(task.text_columns) != 1:
         yield f"task.text_columns=[{','.join(task.text_columns)}] must name one column, that of the words."
+    elif task.kind is TaskKind.question_answering and len(task.text_columns) != 2:
+        yield f"task.text_columns=[{','.join(task.text_columns)}] must name two columns: question and context."
     elif task.kind is not TaskKind.text_to_text and len(task.text_columns) not in (1, 2):
         yield f"task.text_columns=[{','.join(task.text_columns)}] must name one column, or two for a pair."
     if len(set(task.column_names)) < len(task.column_names):
@@ -422,6 +427,11 @@ def _find_trainer_faults(run: Run) -> Iterator[str]:
         yield (
             f"trainer.label_smoothing={trainer.label_smoothing} with task={run.task.name}: a number is predicted, "
             "and there are no labels to spread probability over; set trainer.label_smoothing=0."
+        )
+    if trainer.label_smoothing and run.task.kind is TaskKind.question_answering:
+        yield (
+            f"trainer.label_smoothing={trainer.label_smoothing} with task={run.task.name} is not supported: an answer "
+            "has no label; set trainer.label_smoothing=0."
         )
     if trainer.micro_batch is not None and trainer.micro_batch.isdecimal() and trainer.batch_tokens is not None:
         yield (

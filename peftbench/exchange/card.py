@@ -17,6 +17,7 @@ from peftbench.utils.files import replace_file
 CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "CAUSAL_LM": "AutoModelForCausalLM",
 }

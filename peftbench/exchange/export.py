@@ -127,7 +127,10 @@ def _make_batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> d
 @torch.no_grad()
 def compute_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Return the logits of the positions that are no padding; those of a prompt are left out."""
-    logits: Tensor = model(**batch).logits
+    outputs = model(**batch)
+    logits: Tensor = (
+        torch.stack([outputs.start_logits, outputs.end_logits], dim=-1) if "start_logits" in outputs else outputs.logits
+    )
     if logits.dim() == 2:
         return logits
     if "decoder_input_ids" in batch:

@@ -222,6 +222,7 @@ TASK_TYPES = {
     TaskKind.classification: "SEQ_CLS",
     TaskKind.regression: "SEQ_CLS",
     TaskKind.token_classification: "TOKEN_CLS",
+    TaskKind.question_answering: "QUESTION_ANS",
 }
 
 

@@ -37,11 +37,12 @@ class EvaluateMetric(Metric):
 
     def _info(self) -> MetricInfo:
         text = Value("string")
-        references = [text, ListOf(text)] if self.metric in METRIC_NAMES[TaskKind.text_to_text] else [text]
+        several = METRIC_NAMES[TaskKind.text_to_text] + METRIC_NAMES[TaskKind.question_answering]
+        references = [text, ListOf(text)] if self.metric in several else [text]
         return MetricInfo(
             description=getdoc(DEFINITIONS[self.metric]),
             citation="",
-            inputs_description="predictions, references: equally many strings; for texts, references may be lists.",
+            inputs_description="predictions, references: equally many strings; references of texts may be lists.",
             features=[Features({"predictions": text, "references": one}) for one in references],
         )
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from peftbench.config.own_parts import is_own
+from peftbench.metrics.answers import ANSWER_SCORES, compute_answers
 from peftbench.metrics.classification import compute_accuracy, compute_f1, compute_macro_f1, compute_matthews
 from peftbench.metrics.entities import ENTITY_SCORES, compute_entities
 from peftbench.metrics.regression import compute_correlations
@@ -24,6 +25,7 @@ DEFINITIONS: dict[str, Definition] = {
     "pearson": compute_correlations,
     "spearman": compute_correlations,
     **dict.fromkeys(ENTITY_SCORES, compute_entities),
+    **dict.fromkeys(ANSWER_SCORES, compute_answers),
     **dict.fromkeys(ROUGE_TYPES, compute_rouge),
     "bleu": compute_bleu,
     "chrf": compute_bleu,

@@ -25,15 +25,20 @@ from peftbench.tasks.deal import ROW
 from peftbench.tasks.load import Loaded, fingerprint_data
 from peftbench.tasks.own_task import RowMaker
 from peftbench.tasks.rows import take_head
-from peftbench.tasks.tokens import CONVERSATION_CUT, SOURCE_CUT, TARGET_CUT, Encoder
+from peftbench.tasks.tokens import CONVERSATION_CUT, QUESTION_CUT, SOURCE_CUT, TARGET_CUT, Encoder
 from peftbench.tasks.unknown import describe_unknown_tokens, measure_unknown
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 ENCODE_VERSION = 2  # part of the name of what is cached: raise it whenever `encode` or the Encoder changes
-CUT = {"sources": SOURCE_CUT, "targets": TARGET_CUT, "conversations": CONVERSATION_CUT}
-LIMITED_BY = {"sources": "max_source_length", "targets": "max_target_length", "conversations": "max_length"}
+CUT = {"sources": SOURCE_CUT, "questions": QUESTION_CUT, "targets": TARGET_CUT, "conversations": CONVERSATION_CUT}
+LIMITED_BY = {
+    "sources": "max_source_length",
+    "questions": "max_source_length",
+    "targets": "max_target_length",
+    "conversations": "max_length",
+}
 NOTED = 0.05  # a larger share of truncated texts is reported on the screen
 ID_COLUMNS = ("id", "idx", "index", "name", "eid")  # the names that data sets give to the column of row ids
 
@@ -193,7 +198,7 @@ class TaskData(RowMaker, ABC):
                 asked = f"task.{LIMITED_BY[what]}={getattr(self.task, LIMITED_BY[what])}"
                 why = asked if asked.endswith(f"={tokens}") else f"{self._limited_by(what)}; {asked}"
                 told = ", ".join(f"{100 * share:.1f}% of {split}" for split, share in cut.items())
-                without = "" if what == "sources" else "; the end of a text is not learned there"
+                without = "" if what in ("sources", "questions") else "; the end of a text is not learned there"
                 yield f"{what.capitalize()} are truncated to {tokens} tokens ({why}): {told}{without}."
 
     def _limited_by(self, what: str) -> str:

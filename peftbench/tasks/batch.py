@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from peftbench.backbones.sites import find_family
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -13,6 +15,16 @@ if TYPE_CHECKING:
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
 NO_TOKEN = -100  # a label, or a predicted id, that is not a token: torch's cross-entropy leaves it out
+
+
+def get_labels(batch: Mapping[str, Any]) -> Any:
+    """Return the tensor of a batch's labels, or of question answering the first tokens of the answers: (B, ...)."""
+    return batch["labels"] if "labels" in batch else batch["start_positions"]
+
+
+def is_decoder_alone(model: PreTrainedModel) -> bool:
+    """Return whether a model's tokens see only those before them, and there is no encoder whose tokens see all."""
+    return set(find_family(model.config.model_type).stacks) == {"decoder"}
 
 
 def predicts_next(model: PreTrainedModel) -> bool:

@@ -137,7 +137,7 @@ def _choose_placeholder(task: Task) -> tuple[str, Any]:
     """Return the column of the target, and a value that stands for it and is not read."""
     if task.kind is TaskKind.text_to_text:
         return task.target_column, PLACEHOLDER
-    if task.kind is TaskKind.token_classification:
+    if task.kind in (TaskKind.token_classification, TaskKind.question_answering):
         return task.label_column, []
     return task.label_column, 0.0 if task.kind is TaskKind.regression else 0
 

@@ -15,6 +15,7 @@ from peftbench.tasks.chat import Chat, Conversations
 from peftbench.tasks.classification import Classification, Regression
 from peftbench.tasks.completion import Completion
 from peftbench.tasks.load import Loaded
+from peftbench.tasks.question_answering import QuestionAnswering
 from peftbench.tasks.text_to_text import TextToText
 from peftbench.tasks.token_classification import TokenClassification
 from peftbench.tasks.tokens import describe_rules
@@ -24,6 +25,7 @@ KINDS: dict[TaskKind, type[TaskData]] = {
     TaskKind.classification: Classification,
     TaskKind.regression: Regression,
     TaskKind.token_classification: TokenClassification,
+    TaskKind.question_answering: QuestionAnswering,
     TaskKind.text_to_text: TextToText,
 }
 

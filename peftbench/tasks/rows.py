@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from peftbench.config.schema import Task, TaskKind, is_text_table
 from peftbench.config.validity import find_label_faults
+from peftbench.tasks.answer_rows import check_answers
 from peftbench.tasks.file_set import FileSet
 from peftbench.tasks.word_rows import OUTSIDE, describe_no_words, get_label_names, list_tags
 from peftbench.utils.errors import UserError, describe_unknown, quote
@@ -57,6 +58,8 @@ def check_split(task: Task, split: str, source: Source, limit: int | None, *, co
     check_cells(task, rows, source)
     if task.kind is TaskKind.text_to_text:
         return rows
+    if task.kind is TaskKind.question_answering:
+        return check_answers(task, rows, source, training=split == task.train_split)
     feature, codes = rows.features[task.label_column], list[Any]()
     if task.kind is TaskKind.regression:
         codes = _parse_numbers(rows[task.label_column][:], source)
@@ -75,7 +78,7 @@ def take_head(rows: Dataset, limit: int | None) -> Dataset:
 
 
 def list_input_columns(task: Task) -> list[str]:
-    """Return the columns that the model reads: one or two texts to classify, or a source."""
+    """Return the columns that the model reads: one or two texts, or a source."""
     if task.kind is TaskKind.text_to_text:
         return [task.source_column]
     return list(task.text_columns)

@@ -12,6 +12,7 @@ from datasets import Dataset, load_dataset
 from peftbench.backbones.hub import explain_missing_hub
 from peftbench.config.roles import list_splits
 from peftbench.config.schema import Task, TaskKind, list_task_files
+from peftbench.tasks.answer_rows import split_answers
 from peftbench.tasks.conversations import split_conversations
 from peftbench.tasks.deal import number_rows
 from peftbench.tasks.docstrings import SPLITS, make_summary_rows, make_topic_rows
@@ -119,6 +120,8 @@ def reshape_rows(task: Task, source: Source) -> Source:
     if task.messages_column is not None:
         return source._replace(rows=split_conversations(task, source))
     rows = source.rows
+    if task.kind is TaskKind.question_answering:
+        rows = split_answers(task, rows, source)
     flat = rows.flatten()  # also nested dicts, and the hub's Translation type
     if opened := {long: long.rpartition(".")[2] for long in flat.column_names if long not in rows.column_names}:
         names = Counter([*opened.values(), *(name for name in flat.column_names if name not in opened)])

@@ -19,6 +19,7 @@ from peftbench.utils.errors import UserError
 
 # Columns: whether the text of a row was truncated.
 SOURCE_CUT, TARGET_CUT, CONVERSATION_CUT = "source_cut", "target_cut", "conversation_cut"
+QUESTION_CUT = "question_cut"
 
 
 UNREAD = {"token_type_ids"}  # given by some tokenizers, and refused by models that do not read it
@@ -102,6 +103,25 @@ class Encoder:
                 added = [match.start() + 1 + number for number, match in enumerate(self._spelled.finditer(text))]
                 spans = [(start - bisect_left(added, start), end - bisect_left(added, end)) for start, end in spans]
             yield ids, spans
+
+    def frame_pair(self) -> tuple[list[int], list[int], list[int], tuple[int, int] | None]:
+        """Return what stands before the first text of a pair, between the two and after the second, and the token types
+        of both, each with what precedes it; None if the model reads no types."""
+        one, other = self.ids(["a", "b"])
+        encoded = self.tokenizer("a", "b", split_special_tokens=True)
+        whole, types = encoded["input_ids"], encoded.get("token_type_ids")
+        first = _place(one, whole)
+        rest = [] if first is None else whole[first + len(one) :]
+        between = _place(other, rest)
+        if first is None or between is None:
+            raise UserError(
+                f"The tokenizer of {self.tokenizer.name_or_path or 'the backbone'} changes texts when it puts them in "
+                "a pair, so that it is not known where each of them is; take another backbone."
+            )
+        kinds = None
+        if types is not None and "token_type_ids" not in self._unread:
+            kinds = types[first], types[first + len(one) + between]
+        return whole[:first], self.separator or rest[:between], rest[between + len(other) :], kinds
 
     def typed(self, text: str) -> list[int]:
         """Return the ids of a text that the user typed, in which special tokens are special."""

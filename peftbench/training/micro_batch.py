@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from peftbench.tasks.batch import predicts_next
+from peftbench.tasks.batch import get_labels, predicts_next
 from peftbench.training.noise import OwnNoise
 from peftbench.training.shares import ADDED, CHECK, COUNTED, WHOLE, count_items
 from peftbench.utils.memory import is_out_of_memory, make_room
@@ -208,9 +208,10 @@ class MicroBatched(Trainer):
 
     def _count(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Count the items of a batch, or of a process's rows."""
-        if COUNTED in batch and batch["labels"].dim() == 1:
+        labels = get_labels(batch)
+        if COUNTED in batch and labels.dim() == 1:
             return batch[COUNTED].sum()
-        return count_items(batch["labels"], predicts_next(self.model))
+        return count_items(labels, predicts_next(self.model))
 
     def _count_whole(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Count the items of a batch of which these are a process's rows."""
@@ -218,4 +219,4 @@ class MicroBatched(Trainer):
 
 
 def _count_examples(batch: Mapping[str, Tensor]) -> int:
-    return len(batch["labels"])
+    return len(get_labels(batch))

@@ -27,7 +27,7 @@ from peftbench.modification.attach import takes_our_attention
 from peftbench.modification.head_attention import Prefix
 from peftbench.modification.packed_attention import PACKED_NAME, PACKING, Packing
 from peftbench.modification.prompt import PROMPT, DecoderPrompt
-from peftbench.tasks.batch import NO_TOKEN, Collator
+from peftbench.tasks.batch import NO_TOKEN, Collator, get_labels
 from peftbench.utils.errors import UserError
 
 SOURCES, TARGETS = "source_lengths", "target_lengths"  # for each example of a batch, in tokens; lists, not tensors
@@ -51,7 +51,7 @@ def add_lengths(
     def collate(examples: list[dict[str, Any]]) -> Mapping[str, Any]:
         batch = dict(collator(examples))
         batch[SOURCES] = batch["attention_mask"].sum(1).tolist()
-        if texts and batch["labels"].dim() > 1:
+        if texts and get_labels(batch).dim() > 1:
             labelled = batch["labels"].ne(NO_TOKEN)
             last = (labelled * torch.arange(1, labelled.shape[1] + 1)).amax(1)
             batch[TARGETS] = (labelled[:, 1:].sum(1) if joined else last).tolist()

@@ -13,7 +13,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from peftbench.tasks.batch import NO_TOKEN, Collator
+from peftbench.tasks.batch import NO_TOKEN, Collator, get_labels
 from peftbench.utils.team import Team
 
 # Columns that are added to a process's rows, one value for each row.
@@ -55,9 +55,10 @@ def share_batches(collator: Collator, team: Team, *, next_token: bool) -> Collat
         own = balance_rows([_count_tokens(example) for example in examples], team.size)[team.rank]
         rows, counts = own or [0], bool(own)
         kept = {name: _take_rows(column, rows) for name, column in batch.items() if column is not None}
-        if not counts and batch["labels"].dim() > 1:
+        labels = get_labels(batch)
+        if not counts and labels.dim() > 1:
             kept["labels"] = torch.full_like(kept["labels"], NO_TOKEN)
-        kept[WHOLE] = count_items(batch["labels"], next_token).expand(len(rows)).clone()
+        kept[WHOLE] = count_items(labels, next_token).expand(len(rows)).clone()
         kept[COUNTED] = torch.full((len(rows),), counts)
         kept[CHECK] = [crc32(batch["input_ids"].numpy().tobytes())] * len(rows)
         kept[ROW], kept[OF] = rows, [len(examples)] * len(rows)

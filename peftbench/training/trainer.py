@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 
 from peftbench.backbones.quantisation import present_as_adapted
 from peftbench.training.adaptive_rank import PruneRanks, is_adaptive, make_penalty
+from peftbench.training.answer_loss import POSITIONS, compute_answer_loss
 from peftbench.training.batching import LengthBatches
 from peftbench.training.best import KeepBest
 from peftbench.training.checkpoint import Resumable
@@ -197,7 +198,9 @@ class FineTuner(MicroBatched, Resumable):
         token_loss = self.paths.token_loss
         if return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if token_loss is None or inputs["labels"].dim() < 2:
+        if POSITIONS[0] in inputs:
+            loss = compute_answer_loss(model, inputs)
+        elif token_loss is None or inputs["labels"].dim() < 2:
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         else:
             loss = token_loss(inputs, num_items_in_batch)
