@@ -453,7 +453,8 @@ class Task:
         "The main score, by which runs are ranked. Classification: accuracy, f1 (of the second of two labels), "
         "macro_f1, matthews; regression: pearson, spearman; token classification: entity_f1, entity_precision, "
         "entity_recall, token_accuracy; question answering: squad_f1, squad_exact_match; text to text: rouge1, rouge2, "
-        "rougeL, rougeLsum, bleu, chrf, bleu_ro (without diacritics, as in the paper), exact_match. Or "
+        "rougeL, rougeLsum, bleu, chrf, bleu_ro (without diacritics, as in the paper), exact_match, final_number (as "
+        "in GSM8K), choice (as in LLM-Adapters). Or "
         "an evaluate.Metric of your own by its dotted name, such as mypkg.Brevity, or by its name in the entry points "
         "peftbench.metrics of an installed package; its first score counts, higher is better.",
     )

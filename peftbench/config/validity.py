@@ -55,7 +55,18 @@ METRIC_NAMES = {
     TaskKind.regression: ("pearson", "spearman"),
     TaskKind.token_classification: ("entity_f1", "entity_precision", "entity_recall", "token_accuracy"),
     TaskKind.question_answering: ("squad_f1", "squad_exact_match"),
-    TaskKind.text_to_text: ("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "chrf", "bleu_ro", "exact_match"),
+    TaskKind.text_to_text: (
+        "rouge1",
+        "rouge2",
+        "rougeL",
+        "rougeLsum",
+        "bleu",
+        "chrf",
+        "bleu_ro",
+        "exact_match",
+        "final_number",
+        "choice",
+    ),
 }
 
 BASELINES = {

@@ -11,6 +11,7 @@ from peftbench.config.own_parts import is_own
 from peftbench.metrics.answers import ANSWER_SCORES, compute_answers
 from peftbench.metrics.classification import compute_accuracy, compute_f1, compute_macro_f1, compute_matthews
 from peftbench.metrics.entities import ENTITY_SCORES, compute_entities
+from peftbench.metrics.final_answer import compute_choice, compute_final_number
 from peftbench.metrics.regression import compute_correlations
 from peftbench.metrics.statistics import Definition, References, Statistics
 from peftbench.metrics.text import ROUGE_TYPES, compute_bleu, compute_exact_match, compute_romanian_bleu, compute_rouge
@@ -31,6 +32,8 @@ DEFINITIONS: dict[str, Definition] = {
     "chrf": compute_bleu,
     "bleu_ro": compute_romanian_bleu,
     "exact_match": compute_exact_match,
+    "final_number": compute_final_number,
+    "choice": compute_choice,
 }
 
 

@@ -35,6 +35,10 @@ def sample(metric: str, examples: int, seed: int) -> tuple[list[str], list[Any],
         words = draw.choice(labels, (examples, 5))
         guessed = np.where(draw.random(words.shape) < 0.6, words, "O")
         return list(map(" ".join, guessed)), list(map(" ".join, words)), labels
+    if metric in ("final_number", "choice"):
+        answers = ["#### 7", "so it is 1,200", "#### 8"] if metric == "final_number" else ["true", "option2", "false"]
+        right = [answers[code] for code in draw.integers(0, 3, examples)]
+        return [text if draw.random() < 0.6 else "nothing" for text in right], right, []
     if metric in ("pearson", "spearman"):
         numbers = draw.integers(0, 6, examples) + 1000.0  # ties, far from nought
         return (

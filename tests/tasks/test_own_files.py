@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
+from peftbench.config.compose import compose_run
 from peftbench.config.schema import Task, TaskKind
+from peftbench.metrics.measure import measure
 from peftbench.tasks.deal import ROW
 from peftbench.tasks.load import list_dealt, load_task, read_label_names
 from peftbench.utils.errors import UserError
@@ -409,3 +411,18 @@ def test_a_training_file_of_several_that_is_also_scored(tmp_path: Path) -> None:
     first, second = jsonl(tmp_path, "a.jsonl", *reviews(20)), jsonl(tmp_path, "b.jsonl", *reviews(30))
     loaded = load_task(replace(OWN, train_file=[first, second], test_file=second))
     assert loaded.notes[0] == f"{second} is a file of train and of test: training rows are also scored."
+
+
+def test_the_sets_of_commonsense_are_those_with_a_file(tmp_path: Path) -> None:
+    """The files are those of LLM-Adapters: arrays of objects, one for each set; the main score is BoolQ's."""
+    names = ("train", "validation", "boolq", "piqa")
+    rows = [{"instruction": f"{i}: true or false?", "output": f"the correct answer is {i % 2 == 0}"} for i in range(6)]
+    for name in names:
+        write(tmp_path, f"{name}.json", json.dumps(rows).replace("True", "true").replace("False", "false"))
+    run = compose_run(["task=commonsense", f"task.data_dir={tmp_path}", "method=lora"])
+    loaded = load_task(run.task)
+    assert loaded.roles.keys() == {"train", "selection", "report", "report_piqa"}
+    assert loaded.roles["report"][0] == "boolq" and "obqa" not in loaded.rows
+    assert "siqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa is not scored" in " ".join(loaded.notes)
+    texts = loaded.rows["boolq"]["output"][:]
+    assert measure(run.task.metric, [text.split()[-1] for text in texts], texts).scores == {"choice": 100.0}
