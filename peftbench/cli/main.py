@@ -37,6 +37,8 @@ peftbench: which parameter-efficient fine-tuning method, where in the network, h
   peftbench compare A B                    is the difference of two runs more than chance; which settings differ
   peftbench advise task=T model=M [budget=B] [memory=GiB]
                                            what the records show: fronts, differences beyond chance, what is untried
+  peftbench claims [FOLDER] [KEY=VALUE ...]
+                                           which of the paper's claims the records confirm or contradict
   peftbench plot [FOLDER] [KEY=VALUE ...] [--out FILE]
                                            score against stored parameters, a line for each method over its sizes
   peftbench report [FOLDER] [KEY=VALUE ...] [--out FILE]
@@ -81,6 +83,7 @@ COMMANDS = {
     "results": "cli.results",
     "compare": "cli.compare",
     "advise": "cli.advise",
+    "claims": "cli.claims",
     "plot": "cli.plot",
     "report": "cli.report",
     "reproduce": "cli.reproduce",

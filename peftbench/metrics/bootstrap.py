@@ -72,3 +72,42 @@ def _summarise(a: float, b: float, differences: np.ndarray) -> Difference:
     # + 1: the observed data count as one more draw, so that p is never zero
     fewest = min((differences <= 0).sum(), (differences >= 0).sum()) + 1
     return Difference(a, b, float(low), float(high), float(min(1.0, 2 * fewest / (len(differences) + 1))))
+
+
+def score_drawn_examples(runs: Sequence[Statistics], resamples: int, seed: int = 0) -> np.ndarray:
+    """Return the scores of runs on examples that are drawn with replacement, the same ones for all: (runs, resamples).
+
+    Test examples are shared by all runs and seeds, so they are drawn once and not anew below each seed, which would
+    understate their chance.
+
+    Args:
+        runs: of one score, on the same examples in the same order.
+    """
+    examples = len(runs[0].rows)
+    draw = np.random.default_rng(seed)
+    times = np.stack(
+        [np.bincount(draw.integers(0, examples, examples), minlength=examples) for _ in range(resamples)]
+    ).astype(float)
+    return np.stack([run.score(times @ run.rows, examples) for run in runs])
+
+
+def draw_seed_weights(seeds: int, resamples: int, seed: int = 0) -> np.ndarray:
+    """Return the share that each seed has in each draw: (resamples, seeds).
+
+    Of n seeds n - 1 are drawn with replacement, so that the variance of the mean is s^2 / n, as it should be; n of n
+    would give (n - 1) / n of it, half of it for two seeds (McCarthy and Snowden 1985).
+    """
+    drawn = np.random.default_rng(seed).integers(0, seeds, (resamples, seeds - 1))
+    return np.stack([(drawn == index).mean(axis=1) for index in range(seeds)], axis=1)
+
+
+def draw_differences(a: np.ndarray, b: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    """Return the mean difference of the seeds of two rows in each draw: (resamples).
+
+    Args:
+        a, b: the scores of each seed, in the same order, on the drawn examples: (seeds, resamples).
+        weights: of the seeds in each draw; None: all seeds, so that examples alone are drawn.
+    """
+    differences = (a - b).T
+    found: np.ndarray = differences.mean(axis=1) if weights is None else (differences * weights).sum(axis=1)
+    return found

@@ -66,7 +66,7 @@ def advise(records: Sequence[Record], budget: str | None, memory: float | None) 
     rows = [row for row in group_seeds([record for record in records if is_scored(record)], "mean") if row.scored]
     if not rows:
         raise UserError("No record has a score: nothing can be claimed.")
-    compared = max(_group_alike(rows), key=len)
+    compared = max(group_alike(rows), key=len)
     within = [row for row in compared if _is_within(row, budget, memory)]
     if not within:
         limits = " ".join([*([f"budget={budget}"] if budget else []), *([f"memory={memory:g}"] if memory else [])])
@@ -101,7 +101,7 @@ def choose_records(records: Sequence[Record], task: str | None, model: str | Non
     return list(records)
 
 
-def _group_alike(rows: Sequence[Row]) -> list[list[Row]]:
+def group_alike(rows: Sequence[Row]) -> list[list[Row]]:
     """Return groups of rows that were scored on the same examples and trained on as much."""
     found: dict[tuple[object, ...], list[Row]] = {}
     for index, table in enumerate(split_tables(rows)):

@@ -1,0 +1,36 @@
+"""docs/reproduction.md shows what `peftbench claims` prints; the records behind it are small."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from peftbench.tables.claims import read_claims
+
+ROOT = Path(__file__).resolve().parents[2]
+MOST_BYTES = 25_000_000
+
+
+def test_the_page_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python scripts/claims_page.py` brings it up to date."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    script = importlib.import_module("claims_page")
+    page = script.PAGE.read_text(encoding="utf-8")
+    assert page == script.write_page(page)
+    with pytest.raises(ValueError, match="lacks the line"):
+        script.write_page(page.replace(script.END, ""))
+
+
+def test_the_page_has_each_claim_as_the_data_has_it() -> None:
+    page = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
+    for claim in read_claims()[0]:
+        (line,) = (line for line in page.splitlines() if line.startswith(f"| {claim.says} ("))
+        assert claim.source.partition(" and")[0].partition(",")[0] in line and line.endswith(f"| {claim.claimed} |")
+
+
+def test_the_records_are_small() -> None:
+    sizes = [file.stat().st_size for file in (ROOT / "outputs" / "reference").rglob("*") if file.is_file()]
+    assert sum(sizes) < MOST_BYTES
+    assert not list((ROOT / "outputs" / "reference").rglob("predictions*"))

@@ -1,0 +1,219 @@
+"""`peftbench claims`: verdicts of records that are made for them, and the bootstrap against a naive one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import t as student
+
+from peftbench.cli.claims import main
+from peftbench.metrics.bootstrap import draw_differences, draw_seed_weights, score_drawn_examples
+from peftbench.metrics.measure import compute_statistics
+from peftbench.metrics.statistics import average
+from peftbench.records.record import load_records
+from peftbench.tables.claims import Estimate, count_seeds_needed, judge_records, read_claims
+from peftbench.tables.examples import write_examples
+
+REFERENCE = Path(__file__).resolve().parents[2] / "outputs" / "reference"
+TEMPLATE = json.loads(next((REFERENCE / "grid").rglob("record.json")).read_text(encoding="utf-8"))
+EXAMPLES = 400
+
+
+def make_row(
+    folder: Path,
+    scores: Sequence[float],
+    method: str,
+    percent: float,
+    *,
+    representation: str = "ffn",
+    budget: str | None = None,
+    keep_examples: bool = True,
+    **changes: Any,
+) -> None:
+    """Write the records of a row, a seed for each score: shares of the examples, in percent, that are right."""
+    for seed, score in enumerate(scores):
+        name = f"{method}-{representation}-{percent}-{seed}"
+        record = json.loads(json.dumps(TEMPLATE))
+        record |= {"method": method, "seed": seed, "run": name, "point": name[:-2], "metric": "accuracy"}
+        record |= {"score": score, "budget": budget, **changes}
+        record["axes"][0] |= {"modified_representation": representation}
+        record["counts"] |= {"backbone": 1_000_000, "stored": int(percent * 10_000), "trained": 1}
+        record["scores"] = {"report": {"split": "test", "examples": EXAMPLES, "metrics": {"accuracy": score}}}
+        (folder / name).mkdir(parents=True)
+        (folder / name / "record.json").write_text(json.dumps(record), encoding="utf-8")
+        if keep_examples:  # all rows have their hits at the same examples, as far as they go
+            rows = np.arange(EXAMPLES)[:, None] < score * EXAMPLES / 100
+            write_examples(rows.astype(float), folder / name)
+
+
+@pytest.fixture
+def judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, dict[str, Any]]]:
+    def judge(*words: str) -> dict[str, dict[str, Any]]:
+        assert main([str(tmp_path), *words, "--json"]) == 0
+        (cell,) = json.loads(capsys.readouterr().out)
+        return {claim["name"]: claim for claim in cell["claims"]}
+
+    return judge
+
+
+def test_each_verdict(tmp_path: Path, judged: Callable[..., dict[str, dict[str, Any]]]) -> None:
+    make_row(tmp_path, [80, 80.5, 81], "parallel_adapter", 2, budget="2%")
+    make_row(tmp_path, [60, 60.5, 61], "adapter", 2, budget="2%")
+    make_row(tmp_path, [80, 80.5, 82], "parallel_adapter_attention", 2, representation="attention", budget="2%")
+    make_row(tmp_path, [60, 60.5, 61], "prefix", 2, representation="heads", budget="2%")
+    make_row(tmp_path, [70, 70.5, 71], "prefix", 6, representation="heads", budget="6.7%")
+    found = judged()
+    assert {name: claim["verdict"] for name, claim in found.items()} == {
+        "insertion": "confirmed",
+        "ffn": "not confirmed",
+        "heads": "not tested",
+        "scaling": "not tested",
+        "prefix": "contradicted",
+        "mam_full": "not tested",
+        "mam_best": "not tested",
+    }
+    assert found["insertion"]["runs"] == 6 and found["insertion"]["estimate"]["difference"] == pytest.approx(20)
+    assert found["prefix"]["estimate"]["difference"] == pytest.approx(10)
+    assert found["heads"]["change"].startswith("2 seeds or more of prefix, pa_attention")
+    assert judged("method=adapter,parallel_adapter")["ffn"]["verdict"] == "not tested"
+
+
+def test_a_mean_is_not_confirmed_against_one_of_its_pairs(
+    tmp_path: Path, judged: Callable[..., dict[str, dict[str, Any]]]
+) -> None:
+    make_row(tmp_path, [90, 90, 90.5], "parallel_adapter", 2)
+    make_row(tmp_path, [50, 50, 50.5], "adapter", 2)
+    make_row(tmp_path, [60, 60, 60.5], "parallel_adapter_attention", 2, representation="attention")
+    make_row(tmp_path, [70, 70, 70.5], "adapter", 2, representation="attention")
+    found = judged()["insertion"]
+    assert found["estimate"]["low"] > 0 and found["verdict"] == "not confirmed"
+    assert (
+        found["change"] == "pa_attention against sa_attention contradicts it. The mean alone would have it confirmed."
+    )
+
+
+def test_the_best_of_its_size_is_above_each(tmp_path: Path, judged: Callable[..., dict[str, dict[str, Any]]]) -> None:
+    make_row(tmp_path, [80, 80, 80.5], "mam", 6.7)
+    make_row(tmp_path, [60, 60, 60.5], "parallel_adapter", 6.7)
+    assert judged()["mam_best"]["verdict"] == "confirmed"
+    make_row(tmp_path, [79.75, 80.25, 80], "lora", 6.5)  # all alike
+    found = judged()["mam_best"]
+    assert found["verdict"] == "not confirmed" and found["change"].startswith("Closest: lora_attention.")
+    make_row(tmp_path, [95, 95, 95.5], "prefix", 9.2, representation="heads")  # which stores more
+    assert judged()["mam_best"]["verdict"] == "not confirmed"
+    make_row(tmp_path, [95, 95, 95.5], "prefix_lora_ffn", 6.7)
+    found = judged()["mam_best"]
+    assert found["verdict"] == "contradicted" and found["runs"] == 15
+
+
+def test_sizes_are_matched(tmp_path: Path) -> None:
+    for percent, budget in ((0.10, "0.1%"), (2.37, None), (6.09, None)):
+        make_row(tmp_path, [80, 81], "parallel_adapter", percent, budget=budget)
+    for percent, budget in ((0.07, "0.1%"), (3.56, None), (9.9, None)):  # 1.5 times, and 1.6
+        make_row(tmp_path, [80, 81], "adapter", percent, budget=budget)
+    (cell,) = judge_records(load_records(tmp_path)[0], 100)
+    pairs = [(one.a.first.counts, one.b.first.counts) for one, _ in cell.findings[0].comparisons]
+    assert [(a.percent["stored"], b.percent["stored"]) for a, b in pairs if a and b] == [(0.1, 0.07), (2.37, 3.56)]
+
+
+def test_one_seed_in_common_tests_nothing(tmp_path: Path, judged: Callable[..., dict[str, dict[str, Any]]]) -> None:
+    make_row(tmp_path, [80, 81, 82], "parallel_adapter", 2)
+    make_row(tmp_path, [60], "adapter", 2)
+    assert judged()["insertion"]["verdict"] == "not tested"
+
+
+def test_runs_that_diverged_or_were_cut_off_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_row(tmp_path, [80, 81], "parallel_adapter", 2, cut_off={"report": 0.06})
+    make_row(tmp_path, [60, 61, 62], "adapter", 2)
+    file = tmp_path / "adapter-ffn-2-2" / "record.json"
+    record = json.loads(file.read_text(encoding="utf-8"))
+    record |= {"status": "diverged", "score": None, "scores": {}, "diverged": {"what": "loss", "step": 3}}
+    file.write_text(json.dumps(record), encoding="utf-8")
+    assert main([str(tmp_path)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Diverged, and in no mean: 1 of 5 runs." in told and "5% of the texts cut off: 2 of 5 runs." in told
+    assert "bootstrap over 2 seeds" in told
+
+
+def test_without_examples_the_interval_is_students(
+    tmp_path: Path, judged: Callable[..., dict[str, dict[str, Any]]]
+) -> None:
+    ours, theirs = [80.0, 82.0, 81.5], [70.0, 73.0, 71.5]
+    make_row(tmp_path, ours, "parallel_adapter", 2)
+    make_row(tmp_path, theirs, "adapter", 2, keep_examples=False)
+    found = judged()["insertion"]["estimate"]
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    half = student.ppf(0.975, 2) * stdev(differences) / 3**0.5
+    assert (found["low"], found["high"]) == pytest.approx((fmean(differences) - half, fmean(differences) + half))
+    assert found["by_examples"] is None
+
+
+def test_seeds_needed() -> None:
+    assert count_seeds_needed(Estimate(1.0, -1, 3, 2, None, 0.25), 0) == 5  # t of 4 is 2.78: 2.78 x sqrt(0.5 / 5) < 1
+    assert count_seeds_needed(Estimate(1.0, -1, 3, 2, 0.2, 0.25), 0) == 9  # 1.96 x sqrt(0.2 + 0.5 / 9) < 1
+    assert count_seeds_needed(Estimate(1.0, -1, 3, 2, 0.3, 0.25), 0) is None  # the examples alone: 1.96 x sqrt(0.3) > 1
+
+
+def test_the_bootstrap_against_a_naive_one() -> None:
+    """BLEU of two rows of three seeds: the same draws, in loops, scored anew from the texts."""
+    rng, words, resamples = np.random.default_rng(3), ["a", "b", "c", "d", "e"], 40
+
+    def write() -> list[str]:
+        return [" ".join(rng.choice(words, 6)) for _ in range(12)]
+
+    references = write()
+    texts = [[write() for _ in range(3)] for _ in range(2)]
+    runs = [[compute_statistics("bleu", one, references)["bleu"] for one in side] for side in texts]
+    scores = score_drawn_examples([run for side in runs for run in side], resamples, seed=5)
+    weights = draw_seed_weights(3, resamples, seed=7)
+    found = draw_differences(scores[:3], scores[3:], weights)
+
+    examples, seeds = np.random.default_rng(5), np.random.default_rng(7).integers(0, 3, (resamples, 2))
+    for index in range(resamples):
+        drawn = examples.integers(0, 12, 12)
+        sides = []
+        for side in texts:
+            of_seeds = [side[seed] for seed in seeds[index]]
+            again = [
+                compute_statistics("bleu", [one[i] for i in drawn], [references[i] for i in drawn]) for one in of_seeds
+            ]
+            sides.append(fmean(one["bleu"].score_all() for one in again))
+        assert found[index] == pytest.approx(sides[0] - sides[1], abs=1e-9)
+    assert draw_differences(scores[:3], scores[3:], None) == pytest.approx(
+        scores[:3].mean(axis=0) - scores[3:].mean(axis=0)
+    )
+
+
+def test_the_variance_is_that_of_seeds_and_examples() -> None:
+    """Var(mean of n seeds) = s^2 / n, and of accuracies on N examples p (1 - p) / N."""
+    hits = [np.arange(400) < right for right in (200, 220, 240, 230)]
+    scores = score_drawn_examples([average(one.astype(float)) for one in hits], 4000)
+    none = np.zeros_like(scores)
+    fixed = draw_differences(scores, none, None)
+    mean_hit = np.mean(hits, axis=0)
+    assert np.var(fixed) == pytest.approx(1e4 * np.var(mean_hit) / 400, rel=0.1)
+    exact = np.array([one.mean() * 100 for one in hits])[:, None].repeat(4000, axis=1)
+    drawn = draw_differences(exact, none, draw_seed_weights(4, 4000))
+    assert np.var(drawn) == pytest.approx(np.var(exact[:, 0], ddof=1) / 4, rel=0.1)
+
+
+def test_the_claims_name_points_that_are_there() -> None:
+    claims, points = read_claims()
+    assert len(claims) == 7
+    for claim in claims:
+        assert {name for pair in claim.pairs for name in pair} <= points.keys()
+        assert (claim.above is None) != (claim.below is None)
+
+
+def test_on_the_records_that_came_with_peftbench(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(REFERENCE / "grid")]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "1,698 steps, learning rates not searched, seeds 1, 42" in told
+    assert "Student's t over 2 seeds, for these examples only" in told and "2 seeds say little" in told
+    assert "40 runs and 0 trials of searches" in told
