@@ -41,7 +41,7 @@ from peftbench.backbones.sites import find_family
 from peftbench.backbones.special_tokens import settle
 from peftbench.config.schema import WITH_LABELS, DType, Model, Quantization, Task, TaskKind
 from peftbench.utils.errors import UserError, suggest
-from peftbench.utils.files import read_json
+from peftbench.utils.files import expand_home, read_json
 
 T = TypeVar("T")
 # Files of a tokenizer; the first one contains all of it, whatever its class.
@@ -278,7 +278,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
 def _read_template(path: str) -> str:
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        return expand_home(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"model.chat_template={path} cannot be read: {error}.") from error
 
@@ -375,7 +375,7 @@ def _is_untied(model: Model) -> bool:
     """
     if model.path is None:
         return model.architecture.get("tie_word_embeddings") is False
-    said: dict[str, Any] = json.loads((Path(model.path).expanduser() / "config.json").read_text(encoding="utf-8"))
+    said: dict[str, Any] = json.loads((expand_home(model.path) / "config.json").read_text(encoding="utf-8"))
     return said.get("tie_word_embeddings") is False
 
 
@@ -441,7 +441,7 @@ def _choose_head(model: Model, task: Task, config: PretrainedConfig) -> Any:
 def _find_source(model: Model) -> tuple[str, dict[str, Any]]:
     """Return the place to load from, and options of `from_pretrained`."""
     if model.path is not None:
-        folder = Path(model.path).expanduser()
+        folder = expand_home(model.path)
         if not folder.is_dir():
             raise UserError(f"model.path={model.path} is not a folder; give one with config.json and the weights.")
         if not (folder / "config.json").is_file():

@@ -9,6 +9,7 @@ from pathlib import Path
 from peftbench.exchange.export import require_empty
 from peftbench.exchange.foreign import read_adapter
 from peftbench.exchange.importing import compose_imported, import_adapter
+from peftbench.utils.files import expand_home
 from peftbench.utils.progress import Display
 from peftbench.utils.quiet import make_quiet_console
 
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
     require_empty(arguments.out)
     words = [*([] if arguments.task is None else [f"task={arguments.task}"]), *arguments.overrides]
     console = make_quiet_console()
-    adapter = read_adapter(arguments.adapter.expanduser(), arguments.alpha)
+    adapter = read_adapter(expand_home(arguments.adapter), arguments.alpha)
     run = compose_imported(adapter, words)
     compared = arguments.adapter if arguments.adapter.is_dir() and find_spec("peft") is not None else None
     imported = import_adapter(adapter, run, arguments.out, words, Display(console), compared)

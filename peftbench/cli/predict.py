@@ -15,7 +15,7 @@ from peftbench.evaluation.unlabelled import Prediction, predict_inputs, read_run
 from peftbench.records.saved import find_run_folder, read_saved_record
 from peftbench.tasks.inputs import FORMATS
 from peftbench.utils.errors import UserError
-from peftbench.utils.files import dump_json, replace_file
+from peftbench.utils.files import dump_json, expand_home, replace_file
 from peftbench.utils.quiet import make_quiet_console
 from peftbench.utils.text import strip_controls
 
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
 
 def _choose_format(out: Path | None, wanted: str | None) -> str:
     """Return the ending of the format to write. Raises UserError for a file that cannot be written."""
-    if out is not None and not out.expanduser().parent.is_dir():
+    if out is not None and not expand_home(out).parent.is_dir():
         raise UserError(f"--out {out}: {out.parent} is not a folder.")
     ending = f".{wanted}" if wanted is not None else WRITE[0] if out is None else out.suffix.lower()
     if ending not in WRITE:

@@ -28,6 +28,7 @@ from peftbench.tables.terminal import show_table
 from peftbench.utils.console import make_console
 from peftbench.utils.differences import find_differing
 from peftbench.utils.errors import UserError, describe_unknown
+from peftbench.utils.files import expand_home
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def describe_runs(table: str, points: Sequence[tuple[list[str], Run]]) -> list[T
     """Return a line for each run, with its record, time and the paper's score as far as they are known."""
     given = [index_by_key(overrides) for overrides, _ in points]
     keys = find_differing(given) or ["row"]
-    others = _read_records(Path(points[0][1].output_dir).expanduser())
+    others = _read_records(expand_home(points[0][1].output_dir))
     found = []
     for values, (_, run) in zip(given, points, strict=True):
         record = find_record(locate_run(run))

@@ -7,7 +7,6 @@ modification, so that `bottleneck=8` and `functional_form=relu` are top-level ke
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, is_dataclass
 from enum import Enum
@@ -18,6 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from peftbench.utils.errors import UserError
+from peftbench.utils.files import expand_home
 
 HELP = "help"  # a field's metadata: what the key means
 
@@ -823,4 +823,4 @@ def _is_from_column(cfg: DictConfig, prefix: str) -> bool:
 
 def name_backbone(model: Model) -> str:
     """Return the backbone's name in tables: the folder's name if `model.path` is given, else the option's name."""
-    return Path(os.path.expanduser(model.path)).resolve().name if model.path else model.name
+    return expand_home(model.path).resolve().name if model.path else model.name

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from peftbench.config.schema import Model, Run, find_conf_dir
+from peftbench.utils.files import expand_home
 
 
 def list_sizes_taken(run: Run) -> dict[str, int]:
@@ -43,4 +43,4 @@ def _is(model: Model, other: Model) -> bool:
     """Return whether two configs name the same backbone, without reading it."""
     if model.path is None or other.path is None:
         return model.path == other.path and model.hub_id == other.hub_id
-    return Path(model.path).expanduser().resolve() == Path(other.path).expanduser().resolve()
+    return expand_home(model.path).resolve() == expand_home(other.path).resolve()

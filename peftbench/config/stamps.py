@@ -17,7 +17,7 @@ from pathlib import Path
 
 from peftbench.utils.cache_dir import find_cache_dir
 from peftbench.utils.errors import UserError
-from peftbench.utils.files import replace_file
+from peftbench.utils.files import expand_home, read_json, replace_file
 
 LARGE = 1 << 20  # bytes; the first version of the stamp read the whole of smaller files, and of files from this size
 _END = 1 << 16  # only the size and this many bytes at each end
@@ -52,7 +52,7 @@ def list_counted_files(path: str | Path) -> list[tuple[str, Path]]:
 
     Raises UserError if there is no such path.
     """
-    root = Path(path).expanduser()
+    root = expand_home(path)
     if not root.exists():
         raise UserError(f"{path} does not exist; give the path of an existing file or folder.")
     found = [(file.relative_to(root).as_posix(), file) for file in root.rglob("*")] if root.is_dir() else []
@@ -83,7 +83,7 @@ def _whole(file: Path) -> bytes:
     """Return the hash of a large file, from an earlier reading if the file has not changed since."""
     place, state = file.resolve(), _read_state(file)
     kept = find_cache_dir() / "stamps" / f"{hashlib.sha256(os.fsencode(place)).hexdigest()[:32]}.json"
-    found = _known.get(place) or _read(kept)
+    found = _known.get(place) or _read(kept, place)
     if found is None or found[0] != state:
         found = (state, _hash_large(file, state[1]))
         # A file that changes while it is read, or just after, could be mistaken for its earlier content.
@@ -92,7 +92,7 @@ def _whole(file: Path) -> bytes:
         with suppress(OSError):  # a cache that cannot be written costs seconds, not the run
             kept.parent.mkdir(parents=True, exist_ok=True)
             with replace_file(kept) as writing:
-                json.dump(found, writing)
+                json.dump([*found, _seal(place, found)], writing)
     _known[place] = found
     return bytes.fromhex(found[1])
 
@@ -104,13 +104,22 @@ def _read_state(file: Path) -> _State:
     return [found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
-def _read(kept: Path) -> tuple[_State, str] | None:
-    """Return what `_whole` has kept, or None if that is missing or incomplete."""
+def _read(kept: Path, place: Path) -> tuple[_State, str] | None:
+    """Return what `_whole` has kept of a file, or None if that is missing or not as it was written.
+
+    A wrong hash of a backbone would be another name of the run.
+    """
     try:
-        state, digest = json.loads(kept.read_text(encoding="utf-8"))
-        return (list(map(int, state)), digest) if len(bytes.fromhex(digest)) == 32 else None
+        state, digest, seal = read_json(kept)
+        found = list(map(int, state)), str(digest)
+        return found if seal == _seal(place, found) else None
     except (OSError, ValueError, TypeError):
         return None
+
+
+def _seal(place: Path, found: tuple[_State, str]) -> str:
+    """Return a hash of what is kept of the file at `place`."""
+    return hashlib.sha256(os.fsencode(place) + repr(found).encode()).hexdigest()
 
 
 def _hash_large(file: Path, size: int) -> str:

@@ -47,6 +47,7 @@ from peftbench.config.schema import (
 )
 from peftbench.utils.differences import flatten
 from peftbench.utils.errors import UserError, describe_unknown
+from peftbench.utils.files import expand_home
 from peftbench.utils.text import strip_controls
 
 # The metrics for each kind of task, by name; `metrics.measure.DEFINITIONS` computes them.
@@ -231,16 +232,16 @@ def _find_path_faults(run: Run) -> Iterator[str]:
             "start from another model, such as model=bart_large, or add model.path=null."
         )
     for key, path in folders.items():
-        if path is not None and not Path(path).expanduser().is_dir():
+        if path is not None and not expand_home(path).is_dir():
             yield f"{key}={path} is not a folder{_describe_base(path)}; give the path of an existing one."
     for key, path in ((key, path) for key, paths in files.items() for path in paths):
-        if not Path(path).expanduser().is_file():
+        if not expand_home(path).is_file():
             yield f"{key}={path} is not a file{_describe_base(path)}; give the path of an existing one."
 
 
 def _describe_base(path: str) -> str:
     """Return the folder that a relative path starts from: the paths of a saved run may have been typed elsewhere."""
-    return "" if Path(path).expanduser().is_absolute() else f" below {Path.cwd()}"
+    return "" if expand_home(path).is_absolute() else f" below {Path.cwd()}"
 
 
 def _find_source_faults(task: Task, reads_data: bool) -> Iterator[str]:

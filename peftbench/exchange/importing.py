@@ -35,6 +35,7 @@ from peftbench.records.run_files import CHECKPOINTS
 from peftbench.tasks.load import load_task
 from peftbench.tasks.prepare import prepare_data
 from peftbench.utils.errors import UserError
+from peftbench.utils.files import expand_home
 from peftbench.utils.progress import Display
 
 GROUPS = ("task", "model", "trainer", "seed")
@@ -83,7 +84,7 @@ def compose_imported(adapter: ForeignAdapter, words: Sequence[str]) -> schema.Ru
 def _name_base(adapter: ForeignAdapter) -> list[str]:
     """Return the words for the backbone that an adapter's files name."""
     base = adapter.base
-    if base is not None and Path(base).expanduser().is_dir():
+    if base is not None and expand_home(base).is_dir():
         return [f"model.path={base}"]
     for file in sorted((schema.find_conf_dir() / "model").glob("*.yaml")):
         if base is not None and yaml.safe_load(file.read_text(encoding="utf-8")).get("hub_id") == base:

@@ -18,6 +18,7 @@ from peftbench.config.stamps import LARGE, list_counted_files, stamp_content, st
 from peftbench.records.record import Record
 from peftbench.records.saved import read_saved_config
 from peftbench.utils.errors import UserError, warn
+from peftbench.utils.files import expand_home
 
 _told: set[str] = set()
 
@@ -90,9 +91,9 @@ def _explain_doubt(run: Run, record: Record, only: str | None = None) -> str | N
     for key, path in list_sources(run).items():
         if only not in (None, key) or _was_seen_whole(path):
             continue
-        here = Path(path).expanduser()
+        here = expand_home(path)
         # A relative path is the same one if the record was found below the same working directory.
-        if then.get(key) != path or not (here.is_absolute() or not Path(run.output_dir).expanduser().is_absolute()):
+        if then.get(key) != path or not (here.is_absolute() or not expand_home(run.output_dir).is_absolute()):
             return f"{key}={path} was not the path then"
         if max(_list_changes(here)) >= began:
             return f"{key}={path} has changed since"

@@ -10,12 +10,13 @@ from peftbench.config.schema import Run
 from peftbench.config.stamps import stamp_ends
 from peftbench.records.earlier import is_the_same
 from peftbench.records.record import FILE, find_record
+from peftbench.utils.files import expand_home
 
 
 def locate_run(run: Run) -> Path:
     """Return the folder of a run: OUTPUT_DIR/TASK/MODEL/METHOD/HASH, with the earlier hash if it was recorded before
     whole files counted. Raises UserError as `hash_run` does."""
-    method = Path(run.output_dir).expanduser() / run.task.name / run.model.name / run.method
+    method = expand_home(run.output_dir) / run.task.name / run.model.name / run.method
     folder = method / hash_run(run)
     if (folder / FILE).is_file():
         return folder

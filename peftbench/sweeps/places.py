@@ -6,7 +6,6 @@ import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from joblib import cpu_count
 from psutil import virtual_memory
@@ -14,6 +13,7 @@ from psutil import virtual_memory
 from peftbench.config.schema import Device, Run
 from peftbench.records.record import load_records
 from peftbench.utils.errors import UserError
+from peftbench.utils.files import expand_home
 
 GIB = 1 << 30
 RUN_BYTES = 16 * GIB  # GPU memory for a run if nothing is known yet
@@ -90,7 +90,7 @@ def _query_gpus() -> list[tuple[str, str, int]]:
 def _estimate_gpu_bytes(run: Run) -> float:
     """Return the GPU memory that a run needs: the most that a recorded run of its task and backbone took, plus a
     margin."""
-    folder = Path(run.output_dir).expanduser() / run.task.name / run.model.name
+    folder = expand_home(run.output_dir) / run.task.name / run.model.name
     records = load_records(folder)[0] if folder.is_dir() else []
     taken = [record.peak_memory_bytes for record in records if record.peak_memory_bytes is not None]
     return MARGIN * max(taken) + CONTEXT_BYTES if taken else RUN_BYTES

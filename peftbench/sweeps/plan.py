@@ -23,7 +23,7 @@ from peftbench.tables.terminal import show_records
 from peftbench.utils.console import make_console
 from peftbench.utils.differences import find_distinctive
 from peftbench.utils.errors import UserError
-from peftbench.utils.files import read_json, refuse_links, replace_file
+from peftbench.utils.files import expand_home, read_json, refuse_links, replace_file
 
 FOLDER = ".sweeps"  # below the output_dir
 SUFFIX = ".sweep.json"
@@ -76,7 +76,7 @@ class Plan:
     @classmethod
     def of(cls, members: Sequence[Member], arguments: Sequence[str]) -> Plan:
         """Return the plan of a sweep's runs and of the trials before them."""
-        root = Path(members[0].run.output_dir).expanduser()
+        root = expand_home(members[0].run.output_dir)
         name = hashlib.sha256("\n".join(sorted({_relate_path(root, member.asked) for member in members})).encode())
         given = [member.settings() for member in members]
         keys = find_distinctive(given)
@@ -140,7 +140,7 @@ class Sweep:
         self.members = [Member(*point, self.folders) for point in points]
         self.trials = [Member(*point, self.folders) for point in trials]
         self.arguments = arguments
-        self.root = Path(self.members[0].run.output_dir).expanduser()  # below which the folders of the plan are
+        self.root = expand_home(self.members[0].run.output_dir)  # below which the folders of the plan are
         self.runs: dict[Path, Run] = {}
         self.done_before = {trial.folder for trial in self.trials if find_finished(trial.folder) is not None}
         self.settle()

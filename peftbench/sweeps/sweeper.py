@@ -25,6 +25,7 @@ from peftbench.tables.columns import format_duration
 from peftbench.utils.console import make_console, say
 from peftbench.utils.differences import find_distinctive
 from peftbench.utils.errors import UserError, print_faults
+from peftbench.utils.files import expand_home
 from peftbench.utils.progress import Display, is_live
 
 INTERRUPTED = 130  # the exit code
@@ -161,7 +162,7 @@ def _is_done(job: Job) -> bool:
 def _name_logs(run: Run) -> Path:
     """Return the folder for what the processes of a sweep print."""
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{os.getpid()}"  # two processes may start on a sweep in one second
-    return Path(run.output_dir).expanduser() / FOLDER / name
+    return expand_home(run.output_dir) / FOLDER / name
 
 
 def find_places(runs: Sequence[Run]) -> list[dict[str, str]]:

@@ -10,6 +10,7 @@ from datasets import Dataset, concatenate_datasets
 
 from peftbench.tasks.files import READERS, Layout, get_ending, locate_row, read_file, read_parallel_lines
 from peftbench.utils.errors import UserError
+from peftbench.utils.files import expand_home
 
 # The file stems of a split; any other split is looked for under its own name.
 ALIASES = {
@@ -88,7 +89,7 @@ def find_split(data_dir: str, split: str, used: Collection[str] = ()) -> list[st
 
     Raises UserError if there is none, or more than one.
     """
-    folder = Path(data_dir).expanduser()
+    folder = expand_home(data_dir)
     if not folder.is_dir():
         raise UserError(
             f"task.data_dir={data_dir} is not a folder; give one with a file for each split, such as {split}.tsv."
@@ -112,7 +113,7 @@ def find_split(data_dir: str, split: str, used: Collection[str] = ()) -> list[st
 
 def has_split(data_dir: str, split: str, used: Collection[str] = ()) -> bool:
     """Return whether the folder `data_dir` has a file for `split`; see `find_split`."""
-    return bool(_list_candidates(Path(data_dir).expanduser(), split, used))
+    return bool(_list_candidates(expand_home(data_dir), split, used))
 
 
 def _list_stems(split: str) -> tuple[str, ...]:

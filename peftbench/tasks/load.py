@@ -30,6 +30,7 @@ from peftbench.tasks.rows import (
 )
 from peftbench.tasks.source import find_files, has_source, read_split
 from peftbench.utils.errors import UserError
+from peftbench.utils.files import expand_home
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,8 +151,8 @@ _recent: Recent[Loaded] = Recent()
 
 def _stat_files(task: Task) -> Iterator[tuple[str, int, int]]:
     """Yield the current state of the task's own files: path, size and time of the last change."""
-    files = [Path(file).expanduser() for files in list_task_files(task).values() for file in files]
-    if task.data_dir is not None and (folder := Path(task.data_dir).expanduser()).is_dir():
+    files = [expand_home(file) for files in list_task_files(task).values() for file in files]
+    if task.data_dir is not None and (folder := expand_home(task.data_dir)).is_dir():
         files.extend(folder.iterdir())
     for file in sorted(files):
         if file.is_file():
@@ -178,8 +179,7 @@ def fingerprint_data(task: Task, rows: Dataset) -> str:
 def _resolve_files(task: Task) -> dict[str, dict[Path, str]]:
     """Return the names of the user's own files by their paths, for each split."""
     return {
-        split: {Path(file).expanduser().resolve(): file for file in files}
-        for split, files in list_task_files(task).items()
+        split: {expand_home(file).resolve(): file for file in files} for split, files in list_task_files(task).items()
     }
 
 

@@ -21,6 +21,7 @@ from peftbench.config.identity import to_plain
 from peftbench.config.schema import Run
 from peftbench.records.record import Record
 from peftbench.utils.differences import flatten
+from peftbench.utils.files import expand_home
 
 Say = Callable[[str], None]
 
@@ -42,7 +43,7 @@ class Followed:
 
     def __init__(self, run: Run, folder: Path) -> None:
         self.folder, self.group = folder, run.trackers_group or f"{run.task.name}-{run.model.name}"
-        self.root = Path(run.output_dir).expanduser()
+        self.root = expand_home(run.output_dir)
         self.project = f"peftbench-{run.task.name}"
         self.name = f"{run.method}-{folder.name}"
         plain = {key: value for key, value in to_plain(run).items() if key not in ("sizes", "size")}

@@ -59,6 +59,11 @@ def open_unlinked(path: Path, mode: str) -> TextIO:
     return cast(TextIO, open(path, mode, encoding="utf-8", errors="backslashreplace", opener=open_file))
 
 
+def expand_home(path: str | Path) -> Path:
+    """Return a path with the home folder for its ~ or ~USER. If there is no such user, ~ is a letter as any other."""
+    return Path(os.path.expanduser(path))
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file. Raises OSError if the disk is full; then the file that was there before is still there."""
     with write_beside(path) as unfinished:

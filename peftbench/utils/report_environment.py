@@ -145,5 +145,5 @@ def _list_variables() -> Iterator[tuple[str, str]]:
 
 def _shorten(place: object) -> str:
     """Return a path, or a text with paths, with ~ for the home folder, whose name may be that of a person."""
-    home = str(Path.home())
+    home = os.path.expanduser("~")
     return str(place) if home == os.sep else re.sub(rf"{re.escape(home)}(?=$|[/\\:;,])", "~", str(place))

@@ -21,7 +21,8 @@ from peftbench.utils import report_environment
 def secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """A token and a home folder in the environment, and no hub to wait for."""
     monkeypatch.setattr("peftbench.cli.env.explain_missing_hub", lambda: "HF_HUB_OFFLINE is set")
-    monkeypatch.setattr(Path, "home", classmethod(lambda cls: tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
     monkeypatch.setenv("HF_TOKEN", "hf_abcdef")
     monkeypatch.setenv("WANDB_API_KEY", "0123456789")
     monkeypatch.setenv("PEFTBENCH_CACHE", str(tmp_path / "cache"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -144,3 +145,17 @@ def test_what_was_just_written_is_not_kept(tmp_path: Path, own_cache: Path, monk
     monkeypatch.setattr(stamps.time, "time_ns", lambda: later)
     stamp_content(file)
     assert (own_cache / "stamps").exists()
+
+
+def test_a_kept_hash_that_was_changed_is_not_taken(
+    tmp_path: Path, own_cache: Path, settled: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would give the run another name, or that of another backbone."""
+    file = large(tmp_path / "weights")
+    right = stamp_content(file)
+    (kept,) = (own_cache / "stamps").iterdir()
+    state, digest, seal = json.loads(kept.read_text())
+    for wrong in ([state, digest[::-1], seal], [[*state[:-1], 0], digest, seal], [state, digest], "[" * 10_000):
+        kept.write_text(wrong if isinstance(wrong, str) else json.dumps(wrong))
+        monkeypatch.setattr(stamps, "_known", {})
+        assert stamp_content(file) == right
