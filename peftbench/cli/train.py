@@ -7,6 +7,7 @@ only where a plugin of its (`hydra/launcher=`, `hydra/sweeper=`) was asked for.
 from __future__ import annotations
 
 import math
+import os
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -24,7 +25,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from peftbench.cli.own_parts import check_own_parts
 from peftbench.config.compose import AND, CONFIG_NAME, TypedRun, compose_points, resolve_run
 from peftbench.config.launchers import SWEEPER, HydraLauncher, Local, read_launcher
-from peftbench.config.overrides import quote_path
+from peftbench.config.overrides import explain_hydra, list_hydra_words, quote_path
 from peftbench.config.schema import Run, find_conf_dir
 from peftbench.config.search import check_searches, has_open_search, split_phases
 from peftbench.config.studies import is_study
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         if args.cfg:
             compose_points(args.overrides, config_dir=args.config_dir)
-        run_job()
+        _call_hydra(args.overrides)
         return 0
     launch = read_launch()
     if launch is None:
@@ -94,9 +95,9 @@ def _train(args: Namespace, words: Sequence[str], points: Sequence[TypedRun], ar
     if args.multirun or launcher is not None or any(has_open_search(run) for _, run in points):
         if AND in args.overrides:
             _print_what_differs(points)
-        return _train_by_hydra(points, argv) if plugins else _train_sweep(points, argv, launcher)
+        return _train_by_hydra(points, argv, words) if plugins else _train_sweep(points, argv, launcher)
     if plugins:
-        run_job()
+        _call_hydra(words)
         return 0
     ((overrides, run),) = points
     return _train_alone(run, [*_name_config_dir(args.config_dir), *overrides])
@@ -104,7 +105,33 @@ def _train(args: Namespace, words: Sequence[str], points: Sequence[TypedRun], ar
 
 def _has_plugins(overrides: Sequence[str]) -> bool:
     """Return whether Hydra itself is configured."""
-    return any(word.lstrip("+~").startswith(("hydra.", "hydra/")) for word in overrides)
+    return bool(list_hydra_words(overrides))
+
+
+def _call_hydra(words: Sequence[str]) -> None:
+    """Have Hydra compose and start what is on the command line.
+
+    What Hydra raises before it has started a run comes from its own keys, which have no schema. It would print that as
+    a traceback, and end the process.
+
+    Raises:
+        UserError: with the words that configure Hydra, and what is wrong.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises
+    _started.clear()
+    try:
+        run_job()
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        if _started or not (own := list_hydra_words(words)):
+            raise
+        raise UserError(explain_hydra(own, error)) from error
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+
+
+_started: list[str] = []  # runs that Hydra has started in this process
 
 
 def _check_launch(overrides: Sequence[str], points: Sequence[TypedRun], launch: Launch) -> None:
@@ -195,14 +222,14 @@ def _train_studies(points: Sequence[TypedRun], argv: list[str], config_dir: str 
     return max(codes)
 
 
-def _train_by_hydra(points: Sequence[TypedRun], argv: list[str]) -> int:
+def _train_by_hydra(points: Sequence[TypedRun], argv: list[str], words: Sequence[str]) -> int:
     """Have a sweeper or launcher of Hydra's train the runs of a sweep."""
-    if any(word.startswith("hydra/sweeper=") for word in argv):  # decides on its runs as it goes: there is no plan
-        run_job()
+    if any(word.startswith(SWEEPER) for word in argv):  # decides on its runs as it goes: there is no plan
+        _call_hydra(words)
         return 0
     sweep = Sweep(points, argv)
     try:
-        run_job()
+        _call_hydra(words)
     except (KeyboardInterrupt, SystemExit) as exit:
         return _end_interrupted(sweep, exit)
     return sweep.show()
@@ -273,6 +300,7 @@ def _find_wrong_direction(sweeper: DictConfig) -> str | None:
 def run_job(cfg: DictConfig) -> float:
     """Train one run that Hydra has composed; return what a sweeper may maximise (`compute_objective`)."""
     hydra_config = HydraConfig.get()
+    _started.append(hydra_config.job.name)
     ((overrides, run),) = resolve_points([(list(hydra_config.overrides.task), resolve_run(cfg))])
     if hydra_config.mode == RunMode.MULTIRUN:
         selecting = hydra_config.sweeper["_target_"] != BASIC  # by a sweeper that goes by the outcome

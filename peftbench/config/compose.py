@@ -23,14 +23,20 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
-from peftbench.config.overrides import apply_override, describe_error, quote_path
+from peftbench.config.overrides import (
+    apply_override,
+    describe_error,
+    explain_hydra,
+    list_hydra_words,
+    parse_overrides,
+    quote_path,
+)
 from peftbench.config.own_parts import FORM, METRIC, add_import_folder, is_own, name_own_parts, resolve_own
 from peftbench.config.rows import GROUP, read_rows
 from peftbench.config.schema import Run, find_conf_dir, resolve_config
@@ -170,12 +176,12 @@ def _get_key(word: str) -> str:
 
 def _expand_grid(grid: list[str], multirun: bool, loader: ConfigLoader) -> list[list[str]]:
     """Return the override lists of a grid's runs."""
-    parsed = _parse_overrides(grid, loader)
+    parsed = parse_overrides(grid, loader)
     params = _read_experiment_sweep(parsed)
     if params and not multirun:
         raise UserError(f"An experiment that sweeps over {' and '.join(params)} is a sweep; add -m to run it.")
     if params:
-        parsed = [*_parse_overrides(list(params.values()), loader), *parsed]
+        parsed = [*parse_overrides(list(params.values()), loader), *parsed]
     return _expand_overrides(parsed) if multirun else [grid]
 
 
@@ -214,29 +220,6 @@ def _count_values(override: Override) -> int:
     return sum(1 for _ in islice(override.sweep_iterator(), MOST_RUNS + 1))
 
 
-def _parse_overrides(overrides: list[str], loader: ConfigLoader) -> list[Override]:
-    """Parse overrides. Raises UserError with a sentence for each word that is not an override."""
-    parser, found, parsed = OverridesParser.create(config_loader=loader), [], []
-    for line in overrides:
-        try:
-            parsed.extend(parser.parse_overrides([line]))
-        except RecursionError:
-            found.append(f"{line[:40]}... is nested too deep.")
-        except (HydraException, ValueError):  # a ValueError of antlr's
-            key = line.partition("=")[0]
-            if key and "=" in line:
-                found.append(
-                    f"{line} cannot be read; if the value itself has commas, quotes, brackets, braces, ~ or =, another "
-                    "sign such as # or ; or a letter other than A to Z, put it in both kinds of quotes, "
-                    f"'{key}=\"...\"'."
-                )
-            else:
-                found.append(f"{line} is not KEY=VALUE, such as method=lora; write no spaces around the =.")
-    if found:
-        raise UserError(*found)
-    return parsed
-
-
 @contextmanager
 def open_hydra(config_dir: str | None) -> Iterator[None]:
     """Provide Hydra's compose API over conf/ and the user's --config-dir, and clear it afterwards for hydra.main.
@@ -273,7 +256,7 @@ def _read_experiment_sweep(parsed: list[Override]) -> dict[str, str]:
         return {}
     try:
         cfg = compose(CONFIG_NAME, overrides=[str(one.input_line) for one in chosen], return_hydra_config=True)
-    except HydraException:
+    except Exception:  # Hydra raises errors of every kind for values such as [[a]]
         return {}
     given = {override.key_or_group for override in parsed}
     params = cfg.hydra.sweeper.params or {}
@@ -316,7 +299,7 @@ def _compose_run(overrides: list[str], loader: ConfigLoader, known: _Known, read
     found: list[str] = []
     groups: list[Override] = []
     values: list[Override] = []
-    for override in OverridesParser.create(config_loader=loader).parse_overrides(overrides):
+    for override in parse_overrides(overrides, loader):
         options = known.options(override.key_or_group)
         if wrong := list(_find_override_faults(override, options)):
             found.extend(wrong)
@@ -330,6 +313,10 @@ def _compose_run(overrides: list[str], loader: ConfigLoader, known: _Known, read
         run = resolve_run(cfg)
     except RecursionError:
         raise UserError(*found, "A value is nested too deep.") from None
+    except (AssertionError, LookupError, TypeError, AttributeError) as error:
+        if not (own := list_hydra_words(overrides)):
+            raise
+        raise UserError(*found, explain_hydra(own, error)) from error
     except (HydraException, OmegaConfBaseException, MarkedYAMLError, ValueError) as error:  # defaults are no list
         raise UserError(*found, describe_error(error)) from error
     found.extend(_find_misnamed_presets(groups, run))

@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from peftbench.config.compose import CONFIG_NAME, check_config_dir, open_hydra, refuse_searchpath
-from peftbench.config.overrides import set_key
+from peftbench.config.overrides import parse_overrides, set_key
 from peftbench.utils.errors import UserError, describe_unknown
 
 GROUP = "hydra/launcher"
@@ -163,14 +161,11 @@ def _read_settings(name: str, preset: DictConfig, words: Sequence[str]) -> Any:
         if (fault := set_key(config, f"{KEYS}.{key!s}", value))
     ]
     found += [f"{GROUP}/{name}.yaml: {key} is taken from the command line only." for key in TYPED if values.get(key)]
-    for word in words:
-        try:
-            (override,) = OverridesParser.create().parse_overrides([word])
-        except HydraException:
-            found.append(f"{word} cannot be read; put a value with spaces or commas in both kinds of quotes.")
-            continue
+    for override in parse_overrides(words):
         if override.is_sweep_override():
-            found.append(f"{word} names several values; a sweep has one launcher with one value of each setting.")
+            found.append(
+                f"{override.input_line} names several values; a sweep has one launcher with one value of each setting."
+            )
         elif fault := set_key(config, override.key_or_group, override.value(), force_add=override.is_add()):
             found.append(fault)
     if found:

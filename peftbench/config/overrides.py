@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass
 from difflib import get_close_matches
 from enum import Enum
 from typing import Any, get_args, get_origin
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
@@ -22,7 +24,37 @@ from omegaconf.errors import (
 from yaml import MarkedYAMLError
 
 from peftbench.config.schema import Modification, Run
-from peftbench.utils.errors import describe_unknown, suggest
+from peftbench.utils.errors import UserError, describe_unknown, suggest
+
+
+def parse_overrides(words: Sequence[str], loader: ConfigLoader | None = None) -> list[Override]:
+    """Parse words of a command line, each of which is one override.
+
+    Args:
+        loader: knows the groups of the config; without it, no glob can be swept over.
+
+    Raises:
+        UserError: with a sentence for each word that is no override.
+    """
+    parser, found, parsed = OverridesParser.create(config_loader=loader), [], []
+    for word in words:
+        try:
+            parsed.extend(parser.parse_overrides([word]))
+        except RecursionError:
+            found.append(f"{word[:40]}... is nested too deep.")
+        except (HydraException, ValueError):  # a ValueError of antlr's
+            key = word.partition("=")[0]
+            if key and "=" in word:
+                found.append(
+                    f"{word} cannot be read; if the value itself has commas, quotes, brackets, braces, ~ or =, another "
+                    "sign such as # or ; or a letter other than A to Z, put it in both kinds of quotes, "
+                    f"'{key}=\"...\"'."
+                )
+            else:
+                found.append(f"{word} is not KEY=VALUE, such as method=lora; write no spaces around the =.")
+    if found:
+        raise UserError(*found)
+    return parsed
 
 
 def apply_override(cfg: DictConfig, override: Override) -> str | None:
@@ -50,6 +82,16 @@ def set_key(cfg: DictConfig, key: str, value: Any, force_add: bool = False) -> s
     return None
 
 
+def list_hydra_words(words: Iterable[str]) -> list[str]:
+    """Return the words of a command line that configure Hydra itself."""
+    return [word for word in words if word.lstrip("+~").startswith(("hydra.", "hydra/", "hydra="))]
+
+
+def explain_hydra(words: Sequence[str], error: Exception) -> str:
+    """Return the sentence for what Hydra raises about keys of its own, which have no schema."""
+    return f"{' '.join(words)}: Hydra refuses this ({describe_error(error).rstrip('.') or type(error).__name__})."
+
+
 PATHS = ("output_dir", "model.path", "model.chat_template", "task.data_dir")
 FILES = ("task.train_file", "task.validation_file", "task.test_file")
 
@@ -65,7 +107,7 @@ def quote_path(word: str) -> str:
         return word
     try:
         OverridesParser.create().parse_override(word)
-    except (HydraException, ValueError):
+    except (HydraException, ValueError, RecursionError):
         return f"{key}={QuotedString(value, Quote.double).with_quotes()}"
     return word
 

@@ -18,6 +18,8 @@ from peftbench.config.schema import Run, Search, Variation, get_value, index_by_
 GROUPS = (*CHOICES, "mix", "method")
 FIXED = ("task", "model", "fidelity", "debug", "seed", "search", "budget")  # with others, scores are not comparable
 
+MOST_TRIALS = 10_000  # with more, a typing error would train for ever
+
 
 @dataclass(frozen=True)
 class TrialOf:
@@ -66,6 +68,8 @@ def find_study_faults(run: Run, search: Search) -> list[str]:
     whose = f"search={search.name}"
     if search.trials is not None and search.trials < 1:
         return [f"search.trials={search.trials}: a study needs at least one trial."]
+    if search.trials is not None and search.trials > MOST_TRIALS:
+        return [f"search.trials={search.trials}: a study has {MOST_TRIALS:,} trials at most."]
     if not search.keys:
         return [f"{whose} has no keys; give it some, as conf/search/optuna.yaml does."]
     return [f"{whose}: {fault}" for key, one in search.keys.items() if (fault := _find_fault(run, key, one))]

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peftbench.backbones.load import Backbone, load_backbone
 from peftbench.backbones.precision import choose_device, resolve_dtype
 from peftbench.backbones.quantisation import unpack_backbone
-from peftbench.config.overrides import apply_override, quote_path
+from peftbench.config.overrides import apply_override, parse_overrides, quote_path
 from peftbench.config.own_parts import FORM, METRIC, TASK
 from peftbench.config.roles import list_splits
 from peftbench.config.schema import Run, Task, has_modification, list_task_files, resolve_config
@@ -38,7 +36,7 @@ from peftbench.records.saved import find_run_folder, read_saved_config, read_sav
 from peftbench.tasks.load import list_dealt, load_task, restrict_to_reported
 from peftbench.tasks.prepare import prepare_data
 from peftbench.utils.errors import UserError, describe_unknown, warn
-from peftbench.utils.files import write_lines
+from peftbench.utils.files import expand_home, write_lines
 from peftbench.utils.progress import Display
 from peftbench.utils.quiet import silence_libraries
 
@@ -69,11 +67,9 @@ def read_saved_run(folder: Path, record: Record, overrides: Sequence[str] = ()) 
 
 def _override_run(folder: Path, record: Record, overrides: Sequence[str]) -> Run:
     config = read_saved_config(folder)
-    try:
-        lines = [re.sub(r"^task\.split=", "task.report_split=", quote_path(override)) for override in overrides]
-        parsed = OverridesParser.create().parse_overrides(lines)
-    except HydraException as error:
-        raise UserError(" ".join(str(error).split())) from error
+    parsed = parse_overrides(
+        [re.sub(r"^task\.split=", "task.report_split=", quote_path(override)) for override in overrides]
+    )
     found = []
     for typed, override in zip(overrides, parsed, strict=True):
         if override.key_or_group.split(".")[0] not in GROUPS or "." not in override.key_or_group:
@@ -89,7 +85,7 @@ def _override_run(folder: Path, record: Record, overrides: Sequence[str]) -> Run
         raise UserError(*found)
     run = resolve_config(config)
     run.task = _report_on(run.task, read_trained_task(folder))
-    if run.model.path and not Path(run.model.path).expanduser().is_dir():
+    if run.model.path and not expand_home(run.model.path).is_dir():
         raise UserError(f"model.path={run.model.path} is not a folder; give the path of an existing one.")
     check_backbone(run, record)
     if "labels" in record.data and run.task.labels not in ([], record.data["labels"]):

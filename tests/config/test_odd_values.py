@@ -68,3 +68,29 @@ def test_an_output_dir_that_cannot_be_one_is_told(
     line = ["task=doctopic", "model=mini", "method=lora", "seed=1,2", f"output_dir={place}"]
     assert main(["train", "-m", *line]) == 1
     assert str(place) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "-m", "method=lora", "trainer.epsilon=str('é🙂')"], "trainer.epsilon=é🙂 cannot be read"),
+        (["params", f"mix={NESTED[200:-200]}"], "mix"),  # nested so that a parser gives up at some depths of the stack
+        (["params", "experiment=[[a]]"], "experiment takes one option"),
+        (["params", "~experiment=[[]]"], "experiment"),
+        (["train", "method=lora", "hydra.verbose=[1]"], "hydra.verbose=[1]: Hydra refuses this ("),
+        (["train", "--cfg", "job", "method=lora", "hydra.job.env_copy=[NONE_SUCH]"], "hydra.job.env_copy=[NONE_SUCH]:"),
+        (["train", "--cfg", "job", "method=lora", "~hydra.run"], "hydra.run"),
+        (["merge", "~no-such-user/x", "--out", "y"], "~no-such-user/x has no run"),
+        (["train", "method=lora", "search=optuna", "search.trials=99999999"], "a study has 10,000 trials at most"),
+    ],
+    ids=lambda words: " ".join(words)[:60] if isinstance(words, list) else None,
+)
+def test_odd_words_are_sentences(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and not captured.out
+
+
+def test_a_path_of_brackets_is_a_path() -> None:
+    """Hydra's parser gives up on it, and so does Python's stack."""
+    assert compose_run([f"output_dir={NESTED}"]).output_dir == NESTED
