@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from peftbench.backbones.load import build_meta_backbone, load_config
@@ -20,6 +24,7 @@ def write_merged(folder: Path, run: Run, out: Path) -> tuple[str, float]:
 
     Raises:
         UserError: the method has no merged form. This is found before weights are read.
+        OSError: `out` cannot be written.
     """
     bare = build_meta_backbone(run.model, run.task, load_config(run.model))
     plain = list(bare.state_dict())
@@ -30,6 +35,21 @@ def write_merged(folder: Path, run: Run, out: Path) -> tuple[str, float]:
     backbone = restore_backbone(folder, run, run.task, unpacked=True)
     share = merge(backbone.model)
     tensors = backbone.model.state_dict()
-    backbone.model.save_pretrained(out, state_dict={name: tensors[name] for name in plain})
-    backbone.tokenizer.save_pretrained(out)
+    with _naming(out):
+        backbone.model.save_pretrained(out, state_dict={name: tensors[name] for name in plain})
+        backbone.tokenizer.save_pretrained(out)
     return type(backbone.model).__name__, share
+
+
+@contextmanager
+def _naming(out: Path) -> Iterator[None]:
+    """Raise OSError, with the folder, for an error of the system that safetensors or tokenizers found in Rust: they
+    raise it as other kinds."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(out)) from error

@@ -27,22 +27,27 @@ from peftbench.config.stamps import stamp_content
 from peftbench.records.record import FILE, Attempt, Axes, Record, RecordedBackbone, Status, find_record, get_time
 from peftbench.records.run_files import CHECKPOINTS, METRICS_FILE
 from peftbench.utils.differences import flatten
-from peftbench.utils.errors import LostProcess
+from peftbench.utils.errors import LostProcess, describe_os_error
 from peftbench.utils.files import replace_file
 
 
 @contextmanager
 def record_run(run: Run, folder: Path, overrides: Sequence[str]) -> Iterator[Record]:
-    """Record what happens inside the block: done at its end, interrupted by Ctrl-C or the end of another process of the
-    run, failed by any other exception."""
-    record = start_record(run, folder, overrides)
-    try:  # so that no unfinished run is ever recorded as done
+    """Record what happens inside the block: done at its end, interrupted by Ctrl-C, a full disk or the end of another
+    process of the run, failed by any other exception."""
+    record = _take_up(run, folder, overrides)
+    try:  # so that no unfinished run is ever recorded as done, and none as running that has ended
+        _write_start(record, run)
         yield record
         record.finish()
     except (KeyboardInterrupt, LostProcess):
         record.interrupt()
         raise
     except BaseException as error:
+        if isinstance(error, OSError) and describe_os_error(error) is not None:
+            with suppress(OSError):  # the disk may be full
+                record.interrupt()
+            raise  # the first error, which names the file
         record.fail(error)
         raise
 
@@ -60,12 +65,24 @@ def start_record(run: Run, folder: Path, overrides: Sequence[str]) -> Record:
 
     Files of an earlier attempt are deleted, except its checkpoints and the metrics up to them.
     """
+    record = _take_up(run, folder, overrides)
+    _write_start(record, run)
+    return record
+
+
+def _take_up(run: Run, folder: Path, overrides: Sequence[str]) -> Record:
+    """Return the record of a new attempt at a run, with the attempts before it. Nothing is written but its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     before = find_record(folder)
     record = describe_run(run, folder, overrides)
     record.clock = time.monotonic()
     earlier = before.attempts if before is not None and not before.has_ended else []
     record.attempts = [*earlier, Attempt(record.created, socket.gethostname())]
+    return record
+
+
+def _write_start(record: Record, run: Run) -> None:
+    folder = record.folder
     record.save()  # before all else: an earlier run in this folder is no longer done
     for stale in (folder / "error.txt", folder / "predictions.jsonl", *folder.glob("*.tmp"), *folder.glob("*/*.tmp")):
         stale.unlink(missing_ok=True)
@@ -73,7 +90,6 @@ def start_record(run: Run, folder: Path, overrides: Sequence[str]) -> Record:
         (folder / METRICS_FILE).unlink(missing_ok=True)
     with replace_file(folder / "config.yaml") as file:
         OmegaConf.save(OmegaConf.structured(replace(run, sizes=None, size=None)), file)
-    return record
 
 
 def describe_run(run: Run, folder: Path, overrides: Sequence[str], status: Status = "running") -> Record:

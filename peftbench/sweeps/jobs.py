@@ -16,7 +16,7 @@ from peftbench.records.lock import Busy
 from peftbench.records.record import find_record
 from peftbench.tables.terminal import show_ended
 from peftbench.utils.console import make_console, say
-from peftbench.utils.errors import LostProcess, UserError
+from peftbench.utils.errors import LostProcess, UserError, describe_os_error
 from peftbench.utils.progress import Display
 from peftbench.utils.quick_imports import speed_up_imports
 
@@ -115,5 +115,8 @@ def train_attempt(
         return Ended(faults=tuple(error.faults))
     except LostProcess as error:
         return Ended(faults=(str(error),))
+    except OSError as error:
+        sentence = describe_os_error(error)
+        return Ended(faults=(sentence or f"this run failed with {type(error).__name__}: {error}",))
     except Exception as error:
         return Ended(faults=(f"this run failed with {type(error).__name__}: {error}",))

@@ -6,6 +6,7 @@ training that resumes from one ends with the same bits as one that was never int
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -152,7 +153,15 @@ class Resumable(Trainer):
         (folder / NOTES).write_text(json.dumps(self.notes()), encoding="utf-8")
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        super()._save_checkpoint(*args, **kwargs)
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except RuntimeError as error:
+            if not re.search(r"PytorchStreamWriter|inline_container", str(error)):
+                raise
+            # torch.save does not say why it cannot write
+            raise OSError(
+                errno.ENOSPC, "no space left, or a limit on the size of files", self.args.output_dir
+            ) from error
         if self.args.should_save:
             _seal(Path(self._get_output_dir(trial=None)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -323,3 +324,33 @@ def test_a_clock_that_is_set_back_changes_no_duration(tmp_path: Path, monkeypatc
         monkeypatch.setattr("peftbench.records.record.get_time", lambda: "2001-01-01T00:00:00+00:00")
     assert 0 <= record.timings["total_s"] < 60
     assert "clock" not in on_disk(tmp_path)
+
+
+def test_an_interruption_while_a_run_begins_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its record says running already; it must not say so for ever."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("peftbench.records.recording.OmegaConf.save", interrupt)
+    with pytest.raises(KeyboardInterrupt), record_run(RUN, tmp_path, []):
+        pytest.fail("the run began")
+    assert on_disk(tmp_path)["status"] == "interrupted"
+
+
+def test_what_a_killed_process_was_writing_is_deleted(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    left = [tmp_path / "record.json.0a1b.tmp", tmp_path / "adapter" / "adapter.safetensors.0a1b.tmp"]
+    for file in left:
+        file.write_text("half")
+    start_record(RUN, tmp_path, [])
+    assert not any(file.exists() for file in left)
+
+
+def test_a_full_disk_interrupts_a_run(tmp_path: Path) -> None:
+    """It is no failure of the run: with space again, the same line goes on with it, in a sweep too."""
+    with pytest.raises(OSError, match="No space"), record_run(RUN, tmp_path / "full", []):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="odd"), record_run(RUN, tmp_path / "odd", []):
+        raise OSError("an odd error of a library")
+    assert [on_disk(tmp_path / name)["status"] for name in ("full", "odd")] == ["interrupted", "failed"]
