@@ -26,6 +26,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from peftbench.config.schema import Run, Sampler, Search, Variation, get_value
 from peftbench.config.studies import GROUPS, TrialOf, list_multiples
+from peftbench.utils.errors import UserError
+from peftbench.utils.files import refuse_links
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 WARM_UP = 5  # trials that are never judged
@@ -33,17 +35,44 @@ STRIDE = 1_000_003  # between the seeds of two studies, so that their trials hav
 
 
 def open_study(file: Path, name: str, objectives: int) -> optuna.Study:
-    """Open a study, or begin it.
+    """Open a study, or begin it. What a killed process has written of its last line is deleted.
 
     Args:
         objectives: 1, the selection score; 2, also the stored parameters.
+
+    Raises:
+        UserError: the journal is damaged.
     """
-    return optuna.create_study(
-        storage=_open_storage(str(file)),
-        study_name=name,
-        load_if_exists=True,
-        directions=["maximize", "minimize"][:objectives],
-    )
+    refuse_links(file.parent)
+    _end_last_line(file)
+    try:
+        return optuna.create_study(
+            storage=_open_storage(str(file)),
+            study_name=name,
+            load_if_exists=True,
+            directions=["maximize", "minimize"][:objectives],
+        )
+    except OSError:
+        raise
+    except Exception as error:  # of any kind, since Optuna takes each line as its own
+        raise UserError(
+            f"{file} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:100]}); restore it, or delete "
+            "it: the study then begins anew, and runs that are done are not trained again."
+        ) from error
+
+
+def _end_last_line(file: Path) -> None:
+    """Delete what follows the last line break of a journal: Optuna would append to it, and never read it again."""
+    if not file.exists():
+        return
+    lock = JournalFileOpenLock(str(file))
+    lock.acquire()
+    try:
+        with file.open("r+b") as journal:
+            content = journal.read()
+            journal.truncate(content.rfind(b"\n") + 1)
+    finally:
+        lock.release()
 
 
 def _open_storage(file: str) -> JournalStorage:
@@ -120,3 +149,9 @@ def list_by_state(study: optuna.Study, *states: str) -> list[FrozenTrial]:
     """Return the trials in the given states, such as RUNNING, in their order."""
     found: list[FrozenTrial] = study.get_trials(deepcopy=False, states=[TrialState[state] for state in states])
     return found
+
+
+def note_attribute(study: optuna.Study, trial: FrozenTrial, name: str, value: str) -> None:
+    """Give a trial an attribute, unless it has it."""
+    if name not in trial.user_attrs:
+        optuna.trial.Trial(study, trial._trial_id).set_user_attr(name, value)  # the id by which workers find a trial

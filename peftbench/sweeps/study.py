@@ -31,12 +31,19 @@ from peftbench.records.wording import format_value
 from peftbench.sweeps import mps
 from peftbench.sweeps.executors import InProcess, start_executor
 from peftbench.sweeps.jobs import Ended, Executor, Job
-from peftbench.sweeps.optuna_study import list_by_state, make_distributions, make_sampler, open_study
+from peftbench.sweeps.optuna_study import (
+    list_by_state,
+    make_distributions,
+    make_sampler,
+    note_attribute,
+    open_study,
+)
 from peftbench.sweeps.plan import FOLDER, Plan, PlannedRun
 from peftbench.sweeps.resolve import resolve_points
 from peftbench.sweeps.workers import Workers
 from peftbench.utils.console import make_console, say
 from peftbench.utils.errors import UserError, print_faults
+from peftbench.utils.files import expand_home
 
 PATIENCE = 300  # trials in a row that are refused or known: then the space has nothing new
 PRUNED = "pruned"
@@ -58,7 +65,7 @@ class Study:
         self.arguments, self.config_dir = list(arguments), config_dir
         self.space = list_space(self.run, self.search, self.overrides)
         self.objectives = 1 if self.run.budget is not None else 2
-        self.root = Path(self.run.output_dir).expanduser()
+        self.root = expand_home(self.run.output_dir)
         self.name = self._name()
         self.file = self.root / FOLDER / f"{self.name}.study.jsonl"
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -78,19 +85,30 @@ class Study:
         """
         for trial in list_by_state(self.study, "RUNNING"):
             if WORDS in trial.user_attrs:
-                yield self._make_job(trial.number, self._compose(trial.user_attrs[WORDS]))
+                job = self._make_job(trial.number, self._compose(trial.user_attrs[WORDS]))
+                note_attribute(self.study, trial, RUN_FOLDER, str(job.folder))  # if the process died before it did so
+                yield job
             else:  # the process died while it chose
                 self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-        in_vain = 0
-        while len(self._list_folders()) < (self.search.trials or 0) and in_vain < PATIENCE:
-            job = self._choose(in_vain)
-            in_vain = 0 if job is not None else in_vain + 1
-            if job is not None:
-                yield job
+        while len(self._list_folders()) < (self.search.trials or 0):
+            decided, in_vain = self._count_decided()
+            if in_vain >= PATIENCE:
+                return
+            self.study.sampler = make_sampler(self.search, decided, in_vain)
+            if (chosen := self._choose()) is not None:
+                yield chosen
 
-    def _choose(self, in_vain: int) -> Job | None:
+    def _count_decided(self) -> tuple[int, int]:
+        """Return how many trials there are, and how many of the last ones were refused or known.
+
+        Trials of a process that died while it chose do not count: the next one is then the same as if it had not.
+        """
+        trials = self.study.get_trials(deepcopy=False)
+        refused = [REASON in trial.user_attrs for trial in trials if trial.user_attrs.keys() & {WORDS, REASON}]
+        return len(refused), next((count for count, one in enumerate(reversed(refused)) if not one), len(refused))
+
+    def _choose(self) -> Job | None:
         """Ask for a trial; return its job, or None if there is nothing to train."""
-        self.study.sampler = make_sampler(self.search, len(self.study.get_trials(deepcopy=False)), in_vain)
         trial = self.study.ask(make_distributions(self.run, self.space))
         chosen = {key: str(value) for key, value in trial.params.items()}
         if chosen.get("mix") == "[]":  # the modification is not there
@@ -110,8 +128,8 @@ class Study:
                 # Told as done, it would count twice, and the sampler would come back to it again and again.
                 self.study.tell(trial, state=TrialState.FAIL)
                 return None
+        trial.set_user_attr(WORDS, words)  # with which another process goes on, if this one dies
         trial.set_user_attr(RUN_FOLDER, folder)
-        trial.set_user_attr(WORDS, words)
         job = self._make_job(trial.number, point)
         self.save_plan()
         return job
@@ -143,9 +161,11 @@ class Study:
         if ended.pruned or self.study.get_trials(deepcopy=False)[number].state is TrialState.PRUNED:
             return PRUNED
         record = find_record(job.folder)
-        if record is None or record.status != "done" or record.selection is None or record.selection.value is None:
+        if record is None or record.status in ("interrupted", "running"):
+            return "unfinished"  # as on a full disk: the same line goes on with it
+        if record.status != "done" or record.selection is None or record.selection.value is None:
             self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
-            return "missing" if record is None else record.outcome
+            return record.outcome
         assert record.counts is not None
         values = [compute_objective(record.selection), float(record.counts.stored)][: self.objectives]
         self.study.tell(number, values, skip_if_finished=True)
@@ -219,7 +239,7 @@ def train_study(
         launcher: where runs are trained otherwise.
 
     Returns:
-        The exit code: 0, or 1 if trials failed.
+        The exit code: 0, or 1 if trials failed or are unfinished.
     """
     study = Study(point, arguments, config_dir)
     with ExitStack() as stack:
@@ -237,7 +257,8 @@ def train_study(
             say(f"{len(study._list_folders())} of {wanted}: {job.settings}: {said}")
             print_faults([] if said == PRUNED else ended.faults)  # Slurm's tasks return nothing
     show_front(study, make_console())
-    return 1 if study.count()["failed"] else 0
+    counted = study.count()
+    return 1 if counted["failed"] or counted["unfinished"] else 0
 
 
 def show_front(study: Study, console: Console) -> None:

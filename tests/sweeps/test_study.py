@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("optuna")
+from optuna.trial import Trial
 
 import peftbench.sweeps.executors
 import peftbench.sweeps.study
@@ -25,6 +26,7 @@ from peftbench.records.recording import start_record
 from peftbench.sweeps.jobs import Ended
 from peftbench.sweeps.optuna_study import JudgedTrial, list_by_state, open_study
 from peftbench.sweeps.study import Study
+from peftbench.utils.errors import UserError
 
 WORDS = ["task=doctopic", "debug=smoke", "search=optuna", "search.sampler=random"]
 
@@ -45,8 +47,8 @@ class Sealed(Record):
 class Trainings:
     """Writes the record of each run: a selection score of its bottleneck, and a report score that says the opposite."""
 
-    def __init__(self, sign: float = -1.0, killed_at: int | None = None) -> None:
-        self.sign, self.killed_at = sign, killed_at
+    def __init__(self, sign: float = -1.0, killed_at: int | None = None, full_from: int = 99) -> None:
+        self.sign, self.killed_at, self.full_from = sign, killed_at, full_from
         self.words: list[tuple[str, ...]] = []
 
     def __call__(self, run: Run, overrides: Sequence[str], **others: Any) -> Ended:
@@ -55,6 +57,9 @@ class Trainings:
         record = start_record(final, locate_run(final), overrides)
         if len(self.words) == self.killed_at:
             raise Killed
+        if len(self.words) >= self.full_from:
+            record.interrupt()
+            return Ended(faults=("No space left on device.",))
         size = final.bottleneck or 0
         value = 100.0 - abs(40 - size)
         record.search, record.counts = search, RecordedCounts(1000, size, size, 0, None)
@@ -212,3 +217,65 @@ def test_what_is_refused(words: list[str], sentence: str) -> None:
 def test_the_names_of_other_searches_are_as_before() -> None:
     """The keys of studies are no part of the name of a run that waits for its trials."""
     assert hash_run(compose_run(["method=lora", "search=lr3", "seed=1"])) == "f5d8e4c6"
+
+
+def test_a_half_written_line_of_a_journal_is_deleted(tmp_path: Path) -> None:
+    """Optuna would append to it, and then read nothing any more."""
+    file = tmp_path / "study.jsonl"
+    study = open_study(file, "name", 1)
+    study.tell(study.ask(), 1.0)
+    whole = file.read_bytes()
+    file.write_bytes(whole + b'{"op_code": 4, "wor')
+    study = open_study(file, "name", 1)
+    study.tell(study.ask(), 2.0)
+    assert file.read_bytes().startswith(whole) and len(open_study(file, "name", 1).trials) == 2
+
+
+@pytest.mark.parametrize("harm", ["null", "{}", "x", '{"op_code": 99, "worker_id": "a"}', "[" * 10_000])
+def test_a_damaged_journal_is_named(harm: str, tmp_path: Path) -> None:
+    file = tmp_path / "study.jsonl"
+    study = open_study(file, "name", 1)
+    study.tell(study.ask(), 1.0)
+    first, *others = file.read_text().splitlines()
+    file.write_text("\n".join([first, harm, *others, ""]))
+    with pytest.raises(UserError, match=r"study\.jsonl is damaged .* the study then begins anew"):
+        open_study(file, "name", 1)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_a_process_that_dies_while_it_chooses_changes_nothing(
+    at: int, tmp_path: Path, trained: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before or after each attribute of a trial by which another process goes on with it."""
+
+    def strip(trainings: Trainings) -> list[str]:
+        return [" ".join(word for word in words if word.startswith(CHOSEN)) for words in trainings.words]
+
+    whole = trained()
+    assert main(line(tmp_path / "whole", "search.trials=3", "search.sampler=random")) == 0
+    really, calls = Trial.set_user_attr, list[str]()
+
+    def die(trial: Trial, key: str, value: Any) -> None:
+        calls.append(key)
+        if len(calls) == at:
+            raise Killed
+        really(trial, key, value)
+
+    monkeypatch.setattr(Trial, "set_user_attr", die)
+    first, second = trained(), trained()
+    with pytest.raises(Killed):
+        main(line(tmp_path / "parts", "search.trials=3", "search.sampler=random"))
+    assert main(line(tmp_path / "parts", "search.trials=3", "search.sampler=random")) == 0
+    assert strip(first) + strip(second) == strip(whole)
+    assert len(load_records(tmp_path / "parts")[0]) == 3
+
+
+def test_a_study_on_a_full_disk_goes_on_with_space(tmp_path: Path, trained: Any) -> None:
+    full = trained(full_from=2)
+    assert main(line(tmp_path, "search.trials=3")) == 1 and len(full.words) == 3
+    again = trained()
+    assert main(line(tmp_path, "search.trials=3")) == 0
+    assert again.words == full.words[1:]
+
+
+CHOSEN = ("functional_form=", "modified_representation=", "mix=", "bottleneck=", "trainer.learning_rate=")
