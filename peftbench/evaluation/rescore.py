@@ -11,7 +11,7 @@ from peftbench.config.schema import Task
 from peftbench.config.validity import METRIC_NAMES, find_label_faults
 from peftbench.metrics.measure import measure
 from peftbench.records.run_files import name_predictions_file
-from peftbench.records.saved import read_saved_config, read_saved_predictions, read_saved_record
+from peftbench.records.saved import read_saved_config, read_saved_record, read_scored_predictions
 from peftbench.utils.errors import UserError, describe_unknown
 
 
@@ -35,12 +35,7 @@ def rescore(folder: Path, metric: str | None = None) -> list[dict[str, Any]]:
     for role, score in record.scores.items():
         if not is_reported(role):
             continue
-        rows = read_saved_predictions(folder, role)
-        if len(rows) != score.examples:
-            file = folder / name_predictions_file(role)
-            raise UserError(
-                f"{file} holds {len(rows)} predictions, and the run made {score.examples}; restore the file."
-            )
+        rows = read_scored_predictions(record, role)
         predictions, references = [row["prediction"] for row in rows], [row["reference"] for row in rows]
         try:
             scores, signatures = measure(metric, predictions, references, labels)

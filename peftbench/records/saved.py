@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from peftbench.config.yaml_files import read_yaml_text
 from peftbench.records.record import FILE, Record, find_finished, load_records
 from peftbench.records.run_files import name_predictions_file
 from peftbench.utils.errors import UserError
-from peftbench.utils.files import parse_json
+from peftbench.utils.files import expand_home, parse_json
 
 OUTPUTS = Path("outputs")  # the default output_dir
 
@@ -20,7 +21,7 @@ OUTPUTS = Path("outputs")  # the default output_dir
 def find_run_folder(word: str) -> Path:
     """Return the folder of a run from the word for it on the command line: the folder itself, or the first digits of
     its name if it is below `outputs`. Raises UserError if several runs have names with these digits."""
-    folder = Path(word).expanduser()
+    folder = expand_home(word)
     if folder.exists() or not OUTPUTS.is_dir():
         return folder
     found = [record.folder for record in load_records(OUTPUTS)[0] if record.run.startswith(word)]
@@ -67,6 +68,33 @@ def read_saved_predictions(folder: Path, role: str) -> list[dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}.") from error
     return [_parse_prediction(file, number, line) for number, line in enumerate(lines, start=1) if line]
+
+
+def read_scored_predictions(record: Record, role: str) -> list[dict[str, Any]]:
+    """Return the same, of which each can be scored, and as many as the run made.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    file = record.folder / name_predictions_file(role)
+    rows = read_saved_predictions(record.folder, role)
+    made = record.scores[role].examples
+    if len(rows) != made:
+        raise UserError(f"{file} holds {len(rows)} predictions, and the run made {made}; restore the file.")
+    labels = record.data.get("labels", ())
+    if odd := [number for number, row in enumerate(rows, start=1) if not _is_scorable(row, labels)]:
+        raise UserError(f"{file} holds values that are no predictions of this task (row {odd[0]}); restore the file.")
+    return rows
+
+
+def _is_scorable(row: dict[str, Any], labels: Sequence[str]) -> bool:
+    """Return whether a prediction is a text, and a reference one or several; of a classifier both are labels, or one
+    for each word."""
+    prediction, reference = row["prediction"], row["reference"]
+    texts = [prediction, *(reference if isinstance(reference, list) and reference else [reference])]
+    if not all(isinstance(text, str) for text in texts):
+        return False
+    return not labels or all(text in labels or set(text.split()) <= set(labels) for text in texts)
 
 
 def _parse_prediction(file: Path, number: int, line: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from peftbench.metrics.measure import compute_statistics, restore_statistics
 from peftbench.metrics.statistics import Statistics
 from peftbench.records.record import Record
 from peftbench.records.run_files import name_predictions_file
-from peftbench.records.saved import read_saved_predictions
+from peftbench.records.saved import read_scored_predictions
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import write_beside
 
@@ -38,9 +38,13 @@ def read_examples(record: Record) -> dict[str, Statistics]:
     """
     if (record.folder / FILE).is_file() and not (record.folder / name_predictions_file("report")).is_file():
         return {record.metric: restore_statistics(record.metric, _read_rows(record), record.data.get("labels", ()))}
-    predictions = read_saved_predictions(record.folder, "report")
+    predictions = read_scored_predictions(record, "report")
     ours, right = ([one[side] for one in predictions] for side in ("prediction", "reference"))
-    return compute_statistics(record.metric, ours, right, record.data.get("labels", ()))
+    try:
+        return compute_statistics(record.metric, ours, right, record.data.get("labels", ()))
+    except (TypeError, ValueError) as error:
+        file = record.folder / name_predictions_file("report")
+        raise UserError(f"{file} holds values that are no predictions of this task ({error}).") from error
 
 
 def write_examples(rows: np.ndarray, folder: Path) -> None:

@@ -227,7 +227,7 @@ def _read_curve(row: Row, y: str) -> list[tuple[int, float]]:
     """Return (step, value) for each time that a run logged `y`, without the training of its head alone."""
     lines = read_metrics(row.first.folder)
     own = [line for line in lines if y in line and line["stage"] == lines[0]["stage"]]
-    return [(line["step"], math.nan if line[y] is None else line[y]) for line in own]
+    return [(line["step"], line[y] if type(line[y]) in (int, float) else math.nan) for line in own]
 
 
 def _label_axes(axes: Axes, rows: Sequence[Row], x: str, y: str) -> None:

@@ -113,7 +113,7 @@ def _read_list(cell: Any, what: str) -> list[Any]:
     if isinstance(cell, str):
         try:
             cell = json.loads(cell)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise _UnreadableError(f"{quote(cell)} is not {what}: not JSON") from error
     if not isinstance(cell, list):
         raise _UnreadableError(f"{quote(cell)} is not {what}: not a list")

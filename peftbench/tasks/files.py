@@ -19,6 +19,7 @@ from datasets import Dataset
 
 from peftbench.config.schema import Task
 from peftbench.utils.errors import UserError, quote
+from peftbench.utils.files import expand_home
 
 Columns = dict[str, Sequence[Any]]
 
@@ -57,7 +58,7 @@ def read_file(
     Raises:
         UserError: the file is missing, empty, malformed or not UTF-8; with the line number if there is one.
     """
-    file = Path(path).expanduser()
+    file = expand_home(path)
     if not file.is_file():
         raise UserError(f"{path} is not a file; give the path of an existing one.")
     reader = READERS.get(get_ending(path))
@@ -85,7 +86,7 @@ def read_parallel_lines(columns: Mapping[str, str]) -> Dataset:
 
     Raises UserError if a file is missing, empty or not UTF-8, or if they have different numbers of lines.
     """
-    found = {column: _read_lines(Path(path).expanduser(), path) for column, path in columns.items()}
+    found = {column: _read_lines(expand_home(path), path) for column, path in columns.items()}
     counts = {path: len(found[column]) for column, path in columns.items()}
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{path} has {count:,}" for path, count in counts.items())
@@ -102,7 +103,7 @@ def get_ending(path: str | Path) -> str:
 
 def locate_row(path: str | Path, row: int, layout: Layout = PLAIN) -> str:
     """Return where row number `row` (from 1) of a file for `read_file` begins: "FILE:LINE", or "FILE, row ROW"."""
-    file = Path(path).expanduser()
+    file = expand_home(path)
     ending = get_ending(path)
     lines: Iterator[int] = iter(())
     if ending in DIALECTS:
@@ -219,6 +220,8 @@ def _parse_json(file: Path, line: int, text: str) -> Any:
     except json.JSONDecodeError as error:
         what = f"{error.msg.removesuffix(' at')} at column {error.colno}"
         raise UserError(f"{file}:{line + error.lineno - 1} is incomplete or not JSON: {what}.") from error
+    except RecursionError:
+        raise UserError(f"{file}:{line} is nested too deep.") from None
 
 
 def _read_parquet(file: Path, layout: Layout, used: Collection[str]) -> pa.Table:

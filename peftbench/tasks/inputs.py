@@ -21,6 +21,7 @@ from peftbench.tasks.load import Loaded
 from peftbench.tasks.rows import Source, describe_no_input, list_input_columns
 from peftbench.tasks.source import reshape_rows
 from peftbench.utils.errors import UserError, describe_unknown, quote
+from peftbench.utils.files import expand_home
 
 STDIN = "-"
 LINES = ".txt"
@@ -106,7 +107,7 @@ def _read_renamed_table(task: Task, place: str, form: str, name: str) -> Dataset
 
 def _read_bytes(place: str, name: str) -> bytes:
     try:
-        return sys.stdin.buffer.read() if place == STDIN else Path(place).expanduser().read_bytes()
+        return sys.stdin.buffer.read() if place == STDIN else expand_home(place).read_bytes()
     except OSError as error:
         raise UserError(f"{name} cannot be read: {error.strerror or error}.") from error
 
@@ -153,7 +154,7 @@ def _ask(cell: Any) -> Any:
     """Return a conversation as JSON, in which the assistant has the last turn; what is none stays as it is."""
     try:
         messages = json.loads(cell) if isinstance(cell, str) else cell
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         return cell
     if not isinstance(messages, list) or not messages or not isinstance(messages[-1], dict):
         return cell

@@ -176,3 +176,14 @@ def test_curves(tmp_path: Path) -> None:
         draw_curves(make_rows(records), y="los")
     with pytest.raises(UserError, match="has logged anything"):
         draw_curves(make_rows([run("lora", 1, folder=tmp_path)]))
+
+
+def test_logged_values_that_are_no_numbers_are_gaps(tmp_path: Path) -> None:
+    """A text would make matplotlib draw categories, and a half surrogate pair end it."""
+    record = run("lora", 1, folder=tmp_path)
+    values = [3.0, "\ud800", None, [1], 10, True]
+    lines = [{"stage": "train x", "step": step, "loss": value} for step, value in enumerate(values)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (axes,) = draw_curves(make_rows([record])).axes
+    drawn = [value if value == value else None for value in axes.get_lines()[0].get_ydata().tolist()]
+    assert drawn == [3.0, None, None, None, 10.0, None]

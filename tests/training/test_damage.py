@@ -144,3 +144,53 @@ def test_a_damaged_config_is_named(
     (folder / "config.yaml").write_text(text)
     assert main(["rescore", str(folder)]) == 2
     assert "config.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["7", "null", "[]", '{"a": 1}', '"no label of this task"'])
+@pytest.mark.parametrize("key", ["prediction", "reference"])
+def test_predictions_of_another_kind_are_named(
+    key: str, value: str, done: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(done[1], tmp_path / "run")
+    first, *others = (folder / "predictions.jsonl").read_text().splitlines()
+    torn = json.dumps({**json.loads(first), key: json.loads(value)})
+    (folder / "predictions.jsonl").write_text("\n".join([torn, *others, ""]))
+    assert main(["rescore", str(folder)]) == 2
+    assert "predictions.jsonl holds values that are no predictions of this task (row 1)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "kind", [OSError(28, "No space left"), RuntimeError("I/O error: File too large (os error 27)")]
+)
+def test_a_full_disk_is_a_sentence_when_a_model_is_merged(
+    kind: Exception,
+    done: tuple[list[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise kind  # as safetensors and tokenizers raise errors of the system
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", fail)
+    assert main(["merge", str(done[1]), "--out", str(tmp_path / "merged")]) == 1
+    said = capsys.readouterr().err
+    assert "No space left" in said or f"{tmp_path / 'merged'}: File too large" in said
+
+
+def test_a_checkpoint_that_torch_cannot_write_is_a_sentence(
+    done: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.save raises this RuntimeError on a full disk; the run is interrupted, and goes on with space."""
+    line = [*done[0][:-1], f"output_dir={tmp_path / 'out'}", "trainer.checkpoint_minutes=0", "seed=7"]
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 640 vs 598")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.save", fail)
+        assert main(["train", *line]) == 1
+    assert "no space left, or a limit on the size of files" in capsys.readouterr().err
+    (record,) = (tmp_path / "out").rglob("record.json")
+    assert json.loads(record.read_text())["status"] == "interrupted"
+    assert main(["train", *line]) == 0
