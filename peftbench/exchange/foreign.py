@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from peftbench.utils.errors import UserError
+from peftbench.utils.files import read_json
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -92,13 +93,16 @@ def read_adapter(place: Path, alpha: float | None = None) -> ForeignAdapter:
     return _read_loralib(place, alpha)
 
 
+OF_PICKLES = (ValueError, TypeError, LookupError, AttributeError, AssertionError)  # what torch.load raises for damage
+
+
 def _load_tensors(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             found = load_file(file)
         else:
             found = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, *OF_PICKLES) as error:
         raise UserError(f"{file} cannot be read as tensors: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(found, Mapping) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise UserError(f"{file} holds no tensors by name; give the file that loralib's lora_state_dict was saved to.")
@@ -140,7 +144,7 @@ def _read_peft(folder: Path) -> ForeignAdapter:
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
     except OSError as error:
         raise UserError(f"{file.parent} has no {PEFT_CONFIG}; give what peft's save_pretrained wrote.") from error
     except ValueError as error:
@@ -150,7 +154,8 @@ def _read_config(file: Path) -> dict[str, Any]:
         raise UserError(
             f"{file} has peft_type={kind}, which has no form on the four axes; {', '.join(WITH_CONFIG)} have one."
         )
-    faults = [
+    faults = _find_odd_values(file, config)
+    faults += [
         f"{file} has {key}={json.dumps(value)}, which has no form on the four axes."
         for key, value in config.items()
         if key not in READ and value
@@ -166,6 +171,33 @@ def _read_config(file: Path) -> dict[str, Any]:
     if faults:
         raise UserError(*faults)
     return config
+
+
+# What is read of a configuration, and the form that it must have.
+FORMS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("lora_alpha", "lora_dropout"), (int, float, type(None))),
+    **dict.fromkeys(("base_model_name_or_path", "bias"), (str, type(None))),
+    "alpha_pattern": (dict, type(None)),
+}
+
+
+def _find_odd_values(file: Path, config: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each value that is read here and is of another kind than peft writes."""
+    odd = [key for key, kinds in FORMS.items() if not isinstance(config.get(key), kinds) or config.get(key) is True]
+    odd += (
+        ["alpha_pattern"] if "alpha_pattern" not in odd and not _is_pattern(config.get("alpha_pattern") or {}) else []
+    )
+    if config["peft_type"] == "PROMPT_TUNING" and type(config.get("num_virtual_tokens")) is not int:
+        odd.append("num_virtual_tokens")
+    return [f"{file} has {key}={json.dumps(config.get(key))}, which is not what peft writes there." for key in odd]
+
+
+def _is_pattern(patterns: Mapping[str, Any]) -> bool:
+    """Return whether the keys are regular expressions and the values numbers."""
+    try:
+        return all(re.compile(key) and type(value) in (int, float) for key, value in patterns.items())
+    except (re.error, RecursionError, OverflowError):
+        return False
 
 
 def _clean(name: str) -> str:

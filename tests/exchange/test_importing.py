@@ -269,3 +269,27 @@ def test_files_of_loralib_that_do_not_fit(roberta: Path, tmp_path: Path, capsys:
     name = "roberta.encoder.layer.0.attention.self.query.lora_A"
     assert "loralib's MergedLinear" in refuse({**tensors, name: torch.zeros(2 * RANK, WIDTH)}, two)
     assert "bottleneck=3: import takes keys of task, model and trainer" in refuse(tensors, "bottleneck=3")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("lora_alpha", value) for value in ("x", [], {}, True)),
+        *(("alpha_pattern", value) for value in ([], "x", {"(": 1}, {"a": "b"})),
+        *(("lora_dropout", "x"), ("base_model_name_or_path", 1), ("bias", [])),
+    ],
+)
+def test_values_that_peft_never_writes_are_named(key: str, value: object, tmp_path: Path) -> None:
+    write_tensors({"base_model.model.x.lora_A.weight": torch.ones(2, 4)}, tmp_path / TENSORS)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", key: value}))
+    if not value and key != "lora_alpha":
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", key: [1]}))
+    with pytest.raises(UserError, match=f"has {key}=.*, which is not what peft writes there"):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "[" * 10_000, '{"r": ' + "9" * 400 + "}"])
+def test_a_damaged_config_of_peft_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(UserError, match=r"adapter_config\.json"):
+        read_adapter(tmp_path)
