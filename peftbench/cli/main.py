@@ -13,7 +13,14 @@ from importlib import import_module
 from io import TextIOWrapper
 
 from peftbench import __version__
-from peftbench.utils.environment import read_as_utf8, run_alone
+from peftbench.utils.environment import (
+    allow_warnings,
+    clear_settings,
+    explain_import_error,
+    read_as_utf8,
+    refuse_values,
+    run_alone,
+)
 from peftbench.utils.errors import (
     LostProcess,
     UserError,
@@ -21,6 +28,7 @@ from peftbench.utils.errors import (
     describe_unknown,
     is_memory_error,
     print_faults,
+    warn,
 )
 from peftbench.utils.stopping import heed_signals
 
@@ -98,6 +106,7 @@ COMMANDS = {
     "import": "cli.import_adapter",
     "env": "cli.env",
 }
+READING = ("status", "results", "compare", "advise", "plot", "report", "ls", "env")  # need no library that computes
 ALONE = ("evaluate", "predict", "merge", "export", "import", "reproduce")  # compute with a model, as one process
 
 
@@ -107,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # ASCII and Windows code pages have no ↑, λ or Δ
     read_as_utf8()
+    allow_warnings()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
@@ -145,9 +155,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print_faults([sentence])
         return 1
+    except ValueError as error:
+        if (sentence := explain_import_error(error)) is None:
+            raise
+        print_faults([sentence])
+        return 2
 
 
 def _run_command(command: str, argv: list[str]) -> int:
+    cleared = clear_settings()
+    if command not in READING:
+        refuse_values()
+        for name in cleared:
+            warn(f"{name} in the environment is not read: a run's settings are its config's.")
     if command in ALONE:
         run_alone()  # before torch is imported; `train` finds out itself whether it is one of several processes
     code: int = import_module(f"peftbench.{COMMANDS[command]}").main(argv)

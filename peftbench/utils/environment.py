@@ -1,8 +1,12 @@
-"""Environment variables on which a run must not depend: those of multi-process launchers, and accelerate's settings.
+"""Environment variables on which a run must not depend: a run's settings are its config's.
 
-accelerate and transformers read variables of both kinds whenever a Trainer is made. Those of a launcher such as
-torchrun would join the runs of its processes into one training, or wait for processes that never start. Accelerate's
-own would change what is trained, against the config. `peftbench train` itself reads those of torchrun (`read_launch`).
+accelerate and transformers read variables whenever a Trainer is made. Those of a launcher such as torchrun would join
+the runs of its processes into one training, or wait for processes that never start; accelerate's own would change what
+is trained. torch reads some that change its arithmetic. All of these are cleared (`clear_settings`), and values that
+stop an import are refused (`refuse_values`). `peftbench train` itself reads the variables of torchrun (`read_launch`).
+
+What says where files are (HF_HOME, TORCH_HOME), which devices there are, how many threads and which instructions of the
+processor are used, or which network, is the machine's, and kept.
 """
 
 from __future__ import annotations
@@ -10,7 +14,10 @@ from __future__ import annotations
 import codecs
 import locale
 import os
+import re
 import socket
+import sys
+import warnings
 from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,8 +34,33 @@ CLEARED = {
 }
 CLEARED_BEGINNINGS = (
     *("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_"),
-    *("TORCHELASTIC_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_"),
+    *("TORCHELASTIC_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "TORCHCOMM_"),
+    "TQDM_",  # of bars that are hidden; tqdm cannot be imported with a wrong one
 )
+# What changes the numbers of a run: they are cleared with a line, since somebody wanted something.
+ARITHMETIC = (
+    *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),  # products of float32 with 10 bits, on GPUs
+    *("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"),  # the same on CPUs
+    *("XLA_USE_BF16", "XLA_DOWNCAST_BF16", "PYTORCH_TENSOREXPR_FALLBACK", "TRANSFORMERS_SDPA_FORCE_GQA"),
+    *("TORCHINDUCTOR_USE_FAST_MATH", "TORCHINDUCTOR_CPP_ENABLE_UNSAFE_MATH_OPT_FLAG"),
+    *("TORCHINDUCTOR_EMULATE_PRECISION_CASTS", "TORCHINDUCTOR_FREEZING"),
+    *("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE", "TORCHDYNAMO_SUPPRESS_ERRORS"),  # trainer.compile says it
+)
+OTHERS = (
+    "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",  # would let a pickle of others run code
+    *("TORCH_CUDA_SANITIZER", "LOGLEVEL", "PYTORCH_MATCHER_LOGLEVEL"),  # torch cannot be imported with a wrong one
+    *("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"),  # 0 forbids to hide them
+    *("HYDRA_FULL_ERROR", "HYDRA_DEPRECATION_WARNINGS_AS_ERRORS", "HYDRA_INSTANTIATE_ALLOWLIST_OVERRIDE", "OC_CAUSE"),
+)
+WHOLE, NUMBER = (r"\d*", "a whole number"), (r"(\d+(\.\d*)?)?", "a number")
+# Values without which a library cannot be imported: the pattern, what it is, and the library.
+VALUES = {
+    "HF_HUB_ETAG_TIMEOUT": (*WHOLE, "huggingface_hub"),
+    "HF_HUB_DOWNLOAD_TIMEOUT": (*WHOLE, "huggingface_hub"),
+    "HF_DATASETS_IN_MEMORY_MAX_SIZE": (*NUMBER, "datasets"),
+    "TORCH_DIST_INIT_BARRIER": (*WHOLE, "torch"),
+    "TORCH_DISTRIBUTED_DEBUG": ("(?i:OFF|INFO|DETAIL)?", "OFF, INFO or DETAIL", "torch"),
+}
 
 
 def run_alone(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -58,10 +90,53 @@ def read_as_utf8(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def clear_launch(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Clear the variables that accelerate would read."""
+    """Clear the variables of launchers, and those of `clear_settings`."""
     for name in list(environment):
         if name in CLEARED or name.startswith(CLEARED_BEGINNINGS):
             del environment[name]
+    clear_settings(environment)
+
+
+def clear_settings(environment: MutableMapping[str, str] = os.environ) -> list[str]:
+    """Clear what would change the numbers of a run, or stop it, against its config. Return the former.
+
+    torch reads some of these when it is imported.
+    """
+    found = [name for name in ARITHMETIC if environment.get(name)]
+    for name in (*ARITHMETIC, *OTHERS, *(name for name in list(environment) if name.startswith("TQDM_"))):
+        environment.pop(name, None)
+    return found
+
+
+def refuse_values(environment: Mapping[str, str] = os.environ) -> None:
+    """Raise UserError for values at which the import of a library would end."""
+    faults = [
+        f"{name}={environment[name]} in the environment is not {what}, and {library} stops at it; unset it."
+        for name, (pattern, what, library) in VALUES.items()
+        if not re.fullmatch(pattern, environment.get(name, ""))
+    ]
+    if sys.flags.optimize > 1:
+        faults.append("PYTHONOPTIMIZE=2, or python -OO, removes texts that transformers is made of; leave it out.")
+    if faults:
+        raise UserError(*faults)
+
+
+def allow_warnings(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Have warnings printed where PYTHONWARNINGS or python -W makes errors of them: those of torch are not the user's.
+
+    This holds for this process and its children.
+    """
+    if any(option.startswith("error") for option in sys.warnoptions):
+        sys.warnoptions[:] = ["default"]
+        environment["PYTHONWARNINGS"] = "default"
+        warnings.simplefilter("default")
+
+
+def explain_import_error(error: Exception) -> str | None:
+    """Return the sentence for an error that has ended the import of torch, if a variable of the user's is the cause."""
+    if isinstance(error, ValueError) and "torch" not in sys.modules and (logs := os.environ.get("TORCH_LOGS")):
+        return f"TORCH_LOGS={logs} in the environment is not what torch reads there; unset it."
+    return None
 
 
 @dataclass(frozen=True)

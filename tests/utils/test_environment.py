@@ -15,7 +15,15 @@ import pytest
 from peftbench.cli.main import main
 from peftbench.train import train
 from peftbench.utils.console import make_console
-from peftbench.utils.environment import Launch, read_launch, run_alone
+from peftbench.utils.environment import (
+    ARITHMETIC,
+    OTHERS,
+    Launch,
+    clear_settings,
+    read_launch,
+    refuse_values,
+    run_alone,
+)
 from peftbench.utils.errors import UserError
 from peftbench.utils.progress import Display
 from tests.cli.test_train import SUBPROCESS, sentiment, smoke
@@ -38,6 +46,8 @@ LEFTOVERS = {
     "fsdp": {"ACCELERATE_USE_FSDP": "true"},
     "parallelism": {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"},
     "device": {"ACCELERATE_TORCH_DEVICE": "meta"},
+    "arithmetic": dict.fromkeys(ARITHMETIC, "1"),
+    "others": {**dict.fromkeys(OTHERS, "1"), "TQDM_MININTERVAL": "x"},
 }
 
 
@@ -157,18 +167,86 @@ def test_what_is_not_accelerates_is_kept() -> None:
     assert environment == ours
 
 
+# What ends an import, or joins the runs of a sweep into one training, in a process of its own and in its workers.
+OBSTACLES = {
+    # torch reads templates that are not ASCII when it is imported
+    "locale": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "imports and launchers": {
+        **{"PYTHONWARNINGS": "error", "TQDM_POSITION": "x", "LOGLEVEL": "debug", "TORCH_CUDA_SANITIZER": "1"},
+        **{"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "HYDRA_FULL_ERROR": "1"},
+        **{**ONE_PROCESS, **BY_TORCHRUN, "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"},
+        **{"PMI_SIZE": "4", "PMI_RANK": "1", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DYNAMO_BACKEND": "x"},
+    },
+}
+
+
 @pytest.mark.slow
-def test_the_locale_c_is_no_obstacle(tmp_path: Path) -> None:
-    """torch reads templates that are not ASCII when it is imported."""
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_a_sweep_and_its_workers_go_by_their_config(name: str, tmp_path: Path) -> None:
     rows = "".join(json.dumps({"text": f"é {number}", "label": str(number % 2)}) + "\n" for number in range(40))
     (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
     line = ["train", "-m", "task=text_classification", "task.train_file=rows.jsonl", "model=mini", "debug=smoke"]
     line += ["method=lora", "seed=1,2", "jobs=2", "trainer.max_steps=1"]  # in workers too
-    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run(
         [sys.executable, "-m", "peftbench", *line],
-        env={**os.environ, **plain},
+        env={**os.environ, **OBSTACLES[name]},
         cwd=tmp_path,
         capture_output=True,
     )
     assert done.returncode == 0 and b"2 of 2 runs are done" in done.stdout, done.stderr
+
+
+def test_what_changes_the_arithmetic_is_cleared_with_a_line_and_what_is_the_machines_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = {
+        "HF_HOME": "x",
+        "TORCH_HOME": "x",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "NCCL_SOCKET_IFNAME": "x",
+        "TORCH_LOGS": "",
+    }
+    environment = {**kept, "NVIDIA_TF32_OVERRIDE": "0", "OC_CAUSE": "1", "TQDM_POSITION": "x", "XLA_USE_BF16": ""}
+    assert clear_settings(environment) == ["NVIDIA_TF32_OVERRIDE"] and environment == kept
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    assert main(["explain", "method=lora", "--json"]) == 0
+    said = capsys.readouterr()
+    assert said.err == "NVIDIA_TF32_OVERRIDE in the environment is not read: a run's settings are its config's.\n"
+    assert "NVIDIA_TF32_OVERRIDE" not in os.environ and json.loads(said.out)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("HF_HUB_ETAG_TIMEOUT", "x", "a whole number"),
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "1.5", "a whole number"),
+        ("HF_DATASETS_IN_MEMORY_MAX_SIZE", "1GB", "a number"),
+        ("TORCH_DISTRIBUTED_DEBUG", "x", "OFF, INFO or DETAIL"),
+    ],
+)
+def test_values_that_end_an_import_are_refused_where_it_is_needed(
+    name: str, value: str, what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert main(["params"]) == 2
+    assert capsys.readouterr().err.startswith(f"peftbench: {name}={value} in the environment is not {what}, and ")
+    assert main(["ls", "method"]) == 0
+
+
+def test_values_that_libraries_read_are_taken() -> None:
+    refuse_values({"HF_HUB_ETAG_TIMEOUT": "10", "HF_DATASETS_IN_MEMORY_MAX_SIZE": "1000.5"})
+    refuse_values({"HF_HUB_ETAG_TIMEOUT": "", "TORCH_DISTRIBUTED_DEBUG": "detail"})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"TORCH_LOGS": "nonsense"}, "TORCH_LOGS=nonsense in the environment is not what torch reads there"),
+        ({"PYTHONOPTIMIZE": "2"}, "PYTHONOPTIMIZE=2, or python -OO"),
+    ],
+)
+@pytest.mark.slow
+def test_what_no_import_survives_is_a_sentence(given: dict[str, str], said: str, tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "peftbench", "params", "method=lora"]
+    done = subprocess.run(line, env={**os.environ, **given}, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
