@@ -4,15 +4,19 @@ python scripts/drill.py [--minutes 60] [--only KIND ...] [--seed 0] [--keep FOLD
 
 Kinds of trials, taken in turn until the time is over (docs/robustness.md says what each of them promises):
 
-  kill      SIGKILL before the n-th change of a file, and in the middle of writing one; then the same line again
-  moment    SIGKILL at a random moment
-  signal    SIGINT or SIGTERM at a random moment
-  twins     the same line in two processes at once, one of which may be killed
-  disk      no space (a small tmpfs, for root) or a limit on the size of files; then the same line with space again
-  torn      a file of a run, stopped or done, is cut short, empty, garbage, null, {} or a folder; then every command
-  cache     the same for each file of the cache
-  words     command lines of every subcommand, made of known and of odd words (by hypothesis, where it is installed)
-  records   records, plans, metrics and predictions with hostile names and values, in every table
+  kill         SIGKILL before the n-th change of a file, and in the middle of writing one; then the same line again
+  moment       SIGKILL at a random moment
+  signal       SIGINT or SIGTERM at a random moment
+  twins        the same line in two processes at once, one of which may be killed
+  disk         no space (a small tmpfs, for root) or a limit on the size of files; then the same line with space again
+  torn         a file of a run, a sweep or a study, stopped or done, is cut short, empty, garbage, null, {} or a folder;
+               then every command
+  cache        the same for each file of the cache
+  outputs      export, merge, import, predict, evaluate, report and plot are killed, or find no space; then once more
+  inputs       the same damages for data, backbones, adapters to import, inputs to predict, own configs
+  environment  variables of launchers and libraries, in a process of its own
+  words        command lines of every subcommand, made of known and of odd words (by hypothesis, where it is installed)
+  records      records, plans, metrics and predictions with hostile names and values, in every table
 
 A trial is survived if no command ends with a traceback, by a signal that nobody sent or without a word; if a line ends
 well in the end, where a sentence has not named the file that it cannot be without; and if a run that ends has the same
@@ -29,187 +33,27 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from drilling.damage import DAMAGES, FOLDER, GONE, harm, spoil, write_data
+from drilling.environment import ENVIRONMENTS
+from drilling.processes import Child, Loss, Said, die_at_change, limit_files, mount
+from drilling.words import make_words
+
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
-
-LIMIT = 120.0  # seconds for a command, after which it counts as hung
-DAMAGES: dict[str, Callable[[bytes], bytes]] = {
-    "cut short": lambda content: content[: len(content) // 2],
-    "cut by a byte": lambda content: content[:-1],
-    "cut at a line's end": lambda content: content[: content.rfind(b"\n", 0, max(1, len(content) - 1)) + 1],
-    "empty": lambda content: b"",
-    "garbage": lambda content: random.Random(len(content)).randbytes(max(64, min(len(content), 1 << 16))),
-    "zeros": lambda content: bytes(len(content)),
-    "a bit flipped": lambda content: _flip(content),
-    "null": lambda content: b"null",
-    "{}": lambda content: b"{}",
-    "[]": lambda content: b"[]",
-    "nested": lambda content: b"[" * 5000 + b"]" * 5000,
-}
-GONE, FOLDER = "gone", "a folder in its place"
-
-
-def _flip(content: bytes) -> bytes:
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :] if content else content
-
-
-class Loss(Exception):
-    """What a trial lost, as a sentence."""
-
-
-@dataclass(frozen=True)
-class Said:
-    """How a command ended: the exit code, negative for a signal, and what it printed."""
-
-    code: int
-    out: str
-    err: str
-    line: str
-
-    @property
-    def both(self) -> str:
-        return self.out + self.err
-
-    def check(self, codes: Sequence[int] = (0, 1, 2), quiet: bool = False) -> Said:
-        """Raise Loss for a traceback, an exit code that is not one of `codes`, or silence."""
-        if "Traceback (most recent call last)" in self.both:
-            raise Loss(f"traceback: {self.line}\n{self.both[-1500:]}")
-        if self.code not in codes:
-            raise Loss(f"exit code {self.code}: {self.line}\n{self.both[-800:]}")
-        if not self.both.strip() and not quiet:
-            raise Loss(f"silent, exit code {self.code}: {self.line}")
-        return self
-
-
-class Child:
-    """A command in a forked process.
-
-    Args:
-        before: is called in the child, before the command.
-    """
-
-    def __init__(self, words: Sequence[str], place: Path, before: Callable[[], None] = lambda: None) -> None:
-        self.line = "peftbench " + " ".join(words)
-        pipes = [os.pipe() for _ in range(2)]  # a file could be full
-        self.ends, self.read = [end for end, _ in pipes], [bytearray(), bytearray()]
-        sys.stdout.flush()
-        self.pid = os.fork()
-        if self.pid:
-            for end, other in pipes:
-                os.close(other)
-                os.set_blocking(end, False)
-            return
-        code = 70
-        try:
-            sys.unraisablehook = sys.__unraisablehook__
-            os.setsid()
-            os.chdir(place)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            for number, (_, end) in enumerate(pipes, start=1):
-                os.dup2(end, number)
-            sys.stdout = os.fdopen(1, "w", encoding="utf-8", errors="replace", closefd=False)
-            sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="replace", closefd=False)
-            sys.argv = ["peftbench", *words]
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            before()
-            from peftbench.cli.main import main
-
-            code = main(list(words))
-        except SystemExit as exit:
-            code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        finally:
-            for stream in (sys.stdout, sys.stderr):
-                with suppress(OSError):
-                    stream.flush()
-            os._exit(code)
-
-    def wait(self, limit: float = LIMIT) -> Said:
-        """Wait for the end; a command that hangs is a Loss."""
-        deadline = time.monotonic() + limit
-        while True:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self._drain()
-            if pid:
-                break
-            if time.monotonic() > deadline:
-                self.kill(signal.SIGKILL)
-                os.waitpid(self.pid, 0)
-                raise Loss(f"hung for {limit:.0f} s: {self.line}\n{bytes(self.read[0][-500:] + self.read[1][-500:])!r}")
-            time.sleep(0.005)
-        for end in self.ends:
-            os.close(end)
-        out, err = (bytes(part).decode("utf-8", "replace") for part in self.read)
-        return Said(os.waitstatus_to_exitcode(status), out, err, self.line)
-
-    def kill(self, number: int) -> None:
-        """Send a signal to the command and its own children, if it is still there."""
-        for send in (os.killpg, os.kill):
-            try:
-                send(self.pid, number)
-                return
-            except ProcessLookupError:
-                pass
-
-    def _drain(self) -> None:
-        for end, part in zip(self.ends, self.read, strict=True):
-            try:
-                while more := os.read(end, 1 << 16):
-                    part.extend(more)
-            except BlockingIOError:
-                pass
-
-
-CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree")
-
-
-def die_at_change(number: int, place: Path, count: Callable[[int], Any] = lambda seen: None) -> Callable[[], None]:
-    """Return what makes a process kill itself before its `number`-th change below `place`; `count` gets each number."""
-
-    def install() -> None:
-        seen = [0]
-
-        def watch(event: str, arguments: tuple[Any, ...]) -> None:
-            writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-            if not (writes or event in CHANGES) or not os.path.abspath(str(arguments[0])).startswith(str(place)):
-                return
-            seen[0] += 1
-            count(seen[0])
-            if seen[0] == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(watch)
-
-    return install
-
-
-def limit_files(size: int, deadly: bool) -> Callable[[], None]:
-    """Return what ends each write beyond `size` bytes of a file: in the middle of it by a signal, or by EFBIG."""
-
-    def install() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL if deadly else signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    return install
+TRIALS = ["search=optuna", "search.trials=3", "search.sampler=random"]
+JOURNAL = ".study.jsonl"  # text of Optuna's without a hash: a changed letter may be another choice
 
 
 class Line:
@@ -250,13 +94,28 @@ def read_result(place: Path) -> dict[str, str]:
     found = {}
     for file in sorted(place.rglob("record.json")):
         record = json.loads(file.read_text(encoding="utf-8"))
-        name = file.parent.name
-        found[f"{name} status"] = record["status"]
+        name, search = file.parent.name, record.get("search")
+        found[f"{name} status"] = f"{record['status']} {search['role'] if search else ''}"
         found[f"{name} scores"] = json.dumps([record["scores"], record["steps"], record["baselines"]], sort_keys=True)
         for part in ("adapter/adapter.safetensors", "predictions.jsonl"):
             path = file.parent / part
             found[f"{name} {part}"] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none"
     return found
+
+
+def list_runs(place: Path) -> list[str]:
+    """Return the folders of the runs in a place, relative to it, those of the classification first."""
+    return sorted(str(file.parent.relative_to(place)) for file in place.rglob("record.json"))
+
+
+def read_written(place: Path, out: str) -> dict[str, str]:
+    """Return hashes of what a command wrote to `out`, without the files that have the time in them."""
+    root = place / out
+    files = [root] if root.is_file() else [file for file in sorted(root.rglob("*")) if file.is_file()]
+    kept = [
+        file for file in files if file.name != "record.json" and file.suffix not in (".html", ".md", ".lock", ".svg")
+    ]
+    return {str(file.relative_to(place)): hashlib.sha256(file.read_bytes()).hexdigest() for file in kept}
 
 
 class Drill:
@@ -270,6 +129,7 @@ class Drill:
         self.lines: dict[str, Line] = {}
         self.stopped: list[tuple[Line, Path]] = []  # copies of places in which a run was stopped
         self.queues: dict[str, Iterator[Any]] = {}
+        self.written: dict[str, tuple[int, dict[str, str]]] = {}  # by a command: how many changes, and what
 
     def new_place(self, like: Path | None = None) -> Path:
         """Return a new folder to run in, empty or a copy."""
@@ -285,32 +145,50 @@ class Drill:
         """Write the data, import what commands import, and train each line once, undisturbed."""
         write_data(self.data)
         os.environ["PEFTBENCH_CACHE"] = str(self.root / "cache")
+        from peftbench.config.schema import find_conf_dir
         from peftbench.utils.quick_imports import speed_up_imports
 
         with speed_up_imports():  # children are forks, and so need not import it
+            import peftbench.cli.export
+            import peftbench.cli.import_adapter
+            import peftbench.cli.predict
             import peftbench.cli.train
             import peftbench.evaluation.merged
-            import peftbench.train  # noqa: F401
+            import peftbench.train
 
+        preset = (find_conf_dir() / "method" / "lora.yaml").read_text(encoding="utf-8")
+        (self.data / "own.yaml").write_text(preset.replace("method: lora", "method: own"), encoding="utf-8")
         common = ["output_dir=out", "debug=smoke", "trainer.checkpoint_minutes=0", "trainer.device=cpu", "seed=1"]
         labels = ["task=text_classification", f"task.train_file={self.data / 'labels.jsonl'}"]
         texts = ["task=text_to_text", f"task.train_file={self.data / 'texts.jsonl'}", "task.source_column=source"]
-        for name, words in {
+        lines = {
             "classification": [*labels, "method=lora", "trainer.keep=best", "trainer.evaluate_every=2"],
             "generation": [*texts, "task.target_column=target", "method=prefix", "trainer.eval_batch_size=2"],
-        }.items():
+        }
+        if find_spec("optuna") is not None:
+            import peftbench.sweeps.study  # noqa: F401
+
+            lines["study"] = [*labels, "method=lora", "trainer.max_steps=2", "task.baselines=[]", *TRIALS]
+        for name, words in lines.items():
             self.lines[name] = Line(name, [*words, *common, "model=mini"], self)
         for line in self.lines.values():
             line.learn()
 
     @cached_property
     def done(self) -> Path:
-        """A place in which runs are done, two of them in a sweep."""
-        place = self.root / "done"
-        place.mkdir()
-        Child(["train", *self.lines["generation"].words], place).wait().check((0,))
-        Child(["train", "-m", *self.lines["classification"].words, "seed=1,2"], place).wait().check((0,))
+        """A place in which all lines are done, one of them as a sweep of two runs."""
+        place = Path(tempfile.mkdtemp(prefix="done-", dir=self.root))
+        for line in self.lines.values():
+            sweep = ["-m", *line.words, "seed=1,2"] if line.name == "classification" else line.words
+            Child(["train", *sweep], place).wait().check((0,))
+        exported = self.data / "exported"
+        Child(["export", self._find_run(place), "--out", str(exported), "--no-check"], place).wait().check((0,))
         return place
+
+    def _find_run(self, place: Path) -> str:
+        """Return the folder of the run of the first line, a LoRA."""
+        names = {key.split()[0] for key in self.lines["classification"].expected}
+        return next(run for run in list_runs(place) if run.split("/")[-1] in names)
 
     def stop(self, line: Line) -> None:
         """Keep places in which the line was killed: in its training, and after it."""
@@ -410,8 +288,9 @@ class Drill:
         line.finish(place, what)
 
     def try_twins(self) -> None:
-        line, place = self.random.choice(list(self.lines.values())), self.new_place()
-        twins = []
+        # Two processes share a study, and what is chosen depends on the order in which its runs end.
+        line = self.random.choice([line for line in self.lines.values() if line.name != "study"])
+        place, twins = self.new_place(), []
         for _ in range(2):
             twins.append(Child(["train", *line.words], place))
             time.sleep(self.random.choice([0.0, self.random.uniform(0, line.took)]))
@@ -423,7 +302,7 @@ class Drill:
 
     def try_disk(self) -> None:
         line, place = self.random.choice(list(self.lines.values())), self.new_place()
-        size = self.random.choice([0, 1, 512, 4096, 20_000, 100_000, 200_000, 400_000, 2_000_000, 30_000_000])
+        size = self.random.choice([0, 1, 512, 4096, *(int(10 ** self.random.uniform(4, 6.7)) for _ in range(6))])
         mounted = size >= 4096 and self.random.random() < 0.6 and mount(place, size)
         try:
             before = (lambda: None) if mounted else limit_files(size, deadly=False)
@@ -457,6 +336,10 @@ class Drill:
             ["results", "out"],
             ["results", "out", "--csv"],
             ["compare", *(str(f.parent.relative_to(place)) for f in sorted(place.rglob("config.yaml"))[:2])],
+            ["export", str(run.relative_to(place)), "--out", "exported"],
+            ["predict", str(run.relative_to(place)), str(self.data / "labels.jsonl")],
+            ["explain", str(run.relative_to(place))],
+            ["advise", "out", "task=text_classification", "model=mini"],
             ["report", "out", "--out", "r.html"],
             ["plot", "out", "--curves", "--out", "c.svg"],
             ["status", "out"],
@@ -486,9 +369,9 @@ class Drill:
         said = Child(["train", *line.words], place).wait().check((0, 1, 2))
         # What is done is not looked at again: damage shows when it is used.
         was_done = any(json.loads(file.read_text())["status"] == "done" for file in like.rglob("record.json"))
-        if said.code == 0:
+        if said.code == 0 and not name.endswith(JOURNAL):
             line.check(place, said, what, name if was_done else None)
-        elif name not in said.err:
+        elif said.code and name not in said.err:
             raise Loss(f"after {what} the run is stuck, and no file is named: {said.both[-500:]}")
 
     def try_cache(self) -> None:
@@ -533,13 +416,125 @@ class Drill:
     def lines_apart(self) -> dict[str, Line]:
         return self.__dict__.setdefault("_apart", {})
 
-    def try_words(self) -> None:
-        words = make_words(self.random, self.data, self.hypothesis())
-        place = self.new_place(self.done) if words[0] in ("train", "reproduce", "merge", "report") else self.done
-        Child(words, place).wait().check()
+    def try_outputs(self) -> None:
+        run = self._find_run(self.done)
+        labels = ["task=text_classification", f"task.train_file={self.data / 'labels.jsonl'}", "model=mini"]
+        name, out, words = self.random.choice(
+            [
+                ("export", "exported", ["export", run, "--no-check"]),
+                ("merge", "merged", ["merge", run]),
+                ("import", "imported", ["import", str(self.data / "exported"), *labels]),
+                ("predict", "predicted.csv", ["predict", run, str(self.data / "labels.jsonl")]),
+                ("report", "report.html", ["report", "out"]),
+                ("plot", "plot.svg", ["plot", "out"]),
+            ]
+        )
+        words = [*words, "--out", out]
+        changes, expected = self._learn_written(name, words, out)
+        place = self.new_place(self.done)
+        runs = read_result(place)
+        if self.random.random() < 0.4:
+            size = self.random.choice([0, 1, 100, 1000, 20_000, 200_000, 2_000_000])
+            what = f"{name} with files of {size} bytes"
+            Child(words, place, limit_files(size, deadly=False)).wait().check((0, 1, 2))
+        else:
+            number = self.random.randint(1, changes)
+            what = f"SIGKILL at change {number} of {name}"
+            Child(words, place, die_at_change(number, place)).wait().check((0, -signal.SIGKILL), quiet=True)
+        said = Child(words, place).wait().check((0, 2))
+        if said.code == 2:
+            if out not in said.err:
+                raise Loss(f"after {what} the command is stuck, and {out} is not named: {said.both[-500:]}")
+            shutil.rmtree(place / out) if (place / out).is_dir() else (place / out).unlink()
+            Child(words, place).wait().check((0,))
+        if odd := {key for key, value in expected.items() if read_written(place, out).get(key) != value}:
+            raise Loss(f"different after {what}: {', '.join(sorted(odd))}")
+        if {**runs, **{k: v for k, v in read_result(place).items() if k in runs}} != runs:
+            raise Loss(f"{what} has changed the runs that it read")
 
-    def hypothesis(self) -> bool:
-        return find_spec("hypothesis") is not None
+    def _learn_written(self, name: str, words: list[str], out: str) -> tuple[int, dict[str, str]]:
+        """Return how often a command changes a file, and what it writes."""
+        if name not in self.written:
+            place = self.new_place(self.done)
+            with tempfile.TemporaryFile() as counted:
+                before = die_at_change(0, place, lambda seen: os.pwrite(counted.fileno(), str(seen).encode(), 0))
+                Child(words, place, before).wait().check((0,))
+                counted.seek(0)
+                self.written[name] = int(counted.read()), read_written(place, out)
+        return self.written[name]
+
+    def try_inputs(self) -> None:
+        inputs = self._list_inputs()
+        what, damage = self.take("inputs", lambda: [(name, d) for name in inputs for d in (*DAMAGES, GONE, FOLDER)])
+        source, words = inputs[what]
+        place = self.new_place(self.done)
+        given = place / "given"
+        if source.parent == self.data:  # a file by itself
+            given.mkdir()
+            shutil.copyfile(source, given / source.name)
+        else:
+            shutil.copytree(source.parent, given)
+        harm(given / source.name, damage)
+        if what == "own config":
+            (place / "method").symlink_to(given)
+        said = Child(words, place).wait().check()
+        if said.code == 1 and "given" not in said.both:
+            raise Loss(f"{what} {damage}: no sentence names it\n{said.both[-500:]}")
+
+    def _list_inputs(self) -> dict[str, tuple[Path, list[str]]]:
+        """Return files that others give to a command, which finds them in the folder `given`."""
+        from peftbench.config.schema import EMBEDDED
+
+        run = self._find_run(self.done)
+        smoke = ["debug=smoke", "trainer.max_steps=1", "task.baselines=[]", "output_dir=new"]
+        labels = [f"task.train_file={self.data / 'labels.jsonl'}", "task=text_classification", "model=mini"]
+        texts = ["task=text_to_text", "task.source_column=source", "task.target_column=target", "model=mini"]
+        found = {
+            "labels": (
+                self.data / "labels.jsonl",
+                ["train", *smoke, *labels, "method=lora", "task.train_file=given/labels.jsonl"],
+            ),
+            "texts": (
+                self.data / "texts.jsonl",
+                ["train", *smoke, *texts, "method=lora", "task.train_file=given/texts.jsonl"],
+            ),
+            "inputs": (self.data / "labels.jsonl", ["predict", run, "given/labels.jsonl", "--out", "p.csv"]),
+            "own config": (
+                self.data / "own.yaml",
+                ["train", *smoke, *labels, "method=own", "--config-dir", "."],
+            ),
+        }
+        for file in sorted((self.data / "exported").iterdir()):
+            found[f"adapter {file.name}"] = (file, ["import", "given", "--out", "imported", *labels])
+        for file in sorted((EMBEDDED / "mini").iterdir()):
+            words = ["train", *smoke, *labels, "method=lora", "model.path=given"]
+            found[f"backbone {file.name}"] = (file, words)
+        return found
+
+    def try_environment(self) -> None:
+        line, place = self.lines["classification"], self.new_place()
+        chosen = self.random.sample(ENVIRONMENTS, self.random.choice([1, 1, 2]))
+        given = {name: value for one in chosen for name, value in one.items()}
+        words = ["train", *line.words]
+        package = str(Path(__file__).resolve().parents[1])
+        path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+        done = subprocess.run(
+            [sys.executable, "-m", "peftbench", *words],
+            env={**os.environ, "PYTHONPATH": path, **given},
+            cwd=place,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=300,
+        )
+        out, err = (part.decode("utf-8", "replace") for part in (done.stdout, done.stderr))
+        said = Said(done.returncode, out, err, f"{given} peftbench {' '.join(words)}").check((0, 2))
+        if said.code == 0:
+            line.check(place, said, f"{given}")
+
+    def try_words(self) -> None:
+        words = make_words(self.random, self.data, list_runs(self.done))
+        reading = words[0] in ("results", "status", "compare", "ls", "params", "explain", "advise", "env")
+        Child(words, self.done if reading else self.new_place(self.done)).wait().check()
 
     def try_records(self) -> None:
         place = self.new_place(self.done)
@@ -550,241 +545,31 @@ class Drill:
                 "\n".join(json.dumps(spoil(json.loads(one), self.random)) if one else "" for one in lines),
                 encoding="utf-8",
             )
-        runs = [str(f.parent.relative_to(place)) for f in place.rglob("record.json")]
+        runs = list_runs(place)
         for words in (
             ["results", "out", *self.random.choice(FORMS)],
             ["status", "out"],
             ["compare", *self.random.choices(runs, k=2)],
             ["rescore", self.random.choice(runs)],
+            ["explain", self.random.choice(runs)],
+            ["export", self.random.choice(runs), "--out", "exported", "--no-check"],
+            ["predict", self.random.choice(runs), str(self.data / "labels.jsonl")],
+            ["advise", "out", "task=text_classification", "model=mini", *self.random.choice([[], ["--json"]])],
             ["plot", "out", *self.random.choice([[], ["--curves"]]), "--out", "a.svg"],
             ["report", "out"],
         ):
             said = Child(words, place).wait().check()
             if escapes := set(said.both) & set("\x1b\x07\r\x9b\x00\u202e"):
                 raise Loss(f"{sorted(escapes)} reach the terminal: {said.line}")
+        for line in self.lines.values():
+            Child(["train", *line.words], place).wait().check((0, 1, 2))
 
 
 FORMS = [[], ["--csv"], ["--markdown"], ["--latex"], ["--json"], ["--mean"], ["--rows", "method", "--columns", "seed"]]
-HOSTILE: list[Any] = [
-    *(
-        "",
-        "\x1b]0;t\x07",
-        "=1+1",
-        "\n\\input{x}",
-        "../../..",
-        "$\\frac$",
-        "é🙂",
-        "\ud800",
-        "</script>",
-        "%s{}",
-        "x" * 300,
-    ),
-    *(None, [], {}, 0, -1, 1e308, float("nan"), True, 10**400, [[]], {"": ""}, {"a": [None]}),
-]
-
-
-def spoil(value: Any, chance: random.Random) -> Any:
-    """Return JSON values in which some are others."""
-    if chance.random() < 0.04:
-        return chance.choice(HOSTILE)
-    if isinstance(value, dict):
-        return {key: spoil(below, chance) for key, below in value.items() if chance.random() > 0.01}
-    if isinstance(value, list):
-        return [spoil(below, chance) for below in value]
-    if isinstance(value, str) and chance.random() < 0.1:
-        return value + str(chance.choice(HOSTILE[:10]))
-    return value
-
-
-def harm(file: Path, damage: str) -> None:
-    """Damage a file."""
-    if damage in (GONE, FOLDER):
-        file.unlink()
-        if damage == FOLDER:
-            file.mkdir()
-    else:
-        file.write_bytes(DAMAGES[damage](file.read_bytes()))
-
-
-def mount(place: Path, size: int) -> bool:
-    """Mount a small file system at a folder; return whether we may."""
-    if os.geteuid() or shutil.which("mount") is None:
-        return False
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True)
-    return done.returncode == 0
-
-
-def write_data(folder: Path) -> None:
-    """Write the rows of the runs: a few sentences with labels, and with sentences to write."""
-    folder.mkdir()
-    words = ["red", "green", "blue", "round", "heavy", "quick", "old", "new", "loud", "calm"]
-    with (folder / "labels.jsonl").open("w") as labels, (folder / "texts.jsonl").open("w") as texts:
-        for number in range(60):
-            text = f"the {words[number % 10]} thing is {words[number * 7 % 10]} and has number {number}"
-            print(json.dumps({"text": text, "label": words[number % 2]}), file=labels)
-            print(json.dumps({"source": text, "target": f"{words[number % 10]} {number}"}), file=texts)
-
-
-# Command lines
-
-VALUES = [
-    *(
-        "1",
-        "0",
-        "-1",
-        "nan",
-        "inf",
-        "1e38",
-        "null",
-        "true",
-        "''",
-        "a b/é",
-        "-x",
-        "é🙂",
-        "[]",
-        "{}",
-        "[1,2]",
-        "{a:1}",
-        "1,2",
-    ),
-    *(
-        "range(1,4)",
-        "range(0,3,-1)",
-        "range(0,3,0)",
-        "interval(5,1)",
-        "choice(1,2)",
-        "glob(*)",
-        "glob(zz*)",
-        "sort(2,1)",
-    ),
-    *("shuffle(1,2)", "tag(a,1)", "str('é🙂')", "int(x)", "float([])", "extend_list(1)", "${seed}", "${oc.env:HOME}"),
-    *(
-        "${oc.env:NONE_SUCH}",
-        "${nope}",
-        "${",
-        "$",
-        "'",
-        '"',
-        "\\",
-        "\n",
-        "\t",
-        "\x1b[2J",
-        "=",
-        "==",
-        "~",
-        "#",
-        "%",
-        "???",
-    ),
-    *("[" * 1000 + "]" * 1000, "{a:" * 500 + "1" + "}" * 500, "9" * 400, "x" * 5000, "/dev/null", "/", "..", "/nope/x"),
-    *("lora", "mam,lora", "mini", "sst2", "0.5", "1%", "lr3", "smoke", "auto", "paper", "full"),
-]
-PREFIXES = ["", "", "", "", "", "+", "++", "~"]
-
-
-def list_key_names() -> list[str]:
-    from peftbench.config.keys import list_keys
-
-    groups = ["method", "task", "model", "trainer", "search", "experiment", "debug", "mix", "row", "fidelity"]
-    odd = [
-        "nope",
-        "nope.x",
-        "task",
-        "",
-        ".",
-        "a.b.c",
-        "hydra.run.dir",
-        "hydra/launcher",
-        "hydra.verbose",
-        "mix.x.bottleneck",
-    ]
-    return [key.name for key in list_keys()] + 4 * groups + odd
-
-
-def make_words(chance: random.Random, data: Path, by_hypothesis: bool) -> list[str]:
-    """Return a command line: a subcommand, and words that are right, nearly right or nonsense."""
-
-    def one_of(choices: Sequence[str]) -> str:
-        return chance.choice(list(choices))
-
-    def odd() -> str:
-        if by_hypothesis and chance.random() < 0.3:
-            return draw_text(chance)
-        return one_of(VALUES)
-
-    def override() -> str:
-        return f"{one_of(PREFIXES)}{one_of(list_key_names())}={odd()}"
-
-    base = [
-        *("task=text_classification", f"task.train_file={data / 'labels.jsonl'}", "method=lora", "model=mini"),
-        *("debug=smoke", "trainer.max_steps=1", "output_dir=out", "trainer.device=cpu"),
-    ]
-    runs = ["out", "out/text_classification", "nope", *VALUES[:30]]
-    overrides = [override() for _ in range(chance.randint(1, 3))]
-    command = one_of(
-        ["train"] * 8
-        + ["params"] * 3
-        + ["results"] * 2
-        + ["explain", "ls", "status", "compare", "plot", "report", "reproduce", "evaluate", "rescore", "merge", "nope"]
-    )
-    flags = [
-        one_of(["-m", "--json", "--help", "--mean", "-x", "--", "--cfg", "job", "--out", "--rows", "-h", "--nope"])
-    ]
-    flags = flags if chance.random() < 0.4 else []
-    sweep = ["-m"] if chance.random() < 0.5 else []
-    if command == "train":
-        return [command, *base, *sweep, *overrides, *(flags if chance.random() < 0.2 else [])]
-    if command in ("params", "explain"):
-        return [command, *(sweep if command == "params" else []), *overrides, *flags]
-    if command == "reproduce":
-        return [command, one_of(["table5", "figure4", "nope", odd()]), "--dry-run", *overrides, *flags]
-    if command == "ls":
-        return [command, *([] if chance.random() < 0.2 else [one_of(["axes", "keys", "method", odd()])]), *flags]
-    if command in ("results", "plot", "report", "status"):
-        words = [one_of(runs)] if chance.random() < 0.7 else ["out"]
-        more = [one_of(["method=lora", "score>1", "seed!=1", f"method={odd()}", f"{odd()}>1", "--show", odd()])]
-        return [command, *words, *more, *flags]
-    return [
-        command,
-        *(one_of(runs) for _ in range(chance.randint(0, 2))),
-        *(overrides if chance.random() < 0.4 else []),
-        *flags,
-    ]
-
-
-def draw_text(chance: random.Random) -> str:
-    """Return a text that hypothesis makes up."""
-    import warnings
-
-    from hypothesis import strategies
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        drawn = _texts()
-    return chance.choice(drawn) if drawn else str(strategies)
-
-
-@cache
-def _texts() -> list[str]:
-    from hypothesis import HealthCheck, Phase, given, settings, strategies
-
-    found: list[str] = []
-    letters = strategies.characters(exclude_characters="\x00", exclude_categories=())
-    nested = strategies.recursive(
-        strategies.text("abc019.,:={}[]()$'\"\\ ", max_size=6),
-        lambda below: strategies.lists(below, max_size=3).map(lambda parts: f"[{','.join(map(str, parts))}]"),
-    )
-
-    @settings(max_examples=400, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
-    @given(strategies.one_of(strategies.text(letters, max_size=12), nested))
-    def gather(text: str) -> None:
-        found.append(text)
-
-    gather()
-    return [text for text in found if not re.search("[\ud800-\udfff]", text)]
-
-
-KINDS = ("kill", "moment", "signal", "twins", "disk", "torn", "torn", "cache", "words", "words", "words", "records")
+KINDS = (
+    *("kill", "moment", "signal", "twins", "disk", "torn", "torn", "cache", "outputs", "inputs", "environment"),
+    *("words", "words", "words", "records"),
+)
 
 
 def main() -> int:
@@ -813,7 +598,7 @@ def main() -> int:
     finally:
         shutil.rmtree(root, ignore_errors=True)
     for kind in dict.fromkeys(kinds):
-        print(f"{kind:8} {drill.tried[kind]:6} tried {drill.survived[kind]:6} survived")
+        print(f"{kind:11} {drill.tried[kind]:6} tried {drill.survived[kind]:6} survived")
     print(f"{(time.monotonic() - began) / 60:.1f} minutes: {drill.tried.total()} tried, {len(drill.losses)} lost")
     if arguments.keep is not None:
         arguments.keep.mkdir(parents=True, exist_ok=True)
