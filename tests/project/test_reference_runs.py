@@ -18,8 +18,9 @@ from peftbench.config.search import check_searches, split_phases
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "reference_runs.sh"
 FOLDERS = ("backbones/minilm-l6", "backbones/bart-mini", "data/sst2", "data/rte", "data/webnlg", "data/xsum_subset")
 FILES = {
-    "data/nli": ("pool_no_mnli", "mnli_dev_matched"),
-    "data/en_ro": ("train_merged", "newsdev2016", "newstest2016"),
+    "data/nli": ("pool_no_mnli.jsonl", "mnli_dev_matched.jsonl"),
+    "data/en_ro": ("train_merged.jsonl", "newsdev2016.jsonl", "newstest2016.jsonl"),
+    "data/sst2": ("train.tsv", "dev.tsv"),
 }
 DATA = {"sst2": "sst2", "rte": "rte", "mnli": "nli", "webnlg": "webnlg", "xsum": "xsum_subset", "wmt16_enro": "en_ro"}
 
@@ -28,10 +29,10 @@ DATA = {"sst2": "sst2", "rte": "rte", "mnli": "nli", "webnlg": "webnlg", "xsum":
 def shared(tmp_path: Path) -> Path:
     """The paths that the script names, with nothing in them."""
     for name in (*FOLDERS, *FILES):
-        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
     for folder, names in FILES.items():
         for name in names:
-            (tmp_path / folder / f"{name}.jsonl").touch()
+            (tmp_path / folder / name).touch()
     return tmp_path
 
 
