@@ -75,14 +75,15 @@ LATER = (
 _SPECIAL = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # what a special token may look like: </s>, <|im_start|>, [SEP]
 
 
-def hash_run(run: Run, stamp: Callable[[str], str] = stamp_content) -> str:
+def hash_run(run: Run, stamp: Callable[..., str] = stamp_content) -> str:
     """Return the name of a run: eight hexadecimal digits.
 
-    Files count by content, not by path, and so does the code of the user's own form, task and callbacks. Raises
-    UserError if a path of the config does not exist, or such code cannot be imported.
+    Files count by content, not by path, and so does the code of the user's own form, task and callbacks. Runs that an
+    `output_dir` in `task.data_dir` has do not count. Raises UserError if a path of the config does not exist, or such
+    code cannot be imported.
 
     Args:
-        stamp: a function from a path to a hash of its content.
+        stamp: a function from a path, and a folder in it that is left out, to a hash of the content.
     """
     config = to_plain(run)
     for key in IGNORED:
@@ -127,7 +128,7 @@ def hash_run(run: Run, stamp: Callable[[str], str] = stamp_content) -> str:
     if files := list_task_files(run.task):
         task["content"] = {split: _stamp_files(names, stamp) for split, names in files.items()}
     elif data_dir:
-        task["content"] = stamp(data_dir)
+        task["content"] = stamp(data_dir, run.output_dir)
     if "content" in task:
         task |= {"hub_id": None, "hub_config": None, "hub_revision": None}
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]

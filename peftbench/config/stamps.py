@@ -30,25 +30,25 @@ _State = list[int]
 _known: dict[Path, tuple[_State, str]] = {}  # of large files, as hashed by this process or found on disk
 
 
-def stamp_content(path: str | Path) -> str:
+def stamp_content(path: str | Path, apart: str | Path | None = None) -> str:
     """Return twelve hexadecimal digits for a file, or for a folder with all files in it except hidden ones.
 
-    Raises UserError if there is no such path.
+    Files in the folder `apart` do not count. Raises UserError if there is no such path.
     """
-    stamp = _stamp(path, _whole)
+    stamp = _stamp(path, _whole, apart)
     return _NAMED_BEFORE.get(stamp, stamp)
 
 
-def stamp_ends(path: str | Path) -> str:
+def stamp_ends(path: str | Path, apart: str | Path | None = None) -> str:
     """Return the first version of `stamp_content`, which named earlier runs and ignores the middle of `LARGE` files.
 
     Without such files the two are equal. Raises UserError if there is no such path.
     """
-    return _stamp(path, _read_ends)
+    return _stamp(path, _read_ends, apart)
 
 
-def list_counted_files(path: str | Path) -> list[tuple[str, Path]]:
-    """Return the files that a stamp includes, sorted, with their names in the folder.
+def list_counted_files(path: str | Path, apart: str | Path | None = None) -> list[tuple[str, Path]]:
+    """Return the files that a stamp includes, sorted, with their names in the folder: none of the folder `apart`.
 
     Raises UserError if there is no such path.
     """
@@ -56,16 +56,21 @@ def list_counted_files(path: str | Path) -> list[tuple[str, Path]]:
     if not root.exists():
         raise UserError(f"{path} does not exist; give the path of an existing file or folder.")
     found = [(file.relative_to(root).as_posix(), file) for file in root.rglob("*")] if root.is_dir() else []
+    left_out = None if apart is None else Path(apart).expanduser().resolve()
+    if left_out is not None and root.resolve() not in left_out.parents:  # the folder itself is not left out of it
+        left_out = None
     return [
         (name, file)
         for name, file in sorted(found) or [(root.name, root)]
-        if file.is_file() and not any(part.startswith(".") for part in name.split("/"))
+        if file.is_file()
+        and not any(part.startswith(".") for part in name.split("/"))
+        and not (left_out is not None and file.resolve().is_relative_to(left_out))
     ]
 
 
-def _stamp(path: str | Path, of_large: Callable[[Path], bytes]) -> str:
+def _stamp(path: str | Path, of_large: Callable[[Path], bytes], apart: str | Path | None) -> str:
     digest = hashlib.sha256()
-    for name, file in list_counted_files(path):
+    for name, file in list_counted_files(path, apart):
         size = file.stat().st_size
         digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
         digest.update(file.read_bytes() if size < LARGE else of_large(file))

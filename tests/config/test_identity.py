@@ -155,6 +155,20 @@ def test_hidden_files_do_not_count(tmp_path: Path) -> None:
     assert stamp_content(tmp_path) == before
 
 
+def test_runs_below_the_data_do_not_count(tmp_path: Path) -> None:
+    """Otherwise the same line would name another run each time, and none would be gone on with."""
+    (tmp_path / "train.csv").write_text("a,b\n")
+    here = run(task__data_dir=str(tmp_path), output_dir=str(tmp_path / "outputs"))
+    before = hash_run(here)
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "record.json").write_text("{}")
+    assert hash_run(here) == before
+    there = run(task__data_dir=str(tmp_path), output_dir=str(tmp_path))
+    others = hash_run(there)
+    (tmp_path / "validation.csv").write_text("a,b\n")
+    assert hash_run(here) != before and hash_run(there) != others
+
+
 def test_a_missing_path_is_named() -> None:
     with pytest.raises(UserError, match="/nowhere does not exist"):
         hash_run(run(model__path="/nowhere"))
