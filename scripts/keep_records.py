@@ -7,7 +7,7 @@ For each run that is done or has diverged it keeps the record and the config, in
 replaced by SHARED and OUTPUTS, and of the log every look at the selection split and every fifth line of training, to
 six digits. A run's name and its content stamps stay: they say what it was trained on, wherever the data was stored.
 Predictions are left out, since their file also contains the references, which belong to the data; what each example
-contributed to the main score is kept, so that runs can be compared.
+contributed to the main score is kept, so that runs can be compared. Trials that a search has not chosen lose that too.
 
 A sweep skips the runs that were kept: copy them to its output_dir, and another machine goes on with it. What was kept
 before is kept as it is.
@@ -23,6 +23,7 @@ from pathlib import Path
 from peftbench.records.record import FILE, Record, load_records
 from peftbench.records.run_files import METRICS_FILE, read_metrics
 from peftbench.tables import examples
+from peftbench.tables.row import is_trial
 from peftbench.utils.files import write_lines
 
 EVERY = 5  # every fifth line of the training log is kept
@@ -30,11 +31,12 @@ OUTPUTS = "OUTPUTS"  # in place of the output_dir of the machine
 DIGITS = 6  # significant digits of its numbers
 
 
-def keep(record: Record, target: Path, names: dict[str, str]) -> None:
+def keep(record: Record, target: Path, names: dict[str, str], with_examples: bool = True) -> None:
     """Write what is kept of a run to the folder `target`, with `names` in place of the folders of this machine."""
     target.mkdir(parents=True, exist_ok=True)
+    (target / examples.FILE).unlink(missing_ok=True)
     if f"output_dir={OUTPUTS}" in record.overrides:
-        for name in (FILE, "config.yaml", METRICS_FILE, examples.FILE):
+        for name in (FILE, "config.yaml", METRICS_FILE, *([examples.FILE] if with_examples else [])):
             if (record.folder / name).is_file():
                 shutil.copyfile(record.folder / name, target / name)
         return
@@ -45,11 +47,17 @@ def keep(record: Record, target: Path, names: dict[str, str]) -> None:
             text = text.replace(folder, name)
         (target / file).write_text(text, encoding="utf-8")
     write_lines(target / METRICS_FILE, thinned(read_metrics(record.folder)))
-    if record.score is not None and examples.has_examples(record):
+    if with_examples and record.score is not None and examples.has_examples(record):
         statistics = examples.read_examples(record)[record.metric]
         if not math.isclose(statistics.score_all(), record.score, rel_tol=1e-9):
             raise ValueError(f"{record.folder}: the predictions have {statistics.score_all()}, not {record.score}")
         examples.write_examples(statistics.rows, target)
+
+
+def find_losers(records: list[Record]) -> set[str]:
+    """Return the names of trials whose searches have chosen another one."""
+    settled = [trial.run for one in records if one.search and one.search.role == "final" for trial in one.search.trials]
+    return {record.run for record in records if is_trial(record) and record.run in settled}
 
 
 def thinned(lines: list[dict[str, object]]) -> list[dict[str, object]]:
@@ -72,13 +80,16 @@ def main() -> None:
     parser.add_argument("--shared", required=True, help="the folder of data and backbones, as in the configs")
     parser.add_argument("--backbones", help="the folder of the backbones, if it is another one")
     arguments = parser.parse_args()
+    if arguments.target.resolve() == arguments.outputs.resolve():
+        parser.error(f"{arguments.target} is the folder of the runs; give another one")
     folders = {"BACKBONES": arguments.backbones, "SHARED": arguments.shared}
     names = {folder.rstrip("/"): name for name, folder in folders.items() if folder is not None}
     found, _ = load_records(arguments.outputs)
     ended = [record for record in found if record.has_ended]
+    losers = find_losers(found)
     for record in ended:
         target = arguments.target / record.folder.relative_to(arguments.outputs)
-        keep(record, target, names)
+        keep(record, target, names, with_examples=record.run not in losers)
     print(f"{len(ended)} of {len(found)} runs are kept in {arguments.target}")
 
 

@@ -66,7 +66,7 @@ nli)
   ;;
 webnlg) # six epochs, of which the decoder needs fewer
   words=(task=webnlg task.data_dir="$data/webnlg" trainer.max_steps=3396 trainer.evaluate_every=1132)
-  [ "$backbone" = bart-mini ] || words+=(trainer.max_steps=1132 trainer.evaluate_every=566)
+  [ "$backbone" = bart-mini ] || words+=(trainer.max_steps=1132 trainer.evaluate_every=566 task.max_selection=300)
   ;;
 en_ro)
   words=(task=wmt16_enro task.data_dir=null task.train_file="$data/en_ro/train_merged.jsonl"

@@ -26,6 +26,7 @@ from peftbench.tables.claims import (
     judge_records,
 )
 from peftbench.tables.fields import FIELDS, MANY_CUT_OFF
+from peftbench.tables.flatness import find_steepest
 from peftbench.tables.row import is_scored, is_trial
 from peftbench.tables.select import is_filter, select_records
 from peftbench.utils.console import make_console, say
@@ -233,7 +234,7 @@ def _describe_pairs(finding: Finding) -> str:
 
 
 def _describe_chance(cell: CellFindings) -> str:
-    """Return what was drawn for the intervals, and how many runs diverged or have texts without an end."""
+    """Return what was drawn for the intervals, which runs diverged or were cut off, and how flat the curves are."""
     known = [finding.estimate for finding in cell.findings if finding.estimate is not None]
     seeds = min(estimate.seeds for estimate in known)
     ways = {
@@ -249,6 +250,12 @@ def _describe_chance(cell: CellFindings) -> str:
     said += (
         [f"With more than {MANY_CUT_OFF:.0%} of the texts cut off: {cut_off} of {len(runs)} runs."] if cut_off else []
     )
+    if steepest := find_steepest([record for record in runs if record.score is not None]):
+        median, most, method = steepest
+        said.append(
+            f"Curves: the last third of the steps gained {median:.2f} on the selection split (median of runs), "
+        )
+        said[-1] += f"{most:.2f} at most ({method})."
     return " ".join(said)
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -18,7 +19,7 @@ import pytest
 from peftbench.cli.compare import main as compare
 from peftbench.config.compose import compose_points
 from peftbench.config.search import check_searches, list_settings
-from peftbench.records.record import find_record
+from peftbench.records.record import Searched, Trial, find_record
 from peftbench.records.run_files import write_predictions
 from peftbench.tables.examples import FILE, read_examples, write_examples
 from peftbench.utils.errors import UserError
@@ -130,6 +131,24 @@ def test_what_is_kept_is_compared_alike(
     write_examples(np.ones((99, 1)), file.parent)
     with pytest.raises(UserError, match=r"examples\.npz cannot be read: it holds uint8 of the shape \(99, 1\)"):
         compare(["method=mam", "method=lora", "--folder", str(again)])
+
+
+def test_trials_that_were_not_chosen_lose_their_examples(keep_records: ModuleType, tmp_path: Path) -> None:
+    searched = Searched("lr5", "trial", 42, {})
+    records = []
+    for index, role in enumerate(("final", "trial", "trial")):
+        record = find_record(trained(tmp_path, 80, seed=index))
+        assert record is not None
+        record.search = replace(searched, role=role)
+        records.append(record)
+    final, loser, _ = records
+    assert final.search is not None
+    final.search.trials = [Trial({}, run.run, 1.0, "done") for run in (final, loser)]  # the third is of another search
+    assert keep_records.find_losers(records) == {loser.run}
+    loser.overrides = ["output_dir=/nowhere"]
+    for with_examples in (True, False):
+        keep_records.keep(loser, tmp_path / "kept", {}, with_examples)
+        assert (tmp_path / "kept" / FILE).is_file() == with_examples
 
 
 def test_predictions_that_are_not_those_of_the_score_are_not_kept(keep_records: ModuleType, tmp_path: Path) -> None:

@@ -17,8 +17,11 @@ from peftbench.metrics.bootstrap import draw_differences, draw_seed_weights, sco
 from peftbench.metrics.measure import compute_statistics
 from peftbench.metrics.statistics import average
 from peftbench.records.record import load_records
+from peftbench.records.run_files import METRICS_FILE
 from peftbench.tables.claims import Estimate, count_seeds_needed, judge_records, read_claims
 from peftbench.tables.examples import write_examples
+from peftbench.tables.flatness import find_steepest, measure_last_gain
+from peftbench.utils.files import write_lines
 
 REFERENCE = Path(__file__).resolve().parents[2] / "outputs" / "reference"
 TEMPLATE = json.loads(next((REFERENCE / "grid").rglob("record.json")).read_text(encoding="utf-8"))
@@ -139,6 +142,29 @@ def test_runs_that_diverged_or_were_cut_off_are_counted(tmp_path: Path, capsys: 
     told = " ".join(capsys.readouterr().out.split())
     assert "Diverged, and in no mean: 1 of 5 runs." in told and "5% of the texts cut off: 2 of 5 runs." in told
     assert "bootstrap over 2 seeds" in told
+
+
+@pytest.mark.parametrize(
+    ("looks", "gain"),
+    [
+        ([("accuracy", 60.0), ("accuracy", 75.0), ("accuracy", 80.0)], 5.0),  # at steps 3, 6 and 9
+        ([("loss", 3.0), ("loss", 2.0), ("loss", 1.5)], 0.5),
+        ([("accuracy", 60.0)], None),
+        ([], None),
+    ],
+)
+def test_what_the_last_third_of_the_steps_gained(
+    looks: list[tuple[str, float]], gain: float | None, tmp_path: Path
+) -> None:
+    make_row(tmp_path, [80], "adapter", 2)
+    ((record,), _) = load_records(tmp_path)
+    lines = [{"stage": "train the head alone", "step": 9, "eval_accuracy": 1.0}]
+    for index, (metric, value) in enumerate(looks, start=1):
+        lines += [{"stage": "train adapter", "step": 3 * index, f"eval_{metric}": value}]
+        lines += [{"stage": "train adapter", "step": 3 * index + 1, "loss": 7.0}]
+    write_lines(record.folder / METRICS_FILE, lines)
+    assert measure_last_gain(record) == gain
+    assert find_steepest([record]) == (None if gain is None else (gain, gain, "adapter"))
 
 
 def test_without_examples_the_interval_is_students(
