@@ -33,6 +33,7 @@ from peftbench.config.schema import (
 from peftbench.config.stamps import stamp_content
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.evaluation.finished import restore_backbone
+from peftbench.evaluation.measures import lacks_measures, measure_backbone, measure_trained
 from peftbench.evaluation.recording import record_counts, record_data, record_scores, score_selection
 from peftbench.modification.attach import attach, attach_run
 from peftbench.modification.peft_files import write_peft_files
@@ -121,7 +122,7 @@ def train(
     selecting = selecting or is_trial
     folder = locate_run(run)
     record = None if run.rerun or has_leftovers(folder) else find_finished(folder)
-    if record is not None and _is_noted(record, search, selecting):
+    if record is not None and _is_noted(run, record, search, selecting):
         return _report_ended(run, record, display)
     with heed_signals(), hold_run(folder, wait):
         refuse_newer(folder)
@@ -131,7 +132,7 @@ def train(
         if not run.rerun and before is not None:
             if before.has_ended:
                 shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # if the process died before it did so itself
-                _note_search(before, search, selecting, run, display)
+                _complete_ended(before, search, selecting, run, display)
                 return _report_ended(run, before, display)
             if before.status == "failed" and before.error and keep_failed and not run.retry:
                 raise UserError(f"This run failed before ({before.error.said}); retry=true trains it again.")
@@ -176,9 +177,11 @@ def _run(
     ):
         record.search = search
         selecting = selecting or search is not None
+        measure_backbone(run, record, display)  # first, because it may be refused
         with team.together():
             team.decide(lambda: (run, folder, selecting))  # an order, see `obey`
             _train_and_score(run, record, selecting, display, team, trackers)
+        measure_trained(run, record, display)
     return record
 
 
@@ -415,18 +418,20 @@ def _lacks_selection(record: Record, selecting: bool) -> bool:
     return selecting and record.selection is None and record.diverged is None
 
 
-def _is_noted(record: Record, search: Searched | None, selecting: bool) -> bool:
-    """Return whether the record of a run that has ended already says what this call wants of search and selection."""
-    if _lacks_selection(record, selecting):
+def _is_noted(run: Run, record: Record, search: Searched | None, selecting: bool) -> bool:
+    """Return whether the record of a run that has ended already says what this call wants of it: the search, the
+    selection, and what is measured."""
+    if _lacks_selection(record, selecting) or lacks_measures(run, record):
         return False
     if search is None:  # a run by itself, which a trial now is too
         return record.search is None or record.search.role == "final"
     return search.role == "trial" or record.search == search
 
 
-def _note_search(record: Record, search: Searched | None, selecting: bool, run: Run, display: Display) -> None:
-    """Write into the record of a run that has ended what it is in a search; score the selection split if asked."""
-    if _is_noted(record, search, selecting):  # by another process, while we waited
+def _complete_ended(record: Record, search: Searched | None, selecting: bool, run: Run, display: Display) -> None:
+    """Write into the record of a run that has ended what it is in a search; score the selection split, and measure, if
+    asked."""
+    if _is_noted(run, record, search, selecting):  # by another process, while we waited
         return
     if search is None or search.role == "final":
         record.search = search
@@ -443,6 +448,9 @@ def _note_search(record: Record, search: Searched | None, selecting: bool, run: 
             if (seen := detect_divergence(record) if finite else Divergence("weights")) is not None:
                 record.status = "diverged"
                 record.diverge(seen)
+    if lacks_measures(run, record):
+        with display:
+            measure_trained(run, record, display)
     record.save()
 
 

@@ -11,7 +11,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -81,11 +82,29 @@ class Backbone:
     notes: tuple[str, ...] = ()
 
 
-def load_backbone(model: Model, task: Task, device: torch.device | None = None) -> Backbone:
+def load_language_model(model: Model, task: Task, device: torch.device | None = None) -> Backbone:
+    """Load the backbone with the language-modelling head of its own files, whatever the task's head is.
+
+    Raises:
+        UserError: as `load_backbone`; the architecture, or the files, have no such head.
+    """
+    config = load_config(model)
+    if config.is_encoder_decoder or set(find_family(config.model_type).stacks) == {"decoder"}:
+        plain = replace(task, kind=TaskKind.text_to_text, chat=False, messages_column=None, tools_column=None)
+        return load_backbone(model, plain, device)
+    if type(config) not in AutoModelForMaskedLM._model_mapping:
+        raise UserError(f"model={model.name} ({config.model_type}) has no language model in transformers.")
+    return load_backbone(model, task, device, auto=AutoModelForMaskedLM)
+
+
+def load_backbone(model: Model, task: Task, device: torch.device | None = None, *, auto: Any = None) -> Backbone:
     """Load the backbone for a task, on the CPU, in `model.dtype`, where `auto` means float32.
 
     A quantised one is loaded straight to `device`, and packed there. The attention is transformers' default: SDPA, but
     eager for T5 in the versions that have no other.
+
+    Args:
+        auto: transformers' Auto class; None: that of the task.
 
     Raises:
         UserError: the place contains no model or no tokenizer, or cannot be reached; the architecture has no family or
@@ -93,7 +112,7 @@ def load_backbone(model: Model, task: Task, device: torch.device | None = None) 
     """
     source, options = _find_source(model)
     config = load_config(model)
-    auto = _choose_auto_class(model, task, config)
+    auto = auto or _choose_auto_class(model, task, config)
     tokenizer = load_tokenizer(model)
     dtype = torch.bfloat16 if model.dtype is DType.bfloat16 else torch.float32
     _check_attention(model, auto, config)

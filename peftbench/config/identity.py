@@ -25,6 +25,8 @@ IGNORED = (
     "jobs",
     "trackers",
     "trackers_group",
+    "retention",
+    "speed",
     "mps",
     "allow_unused",
     "fidelity.name",

@@ -92,7 +92,7 @@ def explain_hydra(words: Sequence[str], error: Exception) -> str:
     return f"{' '.join(words)}: Hydra refuses this ({describe_error(error).rstrip('.') or type(error).__name__})."
 
 
-PATHS = ("output_dir", "model.path", "model.chat_template", "task.data_dir")
+PATHS = ("output_dir", "retention", "model.path", "model.chat_template", "task.data_dir")
 FILES = ("task.train_file", "task.validation_file", "task.test_file")
 
 

@@ -101,6 +101,7 @@ Sharding = Enum("Sharding", ["none", "full"])
 
 Sampler = Enum("Sampler", ["tpe", "nsgaii", "random"])
 
+DOCSTRINGS = "docstrings"  # a text for `retention` that is on every machine
 LOSS = "loss"  # the only value of `Task.selection_metric` for which lower is better
 
 
@@ -674,6 +675,17 @@ class Run(Modification):
     )
     seed: int = key(42, "Seed of everything random in a run: new weights, the order of the examples, dropout.")
     search: Search | None = None
+    retention: str | None = key(
+        None,
+        "General text on which the backbone's own language model is measured, before the training and with what was "
+        "trained: docstrings, those of Python's standard library; or a file, .txt, .md, or of rows with a column text. "
+        "null: not measured.",
+    )
+    speed: bool = key(
+        False,
+        "true: how fast the finished run predicts, and how much GPU memory that takes, is measured beside the bare "
+        "backbone.",
+    )
     callbacks: list[Any] = key(
         [],
         "Callbacks of your own: dotted names of classes derived from transformers.TrainerCallback, such as "

@@ -20,6 +20,7 @@ from peftbench.config.fidelity import find_idle_switches
 from peftbench.config.own_parts import METRIC, find_own_faults, is_own, list_entry_points
 from peftbench.config.peft_methods import find_peft_faults, has_identity_form, has_rank
 from peftbench.config.schema import (
+    DOCSTRINGS,
     EMBEDDED,
     LOSS,
     OPTIMIZERS,
@@ -225,6 +226,7 @@ def _find_path_faults(run: Run) -> Iterator[str]:
         "task.validation_file": list_files(run.task.validation_file),
         "task.test_file": list_files(run.task.test_file),
         "model.chat_template": list_files(run.model.chat_template),
+        "retention": [] if run.retention == DOCSTRINGS else list_files(run.retention),
     }
     if run.model.hub_id is not None and run.model.path is not None and Path(run.model.path).parent == EMBEDDED:
         yield (
@@ -478,6 +480,9 @@ def _find_sharding_faults(run: Run) -> Iterator[str]:
         )
     if run.model.quantization is not Quantization.none:
         yield f"{typed} with model.quantization={run.model.quantization.name} is not supported; set one to none."
+    if run.retention is not None or run.speed:
+        asked = "speed=true" if run.retention is None else f"retention={run.retention}"
+        yield f"{typed} with {asked} is not supported, because a whole backbone is loaded for it; leave it out."
     if trainer.graphs is True:
         yield f"{typed} with trainer.graphs=true is not supported: use trainer.graphs=false."
     if trainer.compile is not Compile.none:

@@ -146,6 +146,44 @@ class Selection:
 
 
 @dataclass
+class LanguageModelling:
+    """The backbone's own language model on a text: its loss in nats for each token, and its accuracy in percent."""
+
+    loss: float
+    accuracy: float
+
+
+@dataclass
+class Retention:
+    """What a training leaves of the backbone's general ability."""
+
+    text: str  # its name
+    stamp: str  # a hash of its content
+    tokens: int  # that were predicted
+    before: LanguageModelling
+    after: LanguageModelling | None = None
+
+
+@dataclass
+class Throughput:
+    """How fast a model predicts, and the GPU memory that it takes at most; None on a CPU."""
+
+    tokens_per_s: float
+    memory_bytes: int | None
+
+
+@dataclass
+class Speed:
+    """The finished run beside the bare backbone, on the same inputs."""
+
+    of: Literal["written", "read"]  # what is counted: generated tokens, or those of the inputs
+    examples: int
+    tokens: int
+    bare: Throughput
+    trained: Throughput
+
+
+@dataclass
 class Trial:
     """One of the runs that a search compared, and its result."""
 
@@ -206,7 +244,8 @@ class Record:
     search: Searched | None = None
     baselines: dict[str, float] = field(default_factory=dict)  # the main metric of: majority, head, lead1
     trainer: dict[str, Any] = field(default_factory=dict)
-    # prepare_s, probe_s, train_s, evaluate_s, baseline_s, total_s; and earlier_s, the part of these that interrupted
+    # prepare_s, probe_s, train_s, evaluate_s, baseline_s, total_s; measure_s, of retention and speed, which is no part
+    # of total_s; and earlier_s, the part of these that interrupted
     # attempts spent on training up to the checkpoints from which the run was resumed
     timings: dict[str, float] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)  # trainable tensors that the loss does not depend on
@@ -219,6 +258,8 @@ class Record:
     micro_batch: dict[str, Any] = field(default_factory=dict)
     fast_paths: list[str] = field(default_factory=list)  # used in training: padding_free, fused_loss, ...
     peak_memory_bytes: int | None = None
+    retention: Retention | None = None  # with retention=
+    speed: Speed | None = None  # with speed=true
     adapter_bytes: int | None = None
     adapter_stamp: str | None = None  # a hash of the file with the trained tensors, see config/stamps.py
     data: dict[str, Any] = field(default_factory=dict)  # fingerprint, scored_on, package versions
@@ -296,7 +337,8 @@ class Record:
         self.status, self.finished = status, get_time()
         began, ended = datetime.fromisoformat(self.created), datetime.fromisoformat(self.finished)
         seconds = (ended - began).total_seconds() if self.clock is None else time.monotonic() - self.clock
-        self.timings["total_s"] = round(max(0.0, seconds), 3) + self.timings.get("earlier_s", 0.0)
+        seconds = max(0.0, seconds - self.timings.get("measure_s", 0.0))
+        self.timings["total_s"] = round(seconds, 3) + self.timings.get("earlier_s", 0.0)
         self.save()
 
 

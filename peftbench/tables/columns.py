@@ -107,6 +107,7 @@ def choose_columns(
         *make_paper_columns(rows, paper),
         *([RUNS] if grouped else []),
         *(make_number(name, name, _format_two, dispensable=6, of=partial(get_baseline, name)) for name in baselines),
+        *make_measured_columns(records),
         make_number("tokens_per_s", "tokens\n/s", _format_count, better="higher", dispensable=10),
         make_number("memory", "peak\nGiB", _format_two, better="lower", dispensable=9),
         make_number("time", "time", format_duration, better="lower", dispensable=7),
@@ -289,6 +290,22 @@ def make_paper_columns(rows: Sequence[Row], everywhere: bool = False) -> list[Co
         Column("difference", "Δ paper", lambda row: _format_signed(difference(row)), difference, dispensable=1),
     ]
     return columns if everywhere else [columns[0], columns[2]]
+
+
+def make_measured_columns(records: Sequence[Record]) -> list[Column[Row]]:
+    """Return columns of what was measured where it was asked for: how much general ability a training costs, and the
+    speed of the finished run in percent of the bare backbone's.
+
+    Losses on different texts are not comparable, and are no column then.
+    """
+    found: list[Column[Row]] = []
+    if len({one.retention.stamp for one in records if one.retention is not None and one.retention.after}) == 1:
+        found.append(
+            make_number("forgetting", "general\nΔ loss", "{:+.3f}".format, better="lower", dispensable=1, spread=True)
+        )
+    if any(record.speed is not None for record in records):
+        found.append(make_number("speed", "speed, %\nof bare", "{:.0f}".format, better="higher", dispensable=1))
+    return found
 
 
 def make_front_columns(rows: Sequence[Row], cost: Cost) -> list[Column[Row]]:

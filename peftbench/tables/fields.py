@@ -52,14 +52,30 @@ FIELDS: dict[str, Callable[[Record], Any]] = {
     "tokens_per_s": lambda r: r.tokens_per_s,
     "step": lambda r: r.step_s,
     "tflops": lambda r: r.tflops,
-    "memory": lambda r: None if r.peak_memory_bytes is None else r.peak_memory_bytes / 2**30,
+    "memory": lambda r: _to_gib(r.peak_memory_bytes),
     "time": lambda r: r.timings.get("total_s"),
+    "adapter": lambda r: None if r.adapter_bytes is None else r.adapter_bytes / 2**20,
+    "general_loss": lambda r: r.retention.after.loss if r.retention and r.retention.after else None,
+    "general_loss_before": lambda r: r.retention.before.loss if r.retention else None,
+    "general_accuracy": lambda r: r.retention.after.accuracy if r.retention and r.retention.after else None,
+    "general_accuracy_before": lambda r: r.retention.before.accuracy if r.retention else None,
+    "forgetting": lambda r: compute_forgetting(r),
+    "general_text": lambda r: r.retention.text if r.retention else None,
+    "speed": lambda r: 100 * r.speed.trained.tokens_per_s / r.speed.bare.tokens_per_s if r.speed else None,
+    "use_tokens_per_s": lambda r: r.speed.trained.tokens_per_s if r.speed else None,
+    "use_tokens_per_s_bare": lambda r: r.speed.bare.tokens_per_s if r.speed else None,
+    "token_ms": lambda r: 1000 / r.speed.trained.tokens_per_s if r.speed else None,
+    "use_memory": lambda r: _to_gib(r.speed.trained.memory_bytes) if r.speed else None,
+    "use_memory_bare": lambda r: _to_gib(r.speed.bare.memory_bytes) if r.speed else None,
     "device": lambda r: r.device,
     "run": lambda r: r.run,
     "created": lambda r: r.created,
 }
 MANY_CUT_OFF = 0.05  # of generated texts: what is said on the screen
-COSTS = ("trained", "stored", "percent", "steps", "memory", "time")  # better when lower
+COSTS = (  # better when lower
+    *("trained", "stored", "percent", "steps", "memory", "time"),
+    *("adapter", "token_ms", "use_memory", "general_loss", "forgetting"),
+)
 
 
 def find_field(key: str, records: Sequence[Record]) -> Callable[[Record], Any]:
@@ -91,6 +107,17 @@ def describe_cut_off(split: str, share: float | None) -> str | None:
         f"{share:.1%} of the texts on {split} were cut off: no token ended them before task.generation.max_length, and "
         "the score counts what follows a text's proper end."
     )
+
+
+def compute_forgetting(record: Record) -> float | None:
+    """Return by how much the training has raised the loss of the backbone's own language model on general text."""
+    if record.retention is None or record.retention.after is None:
+        return None
+    return record.retention.after.loss - record.retention.before.loss
+
+
+def _to_gib(size: int | None) -> float | None:
+    return None if size is None else size / 2**30
 
 
 def _get_metric(name: str, record: Record) -> float | None:

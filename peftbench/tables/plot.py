@@ -38,6 +38,10 @@ NAMES = {
     "percent": "stored parameters, % of the backbone",
     "memory": "peak memory, GiB",
     "time": "time, s",
+    "adapter": "trained tensors on disk, MiB",
+    "token_ms": "time of a token in use, ms",
+    "use_memory": "peak memory in use, GiB",
+    "general_loss": "loss on general text after the training",
 }
 COLUMNS = 3  # panels next to each other
 IN_LEGEND = 17  # names below each other, next to one panel

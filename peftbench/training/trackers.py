@@ -254,5 +254,10 @@ def list_final_values(record: Record) -> dict[str, float]:
         names = ("backbone", "trained", "stored", "head")
         found |= {name: getattr(record.counts, name) for name in names}
         found["percent"] = record.counts.percent.get("stored")
+    if record.retention is not None and record.retention.after is not None:
+        found |= {"general/loss": record.retention.after.loss, "general/loss_before": record.retention.before.loss}
+    if record.speed is not None:
+        found |= {"speed/tokens_per_s": record.speed.trained.tokens_per_s}
+        found |= {"speed/bare_tokens_per_s": record.speed.bare.tokens_per_s}
     found |= {"memory_bytes": record.peak_memory_bytes, "adapter_bytes": record.adapter_bytes}
     return {key: float(value) for key, value in found.items() if value is not None}

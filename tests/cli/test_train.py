@@ -254,7 +254,7 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["task.prompt=Jörg"], ["a letter other than A to Z, put it in both kinds of quotes, 'task.prompt=\"...\"'."]),
         (
             ["search=null"],
-            ["search=null chooses nothing; leave search out for its default, or give one of: lr3, optuna."],
+            ["search=null chooses nothing; leave search out for its default, or give one of: lr3, lr5, optuna."],
         ),
         (["mix=[null]", "debug=null"], ["mix=[null] chooses nothing; leave mix out", "debug=null chooses nothing;"]),
         (["+experiment=paper/table5"], ["experiment is already in the config; leave out the +."]),

@@ -101,7 +101,7 @@ def test_a_tracker_that_fails_is_left_out_with_one_note(
     monkeypatch.setitem(trackers.KINDS, "wandb", lambda followed: Failing(event, events))
     run = replace(compose_run([]), trackers=["wandb"])
     record: Any = SimpleNamespace(data={}, folder=tmp_path, score=1.0, steps=2, step_s=None, scores={}, counts=None)
-    record.peak_memory_bytes = record.adapter_bytes = None
+    record.peak_memory_bytes = record.adapter_bytes = record.retention = record.speed = None
     said: list[str] = []
     with follow_run(run, record, said.append) as followed:
         for callback in followed.begin():

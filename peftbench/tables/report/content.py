@@ -26,7 +26,8 @@ POINTS = 100  # maximum number of points of a curve
 ALWAYS = ("method", "score", "stored", "percent")
 SHOWN = (
     *("method", "score", "delta", "paper", "paper_of", "difference", "seed", "task", "model", "axes", "bottleneck"),
-    *("stored", "percent", "trained", "tokens_per_s", "memory", "time", "learning_rate", "status", "error", "debug"),
+    *("stored", "percent", "trained", "tokens_per_s", "memory", "time", "forgetting", "token_ms"),
+    *("use_memory", "learning_rate", "status", "error", "debug"),
 )
 HEADERS = {
     "axes": "four axes",
@@ -36,6 +37,12 @@ HEADERS = {
     "percent": "% stored",
     "memory": "peak GiB",
     "tokens_per_s": "tokens/s",
+    "adapter": "adapter MiB",
+    "general_loss": "general loss",
+    "speed": "speed, % of bare",
+    "forgetting": "general Δ loss",
+    "token_ms": "ms/token in use",
+    "use_memory": "GiB in use",
 }
 FORMS = {
     **dict.fromkeys(("trained", "stored", "backbone", "examples", "train_examples", "steps", "tokens_per_s"), "count"),
@@ -44,6 +51,9 @@ FORMS = {
     "percent": "score",
     "memory": "score",
     "time": "duration",
+    "adapter": "score",
+    "use_memory": "score",
+    "forgetting": "change",
     "delta": "signed",
     "difference": "signed",
 }

@@ -139,6 +139,7 @@ function format(column, number) {
     case "count": return Math.round(number).toLocaleString("en");
     case "score": return number !== 0 && Math.abs(number) < 0.1 ? String(Number(number.toPrecision(2))) : number.toFixed(2);
     case "signed": return (number < 0 ? "−" : "+") + Math.abs(number).toFixed(2);
+    case "change": return (number < 0 ? "−" : "+") + Math.abs(number).toFixed(3);
     case "duration": return duration(number);
     default: return String(Number(number.toPrecision(6)));
   }
