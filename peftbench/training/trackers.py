@@ -15,6 +15,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, Protocol
 
+from filelock import FileLock
 from transformers import TrainerCallback
 
 from peftbench.config.identity import to_plain
@@ -110,7 +111,9 @@ class _MLflow(_Follower):
         if "MLFLOW_TRACKING_URI" not in os.environ:
             mlflow.set_tracking_uri(f"sqlite:///{(followed.root / 'mlflow.db').resolve()}")
             os.environ.pop("MLFLOW_TRACKING_URI", None)  # which that sets: the next run may have another folder
-        mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", followed.project))
+        # Of processes that make the tables of a new database, or an experiment, at the same time, only one succeeds.
+        with FileLock(followed.root / ".mlflow.lock"):
+            mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", followed.project))
         while mlflow.active_run() is not None:
             mlflow.end_run()
         self.run = mlflow.start_run(run_name=followed.name, tags={"group": followed.group})

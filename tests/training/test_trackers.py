@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,29 @@ def test_tensorboard_has_the_log_the_score_and_the_counts(tmp_path: Path) -> Non
         assert record.counts is not None
         assert events.Scalars("final/stored")[0].value == record.counts.stored
         assert events.Scalars("final/score")[0].value == pytest.approx(record.score)
+
+
+def follow_in_mlflow(folder: Path, barrier: Any) -> None:
+    """The main function of a process, as of a worker that begins its first run."""
+    run = compose_run([*SMOKE, f"output_dir={folder}"])
+    barrier.wait()
+    trackers.KINDS["mlflow"](trackers.Followed(run, folder / "abc")).open()
+
+
+@pytest.mark.slow
+def test_workers_that_begin_together_all_reach_mlflow(tmp_path: Path) -> None:
+    """Each would make the tables of the database, which is not there yet."""
+    mlflow = pytest.importorskip("mlflow")
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(3)
+    processes = [context.Process(target=follow_in_mlflow, args=(tmp_path, barrier)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert len(mlflow.search_runs(search_all_experiments=True)) == 3
 
 
 @pytest.mark.slow
