@@ -19,13 +19,14 @@ from typing import Any
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from peftbench.cli.own_parts import check_own_parts
 from peftbench.config.compose import AND, CONFIG_NAME, TypedRun, compose_points, resolve_run
 from peftbench.config.launchers import SWEEPER, HydraLauncher, Local, read_launcher
-from peftbench.config.overrides import explain_hydra, list_hydra_words, quote_path
+from peftbench.config.overrides import describe_error, explain_hydra, list_hydra_words, quote_path
 from peftbench.config.schema import Run, find_conf_dir
 from peftbench.config.search import check_searches, has_open_search, split_phases
 from peftbench.config.studies import is_study
@@ -124,9 +125,13 @@ def _call_hydra(words: Sequence[str]) -> None:
     except (UserError, OSError):
         raise
     except Exception as error:
-        if _started or not (own := list_hydra_words(words)):
+        if _started:
             raise
-        raise UserError(explain_hydra(own, error)) from error
+        if own := list_hydra_words(words):
+            raise UserError(explain_hydra(own, error)) from error
+        if isinstance(error, HydraException):  # of a word beside --help, which nobody has read before
+            raise UserError(describe_error(error)) from error
+        raise
     finally:
         os.environ.pop("HYDRA_FULL_ERROR", None)
 

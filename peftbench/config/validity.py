@@ -17,6 +17,7 @@ from typing import Any
 from peftbench.config.axes import find_refusals, read_axes
 from peftbench.config.budget import parse_budget
 from peftbench.config.fidelity import find_idle_switches
+from peftbench.config.lists import find_nested_lists
 from peftbench.config.own_parts import METRIC, find_own_faults, is_own, list_entry_points
 from peftbench.config.peft_methods import find_peft_faults, has_identity_form, has_rank
 from peftbench.config.schema import (
@@ -158,6 +159,8 @@ def find_faults(run: Run, *, reads_data: bool = True) -> list[str]:
 
     Without `reads_data` the run is only counted, and its task needs no data.
     """
+    if nested := list(find_nested_lists(run)):
+        return nested
     return [
         *_find_name_faults(run),
         *_find_axes_faults(run),

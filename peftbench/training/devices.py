@@ -142,8 +142,22 @@ def choose_own_gpu(index: int) -> None:
 
 
 def join_processes(store: Store, rank: int, size: int) -> Processes:
+    """Join the processes that meet at a store.
+
+    Raises:
+        UserError: a variable of the environment names a network that is not there; or there are too few GPUs.
+    """
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    except RuntimeError as error:
+        given = [
+            f"{name}={os.environ[name]}" for name in sorted(os.environ) if name.startswith(("GLOO_", "NCCL_", "TP_"))
+        ]
+        if not given:
+            raise
+        reason = str(error).split("\n")[0].rpartition("] ")[2]
+        raise UserError(f"{', '.join(given)}: the processes of this run cannot meet so ({reason}).") from error
     team = Processes(rank, size)
     with team.together():
         if len(set(team.gather(torch.cuda.is_available()))) > 1:

@@ -94,3 +94,25 @@ def test_odd_words_are_sentences(words: list[str], said: str, capsys: pytest.Cap
 def test_a_path_of_brackets_is_a_path() -> None:
     """Hydra's parser gives up on it, and so does Python's stack."""
     assert compose_run([f"output_dir={NESTED}"]).output_dir == NESTED
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("trackers=[[],[]]", "trackers=[[], []]: a list of texts is expected"),
+        ("task.labels=[{a:1}]", "task.labels=[{'a': 1}]: a list of texts is expected"),
+        ("trainer.betas=[[],[]]", "trainer.betas=[[], []]: a list of numbers is expected"),
+        ("modified_representation.layers=[[1]]", "layers=[[1]]: a list of whole numbers is expected"),
+        ("modified_representation.stacks=[[encoder]]", "a list of encoder, decoder is expected"),
+    ],
+)
+def test_lists_hold_what_belongs_there(word: str, said: str) -> None:
+    """OmegaConf takes a list in the place of a text or a number."""
+    with pytest.raises(UserError) as refused:
+        compose_run(["method=lora", word], reads_data=False)
+    assert said in str(refused.value)
+
+
+def test_odd_words_beside_help_are_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "method=lora", "+seed==", "--help"]) == 2
+    assert "+seed==" in capsys.readouterr().err

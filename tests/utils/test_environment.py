@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore
 
 from peftbench.cli.main import main
 from peftbench.train import train
+from peftbench.training.devices import join_processes
 from peftbench.utils.console import make_console
 from peftbench.utils.environment import (
     ARITHMETIC,
@@ -250,3 +252,16 @@ def test_what_no_import_survives_is_a_sentence(given: dict[str, str], said: str,
     line = [sys.executable, "-m", "peftbench", "params", "method=lora"]
     done = subprocess.run(line, env={**os.environ, **given}, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_network_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("[enforce fail at device.cc:84] ifa != nullptr. Unable to find address for: nope")
+
+    monkeypatch.setattr("torch.distributed.init_process_group", fail)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nope")
+    with pytest.raises(UserError, match=r"GLOO_SOCKET_IFNAME=nope: .* cannot meet so \(ifa .*address for: nope\)"):
+        join_processes(HashStore(), 0, 2)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    with pytest.raises(RuntimeError):
+        join_processes(HashStore(), 0, 2)
