@@ -254,7 +254,7 @@ def test_only_the_training_is_searched_under_a_budget() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["search=lr"], "search=lr is unknown; did you mean lr3"),
+        (["search=lr"], "search=lr is unknown; did you mean lr"),
         (
             ["search=lr3", "trainer.learning_rate=1e-3,1e-4"],
             "trainer.learning_rate is swept and is chosen by search=lr3",
