@@ -20,7 +20,8 @@
 #   tables      what the tables 3, 4, 5, 6 and 12 have besides, at 0.1, 0.5, 2 and 6.7%
 # Run again, the script skips finished runs and resumes interrupted ones. Of a finished run the record is enough, so that
 # a machine continues what another began, if OUTPUTS has what scripts/keep_records.py kept of it.
-# Words with = go to peftbench train: STEP debug=smoke trainer.max_steps=4 tries a step in minutes.
+# Words with = go to peftbench train, the last of a key counts: seed=42,1,2,3,4 has two more seeds, and
+# debug=smoke trainer.max_steps=4 task.max_selection=16 tries a step in minutes.
 set -euo pipefail
 if [ $# -lt 4 ]; then
   sed -n 's/^# \{0,1\}//; 2,4p' "$0" >&2
@@ -121,9 +122,10 @@ for step in "${steps[@]}"; do
   esac
 done
 
+[ -z "${LIST:-}" ] || more+=(seed=42)
 # Later grids have the first one's words, so that the task, the backbone and what was typed stand there once.
 sweep=("${words[@]}" "${more[@]}" "${sweep[@]}")
 points=${#taken[@]}
-echo "$cell: $points points, of each 5 trials of which one is a run, and 2 more runs: $((7 * points)) trainings"
-[ -z "${LIST:-}" ] || exec python3 -m peftbench params -m "${sweep[@]/seed=42,1,2/seed=42}"
+echo "$cell: $points points; with five trials, one of which is a run, and two more seeds: $((7 * points)) trainings"
+[ -z "${LIST:-}" ] || exec python3 -m peftbench params -m "${sweep[@]}"
 exec python3 -m peftbench train -m output_dir="$outputs" jobs="${JOBS:-auto}" "${sweep[@]}"
