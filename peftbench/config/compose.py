@@ -40,7 +40,8 @@ from peftbench.config.overrides import (
 from peftbench.config.own_parts import FORM, METRIC, add_import_folder, is_own, name_own_parts, resolve_own
 from peftbench.config.rows import GROUP, read_rows
 from peftbench.config.schema import Run, find_conf_dir, resolve_config
-from peftbench.config.validity import METRIC_NAMES, find_faults
+from peftbench.config.task_validity import METRIC_NAMES
+from peftbench.config.validity import find_faults
 from peftbench.config.yaml_files import find_hydra_faults
 from peftbench.utils.errors import UserError, describe_unknown
 

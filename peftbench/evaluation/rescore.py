@@ -8,7 +8,7 @@ from typing import Any
 from peftbench.config.own_parts import is_own, resolve_own
 from peftbench.config.roles import is_reported
 from peftbench.config.schema import Task
-from peftbench.config.validity import METRIC_NAMES, find_label_faults
+from peftbench.config.task_validity import METRIC_NAMES, find_label_faults
 from peftbench.metrics.measure import measure
 from peftbench.records.run_files import name_predictions_file
 from peftbench.records.saved import read_saved_config, read_saved_record, read_scored_predictions

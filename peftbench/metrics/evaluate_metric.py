@@ -10,7 +10,7 @@ from datasets import Sequence as ListOf
 from evaluate import Metric, MetricInfo
 
 from peftbench.config.schema import TaskKind
-from peftbench.config.validity import METRIC_NAMES
+from peftbench.config.task_validity import METRIC_NAMES
 from peftbench.metrics.measure import DEFINITIONS, measure
 
 

@@ -17,7 +17,7 @@ from peftbench.metrics.statistics import Definition, References, Statistics
 from peftbench.metrics.text import ROUGE_TYPES, compute_bleu, compute_exact_match, compute_romanian_bleu, compute_rouge
 from peftbench.utils.errors import UserError
 
-# Which of them suit which kind of task is `config.validity.METRIC_NAMES`.
+# Which of them suit which kind of task is `config.task_validity.METRIC_NAMES`.
 DEFINITIONS: dict[str, Definition] = {
     "accuracy": compute_accuracy,
     "f1": compute_f1,

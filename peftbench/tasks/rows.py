@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 
 from peftbench.config.schema import Task, TaskKind, is_text_table
-from peftbench.config.validity import find_label_faults
+from peftbench.config.task_validity import find_label_faults
 from peftbench.tasks.answer_rows import check_answers
 from peftbench.tasks.file_set import FileSet
 from peftbench.tasks.word_rows import OUTSIDE, describe_no_words, get_label_names, list_tags

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from peftbench.backbones.quantisation import is_quantised
 from peftbench.backbones.sites import adds_router_loss, list_configs
 from peftbench.config import schema
-from peftbench.config.validity import list_unrecordable
+from peftbench.config.trainer_validity import list_unrecordable
 from peftbench.modification.head_attention import ATTENTION_NAME
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.batch import Collator

@@ -15,7 +15,7 @@ from peftbench.config import schema
 from peftbench.config.axes import CHOICES
 from peftbench.config.keys import Key, list_keys
 from peftbench.config.schema import HELP, Run, Search
-from peftbench.config.validity import BASELINES, METRIC_NAMES
+from peftbench.config.task_validity import BASELINES, METRIC_NAMES
 from peftbench.utils.differences import flatten
 
 

@@ -14,7 +14,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
 from peftbench.config.schema import TaskKind
-from peftbench.config.validity import METRIC_NAMES as METRICS_OF_KIND
+from peftbench.config.task_validity import METRIC_NAMES as METRICS_OF_KIND
 from peftbench.metrics.evaluate_metric import EvaluateMetric
 from peftbench.metrics.measure import DEFINITIONS, measure
 from peftbench.metrics.sentences import split_sentences, take_first_sentence

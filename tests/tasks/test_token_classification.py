@@ -19,7 +19,7 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer, BertFor
 
 from peftbench.cli.main import main
 from peftbench.config.schema import Model, Task, TaskKind
-from peftbench.config.validity import find_label_faults
+from peftbench.config.task_validity import find_label_faults
 from peftbench.counts.run_counts import build_meta_backbone
 from peftbench.modification.attach import attach
 from peftbench.records.record import Record, find_finished
