@@ -59,8 +59,7 @@ def predict(
     """
     lengths = [len(ids) for ids in dataset["input_ids"]]
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)  # the largest batch is tried first
-    columns = [name for name in dataset.column_names if name != "labels"]
-    examples = dataset.select_columns(columns)
+    examples = drop_labels(dataset)
     rows: list[np.ndarray] = [np.empty(0)] * len(order)
     done = team.decide(lambda: {} if partial is None else partial.rows)
     for index, row in done.items():
@@ -69,16 +68,7 @@ def predict(
     if done:
         on_batch(len(done))
     sharded = is_sharded(model)
-    caches: AbstractContextManager[NewCache] = nullcontext(dict)
-    if generation is not None and generation.use_cache is not False:
-        caches = make_caches(model, generation.num_beams or 1)
-    with _prepare_model(model, autocast_dtype), caches as new_cache:
-
-        def outputs(batch: dict[str, Tensor]) -> Tensor:
-            if generation is None:
-                return read(model(**batch), batch)
-            return _generate(model, batch, generation, new_cache)
-
+    with open_model(model, read, generation, autocast_dtype) as outputs:
         waiting = list(_split_batches(order, lengths, batch_size, max_tokens))
         while waiting:
             now, waiting = waiting[: team.size], waiting[team.size :]  # a batch for each process
@@ -102,6 +92,32 @@ def predict(
                 waiting = [half for each in (*too_large, *waiting) for half in _halve(each)]
     width = max((row.shape[-1] for row in rows), default=0)
     return np.stack([_widen(row, width) for row in rows])
+
+
+def drop_labels(dataset: Dataset) -> Dataset:
+    """Return the rows as a model predicts from them."""
+    return dataset.select_columns([name for name in dataset.column_names if name != "labels"])
+
+
+@contextmanager
+def open_model(
+    model: PreTrainedModel,
+    read: Callable[[Any, dict[str, Tensor]], Tensor],
+    generation: GenerationConfig | None,
+    autocast_dtype: torch.dtype | None,
+) -> Iterator[Callable[[dict[str, Tensor]], Tensor]]:
+    """Prepare a model; yield the function from a batch on its device to what `predict` returns of it."""
+    caches: AbstractContextManager[NewCache] = nullcontext(dict)
+    if generation is not None and generation.use_cache is not False:
+        caches = make_caches(model, generation.num_beams or 1)
+    with _prepare_model(model, autocast_dtype), caches as new_cache:
+
+        def outputs(batch: dict[str, Tensor]) -> Tensor:
+            if generation is None:
+                return read(model(**batch), batch)
+            return _generate(model, batch, generation, new_cache)
+
+        yield outputs
 
 
 def _widen(row: np.ndarray, width: int) -> np.ndarray:

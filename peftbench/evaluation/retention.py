@@ -69,7 +69,7 @@ def _load(run: Run) -> Backbone:
     except UserError as error:
         why = " ".join(error.faults)
         raise UserError(
-            f"retention={run.retention} needs the backbone's own language model, head too: {why}"
+            f"retention={run.retention} loads the backbone's own language model, head too: {why}"
         ) from error
     backbone.model.to(device).eval()
     return backbone

@@ -13,6 +13,7 @@ import statistics
 import time
 from copy import copy
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from transformers import GenerationConfig
@@ -20,60 +21,72 @@ from transformers import GenerationConfig
 from peftbench.backbones.load import Backbone, load_backbone
 from peftbench.backbones.precision import choose_device, resolve_dtype
 from peftbench.backbones.sites import set_configs
-from peftbench.config.schema import Run
+from peftbench.config.schema import Run, TaskKind
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.evaluation.finished import restore_backbone
-from peftbench.evaluation.predict import predict
+from peftbench.evaluation.predict import drop_labels, open_model
 from peftbench.records.record import Speed, Throughput
-from peftbench.tasks.base import TaskData
 from peftbench.tasks.load import Loaded, load_task
 from peftbench.tasks.prepare import prepare_data
+from peftbench.utils.memory import is_out_of_memory, make_room
 
 EXAMPLES = 64  # at most, and at most a batch of the evaluation
 TIMES = 3
 
 
 def measure_speed(run: Run, folder: Path) -> Speed:
-    """Return how fast the bare backbone and the run in `folder` predict."""
+    """Return how fast the bare backbone and the run in `folder` predict; on half the examples if memory runs out."""
     run, loaded, device = resolve_dtype(run), load_task(run.task), choose_device(run.trainer)
-    examples, tokens, bare = _measure(run, loaded, load_backbone(run.model, loaded.task, device))
-    gc.collect()
-    _, _, trained = _measure(run, loaded, restore_backbone(folder, run, loaded.task, device))
-    return Speed("read" if _writes_nothing(run) else "written", examples, tokens, bare, trained)
+    examples = min(EXAMPLES, run.trainer.eval_batch_size)
+    while True:
+        try:
+            bare = _measure(run, loaded, load_backbone(run.model, loaded.task, device), examples)
+            gc.collect()
+            trained = _measure(run, loaded, restore_backbone(folder, run, loaded.task, device), examples)
+        except RuntimeError as error:
+            if examples == 1 or not is_out_of_memory(error):
+                raise
+        else:
+            of: Literal["written", "read"] = "written" if run.task.kind is TaskKind.text_to_text else "read"
+            return Speed(of, trained.examples, trained.tokens, bare.throughput, trained.throughput)
+        examples //= 2
+        make_room()
 
 
-def _writes_nothing(run: Run) -> bool:
-    return run.task.kind.name != "text_to_text"
+class _Measured(NamedTuple):
+    """A batch, and how fast a model predicts for it."""
+
+    examples: int
+    tokens: int
+    throughput: Throughput
 
 
-def _measure(run: Run, loaded: Loaded, backbone: Backbone) -> tuple[int, int, Throughput]:
-    """Return how many examples and tokens a model predicts, and how fast."""
+def _measure(run: Run, loaded: Loaded, backbone: Backbone, examples: int) -> _Measured:
+    """Return how fast a model predicts the first examples of the report split as one batch. The time of merging is not
+    counted: a model is merged once, and used as long as one likes."""
     model, device = backbone.model, choose_device(run.trainer)
     data = prepare_data(loaded, backbone.tokenizer, model)
     model.to(device)
-    rows = data.report.select(range(min(EXAMPLES, run.trainer.eval_batch_size, len(data.report))))
+    rows = data.report.select(range(min(examples, len(data.report))))
+    padded = data.collator(list(drop_labels(rows)))
+    batch = {name: tensor.to(device) for name, tensor in padded.items() if tensor is not None}
     evaluator = Evaluator(model, data, run)
     generation = None if evaluator.generation is None else write_to_the_end(evaluator.generation)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     seconds = []
-    for _ in range(TIMES + 1):
-        began = time.perf_counter()
-        with set_configs([] if generation is None else [model], "generation_config", GenerationConfig()):
-            predict(
-                model,
-                rows,
-                data.collator,
-                len(rows),
-                max_tokens=run.trainer.eval_batch_tokens,
-                generation=generation,
-                autocast_dtype=evaluator.autocast_dtype,
-            )
-        seconds.append(time.perf_counter() - began)
-    tokens = _count_tokens(data, rows["input_ids"], generation)
+    with (
+        set_configs([] if generation is None else [model], "generation_config", GenerationConfig()),
+        open_model(model, data.read_outputs, generation, evaluator.autocast_dtype) as predict,
+    ):
+        for _ in range(TIMES + 1):
+            began = time.perf_counter()
+            predict(batch).cpu()  # waits for the GPU
+            seconds.append(time.perf_counter() - began)
+    tokens = _count_tokens(rows["input_ids"], generation)
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    return len(rows), tokens, Throughput(tokens / statistics.median(seconds[1:]), memory)
+    return _Measured(len(rows), tokens, Throughput(tokens / statistics.median(seconds[1:]), memory))
 
 
 def write_to_the_end(generation: GenerationConfig) -> GenerationConfig:
@@ -86,7 +99,7 @@ def write_to_the_end(generation: GenerationConfig) -> GenerationConfig:
     return found
 
 
-def _count_tokens(data: TaskData, inputs: list[list[int]], generation: GenerationConfig | None) -> int:
+def _count_tokens(inputs: list[list[int]], generation: GenerationConfig | None) -> int:
     """Return the number of tokens that are written, or read if none is."""
     if generation is None:
         return sum(map(len, inputs))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from peftbench.backbones.load import load_backbone, load_language_model
 from peftbench.cli.main import main
 from peftbench.config.compose import compose_run
 from peftbench.config.identity import hash_run
+from peftbench.evaluation import speed
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.evaluation.general_text import (
     Block,
@@ -32,7 +34,7 @@ from peftbench.evaluation.retention import (
 from peftbench.evaluation.speed import write_to_the_end
 from peftbench.modification.attach import attach, attach_run
 from peftbench.modification.state import FILE_NAME, fold, save
-from peftbench.records.record import Record, load_records
+from peftbench.records.record import Record, Throughput, load_records
 from peftbench.tasks.batch import NO_TOKEN
 from peftbench.tasks.load import load_task
 from peftbench.tasks.prepare import prepare_data
@@ -162,7 +164,7 @@ def test_an_encoder_fills_masked_tokens(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("film good " * 100, encoding="utf-8")
     words = ["task=doctopic", f"model.path={folder}", "model=bert_base", f"retention={tmp_path / 'text.txt'}"]
     run = compose_run([*words, "trainer.device=cpu"])
-    with pytest.raises(UserError, match=r"needs the backbone's own language model, head too: .* are missing"):
+    with pytest.raises(UserError, match=r"loads the backbone's own language model, head too: .* are missing"):
         measure_before(run)  # it was saved with a classifier's head
     torch.manual_seed(0)
     BertForMaskedLM(config).save_pretrained(folder)
@@ -212,6 +214,42 @@ def test_texts_are_written_to_their_full_length() -> None:
     written = evaluator.predict("report")
     assert written.shape == (4, run.task.generation.max_length)
     assert (written[:, 1:-1] != NO_TOKEN).all()  # BART is made to end a text in the last place
+
+
+def test_half_as_many_examples_are_tried_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tried: list[int] = []
+
+    def measure(run: object, loaded: object, backbone: object, examples: int) -> speed._Measured:
+        tried.append(examples)
+        if examples > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return speed._Measured(examples, 10, Throughput(2.0, 5))
+
+    monkeypatch.setattr(speed, "_measure", measure)
+    monkeypatch.setattr(speed, "load_task", lambda task: SimpleNamespace(task=task))
+    for name in ("load_backbone", "restore_backbone"):
+        monkeypatch.setattr(speed, name, lambda *args: None)
+    found = speed.measure_speed(compose_run(["task=doctopic", "trainer.eval_batch_size=12"]), tmp_path)
+    assert tried == [12, 6, 3, 3] and (found.of, found.examples, found.tokens) == ("read", 3, 10)
+
+
+@pytest.mark.slow
+def test_what_a_question_costs_is_measured(tmp_path: Path) -> None:
+    rows = [
+        {
+            "question": f"Which colour is {i}?",
+            "context": f"{i} is red.",
+            "answers": {"text": ["red"], "answer_start": [len(f"{i} is ")]},
+        }
+        for i in range(40)
+    ]
+    (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    words = ["task=question_answering", f"task.train_file={tmp_path / 'qa.jsonl'}", "model=mini", "method=lora"]
+    words += ["debug=smoke", "trainer.device=cpu", "speed=true", f"output_dir={tmp_path / 'runs'}"]
+    assert main(["train", *words]) == 0
+    (record,), _ = load_records(tmp_path / "runs")
+    assert record.speed is not None and record.speed.of == "read"
+    assert record.speed.tokens > 5 * record.speed.examples > 0
 
 
 @pytest.mark.slow
