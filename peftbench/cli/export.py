@@ -10,7 +10,8 @@ from peftbench.evaluation.finished import read_saved_run
 from peftbench.exchange.export import export_run, push_folder, require_empty
 from peftbench.exchange.peft_form import describe_targets
 from peftbench.records.saved import find_run_folder, read_saved_record
-from peftbench.utils.quiet import make_quiet_console
+from peftbench.utils.console import say
+from peftbench.utils.quiet import silence_libraries
 
 
 def main(argv: list[str]) -> int:
@@ -38,12 +39,9 @@ def main(argv: list[str]) -> int:
     require_empty(arguments.out)
     record = read_saved_record(arguments.run)
     run = read_saved_run(arguments.run, record, arguments.overrides)
-    console = make_quiet_console()
+    silence_libraries()
     exported = export_run(arguments.run, run, record, arguments.out, check=not arguments.no_check)
     config = exported.adapter.config
-
-    def say(sentence: str) -> None:
-        console.print(sentence, highlight=False, soft_wrap=True)
 
     size = f" of rank {config['r']}" if "r" in config else ""
     say(f"{arguments.out}: {config['peft_type']}{size} at {describe_targets(config)}")

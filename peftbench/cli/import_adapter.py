@@ -9,6 +9,7 @@ from pathlib import Path
 from peftbench.exchange.export import require_empty
 from peftbench.exchange.foreign import read_adapter
 from peftbench.exchange.importing import compose_imported, import_adapter
+from peftbench.utils.console import say
 from peftbench.utils.files import expand_home
 from peftbench.utils.progress import Display
 from peftbench.utils.quiet import make_quiet_console
@@ -51,9 +52,6 @@ def main(argv: list[str]) -> int:
     compared = arguments.adapter if arguments.adapter.is_dir() and find_spec("peft") is not None else None
     imported = import_adapter(adapter, run, arguments.out, words, Display(console), compared)
     record = imported.record
-
-    def say(sentence: str) -> None:
-        console.print(sentence, highlight=False, soft_wrap=True)
 
     for axes in record.axes:
         size = "" if axes.bottleneck is None else f", bottleneck {axes.bottleneck}"

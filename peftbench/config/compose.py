@@ -33,6 +33,7 @@ from peftbench.config.overrides import (
     apply_override,
     describe_error,
     explain_hydra,
+    get_key,
     list_hydra_words,
     parse_overrides,
     quote_path,
@@ -120,7 +121,7 @@ def compose_points(
 
 def refuse_searchpath(overrides: Sequence[str]) -> None:
     """Raise UserError if a command line names a folder of configs that `check_config_dir` does not see."""
-    if unchecked := [word for word in overrides if _get_key(word) == "hydra.searchpath"]:
+    if unchecked := [word for word in overrides if get_key(word) == "hydra.searchpath"]:
         raise UserError(f"{unchecked[0]}: give a folder of your own groups as --config-dir FOLDER.")
 
 
@@ -151,7 +152,7 @@ def _split_grids(words: Sequence[str]) -> list[list[str]]:
     """Return the overrides of each grid of a sweep. A grid after an `and` has the first grid's overrides and its own,
     which replace those with the same key. `OF_SWEEP` belong to all grids."""
     grids: list[list[str]] = [[]]
-    shared = list(dict.fromkeys(word for word in words if _get_key(word) in OF_SWEEP))
+    shared = list(dict.fromkeys(word for word in words if get_key(word) in OF_SWEEP))
     for word in words:
         if word == AND:
             grids.append([])
@@ -161,18 +162,14 @@ def _split_grids(words: Sequence[str]) -> list[list[str]]:
         return [list(words)]
     if not all(grids):
         raise UserError(f"{AND} must be between two grids, as in -m method=full {AND} method=lora,mam budget=1%.")
-    if len(set(map(_get_key, shared))) < len(shared):
+    if len(set(map(get_key, shared))) < len(shared):
         raise UserError(f"{', '.join(shared)}: a sweep has one value of {' and of '.join(OF_SWEEP)}, not several.")
     first, *others = grids
     grids = [
         first,
-        *([*(word for word in first if _get_key(word) not in set(map(_get_key, own))), *own] for own in others),
+        *([*(word for word in first if get_key(word) not in set(map(get_key, own))), *own] for own in others),
     ]
     return [[*grid, *shared] for grid in grids]
-
-
-def _get_key(word: str) -> str:
-    return word.partition("=")[0].lstrip("+~")
 
 
 def _expand_grid(grid: list[str], multirun: bool, loader: ConfigLoader) -> list[list[str]]:

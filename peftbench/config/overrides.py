@@ -57,6 +57,11 @@ def parse_overrides(words: Sequence[str], loader: ConfigLoader | None = None) ->
     return parsed
 
 
+def get_key(word: str) -> str:
+    """Return the key of a word KEY=VALUE as it is typed, without the + or ~ of Hydra before it."""
+    return word.partition("=")[0].lstrip("+~")
+
+
 def apply_override(cfg: DictConfig, override: Override) -> str | None:
     """Set the key of an override in `cfg`. Return what is wrong with it as a sentence, or None."""
     # The keys of peft are checked by find_peft_faults, the settings of own parts by those who build them.

@@ -18,6 +18,7 @@ from peftbench.backbones.precision import choose_device, describe_device, resolv
 from peftbench.config import schema
 from peftbench.config.compose import compose_run
 from peftbench.config.identity import hash_run
+from peftbench.config.overrides import get_key
 from peftbench.config.stamps import stamp_content
 from peftbench.config.validity import find_faults
 from peftbench.evaluation.recording import record_counts, record_data, record_scores
@@ -70,7 +71,7 @@ def compose_imported(adapter: ForeignAdapter, words: Sequence[str]) -> schema.Ru
     Raises:
         UserError: a word is wrong, or the adapter has no form on the axes of this backbone.
     """
-    keys = {word: word.lstrip("+~").partition("=")[0].split(".")[0] for word in words}
+    keys = {word: get_key(word).split(".")[0] for word in words}
     if wrong := [word for word, group in keys.items() if group not in GROUPS]:
         instead = "import takes keys of task, model and trainer; the method is read from the file"
         raise UserError(*(f"{word}: {instead}." for word in wrong))

@@ -15,6 +15,7 @@ from typing import Any
 from scipy.stats import ttest_ind
 
 from peftbench.config.budget import parse_budget
+from peftbench.config.overrides import get_key
 from peftbench.config.schema import find_conf_dir, index_by_key
 from peftbench.records.record import Record
 from peftbench.tables.comparison import compare_rows
@@ -160,7 +161,7 @@ def list_next_commands(advice: Advice, budget: str | None) -> list[str]:
     """Return the lines to type next: more seeds for the front, then methods that were not tried, trained alike."""
     lines = []
     for row in advice.thin[:2]:
-        words = [word for word in row.first.overrides if _get_key(word) not in ("seed", "jobs", "search.seed")]
+        words = [word for word in row.first.overrides if get_key(word) not in ("seed", "jobs", "search.seed")]
         more = [str(seed) for seed in (42, 1, 2, 3, 4) if seed not in {record.seed for record in row.scored}]
         lines.append(_write_command([*words, f"seed={','.join(more[: SEEDS - len(row.scored)])}"]))
     if advice.untried:
@@ -178,10 +179,6 @@ def list_next_commands(advice: Advice, budget: str | None) -> list[str]:
             _write_command([*kept, f"method={','.join(advice.untried[:4])}", *share, "search=lr3", "seed=42,1,2"])
         )
     return lines
-
-
-def _get_key(word: str) -> str:
-    return word.partition("=")[0].lstrip("+")
 
 
 def _write_command(words: Sequence[str]) -> str:
