@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -27,6 +26,32 @@ from tests.tasks.test_tasks import byte_level
 __all__ = ["sentiment", "smoke"]  # fixtures
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "peftbench"]
+
+# A command whose leading process sends a signal, to itself or to the other one, when it has saved the checkpoint of a
+# step: whoever waits for the file from outside may come too late.
+STOP = """
+import os, sys
+from pathlib import Path
+import psutil
+from peftbench.utils.quick_imports import speed_up_imports
+
+with speed_up_imports():
+    from peftbench.training.checkpoint import SaveByTime
+
+file, step, who, number = sys.argv[1:5]
+really = SaveByTime.on_save
+
+def on_save(self, args, state, control, **kwargs):
+    really(self, args, state, control, **kwargs)
+    if state.global_step == int(step):
+        (other,) = [each.pid for each in psutil.Process().children() if "spawn_main" in " ".join(each.cmdline())]
+        Path(file).write_text(str(other))
+        os.kill(other if who == "other" else os.getpid(), int(number))
+
+SaveByTime.on_save = on_save
+from peftbench.cli.main import main
+sys.exit(main(sys.argv[5:]))
+"""
 
 
 def assert_same_runs(folder: Path, expected: Path) -> None:
@@ -64,25 +89,26 @@ def test_torchrun_trains_one_run_of_a_sweep_after_another(smoke: list[str], tmp_
 
 @pytest.mark.slow
 def test_a_run_whose_processes_are_stopped_goes_on_where_it_was(smoke: list[str], tmp_path: Path) -> None:
-    """A process is killed, then Ctrl-C ends the run; the same line goes on each time."""
+    """A process is killed at step 3, Ctrl-C ends the run at step 20; the same line goes on each time."""
     words = ["train", *SMALL_MAM, *smoke, "task.baselines=[]", "trainer.max_steps=150"]
     words += ["trainer.checkpoint_minutes=0"]  # 150 checkpoints, which a MAM of the usual size would make one of 38 MB
-    line, outputs = [*SUBPROCESS, *words, "trainer.devices=2"], tmp_path / "outputs"
+    words.append("trainer.devices=2")
+    outputs = tmp_path / "outputs"
 
     def stop(at: int, who: str, by: signal.Signals) -> tuple[int, list[str], float]:
+        asked = tmp_path / f"{who}.pid"
+        line = [sys.executable, "-c", STOP, str(asked), str(at), who, str(int(by)), *words]
         process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        while not any(int(file.parent.name[11:]) >= at for file in outputs.rglob("checkpoint-*/trainer_state.json")):
+        while not asked.exists():
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.05)
-        others = [
-            child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())
-        ]
-        os.kill(others[0].pid if who == "other" else process.pid, by)
         began = time.monotonic()
         said = process.communicate(timeout=60)[1].splitlines()
         seconds = time.monotonic() - began
-        psutil.wait_procs(others, timeout=10)
-        assert not any(each.is_running() for each in others)
+        other = int(asked.read_text())
+        while psutil.pid_exists(other) and time.monotonic() < began + 70:
+            time.sleep(0.05)
+        assert not psutil.pid_exists(other)
         return process.returncode, said, seconds
 
     code, said, seconds = stop(3, "other", signal.SIGKILL)
@@ -94,9 +120,9 @@ def test_a_run_whose_processes_are_stopped_goes_on_where_it_was(smoke: list[str]
     code, said, seconds = stop(20, "leader", signal.SIGINT)
     assert code == 130 and seconds < 15 and said == ["peftbench: interrupted; the same line goes on with this run."]
     assert records(outputs)[0]["status"] == "interrupted"
-    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "goes on from step" in done.stdout
-    assert main([*replaced(words, tmp_path / "alone")]) == 0
+    done = subprocess.run([*SUBPROCESS, *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "goes on from step 20" in done.stdout
+    assert main([*replaced(words[:-1], tmp_path / "alone")]) == 0
     assert_same_runs(outputs, tmp_path / "alone")
 
 
