@@ -110,25 +110,40 @@ def _show(cell: CellFindings, each: bool, console: Console) -> None:
     console.print(_describe_cell(cell), highlight=False)
     console.print()
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for header in HEADERS:
-        numbers = header in HEADERS[2:6]
-        table.add_column(header, justify="right" if numbers else "left", no_wrap=header != "claim", overflow="fold")
+    table.add_column("claim", min_width=22)
+    for header in ("difference", "95% interval", "runs"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
     for finding in cell.findings:
-        table.add_row(*_list_cells(finding), style="dim" if finding.estimate is None else None)
+        says, claimed, difference, interval, _, runs, verdict = _list_cells(finding)
+        cells = (f"{says}, {claimed}", difference, interval, runs, verdict)
+        table.add_row(*cells, style="dim" if finding.estimate is None else None)
     console.print(table)
     console.print()
     if each:
-        table = Table("claim", *_EACH, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-        for finding in cell.findings:
-            for comparison, estimate in finding.comparisons:
-                table.add_row(finding.claim.name, *_list_pair(finding, comparison, estimate))
-        console.print(table)
-        console.print()
+        _show_pairs(cell, console)
     console.print(f"{CHANGE[0].upper()}{CHANGE[1:]}:")
     for finding in cell.findings:
-        console.print(f"- {finding.claim.name}: {_describe_change(finding)}", highlight=False)
+        console.print(f"- {finding.claim.says}: {_describe_change(finding)}", highlight=False)
     console.print(_describe_chance(cell), style="dim", highlight=False)
     console.print()
+
+
+def _show_pairs(cell: CellFindings, console: Console) -> None:
+    """Print the pairs of rows that each verdict rests on: A above B."""
+    for finding in cell.findings:
+        if not finding.comparisons:
+            continue
+        table = Table(
+            title=finding.claim.says, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
+        )
+        for header in ("A, B", "% stored", "seeds", "A - B", "95% interval", "verdict"):
+            table.add_column(header, justify="left" if header in ("A, B", "verdict") else "right", no_wrap=True)
+        for comparison, estimate in finding.comparisons:
+            a, b, sizes, *others = _list_pair(finding, comparison, estimate)
+            table.add_row(f"{a}\n{b}", sizes.replace(", ", "\n"), *others)
+        console.print(table)
+        console.print()
 
 
 def _to_markdown(cell: CellFindings, each: bool) -> str:

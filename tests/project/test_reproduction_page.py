@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from peftbench.cli.claims import main as claims
 from peftbench.tables.claims import read_claims
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,3 +35,11 @@ def test_the_records_are_small() -> None:
     sizes = [file.stat().st_size for file in (ROOT / "outputs" / "reference").rglob("*") if file.is_file()]
     assert sum(sizes) < MOST_BYTES
     assert not list((ROOT / "outputs" / "reference").rglob("predictions*"))
+
+
+def test_the_tables_fit_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert claims([str(ROOT / "outputs" / "reference"), "--each"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
+    assert any(line.startswith("Parallel beats") and line.endswith("confirmed") for line in map(str.rstrip, lines))
