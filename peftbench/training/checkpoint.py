@@ -81,7 +81,8 @@ class Checkpoints:
                     continue
                 decode(float, notes["seconds"], "seconds")
             except (OSError, ValueError, TypeError, KeyError) as error:
-                reason = getattr(error, "strerror", None) or error
+                odd = f"{LAST_WRITTEN} or {NOTES} is not as it was written"
+                reason = odd if isinstance(error, TypeError | KeyError) else getattr(error, "strerror", None) or error
                 say(f"{folder} is damaged ({reason}): it is passed over.")
                 continue
             yield Checkpoint(folder, step, notes)

@@ -73,7 +73,7 @@ def test_a_damaged_checkpoint_is_passed_over(name: str, harm: str, sealed: bool,
         return
     assert checkpoints.take_up(said.append) is None and not place.exists()
     if (name, harm) != ("trainer_state.json", "gone"):  # which is how one looks that is being written
-        assert len(said) == 1 and "is damaged" in said[0] and str(place) in said[0]
+        assert len(said) == 1 and "is damaged" in said[0] and str(place) in said[0] and "NoneType" not in said[0]
 
 
 def test_the_checkpoint_before_is_taken(tmp_path: Path) -> None:
