@@ -238,12 +238,12 @@ def test_no_task_needs_data(task: str, command: str, capsys: pytest.CaptureFixtu
     """But for its labels, where only the data has them: their number is the size of the head."""
     assert {"webnlg", "wmt16_enro", "text_to_text"} <= set(TASKS)
     words = [command, "method=lora", f"task={task}", "--json"]
-    if task == "text_classification":
+    if task in ("text_classification", "token_classification"):
         assert main(words) == 2
-        sentence = "task=text_classification has no labels, and their number is the size of the task head; give task"
+        sentence = f"task={task} has no labels, and their number is the size of the task head; give task"
         captured = capsys.readouterr()
         assert sentence in captured.err and len(captured.err.splitlines()) == 1 and not captured.out
-        words.append("task.labels=[a,b,c]")
+        words.append("task.labels=[O,B-A]" if task == "token_classification" else "task.labels=[a,b,c]")
     assert main(words) == 0
     found = json.loads(capsys.readouterr().out)
     numbers = found[0] if command == "params" else {**found, **found["totals"]}

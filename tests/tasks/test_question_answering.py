@@ -27,12 +27,15 @@ from peftbench.tasks.load import load_task
 from peftbench.tasks.question_answering import END, START, QuestionAnswering, find_best_span
 from peftbench.training.answer_loss import compute_answer_loss
 from peftbench.training.padding_free import PaddingFree, add_lengths
+from peftbench.training.shares import COUNTED, ROW, WHOLE, share_batches
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import write_lines
+from peftbench.utils.team import Team
 from tests.families import PRESETS, build, dropout, shake
 from tests.finished import save_backbone, save_tiny_bert
 from tests.fitting import EPSILON, Rows, fitted, gradients_of, one_step, trained
 from tests.tasks.test_tasks import byte_level, tiny_bert, unigram
+from tests.training.test_replay import Recorder
 
 ASK = Task(
     name="ask",
@@ -277,6 +280,40 @@ def test_without_padding_the_gradients_are_the_same(family: str) -> None:
     assert found.keys() == expected.keys() and len(found) > 4
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [({"graphs": True}, 4), ({"padding_free": True}, 4), ({"graphs": True, "padding_free": True}, 8)],
+)
+def test_fast_paths_train_the_same(settings: dict[str, bool], size: int, tmp_path: Path) -> None:
+    """Also with steps that are replayed, for which all batches have the width of the longest."""
+    data, found = Rows(asked_rows(), [9, 8, 7, 6, 5, 4, 4, 4]), []
+    for chosen in ({"graphs": False, "padding_free": False}, settings):
+        model = answerer("bert")
+        recorder = Recorder() if chosen.get("graphs") else None
+        steps = one_step(max_steps=4, batch_size=size, **chosen)
+        taken = fitted(model, data, steps, tmp_path, recorder=recorder).fast_paths
+        assert set(taken) == {name for name, value in chosen.items() if value}
+        assert recorder is None or recorder.replayed > 0
+        found.append(trained(model))
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_processes_share_the_questions() -> None:
+    """Each takes its rows, and counts questions; one without any takes the first, which then counts nothing."""
+
+    class Last(Team):
+        rank, size = 2, 3
+
+    data = Rows(asked_rows(), [9, 8, 7, 6, 5, 4, 4, 4])
+    collate = share_batches(data.collator, Last(), next_token=False)
+    share = collate([data.train[row] for row in range(8)])
+    assert share[WHOLE].tolist() == [8] * len(share[ROW])
+    assert share[START].tolist() == [data.train[row][START] for row in share[ROW]]
+    few = collate([data.train[row] for row in range(2)])
+    assert few[COUNTED].tolist() == [False] and few[WHOLE].tolist() == [2]
 
 
 def test_a_llama_keeps_its_weights_under_another_name(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from tests.families import PRESETS, build, dropout, shake
 from tests.finished import save_tiny_bert
 from tests.fitting import EPSILON, Rows, fitted, gradients_of, one_step, trained
 from tests.tasks.test_tasks import byte_level, tiny_bert, unigram, word_level
+from tests.training.test_replay import Recorder
 
 LABELS = ["O", "B-PER", "I-PER", "B-LOC"]
 NAMES = Task(
@@ -233,24 +234,29 @@ class Tagged(Rows):
         return [code for code in self.rows["labels"].flatten().tolist() if code != -100]
 
 
-@pytest.mark.parametrize("weights", [None, [4.0, 1.0, 0.5]], ids=["plain", "weighted"])
+@pytest.mark.parametrize(
+    ("weights", "smoothing"),
+    [(None, 0.0), (None, 0.1), ([4.0, 1.0, 0.5], 0.1)],
+    ids=["plain", "smoothed", "weighted and smoothed"],
+)
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_the_gradient_is_that_of_the_mean_over_all_words(
-    family: str, weights: list[float] | None, tmp_path: Path
+    family: str, weights: list[float] | None, smoothing: float, tmp_path: Path
 ) -> None:
     """Of the whole batch, however it is split; the first token of a decoder's text counts too."""
     data = Tagged(tagged_rows(), [9, 8, 7, 6, 5, 4, 4, 4])
     by_hand = tagger(family)
     logits = by_hand(**{name: data.rows[name] for name in ("input_ids", "attention_mask")}).logits
     scaled = None if weights is None else torch.tensor(scale_class_weights(weights, data.label_codes(), "abc"))
-    summed = nn.CrossEntropyLoss(scaled, reduction="sum")(logits.flatten(0, 1), data.rows["labels"].flatten())
+    loss = nn.CrossEntropyLoss(scaled, reduction="sum", label_smoothing=smoothing)
+    summed = loss(logits.flatten(0, 1), data.rows["labels"].flatten())
     (summed / len(data.label_codes())).backward()
     expected = {n: p - p.grad / (p.grad.abs() + EPSILON) for n, p in by_hand.named_parameters() if p.grad is not None}
     before = trained(by_hand)
     assert max(float((before[name] - tensor.detach()).abs().max()) for name, tensor in expected.items()) > 1e-3
     for split in ({}, {"micro_batch": "1"}, {"batch_size": 4, "accumulation": 2, "micro_batch": "3"}):
         model = tagger(family)
-        fitted(model, data, one_step(class_weights=weights, **split), tmp_path)
+        fitted(model, data, one_step(class_weights=weights, label_smoothing=smoothing, **split), tmp_path)
         for name, tensor in trained(model).items():
             torch.testing.assert_close(tensor, expected[name].detach(), rtol=1e-4, atol=1e-6, msg=name)
 
@@ -268,6 +274,25 @@ def test_without_padding_the_gradients_are_the_same(family: str) -> None:
     assert found.keys() == expected.keys() and len(found) > 4
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [({"graphs": True}, 4), ({"padding_free": True}, 4), ({"graphs": True, "padding_free": True}, 8)],
+)
+def test_fast_paths_train_the_same(settings: dict[str, bool], size: int, tmp_path: Path) -> None:
+    """Also with steps that are replayed, for which all batches have the width of the longest."""
+    data, found = Tagged(tagged_rows(), [9, 8, 7, 6, 5, 4, 4, 4]), []
+    for chosen in ({"graphs": False, "padding_free": False}, settings):
+        model = tagger("bert")
+        recorder = Recorder() if chosen.get("graphs") else None
+        steps = one_step(max_steps=4, batch_size=size, **chosen)
+        taken = fitted(model, data, steps, tmp_path, recorder=recorder).fast_paths
+        assert set(taken) == {name for name, value in chosen.items() if value}
+        assert recorder is None or recorder.replayed > 0
+        found.append(trained(model))
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
 # ---- A run ----
