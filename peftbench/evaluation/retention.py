@@ -85,8 +85,8 @@ def put_trained_tensors(model: PreTrainedModel, file: Path) -> None:
         UserError: the file lacks a tensor, or has one of another shape.
     """
     fold(model)
-    prefix = f"{model.base_model_prefix}."
-    saved = {name.removeprefix(prefix): tensor for name, tensor in load_tensors(file).items()}
+    prefix, other = f"{model.base_model_prefix}.", "transformer."  # the latter is that of LlamaForQuestionAnswering
+    saved = {name.removeprefix(prefix).removeprefix(other): tensor for name, tensor in load_tensors(file).items()}
     head = model.get_output_embeddings()  # T5's is in its base
     in_base = {id(tensor) for tensor in model.base_model.parameters()}
     in_base -= set() if head is None else {id(tensor) for tensor in head.parameters()}

@@ -19,9 +19,11 @@ from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering
 from peftbench.backbones.load import load_backbone
 from peftbench.cli.main import main
 from peftbench.config.schema import Model, Task, TaskKind
+from peftbench.evaluation.retention import put_trained_tensors
 from peftbench.metrics.evaluate_metric import EvaluateMetric
 from peftbench.metrics.measure import measure
 from peftbench.modification.attach import attach
+from peftbench.modification.state import FILE_NAME, fold, save
 from peftbench.records.record import Record, find_finished
 from peftbench.tasks.load import load_task
 from peftbench.tasks.question_answering import END, START, QuestionAnswering, find_best_span
@@ -143,6 +145,11 @@ def test_what_a_model_that_is_right_predicts(build_tokenizer: Any, longest: int,
     assert data.train["input_ids"] == data.report["input_ids"]
     assert longest == 32 or len(data.train) > 4
     wanted = [row["answers"]["text"] or [""] for row in [*ROWS, NONE]]
+    for row, ids, first, last in zip(
+        data.number_examples("report"), data.train["input_ids"], data.train[START], data.train[END], strict=True
+    ):
+        spelled = data.tokenizer.decode(ids[first : last + 1]).replace("▁", "").replace(" ", "")
+        assert first == last == 0 or spelled == wanted[row][0].replace(" ", "")
     assert [[text] for text in data.decode(make_scores(data))] == wanted == data.references(data.report_rows)
     assert data.train_rows["answer_start"][2] == [5]
     assert data.splits["report"]["examples"] == 4
@@ -326,6 +333,18 @@ def test_a_llama_keeps_its_weights_under_another_name(tmp_path: Path) -> None:
         assert torch.equal(loaded.model.base_model.state_dict()[name], tensor)
 
 
+def test_what_a_llama_learned_is_put_into_its_language_model(tmp_path: Path) -> None:
+    answers, writes = answerer("llama"), build("llama")
+    fold(answers)
+    save(answers, tmp_path)
+    attach(writes, PRESETS["parallel_adapter"])
+    put_trained_tensors(writes, tmp_path / FILE_NAME)
+    found = trained(writes)
+    assert len(found) > 4
+    for name, tensor in found.items():
+        assert torch.equal(tensor, answers.get_parameter(name.replace("model.", "transformer.", 1)))
+
+
 # ---- A run ----
 
 
@@ -345,7 +364,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Record
     line = ["task=question_answering", f"task.train_file={folder / 'rows.jsonl'}", "task.max_source_length=24"]
     line += ["model=bert_base", f"model.path={save_tiny_bert(folder / 'bert')}", "method=lora", "debug=smoke"]
     line += ["trainer.max_steps=60", "trainer.learning_rate=0.03", "task.stride=8", "task.baselines=[copy]"]
-    line += ["task.max_train=null", "task.max_eval=null", "task.max_selection=null"]
+    line += ["task.max_train=null", "task.max_eval=null", "task.max_selection=null", "speed=true"]
     assert main(["train", *line, f"output_dir={folder / 'outputs'}"]) == 0
     (file,) = (folder / "outputs").rglob("record.json")
     record = find_finished(file.parent)
@@ -357,6 +376,7 @@ def test_a_run_learns_and_is_scored_again(run: tuple[Path, Record], capsys: pyte
     folder, record = run
     assert record.score is not None and record.score > 90 > record.baselines["copy"]
     assert any("windows" in note for note in record.data["notes"])
+    assert record.speed is not None and record.speed.of == "read" and record.speed.tokens > 0
     for command in ("evaluate", "rescore"):
         capsys.readouterr()
         assert main([command, str(folder), "--json"]) == 0
