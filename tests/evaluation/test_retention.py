@@ -142,6 +142,7 @@ def test_what_was_trained_with_a_task_head_is_put_into_the_language_model(
         put_trained_tensors(other, tmp_path / FILE_NAME)
 
 
+@pytest.mark.slow
 def test_a_method_that_changes_nothing_forgets_nothing_and_one_that_does_is_seen(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT[:2500], encoding="utf-8")
     run = compose_run(["method=lora", "task=doctopic", f"retention={tmp_path / 'text.txt'}", "trainer.device=cpu"])

@@ -243,6 +243,7 @@ def test_installed_packages_offer_forms_by_name(monkeypatch: pytest.MonkeyPatch)
     assert run.functional_form.name == run.mix["ffn"].functional_form.name == "my_parts.Swish2"
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_loaded_and_told_of_code_that_changed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

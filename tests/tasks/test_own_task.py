@@ -102,12 +102,24 @@ def test_a_run_is_named_by_its_task_and_callbacks() -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["task._target_=my_parts.Swish2"], "task._target_=my_parts.Swish2 is not a class derived from peftbench."),
-        (["task._target_=tasks_of_mine.Shout"], "task._target_=tasks_of_mine.Shout is not a class derived from"),
+        pytest.param(
+            ["task._target_=my_parts.Swish2"],
+            "task._target_=my_parts.Swish2 is not a class derived from peftbench.",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["task._target_=tasks_of_mine.Shout"],
+            "task._target_=tasks_of_mine.Shout is not a class derived from",
+            marks=pytest.mark.slow,
+        ),
         (["task._target_=colours"], "task._target_=colours is not the dotted name of a class"),
         (["task.settings.words=2"], "are for a task of your own, task._target_=mypkg.Task; leave them out."),
         (["task._target_=tasks_of_mine.Broken"], "read_rows(task, 'train') fails or returns no rows: TypeError"),
-        (["task._target_=tasks_of_mine.Fails"], "read_rows(task, 'train') fails or returns no rows: KeyError"),
+        pytest.param(
+            ["task._target_=tasks_of_mine.Fails"],
+            "read_rows(task, 'train') fails or returns no rows: KeyError",
+            marks=pytest.mark.slow,
+        ),
         (
             ["task._target_=tasks_of_mine.OwnColumns"],
             "tasks_of_mine.OwnColumns: task.text_columns=text is unknown. Choices: words, label.",
@@ -115,7 +127,9 @@ def test_a_run_is_named_by_its_task_and_callbacks() -> None:
         (["callbacks=[my_parts.StopAtLoss]"], "callbacks=my_parts.StopAtLoss cannot be built with its settings {}"),
         (["callbacks=[my_parts.Swish2]"], "callbacks=my_parts.Swish2 is not a class derived from transformers."),
         (["callbacks=[stop]"], "callbacks=stop is not the dotted name of a class, such as mypkg.Part."),
-        (["callbacks=[{loss: 1}]"], "callbacks={'loss': 1} is not the dotted name of a class"),
+        pytest.param(
+            ["callbacks=[{loss: 1}]"], "callbacks={'loss': 1} is not the dotted name of a class", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_what_is_no_task_or_callback_is_refused_in_one_sentence(
