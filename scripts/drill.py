@@ -93,8 +93,13 @@ def read_result(place: Path) -> dict[str, str]:
     """Return hashes of the adapters and predictions, and the scores, of the runs in a place."""
     found = {}
     for file in sorted(place.rglob("record.json")):
-        record = json.loads(file.read_text(encoding="utf-8"))
-        name, search = file.parent.name, record.get("search")
+        name = file.parent.name
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            search = record.get("search")
+        except (OSError, ValueError, AttributeError, RecursionError):
+            found[f"{name} record.json"] = "damaged"
+            continue
         found[f"{name} status"] = f"{record['status']} {search['role'] if search else ''}"
         found[f"{name} scores"] = json.dumps([record["scores"], record["steps"], record["baselines"]], sort_keys=True)
         for part in ("adapter/adapter.safetensors", "predictions.jsonl"):

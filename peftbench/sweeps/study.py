@@ -79,7 +79,8 @@ class Study:
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
 
     def choose_jobs(self) -> Iterator[Job]:
-        """Yield the runs of trials that a killed process has left, and then new ones, until there are enough.
+        """Yield the runs of trials that a killed process has left or whose record is lost, and then new ones, until
+        there are enough.
 
         Trials that are refused, or come to a run that the study has, cost no training and are not counted.
         """
@@ -90,6 +91,9 @@ class Study:
                 yield job
             else:  # the process died while it chose
                 self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        for trial in list_by_state(self.study, "COMPLETE"):
+            if find_record(Path(trial.user_attrs.get(RUN_FOLDER, "."))) is None and WORDS in trial.user_attrs:
+                yield self._make_job(trial.number, self._compose(trial.user_attrs[WORDS]))
         while len(self._list_folders()) < (self.search.trials or 0):
             decided, in_vain = self._count_decided()
             if in_vain >= PATIENCE:

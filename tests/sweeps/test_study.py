@@ -278,4 +278,16 @@ def test_a_study_on_a_full_disk_goes_on_with_space(tmp_path: Path, trained: Any)
     assert again.words == full.words[1:]
 
 
+def test_a_trial_whose_record_is_lost_is_trained_again(tmp_path: Path, trained: Any) -> None:
+    """The front would lack it without a word."""
+    whole = trained()
+    assert main(line(tmp_path, "search.trials=3")) == 0
+    lost = sorted(tmp_path.rglob("record.json"))[1]
+    before = lost.read_text()
+    lost.write_text(before[:100])
+    again = trained()
+    assert main(line(tmp_path, "search.trials=3")) == 0
+    assert len(again.words) == 1 and again.words[0] in whole.words and len(load_records(tmp_path)[0]) == 3
+
+
 CHOSEN = ("functional_form=", "modified_representation=", "mix=", "bottleneck=", "trainer.learning_rate=")
