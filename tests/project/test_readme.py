@@ -32,9 +32,11 @@ COMMANDS = list(dict.fromkeys(command for commands in PAGES.values() for command
 
 
 def arguments(command: str, tmp_path: Path) -> list[str]:
-    """The command's words after `peftbench`, with an existing folder in place of FOLDER."""
+    """The command's words after `peftbench`, with an existing folder in place of FOLDER, and an existing text."""
     (tmp_path / "train.csv").write_text("text,label\ngood,yes\nbad,no\n", encoding="utf-8")
-    return [word.replace("FOLDER", str(tmp_path)) for word in shlex.split(command)[1:]]
+    (tmp_path / "held_out.txt").write_text("A text.\n", encoding="utf-8")
+    places = {"FOLDER": str(tmp_path), "retention=held_out.txt": f"retention={tmp_path / 'held_out.txt'}"}
+    return [re.sub("|".join(places), lambda match: places[match[0]], word) for word in shlex.split(command)[1:]]
 
 
 def require_trackers(command: str) -> None:
