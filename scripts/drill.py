@@ -538,7 +538,7 @@ class Drill:
 
     def try_words(self) -> None:
         words = make_words(self.random, self.data, list_runs(self.done))
-        reading = words[0] in ("results", "status", "compare", "ls", "params", "explain", "advise", "env")
+        reading = words[0] in ("results", "status", "compare", "ls", "params", "explain", "advise", "claims", "env")
         Child(words, self.done if reading else self.new_place(self.done)).wait().check()
 
     def try_records(self) -> None:
@@ -560,6 +560,7 @@ class Drill:
             ["export", self.random.choice(runs), "--out", "exported", "--no-check"],
             ["predict", self.random.choice(runs), str(self.data / "labels.jsonl")],
             ["advise", "out", "task=text_classification", "model=mini", *self.random.choice([[], ["--json"]])],
+            ["claims", "out", *self.random.choice([[], ["--json"]])],
             ["plot", "out", *self.random.choice([[], ["--curves"]]), "--out", "a.svg"],
             ["report", "out"],
         ):

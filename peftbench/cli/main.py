@@ -106,7 +106,17 @@ COMMANDS = {
     "import": "cli.import_adapter",
     "env": "cli.env",
 }
-READING = ("status", "results", "compare", "advise", "plot", "report", "ls", "env")  # need no library that computes
+READING = (
+    "status",
+    "results",
+    "compare",
+    "advise",
+    "claims",
+    "plot",
+    "report",
+    "ls",
+    "env",
+)  # need no library that computes
 ALONE = ("evaluate", "predict", "merge", "export", "import", "reproduce")  # compute with a model, as one process
 
 

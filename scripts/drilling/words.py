@@ -90,7 +90,7 @@ FLAGS = (
 COMMANDS = (
     *("train",) * 8,
     *("params",) * 3,
-    *("results", "export", "import", "predict", "explain", "advise") * 2,
+    *("results", "export", "import", "predict", "explain", "advise", "claims") * 2,
     *("ls", "status", "compare", "plot", "report", "reproduce", "evaluate", "rescore", "merge", "env", "nope", "-V"),
 )
 FILES = ("--alpha", "--task", "--format", "--read", "--write", "--no-check", "--push")
@@ -169,7 +169,7 @@ def make_words(chance: random.Random, data: Path, runs: Sequence[str]) -> list[s
         inputs = one_of("-", str(data / "labels.jsonl"), str(data / "texts.jsonl"), odd())
         out = some("--out", one_of("p.csv", "p.jsonl", "p.tsv", odd()))
         return [command, run, inputs, *out, *some(override()), *_make_flag(chance), *flags]
-    if command in ("results", "plot", "report", "status"):
+    if command in ("results", "plot", "report", "status", "claims"):
         more = [one_of("method=lora", "score>1", "seed!=1", f"method={odd()}", f"{odd()}>1", "--show", odd())]
         return [command, one_of("out", run), *more, *flags]
     return [command, *([run] if chance.random() < 0.8 else []), *some(override(), share=0.4), *flags]
