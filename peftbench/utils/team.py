@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 # Between two meetings the leader may read data or score texts for hours. A process that ends is noticed without it.
 PATIENCE = timedelta(days=7)
-SMALL = 1 << 20  # elements; gradients with fewer are summed together
+BUCKET = 1 << 26  # elements; tensors are summed together up to so many, because a message of a few MB is slow
 
 
 class Team:
@@ -120,17 +120,15 @@ class Processes(Team):
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         with self.steady(), _noticing_losses():
-            small = [tensor for tensor in tensors if tensor.numel() < SMALL]
-            for tensor in tensors:
-                if tensor.numel() >= SMALL:
-                    dist.all_reduce(tensor)
-            for dtype in dict.fromkeys(tensor.dtype for tensor in small):
-                some = [tensor for tensor in small if tensor.dtype is dtype]
-                flat = torch.cat([tensor.flatten() for tensor in some])
+            for bucket in fill_buckets(tensors):
+                if len(bucket) == 1:
+                    dist.all_reduce(bucket[0])
+                    continue
+                flat = torch.cat([tensor.flatten() for tensor in bucket])
                 dist.all_reduce(flat)
-                parts = torch.split(flat, [tensor.numel() for tensor in some])
-                for tensor, part in zip(some, parts, strict=True):
-                    tensor.copy_(part.view_as(tensor))
+                parts = torch.split(flat, [tensor.numel() for tensor in bucket])
+                views = [part.view_as(tensor) for tensor, part in zip(bucket, parts, strict=True)]
+                torch._foreach_copy_(bucket, views)
 
     def copy_leaders(self, tensors: Sequence[Tensor]) -> None:
         self._meet(None)
@@ -250,6 +248,20 @@ Packed = tuple[bytes | None, str, str, bool]  # the pickled error if that works,
 
 class RemoteError(RuntimeError):
     """The traceback of an error in another process."""
+
+
+def fill_buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Return the tensors in groups of one dtype, in their order, each of at most `BUCKET` elements or of one tensor."""
+    buckets: list[list[Tensor]] = []
+    last: dict[torch.dtype, tuple[list[Tensor], int]] = {}  # of each dtype, and its elements
+    for tensor in tensors:
+        bucket, held = last.get(tensor.dtype, ([], BUCKET))
+        if held + tensor.numel() > BUCKET:
+            bucket, held = [], 0
+            buckets.append(bucket)
+        bucket.append(tensor)
+        last[tensor.dtype] = bucket, held + tensor.numel()
+    return buckets
 
 
 def _gather_objects(value: T, size: int) -> list[T]:

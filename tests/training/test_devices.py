@@ -17,7 +17,7 @@ from peftbench.config.schema import Batching
 from peftbench.evaluation.predict import compute_mean_loss, predict
 from peftbench.training.shares import CHECK, COUNTED, OF, ROW, WHOLE, balance_rows, share_batches
 from peftbench.utils.errors import UserError
-from peftbench.utils.team import ALONE, Team
+from peftbench.utils.team import ALONE, Team, fill_buckets
 from tests.fitting import EXAMPLES, Targets, fitted, model_of, one_step, trained
 from tests.teamwork import run_together
 from tests.training.test_micro_batch import starved
@@ -169,7 +169,22 @@ def case_best(team: Team, folder: Path) -> dict[str, Tensor]:
     return trained(model)
 
 
-QUICK = ["recorded", "predictions", "memory", "fault", "interrupt", "left_out", "other_batches", "best"]
+def case_buckets(team: Team, folder: Path) -> list[Tensor]:
+    """Sums of tensors of two dtypes, together and by themselves, in place."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peftbench.utils.team.BUCKET", 7)
+        shapes = [(2, 3), (), (1,), (9,), (2, 2), (3,)]
+        dtypes = [torch.float32, torch.float32, torch.float64, torch.float32, torch.float64, torch.float32]
+        tensors = [
+            torch.full(shape, 10.0**index * (1 + team.rank), dtype=dtype)
+            for index, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
+        ]
+        tensors[4] = tensors[4].t()  # as a gradient that is not contiguous
+        team.add_up(tensors)
+    return tensors
+
+
+QUICK = ["buckets", "recorded", "predictions", "memory", "fault", "interrupt", "left_out", "other_batches", "best"]
 LONG = ["gradients", "twenty_steps"]
 
 
@@ -244,6 +259,20 @@ def test_a_layer_that_one_process_leaves_out_is_updated_in_all(together: list[di
     expected = case_left_out(ALONE, tmp_path).keys()
     assert first.keys() == second.keys() == expected
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.slow
+def test_tensors_are_added_up_in_place(together: list[dict[str, Any]]) -> None:
+    for found in together:
+        sums = [sum(range(1, len(together) + 1)) * 10.0**index for index in range(6)]
+        assert [tuple(tensor.shape) for tensor in found["buckets"]] == [(2, 3), (), (1,), (9,), (2, 2), (3,)]
+        assert all((tensor == value).all() for tensor, value in zip(found["buckets"], sums, strict=True))
+
+
+def test_buckets_hold_what_belongs_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peftbench.utils.team.BUCKET", 7)
+    tensors = [torch.zeros(n) for n in (6, 1, 9, 3)] + [torch.zeros(4, dtype=torch.float64)]
+    assert [[each.numel() for each in bucket] for bucket in fill_buckets(tensors)] == [[6, 1], [9], [3], [4]]
 
 
 @pytest.mark.slow
