@@ -225,7 +225,10 @@ class Study:
         found: Counter[str] = Counter()
         for trial in self.study.get_trials(deepcopy=False):
             kind = {"COMPLETE": "done", "PRUNED": "pruned", "RUNNING": "unfinished", "FAIL": "failed"}[trial.state.name]
-            found[kind if RUN_FOLDER in trial.user_attrs else "refused or known"] += 1
+            folder = trial.user_attrs.get(RUN_FOLDER)
+            if kind == "done" and folder is not None and find_record(Path(folder)) is None:
+                kind = "unfinished"  # its record is lost, and could not be written again
+            found["refused or known" if folder is None else kind] += 1
         return found
 
 

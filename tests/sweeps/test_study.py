@@ -290,4 +290,20 @@ def test_a_trial_whose_record_is_lost_is_trained_again(tmp_path: Path, trained: 
     assert len(again.words) == 1 and again.words[0] in whole.words and len(load_records(tmp_path)[0]) == 3
 
 
+def test_a_record_that_cannot_be_written_again_is_told(
+    tmp_path: Path, trained: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained()
+    assert main(line(tmp_path, "search.trials=3")) == 0
+    lost = sorted(tmp_path.rglob("record.json"))[1]
+    lost.unlink()
+    lost.mkdir()
+    failed = Ended(faults=(f"{lost}: Is a directory.",))
+    monkeypatch.setattr(peftbench.sweeps.executors, "train_attempt", lambda *args, **others: failed)
+    capsys.readouterr()
+    assert main(line(tmp_path, "search.trials=3")) == 1
+    printed = capsys.readouterr()
+    assert "2 done, 1 unfinished" in printed.out and str(lost) in printed.err
+
+
 CHOSEN = ("functional_form=", "modified_representation=", "mix=", "bottleneck=", "trainer.learning_rate=")
