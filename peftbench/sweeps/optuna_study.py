@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from filelock import FileLock
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -65,7 +66,7 @@ def _end_last_line(file: Path) -> None:
     """Delete what follows the last line break of a journal: Optuna would append to it, and never read it again."""
     if not file.exists():
         return
-    lock = JournalFileOpenLock(str(file))
+    lock = _JournalLock(str(file))
     lock.acquire()
     try:
         with file.open("r+b") as journal:
@@ -75,9 +76,26 @@ def _end_last_line(file: Path) -> None:
         lock.release()
 
 
+class _JournalLock(JournalFileOpenLock):
+    """A lock that the system releases when its process ends, as that of a run (`records.lock`).
+
+    Optuna's own is a file that a killed process leaves behind. After half a minute it is taken by force, also from a
+    process that has only been stopped and will go on writing.
+    """
+
+    def __init__(self, file: str) -> None:
+        self.lock = FileLock(f"{file}.lock")
+
+    def acquire(self) -> bool:
+        self.lock.acquire()
+        return True
+
+    def release(self) -> None:
+        self.lock.release()
+
+
 def _open_storage(file: str) -> JournalStorage:
-    # The lock is a file: the other one that Optuna has is a symbolic link, which not every file system has.
-    return JournalStorage(JournalFileBackend(file, lock_obj=JournalFileOpenLock(file)))
+    return JournalStorage(JournalFileBackend(file, lock_obj=_JournalLock(file)))
 
 
 def make_sampler(search: Search, trials: int, in_vain: int) -> BaseSampler:

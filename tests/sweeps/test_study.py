@@ -290,6 +290,19 @@ def test_a_trial_whose_record_is_lost_is_trained_again(tmp_path: Path, trained: 
     assert len(again.words) == 1 and again.words[0] in whole.words and len(load_records(tmp_path)[0]) == 3
 
 
+def test_a_lock_that_a_killed_process_has_left_is_no_obstacle(
+    tmp_path: Path, trained: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Optuna's own waits for half a minute, and says so in its words."""
+    trained()
+    assert main(line(tmp_path, "search.trials=2")) == 0
+    (journal,) = tmp_path.rglob("*.study.jsonl")
+    Path(f"{journal}.lock").write_text("")
+    again = trained()
+    assert main(line(tmp_path, "search.trials=3")) == 0
+    assert len(again.words) == 1 and "lock" not in capfd.readouterr().err
+
+
 def test_a_record_that_cannot_be_written_again_is_told(
     tmp_path: Path, trained: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
