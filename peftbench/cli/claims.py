@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from peftbench.records.record import Record, load_records
+from peftbench.records.record import Record
 from peftbench.tables.advice import find_reference
 from peftbench.tables.claims import (
     LEAST_SEEDS,
@@ -28,9 +28,9 @@ from peftbench.tables.claims import (
 from peftbench.tables.fields import FIELDS, MANY_CUT_OFF
 from peftbench.tables.flatness import find_steepest
 from peftbench.tables.row import is_scored, is_trial
-from peftbench.tables.select import is_filter, select_records
+from peftbench.tables.select import is_filter, load_folders, select_records
 from peftbench.utils.console import make_console, say
-from peftbench.utils.errors import UserError, warn
+from peftbench.utils.errors import UserError
 from peftbench.utils.files import dump_json
 from peftbench.utils.text import strip_controls
 
@@ -95,15 +95,10 @@ def _read_records(words: Sequence[str]) -> list[Record]:
     folders = [Path(word) for word in words if not is_filter(word)]
     if not folders:
         folders = [place for place in (Path("outputs"), find_reference()) if place is not None and place.is_dir()]
-    found: dict[Path, Record] = {}
-    for folder in folders:
-        records, left_out = load_records(folder)
-        found.update((record.folder.resolve(), record) for record in records)
-        for sentence in left_out:
-            warn(sentence)
+    found = load_folders(folders)
     if not found:
         raise UserError("No record, no claim: scripts/reproduction.sh makes the runs, or train some with row=NAME.")
-    return select_records(list(found.values()), [word for word in words if is_filter(word)])
+    return select_records(found, [word for word in words if is_filter(word)])
 
 
 def _show(cell: CellFindings, each: bool, console: Console) -> None:

@@ -56,7 +56,7 @@ def list_counted_files(path: str | Path, apart: str | Path | None = None) -> lis
     if not root.exists():
         raise UserError(f"{path} does not exist; give the path of an existing file or folder.")
     found = [(file.relative_to(root).as_posix(), file) for file in root.rglob("*")] if root.is_dir() else []
-    left_out = None if apart is None else Path(apart).expanduser().resolve()
+    left_out = None if apart is None else expand_home(apart).resolve()
     if left_out is not None and root.resolve() not in left_out.parents:  # the folder itself is not left out of it
         left_out = None
     return [

@@ -263,16 +263,15 @@ def train_study(
             said = study.note(job, ended)
             say(f"{len(study._list_folders())} of {wanted}: {job.settings}: {said}")
             print_faults([] if said == PRUNED else ended.faults)  # Slurm's tasks return nothing
-    show_front(study, make_console())
     counted = study.count()
+    show_front(study, counted, make_console())
     return 1 if counted["failed"] or counted["unfinished"] else 0
 
 
-def show_front(study: Study, console: Console) -> None:
+def show_front(study: Study, counted: Counter[str], console: Console) -> None:
     """Print the trials on the front with their scores on the selection split and, now, on the report split."""
     study.save_plan()
     records = study.mark_front()
-    counted = study.count()
     if records:
         console.print()
         console.print(_make_table(records, [key for key in study.space if key not in (*GROUPS, "bottleneck")]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -28,19 +28,14 @@ def read_records(words: Sequence[str]) -> list[Record]:
     the words: they would compete with the run that has the chosen values. Raises UserError if no record is left.
     """
     folders = [Path(word) for word in words if not is_filter(word)] or [Path("outputs")]
-    records: dict[Path, Record] = {}
-    for folder in folders:
-        found, left_out = load_records(folder)
-        records.update((record.folder.resolve(), record) for record in found)
-        for sentence in left_out:
-            warn(sentence)
+    records = load_folders(folders)
     if not records:
         others = "".join(
             f", or show those in {place}: peftbench results {place}" for place in find_kept_apart(folders[0])
         )
         raise UserError(f"{folders[0]} holds no record of a run; make one with: peftbench train{others}")
     filters = [word for word in words if is_filter(word) and word != TRIALS]
-    compared = [record for record in records.values() if TRIALS in words or not is_trial(record)]
+    compared = [record for record in records if TRIALS in words or not is_trial(record)]
     if hidden := len(records) - len(compared):
         warn(f"{hidden} trials of searches are left out; {TRIALS} shows them.")
     if not compared:
@@ -49,6 +44,17 @@ def read_records(words: Sequence[str]) -> list[Record]:
     if not chosen:
         raise UserError(f"No run passes {' '.join(filters)}; peftbench results without filters shows what there is.")
     return chosen
+
+
+def load_folders(folders: Iterable[Path]) -> list[Record]:
+    """Return the records below some folders, each once. Files that are not records are named on stderr."""
+    records: dict[Path, Record] = {}
+    for folder in folders:
+        found, left_out = load_records(folder)
+        records.update((record.folder.resolve(), record) for record in found)
+        for sentence in left_out:
+            warn(sentence)
+    return list(records.values())
 
 
 def is_filter(word: str) -> bool:

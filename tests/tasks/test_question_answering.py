@@ -28,16 +28,15 @@ from peftbench.records.record import Record, find_finished
 from peftbench.tasks.load import load_task
 from peftbench.tasks.question_answering import END, START, QuestionAnswering, find_best_span
 from peftbench.training.answer_loss import compute_answer_loss
-from peftbench.training.padding_free import PaddingFree, add_lengths
 from peftbench.training.shares import COUNTED, ROW, WHOLE, share_batches
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import write_lines
 from peftbench.utils.team import Team
 from tests.families import PRESETS, build, dropout, shake
 from tests.finished import save_backbone, save_tiny_bert
-from tests.fitting import EPSILON, Rows, fitted, gradients_of, one_step, trained
+from tests.fitting import EPSILON, Rows, fitted, one_step, trained
 from tests.tasks.test_tasks import byte_level, tiny_bert, unigram
-from tests.training.test_replay import Recorder
+from tests.tasks.unchanged import FAST_PATHS, assert_fast_paths_train_the_same, assert_packing_keeps_the_gradients
 
 ASK = Task(
     name="ask",
@@ -262,7 +261,7 @@ def answer_loss(model: PreTrainedModel, rows: dict[str, Tensor]) -> Tensor:
 def test_the_gradient_is_that_of_the_mean_over_all_questions(family: str, tmp_path: Path) -> None:
     data = Rows(asked_rows(), [9, 8, 7, 6, 5, 4, 4, 4])
     by_hand = answerer(family)
-    answer_loss(by_hand, data.rows).backward()  # type: ignore[no-untyped-call]
+    answer_loss(by_hand, data.rows).backward()  # type: ignore[no-untyped-call]  # torch's
     expected = {n: p - p.grad / (p.grad.abs() + EPSILON) for n, p in by_hand.named_parameters() if p.grad is not None}
     before = trained(by_hand)
     assert {name for name in expected if name.startswith("qa_outputs")} and len(expected) > 4
@@ -276,36 +275,13 @@ def test_the_gradient_is_that_of_the_mean_over_all_questions(family: str, tmp_pa
 
 @pytest.mark.parametrize("family", ["bert", "llama", "bart"])
 def test_without_padding_the_gradients_are_the_same(family: str) -> None:
-    model, batch = answerer(family), asked_rows()
-    wanted = compute_answer_loss(model, batch)
-    expected = gradients_of(model, wanted)
-    packed = PaddingFree(model, 9, 0)
-    with packed.active():
-        loss = compute_answer_loss(model, packed.load(add_lengths(lambda _: batch, texts=False)([])))
-        found = gradients_of(model, loss)
-    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
-    assert found.keys() == expected.keys() and len(found) > 4
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+    assert_packing_keeps_the_gradients(answerer(family), asked_rows(), compute_answer_loss)
 
 
-@pytest.mark.parametrize(
-    ("settings", "size"),
-    [({"graphs": True}, 4), ({"padding_free": True}, 4), ({"graphs": True, "padding_free": True}, 8)],
-)
+@pytest.mark.parametrize(("settings", "size"), FAST_PATHS)
 def test_fast_paths_train_the_same(settings: dict[str, bool], size: int, tmp_path: Path) -> None:
-    """Also with steps that are replayed, for which all batches have the width of the longest."""
-    data, found = Rows(asked_rows(), [9, 8, 7, 6, 5, 4, 4, 4]), []
-    for chosen in ({"graphs": False, "padding_free": False}, settings):
-        model = answerer("bert")
-        recorder = Recorder() if chosen.get("graphs") else None
-        steps = one_step(max_steps=4, batch_size=size, **chosen)
-        taken = fitted(model, data, steps, tmp_path, recorder=recorder).fast_paths
-        assert set(taken) == {name for name, value in chosen.items() if value}
-        assert recorder is None or recorder.replayed > 0
-        found.append(trained(model))
-    for name, tensor in found[0].items():
-        torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    data = Rows(asked_rows(), [9, 8, 7, 6, 5, 4, 4, 4])
+    assert_fast_paths_train_the_same(lambda: answerer("bert"), data, settings, size, tmp_path)
 
 
 def test_processes_share_the_questions() -> None:

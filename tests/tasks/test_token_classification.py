@@ -28,14 +28,13 @@ from peftbench.tasks.rows import Source, check_split
 from peftbench.tasks.token_classification import TAGS, TokenClassification, find_first_pieces
 from peftbench.tasks.windows import FIRST, choose_windows, cut_windows
 from peftbench.training.class_weights import scale_class_weights
-from peftbench.training.padding_free import PaddingFree, add_lengths
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import write_lines
 from tests.families import PRESETS, build, dropout, shake
 from tests.finished import save_tiny_bert
-from tests.fitting import EPSILON, Rows, fitted, gradients_of, one_step, trained
+from tests.fitting import EPSILON, Rows, fitted, one_step, trained
 from tests.tasks.test_tasks import byte_level, tiny_bert, unigram, word_level
-from tests.training.test_replay import Recorder
+from tests.tasks.unchanged import FAST_PATHS, assert_fast_paths_train_the_same, assert_packing_keeps_the_gradients
 
 LABELS = ["O", "B-PER", "I-PER", "B-LOC"]
 NAMES = Task(
@@ -263,36 +262,13 @@ def test_the_gradient_is_that_of_the_mean_over_all_words(
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_without_padding_the_gradients_are_the_same(family: str) -> None:
-    model, batch = tagger(family), tagged_rows()
-    wanted = model(**batch).loss
-    expected = gradients_of(model, wanted)
-    packed = PaddingFree(model, 9, 0)
-    with packed.active():
-        loss = model(**packed.load(add_lengths(lambda _: batch, texts=False)([]))).loss
-        found = gradients_of(model, loss)
-    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
-    assert found.keys() == expected.keys() and len(found) > 4
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+    assert_packing_keeps_the_gradients(tagger(family), tagged_rows(), lambda model, batch: model(**batch).loss)
 
 
-@pytest.mark.parametrize(
-    ("settings", "size"),
-    [({"graphs": True}, 4), ({"padding_free": True}, 4), ({"graphs": True, "padding_free": True}, 8)],
-)
+@pytest.mark.parametrize(("settings", "size"), FAST_PATHS)
 def test_fast_paths_train_the_same(settings: dict[str, bool], size: int, tmp_path: Path) -> None:
-    """Also with steps that are replayed, for which all batches have the width of the longest."""
-    data, found = Tagged(tagged_rows(), [9, 8, 7, 6, 5, 4, 4, 4]), []
-    for chosen in ({"graphs": False, "padding_free": False}, settings):
-        model = tagger("bert")
-        recorder = Recorder() if chosen.get("graphs") else None
-        steps = one_step(max_steps=4, batch_size=size, **chosen)
-        taken = fitted(model, data, steps, tmp_path, recorder=recorder).fast_paths
-        assert set(taken) == {name for name, value in chosen.items() if value}
-        assert recorder is None or recorder.replayed > 0
-        found.append(trained(model))
-    for name, tensor in found[0].items():
-        torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    data = Tagged(tagged_rows(), [9, 8, 7, 6, 5, 4, 4, 4])
+    assert_fast_paths_train_the_same(lambda: tagger("bert"), data, settings, size, tmp_path)
 
 
 # ---- A run ----
