@@ -122,21 +122,40 @@ ALONE = ("evaluate", "predict", "merge", "export", "import", "reproduce")  # com
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand and return the exit code."""
+    try:
+        return _run(argv)
+    finally:
+        _flush_output()
+
+
+def _flush_output() -> None:
+    """Write what is buffered while it is known that a closed pipe is no error: Python would do so at its end."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        from peftbench.utils.console import discard_output
+
+        discard_output(sys.stdout)
+    except OSError:  # such as a full disk, which Python tells at its end
+        pass
+
+
+def _run(argv: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # ASCII and Windows code pages have no ↑, λ or Δ
     read_as_utf8()
     allow_warnings()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(HELP, end="")
-        return 0
-    if arguments[0] in ("-V", "--version"):
-        print(f"peftbench {__version__}")
-        return 0
-    if arguments[0] in ("-sc", "--shell-completion"):  # Hydra's tab completion calls the program without a subcommand
-        return _print_completions(arguments)
     try:
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print(HELP, end="")
+            return 0
+        if arguments[0] in ("-V", "--version"):
+            print(f"peftbench {__version__}")
+            return 0
+        if arguments[0] in ("-sc", "--shell-completion"):  # Hydra's tab completion, which knows no subcommand
+            return _print_completions(arguments)
         if arguments[0] not in COMMANDS:
             raise UserError(describe_unknown("subcommand", arguments[0], COMMANDS))
         with heed_signals():

@@ -58,19 +58,24 @@ def test_an_output_folder_that_cannot_be_made(
     assert code == 1 and error.count("\n") == 1 and error.endswith("Not a directory.\n")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
     "words",
     [
         "ls keys",
         "train --help",
+        "--version",
         pytest.param("train debug=smoke", marks=pytest.mark.slow),
         pytest.param("train -m debug=smoke seed=1,2", marks=pytest.mark.slow),
     ],
 )
-def test_a_reader_that_has_seen_enough_ends_nothing(words: str, tmp_path: Path) -> None:
+def test_a_reader_that_has_seen_enough_ends_nothing(words: str, unbuffered: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "peftbench", *words.split()]
     command += [f"output_dir={tmp_path}"] if "debug" in words else []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == ""
