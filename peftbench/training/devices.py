@@ -204,18 +204,19 @@ def _start_processes(number: int, cuda: bool) -> Iterator[Processes]:
             ended.set()
     finally:
         torch.set_num_threads(threads)
-        if team is not None and not team.broken:
-            dist.destroy_process_group()
         for each in processes:
             each.kill()
         for each in processes:
             each.join()
-        if team is not None and team.broken:
-            _abort_collectives()
+        if team is not None:
+            _leave_ended_group()
 
 
-def _abort_collectives() -> None:
-    """Leave the group of processes that have ended, with collectives that will never be complete."""
+def _leave_ended_group() -> None:
+    """Leave the group of processes that have ended, whatever they were doing.
+
+    NCCL ends a communicator only when all processes do, so that `destroy_process_group` would wait here for ever.
+    """
     abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
     if torch.cuda.is_available() and abort is not None:
         abort()

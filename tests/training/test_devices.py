@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, TrainerCallback
 
-from peftbench.config.schema import Batching
+from peftbench.config.schema import Batching, Device, Trainer
 from peftbench.evaluation.predict import compute_mean_loss, predict
+from peftbench.training.devices import form_team
 from peftbench.training.shares import CHECK, COUNTED, OF, ROW, WHOLE, balance_rows, share_batches
 from peftbench.utils.errors import UserError
 from peftbench.utils.team import ALONE, Team, fill_buckets
@@ -281,6 +284,22 @@ def test_all_processes_keep_the_best_state(together: list[dict[str, Any]], tmp_p
     for found in together:
         for key, tensor in expected.items():
             torch.testing.assert_close(found["best"][key], tensor, rtol=1e-3, atol=1e-3)  # a step is 0.1
+
+
+@pytest.mark.slow
+def test_the_others_have_ended_before_their_group_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL leaves a group only together: a leader that left first waited for ever for those that waited for it."""
+    left: list[list[int]] = []
+    leave = dist.destroy_process_group
+
+    def note_and_leave() -> None:
+        left.append([child.pid for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())])
+        leave()
+
+    monkeypatch.setattr(dist, "destroy_process_group", note_and_leave)
+    with form_team(Trainer(devices="2", device=Device.cpu)) as team:
+        assert team.size == 2
+    assert left == [[]] and not dist.is_initialized()
 
 
 def test_rows_are_dealt_by_their_tokens() -> None:
