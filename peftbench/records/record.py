@@ -477,17 +477,22 @@ def decode(kind: Any, value: Any, key: str = "") -> Any:
 
 def _check_values(record: Record) -> None:
     """Raise ValueError for values that have the right types, but on which the record's readers could not rely."""
-    try:
-        zone = datetime.fromisoformat(record.created).tzinfo
-    except ValueError:
-        zone = None
-    if zone is None:
-        raise _describe_misplaced(record.created, "created")
+    for name, moment in {"created": record.created, "finished": record.finished}.items():
+        if moment is not None and not _has_zone(moment):
+            raise _describe_misplaced(moment, name)
     for name, seconds in record.timings.items():
         if not math.isfinite(seconds):
             raise _describe_misplaced(seconds, f"timings.{name}")
     decode(dict[str, dict[str, Any]], record.data.get("splits", {}), "data.splits")
     decode(str, record.data.get("scored_on", ""), "data.scored_on")
+
+
+def _has_zone(moment: str) -> bool:
+    """Return whether the text is a date and time, and says in which time zone."""
+    try:
+        return datetime.fromisoformat(moment).tzinfo is not None
+    except ValueError:
+        return False
 
 
 def _describe_misplaced(value: object, key: str) -> ValueError:

@@ -229,6 +229,8 @@ def test_records_survive_the_round_trip_and_unknown_keys(tmp_path: Path) -> None
         ),
         ({"created": "yesterday"}, "created is 'yesterday'"),
         ({"created": "2026-11-23T10:00:00"}, "created is '2026-11-23T10:00:00'"),  # in which zone?
+        ({"finished": "2026-11-23T10:00:00+00:00%s"}, "finished is '2026-11-23T10:00:00+00:00%s'"),
+        ({"finished": "2026-11-23T10:00:00"}, "finished is '2026-11-23T10:00:00'"),
         ({"timings": {"total_s": math.nan}}, "timings.total_s is 'nan'"),
         ({"data": {"scored_on": 7}}, "data.scored_on is '7'"),
         ({"data": {"splits": [1]}}, "data.splits is '[1]'"),
