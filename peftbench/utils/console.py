@@ -27,7 +27,12 @@ class _Terminal(Console):
 def make_console(stderr: bool = False) -> Console:
     """Return a console that prints a user's text literally: rich's markup would take the [prefix] of mix=[prefix] for a
     style."""
-    return _Terminal(stderr=stderr, markup=False, emoji=False)
+    return _Terminal(stderr=stderr, markup=False, emoji=False, _environ=_list_known_sizes())
+
+
+def _list_known_sizes() -> dict[str, str]:
+    """Return the environment without a size of 0, which means that nobody knows it: rich would print nothing at all."""
+    return {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES") or value.strip("0")}
 
 
 def say(line: str) -> None:

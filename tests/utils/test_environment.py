@@ -254,6 +254,20 @@ def test_what_no_import_survives_is_a_sentence(given: dict[str, str], said: str,
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("size", ["0", "00"])
+def test_a_terminal_whose_size_nobody_knows_is_printed_to(
+    size: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Some shells, editors and containers set COLUMNS=0; rich then printed nothing at all."""
+    monkeypatch.setenv("COLUMNS", size)
+    monkeypatch.setenv("LINES", size)
+    make_console().print("a line of eight words in a row")
+    assert capsys.readouterr().out == "a line of eight words in a row\n"
+    monkeypatch.setenv("COLUMNS", "20")
+    make_console().print("a line of eight words in a row")
+    assert capsys.readouterr().out == "a line of eight \nwords in a row\n"
+
+
 def test_a_network_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("[enforce fail at device.cc:84] ifa != nullptr. Unable to find address for: nope")
