@@ -19,6 +19,7 @@ DEEPEST = 50
 # handler of the log, can name a function that is then called.
 SWEPT = ("sweeper", "params")
 PLUGINS = ("hydra/launcher", "hydra/sweeper")  # groups in which a user may have settings of an installed plugin
+LOADED = {f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "null")}  # the roots that OmegaConf takes
 _PACKAGE = re.compile(r"^\s*#\s*@package\s+(\S+)", re.MULTILINE)
 
 
@@ -96,7 +97,8 @@ def _list_children(node: yaml.Node) -> Iterator[yaml.Node]:
 
 
 def find_hydra_faults(folder: Path) -> Iterator[str]:
-    """Yield a sentence for each file of a --config-dir that would configure Hydra itself, and so could run a command.
+    """Yield a sentence for each file of a --config-dir that would configure Hydra itself, and so could run a command,
+    or that Hydra could not load.
 
     Raises:
         UserError: a file cannot be read.
@@ -104,8 +106,11 @@ def find_hydra_faults(folder: Path) -> Iterator[str]:
     for file in sorted(folder.rglob("*.yaml")):
         group = file.relative_to(folder).parent.as_posix()
         text = read_yaml_text(file)
-        found = _find_hydra_keys(find_root(file, text), text, group)
-        if found is not None:
+        root = find_root(file, text)
+        if root is not None and root.tag not in LOADED:
+            kind = root.tag.rpartition(":")[2]
+            yield f"{file} holds a value of type {kind}; a file of a group has lines of KEY: VALUE."
+        elif (found := _find_hydra_keys(root, text, group)) is not None:
             yield (
                 f"{file}: {found} would change Hydra itself, which a file must not do, because it could run a command; "
                 "of hydra: only sweeper.params is taken from a file, and type other keys on the command line."

@@ -510,6 +510,8 @@ def test_a_users_own_folder_adds_methods(smoke: list[str], tmp_path: Path, capsy
             "own.yaml: its keys are read as method's own; a file with method: begins with # @package _global_.",
         ),
         ("method: own\nbias: [\n", "own.yaml:3 is not YAML: "),
+        ("12\n", "own.yaml holds a value of type int; a file of a group has lines of KEY: VALUE."),
+        ("!!set {a, b}\n", "own.yaml holds a value of type set; "),
         ("defaults:\n  - override /functional_form: relu\n", "begins with the line # @package _global_."),
     ],
 )
