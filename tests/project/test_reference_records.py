@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from pathlib import Path
 
 import pytest
 
 from peftbench.cli import compare, plot, report, results
 from peftbench.records.record import FILE, load_records
-from peftbench.tables.row import Row, group_seeds, split_tables
+from peftbench.tables import examples
+from peftbench.tables.row import Row, group_seeds, is_trial, split_tables
 from peftbench.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "outputs" / "reference"
-RUNS = {"grid": 40, "text": 45, "text_long": 10, "grid_sst2": 40, "curves": 9}
+RUNS = {"grid": 40, "text": 45, "text_long": 10, "grid_sst2": 40, "curves": 9, "peft": 100}
 
 
 @pytest.mark.parametrize("part", RUNS)
@@ -26,14 +28,16 @@ def test_every_record_is_whole(part: str) -> None:
         assert record.status == "done" and record.folder.name == record.run
         numbers = [value for score in record.scores.values() for value in score.metrics.values()]
         assert record.score in numbers and all(map(math.isfinite, numbers))
-        assert {file.name for file in record.folder.iterdir()} == {FILE, "config.yaml", "metrics.jsonl"}
-        told = [line for file in record.folder.iterdir() for line in file.read_text(encoding="utf-8").splitlines()]
+        kept = {FILE, "config.yaml", "metrics.jsonl"}
+        has_examples = part == "peft" and not is_trial(record)
+        assert {file.name for file in record.folder.iterdir()} == kept | ({examples.FILE} if has_examples else set())
+        told = [line for name in kept for line in (record.folder / name).read_text(encoding="utf-8").splitlines()]
         assert not [line for line in told if any(root in line for root in ("/tmp", "/home", "/root", "/work"))]
 
 
 def _table(file: Path, heading: str) -> list[list[str]]:
     """The cells of the first table below a heading of a Markdown file, without its header."""
-    text = file.read_text(encoding="utf-8").split(f"## {heading}")[1]
+    text = file.read_text(encoding="utf-8").split(f"## {heading}")[1].split("\n## ")[0]
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     rule = next(index for index, cells in enumerate(lines) if set("".join(cells)) <= {"-", ":"})
     width = len(lines[rule])
@@ -91,6 +95,33 @@ def test_the_full_table_says_what_the_records_say() -> None:
     table = _table(ROOT / "docs" / "results.md", "The rows of tables 3, 5, 6 and 12 on WebNLG")
     printed = {(cells[0], cells[4], cells[5], cells[6]) for cells in table if len(cells) == 9}
     assert printed == known and len(known) == 20
+
+
+def test_the_table_of_pefts_methods_says_what_the_records_say(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = {}
+    for cells in _table(ROOT / "docs" / "results.md", "Ten methods of peft"):
+        method, by, _, stored, percent, accuracy, rate, difference, interval = cells
+        printed[method] = (by, stored, percent, accuracy, rate, difference, interval)
+    rows = group_seeds([one for one in load_records(REFERENCE / "peft")[0] if not is_trial(one)], "mean")
+    assert len(rows) == 20 and sum("peft" in row.first.versions for row in rows) == 10
+    for row in rows:
+        scores = [record.score for record in row.scored]
+        tuned = row.first.search
+        assert tuned is not None
+        rates = sorted((trial.value, trial.settings["trainer.learning_rate"]) for trial in tuned.trials)
+        best, tried = rates[-1][1], [rate for _, rate in rates]
+        edge = {min(tried): " (lowest)", max(tried): " (highest)"}.get(best, "")
+        assert row.first.counts is not None and [record.seed for record in row.scored] == [1, 2, 42]
+        assert printed[row.first.method][:5] == (
+            "peft" if "peft" in row.first.versions else "peftbench",
+            f"{row.first.counts.stored:,}",
+            f"{_percent(row):.2f}",
+            f"{statistics.mean(scores):.2f} ± {statistics.stdev(scores):.2f}",
+            f"{best:g}{edge}",
+        )
+    assert compare.main(["method=lora", "method=adalora", "--folder", str(REFERENCE / "peft")]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("accuracy"))
+    assert " ".join(printed["adalora"][5:]) in " ".join(line.split())
 
 
 @pytest.mark.parametrize(
