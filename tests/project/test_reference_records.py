@@ -17,7 +17,7 @@ from peftbench.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "outputs" / "reference"
-RUNS = {"grid": 40, "text": 45, "text_long": 10, "grid_sst2": 40, "curves": 9, "peft": 100}
+RUNS = {"grid": 40, "text": 45, "text_long": 10, "grid_sst2": 40, "curves": 9, "peft": 100, "reproduction": 20}
 
 
 @pytest.mark.parametrize("part", RUNS)
@@ -29,7 +29,7 @@ def test_every_record_is_whole(part: str) -> None:
         numbers = [value for score in record.scores.values() for value in score.metrics.values()]
         assert record.score in numbers and all(map(math.isfinite, numbers))
         kept = {FILE, "config.yaml", "metrics.jsonl"}
-        has_examples = part == "peft" and not is_trial(record)
+        has_examples = part in ("peft", "reproduction") and not is_trial(record)
         assert {file.name for file in record.folder.iterdir()} == kept | ({examples.FILE} if has_examples else set())
         told = [line for name in kept for line in (record.folder / name).read_text(encoding="utf-8").splitlines()]
         assert not [line for line in told if any(root in line for root in ("/tmp", "/home", "/root", "/work"))]
