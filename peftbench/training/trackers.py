@@ -8,6 +8,7 @@ tracker's own environment variables say otherwise. A tracker that fails is left 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
@@ -102,20 +103,36 @@ class _Wandb(_Follower):
         self.run.finish()
 
 
+@contextmanager
+def _keep_environment(*names: str) -> Iterator[None]:
+    """After the block, these variables are as before: what a library sets for one run is not what a user has set for
+    all."""
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
 class _MLflow(_Follower):
     def open(self) -> TrainerCallback:
         import mlflow
         from transformers.integrations import MLflowCallback
 
         followed = self.followed
-        if "MLFLOW_TRACKING_URI" not in os.environ:
-            mlflow.set_tracking_uri(f"sqlite:///{(followed.root / 'mlflow.db').resolve()}")
-            os.environ.pop("MLFLOW_TRACKING_URI", None)  # which that sets: the next run may have another folder
-        # Of processes that make the tables of a new database, or an experiment, at the same time, only one succeeds.
-        with FileLock(followed.root / ".mlflow.lock"):
-            mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", followed.project))
         while mlflow.active_run() is not None:
-            mlflow.end_run()
+            with suppress(Exception):  # a run that mlflow lost, which it forgets all the same
+                mlflow.end_run()  # in its own database, and so before we turn to another
+        own = f"sqlite:///{(followed.root / 'mlflow.db').resolve()}"
+        with _keep_environment("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID"):
+            mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or own)
+            # Of processes that make the tables of a new database, or an experiment, at the same time, one succeeds.
+            with FileLock(followed.root / ".mlflow.lock"):
+                mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", followed.project))
         self.run = mlflow.start_run(run_name=followed.name, tags={"group": followed.group})
         mlflow.log_params({f"peftbench.{key}": str(value)[:500] for key, value in followed.config.items()})
         return MLflowCallback()
@@ -129,13 +146,14 @@ class _MLflow(_Follower):
 
 class _Trackio(_Follower):
     def open(self) -> TrainerCallback:
-        if "TRACKIO_DIR" not in os.environ:
-            os.environ["TRACKIO_DIR"] = str((self.followed.root / "trackio").resolve())
         import trackio
 
         followed = self.followed
         self.trackio: Any = trackio
         with redirect_stdout(StringIO()):  # it prints how to open its dashboard
+            with suppress(Exception):
+                trackio.finish()  # a run that was lost, into its own folder
+            _move_trackio(Path(os.environ.get("TRACKIO_DIR") or followed.root / "trackio").resolve())
             trackio.init(
                 project=followed.project, name=followed.name, group=followed.group, config=followed.config, embed=False
             )
@@ -145,6 +163,17 @@ class _Trackio(_Follower):
         self.trackio.log({f"final/{key}": value for key, value in values.items()})
         with redirect_stdout(StringIO()):
             self.trackio.finish()
+
+
+def _move_trackio(folder: Path) -> None:
+    """Let trackio write to `folder`. It reads TRACKIO_DIR once in a process, when it is imported, and its modules keep
+    the paths that follow from it; the runs of a process may have several folders."""
+    before = sys.modules["trackio.utils"].TRACKIO_DIR
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "trackio":
+            for key, value in list(vars(module).items()):
+                if isinstance(value, Path) and value.is_relative_to(before):
+                    setattr(module, key, folder / value.relative_to(before))
 
 
 class _LogToTrackio(TrainerCallback):

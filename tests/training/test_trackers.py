@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +26,13 @@ from peftbench.training.trackers import follow_run
 from peftbench.utils.errors import UserError
 
 SMOKE = ("debug=smoke", "trainer.max_steps=3", "method=lora")
+
+
+@pytest.fixture(autouse=True)
+def without_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mlflow puts the database that a test has read into the environment."""
+    for name in [name for name in os.environ if name.startswith(("MLFLOW_", "TRACKIO_"))]:
+        monkeypatch.delenv(name)
 
 
 def swept(folder: Path, *overrides: str) -> list[Record]:
@@ -91,6 +101,101 @@ def test_wandb_writes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(swept(tmp_path, "trackers=[wandb]")) == 2
     runs = list((tmp_path / "wandb").glob("offline-run-*"))
     assert len(runs) == 2 and all(next(run.glob("*.wandb")).stat().st_size > 1000 for run in runs)
+
+
+def open_and_close(kind: str, folder: Path, *overrides: str) -> None:
+    """Follow a run that ends at once."""
+    (folder / "run").mkdir(parents=True, exist_ok=True)
+    run = compose_run([*SMOKE, f"output_dir={folder}", *overrides])
+    tracker = trackers.KINDS[kind](trackers.Followed(run, folder / "run"))
+    tracker.open()
+    tracker.close({"score": float(folder.name)})
+
+
+def read_tensorboard(folder: Path) -> list[float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "run" / "tensorboard"))
+    events.Reload()
+    return [event.value for event in events.Scalars("final/score")]
+
+
+def read_wandb(folder: Path) -> list[float]:
+    return [float(folder.name) for _ in (folder / "wandb").glob("offline-run-*/*.wandb")]
+
+
+def read_mlflow(folder: Path) -> list[float]:
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    found = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    return [run.data.metrics["final/score"] for run in found]
+
+
+def read_trackio(folder: Path) -> list[float]:
+    found = []
+    for database in (folder / "trackio").glob("*.db"):
+        with closing(sqlite3.connect(database)) as connection:
+            found += [json.loads(row)["final/score"] for (row,) in connection.execute("SELECT metrics FROM metrics")]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "read"),
+    [("tensorboard", read_tensorboard), ("wandb", read_wandb), ("mlflow", read_mlflow), ("trackio", read_trackio)],
+)
+def test_each_run_of_a_process_is_in_its_own_folder(
+    kind: str, read: Callable[[Path], list[float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The libraries keep the folder of the first one, in their own variables or in the environment."""
+    pytest.importorskip(kind)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    before = {name for name in os.environ if name.startswith(("MLFLOW_", "TRACKIO_"))}
+    for name, more in (("1", []), ("2", ["task=docsum"]), ("3", [])):
+        open_and_close(kind, tmp_path / name, *more)
+    assert [read(tmp_path / name) for name in "123"] == [[1], [2], [3]]
+    assert {name for name in os.environ if name.startswith(("MLFLOW_", "TRACKIO_"))} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "read", "variable", "value"),
+    [
+        ("mlflow", read_mlflow, "MLFLOW_TRACKING_URI", "sqlite:///{}/mlflow.db"),
+        ("trackio", read_trackio, "TRACKIO_DIR", "{}/trackio"),
+    ],
+)
+def test_the_environment_has_the_last_word_for_a_later_run_too(
+    kind: str,
+    read: Callable[[Path], list[float]],
+    variable: str,
+    value: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip(kind)
+    open_and_close(kind, tmp_path / "1")
+    (tmp_path / "theirs").mkdir()
+    monkeypatch.setenv(variable, value.format(tmp_path / "theirs"))
+    open_and_close(kind, tmp_path / "2")
+    assert os.environ[variable] == value.format(tmp_path / "theirs")
+    assert (read(tmp_path / "1"), read(tmp_path / "theirs")) == ([1], [2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "read"), [("mlflow", read_mlflow), ("trackio", read_trackio)])
+def test_a_run_that_a_tracker_lost_does_not_disturb_the_next(
+    kind: str, read: Callable[[Path], list[float]], tmp_path: Path
+) -> None:
+    """It is still open there, in another folder."""
+    pytest.importorskip(kind)
+    (tmp_path / "1").mkdir()
+    trackers.KINDS[kind](trackers.Followed(compose_run([*SMOKE, f"output_dir={tmp_path / '1'}"]), tmp_path)).open()
+    open_and_close(kind, tmp_path / "2")
+    assert read(tmp_path / "2") == [2]
 
 
 class Failing:
