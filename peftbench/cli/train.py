@@ -29,7 +29,7 @@ from peftbench.config.launchers import SWEEPER, HydraLauncher, Local, read_launc
 from peftbench.config.overrides import describe_error, explain_hydra, list_hydra_words, quote_path
 from peftbench.config.schema import Run, find_conf_dir
 from peftbench.config.search import check_searches, has_open_search, split_phases
-from peftbench.config.studies import is_study
+from peftbench.config.studies import group_studies, is_study
 from peftbench.records.choice import settle_search
 from peftbench.sweeps.executors import require_packages
 from peftbench.sweeps.hydra_launcher import train_for_hydra
@@ -92,7 +92,7 @@ def _train(args: Namespace, words: Sequence[str], points: Sequence[TypedRun], ar
         say(how)
     plugins = _has_plugins(words)
     if any(is_study(run) for _, run in points):
-        return _train_studies(points, argv, args.config_dir, launcher)
+        return _train_with_studies(points, argv, args.config_dir, launcher)
     if args.multirun or launcher is not None or any(has_open_search(run) for _, run in points):
         if AND in args.overrides:
             _print_what_differs(points)
@@ -200,10 +200,18 @@ def _train_sweep(points: Sequence[TypedRun], argv: list[str], launcher: Any) -> 
     return sweep.show()
 
 
-def _train_studies(points: Sequence[TypedRun], argv: list[str], config_dir: str | None, launcher: Any) -> int:
-    """Train a study for each point of the command line, one after another."""
-    if not all(is_study(run) for _, run in points):
-        raise UserError("search= with search.trials is for all grids of a sweep; type it before the first one.")
+def _train_with_studies(points: Sequence[TypedRun], argv: list[str], config_dir: str | None, launcher: Any) -> int:
+    """Train the runs of the grids without a study as one sweep, and then the studies of the other grids."""
+    _check_studies(launcher)
+    others = [point for point in points if not is_study(point[1])]
+    code = _train_sweep(others, argv, launcher) if others else 0
+    if code == INTERRUPTED:
+        return code
+    return max(code, _train_studies([point for point in points if is_study(point[1])], argv, config_dir, launcher))
+
+
+def _check_studies(launcher: Any) -> None:
+    """Raise UserError where a study cannot be trained."""
     if find_spec("optuna") is None:
         raise UserError("search.trials needs optuna, which is missing: pip install peftbench[search].")
     if isinstance(launcher, HydraLauncher):
@@ -211,16 +219,20 @@ def _train_studies(points: Sequence[TypedRun], argv: list[str], config_dir: str 
             f"hydra/launcher={launcher.name} takes its runs in batches, and a study chooses one after another; use "
             "jobs=, hydra/launcher=slurm or hydra/launcher=ray."
         )
+
+
+def _train_studies(points: Sequence[TypedRun], argv: list[str], config_dir: str | None, launcher: Any) -> int:
+    """Train studies, one after another. Points that differ only in their seed are one."""
     from peftbench.sweeps.study import train_study  # imports optuna
 
     codes = []
-    for point in points:
+    for point, seeds in group_studies(points):
         _, run = point
         places = find_places([run] * (run.search.trials if run.search is not None and run.search.trials else 1))
         try:
             with heed_signals():
                 elsewhere = None if isinstance(launcher, Local) else launcher
-                codes.append(train_study(point, argv, config_dir, places, elsewhere))
+                codes.append(train_study(point, argv, config_dir, places, elsewhere, seeds))
         except KeyboardInterrupt:
             print_faults(["interrupted; the same line goes on with the study."])
             return INTERRUPTED

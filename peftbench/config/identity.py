@@ -110,7 +110,7 @@ def hash_run(run: Run, stamp: Callable[..., str] = stamp_content) -> str:
     if own := list_own_code(run):
         config["own_code"] = {part.name: stamp(str(find_code(part))) for part in own}
     if config["search"] is not None and config["search"]["trials"] is None:  # as earlier versions had it
-        for key in ("trials", "sampler", "sampler_seed", "prune"):
+        for key in ("trials", "sampler", "sampler_seed", "prune", "study"):
             del config["search"][key]
         for variation in config["search"]["keys"].values():
             for key in ("low", "high", "log"):

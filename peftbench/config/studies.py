@@ -7,12 +7,14 @@ bottleneck if there is a budget, from which it is computed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
 from peftbench.config.axes import CHOICES
-from peftbench.config.identity import IGNORED
+from peftbench.config.compose import TypedRun
+from peftbench.config.identity import IGNORED, hash_run
+from peftbench.config.overrides import get_key
 from peftbench.config.schema import Run, Search, Variation, get_value, index_by_key
 
 GROUPS = (*CHOICES, "mix", "method")
@@ -33,6 +35,22 @@ class TrialOf:
 def is_study(run: Run) -> bool:
     """Return whether the run stands for a study."""
     return run.search is not None and run.search.trials is not None and run.search.trial is None
+
+
+def group_studies(points: Iterable[TypedRun]) -> list[tuple[TypedRun, list[int]]]:
+    """Return the studies of a command line, each with the seeds of its points, which differ in nothing else.
+
+    The trials have the first point's seed, or `search.seed`.
+    """
+    found: dict[tuple[str, str | None], tuple[TypedRun, list[int]]] = {}
+    for words, run in points:
+        assert run.search is not None
+        seed = run.seed if run.search.seed is None else run.search.seed
+        given = [word for word in words if get_key(word) != "seed"] if seed != run.seed else list(words)
+        point = ([*given, f"seed={seed}"] if seed != run.seed else given, replace(run, seed=seed))
+        # The bottlenecks of two budgets may be the same for this run, and are not for others.
+        found.setdefault((hash_run(replace(run, seed=0)), run.budget), (point, []))[1].append(run.seed)
+    return list(found.values())
 
 
 def list_space(run: Run, search: Search, typed: Iterable[str] = ()) -> dict[str, Variation]:

@@ -112,12 +112,26 @@ def settle_search(run: Run, folders: Folders | None = None) -> tuple[Run, Search
 
 
 def settle_trial(run: Run, search: Search) -> tuple[Run, Searched]:
-    """The run of one trial of a study, which has the values that were chosen for it already."""
+    """The run of one trial of a study, which has the values that were chosen for it already; or, where its seed is not
+    that of the trials, the run that trains the point of a trial anew.
+
+    Raises:
+        UserError: the trial whose point it has is not done.
+    """
     tried = {
         key: variation.values or variation.times or [variation.low, variation.high]
         for key, variation in list_space(run, search).items()
     }
-    return replace(run, search=None), Searched(search.name, "trial", run.seed, tried, read_chosen(run, search))
+    final, seed = replace(run, search=None), run.seed if search.seed is None else search.seed
+    note = Searched(search.name, "trial", seed, tried, read_chosen(run, search), study=search.study)
+    if seed == run.seed:
+        return final, note
+    trial = find_record(locate_run(replace(final, seed=seed)))
+    if trial is None or trial.selection is None:
+        raise UserError(f"search={search.name}: the trial with seed {seed} whose point this run has is not done.")
+    splits = trial.data.get("splits", {})
+    same = splits.get("selection") == splits.get("report")
+    return final, replace(note, role="final", selection=trial.selection, reported=same)
 
 
 def try_settle(run: Run, folders: Folders | None = None) -> Run:

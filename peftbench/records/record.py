@@ -205,6 +205,8 @@ class Searched:
     selection: Selection | None = None  # of the trial that was chosen
     reported: bool = False  # the selection split is also the report split
     trials: list[Trial] = field(default_factory=list)
+    study: str | None = None  # the name of the study, whose trials were chosen one after another
+    pruned: bool = False  # the study gave this trial up by a look, and its status is interrupted
 
 
 @dataclass

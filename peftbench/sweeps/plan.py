@@ -77,12 +77,12 @@ class Plan:
     def of(cls, members: Sequence[Member], arguments: Sequence[str]) -> Plan:
         """Return the plan of a sweep's runs and of the trials before them."""
         root = expand_home(members[0].run.output_dir)
-        name = hashlib.sha256("\n".join(sorted({_relate_path(root, member.asked) for member in members})).encode())
+        name = hashlib.sha256("\n".join(sorted({relate_path(root, member.asked) for member in members})).encode())
         given = [member.settings() for member in members]
         keys = find_distinctive(given)
         runs = {
             member.folder: PlannedRun(
-                _relate_path(root, member.folder),
+                relate_path(root, member.folder),
                 member.run.method,
                 {key: values[key] for key in keys if key in values},
             )
@@ -112,7 +112,8 @@ class Plan:
         return plan
 
 
-def _relate_path(root: Path, folder: Path) -> str:
+def relate_path(root: Path, folder: Path) -> str:
+    """Return the path of a folder from `root`, below which a plan stands; an absolute one for a folder elsewhere."""
     return str(folder.relative_to(root) if folder.is_relative_to(root) else folder.resolve())
 
 

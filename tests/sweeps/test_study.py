@@ -13,6 +13,7 @@ from optuna.trial import Trial
 
 import peftbench.sweeps.executors
 import peftbench.sweeps.study
+import peftbench.sweeps.sweeper
 from peftbench.cli.main import main
 from peftbench.config.compose import compose_run
 from peftbench.config.identity import hash_run
@@ -21,7 +22,7 @@ from peftbench.config.search import find_search_faults
 from peftbench.config.studies import TrialOf
 from peftbench.records.choice import settle_search
 from peftbench.records.location import locate_run
-from peftbench.records.record import Record, RecordedCounts, Score, Selection, load_records
+from peftbench.records.record import Record, RecordedCounts, Score, Searched, Selection, load_records
 from peftbench.records.recording import start_record
 from peftbench.sweeps.jobs import Ended
 from peftbench.sweeps.optuna_study import JudgedTrial, list_by_state, open_study
@@ -317,6 +318,124 @@ def test_a_record_that_cannot_be_written_again_is_told(
     assert main(line(tmp_path, "search.trials=3")) == 1
     printed = capsys.readouterr()
     assert "2 done, 1 unfinished" in printed.out and str(lost) in printed.err
+
+
+def test_other_seeds_train_what_was_chosen(tmp_path: Path, trained: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """The trials have one seed; the best one's point has the others, and no other point has."""
+    words = ["search.trials=3", "budget=2%", "seed=1,2,3", "search.seed=7"]
+    trainings = trained()
+    assert main(line(tmp_path, *words)) == 0
+    assert len(trainings.words) == 6 and [word[-1] for word in trainings.words[3:]] == ["seed=1", "seed=2", "seed=3"]
+    records = load_records(tmp_path)[0]
+    final = [record for record in records if record.search is not None and record.search.role == "final"]
+    trials = [record for record in records if record.seed == 7]
+    assert sorted(record.seed for record in final) == [1, 2, 3, 7] and len({record.point for record in final}) == 1
+    best = max(trials, key=lambda record: record.selection.value if record.selection else 0.0)
+    for record in final:
+        assert record.search is not None and record.search.seed == 7 and record.search.selection == best.selection
+    assert len({record.search.study for record in records if record.search is not None}) == 1
+    assert f"{best.run} with the seeds 1, 2, 3: accuracy" in capsys.readouterr().out
+    assert main(["status", str(tmp_path)]) == 0
+    assert "6 runs (debug=smoke): 6 done" in capsys.readouterr().out
+    again = trained()
+    assert main(line(tmp_path, *words)) == 0 and not again.words
+    assert main(line(tmp_path, *words[1:], "search.trials=9")) == 0
+    (point,) = {one.point for one in load_records(tmp_path)[0] if one.search and one.search.role == "final"}
+    if point != best.point:  # the runs of the point that was the best of three are those of a trial now
+        assert len(again.words) == 6 + 3
+    assert len([one for one in load_records(tmp_path)[0] if one.search and one.search.role == "final"]) == 4
+
+
+def test_points_that_differ_in_more_than_the_seed_are_studies_of_their_own(tmp_path: Path, trained: Any) -> None:
+    trainings = trained()
+    assert main(line(tmp_path, "search.trials=2", "budget=0.5%,2%", "seed=1,2")) == 0
+    budgets = [next(word for word in words if word.startswith("budget=")) for words in trainings.words]
+    assert budgets == ["budget=0.5%"] * 3 + ["budget=2%"] * 3
+    assert len({one.search.study for one in load_records(tmp_path)[0] if one.search is not None}) == 2
+
+
+def test_another_machine_goes_on_with_journal_and_records(tmp_path: Path, trained: Any) -> None:
+    """Its paths are others. No trial is lost, and none is trained twice."""
+    text = ["task=text_classification", "task.text_columns=[text]", "task.labels=[a,b]", "search.trials=5", "budget=2%"]
+    for machine in ("one", "other"):
+        (tmp_path / machine).mkdir()
+        rows = "".join(f"word {index},{'ab'[index % 2]}\n" for index in range(40))
+        (tmp_path / machine / "train.csv").write_text(f"text,label\n{rows}")
+
+    def type_line(machine: str) -> list[str]:
+        file = tmp_path / machine / "train.csv"
+        more = [*text, f"task.train_file={file}", "seed=42,1"]
+        return [word for word in line(tmp_path / machine / "runs", *more) if word != "task=doctopic"]
+
+    first = trained(killed_at=4)
+    with pytest.raises(Killed):
+        main(type_line("one"))
+    journal = next((tmp_path / "one").rglob("*.study.jsonl"))
+    assert str(tmp_path) not in journal.read_text()
+    for file in [journal, *(tmp_path / "one").rglob("record.json")]:
+        if file.name != "record.json" or '"done"' in file.read_text():
+            target = tmp_path / "other" / file.relative_to(tmp_path / "one")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    second = trained()
+    assert main(type_line("other")) == 0
+    chosen = [[word for word in words if str(tmp_path) not in word] for words in first.words + second.words]
+    assert chosen[3] == chosen[4] and len(second.words) == 3 and second.words[-1][-1] == "seed=1"
+    assert all(str(tmp_path / "one") not in word for words in second.words for word in words)
+    assert len(load_records(tmp_path / "other")[0]) == 6
+
+
+def test_a_run_that_another_search_has_stays_what_it_is(tmp_path: Path, trained: Any) -> None:
+    """A run of lr3's choice that is also a trial of a study was marked as one, and no table had it any more."""
+    trained()
+    assert main(line(tmp_path, "search.trials=3", "budget=2%")) == 0
+    records = load_records(tmp_path)[0]
+    loser = next(one for one in records if one.search is not None and one.search.role == "trial")
+    best = next(one for one in records if one.search is not None and one.search.role == "final")
+    loser.search = Searched("lr3", "final", 42, {})
+    loser.save()
+    best.search = Searched("lr3", "trial", 42, {})
+    best.save()
+    assert main(line(tmp_path, "search.trials=3", "budget=2%")) == 0
+    by_run = {one.run: one.search for one in load_records(tmp_path)[0]}
+    assert by_run[loser.run] == loser.search
+    found = by_run[best.run]
+    assert found is not None and (found.name, found.role) == ("optuna", "final") and "functional_form" in found.chosen
+
+
+def test_grids_without_a_study_are_a_sweep_before_it(
+    tmp_path: Path, trained: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainings = trained()
+    monkeypatch.setattr(peftbench.sweeps.sweeper, "train_attempt", trainings)
+    words = ["train", "-m", "task=doctopic", "debug=smoke", f"output_dir={tmp_path}", "method=lora,prefix", "seed=1"]
+    assert main([*words, "and", "method=mam", "search=optuna", "search.trials=2", "budget=2%"]) == 0
+    assert len(trainings.words) == 4
+    assert ["method=lora" in words for words in trainings.words] == [True, False, False, False]
+    assert "2 of 2 runs are done" in capsys.readouterr().out
+
+
+def test_a_pruned_trial_is_told_from_a_stopped_one(
+    tmp_path: Path, trained: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainings = trained()
+
+    def prune(run: Run, overrides: Sequence[str], **others: Any) -> Ended:
+        if len(trainings.words) != 1:
+            return trainings(run, overrides, **others)
+        trainings.words.append(tuple(overrides))
+        final, search = settle_search(run)
+        record = start_record(final, locate_run(final), overrides)
+        record.search = search
+        record.interrupt()
+        assert others["trial"] is not None
+        JudgedTrial(others["trial"]).prune()
+        return Ended(pruned=True)
+
+    monkeypatch.setattr(peftbench.sweeps.executors, "train_attempt", prune)
+    assert main(line(tmp_path, "search.trials=3", "budget=2%")) == 0 and len(trainings.words) == 3
+    pruned = [one for one in load_records(tmp_path)[0] if one.search is not None and one.search.pruned]
+    assert [one.status for one in pruned] == ["interrupted"]
 
 
 CHOSEN = ("functional_form=", "modified_representation=", "mix=", "bottleneck=", "trainer.learning_rate=")
