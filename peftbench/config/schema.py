@@ -630,7 +630,7 @@ class Search:
     trial: int | None = key(
         None, "Number of the trial that the run is, from 0. null: the run takes the best trial's values."
     )
-    study: str | None = key(None, "With search.trials, the study that the run belongs to; peftbench gives it.")
+    study: str | None = key(None, "The study that the trial is of; peftbench names it. null: it is of none.")
 
 
 @dataclass

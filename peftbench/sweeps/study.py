@@ -316,8 +316,11 @@ class Study:
         for trial in self.study.get_trials(deepcopy=False):
             kind = {"COMPLETE": "done", "PRUNED": "pruned", "RUNNING": "unfinished", "FAIL": "failed"}[trial.state.name]
             has_run = RUN_FOLDER in trial.user_attrs
-            if kind == "done" and has_run and find_record(self._locate(trial)) is None:
+            record = find_record(self._locate(trial)) if has_run else None
+            if kind == "done" and has_run and record is None:
                 kind = "unfinished"  # its record is lost, and could not be written again
+            elif kind == "failed" and record is not None and record.status == "diverged":
+                kind = "diverged"  # which is a finding
             found[kind if has_run else "refused or known"] += 1
         return found
 
@@ -380,7 +383,7 @@ def show_front(study: Study, counted: Counter[str], console: Console) -> None:
             console.print(line, highlight=False)
         if records[0].search is not None and records[0].search.reported:
             console.print("The selection split is also the one that is reported on: these scores are too good.")
-    kinds = ("done", "pruned", "failed", "unfinished", "refused or known")
+    kinds = ("done", "pruned", "diverged", "failed", "unfinished", "refused or known")
     counts = ", ".join(f"{counted[kind]} {kind}" for kind in kinds if counted[kind])
     what = "best under the budget" if study.objectives == 1 else "front of selection score and stored parameters"
     console.print(f"\nsearch={study.search.name}: {counts}; the {what} is {len(records)} of them.", highlight=False)

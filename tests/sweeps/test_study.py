@@ -22,7 +22,16 @@ from peftbench.config.search import find_search_faults
 from peftbench.config.studies import TrialOf
 from peftbench.records.choice import settle_search
 from peftbench.records.location import locate_run
-from peftbench.records.record import Record, RecordedCounts, Score, Searched, Selection, load_records
+from peftbench.records.record import (
+    Divergence,
+    Record,
+    RecordedCounts,
+    Score,
+    Searched,
+    Selection,
+    find_record,
+    load_records,
+)
 from peftbench.records.recording import start_record
 from peftbench.sweeps.jobs import Ended
 from peftbench.sweeps.optuna_study import JudgedTrial, list_by_state, open_study
@@ -413,6 +422,25 @@ def test_grids_without_a_study_are_a_sweep_before_it(
     assert len(trainings.words) == 4
     assert ["method=lora" in words for words in trainings.words] == [True, False, False, False]
     assert "2 of 2 runs are done" in capsys.readouterr().out
+
+
+def test_a_trial_that_diverged_is_no_failure(
+    tmp_path: Path, trained: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainings = trained()
+
+    def diverge(run: Run, overrides: Sequence[str], **others: Any) -> Ended:
+        ended = trainings(run, overrides, **others)
+        record = find_record(locate_run(settle_search(run)[0]))
+        assert record is not None
+        if len(trainings.words) == 2:
+            record.diverge(Divergence("loss", 3))
+            record.finish()
+        return ended
+
+    monkeypatch.setattr(peftbench.sweeps.executors, "train_attempt", diverge)
+    assert main(line(tmp_path, "search.trials=3", "budget=2%")) == 0
+    assert "2 done, 1 diverged; the best" in capsys.readouterr().out
 
 
 def test_a_pruned_trial_is_told_from_a_stopped_one(
