@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -160,9 +161,11 @@ def _run_daemon(places: Sequence[Mapping[str, str]], logs: Path) -> Iterator[dic
     try:
         gpus = sorted({place["CUDA_VISIBLE_DEVICES"] for place in places})
         _start_daemon(gpus, own)
-        for gpu in gpus:
+        with ThreadPoolExecutor(len(gpus)) as pool:
+            asked = {gpu: pool.submit(await_gpu, {**own, "CUDA_VISIBLE_DEVICES": gpu}) for gpu in gpus}
+        for gpu, answer in asked.items():
             try:
-                await_gpu({**own, "CUDA_VISIBLE_DEVICES": gpu})
+                answer.result()
             except UnusableError as error:
                 raise UnusableError(f"GPU {gpu} cannot be used through it ({error}; see {logs})") from None
         yield own

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
@@ -153,9 +154,11 @@ def _serve_jobs(pipe: Connection, environment: dict[str, str], log: str) -> None
         os.dup2(file.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a TextIOWrapper, over file 1
     try:
-        with speed_up_imports():
-            import_module("peftbench.train")  # before there is a job: while the parent starts the others
-        await_gpu(environment)
+        # Both before there is a job, and at once: each takes seconds, and the GPU is asked in a process of its own.
+        with ThreadPoolExecutor(1) as pool, speed_up_imports():
+            asked = pool.submit(await_gpu, environment)
+            import_module("peftbench.train")
+        asked.result()
         while (job := pipe.recv()) is not None:
             say(f"\nrun {job.number}: {' '.join(job.overrides)}")
             ended = train_attempt(job.run, job.overrides, wait=job.wait, trial=job.trial)

@@ -91,7 +91,7 @@ def test_one_daemon_for_the_gpus_in_use(raised: type[BaseException] | None, mach
         at_work = made.heard()
         if raised:
             raise raised
-    assert at_work == [
+    assert [at_work[0], *sorted(at_work[1:])] == [  # the GPUs are asked at once
         [said, gpus, *own.values()] for said, gpus in (("-d", "GPU-a,GPU-b"), ("client", "GPU-a"), ("client", "GPU-b"))
     ]
     assert made.heard()[len(at_work) :] == [["quit -t 10", "all", *own.values()]]
@@ -104,12 +104,9 @@ def test_indices_are_those_of_all_gpus(machine: Any, tmp_path: Path, monkeypatch
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     with share_gpus(True, [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "2323"], tmp_path) as found:
         assert [place["CUDA_VISIBLE_DEVICES"] for place in found] == list("2323")
-    assert [call[:2] for call in made.heard()] == [
-        ["-d", "all"],
-        ["client", "2"],
-        ["client", "3"],
-        ["quit -t 10", "2,3"],
-    ]
+    first, *asked, last = [call[:2] for call in made.heard()]
+    assert (first, last) == (["-d", "all"], ["quit -t 10", "2,3"])
+    assert sorted(asked) == [["client", "2"], ["client", "3"]]
 
 
 @pytest.mark.parametrize("mode", ["auto", True])
