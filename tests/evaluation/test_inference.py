@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, PreTrainedModel
 
 from peftbench.backbones.sites import find_sites
@@ -276,6 +277,39 @@ def test_a_prefix_is_joined_once_for_a_text(family: str, joins: int, monkeypatch
     predicted(model, given, options)
     assert len(calls) == joins
     assert torch.equal(logits(model, family), expected)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that torch is asked for, each of which is a kernel or more on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return function(*args, **(kwargs or {}))
+
+
+def count_for_a_token(family: str, preset: str) -> int:
+    """Return the operations of one more generated token."""
+    model, given = attached(family, preset), inputs(family, (9, 9))
+    fold(model)
+    counted = []
+    for number in (5, 6):
+        with Launches() as launches:
+            predicted(model, given, tokens(number))
+        counted.append(launches.number)
+    return counted[1] - counted[0]
+
+
+@pytest.mark.parametrize(("family", "most"), [("bart", 16), ("t5", 46), ("gpt2", 28), ("llama", 14)])
+def test_what_is_merged_costs_nothing_for_a_token(family: str, most: int) -> None:
+    """LoRA and IA3 ask for what the bare backbone asks for; MAM, in two layers of the decoder, for a little more."""
+    bare = count_for_a_token(family, "bare")
+    found = {preset: count_for_a_token(family, preset) - bare for preset in ("lora", "lora_ffn", "ia3", "mam")}
+    assert bare > 100 and found["lora"] == found["lora_ffn"] == found["ia3"] == 0
+    assert 0 < found["mam"] <= most
 
 
 def test_a_parallel_adapter_is_a_wider_ffn() -> None:
