@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from peftbench.evaluation.unlabelled import Prediction, predict_inputs, read_run_to_predict
 from peftbench.records.saved import find_run_folder, read_saved_record
@@ -24,7 +25,8 @@ FILE is .txt, with an input on each line (of a pair: two texts and a tab between
 .parquet with the columns that the task reads; task.text_columns=[COLUMN] or task.source_column=COLUMN gives them other
 names. - is standard input, whose lines are inputs unless --read says otherwise.
 
-Without --out, each line of standard output is one prediction: a text, a number, or a label, a tab and its probability.
+Without --out, each line of standard output is one prediction: a text, a number, or a label, a tab and its probability;
+for words, the labels of all, a tab and their probabilities.
 With --out FILE, what an interrupted command has predicted is stored in FILE.partial, and the same line goes on from
 there. FILE is .txt, as standard output; .csv or .tsv, with the probability of each label; or .jsonl.
 
@@ -32,6 +34,7 @@ examples:
   peftbench predict RUN reviews.csv --out predicted.csv
   cut -f1 reviews.tsv | peftbench predict RUN - > predicted.txt
 """
+Share = float | list[float | None]
 WRITE = (".txt", ".csv", ".tsv", ".jsonl")
 
 
@@ -99,9 +102,8 @@ def _name_kept(out: Path) -> Path:
 def _write_lines(found: Sequence[Prediction], file: TextIO) -> None:
     """Write one line for each prediction; a line break in a text becomes \\n."""
     for one in found:
-        line = _escape(str(one.value))
-        probabilities = one.probabilities
-        file.write(line + ("" if probabilities is None else f"\t{probabilities[str(one.value)]:.6f}") + "\n")
+        own = _find_own_share(one)
+        file.write(_escape(str(one.value)) + ("" if own is None else f"\t{_format(own)}") + "\n")
 
 
 def _write_csv(found: Sequence[Prediction], file: TextIO) -> None:
@@ -126,8 +128,24 @@ def _tabulate(found: Sequence[Prediction]) -> Iterator[list[str]]:
     names = [key for one in first for key in one.name]
     yield [*(names or ["index"]), "prediction", *(f"probability of {label}" for label in labels)]
     for one in found:
-        shares = [f"{(one.probabilities or {})[label]:.6f}" for label in labels]
+        shares = [_format((one.probabilities or {})[label]) for label in labels]
         yield [*map(str, one.name.values()), str(one.value), *shares]
+
+
+def _find_own_share(one: Prediction) -> Share | None:
+    """Return the probability of what is predicted; of words, that of each one's label; None of what has no label."""
+    value = str(one.value)
+    shares: Mapping[str, Any] | None = one.probabilities
+    if shares is None or isinstance(shares.get(value), float):
+        return None if shares is None else shares[value]
+    return [shares[label][word] for word, label in enumerate(value.split())]
+
+
+def _format(share: Share) -> str:
+    """Return a probability, or those of words with spaces between them; nan for a word that has none."""
+    if isinstance(share, float):
+        return f"{share:.6f}"
+    return " ".join(f"{math.nan if one is None else one:.6f}" for one in share)
 
 
 def _escape(text: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from peftbench.backbones.precision import choose_autocast_dtype
@@ -22,6 +23,8 @@ from peftbench.tasks.tokens import count_positions
 from peftbench.utils.errors import UserError
 from peftbench.utils.team import ALONE, Team
 
+Read = Callable[[Any, dict[str, Tensor]], Tensor]  # see `TaskData.read_outputs`
+
 
 class Evaluator:
     """Scores one model on the splits of one task, always in the same way, and with the other processes of `team`.
@@ -29,8 +32,11 @@ class Evaluator:
     `cut_off` contains, for each role for which texts were generated, the share that ended at the maximum length.
     """
 
-    def __init__(self, model: PreTrainedModel, data: TaskData, run: Run, team: Team = ALONE) -> None:
+    def __init__(
+        self, model: PreTrainedModel, data: TaskData, run: Run, team: Team = ALONE, read: Read | None = None
+    ) -> None:
         self.model, self.data, self.team = model, data, team
+        self.read = data.read_outputs if read is None else read  # `score` needs what `TaskData.decode` reads
         self.batch_size, self.max_tokens = run.trainer.eval_batch_size, run.trainer.eval_batch_tokens
         self.label_smoothing = run.trainer.label_smoothing
         self.by_loss = run.task.selection_metric == LOSS
@@ -71,7 +77,7 @@ class Evaluator:
         reads.extend(filter(None, [self.data.reading()]))
         reads.extend([] if task.messages_column is None else [task.max_length])
         reads.extend([] if model.quantization is Quantization.none else [model.quantization.name])
-        written = "logits" if self.generation is None else self.generation.to_json_string()
+        written = self.read.__name__ if self.generation is None else self.generation.to_json_string()
         how = [written, str(self.autocast_dtype), model.dtype.name, *reads]
         return Partial(path, json.dumps([source, stamp_content(adapter), self.data.fingerprint, *how]))
 
@@ -85,7 +91,7 @@ class Evaluator:
     def predict(
         self, role: str, on_batch: Callable[[int], None] = lambda examples: None, partial: Partial | None = None
     ) -> np.ndarray:
-        """Return what the model predicts for a role of the data, in the form that `TaskData.decode` reads."""
+        """Return what `read` keeps of the model's outputs for a role of the data, or the ids of texts."""
         # `generate` replaces unset values by the backbone's own: those of a chat model would make it sample.
         with set_configs([] if self.generation is None else [self.model], "generation_config", GenerationConfig()):
             predictions = predict(
@@ -94,7 +100,7 @@ class Evaluator:
                 self.data.collator,
                 self.batch_size,
                 max_tokens=self.max_tokens,
-                read=self.data.read_outputs,
+                read=self.read,
                 generation=self.generation,
                 autocast_dtype=self.autocast_dtype,
                 partial=partial,

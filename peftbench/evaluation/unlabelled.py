@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from peftbench.records.record import Record
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.inputs import read_inputs
 from peftbench.tasks.prepare import prepare_data
+from peftbench.tasks.token_classification import TokenClassification
 from peftbench.utils.errors import UserError
 from peftbench.utils.progress import Display
 
@@ -31,12 +32,13 @@ class Prediction:
     Args:
         name: "index", the number of the input from 0, and its "id" if the rows have one.
         value: a label, the labels of all words, a text or, for a regression, a number.
-        probabilities: of the labels, in the order of their codes; None unless there is one label.
+        probabilities: of the labels, in the order of their codes; of labels of words a list, with None for a word of
+            which the tokenizer keeps nothing; None if there are no labels.
     """
 
     name: dict[str, Any]
     value: str | float
-    probabilities: dict[str, float] | None = None
+    probabilities: Mapping[str, float | list[float | None]] | None = None
 
 
 def read_run_to_predict(folder: Path, record: Record, overrides: Sequence[str]) -> Run:
@@ -77,7 +79,8 @@ def predict_inputs(
             data = prepare_data(loaded, backbone.tokenizer, backbone.model)
             _fill_empty(data)
             backbone.model.to(choose_device(run.trainer))
-            evaluator = Evaluator(backbone.model, data, run)
+            read = data.read_logits if isinstance(data, TokenClassification) else None
+            evaluator = Evaluator(backbone.model, data, run, read=read)
         for note in (*backbone.notes, *data.notes):
             display.say(note)
         store = None if kept is None else evaluator.store(kept, folder / "adapter")
@@ -101,7 +104,11 @@ def _fill_empty(data: TaskData) -> None:
 
 
 def _collect(data: TaskData, run: Run, predicted: np.ndarray) -> list[Prediction]:
-    names, decoded = data.name_rows(data.report_rows), data.decode(predicted)
+    names = data.name_rows(data.report_rows)
+    if isinstance(data, TokenClassification):
+        decoded = data.decode(predicted.argmax(axis=1))
+        return [Prediction(*one) for one in zip(names, decoded, data.probabilities(predicted), strict=True)]
+    decoded = data.decode(predicted)
     if run.task.kind is TaskKind.regression:
         return [Prediction(name, float(number)) for name, number in zip(names, decoded, strict=True)]
     if run.task.kind is not TaskKind.classification:

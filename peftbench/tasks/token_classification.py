@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from scipy.special import softmax
 from torch import Tensor
 from transformers import DataCollatorForTokenClassification, PreTrainedModel
 
@@ -68,16 +69,35 @@ class TokenClassification(Windowed):
         codes: Tensor = outputs.logits.argmax(dim=-1)
         return codes
 
+    def read_logits(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+        """Return the logits of the labels at each token, (windows, labels, tokens)."""
+        logits: Tensor = outputs.logits.float().transpose(1, 2)
+        return logits
+
     def decode(self, predictions: np.ndarray, role: str = "report") -> list[str]:
-        """Return the labels of each row's words, with spaces between them."""
-        examples, texts = getattr(self, role), getattr(self, f"{role}_rows")[self.task.text_columns[0]]
+        """Return the labels of each row's words, with spaces between them, from codes of shape (windows, tokens)."""
         rest = OUTSIDE if OUTSIDE in self.task.labels else self.task.labels[0]
-        named = [[rest] * len(words) for words in texts[:]]
+        found = self._find_words(predictions, role)
+        return [" ".join(rest if code is None else self.task.labels[int(code)] for code in row) for row in found]
+
+    def probabilities(self, logits: np.ndarray, role: str = "report") -> list[dict[str, list[float | None]]]:
+        """Return for each row the probabilities of each label, one for each word, from what `read_logits` kept; None
+        for a word without tokens."""
+        labels = list(enumerate(self.task.labels))
+        return [
+            {label: [None if word is None else float(word[code]) for word in row] for code, label in labels}
+            for row in self._find_words(softmax(logits.astype(np.float64), axis=1), role)
+        ]
+
+    def _find_words(self, predictions: np.ndarray, role: str) -> list[list[Any]]:
+        """Return for each word of each row what (windows, ..., tokens) has at its token; None if it has no token."""
+        examples, texts = getattr(self, role), getattr(self, f"{role}_rows")[self.task.text_columns[0]]
+        found: list[list[Any]] = [[None] * len(words) for words in texts[:]]
         numbers = self.number_examples(role)
-        for row, codes, words, places in zip(numbers, predictions, examples[WORDS], examples[PLACES], strict=True):
+        for row, window, words, places in zip(numbers, predictions, examples[WORDS], examples[PLACES], strict=True):
             for word, place in zip(words, places, strict=True):
-                named[row][word] = self.task.labels[int(codes[place])]
-        return [" ".join(names) for names in named]
+                found[row][word] = window[..., place]
+        return found
 
     def references(self, rows: Dataset) -> list[str]:
         """Return the labels of each row's words, with spaces between them."""

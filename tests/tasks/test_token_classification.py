@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,6 +18,7 @@ from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification, AutoTokenizer, BertForTokenClassification, PreTrainedModel
 
+from peftbench import load_run
 from peftbench.cli.main import main
 from peftbench.config.schema import Model, Task, TaskKind
 from peftbench.config.task_validity import find_label_faults
@@ -324,9 +326,43 @@ def test_a_run_predicts_and_is_merged(
     capsys.readouterr()
     assert main(["predict", str(folder), str(tmp_path / "in.txt")]) == 0
     lines = capsys.readouterr().out.split("\n")
-    assert [len(line.split()) for line in lines] == [4, 0, 1, 0]
+    assert [[len(cell.split()) for cell in line.split("\t")] for line in lines] == [[4, 4], [0, 0], [1, 1], [0]]
     assert main(["merge", str(folder), "--out", str(tmp_path / "merged")]) == 0
     model = BertForTokenClassification.from_pretrained(tmp_path / "merged").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
-    codes = model(**tokenizer("film 7 7 film", return_tensors="pt")).logits[0, 1:-1].argmax(-1).tolist()
-    assert [model.config.id2label[code] for code in codes] == lines[0].split()
+    shares, codes = model(**tokenizer("film 7 7 film", return_tensors="pt")).logits[0, 1:-1].softmax(-1).max(-1)
+    labels, told = lines[0].split("\t")
+    assert [model.config.id2label[code] for code in codes.tolist()] == labels.split()
+    assert [float(share) for share in told.split()] == pytest.approx(shares.tolist(), abs=1e-5)
+
+
+def test_the_probability_of_each_label_of_a_word(run: tuple[Path, Record], tmp_path: Path) -> None:
+    """That of the model in the window in which the word has the most context; none of a word without tokens."""
+    folder, _ = run
+    words = ["7", "film", "a", "7", "film", "film", "a"] * 6
+    inputs = tmp_path / "in.txt"
+    inputs.write_text(f"\n{' '.join(words)}\n7 \u200b\n")  # the second has three windows
+    for ending in ("jsonl", "csv", "txt"):
+        assert main(["predict", str(folder), str(inputs), "--out", str(tmp_path / f"out.{ending}")]) == 0
+    model, tokenizer = load_run(folder)
+    ids = tokenizer(" ".join(words), add_special_tokens=False)["input_ids"]
+    assert len(ids) == 42 == len(words)
+    wanted = []
+    for word in range(42):  # windows of 22 tokens, of which neighbours share 8
+        start = max((0, 14, 28), key=lambda start: min(word - start, min(start + 22, 42) - 1 - word))
+        window = [tokenizer.cls_token_id, *ids[start : start + 22], tokenizer.sep_token_id]
+        with torch.no_grad():
+            wanted.append(model(torch.tensor([window])).logits[0, 1 + word - start].softmax(-1).tolist())
+    empty, long, strange = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert empty == {"index": 0, "prediction": "", "probabilities": {"O": [], "B-PER": []}}
+    for code, label in enumerate(("O", "B-PER")):
+        assert long["probabilities"][label] == pytest.approx([shares[code] for shares in wanted], abs=1e-4)
+    assert long["prediction"].split() == [("O", "B-PER")[shares[1] > shares[0]] for shares in wanted]
+    assert strange["prediction"].split()[1] == "O" and strange["probabilities"]["B-PER"][1] is None
+    header, *table = csv.reader((tmp_path / "out.csv").read_text().splitlines())
+    assert header == ["index", "prediction", "probability of O", "probability of B-PER"]
+    told = [[*map(float, row[3].split())] for row in table]
+    assert told[:2] == [[], pytest.approx([shares[1] for shares in wanted], abs=1e-4)] and np.isnan(told[2][1])
+    labels, shares = (tmp_path / "out.txt").read_text().splitlines()[1].split("\t")
+    assert labels == long["prediction"]
+    assert [float(share) for share in shares.split()] == pytest.approx([max(both) for both in wanted], abs=1e-4)
