@@ -16,8 +16,10 @@ from peftbench.config.schema import index_by_key
 from peftbench.records.record import Record
 from peftbench.records.wording import format_value
 from peftbench.tables.fields import (
+    AVERAGE,
     FIELDS,
     MANY_CUT_OFF,
+    average_scores,
     find_field,
     get_baseline,
     get_further_score,
@@ -102,6 +104,7 @@ def choose_columns(
         # For every metric of the tasks, higher is better.
         _make_score_column(records[0].metric),
         *([CUT_OFF] if any((FIELDS["cut_off"](record) or 0) > MANY_CUT_OFF for record in records) else []),
+        *([_make_average_column(records)] if len(list_further_splits(records)) > 1 else []),
         *map(_make_further_column, list_further_splits(records)),
         *make_delta_columns(rows),
         *make_paper_columns(rows, paper),
@@ -193,6 +196,13 @@ def _make_further_column(split: str) -> Column[Row]:
     header = f"{split} ↑".replace("_", "\n")
     of = partial(get_further_score, split)
     return make_number(split, header, _format_two, better="higher", dispensable=4, of=of, spread=True)
+
+
+def _make_average_column(records: Sequence[Record]) -> Column[Row]:
+    """Return the column of the average over the report split and the further ones, several sets of one task."""
+    header = f"average\nof {len(list_further_splits(records)) + 1} ↑"
+    of = average_scores(records)
+    return make_number(AVERAGE, header, _format_two, better="higher", dispensable=1, of=of, spread=True)
 
 
 def find_distinguishing(rows: Sequence[Row]) -> list[Column[Row]]:

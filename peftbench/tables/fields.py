@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from statistics import fmean
 from typing import Any
 
-from peftbench.config.roles import FURTHER
+from peftbench.config.roles import FURTHER, is_reported
 from peftbench.config.schema import index_by_key
 from peftbench.records.record import Record
 from peftbench.records.wording import describe_search
@@ -71,6 +72,7 @@ FIELDS: dict[str, Callable[[Record], Any]] = {
     "run": lambda r: r.run,
     "created": lambda r: r.created,
 }
+AVERAGE = "average"  # over the report split and all further ones
 MANY_CUT_OFF = 0.05  # of generated texts: what is said on the screen
 COSTS = (  # better when lower
     *("trained", "stored", "percent", "steps", "memory", "time"),
@@ -81,8 +83,8 @@ COSTS = (  # better when lower
 def find_field(key: str, records: Sequence[Record]) -> Callable[[Record], Any]:
     """Return the function that reads `key` from a record.
 
-    `key` is one of `FIELDS`, a metric or a baseline of the report split, the score on a further split, or a dotted key
-    of a record. Raises UserError for a key that none of the records has.
+    `key` is one of `FIELDS`, a metric or a baseline of the report split, the score on a further split, `AVERAGE`, or a
+    dotted key of a record. Raises UserError for a key that none of the records has.
     """
     if key in FIELDS:
         return FIELDS[key]
@@ -92,11 +94,15 @@ def find_field(key: str, records: Sequence[Record]) -> Callable[[Record], Any]:
         return partial(get_baseline, key)
     if key in list_further_splits(records):
         return partial(get_further_score, key)
+    further = list_further_splits(records)
+    if key == AVERAGE and further:
+        return average_scores(records)
     flat = {id(record): dict(flatten(record.to_json())) for record in records} if "." in key else {}
     if any(key in values for values in flat.values()):
         return lambda record: flat[id(record)].get(key)
     metrics = dict.fromkeys(name for r in records if "report" in r.scores for name in r.scores["report"].metrics)
-    raise UserError(f"{key} is not a column{suggest(key, [*FIELDS, *metrics, *list_further_splits(records)])}")
+    known = [*FIELDS, *metrics, *further, *([AVERAGE] if further else [])]
+    raise UserError(f"{key} is not a column{suggest(key, known)}")
 
 
 def describe_cut_off(split: str, share: float | None) -> str | None:
@@ -148,3 +154,26 @@ def get_further_score(split: str, record: Record) -> float | None:
     """Return the task's metric on a further split."""
     score = record.scores.get(f"{FURTHER}{split}") if record.status == "done" else None
     return None if score is None else score.metrics.get(record.metric)
+
+
+def average_scores(records: Sequence[Record]) -> Callable[[Record], float | None]:
+    """Return the function from one of the records to the mean of its scores on the report split and all further ones.
+
+    Each split counts the same, however many examples it has, as in LLM-Adapters (Hu et al., 2023). A run has no average
+    if it lacks a split that another run of the same data has: averages over other sets cannot be compared.
+    """
+    splits: dict[tuple[Any, ...], set[str]] = {}
+    for record in records:
+        splits.setdefault(_identify_data(record), set()).update(filter(is_reported, record.scores))
+
+    def average(record: Record) -> float | None:
+        wanted = splits[_identify_data(record)]
+        scores = {role: score.metrics.get(record.metric) for role, score in record.scores.items() if role in wanted}
+        known = [score for score in scores.values() if score is not None]
+        return fmean(known) if record.status == "done" and len(known) == len(wanted) > 1 else None
+
+    return average
+
+
+def _identify_data(record: Record) -> tuple[Any, ...]:
+    return (record.task, record.metric, *(FIELDS[key](record) for key in ("split", "examples", "data")))

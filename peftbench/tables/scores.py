@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -29,6 +30,9 @@ def show_scores(found: Sequence[dict[str, Any]], record: Record, console: Consol
             console.print(f"  {name:<{width}} {value!r:<20} {notes}".rstrip(), highlight=False, soft_wrap=True)
         if sentence := describe_cut_off(entry["split"], entry.get("cut_off")):
             console.print(f"  {sentence}", highlight=False, soft_wrap=True)
+    reported = [entry["metrics"].get(record.metric) for entry in found if is_reported(entry["role"])]
+    if len(reported) > 2 and None not in reported:
+        console.print(f"average {record.metric} of {len(reported)} splits: {fmean(reported)!r}", highlight=False)
 
 
 def _find_recorded(record: Record, split: str, examples: int) -> dict[str, float]:

@@ -15,7 +15,7 @@ import yaml
 
 from peftbench.cli.report import main
 from peftbench.config.identity import to_plain
-from peftbench.records.record import Axes, Failure, RecordedCounts, load_records
+from peftbench.records.record import Axes, Failure, RecordedCounts, Score, load_records
 from peftbench.records.recording import start_record
 from peftbench.records.run_files import write_predictions
 from peftbench.tables.report.content import LONGEST, POINTS, SAMPLES
@@ -185,6 +185,21 @@ def test_filters_are_those_of_results(outputs: Path) -> None:
     assert len(content["runs"]) == len(read_records([str(outputs), "method=mam,lora", "task=sst2", "status=done"]))
     with pytest.raises(UserError, match="did you mean lora"):
         report(outputs, "method=lroa")
+
+
+def test_several_sets_and_their_average_are_columns(outputs: Path) -> None:
+    for record in load_records(outputs / "sst2")[0]:
+        further = {"a": 40.0, "b": 60.0} if record.status == "done" else {}
+        record.scores |= {f"report_{name}": Score(name, 9, {record.metric: score}) for name, score in further.items()}
+        record.save()
+    content = report(outputs).content
+    scores, averages = cells(content, "score"), cells(content, "average")
+    for task, score, average, second in zip(cells(content, "task"), scores, averages, cells(content, "b"), strict=True):
+        there = task == "sst2" and score is not None
+        assert second == (60.0 if there else None)
+        assert average == (pytest.approx((score + 100.0) / 3) if there else None)
+    (column,) = (column for column in content["columns"] if column["key"] == "average")
+    assert column["shown"] and column["better"] == "higher"
 
 
 def test_it_needs_no_other_file(outputs: Path) -> None:

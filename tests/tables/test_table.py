@@ -20,6 +20,7 @@ from peftbench.tables.columns import choose_columns
 from peftbench.tables.fields import FIELDS, get_test_file
 from peftbench.tables.formats import records_to_csv, records_to_json
 from peftbench.tables.row import find_front, group_seeds, make_rows
+from peftbench.tables.scores import show_scores
 from peftbench.tables.terminal import show_records, show_single_row, show_table, wrap_text
 from peftbench.utils.errors import UserError
 
@@ -304,6 +305,52 @@ def test_a_further_split_has_a_column(tmp_path: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.splitlines()[1:] == ["2"]
     with pytest.raises(UserError, match="dev_nm is not a column; did you mean dev_mm"):
         main([str(tmp_path), "--show", "dev_nm"])
+
+
+# A row of LLM-Adapters (Hu et al., 2023), LoRA on LLaMA-7B: accuracies on eight sets, whose average is printed as 74.7.
+COMMONSENSE = {
+    "boolq": 68.9,
+    "piqa": 80.7,
+    "siqa": 77.4,
+    "hellaswag": 78.1,
+    "winogrande": 78.8,
+    "arc_easy": 77.8,
+    "arc_challenge": 61.3,
+    "openbookqa": 74.8,
+}
+
+
+def test_several_sets_have_an_average(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each set counts the same, whatever its size; a run that lacks a set which another one has, has no average."""
+    for seed, lacks in ((1, None), (2, "piqa"), (3, None)):
+        made = record(68.9 + seed - 1, FFN, seed=seed, run=f"{seed:08x}")
+        for size, (name, score) in enumerate(COMMONSENSE.items(), 1000):
+            if name not in ("boolq", lacks):
+                made.scores[f"report_{name}"] = Score(name, size, {"accuracy": score, "f1": 1.0})
+        made.scores["selection"] = Score("validation", 10, {"accuracy": 1.0})
+        stored(tmp_path / str(seed), made)
+    assert main([str(tmp_path), "--markdown"]) == 0
+    head, _, *rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    at = head.index("average of 8 ↑")
+    assert [row[at] for row in rows] == ["**74.97**", "", "74.72"]
+    assert main([str(tmp_path), "--show", "seed,average", "--sort", "average", "--csv"]) == 0
+    found = [line.split(",") for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [seed for seed, _ in found] == ["1", "3", "2"] and found[2][1] == ""
+    assert float(found[0][1]) == pytest.approx(74.725) and float(found[1][1]) == pytest.approx(74.975)
+    assert main([str(tmp_path), "--show", "seed", "--csv", "average>74.9"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["3"]
+
+
+def test_an_evaluation_of_several_sets_ends_with_their_average() -> None:
+    entries: list[dict[str, Any]] = [
+        {"role": role, "split": name, "examples": 9, "of": None, "metrics": {"accuracy": score}, "signatures": {}}
+        for (name, score), role in zip(COMMONSENSE.items(), ["report"] + ["report_x"] * 7, strict=True)
+    ]
+    console = Console(width=90, file=io.StringIO())
+    show_scores(entries, record(68.9), console)
+    assert isinstance(console.file, io.StringIO)
+    last = console.file.getvalue().splitlines()[-1]
+    assert last.startswith("average accuracy of 8 splits: 74.72")
 
 
 def test_a_thousand_runs_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

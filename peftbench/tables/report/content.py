@@ -13,7 +13,7 @@ from peftbench.records.run_files import name_predictions_file, read_lines, read_
 from peftbench.records.wording import format_value
 from peftbench.tables.columns import PAPER, choose_columns
 from peftbench.tables.comparison import read_settings
-from peftbench.tables.fields import COSTS, FIELDS, MANY_CUT_OFF, find_field
+from peftbench.tables.fields import AVERAGE, COSTS, FIELDS, MANY_CUT_OFF, find_field, list_further_splits
 from peftbench.tables.plot import COLOURS, NAMES
 from peftbench.tables.row import Row, get_rank, identify_point, make_rows, split_tables
 from peftbench.tables.terminal import make_titles
@@ -25,7 +25,8 @@ POINTS = 100  # maximum number of points of a curve
 # The columns that are visible at first, in this order, if they distinguish runs; the first ones are always visible.
 ALWAYS = ("method", "score", "stored", "percent")
 SHOWN = (
-    *("method", "score", "delta", "paper", "paper_of", "difference", "seed", "task", "model", "axes", "bottleneck"),
+    *("method", "score", AVERAGE, "delta", "paper", "paper_of", "difference"),
+    *("seed", "task", "model", "axes", "bottleneck"),
     *("stored", "percent", "trained", "tokens_per_s", "memory", "time", "forgetting", "token_ms"),
     *("use_memory", "learning_rate", "status", "error", "debug"),
 )
@@ -121,6 +122,8 @@ def _describe_columns(groups: Sequence[Sequence[Row]], paper: bool) -> list[dict
     records = [row.first for table in groups for row in table]
     measured = dict.fromkeys(name for r in records if "report" in r.scores for name in r.scores["report"].metrics)
     measured |= dict.fromkeys(name for r in records for name in r.baselines)
+    further = list_further_splits(records)
+    measured |= dict.fromkeys([*further, AVERAGE] if len(further) > 1 else further)
     found = {key: [find_field(key, records)(record) for record in records] for key in [*FIELDS, *measured]}
     beside: dict[str, list[Any]] = {key: [] for key in ("axes", "paper_of", "delta", *PAPER)}
     for table in groups:
@@ -131,7 +134,7 @@ def _describe_columns(groups: Sequence[Sequence[Row]], paper: bool) -> list[dict
     found |= beside
 
     made = []
-    for key in dict.fromkeys([*SHOWN, *found]):
+    for key in filter(found.__contains__, dict.fromkeys([*SHOWN, *found])):
         cells = [_to_cell(value) for value in found[key]]
         kinds = {type(cell) for cell in cells} - {type(None)}
         if not kinds and key not in ALWAYS:
