@@ -7,10 +7,11 @@ For each run that is done or has diverged it keeps the record and the config, in
 replaced by SHARED and OUTPUTS, and of the log every look at the selection split and every fifth line of training, to
 six digits. A run's name and its content stamps stay: they say what it was trained on, wherever the data was stored.
 Predictions are left out, since their file also contains the references, which belong to the data; what each example
-contributed to the main score is kept, so that runs can be compared. Trials that a search has not chosen lose that too.
+contributed to the main score is kept, so that runs can be compared. Trials that a search has not chosen lose that too,
+and of trials of a study that others are better than the record alone is kept, also of those that it has pruned.
 
-A sweep skips the runs that were kept: copy them to its output_dir, and another machine goes on with it. What was kept
-before is kept as it is.
+A sweep skips the runs that were kept, and a study goes on with its journal, which is kept too: copy them to its
+output_dir (cp -r KEPT/. OUTPUT_DIR), and another machine goes on. What was kept before is kept as it is.
 """
 
 from __future__ import annotations
@@ -20,38 +21,94 @@ import math
 import shutil
 from pathlib import Path
 
+from peftbench.records.choice import compute_objective
 from peftbench.records.record import FILE, Record, load_records
 from peftbench.records.run_files import METRICS_FILE, read_metrics
 from peftbench.tables import examples
 from peftbench.tables.row import is_trial
-from peftbench.utils.files import write_lines
+from peftbench.utils.files import replace_file, write_lines
 
 EVERY = 5  # every fifth line of the training log is kept
 OUTPUTS = "OUTPUTS"  # in place of the output_dir of the machine
+JOURNALS = ".sweeps/*.study.jsonl"
 DIGITS = 6  # significant digits of its numbers
 
 
-def keep(record: Record, target: Path, names: dict[str, str], with_examples: bool = True) -> None:
-    """Write what is kept of a run to the folder `target`, with `names` in place of the folders of this machine."""
+def keep(record: Record, target: Path, names: dict[str, str], with_examples: bool = True, alone: bool = False) -> None:
+    """Write what is kept of a run to the folder `target`, with `names` in place of the folders of this machine.
+
+    Args:
+        with_examples: also what each example contributed.
+        alone: the record and nothing else.
+    """
     target.mkdir(parents=True, exist_ok=True)
-    (target / examples.FILE).unlink(missing_ok=True)
+    for name in (examples.FILE, *(["config.yaml", METRICS_FILE] if alone else [])):  # of a run that was the best before
+        (target / name).unlink(missing_ok=True)
+    files = [FILE] if alone else [FILE, "config.yaml"]
     if f"output_dir={OUTPUTS}" in record.overrides:
-        for name in (FILE, "config.yaml", METRICS_FILE, *([examples.FILE] if with_examples else [])):
+        more = [] if alone else [METRICS_FILE, *([examples.FILE] if with_examples else [])]
+        for name in (*files, *more):
             if (record.folder / name).is_file():
                 shutil.copyfile(record.folder / name, target / name)
         return
     (outputs,) = {word.partition("=")[2] for word in record.overrides if word.startswith("output_dir=")}
-    for file in (FILE, "config.yaml"):
+    for file in files:
         text = (record.folder / file).read_text(encoding="utf-8")
-        for folder, name in {**names, outputs: OUTPUTS}.items():
-            text = text.replace(folder, name)
-        (target / file).write_text(text, encoding="utf-8")
+        (target / file).write_text(rename_folders(text, {**names, outputs: OUTPUTS}), encoding="utf-8")
+    if alone:
+        return
     write_lines(target / METRICS_FILE, thinned(read_metrics(record.folder)))
     if with_examples and record.score is not None and examples.has_examples(record):
         statistics = examples.read_examples(record)[record.metric]
         if not math.isclose(statistics.score_all(), record.score, rel_tol=1e-9):
             raise ValueError(f"{record.folder}: the predictions have {statistics.score_all()}, not {record.score}")
         examples.write_examples(statistics.rows, target)
+
+
+def keep_journals(outputs: Path, target: Path, names: dict[str, str]) -> int:
+    """Copy the journals of the studies below `outputs`, without a line that is still being written; return how many."""
+    found = sorted(outputs.glob(JOURNALS))
+    for file in found:
+        written = file.read_bytes()
+        text = written[: written.rfind(b"\n") + 1].decode("utf-8")
+        place = target / file.relative_to(outputs)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(place) as kept:
+            kept.write(rename_folders(text, {**names, str(outputs): OUTPUTS}))
+    return len(found)
+
+
+def rename_folders(text: str, names: dict[str, str]) -> str:
+    """Return a text with names in place of folders."""
+    for folder, name in names.items():
+        text = text.replace(folder, name)
+    return text
+
+
+def find_beaten(records: list[Record]) -> set[str]:
+    """Return the names of trials of studies that another trial of the same study is better than: of a study under a
+    budget in the selection score, of any other also in what is stored."""
+    studies: dict[str, list[Record]] = {}
+    for one in records:
+        if one.search is not None and one.search.study is not None and one.seed == one.search.seed:
+            studies.setdefault(one.search.study, []).append(one)
+    beaten = set()
+    for trials in studies.values():
+        values = {one.run: _list_objectives(one) for one in trials}
+        for one, own in values.items():
+            if any(
+                all(theirs >= ours for theirs, ours in zip(other, own, strict=True)) and other != own
+                for other in values.values()
+            ):
+                beaten.add(one)
+    return beaten
+
+
+def _list_objectives(trial: Record) -> list[float]:
+    """Return what a study compares of a trial, better when higher; the worst of one that was pruned or diverged."""
+    stored = -float(trial.counts.stored) if trial.counts is not None else -math.inf
+    score = compute_objective(trial.selection) if trial.status == "done" else -math.inf
+    return [score] if trial.budget is not None else [score, stored if score > -math.inf else -math.inf]
 
 
 def find_losers(records: list[Record]) -> set[str]:
@@ -84,13 +141,16 @@ def main() -> None:
         parser.error(f"{arguments.target} is the folder of the runs; give another one")
     folders = {"BACKBONES": arguments.backbones, "SHARED": arguments.shared}
     names = {folder.rstrip("/"): name for name, folder in folders.items() if folder is not None}
+    # Before the records: a trial that ends now is then one that has ended and not been told, which is no harm.
+    journals = keep_journals(arguments.outputs, arguments.target, names)
     found, _ = load_records(arguments.outputs)
-    ended = [record for record in found if record.has_ended]
-    losers = find_losers(found)
+    ended = [record for record in found if record.has_ended or (record.search is not None and record.search.pruned)]
+    losers, beaten = find_losers(found), find_beaten(found)
     for record in ended:
         target = arguments.target / record.folder.relative_to(arguments.outputs)
-        keep(record, target, names, with_examples=record.run not in losers)
-    print(f"{len(ended)} of {len(found)} runs are kept in {arguments.target}")
+        keep(record, target, names, with_examples=record.run not in losers, alone=record.run in beaten)
+    of_studies = f", and {journals} journals of studies" if journals else ""
+    print(f"{len(ended)} of {len(found)} runs are kept in {arguments.target}{of_studies}")
 
 
 if __name__ == "__main__":

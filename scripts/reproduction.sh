@@ -18,6 +18,10 @@
 #   small       the points of `heads` at 0.5%, the size of the paper's "0.1%" (l = 30) by its own formula
 #   sizes       the points of `insertion` and `scaling`, and the mixtures of table 6, at 6.7%
 #   tables      what the tables 3, 4, 5, 6 and 12 have besides, at 0.1, 0.5, 2 and 6.7%
+# Two steps are for calls of their own, each a search over the four axes, of 200 trials with seed 42:
+#   search_0.5%, search_2%  the best point beside the presets of MAM, LoRA, the scaled parallel adapter and prefix tuning
+#               under that budget, each with the best of five learning rates, and all with the seeds 1, 2 and 3
+#               (search.trials=N: N trials). peftbench claims OUTPUTS --searches says what they have found.
 # Run again, the script skips finished runs and resumes interrupted ones. Of a finished run the record is enough, so that
 # a machine continues what another began, if OUTPUTS has what scripts/keep_records.py kept of it.
 # Words with = go to peftbench train, the last of a key counts: seed=42,1,2,3,4 has two more seeds, and
@@ -29,13 +33,18 @@ if [ $# -lt 4 ]; then
 fi
 data=$(cd "$1" && pwd)/data backbones=$(cd "$2" && pwd) outputs=$3 cell=$4
 shift 4
-steps=() more=()
+steps=() more=() searches=() of_study=()
 for word in "$@"; do
   case $word in
+  search_0.5% | search_2%) searches+=("${word#search_}") ;;
+  search.*=*) of_study+=("$word") ;;
   *=*) more+=("$word") ;;
   *) steps+=("$word") ;;
   esac
 done
+if [ ${#searches[@]} -gt 0 ] && [ ${#steps[@]} -gt 0 ]; then
+  echo "reproduction.sh: search_2% and search_0.5% are for a call without other steps, here ${steps[*]}" >&2 && exit 2
+fi
 [ ${#steps[@]} -gt 0 ] || steps=(insertion mam heads saturation scaling small sizes tables)
 
 backbone=${cell%/*} task=${cell#*/} without=""
@@ -77,6 +86,17 @@ en_ro)
 xsum) words=(task=xsum task.data_dir="$data/xsum_subset" trainer.max_steps=780 trainer.evaluate_every=260) ;;
 esac
 words+=(model="$model" model.path="$backbones/$backbone" trainer=quick search=lr5 seed=42,1,2)
+
+if [ ${#searches[@]} -gt 0 ]; then
+  [ "$backbone" != mpnet-base ] || { echo "reproduction.sh: no head of mpnet-base can be modified, as MAM does" >&2 && exit 2; }
+  budgets=$(IFS=, && echo "${searches[*]}")
+  echo "$cell: four methods of $budgets, of which each takes 8 trainings, and a search over the axes for each budget"
+  # What is typed before `and` is for both grids: neither the trials nor the learning rates have a seed that is reported.
+  words+=("${more[@]}" budget="$budgets" search.seed=42 seed=1,2,3)
+  exec python3 -m peftbench train -m output_dir="$outputs" jobs="${JOBS:-auto}" "${words[@]}" \
+    method=mam,lora,scaled_parallel_adapter,prefix and method=mam search=optuna search.trials=200 \
+    "search.keys={trainer.learning_rate: {times: [1, 0.3, 3, 0.1, 10]}}" "${of_study[@]}"
+fi
 
 sweep=()
 declare -A taken=()
@@ -124,7 +144,7 @@ done
 
 [ -z "${LIST:-}" ] || more+=(seed=42)
 # Later grids have the first one's words, so that the task, the backbone and what was typed stand there once.
-sweep=("${words[@]}" "${more[@]}" "${sweep[@]}")
+sweep=("${words[@]}" "${more[@]}" "${of_study[@]}" "${sweep[@]}")
 points=${#taken[@]}
 echo "$cell: $points points; with five trials, one of which is a run, and two more seeds: $((7 * points)) trainings"
 [ -z "${LIST:-}" ] || exec python3 -m peftbench params -m "${sweep[@]}"

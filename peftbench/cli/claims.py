@@ -14,6 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from peftbench.cli.searched import show_study, to_json, write_study
 from peftbench.records.record import Record
 from peftbench.tables.advice import find_reference
 from peftbench.tables.claims import (
@@ -28,6 +29,7 @@ from peftbench.tables.claims import (
 from peftbench.tables.fields import FIELDS, MANY_CUT_OFF
 from peftbench.tables.flatness import find_steepest
 from peftbench.tables.row import is_scored, is_trial
+from peftbench.tables.searches import find_studies
 from peftbench.tables.select import is_filter, load_folders, select_records
 from peftbench.utils.console import make_console, say
 from peftbench.utils.errors import UserError
@@ -44,6 +46,7 @@ second row stores clearly more than the first contradicts nothing.
 examples:
   peftbench claims outputs/reference
   peftbench claims outputs/reference/reproduction search=lr5 task=sst2 --each
+  peftbench claims outputs/reference --searches
 """
 HEADERS = ("claim", "claimed", "difference", "95% interval", "pairs", "runs", "verdict")
 CHANGE = "what would change it"
@@ -56,6 +59,8 @@ def main(argv: list[str]) -> int:
     if arguments.resamples < 100:
         raise UserError(f"--resamples {arguments.resamples}: it must be a whole number of at least 100.")
     records = _read_records(arguments.words)
+    if arguments.searches:
+        return _show_searches(records, arguments.resamples, arguments.form)
     cells = judge_records(records, arguments.resamples)
     if arguments.form == "json":
         say(dump_json([_to_json(cell) for cell in cells], indent=2, ensure_ascii=True))
@@ -84,10 +89,31 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("words", nargs="*", metavar="FOLDER | KEY=VALUE,...", help="where (default: outputs) and which")
     parser.add_argument("--each", action="store_true", help="also each pair of rows that a verdict rests on")
+    parser.add_argument("--searches", action="store_true", help="what searches over the axes found, beside the methods")
     parser.add_argument("--resamples", type=int, default=2000, help="draws of the bootstrap; default: %(default)s")
     for form in ("json", "markdown"):
         parser.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=f"print {form}")
     return parser
+
+
+def _show_searches(records: Sequence[Record], resamples: int, form: str | None) -> int:
+    """Print what the studies among the records have found, and return 0. Raises UserError where there is none."""
+    studies = find_studies(records, resamples)
+    if not studies:
+        raise UserError(
+            f"None of {len(records)} records is a trial of a search over the axes; scripts/reproduction.sh makes some, "
+            "search_0.5% and search_2%, or train with search=optuna budget=2% search.seed=42 seed=1,2,3."
+        )
+    if form == "json":
+        say(dump_json([to_json(one) for one in studies], indent=2, ensure_ascii=True))
+        return 0
+    console = make_console()
+    for one in studies:
+        say(write_study(one)) if form == "markdown" else show_study(one, console)
+    names = {one.name for one in studies}
+    cost = _describe_cost([one for one in records if one.search is not None and one.search.study in names])
+    say(cost) if form == "markdown" else console.print(cost, highlight=False)
+    return 0
 
 
 def _read_records(words: Sequence[str]) -> list[Record]:

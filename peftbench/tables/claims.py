@@ -166,6 +166,8 @@ def read_claims() -> tuple[list[Claim], dict[str, dict[str, Any]]]:
 def judge_records(records: Sequence[Record], resamples: int = RESAMPLES) -> list[CellFindings]:
     """Return what records say of the claims, for each cell of which a run has a score."""
     compared = [record for record in records if record.has_ended and not is_trial(record) and record.debug is None]
+    # A point that a study has found has the name of the method that it varied.
+    compared = [record for record in compared if record.search is None or record.search.study is None]
     cells = []
     for alike in group_alike(group_seeds(compared, "mean")):
         for search in dict.fromkeys(FIELDS["search"](row.first) for row in alike):
@@ -183,7 +185,7 @@ def _judge_cell(rows: list[Row], resamples: int) -> CellFindings:
     claims, points = read_claims()
     matched = [(claim, _match(claim, rows, points)) for claim in claims]
     runs = {run.folder: run for _, found in matched for one in found for side in one.runs for run in side}
-    drawn = _draw_examples([run for run in runs.values() if has_examples(run)], resamples)
+    drawn = draw_example_scores(list(runs.values()), resamples)
     return CellFindings(rows, [_judge_claim(claim, found, drawn, resamples) for claim, found in matched])
 
 
@@ -239,8 +241,9 @@ def _get_score(record: Record) -> float:
     return record.score
 
 
-def _draw_examples(runs: Sequence[Record], resamples: int) -> dict[str, np.ndarray]:
-    """Return the scores of runs on drawn examples, by folder: (resamples)."""
+def draw_example_scores(runs: Sequence[Record], resamples: int) -> dict[str, np.ndarray]:
+    """Return the scores of runs on drawn examples, by folder: (resamples). Without known examples, none."""
+    runs = [run for run in runs if has_examples(run)]
     if not runs:
         return {}
     scores = score_drawn_examples([read_examples(run)[run.metric] for run in runs], resamples)
@@ -252,9 +255,9 @@ def _judge_claim(
 ) -> Finding:
     if not comparisons:
         return Finding(claim, "not tested", None)
-    each = [(one, _estimate([one], drawn, resamples)) for one in comparisons]
+    each = [(one, estimate_difference([one], drawn, resamples)) for one in comparisons]
     # An interval of one pair of several is wide enough for all of them at once (Bonferroni).
-    strict = [_estimate([one], drawn, resamples, 1 - (1 - LEVEL) / len(each)) for one in comparisons]
+    strict = [estimate_difference([one], drawn, resamples, 1 - (1 - LEVEL) / len(each)) for one in comparisons]
     contradicted = any(
         claim.judge(estimate, [one]) == "contradicted" for one, estimate in zip(comparisons, strict, strict=True)
     )
@@ -265,17 +268,21 @@ def _judge_claim(
         sure = all(claim.judge(estimate, [one]) == "confirmed" for one, estimate in each)
         verdict: Verdict = "contradicted" if contradicted else "confirmed" if sure else "not confirmed"
     else:
-        estimate = _estimate(comparisons, drawn, resamples)
+        estimate = estimate_difference(comparisons, drawn, resamples)
         verdict = claim.judge(estimate, comparisons)
         if verdict == "confirmed" and contradicted:
             verdict = "not confirmed"
     return Finding(claim, verdict, estimate, each)
 
 
-def _estimate(
+def estimate_difference(
     comparisons: Sequence[Comparison], drawn: Mapping[str, np.ndarray], resamples: int, level: float = LEVEL
 ) -> Estimate:
-    """Return the mean difference of comparisons and its interval."""
+    """Return the mean difference of comparisons and its interval.
+
+    Args:
+        drawn: see `draw_example_scores`.
+    """
     difference = fmean(fmean(one.differences) for one in comparisons)
     seeds = min(len(one.seeds) for one in comparisons)
     sides = [[[str(run.folder) for run in side] for side in one.runs] for one in comparisons]

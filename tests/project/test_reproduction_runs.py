@@ -19,6 +19,7 @@ import pytest
 from peftbench.cli.compare import main as compare
 from peftbench.config.compose import compose_points
 from peftbench.config.search import check_searches, list_settings
+from peftbench.config.studies import group_studies, is_study
 from peftbench.records.record import Searched, Trial, find_record
 from peftbench.records.run_files import write_predictions
 from peftbench.tables.examples import FILE, read_examples, write_examples
@@ -86,7 +87,13 @@ def test_all_steps_have_a_point_once(shared: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "named"), [(["bart-mini/sst2"], "no cell bart-mini/sst2"), (["minilm-l6/sst2", "heds"], "no step heds")]
+    ("words", "named"),
+    [
+        (["bart-mini/sst2"], "no cell bart-mini/sst2"),
+        (["minilm-l6/sst2", "heds"], "no step heds"),
+        (["minilm-l6/sst2", "mam", "search_2%"], "a call without other steps, here mam"),
+        (["mpnet-base/sst2", "search_2%"], "no head of mpnet-base"),
+    ],
 )
 def test_what_is_not_there_is_refused(words: list[str], named: str, shared: Path) -> None:
     done = subprocess.run(
@@ -185,3 +192,23 @@ def test_a_score_of_rows_that_were_kept(
     assert np.array_equal(after.rows, before.rows)
     draws = np.stack([before.rows.sum(axis=0), 2 * before.rows[0] + before.rows[1:].sum(axis=0)])
     assert np.array_equal(after.score(draws, len(pairs)), before.score(draws, len(pairs)))
+
+
+@pytest.mark.slow
+def test_a_search_step_is_methods_and_a_study_alike(shared: Path) -> None:
+    """All have seeds that no choice depends on; the study has as many learning rates as the methods."""
+    words = arguments(shared, "minilm-l6/sst2", "search_0.5%", "search_2%", "search.trials=9", "trainer.max_steps=4")
+    points = compose_points(words, multirun=True)
+    check_searches(points)
+    studies = group_studies([point for point in points if is_study(point[1])])
+    assert [run.budget for (_, run), _ in studies] == ["0.5%", "2%"] and len(points) == 2 * (4 + 1) * 3
+    for (_, run), seeds in studies:
+        assert (run.seed, run.method, seeds) == (42, "mam", [1, 2, 3]) and run.search is not None
+        assert run.search.trials == 9 and len(run.search.keys) == 7 and run.trainer.max_steps == 4
+        rates = run.search.keys["trainer.learning_rate"].times
+        named = [one for _, one in points if not is_study(one) and one.budget == run.budget]
+        assert {one.method for one in named} == {"mam", "lora", "scaled_parallel_adapter", "prefix"}
+        for one in named:
+            assert one.search is not None and one.search.keys["trainer.learning_rate"].times == rates
+            assert one.search.seed == 42 and one.seed in seeds and one.task == run.task
+            assert replace(one.trainer, learning_rate=run.trainer.learning_rate) == run.trainer

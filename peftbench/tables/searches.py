@@ -1,0 +1,186 @@
+"""What studies (`search=optuna`) have found beside named methods of the same budget.
+
+The scores of a study's trials say too much of the best of them, because it was chosen by them. So what is compared is
+runs with other seeds than that of the trials, which no choice depends on, of the best point and of the named methods,
+whose learning rates were chosen in the same way. The intervals are those of `tables.claims`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from peftbench.config.schema import index_by_key
+from peftbench.records.choice import compute_objective
+from peftbench.records.record import Record, Selection
+from peftbench.records.wording import format_value
+from peftbench.tables.advice import group_alike
+from peftbench.tables.claims import (
+    LEAST_SEEDS,
+    Comparison,
+    Estimate,
+    draw_example_scores,
+    estimate_difference,
+)
+from peftbench.tables.fields import FIELDS
+from peftbench.tables.row import Row, group_seeds, is_scored, is_trial
+
+RIVALS = {"mam": "MAM", "lora": "LoRA"}  # methods that the best point would have to beat to be worth a preset
+LEADERS = 3  # points of a study that are shown
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A point with what is known of it.
+
+    `selection` is the score by which it was chosen, with the seed of the trials; `fresh` are its scored runs with other
+    seeds. `behind` is how much better the best point of the study is, over the seeds that both have.
+    """
+
+    first: Record
+    selection: Selection | None
+    fresh: list[Record]
+    behind: Estimate | None = None
+
+    @property
+    def score(self) -> float | None:
+        """The mean reported score of the fresh runs."""
+        return fmean(run.score for run in self.fresh if run.score is not None) if self.fresh else None
+
+    @property
+    def objective(self) -> float:
+        """The selection score, better when higher."""
+        return compute_objective(self.selection)
+
+    @property
+    def name(self) -> str:
+        """The axes of a point of a study; the method of any other, with the place of its first modification."""
+        if self.first.search is None or self.first.search.study is None:
+            return self.first.method
+        return " + ".join(
+            f"{one.functional_form} · {one.modified_representation} · {one.insertion_form} · {one.composition}"
+            for one in self.first.axes
+        )
+
+    @property
+    def stored(self) -> float | None:
+        """The stored parameters in % of the backbone."""
+        found = FIELDS["percent"](self.first)
+        return None if found is None else float(found)
+
+
+@dataclass(frozen=True)
+class StudyFinding:
+    """A study under a budget: its trials, its best points with the best one first, and the named methods beside it."""
+
+    name: str
+    trials: list[Record]
+    leaders: list[Candidate]
+    named: list[Candidate]
+
+    @property
+    def first(self) -> Record:
+        """A trial, for what all share."""
+        return self.trials[0]
+
+    @property
+    def wanted(self) -> int:
+        """The number of trials that the study was to have, by what was typed; those that there are if unsaid."""
+        typed = [index_by_key(trial.overrides).get("search.trials", "") for trial in self.trials]
+        return max([int(number) for number in typed if number.isdigit()], default=len(self.trials))
+
+    @property
+    def rivals(self) -> dict[str, Candidate]:
+        """The named methods that the best point would have to beat, by method, as far as they were run."""
+        known = [one for one in self.named if one.behind is not None]
+        found = {method: next((one for one in known if one.first.method == method), None) for method in RIVALS}
+        return {method: one for method, one in found.items() if one is not None}
+
+    @property
+    def is_better(self) -> bool | None:
+        """Whether the best point beats each rival by more than chance; None: there are too few runs to say so."""
+        if self.rivals.keys() != RIVALS.keys():
+            return None
+        return all(one.behind.low > 0 for one in self.rivals.values() if one.behind is not None)
+
+
+def find_studies(records: Sequence[Record], resamples: int) -> list[StudyFinding]:
+    """Return what the studies among records have found, by task, backbone and budget."""
+    trials: dict[str, list[Record]] = {}
+    for record in records:
+        if record.search is not None and record.search.study is not None and record.seed == record.search.seed:
+            trials.setdefault(record.search.study, []).append(record)
+    known = [record for record in records if is_scored(record) and (not is_trial(record) or _is_of_study(record))]
+    groups = group_alike(group_seeds(known, "mean"))
+    found = [_judge_study(name, of, groups, resamples) for name, of in trials.items()]
+    return sorted(found, key=lambda one: (one.first.task, one.first.model.name, str(one.first.budget)))
+
+
+def find_selection_front(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the candidates that no other one equals or beats in both the selection score and what is stored."""
+    known = [one for one in candidates if one.selection is not None and one.stored is not None]
+    found: list[Candidate] = []
+    for one in sorted(known, key=lambda one: (one.stored, -one.objective)):
+        if not found or one.objective > found[-1].objective:
+            found.append(one)
+    return found
+
+
+def _is_of_study(record: Record) -> bool:
+    return record.search is not None and record.search.study is not None
+
+
+def _judge_study(name: str, trials: list[Record], groups: Sequence[Sequence[Row]], resamples: int) -> StudyFinding:
+    done = [trial for trial in trials if is_scored(trial) and trial.selection is not None]
+    done.sort(key=lambda trial: -compute_objective(trial.selection))
+    if not done:
+        return StudyFinding(name, trials, [], [])
+    (rows,) = (rows for rows in groups if any(done[0] in row.records for row in rows))
+    seed = done[0].seed
+    leaders = [Candidate(trial, trial.selection, _list_fresh(rows, trial, seed)) for trial in done[:LEADERS]]
+    named = _choose_named(rows, done[0])
+    return StudyFinding(name, trials, leaders, _compare(leaders[0], named, resamples))
+
+
+def _list_fresh(rows: Sequence[Row], trial: Record, seed: int) -> list[Record]:
+    """Return the runs that a trial's point has with other seeds."""
+    row = next(row for row in rows if trial in row.records)
+    return [run for run in row.scored if run.seed != seed and not is_trial(run)]
+
+
+def _choose_named(rows: Sequence[Row], best: Record) -> list[Candidate]:
+    """Return the methods that were run under the study's budget and not only by it, the best one first.
+
+    Of several rows of a method the one with most seeds is taken, and then the one with the best selection score.
+    """
+    found: dict[str, Candidate] = {}
+    for row in rows:
+        own = [run for run in row.scored if not _is_of_study(run)]
+        if not own or own[0].budget != best.budget:
+            continue
+        search = own[0].search
+        of_trial = next((run.selection for run in own if run.seed == best.seed), None)
+        selection = of_trial if search is None else search.selection
+        fresh = [run for run in row.scored if run.seed != best.seed and not is_trial(run)]
+        one = Candidate(own[0], selection, fresh)
+        key = format_value([own[0].method, FIELDS["modified_representation"](own[0])])
+        before = found.get(key)
+        if before is None or (len(before.fresh), before.objective) < (len(one.fresh), one.objective):
+            found[key] = one
+    return sorted(found.values(), key=lambda one: -one.objective)
+
+
+def _compare(best: Candidate, named: Sequence[Candidate], resamples: int) -> list[Candidate]:
+    """Return the named candidates with the difference of the best point from each, where there are seeds enough."""
+    drawn = draw_example_scores([run for one in (best, *named) for run in one.fresh], resamples)
+    found = []
+    for one in named:
+        if not (best.fresh and one.fresh):
+            found.append(one)
+            continue
+        pair = Comparison((best.name, one.name), Row(tuple(best.fresh)), Row(tuple(one.fresh)))
+        enough = len(pair.seeds) >= LEAST_SEEDS
+        behind = estimate_difference([pair], drawn, resamples) if enough else None
+        found.append(Candidate(one.first, one.selection, one.fresh, behind))
+    return found
