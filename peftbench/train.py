@@ -55,7 +55,7 @@ from peftbench.records.record import (
     refuse_newer,
 )
 from peftbench.records.recording import describe_changed_code, describe_run, forget_refused, record_axes, record_run
-from peftbench.records.run_files import CHECKPOINTS, append_metrics, has_leftovers, rewind_metrics
+from peftbench.records.run_files import CHECKPOINTS, append_metrics, clear_leftovers, has_leftovers, rewind_metrics
 from peftbench.records.wording import format_settings
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.load import load_task
@@ -131,7 +131,7 @@ def train(
         before = find_record(folder)
         if not run.rerun and before is not None:
             if before.has_ended:
-                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # if the process died before it did so itself
+                clear_leftovers(folder)  # if the process died before it did so itself
                 _complete_ended(before, search, selecting, run, display)
                 return _report_ended(run, before, display)
             if before.status == "failed" and before.error and keep_failed and not run.retry:

@@ -14,9 +14,10 @@ from typing import Any
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from peftbench.config.compose import CONFIG_NAME, check_config_dir, open_hydra, refuse_searchpath
-from peftbench.config.overrides import parse_overrides, set_key
+from peftbench.config.overrides import describe_error, parse_overrides, set_key
 from peftbench.utils.errors import UserError, describe_unknown
 
 GROUP = "hydra/launcher"
@@ -143,7 +144,10 @@ def read_launcher(words: Sequence[str], config_dir: str | None = None) -> tuple[
             plugin = [word for word in rest if word.lstrip("+~").startswith(("hydra.", "hydra/"))]
             rest = [word for word in rest if word not in plugin]
             return rest, HydraLauncher(name, [*own, *plugin], config_dir)
-        return rest, _read_settings(name, preset, settings)
+        try:
+            return rest, _read_settings(name, preset, settings)
+        except OmegaConfBaseException as error:  # a setting refers to something else
+            raise UserError(describe_error(error)) from error
 
 
 def _read_settings(name: str, preset: DictConfig, words: Sequence[str]) -> Any:

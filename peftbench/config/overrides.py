@@ -18,6 +18,7 @@ from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
     InterpolationKeyError,
+    InterpolationResolutionError,
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
@@ -233,8 +234,8 @@ def describe_error(error: Exception) -> str:
     if found := re.match(r"In '(.+)': \w+ raised while composing config:\n(.*)\n +full_key: (.*)", str(error)):
         file, fault, key = found.groups()
         return _describe_file_fault(f"{file}.yaml", fault, key)
-    if isinstance(error, InterpolationKeyError):
-        return f"{error.full_key}: {_join_lines(error)}."
+    if isinstance(error, InterpolationResolutionError):
+        return f"{error.full_key}: {_join_lines(error).rstrip('.')}."
     if found := re.match(r"In '.*': Could not find '(.+)/(.+)'\n\nAvailable options in .+:\n([\w\s]*)\n", str(error)):
         return describe_unknown(found[1], found[2], found[3].split())
     if "Could not override" in str(error) and "@" in str(error):

@@ -12,13 +12,14 @@ from typing import Any, NoReturn
 
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftbench.backbones.load import Backbone, load_backbone
 from peftbench.backbones.precision import choose_device, resolve_dtype
 from peftbench.backbones.quantisation import unpack_backbone
-from peftbench.config.overrides import apply_override, parse_overrides, quote_path
+from peftbench.config.overrides import apply_override, describe_error, parse_overrides, quote_path
 from peftbench.config.own_parts import FORM, METRIC, TASK
 from peftbench.config.roles import list_splits
 from peftbench.config.schema import Run, Task, has_modification, list_task_files, resolve_config
@@ -83,7 +84,10 @@ def _override_run(folder: Path, record: Record, overrides: Sequence[str]) -> Run
             found.append(sentence)
     if found:
         raise UserError(*found)
-    run = resolve_config(config)
+    try:
+        run = resolve_config(config)
+    except OmegaConfBaseException as error:  # what was typed refers to something else
+        raise UserError(describe_error(error)) from error
     run.task = _report_on(run.task, read_trained_task(folder))
     if run.model.path and not expand_home(run.model.path).is_dir():
         raise UserError(f"model.path={run.model.path} is not a folder; give the path of an existing one.")

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from peftbench.utils.files import dump_json, open_unlinked, parse_json, write_lines
+from peftbench.utils.files import UNFINISHED, dump_json, open_unlinked, parse_json, write_lines
 
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints, deleted once the run is done
 
 
 def has_leftovers(folder: Path) -> bool:
-    """Return whether a run that has ended still has its checkpoints: its process died before it deleted them."""
-    return (folder / CHECKPOINTS).exists()
+    """Return whether a run that has ended still has its checkpoints, or half a file: its process died before it deleted
+    them, or while it wrote."""
+    try:
+        return any(name == CHECKPOINTS or name.endswith(UNFINISHED) for name in os.listdir(folder))
+    except OSError:  # it is no folder, or nobody may list it
+        return False
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Delete them. For the process that holds the run's lock, since others' files would be half written."""
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    clear_unfinished(folder)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Delete what killed processes have left of files that they were writing, in a run's folder and one level below."""
+    for stale in (*folder.glob(f"*{UNFINISHED}"), *folder.glob(f"*/*{UNFINISHED}")):
+        stale.unlink(missing_ok=True)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

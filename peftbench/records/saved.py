@@ -50,9 +50,11 @@ def read_saved_config(folder: Path) -> DictConfig:
     text = read_yaml_text(file)
     try:
         config = OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.create(text))
+        OmegaConf.resolve(config)  # nothing that a run has written refers to anything
+        missing = sorted(OmegaConf.missing_keys(config)) if isinstance(config, DictConfig) else []
     except Exception as error:
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(config, DictConfig) or (missing := sorted(OmegaConf.missing_keys(config))):
+    if not isinstance(config, DictConfig) or missing:
         lacking = f"it lacks {', '.join(missing)}" if isinstance(config, DictConfig) else "it has no keys"
         raise UserError(f"{file} is not the config of a run: {lacking}; restore the file.")
     return config

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 
+from filelock import FileLock
+
 from peftbench.config.compose import TypedRun as TypedRun
 from peftbench.config.schema import Run, get_value, index_by_key
 from peftbench.records.choice import Folders, NoChoice, describe_search_choice, settle_search, try_settle
@@ -23,7 +25,7 @@ from peftbench.tables.terminal import show_records
 from peftbench.utils.console import make_console
 from peftbench.utils.differences import find_distinctive
 from peftbench.utils.errors import UserError
-from peftbench.utils.files import expand_home, read_json, refuse_links, replace_file
+from peftbench.utils.files import UNFINISHED, expand_home, read_json, refuse_links, replace_file
 
 FOLDER = ".sweeps"  # below the output_dir
 SUFFIX = ".sweep.json"
@@ -99,8 +101,11 @@ class Plan:
                 return
         path.parent.mkdir(parents=True, exist_ok=True)
         refuse_links(root / FOLDER)
-        with replace_file(path) as file:
-            file.write(json.dumps(asdict(self), indent=1) + "\n")
+        with FileLock(path.with_name(f"{self.name}.lock")):  # two processes may be at the same sweep
+            for stale in path.parent.glob(f"{path.name}.*{UNFINISHED}"):  # its process was killed
+                stale.unlink(missing_ok=True)
+            with replace_file(path) as file:
+                file.write(json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, file: Path) -> Plan:

@@ -33,6 +33,7 @@ from peftbench.records.choice import compute_objective, settle_trial
 from peftbench.records.location import locate_run
 from peftbench.records.lock import hold_run
 from peftbench.records.record import Record, Searched, find_finished, find_record, get_time
+from peftbench.records.run_files import clear_leftovers, has_leftovers
 from peftbench.records.wording import format_value
 from peftbench.sweeps import mps
 from peftbench.sweeps.executors import InProcess, start_executor
@@ -257,6 +258,9 @@ class Study:
         for trial in self.study.get_trials(deepcopy=False):
             chosen = trial.number in front
             for folder in [self._locate(trial), *(self.root / one for one in self._list_confirmed(trial))]:
+                if has_leftovers(folder) and find_finished(folder) is not None:
+                    with hold_run(folder, wait=True):
+                        clear_leftovers(folder)
                 record = find_record(folder)
                 if record is None or record.status != "done" or record.search is None:
                     continue

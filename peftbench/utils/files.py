@@ -16,6 +16,7 @@ from typing import Any, TextIO, cast
 
 from peftbench.utils.errors import UserError
 
+UNFINISHED = ".tmp"  # the end of the name of a file that is being written
 MOST_DIGITS = 300  # of a whole number: math and torch make a float of it
 
 
@@ -34,7 +35,7 @@ def replace_file(path: Path) -> Iterator[TextIO]:
 def write_beside(path: Path) -> Iterator[Path]:
     """Yield the path at which to write a file that replaces `path` once it is complete: an empty file of our own, whose
     name nobody can know beforehand."""
-    unfinished = path.with_name(f"{path.name}.{token_hex(4)}.tmp")
+    unfinished = path.with_name(f"{path.name}.{token_hex(4)}{UNFINISHED}")
     try:
         os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield unfinished

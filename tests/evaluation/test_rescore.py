@@ -332,6 +332,8 @@ def test_what_cannot_be_scored_is_refused(texts: str, tmp_path: Path, capsys: py
             ["evaluate", str(run), "task.split=test,train"],
             "task.split=test,train names several values, and a saved run",
         ),
+        (["evaluate", str(run), "trainer.max_grad_norm=${oc.env:PATH}"], "trainer.max_grad_norm: While dereferencing"),
+        (["evaluate", str(run), "model.path=${nokey}"], "model.path: Interpolation key 'nokey' not found."),
         (["rescore", str(run), "accuracy"], "metric=accuracy is unknown. Choices: rouge1"),
     ):
         assert main(arguments) == 2
@@ -346,6 +348,12 @@ def test_what_cannot_be_scored_is_refused(texts: str, tmp_path: Path, capsys: py
         (run / "predictions.jsonl").write_text(content)
         assert main(["rescore", str(run)]) == 2
         assert sentence in capsys.readouterr().err
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("seed: 42", "seed: ${nokey}"))
+    for command in ("evaluate", "rescore"):
+        assert main([command, str(run)]) == 2
+        assert "config.yaml cannot be read: Interpolation key 'nokey' not found" in capsys.readouterr().err
+    (run / "config.yaml").write_text(config)
     record = recorded(run)
     (run / "record.json").write_text(json.dumps({**record, "status": "failed"}))
     assert main(["evaluate", str(run)]) == 2

@@ -53,6 +53,7 @@ def test_a_time_is_read_as_slurm_does(time: str, minutes: int) -> None:
         ("time=soon", "hydra.launcher.time=soon is no time of Slurm"),
         ("time=0", "hydra.launcher.time=0 is no time of Slurm"),
         ("partitoin=a", "hydra.launcher.partitoin is not a key of the config (in hydra.launcher); did you mean part"),
+        ("at_once=${nokey}", "hydra.launcher.at_once: Interpolation key 'nokey' not found."),
         ("at_once=many", "hydra.launcher.at_once=many: a whole number is expected."),
         ('partition="a\\nreboot"', "hydra.launcher: 'a\\nreboot' has control characters."),
     ],

@@ -300,6 +300,20 @@ def test_a_trial_whose_record_is_lost_is_trained_again(tmp_path: Path, trained: 
     assert len(again.words) == 1 and again.words[0] in whole.words and len(load_records(tmp_path)[0]) == 3
 
 
+def test_half_files_that_killed_processes_have_left_are_deleted(tmp_path: Path, trained: Any) -> None:
+    """In the folders of trials, also of those that are done, and beside the plan, which `status` reads."""
+    trained()
+    assert main(line(tmp_path, "search.trials=2")) == 0
+    (plan,) = tmp_path.rglob("*.sweep.json")
+    left = [file.with_name(f"{file.name}.0badcafe.tmp") for file in (*tmp_path.rglob("record.json"), plan)]
+    assert len(left) == 3
+    for file in left:
+        file.write_text("{")
+    again = trained()
+    assert main(line(tmp_path, "search.trials=3")) == 0
+    assert len(again.words) == 1 and not list(tmp_path.rglob("*.tmp"))
+
+
 def test_a_lock_that_a_killed_process_has_left_is_no_obstacle(
     tmp_path: Path, trained: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
