@@ -93,8 +93,10 @@ if [ ${#searches[@]} -gt 0 ]; then
   echo "$cell: four methods of $budgets, of which each takes 8 trainings, and a search over the axes for each budget"
   # What is typed before `and` is for both grids: neither the trials nor the learning rates have a seed that is reported.
   words+=("${more[@]}" budget="$budgets" search.seed=42 seed=1,2,3)
+  methods=method=mam,lora,scaled_parallel_adapter,prefix
+  [ -z "${LIST:-}" ] || exec python3 -m peftbench params -m "${words[@]}" seed=42 $methods
   exec python3 -m peftbench train -m output_dir="$outputs" jobs="${JOBS:-auto}" "${words[@]}" \
-    method=mam,lora,scaled_parallel_adapter,prefix and method=mam search=optuna search.trials=200 \
+    $methods and method=mam search=optuna search.trials=200 \
     "search.keys={trainer.learning_rate: {times: [1, 0.3, 3, 0.1, 10]}}" "${of_study[@]}"
 fi
 

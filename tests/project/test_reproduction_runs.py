@@ -20,7 +20,7 @@ from peftbench.cli.compare import main as compare
 from peftbench.config.compose import compose_points
 from peftbench.config.search import check_searches, list_settings
 from peftbench.config.studies import group_studies, is_study
-from peftbench.records.record import Searched, Trial, find_record
+from peftbench.records.record import RecordedCounts, Searched, Selection, Trial, find_record
 from peftbench.records.run_files import write_predictions
 from peftbench.tables.examples import FILE, read_examples, write_examples
 from peftbench.utils.errors import UserError
@@ -41,7 +41,7 @@ CELLS = {  # the points of the steps mam and saturation, and of all steps
 __all__ = ["shared"]
 
 
-def arguments(shared: Path, *words: str) -> list[str]:
+def arguments(shared: Path, *words: str, command: str = "train", **environment: str) -> list[str]:
     """What the script gives to `python3 -m peftbench`."""
     python = shared / "bin" / "python3"
     python.parent.mkdir(exist_ok=True)
@@ -53,13 +53,13 @@ def arguments(shared: Path, *words: str) -> list[str]:
         (shared / "data" / file).touch()
     done = subprocess.run(
         ["bash", SCRIPTS / "reproduction.sh", shared, shared / "backbones", "outputs", *words],
-        env={**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}"},
+        env={**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}", **environment},
         check=True,
         capture_output=True,
         text=True,
     )
-    module, name, command, option, *rest = json.loads(done.stdout.splitlines()[-1])
-    assert (module, name, command, option) == ("-m", "peftbench", "train", "-m")
+    module, name, called, option, *rest = json.loads(done.stdout.splitlines()[-1])
+    assert (module, name, called, option) == ("-m", "peftbench", command, "-m")
     return list(rest)
 
 
@@ -100,6 +100,11 @@ def test_what_is_not_there_is_refused(words: list[str], named: str, shared: Path
         ["bash", SCRIPTS / "reproduction.sh", shared, shared, "outputs", *words], capture_output=True, text=True
     )
     assert done.returncode == 2 and named in done.stderr
+
+
+def test_a_list_of_a_search_step_trains_nothing(shared: Path) -> None:
+    words = arguments(shared, "minilm-l6/sst2", "search_2%", command="params", LIST="1")
+    assert words[-2:] == ["seed=42", "method=mam,lora,scaled_parallel_adapter,prefix"] and "and" not in words
 
 
 @pytest.fixture
@@ -156,6 +161,30 @@ def test_trials_that_were_not_chosen_lose_their_examples(keep_records: ModuleTyp
     for with_examples in (True, False):
         keep_records.keep(loser, tmp_path / "kept", {}, with_examples)
         assert (tmp_path / "kept" / FILE).is_file() == with_examples
+
+
+@pytest.mark.parametrize(("budget", "kept"), [("2%", [2]), (None, [0, 2])])
+def test_of_beaten_trials_of_a_study_the_record_alone_is_kept(
+    budget: str | None, kept: list[int], keep_records: ModuleType, tmp_path: Path
+) -> None:
+    """Without a budget a trial is beaten by one that stores no more, too; a pruned one has no score."""
+    records = []
+    for index, (score, stored) in enumerate([(70.0, 10), (60.0, 20), (80.0, 30), (0.0, 5)]):
+        record = find_record(trained(tmp_path / "outputs", 80, seed=7, method="lora"))
+        assert record is not None
+        record.run, record.budget, record.counts = f"run{index}", budget, RecordedCounts(1000, 1, stored, 0, None)
+        record.selection = Selection("validation", 9, "accuracy", score)
+        record.search = Searched("optuna", "trial", 7, {}, study="77aa", pruned=index == 3)
+        if index == 3:
+            record.selection, record.status = None, "interrupted"
+        records.append(record)
+    assert keep_records.find_beaten(records) == {f"run{index}" for index in range(4) if index not in kept}
+    one, target = records[2], tmp_path / "kept"
+    one.overrides = ["output_dir=/nowhere"]
+    keep_records.keep(one, target, {})
+    assert (target / FILE).is_file() and (target / "config.yaml").is_file()
+    keep_records.keep(one, target, {}, alone=True)  # now that another trial is better
+    assert [file.name for file in target.iterdir()] == ["record.json"]
 
 
 def test_predictions_that_are_not_those_of_the_score_are_not_kept(keep_records: ModuleType, tmp_path: Path) -> None:
