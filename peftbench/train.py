@@ -70,7 +70,7 @@ from peftbench.training.ended import load_ended
 from peftbench.training.ended import save_ended as keep_ended
 from peftbench.training.fit import Criterion, Fitted, Monitor, Recipe, Resuming, fit_model, require_optimizer
 from peftbench.training.looks import find_judge
-from peftbench.training.outline import describe_training
+from peftbench.training.outline import describe_reported_choice, describe_training
 from peftbench.training.probe import find_unreached, make_no_gradient_error
 from peftbench.training.sharding import is_sharded, shard_layers
 from peftbench.training.trackers import Trackers, follow_run
@@ -274,6 +274,7 @@ def _prepare(run: Run, record: Record, display: Display, team: Team) -> _Prepare
     if run.trainer.class_weights is not None:
         weights = scale_class_weights(run.trainer.class_weights, data.label_codes(), data.task.labels)
         record.data["notes"].append(describe_class_weights(weights, data.task.labels))
+    record.data["notes"].extend(filter(None, [describe_reported_choice(run)]))
     for note in record.data["notes"]:
         display.say(note)
     return _Prepared(read, backbone, data)

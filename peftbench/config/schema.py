@@ -360,7 +360,11 @@ class Task:
         "null: not such a task.",
     )
     train_split: str = key("train", "Name of the split to train on.")
-    selection_split: str = key("validation", "Name of the split used to select a state and the trial of a search.")
+    selection_split: str = key(
+        "validation",
+        "Name of the split used to select a state and the trial of a search. held_out: a tenth of the different inputs "
+        "of task.train_split, which is then not trained on.",
+    )
     report_split: str = key("test", "Name of the split on which the score is computed.")
     further_splits: list[str] = key(
         [], "Splits that are scored in addition to the report split, such as mismatched MNLI; []: none."

@@ -22,14 +22,13 @@ from peftbench.backbones.chat_template import (
     list_ends,
     stop_at_turns,
 )
-from peftbench.config.schema import list_task_files
 from peftbench.metrics.statistics import References
 from peftbench.tasks.completion import LEARNED, Completion
 from peftbench.tasks.deal import ROW
 from peftbench.tasks.framing import SOURCE
 from peftbench.tasks.load import Loaded
 from peftbench.tasks.rows import Source
-from peftbench.tasks.source import find_files
+from peftbench.tasks.source import find_files, has_source
 from peftbench.tasks.tokens import CONVERSATION_CUT, SOURCE_CUT, TARGET_CUT
 from peftbench.utils.errors import UserError, quote
 
@@ -139,8 +138,7 @@ class Chat(Completion):
         for split, rows in self.loaded_rows.items():
             sources = rows[self.task.source_column][:]
             if source in sources:
-                dealt = split not in list_task_files(self.task) and self.task.data_dir is None
-                files = find_files(self.task, self.task.train_split if dealt else split)
+                files = find_files(self.task, split if has_source(self.task, split) else self.task.train_split)
                 index = sources.index(source)
                 number = 1 + (rows[ROW][index] if ROW in rows.column_names else index)
                 return Source(rows, f"the {split} split", files).at(number)

@@ -10,13 +10,13 @@ import datasets
 from datasets import Dataset, load_dataset
 
 from peftbench.backbones.hub import explain_missing_hub
-from peftbench.config.roles import list_splits
+from peftbench.config.roles import HELD_OUT, list_splits
 from peftbench.config.schema import Task, TaskKind, list_task_files
 from peftbench.tasks.answer_rows import split_answers
 from peftbench.tasks.conversations import split_conversations
 from peftbench.tasks.deal import number_rows
 from peftbench.tasks.docstrings import SPLITS, make_summary_rows, make_topic_rows
-from peftbench.tasks.file_set import FileSet, find_split
+from peftbench.tasks.file_set import FileSet, find_split, has_split
 from peftbench.tasks.files import Layout
 from peftbench.tasks.own_task import read_own_rows
 from peftbench.tasks.rows import Source, check_cells, list_file_columns
@@ -36,6 +36,8 @@ def read_split(task: Task, split: str) -> Source:
 
 def has_source(task: Task, split: str) -> bool:
     """Return whether the split has a source; True also without a training file, so that reading reports the error."""
+    if split == HELD_OUT and task._target_ is None and split not in list_task_files(task):
+        return task.data_dir is not None and has_split(task.data_dir, split)
     elsewhere = any((task.data_dir, task.packages, task.hub_id)) or task.train_split not in list_task_files(task)
     return split in list_task_files(task) or elsewhere
 
@@ -66,7 +68,7 @@ def _read_raw(task: Task, split: str) -> Source:
     if task.hub_id is not None:
         return Source(_read_hub(task, task.hub_id, split), " ".join(filter(None, [task.hub_id, task.hub_config])))
     raise UserError(
-        f"task={task.name} has no data; give task.data_dir=FOLDER, with files for {', '.join(list_splits(task))}."
+        f"task={task.name} has no data; give task.data_dir=FOLDER, with files for {_name_needed_splits(task)}."
     )
 
 
@@ -109,9 +111,13 @@ def _describe_missing_hub(task: Task, split: str) -> str:
     """Return what to do on a machine without access to the hub."""
     columns = [column for _, column in list_file_columns(task)]
     return (
-        f"give task.data_dir=FOLDER with files for {', '.join(list_splits(task))} (such as {split}.jsonl) that have "
+        f"give task.data_dir=FOLDER with files for {_name_needed_splits(task)} (such as {split}.jsonl) that have "
         f"the columns {', '.join(columns)}, or set HF_HOME to a copy of the cache of a machine that has loaded it."
     )
+
+
+def _name_needed_splits(task: Task) -> str:
+    return ", ".join(split for split in list_splits(task) if split != HELD_OUT)
 
 
 def reshape_rows(task: Task, source: Source) -> Source:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from peftbench.config.schema import Run
+from peftbench.config.roles import HELD_OUT
+from peftbench.config.schema import Keep, Run
 from peftbench.records.record import RecordedCounts
 from peftbench.tasks.base import TaskData
 from peftbench.training.batching import count_steps
@@ -32,4 +33,15 @@ def describe_training(run: Run, counts: RecordedCounts, data: TaskData, head_too
     return (
         f"{sentence} The task head is then trained alone in the same way: that score is the baseline head, and "
         f"task.baselines=[{others}] leaves it out."
+    )
+
+
+def describe_reported_choice(run: Run) -> str | None:
+    """The sentence that the reported split chooses the state that is scored on it; None if it does not."""
+    task = run.task
+    if run.trainer.keep is not Keep.best or task.selection_split != task.report_split:
+        return None
+    return (
+        f"The state is chosen on {task.selection_split}, the split that is reported on, so that its score is too good; "
+        f"task.selection_split={HELD_OUT} chooses it on a tenth of {task.train_split}."
     )

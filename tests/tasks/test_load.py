@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from peftbench.config.compose import compose_run
 from peftbench.config.schema import Task, TaskKind
 from peftbench.tasks import source
-from peftbench.tasks.load import fingerprint_data
+from peftbench.tasks.load import fingerprint_data, list_dealt, load_task
 from peftbench.tasks.rows import check_split
 from peftbench.tasks.source import read_split
 from peftbench.utils.errors import UserError
@@ -110,6 +110,54 @@ def test_order_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert load_rows(task, "train").to_list() == [{"text": "from a folder", "label": 0}]
     task = with_file(task, tmp_path, {"text": "from a file", "label": 0})
     assert load_rows(task, "train").to_list() == [{"text": "from a file", "label": 0}]
+
+
+def problems(split: str, count: int) -> list[dict[str, str]]:
+    return [{"question": f"{split} {i}?", "answer": f"It is {i}. #### {i}"} for i in range(count)]
+
+
+def test_gsm8k_holds_out_a_tenth_of_its_training_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub has train and test only; the test problems choose nothing."""
+    sizes, asked = {"train": 50, "test": 20}, []
+
+    def hub(hub_id: str, hub_config: str | None, split: str, revision: str | None) -> Dataset:
+        asked.append(split)
+        return Dataset.from_list(problems(split, sizes[split]))
+
+    monkeypatch.setattr(source, "load_dataset", hub)
+    monkeypatch.setattr(source, "explain_missing_hub", lambda: None)
+    task = compose_run(["task=gsm8k"]).task
+    loaded = load_task(task)
+    questions = {split: rows["question"][:] for split, rows in loaded.rows.items()}
+    assert {split: len(found) for split, found in questions.items()} == {"train": 45, "held_out": 5, "test": 20}
+    assert sorted(questions["train"] + questions["held_out"]) == sorted(
+        row["question"] for row in problems("train", 50)
+    )
+    assert loaded.roles["selection"][0] == "held_out" and loaded.roles["report"][0] == "test"
+    (note,) = loaded.notes
+    assert note == "openai/gsm8k main is split by a hash of the input: held_out has one in ten of the different inputs."
+    whole = load_task(replace(task, selection_split="train"))
+    assert len(whole.rows["train"]) == 50
+    asked.clear()
+    assert load_task(task, training=False, dealt=list_dealt(task)).rows.keys() == {"test"} and asked == ["test"]
+    again = load_task(replace(task, report_split="held_out"), training=False, dealt=list_dealt(task))
+    assert again.rows["held_out"]["question"][:] == questions["held_out"]
+
+
+def test_the_held_out_split_of_files(tmp_path: Path) -> None:
+    """A folder's dev file, which may be reported on, is not taken for it; a file that is named for it is."""
+    for name, count in (("train", 30), ("dev", 4), ("test", 7), ("own", 3)):
+        write_lines(tmp_path / f"{name}.jsonl", problems(name, count))
+    for words in (
+        [f"task.data_dir={tmp_path}"],
+        [f"task.train_file={tmp_path / 'train.jsonl'}", f"task.test_file={tmp_path / 'test.jsonl'}"],
+    ):
+        rows = load_task(compose_run(["task=gsm8k", *words]).task).rows
+        assert {split: len(found) for split, found in rows.items()} == {"train": 27, "held_out": 3, "test": 7}
+        assert all(question.startswith("train") for question in rows["held_out"]["question"][:])
+        words = ["task=gsm8k", *words, f"task.validation_file={tmp_path / 'own.jsonl'}"]
+        rows = load_task(compose_run(words).task).rows
+        assert (len(rows["train"]), rows["held_out"]["question"][0]) == (30, "own 0?")
 
 
 def test_a_file_for_a_split_that_the_task_has_not() -> None:

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from peftbench.config.compose import compose_run
 from peftbench.config.schema import Run, Trainer
 from peftbench.evaluation.recording import _note_one_prediction
 from peftbench.records.record import RecordedCounts
-from peftbench.training.outline import describe_training
+from peftbench.training.outline import describe_reported_choice, describe_training
 from peftbench.utils.progress import Display
 from peftbench.utils.stopping import describe_ignored_interrupt
 from tests.records.test_record import RUN
@@ -58,6 +59,27 @@ def test_one_prediction_for_everything_is_noted(predictions: list[str], referenc
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue().strip() == said
     assert noted.data["notes"] == ([said] if said else [])
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["task=rte"], True),
+        (["task=sst2"], True),  # as in the paper
+        (["task=sst2", "trainer=quick"], True),
+        (["task=rte", "trainer.keep=last"], False),
+        (["task=rte", "task.selection_split=held_out"], False),
+        (["task=squad"], False),
+        (["task=squad", "trainer.keep=best"], True),
+        (["task=gsm8k"], False),
+        (["task=gsm8k", "trainer.keep=best"], False),
+        (["task=xsum"], False),
+    ],
+)
+def test_a_choice_on_the_reported_split_is_noted(typed: list[str], said: bool) -> None:
+    sentence = describe_reported_choice(compose_run(typed))
+    assert (sentence is not None) is said
+    assert sentence is None or sentence.startswith("The state is chosen on validation, the split that is reported on")
 
 
 def test_a_process_that_ctrl_c_does_not_reach_says_how_it_is_stopped() -> None:
