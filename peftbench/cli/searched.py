@@ -11,7 +11,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from peftbench.config.overrides import get_key
 from peftbench.records.record import Record
+from peftbench.records.wording import format_value
 from peftbench.tables.claims import Estimate
 from peftbench.tables.searches import RIVALS, Candidate, StudyFinding, find_selection_front
 from peftbench.utils.text import strip_controls
@@ -157,13 +159,13 @@ def _describe_verdict(found: StudyFinding) -> str:
 
 
 def list_words(record: Record) -> list[str]:
-    """Return the words that give a run the point of a trial: what was varied, what was chosen, and the budget."""
-    words = [f"method={record.method}"]
-    for key, value in ({} if record.search is None else record.search.chosen).items():
-        names = "" if value == "none" else str(value).replace(" + ", ",")
-        shown = f"{value:g}" if isinstance(value, float) else value
-        words.append(f"mix=[{names}]" if key == "mix" else f"{key}={shown}")
-    return [*words, *([] if record.budget is None else [f"budget={record.budget}"])]
+    """Return the words that give a run the point of a record: the method, what a search has chosen, and the budget."""
+    search = record.search
+    if search is None or search.study is None:
+        chosen = [] if search is None else [f"{key}={format_value(value)}" for key, value in search.chosen.items()]
+    else:  # as it was composed: `chosen` has the names that a mix has in the config, not those of its presets
+        chosen = [word for word in record.overrides if get_key(word) in search.keys]
+    return [f"method={record.method}", *chosen, *([] if record.budget is None else [f"budget={record.budget}"])]
 
 
 def name_study(task: str, model: str, budget: str | None) -> str:

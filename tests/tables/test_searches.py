@@ -17,22 +17,29 @@ from peftbench.utils.errors import UserError
 from tests.tables.test_claims import make_row
 
 SELECTION = {"split": "validation", "examples": 99, "metric": "accuracy", "value": 0.0}
-AXES = {"functional_form": "gelu", "modified_representation": "output", "mix": "none", "trainer.learning_rate": 0.001}
-CHOSEN = "method=mam functional_form=gelu modified_representation=output mix=[] trainer.learning_rate=0.001 budget=2%"
+AXES = {"functional_form": "gelu", "mix": "attention", "trainer.learning_rate": 0.001}
+TYPED = ["functional_form=gelu", "mix=[prefix]", "trainer.learning_rate=0.001"]  # what made a trial
+CHOSEN = f"method=mam {' '.join(TYPED)} budget=2%"
 
 
 def search(role: str, value: float, study: str | None = "77aa", pruned: bool = False) -> dict[str, Any]:
     selection = {**SELECTION, "value": value} if role == "final" else None
     name = "lr5" if study is None else "optuna"
     chosen = {} if study is None else AXES
-    return {"name": name, "role": role, "seed": 0, "keys": {}, "chosen": chosen, "selection": selection} | (
-        {} if study is None else {"study": study, "pruned": pruned}
-    )
+    return {
+        "name": name,
+        "role": role,
+        "seed": 0,
+        "keys": {key: [] for key in chosen},
+        "chosen": chosen,
+        "selection": selection,
+    } | ({} if study is None else {"study": study, "pruned": pruned})
 
 
 def make_trial(folder: Path, value: float, place: str, **changes: Any) -> None:
     """A trial of the study, with seed 0: a report score that says the opposite of its selection score."""
-    settings = {"search": search("trial", value), "selection": {**SELECTION, "value": value}, **changes}
+    settings = {"search": search("trial", value), "selection": {**SELECTION, "value": value}, "overrides": TYPED}
+    settings |= changes
     make_row(folder / "trial", [100 - value], "mam", 1.9, budget="2%", representation=place, **settings)
 
 
