@@ -26,9 +26,9 @@ def show_study(found: StudyFinding, console: Console) -> None:
     console.print(describe_study(found), highlight=False)
     if found.leaders:
         console.print()
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-        table.add_column(HEADERS[0], min_width=20)
-        for header in HEADERS[1:]:
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+        table.add_column(HEADERS[0], min_width=23)  # the longest name of a method
+        for header in ("%\nstored", "selec-\ntion", "re-\nported", "best\n- it", HEADERS[-1]):
             table.add_column(header, justify="right", no_wrap=True)
         for part in (found.leaders, found.named):
             for one in part:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,10 @@ def test_the_tables_of_searches_fit_a_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_all(tmp_path, [80, 81], [60, 61], [70, 71])
+    make_named(tmp_path, [99, 50, 51], "scaled_parallel_adapter")
     monkeypatch.setenv("COLUMNS", "80")
     assert main([str(tmp_path), "--searches"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
+    (row,) = (line for line in lines if line.startswith("scaled_parallel_adapter"))
+    assert re.search(r"\+30\.00 +\+\d\d\.\d\d to \+\d\d\.\d\d$", row.rstrip())
