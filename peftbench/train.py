@@ -292,7 +292,8 @@ def _probe(prepared: _Prepared, record: Record) -> None:
     """Refuse to train tensors on which the loss does not depend, unless `allow_unused` permits it."""
     run, data = prepared.run, prepared.data
     batch = data.collator([data.train[0]])
-    record.unused = find_unreached(prepared.backbone.model, batch, choose_autocast_dtype(run.trainer, run.model))
+    model = prepared.backbone.model
+    record.unused = find_unreached(model, batch, choose_autocast_dtype(run.trainer, run.model, model))
     if record.unused and not run.allow_unused:
         raise make_no_gradient_error(record.unused)
 
@@ -388,7 +389,7 @@ def _fit_model(
         fitted = fit_model(
             backbone.model,
             data,
-            Recipe(run.trainer, run.seed, choose_autocast_dtype(run.trainer, run.model)),
+            Recipe(run.trainer, run.seed, choose_autocast_dtype(run.trainer, run.model, backbone.model)),
             Criterion(evaluator.selection, run.task.selection_metric or run.task.metric, judge),
             Resuming(checkpoints, resume),
             Monitor(stage, log if team.leads else lambda values: None, callbacks),

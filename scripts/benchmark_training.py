@@ -338,7 +338,7 @@ class Bench:
         fitted = fit_model(
             model,
             self.data,  # type: ignore[arg-type]  # it has what fit reads of a TaskData
-            Recipe(settings, seed=1, autocast_dtype=choose_autocast_dtype(settings, run.model)),
+            Recipe(settings, seed=1, autocast_dtype=choose_autocast_dtype(settings, run.model, model)),
             Criterion(evaluate=dict, metric="loss"),
             Resuming(Checkpoints(self.scratch, 1e9, "")),
             Monitor(

@@ -27,6 +27,8 @@ from transformers import (
     Cohere2ForCausalLM,
     CohereConfig,
     CohereForCausalLM,
+    DebertaConfig,
+    DebertaForSequenceClassification,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
     DistilBertConfig,
@@ -300,6 +302,17 @@ def deberta_v2(**more: Any) -> PreTrainedModel:
     return DebertaV2ForSequenceClassification(DebertaV2Config(**{**_ENCODER, **own, **more}))
 
 
+def deberta(**more: Any) -> PreTrainedModel:
+    """v1: one projection for each head's query, key and value, two of whose biases the attention adds by itself."""
+    own = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False}
+    own |= {"max_relative_positions": 6, "type_vocab_size": 0, "pad_token_id": 1}
+    model = DebertaForSequenceClassification(DebertaConfig(**{**_ENCODER, **own, **more}))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("q_bias", "v_bias")):  # which begin as zeros, and could be forgotten
+            torch.nn.init.normal_(parameter)
+    return model
+
+
 def mixtral(**more: Any) -> PreTrainedModel:
     return MixtralForCausalLM(MixtralConfig(**{**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2, **more}))
 
@@ -458,6 +471,7 @@ LAYOUTS: dict[str, Callable[..., PreTrainedModel]] = {
     "falcon": falcon,
     "m2m_100": m2m_100,
     "mpnet": mpnet,
+    "deberta": deberta,
     "deberta_v2": deberta_v2,
     "mixtral": mixtral,
     "qwen3_moe": qwen3_moe,

@@ -6,7 +6,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
+from transformers import PreTrainedModel
 
+from peftbench.backbones.sites import find_family
 from peftbench.config import schema
 from peftbench.utils.errors import UserError
 
@@ -57,9 +59,20 @@ def resolve_dtype(run: schema.Run) -> schema.Run:
     return replace(run, model=replace(run.model, dtype=dtype))
 
 
-def choose_autocast_dtype(settings: schema.Trainer, model: schema.Model) -> torch.dtype | None:
-    """Return the dtype of the autocast to run under; None: without, as a bfloat16 backbone in bfloat16."""
-    return None if model.dtype is schema.DType.bfloat16 else choose_half_dtype(settings)
+def choose_autocast_dtype(settings: schema.Trainer, model: schema.Model, loaded: PreTrainedModel) -> torch.dtype | None:
+    """Return the dtype of the autocast to run under; None: without, as a bfloat16 backbone in bfloat16.
+
+    Raises:
+        UserError: transformers' class of the `loaded` model fails under autocast.
+    """
+    dtype = None if model.dtype is schema.DType.bfloat16 else choose_half_dtype(settings)
+    model_type = str(loaded.config.model_type)
+    if dtype is not None and not find_family(model_type).autocast:
+        raise UserError(
+            f"trainer.precision={settings.precision.name}: transformers' {model_type} cannot compute in 16 bits beside "
+            "weights in float32; use trainer.precision=fp32, or model.dtype=bfloat16 if the backbone stays frozen."
+        )
+    return dtype
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:

@@ -34,6 +34,7 @@ class AttentionPaths:
     # A fused output is a list of groups, one for each key head: the group's queries, its key and its value.
     interleaved: bool = False
     source: str | None = None  # a projection that reads the attention's input x and nothing else; None: the query's
+    late_biases: tuple[str, ...] = ()  # those of a fused projection to which the attention itself adds a bias later
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Family:
     attention_dropout: str = "attention_dropout"  # config attribute
     hidden_dropout: str = "dropout"  # config attribute; if the config lacks it, the rate is 0
     counts_keys: bool = False  # whether its attentions add a bias to each key by its position among the keys
+    autocast: bool = True  # whether its class computes under autocast
     shared: bool = False  # whether each module of a stack is several layers, one after another
     task_head: tuple[str, ...] = ("classification_head", "classifier", "score", "pre_classifier", "qa_outputs")
 
@@ -439,6 +441,28 @@ FAMILIES = (
         hidden_dropout="hidden_dropout_prob",
         task_head=("pooler", "classifier", "qa_outputs"),
     ),
+    Family(  # v1
+        model_types=("deberta",),
+        stacks={"encoder": "encoder.layer"},
+        attentions={
+            "self": AttentionPaths(
+                "attention.self",
+                "attention.self.in_proj",
+                "attention.self.in_proj",
+                "attention.self.in_proj",
+                "attention.output.dense",
+                interleaved=True,
+                late_biases=("query", "value"),
+            )
+        },
+        ffn=FeedForwardPaths(("intermediate.dense",), "output.dense", dropout="output.dropout"),
+        heads="num_attention_heads",
+        norm="output.LayerNorm",
+        attention_dropout="attention_probs_dropout_prob",
+        hidden_dropout="hidden_dropout_prob",
+        autocast=False,  # q_bias in float32 makes queries float32, whose least number 16-bit scores are masked with
+        task_head=("pooler", "classifier", "qa_outputs"),
+    ),
     Family(
         model_types=("mixtral", "qwen3_moe"),
         stacks={"decoder": "layers"},
@@ -461,6 +485,7 @@ class Part:
     start: int
     stop: int
     groups: int = 1
+    late_bias: bool = False  # whether the attention adds a bias to it later, so that the output is h without its bias
 
     @property
     def width(self) -> int:
@@ -720,15 +745,15 @@ def _find_attentions(
             value=_require_module(layer, paths.value),
             output=_require_module(layer, paths.output),
             source=query if paths.source is None else _require_module(layer, paths.source),
-            parts=_divide(columns, groups) if fused else {},
+            parts=_divide(columns, groups, paths.late_biases) if fused else {},
         )
 
 
-def _divide(columns: Mapping[str, int], groups: int = 1) -> dict[str, Part]:
+def _divide(columns: Mapping[str, int], groups: int = 1, late_biases: tuple[str, ...] = ()) -> dict[str, Part]:
     """Return the parts next to each other, each with its number of columns in every group."""
     parts, start = {}, 0
     for name, count in columns.items():
-        parts[name] = Part(name, start, start + count, groups)
+        parts[name] = Part(name, start, start + count, groups, name in late_biases)
         start += count
     return parts
 

@@ -40,7 +40,7 @@ class Evaluator:
         self.batch_size, self.max_tokens = run.trainer.eval_batch_size, run.trainer.eval_batch_tokens
         self.label_smoothing = run.trainer.label_smoothing
         self.by_loss = run.task.selection_metric == LOSS
-        self.autocast_dtype = choose_autocast_dtype(run.trainer, run.model)
+        self.autocast_dtype = choose_autocast_dtype(run.trainer, run.model, model)
         self.generation = _configure_generation(model, run) if run.task.kind is TaskKind.text_to_text else None
         self.run = run
         self.cut_off: dict[str, float] = {}

@@ -103,7 +103,7 @@ def put_trained_tensors(model: PreTrainedModel, file: Path) -> None:
 def compute_language_modelling(run: Run, model: PreTrainedModel, blocks: list[Block]) -> LanguageModelling:
     """Return the mean cross-entropy in nats and the accuracy in percent over all predicted tokens of the blocks."""
     total, right, tokens = 0.0, 0, 0
-    dtype = choose_autocast_dtype(run.trainer, run.model)
+    dtype = choose_autocast_dtype(run.trainer, run.model, model)
     for block in blocks:
         with autocast(model.device, dtype):
             logits = _compute_logits(model, block)

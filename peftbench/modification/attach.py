@@ -33,12 +33,14 @@ from peftbench.modification.own_form import build_own_form
 from peftbench.modification.peft_method import attach_peft
 from peftbench.modification.prompt import PROMPT, DecoderPrompt, Prompt, PromptKeys, PromptMask
 from peftbench.modification.reparameterization import PrefixMLP, PrefixTrunk
-from peftbench.modification.representation import REPRESENTATIONS, choose_sites
+from peftbench.modification.representation import REPRESENTATIONS, Place, choose_sites
 from peftbench.utils.errors import UserError
 
 # One module can end a projection, its sub-layer and its layer at once, as W_2 does in Llama. The modification that is
 # nearer to the weights is hooked first. All other representations have 1.
 OUTWARDS = {"ffn_weights": 0, "all_linear": 0, "attention": 2, "attention_ffn": 2, "layer": 3}
+
+BIASES = ("bias", "q_bias", "v_bias")  # names of parameters; DeBERTa adds those of queries and values by itself
 
 
 def attach(
@@ -122,7 +124,7 @@ def _list_unfrozen(model: PreTrainedModel, unfreeze: schema.Unfreeze) -> set[str
     if unfreeze is schema.Unfreeze.none:
         return set()
     if unfreeze is schema.Unfreeze.bias:  # not T5's relative_attention_bias.weight, a table of positions
-        return {name for name in names if name.rpartition(".")[2] == "bias"}
+        return {name for name in names if name.rpartition(".")[2] in BIASES}
     if unfreeze is schema.Unfreeze.norm:
         norms = _find_norms(model)
         return {name for name, parameter in model.named_parameters() if id(parameter) in norms}
@@ -183,6 +185,7 @@ def _attach_to_places(sites: Sites, m: schema.Modification, name: str, prefix: s
         if m.modified_representation.ffn_input is schema.FFNInput.residual:
             layer = _read_residual(layer, prefix)
         for place in places(layer, attentions):
+            _require_whole(place, m, prefix)
             in_width, out_width = place.widths(sites.width, insertion)
             rate = sites.attention_dropout if place.in_attention else sites.hidden_dropout
             edit = Edit(
@@ -191,6 +194,25 @@ def _attach_to_places(sites: Sites, m: schema.Modification, name: str, prefix: s
                 _build_composition(m, in_width, 1),
             )
             edit.attach(name, place.target, place.source, place.at, place.part)
+
+
+def _require_whole(place: Place, m: schema.Modification, prefix: str) -> None:
+    """Refuse a modification that needs the bias of h where the attention adds that later, in a family such as DeBERTa:
+    h + Δh is the same without it, h ∘ (1 + Δh), (1-λ)h + λΔh and f(h) are not."""
+    if place.part is None or not place.part.late_bias:
+        return
+    if m.insertion_form.name is schema.Insertion.sequential and m.functional_form.name != "constant":
+        what, instead = "insertion_form=sequential reads h", "insertion_form=parallel"
+    elif m.composition_function.name in (schema.Composition.multiply, schema.Composition.gated):
+        what = f"composition_function={m.composition_function.name.name} changes all of h"
+        instead = "composition_function=add"
+    else:
+        return
+    raise UserError(
+        f"{prefix}modified_representation={_name_representation(m)}: in this backbone the attention itself adds the "
+        f"bias of the {place.part.name} after its projection, and {what}, with its bias; use {prefix}{instead}, or "
+        "another representation, such as attention or ffn."
+    )
 
 
 def _read_residual(layer: Layer, prefix: str) -> Layer:

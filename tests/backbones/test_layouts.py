@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch._dynamo.backends.debugging import aot_eager
 from transformers import AttentionInterface, GenerationConfig, M2M100Tokenizer, NllbTokenizer, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from peftbench.backbones.precision import choose_autocast_dtype
 from peftbench.backbones.sites import find_sites
+from peftbench.config.schema import DType, Model, Precision, Trainer, Unfreeze
 from peftbench.counts.run_counts import count_run
 from peftbench.evaluation.inference import prepare_inference
 from peftbench.evaluation.kv_cache import make_caches
@@ -53,10 +56,11 @@ AT_FFNS = {"adapter", "pfeiffer", "lora_ffn", "parallel_adapter", "scaled_parall
 AT_FFNS |= {"learned_scale"}
 REFUSED: dict[tuple[str, str], str] = {(family, "prompt"): "modified_representation=embedding" for family in LAYOUTS}
 REFUSED |= {(family, "pfeiffer"): "one residual at once" for family in ("gpt_neox", "falcon")}
-for _family in ("bloom", "falcon", "mpnet", "deberta_v2"):
+for _family in ("bloom", "falcon", "mpnet", "deberta", "deberta_v2"):
     REFUSED |= {(_family, preset): "calls no registered attention function" for preset in sorted(AT_HEADS)}
 for _family in ("mixtral", "qwen3_moe"):
     REFUSED |= {(_family, preset): "mixtures of experts" for preset in sorted(AT_FFNS)}
+REFUSED |= {("deberta", preset): "adds the bias of the" for preset in ("ia3",)}
 QUICK = {"lora", "lora_ffn", "mam"}  # one preset for each of query and value, the FFN's matrices, heads
 
 
@@ -180,6 +184,17 @@ def split(model: PreTrainedModel, family: str) -> list[Tensor]:
         return sdpa_attention_forward(module, query, key, value, mask, **more)
 
     own = {"bloom": "_reshape", "falcon": "_split_heads"}.get(family)
+    if family == "deberta":
+        divide: Callable[[Tensor], Tensor] = attention.transpose_for_scores
+
+        def keep_fused(x: Tensor) -> Tensor:
+            if x.shape[-1] == attention.in_proj.out_features:
+                seen.append(list(divide(x).chunk(3, dim=-1)))  # as its forward does next
+            return divide(x)
+
+        attention.transpose_for_scores = keep_fused
+        logits(model, family)
+        return seen[0]
     if own is None:
         AttentionInterface.register("layouts_test", keep)
         model.set_attn_implementation("layouts_test")
@@ -195,6 +210,7 @@ FUSED = {
     "modernbert": ("modernbert", {}),
     "gpt_neox": ("gpt_neox", {}),
     "bloom": ("bloom", {}),
+    "deberta": ("deberta", {}),
     "falcon_40b": ("falcon", {}),
     "falcon_7b": ("falcon", {"new_decoder_architecture": False, "multi_query": True}),
     "falcon_rw": ("falcon", {"new_decoder_architecture": False, "multi_query": False, "num_kv_heads": 4}),
@@ -329,6 +345,51 @@ def test_the_places_of_deberta_read_the_tokens_not_the_relative_positions() -> N
     logits(model, "deberta_v2")
     assert seen == [(2, 9, 16)]
     assert not takes_our_attention(model)
+
+
+NEED_ALL_OF_H = [
+    ("sequential", "add", "relu", "insertion_form=sequential reads h, with its bias; use insertion_form=parallel"),
+    ("parallel", "gated", "relu", "composition_function=gated changes all of h, with its bias; use composition_funct"),
+    ("parallel", "multiply", "constant", "composition_function=multiply changes all of h, with its bias"),
+]
+
+
+@pytest.mark.parametrize(("insertion", "composition", "form", "sentence"), NEED_ALL_OF_H)
+def test_what_needs_a_bias_that_deberta_adds_later_is_refused(
+    insertion: str, composition: str, form: str, sentence: str
+) -> None:
+    """Its key has no bias, and v2's projections have their own."""
+    size = {} if form == "constant" else {"bottleneck": 4}
+
+    def point(representation: str) -> dict[str, Any]:
+        return {"": modification(form, representation, insertion, composition, **size)}
+
+    for part in ("query", "value"):
+        with pytest.raises(UserError, match=rf"adds the bias of the {part} after its projection, and {sentence}"):
+            attach(build("deberta"), point(part))
+    attach(build("deberta"), point("key"))
+    attach(build("deberta"), point("attention"))
+    attach(build("deberta_v2"), point("value"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_class_that_fails_under_autocast_is_refused_there(dtype: torch.dtype) -> None:
+    """As long as transformers' own DeBERTa does fail."""
+    trainer, model = Trainer(learning_rate=1e-3, precision=Precision.bf16), Model(name="deberta")
+    with pytest.raises(UserError, match=r"trainer\.precision=bf16: transformers' deberta cannot compute in 16 bits"):
+        choose_autocast_dtype(trainer, model, build("deberta"))
+    assert choose_autocast_dtype(trainer, replace(model, dtype=DType.bfloat16), build("deberta")) is None
+    assert choose_autocast_dtype(trainer, model, build("deberta_v2")) is torch.bfloat16
+    with torch.autocast("cpu", dtype), pytest.raises(RuntimeError, match="without overflow"):
+        logits(build("deberta"), "deberta")
+
+
+def test_bitfit_trains_the_biases_that_deberta_adds_itself() -> None:
+    model = build("deberta")
+    attach(model, {}, Unfreeze.bias)
+    trained = {name for name, p in model.deberta.named_parameters() if p.requires_grad}
+    every = {name for name, p in model.deberta.named_parameters() if "bias" in name}
+    assert trained == every and sum(name.endswith(("q_bias", "v_bias")) for name in trained) == 4
 
 
 def test_operations_count_the_experts_that_a_token_passes() -> None:

@@ -16,7 +16,7 @@ from peftbench.config.validity import find_faults
 from peftbench.records.recording import describe_run
 from peftbench.training import fit
 from peftbench.utils.errors import UserError
-from tests.families import PRESETS, run_on
+from tests.families import PRESETS, build, run_on
 from tests.fitting import Targets, fitted, model_of, one_step, trained
 
 
@@ -45,7 +45,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_float16_needs_a_gpu_and_a_backbone_in_float32(tmp_path: Path) -> None:
     run = run_in(tmp_path, precision=schema.Precision.fp16, device=schema.Device.cpu)
     with pytest.raises(UserError, match=r"^trainer\.precision=fp16 needs a GPU"):
-        choose_autocast_dtype(run.trainer, run.model)
+        choose_autocast_dtype(run.trainer, run.model, build("bert"))
     half = replace(run, model=replace(run.model, dtype=schema.DType.bfloat16))
     assert any(fault.startswith("trainer.precision=fp16 with model.dtype=bfloat16") for fault in find_faults(half))
 
