@@ -88,8 +88,9 @@ def describe_study(found: StudyFinding) -> str:
     counts = ", ".join(f"{number} {kind}" for kind, number in counted.items())
     number = sum(counted.values())
     trials = f"{number} trials" if number >= found.wanted else f"{number} of {found.wanted} trials so far"
+    smoke = "" if first.debug is None else f" (debug={first.debug})"
     return (
-        f"{first.task} with {first.model.name} {budget}: {trials} of search={first.search.name} with "
+        f"{first.task} with {first.model.name}{smoke} {budget}: {trials} of search={first.search.name} with "
         f"seed {first.seed} ({counts})"
     )
 
@@ -175,4 +176,5 @@ def name_study(task: str, model: str, budget: str | None) -> str:
 
 def list_study_names(studies: Sequence[StudyFinding]) -> list[str]:
     """Return the names of studies, as `name_study` has them."""
-    return [name_study(one.first.task, one.first.model.name, one.first.budget) for one in studies]
+    serious = [one.first for one in studies if one.first.debug is None]
+    return [name_study(first.task, first.model.name, first.budget) for first in serious]

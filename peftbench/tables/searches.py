@@ -133,19 +133,19 @@ def _is_of_study(record: Record) -> bool:
 
 def _judge_study(name: str, trials: list[Record], groups: Sequence[Sequence[Row]], resamples: int) -> StudyFinding:
     done = [trial for trial in trials if is_scored(trial) and trial.selection is not None]
-    done.sort(key=lambda trial: -compute_objective(trial.selection))
     if not done:
         return StudyFinding(name, trials, [], [])
-    (rows,) = (rows for rows in groups if any(done[0] in row.records for row in rows))
-    seed = done[0].seed
-    leaders = [Candidate(trial, trial.selection, _list_fresh(rows, trial, seed)) for trial in done[:LEADERS]]
-    named = _choose_named(rows, done[0])
-    return StudyFinding(name, trials, leaders, _compare(leaders[0], named, resamples))
+    rows = next(rows for rows in groups if any(run.folder == done[0].folder for row in rows for run in row.records))
+    places = {run.folder: row for row in rows for run in row.records}
+    found = [Candidate(trial, trial.selection, _list_fresh(places[trial.folder], trial.seed)) for trial in done]
+    # Of equal ones the study has chosen the first, which then has runs with other seeds.
+    found.sort(key=lambda one: (-one.objective, not one.fresh, one.first.created))
+    named = _choose_named(rows, found[0].first)
+    return StudyFinding(name, trials, found[:LEADERS], _compare(found[0], named, resamples))
 
 
-def _list_fresh(rows: Sequence[Row], trial: Record, seed: int) -> list[Record]:
-    """Return the runs that a trial's point has with other seeds."""
-    row = next(row for row in rows if trial in row.records)
+def _list_fresh(row: Row, seed: int) -> list[Record]:
+    """Return the runs that a point has with other seeds than that of the trials."""
     return [run for run in row.scored if run.seed != seed and not is_trial(run)]
 
 
@@ -162,8 +162,7 @@ def _choose_named(rows: Sequence[Row], best: Record) -> list[Candidate]:
         search = own[0].search
         of_trial = next((run.selection for run in own if run.seed == best.seed), None)
         selection = of_trial if search is None else search.selection
-        fresh = [run for run in row.scored if run.seed != best.seed and not is_trial(run)]
-        one = Candidate(own[0], selection, fresh)
+        one = Candidate(own[0], selection, _list_fresh(row, best.seed))
         key = format_value([own[0].method, FIELDS["modified_representation"](own[0])])
         before = found.get(key)
         if before is None or (len(before.fresh), before.objective) < (len(one.fresh), one.objective):

@@ -96,6 +96,19 @@ def test_one_rival_is_enough_not_to_be_better(tmp_path: Path, found: Callable[..
     assert "+0.00 (+0.00 to +0.00) against LoRA" in study["said"]
 
 
+@pytest.mark.parametrize("place", ["attention", "query"])  # before and after "output"
+def test_of_equal_trials_the_one_with_other_seeds_was_chosen(
+    place: str, tmp_path: Path, found: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_all(tmp_path, [80, 81], [60, 61], [70, 71])
+    make_trial(tmp_path, 85.0, place)
+    assert found()["better"] is True
+    for file in tmp_path.rglob("record.json"):
+        file.write_text(file.read_text(encoding="utf-8").replace('"debug": null', '"debug": "smoke"'), encoding="utf-8")
+    assert main([str(tmp_path), "--searches"]) == 0
+    assert "with bart-mini (debug=smoke) under budget=2%: 3 trials" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("best", "lora", "lacking"), [([], [70, 71], "the best point"), ([80, 81], [70], "LoRA"), ([80], [70, 71], "")]
 )
