@@ -201,10 +201,12 @@ def _require_whole(place: Place, m: schema.Modification, prefix: str) -> None:
     h + Δh is the same without it, h ∘ (1 + Δh), (1-λ)h + λΔh and f(h) are not."""
     if place.part is None or not place.part.late_bias:
         return
-    if m.insertion_form.name is schema.Insertion.sequential and m.functional_form.name != "constant":
+    composition = m.composition_function.name
+    reads = m.functional_form.name != "constant" or composition is schema.Composition.gated_add  # by f, or by the gate
+    if m.insertion_form.name is schema.Insertion.sequential and reads:
         what, instead = "insertion_form=sequential reads h", "insertion_form=parallel"
-    elif m.composition_function.name in (schema.Composition.multiply, schema.Composition.gated):
-        what = f"composition_function={m.composition_function.name.name} changes all of h"
+    elif composition in (schema.Composition.multiply, schema.Composition.gated):
+        what = f"composition_function={composition.name} changes all of h"
         instead = "composition_function=add"
     else:
         return

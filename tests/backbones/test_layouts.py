@@ -349,6 +349,7 @@ def test_the_places_of_deberta_read_the_tokens_not_the_relative_positions() -> N
 
 NEED_ALL_OF_H = [
     ("sequential", "add", "relu", "insertion_form=sequential reads h, with its bias; use insertion_form=parallel"),
+    ("sequential", "gated_add", "constant", "insertion_form=sequential reads h, with its bias"),  # for its gate
     ("parallel", "gated", "relu", "composition_function=gated changes all of h, with its bias; use composition_funct"),
     ("parallel", "multiply", "constant", "composition_function=multiply changes all of h, with its bias"),
 ]
