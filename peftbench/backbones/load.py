@@ -37,11 +37,19 @@ from transformers.utils import cached_file, logging
 
 from peftbench.backbones.chat_template import choose_template, stop_at_turns
 from peftbench.backbones.hub import explain_missing_hub
-from peftbench.backbones.quantisation import find_format, make_quantisation, require_package, settle_quantised
+from peftbench.backbones.quantisation import (
+    PACKED,
+    choose_loading,
+    find_format,
+    make_quantisation,
+    require_package,
+    settle_quantised,
+)
 from peftbench.backbones.sites import find_family
 from peftbench.backbones.special_tokens import settle
+from peftbench.backbones.unpacking import CannotUnpack, unpack_backbone
 from peftbench.config.schema import WITH_LABELS, DType, Model, Quantization, Task, TaskKind
-from peftbench.utils.errors import UserError, suggest
+from peftbench.utils.errors import UserError, is_memory_error, suggest
 from peftbench.utils.files import expand_home, read_json
 
 T = TypeVar("T")
@@ -64,6 +72,8 @@ NO_MODEL = (
     *(ValueError, TypeError, ZeroDivisionError, KeyError, AttributeError, IndexError, AssertionError),
     StrictDataclassError,
 )
+UNQUANTISED = "bring the unquantised model, with model.quantization=nf4 if it is large."
+WEIGHTS = (".safetensors", ".bin")
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 NOWHERE = "model.hub_id and model.path are both null; give one, or take a preset such as model=mini."
 
@@ -73,13 +83,15 @@ class Backbone:
     """A loaded model with its tokenizer.
 
     `untrained` contains the names of those parameters of its head for which there were no weights. `notes` contains a
-    sentence for each disagreement between the backbone's files, with what was chosen.
+    sentence for each disagreement between the backbone's files, with what was chosen. `quantization` is
+    `model.quantization`, or the format of a place that is quantised already, even if its weights are unpacked now.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     untrained: frozenset[str]
     notes: tuple[str, ...] = ()
+    quantization: str | None = None
 
 
 def load_language_model(model: Model, task: Task, device: torch.device | None = None) -> Backbone:
@@ -100,8 +112,8 @@ def load_language_model(model: Model, task: Task, device: torch.device | None = 
 def load_backbone(model: Model, task: Task, device: torch.device | None = None, *, auto: Any = None) -> Backbone:
     """Load the backbone for a task, on the CPU, in `model.dtype`, where `auto` means float32.
 
-    A quantised one is loaded straight to `device`, and packed there. The attention is transformers' default: SDPA, but
-    eager for T5 in the versions that have no other.
+    One that bitsandbytes has packed, or packs, is loaded straight to `device`. The attention is transformers' default:
+    SDPA, but eager for T5 in the versions that have no other.
 
     Args:
         auto: transformers' Auto class; None: that of the task.
@@ -116,7 +128,8 @@ def load_backbone(model: Model, task: Task, device: torch.device | None = None, 
     tokenizer = load_tokenizer(model)
     dtype = torch.bfloat16 if model.dtype is DType.bfloat16 else torch.float32
     _check_attention(model, auto, config)
-    packing = _plan_packing(model, task, config, dtype, device)
+    form = "gguf" if "gguf_file" in options else _find_packing(model, config)
+    packing = _plan_packing(model, task, config, form, dtype, device)
     chosen = model.attn_implementation
     loaded, report = _load_or_explain(
         model,
@@ -131,16 +144,18 @@ def load_backbone(model: Model, task: Task, device: torch.device | None = None, 
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # a folder tuned for other labels: its head is initialised anew, and trained
         ),
+        form,
     )
-    if packing:
-        settle_quantised(loaded, _place(model), dtype)
     untrained = _find_new_head(model, loaded, report)
     notes = settle(loaded, tokenizer, writes=task.kind is TaskKind.text_to_text)
+    if packing:
+        notes = [*_settle_packed(model, loaded, form, dtype, untrained), *notes]
     _require_start(model, loaded)
     if (template := choose_template(task, loaded, tokenizer)) is not None:
         stop_at_turns(loaded, template)
     _pad_on_the_right(loaded, tokenizer, task)
-    return Backbone(loaded, tokenizer, untrained, tuple(notes))
+    named = model.quantization.name if model.quantization is not Quantization.none else form
+    return Backbone(loaded, tokenizer, untrained, tuple(notes), named)
 
 
 def _rename_base(auto: Any, config: PretrainedConfig) -> dict[str, str] | None:
@@ -163,28 +178,68 @@ def _check_attention(model: Model, auto: Any, config: PretrainedConfig) -> None:
         raise UserError(f"model.attn_implementation={chosen}: {' '.join(str(error).split())}") from error
 
 
-def _plan_packing(
-    model: Model, task: Task, config: PretrainedConfig, dtype: torch.dtype, device: torch.device | None
-) -> dict[str, Any]:
-    """Return the options of `from_pretrained` for a quantised backbone; none for another.
+def _find_packing(model: Model, config: PretrainedConfig) -> str | None:
+    """Return the format in which the place is quantised already; None: it is not.
 
     Raises:
-        UserError: a package is missing, the backbone has nothing to pack, or is packed already.
+        UserError: it is not read, its package is missing, or the place is to be quantised once more.
     """
-    wanted, form = model.quantization is not Quantization.none, find_format(config)
-    if form is None and not wanted:
-        return {}
-    placed = {"device_map": {"": device or torch.device("cpu")}}
+    form = find_format(config)
     if form is None:
-        bare = build_meta_backbone(model, task, config)
-        return {**placed, "quantization_config": make_quantisation(model, bare, dtype)}
-    if wanted:
+        return None
+    if model.quantization is not Quantization.none:
         raise UserError(
             f"model.quantization={model.quantization.name}: {_place(model)} is quantised already ({form}); leave "
             "model.quantization out."
         )
     require_package(_place(model), form)
-    return placed
+    return form
+
+
+def _plan_packing(
+    model: Model,
+    task: Task,
+    config: PretrainedConfig,
+    form: str | None,
+    dtype: torch.dtype,
+    device: torch.device | None,
+) -> dict[str, Any]:
+    """Return the options of `from_pretrained` for a quantised backbone; none for another. `config` is changed.
+
+    Raises:
+        UserError: a package is missing, or the backbone has nothing to pack.
+    """
+    cpu = torch.device("cpu")
+    if form is not None:
+        # torchao has layouts for GPUs alone. What else is unpacked can be unpacked anywhere.
+        placed = {"device_map": {"": device or cpu if form in (PACKED, "torchao") else cpu}}
+        return {**placed, **choose_loading(config, form)}
+    if model.quantization is Quantization.none:
+        return {}
+    bare = build_meta_backbone(model, task, config)
+    return {"device_map": {"": device or cpu}, "quantization_config": make_quantisation(model, bare, dtype)}
+
+
+def _settle_packed(
+    model: Model, loaded: PreTrainedModel, form: str | None, dtype: torch.dtype, untrained: Iterable[str]
+) -> list[str]:
+    """Unpack what does not stay packed while modifications are trained. Return what there is to say about it.
+
+    Raises:
+        UserError: it cannot be unpacked.
+    """
+    vars(loaded).pop("hf_device_map", None)  # it is on one device; accelerate refuses to train what it calls offloaded
+    try:
+        if form in (None, PACKED):
+            settle_quantised(loaded, _place(model), dtype)
+            return []
+        unpack_backbone(loaded, tuple(untrained))
+    except CannotUnpack as error:
+        raise UserError(f"{_place(model)} is quantised as {form}: {error}; {UNQUANTISED}") from error
+    return [
+        f"{_place(model)} is quantised as {form}: its weights are unpacked to {str(dtype).removeprefix('torch.')}, and "
+        "activations are not quantised."
+    ]
 
 
 # Tensors in old checkpoints that are not weights: positions, masks and frequencies, which are computed now.
@@ -267,12 +322,13 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
     def is_there(name: str) -> bool:
         lenient = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
-        places = {key: value for key, value in options.items() if key not in OWN_CODE_ONLY}
+        places = {key: value for key, value in options.items() if key not in (*OWN_CODE_ONLY, "gguf_file")}
         return cached_file(source, name, **places, **lenient) is not None
 
     try:
+        places = _read_beside(source, options, VOCABULARIES)
         tokenizer: PreTrainedTokenizerBase = _load_or_explain(
-            model, lambda: AutoTokenizer.from_pretrained(source, **options)
+            model, lambda: AutoTokenizer.from_pretrained(source, **places)
         )
     except UserError:
         _require_tokenizer_files(model, is_there)
@@ -348,7 +404,8 @@ def load_config(model: Model) -> PretrainedConfig:
         UserError: there is none, or it cannot be reached.
     """
     source, options = _find_source(model)
-    config: PretrainedConfig = _load_or_explain(model, lambda: AutoConfig.from_pretrained(source, **options))
+    places = _read_beside(source, options, ["config.json"])
+    config: PretrainedConfig = _load_or_explain(model, lambda: AutoConfig.from_pretrained(source, **places))
     return config
 
 
@@ -394,7 +451,10 @@ def _is_untied(model: Model) -> bool:
     """
     if model.path is None:
         return model.architecture.get("tie_word_embeddings") is False
-    said: dict[str, Any] = json.loads((expand_home(model.path) / "config.json").read_text(encoding="utf-8"))
+    file = expand_home(model.path) / "config.json"
+    if not file.exists():  # a GGUF file
+        return False
+    said: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return said.get("tie_word_embeddings") is False
 
 
@@ -463,17 +523,44 @@ def _find_source(model: Model) -> tuple[str, dict[str, Any]]:
         folder = expand_home(model.path)
         if not folder.is_dir():
             raise UserError(f"model.path={model.path} is not a folder; give one with config.json and the weights.")
-        if not (folder / "config.json").is_file():
+        packed = _find_gguf(model, folder)
+        if packed is None and not (folder / "config.json").is_file():
             raise UserError(
                 f"model.path={model.path} has no config.json; give a folder that save_pretrained wrote, with "
                 "config.json, model.safetensors and the tokenizer's files."
             )
         _check_files(model, folder)
-        return str(folder), {"local_files_only": True, **OWN_CODE_ONLY}
+        only = {} if packed is None else {"gguf_file": packed}
+        return str(folder), {"local_files_only": True, **OWN_CODE_ONLY, **only}
     if model.hub_id is None:
         raise UserError(NOWHERE)
     options: dict[str, Any] = {"revision": model.revision} if model.revision else {}
     return model.hub_id, {**options, **OWN_CODE_ONLY, "local_files_only": explain_missing_hub() is not None}
+
+
+def _find_gguf(model: Model, folder: Path) -> str | None:
+    """Return the name of the GGUF file of a folder without other weights; None: it has none, or has others.
+
+    Raises:
+        UserError: it has several, or its package is missing.
+    """
+    found = sorted(file.name for file in folder.glob("*.gguf"))
+    if not found or any(file.suffix in WEIGHTS for file in folder.iterdir()):
+        return None
+    if len(found) > 1:
+        raise UserError(
+            f"{_place(model)} has {len(found)} GGUF files ({', '.join(found[:3])}); give a folder with one."
+        )
+    require_package(_place(model), "gguf")
+    return found[0]
+
+
+def _read_beside(source: str, options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return the options with which one of the files `names` is read if a GGUF file has it beside it: what a GGUF file
+    says itself is read differently by versions of transformers."""
+    if "gguf_file" in options and any((Path(source) / name).is_file() for name in names):
+        return {key: value for key, value in options.items() if key != "gguf_file"}
+    return options
 
 
 def _check_files(model: Model, folder: Path) -> None:
@@ -505,11 +592,23 @@ def _require_start(model: Model, loaded: PreTrainedModel) -> None:
         )
 
 
-def _load_or_explain(model: Model, load: Callable[[], T]) -> T:
-    """Run `load`; turn transformers' error for a place without a model into one sentence."""
+def _load_or_explain(model: Model, load: Callable[[], T], form: str | None = None) -> T:
+    """Run `load`; turn transformers' error for a place without a model into one sentence.
+
+    Args:
+        form: in which the place is quantised, whose package may raise anything.
+    """
+    expected = (*NO_MODEL, OSError, ImportError, SafetensorError, RecursionError)
     try:
         return load()
-    except (*NO_MODEL, OSError, ImportError, SafetensorError, RecursionError) as error:
+    except Exception as error:
+        if (form is None and not isinstance(error, expected)) or is_memory_error(error):
+            raise
+        if form is not None:
+            raise UserError(
+                f"{_place(model)} is quantised as {form}, and transformers cannot load it here "
+                f"({type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}); {UNQUANTISED}"
+            ) from error
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"{_place(model)} can only be read with Python code of its own (auto_map in its config.json), which "

@@ -2,7 +2,8 @@
 
 `model.quantization` packs the projections of the repeated layers with bitsandbytes while they are loaded. Embeddings,
 norms, the output layer and task heads stay as they are: they are read by the loss or trained. A folder that is
-quantised already is loaded as its config.json says. A packed weight has fewer elements than the matrix it holds, so
+quantised already is loaded as its config.json says: what bitsandbytes has packed in its layers stays packed, the
+weights of other formats are unpacked (`unpacking`). A packed weight has fewer elements than the matrix it holds, so
 that every count has to ask `count_elements`.
 """
 
@@ -14,28 +15,36 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from peftbench.backbones.sites import find_sites
+from peftbench.backbones.unpacking import is_packed, unpack_outside_layers
 from peftbench.config.schema import Model, Quantization
 from peftbench.utils.errors import UserError
 
-# The module that each format of a folder needs, and what pip calls it.
+PACKED = "bitsandbytes"  # the format that stays packed
+# The formats of a folder that are loaded: the modules that each needs, by what pip calls them.
 PACKAGES = {
-    "bitsandbytes": ("bitsandbytes", "peftbench[quant]"),
-    "gptq": ("gptqmodel", "gptqmodel"),
-    "awq": ("gptqmodel", "gptqmodel"),
-    "torchao": ("torchao", "torchao"),
-    "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
-    "gguf": ("gguf", "gguf"),
-    "hqq": ("hqq", "hqq"),
-    "quanto": ("optimum.quanto", "optimum-quanto"),
-    "aqlm": ("aqlm", "aqlm"),
+    PACKED: {"peftbench[quant]": "bitsandbytes"},
+    "gptq": {"gptqmodel": "gptqmodel", "optimum": "optimum"},
+    "awq": {"gptqmodel": "gptqmodel"},
+    "torchao": {"torchao": "torchao"},
+    "compressed-tensors": {"compressed-tensors": "compressed_tensors"},
+    "fp8": {},
+    "gguf": {"gguf": "gguf"},
 }
-PACKED = ("Linear4bit", "Linear8bitLt")  # bitsandbytes' classes, by name: the package may be missing
+# How transformers has to load them so that they can be unpacked. gptqmodel's other kernels rearrange weights, and some
+# are compiled for minutes.
+LOADING: dict[str, dict[str, Any]] = {
+    "gptq": {"backend": "torch"},
+    "awq": {"backend": "torch_awq"},
+    "compressed-tensors": {"dequantize": True},
+    "fp8": {"dequantize": True},
+}
 
 
 def find_format(config: PretrainedConfig) -> str | None:
@@ -49,12 +58,28 @@ def find_format(config: PretrainedConfig) -> str | None:
 
 
 def require_package(key: str, form: str) -> None:
-    """Raise a UserError if the package that unpacks `form` is missing; `key` is what asked for it, as typed."""
+    """Raise a UserError if `form` cannot be loaded, or its package is missing; `key` is what asked for it, as typed."""
     if form not in {*PACKAGES, *AUTO_QUANTIZATION_CONFIG_MAPPING}:
         raise UserError(f"{key}: transformers knows no quantization_config of the method {form}.")
-    module, name = PACKAGES.get(form, (None, None))
-    if module is not None and not _is_installed(module):
-        raise UserError(f"{key} needs {module.partition('.')[0]}, which is not installed: pip install {name}.")
+    if form not in PACKAGES:
+        known = ", ".join(PACKAGES)
+        raise UserError(
+            f"{key} is quantised as {form}, and peftbench reads {known}; bring the unquantised model, with "
+            "model.quantization=nf4 if it is large."
+        )
+    for name, module in PACKAGES[form].items():
+        if not _is_installed(module):
+            raise UserError(f"{key} needs {module}, which is not installed: pip install {name}.")
+
+
+def choose_loading(config: PretrainedConfig, form: str) -> dict[str, Any]:
+    """Return the options of `from_pretrained` with which the weights of this format can be read; changes `config`."""
+    if form == "gguf":
+        made = getattr(transformers, "GgufConfig", None)  # earlier versions always unpack
+        return {} if made is None else {"quantization_config": made(dequantize=True)}
+    own = config.quantization_config
+    config.quantization_config = {**(own if isinstance(own, dict) else own.to_dict()), **LOADING.get(form, {})}
+    return {}
 
 
 def _is_installed(module: str) -> bool:
@@ -99,32 +124,16 @@ def is_quantised(model: nn.Module) -> bool:
     return bool(getattr(model, "is_quantized", False))
 
 
-def is_packed(module: nn.Module) -> bool:
-    """Return whether a module is a projection of bitsandbytes, whose weight is no matrix to compute with."""
-    return type(module).__name__ in PACKED
-
-
 def settle_quantised(model: PreTrainedModel, place: str, dtype: torch.dtype) -> None:
-    """Have the packed projections compute in `dtype`, and check that modifications can be trained next to them.
+    """Leave what bitsandbytes has packed in the layers as it is, to compute in `dtype`, and unpack the rest.
 
     Args:
         place: of the weights, as typed.
 
     Raises:
-        UserError: the format passes no gradients on, or its projections are of a kind that we cannot measure.
+        UserError: bitsandbytes would unpack the weights wrongly.
     """
-    form = find_format(model.config)
-    try:
-        find_sites(model)
-        known = True
-    except (AssertionError, AttributeError):
-        known = False
-    if not known or not model.hf_quantizer.is_trainable:
-        why = "which passes no gradients on" if known else "whose projections peftbench cannot read"
-        raise UserError(
-            f"{place} is quantised as {form}, {why}; bring the unquantised model, with model.quantization=nf4 if it is "
-            "large."
-        )
+    unpack_outside_layers(model)
     for module in filter(is_packed, model.modules()):
         packed: Any = module
         if type(module).__name__ == "Linear4bit":
@@ -133,10 +142,6 @@ def settle_quantised(model: PreTrainedModel, place: str, dtype: torch.dtype) -> 
             packed.compute_dtype, packed.compute_type_is_set = dtype, True
             packed.support_avx512bf16_for_cpu = False
             _check_rows(packed, place)
-    if hasattr(
-        model, "hf_device_map"
-    ):  # all of it is on one device; accelerate refuses to train what it calls offloaded
-        del model.hf_device_map
 
 
 def _check_rows(module: Any, place: str) -> None:
@@ -168,43 +173,3 @@ def count_elements(parameter: Tensor) -> int:
     """Return the number of elements of a parameter; of a packed one, those of the matrix that it holds."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else int(torch.Size(state.shape).numel())
-
-
-@torch.no_grad()
-def unpack_weight(module: nn.Module) -> Tensor:
-    """Return the matrix (out, in) that a packed projection holds, in float32, or in the dtype it was packed from."""
-    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
-
-    weight: Tensor = dequantize_bnb_weight(module.weight, getattr(module, "state", None))
-    return weight
-
-
-def unpack_backbone(model: PreTrainedModel) -> None:
-    """Replace the packed projections by unpacked ones of the same values, in place, before anything is attached.
-
-    Raises:
-        UserError: the weights are packed by something else than bitsandbytes.
-    """
-    if not is_quantised(model):
-        return
-    if (form := find_format(model.config)) != "bitsandbytes":
-        raise UserError(f"A backbone that is quantised as {form} cannot be unpacked; bring the unquantised model.")
-    dtype = model.dtype
-    for name, module in [(name, module) for name, module in model.named_modules() if is_packed(module)]:
-        found: Any = module
-        weight = unpack_weight(module).to(dtype)
-        plain: Any
-        with torch.device("meta"):
-            if issubclass(found.source_cls, Conv1D):
-                plain = Conv1D(found.out_features, found.in_features)
-                weight = weight.T.contiguous()
-            else:
-                plain = nn.Linear(found.in_features, found.out_features, bias=found.bias is not None)
-        plain.weight = nn.Parameter(weight, requires_grad=False)
-        if found.bias is not None:
-            plain.bias = nn.Parameter(found.bias.detach().to(dtype), requires_grad=False)
-        model.set_submodule(name, plain.train(found.training))
-    vars(model).pop("hf_quantizer", None)
-    for attribute in ("is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"):
-        vars(model).pop(attribute, None)
-    del model.config.quantization_config

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from peftbench.config.schema import DType, Quantization
+from peftbench.config.schema import DType
 from peftbench.evaluation.finished import read_saved_run
 from peftbench.evaluation.merged import write_merged
 from peftbench.records.saved import find_run_folder, read_saved_record
@@ -32,13 +32,13 @@ def main(argv: list[str]) -> int:
     if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
         raise UserError(f"--out {arguments.out} exists already; give a folder that is new or empty.")
     console = make_quiet_console()
-    name, share = write_merged(arguments.run, run, arguments.out)
+    name, share, quantization = write_merged(arguments.run, run, arguments.out)
     console.print(
         f"{arguments.out}: load it with transformers' {name}.from_pretrained.", highlight=False, soft_wrap=True
     )
-    if run.model.quantization is not Quantization.none:
+    if quantization is not None:
         console.print(
-            f"The backbone was {run.model.quantization.name}: its weights are unpacked, with the values that they had "
+            f"The backbone was quantised ({quantization}): its weights are unpacked, with the values that they had "
             "packed.",
             highlight=False,
             soft_wrap=True,

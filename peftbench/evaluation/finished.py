@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftbench.backbones.load import Backbone, load_backbone
 from peftbench.backbones.precision import choose_device, resolve_dtype
-from peftbench.backbones.quantisation import unpack_backbone
+from peftbench.backbones.unpacking import unpack_backbone
 from peftbench.config.overrides import apply_override, describe_error, parse_overrides, quote_path
 from peftbench.config.own_parts import FORM, METRIC, TASK
 from peftbench.config.roles import list_splits

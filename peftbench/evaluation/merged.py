@@ -16,11 +16,12 @@ from peftbench.modification.merge import find_obstacles, merge
 from peftbench.utils.errors import UserError
 
 
-def write_merged(folder: Path, run: Run, out: Path) -> tuple[str, float]:
+def write_merged(folder: Path, run: Run, out: Path) -> tuple[str, float, str | None]:
     """Write the merged model of the run in `folder`, with its tokenizer, to `out`.
 
     Returns:
-        The name of the model's class, and the share of the change that was lost by rounding (`modification.merge`).
+        The name of the model's class, the share of the change that was lost by rounding (`modification.merge`), and how
+        the backbone was quantised, if it was.
 
     Raises:
         UserError: the method has no merged form. This is found before weights are read.
@@ -38,7 +39,7 @@ def write_merged(folder: Path, run: Run, out: Path) -> tuple[str, float]:
     with _naming(out):
         backbone.model.save_pretrained(out, state_dict={name: tensors[name] for name in plain})
         backbone.tokenizer.save_pretrained(out)
-    return type(backbone.model).__name__, share
+    return type(backbone.model).__name__, share, backbone.quantization
 
 
 @contextmanager

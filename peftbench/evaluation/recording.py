@@ -10,9 +10,8 @@ from transformers import PreTrainedModel
 
 from peftbench.backbones.chat_template import list_ends
 from peftbench.backbones.load import Backbone
-from peftbench.backbones.quantisation import find_format, is_quantised
 from peftbench.backbones.sites import find_sites
-from peftbench.config.schema import LOSS, WITH_LABELS, Keep, Quantization, Run, list_modifications
+from peftbench.config.schema import LOSS, WITH_LABELS, Keep, Run, list_modifications
 from peftbench.counts.shares import size_notes
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.metrics.statistics import References
@@ -34,9 +33,7 @@ def record_counts(record: Record, run: Run, backbone: Backbone) -> None:
     dead = count_dead(backbone.model, list_modifications(run)) if run.fidelity.dead_parameters else 0
     record.counts = RecordedCounts(**asdict(counts), dead=dead)
     record.model.parameters = counts.backbone
-    if is_quantised(backbone.model):
-        packed = run.model.quantization
-        record.model.quantization = find_format(backbone.model.config) if packed is Quantization.none else packed.name
+    record.model.quantization = backbone.quantization
     record.notes = size_notes(run, counts, find_sites(backbone.model).width)
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftbench.backbones.hub import explain_missing_hub
 from peftbench.backbones.load import Backbone, build_meta_backbone, load_backbone, load_config
-from peftbench.backbones.quantisation import unpack_backbone
+from peftbench.backbones.unpacking import unpack_backbone
 from peftbench.config.schema import DType, Run
 from peftbench.evaluation.finished import restore_backbone
 from peftbench.exchange.card import write_card

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from peftbench.backbones.quantisation import is_packed
+from peftbench.backbones.unpacking import is_packed
 from peftbench.config.schema import name_module
 from peftbench.modification.composition import Gated, Multiply
 from peftbench.modification.edit import Edit

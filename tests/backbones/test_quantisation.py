@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from peftbench.backbones import quantisation
 from peftbench.backbones.load import load_backbone
 from peftbench.backbones.precision import resolve_dtype
-from peftbench.backbones.quantisation import is_packed, unpack_backbone, unpack_weight
 from peftbench.backbones.sites import find_sites
+from peftbench.backbones.unpacking import is_packed, unpack_backbone, unpack_weight
 from peftbench.config import schema
 from peftbench.config.identity import hash_run
 from peftbench.config.validity import find_faults
