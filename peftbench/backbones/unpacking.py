@@ -74,8 +74,12 @@ def unpack_backbone(model: PreTrainedModel, missing: Collection[str] = ()) -> No
         if type(model.get_submodule(name)) is not type(plain):
             _replace(model, name, plain, dtype, missing)
     _unpack_tensors(model, dtype)
-    if odd := sorted(model.state_dict().keys() ^ bare.state_dict().keys()):
+    found, wanted = model.state_dict(), bare.state_dict()
+    if odd := sorted(found.keys() ^ wanted.keys()):
         raise CannotUnpack(f"{odd[0]} cannot be unpacked")
+    for name, tensor in found.items():  # a head that was packed for other labels
+        if tensor.shape != wanted[name].shape:
+            raise CannotUnpack(f"{name} is packed as {tuple(tensor.shape)}, not as {tuple(wanted[name].shape)}")
     for mark in _MARKS:
         vars(model).pop(mark, None)
     model.is_quantized = False

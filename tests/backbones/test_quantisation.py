@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from peftbench.backbones import quantisation
 from peftbench.backbones.load import load_backbone
@@ -216,6 +221,28 @@ def test_a_folder_that_is_packed_already(folders: dict[str, Path], tmp_path: Pat
         attach(again, {}, schema.Unfreeze.all)
     with pytest.raises(UserError, match=r"is quantised already \(bitsandbytes\)"):
         load_backbone(replace(model, quantization=schema.Quantization.nf4), task_of("llama"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_task_head_that_is_packed_already_is_unpacked(folders: dict[str, Path], tmp_path: Path, form: str) -> None:
+    """transformers packs BERT's classifier, which is trained. With other labels it is refused, not trained as it is."""
+    options = {"nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "int8": {"load_in_8bit": True}}[form]
+    packing = BitsAndBytesConfig(**options, llm_int8_skip_modules=["nothing"])
+    packed = AutoModelForSequenceClassification.from_pretrained(folders["bert"], quantization_config=packing)
+    assert is_packed(packed.classifier)
+    packed.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folders["bert"] / name).read_bytes())
+    model, task = schema.Model(name="bert", path=str(tmp_path)), task_of("bert")
+    backbone = load_backbone(model, task)
+    assert not backbone.untrained
+    weight = backbone.model.classifier.weight
+    torch.testing.assert_close(weight.float(), unpack_weight(packed.classifier).float(), rtol=0, atol=0)
+    attach(backbone.model, PRESETS["lora"])
+    assert backbone.model.classifier.weight.requires_grad
+    assert any(is_packed(module) for module in backbone.model.modules())
+    with pytest.raises(UserError, match=r"classifier is packed as \(3, 64\), not as \(5, 64\)"):
+        load_backbone(model, replace(task, labels=list("abcde")))
 
 
 def test_a_missing_package_is_named(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,6 +182,23 @@ def test_what_torchao_has_packed_is_unpacked(tmp_path: Path) -> None:
     assert count(backbone.model) == count(bare)
 
 
+def test_a_head_that_torchao_has_packed_for_other_labels_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("torchao", reason="torchao packs the weights: pip install torchao")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import AutoModelForSequenceClassification, TorchAoConfig
+
+    plain = save_plain(tmp_path / "plain")
+    build("bert", **WIDE).save_pretrained(plain)
+    packing = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["nothing"])
+    packed = AutoModelForSequenceClassification.from_pretrained(plain, quantization_config=packing, dtype=torch.float32)
+    packed.save_pretrained(tmp_path / "packed")
+    for file in plain.glob("token*"):
+        (tmp_path / "packed" / file.name).write_bytes(file.read_bytes())
+    task = replace(TASK, kind=schema.TaskKind.classification, labels=list("abcde"), metric="accuracy")
+    with pytest.raises(UserError, match=r"classifier\.weight is packed as \(3, 64\), not as \(5, 64\)"):
+        load_backbone(schema.Model(name="tiny", path=str(tmp_path / "packed")), task)
+
+
 def save_gguf(folder: Path, model: LlamaForCausalLM, form: str) -> None:
     """Write a GGUF file of a Llama, with metadata that describes it, as llama.cpp does."""
     import gguf
