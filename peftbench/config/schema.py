@@ -273,7 +273,9 @@ class Model:
     name: str = key(MISSING, "Name of the preset, in tables and run folders; with model.path the folder's name.")
     hub_id: str | None = key(None, "Repository on the Hugging Face hub, such as facebook/bart-large. null: none.")
     revision: str | None = key(None, "Branch, tag or commit of model.hub_id. null: the main branch.")
-    path: str | None = key(None, "A folder with config.json and weights; overrides model.hub_id. null: none.")
+    path: str | None = key(
+        None, "A folder with config.json and weights, or with one GGUF file; overrides model.hub_id. null: none."
+    )
     dtype: DType = key(
         DType.float32,
         "Type of the frozen weights, float32 or bfloat16; trained weights are always float32. auto: bfloat16 if the "
