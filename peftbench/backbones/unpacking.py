@@ -23,7 +23,7 @@ class CannotUnpack(Exception):
     """Something is packed in a way that cannot be read; the message says what, to follow the name of the place."""
 
 
-PACKED = ("Linear4bit", "Linear8bitLt")  # bitsandbytes' classes, by name: the package may be missing
+PACKED_CLASSES = ("Linear4bit", "Linear8bitLt")  # bitsandbytes' classes, by name: the package may be missing
 # What transformers leaves on a model that is loaded as quantised. It would save such a model by undoing the conversions
 # of its tensors, most of which it cannot undo.
 _MARKS = ("hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "_weight_conversions")
@@ -31,7 +31,7 @@ _MARKS = ("hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantizatio
 
 def is_packed(module: nn.Module) -> bool:
     """Return whether a module is a projection of bitsandbytes, whose weight is no matrix to compute with."""
-    return type(module).__name__ in PACKED
+    return type(module).__name__ in PACKED_CLASSES
 
 
 @torch.no_grad()
