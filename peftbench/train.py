@@ -274,7 +274,8 @@ def _prepare(run: Run, record: Record, display: Display, team: Team) -> _Prepare
     if run.trainer.class_weights is not None:
         weights = scale_class_weights(run.trainer.class_weights, data.label_codes(), data.task.labels)
         record.data["notes"].append(describe_class_weights(weights, data.task.labels))
-    record.data["notes"].extend(filter(None, [describe_reported_choice(run)]))
+    if (sentence := describe_reported_choice(run)) is not None:
+        record.data["notes"].append(sentence)
     for note in record.data["notes"]:
         display.say(note)
     return _Prepared(read, backbone, data)

@@ -25,7 +25,7 @@ from peftbench.config.peft_methods import read_point
 from peftbench.config.schema import Modification, Run, Task, list_modifications, list_task_files
 from peftbench.config.stamps import stamp_content
 from peftbench.records.record import FILE, Attempt, Axes, Record, RecordedBackbone, Status, find_record, get_time
-from peftbench.records.run_files import CHECKPOINTS, METRICS_FILE, clear_unfinished
+from peftbench.records.run_files import CHECKPOINTS, METRICS_FILE, clear_half_files
 from peftbench.utils.differences import flatten
 from peftbench.utils.errors import LostProcess, describe_os_error
 from peftbench.utils.files import replace_file
@@ -84,7 +84,7 @@ def _take_up(run: Run, folder: Path, overrides: Sequence[str]) -> Record:
 def _write_start(record: Record, run: Run) -> None:
     folder = record.folder
     record.save()  # before all else: an earlier run in this folder is no longer done
-    clear_unfinished(folder)
+    clear_half_files(folder)
     for stale in (folder / "error.txt", folder / "predictions.jsonl"):
         stale.unlink(missing_ok=True)
     if not (folder / CHECKPOINTS).is_dir():

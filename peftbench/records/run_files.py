@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from peftbench.utils.files import UNFINISHED, dump_json, open_unlinked, parse_json, write_lines
+from peftbench.utils.files import UNFINISHED, clear_unfinished, dump_json, open_unlinked, parse_json, write_lines
 
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints, deleted once the run is done
@@ -27,13 +27,13 @@ def has_leftovers(folder: Path) -> bool:
 def clear_leftovers(folder: Path) -> None:
     """Delete them. For the process that holds the run's lock, since others' files would be half written."""
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    clear_unfinished(folder)
+    clear_half_files(folder)
 
 
-def clear_unfinished(folder: Path) -> None:
+def clear_half_files(folder: Path) -> None:
     """Delete what killed processes have left of files that they were writing, in a run's folder and one level below."""
-    for stale in (*folder.glob(f"*{UNFINISHED}"), *folder.glob(f"*/*{UNFINISHED}")):
-        stale.unlink(missing_ok=True)
+    for place in (folder, *(below for below in folder.glob("*") if below.is_dir())):
+        clear_unfinished(place)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from peftbench.tables.terminal import show_records
 from peftbench.utils.console import make_console
 from peftbench.utils.differences import find_distinctive
 from peftbench.utils.errors import UserError
-from peftbench.utils.files import UNFINISHED, expand_home, read_json, refuse_links, replace_file
+from peftbench.utils.files import clear_unfinished, expand_home, read_json, refuse_links, replace_file
 
 FOLDER = ".sweeps"  # below the output_dir
 SUFFIX = ".sweep.json"
@@ -102,8 +102,7 @@ class Plan:
         path.parent.mkdir(parents=True, exist_ok=True)
         refuse_links(root / FOLDER)
         with FileLock(path.with_name(f"{self.name}.lock")):  # two processes may be at the same sweep
-            for stale in path.parent.glob(f"{path.name}.*{UNFINISHED}"):  # its process was killed
-                stale.unlink(missing_ok=True)
+            clear_unfinished(path.parent, f"{path.name}.")
             with replace_file(path) as file:
                 file.write(json.dumps(asdict(self), indent=1) + "\n")
 

@@ -49,6 +49,15 @@ def write_beside(path: Path) -> Iterator[Path]:
             unfinished.unlink()
 
 
+def clear_unfinished(folder: Path, start: str = "") -> None:
+    """Delete what killed processes have left in a folder of the files that they were writing, by the start of the name.
+
+    Only for who holds a lock: nobody else may be writing them.
+    """
+    for stale in folder.glob(f"{start}*{UNFINISHED}"):
+        stale.unlink(missing_ok=True)
+
+
 def open_unlinked(path: Path, mode: str) -> TextIO:
     """Open a text file to write ("w") or to append ("a"). Raises OSError if `path` is a symbolic link."""
     no_link = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
