@@ -171,7 +171,7 @@ class Drill:
             "generation": [*texts, "task.target_column=target", "method=prefix", "trainer.eval_batch_size=2"],
         }
         if find_spec("optuna") is not None:
-            import peftbench.sweeps.study  # noqa: F401  # before the forks, which then need not import Optuna
+            import peftbench.sweeps.study_training  # noqa: F401  # before the forks, which then need not import Optuna
 
             lines["study"] = [*labels, "method=lora", "trainer.max_steps=2", "task.baselines=[]", *TRIALS]
         for name, words in lines.items():

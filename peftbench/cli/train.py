@@ -223,7 +223,7 @@ def _check_studies(launcher: Any) -> None:
 
 def _train_studies(points: Sequence[TypedRun], argv: list[str], config_dir: str | None, launcher: Any) -> int:
     """Train studies, one after another. Points that differ only in their seed are one."""
-    from peftbench.sweeps.study import train_study  # imports optuna
+    from peftbench.sweeps.study_training import train_study  # imports optuna
 
     codes = []
     for point, seeds in group_studies(points):

@@ -11,8 +11,9 @@ import pytest
 pytest.importorskip("optuna")
 from optuna.trial import Trial
 
+import peftbench.records.record
 import peftbench.sweeps.executors
-import peftbench.sweeps.study
+import peftbench.sweeps.study_training
 import peftbench.sweeps.sweeper
 from peftbench.cli.main import main
 from peftbench.config.compose import compose_run
@@ -99,22 +100,21 @@ def test_the_report_is_not_read_before_the_end(
     number: int, tmp_path: Path, trained: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its score is in no decision: with other ones, the same runs are chosen. Then it is shown for the front."""
-    really, shown = peftbench.sweeps.study.find_record, peftbench.sweeps.study.show_front
+    really, mark = peftbench.records.record._read_record, peftbench.sweeps.study_training.mark_front
 
-    def sealed(folder: Path) -> Record | None:
-        record = really(folder)
-        if record is not None:
-            record.__class__ = Sealed
+    def sealed(file: Path) -> Record:
+        record = really(file)
+        record.__class__ = Sealed
         return record
 
-    def end(*args: Any) -> None:
-        monkeypatch.setattr(peftbench.sweeps.study, "find_record", really)
-        shown(*args)
+    def end(study: Study) -> list[Record]:
+        monkeypatch.setattr(peftbench.records.record, "_read_record", really)
+        return mark(study)
 
     found = []
     for sign in (-1.0, 2.0):
-        monkeypatch.setattr(peftbench.sweeps.study, "find_record", sealed)
-        monkeypatch.setattr(peftbench.sweeps.study, "show_front", end)
+        monkeypatch.setattr(peftbench.records.record, "_read_record", sealed)
+        monkeypatch.setattr(peftbench.sweeps.study_training, "mark_front", end)
         trainings = trained(sign=sign)
         assert main(line(tmp_path / str(sign), f"search.trials={number}", "search.sampler=tpe")) == 0
         found.append([[word for word in words if not word.startswith("output_dir")] for words in trainings.words])
@@ -155,7 +155,7 @@ def test_refused_points_cost_no_training_and_the_front_is_marked(
     assert len(trainings.words) == 4
     words = [*WORDS, gated, f"output_dir={tmp_path}"]
     study = Study((words, compose_run(words)), [])
-    refused = [trial for trial in list_by_state(study.study, "FAIL") if "reason" in trial.user_attrs]
+    refused = [trial for trial in list_by_state(study.optuna, "FAIL") if "reason" in trial.user_attrs]
     assert refused and study.count()["done"] == 4
     records = load_records(tmp_path)[0]
     assert len(records) == 4
