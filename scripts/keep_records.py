@@ -4,21 +4,21 @@
     python scripts/keep_records.py OUTPUTS outputs/reference/grid --shared SHARED
 
 For each run that is done or has diverged it keeps the record and the config, in which the paths of this machine are
-replaced by SHARED and OUTPUTS, and of the log every look at the selection split and every fifth line of training, to
-six digits. A run's name and its content stamps stay: they say what it was trained on, wherever the data was stored.
+replaced by SHARED and OUTPUTS, and of the log every look at the selection split and twelve lines of training, to six
+digits. A run's name and its content stamps stay: they say what it was trained on, wherever the data was stored.
 Predictions are left out, since their file also contains the references, which belong to the data; what each example
-contributed to the main score is kept, so that runs can be compared. Trials that a search has not chosen lose that too,
-and of trials of a study that others are better than the record alone is kept, also of those that it has pruned.
+contributed to the main score is kept, so that runs can be compared. Of trials that others are better than, in a search
+or a study, the record alone is kept, also of those that a study has pruned.
 
 A sweep skips the runs that were kept, and a study goes on with its journal, which is kept too: copy them to its
-output_dir (cp -r KEPT/. OUTPUT_DIR), and another machine goes on. What was kept before is kept as it is.
+output_dir (cp -r KEPT/. OUTPUT_DIR), and another machine goes on. What was kept before can be kept again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
-import shutil
 from pathlib import Path
 
 from peftbench.records.choice import compute_objective
@@ -28,37 +28,34 @@ from peftbench.tables import examples
 from peftbench.tables.row import is_trial
 from peftbench.utils.files import replace_file, write_lines
 
-EVERY = 5  # every fifth line of the training log is kept
+LINES = 12  # of training, at most, that are kept of a log
 OUTPUTS = "OUTPUTS"  # in place of the output_dir of the machine
 JOURNALS = ".sweeps/*.study.jsonl"
 DIGITS = 6  # significant digits of its numbers
 
 
-def keep(record: Record, target: Path, names: dict[str, str], with_examples: bool = True, alone: bool = False) -> None:
+def keep(record: Record, target: Path, names: dict[str, str], alone: bool = False) -> None:
     """Write what is kept of a run to the folder `target`, with `names` in place of the folders of this machine.
 
     Args:
-        with_examples: also what each example contributed.
         alone: the record and nothing else.
+
+    Raises:
+        ValueError: the run's predictions do not have its score.
     """
     target.mkdir(parents=True, exist_ok=True)
-    for name in (examples.FILE, *(["config.yaml", METRICS_FILE] if alone else [])):  # of a run that was the best before
+    for name in ("config.yaml", METRICS_FILE, examples.FILE):  # of a run that was the best before
         (target / name).unlink(missing_ok=True)
-    files = [FILE] if alone else [FILE, "config.yaml"]
-    if f"output_dir={OUTPUTS}" in record.overrides:
-        more = [] if alone else [METRICS_FILE, *([examples.FILE] if with_examples else [])]
-        for name in (*files, *more):
-            if (record.folder / name).is_file():
-                shutil.copyfile(record.folder / name, target / name)
-        return
     (outputs,) = {word.partition("=")[2] for word in record.overrides if word.startswith("output_dir=")}
-    for file in files:
-        text = (record.folder / file).read_text(encoding="utf-8")
-        (target / file).write_text(rename_folders(text, {**names, outputs: OUTPUTS}), encoding="utf-8")
+    renamed = {**names, outputs: OUTPUTS}
+    told = json.loads(rename_folders((record.folder / FILE).read_text(encoding="utf-8"), renamed))
+    (target / FILE).write_text(json.dumps(told, separators=(",", ":"), ensure_ascii=False) + "\n", encoding="utf-8")
     if alone:
         return
-    write_lines(target / METRICS_FILE, thinned(read_metrics(record.folder)))
-    if with_examples and record.score is not None and examples.has_examples(record):
+    config = rename_folders((record.folder / "config.yaml").read_text(encoding="utf-8"), renamed)
+    (target / "config.yaml").write_text(config, encoding="utf-8")
+    write_lines(target / METRICS_FILE, thin_log(read_metrics(record.folder)))
+    if record.score is not None and examples.has_examples(record):
         statistics = examples.read_examples(record)[record.metric]
         if not math.isclose(statistics.score_all(), record.score, rel_tol=1e-9):
             raise ValueError(f"{record.folder}: the predictions have {statistics.score_all()}, not {record.score}")
@@ -117,15 +114,16 @@ def find_losers(records: list[Record]) -> set[str]:
     return {record.run for record in records if is_trial(record) and record.run in settled}
 
 
-def thinned(lines: list[dict[str, object]]) -> list[dict[str, object]]:
-    """The kept lines of a log, with rounded numbers."""
-    looks = [any(key.startswith("eval_") for key in line) for line in lines]
-    training = [index for index, look in enumerate(looks) if not look]
-    kept = set(training[EVERY - 1 :: EVERY]) | set(training[-1:])
+def thin_log(lines: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Return the lines of a log that are kept: all looks, and `LINES` of training at equal distances, with the last."""
+    training = [index for index, line in enumerate(lines) if not any(key.startswith("eval_") for key in line)]
+    left_out: set[int] = set()
+    if len(training) > LINES:
+        left_out = set(training) - {training[len(training) * number // LINES - 1] for number in range(1, LINES + 1)}
     return [
         {key: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value for key, value in line.items()}
         for index, line in enumerate(lines)
-        if looks[index] or index in kept
+        if index not in left_out
     ]
 
 
@@ -145,10 +143,10 @@ def main() -> None:
     journals = keep_journals(arguments.outputs, arguments.target, names)
     found, _ = load_records(arguments.outputs)
     ended = [record for record in found if record.has_ended or (record.search is not None and record.search.pruned)]
-    losers, beaten = find_losers(found), find_beaten(found)
+    beaten = find_losers(found) | find_beaten(found)
     for record in ended:
         target = arguments.target / record.folder.relative_to(arguments.outputs)
-        keep(record, target, names, with_examples=record.run not in losers, alone=record.run in beaten)
+        keep(record, target, names, alone=record.run in beaten)
     of_studies = f", and {journals} journals of studies" if journals else ""
     print(f"{len(ended)} of {len(found)} runs are kept in {arguments.target}{of_studies}")
 

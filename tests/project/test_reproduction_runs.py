@@ -145,7 +145,9 @@ def test_what_is_kept_is_compared_alike(
         compare(["method=mam", "method=lora", "--folder", str(again)])
 
 
-def test_trials_that_were_not_chosen_lose_their_examples(keep_records: ModuleType, tmp_path: Path) -> None:
+def test_of_trials_that_a_search_has_not_chosen_the_record_alone_is_kept(
+    keep_records: ModuleType, tmp_path: Path
+) -> None:
     searched = Searched("lr5", "trial", 42, {})
     records = []
     for index, role in enumerate(("final", "trial", "trial")):
@@ -157,10 +159,16 @@ def test_trials_that_were_not_chosen_lose_their_examples(keep_records: ModuleTyp
     assert final.search is not None
     final.search.trials = [Trial({}, run.run, 1.0, "done") for run in (final, loser)]  # the third is of another search
     assert keep_records.find_losers(records) == {loser.run}
-    loser.overrides = ["output_dir=/nowhere"]
-    for with_examples in (True, False):
-        keep_records.keep(loser, tmp_path / "kept", {}, with_examples)
-        assert (tmp_path / "kept" / FILE).is_file() == with_examples
+
+
+def test_a_log_keeps_its_looks_and_a_few_lines_of_training(keep_records: ModuleType) -> None:
+    look = {"stage": "train mam", "step": 50, "eval_accuracy": 81.234567}
+    log = [{"stage": "train mam", "step": step, "loss": 1 / step} for step in range(1, 101)]
+    kept = keep_records.thin_log([*log[:50], look, *log[50:]])
+    assert [line["step"] for line in kept if "loss" in line] == [8, 16, 25, 33, 41, 50, 58, 66, 75, 83, 91, 100]
+    assert {**look, "eval_accuracy": 81.2346} in kept and kept[0] == {"stage": "train mam", "step": 8, "loss": 0.125}
+    assert keep_records.thin_log(kept) == kept  # so that what was kept can be kept again
+    assert keep_records.thin_log([]) == [] and len(keep_records.thin_log(log[:5])) == 5
 
 
 @pytest.mark.parametrize(("budget", "kept"), [("2%", [2]), (None, [0, 2])])
