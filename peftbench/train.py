@@ -20,7 +20,13 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from peftbench.backbones.load import Backbone, load_backbone
-from peftbench.backbones.precision import choose_autocast_dtype, choose_device, describe_device, resolve_dtype
+from peftbench.backbones.precision import (
+    choose_autocast_dtype,
+    choose_device,
+    describe_device,
+    identify_gpu,
+    resolve_dtype,
+)
 from peftbench.config.axes import find_steep_starts
 from peftbench.config.own_parts import METRIC
 from peftbench.config.schema import (
@@ -213,6 +219,8 @@ def _train_and_score(
     device = choose_device(run.trainer)
     name = describe_device(device)
     record.device = name if team.size == 1 else f"{team.size} x {name}"
+    if team.leads:
+        record.attempts[-1].gpu = identify_gpu(device)
     with _record_time(record, "prepare_s"), display.stage("prepare"):
         prepared = _prepare(run, record, display, team)
     head_too = "head" in run.task.baselines and not _is_head_alone(run)

@@ -29,6 +29,11 @@ def describe_device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
 
 
+def identify_gpu(device: torch.device) -> str | None:
+    """Return the UUID of a GPU, for a record; None for a CPU, or where torch does not say."""
+    return str(getattr(torch.cuda.get_device_properties(device), "uuid", "")) or None if device.type == "cuda" else None
+
+
 def choose_half_dtype(settings: schema.Trainer) -> torch.dtype | None:
     """Return the 16-bit dtype to compute in; None: float32. `auto` is bfloat16 on a GPU that supports it.
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from peftbench.cli.searched import show_study, to_json, write_study
+from peftbench.records.choice import list_edges
 from peftbench.records.record import Record
 from peftbench.tables.advice import find_reference
 from peftbench.tables.claims import (
@@ -24,11 +27,12 @@ from peftbench.tables.claims import (
     Estimate,
     Finding,
     count_seeds_needed,
+    get_score,
     judge_records,
 )
 from peftbench.tables.fields import FIELDS, MANY_CUT_OFF
 from peftbench.tables.flatness import find_steepest
-from peftbench.tables.row import is_scored, is_trial
+from peftbench.tables.row import Row, is_scored, is_trial
 from peftbench.tables.searches import find_studies
 from peftbench.tables.select import is_filter, load_folders, select_records
 from peftbench.utils.console import make_console, say
@@ -270,7 +274,7 @@ def _describe_pairs(finding: Finding) -> str:
 
 
 def _describe_chance(cell: CellFindings) -> str:
-    """Return what was drawn for the intervals, which runs diverged or were cut off, and how flat the curves are."""
+    """Return what was drawn for the intervals, and what is to be known of the runs behind them."""
     known = [finding.estimate for finding in cell.findings if finding.estimate is not None]
     seeds = min(estimate.seeds for estimate in known)
     ways = {
@@ -278,21 +282,41 @@ def _describe_chance(cell: CellFindings) -> str:
         False: f"Student's t over {seeds} seeds, for these examples only",
     }
     over = sorted({estimate.by_examples is not None for estimate in known}, reverse=True)
-    runs = [record for row in cell.rows for record in row.records]
-    diverged = sum(record.status == "diverged" for record in runs)
-    cut_off = sum(record.cut_off.get("report", 0.0) > MANY_CUT_OFF for record in runs)
     said = [f"Intervals: {'; '.join(ways[way] for way in over)}."]
-    said += [f"Diverged, and in no mean: {diverged} of {len(runs)} runs."] if diverged else []
-    said += (
-        [f"With more than {MANY_CUT_OFF:.0%} of the texts cut off: {cut_off} of {len(runs)} runs."] if cut_off else []
+    return " ".join([*said, *_describe_spread(cell.rows), *_describe_edges(cell.rows), *_describe_runs(cell.rows)])
+
+
+def _describe_spread(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield how much the scores of a row's seeds differ: one seed of a row may have learned nothing."""
+    spreads = sorted(
+        (statistics.stdev(get_score(record) for record in row.scored), row.first.method)
+        for row in rows
+        if len(row.scored) > 1
     )
+    if spreads:
+        median, (most, method) = statistics.median(spread for spread, _ in spreads), spreads[-1]
+        yield f"Standard deviation over seeds: {median:.2f} (median of rows), {most:.2f} at most ({method})."
+
+
+def _describe_edges(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield how many searches chose an outermost value: these rows may be better than the runs say."""
+    searched = [row.first.search for row in rows if row.first.search is not None]
+    if searched:
+        number = sum(bool(list_edges(search)) for search in searched)
+        yield f"Outermost of the values that were tried: the best one of {number} of {len(searched)} rows."
+
+
+def _describe_runs(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield which runs diverged or were cut off, and how flat the curves are."""
+    runs = [record for row in rows for record in row.records]
+    if diverged := sum(record.status == "diverged" for record in runs):
+        yield f"Diverged, and in no mean: {diverged} of {len(runs)} runs."
+    if cut_off := sum(record.cut_off.get("report", 0.0) > MANY_CUT_OFF for record in runs):
+        yield f"With more than {MANY_CUT_OFF:.0%} of the texts cut off: {cut_off} of {len(runs)} runs."
     if steepest := find_steepest([record for record in runs if record.score is not None]):
         median, most, method = steepest
-        said.append(
-            f"Curves: the last third of the steps gained {median:.2f} on the selection split (median of runs), "
-        )
-        said[-1] += f"{most:.2f} at most ({method})."
-    return " ".join(said)
+        gained = f"gained {median:.2f} on the selection split (median of runs), {most:.2f} at most ({method})"
+        yield f"Curves: the last third of the steps {gained}."
 
 
 def _describe_few(cells: Sequence[CellFindings]) -> list[str]:
@@ -316,20 +340,24 @@ def _describe_cost(records: Sequence[Record]) -> str:
     done = sum(map(is_scored, records)) - sum(is_trial(record) for record in records if is_scored(record))
     devices = dict.fromkeys(record.device for record in records if record.device)
     hours = [f"{_count_hours([r for r in records if r.device == device]):.1f} h of {device}" for device in devices]
-    return f"{done} runs and {trials} trials of searches, {' and '.join(hours) or 'no time recorded'}."
+    said = f"{done} runs and {trials} trials of searches, {' and '.join(hours) or 'no time recorded'}"
+    alike = any(_get_gpu(one) is None for one in records if one.device and not one.device.startswith("cpu"))
+    return f"{said}; GPUs of one kind count as one where a record does not say which." if alike else f"{said}."
+
+
+def _get_gpu(record: Record) -> str | None:
+    return record.attempts[-1].gpu if record.attempts else None
 
 
 def _count_hours(records: Sequence[Record]) -> float:
-    """Return the hours in which at least one run was trained. Runs that shared a device are counted once."""
-    spans = sorted(
-        (datetime.fromisoformat(one.created).timestamp(), datetime.fromisoformat(one.finished).timestamp())
-        for one in records
-        if one.finished
-    )
-    total, until = 0.0, 0.0
-    for began, ended in spans:
-        total += max(0.0, ended - max(began, until))
-        until = max(until, ended)
+    """Return the hours in which at least one run was trained, summed over GPUs. Runs that shared one count once."""
+    total, until = 0.0, defaultdict[str | None, float](float)
+    for one in sorted((one for one in records if one.finished), key=lambda one: one.created):
+        assert one.finished is not None
+        gpu = _get_gpu(one)
+        began, ended = (datetime.fromisoformat(time).timestamp() for time in (one.created, one.finished))
+        total += max(0.0, ended - max(began, until[gpu]))
+        until[gpu] = max(until[gpu], ended)
     return total / 3600
 
 

@@ -148,13 +148,18 @@ def describe_search_choice(record: Record) -> str:
     assert search is not None and search.selection is not None
     selection = search.selection
     split = f"{selection.metric} on {selection.split}, {selection.examples:,} examples, seed {search.seed}"
-    edges = [key for key, value in search.chosen.items() if _at_edge(value, search.keys[key])]
+    edges = list_edges(search)
     edge = f"; the outermost {' and '.join(edges)} that was tried: the best may lie beyond it" if edges else ""
     same = "; chosen on the split that is reported on" if search.reported else ""
     sizes = " + ".join(str(axes.bottleneck) for axes in record.axes if axes.bottleneck is not None)
     method = record.method + (f" of bottleneck {sizes}" if sizes else "")
     where = f"search={search.name}, {method}, {record.model.name} on {record.task} ({split})"
     return f"{where} takes {format_settings(search.chosen)}; {describe_search(search)}{edge}{same}."
+
+
+def list_edges(search: Searched) -> list[str]:
+    """Return the keys whose chosen value is the lowest or highest that was tried: a better one may lie beyond it."""
+    return [key for key, value in search.chosen.items() if _at_edge(value, search.keys[key])]
 
 
 def _is_compared(record: Record | None) -> bool:

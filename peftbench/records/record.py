@@ -73,6 +73,7 @@ class Attempt:
     started: str  # ISO 8601 in UTC
     host: str
     step: int = 0  # the optimiser step from which the training went on
+    gpu: str | None = None  # the UUID of the first, which tells cards of one kind apart
 
 
 @dataclass

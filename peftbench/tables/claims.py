@@ -101,7 +101,7 @@ class Comparison:
     @property
     def differences(self) -> list[float]:
         """A - B for each seed, in points of the score."""
-        return [_get_score(one) - _get_score(other) for one, other in zip(*self.runs, strict=True)]
+        return [get_score(one) - get_score(other) for one, other in zip(*self.runs, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -236,8 +236,9 @@ def _get_percent(row: Row) -> float:
     return row.number(FIELDS["percent"]) or 0.0
 
 
-def _get_score(record: Record) -> float:
-    assert record.score is not None  # runs of a comparison are scored
+def get_score(record: Record) -> float:
+    """Return the reported score of a run that has one."""
+    assert record.score is not None
     return record.score
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 from peftbench.config.schema import LOSS
@@ -27,4 +28,4 @@ def measure_last_gain(record: Record) -> float | None:
 def find_steepest(records: Sequence[Record]) -> tuple[float, float, str] | None:
     """Return the median gain of runs, the largest one, and the method that has it; None if no gain is known."""
     gains = sorted((gain, record.method) for record in records if (gain := measure_last_gain(record)) is not None)
-    return None if not gains else (gains[len(gains) // 2][0], *gains[-1])
+    return (statistics.median(gain for gain, _ in gains), *gains[-1]) if gains else None

@@ -144,6 +144,40 @@ def test_runs_that_diverged_or_were_cut_off_are_counted(tmp_path: Path, capsys: 
     assert "bootstrap over 2 seeds" in told
 
 
+def test_a_seed_that_learned_nothing_and_rates_at_the_edge_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    selection = {"split": "validation", "examples": 9, "metric": "accuracy", "value": 1.0}
+    search = {"name": "lr3", "role": "final", "seed": 42, "keys": {"trainer.learning_rate": [0.1, 0.3, 1.0]}}
+    for method, scores, rate in (("parallel_adapter", [80, 20], 1.0), ("adapter", [60, 61], 0.3)):
+        searched = {**search, "chosen": {"trainer.learning_rate": rate}, "selection": selection, "trials": []}
+        make_row(tmp_path, scores, method, 2, search=searched)
+    assert main([str(tmp_path)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Standard deviation over seeds: 21.57 (median of rows), 42.43 at most (parallel_adapter)." in told
+    assert "Outermost of the values that were tried: the best one of 1 of 2 rows." in told
+
+
+@pytest.mark.parametrize(
+    ("gpus", "told"),
+    [
+        (("one", "one"), "1.0 h of NVIDIA H200."),
+        (("one", "other"), "2.0 h of NVIDIA H200."),
+        ((None, None), "1.0 h of NVIDIA H200; GPUs of one kind count as one where a record does not say which."),
+    ],
+)
+def test_hours_of_gpus(
+    gpus: tuple[str | None, str | None], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Runs that share a GPU share its hours; two GPUs of one kind have hours of their own."""
+    times = {"created": "2026-11-29T20:00:00.000+00:00", "finished": "2026-11-29T21:00:00.000+00:00"}
+    for gpu, method in zip(gpus, ("parallel_adapter", "adapter"), strict=True):
+        attempt = {"started": times["created"], "host": "here", "step": 0, "gpu": gpu}
+        make_row(tmp_path, [80, 81], method, 2, attempts=[attempt], device="NVIDIA H200", **times)
+    assert main([str(tmp_path)]) == 0
+    assert " ".join(capsys.readouterr().out.split()).endswith(f"4 runs and 0 trials of searches, {told}")
+
+
 @pytest.mark.parametrize(
     ("looks", "gain"),
     [
