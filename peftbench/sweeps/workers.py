@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -153,12 +154,15 @@ def _serve_jobs(pipe: Connection, environment: dict[str, str], log: str) -> None
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a TextIOWrapper, over file 1
+    began = time.monotonic()
     try:
         # Both before there is a job, and at once: each takes seconds, and the GPU is asked in a process of its own.
         with ThreadPoolExecutor(1) as pool, speed_up_imports():
             asked = pool.submit(await_gpu, environment)
             import_module("peftbench.train")
+            imported = time.monotonic() - began
         asked.result()
+        say(f"ready for runs after {time.monotonic() - began:.1f} s, of which its imports took {imported:.1f} s")
         while (job := pipe.recv()) is not None:
             say(f"\nrun {job.number}: {' '.join(job.overrides)}")
             ended = train_attempt(job.run, job.overrides, wait=job.wait, trial=job.trial)

@@ -65,6 +65,7 @@ def test_runs_side_by_side_are_runs_alone(smoke: list[str], tmp_path: Path, capf
     assert any(line.partition(": ")[2].startswith("method=prefix seed=2: accuracy ") for line in lines), lines
     assert "4 of 4 runs are done" in lines[-1] and "loss" not in printed.out  # no lines of the workers between ours
     logs = sorted((beside / ".sweeps").rglob("worker-*.log"))
+    assert all("ready for runs after " in log.read_text(encoding="utf-8") for log in logs)
     assert sum(log.read_text().count("s loss") for log in logs) == 4
 
     assert main(["train", "-m", *replaced(arguments, beside), "jobs=2"]) == 0
