@@ -98,7 +98,7 @@ def _open_storage(file: str) -> JournalStorage:
     return JournalStorage(JournalFileBackend(file, lock_obj=_JournalLock(file)))
 
 
-def make_sampler(search: Search, trials: int, in_vain: int) -> BaseSampler:
+def make_sampler(search: Search, study: optuna.Study, trials: int, in_vain: int) -> BaseSampler:
     """Return the sampler for the next trial of a study that has so many.
 
     Args:
@@ -106,13 +106,30 @@ def make_sampler(search: Search, trials: int, in_vain: int) -> BaseSampler:
             from these, and would repeat them: every other one is then random.
     """
     seed = search.sampler_seed * STRIDE + trials
-    if search.sampler is Sampler.random or in_vain % 2:
+    if search.sampler is Sampler.random or in_vain % 2 or _lacks_good_trials(study):
         return RandomSampler(seed=seed)
     if search.sampler is Sampler.nsgaii:
         return NSGAIISampler(population_size=max(4, (search.trials or 0) // 4), seed=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # constant_liar is called experimental: trials that run count as bad ones
         return TPESampler(seed=seed, constant_liar=True)
+
+
+def _lacks_good_trials(study: optuna.Study) -> bool:
+    """Return whether so few trials have a score that TPE, to which the best tenth are good ones, would take others,
+    such as diverged ones, for good. With two objectives, versions 4 of Optuna end with a TypeError there."""
+    done, others = (len(list_by_state(study, state)) for state in ("COMPLETE", "PRUNED"))
+    return 10 * done < done + others
+
+
+def tell_diverged(study: optuna.Study, number: int) -> None:
+    """Tell the study that a trial diverged.
+
+    It is told as pruned and without a value: TPE then has it among the bad trials, with one objective as with two, and
+    for NSGA-II it is no parent. A failed trial TPE ignores, and comes back to the same region again and again. A bad
+    value in place of the score would be made up, and with two objectives could lie on the front.
+    """
+    study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
 
 
 def make_distributions(run: Run, space: Mapping[str, Variation]) -> dict[str, BaseDistribution]:

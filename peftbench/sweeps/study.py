@@ -136,7 +136,7 @@ class Study:
             record = find_record(self.locate(trial)) if has_run else None
             if kind == "done" and has_run and record is None:
                 kind = "unfinished"  # its record is lost, and could not be written again
-            elif kind == "failed" and record is not None and record.status == "diverged":
-                kind = "diverged"  # which is a finding
+            elif kind in ("pruned", "failed") and record is not None and record.status == "diverged":
+                kind = "diverged"  # which is a finding; earlier versions told Optuna of a failure
             found[kind if has_run else "refused or known"] += 1
         return found

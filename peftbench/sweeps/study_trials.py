@@ -15,7 +15,13 @@ from peftbench.records.location import locate_run
 from peftbench.records.lock import hold_run
 from peftbench.records.record import find_record
 from peftbench.sweeps.jobs import Ended, Job
-from peftbench.sweeps.optuna_study import list_by_state, make_distributions, make_sampler, note_attribute
+from peftbench.sweeps.optuna_study import (
+    list_by_state,
+    make_distributions,
+    make_sampler,
+    note_attribute,
+    tell_diverged,
+)
 from peftbench.sweeps.plan import relate_path
 from peftbench.sweeps.study import REASON, RUN_FOLDER, WORDS, Study
 from peftbench.utils.errors import UserError
@@ -45,7 +51,7 @@ def choose_trials(study: Study) -> Iterator[Job]:
         decided, in_vain = _count_decided(study)
         if in_vain >= PATIENCE:
             return
-        study.optuna.sampler = make_sampler(study.search, decided, in_vain)
+        study.optuna.sampler = make_sampler(study.search, study.optuna, decided, in_vain)
         if (chosen := _choose(study)) is not None:
             yield chosen
 
@@ -89,11 +95,13 @@ def _choose(study: Study) -> Job | None:
 
 def note_ended(study: Study, job: Job, ended: Ended) -> str:
     """Tell the study how a trial ended; return that in words."""
-    number = job.number - 1
+    number, record = job.number - 1, find_record(job.folder)
+    if record is not None and record.status == "diverged":
+        tell_diverged(study.optuna, number)
+        return record.outcome
     if ended.pruned or study.optuna.get_trials(deepcopy=False)[number].state is TrialState.PRUNED:
         _note_pruned(job.folder)
         return PRUNED
-    record = find_record(job.folder)
     if record is None or record.status in ("interrupted", "running"):
         return "unfinished"  # as on a full disk: the same line goes on with it
     if record.status != "done" or record.selection is None or record.selection.value is None:

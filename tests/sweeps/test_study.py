@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 
 pytest.importorskip("optuna")
-from optuna.trial import Trial
+from optuna.distributions import FloatDistribution
+from optuna.trial import Trial, TrialState
 
 import peftbench.records.record
 import peftbench.sweeps.executors
@@ -18,7 +21,7 @@ import peftbench.sweeps.sweeper
 from peftbench.cli.main import main
 from peftbench.config.compose import compose_run
 from peftbench.config.identity import hash_run
-from peftbench.config.schema import Run
+from peftbench.config.schema import Run, Sampler
 from peftbench.config.search import find_search_faults
 from peftbench.config.studies import TrialOf
 from peftbench.records.choice import settle_search
@@ -35,7 +38,7 @@ from peftbench.records.record import (
 )
 from peftbench.records.recording import start_record
 from peftbench.sweeps.jobs import Ended
-from peftbench.sweeps.optuna_study import JudgedTrial, list_by_state, open_study
+from peftbench.sweeps.optuna_study import JudgedTrial, list_by_state, make_sampler, open_study, tell_diverged
 from peftbench.sweeps.study import Study
 from peftbench.utils.errors import UserError
 
@@ -438,9 +441,11 @@ def test_grids_without_a_study_are_a_sweep_before_it(
     assert "2 of 2 runs are done" in capsys.readouterr().out
 
 
-def test_a_trial_that_diverged_is_no_failure(
-    tmp_path: Path, trained: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("budget", [["budget=2%"], []])
+def test_a_trial_that_diverged_is_a_bad_one_and_no_failure(
+    budget: list[str], tmp_path: Path, trained: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Optuna is given no score for it, so that none can be shown, and it is never the best."""
     trainings = trained()
 
     def diverge(run: Run, overrides: Sequence[str], **others: Any) -> Ended:
@@ -453,8 +458,57 @@ def test_a_trial_that_diverged_is_no_failure(
         return ended
 
     monkeypatch.setattr(peftbench.sweeps.executors, "train_attempt", diverge)
-    assert main(line(tmp_path, "search.trials=3", "budget=2%")) == 0
-    assert "2 done, 1 diverged; the best" in capsys.readouterr().out
+    assert main(line(tmp_path, "search.trials=3", *budget)) == 0
+    printed = capsys.readouterr().out
+    assert "2 done, 1 diverged" in printed and "2 of 3: " in printed and ": diverged: step 3" in printed
+    (journal,) = tmp_path.rglob("*.study.jsonl")
+    study = open_study(journal, journal.name.partition(".")[0], 1 if budget else 2)
+    (bad,) = list_by_state(study, "PRUNED")  # of which TPE learns; it ignores what failed
+    assert bad.values is None and not [one for one in list_by_state(study, "FAIL") if "folder" in one.user_attrs]
+    (record,) = [one for one in load_records(tmp_path)[0] if one.status == "diverged"]
+    assert record.search is not None and (record.search.role, record.search.pruned) == ("trial", False)
+    again = trained()
+    assert main(line(tmp_path, "search.trials=3", *budget)) == 0 and not again.words
+    assert "2 done, 1 diverged" in capsys.readouterr().out
+
+
+SPACE = {"rate": FloatDistribution(1e-5, 1e-1, log=True)}
+
+
+def propose(objectives: int, edge: float, tell: Callable[[Any, int], None], folder: Path) -> tuple[float, list[Any]]:
+    """Return the share of the last 20 of 40 trials that diverge, as all above a rate do; up to it, scores grow."""
+    study, search = open_study(folder / "study.jsonl", "name", objectives), compose_run(WORDS).search
+    assert search is not None
+    search.sampler, samplers, diverged = Sampler.tpe, [], []
+    for number in range(40):
+        study.sampler = make_sampler(search, study, number, 0)
+        samplers.append(study.sampler)
+        trial = study.ask(SPACE)
+        diverged.append(trial.params["rate"] > edge)
+        if diverged[-1]:
+            tell(study, trial.number)
+        else:
+            study.tell(trial, [math.log10(trial.params["rate"]), 1000.0][:objectives])
+    return fmean(diverged[20:]), samplers
+
+
+@pytest.mark.parametrize("objectives", [1, 2])
+def test_tpe_leaves_the_region_in_which_trials_diverge(objectives: int, tmp_path: Path) -> None:
+    def tell_failed(study: Any, number: int) -> None:
+        study.tell(number, state=TrialState.FAIL)
+
+    shares = []
+    for name, tell in (("failed", tell_failed), ("diverged", tell_diverged)):
+        (tmp_path / name).mkdir()
+        shares.append(propose(objectives, 1e-3, tell, tmp_path / name)[0])
+    assert shares[0] > 0.9 and shares[1] < 0.7
+
+
+@pytest.mark.parametrize("objectives", [1, 2])
+def test_where_nearly_all_trials_diverge_tpe_takes_none_of_them_for_good(objectives: int, tmp_path: Path) -> None:
+    """To TPE the best tenth are good ones, whatever they are."""
+    share, samplers = propose(objectives, 1e-9, tell_diverged, tmp_path)
+    assert share == 1 and {type(one).__name__ for one in samplers[1:]} == {"RandomSampler"}
 
 
 def test_a_pruned_trial_is_told_from_a_stopped_one(
