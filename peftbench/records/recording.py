@@ -8,7 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
@@ -40,16 +40,20 @@ def record_run(run: Run, folder: Path, overrides: Sequence[str]) -> Iterator[Rec
         _write_start(record, run)
         yield record
         record.finish()
-    except (KeyboardInterrupt, LostProcess):
-        record.interrupt()
-        raise
     except BaseException as error:
-        if isinstance(error, OSError) and describe_os_error(error) is not None:
-            with suppress(OSError):  # the disk may be full
-                record.interrupt()
-            raise  # the first error, which names the file
-        record.fail(error)
-        raise
+        if not is_interruption(error):
+            record.fail(error)
+            raise
+        with suppress(OSError) if isinstance(error, OSError) else nullcontext():  # the disk may be full
+            record.interrupt()
+        raise  # the first error, which names the file
+
+
+def is_interruption(error: BaseException) -> bool:
+    """Return whether an error that ends a run leaves it interrupted, and not failed: the same line goes on with it."""
+    if isinstance(error, OSError):
+        return describe_os_error(error) is not None
+    return isinstance(error, KeyboardInterrupt | LostProcess)
 
 
 def forget_refused(folder: Path) -> None:

@@ -1,12 +1,14 @@
 """Experiment trackers: `trackers=[tensorboard,wandb,mlflow,trackio]`.
 
 transformers' own callbacks log the training. Each is given a run that was opened here, with the run's config, its name
-and its group, and that is closed here with the score and the counts. Files go below the output_dir unless the
-tracker's own environment variables say otherwise. A tracker that fails is left out from then on, with one note.
+and its group, and that is closed here with the score and the counts, and with how the run ended. When an interrupted
+run goes on, the same run of the tracker is opened again. Files go below the output_dir unless the tracker's own
+environment variables say otherwise. A tracker that fails is left out from then on, with one note.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -21,9 +23,11 @@ from transformers import TrainerCallback
 
 from peftbench.config.identity import to_plain
 from peftbench.config.schema import Run
-from peftbench.records.record import Record
+from peftbench.records.record import Record, Status
+from peftbench.records.recording import is_interruption
+from peftbench.records.run_files import CHECKPOINTS
 from peftbench.utils.differences import flatten
-from peftbench.utils.files import expand_home
+from peftbench.utils.files import expand_home, read_json, replace_file
 
 Say = Callable[[str], None]
 
@@ -35,8 +39,13 @@ class Tracker(Protocol):
         """Open the run there; return transformers' callback, which logs into it."""
         ...
 
-    def close(self, values: Mapping[str, float]) -> None:
-        """Log the values at the end, and close the run."""
+    def close(self, values: Mapping[str, float], status: Status) -> None:
+        """Log the values at the end, and close the run.
+
+        Args:
+            values: none, of a run that was interrupted or failed.
+            status: how the run ended.
+        """
         ...
 
 
@@ -50,6 +59,26 @@ class Followed:
         self.name = f"{run.method}-{folder.name}"
         plain = {key: value for key, value in to_plain(run).items() if key not in ("sizes", "size")}
         self.config: dict[str, Any] = {key: value for key, value in flatten(plain) if value not in (None, [], {})}
+        self.file = folder / CHECKPOINTS / "trackers.json"  # with the checkpoints, it is deleted when the run is done
+
+    def find_earlier(self, tracker: str) -> str | None:
+        """Return the id that an attempt before this one, which was stopped, has in a tracker."""
+        found = self._read().get(tracker)
+        return found if isinstance(found, str) else None
+
+    def note(self, tracker: str, name: str) -> None:
+        """Note under which id this attempt is in a tracker."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        known = self._read()
+        with replace_file(self.file) as file:
+            json.dump({**known, tracker: name}, file)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            found = read_json(self.file)
+        except (OSError, ValueError):  # of the first attempt, or half written
+            return {}
+        return found if isinstance(found, dict) else {}
 
 
 class _Follower:
@@ -74,7 +103,9 @@ class _TensorBoard(_Follower):
         writer.add_text("group", self.followed.group)
         return TensorBoardCallback(writer)
 
-    def close(self, values: Mapping[str, float]) -> None:
+    def close(self, values: Mapping[str, float], status: Status) -> None:
+        if not values:  # event files have no state in which a run ends
+            return
         writer = self._write()  # the callback has closed its own
         for key, value in values.items():
             writer.add_scalar(f"final/{key}", value, 0)
@@ -87,7 +118,10 @@ class _Wandb(_Follower):
         from transformers.integrations import WandbCallback
 
         followed = self.followed
+        earlier = followed.find_earlier("wandb")
         self.run = wandb.init(
+            id=earlier,
+            resume=None if earlier is None else "allow",
             project=os.environ.get("WANDB_PROJECT", followed.project),
             group=followed.group,
             name=followed.name,
@@ -96,11 +130,13 @@ class _Wandb(_Follower):
             reinit="finish_previous",
             settings=wandb.Settings(silent=True, console="off"),
         )
+        followed.note("wandb", self.run.id)
         return WandbCallback()
 
-    def close(self, values: Mapping[str, float]) -> None:
-        self.run.summary.update({f"final/{key}": value for key, value in values.items()})
-        self.run.finish()
+    def close(self, values: Mapping[str, float], status: Status) -> None:
+        self.run.summary.update({"status": status, **{f"final/{key}": value for key, value in values.items()}})
+        # 255 is what wandb itself gives a run that Ctrl-C has ended; any other code than 0 is a failure.
+        self.run.finish(exit_code={"done": 0, "interrupted": 255}.get(status, 1))
 
 
 @contextmanager
@@ -133,15 +169,30 @@ class _MLflow(_Follower):
             # Of processes that make the tables of a new database, or an experiment, at the same time, one succeeds.
             with FileLock(followed.root / ".mlflow.lock"):
                 mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", followed.project))
-        self.run = mlflow.start_run(run_name=followed.name, tags={"group": followed.group})
-        mlflow.log_params({f"peftbench.{key}": str(value)[:500] for key, value in followed.config.items()})
+        known = self._start(mlflow)
+        config = {f"peftbench.{key}": str(value)[:500] for key, value in followed.config.items()}
+        mlflow.log_params({key: value for key, value in config.items() if key not in known})
         return MLflowCallback()
 
-    def close(self, values: Mapping[str, float]) -> None:
+    def _start(self, mlflow: Any) -> Mapping[str, str]:
+        """Open the run of an earlier attempt, or a new one; return the params that it has, which nobody may change."""
+        followed, run = self.followed, None
+        if (earlier := followed.find_earlier("mlflow")) is not None:
+            with suppress(Exception):  # it was deleted there, or is in another database
+                run = mlflow.start_run(run_id=earlier)
+        if run is None:
+            run = mlflow.start_run(run_name=followed.name, tags={"group": followed.group})
+        followed.note("mlflow", run.info.run_id)
+        params: Mapping[str, str] = run.data.params
+        return params
+
+    def close(self, values: Mapping[str, float], status: Status) -> None:
         import mlflow
 
-        mlflow.log_metrics({f"final/{key}": value for key, value in values.items()})
-        mlflow.end_run()
+        mlflow.set_tag("peftbench.status", status)
+        if values:
+            mlflow.log_metrics({f"final/{key}": value for key, value in values.items()})
+        mlflow.end_run({"done": "FINISHED", "interrupted": "KILLED"}.get(status, "FAILED"))
 
 
 class _Trackio(_Follower):
@@ -154,13 +205,21 @@ class _Trackio(_Follower):
             with suppress(Exception):
                 trackio.finish()  # a run that was lost, into its own folder
             _move_trackio(Path(os.environ.get("TRACKIO_DIR") or followed.root / "trackio").resolve())
+            earlier = followed.find_earlier("trackio")
             trackio.init(
-                project=followed.project, name=followed.name, group=followed.group, config=followed.config, embed=False
+                project=followed.project,
+                name=followed.name,
+                group=followed.group,
+                config=followed.config,
+                embed=False,
+                resume="never" if earlier is None else "allow",
             )
+        followed.note("trackio", followed.name)
         return _LogToTrackio(trackio)
 
-    def close(self, values: Mapping[str, float]) -> None:
-        self.trackio.log({f"final/{key}": value for key, value in values.items()})
+    def close(self, values: Mapping[str, float], status: Status) -> None:
+        if values:  # it knows no state in which a run ends
+            self.trackio.log({f"final/{key}": value for key, value in values.items()})
         with redirect_stdout(StringIO()):
             self.trackio.finish()
 
@@ -242,17 +301,18 @@ class Trackers:
         """Log the score and the counts of a run that has ended, and close it in all trackers."""
         if not self.begun:  # an earlier attempt had trained it
             self.begin()
+        status: Status = "done" if self.record.diverged is None else "diverged"
         for name, tracker in list(self.open.items()):
             try:
-                tracker.close(list_final_values(self.record))
+                tracker.close(list_final_values(self.record), status)
             except Exception as error:
                 self._drop(name, error)
 
-    def abandon(self) -> None:
-        """Close what an interrupted or failed run has open."""
+    def abandon(self, error: BaseException) -> None:
+        """Close what a run has open that `error` has interrupted, or failed."""
         for tracker in self.open.values():
             with suppress(Exception):
-                tracker.close({})
+                tracker.close({}, "interrupted" if is_interruption(error) else "failed")
 
     def _drop(self, name: str, error: Exception) -> None:
         if self.open.pop(name, None) is not None:
@@ -270,8 +330,8 @@ def follow_run(run: Run, record: Record, say: Say) -> Iterator[Trackers]:
     trackers = Trackers(run, record, say)
     try:
         yield trackers
-    except BaseException:
-        trackers.abandon()
+    except BaseException as error:
+        trackers.abandon(error)
         raise
     if run.trackers:
         trackers.close()

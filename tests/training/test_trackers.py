@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
+import shutil
+import signal
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +25,15 @@ from peftbench.cli.main import main
 from peftbench.config.compose import compose_run
 from peftbench.config.identity import hash_run
 from peftbench.config.schema import TRACKERS
-from peftbench.records.record import Record, load_records
+from peftbench.records.record import Divergence, Record, load_records
+from peftbench.records.recording import record_run
+from peftbench.records.run_files import CHECKPOINTS
 from peftbench.training import trackers
+from peftbench.training.looks import Pruned
 from peftbench.training.trackers import follow_run
-from peftbench.utils.errors import UserError
+from peftbench.utils.errors import LostProcess, UserError
+from peftbench.utils.stopping import Stopped
+from tests.sweeps.test_workers import until
 
 SMOKE = ("debug=smoke", "trainer.max_steps=3", "method=lora")
 
@@ -57,7 +67,7 @@ def follow_in_mlflow(folder: Path, barrier: Any) -> None:
     """The main function of a process, as of a worker that begins its first run."""
     run = compose_run([*SMOKE, f"output_dir={folder}"])
     barrier.wait()
-    trackers.KINDS["mlflow"](trackers.Followed(run, folder / "abc")).open()
+    trackers.KINDS["mlflow"](trackers.Followed(run, folder / str(os.getpid()))).open()  # its own, which it holds
 
 
 @pytest.mark.slow
@@ -109,7 +119,7 @@ def open_and_close(kind: str, folder: Path, *overrides: str) -> None:
     run = compose_run([*SMOKE, f"output_dir={folder}", *overrides])
     tracker = trackers.KINDS[kind](trackers.Followed(run, folder / "run"))
     tracker.open()
-    tracker.close({"score": float(folder.name)})
+    tracker.close({"score": float(folder.name)}, "done")
 
 
 def read_tensorboard(folder: Path) -> list[float]:
@@ -198,6 +208,162 @@ def test_a_run_that_a_tracker_lost_does_not_disturb_the_next(
     assert read(tmp_path / "2") == [2]
 
 
+def make_record(folder: Path, *, diverged: bool = False) -> Any:
+    """Make what trackers read of a record."""
+    record: Any = SimpleNamespace(data={}, folder=folder, score=1.0, steps=2, step_s=None, scores={}, counts=None)
+    record.peak_memory_bytes = record.adapter_bytes = record.retention = record.speed = None
+    record.diverged = Divergence("loss", 2) if diverged else None
+    return record
+
+
+def follow(folder: Path, kind: str, ending: BaseException | str) -> Any:
+    """Follow a run to its end in `folder`; return its tracker."""
+    run = replace(compose_run([*SMOKE, f"output_dir={folder}"]), trackers=[kind])
+    stopping = suppress(KeyboardInterrupt, LostProcess, OSError, ValueError, UserError)
+    record = make_record(folder / "run", diverged=ending == "diverged")
+    with stopping, follow_run(run, record, print) as followed:
+        followed.begin()
+        if isinstance(ending, BaseException):
+            raise ending
+    return followed.open[kind]
+
+
+ENDINGS: list[Any] = [
+    ("done", "done"),
+    ("diverged", "diverged"),
+    (KeyboardInterrupt(), "interrupted"),
+    (Stopped(signal.SIGTERM), "interrupted"),
+    (Pruned(), "interrupted"),
+    (LostProcess("gone"), "interrupted"),
+    (OSError(errno.ENOSPC, "No space left on device"), "interrupted"),
+    (ValueError("x"), "failed"),
+    (UserError("x"), "failed"),
+]
+
+
+@pytest.mark.parametrize(("ending", "status"), ENDINGS)
+def test_trackers_are_told_how_a_run_ended_as_its_record_is(
+    ending: BaseException | str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Listening(Failing):
+        def close(self, values: Any, status: str) -> None:
+            told.append((bool(values), status))
+
+    told: list[tuple[bool, str]] = []
+    monkeypatch.setitem(trackers.KINDS, "wandb", lambda followed: Listening("", []))
+    follow(tmp_path, "wandb", ending)
+    assert told == [(isinstance(ending, str), status)]
+    if isinstance(ending, BaseException):
+        run = compose_run([*SMOKE, f"output_dir={tmp_path}"])
+        with pytest.raises(type(ending)), record_run(run, tmp_path / "run", []) as record:
+            raise ending
+        assert record.status == status
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ending", "status"),
+    [("done", "FINISHED"), ("diverged", "FAILED"), (Stopped(signal.SIGTERM), "KILLED"), (ValueError("x"), "FAILED")],
+)
+def test_mlflow_has_the_state_in_which_a_run_ended(ending: BaseException | str, status: str, tmp_path: Path) -> None:
+    """All were FINISHED."""
+    mlflow = pytest.importorskip("mlflow")
+    follow(tmp_path, "mlflow", ending)
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (found,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert found.info.status == status and ("final/score" in found.data.metrics) == isinstance(ending, str)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ending", "code"), [("done", 0), ("diverged", 1), (KeyboardInterrupt(), 255), (ValueError("x"), 1)]
+)
+def test_wandb_has_the_exit_code_with_which_a_run_ended(
+    ending: BaseException | str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert follow(tmp_path, "wandb", ending).run._exit_code == code
+
+
+def list_mlflow(folder: Path) -> list[str]:
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    found = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    return [run.info.run_id for run in found]
+
+
+def list_wandb(folder: Path) -> list[str]:
+    return sorted({path.name.split("-")[3] for path in (folder / "wandb").glob("offline-run-*")})
+
+
+def list_trackio(folder: Path) -> list[str]:
+    (database,) = (folder / "trackio").glob("*.db")
+    with closing(sqlite3.connect(database)) as connection:
+        return [row for (row,) in connection.execute("SELECT DISTINCT run_id FROM metrics")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "list_runs"), [("mlflow", list_mlflow), ("wandb", list_wandb), ("trackio", list_trackio)]
+)
+def test_a_run_that_goes_on_is_the_same_run_of_a_tracker(
+    kind: str, list_runs: Callable[[Path], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where only the evaluation is repeated. A run that is trained anew is another."""
+    pytest.importorskip(kind)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for ending in (KeyboardInterrupt(), ValueError("x"), "done"):
+        tracker = follow(tmp_path, kind, ending)
+        if kind == "trackio":
+            assert tracker.trackio.context_vars.current_run.get() is None
+    first = list_runs(tmp_path)
+    assert len(first) == 1
+    shutil.rmtree(tmp_path / "run" / CHECKPOINTS)  # as of a run that is done
+    follow(tmp_path, kind, "done")
+    assert len(list_runs(tmp_path)) == 2 and first[0] in list_runs(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_that_mlflow_no_longer_has_is_a_new_one(tmp_path: Path) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    follow(tmp_path, "mlflow", KeyboardInterrupt())
+    (gone,) = list_mlflow(tmp_path)
+    mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").delete_run(gone)
+    follow(tmp_path, "mlflow", "done")
+    assert len(list_mlflow(tmp_path)) == 1 and gone not in list_mlflow(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_that_sigterm_stopped_goes_on_in_mlflow(tmp_path: Path) -> None:
+    """With its checkpoint, and with transformers' own parameters, which mlflow lets nobody change."""
+    mlflow = pytest.importorskip("mlflow")
+    words = [
+        "train",
+        "debug=smoke",
+        "trainer.max_steps=400",
+        "method=lora",
+        "trackers=[mlflow]",
+        f"output_dir={tmp_path}",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "peftbench", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    until(lambda: any(len(file.read_text().splitlines()) > 5 for file in tmp_path.rglob("metrics.jsonl")))
+    process.terminate()
+    output, _ = process.communicate(timeout=100)
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (name,) = list_mlflow(tmp_path)
+    assert client.get_run(name).info.status == "KILLED", output
+    assert main(words) == 0
+    assert list_mlflow(tmp_path) == [name] and client.get_run(name).info.status == "FINISHED"
+    (record,) = load_records(tmp_path)[0]
+    assert record.attempts[-1].step > 0 and not [note for note in record.data["notes"] if "mlflow" in note]
+    assert client.get_run(name).data.metrics["final/score"] == pytest.approx(record.score)
+    assert max(metric.step for metric in client.get_metric_history(name, "loss")) == 400
+
+
 class Failing:
     """A tracker that fails at the event that it is told."""
 
@@ -215,7 +381,7 @@ class Failing:
         callback.on_log = lambda *args, **kwargs: self._meet("log")
         return callback  # type: ignore[no-any-return]
 
-    def close(self, values: Any) -> None:
+    def close(self, values: Any, status: str) -> None:
         self._meet("close")
 
 
@@ -229,8 +395,7 @@ def test_a_tracker_that_fails_is_left_out_with_one_note(
     events: list[str] = []
     monkeypatch.setitem(trackers.KINDS, "wandb", lambda followed: Failing(event, events))
     run = replace(compose_run([]), trackers=["wandb"])
-    record: Any = SimpleNamespace(data={}, folder=tmp_path, score=1.0, steps=2, step_s=None, scores={}, counts=None)
-    record.peak_memory_bytes = record.adapter_bytes = record.retention = record.speed = None
+    record = make_record(tmp_path)
     said: list[str] = []
     with follow_run(run, record, said.append) as followed:
         for callback in followed.begin():
