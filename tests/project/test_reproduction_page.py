@@ -95,6 +95,15 @@ def test_the_prose_on_sst2_says_what_the_records_say() -> None:
     assert f"{places[1]} less than the preset's, and none the lowest. The {places[4]} are" in prose and not places[0]
 
 
+def test_the_readme_says_what_the_tuned_runs_say() -> None:
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    (cell,) = (one for one in judge_records(load_records(FOLDER / "sst2")[0], 2000) if one.findings)
+    verdicts = Counter(finding.verdict for finding in cell.findings)
+    runs = sum(len(row.scored) for row in cell.rows)
+    assert verdicts["confirmed"] == 0 and verdicts["contradicted"] == 1 and verdicts["not tested"] == 0
+    assert f"{runs} runs confirm none of the claims and contradict one" in readme
+
+
 def _place_rate(record: Record) -> int:
     """Return the place of the chosen learning rate among the five: 2 is the preset's."""
     assert record.search is not None
