@@ -5,6 +5,7 @@ from __future__ import annotations
 from peftbench.config.schema import Task
 
 FURTHER = "report_"  # with the split's name: the role of a further split on which scores are reported
+VALIDATION = "validation"  # the split that a file called dev, valid or val has too
 HELD_OUT = "held_out"  # a split that is always dealt from the training rows, unless a file is named for it
 Roles = dict[str, tuple[str, int | None]]  # the split of each role, and its maximum number of rows; None: all
 

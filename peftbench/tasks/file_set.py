@@ -116,6 +116,11 @@ def has_split(data_dir: str, split: str, used: Collection[str] = ()) -> bool:
     return bool(_list_candidates(expand_home(data_dir), split, used))
 
 
+def list_candidates(data_dir: str, split: str, used: Collection[str] = ()) -> list[str]:
+    """Return all files in the folder `data_dir` that may be those of `split`; see `find_split`."""
+    return [str(file) for files in _list_candidates(expand_home(data_dir), split, used) for file in files]
+
+
 def _list_stems(split: str) -> tuple[str, ...]:
     return ALIASES.get(split, (split,))
 

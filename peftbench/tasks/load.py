@@ -11,11 +11,11 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from peftbench.config.roles import Roles, assign_roles, is_reported, limit_splits, list_splits
+from peftbench.config.roles import VALIDATION, Roles, assign_roles, is_reported, limit_splits, list_splits
 from peftbench.config.schema import WITH_LABELS, Task, is_text_table, list_task_files
 from peftbench.tasks.cache import Recent
 from peftbench.tasks.deal import deal_rows
-from peftbench.tasks.file_set import has_split
+from peftbench.tasks.file_set import has_split, list_candidates
 from peftbench.tasks.overlap import describe_overlap
 from peftbench.tasks.rows import (
     check_split,
@@ -97,6 +97,7 @@ def _load_splits(task: Task, training: bool, dealt: Sequence[str], labels: Seque
     task, notes = _drop_absent(task)
     if training:  # other calls may read some of the files only
         _require_text_tables(task)
+        notes.extend(_note_idle_files(task))
     notes.extend(_note_trained_files(task))
     read = cache(partial(read_split, task))
     wanted = {role: place for role, place in assign_roles(task).items() if training or is_reported(role)}
@@ -198,6 +199,28 @@ def _note_trained_files(task: Task) -> list[str]:
         return []
     (file, *_) = (name for place, name in train.items() if any(place in files for files in splits.values()))
     return [f"{file} is a file of {task.train_split} and of {' and '.join(others)}: training rows are also scored."]
+
+
+def _note_idle_files(task: Task) -> list[str]:
+    """Return the note that `task.data_dir` has a file to choose on and that no split reads it, if so.
+
+    It does not take the place of another selection split by itself: what is trained on would change with a file that
+    nobody named, and the same line has other results on a machine without it.
+    """
+    if task.data_dir is None or task.selection_split in list_task_files(task):
+        return []
+    used = [column for _, column in list_file_columns(task)]
+    found = list_candidates(task.data_dir, VALIDATION, used)
+    read = {file for split in list_splits(task) for file in list_candidates(task.data_dir, split, used)}
+    named = {place for files in _resolve_files(task).values() for place in files}
+    idle = [file for file in found if file not in read and expand_home(file).resolve() not in named]
+    if not idle:
+        return []
+    verb = "is" if len(idle) == 1 else "are"
+    return [
+        f"{' and '.join(idle)} {verb} not used, because task.selection_split={task.selection_split}; "
+        f"task.selection_split={VALIDATION} chooses on {'it' if len(idle) == 1 else 'one'}."
+    ]
 
 
 def _drop_absent(task: Task) -> tuple[Task, list[str]]:

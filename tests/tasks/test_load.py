@@ -12,9 +12,11 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from peftbench.config.compose import compose_run
-from peftbench.config.schema import Task, TaskKind
+from peftbench.config.roles import list_splits
+from peftbench.config.schema import Task, TaskKind, find_conf_dir
 from peftbench.tasks import source
-from peftbench.tasks.load import fingerprint_data, list_dealt, load_task
+from peftbench.tasks.file_set import list_candidates
+from peftbench.tasks.load import _note_idle_files, fingerprint_data, list_dealt, load_task
 from peftbench.tasks.rows import check_split
 from peftbench.tasks.source import read_split
 from peftbench.utils.errors import UserError
@@ -158,6 +160,39 @@ def test_the_held_out_split_of_files(tmp_path: Path) -> None:
         words = ["task=gsm8k", *words, f"task.validation_file={tmp_path / 'own.jsonl'}"]
         rows = load_task(compose_run(words).task).rows
         assert (len(rows["train"]), rows["held_out"]["question"][0]) == (30, "own 0?")
+
+
+def test_a_dev_file_that_nothing_reads_is_noted(tmp_path: Path) -> None:
+    """It is not taken in place of another selection split, which would change what is trained on."""
+    for name, count in (("train", 30), ("dev", 4), ("test", 7)):
+        write_lines(tmp_path / f"{name}.jsonl", problems(name, count))
+
+    def load(*words: str) -> tuple[int, list[str]]:
+        loaded = load_task(compose_run(["task=gsm8k", f"task.data_dir={tmp_path}", *words]).task)
+        return len(loaded.rows["train"]), [note for note in loaded.notes if "dev.jsonl" in note]
+
+    def make_note(split: str) -> str:
+        of = f"because task.selection_split={split}; task.selection_split=validation chooses on it."
+        return f"{tmp_path / 'dev.jsonl'} is not used, {of}"
+
+    assert load() == (27, [make_note("held_out")])
+    assert load("task.selection_split=train") == (30, [make_note("train")])
+    assert load("task.selection_split=validation") == (30, [])
+    assert load(f"task.validation_file={tmp_path / 'test.jsonl'}", "task.report_split=train") == (30, [])  # named
+    assert load(f"task.test_file={tmp_path / 'dev.jsonl'}") == (27, [])  # it is read, as the file of another split
+    assert load("task.report_split=validation") == (27, [])
+    (tmp_path / "val.csv").write_text("question,answer\n1?,1\n")
+    ((_, (note,)),) = [load()]
+    assert note.startswith(f"{tmp_path / 'dev.jsonl'} and {tmp_path / 'val.csv'} are not used") and "on one." in note
+
+
+@pytest.mark.parametrize("task", sorted(file.stem for file in (find_conf_dir() / "task").glob("*.yaml")))
+def test_no_preset_leaves_the_dev_file_of_a_folder_without_a_word(task: str, tmp_path: Path) -> None:
+    chosen = compose_run([f"task={task}", f"task.data_dir={tmp_path}"]).task
+    (tmp_path / "dev.tsv").write_text("a\tb\n")
+    read = {file for split in list_splits(chosen) for file in list_candidates(str(tmp_path), split)}
+    assert bool(read) != bool(_note_idle_files(chosen))
+    assert bool(read) or task == "gsm8k"
 
 
 def test_a_file_for_a_split_that_the_task_has_not() -> None:
