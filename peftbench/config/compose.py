@@ -14,17 +14,20 @@ from copy import deepcopy
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from hydra import compose, version
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
@@ -43,6 +46,7 @@ from peftbench.config.rows import GROUP, read_rows
 from peftbench.config.schema import Run, find_conf_dir, resolve_config
 from peftbench.config.task_validity import METRIC_NAMES
 from peftbench.config.validity import find_faults
+from peftbench.config.variants import Pattern, can_vary, is_free, vary
 from peftbench.config.yaml_files import find_hydra_faults
 from peftbench.utils.errors import UserError, describe_unknown
 
@@ -53,7 +57,7 @@ OF_SWEEP = ("jobs", "mps")  # keys that a sweep has once, whichever grid they ar
 
 
 class _Shared(dict[str, Any]):
-    """The content of ConfigStore, which is not copied with the store.
+    """The content of ConfigStore or of `_ConfSource`, which is not copied with it.
 
     Hydra copies all of its sources for each config that it composes and for each group that it lists, which would take
     longer than everything else. It copies what it loads from a source anyway.
@@ -61,6 +65,27 @@ class _Shared(dict[str, Any]):
 
     def __deepcopy__(self, memo: object) -> _Shared:
         return self
+
+
+class _ConfSource(FileConfigSource):
+    """The folder conf/, of which each file is read once for all compositions of a command line."""
+
+    def __init__(self, provider: str, path: str) -> None:
+        super().__init__(provider, path)
+        self.read = _Shared()
+
+    @staticmethod
+    def scheme() -> str:
+        return "conf"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        if config_path not in self.read:
+            self.read[config_path] = super().load_config(config_path)
+        found: ConfigResult = deepcopy(self.read[config_path])  # Hydra changes what it is given
+        return found
+
+
+Plugins.instance().register(_ConfSource)
 
 
 def _store_configs() -> None:
@@ -105,13 +130,12 @@ def compose_points(
     if len(grids) > 1 and not multirun:
         raise UserError(f"{AND} joins grids into a sweep; add -m to run it.")
     with open_hydra(config_dir):
-        loader = GlobalHydra.instance().config_loader()
-        known = _Known(cache(partial(_list_options, loader)), _cache_compositions(config_dir))
+        composer = _Composer(config_dir, reads_data)
         found: list[str] = []
         runs: list[TypedRun] = []
-        for point in [point for grid in grids for point in _expand_grid(grid, multirun, loader)]:
+        for point in [point for grid in grids for point in _expand_grid(grid, multirun, composer)]:
             try:
-                runs.append((point, _compose_run(point, loader, known, reads_data)))
+                runs.append((point, composer.compose(point)))
             except UserError as error:
                 found.extend(sentence for sentence in error.faults if sentence not in found)
         if found:
@@ -172,14 +196,14 @@ def _split_grids(words: Sequence[str]) -> list[list[str]]:
     return [[*grid, *shared] for grid in grids]
 
 
-def _expand_grid(grid: list[str], multirun: bool, loader: ConfigLoader) -> list[list[str]]:
+def _expand_grid(grid: list[str], multirun: bool, composer: _Composer) -> list[list[str]]:
     """Return the override lists of a grid's runs."""
-    parsed = parse_overrides(grid, loader)
+    parsed = composer.parse(grid)
     params = _read_experiment_sweep(parsed)
     if params and not multirun:
         raise UserError(f"An experiment that sweeps over {' and '.join(params)} is a sweep; add -m to run it.")
     if params:
-        parsed = [*parse_overrides(list(params.values()), loader), *parsed]
+        parsed = [*composer.parse(list(params.values())), *parsed]
     return _expand_overrides(parsed) if multirun else [grid]
 
 
@@ -224,7 +248,7 @@ def open_hydra(config_dir: str | None) -> Iterator[None]:
 
     `initialize_config_dir`, the public way, takes only one folder.
     """
-    search_path = create_config_search_path(str(find_conf_dir()))
+    search_path = create_config_search_path(f"{_ConfSource.scheme()}://{find_conf_dir()}")
     if config_dir is not None:
         search_path.prepend("command-line", f"file://{Path(config_dir).resolve()}", anchor="schema")
     GlobalHydra.instance().clear()
@@ -267,13 +291,6 @@ def _list_options(loader: ConfigLoader, group: str) -> list[str]:
     return [*loader.get_group_options(group), *(f"{folder}/{option}" for folder, names in below for option in names)]
 
 
-class _Known(NamedTuple):
-    """Caches for the runs of one command line: Hydra needs 0.1 s, and a sweep often repeats the same choices."""
-
-    options: Callable[[str], list[str]]  # of a group
-    composed: Callable[[tuple[str, ...]], DictConfig]  # the config for these choices of groups; read-only
-
-
 def _compose_groups(groups: tuple[str, ...]) -> DictConfig:
     return compose(CONFIG_NAME, overrides=list(groups))
 
@@ -293,42 +310,89 @@ def _cache_compositions(config_dir: str | None) -> Callable[[tuple[str, ...]], D
     return compose_cached
 
 
-def _compose_run(overrides: list[str], loader: ConfigLoader, known: _Known, reads_data: bool) -> Run:
-    found: list[str] = []
-    groups: list[Override] = []
-    values: list[Override] = []
-    for override in parse_overrides(overrides, loader):
-        options = known.options(override.key_or_group)
-        if wrong := list(_find_override_faults(override, options)):
-            found.extend(wrong)
-        elif options or override.is_delete() or _is_hydra_key(override):
-            groups.append(override)
-        else:
-            values.append(override)
-    try:
-        cfg = deepcopy(known.composed(tuple(str(override.input_line) for override in groups)))
-        found.extend(sentence for override in values if (sentence := apply_override(cfg, override)))
-        run = resolve_run(cfg)
-    except RecursionError:
-        raise UserError(*found, "A value is nested too deep.") from None
-    except (AssertionError, LookupError, TypeError, AttributeError) as error:
-        if not (own := list_hydra_words(overrides)):
-            raise
-        raise UserError(*found, explain_hydra(own, error)) from error
-    except (HydraException, OmegaConfBaseException, MarkedYAMLError, ValueError) as error:  # defaults are no list
-        raise UserError(*found, describe_error(error)) from error
-    found.extend(_find_misnamed_presets(groups, run))
-    found.extend(find_faults(run, reads_data=reads_data))
-    if run.budget is not None:
-        found.extend(
-            f"{override.input_line} with budget={run.budget}: the bottlenecks are computed from the budget; give only "
-            "one of the two."
-            for override in values
-            if override.key_or_group.rpartition(".")[2] == "bottleneck"
-        )
-    if found:
-        raise UserError(*found)
-    return run
+class _Composer:
+    """Composes the runs of one command line, and does what they share once: a sweep often repeats the same choices."""
+
+    def __init__(self, config_dir: str | None, reads_data: bool) -> None:
+        loader = GlobalHydra.instance().config_loader()
+        self.reads_data = reads_data
+        self.list_options = cache(partial(_list_options, loader))
+        self.compose_groups = _cache_compositions(config_dir)
+        self.parse_all = partial(parse_overrides, loader=loader)
+        self.parse_one = cache(lambda word: parse_overrides([word], loader))
+        self.patterns: dict[tuple[tuple[str, ...], ...], Pattern] = {}
+
+    def parse(self, words: Sequence[str]) -> list[Override]:
+        """Return the words as `parse_overrides` does, each of them parsed once."""
+        try:
+            return [override for word in words for override in self.parse_one(word)]
+        except UserError:
+            return self.parse_all(words)  # raises it for all words
+
+    def compose(self, words: list[str]) -> Run:
+        """Return the run of a point. Raises UserError with a sentence for every fault."""
+        found, groups, values = self._sort(self.parse(words))
+        free = [override for override in values if is_free(override)]
+        rest = [override for override in values if not is_free(override)]
+        alike = (_list_lines(groups), _list_lines(rest), tuple(override.key_or_group for override in free))
+        run = vary(self.patterns[alike], free) if alike in self.patterns and not found else None
+        if run is not None and not any(self._find_run_faults(groups, values, run)):
+            return run
+        composed = self._compose_whole(words, found, groups, values)  # names faults in the order of the words
+        if can_vary(composed.cfg, free):
+            self.patterns[alike] = composed
+        return composed.run
+
+    def _sort(self, parsed: Sequence[Override]) -> tuple[list[str], list[Override], list[Override]]:
+        """Return the faults that overrides have by themselves, and of the others those for Hydra and those of keys."""
+        found: list[str] = []
+        groups: list[Override] = []
+        values: list[Override] = []
+        for override in parsed:
+            options = self.list_options(override.key_or_group)
+            if wrong := list(_find_override_faults(override, options)):
+                found.extend(wrong)
+            elif options or override.is_delete() or _is_hydra_key(override):
+                groups.append(override)
+            else:
+                values.append(override)
+        return found, groups, values
+
+    def _compose_whole(
+        self, words: list[str], found: list[str], groups: Sequence[Override], values: Sequence[Override]
+    ) -> Pattern:
+        """Return a point that is like no other. Raises UserError with `found` and all other faults."""
+        try:
+            cfg = deepcopy(self.compose_groups(_list_lines(groups)))
+            found.extend(sentence for override in values if (sentence := apply_override(cfg, override)))
+            run = resolve_run(cfg)
+        except RecursionError:
+            raise UserError(*found, "A value is nested too deep.") from None
+        except (AssertionError, LookupError, TypeError, AttributeError) as error:
+            if not (own := list_hydra_words(words)):
+                raise
+            raise UserError(*found, explain_hydra(own, error)) from error
+        except (HydraException, OmegaConfBaseException, MarkedYAMLError, ValueError) as error:  # defaults are no list
+            raise UserError(*found, describe_error(error)) from error
+        found.extend(self._find_run_faults(groups, values, run))
+        if found:
+            raise UserError(*found)
+        return Pattern(cfg, run)
+
+    def _find_run_faults(self, groups: Sequence[Override], values: Sequence[Override], run: Run) -> Iterator[str]:
+        """Yield the faults of a run, which its overrides by themselves do not have."""
+        yield from _find_misnamed_presets(groups, run)
+        yield from find_faults(run, reads_data=self.reads_data)
+        for override in values if run.budget is not None else ():
+            if override.key_or_group.rpartition(".")[2] == "bottleneck":
+                yield (
+                    f"{override.input_line} with budget={run.budget}: the bottlenecks are computed from the budget; "
+                    "give only one of the two."
+                )
+
+
+def _list_lines(overrides: Sequence[Override]) -> tuple[str, ...]:
+    return tuple(str(override.input_line) for override in overrides)
 
 
 def resolve_run(cfg: DictConfig) -> Run:
@@ -367,7 +431,7 @@ def _has_place(group: str) -> bool:
     return group == GROUP or (find_conf_dir() / group).is_dir()
 
 
-def _find_misnamed_presets(groups: list[Override], run: Run) -> Iterator[str]:
+def _find_misnamed_presets(groups: Sequence[Override], run: Run) -> Iterator[str]:
     """Yield a fault for each copy of a preset that still has the name of the original, which tables would show."""
     names = {"method": ("method", run.method), "task": ("name", run.task.name)}
     given = {override.key_or_group: override.value() for override in groups}
