@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass, replace
 from enum import Enum
 from functools import cache
 from typing import Any, get_args, get_type_hints
@@ -87,7 +87,7 @@ def hash_run(run: Run, stamp: Callable[..., str] = stamp_content) -> str:
     Args:
         stamp: a function from a path, and a folder in it that is left out, to a hash of the content.
     """
-    config = to_plain(run)
+    config = to_plain(replace(run, sizes=None, size=None))  # most of a run, and `IGNORED`
     for key in IGNORED:
         *groups, leaf = key.split(".")
         node = config

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from typing import Any
 
 from peftbench.config.peft_methods import has_identity_form
@@ -105,7 +104,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
 
 
 def find_number_faults(run: Run) -> Iterator[str]:
-    for name, number in flatten(asdict(run)):
+    for name, number in flatten(run):
         if name != "seed" and type(number) is int and abs(number) > LARGEST:
             yield f"{name}={number}: it must be at most {LARGEST}."
     for keys, holds, sentence in RANGES:

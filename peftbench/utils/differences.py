@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of every leaf of nested dicts."""
-    for key, value in values.items():
-        if isinstance(value, dict):
+def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of every leaf of nested dicts and dataclasses."""
+    for key, value in (values if isinstance(values, dict) else vars(values)).items():
+        if isinstance(value, dict) or is_dataclass(value):
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
