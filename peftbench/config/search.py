@@ -81,8 +81,7 @@ def find_search_faults(run: Run) -> list[str]:
         return find_study_faults(run, search)
     if not search.keys:
         return [f"{whose} has no keys; give it some, as conf/search/lr3.yaml does."]
-    cfg = OmegaConf.structured(replace(run, search=None))
-    found = [fault for key, variation in search.keys.items() for fault in _find_key_faults(key, variation, cfg, run)]
+    found = [fault for key, variation in search.keys.items() for fault in _find_key_faults(key, variation, run)]
     if found:
         return [f"{whose}: {fault}" for fault in found]
     compared = build_trials(run)
@@ -94,7 +93,7 @@ def find_search_faults(run: Run) -> list[str]:
     )
 
 
-def _find_key_faults(key: str, variation: Variation, cfg: DictConfig, run: Run) -> list[str]:
+def _find_key_faults(key: str, variation: Variation, run: Run) -> list[str]:
     if key in IGNORED:
         return [f"{key} changes no result, so there is nothing to search over."]
     if key.split(".")[0] in NOT_SEARCHED:
@@ -107,28 +106,46 @@ def _find_key_faults(key: str, variation: Variation, cfg: DictConfig, run: Run) 
         (name,) = missing.args
         return [f"{key} is not a key of method={run.method}, whose mix has no {name}{suggest(name, run.mix)}"]
     except AttributeError:
-        return [set_key(cfg, key, None) or f"{key} is not a key of the config."]
+        return [set_key(_make_config(run), key, None) or f"{key} is not a key of the config."]
     if variation.low is not None or variation.high is not None:
         return [f"{key}: a range (low, high) needs search.trials, the number of runs that are chosen from it."]
     if bool(variation.times) == bool(variation.values):
         return [f"{key} needs either times (multiples of its value) or values."]
     if variation.times and (isinstance(base, bool) or not isinstance(base, int | float)):
         return [f"{key} is not a number for method={run.method}, so it has no multiples; give it values."]
-    return [fault for value in variation.values or [] if (fault := set_key(cfg.copy(), key, value))]
+    # A number or text in the place of another needs no check.
+    doubtful = [
+        value for value in variation.values or [] if type(value) is not type(base) or isinstance(value, list | dict)
+    ]
+    cfg = _make_config(run) if doubtful else None
+    return [fault for value in doubtful if cfg is not None and (fault := set_key(cfg.copy(), key, value))]
+
+
+def _make_config(run: Run) -> DictConfig:
+    """Return a run as a config that checks values. This takes OmegaConf 0.1 s."""
+    cfg: DictConfig = OmegaConf.structured(replace(run, search=None))
+    return cfg
 
 
 def check_searches(points: Sequence[TypedRun]) -> None:
     """Raise UserError if a point's search is wrong, or if a grid sweeps over a key that the search chooses: if points
     differ in nothing else."""
+    different: dict[str, Run] = {}  # what is wrong with a search does not depend on the seed
+    for _, run in points:
+        if run.search is not None:
+            different.setdefault(repr(replace(run, seed=0)), run)
+    found = [sentence for run in different.values() for sentence in find_search_faults(run)]
     given = [index_by_key(overrides) for overrides, _ in points]
-    found = [sentence for _, run in points for sentence in find_search_faults(run)]
+    swept: dict[tuple[str, frozenset[tuple[str, str]]], set[str | None]] = {}
+    for key in dict.fromkeys(key for run in different.values() if run.search is not None for key in run.search.keys):
+        for typed in given:
+            swept.setdefault((key, _drop_key(key, typed)), set()).add(typed.get(key))
     for typed, (_, run) in zip(given, points, strict=True):
         if run.search is None or run.search.trials is not None:  # a study takes a key that is typed as given
             continue
         chosen = f"is chosen by search={run.search.name}; leave one of the two out."
         for key, variation in run.search.keys.items():
-            rest = _drop_key(key, typed)
-            if len({one.get(key) for one in given if _drop_key(key, one) == rest}) > 1:
+            if len(swept[key, _drop_key(key, typed)]) > 1:
                 found.append(f"{key} is swept and {chosen}")
             elif variation.values and key in typed:
                 found.append(f"{key}={typed[key]} {chosen}")
@@ -136,8 +153,8 @@ def check_searches(points: Sequence[TypedRun]) -> None:
         raise UserError(*dict.fromkeys(found))
 
 
-def _drop_key(key: str, typed: dict[str, str]) -> dict[str, str]:
-    return {other: value for other, value in typed.items() if other != key}
+def _drop_key(key: str, typed: dict[str, str]) -> frozenset[tuple[str, str]]:
+    return frozenset(item for item in typed.items() if item[0] != key)
 
 
 def has_open_search(run: Run) -> bool:

@@ -268,6 +268,26 @@ def test_what_is_typed_wrong_is_refused(words: list[str], message: str) -> None:
         check_searches(points(*words))
 
 
+def test_the_same_value_of_a_searched_key_for_all_points_is_no_sweep() -> None:
+    check_searches(points("method=lora,prefix", "search=lr3", "trainer.learning_rate=1e-3", "seed=1,2"))
+    grids = ["search=lr3", "method=lora", "trainer.learning_rate=1e-3", "and", "method=prefix"]
+    check_searches(points(*grids, "trainer.learning_rate=1e-2"))  # a value of its own for each method
+
+
+def test_the_search_of_all_seeds_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[Run] = []
+
+    def check(run: Run) -> list[str]:
+        checked.append(run)
+        return [f"method={run.method} is wrong."]
+
+    monkeypatch.setattr("peftbench.config.search.find_search_faults", check)
+    with pytest.raises(UserError) as refused:
+        check_searches(points("method=lora,prefix", "search=lr3", "seed=1,2,3"))
+    assert [(run.method, run.seed) for run in checked] == [("lora", 1), ("prefix", 1)]
+    assert refused.value.faults == ["method=lora is wrong.", "method=prefix is wrong."]
+
+
 @pytest.mark.parametrize("name", [file.stem for file in (find_conf_dir() / "search").glob("*.yaml")])
 def test_the_shipped_searches_are_sound(name: str) -> None:
     ((_, run),) = points("method=prompt", "task=docsum", f"search={name}")
