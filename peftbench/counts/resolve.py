@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from peftbench.config.schema import Run
 from peftbench.counts.shares import fit_sizes
-from peftbench.counts.solve import solve_budget
+from peftbench.counts.solve import Costs, describe_counted, solve_budget
 from peftbench.utils.errors import UserError
 
 
@@ -20,11 +21,18 @@ def resolve_sizes(runs: Iterable[Run]) -> list[Run]:
     """
     resolved: list[Run] = []
     found: list[str] = []
+    sized: dict[str, Run | None] = {}  # None: its sizes cannot be resolved
+    measured: dict[str, Costs] = {}
     for run in runs:
-        try:
-            resolved.append(solve_budget(fit_sizes(run, as_trained=True), as_trained=True))
-        except UserError as error:
-            found.extend(sentence for sentence in error.faults if sentence not in found)
+        alike = describe_counted(run)
+        if alike not in sized:
+            try:
+                sized[alike] = solve_budget(fit_sizes(run, as_trained=True), as_trained=True, measured=measured)
+            except UserError as error:
+                found.extend(sentence for sentence in error.faults if sentence not in found)
+                sized[alike] = None
+        if (first := sized[alike]) is not None:
+            resolved.append(replace(run, bottleneck=first.bottleneck, mix=first.mix, size=first.size))
     if found:
         raise UserError(*found)
     return resolved

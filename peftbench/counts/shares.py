@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
@@ -34,7 +33,7 @@ from peftbench.config.schema import (
     list_modifications,
 )
 from peftbench.config.sizes import list_column_backbones, list_sizes_taken
-from peftbench.counts.solve import count_resized, find_largest_rank, require_affine, resize
+from peftbench.counts.solve import Costs, count_resized, find_largest_rank, measure_costs, require_affine, resize
 from peftbench.modification.counting import Counts
 from peftbench.utils.errors import UserError
 
@@ -42,7 +41,7 @@ from peftbench.utils.errors import UserError
 # vocabulary are nearly the same backbone, such as BERT-base and RoBERTa-base.
 NEARLY = 1.15
 
-_known: dict[str, _Costs] = {}  # counts so far, which the runs of a sweep share
+_known: dict[str, Costs] = {}  # counts so far, which the runs of a sweep share
 
 
 def fit_sizes(run: Run, *, as_trained: bool = False) -> Run:
@@ -66,9 +65,10 @@ def fit_sizes(run: Run, *, as_trained: bool = False) -> Run:
     require_affine(run, f"the sizes of {run.model.sizes} were made for {' and '.join(own)}")
     alone = _strip_modifications(run, sizes)
     here, shares = _compute_costs(alone, config), [_compute_share(alone, sizes, model) for model in own.values()]
-    if any(1 / NEARLY <= here.stored(sizes) / here.backbone / share <= NEARLY for share in shares):
+    backbone = here.smallest.backbone
+    if any(1 / NEARLY <= here.stored(sizes) / backbone / share <= NEARLY for share in shares):
         return replace(run, size=None)
-    most = int(shares[0] * here.backbone)
+    most = int(shares[0] * backbone)
     ones = dict.fromkeys(sizes, 1)
     steps = [here.steps[prefix] for prefix in sizes]
     best = find_largest_sizes(list(sizes.values()), steps, here.stored(ones) - sum(steps), most)
@@ -135,17 +135,6 @@ def size_notes(run: Run, counts: Counts, width: int) -> list[str]:
     return [*([] if note is None else [note]), *wide]
 
 
-class _Costs(NamedTuple):
-    """The number of parameters that a run's modifications store, as a function of their bottlenecks."""
-
-    backbone: int  # parameters of the backbone
-    ones: int  # stored parameters with all bottlenecks 1
-    steps: dict[str, int]  # by prefix: stored parameters for each further unit of the bottleneck
-
-    def stored(self, sizes: Mapping[str, int]) -> int:
-        return self.ones + sum((sizes[prefix] - 1) * step for prefix, step in self.steps.items())
-
-
 def _strip_modifications(run: Run, prefixes: Collection[str]) -> Run:
     """Return a run with only some modifications, at all possible places, because other backbones have other layers."""
     bare = replace(run, unfreeze=Unfreeze.none, fidelity=Fidelity())
@@ -172,7 +161,7 @@ def _spread(m: Modification) -> ModifiedRepresentation:
 def _compute_share(run: Run, sizes: Mapping[str, int], model: Model) -> float:
     """Return the share of the column's own backbone `model` that the column's sizes store."""
     costs = _compute_costs(*_place_on(run, model))
-    return costs.stored(sizes) / costs.backbone
+    return costs.stored(sizes) / costs.smallest.backbone
 
 
 def _count_on(run: Run, sizes: Mapping[str, int], model: Model) -> Counts:
@@ -189,14 +178,11 @@ def _place_on(run: Run, model: Model) -> tuple[Run, PretrainedConfig | None]:
     return replace(run, model=model, task=task), load_config(model) if model.path is not None else None
 
 
-def _compute_costs(run: Run, config: PretrainedConfig | None) -> _Costs:
+def _compute_costs(run: Run, config: PretrainedConfig | None) -> Costs:
     """Return what the modifications of a run store on its backbone; `config` is as for `meta_backbone`."""
     built = run.model.architecture if config is None else config.to_dict()
     found = list_modifications(run)
     key = json.dumps([built, run.task.kind.name, {prefix: to_plain(m) for prefix, m in found.items()}], default=str)
     if key not in _known:
-        ones = dict.fromkeys(found, 1)
-        least = count_resized(run, ones, config)
-        steps = {prefix: count_resized(run, {**ones, prefix: 2}, config).stored - least.stored for prefix in found}
-        _known[key] = _Costs(least.backbone, least.stored, steps)
+        _known[key] = measure_costs(run, found, config)
     return _known[key]

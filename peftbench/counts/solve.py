@@ -8,8 +8,8 @@ which that is not so is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import lcm
 
@@ -19,21 +19,41 @@ from peftbench.backbones.load import build_meta_backbone, load_config
 from peftbench.config.budget import find_largest_sizes, parse_budget
 from peftbench.config.own_parts import is_own
 from peftbench.config.peft_methods import TYPE, get_method
-from peftbench.config.schema import Run, list_bottlenecks_of, list_modifications
+from peftbench.config.schema import Run, Trainer, list_bottlenecks_of, list_modifications
 from peftbench.modification.attach import attach_run
 from peftbench.modification.counting import Counts, count
 from peftbench.modification.own_form import count_parameters
 from peftbench.utils.errors import UserError
 
 
-def solve_budget(run: Run, *, as_trained: bool = False) -> Run:
+@dataclass(frozen=True)
+class Costs:
+    """The number of parameters that a run's modifications store, as a function of their bottlenecks."""
+
+    smallest: Counts  # with all bottlenecks 1
+    steps: dict[str, int]  # by prefix: stored parameters for each further unit of the bottleneck
+
+    def stored(self, sizes: Mapping[str, int]) -> int:
+        """Return how many parameters are stored with the bottlenecks `sizes`."""
+        return self.smallest.stored + sum((sizes[prefix] - 1) * step for prefix, step in self.steps.items())
+
+
+def describe_counted(run: Run) -> str:
+    """Return a text that runs with the same counts share: it lacks their seed, trainer and search."""
+    return repr(replace(run, seed=0, trainer=Trainer(), search=None))
+
+
+def solve_budget(run: Run, *, as_trained: bool = False, measured: dict[str, Costs] | None = None) -> Run:
     """Return the run with the largest bottlenecks whose stored count is within `run.budget`, or the run itself if it
     has no budget.
 
     Several bottlenecks keep a ratio, see `find_largest_sizes`: the ratio of their configured sizes, or the ratio at
     which the parts of their stored counts that grow with the bottleneck are as `run.budget_split`. Like counting,
-    this loads no weights. `as_trained`: the architecture of a hub model is read from its config.json, not from
-    `model.architecture`.
+    this loads no weights.
+
+    Args:
+        as_trained: the architecture of a hub model is read from its config.json, not from `model.architecture`.
+        measured: the costs of runs that are known, to which this adds: those of another budget are the same.
 
     Raises:
         UserError: not even bottlenecks of 1 are within the budget, or a modification does not fit the backbone.
@@ -44,13 +64,14 @@ def solve_budget(run: Run, *, as_trained: bool = False) -> Run:
     if run.peft:
         return _solve_peft_budget(run, config)
     require_affine(run, f"budget={run.budget}")
-    given = list_bottlenecks_of(run)
-    least = dict.fromkeys(given, 1)
-    smallest = count_resized(run, least, config)
-    costs = [count_resized(run, {**least, prefix: 2}, config).stored - smallest.stored for prefix in given]
+    given, known = list_bottlenecks_of(run), {} if measured is None else measured
+    alike = describe_counted(replace(run, budget=None, budget_split=None))
+    if alike not in known:
+        known[alike] = measure_costs(run, given, config)
+    smallest, steps = known[alike].smallest, list(known[alike].steps.values())
     most = parse_budget(run.budget, smallest.backbone)
-    weights = list(given.values()) if run.budget_split is None else _split_costs(run.budget_split, costs)
-    sizes = find_largest_sizes(weights, costs, smallest.stored - sum(costs), most)
+    weights = list(given.values()) if run.budget_split is None else _split_costs(run.budget_split, steps)
+    sizes = find_largest_sizes(weights, steps, smallest.stored - sum(steps), most)
     if sizes is None:
         smallest_sizes = "a bottleneck" if len(given) == 1 else "bottlenecks"
         raise UserError(
@@ -60,7 +81,7 @@ def solve_budget(run: Run, *, as_trained: bool = False) -> Run:
         )
     found = dict(zip(given, sizes, strict=True))
     stored = count_resized(run, found, config).stored
-    expected = smallest.stored + sum((size - 1) * cost for size, cost in zip(sizes, costs, strict=True))
+    expected = known[alike].stored(found)
     assert stored == expected <= most, f"{stored:,} parameters are stored, but {expected:,} were expected"
     return resize(run, found)
 
@@ -125,6 +146,19 @@ def find_largest_rank(run: Run, config: PretrainedConfig | None, most: int) -> i
     while count_at(rank + 1) <= most and count_at(rank + 1) > count_at(rank):
         rank += 1
     return rank - rank % 2 if rank > 1 and get_method(run).even else rank
+
+
+def measure_costs(run: Run, prefixes: Iterable[str], config: PretrainedConfig | None) -> Costs:
+    """Count a run with bottlenecks of 1, and with one after the other of 2.
+
+    Args:
+        prefixes: of the bottlenecks.
+        config: as `build_meta_backbone` takes it.
+    """
+    ones = dict.fromkeys(prefixes, 1)
+    smallest = count_resized(run, ones, config)
+    steps = {prefix: count_resized(run, {**ones, prefix: 2}, config).stored - smallest.stored for prefix in ones}
+    return Costs(smallest, steps)
 
 
 def count_resized(run: Run, sizes: Mapping[str, int], config: PretrainedConfig | None) -> Counts:

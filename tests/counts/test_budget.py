@@ -7,16 +7,18 @@ import warnings
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from peftbench.backbones.load import build_meta_backbone, load_config
 from peftbench.cli.main import main
 from peftbench.config.budget import find_largest_sizes, parse_budget
-from peftbench.config.compose import compose_run
+from peftbench.config.compose import compose_points, compose_run
 from peftbench.config.identity import hash_run
 from peftbench.config.schema import Modification, Run, Unfreeze, list_modifications
 from peftbench.counts import solve as solving
+from peftbench.counts.resolve import resolve_sizes
 from peftbench.counts.solve import solve_budget
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import count
@@ -206,6 +208,35 @@ def test_without_a_budget_nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(solving, "build_meta_backbone", None)
     run = composed("method=mam")
     assert solve_budget(run) is run
+
+
+def test_a_sweep_builds_no_backbone_twice_for_the_same_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds and settings of the trainer share sizes; budgets share the costs of a unit of the bottleneck."""
+    built: list[str] = []
+
+    def build_counted(*arguments: Any) -> Any:
+        built.append("a backbone")
+        return build_meta_backbone(*arguments)
+
+    words = ["method=lora,mam", "budget=5%,10%", "trainer.learning_rate=1e-3,1e-4", "seed=1,2,3"]
+    runs = [run for _, run in compose_points(words, multirun=True)]
+    alone = [solve_budget(run) for run in runs[::6]]
+    monkeypatch.setattr(solving, "build_meta_backbone", build_counted)
+    resolved = resolve_sizes(runs)
+    assert len(runs) == 24 and len(built) == (2 + 3) + 2 * 2  # at 1 and 2 for each bottleneck, and each that was found
+    assert [sizes_of(run) for run in resolved[::6]] == [sizes_of(run) for run in alone]
+    for run, asked in zip(resolved, runs, strict=True):
+        assert (run.seed, run.trainer, run.budget) == (asked.seed, asked.trainer, asked.budget)
+        assert sizes_of(run) == sizes_of(
+            next(one for one in resolved if (one.method, one.budget) == (run.method, run.budget))
+        )
+
+
+def test_what_cannot_be_resolved_is_said_once() -> None:
+    runs = [run for _, run in compose_points(["method=lora", "budget=1,2", "seed=1,2"], multirun=True)]
+    with pytest.raises(UserError) as refused:
+        resolve_sizes(runs)
+    assert [sentence.partition(":")[0] for sentence in refused.value.faults] == ["budget=1", "budget=2"]
 
 
 def test_the_same_bottlenecks_are_the_same_run() -> None:
