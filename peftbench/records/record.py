@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from peftbench.config.axes import format_composition
 from peftbench.config.fidelity import Deviation
@@ -447,22 +447,36 @@ def detect_divergence(record: Record) -> Divergence | None:
     return None
 
 
-_hints = cache(get_type_hints)
+class _Schema(NamedTuple):
+    """A dataclass: the types of the fields that it is made from, and the names of those without a default."""
+
+    kinds: dict[str, Any]
+    required: frozenset[str]
+
+
+@cache
+def _read_kind(kind: Any) -> tuple[Any, tuple[Any, ...], _Schema | None]:
+    """Return the origin and the arguments of a type, such as list and (int,), and its schema if it is a dataclass."""
+    schema = None
+    if isinstance(kind, type) and is_dataclass(kind):
+        hints, made_from = get_type_hints(kind), [item for item in fields(kind) if item.init]
+        required = frozenset(item.name for item in made_from if item.default is item.default_factory is MISSING)
+        schema = _Schema({item.name: hints[item.name] for item in made_from}, required)
+    return get_origin(kind), get_args(kind), schema
 
 
 def decode(kind: Any, value: Any, key: str = "") -> Any:
     """Convert `value`, as parsed from JSON, to the type `kind`. Raises ValueError with the key if it does not fit."""
-    origin, arguments = get_origin(kind), get_args(kind)
+    origin, arguments, schema = _read_kind(kind)
     if origin is UnionType:  # always X | None here
         return None if value is None else decode(arguments[0], value, key)
-    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
+    if schema is not None and isinstance(value, dict):
         known = {
-            item.name: decode(_hints(kind)[item.name], value[item.name], f"{key}.{item.name}".lstrip("."))
-            for item in fields(kind)
-            if item.init and item.name in value
+            name: decode(below, value[name], f"{key}.{name}".lstrip("."))
+            for name, below in schema.kinds.items()
+            if name in value
         }
-        required = {item.name for item in fields(kind) if item.init and item.default is item.default_factory is MISSING}
-        if missing := sorted(required - known.keys()):
+        if missing := sorted(schema.required - known.keys()):
             raise ValueError(f"{key or 'it'} lacks {', '.join(missing)}")
         return kind(**known)
     if origin is list and isinstance(value, list):
