@@ -48,6 +48,7 @@ from peftbench.modification.state import fold, save, size
 from peftbench.modification.state import load as load_adapter
 from peftbench.records.location import locate_run
 from peftbench.records.lock import hold_run
+from peftbench.records.noted import is_noted, lacks_selection
 from peftbench.records.record import FILE as RECORD
 from peftbench.records.record import (
     Divergence,
@@ -128,7 +129,7 @@ def train(
     selecting = selecting or is_trial
     folder = locate_run(run)
     record = None if run.rerun or has_leftovers(folder) else find_finished(folder)
-    if record is not None and _is_noted(run, record, search, selecting):
+    if record is not None and is_noted(record, search, selecting) and not lacks_measures(run, record):
         return _report_ended(run, record, display)
     with heed_signals(), hold_run(folder, wait):
         refuse_newer(folder)
@@ -424,29 +425,14 @@ def _note_early_stop(run: Run, data: TaskData, record: Record, display: Display,
         record.data["notes"].append(note)
 
 
-def _lacks_selection(record: Record, selecting: bool) -> bool:
-    """Return whether the selection split of a run that has ended must still be scored; a diverged run has no score."""
-    return selecting and record.selection is None and record.diverged is None
-
-
-def _is_noted(run: Run, record: Record, search: Searched | None, selecting: bool) -> bool:
-    """Return whether the record of a run that has ended already says what this call wants of it: the search, the
-    selection, and what is measured."""
-    if _lacks_selection(record, selecting) or lacks_measures(run, record):
-        return False
-    if search is None:  # a run by itself, which a trial now is too
-        return record.search is None or record.search.role == "final"
-    return search.role == "trial" or record.search == search
-
-
 def _complete_ended(record: Record, search: Searched | None, selecting: bool, run: Run, display: Display) -> None:
     """Write into the record of a run that has ended what it is in a search; score the selection split, and measure, if
     asked."""
-    if _is_noted(run, record, search, selecting):  # by another process, while we waited
+    if is_noted(record, search, selecting) and not lacks_measures(run, record):  # by another process, while we waited
         return
     if search is None or search.role == "final":
         record.search = search
-    if _lacks_selection(record, selecting):
+    if lacks_selection(record, selecting):
         with display:
             with display.stage("prepare"):
                 loaded, placed = load_task(run.task), resolve_dtype(run)

@@ -84,7 +84,8 @@ def settle_search(run: Run, folders: Folders | None = None) -> tuple[Run, Search
         chosen = list_settings(run, search)[search.trial]
         return compared[search.trial], Searched(search.name, "trial", seed, tried, chosen)
 
-    key = repr(replace(run, seed=seed))  # the runs of a sweep that differ in their seed have the same trials
+    # The runs of a sweep that differ in their seed have the same trials. Their group is named only with the plan.
+    key = repr(replace(run, seed=seed, trackers_group=None))
     folders = {} if folders is None else folders
     if key not in folders:
         folders[key] = [locate_run(trial) for trial in compared]

@@ -13,7 +13,9 @@ from typing import Any
 from peftbench.config.compose import TypedRun
 from peftbench.config.launchers import HydraLauncher
 from peftbench.config.schema import Run, index_by_key
-from peftbench.records.record import find_finished, find_record, get_time
+from peftbench.records.choice import NoChoice, settle_search
+from peftbench.records.noted import is_noted, lacks_selection
+from peftbench.records.record import Record, find_finished, find_record, get_time
 from peftbench.records.run_files import has_leftovers
 from peftbench.sweeps import mps
 from peftbench.sweeps.executors import start_executor
@@ -26,7 +28,7 @@ from peftbench.utils.console import make_console, say
 from peftbench.utils.differences import find_distinctive
 from peftbench.utils.errors import UserError, print_faults
 from peftbench.utils.files import expand_home
-from peftbench.utils.progress import Display, is_live
+from peftbench.utils.progress import Display, hide_progress, is_live
 
 INTERRUPTED = 130  # the exit code
 
@@ -110,28 +112,54 @@ class Sweeper:
         Args:
             places: of the workers, see `find_places`.
         """
-        waiting = _list_waiting(jobs)
+        noting, waiting = self._sort_out(jobs)
         if not waiting:
+            self._note(noting)
             return
         places, logs = places[: len(waiting)], _name_logs(waiting[0].run)
         with (
             mps.share_gpus(_get_mps([job.run for job in waiting]), places, logs) as shared,
             Workers(shared, logs) as workers,
         ):
+            self._note(noting)  # while the workers import torch
             through = " through MPS" if any(mps.PIPES in place for place in shared) else ""
             say(f"{len(waiting)} runs, {len(places)} at once{through}; what they print is in {logs}")
             self._take_each(workers.run(waiting), len(waiting))
 
     def _train_elsewhere(self, jobs: Sequence[Job]) -> None:
-        """Train runs through the launcher. What a search has chosen is noted here if its run is done."""
-        waiting = _list_waiting(jobs)
-        for job in [job for job in waiting if _is_done(job)]:
-            self._take(train_attempt(job.run, job.overrides, display=Display(make_console(), within_another=True)), job)
-        waiting = [job for job in waiting if not _is_done(job)]
+        """Train runs through the launcher."""
+        noting, waiting = self._sort_out(jobs)
+        self._note(noting)
         if not waiting:
             return
         with start_executor(self.launcher, _name_logs(waiting[0].run)) as executor:
             self._take_each(executor.run(waiting), len(waiting))
+
+    def _sort_out(self, jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
+        """Return the jobs for which nothing must be computed, but their records do not say all, and those to train.
+
+        The first are runs that are done, for which a search has chosen; and those for which a search cannot choose,
+        because its trials failed.
+        """
+        noting: list[Job] = []
+        waiting: list[Job] = []
+        for job in jobs:
+            try:
+                _, search = settle_search(job.run, self.sweep.folders)
+            except UserError as error:  # without a choice, the run is refused here
+                (noting if isinstance(error, NoChoice) else waiting).append(job)
+                continue
+            record, is_trial = find_finished(job.folder), search is not None and search.role == "trial"
+            if record is None or job.run.rerun or has_leftovers(job.folder) or _lacks_scores(job.run, record, is_trial):
+                waiting.append(job)
+            elif not is_noted(record, search, is_trial):
+                noting.append(job)
+        return noting, waiting
+
+    def _note(self, jobs: Sequence[Job]) -> None:
+        """Write into the records of runs that are done what a search has chosen."""
+        for job in jobs:
+            self._take(train_attempt(job.run, job.overrides, wait=job.wait, display=hide_progress()), job)
 
     def _take_each(self, ending: Iterator[tuple[Job, Ended]], number: int) -> None:
         """Print a line for each run that ends."""
@@ -141,22 +169,15 @@ class Sweeper:
             self._take(ended, job)
 
 
-def _list_waiting(jobs: Sequence[Job]) -> list[Job]:
-    """Return the jobs that are not done: these need no worker.
+def _lacks_scores(run: Run, record: Record, is_trial: bool) -> bool:
+    """Return whether anything must be computed for a run that has ended."""
+    if lacks_selection(record, is_trial):
+        return True
+    if run.retention is None and not run.speed:
+        return False
+    from peftbench.evaluation.measures import lacks_measures  # imports torch
 
-    What a search has chosen is noted in the record of a run that is done.
-    """
-    return [
-        job
-        for job in jobs
-        if job.run.rerun or job.run.search is not None or find_finished(job.folder) is None or has_leftovers(job.folder)
-    ]
-
-
-def _is_done(job: Job) -> bool:
-    """Return whether nothing remains to be computed for a job."""
-    record = find_finished(job.folder)
-    return record is not None and not job.run.rerun and (record.selection is not None or record.diverged is not None)
+    return lacks_measures(run, record)
 
 
 def _name_logs(run: Run) -> Path:

@@ -1,0 +1,90 @@
+"""A sweep with a search, of which all runs are done: nothing is trained, and no process is started for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftbench.cli.main import main
+from peftbench.config.compose import compose_points
+from peftbench.config.schema import Run
+from peftbench.config.search import split_phases
+from peftbench.records.choice import settle_search
+from peftbench.records.location import locate_run
+from peftbench.records.record import FILE, Record, find_record
+from peftbench.records.run_files import CHECKPOINTS
+from peftbench.sweeps.jobs import Ended
+from tests.config.test_search import ended
+
+WORDS = ["method=lora,prefix", "search=lr3", "seed=1,2", "jobs=2"]
+
+
+@pytest.fixture
+def line(tmp_path: Path) -> list[str]:
+    """The words of a sweep of which every trial and every run is done, and noted."""
+    words = [*WORDS, f"output_dir={tmp_path}"]
+    trials, final = split_phases(compose_points(words, multirun=True))
+    for _, run in trials:
+        trial, search = settle_search(run)
+        assert run.search is not None and run.search.trial is not None
+        ended(trial, 50.0 + run.search.trial, search=search)
+    for _, run in final:
+        chosen, search = settle_search(run)
+        if (record := find_record(locate_run(chosen))) is not None:
+            replace(record, search=search).save()
+        else:
+            ended(chosen, 50.0, search=search)
+    return words
+
+
+@pytest.fixture
+def attempted(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    """The runs that this process is told to train; none is, and a worker is an error."""
+    found: list[Run] = []
+
+    def attempt(run: Run, overrides: Sequence[str], **others: Any) -> Ended:
+        found.append(run)
+        return Ended()
+
+    monkeypatch.setattr("peftbench.sweeps.sweeper.train_attempt", attempt)
+    monkeypatch.setattr("peftbench.sweeps.sweeper.Workers", None)
+    return found
+
+
+def find_one(folder: Path, role: str, method: str = "prefix", seed: int = 2) -> Record:
+    """Return the record of a run that has this role in the search."""
+    found = (record for file in sorted(folder.rglob("record.json")) if (record := find_record(file.parent)) is not None)
+    return next(r for r in found if r.search and (r.search.role, r.method, r.seed) == (role, method, seed))
+
+
+def test_nothing_is_left_to_do(line: list[str], attempted: list[Run], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "-m", *line]) == 0
+    assert not attempted
+    assert "4 of 4 runs are done, 4 of them before." in " ".join(capsys.readouterr().out.split())
+
+
+def test_only_a_choice_that_is_not_noted_is_noted_here(line: list[str], attempted: list[Run], tmp_path: Path) -> None:
+    replace(find_one(tmp_path, "final"), search=None).save()  # as if it had been trained without the search
+    assert main(["train", "-m", *line]) == 0
+    assert [(run.method, run.seed) for run in attempted] == [("prefix", 2)]
+
+
+@pytest.mark.parametrize("what", ["a checkpoint", "no record", "rerun", "no score", "speed"])
+def test_a_run_with_something_to_compute_goes_to_a_worker(
+    what: str, line: list[str], attempted: list[Run], tmp_path: Path
+) -> None:
+    trial = find_one(tmp_path, "trial", seed=1)
+    if what == "a checkpoint":
+        (trial.folder / CHECKPOINTS).mkdir()
+    elif what == "no record":
+        (trial.folder / FILE).unlink()
+    elif what == "no score":
+        replace(trial, selection=None).save()
+    words = {"rerun": ["rerun=true"], "speed": ["speed=true"]}.get(what, [])
+    with pytest.raises(TypeError, match="NoneType"):  # there are no workers here
+        main(["train", "-m", *line, *words])
+    assert not attempted
