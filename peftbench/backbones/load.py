@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -149,7 +150,7 @@ def load_backbone(model: Model, task: Task, device: torch.device | None = None, 
     untrained = _find_new_head(model, loaded, report)
     notes = settle(loaded, tokenizer, writes=task.kind is TaskKind.text_to_text)
     if packing:
-        notes = [*_settle_packed(model, loaded, form, dtype, untrained), *notes]
+        notes = [*_settle_packed(model, loaded, form, dtype, report["missing_keys"]), *notes]
     _require_start(model, loaded)
     if (template := choose_template(task, loaded, tokenizer)) is not None:
         stop_at_turns(loaded, template)
@@ -221,9 +222,12 @@ def _plan_packing(
 
 
 def _settle_packed(
-    model: Model, loaded: PreTrainedModel, form: str | None, dtype: torch.dtype, untrained: Iterable[str]
+    model: Model, loaded: PreTrainedModel, form: str | None, dtype: torch.dtype, missing: Iterable[str]
 ) -> list[str]:
     """Unpack what does not stay packed while modifications are trained. Return what there is to say about it.
+
+    Args:
+        missing: names of tensors that came with no weights.
 
     Raises:
         UserError: it cannot be unpacked.
@@ -231,9 +235,9 @@ def _settle_packed(
     vars(loaded).pop("hf_device_map", None)  # it is on one device; accelerate refuses to train what it calls offloaded
     try:
         if form in (None, PACKED):
-            settle_quantised(loaded, _place(model), dtype)
+            settle_quantised(loaded, _place(model), dtype, tuple(missing))
             return []
-        unpack_backbone(loaded, tuple(untrained))
+        unpack_backbone(loaded, tuple(missing))
     except CannotUnpack as error:
         raise UserError(f"{_place(model)} is quantised as {form}: {error}; {UNQUANTISED}") from error
     return [
@@ -604,6 +608,11 @@ def _load_or_explain(model: Model, load: Callable[[], T], form: str | None = Non
     except Exception as error:
         if (form is None and not isinstance(error, expected)) or is_memory_error(error):
             raise
+        if form == PACKED and _fails_to_initialise(error):
+            raise UserError(
+                f"{_place(model)} is quantised as {form} and has no weights of the task head, and transformers would "
+                f"pack the new one, which has to be trained; {UNQUANTISED}"
+            ) from error
         if form is not None:
             raise UserError(
                 f"{_place(model)} is quantised as {form}, and transformers cannot load it here "
@@ -622,6 +631,11 @@ def _load_or_explain(model: Model, load: Callable[[], T], form: str | None = Non
                 "to a copy of the cache of a machine that has loaded it, or take the embedded model=mini."
             ) from error
         raise UserError(f"{_place(model)} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def _fails_to_initialise(error: Exception) -> bool:
+    """Return whether torch says that it has no random numbers of a packed weight's type: those of new weights."""
+    return isinstance(error, RuntimeError) and re.search("not implemented for '(Byte|Char)'", str(error)) is not None
 
 
 def _place(model: Model) -> str:

@@ -9,7 +9,7 @@ that every count has to ask `count_elements`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -124,16 +124,18 @@ def is_quantised(model: nn.Module) -> bool:
     return bool(getattr(model, "is_quantized", False))
 
 
-def settle_quantised(model: PreTrainedModel, place: str, dtype: torch.dtype) -> None:
+def settle_quantised(model: PreTrainedModel, place: str, dtype: torch.dtype, missing: Collection[str] = ()) -> None:
     """Leave what bitsandbytes has packed in the layers as it is, to compute in `dtype`, and unpack the rest.
 
     Args:
         place: of the weights, as typed.
+        missing: names of tensors that came with no weights.
 
     Raises:
+        CannotUnpack: something outside of the layers is packed and cannot be unpacked.
         UserError: bitsandbytes would unpack the weights wrongly.
     """
-    unpack_outside_layers(model)
+    unpack_outside_layers(model, missing)
     for module in filter(is_packed, model.modules()):
         packed: Any = module
         if type(module).__name__ == "Linear4bit":

@@ -87,15 +87,22 @@ def unpack_backbone(model: PreTrainedModel, missing: Collection[str] = ()) -> No
         del model.config.quantization_config
 
 
-def unpack_outside_layers(model: PreTrainedModel) -> None:
+def unpack_outside_layers(model: PreTrainedModel, missing: Collection[str] = ()) -> None:
     """Unpack in place what bitsandbytes has packed outside of the repeated layers: the loss reads the output layer, and
-    task heads are trained."""
+    task heads are trained.
+
+    Args:
+        missing: names of tensors that came with no weights.
+
+    Raises:
+        CannotUnpack: such a tensor is packed, or something has another shape than the model.
+    """
     inside = {id(module) for layer in find_sites(model).layers for module in layer.module.modules()}
     outside = [name for name, module in model.named_modules() if is_packed(module) and id(module) not in inside]
     if outside:
         bare = _build_bare(model)
         for name in outside:
-            _replace(model, name, bare.get_submodule(name), model.dtype, ())
+            _replace(model, name, bare.get_submodule(name), model.dtype, missing)
 
 
 def _build_bare(model: PreTrainedModel) -> PreTrainedModel:

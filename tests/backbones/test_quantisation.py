@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModel,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -19,8 +21,9 @@ from transformers import (
 from peftbench.backbones import quantisation
 from peftbench.backbones.load import load_backbone
 from peftbench.backbones.precision import resolve_dtype
+from peftbench.backbones.quantisation import settle_quantised
 from peftbench.backbones.sites import find_sites
-from peftbench.backbones.unpacking import is_packed, unpack_backbone, unpack_weight
+from peftbench.backbones.unpacking import CannotUnpack, is_packed, unpack_backbone, unpack_weight
 from peftbench.config import schema
 from peftbench.config.identity import hash_run
 from peftbench.config.validity import find_faults
@@ -243,6 +246,31 @@ def test_a_task_head_that_is_packed_already_is_unpacked(folders: dict[str, Path]
     assert any(is_packed(module) for module in backbone.model.modules())
     with pytest.raises(UserError, match=r"classifier is packed as \(3, 64\), not as \(5, 64\)"):
         load_backbone(model, replace(task, labels=list("abcde")))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("family", ["bart", "bert", "t5"])
+def test_a_new_task_head_on_a_folder_that_is_packed_is_refused(
+    folders: dict[str, Path], tmp_path: Path, family: str, form: str
+) -> None:
+    """transformers would pack it, and ends with torch's error as it draws its numbers."""
+    options = {"nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "int8": {"load_in_8bit": True}}[form]
+    AutoModel.from_pretrained(folders[family], quantization_config=BitsAndBytesConfig(**options)).save_pretrained(
+        tmp_path
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folders[family] / name).read_bytes())
+    place = re.escape(f"model.path={tmp_path} is quantised as bitsandbytes and has no weights of the task head")
+    with pytest.raises(UserError, match=f"^{place}, and transformers would pack the new one.*; bring the unquantised"):
+        load_backbone(schema.Model(name=family, path=str(tmp_path)), task_of("bert"))
+
+
+def test_a_new_task_head_that_is_packed_is_no_head(folders: dict[str, Path]) -> None:
+    """Where transformers can initialise it, as with zeros: its weights would be anything."""
+    packing = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["nothing"])
+    packed = AutoModelForSequenceClassification.from_pretrained(folders["bert"], quantization_config=packing)
+    with pytest.raises(CannotUnpack, match=r"^classifier is packed and has no weights in it$"):
+        settle_quantised(packed, "x", torch.float32, ["classifier.weight"])
 
 
 def test_a_missing_package_is_named(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
