@@ -186,13 +186,13 @@ def _train_sweep(points: Sequence[TypedRun], argv: list[str], launcher: Any) -> 
         launcher: where, see `read_launcher`.
     """
     trials, final = split_phases(points)
-    places_of_trials, places = (find_places([run for _, run in phase]) for phase in (trials, final))
+    places = find_places([run for _, run in (*trials, *final)])
     sweep = Sweep(final, argv, trials)
     sweeper = Sweeper(sweep, None if isinstance(launcher, Local) else launcher)
     try:
-        with heed_signals(), sweeper.shown():
+        with heed_signals(), sweeper.at_work():
             if trials:
-                sweeper.train_all(trials, sweep.trials, places_of_trials)
+                sweeper.train_all(trials, sweep.trials, places)
                 sweep.settle()
             sweeper.train_all(final, sweep.members, places, before=len(trials))
     except (KeyboardInterrupt, SystemExit) as exit:

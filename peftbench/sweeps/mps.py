@@ -20,8 +20,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from peftbench.utils.console import say
 from peftbench.utils.errors import UserError
 
 CONTROL = "nvidia-cuda-mps-control"
@@ -66,27 +69,61 @@ def is_wanted(mode: bool | str, places: Sequence[Mapping[str, str]]) -> bool:
     return installed
 
 
-@contextmanager
-def share_gpus(mode: bool | str, places: Sequence[Mapping[str, str]], logs: Path) -> Iterator[list[dict[str, str]]]:
-    """Provide a context in which workers at these places can share their GPUs, if `mode` wants it.
+class Sharing:
+    """How the workers of a sweep share their GPUs.
 
-    Yields the places, with what the workers then need in their environment.
+    Args:
+        mode: the key `mps`.
+        daemon: the one that was started for them, if any.
+    """
+
+    def __init__(self, mode: bool | str, daemon: _Daemon | None) -> None:
+        self.mode, self.daemon = mode, daemon
+
+    @cached_property
+    def environment(self) -> dict[str, str]:
+        """What a worker needs in its environment before it uses its GPU; empty if there is no MPS.
+
+        It is known when each GPU has been used through the daemon, whose server takes seconds to start.
+
+        Raises:
+            UserError: `mps=true`, and no process can use a GPU through the daemon.
+        """
+        if self.daemon is None:
+            return {}
+        try:
+            self.daemon.await_gpus()
+        except UnusableError as error:
+            _do_without(self.mode, error)
+            return {}
+        return self.daemon.environment
+
+
+@contextmanager
+def share_gpus(mode: bool | str, places: Sequence[Mapping[str, str]], logs: Path) -> Iterator[Sharing]:
+    """Provide a context in which workers at these places can share their GPUs, if `mode` wants it.
 
     Args:
         logs: the folder for the output of the daemon and its server, `mps/control.log` and `mps/server.log`.
 
     Raises:
-        UserError: `mps=true`, and the daemon does not start, or no process can use a GPU through it.
+        UserError: `mps=true`, and the daemon does not start.
     """
     with ExitStack() as stack:
-        own: dict[str, str] = {}
+        daemon = None
         if is_wanted(mode, places):
             try:
-                own = stack.enter_context(_run_daemon(places, logs / "mps"))
+                daemon = stack.enter_context(_run_daemon(places, logs / "mps"))
             except UnusableError as error:
-                if mode is True:
-                    raise UserError(f"mps=true: {error}; mps=false trains without it.") from None
-        yield [{**place, **own} for place in places]
+                _do_without(mode, error)
+        yield Sharing(mode, daemon)
+
+
+def _do_without(mode: bool | str, error: UnusableError) -> None:
+    """Say why the runs do not share their GPUs. Raises UserError where they must."""
+    if mode is True:
+        raise UserError(f"mps=true: {error}; mps=false trains without it.") from None
+    say(f"mps=auto: {error}; the runs of a GPU take turns.")
 
 
 def await_gpu(place: Mapping[str, str]) -> None:
@@ -136,15 +173,34 @@ def _finds_users_own() -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class _Daemon:
+    """A daemon that listens."""
+
+    environment: dict[str, str]  # what its clients need
+    gpus: Sequence[str]
+    logs: Path
+
+    def await_gpus(self) -> None:
+        """Wait until each GPU can be used through it. Raises UnusableError with the first that cannot."""
+        with ThreadPoolExecutor(len(self.gpus)) as pool:
+            asked = [pool.submit(await_gpu, {**self.environment, "CUDA_VISIBLE_DEVICES": gpu}) for gpu in self.gpus]
+        for gpu, answer in zip(self.gpus, asked, strict=True):
+            try:
+                answer.result()
+            except UnusableError as error:
+                raise UnusableError(f"GPU {gpu} cannot be used through it ({error}; see {self.logs})") from None
+
+
 @contextmanager
-def _run_daemon(places: Sequence[Mapping[str, str]], logs: Path) -> Iterator[dict[str, str]]:
-    """Run a daemon for the GPUs of these places, and yield what its clients need in their environment.
+def _run_daemon(places: Sequence[Mapping[str, str]], logs: Path) -> Iterator[_Daemon]:
+    """Run a daemon for the GPUs of these places.
 
     A shell waits for our end of a pipe to close and then quits the daemon: when the context ends, or when we are
     killed. The shell is in its own session, where a terminal's Ctrl-C does not reach it.
 
     Raises:
-        UnusableError: it does not start, or no process can use a GPU through it.
+        UnusableError: it does not start.
     """
     logs = logs.resolve()  # the daemon has another working directory
     logs.mkdir(parents=True, exist_ok=True)
@@ -161,14 +217,7 @@ def _run_daemon(places: Sequence[Mapping[str, str]], logs: Path) -> Iterator[dic
     try:
         gpus = sorted({place["CUDA_VISIBLE_DEVICES"] for place in places})
         _start_daemon(gpus, own)
-        with ThreadPoolExecutor(len(gpus)) as pool:
-            asked = {gpu: pool.submit(await_gpu, {**own, "CUDA_VISIBLE_DEVICES": gpu}) for gpu in gpus}
-        for gpu, answer in asked.items():
-            try:
-                answer.result()
-            except UnusableError as error:
-                raise UnusableError(f"GPU {gpu} cannot be used through it ({error}; see {logs})") from None
-        yield own
+        yield _Daemon(own, gpus, logs)
     finally:
         keeper.stdin.close()
         with suppress(subprocess.TimeoutExpired):

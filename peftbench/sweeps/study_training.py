@@ -48,8 +48,8 @@ def train_study(
         if launcher is not None:
             executor = stack.enter_context(start_executor(launcher, logs))
         elif len(places) > 1:
-            shared = stack.enter_context(mps.share_gpus(study.run.mps, places, logs))
-            executor = stack.enter_context(Workers(shared, logs))
+            sharing = stack.enter_context(mps.share_gpus(study.run.mps, places, logs))
+            executor = stack.enter_context(Workers(places, logs, sharing))
             say(f"{len(places)} trials at once; what they print is in {logs}")
         wanted = study.search.trials
         for job, ended in executor.run(choose_trials(study)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -45,23 +45,22 @@ class Sweeper:
         self.sweep, self.launcher = sweep, launcher
         self.display: Display | None = None  # of the run that is trained, while the sweep is shown as a table
         self.put_off: list[Job] = []  # runs that another process is at
+        self.workers: Workers | None = None  # once there is a run for them
+        self.ended_with_it = ExitStack()
 
     @contextmanager
-    def shown(self) -> Iterator[None]:
-        """Show the sweep as a table during the block, if it is on a terminal.
+    def at_work(self) -> Iterator[None]:
+        """Show the sweep as a table during the block, if it is on a terminal, and end its workers after it.
 
         Runs of a launcher of Hydra's may print to the same terminal, so there is no table then.
         """
         console = make_console()
-        if not is_live(console) or isinstance(self.launcher, HydraLauncher):
+        with ExitStack() as stack:
+            if is_live(console) and not isinstance(self.launcher, HydraLauncher):
+                self.display = Display(console, within_another=True)
+                stack.enter_context(LiveSweep(self.sweep, console, below=self.display.progress))
+            stack.enter_context(self.ended_with_it)
             yield
-            return
-        self.display = Display(console, within_another=True)
-        try:
-            with LiveSweep(self.sweep, console, below=self.display.progress):
-                yield
-        finally:
-            self.display = None
 
     def train_all(
         self, points: Sequence[TypedRun], members: Sequence[Member], places: Sequence[dict[str, str]], before: int = 0
@@ -107,7 +106,7 @@ class Sweeper:
         print_faults(ended.faults)
 
     def _train_side_by_side(self, jobs: Sequence[Job], places: Sequence[dict[str, str]]) -> None:
-        """Train runs in workers on this machine.
+        """Train runs in workers on this machine, which stay for the sweep's next runs.
 
         Args:
             places: of the workers, see `find_places`.
@@ -116,15 +115,14 @@ class Sweeper:
         if not waiting:
             self._note(noting)
             return
-        places, logs = places[: len(waiting)], _name_logs(waiting[0].run)
-        with (
-            mps.share_gpus(_get_mps([job.run for job in waiting]), places, logs) as shared,
-            Workers(shared, logs) as workers,
-        ):
-            self._note(noting)  # while the workers import torch
-            through = " through MPS" if any(mps.PIPES in place for place in shared) else ""
-            say(f"{len(waiting)} runs, {len(places)} at once{through}; what they print is in {logs}")
-            self._take_each(workers.run(waiting), len(waiting))
+        if self.workers is None:
+            logs, mode = _name_logs(waiting[0].run), _get_mps([job.run for job in waiting])
+            sharing = self.ended_with_it.enter_context(mps.share_gpus(mode, places, logs))
+            self.workers = self.ended_with_it.enter_context(Workers(places, logs, sharing))
+        number = self.workers.start(len(waiting))
+        self._note(noting)  # while the workers import torch
+        say(f"{len(waiting)} runs, {number} at once; what they print is in {self.workers.logs}")
+        self._take_each(self.workers.run(waiting), len(waiting))
 
     def _train_elsewhere(self, jobs: Sequence[Job]) -> None:
         """Train runs through the launcher."""

@@ -1,8 +1,8 @@
 """Worker processes that train several runs of a sweep at once, each one run after another.
 
-A worker imports torch once, and keeps the rows and tokens of its runs for the next ones (tasks/cache.py). The locks of
-the runs' folders settle who trains what. When a worker dies its run fails, and another worker takes its place; when the
-parent dies, all workers end.
+A worker starts when there is a run for it, and stays for the next ones: it imports torch once, and keeps the rows and
+tokens of its runs (tasks/cache.py). The locks of the runs' folders settle who trains what. When a worker dies its run
+fails, and another worker takes its place; when the parent dies, all workers end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from peftbench.sweeps.jobs import Ended, Job, train_attempt
-from peftbench.sweeps.mps import UnusableError, await_gpu
+from peftbench.sweeps.mps import Sharing, UnusableError, await_gpu
 from peftbench.utils.console import say
 from peftbench.utils.files import open_unlinked
 from peftbench.utils.quick_imports import speed_up_imports
@@ -41,73 +41,109 @@ class Workers:
     Args:
         places: for each worker, what it finds in its environment before it imports torch.
         logs: the folder for what they print, `worker-1.log` and so on.
+        sharing: how they share their GPUs.
     """
 
-    def __init__(self, places: Sequence[dict[str, str]], logs: Path) -> None:
-        self.logs = logs
+    def __init__(self, places: Sequence[dict[str, str]], logs: Path, sharing: Sharing) -> None:
+        self.logs, self.sharing = logs, sharing
         self.workers = [_Worker(place, logs / f"worker-{number}.log") for number, place in enumerate(places, start=1)]
 
     def __enter__(self) -> Workers:
         self.logs.mkdir(parents=True, exist_ok=True)
-        for worker in self.workers:
-            worker.start()
         return self
+
+    def start(self, number: int) -> int:
+        """Start the processes of as many workers, or of all if there are fewer; return how many these are."""
+        chosen = self.workers[:number]
+        for worker in chosen:
+            worker.start()
+        return len(chosen)
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Ended]]:
         """Train the jobs; yield each with how it ended, in the order in which they end.
 
         A job is taken from `jobs` when a worker is free, and when what ended before has been yielded.
+
+        Raises:
+            UserError: the GPUs must be shared, and cannot be.
         """
         waiting = iter(jobs)
+        first = list(zip(self.workers, waiting, strict=False))
+        for worker, _ in first:
+            worker.start()
+        shared = self.sharing.environment  # which takes seconds, as the imports of the workers do
         busy: dict[Connection, tuple[_Worker, Job]] = {}
 
-        def give(worker: _Worker) -> None:
-            if (job := next(waiting, None)) is not None:
+        def give(worker: _Worker, job: Job | None) -> None:
+            if job is not None:
                 worker.give(job)
                 busy[worker.pipe] = (worker, job)
 
-        for worker in self.workers:
-            give(worker)
+        for worker, job in first:
+            worker.admit(shared)
+            give(worker, job)
         while busy:
             for pipe in connection.wait(list(busy)):
                 assert isinstance(pipe, Connection)
                 worker, job = busy.pop(pipe)
                 yield job, worker.take()
-                give(worker)
+                give(worker, next(waiting, None))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        started = [worker for worker in self.workers if worker.process is not None]
         try:
-            for worker in self.workers:
-                worker.dismiss() if error is None else worker.interrupt(error)
-            for worker in self.workers:
-                worker.process.join(PATIENCE)
+            for worker in started:
+                worker.dismiss()
+                if error is not None:
+                    worker.interrupt(error)
+            for worker in started:
+                worker.join(PATIENCE)
         finally:  # a second Ctrl-C ends the patience
-            for worker in self.workers:
-                worker.process.kill()
-                worker.process.join()
+            for worker in started:
+                worker.kill()
 
 
 class _Worker:
     """The parent's end of one worker."""
 
-    process: BaseProcess
     pipe: Connection
 
     def __init__(self, place: dict[str, str], log: Path) -> None:
         self.place, self.log = place, log
+        self.process: BaseProcess | None = None
+        self.shared: dict[str, str] | None = None  # what it was admitted with
 
     def start(self) -> None:
+        """Start a process, if none lives."""
+        if self.process is not None:
+            if self.process.is_alive():
+                return
+            self.pipe.close()
         context = multiprocessing.get_context("spawn")  # a forked child could not use the GPU
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve_jobs, args=(theirs, self.place, str(self.log)))
         self.process.start()
         theirs.close()  # so that our end sees it when the worker dies
+        if self.shared is not None:
+            self._send(self.shared)
+
+    def admit(self, shared: dict[str, str]) -> None:
+        """Let the worker use its GPU, with `shared` in its environment."""
+        if self.shared is None:
+            self.shared = shared
+            self._send(shared)
 
     def give(self, job: Job) -> None:
+        self._send(job)
+
+    def dismiss(self) -> None:
+        self._send(None)
+
+    def _send(self, message: object) -> None:
         with suppress(OSError):  # it has died; `take` finds out
-            self.pipe.send(job)
+            self.pipe.send(message)
 
     def take(self) -> Ended:
         """How the job ended that it was given last. A worker that has died is replaced."""
@@ -123,20 +159,26 @@ class _Worker:
 
     def _replace(self) -> int:
         """Start another process in the place of one that ends; returns that one's exit code."""
-        self.process.join(PATIENCE)
-        self.process.kill()  # what hangs in its exit holds its GPU
-        self.process.join()
-        self.pipe.close()
-        code = self.process.exitcode or 0
+        self.join(PATIENCE)
+        code = self.kill()  # what hangs in its exit holds its GPU
         self.start()
         return code
 
-    def dismiss(self) -> None:
-        with suppress(OSError):
-            self.pipe.send(None)
+    def join(self, seconds: float) -> None:
+        """Wait for the process to end, but not longer."""
+        assert self.process is not None
+        self.process.join(seconds)
+
+    def kill(self) -> int:
+        """Kill the process if it lives; returns its exit code."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.join()
+        return self.process.exitcode or 0
 
     def interrupt(self, error: BaseException) -> None:
         """End the worker as this process is ended: by Ctrl-C, or by a scheduler, for whom runs write a checkpoint."""
+        assert self.process is not None
         pid = self.process.pid
         if os.name != "posix":
             self.process.terminate()
@@ -156,9 +198,9 @@ def _serve_jobs(pipe: Connection, environment: dict[str, str], log: str) -> None
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a TextIOWrapper, over file 1
     began = time.monotonic()
     try:
-        # Both before there is a job, and at once: each takes seconds, and the GPU is asked in a process of its own.
+        # At once: each takes seconds, and the GPU is asked in a process of its own.
         with ThreadPoolExecutor(1) as pool, speed_up_imports():
-            asked = pool.submit(await_gpu, environment)
+            asked = pool.submit(_await_admission, pipe, environment)
             import_module("peftbench.train")
             imported = time.monotonic() - began
         asked.result()
@@ -176,6 +218,15 @@ def _serve_jobs(pipe: Connection, environment: dict[str, str], log: str) -> None
         pass
     except UnusableError as error:
         sys.exit(f"peftbench: the GPU cannot be used through MPS: {error}.")
+
+
+def _await_admission(pipe: Connection, environment: dict[str, str]) -> None:
+    """Wait until this process may use its GPU, and can."""
+    shared = pipe.recv()
+    if shared is None:  # dismissed before there was a job
+        raise EOFError
+    os.environ.update(shared)  # before CUDA is first used, which reads it then
+    await_gpu({**environment, **shared})
 
 
 def _handle_interrupt(number: int, frame: FrameType | None) -> None:

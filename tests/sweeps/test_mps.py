@@ -82,11 +82,12 @@ def test_one_daemon_for_the_gpus_in_use(raised: type[BaseException] | None, mach
     made = machine()
     with (
         pytest.raises(raised) if raised else share_gpus(False, [], tmp_path),
-        share_gpus("auto", TWO_ON_ONE, tmp_path / "logs") as found,
+        share_gpus("auto", TWO_ON_ONE, tmp_path / "logs") as sharing,
     ):
-        pipes = Path(found[0][PIPES])
-        own = {PIPES: str(pipes), LOGS: str(tmp_path / "logs" / "mps")}
-        assert found == [{**place, **own} for place in TWO_ON_ONE]
+        assert made.said() == ["-d"]  # its server starts with its first client, which takes seconds
+        own = sharing.environment
+        pipes = Path(own[PIPES])
+        assert own == {PIPES: str(pipes), LOGS: str(tmp_path / "logs" / "mps")}
         assert pipes.parent == tmp_path and pipes.stat().st_mode & 0o777 == 0o700
         at_work = made.heard()
         if raised:
@@ -102,8 +103,8 @@ def test_indices_are_those_of_all_gpus(machine: Any, tmp_path: Path, monkeypatch
     """A client's index counts among the daemon's GPUs, so the daemon gets all of them, not the user's choice."""
     made = machine()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    with share_gpus(True, [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "2323"], tmp_path) as found:
-        assert [place["CUDA_VISIBLE_DEVICES"] for place in found] == list("2323")
+    with share_gpus(True, [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "2323"], tmp_path) as sharing:
+        assert sharing.environment
     first, *asked, last = [call[:2] for call in made.heard()]
     assert (first, last) == (["-d", "all"], ["quit -t 10", "2,3"])
     assert sorted(asked) == [["client", "2"], ["client", "3"]]
@@ -121,14 +122,14 @@ def test_none_where_none_is_needed(
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
         if why == "one that listens":
             _listen(server, tmp_path, monkeypatch)
-        with share_gpus(mode, at, tmp_path) as found:
-            assert found == at
+        with share_gpus(mode, at, tmp_path) as sharing:
+            assert sharing.environment == {}
     assert made.heard() == []
 
 
 def test_none_unless_asked_for(machine: Any, tmp_path: Path) -> None:
-    with share_gpus(False, TWO_ON_ONE, tmp_path) as found:
-        assert found == TWO_ON_ONE
+    with share_gpus(False, TWO_ON_ONE, tmp_path) as sharing:
+        assert sharing.environment == {}
     assert machine().heard() == []
 
 
@@ -178,14 +179,18 @@ def test_what_cannot_be_is_said_or_left(
         made.control.unlink()
     if why == "hangs":
         monkeypatch.setattr(module, "PATIENCE", 0.2)
-    with pytest.raises(UserError) as refused, share_gpus(True, at, tmp_path):
-        pass
+    with pytest.raises(UserError) as refused, share_gpus(True, at, tmp_path) as sharing:
+        assert not sharing.environment
     assert len(refused.value.faults) == 1 and sentence in refused.value.faults[0]
-    with share_gpus("auto", at, tmp_path) as found:
-        assert found == at
+    assert capfd.readouterr() == ("", "")
+    with share_gpus("auto", at, tmp_path) as sharing:
+        assert sharing.environment == sharing.environment == {}
+    told = "" if why in ("no GPU", "no program") else "mps=auto: "
+    out, err = capfd.readouterr()
+    assert out.startswith(told) and out.count("the runs of a GPU take turns.") == bool(told) and not err
     assert made.said().count("quit -t 10") == (0 if why in ("no GPU", "no program") else 2)
     assert made.said()[-1:] == ([] if why in ("no GPU", "no program") else ["quit -t 10"])
-    assert not list(tmp_path.glob("peftbench-mps-*")) and capfd.readouterr() == ("", "")
+    assert not list(tmp_path.glob("peftbench-mps-*"))
 
 
 def test_a_server_that_is_not_ready_is_asked_again(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,8 +226,9 @@ import sys, time
 from pathlib import Path
 from peftbench.sweeps import mps
 mps.PARENT, mps.DEFAULT_PIPES, sys.executable = Path({str(tmp_path)!r}), Path("/nonexistent"), {str(made.python)!r}
-with mps.share_gpus(True, {TWO_ON_ONE!r}, Path({str(tmp_path)!r})):
+with mps.share_gpus(True, {TWO_ON_ONE!r}, Path({str(tmp_path)!r})) as sharing:
     try:
+        assert sharing.environment
         print("ready", flush=True)
         time.sleep(60)
     finally:
@@ -312,8 +318,8 @@ def test_processes_share_a_gpu(tmp_path: Path) -> None:
         environment = {**os.environ, **place}
         return subprocess.Popen([PYTHON, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
 
-    with share_gpus(True, [{"CUDA_VISIBLE_DEVICES": gpu}] * 2, tmp_path) as found:
-        place = found[0]
+    with share_gpus(True, [{"CUDA_VISIBLE_DEVICES": gpu}] * 2, tmp_path) as sharing:
+        place = {"CUDA_VISIBLE_DEVICES": gpu, **sharing.environment}
         assert [process.communicate(timeout=120)[0] for process in (start(right), start(right))] == ["28\n"] * 2
         ask = {"input": "get_server_list\n", "capture_output": True, "text": True}
         servers = subprocess.run([CONTROL], env={**os.environ, **place}, **ask)

@@ -182,5 +182,7 @@ def test_a_search_side_by_side_is_one_after_another(
     assert again["created"] == plain["created"] and again["selection"]["value"] is not None
     assert "3 runs, 2 at once" in printed.out and "3 of 3 runs are done" in " ".join(printed.out.split())
     assert "takes trainer.learning_rate=" in printed.out
+    logs = [log.read_text(encoding="utf-8") for log in (beside / ".sweeps").rglob("worker-*.log")]
+    assert [log.count("ready for runs after ") for log in logs] == [1, 1]  # for both phases
     assert main(["train", "-m", *replaced(search, beside), "jobs=2"]) == 0
     assert "3 of 3 runs are done, 3 of them before." in " ".join(capfd.readouterr().out.split())

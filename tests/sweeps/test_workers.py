@@ -15,6 +15,7 @@ import pytest
 
 from peftbench.cli.main import main
 from peftbench.records.record import load_records
+from peftbench.sweeps.workers import _Worker
 from tests.cli.test_train import SUBPROCESS, records, sentiment, smoke
 from tests.sweeps.test_mps import Machine
 from tests.sweeps.test_sweeper import SHORT, outcome, replaced
@@ -154,4 +155,21 @@ def test_mps_that_serves_nobody_is_left(
     assert main(["train", "-m", *smoke, "method=lora", "task.baselines=[]", "seed=1,2", "jobs=2", "mps=auto"]) == 0
     assert machine.said() == ["-d", "quit -t 10"]
     assert [record["status"] for record in records(tmp_path / "outputs")] == ["done"] * 2
-    assert "2 runs, 2 at once; what" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "2 runs, 2 at once; what" in said and "mps=auto: GPU GPU-none cannot be used through it" in said
+
+
+def test_a_worker_that_died_between_two_phases_is_started_again(tmp_path: Path) -> None:
+    worker = _Worker({}, tmp_path / "log")
+    worker.start()
+    worker.admit({"PEFTBENCH_TEST": "1"})
+    assert worker.process is not None
+    first = worker.process.pid
+    worker.start()
+    assert worker.process.pid == first  # it lives
+    assert worker.kill() == -signal.SIGKILL
+    worker.start()
+    assert worker.process.pid != first
+    worker.dismiss()
+    worker.join(120)
+    assert worker.process.exitcode == 0 and "ready for runs after " in (tmp_path / "log").read_text()
