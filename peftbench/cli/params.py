@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from peftbench.cli.own_parts import check_own_forms
 from peftbench.config.compose import compose_points
-from peftbench.config.schema import Run
 from peftbench.counts.table import counts_to_json, show_run, show_sweep
 from peftbench.utils.console import make_console, say
 from peftbench.utils.errors import UserError, print_faults
 from peftbench.utils.quick_imports import speed_up_imports
-
-if TYPE_CHECKING:
-    from peftbench.counts.run_counts import RunCounts
 
 
 def main(argv: list[str]) -> int:
@@ -26,10 +21,13 @@ def main(argv: list[str]) -> int:
     args = _parse_arguments(argv)
     points = compose_points(args.overrides, multirun=args.multirun, config_dir=args.config_dir, reads_data=False)
     check_own_forms([run for _, run in points])
+    with speed_up_imports():
+        from peftbench.counts.run_counts import Known, RunCounts, count_run
     counted: list[RunCounts] = []
+    known = Known()
     for _, run in points:
         try:
-            counted.append(_count_run(run))
+            counted.append(count_run(run, known))
         except UserError as error:
             if not args.multirun:
                 raise
@@ -56,9 +54,3 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("-cd", "--config-dir", help="a folder of your own with method/, model/ ... below it")
     parser.add_argument("--json", action="store_true", help="print a JSON array with one object for each run")
     return parser.parse_intermixed_args(argv)
-
-
-def _count_run(run: Run) -> RunCounts:
-    with speed_up_imports():
-        from peftbench.counts.run_counts import count_run
-    return count_run(run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from torch import nn
@@ -24,7 +24,7 @@ from peftbench.config.schema import (
     name_module,
 )
 from peftbench.counts.shares import fit_sizes, size_notes
-from peftbench.counts.solve import solve_budget
+from peftbench.counts.solve import Costs, describe_counted, solve_budget
 from peftbench.modification.attach import attach_run
 from peftbench.modification.counting import Counts, PlaceCounts, count, count_places
 from peftbench.modification.dead_parameters import count_dead
@@ -69,13 +69,28 @@ class Owner(NamedTuple):
     kind: str | None
 
 
-def count_run(run: Run) -> RunCounts:
+@dataclass(frozen=True)
+class Known:
+    """What the runs of a sweep share, by `describe_counted`."""
+
+    counts: dict[str, RunCounts] = field(default_factory=dict)
+    costs: dict[str, Costs] = field(default_factory=dict)  # see `solve_budget`
+
+
+def count_run(run: Run, known: Known | None = None) -> RunCounts:
     """Build and count a run.
+
+    Args:
+        known: what is known of other runs, to which this adds.
 
     Raises:
         UserError: in the cases of `build_run`.
     """
-    return count_built(build_run(run))
+    known, alike = known or Known(), describe_counted(run)
+    if alike not in known.counts:
+        known.counts[alike] = count_built(build_run(run, known.costs))
+    found = known.counts[alike]
+    return replace(found, run=replace(found.run, seed=run.seed, trainer=run.trainer, search=run.search))
 
 
 class Built(NamedTuple):
@@ -86,13 +101,16 @@ class Built(NamedTuple):
     model: PreTrainedModel
 
 
-def build_run(run: Run) -> Built:
+def build_run(run: Run, costs: dict[str, Costs] | None = None) -> Built:
     """Settle the run's sizes and attach its modifications to its model without weights.
+
+    Args:
+        costs: see `solve_budget`.
 
     Raises:
         UserError: the backbone's architecture is not known, or a modification or the budget does not fit it.
     """
-    run = solve_budget(fit_sizes(replace(run, task=_read_labels(run.task))))
+    run = solve_budget(fit_sizes(replace(run, task=_read_labels(run.task))), measured=costs)
     model = build_meta_backbone(run.model, run.task)
     run, deviations = attach_run(model, run)
     return Built(run, deviations, model)

@@ -85,6 +85,8 @@ class Bottleneck(nn.Module):
 
     def _initialise(self, init: str) -> None:
         assert self.down is not None and self.up is not None
+        if self.down.is_meta:  # it is counted, and has no values
+            return
         if init == "bert":
             nn.init.normal_(self.down, std=0.02)
             nn.init.normal_(self.up, std=0.02)

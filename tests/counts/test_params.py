@@ -15,9 +15,9 @@ from transformers import AutoModelForSeq2SeqLM
 from peftbench.backbones.load import build_meta_backbone
 from peftbench.cli.main import main
 from peftbench.config import schema
-from peftbench.config.compose import compose_run
+from peftbench.config.compose import compose_points, compose_run
 from peftbench.config.schema import Run
-from peftbench.counts.run_counts import count_run
+from peftbench.counts.run_counts import Built, Known, build_run, count_run
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import count, count_places
 from peftbench.modification.state import fold
@@ -390,3 +390,22 @@ def test_counting_touches_no_random_numbers() -> None:
     state = torch.get_rng_state()
     count_run(composed("method=mam"))
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_sweep_counts_the_same_counts_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    built: list[Run] = []
+
+    def build(run: Run, *others: Any) -> Built:
+        built.append(run)
+        return build_run(run, *others)
+
+    monkeypatch.setattr("peftbench.counts.run_counts.build_run", build)
+    line = ["-m", "method=lora,bitfit", "trainer.learning_rate=1e-3,1e-4", "seed=1,2"]
+    found = counted(capsys, *line)
+    assert [(run.method, run.seed) for run in built] == [("lora", 1), ("bitfit", 1)]
+    assert [one["method"] for one in found] == 4 * ["lora"] + 4 * ["bitfit"] and found[:4] == 4 * [found[0]]
+    known = Known()
+    runs = [run for _, run in compose_points(line[1:], multirun=True)]
+    assert [count_run(run, known) for run in runs] == [count_run(run) for run in runs]
