@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,13 @@ class NoChoice(UserError):
     """No trial of a search has a score."""
 
 
-Folders = dict[str, list[Path]]  # of the trials of a search, by the run that has it
+@dataclass(frozen=True)
+class Compared:
+    """What is known of the trials of searches, by the run that has the search: runs that differ in their seed share
+    them."""
+
+    folders: dict[str, list[Path]] = field(default_factory=dict)
+    records: dict[str, list[Record | None]] = field(default_factory=dict)  # read before; empty this to read them anew
 
 
 def find_best(found: Sequence[float | None], metric: str) -> int | None:
@@ -59,14 +65,14 @@ def describe_given(record: Record) -> str:
     )
 
 
-def settle_search(run: Run, folders: Folders | None = None) -> tuple[Run, Searched | None]:
+def settle_search(run: Run, known: Compared | None = None) -> tuple[Run, Searched | None]:
     """The run with the values that its search has chosen, and what its record says of the search.
 
     A trial keeps its own values; without a search it is the run itself.
 
     Args:
         run: with its sizes resolved, on which the folders of its trials depend.
-        folders: what is known of the folders of trials, to which this adds.
+        known: what is known of the trials, to which this adds.
 
     Raises:
         NoChoice: all trials failed or diverged.
@@ -86,27 +92,29 @@ def settle_search(run: Run, folders: Folders | None = None) -> tuple[Run, Search
 
     # The runs of a sweep that differ in their seed have the same trials. Their group is named only with the plan.
     key = repr(replace(run, seed=seed, trackers_group=None))
-    folders = {} if folders is None else folders
-    if key not in folders:
-        folders[key] = [locate_run(trial) for trial in compared]
-    records = [find_record(folder) for folder in folders[key]]
+    known = Compared() if known is None else known
+    if key not in known.folders:
+        known.folders[key] = [locate_run(trial) for trial in compared]
+    records = known.records.get(key)
+    if records is None:
+        records = known.records[key] = [find_record(folder) for folder in known.folders[key]]
     whose = f"search={search.name}: {{}} of method={run.method} on task={run.task.name}"
     left = sum(not _is_compared(record) for record in records)
     if left:
         subject = whose.format(f"{left} of {len(records)} trials")
         raise UserError(f"{subject} {'is' if left == 1 else 'are'} not done; the same line goes on with them.")
-    known = [record for record in records if record is not None]
+    ended = [record for record in records if record is not None]
     found = [
         Trial(setting, record.run, _get_value(record), _describe_status(record))
-        for setting, record in zip(list_settings(run, search), known, strict=True)
+        for setting, record in zip(list_settings(run, search), ended, strict=True)
     ]
     metric = run.task.selection_metric or run.task.metric
     note = Searched(search.name, "final", seed, tried, trials=found)
     index = find_best([trial.value for trial in found], metric)
     if index is None:
         raise NoChoice(f"{whose.format(f'all {len(found)} trials')} failed or diverged: {describe_search(note)}.")
-    splits = known[index].data.get("splits", {})
-    note.chosen, note.selection = found[index].settings, known[index].selection
+    splits = ended[index].data.get("splits", {})
+    note.chosen, note.selection = found[index].settings, ended[index].selection
     note.reported = splits.get("selection") == splits.get("report")
     # The trial with this run's seed is this run: it has just been trained.
     return replace(compared[index], seed=run.seed, rerun=run.rerun and run.seed != seed), note
@@ -135,10 +143,10 @@ def settle_trial(run: Run, search: Search) -> tuple[Run, Searched]:
     return final, replace(note, role="final", selection=trial.selection, reported=same)
 
 
-def try_settle(run: Run, folders: Folders | None = None) -> Run:
+def try_settle(run: Run, known: Compared | None = None) -> Run:
     """The run of `settle_search`, or the run as it is where its trials are not done or leave no choice."""
     try:
-        return settle_search(run, folders)[0]
+        return settle_search(run, known)[0]
     except UserError:
         return run
 

@@ -18,7 +18,7 @@ def locate_run(run: Run) -> Path:
     whole files counted. Raises UserError as `hash_run` does."""
     method = expand_home(run.output_dir) / run.task.name / run.model.name / run.method
     folder = method / hash_run(run)
-    if (folder / FILE).is_file():
+    if (folder / FILE).is_file() or not method.is_dir():
         return folder
     before = method / hash_run(run, stamp_ends)
     record = None if before == folder else find_record(before)

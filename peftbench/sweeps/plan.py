@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from peftbench.config.compose import TypedRun as TypedRun
 from peftbench.config.schema import Run, get_value, index_by_key
-from peftbench.records.choice import Folders, NoChoice, describe_search_choice, settle_search, try_settle
+from peftbench.records.choice import Compared, NoChoice, describe_search_choice, settle_search, try_settle
 from peftbench.records.location import locate_run
 from peftbench.records.record import Record, decode, find_finished, find_record
 from peftbench.records.recording import describe_run
@@ -43,8 +43,8 @@ class PlannedRun:
 class Member:
     """A run of a sweep as it was typed, and what it becomes: with a search, another run once its trials are done."""
 
-    def __init__(self, overrides: Sequence[str], run: Run, folders: Folders | None = None) -> None:
-        self.folders = folders  # of the trials that the sweep knows
+    def __init__(self, overrides: Sequence[str], run: Run, compared: Compared | None = None) -> None:
+        self.compared = compared  # what the sweep knows of trials
         self.overrides, self.run, self.comes_to = overrides, run, run
         self.asked = self.folder = locate_run(run)
         self.settle()
@@ -52,7 +52,7 @@ class Member:
     def settle(self) -> None:
         """Check whether the search of the run can be settled now."""
         if self.comes_to.search is not None:
-            self.comes_to = try_settle(self.run, self.folders)
+            self.comes_to = try_settle(self.run, self.compared)
             self.folder = self.asked if self.comes_to.search is not None else locate_run(self.comes_to)
 
     def settings(self) -> dict[str, str]:
@@ -121,10 +121,10 @@ def relate_path(root: Path, folder: Path) -> str:
     return str(folder.relative_to(root) if folder.is_relative_to(root) else folder.resolve())
 
 
-def _explain_no_choice(run: Run, folders: Folders) -> str | None:
+def _explain_no_choice(run: Run, compared: Compared) -> str | None:
     """Return why the trials of a run's search leave nothing to choose, or None if they leave something."""
     try:
-        settle_search(run, folders)
+        settle_search(run, compared)
     except NoChoice as error:
         return str(error)
     except UserError:  # not done yet
@@ -141,9 +141,9 @@ class Sweep:
 
     def __init__(self, points: Sequence[TypedRun], arguments: Sequence[str], trials: Sequence[TypedRun] = ()) -> None:
         """Write the list of the sweep's runs, and of the trials before them, below their output_dir."""
-        self.folders: Folders = {}
-        self.members = [Member(*point, self.folders) for point in points]
-        self.trials = [Member(*point, self.folders) for point in trials]
+        self.compared = Compared()
+        self.members = [Member(*point, self.compared) for point in points]
+        self.trials = [Member(*point, self.compared) for point in trials]
         self.arguments = arguments
         self.root = expand_home(self.members[0].run.output_dir)  # below which the folders of the plan are
         self.runs: dict[Path, Run] = {}
@@ -151,11 +151,12 @@ class Sweep:
         self.settle()
 
     def settle(self) -> None:
-        """Settle the searches whose trials are done, and write the plan."""
+        """Settle the searches whose trials are done by now, and write the plan."""
+        self.compared.records.clear()
         for member in self.members:
             member.settle()
-        compared = {trial.folder for trial in self.trials}
-        new = {member.folder for member in self.members} - self.runs.keys() - compared
+        of_trials = {trial.folder for trial in self.trials}
+        new = {member.folder for member in self.members} - self.runs.keys() - of_trials
         self.done_before |= {folder for folder in new if find_finished(folder) is not None}
         self.runs = {member.folder: member.comes_to for member in self.members}
         self.plan = Plan.of([*self.trials, *self.members], self.arguments)
@@ -181,7 +182,7 @@ class Sweep:
             describe_search_choice(record) for record in records if record.search and record.search.role == "final"
         ):
             console.print(line, highlight=False)
-        lost = {folder: fault for folder, run in self.runs.items() if (fault := _explain_no_choice(run, self.folders))}
+        lost = {folder: fault for folder, run in self.runs.items() if (fault := _explain_no_choice(run, self.compared))}
         for line in dict.fromkeys(lost.values()):
             console.print(line, highlight=False)
         console.print(self._summary(records, len(lost)), highlight=False)

@@ -143,7 +143,7 @@ class Sweeper:
         waiting: list[Job] = []
         for job in jobs:
             try:
-                _, search = settle_search(job.run, self.sweep.folders)
+                _, search = settle_search(job.run, self.sweep.compared)
             except UserError as error:  # without a choice, the run is refused here
                 (noting if isinstance(error, NoChoice) else waiting).append(job)
                 continue

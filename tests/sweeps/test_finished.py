@@ -18,6 +18,7 @@ from peftbench.records.location import locate_run
 from peftbench.records.record import FILE, Record, find_record
 from peftbench.records.run_files import CHECKPOINTS
 from peftbench.sweeps.jobs import Ended
+from peftbench.sweeps.plan import Sweep
 from tests.config.test_search import ended
 
 WORDS = ["method=lora,prefix", "search=lr3", "seed=1,2", "jobs=2"]
@@ -88,3 +89,27 @@ def test_a_run_with_something_to_compute_goes_to_a_worker(
     with pytest.raises(TypeError, match="NoneType"):  # there are no workers here
         main(["train", "-m", *line, *words])
     assert not attempted
+
+
+def test_a_trial_is_read_once_for_all_seeds(line: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+
+    def find(folder: Path) -> Record | None:
+        read.append(folder)
+        return find_record(folder)
+
+    monkeypatch.setattr("peftbench.records.choice.find_record", find)
+    trials, final = split_phases(compose_points(line, multirun=True))
+    Sweep(final, line, trials)
+    assert len(read) == len(set(read)) == len(trials) == 6
+
+
+def test_what_a_trial_comes_to_later_is_read_later(line: list[str], tmp_path: Path) -> None:
+    trials, final = split_phases(compose_points(line, multirun=True))
+    trial = find_one(tmp_path, "trial", seed=1)
+    (trial.folder / FILE).unlink()
+    sweep = Sweep(final, line, trials)
+    assert [member.comes_to.search is None for member in sweep.members] == [True, True, False, False]
+    trial.save()
+    sweep.settle()
+    assert all(member.comes_to.search is None for member in sweep.members)
