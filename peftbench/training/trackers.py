@@ -97,16 +97,17 @@ class _TensorBoard(_Follower):
     def open(self) -> TrainerCallback:
         from transformers.integrations import TensorBoardCallback
 
-        writer = self._write()
+        self.writer = writer = self._write()
         text = "\n".join(f"    {key}: {value}" for key, value in self.followed.config.items())
         writer.add_text("config", text)
         writer.add_text("group", self.followed.group)
         return TensorBoardCallback(writer)
 
     def close(self, values: Mapping[str, float], status: Status) -> None:
+        self.writer.close()  # of an interrupted run, which the callback leaves open, with up to two minutes unwritten
         if not values:  # event files have no state in which a run ends
             return
-        writer = self._write()  # the callback has closed its own
+        writer = self._write()
         for key, value in values.items():
             writer.add_scalar(f"final/{key}", value, 0)
         writer.close()

@@ -286,6 +286,20 @@ def test_wandb_has_the_exit_code_with_which_a_run_ended(
     assert follow(tmp_path, "wandb", ending).run._exit_code == code
 
 
+@pytest.mark.slow
+def test_tensorboard_has_all_that_was_logged_before_ctrl_c(tmp_path: Path) -> None:
+    """Of the last two minutes there was nothing: transformers closes its file only at the end of a training."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = replace(compose_run([*SMOKE, f"output_dir={tmp_path}"]), trackers=["tensorboard"])
+    with suppress(KeyboardInterrupt), follow_run(run, make_record(tmp_path / "run"), print) as followed:
+        (callback,) = followed.begin()
+        callback.callback.tb_writer.add_scalar("train/loss", 1.5, 7)  # type: ignore[attr-defined]
+        raise KeyboardInterrupt
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(7, 1.5)]
+
+
 def list_mlflow(folder: Path) -> list[str]:
     import mlflow
 
