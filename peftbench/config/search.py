@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from enum import Enum
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -19,6 +20,7 @@ from peftbench.config.compose import TypedRun
 from peftbench.config.identity import IGNORED, hash_run
 from peftbench.config.overrides import set_key
 from peftbench.config.schema import Run, Search, Variation, get_value, index_by_key
+from peftbench.config.stamps import stamp_content
 from peftbench.config.studies import find_study_faults
 from peftbench.config.validity import find_faults
 from peftbench.utils.errors import UserError, suggest
@@ -171,12 +173,13 @@ def split_phases(points: Sequence[TypedRun]) -> tuple[list[TypedRun], list[Typed
     first: dict[str, int] = {}
     tried: dict[tuple[str, int], TypedRun] = {}
     final: list[TypedRun] = []
+    stamp = cache(stamp_content)
     for overrides, run in points:
         search = run.search
         if search is None or search.trial is not None:
             final.append((overrides, run))
             continue
-        group = hash_run(replace(run, seed=0))
+        group = hash_run(replace(run, seed=0), stamp)
         if search.seed is None:
             search = replace(search, seed=first.setdefault(group, run.seed))
             overrides = [*overrides, f"search.seed={search.seed}"]

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from peftbench.config.schema import LOSS, Run, Search
 from peftbench.config.search import build_trials, list_settings, list_values
+from peftbench.config.stamps import stamp_content
 from peftbench.config.studies import list_space, read_chosen
 from peftbench.records.location import locate_run
 from peftbench.records.record import Record, Searched, Selection, Trial, find_record
@@ -25,13 +27,18 @@ class NoChoice(UserError):
     """No trial of a search has a score."""
 
 
-@dataclass(frozen=True)
 class Compared:
     """What is known of the trials of searches, by the run that has the search: runs that differ in their seed share
-    them."""
+    them. Files are read once, until `look_anew`."""
 
-    folders: dict[str, list[Path]] = field(default_factory=dict)
-    records: dict[str, list[Record | None]] = field(default_factory=dict)  # read before; empty this to read them anew
+    def __init__(self) -> None:
+        self.folders: dict[str, list[Path]] = {}
+        self.look_anew()
+
+    def look_anew(self) -> None:
+        """Forget what was read."""
+        self.records: dict[str, list[Record | None]] = {}
+        self.stamp = cache(stamp_content)
 
 
 def find_best(found: Sequence[float | None], metric: str) -> int | None:
@@ -94,7 +101,7 @@ def settle_search(run: Run, known: Compared | None = None) -> tuple[Run, Searche
     key = repr(replace(run, seed=seed, trackers_group=None))
     known = Compared() if known is None else known
     if key not in known.folders:
-        known.folders[key] = [locate_run(trial) for trial in compared]
+        known.folders[key] = [locate_run(trial, known.stamp) for trial in compared]
     records = known.records.get(key)
     if records is None:
         records = known.records[key] = [find_record(folder) for folder in known.folders[key]]

@@ -44,16 +44,18 @@ class Member:
     """A run of a sweep as it was typed, and what it becomes: with a search, another run once its trials are done."""
 
     def __init__(self, overrides: Sequence[str], run: Run, compared: Compared | None = None) -> None:
-        self.compared = compared  # what the sweep knows of trials
+        self.compared = compared or Compared()  # what the sweep knows of trials
         self.overrides, self.run, self.comes_to = overrides, run, run
-        self.asked = self.folder = locate_run(run)
+        self.asked = self.folder = locate_run(run, self.compared.stamp)
         self.settle()
 
     def settle(self) -> None:
         """Check whether the search of the run can be settled now."""
         if self.comes_to.search is not None:
             self.comes_to = try_settle(self.run, self.compared)
-            self.folder = self.asked if self.comes_to.search is not None else locate_run(self.comes_to)
+            self.folder = (
+                self.asked if self.comes_to.search is not None else locate_run(self.comes_to, self.compared.stamp)
+            )
 
     def settings(self) -> dict[str, str]:
         """Return what was typed, by key, and what a search has chosen."""
@@ -152,7 +154,7 @@ class Sweep:
 
     def settle(self) -> None:
         """Settle the searches whose trials are done by now, and write the plan."""
-        self.compared.records.clear()
+        self.compared.look_anew()
         for member in self.members:
             member.settle()
         of_trials = {trial.folder for trial in self.trials}
