@@ -13,6 +13,7 @@ from peftbench.cli.main import main
 from peftbench.config.compose import compose_points
 from peftbench.config.schema import Run
 from peftbench.config.search import split_phases
+from peftbench.config.stamps import stamp_content
 from peftbench.records.choice import settle_search
 from peftbench.records.location import locate_run
 from peftbench.records.record import FILE, Record, find_record
@@ -113,3 +114,20 @@ def test_what_a_trial_comes_to_later_is_read_later(line: list[str], tmp_path: Pa
     trial.save()
     sweep.settle()
     assert all(member.comes_to.search is None for member in sweep.members)
+
+
+def test_a_file_is_hashed_once_for_all_names_of_a_look(line: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+
+    def stamp(path: str, *others: Any) -> str:
+        hashed.append(path)
+        return stamp_content(path, *others)
+
+    monkeypatch.setattr("peftbench.records.choice.stamp_content", stamp)
+    trials, final = split_phases(compose_points(line, multirun=True))
+    sweep = Sweep(final, line, trials)
+    assert len(hashed) == len(set(hashed)) == 1  # the folder of the backbone
+    sweep.compared.look_anew()
+    for member in sweep.members:
+        sweep.compared.stamp(member.run.model.path)
+    assert len(hashed) == 2
