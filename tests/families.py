@@ -108,13 +108,16 @@ from transformers import (
     XLMRobertaConfig,
     XLMRobertaForSequenceClassification,
 )
+from transformers.models.gptj.modeling_gptj import GPTJAttention
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from peftbench.config import schema
 from peftbench.config.axes import RULES
 from peftbench.modification.representation import REPRESENTATIONS
 
-T5_HAS_INTERFACE = "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(T5Attention)  # since some version after 5.10
+# Since some version after 5.10, and after 5.11.
+T5_HAS_INTERFACE = "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(T5Attention)
+GPTJ_HAS_INTERFACE = "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(GPTJAttention)
 
 VOCABULARY = 99
 _ENCODER_DECODER = {
@@ -518,12 +521,15 @@ def build(family: str, seed: int = 0, **more: Any) -> PreTrainedModel:
     it was made: a copy of the first one that was asked for, which takes half as long."""
     if family.removeprefix("u").removeprefix("m").startswith("t5") and not T5_HAS_INTERFACE:
         pytest.skip("this transformers' T5 does not call registered attention functions; peftbench refuses its heads")
+    if family == "gptj" and not GPTJ_HAS_INTERFACE:
+        pytest.skip("this transformers' GPT-J calls no registered attention functions; peftbench refuses its heads")
     made = (family, seed, repr(sorted(more.items())))
     torch.manual_seed(seed)
     if made not in _BUILT:
         model = {**FAMILIES, **MORE_FAMILIES, **LAYOUTS, **ROWS}[family](**more)
-        if model._supports_sdpa:
-            model.set_attn_implementation("sdpa")
+        if model._supports_sdpa:  # of some versions also where scores are capped, which it cannot
+            capped = getattr(model.config, "attn_logit_softcapping", None) is not None
+            model.set_attn_implementation("eager" if capped else "sdpa")
         _BUILT[made] = (model.eval(), torch.get_rng_state())
     model, state = _BUILT[made]
     torch.set_rng_state(state)

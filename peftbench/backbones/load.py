@@ -128,17 +128,16 @@ def load_backbone(model: Model, task: Task, device: torch.device | None = None, 
     auto = auto or _choose_auto_class(model, task, config)
     tokenizer = load_tokenizer(model)
     dtype = torch.bfloat16 if model.dtype is DType.bfloat16 else torch.float32
-    _check_attention(model, auto, config)
+    attention = _choose_attention(model, auto, config)
     form = "gguf" if "gguf_file" in options else _find_packing(model, config)
     packing = _plan_packing(model, task, config, form, dtype, device)
-    chosen = model.attn_implementation
     loaded, report = _load_or_explain(
         model,
         lambda: auto.from_pretrained(
             source,
             **options,
             **packing,
-            **({} if chosen is None else {"attn_implementation": chosen}),
+            **({} if attention is None else {"attn_implementation": attention}),
             config=config,
             dtype=dtype,
             key_mapping=_rename_base(auto, config),
@@ -167,16 +166,28 @@ def _rename_base(auto: Any, config: PretrainedConfig) -> dict[str, str] | None:
     return None if own == usual or not usual else {rf"^{usual}\.": f"{own}."}
 
 
-def _check_attention(model: Model, auto: Any, config: PretrainedConfig) -> None:
-    """Raise a UserError if the backbone cannot have `model.attn_implementation`, before weights are read."""
+def _choose_attention(model: Model, auto: Any, config: PretrainedConfig) -> str | None:
+    """Return how attention is computed: `model.attn_implementation`, or None, which leaves it to transformers.
+
+    Raises:
+        UserError: the backbone cannot have what was chosen. No weights are read before.
+    """
     chosen = model.attn_implementation
+    caps = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if caps and chosen == "sdpa":
+        raise UserError(
+            f"model.attn_implementation=sdpa: {config.model_type} caps its attention scores; sdpa cannot. Use eager."
+        )
+    if caps and chosen is None:
+        return "eager"  # some versions of transformers take sdpa, and leave out the cap without a word
     if chosen is None:
-        return
+        return None
     try:
         with torch.device("meta"):
             auto.from_config(deepcopy(config), attn_implementation=chosen)
     except (ImportError, ValueError, OSError, RuntimeError) as error:
         raise UserError(f"model.attn_implementation={chosen}: {' '.join(str(error).split())}") from error
+    return chosen
 
 
 def _find_packing(model: Model, config: PretrainedConfig) -> str | None:

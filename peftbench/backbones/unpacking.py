@@ -67,8 +67,16 @@ def unpack_backbone(model: PreTrainedModel, missing: Collection[str] = ()) -> No
     Raises:
         CannotUnpack: something is packed that cannot be unpacked.
     """
-    if not getattr(model, "is_quantized", False):
-        return
+    if getattr(model, "is_quantized", False):  # else transformers has unpacked it, and left its marks
+        _unpack(model, missing)
+    for mark in _MARKS:
+        vars(model).pop(mark, None)
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def _unpack(model: PreTrainedModel, missing: Collection[str]) -> None:
     dtype, bare = model.dtype, _build_bare(model)
     for name, plain in list(bare.named_modules()):
         if type(model.get_submodule(name)) is not type(plain):
@@ -80,11 +88,6 @@ def unpack_backbone(model: PreTrainedModel, missing: Collection[str] = ()) -> No
     for name, tensor in found.items():  # a head that was packed for other labels
         if tensor.shape != wanted[name].shape:
             raise CannotUnpack(f"{name} is packed as {tuple(tensor.shape)}, not as {tuple(wanted[name].shape)}")
-    for mark in _MARKS:
-        vars(model).pop(mark, None)
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
 
 
 def unpack_outside_layers(model: PreTrainedModel, missing: Collection[str] = ()) -> None:

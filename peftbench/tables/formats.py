@@ -51,15 +51,18 @@ def rows_to_csv(rows: Sequence[dict[str, Any]]) -> str:
     text = io.StringIO()
     keys = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(map(_quote_formula, keys))
-    writer.writerows([_quote_formula(row.get(key, "")) for key in keys] for row in rows)
+    writer.writerow(map(_clean_cell, keys))
+    writer.writerows([_clean_cell(row.get(key, "")) for key in keys] for row in rows)
     return text.getvalue()
 
 
-def _quote_formula(cell: Any) -> Any:
-    """Return a text which a spreadsheet would compute, such as =1+1, with a ' before it, which makes it a text."""
-    is_formula = isinstance(cell, str) and FORMULA.match(cell) is not None
-    return f"'{cell}" if is_formula else cell
+def _clean_cell(cell: Any) -> Any:
+    """Return a cell without controls, which not every CSV library can read or write; a spreadsheet would compute a text
+    such as =1+1, so that it gets a ' before it."""
+    if not isinstance(cell, str):
+        return cell
+    text = strip_controls(cell)
+    return f"'{text}" if FORMULA.match(text) else text
 
 
 def rows_to_values(columns: Sequence[Column[T]], rows: Sequence[T]) -> list[dict[str, Any]]:

@@ -97,6 +97,9 @@ class MicroBatched(Trainer):
         self._begun = 0  # how many of them have been started
         self._losses: list[Tensor] = []  # of these
         super().__init__(**others)
+        if self.model.config.is_encoder_decoder:
+            # Some versions of transformers take BART's loss for one of shifted labels, and do not count first tokens.
+            self._loss_shifts_labels = False
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, items = super().get_batch_samples(*args, **kwargs)
