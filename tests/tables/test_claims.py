@@ -24,7 +24,8 @@ from peftbench.tables.flatness import find_steepest, measure_last_gain
 from peftbench.utils.files import write_lines
 
 REFERENCE = Path(__file__).resolve().parents[2] / "outputs" / "reference"
-TEMPLATE = json.loads(next((REFERENCE / "grid").rglob("record.json")).read_text(encoding="utf-8"))
+# Folders have no order: Python 3.13 lists them otherwise than 3.11.
+TEMPLATE = json.loads(min((REFERENCE / "grid").rglob("adapter/*/record.json")).read_text(encoding="utf-8"))
 EXAMPLES = 400
 
 
