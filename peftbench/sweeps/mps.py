@@ -80,23 +80,25 @@ class Sharing:
     def __init__(self, mode: bool | str, daemon: _Daemon | None) -> None:
         self.mode, self.daemon = mode, daemon
 
-    @cached_property
+    @property
     def environment(self) -> dict[str, str]:
-        """What a worker needs in its environment before it uses its GPU; empty if there is no MPS.
+        """What a worker has in its environment from its start, unless `works` is False; empty without MPS."""
+        return {} if self.daemon is None else self.daemon.environment
 
-        It is known when each GPU has been used through the daemon, whose server takes seconds to start.
+    @cached_property
+    def works(self) -> bool:
+        """Whether each GPU can be used with that environment. The daemon's server takes seconds to start.
 
         Raises:
-            UserError: `mps=true`, and no process can use a GPU through the daemon.
+            UserError: `mps=true`, and a GPU cannot.
         """
-        if self.daemon is None:
-            return {}
-        try:
-            self.daemon.await_gpus()
-        except UnusableError as error:
-            _do_without(self.mode, error)
-            return {}
-        return self.daemon.environment
+        if self.daemon is not None:
+            try:
+                self.daemon.await_gpus()
+            except UnusableError as error:
+                _do_without(self.mode, error)
+                return False
+        return True
 
 
 @contextmanager

@@ -46,7 +46,10 @@ class Workers:
 
     def __init__(self, places: Sequence[dict[str, str]], logs: Path, sharing: Sharing) -> None:
         self.logs, self.sharing = logs, sharing
-        self.workers = [_Worker(place, logs / f"worker-{number}.log") for number, place in enumerate(places, start=1)]
+        self.workers = [
+            _Worker(place, sharing.environment, logs / f"worker-{number}.log")
+            for number, place in enumerate(places, start=1)
+        ]
 
     def __enter__(self) -> Workers:
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -71,7 +74,7 @@ class Workers:
         first = list(zip(self.workers, waiting, strict=False))
         for worker, _ in first:
             worker.start()
-        shared = self.sharing.environment  # which takes seconds, as the imports of the workers do
+        works = self.sharing.works  # which takes seconds, as the imports of the workers do
         busy: dict[Connection, tuple[_Worker, Job]] = {}
 
         def give(worker: _Worker, job: Job | None) -> None:
@@ -80,7 +83,7 @@ class Workers:
                 busy[worker.pipe] = (worker, job)
 
         for worker, job in first:
-            worker.admit(shared)
+            worker.admit(works)
             give(worker, job)
         while busy:
             for pipe in connection.wait(list(busy)):
@@ -110,10 +113,10 @@ class _Worker:
 
     pipe: Connection
 
-    def __init__(self, place: dict[str, str], log: Path) -> None:
-        self.place, self.log = place, log
+    def __init__(self, place: dict[str, str], sharing: dict[str, str], log: Path) -> None:
+        self.place, self.sharing, self.log = place, sharing, log
         self.process: BaseProcess | None = None
-        self.shared: dict[str, str] | None = None  # what it was admitted with
+        self.works: bool | None = None  # what it was admitted with
 
     def start(self) -> None:
         """Start a process, if none lives."""
@@ -123,17 +126,17 @@ class _Worker:
             self.pipe.close()
         context = multiprocessing.get_context("spawn")  # a forked child could not use the GPU
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve_jobs, args=(theirs, self.place, str(self.log)))
+        self.process = context.Process(target=_serve_jobs, args=(theirs, self.place, self.sharing, str(self.log)))
         self.process.start()
         theirs.close()  # so that our end sees it when the worker dies
-        if self.shared is not None:
-            self._send(self.shared)
+        if self.works is not None:
+            self._send(self.works)
 
-    def admit(self, shared: dict[str, str]) -> None:
-        """Let the worker use its GPU, with `shared` in its environment."""
-        if self.shared is None:
-            self.shared = shared
-            self._send(shared)
+    def admit(self, works: bool) -> None:
+        """Let the worker use its GPU; `works`: as it was meant to share it."""
+        if self.works is None:
+            self.works = works
+            self._send(works)
 
     def give(self, job: Job) -> None:
         self._send(job)
@@ -186,9 +189,9 @@ class _Worker:
             os.kill(pid, signal.SIGTERM if isinstance(error, Stopped) else signal.SIGINT)
 
 
-def _serve_jobs(pipe: Connection, environment: dict[str, str], log: str) -> None:
+def _serve_jobs(pipe: Connection, place: dict[str, str], sharing: dict[str, str], log: str) -> None:
     """Train the jobs from the pipe until None comes. This is the main function of a worker process."""
-    os.environ.update(environment)  # before torch is imported, which reads it then
+    os.environ.update({**place, **sharing})  # before torch is imported, which reads it then
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # which it is if a script started the sweep with &
         signal.signal(signal.SIGINT, _handle_interrupt)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -200,7 +203,7 @@ def _serve_jobs(pipe: Connection, environment: dict[str, str], log: str) -> None
     try:
         # At once: each takes seconds, and the GPU is asked in a process of its own.
         with ThreadPoolExecutor(1) as pool, speed_up_imports():
-            asked = pool.submit(_await_admission, pipe, environment)
+            asked = pool.submit(_await_admission, pipe, place, sharing)
             import_module("peftbench.train")
             imported = time.monotonic() - began
         asked.result()
@@ -220,13 +223,16 @@ def _serve_jobs(pipe: Connection, environment: dict[str, str], log: str) -> None
         sys.exit(f"peftbench: the GPU cannot be used through MPS: {error}.")
 
 
-def _await_admission(pipe: Connection, environment: dict[str, str]) -> None:
+def _await_admission(pipe: Connection, place: dict[str, str], sharing: dict[str, str]) -> None:
     """Wait until this process may use its GPU, and can."""
-    shared = pipe.recv()
-    if shared is None:  # dismissed before there was a job
+    works = pipe.recv()
+    if works is None:  # dismissed before there was a job
         raise EOFError
-    os.environ.update(shared)  # before CUDA is first used, which reads it then
-    await_gpu({**environment, **shared})
+    if works:
+        await_gpu({**place, **sharing})
+    else:
+        for name in sharing:  # before CUDA is first used, which reads it then
+            os.environ.pop(name, None)
 
 
 def _handle_interrupt(number: int, frame: FrameType | None) -> None:

@@ -84,8 +84,9 @@ def test_one_daemon_for_the_gpus_in_use(raised: type[BaseException] | None, mach
         pytest.raises(raised) if raised else share_gpus(False, [], tmp_path),
         share_gpus("auto", TWO_ON_ONE, tmp_path / "logs") as sharing,
     ):
-        assert made.said() == ["-d"]  # its server starts with its first client, which takes seconds
         own = sharing.environment
+        assert made.said() == ["-d"]  # its server starts with its first client, which takes seconds
+        assert sharing.works
         pipes = Path(own[PIPES])
         assert own == {PIPES: str(pipes), LOGS: str(tmp_path / "logs" / "mps")}
         assert pipes.parent == tmp_path and pipes.stat().st_mode & 0o777 == 0o700
@@ -104,7 +105,7 @@ def test_indices_are_those_of_all_gpus(machine: Any, tmp_path: Path, monkeypatch
     made = machine()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     with share_gpus(True, [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "2323"], tmp_path) as sharing:
-        assert sharing.environment
+        assert sharing.works
     first, *asked, last = [call[:2] for call in made.heard()]
     assert (first, last) == (["-d", "all"], ["quit -t 10", "2,3"])
     assert sorted(asked) == [["client", "2"], ["client", "3"]]
@@ -123,7 +124,7 @@ def test_none_where_none_is_needed(
         if why == "one that listens":
             _listen(server, tmp_path, monkeypatch)
         with share_gpus(mode, at, tmp_path) as sharing:
-            assert sharing.environment == {}
+            assert sharing.works and sharing.environment == {}
     assert made.heard() == []
 
 
@@ -180,11 +181,11 @@ def test_what_cannot_be_is_said_or_left(
     if why == "hangs":
         monkeypatch.setattr(module, "PATIENCE", 0.2)
     with pytest.raises(UserError) as refused, share_gpus(True, at, tmp_path) as sharing:
-        assert not sharing.environment
+        assert not sharing.works
     assert len(refused.value.faults) == 1 and sentence in refused.value.faults[0]
     assert capfd.readouterr() == ("", "")
     with share_gpus("auto", at, tmp_path) as sharing:
-        assert sharing.environment == sharing.environment == {}
+        assert [sharing.works, sharing.works] == [not sharing.environment] * 2
     told = "" if why in ("no GPU", "no program") else "mps=auto: "
     out, err = capfd.readouterr()
     assert out.startswith(told) and out.count("the runs of a GPU take turns.") == bool(told) and not err
@@ -228,7 +229,7 @@ from peftbench.sweeps import mps
 mps.PARENT, mps.DEFAULT_PIPES, sys.executable = Path({str(tmp_path)!r}), Path("/nonexistent"), {str(made.python)!r}
 with mps.share_gpus(True, {TWO_ON_ONE!r}, Path({str(tmp_path)!r})) as sharing:
     try:
-        assert sharing.environment
+        assert sharing.works
         print("ready", flush=True)
         time.sleep(60)
     finally:
@@ -275,7 +276,7 @@ def test_refused_on_the_command_line(
 def test_a_worker_that_lost_its_gpu_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault in a kernel, which under MPS reaches all processes on the GPU, spoils this process for further runs."""
     events: list[str] = []
-    worker = workers._Worker({}, tmp_path / "log")
+    worker = workers._Worker({}, {}, tmp_path / "log")
 
     def start() -> None:
         events.append("start")
@@ -319,6 +320,7 @@ def test_processes_share_a_gpu(tmp_path: Path) -> None:
         return subprocess.Popen([PYTHON, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
 
     with share_gpus(True, [{"CUDA_VISIBLE_DEVICES": gpu}] * 2, tmp_path) as sharing:
+        assert sharing.works
         place = {"CUDA_VISIBLE_DEVICES": gpu, **sharing.environment}
         assert [process.communicate(timeout=120)[0] for process in (start(right), start(right))] == ["28\n"] * 2
         ask = {"input": "get_server_list\n", "capture_output": True, "text": True}

@@ -160,9 +160,9 @@ def test_mps_that_serves_nobody_is_left(
 
 
 def test_a_worker_that_died_between_two_phases_is_started_again(tmp_path: Path) -> None:
-    worker = _Worker({}, tmp_path / "log")
+    worker = _Worker({}, {}, tmp_path / "log")
     worker.start()
-    worker.admit({"PEFTBENCH_TEST": "1"})
+    worker.admit(True)
     assert worker.process is not None
     first = worker.process.pid
     worker.start()
