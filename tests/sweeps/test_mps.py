@@ -293,6 +293,23 @@ def test_a_worker_that_lost_its_gpu_is_replaced(tmp_path: Path, monkeypatch: pyt
     assert worker.take() == Ended(1.0) and len(events) == 5
 
 
+@pytest.mark.parametrize("works", [True, False, None])
+def test_a_worker_drops_what_does_not_work(works: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    sharing, asked = {PIPES: "pipes", LOGS: "logs"}, []
+    for name, value in sharing.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(workers, "await_gpu", asked.append)
+    ours, theirs = multiprocessing.Pipe()
+    ours.send(works)
+    if works is None:  # the sweep has ended before
+        with pytest.raises(EOFError):
+            workers._await_admission(theirs, {}, sharing)
+        return
+    workers._await_admission(theirs, {"CUDA_VISIBLE_DEVICES": "GPU-a"}, sharing)
+    assert [name in os.environ for name in sharing] == [works, works]
+    assert asked == ([{"CUDA_VISIBLE_DEVICES": "GPU-a", **sharing}] if works else [])
+
+
 @pytest.mark.parametrize("lost", [False, True])
 def test_whether_a_gpu_is_lost_is_seen_after_a_run(lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def synchronize() -> None:
