@@ -50,7 +50,7 @@ def keep(record: Record, target: Path, names: dict[str, str], alone: bool = Fals
     renamed = {**names, outputs: OUTPUTS}
     told = json.loads(rename_folders((record.folder / FILE).read_text(encoding="utf-8"), renamed))
     (target / FILE).write_text(json.dumps(told, separators=(",", ":"), ensure_ascii=False) + "\n", encoding="utf-8")
-    if alone:
+    if alone or not (record.folder / "config.yaml").is_file():  # it was kept alone before
         return
     config = rename_folders((record.folder / "config.yaml").read_text(encoding="utf-8"), renamed)
     (target / "config.yaml").write_text(config, encoding="utf-8")

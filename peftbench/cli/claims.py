@@ -23,13 +23,7 @@ from peftbench.tables.claim_texts import (
     describe_few,
     describe_untested,
 )
-from peftbench.tables.claims import (
-    CellFindings,
-    Comparison,
-    Estimate,
-    Finding,
-    judge_records,
-)
+from peftbench.tables.claims import CellFindings, Comparison, Estimate, Finding, judge_records
 from peftbench.tables.fields import FIELDS
 from peftbench.tables.searches import find_studies
 from peftbench.tables.select import is_filter, load_folders, select_records

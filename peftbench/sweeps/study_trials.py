@@ -39,7 +39,7 @@ def choose_trials(study: Study) -> Iterator[Job]:
     for trial in list_by_state(study.optuna, "RUNNING"):
         if WORDS in trial.user_attrs:
             job = study.make_job(trial.number, study.compose(trial.user_attrs[WORDS]))
-            # if the process died before it did so
+            # The process may have died before it did so.
             note_attribute(study.optuna, trial, RUN_FOLDER, relate_path(study.root, job.folder))
             yield job
         else:  # the process died while it chose

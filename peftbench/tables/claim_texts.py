@@ -19,6 +19,7 @@ FEW = 5  # below so many seeds, they are said to be few
 
 
 def describe_cell(cell: CellFindings) -> str:
+    """Return what the runs of a cell have in common: task, backbone, examples, steps, rates and seeds."""
     first = cell.first
     report = first.scores["report"]
     rates = (

@@ -193,6 +193,11 @@ def test_of_beaten_trials_of_a_study_the_record_alone_is_kept(
     assert (target / FILE).is_file() and (target / "config.yaml").is_file()
     keep_records.keep(one, target, {}, alone=True)  # now that another trial is better
     assert [file.name for file in target.iterdir()] == ["record.json"]
+    kept_alone = find_record(target)
+    assert kept_alone is not None
+    kept_alone.overrides = one.overrides
+    keep_records.keep(kept_alone, tmp_path / "again", {})  # on a machine that does not know the better one
+    assert [file.name for file in (tmp_path / "again").iterdir()] == ["record.json"]
 
 
 def test_predictions_that_are_not_those_of_the_score_are_not_kept(keep_records: ModuleType, tmp_path: Path) -> None:

@@ -293,7 +293,7 @@ def test_tensorboard_has_all_that_was_logged_before_ctrl_c(tmp_path: Path) -> No
     run = replace(compose_run([*SMOKE, f"output_dir={tmp_path}"]), trackers=["tensorboard"])
     with suppress(KeyboardInterrupt), follow_run(run, make_record(tmp_path / "run"), print) as followed:
         (callback,) = followed.begin()
-        callback.callback.tb_writer.add_scalar("train/loss", 1.5, 7)  # type: ignore[attr-defined]
+        callback.callback.tb_writer.add_scalar("train/loss", 1.5, 7)
         raise KeyboardInterrupt
     events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
