@@ -10,9 +10,10 @@ from datetime import datetime
 
 from peftbench.records.choice import list_edges
 from peftbench.records.record import Record
-from peftbench.tables.claims import LEAST_SEEDS, CellFindings, Finding, count_seeds_needed, get_score
+from peftbench.tables.claims import CellFindings, Finding, count_seeds_needed, get_score
 from peftbench.tables.fields import MANY_CUT_OFF
 from peftbench.tables.flatness import find_steepest
+from peftbench.tables.intervals import LEAST_SEEDS
 from peftbench.tables.row import Row, is_scored, is_trial
 
 FEW = 5  # below so many seeds, they are said to be few

@@ -20,17 +20,15 @@ from scipy.stats import t as student
 
 from peftbench.config.rows import LOADER
 from peftbench.config.schema import find_conf_dir
-from peftbench.metrics.bootstrap import LEVEL, draw_differences, draw_seed_weights, score_drawn_examples
+from peftbench.metrics.bootstrap import LEVEL, draw_differences, draw_seed_weights
 from peftbench.records.record import Record
 from peftbench.records.wording import format_value
 from peftbench.tables.advice import group_alike
-from peftbench.tables.examples import has_examples, read_examples
 from peftbench.tables.fields import FIELDS
+from peftbench.tables.intervals import LEAST_SEEDS, RESAMPLES, draw_example_scores
 from peftbench.tables.row import Row, group_seeds, is_trial
 
 Verdict = Literal["confirmed", "not confirmed", "contradicted", "not tested"]
-RESAMPLES = 2000
-LEAST_SEEDS = 2  # with one seed it is unknown what another one would give
 # Rows of different budgets are compared where B stores this many times as much as A. A B that stores clearly more has
 # an advantage: such a pair can confirm a claim for A but contradict none.
 SIMILAR = (0.85, 1.6)
@@ -240,15 +238,6 @@ def get_score(record: Record) -> float:
     """Return the reported score of a run that has one."""
     assert record.score is not None
     return record.score
-
-
-def draw_example_scores(runs: Sequence[Record], resamples: int) -> dict[str, np.ndarray]:
-    """Return the scores of runs on drawn examples, by folder: (resamples). Without known examples, none."""
-    runs = [run for run in runs if has_examples(run)]
-    if not runs:
-        return {}
-    scores = score_drawn_examples([read_examples(run)[run.metric] for run in runs], resamples)
-    return {str(run.folder): drawn for run, drawn in zip(runs, scores, strict=True)}
 
 
 def _judge_claim(

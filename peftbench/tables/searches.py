@@ -16,14 +16,9 @@ from peftbench.records.choice import compute_objective
 from peftbench.records.record import Record, Selection
 from peftbench.records.wording import format_value
 from peftbench.tables.advice import group_alike
-from peftbench.tables.claims import (
-    LEAST_SEEDS,
-    Comparison,
-    Estimate,
-    draw_example_scores,
-    estimate_difference,
-)
+from peftbench.tables.claims import Comparison, Estimate, estimate_difference
 from peftbench.tables.fields import FIELDS
+from peftbench.tables.intervals import LEAST_SEEDS, draw_example_scores
 from peftbench.tables.row import Row, group_seeds, is_scored, is_trial
 
 RIVALS = {"mam": "MAM", "lora": "LoRA"}  # methods that the best point would have to beat to be worth a preset
