@@ -36,6 +36,7 @@ FIELDS: dict[str, Callable[[Record], Any]] = {
     "fidelity": lambda r: r.fidelity,
     "deviations": lambda r: [deviation.name for deviation in r.deviations],
     "budget": lambda r: r.budget,
+    "row": lambda r: index_by_key(r.overrides).get("row"),  # of the paper's tables, as it was typed
     "fast_paths": lambda r: r.fast_paths,
     "metric": lambda r: r.metric,
     "split": lambda r: r.scores["report"].split if "report" in r.scores else None,

@@ -17,6 +17,7 @@ from peftbench.tables.row import is_trial
 from peftbench.utils.errors import UserError, describe_unknown, warn
 
 TRIALS = "trials=true"  # the word that shows trials
+OR = "or"  # the word between two sets of filters
 FILTER = re.compile(r"(?P<key>[\w.]+)(?P<sign>!=|>=|<=|=|>|<)(?P<values>.*)", re.DOTALL)
 ORDER = {">": operator.gt, "<": operator.lt, ">=": operator.ge, "<=": operator.le}
 
@@ -58,16 +59,49 @@ def load_folders(folders: Iterable[Path]) -> list[Record]:
 
 
 def is_filter(word: str) -> bool:
-    """Return whether a word of the command line is a filter; any other word is a folder."""
-    return FILTER.fullmatch(word) is not None
+    """Return whether a word of the command line is a filter, or is between two of them; any other word is a folder."""
+    return word == OR or FILTER.fullmatch(word) is not None
 
 
 def select_records(records: Sequence[Record], filters: Sequence[str]) -> list[Record]:
     """Return the records that pass all filters KEY=VALUE,... or KEY!=VALUE,...; `*` in a value matches anything.
 
-    KEY>NUMBER, <, >= and <= are for numbers. Raises UserError for a key that no record has, and for a value that no
-    record has.
+    KEY>NUMBER, <, >= and <= are for numbers. With `or` among the filters, the records that pass all before it or all
+    after it. Raises UserError for a key that no record has, for a value that no record has, and where no record passes
+    one of several sets of filters.
     """
+    if OR not in filters:
+        return _select_all(records, filters)
+    hits: set[int] = set()
+    faults = []
+    for some in _split_at_or(filters):
+        try:
+            found = _select_all(records, some)
+        except UserError as error:
+            faults.extend(error.faults)
+            continue
+        if not found:
+            faults.append(f"No run passes {' '.join(some)}, between one `or` and another.")
+        hits.update(map(id, found))
+    if faults:
+        raise UserError(*dict.fromkeys(faults))
+    return [record for record in records if id(record) in hits]
+
+
+def _split_at_or(filters: Sequence[str]) -> list[list[str]]:
+    sets: list[list[str]] = [[]]
+    for word in filters:
+        if word == OR:
+            sets.append([])
+        else:
+            sets[-1].append(word)
+    if not all(sets):
+        raise UserError(f"{' '.join(filters)}: `or` is between two sets of filters, such as budget=2% or method=full.")
+    return sets
+
+
+def _select_all(records: Sequence[Record], filters: Sequence[str]) -> list[Record]:
+    """Return the records that pass all of the filters."""
     found, faults = list(records), []
     for word in filters:
         match = FILTER.fullmatch(word)
