@@ -32,13 +32,15 @@ from peftbench.utils.files import dump_json
 from peftbench.utils.text import join_lines
 
 EPILOG = """\
-KEY is a column (method, task, model, seed, status, functional_form, bottleneck, learning_rate, stored, score, time,
-device ...), a metric (rouge1 ...), a baseline, or a dotted key of the record (trainer.batch_size, versions.torch ...).
+KEY is a column (method, row, task, model, seed, status, functional_form, bottleneck, learning_rate, stored, score,
+time, device ...), a metric (rouge1 ...), a baseline, or a dotted key of the record (trainer.batch_size ...).
 
 examples:
   peftbench results method=mam,lora task=xsum status=done
   peftbench results 'score>60' 'stored<1e6'                compare numbers, in quotes because of the shell
+  peftbench results budget=2% method=lora,mam or method=full   what passes the filters before or after
   peftbench results --mean --sort stored
+  peftbench results --mean --interval                      ± half the 95% interval, over seeds and examples
   peftbench results --rows method --columns insertion_form
   peftbench results --show method,seed,score,searched      what search= tried; trials=true also shows its trials
   peftbench results task=xsum --mean --show method,percent,rouge1,rouge2,rougeL --latex
@@ -54,6 +56,8 @@ def main(argv: list[str]) -> int:
     if arguments.paper and not any(map(find_printed, records)):
         warn("None of these runs is a row of the paper's tables, at its size; row=NAME trains one.")
     pivoted = arguments.rows or arguments.columns
+    if arguments.interval and (arguments.statistic == "median" or not (pivoted or arguments.statistic)):
+        raise UserError("--interval is that of a mean: it needs --mean, or --rows and --columns without --median.")
     if (pivoted or arguments.statistic) and (again := len(records) - len(drop_retrained(records))):
         runs = "1 run was" if again == 1 else f"{again} runs were"
         warn(f"{runs} trained more than once; a mean uses the latest.")
@@ -68,6 +72,7 @@ def main(argv: list[str]) -> int:
             value=arguments.value,
             mixed=arguments.mix,
             statistic=arguments.statistic or "mean",
+            interval=arguments.interval,
         )
         _print_tables([(Text(heading), wanted, lines)], arguments)
         return 0
@@ -108,6 +113,12 @@ def _build_parser() -> argparse.ArgumentParser:
             const=statistic,
             help=f"one row for the runs that differ only in their seed: {statistic} ± standard deviation, and n",
         )
+    parser.add_argument(
+        "--interval",
+        action="store_true",
+        help="± half the 95%% interval of the mean in place of the standard deviation: over seeds and examples where "
+        "it is known what each example contributed, else over the seeds",
+    )
     parser.add_argument("--sort", metavar="KEY", help="order by a column, lowest first; default: best score first")
     parser.add_argument("--reverse", action="store_true", help="with --sort: the largest first")
     parser.add_argument("--show", metavar="KEY,...", type=_split_list, default=[], help="only these columns")
@@ -155,8 +166,8 @@ def _choose_columns(table: list[Row], arguments: argparse.Namespace) -> tuple[li
         (by,) = find_columns([arguments.sort], table, arguments.pareto, arguments.paper)
         table = _sort_rows(table, by, arguments.reverse)
     if arguments.show:
-        return find_columns(arguments.show, table, arguments.pareto, arguments.paper), table
-    return choose_columns(table, cost=arguments.pareto, paper=arguments.paper), table
+        return find_columns(arguments.show, table, arguments.pareto, arguments.paper, arguments.interval), table
+    return choose_columns(table, cost=arguments.pareto, paper=arguments.paper, interval=arguments.interval), table
 
 
 def _sort_rows(table: list[Row], column: Column[Row], descending: bool) -> list[Row]:

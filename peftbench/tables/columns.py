@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
-from typing import Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from peftbench.config.axes import UNFROZEN, format_axes
 from peftbench.config.identity import IGNORED
@@ -28,6 +28,9 @@ from peftbench.tables.fields import (
 from peftbench.tables.paper import Printed, find_printed
 from peftbench.tables.row import Row, find_front, identify_point, is_below_baseline, is_unscored
 from peftbench.utils.differences import find_differing
+
+if TYPE_CHECKING:
+    from peftbench.tables.intervals import Interval
 
 T = TypeVar("T")
 Cost = Literal["stored", "memory", "time"]
@@ -50,6 +53,7 @@ class Column(Generic[T]):
     words: bool = False  # left-aligned; numbers are right-aligned
     wrap: int | None = None  # minimum width in characters to which cells may wrap; None: they never wrap
     marks: tuple[tuple[str, str], ...] = ()  # signs in the cells, each with its meaning
+    interval: Callable[[T], Interval | None] | None = None  # shown in place of the standard deviation
 
 
 # Paths of files: only their content counts, and other content would be another data set or backbone.
@@ -79,6 +83,7 @@ def choose_columns(
     status: Callable[[Record], str] | None = None,
     cost: Cost = "stored",
     paper: bool = False,
+    interval: bool = False,
 ) -> list[Column[Row]]:
     """Return the default columns of a table of comparable runs.
 
@@ -86,6 +91,7 @@ def choose_columns(
         status: text for how a run ended; None: its outcome, shown only if some run is not done.
         cost: the cost of the Pareto front that is marked.
         paper: show the paper's scores also next to runs with another backbone or less data.
+        interval: show the 95% interval of a mean in place of the standard deviation.
     """
     records = [record for row in rows for record in row.records]
     seeds = {record.seed for record in records}
@@ -102,15 +108,15 @@ def choose_columns(
         # ± needs space, and so do the seeds and the other settings that distinguish rows.
         make_number("percent", "% of\nmodel", _format_two, dispensable=2 if grouped or apart or len(seeds) > 1 else 0),
         # For every metric of the tasks, higher is better.
-        _make_score_column(records[0].metric),
+        _make_score_column(records[0].metric, _estimate(FIELDS["score"], rows, True) if interval else None),
         *([CUT_OFF] if any((FIELDS["cut_off"](record) or 0) > MANY_CUT_OFF for record in records) else []),
-        *([_make_average_column(records)] if len(list_further_splits(records)) > 1 else []),
-        *map(_make_further_column, list_further_splits(records)),
+        *([_make_average_column(rows, interval)] if len(list_further_splits(records)) > 1 else []),
+        *(_make_further_column(split, rows, interval) for split in list_further_splits(records)),
         *make_delta_columns(rows),
         *make_paper_columns(rows, paper),
         *([RUNS] if grouped else []),
         *(make_number(name, name, _format_two, dispensable=6, of=partial(get_baseline, name)) for name in baselines),
-        *make_measured_columns(records),
+        *make_measured_columns(rows, interval),
         make_number("tokens_per_s", "tokens\n/s", _format_count, better="higher", dispensable=10),
         make_number("memory", "peak\nGiB", _format_two, better="lower", dispensable=9),
         make_number("time", "time", format_duration, better="lower", dispensable=7),
@@ -125,9 +131,11 @@ def choose_columns(
     return found
 
 
-def find_columns(keys: Sequence[str], rows: Sequence[Row], cost: Cost, paper: bool = False) -> list[Column[Row]]:
+def find_columns(
+    keys: Sequence[str], rows: Sequence[Row], cost: Cost, paper: bool = False, interval: bool = False
+) -> list[Column[Row]]:
     """Return the columns that were asked for by name. Raises UserError for an unknown name."""
-    known = {column.key: column for column in choose_columns(rows, OUTCOME, cost, paper)}
+    known = {column.key: column for column in choose_columns(rows, OUTCOME, cost, paper, interval)}
     known |= {"n": RUNS, "deviations": DEVIATIONS, "cut_off": CUT_OFF}
     known |= {key: Column(key, key, lambda r: "", lambda r: None) for key in PAPER if key not in known}
     known["front"] = next(iter(make_front_columns(rows, cost)), Column("front", "front", lambda r: ""))
@@ -141,7 +149,15 @@ def find_columns(keys: Sequence[str], rows: Sequence[Row], cost: Cost, paper: bo
         if all(isinstance(of(record), int | float | None) for record in records) and key != "seed":
             scores = key not in FIELDS and "." not in key  # a metric or a baseline
             found.append(
-                make_number(key, key, _format_shortest, of=of, spread=scores, better="higher" if scores else None)
+                make_number(
+                    key,
+                    key,
+                    _format_shortest,
+                    of=of,
+                    spread=scores,
+                    better="higher" if scores else None,
+                    intervals=_estimate(of, rows, key == records[0].metric) if interval and scores else None,
+                )
             )
         else:
             found.append(Column(key, key, partial(_format_texts, of), words=True, wrap=16))
@@ -157,52 +173,79 @@ def make_number(
     dispensable: int = 0,
     of: Callable[[Record], float | None] | None = None,
     spread: bool = False,
+    intervals: Mapping[int, Interval] | None = None,
 ) -> Column[Row]:
     """Return a column with a number of each run: its mean or median over a row's runs, followed by ± its standard
-    deviation if `spread` is set."""
+    deviation if `spread` is set, or ± half its interval if the rows' `intervals` are given."""
     read = of or FIELDS[key]
 
     def cell(row: Row) -> str:
         value, deviation = row.number(read), row.spread(read) if spread else None
-        return "" if value is None else form(value) + ("" if deviation is None else f" ± {form(deviation)}")
+        if intervals is not None:
+            deviation = intervals[id(row)].half if id(row) in intervals else None
+        return "" if value is None else form(value) + ("" if deviation is None else f" ± {form(deviation).lstrip('+')}")
 
     return Column(
         key,
         header,
         cell,
         lambda row: row.number(read),
-        (lambda row: row.spread(read)) if spread else None,
+        (lambda row: row.spread(read)) if spread and intervals is None else None,
         better,
         dispensable,
+        marks=_explain_intervals(key, intervals),
+        interval=None if intervals is None else (lambda row: intervals.get(id(row))),
     )
 
 
-def _make_score_column(metric: str) -> Column[Row]:
+def _estimate(of: Callable[[Record], float | None], rows: Sequence[Row], is_score: bool) -> dict[int, Interval]:
+    from peftbench.tables.intervals import estimate_means  # slow to import, and most tables show no interval
+
+    return estimate_means(rows, of, is_score)
+
+
+def _explain_intervals(key: str, intervals: Mapping[int, Interval] | None) -> tuple[tuple[str, str], ...]:
+    """Return what ± means in a column of intervals."""
+    if not intervals:
+        return ()
+    from peftbench.tables.intervals import describe_ways
+
+    return (("±", f"of {key} is half the 95% interval of the mean: {describe_ways(intervals.values())}"),)
+
+
+def _make_score_column(metric: str, intervals: Mapping[int, Interval] | None) -> Column[Row]:
     """Return the column of the main metric; a score below a baseline is marked."""
-    plain = make_number("score", f"{metric} ↑", _format_two, better="higher", spread=True)
+    plain = make_number("score", f"{metric} ↑", _format_two, better="higher", spread=True, intervals=intervals)
 
     def cell(row: Row) -> str:
         return f"{plain.cell(row)} {BELOW_MARK}" if is_below_baseline(row) else plain.cell(row)
 
-    return replace(plain, cell=cell, marks=((BELOW_MARK, "below a baseline"),))
+    return replace(plain, cell=cell, marks=((BELOW_MARK, "below a baseline"), *plain.marks))
 
 
 # The share of generated texts that ended by their length: shown where it is large, for such a score says little.
 CUT_OFF = make_number("cut_off", "cut\noff", "{:.1%}".format, dispensable=2)
 
 
-def _make_further_column(split: str) -> Column[Row]:
+def _make_further_column(split: str, rows: Sequence[Row], interval: bool) -> Column[Row]:
     """Return the column of a split scored in addition to the report split; each line has one word of its name."""
     header = f"{split} ↑".replace("_", "\n")
     of = partial(get_further_score, split)
-    return make_number(split, header, _format_two, better="higher", dispensable=4, of=of, spread=True)
+    intervals = _estimate(of, rows, False) if interval else None
+    return make_number(
+        split, header, _format_two, better="higher", dispensable=4, of=of, spread=True, intervals=intervals
+    )
 
 
-def _make_average_column(records: Sequence[Record]) -> Column[Row]:
+def _make_average_column(rows: Sequence[Row], interval: bool) -> Column[Row]:
     """Return the column of the average over the report split and the further ones, several sets of one task."""
+    records = [record for row in rows for record in row.records]
     header = f"average\nof {len(list_further_splits(records)) + 1} ↑"
     of = average_scores(records)
-    return make_number(AVERAGE, header, _format_two, better="higher", dispensable=1, of=of, spread=True)
+    intervals = _estimate(of, rows, False) if interval else None
+    return make_number(
+        AVERAGE, header, _format_two, better="higher", dispensable=1, of=of, spread=True, intervals=intervals
+    )
 
 
 def find_distinguishing(rows: Sequence[Row]) -> list[Column[Row]]:
@@ -302,16 +345,25 @@ def make_paper_columns(rows: Sequence[Row], everywhere: bool = False) -> list[Co
     return columns if everywhere else [columns[0], columns[2]]
 
 
-def make_measured_columns(records: Sequence[Record]) -> list[Column[Row]]:
+def make_measured_columns(rows: Sequence[Row], interval: bool = False) -> list[Column[Row]]:
     """Return columns of what was measured where it was asked for: how much general ability a training costs, and the
     speed of the finished run in percent of the bare backbone's.
 
     Losses on different texts are not comparable, and are no column then.
     """
     found: list[Column[Row]] = []
+    records = [record for row in rows for record in row.records]
     if len({one.retention.stamp for one in records if one.retention is not None and one.retention.after}) == 1:
         found.append(
-            make_number("forgetting", "general\nΔ loss", "{:+.3f}".format, better="lower", dispensable=1, spread=True)
+            make_number(
+                "forgetting",
+                "general\nΔ loss",
+                "{:+.3f}".format,
+                better="lower",
+                dispensable=1,
+                spread=True,
+                intervals=_estimate(FIELDS["forgetting"], rows, False) if interval else None,
+            )
         )
     if any(record.speed is not None for record in records):
         found.append(make_number("speed", "speed, %\nof bare", "{:.0f}".format, better="higher", dispensable=1))

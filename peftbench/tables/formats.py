@@ -66,7 +66,8 @@ def _clean_cell(cell: Any) -> Any:
 
 
 def rows_to_values(columns: Sequence[Column[T]], rows: Sequence[T]) -> list[dict[str, Any]]:
-    """Return each row as column: value. Numbers are not rounded; the standard deviation, if any, is in COLUMN_std."""
+    """Return each row as column: value. Numbers are not rounded; the standard deviation, if any, is in COLUMN_std, and
+    the ends of an interval are in COLUMN_low and COLUMN_high."""
     found = []
     for row in rows:
         one: dict[str, Any] = {}
@@ -74,6 +75,8 @@ def rows_to_values(columns: Sequence[Column[T]], rows: Sequence[T]) -> list[dict
             one[column.key] = _join_lines(column.cell(row)) if column.value is None else column.value(row)
             if column.spread is not None and (deviation := column.spread(row)) is not None:
                 one[f"{column.key}_std"] = deviation
+            if column.interval is not None and (interval := column.interval(row)) is not None:
+                one |= {f"{column.key}_low": interval.low, f"{column.key}_high": interval.high}
         found.append(one)
     return found
 

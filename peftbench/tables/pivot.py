@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from peftbench.config.axes import CHOICES
 from peftbench.config.identity import IGNORED
@@ -22,6 +22,9 @@ from peftbench.tables.fields import COSTS, FIELDS, MANY_CUT_OFF, find_field
 from peftbench.tables.row import Row, Statistic, drop_retrained, identify_point, is_below_baseline, is_scored
 from peftbench.utils.differences import find_differing, flatten
 from peftbench.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from peftbench.tables.intervals import Interval
 
 CUT_MARK = "†"  # a score of generated texts of which many ended by their length
 # The settings that runs must share for their scores to be in one column.
@@ -44,12 +47,14 @@ def pivot_records(
     value: str = "score",
     mixed: Sequence[str] = (),
     statistic: Statistic = "mean",
+    interval: bool = False,
 ) -> tuple[str, list[Column[PivotLine]], list[PivotLine]]:
     """Return title, columns and lines of the table of `value`, over those of `records` that have a score.
 
     Args:
         rows, columns: keys, as for filters; their values label the lines and the columns.
         mixed: keys that may differ within a column or a cell.
+        interval: show the 95% interval of the mean in place of the standard deviation.
 
     Raises:
         UserError: a key is unknown, or `value` is not a number; or a column or a cell would mix runs that differ in a
@@ -85,14 +90,19 @@ def pivot_records(
         Column[PivotLine](key, key, partial(_get_label, index), words=True, wrap=20) for index, key in enumerate(rows)
     ]
     better: Literal["higher", "lower"] = "lower" if value in COSTS else "higher"
+    intervals = _estimate_cells(lines, shown, value) if interval else {}
+    seeds = {len(row.scored) for line in lines for row in line.cells.values()}
+    form = _Form(value not in FIELDS or value == "score", value == "score", not interval or len(seeds) > 1)
+    beside = partial(_get_half, intervals) if interval else partial(_get_deviation, shown)
     numbers = [
         Column[PivotLine](
             ", ".join(head) or value,
             "\n".join(label or "none" for label in head) or value,
-            partial(_format_cell, head, shown, value not in FIELDS or value == "score", value == "score"),
+            partial(_format_cell, head, shown, beside, form),
             partial(_get_number, head, shown),
-            partial(_get_spread, head, shown),
+            None if interval else partial(_get_spread, head, shown),
             better,
+            interval=partial(_get_interval, head, intervals) if interval else None,
         )
         for head in heads
     ]
@@ -102,7 +112,7 @@ def pivot_records(
         BELOW_MARK: "below a baseline",
     }
     legend = "".join(f"; {mark} {what}" for mark, what in meanings.items() if any(mark in cell for cell in shown_cells))
-    return _write_title(value, scored) + legend, [*labels, *numbers], lines
+    return _write_title(value, scored) + legend + _explain(intervals.values()), [*labels, *numbers], lines
 
 
 def _write_title(value: str, records: Sequence[Record]) -> str:
@@ -194,19 +204,66 @@ def _get_label(index: int, line: PivotLine) -> str:
     return line.labels[index]
 
 
+@dataclass(frozen=True)
+class _Form:
+    """How the numbers of a table are written."""
+
+    is_score: bool  # of the main metric or another
+    is_main: bool
+    with_seeds: bool
+
+
 def _format_cell(
-    head: tuple[str, ...], of: Callable[[Record], float | None], is_score: bool, is_main: bool, line: PivotLine
+    head: tuple[str, ...],
+    of: Callable[[Record], float | None],
+    beside: Callable[[Row], float | None],
+    form: _Form,
+    line: PivotLine,
 ) -> str:
     """Return the value of a cell; a score of texts of which many were cut off, or below a baseline, is marked."""
-    value, spread = _get_number(head, of, line), _get_spread(head, of, line)
+    value = _get_number(head, of, line)
     if value is None:
         return ""
+    row = line.cells[head]
     shown = f"{value:.2f}" if abs(value) < 1e4 else f"{value:,.0f}"
-    if spread is not None:
-        shown = f"{shown} ± {spread:.2f} ({len(line.cells[head].records)})"
-    many = any((FIELDS["cut_off"](record) or 0) > MANY_CUT_OFF for record in line.cells[head].records)
-    below = is_main and is_below_baseline(line.cells[head])
-    return " ".join([shown, *([CUT_MARK] if is_score and many else []), *([BELOW_MARK] if below else [])])
+    if (spread := beside(row)) is not None:
+        shown = f"{shown} ± {spread:.2f}" + (f" ({len(row.records)})" if form.with_seeds else "")
+    many = any((FIELDS["cut_off"](record) or 0) > MANY_CUT_OFF for record in row.records)
+    below = form.is_main and is_below_baseline(row)
+    return " ".join([shown, *([CUT_MARK] if form.is_score and many else []), *([BELOW_MARK] if below else [])])
+
+
+def _estimate_cells(
+    lines: Sequence[PivotLine], of: Callable[[Record], float | None], value: str
+) -> dict[int, Interval]:
+    """Return the interval of each cell by its row's id."""
+    from peftbench.tables.intervals import estimate_means  # slow to import, and most tables show no interval
+
+    cells = [row for line in lines for row in line.cells.values()]
+    main = [row for row in cells if value in ("score", row.first.metric)]
+    others = [row for row in cells if value not in ("score", row.first.metric)]
+    return estimate_means(main, of, True) | estimate_means(others, of, False)
+
+
+def _explain(intervals: Collection[Interval]) -> str:
+    """Return what ± means beside intervals."""
+    if not intervals:
+        return ""
+    from peftbench.tables.intervals import describe_ways
+
+    return f"; ± is half the 95% interval of the mean: {describe_ways(intervals)}"
+
+
+def _get_half(intervals: Mapping[int, Interval], row: Row) -> float | None:
+    return intervals[id(row)].half if id(row) in intervals else None
+
+
+def _get_deviation(of: Callable[[Record], float | None], row: Row) -> float | None:
+    return row.spread(of)
+
+
+def _get_interval(head: tuple[str, ...], intervals: Mapping[int, Interval], line: PivotLine) -> Interval | None:
+    return intervals.get(id(line.cells[head])) if head in line.cells else None
 
 
 def _get_number(head: tuple[str, ...], of: Callable[[Record], float | None], line: PivotLine) -> float | None:

@@ -20,13 +20,16 @@ from peftbench.cli.results import main
 from peftbench.records.record import Axes, Divergence, Failure, Record, RecordedBackbone, RecordedCounts, load_records
 from peftbench.records.recording import describe_run
 from peftbench.tables.columns import choose_columns, find_best_rows
+from peftbench.tables.fields import FIELDS
 from peftbench.tables.formats import to_latex, to_markdown
+from peftbench.tables.intervals import estimate_means
 from peftbench.tables.pivot import pivot_records
 from peftbench.tables.report.content import build_content
 from peftbench.tables.row import find_front, group_seeds, make_rows
 from peftbench.tables.select import select_records
 from peftbench.utils.errors import UserError
 from tests.records.test_record import RUN
+from tests.tables.test_claims import make_row
 from tests.tables.test_table import FFN, HEADS, record, saved
 
 SCORES = {
@@ -94,6 +97,8 @@ def printed_rows(capsys: pytest.CaptureFixture[str], *arguments: object) -> list
         (["seed>1"], 3),
         (["stored>=1000", "stored<1e5"], 5),
         (["seed<=1", "method!=full"], 2),
+        (["seed=1", "method=lora", "or", "method=full"], 2),
+        (["method=lora", "or", "seed=1", "or", "stored>=3000"], 6),
     ],
 )
 def test_filters(filters: list[str], expected: int) -> None:
@@ -109,6 +114,9 @@ def test_filters(filters: list[str], expected: int) -> None:
         (["method=lroa", "sed=1"], ["did you mean lora?", "sed is not a column; did you mean seed?"]),
         (["trainer.lr=1"], ["trainer.lr is not a column"]),
         (["score>high"], ["score>high: > needs a number after it."]),
+        (["method=lroa", "or", "sed=1"], ["did you mean lora?", "sed is not a column; did you mean seed?"]),
+        (["method=full", "seed=2", "or", "seed=1"], ["No run passes method=full seed=2, between"]),
+        (["or", "seed=1"], ["or seed=1: `or` is between two sets of filters"]),
     ],
 )
 def test_a_filter_that_matches_nothing_says_what_there_is(filters: list[str], sentences: list[str]) -> None:
@@ -129,6 +137,13 @@ def test_a_value_that_some_runs_have_none_of_can_be_asked_for() -> None:
 def test_filters_that_leave_nothing_are_named(outputs: Path) -> None:
     with pytest.raises(UserError, match="No run passes method=full seed=2"):
         main([str(outputs), "method=full", "seed=2"])
+
+
+def test_a_row_of_the_paper_can_be_asked_for(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    typed = run("mam", 4, 90.0, outputs / "typed", overrides=["row=mam_30_512", "budget=2%"], budget="2%")
+    saved(typed)
+    (row,) = printed_rows(capsys, outputs, "row=mam_30_512", "or", "budget=2%", "--show", "row,score")
+    assert row == {"row": "mam_30_512", "score": "90.0"}
 
 
 # Seeds
@@ -350,6 +365,38 @@ def test_rows_as_json(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert [row["score"] for row in rows] == pytest.approx([72, 70.5, 63])
     assert rows[1]["axes"] == "relu · ffn · parallel · scaled 4 + softmax · heads · parallel · gated"
     assert len(json.loads(printed(capsys, outputs, "--json"))) == 6  # whole records
+
+
+@pytest.mark.parametrize("words", [["--mean", "--show", "method,score"], ["--rows", "method"]])
+def test_intervals_in_place_of_deviations(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of LoRA it is known what each example contributed, of MAM it is not."""
+    make_row(tmp_path, [80, 82, 81.5], "lora", 2)
+    make_row(tmp_path, [70, 71], "mam", 2, keep_examples=False)
+    make_row(tmp_path, [90], "full", 2)
+    rows = group_seeds(load_records(tmp_path)[0], "mean")
+    known = {row.first.method: estimate_means([row], FIELDS["score"], True).get(id(row)) for row in rows}
+    printed_of = {row["method"]: row for row in printed_rows(capsys, tmp_path, *words, "--interval")}
+    for method, interval in known.items():
+        ends = [printed_of[method][f"score_{end}"] for end in ("low", "high")]
+        assert ends == (["", ""] if interval is None else [str(interval.low), str(interval.high)])
+        assert "score_std" not in printed_of[method]
+    text = " ".join(printed(capsys, tmp_path, *words, "--interval", "--markdown").split())
+    for method, interval in known.items():
+        if interval is not None:
+            assert f"{float(printed_of[method]['score']):.2f} ± {interval.half:.2f}" in text
+    assert "half the 95% interval of the mean: a bootstrap over 3 seeds and the examples or Student's t over 2" in text
+    assert "±" not in printed(capsys, tmp_path, *words, "method=full", "--interval")
+
+
+def test_a_pivot_of_intervals_has_the_seeds_in_the_title_where_all_have_as_many(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_row(tmp_path, [80, 82, 81.5], "lora", 2)
+    make_row(tmp_path, [70, 71, 73], "mam", 2)
+    assert "(3)" not in printed(capsys, tmp_path, "--rows", "method", "--interval")
+    make_row(tmp_path, [90, 91], "full", 2)
+    text = printed(capsys, tmp_path, "--rows", "method", "--interval")
+    assert "(3)" in text and "(2)" in text
 
 
 # Pivots
