@@ -6,14 +6,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from peftbench.tables.plot import ENDINGS, NAMES, draw_curves, draw_scores, save_figure
+from peftbench.tables.plot import ENDINGS, NAMES, draw_curves, draw_scores, list_marks, place_scores, save_figure
 from peftbench.tables.row import Statistic, describe_left_out, group_seeds, make_rows
 from peftbench.tables.select import read_records
 from peftbench.utils.console import say
 from peftbench.utils.errors import UserError, warn
 
 if TYPE_CHECKING:
-    pass
+    from typing import Any
 
 
 def main(argv: list[str]) -> int:
@@ -32,6 +32,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--y", metavar="KEY", help="a metric (default: the main one); of curves a logged value (loss)")
     parser.add_argument("--by", metavar="KEY", default="method", help="a line for each value; default: method, axes")
     parser.add_argument("--curves", action="store_true", help="plot the values logged in training, a line for each run")
+    parser.add_argument(
+        "--interval",
+        action="store_true",
+        help="bars are the 95%% interval of the mean, not the standard deviation over seeds: over seeds and examples "
+        "where it is known what each example contributed, else over the seeds",
+    )
     parser.add_argument("--statistic", choices=get_args(Statistic), default="mean", help="over seeds; default: mean")
     arguments = parser.parse_intermixed_args(argv)
 
@@ -39,15 +45,22 @@ def main(argv: list[str]) -> int:
     for file in files:
         if file.suffix.lower() not in ENDINGS:
             raise UserError(f"--out {file}: the extension must be one of {', '.join(ENDINGS)}.")
+    if arguments.interval and (arguments.curves or arguments.statistic != "mean"):
+        other = "--curves" if arguments.curves else f"--statistic {arguments.statistic}"
+        raise UserError(f"--interval is that of a mean score; leave {other} out.")
     records = read_records(arguments.words)
+    marks: list[dict[str, Any]] = []
     if arguments.curves:
         figure = draw_curves(make_rows(records), y=arguments.y or "loss", by=arguments.by)
     else:
         rows = group_seeds(records, arguments.statistic)
         if missing := describe_left_out(rows):
             warn(missing)
-        figure = draw_scores(rows, x=arguments.x, y=arguments.y or "score", by=arguments.by)
+        scores = place_scores(
+            rows, x=arguments.x, y=arguments.y or "score", by=arguments.by, interval=arguments.interval
+        )
+        figure, marks = draw_scores(scores), list_marks(scores)
     for file in files:
-        save_figure(figure, file)
+        save_figure(figure, file, marks)
         say(str(file))
     return 0

@@ -1,15 +1,20 @@
 """`peftbench plot`: score against a method's cost, as in figures 2, 4 and 5 of He et al. (2022); training curves.
 
 There is a panel for each task, backbone, metric, split and size. Each method has a line over its sizes, or one for each
-of the axes that it was tried with. Full fine-tuning is dashed, and the Pareto front is drawn behind the lines.
+of the axes that it was tried with. Full fine-tuning is dashed. Bars, and the band of full fine-tuning, are the standard
+deviation over seeds or the 95% interval of the mean; without intervals the Pareto front is drawn behind the lines.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftbench.config.axes import CHOICES
@@ -21,7 +26,7 @@ from peftbench.tables.row import Row, find_front, split_tables
 from peftbench.tables.terminal import make_title
 from peftbench.utils.differences import find_differing
 from peftbench.utils.errors import UserError, describe_unknown
-from peftbench.utils.files import write_beside
+from peftbench.utils.files import dump_json, write_beside
 from peftbench.utils.text import strip_controls
 
 if TYPE_CHECKING:
@@ -44,30 +49,93 @@ NAMES = {
     "general_loss": "loss on general text after the training",
 }
 COLUMNS = 3  # panels next to each other
-IN_LEGEND = 17  # names below each other, next to one panel
+A_NAME = 0.206  # inches of the legend's height
+BELOW = 4  # lines of names below several panels; more names are next to them
+# Inches of a panel: alone, and beside others, so that three are as wide as a page and its letters stay as large.
+ALONE, BESIDE = (4.4, 3.5), (3.0, 2.9)
+APART, WIDEST = 8, 0.16  # points between two bars at one cost; share of the axis that all of them may have
+ALIKE = 1.15  # costs that differ by less are one cost to bars
+FULL = "full fine-tuning"
+DATA = {".svg": "Description", ".png": "Description", ".pdf": "Subject"}  # the metadata that hold what is drawn
 
 
-def save_figure(figure: Figure, file: Path) -> None:
-    """Write the picture; in an SVG, words stay text. Names are drawn as they are: an SVG has no controls, and $ is no
-    formula."""
+def save_figure(figure: Figure, file: Path, marks: Sequence[dict[str, Any]] = ()) -> None:
+    """Write the picture, and the numbers of its marks to its metadata (`list_marks`); in an SVG, words stay text.
+
+    The same data make the same file. Names are drawn as they are: an SVG has no controls, and $ is no formula.
+    """
     from matplotlib import rc_context
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
         text.set_text(strip_controls(text.get_text()))
         text.set_parse_math(False)
+    if figure.get_layout_engine() is not None:  # once, so that no picture depends on those saved before it
+        figure.draw_without_rendering()
+        figure.set_layout_engine(None)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with rc_context({"svg.fonttype": "none"}), write_beside(file) as unfinished:
-        figure.savefig(unfinished, format=file.suffix.lower().removeprefix("."), dpi=200)
+    kind = file.suffix.lower()
+    about: dict[str, Any] = {DATA[kind]: dump_json(list(marks), ensure_ascii=True)} if marks else {}
+    about |= {} if kind == ".png" else {"Date" if kind == ".svg" else "CreationDate": None}
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "peftbench"}), write_beside(file) as unfinished:
+        figure.savefig(unfinished, format=kind.removeprefix("."), dpi=200, metadata=about)
 
 
-def draw_scores(rows: Sequence[Row], *, x: str = "stored", y: str = "score", by: str = "method") -> Figure:
-    """Draw the rows that have a score.
+class Mark(NamedTuple):
+    """A row in a panel."""
+
+    cost: float
+    score: float
+    low: float  # ends of its bar; the score itself without one
+    high: float
+    row: Row
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Rows that may be compared."""
+
+    title: str
+    marks: list[Mark]  # by cost
+    bars: str  # what the bars are; "" without any
+
+    @property
+    def full(self) -> Mark | None:
+        """The best full fine-tuning, drawn as a line across."""
+        return max((mark for mark in self.marks if mark.row.first.is_full), key=lambda mark: mark.score, default=None)
+
+    @property
+    def tuned(self) -> list[Mark]:
+        """What is not full fine-tuning."""
+        return [mark for mark in self.marks if not mark.row.first.is_full]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a picture of scores shows."""
+
+    panels: list[Panel]
+    lines: dict[int, str]  # by a row's id: the name of the line on which it is a point
+    x: str
+    y: str
+    interval: bool
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the lines, in order."""
+        return sorted(set(self.lines.values()))
+
+
+def place_scores(
+    rows: Sequence[Row], *, x: str = "stored", y: str = "score", by: str = "method", interval: bool = False
+) -> Scores:
+    """Place the rows that have a score.
 
     Args:
         x: the cost, one of `NAMES`; on a logarithmic axis.
         y: "score", or a metric.
         by: the key whose values are the lines; a method tried with several axes has a line for each.
+        interval: bars are the 95% interval of the mean, not the standard deviation over seeds.
 
     Raises:
         UserError: no row has both, or a key is unknown.
@@ -75,11 +143,50 @@ def draw_scores(rows: Sequence[Row], *, x: str = "stored", y: str = "score", by:
     scored = [row for row in rows if row.scored]
     for key in (y, by):
         _find_field(key, scored)  # raises if the key is unknown
-    panels = [shown for table in split_tables(scored) if (shown := _place_marks(table, x, y))]
-    if not panels:
+    tables = split_tables(scored)
+    placed = [_place_marks(table, x, y, interval) for table in tables]
+    shown = [(table, *found) for table, found in zip(tables, placed, strict=True) if found[0]]
+    if not shown:
         raise UserError(f"None of these runs has both {x} and {y} to draw.")
-    lines = _name_lines([[point.row for point in panel if not point.row.first.is_full] for panel in panels], by)
-    return _draw_figure([partial(_draw_panel, points=panel, lines=lines, x=x, y=y) for panel in panels])
+    titles = _name_panels([table for table, _, _ in shown])
+    panels = [Panel(title, marks, bars) for title, (_, marks, bars) in zip(titles, shown, strict=True)]
+    lines = _name_lines([[mark.row for mark in panel.tuned] for panel in panels], by)
+    return Scores(panels, lines, x, y, interval)
+
+
+def list_marks(scores: Scores) -> list[dict[str, Any]]:
+    """Return each mark of a picture: its panel, line, cost and score, and the ends of its bar if it has one. Numbers
+    have six digits, which are the same on every machine."""
+    found = []
+    for panel in scores.panels:
+        for mark in [*([panel.full] if panel.full else []), *panel.tuned]:
+            line = FULL if mark.row.first.is_full else scores.lines[id(mark.row)]
+            ends = {"low": mark.low, "high": mark.high} if mark.low < mark.high else {}
+            numbers = {scores.x: mark.cost, scores.y: mark.score, **ends}
+            rounded = {key: float(f"{number:.6g}") for key, number in numbers.items()}
+            found.append({"panel": panel.title, "line": line, **rounded})
+    return found
+
+
+def draw_scores(scores: Scores) -> Figure:
+    """Draw a panel for each table, with one legend."""
+    ranges = [_choose_range([mark.cost for mark in panel.tuned]) for panel in scores.panels]
+    if scores.x == "percent":  # a share means the same in every panel
+        known = [one for one in ranges if one is not None]
+        ranges = [(min(low for low, _ in known), max(high for _, high in known)) if known else None] * len(ranges)
+    panels = [
+        partial(_draw_panel, panel=panel, scores=scores, limits=limits)
+        for panel, limits in zip(scores.panels, ranges, strict=True)
+    ]
+    return _draw_figure(panels, "; ".join(dict.fromkeys(panel.bars for panel in scores.panels if panel.bars)))
+
+
+def _choose_range(costs: Sequence[float]) -> tuple[float, float] | None:
+    """Return the ends of a logarithmic axis of costs, with room for marks that stand next to each other."""
+    if not costs:
+        return None
+    room = 1.2 * (max(costs) / min(costs)) ** 0.1
+    return min(costs) / room, max(costs) * room
 
 
 def draw_curves(rows: Sequence[Row], *, y: str = "loss", by: str = "method") -> Figure:
@@ -97,23 +204,27 @@ def draw_curves(rows: Sequence[Row], *, y: str = "loss", by: str = "method") -> 
         )
         raise UserError(describe_unknown("--y", y, keys) if keys else "None of these runs has logged anything to draw.")
     names = sorted({_name_row(row, by) for panel in panels for row in panel})
-    return _draw_figure(
-        [partial(_draw_curve_panel, rows=panel, curves=curves, names=names, y=y, by=by) for panel in panels]
-    )
+    titles = _name_panels(panels)
+    draws = [
+        partial(_draw_curve_panel, rows=panel, title=title, curves=curves, names=names, y=y, by=by)
+        for panel, title in zip(panels, titles, strict=True)
+    ]
+    return _draw_figure(draws)
 
 
 def _find_field(key: str, rows: Sequence[Row]) -> Callable[[Record], Any]:
     return find_field(key, [record for row in rows for record in row.records])
 
 
-def _draw_figure(panels: Sequence[Callable[[Axes], None]]) -> Figure:
-    """Arrange panels next to and below each other, with one legend."""
+def _draw_figure(panels: Sequence[Callable[[Axes], None]], note: str = "") -> Figure:
+    """Arrange panels next to and below each other, with one legend: next to one panel, below several."""
     from matplotlib import rc_context
     from matplotlib.container import ErrorbarContainer
     from matplotlib.figure import Figure
 
     across = min(len(panels), COLUMNS)
     down = -(-len(panels) // across)
+    wide, high = BESIDE if across > 1 else ALONE
     with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(layout="constrained")
         grid = list(figure.subplots(down, across, squeeze=False).flat)
@@ -125,50 +236,117 @@ def _draw_figure(panels: Sequence[Callable[[Axes], None]]) -> Figure:
         for axes in figure.axes:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
                 handles.setdefault(label, handle[0] if isinstance(handle, ErrorbarContainer) else handle)
-        longest = max(map(len, handles), default=0)
-        beside = math.ceil(len(handles) / (IN_LEGEND * down)) or 1
-        figure.set_size_inches(4.4 * across + (0.6 + 0.075 * longest) * beside, 3.5 * down)
-        figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, ncols=beside)
+        each = 0.6 + 0.075 * max(map(len, handles), default=0)  # inches of a name with its line
+        abreast = max(1, min(int(wide * across / each), len(handles)))
+        lines = math.ceil(len(handles) / abreast)
+        if across > 1 and lines <= BELOW:
+            note = fill(note, int(wide * across / 0.07))
+            figure.set_size_inches(wide * across, high * down + 0.17 * (lines + note.count("\n") + bool(note)))
+            place, columns = "outside lower center", math.ceil(len(handles) / lines)
+        else:
+            note = fill(note, max(24, int(each / 0.07)))
+            names = int(high * down / A_NAME) - note.count("\n") - bool(note)  # below each other
+            columns = math.ceil(len(handles) / names) or 1
+            figure.set_size_inches(wide * across + each * columns, high * down)
+            place = "outside right upper"
+        figure.legend(
+            handles.values(),
+            handles.keys(),
+            loc=place,
+            frameon=False,
+            ncols=columns,
+            title=note or None,
+            title_fontproperties={"size": 8},
+            alignment="left",
+        )
     return figure
 
 
-class Mark(NamedTuple):
-    """A row in a panel."""
-
-    cost: float
-    score: float
-    spread: float  # the standard deviation over seeds; 0 for one seed
-    row: Row
-
-
-def _place_marks(table: Sequence[Row], x: str, y: str) -> list[Mark]:
-    """Return the rows of a table that have both numbers, by cost; none if `y` is another task's metric."""
+def _place_marks(table: Sequence[Row], x: str, y: str, interval: bool) -> tuple[list[Mark], str]:
+    """Return the rows of a table that have both numbers, by cost, and what their bars are; none if `y` is another
+    task's metric."""
     try:
         of = _find_field(y, table)
     except UserError:
-        return []
+        return [], ""
+    ends, bars = _find_bars(table, of, y in ("score", table[0].first.metric), interval)
     found = []
     for row in table:
         cost, score = row.number(FIELDS[x]), row.number(of)
         if cost and score is not None and not math.isnan(score):
-            found.append(Mark(cost, score, row.spread(of) or 0.0, row))
-    return sorted(found, key=lambda point: point[:3])
+            found.append(Mark(cost, score, *ends.get(id(row), (score, score)), row))
+    return sorted(found, key=lambda mark: mark[:4]), bars
 
 
-def _draw_panel(axes: Axes, points: Sequence[Mark], lines: dict[int, str], x: str, y: str) -> None:
-    full = [point.score for point in points if point.row.first.is_full]
-    tuned = [point for point in points if not point.row.first.is_full]
-    if full:
-        axes.axhline(max(full), color="#666666", linestyle="--", linewidth=1, label="full fine-tuning", zorder=1)
-    if y == "score":
-        _draw_front(axes, tuned, x)
-    for index, name in enumerate(sorted(set(lines.values()))):
-        if line := [point for point in tuned if lines[id(point.row)] == name]:
-            _draw_line(axes, line, name, index)
-    if tuned:
-        _set_log_scale(axes, [point.cost for point in tuned])
-    rows = [point.row for point in points]
-    _label_axes(axes, rows, NAMES[x], rows[0].first.metric if y == "score" else y)
+def _find_bars(
+    table: Sequence[Row], of: Callable[[Record], Any], is_score: bool, interval: bool
+) -> tuple[dict[int, tuple[float, float]], str]:
+    """Return the ends of the rows' bars, by a row's id, and what they are."""
+    if interval:
+        from peftbench.tables.intervals import describe_ways, estimate_means  # slow to import
+
+        intervals = estimate_means(table, of, is_score)
+        ends = {key: (one.low, one.high) for key, one in intervals.items()}
+        ways = describe_ways(intervals.values())
+        return ends, f"bars: 95% interval of the mean, {ways}; marks of one size stand side by side" if ways else ""
+    found = {}
+    for row in table:
+        score, spread = row.number(of), row.spread(of)
+        if score is not None and spread:
+            found[id(row)] = (score - spread, score + spread)
+    return found, "bars: standard deviation over seeds" if found else ""
+
+
+def _draw_panel(axes: Axes, panel: Panel, scores: Scores, limits: tuple[float, float] | None) -> None:
+    tuned = panel.tuned
+    if panel.full is not None:
+        axes.axhline(panel.full.score, color="#666666", linestyle="--", linewidth=1, label=FULL, zorder=1)
+        if panel.full.low < panel.full.high:
+            axes.axhspan(panel.full.low, panel.full.high, color="#666666", alpha=0.12, linewidth=0, zorder=0)
+    if scores.y == "score" and not scores.interval:
+        _draw_front(axes, tuned, scores.x)
+    aside = _stand_apart(tuned, scores, limits) if scores.interval and limits else {}
+    for index, name in enumerate(scores.names):
+        if line := [mark for mark in tuned if scores.lines[id(mark.row)] == name]:
+            _draw_line(axes, line, name, index, [mark.cost * aside.get(id(mark.row), 1.0) for mark in line])
+    if limits:
+        _set_log_scale(axes, limits)
+    _limit_bars(axes, panel.marks)
+    first = panel.marks[0].row.first
+    _label_axes(axes, panel.title, NAMES[scores.x], first.metric if scores.y == "score" else scores.y)
+
+
+def _stand_apart(marks: Sequence[Mark], scores: Scores, limits: tuple[float, float]) -> dict[int, float]:
+    """Return by how much to multiply the costs of marks, by a row's id, so that no bar hides that of a mark that costs
+    as much: they stand around their place in the order of their lines."""
+    wide = ALONE[0] if len(scores.panels) == 1 else BESIDE[0]
+    whole = math.log(limits[1] / limits[0])
+    groups: list[list[Mark]] = []
+    for mark in marks:
+        if groups and mark.cost < ALIKE * groups[-1][0].cost:
+            groups[-1].append(mark)
+        else:
+            groups.append([mark])
+    found = {}
+    for group in groups:
+        # an axis has about 0.8 of its panel's width
+        step = whole * min(APART / (0.8 * 72 * wide), WIDEST / len(group))
+        group.sort(key=lambda mark: scores.lines[id(mark.row)])
+        middle = math.exp(sum(math.log(mark.cost) for mark in group) / len(group))
+        for index, mark in enumerate(group):
+            found[id(mark.row)] = middle / mark.cost * math.exp(step * (index - (len(group) - 1) / 2))
+    return found
+
+
+def _limit_bars(axes: Axes, marks: Sequence[Mark]) -> None:
+    """Let single bars run out of the picture that would leave no room for the scores: one of two seeds can be that
+    long."""
+    scores, bars = [mark.score for mark in marks], [mark.high - mark.low for mark in marks]
+    most = max(max(scores) - min(scores), median(bars)) or math.inf
+    low = min(max(mark.low, mark.score - most) for mark in marks)
+    high = max(min(mark.high, mark.score + most) for mark in marks)
+    if low < high:
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
 
 
 def _draw_front(axes: Axes, points: Sequence[Mark], x: str) -> None:
@@ -179,16 +357,19 @@ def _draw_front(axes: Axes, points: Sequence[Mark], x: str) -> None:
         axes.plot(costs, scores, label="Pareto front", color="#DDDDDD", linewidth=5, zorder=0)
 
 
-def _draw_line(axes: Axes, points: Sequence[Mark], name: str, index: int) -> None:
-    costs, scores, spreads, _ = zip(*points, strict=True)
+def _draw_line(axes: Axes, marks: Sequence[Mark], name: str, index: int, places: Sequence[float]) -> None:
+    """Draw a line of a panel, its marks at these places of the axis of costs."""
+    _, scores, lows, highs, _ = zip(*marks, strict=True)
+    ends = [[score - low for score, low in zip(scores, lows, strict=True)]]
+    ends += [[high - score for score, high in zip(scores, highs, strict=True)]]
     axes.errorbar(
-        costs,
+        places,
         scores,
-        yerr=spreads if any(spreads) else None,
+        yerr=ends if any(map(any, ends)) else None,
         label=name,
         **_choose_style(index),
         linewidth=1.3,
-        markersize=7,
+        markersize=6,
         markeredgecolor="white",  # so that overlapping marks can be distinguished
         markeredgewidth=0.5,
         capsize=2,
@@ -204,18 +385,27 @@ def _choose_style(index: int) -> dict[str, Any]:
     }
 
 
-def _set_log_scale(axes: Axes, costs: Sequence[float]) -> None:
+def _set_log_scale(axes: Axes, limits: tuple[float, float]) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_xscale("log")
-    is_short = max(costs) < 10 * min(costs)  # an axis this short would have at most one number
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8) if is_short else (1, 2, 5)))
+    axes.set_xlim(limits)
+    decades = math.log10(limits[1] / limits[0])
+    # below one decade there would be at most one number, and above two more than there is room for
+    subs = (1, 1.5, 2, 3, 4, 6, 8) if decades < 1 else (1, 2, 5) if decades < 2.5 else (1,)
+    axes.xaxis.set_major_locator(LogLocator(subs=subs))
     axes.xaxis.set_major_formatter(FuncFormatter(_shorten))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_curve_panel(
-    axes: Axes, rows: Sequence[Row], curves: dict[int, list[tuple[int, float]]], names: Sequence[str], y: str, by: str
+    axes: Axes,
+    rows: Sequence[Row],
+    title: str,
+    curves: dict[int, list[tuple[int, float]]],
+    names: Sequence[str],
+    y: str,
+    by: str,
 ) -> None:
     for row in sorted(rows, key=lambda row: names.index(_name_row(row, by))):
         name = _name_row(row, by)
@@ -224,7 +414,7 @@ def _draw_curve_panel(
         if len(steps) >= 30:  # only the few evaluations on the selection split have marks
             look["marker"] = None
         axes.plot(steps, values, label=name, **look, markersize=4)
-    _label_axes(axes, rows, "step", y)
+    _label_axes(axes, title, "step", y)
 
 
 def _read_curve(row: Row, y: str) -> list[tuple[int, float]]:
@@ -234,9 +424,15 @@ def _read_curve(row: Row, y: str) -> list[tuple[int, float]]:
     return [(line["step"], line[y] if type(line[y]) in (int, float) else math.nan) for line in own]
 
 
-def _label_axes(axes: Axes, rows: Sequence[Row], x: str, y: str) -> None:
-    heading = make_title(rows).plain.partition(",")[0].partition(" of ")[0]
-    axes.set_title(heading, fontsize=9, loc="left")
+def _name_panels(tables: Sequence[Sequence[Row]]) -> list[str]:
+    """Return a title for each panel: its task and backbone, the backbone's version where only that differs."""
+    found = [make_title(table).plain.partition(",")[0].partition(" of ")[0] for table in tables]
+    short = [re.sub(r"@\w+( \(debug=.*\))?$", r"\1", title) for title in found]
+    return [one if short.count(one) == 1 else title for one, title in zip(short, found, strict=True)]
+
+
+def _label_axes(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title, fontsize=9, loc="left")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(True, which="major", color="#EEEEEE", linewidth=0.8)
@@ -247,17 +443,21 @@ def _name_lines(panels: Sequence[Sequence[Row]], by: str) -> dict[int, str]:
     """Return the name of the line on which each row is a point.
 
     By method, a method that was tried with several axes has a line for each: adapter · ffn, adapter · attention. The
-    same holds, in a panel, for a method that was trained for several lengths, but not for one whose sizes have
-    different learning rates.
+    same holds, in a panel, for a method that was tried with several scales or trained for several lengths, but not for
+    one whose sizes have different learning rates. Panels may differ in them: MAM's scale depends on the task.
     """
     rows = [row for panel in panels for row in panel]
     if by != "method":
         return {id(row): _name_row(row, by) for row in rows}
     found = {}
     for method in {row.first.method for row in rows}:
-        alike = [(row, _read_axes(row)) for row in rows if row.first.method == method]
-        apart = find_differing([axes for _, axes in alike])
-        found.update({id(row): " · ".join([method, *(axes[key] for key in apart)]) for row, axes in alike})
+        groups = [[row for row in panel if row.first.method == method] for panel in panels]
+        alike = [row for group in groups for row in group]
+        differ = set(find_differing([_read_axes(row, with_scale=False) for row in alike]))
+        differ.update(key for group in groups if group for key in find_differing(list(map(_read_axes, group))))
+        for row in alike:
+            axes = _read_axes(row)
+            found[id(row)] = " · ".join([method, *(axes[key] for key in axes if key in differ)])
     for panel in panels:
         lengths: dict[str, set[str]] = {}
         for row in panel:
@@ -268,10 +468,11 @@ def _name_lines(panels: Sequence[Sequence[Row]], by: str) -> dict[int, str]:
     return found
 
 
-def _read_axes(row: Row) -> dict[str, str]:
+def _read_axes(row: Row, with_scale: bool = True) -> dict[str, str]:
     """Return the four axes of a row, the composition function with its scale."""
-    composition = format_value([axes.composition for axes in row.first.axes])
-    return {**{axis: format_value(FIELDS[axis](row.first)) for axis in CHOICES}, "composition_function": composition}
+    axes = {axis: format_value(FIELDS[axis](row.first)) for axis in CHOICES}
+    scaled = {"composition_function": format_value([one.composition for one in row.first.axes])}
+    return axes | scaled if with_scale else axes
 
 
 def _describe_length(row: Row) -> str:
