@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ second row stores clearly more than the first contradicts nothing.
 
 examples:
   peftbench claims outputs/reference
+  peftbench claims outputs/reference --short
   peftbench claims outputs/reference/reproduction search=lr5 task=sst2 --each
   peftbench claims outputs/reference --searches
 """
@@ -53,6 +54,8 @@ def main(argv: list[str]) -> int:
     arguments = _build_parser().parse_intermixed_args(argv)
     if arguments.resamples < 100:
         raise UserError(f"--resamples {arguments.resamples}: it must be a whole number of at least 100.")
+    if arguments.short and (arguments.each or arguments.searches or arguments.form == "json"):
+        raise UserError("--short is one table of all verdicts; leave --each, --searches and --json out.")
     records = _read_records(arguments.words)
     if arguments.searches:
         return _show_searches(records, arguments.resamples, arguments.form)
@@ -62,7 +65,9 @@ def main(argv: list[str]) -> int:
         return 0
     tested = [cell for cell in cells if any(finding.comparisons for finding in cell.findings)]
     console = make_console()
-    for cell in tested:
+    if arguments.short and tested:
+        _show_short(tested, arguments.form, console)
+    for cell in [] if arguments.short else tested:
         if arguments.form == "markdown":
             say(_to_markdown(cell, arguments.each))
         else:
@@ -84,6 +89,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("words", nargs="*", metavar="FOLDER | KEY=VALUE,...", help="where (default: outputs) and which")
     parser.add_argument("--each", action="store_true", help="also each pair of rows that a verdict rests on")
+    parser.add_argument("--short", action="store_true", help="one table of all verdicts, a column for each cell")
     parser.add_argument("--searches", action="store_true", help="what searches over the axes found, beside the methods")
     parser.add_argument("--resamples", type=int, default=2000, help="draws of the bootstrap; default: %(default)s")
     for form in ("json", "markdown"):
@@ -131,8 +137,8 @@ def _show(cell: CellFindings, each: bool, console: Console) -> None:
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for finding in cell.findings:
-        says, claimed, difference, interval, _, runs, verdict = _list_cells(finding)
-        cells = (f"{says}, {claimed}", difference, interval, runs, verdict)
+        _, _, difference, interval, _, runs, verdict = _list_cells(finding)
+        cells = (_name_claim(finding), difference, interval, runs, verdict)
         table.add_row(*cells, style="dim" if finding.estimate is None else None)
     console.print(table)
     console.print()
@@ -160,6 +166,51 @@ def _show_pairs(cell: CellFindings, console: Console) -> None:
             table.add_row(f"{a}\n{b}", sizes.replace(", ", "\n"), *others)
         console.print(table)
         console.print()
+
+
+def _show_short(cells: Sequence[CellFindings], form: str | None, console: Console) -> None:
+    """Print one table: a line for each claim, a column for each cell; on a terminal, as many columns as fit at once."""
+    names = _name_cells(cells)
+    if form == "markdown":
+        lines = [("claim", *names), ("---",) * (1 + len(cells))]
+        for of_cells in zip(*(cell.findings for cell in cells), strict=True):
+            lines.append((_name_claim(of_cells[0]), *(": ".join(_write_verdict(one)) for one in of_cells)))
+        say("\n".join(map(_make_line, lines)) + "\n")
+        return
+    fitting = max(1, (console.width - _SHORT) // (_SHORT + 2))
+    for start in range(0, len(cells), fitting):
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        for header in ("claim", *names[start : start + fitting]):
+            table.add_column(strip_controls(header), width=_SHORT)
+        for of_cells in zip(*(cell.findings for cell in cells[start : start + fitting]), strict=True):
+            verdicts = ["\n".join(_write_verdict(one)) for one in of_cells]
+            table.add_row(_name_claim(of_cells[0]), *verdicts)
+        console.print(table)
+        console.print()
+
+
+_SHORT = 24  # characters of a column of the short table
+
+
+def _name_cells(cells: Sequence[CellFindings]) -> list[str]:
+    """Return the name of each cell: its task and backbone, and as much more as tells it from the others."""
+    ways: list[Callable[[CellFindings], str]] = [
+        lambda cell: f"{cell.first.task} with {cell.first.model.name}",
+        lambda cell: f"{cell.first.task} with {cell.first.model.name}, {cell.first.steps:,} steps",
+        describe_cell,
+    ]
+    named = [[way(cell) for cell in cells] for way in ways]
+    return [next((one[i] for one in named if one.count(one[i]) == 1), named[-1][i]) for i in range(len(cells))]
+
+
+def _name_claim(finding: Finding) -> str:
+    return f"{finding.claim.says}, {finding.claim.claimed}"
+
+
+def _write_verdict(finding: Finding) -> list[str]:
+    """Return a verdict, and the difference that it rests on."""
+    one = finding.estimate
+    return [finding.verdict, *([] if one is None else [f"{one.difference:+.2f} ({_format_interval(one)})"])]
 
 
 def _to_markdown(cell: CellFindings, each: bool) -> str:

@@ -21,6 +21,7 @@ from peftbench.records.run_files import METRICS_FILE
 from peftbench.tables.claims import Estimate, count_seeds_needed, judge_records, read_claims
 from peftbench.tables.examples import write_examples
 from peftbench.tables.flatness import find_steepest, measure_last_gain
+from peftbench.utils.errors import UserError
 from peftbench.utils.files import write_lines
 
 REFERENCE = Path(__file__).resolve().parents[2] / "outputs" / "reference"
@@ -278,3 +279,34 @@ def test_on_the_records_that_came_with_peftbench(capsys: pytest.CaptureFixture[s
     assert "1,698 steps, learning rates not searched, seeds 1, 42" in told
     assert "Student's t over 2 seeds, for these examples only" in told and "2 seeds say little" in told
     assert "40 runs and 0 trials of searches" in told
+
+
+def test_one_table_of_all_verdicts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tasks, and one of them with two lengths of training: three columns with names of their own."""
+    trainer = TEMPLATE["trainer"]
+    for task, steps in (("sst2", 100), ("sst2", 200), ("rte", 100)):
+        folder = tmp_path / f"{task}{steps}"
+        changes = {"task": task, "steps": steps, "trainer": {**trainer, "max_steps": steps}}
+        better = 80 if task == "sst2" else 50
+        make_row(folder, [better, better + 0.5, better + 1], "parallel_adapter", 2, point=f"p{steps}", **changes)
+        make_row(folder, [60, 60.5, 61], "adapter", 2, point=f"s{steps}", **changes)
+    assert main([str(tmp_path), "--short", "--markdown"]) == 0
+    head, _, first, *others = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[:9])
+    model = TEMPLATE["model"]["name"]
+    assert head == ["claim", f"rte with {model}", f"sst2 with {model}, 100 steps", f"sst2 with {model}, 200 steps"]
+    assert first[0] == "Parallel beats sequential, > 0" and len(others) == 6
+    assert [cell.partition(" (")[0] for cell in first[1:]] == [
+        "contradicted: -10.00",
+        "confirmed: +20.00",
+        "confirmed: +20.00",
+    ]
+    assert {cell for line in others for cell in line[1:]} == {"not tested"}
+    monkeypatch.setenv("COLUMNS", "80")  # room for two of three columns
+    assert main([str(tmp_path), "--short"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and sum(line.startswith("Parallel beats") for line in lines) == 2
+    for words in (["--each"], ["--searches"], ["--json"]):
+        with pytest.raises(UserError, match="--short is one table of all verdicts"):
+            main([str(tmp_path), "--short", *words])
