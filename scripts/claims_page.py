@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""Brings the tables of docs/reproduction.md up to date: what `peftbench claims` prints of outputs/reference.
+"""Brings docs/reproduction.md, README.md and its picture up to date: what commands print of outputs/reference.
 
-Searches over the axes that were planned and have no record are said not to have been run.
+Searches over the axes that were planned and have no record are said not to have been run. README.md shows those of
+its cells of which there are records.
 
 python scripts/claims_page.py
 """
@@ -11,25 +12,45 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 from peftbench.cli.claims import main as claims
+from peftbench.cli.plot import main as plot
+from peftbench.cli.results import main as results
 from peftbench.cli.searched import list_study_names, name_study
 from peftbench.tables.searches import find_studies
 from peftbench.tables.select import load_folders
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "reproduction.md"
+PAGE, README, PICTURE = ROOT / "docs" / "reproduction.md", ROOT / "README.md", ROOT / "docs" / "images" / "scores.svg"
 RECORDS = ROOT / "outputs" / "reference"
 BEGIN, END = "<!-- peftbench claims outputs/reference --markdown -->\n", "<!-- end -->\n"
 BEGIN_SEARCHES = "<!-- peftbench claims outputs/reference --searches --markdown -->\n"
 PLANNED = [(*cell, budget) for cell in (("sst2", "minilm-l6"), ("webnlg", "smollm2-135m")) for budget in ("0.5%", "2%")]
 
+BEGIN_SCORES = "<!-- peftbench results, by scripts/claims_page.py -->\n"
+BEGIN_VERDICTS = "<!-- peftbench claims --short, by scripts/claims_page.py -->\n"
+# The cells of README.md, folders in outputs/reference/reproduction, as they are named there.
+CELLS = {
+    "sst2/minilm-l6": "MiniLM, encoder: SST-2",
+    "webnlg/bart-mini": "BART, encoder-decoder: WebNLG",
+    "webnlg/smollm2-135m": "SmolLM2, decoder: WebNLG",
+}
+# The rows of the steps `insertion` and `mam` of scripts/reproduction.sh, as filters.
+ROWS = [
+    *("budget=2%", "row=sa_ffn_200,pa_ffn_200,sa_attention_200,pa_attention_200"),
+    *("or", "budget=6.7%", "row=pa_ffn_200,scaled_pa_ffn_512,lora_ffn_102,mam_30_512"),
+    *("or", "row=full"),
+]
+LABELS = {"budget": "stored", "modified_representation": "at"}
+
 
 def write_page(page: str, records: Path = RECORDS) -> str:
     """Return the page with the tables that the records have now."""
-    page = _replace_part(page, BEGIN, _run_claims(records))
-    return _replace_part(page, BEGIN_SEARCHES, write_searches(records))
+    page = replace_part(page, BEGIN, _run(claims, [str(records), "--markdown"]))
+    return replace_part(page, BEGIN_SEARCHES, write_searches(records))
 
 
 def write_searches(records: Path) -> str:
@@ -37,23 +58,67 @@ def write_searches(records: Path) -> str:
     names = list_study_names(find_studies(load_folders([records]), 100))
     missing = [name for one in PLANNED if (name := name_study(*one)) not in names]
     lines = "".join(f"- {name}: not run yet.\n" for name in missing)
-    return "\n".join(filter(None, [_run_claims(records, "--searches") if names else "", lines]))
+    found = _run(claims, [str(records), "--searches", "--markdown"]) if names else ""
+    return "\n".join(filter(None, [found, lines]))
 
 
-def _run_claims(records: Path, *options: str) -> str:
-    with contextlib.redirect_stdout(io.StringIO()) as told:
-        claims([str(records), *options, "--markdown"])
+def write_readme(readme: str, records: Path = RECORDS) -> str:
+    """Return README.md with the tables that the records have now."""
+    readme = replace_part(readme, BEGIN_SCORES, write_scores(records))
+    return replace_part(readme, BEGIN_VERDICTS, write_verdicts(records))
+
+
+def write_scores(records: Path) -> str:
+    """Return the scores of the rows, a column for each cell, without the title of `peftbench results`."""
+    by = ["--rows", "budget,method,modified_representation", "--columns", "task,model,metric"]
+    told = _run(results, [*find_cells(records), *ROWS, *by, "--interval", "--markdown"])
+    return _rename(told)
+
+
+def write_verdicts(records: Path) -> str:
+    """Return the verdicts on the claims, a column for each cell."""
+    told = _run(claims, [*find_cells(records), "--short", "--markdown"])
+    return _rename(told)
+
+
+def draw_picture(file: Path, records: Path = RECORDS) -> None:
+    """Draw the scores of the rows, a panel for each cell."""
+    _run(plot, [*find_cells(records), *ROWS, "--x", "percent", "--interval", "--out", str(file)])
+
+
+def find_cells(records: Path) -> list[str]:
+    """Return the folders of the cells of README.md that have records."""
+    folders = [records / "reproduction" / cell for cell in CELLS]
+    return [str(folder) for folder in folders if any(folder.rglob("record.json"))]
+
+
+def _rename(told: str) -> str:
+    """Return the table that a command printed, with the cells' names in its header."""
+    head, *lines = [line for line in told.splitlines() if line.startswith("|")]
+    labels = [LABELS.get(label, label) for label in head.strip("| ").split(" | ")]
+    for cell, name in CELLS.items():
+        task, model = cell.split("/")
+        labels = [re.sub(rf"{task} (with )?{model}", name, label).replace("bleu", "BLEU") for label in labels]
+    return "\n".join([f"| {' | '.join(labels)} |", *lines, ""])
+
+
+def _run(command: Callable[[list[str]], int], words: list[str]) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.redirect_stderr(io.StringIO()):
+        command(words)
     return told.getvalue()
 
 
-def _replace_part(page: str, begin: str, told: str) -> str:
-    before, _, rest = page.partition(begin)
+def replace_part(text: str, begin: str, told: str) -> str:
+    """Return a text with what was told between a line and the next end."""
+    before, _, rest = text.partition(begin)
     _, end, after = rest.partition(END)
     if not end:
-        raise ValueError(f"{PAGE} lacks the line {begin.strip()} or {END.strip()}")
+        raise ValueError(f"The page lacks the line {begin.strip()} or {END.strip()}")
     return f"{before}{begin}\n{told}\n{END}{after}"
 
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
     PAGE.write_text(write_page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    README.write_text(write_readme(README.read_text(encoding="utf-8")), encoding="utf-8")
+    draw_picture(PICTURE)

@@ -1,19 +1,26 @@
-"""docs/reproduction.md shows what `peftbench claims` prints; the records behind it are small."""
+"""docs/reproduction.md, README.md and its picture show what the records say; the records are small."""
 
 from __future__ import annotations
 
+import html
 import importlib
 import json
+import re
+import shutil
 import statistics
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
 from peftbench.cli.claims import main as claims
 from peftbench.records.record import Record, load_records
 from peftbench.tables.claims import judge_records, read_claims
+from peftbench.tables.plot import list_marks, place_scores
 from peftbench.tables.row import group_seeds, is_trial
+from peftbench.tables.select import read_records
 from tests.tables.test_searches import make_all
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,19 +28,78 @@ FOLDER = ROOT / "outputs" / "reference" / "reproduction"
 MOST_BYTES = 25_000_000
 
 
-def test_the_page_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`python scripts/claims_page.py` brings it up to date."""
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """`python scripts/claims_page.py`, which brings all of it up to date."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    script = importlib.import_module("claims_page")
+    return importlib.import_module("claims_page")
+
+
+def test_the_page_is_up_to_date(script: ModuleType) -> None:
     page = script.PAGE.read_text(encoding="utf-8")
     assert page == script.write_page(page)
     with pytest.raises(ValueError, match="lacks the line"):
         script.write_page(page.replace(script.END, ""))
 
 
-def test_a_search_that_was_not_run_is_said_to_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    script = importlib.import_module("claims_page")
+def test_the_readme_is_up_to_date(script: ModuleType) -> None:
+    readme = script.README.read_text(encoding="utf-8")
+    assert readme == script.write_readme(readme)
+
+
+def read_marks(picture: Path) -> list[dict[str, Any]]:
+    """What a picture shows, as its file says; the drawing itself differs by the version of matplotlib."""
+    text = picture.read_text(encoding="utf-8")
+    (marks,) = re.findall(r"<dc:description>(.*?)</dc:description>", text, re.DOTALL)
+    found: list[dict[str, Any]] = json.loads(html.unescape(marks))
+    return found
+
+
+def test_the_picture_is_up_to_date(script: ModuleType) -> None:
+    records = read_records([*script.find_cells(script.RECORDS), *script.ROWS])
+    expected = list_marks(place_scores(group_seeds(records, "mean"), x="percent", interval=True))
+    shown = read_marks(script.PICTURE)
+    assert f"]({script.PICTURE.relative_to(ROOT)})" in script.README.read_text(encoding="utf-8")
+    assert len(shown) == len(expected)
+    for one, other in zip(shown, expected, strict=True):
+        assert one.keys() == other.keys()
+        assert all(one[key] == pytest.approx(other[key], rel=1e-5) for key in one if key not in ("panel", "line"))
+        assert (one["panel"], one["line"]) == (other["panel"], other["line"])
+
+
+def copy_cell(folder: Path, model: str, rows: tuple[str, ...]) -> None:
+    """Copy the records of SST-2 of which the typed row begins so, as those of WebNLG with a backbone."""
+    for file in FOLDER.glob("sst2/minilm-l6/*/*/record.json"):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if any(word.startswith(rows) for word in record["overrides"]):
+            record |= {"task": "webnlg", "model": {**record["model"], "name": model}, "metric": "bleu"}
+            record["score"] -= 10
+            record["scores"]["report"]["metrics"] = {"bleu": record["score"]}
+            made = folder / f"{model}-{record['run']}"
+            made.mkdir(parents=True)
+            (made / "record.json").write_text(json.dumps(record | {"run": made.name}), encoding="utf-8")
+
+
+def test_cells_are_shown_as_they_come(script: ModuleType, tmp_path: Path) -> None:
+    shutil.copytree(FOLDER / "sst2", tmp_path / "reproduction" / "sst2")
+    copy_cell(tmp_path / "reproduction" / "webnlg" / "bart-mini", "bart-mini", ("row=pa_ffn_200", "row=sa_ffn_200"))
+    copy_cell(tmp_path / "reproduction" / "webnlg" / "smollm2-135m", "smollm2-135m", ("row=",))
+    head, _, *lines = (line.strip("| ").split(" | ") for line in script.write_scores(tmp_path).splitlines())
+    names = list(script.CELLS.values())
+    assert head == ["stored", "method", "at", f"{names[0]} accuracy", f"{names[1]} BLEU", f"{names[2]} BLEU"]
+    assert len(lines) == 9
+    known = {tuple(line[:3]): line[3:] for line in lines}
+    assert [cell.partition(" ")[0] for cell in known["2%", "adapter", "ffn"]] == ["88.53", "78.53", "78.53"]
+    assert known["6.7%", "mam", "ffn + heads"][1] == ""
+    verdicts = [line.strip("| ").split(" | ") for line in script.write_verdicts(tmp_path).splitlines()]
+    assert verdicts[0] == ["claim", *script.CELLS.values()]
+    assert verdicts[6][2:] == ["not tested", verdicts[6][3]] and verdicts[6][3].startswith("not confirmed: -4.64")
+    script.draw_picture(tmp_path / "scores.svg", tmp_path)
+    counts = Counter(mark["panel"] for mark in read_marks(tmp_path / "scores.svg"))
+    assert counts == {"sst2 with minilm-l6": 9, "webnlg with bart-mini": 3, "webnlg with smollm2-135m": 9}
+
+
+def test_a_search_that_was_not_run_is_said_to_be_missing(tmp_path: Path, script: ModuleType) -> None:
     task, model, budget = script.PLANNED[1]
     make_all(tmp_path, [80, 81], [60, 61], [70, 71])
     for file in tmp_path.rglob("record.json"):
@@ -99,9 +165,15 @@ def test_the_readme_says_what_the_tuned_runs_say() -> None:
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     (cell,) = (one for one in judge_records(load_records(FOLDER / "sst2")[0], 2000) if one.findings)
     verdicts = Counter(finding.verdict for finding in cell.findings)
-    runs = sum(len(row.scored) for row in cell.rows)
-    assert verdicts["confirmed"] == 0 and verdicts["contradicted"] == 1 and verdicts["not tested"] == 0
-    assert f"{runs} runs confirm no claim and contradict one]" in readme
+    assert verdicts == {"contradicted": 1, "not confirmed": 6}
+    (contradicted,) = (finding for finding in cell.findings if finding.verdict == "contradicted")
+    assert contradicted.claim.name == "heads"
+    behind = [-one.difference for pair, one in contradicted.comparisons if pair.pair[0] == "prefix"]
+    assert f"when little is stored, prefix tuning is {min(behind):.1f} to {max(behind):.1f} points behind" in readme
+    full = max(row.score for row in cell.rows if row.first.is_full)
+    scores = [row.score for row in cell.rows if row.first.budget == "2%"]
+    near = sum(score > full - 1.5 for score in scores)
+    assert f"of {len(scores)} rows of 2%, {near} are within 1.5 points of full fine-tuning" in readme
 
 
 def _place_rate(record: Record) -> int:
