@@ -69,7 +69,7 @@ def write_readme(readme: str, records: Path = RECORDS) -> str:
 
 
 def write_scores(records: Path) -> str:
-    """Return the scores of the rows, a column for each cell, without the title of `peftbench results`."""
+    """Return the scores of the rows, a column for each cell, and what the marks in the table mean."""
     by = ["--rows", "budget,method,modified_representation", "--columns", "task,model,metric"]
     told = _run(results, [*find_cells(records), *ROWS, *by, "--interval", "--markdown"])
     return _rename(told)
@@ -93,17 +93,21 @@ def find_cells(records: Path) -> list[str]:
 
 
 def _rename(told: str) -> str:
-    """Return the table that a command printed, with the cells' names in its header."""
+    """Return the table that a command printed, with the cells' names, and what its marks and intervals are."""
     head, *lines = [line for line in told.splitlines() if line.startswith("|")]
-    labels = [LABELS.get(label, label) for label in head.strip("| ").split(" | ")]
+    labels = " | ".join(LABELS.get(label, label) for label in head.strip("| ").split(" | "))
+    # after the runs of `peftbench results`, and below the table of `peftbench claims`
+    _, *marks = next((line for line in told.splitlines() if line.startswith("score of ")), "").split("; ")
+    below = [line for line in told.splitlines() if line.startswith("Intervals: ")] or [f"{'; '.join(marks)}."]
+    table = "\n".join([f"| {labels} |", *lines, "", *below, ""])
     for cell, name in CELLS.items():
         task, model = cell.split("/")
-        labels = [re.sub(rf"{task} (with )?{model}", name, label).replace("bleu", "BLEU") for label in labels]
-    return "\n".join([f"| {' | '.join(labels)} |", *lines, ""])
+        table = re.sub(rf"{task} (with )?{model}", name, table)
+    return table.replace(" bleu", " BLEU")
 
 
 def _run(command: Callable[[list[str]], int], words: list[str]) -> str:
-    with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()) as told:
         command(words)
     return told.getvalue()
 

@@ -21,6 +21,7 @@ from peftbench.tables.claim_texts import (
     describe_change,
     describe_cost,
     describe_few,
+    describe_intervals,
     describe_untested,
 )
 from peftbench.tables.claims import CellFindings, Comparison, Estimate, Finding, judge_records
@@ -175,7 +176,7 @@ def _show_short(cells: Sequence[CellFindings], form: str | None, console: Consol
         lines = [("claim", *names), ("---",) * (1 + len(cells))]
         for of_cells in zip(*(cell.findings for cell in cells), strict=True):
             lines.append((_name_claim(of_cells[0]), *(": ".join(_write_verdict(one)) for one in of_cells)))
-        say("\n".join(map(_make_line, lines)) + "\n")
+        say("\n".join([*map(_make_line, lines), "", _explain_intervals(cells, names), ""]))
         return
     fitting = max(1, (console.width - _SHORT) // (_SHORT + 2))
     for start in range(0, len(cells), fitting):
@@ -187,6 +188,8 @@ def _show_short(cells: Sequence[CellFindings], form: str | None, console: Consol
             table.add_row(_name_claim(of_cells[0]), *verdicts)
         console.print(table)
         console.print()
+    console.print(_explain_intervals(cells, names), style="dim", highlight=False)
+    console.print()
 
 
 _SHORT = 24  # characters of a column of the short table
@@ -201,6 +204,13 @@ def _name_cells(cells: Sequence[CellFindings]) -> list[str]:
     ]
     named = [[way(cell) for cell in cells] for way in ways]
     return [next((one[i] for one in named if one.count(one[i]) == 1), named[-1][i]) for i in range(len(cells))]
+
+
+def _explain_intervals(cells: Sequence[CellFindings], names: Sequence[str]) -> str:
+    """Return what was drawn for the intervals: once, or for each cell where they differ in it."""
+    ways = list(map(describe_intervals, cells))
+    told = ways[:1] if len(set(ways)) == 1 else [f"{way} ({name})" for way, name in zip(ways, names, strict=True)]
+    return f"Intervals: {'; '.join(map(strip_controls, told))}."
 
 
 def _name_claim(finding: Finding) -> str:

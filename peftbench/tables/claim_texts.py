@@ -80,6 +80,12 @@ def _describe_pairs(finding: Finding) -> str:
 
 def describe_chance(cell: CellFindings) -> str:
     """Return what was drawn for the intervals, and what is to be known of the runs behind them."""
+    said = [f"Intervals: {describe_intervals(cell)}."]
+    return " ".join([*said, *_describe_spread(cell.rows), *_describe_edges(cell.rows), *_describe_runs(cell.rows)])
+
+
+def describe_intervals(cell: CellFindings) -> str:
+    """Return what was drawn for the intervals of a cell."""
     known = [finding.estimate for finding in cell.findings if finding.estimate is not None]
     seeds = min(estimate.seeds for estimate in known)
     ways = {
@@ -87,8 +93,7 @@ def describe_chance(cell: CellFindings) -> str:
         False: f"Student's t over {seeds} seeds, for these examples only",
     }
     over = sorted({estimate.by_examples is not None for estimate in known}, reverse=True)
-    said = [f"Intervals: {'; '.join(ways[way] for way in over)}."]
-    return " ".join([*said, *_describe_spread(cell.rows), *_describe_edges(cell.rows), *_describe_runs(cell.rows)])
+    return "; ".join(ways[way] for way in over)
 
 
 def _describe_spread(rows: Sequence[Row]) -> Iterator[str]:

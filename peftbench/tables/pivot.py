@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -112,7 +112,7 @@ def pivot_records(
         BELOW_MARK: "below a baseline",
     }
     legend = "".join(f"; {mark} {what}" for mark, what in meanings.items() if any(mark in cell for cell in shown_cells))
-    return _write_title(value, scored) + legend + _explain(intervals.values()), [*labels, *numbers], lines
+    return _write_title(value, scored) + legend + _explain(intervals, heads, lines), [*labels, *numbers], lines
 
 
 def _write_title(value: str, records: Sequence[Record]) -> str:
@@ -245,13 +245,21 @@ def _estimate_cells(
     return estimate_means(main, of, True) | estimate_means(others, of, False)
 
 
-def _explain(intervals: Collection[Interval]) -> str:
-    """Return what ± means beside intervals."""
+def _explain(intervals: Mapping[int, Interval], heads: Sequence[tuple[str, ...]], lines: Sequence[PivotLine]) -> str:
+    """Return what ± means beside intervals, for each column if columns differ in it."""
     if not intervals:
         return ""
     from peftbench.tables.intervals import describe_ways
 
-    return f"; ± is half the 95% interval of the mean: {describe_ways(intervals)}"
+    ways = {}
+    for head in heads:
+        found = [intervals[id(line.cells[head])] for line in lines if id(line.cells.get(head)) in intervals]
+        if found:
+            ways[" ".join(head)] = describe_ways(found)
+    told = (
+        list(ways.values())[:1] if len(set(ways.values())) == 1 else [f"{way} ({name})" for name, way in ways.items()]
+    )
+    return f"; ± is half the 95% interval of the mean: {'; '.join(told)}"
 
 
 def _get_half(intervals: Mapping[int, Interval], row: Row) -> float | None:

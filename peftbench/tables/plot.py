@@ -178,7 +178,18 @@ def draw_scores(scores: Scores) -> Figure:
         partial(_draw_panel, panel=panel, scores=scores, limits=limits)
         for panel, limits in zip(scores.panels, ranges, strict=True)
     ]
-    return _draw_figure(panels, "; ".join(dict.fromkeys(panel.bars for panel in scores.panels if panel.bars)))
+    return _draw_figure(panels, _explain_bars(scores))
+
+
+def _explain_bars(scores: Scores) -> str:
+    """Return what bars mean: once, or for each panel where they differ in it."""
+    bars = {panel.title: panel.bars for panel in scores.panels if panel.bars}
+    if not bars:
+        return ""
+    alike = len(set(bars.values())) == 1
+    told = list(bars.values())[:1] if alike else [f"{what} ({title})" for title, what in bars.items()]
+    beside = ["marks of one size stand side by side"] if scores.interval else []
+    return "; ".join([f"bars: {told[0]}", *told[1:], *beside])
 
 
 def _choose_range(costs: Sequence[float]) -> tuple[float, float] | None:
@@ -288,13 +299,13 @@ def _find_bars(
         intervals = estimate_means(table, of, is_score)
         ends = {key: (one.low, one.high) for key, one in intervals.items()}
         ways = describe_ways(intervals.values())
-        return ends, f"bars: 95% interval of the mean, {ways}; marks of one size stand side by side" if ways else ""
+        return ends, f"95% interval of the mean, {ways}" if ways else ""
     found = {}
     for row in table:
         score, spread = row.number(of), row.spread(of)
         if score is not None and spread:
             found[id(row)] = (score - spread, score + spread)
-    return found, "bars: standard deviation over seeds" if found else ""
+    return found, "standard deviation over seeds" if found else ""
 
 
 def _draw_panel(axes: Axes, panel: Panel, scores: Scores, limits: tuple[float, float] | None) -> None:

@@ -17,12 +17,13 @@ import pytest
 from matplotlib.figure import Figure
 
 from peftbench.cli.plot import main
-from peftbench.records.record import Record, RecordedCounts, Score
+from peftbench.records.record import Record, RecordedCounts, Score, load_records
 from peftbench.tables.fields import FIELDS
 from peftbench.tables.intervals import estimate_means
 from peftbench.tables.plot import APART, COLOURS, draw_curves, draw_scores, list_marks, place_scores
 from peftbench.tables.row import Row, group_seeds, make_rows
 from peftbench.utils.errors import UserError, describe_os_error
+from tests.tables.test_claims import make_row
 from tests.tables.test_results import run
 from tests.tables.test_table import saved
 
@@ -100,6 +101,18 @@ def test_bars_are_deviations_or_intervals(tmp_path: Path) -> None:
     assert "Student's t over 2 seeds" in figure.legends[0].get_title().get_text().replace("\n", " ")
     labels = [word.get_text() for word in figure.legends[0].get_texts()]
     assert labels == ["full fine-tuning", "lora", "mam"]  # a front of means would say more than the intervals
+
+
+def test_panels_whose_bars_were_made_otherwise_are_told_apart(tmp_path: Path) -> None:
+    """Of one of two tasks it is known what each example contributed."""
+    make_row(tmp_path / "rte", [80, 82, 81.5], "lora", 2, task="rte")
+    make_row(tmp_path / "sst2", [70, 71], "lora", 2, task="sst2", keep_examples=False)
+    figure = drawn(group_seeds(load_records(tmp_path)[0], "mean"), interval=True)
+    assert " ".join(figure.legends[0].get_title().get_text().split()) == (
+        "bars: 95% interval of the mean, a bootstrap over 3 seeds and the examples (rte with bart-mini); 95% interval of "
+        "the mean, Student's t over 2 seeds, for these examples only (sst2 with bart-mini); marks of one size stand side "
+        "by side"
+    )
 
 
 def test_no_bar_hides_another(tmp_path: Path) -> None:
