@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -48,6 +49,7 @@ examples:
 """
 HEADERS = ("claim", "claimed", "difference", "95% interval", "pairs", "runs", "verdict")
 CHANGE = "what would change it"
+DECIDED = re.compile(r"^(confirmed|contradicted)")  # what stands out in a table of all verdicts
 
 
 def main(argv: list[str]) -> int:
@@ -175,7 +177,8 @@ def _show_short(cells: Sequence[CellFindings], form: str | None, console: Consol
     if form == "markdown":
         lines = [("claim", *names), ("---",) * (1 + len(cells))]
         for of_cells in zip(*(cell.findings for cell in cells), strict=True):
-            lines.append((_name_claim(of_cells[0]), *(": ".join(_write_verdict(one)) for one in of_cells)))
+            verdicts = [": ".join(_write_verdict(one)) for one in of_cells]
+            lines.append((_name_claim(of_cells[0]), *(DECIDED.sub(r"**\1**", verdict) for verdict in verdicts)))
         say("\n".join([*map(_make_line, lines), "", _explain_intervals(cells, names), ""]))
         return
     fitting = max(1, (console.width - _SHORT) // (_SHORT + 2))

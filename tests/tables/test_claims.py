@@ -298,9 +298,9 @@ def test_one_table_of_all_verdicts(
     assert head == ["claim", f"rte with {model}", f"sst2 with {model}, 100 steps", f"sst2 with {model}, 200 steps"]
     assert first[0] == "Parallel beats sequential, > 0" and len(others) == 6
     assert [cell.partition(" (")[0] for cell in first[1:]] == [
-        "contradicted: -10.00",
-        "confirmed: +20.00",
-        "confirmed: +20.00",
+        "**contradicted**: -10.00",
+        "**confirmed**: +20.00",
+        "**confirmed**: +20.00",
     ]
     assert {cell for line in others for cell in line[1:]} == {"not tested"}
     monkeypatch.setenv("COLUMNS", "80")  # room for two of three columns
