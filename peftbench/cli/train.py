@@ -24,7 +24,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from peftbench.cli.own_parts import check_own_parts
-from peftbench.config.compose import AND, CONFIG_NAME, TypedRun, compose_points, resolve_run
+from peftbench.config.compose import AND, TypedRun, compose_points, resolve_run
+from peftbench.config.conf_sources import CONFIG_NAME
 from peftbench.config.launchers import SWEEPER, HydraLauncher, Local, read_launcher
 from peftbench.config.overrides import describe_error, explain_hydra, list_hydra_words, quote_path
 from peftbench.config.schema import Run, find_conf_dir

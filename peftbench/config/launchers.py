@@ -16,7 +16,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftbench.config.compose import CONFIG_NAME, check_config_dir, open_hydra, refuse_searchpath
+from peftbench.config.compose import check_config_dir, refuse_searchpath
+from peftbench.config.conf_sources import CONFIG_NAME, open_hydra
 from peftbench.config.overrides import describe_error, parse_overrides, set_key
 from peftbench.utils.errors import UserError, describe_unknown
 

@@ -664,7 +664,7 @@ class Run(Modification):
     model: Model = field(default_factory=Model)
     task: Task = field(default_factory=Task)
     trainer: Trainer = field(default_factory=Trainer)
-    sizes: Any = key(None, "The columns of conf/sizes.yaml.")
+    sizes: Any = key(None, "Columns of your own beside those of conf/sizes.yaml, or parts of these.")
     size: Any = key(
         None,
         "The column of conf/sizes.yaml for this run. `of` names the backbones for which it was made; on another "

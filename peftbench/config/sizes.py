@@ -1,12 +1,15 @@
-"""The backbones for which a column of conf/sizes.yaml was made; `counts/shares.py` measures others."""
+"""The columns of conf/sizes.yaml, and the backbones for which each was made; `counts/shares.py` measures others."""
 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError
 
 from peftbench.config.schema import Model, Run, find_conf_dir
+from peftbench.config.yaml_files import load_packaged
 from peftbench.utils.files import expand_home
 
 
@@ -30,9 +33,44 @@ def list_column_backbones(run: Run) -> dict[str, Model]:
     return {name: _load_preset(name) for name in run.size.get("of", ())} if isinstance(run.size, dict) else {}
 
 
+def select_column(key: str, *, _root_: DictConfig) -> Any:
+    """Return the column that a key of a config names, as ${column:model.sizes} in it.
+
+    conf/sizes.yaml is no part of a config, whose values it would outnumber. Columns that the user's own files have
+    under `sizes`, or parts of them, count first.
+    """
+    name = str(OmegaConf.select(_root_, key, throw_on_missing=True))
+    columns = merge_columns(_root_) if _root_.sizes else _read_columns()
+    if name not in columns:
+        raise InterpolationKeyError(f"{key}={name}: conf/sizes.yaml has {', '.join(map(str, columns))}")
+    return columns[name]
+
+
+def merge_columns(config: DictConfig) -> DictConfig:
+    """Return the columns of conf/sizes.yaml with those of a config in their place.
+
+    Raises:
+        InterpolationResolutionError: its `sizes` is no mapping.
+    """
+    own = config.sizes or {}
+    if not isinstance(own, dict | DictConfig):
+        raise InterpolationResolutionError(f"sizes={own} is not a mapping")
+    merged = OmegaConf.merge(_read_columns(), own)
+    assert isinstance(merged, DictConfig)
+    OmegaConf.set_readonly(merged, None)
+    return merged
+
+
+@cache
+def _read_columns() -> DictConfig:
+    columns = load_packaged(find_conf_dir() / "sizes.yaml")
+    OmegaConf.set_readonly(columns, True)  # all configs share it
+    return columns
+
+
 @cache
 def _load_preset(name: str) -> Model:
-    preset = OmegaConf.load(find_conf_dir() / "model" / f"{name}.yaml")
+    preset = load_packaged(find_conf_dir() / "model" / f"{name}.yaml")
     apart = {"sizes": ""}  # it refers to a task, and there is none here
     merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Model), preset, apart))
     assert isinstance(merged, Model)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf._utils import get_yaml_loader
 
 from peftbench.utils.errors import UserError
 
@@ -55,6 +58,24 @@ def read_yaml(file: Path) -> Any:
         return None if root is None else LOADER("").construct_document(root)
     except yaml.YAMLError as error:
         raise UserError(f"{file} is not plain YAML: {getattr(error, 'problem', error)}.") from error
+
+
+def load_packaged(file: Path) -> DictConfig:
+    """Return what OmegaConf.load returns of a file of conf/, in a tenth of the time."""
+    config = OmegaConf.create(yaml.load(file.read_bytes(), _make_omegaconf_loader()) or {})
+    assert isinstance(config, DictConfig)
+    return config
+
+
+@cache
+def _make_omegaconf_loader() -> Any:
+    """Return OmegaConf's YAML loader in the C implementation, if there is one, which finds no key that is given
+    twice."""
+    reference = get_yaml_loader()
+    if not hasattr(yaml, "CSafeLoader"):
+        return reference
+    tables = ("yaml_implicit_resolvers", "yaml_constructors", "yaml_multi_constructors")
+    return type("Loader", (yaml.CSafeLoader,), {name: getattr(reference, name) for name in tables})
 
 
 def find_root(file: Path, text: str) -> yaml.Node | None:

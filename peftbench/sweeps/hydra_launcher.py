@@ -14,7 +14,8 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 
-from peftbench.config.compose import CONFIG_NAME, open_hydra, resolve_run
+from peftbench.config.compose import resolve_run
+from peftbench.config.conf_sources import CONFIG_NAME, open_hydra
 from peftbench.config.launchers import HydraLauncher
 from peftbench.config.schema import Run
 from peftbench.sweeps.jobs import Ended, Job, train_attempt

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import DictConfig
 
 import peftbench.config.compose
 import peftbench.sweeps.sweeper
 from peftbench.cli.main import main
 from peftbench.config.compose import _split_grids, compose_points, compose_run
+from peftbench.config.conf_sources import compose_alone
 from peftbench.config.schema import Run
 from peftbench.config.search import check_searches
 from peftbench.sweeps.workers import Ended
@@ -160,14 +162,13 @@ def test_grids_side_by_side_with_a_search(smoke: list[str], tmp_path: Path, caps
 
 @pytest.mark.slow
 def test_the_same_choices_are_composed_once_and_leave_nothing_to_the_next_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    composed: list[list[str]] = []
+    composed: list[Sequence[str]] = []
 
-    def counted(*arguments: Any, overrides: list[str]) -> Any:
-        composed.append(overrides)
-        return compose(*arguments, overrides=overrides)
+    def counted(groups: Sequence[str]) -> DictConfig:
+        composed.append(groups)
+        return compose_alone(groups)
 
-    compose = peftbench.config.compose.compose
-    monkeypatch.setattr("peftbench.config.compose.compose", counted)
+    monkeypatch.setattr("peftbench.config.compose.compose_alone", counted)
     peftbench.config.compose._compose_packaged.cache_clear()
     words = ["method=lora,mam", "seed=1,2", "modified_representation.layers=[0],[1,2]", "task.baselines=[],[majority]"]
     points = compose_points(words, multirun=True)

@@ -1,0 +1,114 @@
+"""What a run is composed from: quick readings that come to what Hydra and OmegaConf read."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose
+from omegaconf import OmegaConf
+
+import peftbench.config.compose
+from peftbench.config.compose import compose_run
+from peftbench.config.conf_sources import CONFIG_NAME, _read, compose_alone, open_hydra
+from peftbench.config.rows import GROUP, read_rows
+from peftbench.config.schema import find_conf_dir
+from peftbench.utils.errors import UserError
+
+CONF = find_conf_dir()
+CHOICES = [
+    ("method=unipelt", "task=xsum"),
+    ("task=sst2", "trainer=paper", "method=full", "functional_form=relu", "mix=[prefix,ia3_ffn]"),
+    ("row=mam_30_512", "experiment=paper/table5", "search=lr3", "fidelity=released_code", "debug=smoke"),
+]
+ALL = [
+    *(
+        (f"{group}=[{name}]" if group == "mix" else f"{group}={name}",)
+        for group, name in sorted((file.parent.name, file.stem) for file in CONF.glob("[!h]*/*.yaml"))
+    ),
+    *((f"{GROUP}={row}",) for row in read_rows()),
+    *((f"experiment=paper/{file.stem}",) for file in sorted(CONF.glob("experiment/paper/*.yaml"))),
+]
+
+
+def describe(node: Any) -> Any:
+    """Everything of a node: its type, flags and value, and all nodes below it in their order."""
+    facts = {key: fact for key, fact in vars(node._metadata).items() if key != "resolver_cache"}
+    value = node._value()
+    if isinstance(value, dict):
+        value = [(key, describe(below)) for key, below in value.items()]
+    elif isinstance(value, list):
+        value = [describe(below) for below in value]
+    return type(node), facts, value
+
+
+@pytest.mark.parametrize(
+    "groups", [*CHOICES, *(pytest.param(one, marks=pytest.mark.slow) for one in ALL)], ids=" ".join
+)
+def test_without_hydras_own_config_the_rest_is_the_same(groups: tuple[str, ...]) -> None:
+    with open_hydra(None):
+        assert describe(compose_alone(groups)) == describe(compose(CONFIG_NAME, overrides=list(groups)))
+
+
+def test_runs_are_composed_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but those for which something configures Hydra; and what is refused is refused in Hydra's words."""
+    composed: list[list[str]] = []
+
+    def counted(*arguments: Any, overrides: list[str]) -> Any:
+        composed.append(overrides)
+        return compose(*arguments, overrides=overrides)
+
+    monkeypatch.setattr("peftbench.config.compose.compose", counted)
+    peftbench.config.compose._compose_packaged.cache_clear()
+    run = compose_run(["method=lora", "task=sst2"], reads_data=False)
+    assert run.task.name == "sst2" and not composed
+    assert compose_run(["method=lora", "task=sst2", "hydra.job.chdir=true"], reads_data=False) == run
+    assert composed == [["method=lora", "task=sst2", "hydra.job.chdir=true"]]
+    with pytest.raises(UserError, match=r"trainer=paper: this task has no settings in the paper"):
+        compose_run(["task=docsum", "trainer=paper"], reads_data=False)
+    with pytest.raises(UserError, match=r"^Could not delete 'search=lr3'"):
+        compose_run(["~search=lr3"])
+    assert len(composed) == 2
+
+
+def test_files_are_read_as_omegaconf_reads_them() -> None:
+    """Numbers such as 1e-4 among them, which YAML 1.1 takes for texts."""
+    files = [file.relative_to(CONF) for file in sorted(CONF.rglob("*.yaml"))]
+    assert len(files) > 100
+    for file in files:
+        read = pickle.loads(_read("main", str(CONF), str(file.with_suffix(""))))
+        assert describe(read.config) == describe(OmegaConf.load(CONF / file)), file
+        first = (CONF / file).read_text(encoding="utf-8").splitlines()[0]
+        assert read.header["package"] == (first.removeprefix("# @package ") if "@package" in first else None)
+
+
+def test_columns_of_ones_own(tmp_path: Path) -> None:
+    """A file may have its own column of sizes, or change a size of one that there is; the shared columns stay."""
+    task = tmp_path / "task" / "own.yaml"
+    task.parent.mkdir()
+    head = "# @package _global_\ndefaults: [doctopic]\ntask: {name: own}\n"
+    task.write_text(head + "sizes: {mini: {mam: {r: 9}}}\n")
+    run = compose_run(["task=own"], config_dir=str(tmp_path))
+    assert (run.bottleneck, run.composition_function.scale, run.size["of"]) == (9, 4, ["mini"])
+    task.write_text(head + "model: {sizes: own}\nsizes: {own: {mam: {r: 8, s: 2, lr: 1e-3}, mix: {prefix: 4}}}\n")
+    run = compose_run(["task=own"], config_dir=str(tmp_path))
+    assert (run.bottleneck, run.mix["attention"].bottleneck, run.trainer.learning_rate) == (8, 4, 1e-3)
+    assert compose_run(["sizes.mini.mam.r=7"]).bottleneck == 7
+    assert compose_run([]).bottleneck == 96
+
+
+@pytest.mark.parametrize(
+    ("word", "fault"),
+    [
+        ("model.sizes=own", r"model\.sizes=own: conf/sizes\.yaml has generation, glue, mini, decoder\.$"),
+        ("sizes.mini.mam.q=7", r"^sizes\.mini\.mam\.q is not a key of the config \(in sizes\.mini\.mam\)"),
+        ("+size.mam.r=7", r"Interpolation key 'size\.mam\.s' not found"),
+        ("sizes=own", r"sizes=own is not a mapping"),
+    ],
+)
+def test_columns_that_there_are_not(word: str, fault: str) -> None:
+    with pytest.raises(UserError, match=fault):
+        compose_run([word])
+    assert compose_run([]).bottleneck == 96
