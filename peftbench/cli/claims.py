@@ -262,7 +262,7 @@ def _list_pair(finding: Finding, one: Comparison, estimate: Estimate) -> tuple[s
         str(len(one.seeds)),
         f"{estimate.difference:+.2f}",
         _format_interval(estimate),
-        finding.claim.judge(estimate, [one]),
+        finding.claim.judge_pair(one, estimate),
     )
 
 

@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 
-from peftbench.records.choice import list_edges
 from peftbench.records.record import Record
 from peftbench.tables.claims import CellFindings, Finding, count_seeds_needed, get_score
 from peftbench.tables.fields import MANY_CUT_OFF
@@ -47,8 +46,8 @@ def describe_change(finding: Finding) -> str:
     if finding.verdict != "not confirmed":
         near = min((one.low, one.high), key=lambda end: abs(end - claim.threshold))
         said.append(f"The interval ends {abs(near - claim.threshold):.2f} from {claim.threshold:g}.")
-    elif claim.of == "mean" and claim.judge(one, []) != "not confirmed":
-        said.append(f"The mean alone would have it {claim.judge(one, [])}.")
+    elif claim.of == "mean" and claim.judge(one) != "not confirmed":
+        said.append(f"The mean alone would have it {claim.judge(one)}.")
     elif not claim.is_met(one.difference) and any(pair.is_b_larger for pair, _ in finding.comparisons):
         said.append("Rows of the same size would show whether it is contradicted.")
     elif (seeds := count_seeds_needed(one, claim.threshold)) is None:
@@ -67,7 +66,7 @@ def _describe_pairs(finding: Finding) -> str:
     against = dict.fromkeys(
         " against ".join(one.pair)
         for one, estimate in finding.comparisons
-        if claim.judge(estimate, [one]) == "contradicted"
+        if claim.judge_pair(one, estimate) == "contradicted"
     )
     if against and finding.verdict != "contradicted":
         said.append(f"{', '.join(against)} {'contradicts' if len(against) == 1 else 'contradict'} it.")
@@ -75,7 +74,22 @@ def _describe_pairs(finding: Finding) -> str:
     if larger:
         names = ", ".join(dict.fromkeys(one.pair[1] for one in larger))
         said.append(f"Here {names} {'stores' if len(larger) == 1 else 'store'} more, which can only hide the claim.")
-    return " ".join(said)
+    return " ".join([*said, *_describe_losers(finding)])
+
+
+def _describe_losers(finding: Finding) -> Iterator[str]:
+    """Yield which rows a verdict cannot rest on, because they may be better than their runs."""
+    claim, mean = finding.claim, finding.estimate
+    assert mean is not None
+    losers = [
+        claim.find_loser(one, claim.judge(estimate if claim.of == "least" else mean))
+        for one, estimate in finding.comparisons
+        if claim.judge(estimate if claim.of == "least" else mean) != "not confirmed"
+    ]
+    names = list(dict.fromkeys(name for name, row in losers if row.is_at_edge))
+    if names:
+        ones = "it may be better" if len(names) == 1 else "they may be better"
+        yield f"The best rate of {' and '.join(names)} is the outermost that was tried, so {ones}."
 
 
 def describe_chance(cell: CellFindings) -> str:
@@ -112,7 +126,7 @@ def _describe_edges(rows: Sequence[Row]) -> Iterator[str]:
     """Yield how many searches chose an outermost value: these rows may be better than the runs say."""
     searched = [row.first.search for row in rows if row.first.search is not None]
     if searched:
-        number = sum(bool(list_edges(search)) for search in searched)
+        number = sum(row.is_at_edge for row in rows)
         yield f"Outermost of the values that were tried: the best one of {number} of {len(searched)} rows."
 
 

@@ -60,12 +60,31 @@ class Claim:
         """What the difference is claimed to be."""
         return f"{'>' if self.above is not None else '<'} {self.threshold:g}"
 
-    def judge(self, estimate: Estimate, comparisons: Sequence[Comparison]) -> Verdict:
-        """Return the verdict of the interval of a difference of comparisons."""
+    def judge(self, estimate: Estimate) -> Verdict:
+        """Return the verdict of an interval, whatever the rows are that it is of."""
         over, under = estimate.low > self.threshold, estimate.high < self.threshold
         right, wrong = (over, under) if self.above is not None else (under, over)
-        fair = self.smaller or not any(one.is_b_larger for one in comparisons)
-        return "confirmed" if right else "contradicted" if wrong and fair else "not confirmed"
+        return "confirmed" if right else "contradicted" if wrong else "not confirmed"
+
+    def is_fair(self, one: Comparison, verdict: Verdict) -> bool:
+        """Return whether two rows can show this verdict: the one that loses has what the other has.
+
+        It is not fair to contradict the claim with a B that stores more than A, nor to rest a verdict on a loser whose
+        best value in a search is the outermost that was tried, since a better one may lie beyond it.
+        """
+        if self.find_loser(one, verdict)[1].is_at_edge:
+            return False
+        return verdict == "confirmed" or self.smaller or not one.is_b_larger
+
+    def find_loser(self, one: Comparison, verdict: Verdict) -> tuple[str, Row]:
+        """Return the name and the row that has the lower score by a verdict."""
+        a_loses = (verdict == "contradicted") == (self.above is not None)
+        return (one.pair[0], one.a) if a_loses else (one.pair[1], one.b)
+
+    def judge_pair(self, one: Comparison, estimate: Estimate) -> Verdict:
+        """Return the verdict of the interval of one pair, if its rows can show it."""
+        verdict = self.judge(estimate)
+        return verdict if self.is_fair(one, verdict) else "not confirmed"
 
     def is_met(self, difference: float) -> bool:
         """Return whether a difference is on the claimed side, chance aside."""
@@ -249,17 +268,22 @@ def _judge_claim(
     # An interval of one pair of several is wide enough for all of them at once (Bonferroni).
     strict = [estimate_difference([one], drawn, resamples, 1 - (1 - LEVEL) / len(each)) for one in comparisons]
     contradicted = any(
-        claim.judge(estimate, [one]) == "contradicted" for one, estimate in zip(comparisons, strict, strict=True)
+        claim.judge_pair(one, estimate) == "contradicted" for one, estimate in zip(comparisons, strict, strict=True)
     )
     if claim.of == "least":
         sign = 1 if claim.above is not None else -1
         each.sort(key=lambda one: sign * one[1].difference)
         estimate = each[0][1]
-        sure = all(claim.judge(estimate, [one]) == "confirmed" for one, estimate in each)
+        sure = all(claim.judge_pair(one, estimate) == "confirmed" for one, estimate in each)
         verdict: Verdict = "contradicted" if contradicted else "confirmed" if sure else "not confirmed"
     else:
         estimate = estimate_difference(comparisons, drawn, resamples)
-        verdict = claim.judge(estimate, comparisons)
+        verdict = claim.judge(estimate)
+        fair = [one for one in comparisons if claim.is_fair(one, verdict)]
+        if len(fair) < len(comparisons) and not (
+            fair and claim.judge(estimate_difference(fair, drawn, resamples)) == verdict
+        ):
+            verdict = "not confirmed"
         if verdict == "confirmed" and contradicted:
             verdict = "not confirmed"
     return Finding(claim, verdict, estimate, each)

@@ -11,6 +11,7 @@ from itertools import groupby
 from statistics import fmean, median, stdev
 from typing import Literal
 
+from peftbench.records.choice import list_edges
 from peftbench.records.record import Record, Score
 from peftbench.tables.fields import get_baseline, get_test_file
 
@@ -32,6 +33,11 @@ class Row:
     @property
     def scored(self) -> list[Record]:
         return [record for record in self.records if is_scored(record)]
+
+    @property
+    def is_at_edge(self) -> bool:
+        """Whether its search chose an outermost value: the row may be better than its runs say."""
+        return self.first.search is not None and bool(list_edges(self.first.search))
 
     @property
     def score(self) -> float | None:

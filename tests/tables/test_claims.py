@@ -146,14 +146,68 @@ def test_runs_that_diverged_or_were_cut_off_are_counted(tmp_path: Path, capsys: 
     assert "bootstrap over 2 seeds" in told
 
 
+def search_rate(chosen: float) -> dict[str, Any]:
+    """What a record says of a search of three rates."""
+    selection = {"split": "validation", "examples": 9, "metric": "accuracy", "value": 1.0}
+    search = {"name": "lr3", "role": "final", "seed": 42, "keys": {"trainer.learning_rate": [0.1, 0.3, 1.0]}}
+    return {**search, "chosen": {"trainer.learning_rate": chosen}, "selection": selection, "trials": []}
+
+
+@pytest.mark.parametrize(
+    ("rates", "verdict", "change"),
+    [
+        ((0.3, 0.3, 0.3, 0.3), "confirmed", ""),
+        ((1.0, 0.3, 1.0, 0.3), "confirmed", ""),  # what may be better still is what is better already
+        ((0.3, 1.0, 0.3, 0.3), "confirmed", "The best rate of sa_ffn is the outermost that was tried, so it may"),
+        (
+            (0.3, 1.0, 0.3, 0.1),
+            "not confirmed",
+            "The best rate of sa_ffn and sa_attention is the outermost that was tried, so they may be better. "
+            "The mean alone would have it confirmed.",
+        ),
+    ],
+)
+@pytest.mark.parametrize("better", ["parallel", "sequential"])
+def test_no_verdict_rests_on_a_loser_at_the_edge(
+    better: str,
+    rates: tuple[float, ...],
+    verdict: str,
+    change: str,
+    tmp_path: Path,
+    judged: Callable[..., dict[str, dict[str, Any]]],
+) -> None:
+    """The pair with such a loser is left out; without any other pair there is no verdict."""
+    methods = [("parallel_adapter", "ffn"), ("adapter", "ffn")]
+    methods += [("parallel_adapter_attention", "attention"), ("adapter", "attention")]
+    if better == "sequential":
+        methods = [methods[index] for index in (1, 0, 3, 2)]
+        verdict = verdict.replace("confirmed", "contradicted") if verdict == "confirmed" else verdict
+        change = change.replace("sa_", "pa_").replace("confirmed", "contradicted")
+    for (method, representation), score, rate in zip(methods, (80, 60, 80, 60), rates, strict=True):
+        scores = [score, score + 0.5, score + 1]
+        make_row(tmp_path, scores, method, 2, representation=representation, search=search_rate(rate))
+    found = judged()["insertion"]
+    assert found["verdict"] == verdict and found["change"].startswith(change)
+    assert ("outermost" in found["change"]) == ("outermost" in change)
+
+
+def test_the_best_of_its_size_is_above_those_that_are_tuned(
+    tmp_path: Path, judged: Callable[..., dict[str, dict[str, Any]]]
+) -> None:
+    make_row(tmp_path, [80, 80, 80.5], "mam", 6.7, search=search_rate(0.3))
+    make_row(tmp_path, [60, 60, 60.5], "parallel_adapter", 6.7, search=search_rate(1.0))
+    found = judged()["mam_best"]
+    assert found["verdict"] == "not confirmed"
+    assert "The best rate of pa_ffn is the outermost that was tried, so it may be better." in found["change"]
+    make_row(tmp_path, [90, 90, 90.5], "prefix_lora_ffn", 6.7, search=search_rate(1.0))
+    assert judged()["mam_best"]["verdict"] == "contradicted"
+
+
 def test_a_seed_that_learned_nothing_and_rates_at_the_edge_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    selection = {"split": "validation", "examples": 9, "metric": "accuracy", "value": 1.0}
-    search = {"name": "lr3", "role": "final", "seed": 42, "keys": {"trainer.learning_rate": [0.1, 0.3, 1.0]}}
     for method, scores, rate in (("parallel_adapter", [80, 20], 1.0), ("adapter", [60, 61], 0.3)):
-        searched = {**search, "chosen": {"trainer.learning_rate": rate}, "selection": selection, "trials": []}
-        make_row(tmp_path, scores, method, 2, search=searched)
+        make_row(tmp_path, scores, method, 2, search=search_rate(rate))
     assert main([str(tmp_path)]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "Standard deviation over seeds: 21.57 (median of rows), 42.43 at most (parallel_adapter)." in told
