@@ -246,20 +246,21 @@ def _estimate_cells(
 
 
 def _explain(intervals: Mapping[int, Interval], heads: Sequence[tuple[str, ...]], lines: Sequence[PivotLine]) -> str:
-    """Return what ± means beside intervals, for each column if columns differ in it."""
+    """Return what ± means beside intervals, for each column if columns differ in it; seeds are in the cells."""
     if not intervals:
         return ""
     from peftbench.tables.intervals import describe_ways
 
-    ways = {}
-    for head in heads:
-        found = [intervals[id(line.cells[head])] for line in lines if id(line.cells.get(head)) in intervals]
-        if found:
-            ways[" ".join(head)] = describe_ways(found)
-    told = (
-        list(ways.values())[:1] if len(set(ways.values())) == 1 else [f"{way} ({name})" for name, way in ways.items()]
-    )
-    return f"; ± is half the 95% interval of the mean: {'; '.join(told)}"
+    found = {
+        " ".join(head): [intervals[id(line.cells[head])] for line in lines if id(line.cells.get(head)) in intervals]
+        for head in heads
+    }
+    ways = {frozenset(one.over for one in of) for of in found.values() if of}
+    if len(ways) == 1:
+        told = describe_ways(one for of in found.values() for one in of)
+    else:
+        told = "; ".join(f"{describe_ways(of)} ({name})" for name, of in found.items() if of)
+    return f"; ± is half the 95% interval of the mean: {told}"
 
 
 def _get_half(intervals: Mapping[int, Interval], row: Row) -> float | None:

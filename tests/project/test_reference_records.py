@@ -17,7 +17,7 @@ from peftbench.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "outputs" / "reference"
-RUNS = {"grid": 40, "text": 45, "text_long": 10, "grid_sst2": 40, "curves": 9, "peft": 100, "reproduction": 479}
+RUNS = {"grid": 40, "text": 45, "text_long": 10, "grid_sst2": 40, "curves": 9, "peft": 100, "reproduction": 603}
 
 
 @pytest.mark.parametrize("part", RUNS)
@@ -126,7 +126,7 @@ def test_the_table_of_pefts_methods_says_what_the_records_say(capsys: pytest.Cap
             "task=webnlg",
             "examples=1862",
             "--rows",
-            "method,scale,modified_representation,trainer.epochs,learning_rate",
+            "method,scale,modified_representation,trainer.epochs,trainer.max_steps,trainer.evaluate_every,learning_rate",
             "--columns",
             "budget",
         ],

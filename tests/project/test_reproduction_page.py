@@ -19,7 +19,7 @@ from peftbench.cli.claims import main as claims
 from peftbench.records.record import Record, load_records
 from peftbench.tables.claims import judge_records, read_claims
 from peftbench.tables.plot import list_marks, place_scores
-from peftbench.tables.row import group_seeds, is_trial
+from peftbench.tables.row import Row, group_seeds, is_trial
 from peftbench.tables.select import read_records
 from tests.tables.test_searches import make_all
 
@@ -71,7 +71,7 @@ def copy_cell(folder: Path, model: str, rows: tuple[str, ...]) -> None:
     """Copy the records of SST-2 of which the typed row begins so, as those of WebNLG with a backbone."""
     for file in FOLDER.glob("sst2/minilm-l6/*/*/record.json"):
         record = json.loads(file.read_text(encoding="utf-8"))
-        if any(word.startswith(rows) for word in record["overrides"]):
+        if record["seed"] in (1, 2, 42) and any(word.startswith(rows) for word in record["overrides"]):
             record |= {"task": "webnlg", "model": {**record["model"], "name": model}, "metric": "bleu"}
             record["score"] -= 10
             record["scores"]["report"]["metrics"] = {"bleu": record["score"]}
@@ -82,6 +82,9 @@ def copy_cell(folder: Path, model: str, rows: tuple[str, ...]) -> None:
 
 def test_cells_are_shown_as_they_come(script: ModuleType, tmp_path: Path) -> None:
     shutil.copytree(FOLDER / "sst2", tmp_path / "reproduction" / "sst2")
+    for file in list(tmp_path.rglob("record.json")):  # the same seeds in all rows and cells
+        if json.loads(file.read_text(encoding="utf-8"))["seed"] not in (1, 2, 42):
+            shutil.rmtree(file.parent)
     copy_cell(tmp_path / "reproduction" / "webnlg" / "bart-mini", "bart-mini", ("row=pa_ffn_200", "row=sa_ffn_200"))
     copy_cell(tmp_path / "reproduction" / "webnlg" / "smollm2-135m", "smollm2-135m", ("row=",))
     *table, _, below = script.write_scores(tmp_path).splitlines()
@@ -90,7 +93,13 @@ def test_cells_are_shown_as_they_come(script: ModuleType, tmp_path: Path) -> Non
     assert head == ["stored", "method", "at", f"{names[0]} accuracy", f"{names[1]} BLEU", f"{names[2]} BLEU"]
     assert len(lines) == 9
     known = {tuple(line[:3]): line[3:] for line in lines}
-    assert [cell.partition(" ")[0] for cell in known["2%", "adapter", "ffn"]] == ["88.53", "78.53", "78.53"]
+    records = [one for one in load_records(FOLDER / "sst2")[0] if not is_trial(one) and one.seed in (1, 2, 42)]
+    rows = group_seeds(records, "mean")
+    two = [row for row in rows if (row.first.method, row.first.budget) == ("adapter", "2%")]
+    (row,) = (row for row in two if row.first.axes[0].modified_representation == "ffn")
+    assert row.score is not None
+    expected = [f"{row.score:.2f}", f"{row.score - 10:.2f}", f"{row.score - 10:.2f}"]
+    assert [cell.partition(" ")[0] for cell in known["2%", "adapter", "ffn"]] == expected
     assert known["6.7%", "mam", "ffn + heads"][1] == ""
     drawn, students = "a bootstrap over 3 seeds and the examples", "Student's t over 3 seeds, for these examples only"
     ways = "; ".join(f"{drawn if name is names[0] else students} ({name})" for name in names)  # copies have no examples
@@ -129,10 +138,15 @@ def test_the_page_has_each_claim_as_the_data_has_it() -> None:
         assert claim.source.partition(" and")[0].partition(",")[0] in line and line.endswith(f"| {claim.claimed} |")
 
 
+def read_section(title: str) -> str:
+    """Return the words below a title of the page."""
+    page = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
+    return " ".join(page.split(f"### {title}\n")[1].split("\n### ")[0].split())
+
+
 def test_the_prose_on_sst2_says_what_the_records_say() -> None:
     """Its numbers, in their order. The tables beside it are compared with the records above."""
-    page = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
-    prose = " ".join(page.split("SST-2 with MiniLM is the first")[1].split("RTE with MiniLM")[0].split())
+    prose = read_section("SST-2 with MiniLM, all steps")
     records = [one for one in load_records(FOLDER / "sst2")[0]]
     rows = group_seeds([one for one in records if not is_trial(one)], "mean")
     trials = len(records) - sum(len(row.scored) for row in rows)
@@ -147,6 +161,10 @@ def test_the_prose_on_sst2_says_what_the_records_say() -> None:
     }
     assert f"prefix tuning is {min(behind['prefix']):.1f} to {max(behind['prefix']):.1f} points behind" in prose
     assert f"between {max(behind['mh_pa']):.1f} points behind and {-min(behind['mh_pa']):.1f} ahead" in prose
+    assert {row.is_at_edge for row in rows if row.first.method == "mh_parallel_adapter" and is_small(row)} == {True}
+    (small,) = (row for row in rows if row.first.method == "prefix" and row.first.budget == "0.1%")
+    unlearned = [one for one in small.scored if one.score is not None and one.score < one.baselines["majority"] + 0.5]
+    assert (len(unlearned), len(small.scored)) == (1, 5) and "one of its five seeds learned nothing" in prose
     widths = [one.high - one.low for name in ("insertion", "ffn", "scaling") for _, one in pairs[name]]
     assert f"the interval of one pair is about {statistics.median(widths) / 2:.1f} points to either side" in prose
 
@@ -169,6 +187,67 @@ def test_the_prose_on_sst2_says_what_the_records_say() -> None:
     assert f"{places[1]} less than the preset's, and none the lowest. The {places[4]} are" in prose and not places[0]
 
 
+def is_small(row: Row) -> bool:
+    """Whether a row has one of the two sizes at which heads are claimed to be best."""
+    return row.first.budget in ("0.1%", "0.5%")
+
+
+def test_the_prose_on_webnlg_with_bart_says_what_the_records_say() -> None:
+    prose = read_section("WebNLG with a BART of 23M parameters, the steps `insertion` and `mam`")
+    records = load_records(FOLDER / "webnlg" / "bart-mini")[0]
+    rows = group_seeds([one for one in records if not is_trial(one)], "mean")
+    runs = sum(len(row.scored) for row in rows)
+    assert f"{len(rows)} rows, {runs} runs and {len(records) - runs} further trials of 3,396 steps each" in prose
+    assert {one.steps for one in records} == {3396}
+    large = {row.first.method: row for row in rows if row.first.budget != "2%"}
+    mam, full, plain, scaled = (large[name] for name in ("mam", "full", "parallel_adapter", "scaled_parallel_adapter"))
+    assert f"{mam.score:.1f} BLEU, where full fine-tuning has {full.score:.1f}" in prose
+    assert f"the plain parallel adapter of 6.7% has {plain.score:.1f}" in prose
+
+    unscaled_at, scaled_at = (dict(list_trials(row, records)) for row in (plain, scaled))
+    assert f"from {unscaled_at[5e-4]:.1f} to {scaled_at[5e-4]:.1f} BLEU (seed 42)" in prose
+    assert {row.first.search.chosen["trainer.learning_rate"] for row in (plain, scaled) if row.first.search} == {1.5e-3}
+    assert f"s = 1 has {unscaled_at[1.5e-3]:.1f} and s = 4 has {scaled_at[1.5e-3]:.1f}" in prose
+
+    small = [row for row in rows if row.first.budget == "2%"]
+    assert len(small) == 4 and all(row.is_at_edge for row in small)
+    assert not any(row.is_at_edge for row in large.values())
+    steps = [(row.first.method, [score for _, score in list_trials(row, records)[-2:]]) for row in small]
+    brought = sorted(last - before for method, (before, last) in steps if method == "adapter")
+    assert f"brought the sequential adapters {brought[0]:.1f} and {brought[1]:.1f} BLEU on the test set" in prose
+    assert all(last < before for method, (before, last) in steps if method != "adapter")
+
+    lower = [_find_gain_below(row, records) for row in (full, mam, scaled)]
+    assert "would have had {:.1f}, {:.1f} and {:.1f} BLEU more".format(*lower) in prose
+
+
+def list_trials(row: Row, records: list[Record]) -> list[tuple[float, float]]:
+    """Return the learning rates that were tried for a row, in order, with the score that each trial reported."""
+    (searched,) = (one.search for one in row.records if one.search is not None and one.seed == one.search.seed)
+    scores = {one.run: one.score for one in records}
+    found = [(one.settings["trainer.learning_rate"], scores[one.run]) for one in searched.trials]
+    return sorted((rate, score) for rate, score in found if score is not None)
+
+
+def _find_gain_below(row: Row, records: list[Record]) -> float:
+    """Return by how much the trial with the rate below the chosen one has the better score."""
+    rates, scores = zip(*list_trials(row, records), strict=True)
+    assert row.first.search is not None
+    place = rates.index(row.first.search.chosen["trainer.learning_rate"])
+    return float(scores[place - 1] - scores[place])
+
+
+def test_the_prose_on_rte_says_what_the_records_say() -> None:
+    prose = read_section("RTE with MiniLM, the first trials")
+    records = load_records(FOLDER / "rte")[0]
+    scores = sorted(one.score for one in records if one.score is not None)
+    assert f"{len(records)} trials" in prose and len(scores) == len(records)
+    assert f"between {scores[0]:.1f} and {scores[-1]:.1f}" in prose
+    (majority,) = {one.baselines["majority"] for one in records}
+    assert f"at the {majority:.1f} of the most frequent label" in prose
+    assert sum(abs(score - majority) < 3 for score in scores) > len(scores) / 2
+
+
 def test_the_readme_says_what_the_tuned_runs_say() -> None:
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     (cell,) = (one for one in judge_records(load_records(FOLDER / "sst2")[0], 2000) if one.findings)
@@ -178,8 +257,15 @@ def test_the_readme_says_what_the_tuned_runs_say() -> None:
     assert contradicted.claim.name == "heads"
     behind = [-one.difference for pair, one in contradicted.comparisons if pair.pair[0] == "prefix"]
     sizes = {pair.a.first.budget for pair, _ in contradicted.comparisons}
-    assert sizes == {"0.1%", "0.5%"} and "**MiniLM**: at 0.1 and 0.5%, prefix tuning is" in readme
+    assert sizes == {"0.1%", "0.5%"} and "**SST-2**: at 0.1 and 0.5%, prefix tuning is" in readme
     assert f"prefix tuning is {min(behind):.1f} to {max(behind):.1f} points behind. All else may be chance." in readme
+
+    (cell,) = (one for one in judge_records(load_records(FOLDER / "webnlg" / "bart-mini")[0], 2000) if one.findings)
+    found = {finding.claim.name: finding for finding in cell.findings}
+    contradicted = {name for name, finding in found.items() if finding.verdict == "contradicted"}
+    assert contradicted == {"scaling", "mam_full", "mam_best"} and found["mam_full"].estimate is not None
+    assert f"**WebNLG**: MAM is {-found['mam_full'].estimate.difference:.1f} BLEU behind full fine-tuning." in readme
+    assert "With tuned rates, scaling does not help." in readme
 
 
 def _place_rate(record: Record) -> int:
