@@ -4,7 +4,8 @@ A shell that starts the tests in the background has them ignore Ctrl-C, and the 
 that, among them those that are to be interrupted.
 
 What is alive once the tests are collected, torch and transformers with their thousands of classes, is there to the end:
-the garbage collector need not look through it again and again, nor while it is imported.
+the garbage collector need not look through it again and again, nor while it is imported. So is most of what the tests
+have imported and cached since, and each training begins with a collection.
 
 Tests marked `gpu` are skipped where there is none, also when another mark has chosen them.
 """
@@ -14,6 +15,8 @@ import os
 import signal
 
 import pytest
+
+_finished = 0  # tests
 
 gc.disable()
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -35,3 +38,11 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+def pytest_runtest_logfinish() -> None:
+    global _finished
+    _finished += 1
+    if _finished % 100 == 0:
+        gc.collect()
+        gc.freeze()
