@@ -40,10 +40,12 @@ def select_column(key: str, *, _root_: DictConfig) -> Any:
     under `sizes`, or parts of them, count first.
     """
     name = str(OmegaConf.select(_root_, key, throw_on_missing=True))
-    columns = merge_columns(_root_) if _root_.sizes else _read_columns()
-    if name not in columns:
-        raise InterpolationKeyError(f"{key}={name}: conf/sizes.yaml has {', '.join(map(str, columns))}")
-    return columns[name]
+    ours, own = _read_columns(), _list_own(_root_)
+    if name in own:
+        return OmegaConf.merge(ours.get(name, {}), own[name])
+    if name not in ours:
+        raise InterpolationKeyError(f"{key}={name}: conf/sizes.yaml has {', '.join(map(str, ours))}")
+    return ours[name]
 
 
 def merge_columns(config: DictConfig) -> DictConfig:
@@ -52,13 +54,17 @@ def merge_columns(config: DictConfig) -> DictConfig:
     Raises:
         InterpolationResolutionError: its `sizes` is no mapping.
     """
-    own = config.sizes or {}
-    if not isinstance(own, dict | DictConfig):
-        raise InterpolationResolutionError(f"sizes={own} is not a mapping")
-    merged = OmegaConf.merge(_read_columns(), own)
+    merged = OmegaConf.merge(_read_columns(), _list_own(config))
     assert isinstance(merged, DictConfig)
     OmegaConf.set_readonly(merged, None)
     return merged
+
+
+def _list_own(config: DictConfig) -> DictConfig:
+    own = config.sizes
+    if own is not None and not isinstance(own, DictConfig):
+        raise InterpolationResolutionError(f"sizes={own} is not a mapping")
+    return OmegaConf.create() if own is None else own
 
 
 @cache
