@@ -34,6 +34,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 from transformers.utils import cached_file, logging
 
 from peftbench.backbones.chat_template import choose_template, stop_at_turns
@@ -402,11 +403,14 @@ def build_meta_backbone(model: Model, task: Task, config: PretrainedConfig | Non
     config = deepcopy(config)  # the model changes its config
     auto = _choose_auto_class(model, task, config)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():  # which takes longer than all the rest
             built: PreTrainedModel = auto.from_config(config)
     except NO_MODEL as error:
         place = "model.architecture" if model.path is None else f"model.path={model.path}"
         raise UserError(f"{place} describes no model that can be built: {' '.join(str(error).split())}") from error
+    for module in reversed(list(built.modules())):  # without initialisation, transformers has tied nothing
+        if isinstance(module, PreTrainedModel):
+            module.tie_weights()
     if _is_untied(model):
         _untie_output(built)
     return built
