@@ -15,8 +15,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 import peftbench
 from peftbench.config.axes import read_axes
 from peftbench.config.identity import drop_later_defaults, hash_run, to_plain
@@ -24,6 +22,7 @@ from peftbench.config.own_parts import METRIC, OwnPart, find_code, is_own, list_
 from peftbench.config.peft_methods import read_point
 from peftbench.config.schema import Modification, Run, Task, list_modifications, list_task_files
 from peftbench.config.stamps import stamp_content
+from peftbench.config.yaml_files import format_config
 from peftbench.records.record import FILE, Attempt, Axes, Record, RecordedBackbone, Status, find_record, get_time
 from peftbench.records.run_files import CHECKPOINTS, METRICS_FILE, clear_half_files
 from peftbench.utils.differences import flatten
@@ -94,7 +93,7 @@ def _write_start(record: Record, run: Run) -> None:
     if not (folder / CHECKPOINTS).is_dir():
         (folder / METRICS_FILE).unlink(missing_ok=True)
     with replace_file(folder / "config.yaml") as file:
-        OmegaConf.save(OmegaConf.structured(replace(run, sizes=None, size=None)), file)
+        file.write(format_config(to_plain(replace(run, sizes=None, size=None))))
 
 
 def describe_run(run: Run, folder: Path, overrides: Sequence[str], status: Status = "running") -> Record:

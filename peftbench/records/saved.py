@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from peftbench.config.schema import Run
-from peftbench.config.yaml_files import read_yaml_text
+from peftbench.config.yaml_files import parse_config, read_yaml_text
 from peftbench.records.record import FILE, Record, find_finished, load_records
 from peftbench.records.run_files import name_predictions_file
 from peftbench.utils.errors import UserError
@@ -49,7 +51,7 @@ def read_saved_config(folder: Path) -> DictConfig:
     file = folder / "config.yaml"
     text = read_yaml_text(file)
     try:
-        config = OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.create(text))
+        config = OmegaConf.merge(pickle.loads(_pickle_schema()), parse_config(text))
         OmegaConf.resolve(config)  # nothing that a run has written refers to anything
         missing = sorted(OmegaConf.missing_keys(config)) if isinstance(config, DictConfig) else []
     except Exception as error:
@@ -58,6 +60,12 @@ def read_saved_config(folder: Path) -> DictConfig:
         lacking = f"it lacks {', '.join(missing)}" if isinstance(config, DictConfig) else "it has no keys"
         raise UserError(f"{file} is not the config of a run: {lacking}; restore the file.")
     return config
+
+
+@cache
+def _pickle_schema() -> bytes:
+    """Return the schema of a run, of which pickle makes a copy faster than OmegaConf makes a new one."""
+    return pickle.dumps(OmegaConf.structured(Run))
 
 
 def read_saved_predictions(folder: Path, role: str) -> list[dict[str, Any]]:

@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 from hydra import compose
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 import peftbench.config.compose
 from peftbench.config.compose import compose_run
 from peftbench.config.conf_sources import CONFIG_NAME, _read, compose_alone, open_hydra
+from peftbench.config.identity import to_plain
 from peftbench.config.rows import GROUP, read_rows
 from peftbench.config.schema import find_conf_dir
+from peftbench.config.yaml_files import format_config, parse_config
 from peftbench.utils.errors import UserError
 
 CONF = find_conf_dir()
@@ -82,6 +86,31 @@ def test_files_are_read_as_omegaconf_reads_them() -> None:
         assert describe(read.config) == describe(OmegaConf.load(CONF / file)), file
         first = (CONF / file).read_text(encoding="utf-8").splitlines()[0]
         assert read.header["package"] == (first.removeprefix("# @package ") if "@package" in first else None)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing", "word", "'a: 1'", "a: 1e-4\nb: 2026-01-01", "- [1, ~, yes]", "é: ü"])
+def test_a_text_is_read_as_omegaconf_reads_it(text: str) -> None:
+    assert describe(parse_config(text)) == describe(OmegaConf.create(text))
+
+
+@pytest.mark.parametrize("text", ["3", "a: 1\na: 2", "a: {b: 1, b: 1}", "a: [", "a: !!python/object:os.system x", "\t"])
+def test_a_text_that_omegaconf_refuses_is_refused(text: str) -> None:
+    for read in (OmegaConf.create, parse_config):
+        with pytest.raises((YAMLError, AssertionError, OmegaConfBaseException)):
+            read(text)
+
+
+RUNS: list[tuple[str, ...]] = [
+    ("method=unipelt", "task=xsum", "trainer.learning_rate=1", "task.prompt='é: {source}'", "trainer.max_steps=5"),
+    ("method=peft", "peft.type=BOFT", "task=sst2", "search=lr3", "task.metric=accuracy", "model.revision='1_0'"),
+]
+WHOLE = [one for one in ALL if one[0].startswith(("method=", "row=", "model=", "mix=")) and one != ("method=peft",)]
+
+
+@pytest.mark.parametrize("words", [*RUNS, *(pytest.param(one, marks=pytest.mark.slow) for one in WHOLE)], ids=" ".join)
+def test_a_run_is_written_as_omegaconf_writes_it(words: tuple[str, ...]) -> None:
+    run = compose_run(words, reads_data=False)
+    assert format_config(to_plain(run)) == OmegaConf.to_yaml(OmegaConf.structured(run))
 
 
 def test_columns_of_ones_own(tmp_path: Path) -> None:

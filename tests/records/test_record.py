@@ -334,7 +334,7 @@ def test_an_interruption_while_a_run_begins_is_recorded(tmp_path: Path, monkeypa
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("peftbench.records.recording.OmegaConf.save", interrupt)
+    monkeypatch.setattr("peftbench.records.recording.format_config", interrupt)
     with pytest.raises(KeyboardInterrupt), record_run(RUN, tmp_path, []):
         pytest.fail("the run began")
     assert on_disk(tmp_path)["status"] == "interrupted"
