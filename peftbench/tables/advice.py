@@ -27,6 +27,8 @@ from peftbench.utils.errors import UserError, describe_unknown
 COSTS = ("stored", "memory", "time")
 SEEDS = 3  # fewer say little of other seeds
 LEVEL = 0.05
+# Typed words that are of one run: a run that a search chose may have been trained as one of its trials.
+OF_ONE_RUN = ("seed", "jobs", "search.seed", "search.trial", "search.further")
 # How long, on how much and in which batches a run was trained: rows that differ in these are not compared.
 ALIKE = ("epochs", "max_steps", "batch_size", "batch_tokens", "accumulation")
 
@@ -161,7 +163,7 @@ def list_next_commands(advice: Advice, budget: str | None) -> list[str]:
     """Return the lines to type next: more seeds for the front, then methods that were not tried, trained alike."""
     lines = []
     for row in advice.thin[:2]:
-        words = [word for word in row.first.overrides if get_key(word) not in ("seed", "jobs", "search.seed")]
+        words = [word for word in row.first.overrides if get_key(word) not in OF_ONE_RUN]
         more = [str(seed) for seed in (42, 1, 2, 3, 4) if seed not in {record.seed for record in row.scored}]
         lines.append(_write_command([*words, f"seed={','.join(more[: SEEDS - len(row.scored)])}"]))
     if advice.untried:

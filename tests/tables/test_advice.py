@@ -10,7 +10,9 @@ import pytest
 from scipy.stats import t as student
 
 from peftbench.cli.main import main
-from peftbench.tables.advice import correct_by_holm, find_reference
+from peftbench.tables.advice import Advice, correct_by_holm, find_reference, list_next_commands
+from peftbench.tables.row import Row
+from tests.tables.test_table import record
 
 REFERENCE = Path(__file__).resolve().parents[2] / "outputs" / "reference"
 GRID = str(REFERENCE / "grid_sst2")
@@ -98,6 +100,14 @@ def test_one_screen_then_the_lines_to_type(capsys: pytest.CaptureFixture[str], m
     assert "row=full" in commands[0] and commands[0].endswith("seed=2")
     assert "method=ia3," in commands[-1] and "search=lr3" in commands[-1]
     assert any("Not tried here: ia3, layernorm_tuning" in line for line in lines)
+
+
+def test_more_seeds_of_what_a_search_chose_are_no_trials_of_it() -> None:
+    typed = ["method=lora", "search=lr3", "search.extend=1", "seed=42", "output_dir=x"]
+    chosen = record(80.0, seed=42, overrides=[*typed, "search.seed=42", "search.further=[0.1]", "search.trial=3"])
+    advice = Advice([], {}, [], 0, 0, untried=[], thin=[Row((chosen,))])
+    (line,) = list_next_commands(advice, None)
+    assert line == "peftbench train -m method=lora search=lr3 search.extend=1 output_dir=x seed=1,2"
 
 
 @pytest.mark.parametrize(
