@@ -192,10 +192,7 @@ def _train_sweep(points: Sequence[TypedRun], argv: list[str], launcher: Any) -> 
     sweeper = Sweeper(sweep, None if isinstance(launcher, Local) else launcher)
     try:
         with heed_signals(), sweeper.at_work():
-            if trials:
-                sweeper.train_all(trials, sweep.trials, places)
-                sweep.settle()
-            sweeper.train_all(final, sweep.members, places, before=len(trials))
+            sweeper.train_phases(places)
     except (KeyboardInterrupt, SystemExit) as exit:
         return _end_interrupted(sweep, exit)
     return sweep.show()
@@ -245,6 +242,11 @@ def _train_by_hydra(points: Sequence[TypedRun], argv: list[str], words: Sequence
     if any(word.startswith(SWEEPER) for word in argv):  # decides on its runs as it goes: there is no plan
         _call_hydra(words)
         return 0
+    if any(has_open_search(run) for _, run in points):
+        raise UserError(
+            f"{' '.join(list_hydra_words(words))}: Hydra would start the runs, and search= has trials before them; "
+            "leave one of the two out."
+        )
     sweep = Sweep(points, argv)
     try:
         _call_hydra(words)

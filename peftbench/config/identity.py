@@ -115,6 +115,9 @@ def hash_run(run: Run, stamp: Callable[..., str] = stamp_content) -> str:
         for variation in config["search"]["keys"].values():
             for key in ("low", "high", "log"):
                 del variation[key]
+    for key in ("extend", "further"):  # at their defaults, as earlier versions had it
+        if config["search"] is not None and not config["search"][key]:
+            del config["search"][key]
     if config["search"] is None:  # a settled search (records/choice.py) is the run that it chose
         del config["search"]
 

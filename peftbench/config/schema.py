@@ -619,6 +619,12 @@ class Search:
         "{KEY: {values: [...]}}.",
     )
     seed: int | None = key(None, "Seed of the trials. null: the first seed of the sweep.")
+    extend: int = key(
+        0,
+        "Of a search over one numeric key, how many further values are tried at most, each while the best value is the "
+        "outermost that was tried: 1, 3, 10 goes on with 30 and 100. It is the outermost times the ratio of the next "
+        "two, with 12 significant digits; an integer is rounded, and moves by at least 1. 0: none is tried.",
+    )
     trials: int | None = key(
         None,
         "Runs that Optuna chooses one after another, by the selection scores of those before. null: each combination "
@@ -635,6 +641,9 @@ class Search:
     )
     trial: int | None = key(
         None, "Number of the trial that the run is, from 0. null: the run takes the best trial's values."
+    )
+    further: list[Any] = key(
+        [], "With search.trial, the values that search.extend has tried after those of search.keys; peftbench sets it."
     )
     study: str | None = key(None, "The study that the trial is of; peftbench names it. null: it is of none.")
 

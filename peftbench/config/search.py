@@ -2,7 +2,8 @@
 
 A search is trained in two phases. Its trials are separate runs, one for each combination of the values, with one seed.
 Then the requested runs take the values of the trial that is best on the selection split (records/choice.py). A key of
-the config distinguishes them: `search.trial=1` is the second trial.
+the config distinguishes them: `search.trial=1` is the second trial. With `search.extend` there may be further values
+(config/extension.py): their trials come between the two phases, each once it is known that the one before was the best.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from peftbench.config.compose import TypedRun
+from peftbench.config.extension import find_extension_fault, find_next_value
 from peftbench.config.identity import IGNORED, hash_run
 from peftbench.config.overrides import set_key
 from peftbench.config.schema import Run, Search, Variation, get_value, index_by_key
@@ -34,12 +36,20 @@ def list_values(run: Run, search: Search) -> dict[str, list[Any]]:
 
     A multiple has 12 significant digits. A multiple of an integer is rounded to the nearest integer, at least 1.
     """
-    return {key: _expand_variation(variation, get_value(run, key)) for key, variation in search.keys.items()}
+    found = {key: _expand_variation(variation, get_value(run, key)) for key, variation in search.keys.items()}
+    if search.further:
+        ((key, values),) = found.items()
+        values += _convert_values(search.further, get_value(run, key))
+    return found
+
+
+def _convert_values(values: Sequence[Any], base: Any) -> list[Any]:
+    return [float(value) if isinstance(base, float) else value for value in values]
 
 
 def _expand_variation(variation: Variation, base: Any) -> list[Any]:
     if variation.times is None:
-        return [float(value) if isinstance(base, float) else value for value in variation.values or []]
+        return _convert_values(variation.values or [], base)
     multiples = [base * factor for factor in variation.times]
     if isinstance(base, int):
         return list(dict.fromkeys(max(1, round(value)) for value in multiples))
@@ -65,6 +75,43 @@ def build_trials(run: Run) -> list[Run]:
     return found
 
 
+def extend_search(run: Run, best: int) -> Run | None:
+    """Return the run with one value more to try, as `search.further`; None if there is none.
+
+    There is none if the best value is not the outermost, if `search.extend` further ones have been tried, or if the key
+    cannot have the next one, such as a probability above 1.
+
+    Args:
+        run: of a search over one key.
+        best: the index of the best trial.
+    """
+    search = run.search
+    assert search is not None
+    if len(search.further) >= search.extend:
+        return None
+    (tried,) = list_values(run, search).values()
+    value = find_next_value(tried, best)
+    if value is None:
+        return None
+    extended = replace(run, search=replace(search, further=[*search.further, value]))
+    new = set(find_faults(build_trials(extended)[-1])) - set(find_faults(build_trials(run)[best]))
+    return None if new else extended
+
+
+def list_further_trials(point: TypedRun) -> list[TypedRun]:
+    """Return the trials of the values in `search.further`, with what is typed for them where they are trained."""
+    overrides, run = point
+    search = run.search
+    assert search is not None
+    first = len(list_settings(run, search)) - len(search.further)
+    found = []
+    for index in range(len(search.further)):
+        known = search.further[: index + 1]  # later ones depend on what it comes to
+        words = [f"search.further=[{','.join(map(repr, known))}]", f"search.trial={first + index}"]
+        found.append(([*overrides, *words], replace(run, search=replace(search, further=known, trial=first + index))))
+    return found
+
+
 def _replace_at(node: Any, path: Sequence[str], value: Any) -> Any:
     """Return a copy of a config with another value at a path."""
     first, *rest = path
@@ -80,12 +127,15 @@ def find_search_faults(run: Run) -> list[str]:
         return []
     whose = f"search={search.name}"
     if search.trials is not None:
-        return find_study_faults(run, search)
+        extended = f"search.extend={search.extend} is for a search without search.trials; leave one of the two out."
+        return [f"{whose}: {extended}"] if search.extend else find_study_faults(run, search)
     if not search.keys:
         return [f"{whose} has no keys; give it some, as conf/search/lr3.yaml does."]
     found = [fault for key, variation in search.keys.items() for fault in _find_key_faults(key, variation, run)]
     if found:
         return [f"{whose}: {fault}" for fault in found]
+    if (fault := find_extension_fault(search, list_values(run, replace(search, further=[])))) is not None:
+        return [f"{whose}: {fault}"]
     compared = build_trials(run)
     if search.trial is not None and not 0 <= search.trial < len(compared):
         return [f"search.trial={search.trial}: {whose} has the trials 0 to {len(compared) - 1}."]
@@ -130,8 +180,8 @@ def _make_config(run: Run) -> DictConfig:
 
 
 def check_searches(points: Sequence[TypedRun]) -> None:
-    """Raise UserError if a point's search is wrong, or if a grid sweeps over a key that the search chooses: if points
-    differ in nothing else."""
+    """Raise UserError if a point's search is wrong, or if a grid sweeps over a key that the search chooses, or over how
+    far it goes: if points differ in nothing else."""
     different: dict[str, Run] = {}  # what is wrong with a search does not depend on the seed
     for _, run in points:
         if run.search is not None:
@@ -139,12 +189,16 @@ def check_searches(points: Sequence[TypedRun]) -> None:
     found = [sentence for run in different.values() for sentence in find_search_faults(run)]
     given = [index_by_key(overrides) for overrides, _ in points]
     swept: dict[tuple[str, frozenset[tuple[str, str]]], set[str | None]] = {}
-    for key in dict.fromkeys(key for run in different.values() if run.search is not None for key in run.search.keys):
+    searched = [key for run in different.values() if run.search is not None for key in run.search.keys]
+    for key in dict.fromkeys(["search.extend", *searched]):
         for typed in given:
             swept.setdefault((key, _drop_key(key, typed)), set()).add(typed.get(key))
     for typed, (_, run) in zip(given, points, strict=True):
         if run.search is None or run.search.trials is not None:  # a study takes a key that is typed as given
             continue
+        if len(extents := swept["search.extend", _drop_key("search.extend", typed)]) > 1:
+            listed = ",".join(sorted(extent or "0" for extent in extents))
+            found.append(f"search.extend={listed}: a search has one choice of its values; give one number.")
         chosen = f"is chosen by search={run.search.name}; leave one of the two out."
         for key, variation in run.search.keys.items():
             if len(swept[key, _drop_key(key, typed)]) > 1:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from peftbench.config.schema import LOSS, Run, Search
-from peftbench.config.search import build_trials, list_settings, list_values
+from peftbench.config.search import build_trials, extend_search, list_settings, list_values
 from peftbench.config.stamps import stamp_content
 from peftbench.config.studies import list_space, read_chosen
 from peftbench.records.location import locate_run
@@ -37,8 +37,44 @@ class Compared:
 
     def look_anew(self) -> None:
         """Forget what was read."""
-        self.records: dict[str, list[Record | None]] = {}
+        self.records: dict[Path, Record | None] = {}
+        self.followed: dict[str, Run] = {}
         self.stamp = cache(stamp_content)
+
+    def identify(self, run: Run) -> str:
+        """Return what the runs of a sweep that have the same trials have in common."""
+        assert run.search is not None
+        seed = run.seed if run.search.seed is None else run.search.seed
+        return repr(replace(run, seed=seed, trackers_group=None))  # the group is named only with the plan
+
+    def read_trials(self, run: Run) -> list[Record | None]:
+        """Return the records of the trials of a run's search, in their order; None for one without."""
+        key = self.identify(run)
+        if key not in self.folders:
+            self.folders[key] = [locate_run(trial, self.stamp) for trial in build_trials(run)]
+        for folder in self.folders[key]:
+            if folder not in self.records:
+                self.records[folder] = find_record(folder)
+        return [self.records[folder] for folder in self.folders[key]]
+
+    def follow(self, run: Run) -> Run:
+        """Return the run whose `search.further` has all values that the records of its search's trials call for; the
+        trial of the last of them may not be done yet."""
+        key = self.identify(run)
+        if key not in self.followed:
+            self.followed[key] = self._follow(run)
+        found = self.followed[key].search
+        return replace(run, search=found)
+
+    def _follow(self, run: Run) -> Run:
+        while run.search is not None and len(run.search.further) < run.search.extend:
+            records = self.read_trials(run)
+            best = _find_best_trial(run, records)
+            extended = None if best is None else extend_search(run, best)
+            if extended is None:
+                break
+            run = extended
+        return run
 
 
 def find_best(found: Sequence[float | None], metric: str) -> int | None:
@@ -90,21 +126,16 @@ def settle_search(run: Run, known: Compared | None = None) -> tuple[Run, Searche
         return run, None
     if search.trials is not None:
         return settle_trial(run, search)
-    compared = build_trials(run)
     seed = run.seed if search.seed is None else search.seed
-    tried = list_values(run, search)
     if search.trial is not None:
-        chosen = list_settings(run, search)[search.trial]
-        return compared[search.trial], Searched(search.name, "trial", seed, tried, chosen)
+        chosen, tried = list_settings(run, search)[search.trial], list_values(run, search)
+        return build_trials(run)[search.trial], Searched(search.name, "trial", seed, tried, chosen)
 
-    # The runs of a sweep that differ in their seed have the same trials. Their group is named only with the plan.
-    key = repr(replace(run, seed=seed, trackers_group=None))
     known = Compared() if known is None else known
-    if key not in known.folders:
-        known.folders[key] = [locate_run(trial, known.stamp) for trial in compared]
-    records = known.records.get(key)
-    if records is None:
-        records = known.records[key] = [find_record(folder) for folder in known.folders[key]]
+    run = known.follow(run)
+    search = run.search
+    assert search is not None
+    compared, tried, records = build_trials(run), list_values(run, search), known.read_trials(run)
     whose = f"search={search.name}: {{}} of method={run.method} on task={run.task.name}"
     left = sum(not _is_compared(record) for record in records)
     if left:
@@ -115,9 +146,8 @@ def settle_search(run: Run, known: Compared | None = None) -> tuple[Run, Searche
         Trial(setting, record.run, _get_value(record), _describe_status(record))
         for setting, record in zip(list_settings(run, search), ended, strict=True)
     ]
-    metric = run.task.selection_metric or run.task.metric
     note = Searched(search.name, "final", seed, tried, trials=found)
-    index = find_best([trial.value for trial in found], metric)
+    index = _find_best_trial(run, records)
     if index is None:
         raise NoChoice(f"{whose.format(f'all {len(found)} trials')} failed or diverged: {describe_search(note)}.")
     splits = ended[index].data.get("splits", {})
@@ -183,6 +213,14 @@ def _is_compared(record: Record | None) -> bool:
     if record is None or record.status == "done":
         return record is not None and record.selection is not None
     return record.status in ("diverged", "failed")
+
+
+def _find_best_trial(run: Run, records: Sequence[Record | None]) -> int | None:
+    """Return the index of the best trial of a run's search; None where none has a score, or one is not done."""
+    if not all(_is_compared(record) for record in records):
+        return None
+    values = [None if record is None else _get_value(record) for record in records]
+    return find_best(values, run.task.selection_metric or run.task.metric)
 
 
 def _get_value(record: Record) -> float | None:

@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from peftbench.config.compose import TypedRun as TypedRun
 from peftbench.config.schema import Run, get_value, index_by_key
+from peftbench.config.search import has_open_search, list_further_trials
 from peftbench.records.choice import Compared, NoChoice, describe_search_choice, settle_search, try_settle
 from peftbench.records.location import locate_run
 from peftbench.records.record import Record, decode, find_finished, find_record
@@ -49,6 +50,11 @@ class Member:
         self.asked = self.folder = locate_run(run, self.compared.stamp)
         self.settle()
 
+    @property
+    def is_further(self) -> bool:
+        """Whether it is the trial of a further value of a search, which the records of other trials call for."""
+        return self.run.search is not None and bool(self.run.search.further)
+
     def settle(self) -> None:
         """Check whether the search of the run can be settled now."""
         if self.comes_to.search is not None:
@@ -81,7 +87,8 @@ class Plan:
     def of(cls, members: Sequence[Member], arguments: Sequence[str]) -> Plan:
         """Return the plan of a sweep's runs and of the trials before them."""
         root = expand_home(members[0].run.output_dir)
-        name = hashlib.sha256("\n".join(sorted({relate_path(root, member.asked) for member in members})).encode())
+        asked = {relate_path(root, member.asked) for member in members if not member.is_further}
+        name = hashlib.sha256("\n".join(sorted(asked)).encode())
         given = [member.settings() for member in members]
         keys = find_distinctive(given)
         runs = {
@@ -146,6 +153,8 @@ class Sweep:
         self.compared = Compared()
         self.members = [Member(*point, self.compared) for point in points]
         self.trials = [Member(*point, self.compared) for point in trials]
+        self.further: list[Member] = []  # trials of the further values that are known to be needed
+        self._made: dict[tuple[str, ...], Member] = {}
         self.arguments = arguments
         self.root = expand_home(self.members[0].run.output_dir)  # below which the folders of the plan are
         self.runs: dict[Path, Run] = {}
@@ -157,15 +166,37 @@ class Sweep:
         self.compared.look_anew()
         for member in self.members:
             member.settle()
-        of_trials = {trial.folder for trial in self.trials}
-        new = {member.folder for member in self.members} - self.runs.keys() - of_trials
+        before, self.further = self.further, self._list_further()
+        of_trials = {trial.folder for trial in (*self.trials, *before)}
+        new = {member.folder for member in (*self.members, *self.further)} - self.runs.keys() - of_trials
         self.done_before |= {folder for folder in new if find_finished(folder) is not None}
         self.runs = {member.folder: member.comes_to for member in self.members}
-        self.plan = Plan.of([*self.trials, *self.members], self.arguments)
-        for member in (*self.trials, *self.members):  # for the workers, to which the runs go
+        self.plan = Plan.of([*self.trials, *self.further, *self.members], self.arguments)
+        for member in (*self.trials, *self.further, *self.members):  # for the workers, to which the runs go
             for run in (member.run, member.comes_to):
                 run.trackers_group = run.trackers_group or self.plan.name
         self.plan.save(self.root)
+
+    def _list_further(self) -> list[Member]:
+        return list(dict.fromkeys(trial for member in self.members for trial in self.list_further(member)))
+
+    def list_further(self, member: Member) -> list[Member]:
+        """Return the trials of the further values that a run's search is known to need, in their order.
+
+        Runs that differ in their seed share them.
+        """
+        run = member.run
+        if not has_open_search(run) or (followed := self.compared.follow(run).search) is None:
+            return []
+        shared = self.compared.identify(run)
+        found = []
+        for overrides, trial in list_further_trials((list(member.overrides), replace(run, search=followed))):
+            assert trial.search is not None
+            key = (shared, repr(trial.search.further))
+            if key not in self._made:
+                self._made[key] = Member(overrides, trial, self.compared)
+            found.append(self._made[key])
+        return found
 
     def show(self) -> int:
         """Print the table of the runs that have begun, with how each ended; return 0 if all have ended, else 1.
@@ -193,7 +224,7 @@ class Sweep:
     def was_done_before(self, folder: Path) -> bool:
         """Return whether the run in a folder was done when the sweep began, and is not trained again."""
         return folder in self.done_before and not any(
-            member.run.rerun for member in [*self.trials, *self.members] if member.folder == folder
+            member.run.rerun for member in [*self.trials, *self.further, *self.members] if member.folder == folder
         )
 
     def _record(self, folder: Path, run: Run) -> Record:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from peftbench.config.compose import TypedRun
 from peftbench.config.launchers import HydraLauncher
 from peftbench.config.schema import Run, index_by_key
 from peftbench.records.choice import NoChoice, settle_search
@@ -22,6 +21,7 @@ from peftbench.sweeps.executors import start_executor
 from peftbench.sweeps.jobs import Ended, Job, train_attempt
 from peftbench.sweeps.live import LiveSweep
 from peftbench.sweeps.plan import FOLDER, Member, Sweep
+from peftbench.sweeps.superseded import mark_superseded
 from peftbench.sweeps.workers import Workers
 from peftbench.tables.columns import format_duration
 from peftbench.utils.console import make_console, say
@@ -43,6 +43,7 @@ class Sweeper:
 
     def __init__(self, sweep: Sweep, launcher: Any = None) -> None:
         self.sweep, self.launcher = sweep, launcher
+        self.number = 0  # of the runs so far
         self.display: Display | None = None  # of the run that is trained, while the sweep is shown as a table
         self.put_off: list[Job] = []  # runs that another process is at
         self.workers: Workers | None = None  # once there is a run for them
@@ -62,17 +63,51 @@ class Sweeper:
             stack.enter_context(self.ended_with_it)
             yield
 
-    def train_all(
-        self, points: Sequence[TypedRun], members: Sequence[Member], places: Sequence[dict[str, str]], before: int = 0
-    ) -> None:
+    def train_phases(self, places: Sequence[dict[str, str]]) -> None:
+        """Train the trials of the sweep's searches, then its own runs.
+
+        While a search tries further values (`search.extend`), those of a round are trained together, and beside them
+        the runs whose searches are settled.
+
+        Args:
+            places: of the runs that are trained at once on this machine, see `find_places`.
+        """
+        if self.sweep.trials:
+            self._train_all(self.sweep.trials, places)
+            self.sweep.settle()
+        waiting, tried = self.sweep.members, set[Member]()
+        while due := self._find_due(tried):
+            ready = [member for member in waiting if self._is_ready(member, tried)]
+            self._train_all([*due, *ready], places)
+            waiting = [member for member in waiting if member not in ready]
+            tried.update(due)
+            self.sweep.settle()
+        self._train_all(waiting, places)
+
+    def _find_due(self, tried: Collection[Member]) -> list[Member]:
+        """Return the trials of further values that are to be trained next.
+
+        Where runs are trained anew, the records that call for later values are out of date.
+        """
+        found: dict[Member, None] = {}
+        for member in self.sweep.members:
+            new = [trial for trial in self.sweep.list_further(member) if trial not in tried]
+            found |= dict.fromkeys(new[:1] if member.run.rerun else new)
+        return list(found)
+
+    def _is_ready(self, member: Member, tried: Collection[Member]) -> bool:
+        """Return whether a run has its final values; a trial may have a record and yet be trained again."""
+        return member.comes_to.search is None and all(trial in tried for trial in self.sweep.list_further(member))
+
+    def _train_all(self, members: Sequence[Member], places: Sequence[dict[str, str]]) -> None:
         """Train runs, and wait for those that another process is at.
 
         Args:
-            members: where the runs lie.
             places: of the runs that are trained at once on this machine, see `find_places`.
-            before: the number of runs of the sweep before these.
         """
-        jobs = _build_jobs(points, [member.folder for member in members], before)
+        mark_superseded(members, self.sweep.compared)
+        jobs = _build_jobs(members, self.number)
+        self.number += len(jobs)
         if self.launcher is not None:
             self._train_elsewhere(jobs)
         elif len(places) > 1:
@@ -208,23 +243,19 @@ def _get_mps(runs: Sequence[Run]) -> bool | str:
     return mode
 
 
-def _build_jobs(points: Sequence[TypedRun], folders: Sequence[Path], before: int) -> list[Job]:
+def _build_jobs(members: Sequence[Member], before: int) -> list[Job]:
     """What a worker must know of each run.
 
     Args:
-        points: the runs, with the overrides that make them.
-        folders: of the runs, with budgets solved: a folder's name depends on the bottlenecks.
         before: the number of runs of the sweep before these.
     """
-    typed = [[word for word in overrides if not word.startswith(("hydra.", "hydra/"))] for overrides, _ in points]
+    typed = [[word for word in one.overrides if not word.startswith(("hydra.", "hydra/"))] for one in members]
     given = [index_by_key(words) for words in typed]
     keys, began = find_distinctive(given), get_time()
     settings = [" ".join(f"{key}={value}" for key, value in values.items() if key in keys) for values in given]
     return [
-        Job(number, words, told, run, folder, since=began)
-        for number, (words, told, (_, run), folder) in enumerate(
-            zip(typed, settings, points, folders, strict=True), before + 1
-        )
+        Job(number, words, told, one.run, one.folder, since=began)
+        for number, (words, told, one) in enumerate(zip(typed, settings, members, strict=True), before + 1)
     ]
 
 

@@ -80,6 +80,10 @@ def test_an_output_dir_that_cannot_be_one_is_told(
         (["train", "method=lora", "hydra.verbose=[1]"], "hydra.verbose=[1]: Hydra refuses this ("),
         (["train", "--cfg", "job", "method=lora", "hydra.job.env_copy=[NONE_SUCH]"], "hydra.job.env_copy=[NONE_SUCH]:"),
         (["train", "--cfg", "job", "method=lora", "~hydra.run"], "hydra.run"),
+        (
+            ["train", "method=lora", "search=lr3", "hydra.verbose=false"],
+            "hydra.verbose=false: Hydra would start",
+        ),
         (["merge", "~no-such-user/x", "--out", "y"], "~no-such-user/x has no run"),
         (["train", "method=lora", "search=optuna", "search.trials=99999999"], "a study has 10,000 trials at most"),
     ],
