@@ -72,7 +72,7 @@ def test_a_step_is_one_sweep(cell: str, shared: Path) -> None:
     (steps,) = {run.trainer.max_steps for _, run in points}
     assert steps
     for _, run in points:
-        assert run.search is not None and len(list_settings(run, run.search)) == 5
+        assert run.search is not None and len(list_settings(run, run.search)) == 5 and run.search.extend == 2
         assert run.task.selection_split != run.task.report_split
         assert str(run.model.path).endswith(cell.partition("/")[0])
 
@@ -246,11 +246,12 @@ def test_a_search_step_is_methods_and_a_study_alike(shared: Path) -> None:
     assert [run.budget for (_, run), _ in studies] == ["0.5%", "2%"] and len(points) == 2 * (4 + 1) * 3
     for (_, run), seeds in studies:
         assert (run.seed, run.method, seeds) == (42, "mam", [1, 2, 3]) and run.search is not None
-        assert run.search.trials == 9 and len(run.search.keys) == 7 and run.trainer.max_steps == 4
+        assert (run.search.trials, run.search.extend) == (9, 0)
+        assert len(run.search.keys) == 7 and run.trainer.max_steps == 4
         rates = run.search.keys["trainer.learning_rate"].times
         named = [one for _, one in points if not is_study(one) and one.budget == run.budget]
         assert {one.method for one in named} == {"mam", "lora", "scaled_parallel_adapter", "prefix"}
         for one in named:
             assert one.search is not None and one.search.keys["trainer.learning_rate"].times == rates
-            assert one.search.seed == 42 and one.seed in seeds and one.task == run.task
+            assert one.search.extend == 2 and one.search.seed == 42 and one.seed in seeds and one.task == run.task
             assert replace(one.trainer, learning_rate=run.trainer.learning_rate) == run.trainer
