@@ -7,6 +7,8 @@ What is alive once the tests are collected, torch and transformers with their th
 the garbage collector need not look through it again and again, nor while it is imported. So is most of what the tests
 have imported and cached since, and each training begins with a collection.
 
+Workers of sweeps are forks of one server, as they are for a user, though pytest sets another variable for each test.
+
 Tests marked `gpu` are skipped where there is none, also when another mark has chosen them.
 """
 
@@ -16,11 +18,14 @@ import signal
 
 import pytest
 
+from peftbench.sweeps import fork_server
+
 _finished = 0  # tests
 
 gc.disable()
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+fork_server.WITHOUT_EFFECT.add("PYTEST_CURRENT_TEST")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

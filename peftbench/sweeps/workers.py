@@ -1,8 +1,9 @@
 """Worker processes that train several runs of a sweep at once, each one run after another.
 
-A worker starts when there is a run for it, and stays for the next ones: it imports torch once, and keeps the rows and
-tokens of its runs (tasks/cache.py). The locks of the runs' folders settle who trains what. When a worker dies its run
-fails, and another worker takes its place; when the parent dies, all workers end.
+A worker starts when there is a run for it, and stays for the next ones: it keeps the rows and tokens of its runs
+(tasks/cache.py). Where it can be, it is a fork of a process that has imported torch (fork_server.py). The locks of the
+runs' folders settle who trains what. When a worker dies its run fails, and another worker takes its place; when the
+parent dies, all workers end.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from peftbench.sweeps.fork_server import choose_context
 from peftbench.sweeps.jobs import Ended, Job, train_attempt
 from peftbench.sweeps.mps import Sharing, UnusableError, await_gpu
 from peftbench.utils.console import say
@@ -124,9 +126,12 @@ class _Worker:
             if self.process.is_alive():
                 return
             self.pipe.close()
-        context = multiprocessing.get_context("spawn")  # a forked child could not use the GPU
+        context = choose_context()
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve_jobs, args=(theirs, self.place, self.sharing, str(self.log)))
+        variables = dict(os.environ)  # a fork has those of its server
+        self.process = context.Process(  # type: ignore[attr-defined]  # each context has one
+            target=_serve_jobs, args=(theirs, variables, self.place, self.sharing, str(self.log))
+        )
         self.process.start()
         theirs.close()  # so that our end sees it when the worker dies
         if self.works is not None:
@@ -189,9 +194,11 @@ class _Worker:
             os.kill(pid, signal.SIGTERM if isinstance(error, Stopped) else signal.SIGINT)
 
 
-def _serve_jobs(pipe: Connection, place: dict[str, str], sharing: dict[str, str], log: str) -> None:
+def _serve_jobs(
+    pipe: Connection, variables: dict[str, str], place: dict[str, str], sharing: dict[str, str], log: str
+) -> None:
     """Train the jobs from the pipe until None comes. This is the main function of a worker process."""
-    os.environ.update({**place, **sharing})  # before torch is imported, which reads it then
+    _set_environment({**variables, **place, **sharing})
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # which it is if a script started the sweep with &
         signal.signal(signal.SIGINT, _handle_interrupt)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -221,6 +228,15 @@ def _serve_jobs(pipe: Connection, place: dict[str, str], sharing: dict[str, str]
         pass
     except UnusableError as error:
         sys.exit(f"peftbench: the GPU cannot be used through MPS: {error}.")
+
+
+def _set_environment(variables: dict[str, str]) -> None:
+    """Give this process the environment of a worker, before CUDA is first used, which reads it then."""
+    for name in os.environ.keys() - variables.keys():
+        del os.environ[name]
+    os.environ.update(variables)
+    if "torch" in sys.modules and (threads := variables.get("OMP_NUM_THREADS", "")).isdecimal():
+        sys.modules["torch"].set_num_threads(int(threads))  # torch had read the server's
 
 
 def _await_admission(pipe: Connection, place: dict[str, str], sharing: dict[str, str]) -> None:
