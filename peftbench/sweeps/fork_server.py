@@ -15,7 +15,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 
 import peftbench
@@ -36,6 +35,8 @@ def start_fork_server() -> None:
     global _started_with
     if _started_with is not None or not sys.platform.startswith("linux"):
         return
+    from multiprocessing import forkserver  # which not every system has
+
     _started_with = _list_variables()
     multiprocessing.get_context("forkserver").set_forkserver_preload([PRELOADED])
     told = {SOURCE: str(peftbench.__file__), PATH: json.dumps(sys.path), PARENT: str(os.getpid())}
