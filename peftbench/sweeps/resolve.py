@@ -17,10 +17,13 @@ from peftbench.utils.console import say
 from peftbench.utils.quick_imports import speed_up_imports
 
 
-def resolve_points(points: Sequence[TypedRun]) -> list[TypedRun]:
+def resolve_points(points: Sequence[TypedRun], known: dict[str, Run] | None = None) -> list[TypedRun]:
     """Return the points with the bottlenecks that their runs are trained with.
 
     Imports torch only if there is a budget, or a backbone that its column of sizes was not made for.
+
+    Args:
+        known: see `resolve_sizes`.
 
     Raises:
         UserError: with a sentence for each run that does not fit its backbone or its budget.
@@ -29,7 +32,7 @@ def resolve_points(points: Sequence[TypedRun]) -> list[TypedRun]:
         return list(points)
     with speed_up_imports():
         from peftbench.counts.resolve import resolve_sizes
-    resolved = resolve_sizes(run for _, run in points)
+    resolved = resolve_sizes((run for _, run in points), known)
     for line in dict.fromkeys(_find_earlier(points, resolved)):
         say(line)
     return [(overrides, run) for (overrides, _), run in zip(points, resolved, strict=True)]

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial
 from peftbench.config.compose import TypedRun, compose_points
 from peftbench.config.identity import hash_run
 from peftbench.config.overrides import get_key
-from peftbench.config.schema import Search
+from peftbench.config.schema import Run, Search
 from peftbench.config.studies import TrialOf, list_space
 from peftbench.records.choice import settle_trial
 from peftbench.records.location import locate_run
@@ -52,6 +52,7 @@ class Study:
         assert self.run.search is not None
         self.search: Search = self.run.search
         self.arguments, self.config_dir = list(arguments), config_dir
+        self.sized: dict[str, Run] = {}  # see `resolve_points`
         self.seeds = [seed for seed in dict.fromkeys(seeds) if seed != self.run.seed]
         self.space = list_space(self.run, self.search, self.overrides)
         self.objectives = 1 if self.run.budget is not None else 2
@@ -77,7 +78,8 @@ class Study:
         words = [*chosen, f"search.study={self.name}", *more]
         given = {get_key(word) for word in words}
         kept = [word for word in self.overrides if get_key(word) not in given]
-        (point,) = resolve_points(compose_points([*kept, *words], config_dir=self.config_dir))
+        points = compose_points([*kept, *words], config_dir=self.config_dir)
+        (point,) = resolve_points(points, self.sized)
         return point
 
     def locate(self, trial: FrozenTrial) -> Path:

@@ -232,6 +232,23 @@ def test_a_sweep_builds_no_backbone_twice_for_the_same_count(monkeypatch: pytest
         )
 
 
+def test_what_is_known_of_other_runs_is_not_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one budget only: another has other sizes. What was refused is refused again."""
+    words = ["method=lora", "budget=5%,10%", "seed=1,2"]
+    runs, known = [run for _, run in compose_points(words, multirun=True)], {}
+    (first,) = resolve_sizes(runs[:1], known)
+    other = resolve_sizes(runs[2:3])
+    monkeypatch.setattr(solving, "build_meta_backbone", None)
+    (again,) = resolve_sizes(runs[1:2], known)
+    assert (again.seed, sizes_of(again)) == (2, sizes_of(first)) and sizes_of(first) != sizes_of(other[0])
+    with pytest.raises(TypeError, match="not callable"):
+        resolve_sizes(runs[2:3], known)
+    monkeypatch.undo()
+    for _ in range(2):
+        with pytest.raises(UserError):
+            resolve_sizes([replace(runs[0], budget="1")], known)
+
+
 def test_what_cannot_be_resolved_is_said_once() -> None:
     runs = [run for _, run in compose_points(["method=lora", "budget=1,2", "seed=1,2"], multirun=True)]
     with pytest.raises(UserError) as refused:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -14,6 +15,7 @@ pytest.importorskip("optuna")
 from optuna.distributions import FloatDistribution
 from optuna.trial import Trial, TrialState
 
+import peftbench.counts.resolve
 import peftbench.records.record
 import peftbench.sweeps.executors
 import peftbench.sweeps.study_training
@@ -24,6 +26,7 @@ from peftbench.config.identity import hash_run
 from peftbench.config.schema import Run, Sampler
 from peftbench.config.search import find_search_faults
 from peftbench.config.studies import TrialOf
+from peftbench.counts.solve import describe_counted
 from peftbench.records.choice import settle_search
 from peftbench.records.location import locate_run
 from peftbench.records.record import (
@@ -346,11 +349,22 @@ def test_a_record_that_cannot_be_written_again_is_told(
     assert "2 done, 1 unfinished" in printed.out and str(lost) in printed.err
 
 
-def test_other_seeds_train_what_was_chosen(tmp_path: Path, trained: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """The trials have one seed; the best one's point has the others, and no other point has."""
+def test_other_seeds_train_what_was_chosen(
+    tmp_path: Path, trained: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trials have one seed; the best one's point has the others, and no other point has. Each point's budget is
+    solved once, beside that of the line."""
     words = ["search.trials=3", "budget=2%", "seed=1,2,3", "search.seed=7"]
-    trainings = trained()
-    assert main(line(tmp_path, *words)) == 0
+    trainings, solved, solve = trained(), Counter[str](), peftbench.counts.resolve.solve_budget
+
+    def count(run: Run, **others: Any) -> Run:
+        solved[describe_counted(run)] += 1
+        return solve(run, **others)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("peftbench.counts.resolve.solve_budget", count)
+        assert main(line(tmp_path, *words)) == 0
+    assert 0 < solved.total() <= 3 + 1
     assert len(trainings.words) == 6 and [word[-1] for word in trainings.words[3:]] == ["seed=1", "seed=2", "seed=3"]
     records = load_records(tmp_path)[0]
     final = [record for record in records if record.search is not None and record.search.role == "final"]
