@@ -119,8 +119,7 @@ def test_modules_where_the_command_is_typed_are_not_imported(tmp_path: Path) -> 
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "__init__.py").write_text("raise ValueError('nor this one')", encoding="utf-8")
     told = subprocess.run([sys.executable, "bin/sweep.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
-    expected = "forkserver" if sys.version_info >= (3, 11) else "spawn"  # 3.10 always looks there
-    assert told.stdout.split() == [expected]
+    assert told.stdout.split() == ["forkserver"]
 
 
 @pytest.mark.gpu
