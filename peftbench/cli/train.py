@@ -28,7 +28,7 @@ from peftbench.config.compose import AND, TypedRun, compose_points, resolve_run
 from peftbench.config.conf_sources import CONFIG_NAME
 from peftbench.config.launchers import SWEEPER, HydraLauncher, Local, read_launcher
 from peftbench.config.overrides import describe_error, explain_hydra, list_hydra_words, quote_path
-from peftbench.config.schema import Run, find_conf_dir, index_by_key
+from peftbench.config.schema import Run, find_conf_dir
 from peftbench.config.search import check_searches, has_open_search, split_phases
 from peftbench.config.studies import group_studies, is_study
 from peftbench.records.choice import settle_search
@@ -67,8 +67,6 @@ def main(argv: list[str]) -> int:
 
         return follow(launch)
     words, launcher = read_launcher(args.overrides, args.config_dir)
-    if args.multirun and launcher is None and index_by_key(words).get("jobs", "1") != "1":
-        start_fork_server()  # which takes as long as the plan
     points = compose_points(words, multirun=args.multirun, config_dir=args.config_dir)
     check_own_parts([run for _, run in points])
     check_searches(points)
@@ -91,6 +89,8 @@ def _train(args: Namespace, words: Sequence[str], points: Sequence[TypedRun], ar
     """
     if launcher is not None and not isinstance(launcher, Local):
         require_packages(launcher)
+    if launcher is None and any(run.jobs != "1" for _, run in points):
+        start_fork_server()  # which imports what resolving the points does, too
     points = resolve_points(points)
     if how := describe_ignored_interrupt():
         say(how)
