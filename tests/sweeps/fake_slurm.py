@@ -84,10 +84,11 @@ def srun(*words: str) -> int:
     while command[0].startswith("--"):
         command = command[2:] if command[0] in ("--output", "--error") else command[1:]
     given = dict(pairwise(words))
-    task, array = os.environ["SLURM_ARRAY_TASK_ID"], os.environ["SLURM_ARRAY_JOB_ID"]
+    task, job = os.environ.get("SLURM_ARRAY_TASK_ID", ""), os.environ["SLURM_JOB_ID"]
+    array = os.environ.get("SLURM_ARRAY_JOB_ID", job)
     for name, number in (("--output", 1), ("--error", 2)):
         if name in options:
-            path = given[name].replace("%A", array).replace("%a", task).replace("%t", "0").replace("%j", array)
+            path = given[name].replace("%A", array).replace("%a", task).replace("%t", "0").replace("%j", job)
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.execvp(command[0], command)
 
@@ -148,8 +149,10 @@ class Controller:
         array, _, index = name.partition("_")
         self.starts[name] = self.starts.get(name, 0) + 1
         (_state() / "tasks" / name).write_text("RUNNING")
-        variables: dict[str, Any] = {"SLURM_JOB_ID": 1000 * int(array) + int(index or 0), "SLURM_PROCID": 0}
-        variables |= {"SLURM_ARRAY_JOB_ID": array, "SLURM_ARRAY_TASK_ID": index, "SLURM_LOCALID": 0, "SLURM_NODEID": 0}
+        variables: dict[str, Any] = {"SLURM_JOB_ID": 1000 * int(array) + int(index) if index else array}
+        if index:  # one run alone is no array
+            variables |= {"SLURM_ARRAY_JOB_ID": array, "SLURM_ARRAY_TASK_ID": index}
+        variables |= {"SLURM_PROCID": 0, "SLURM_LOCALID": 0, "SLURM_NODEID": 0}
         variables |= {"SLURM_NTASKS": 1, "SLURM_JOB_NUM_NODES": 1, "SLURM_JOB_NODELIST": "here"}
         variables |= {"SLURM_RESTART_COUNT": self.starts[name] - 1}
         script = (_state() / f"{array}.sh").read_text().replace("\nsrun ", "\nexec srun ")

@@ -24,6 +24,7 @@ from peftbench.sweeps.slurm import NOTES, SlurmTasks
 from peftbench.utils.errors import UserError
 from tests.cli.test_train import SUBPROCESS
 from tests.sweeps.fake_slurm import install
+from tests.sweeps.test_extension import REAL
 
 pytest.importorskip("submitit")
 
@@ -122,6 +123,27 @@ def test_a_task_that_finds_its_run_done_ends_at_once(tmp_path: Path, monkeypatch
     record.save()
     train_job(again)  # goes on from its checkpoint instead of from the start
     assert trained == [False, True, False]
+
+
+@pytest.mark.slow
+def test_the_further_values_of_a_search_are_tasks_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The trials are an array; each further one is a job by itself, and so is the only run that is no trial."""
+    runs, slurm = tmp_path / "runs", tmp_path / "slurm"
+    settings = ["hydra/launcher=slurm", "hydra.launcher.gpus=null", "hydra.launcher.poll_s=0.5"]
+    searching = [*REAL, "method=lora", "trainer.learning_rate=3e-4", "seed=1,2"]
+    with install(slurm) as found:
+        for name, value in found.items():
+            monkeypatch.setenv(name, value)
+        for _ in range(2):  # the second time nothing is submitted
+            assert main(["train", "-m", *searching, f"output_dir={runs}", *settings]) == 0
+    arrays = [
+        "array" in json.loads((slurm / f"{script.stem}.json").read_text()) for script in sorted(slurm.glob("*.sh"))
+    ]
+    assert arrays == [True, False, False, False] and len(load_records(runs)[0]) == 6
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("takes trainer.learning_rate=0.003;") == 2 and printed.endswith("2 of them before.")
 
 
 @pytest.mark.slow
