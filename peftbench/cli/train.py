@@ -89,7 +89,8 @@ def _train(args: Namespace, words: Sequence[str], points: Sequence[TypedRun], ar
     """
     if launcher is not None and not isinstance(launcher, Local):
         require_packages(launcher)
-    if launcher is None and any(run.jobs != "1" for _, run in points):
+    several = len(points) > 1 or any(has_open_search(run) for _, run in points)
+    if several and launcher is None and any(run.jobs != "1" for _, run in points):
         start_fork_server()  # which imports what resolving the points does, too
     points = resolve_points(points)
     if how := describe_ignored_interrupt():

@@ -14,9 +14,12 @@ from typing import Any
 import psutil
 import pytest
 
+from peftbench.cli import train
+from peftbench.cli.main import main
 from peftbench.sweeps import fork_server, preload
 from peftbench.sweeps.fork_server import PRELOADED, choose_context
 from peftbench.sweeps.workers import _set_environment
+from peftbench.utils.errors import UserError
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="there is no fork server elsewhere")
 SERVED = "from multiprocessing import forkserver; from peftbench.sweeps import fork_server; "
@@ -107,6 +110,29 @@ def test_a_server_ends_with_its_sweep_also_while_it_imports() -> None:
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("words", "starts"),
+    [
+        (["-m", "seed=1,2", "jobs=2"], True),
+        (["-m", "seed=1", "search=lr3", "jobs=auto"], True),
+        (["search=lr3", "jobs=2"], True),
+        (["jobs=2"], False),  # one run is trained in the command's own process
+        (["-m", "seed=1,2"], False),
+        (["-m", "seed=1,2", "jobs=2", "method=none_such"], False),
+    ],
+)
+def test_a_sweep_with_workers_starts_it(words: list[str], starts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def stop(points: object) -> None:
+        raise UserError("this is the plan")
+
+    monkeypatch.setattr(train, "start_fork_server", lambda: started.append(True))
+    monkeypatch.setattr(train, "resolve_points", stop)
+    assert main(["train", *words]) == 2
+    assert bool(started) is starts
 
 
 @pytest.mark.slow
