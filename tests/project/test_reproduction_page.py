@@ -9,6 +9,7 @@ import re
 import shutil
 import statistics
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 
 from peftbench.cli.claims import main as claims
 from peftbench.records.record import Record, load_records
-from peftbench.tables.claims import judge_records, read_claims
+from peftbench.tables.claims import CellFindings, judge_records, read_claims
 from peftbench.tables.plot import list_marks, place_scores
 from peftbench.tables.row import Row, group_seeds, is_trial
 from peftbench.tables.select import read_records
@@ -138,6 +139,13 @@ def test_the_page_has_each_claim_as_the_data_has_it() -> None:
         assert claim.source.partition(" and")[0].partition(",")[0] in line and line.endswith(f"| {claim.claimed} |")
 
 
+@cache
+def judge_cell(folder: str) -> CellFindings:
+    """Return the findings of the records in a folder of one cell."""
+    (cell,) = (one for one in judge_records(load_records(FOLDER / folder)[0], 2000) if one.findings)
+    return cell
+
+
 def read_section(title: str) -> str:
     """Return the words below a title of the page."""
     page = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
@@ -153,8 +161,7 @@ def test_the_prose_on_sst2_says_what_the_records_say() -> None:
     assert f"{len(rows)} rows, {len(records) - trials} runs and {trials} further trials of 3,600 steps each" in prose
     assert {one.steps for one in records} == {3600}
 
-    (cell,) = (one for one in judge_records(records, 2000) if one.findings)
-    pairs = {one.claim.name: one.comparisons for one in cell.findings}
+    pairs = {one.claim.name: one.comparisons for one in judge_cell("sst2").findings}
     behind = {
         name: [-estimate.difference for one, estimate in pairs["heads"] if one.pair[0] == name]
         for name in ("prefix", "mh_pa")
@@ -250,7 +257,7 @@ def test_the_prose_on_rte_says_what_the_records_say() -> None:
 
 def test_the_readme_says_what_the_tuned_runs_say() -> None:
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    (cell,) = (one for one in judge_records(load_records(FOLDER / "sst2")[0], 2000) if one.findings)
+    cell = judge_cell("sst2")
     verdicts = Counter(finding.verdict for finding in cell.findings)
     assert verdicts == {"contradicted": 1, "not confirmed": 6}
     (contradicted,) = (finding for finding in cell.findings if finding.verdict == "contradicted")
@@ -260,8 +267,7 @@ def test_the_readme_says_what_the_tuned_runs_say() -> None:
     assert sizes == {"0.1%", "0.5%"} and "**SST-2**: at 0.1 and 0.5%, prefix tuning is" in readme
     assert f"prefix tuning is {min(behind):.1f} to {max(behind):.1f} points behind. All else may be chance." in readme
 
-    (cell,) = (one for one in judge_records(load_records(FOLDER / "webnlg" / "bart-mini")[0], 2000) if one.findings)
-    found = {finding.claim.name: finding for finding in cell.findings}
+    found = {finding.claim.name: finding for finding in judge_cell("webnlg/bart-mini").findings}
     contradicted = {name for name, finding in found.items() if finding.verdict == "contradicted"}
     assert contradicted == {"scaling", "mam_full", "mam_best"} and found["mam_full"].estimate is not None
     assert f"**WebNLG**: MAM is {-found['mam_full'].estimate.difference:.1f} BLEU behind full fine-tuning." in readme
