@@ -235,7 +235,8 @@ def _set_environment(variables: dict[str, str]) -> None:
     for name in os.environ.keys() - variables.keys():
         del os.environ[name]
     os.environ.update(variables)
-    if "torch" in sys.modules and (threads := variables.get("OMP_NUM_THREADS", "")).isdecimal():
+    threads = variables.get("OMP_NUM_THREADS", "").partition(",")[0]  # then come those of nested regions
+    if "torch" in sys.modules and threads.isdecimal():
         sys.modules["torch"].set_num_threads(int(threads))  # torch had read the server's
 
 
