@@ -30,6 +30,7 @@ from peftbench.tables.fields import FIELDS
 from peftbench.tables.searches import find_studies
 from peftbench.tables.select import is_filter, load_folders, select_records
 from peftbench.utils.console import make_console, say
+from peftbench.utils.differences import merge_alike
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import dump_json
 from peftbench.utils.text import strip_controls
@@ -211,8 +212,7 @@ def _name_cells(cells: Sequence[CellFindings]) -> list[str]:
 
 def _explain_intervals(cells: Sequence[CellFindings], names: Sequence[str]) -> str:
     """Return what was drawn for the intervals: once, or for each cell where they differ in it."""
-    ways = list(map(describe_intervals, cells))
-    told = ways[:1] if len(set(ways)) == 1 else [f"{way} ({name})" for way, name in zip(ways, names, strict=True)]
+    told = merge_alike([(describe_intervals(cell), name) for cell, name in zip(cells, names, strict=True)])
     return f"Intervals: {'; '.join(map(strip_controls, told))}."
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import Any, get_args
 
 from peftbench.tables.plot import ENDINGS, NAMES, draw_curves, draw_scores, list_marks, place_scores, save_figure
 from peftbench.tables.row import Statistic, describe_left_out, group_seeds, make_rows
 from peftbench.tables.select import read_records
 from peftbench.utils.console import say
 from peftbench.utils.errors import UserError, warn
-
-if TYPE_CHECKING:
-    from typing import Any
 
 
 def main(argv: list[str]) -> int:

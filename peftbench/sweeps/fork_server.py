@@ -13,11 +13,10 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from multiprocessing.context import BaseContext
 
 import peftbench
+from peftbench.utils.environment import keep_environment
 
 PRELOADED = "peftbench.sweeps.preload"
 SOURCE, PATH, PARENT = "PEFTBENCH_SOURCE", "PEFTBENCH_PATH", "PEFTBENCH_PARENT"  # which package, where modules are
@@ -40,7 +39,8 @@ def start_fork_server() -> None:
     _started_with = _list_variables()
     multiprocessing.get_context("forkserver").set_forkserver_preload([PRELOADED])
     told = {SOURCE: str(peftbench.__file__), PATH: json.dumps(sys.path), PARENT: str(os.getpid())}
-    with _set_variables({**QUIET, **told}):
+    with keep_environment(*QUIET, *told):
+        os.environ.update(QUIET | told)
         forkserver.ensure_running()
 
 
@@ -81,18 +81,3 @@ def _end_with_answer(variables: dict[str, str]) -> None:
 def _list_variables() -> dict[str, str]:
     """Return the environment on which it depends what an import does."""
     return {name: value for name, value in os.environ.items() if name not in WITHOUT_EFFECT}
-
-
-@contextmanager
-def _set_variables(variables: Mapping[str, str]) -> Iterator[None]:
-    """Have these variables in the environment during the block."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -12,7 +12,7 @@ from peftbench.records.record import Record
 from peftbench.tables.claims import CellFindings, Finding, count_seeds_needed, get_score
 from peftbench.tables.fields import MANY_CUT_OFF
 from peftbench.tables.flatness import find_steepest
-from peftbench.tables.intervals import LEAST_SEEDS
+from peftbench.tables.intervals import LEAST_SEEDS, WAYS
 from peftbench.tables.row import Row, is_scored, is_trial
 
 FEW = 5  # below so many seeds, they are said to be few
@@ -81,11 +81,8 @@ def _describe_losers(finding: Finding) -> Iterator[str]:
     """Yield which rows a verdict cannot rest on, because they may be better than their runs."""
     claim, mean = finding.claim, finding.estimate
     assert mean is not None
-    losers = [
-        claim.find_loser(one, claim.judge(estimate if claim.of == "least" else mean))
-        for one, estimate in finding.comparisons
-        if claim.judge(estimate if claim.of == "least" else mean) != "not confirmed"
-    ]
+    judged = [(one, claim.judge(estimate if claim.of == "least" else mean)) for one, estimate in finding.comparisons]
+    losers = [claim.find_loser(one, verdict) for one, verdict in judged if verdict != "not confirmed"]
     names = list(dict.fromkeys(name for name, row in losers if row.is_at_edge))
     if names:
         ones = "it may be better" if len(names) == 1 else "they may be better"
@@ -102,12 +99,9 @@ def describe_intervals(cell: CellFindings) -> str:
     """Return what was drawn for the intervals of a cell."""
     known = [finding.estimate for finding in cell.findings if finding.estimate is not None]
     seeds = min(estimate.seeds for estimate in known)
-    ways = {
-        True: f"a bootstrap over {seeds} seeds and the examples",
-        False: f"Student's t over {seeds} seeds, for these examples only",
-    }
-    over = sorted({estimate.by_examples is not None for estimate in known}, reverse=True)
-    return "; ".join(ways[way] for way in over)
+    drawn = {estimate.by_examples is not None for estimate in known}
+    ways = [WAYS["seeds and examples"]] * (True in drawn) + [WAYS["seeds"]] * (False in drawn)
+    return "; ".join(way.format(seeds) for way in ways)
 
 
 def _describe_spread(rows: Sequence[Row]) -> Iterator[str]:

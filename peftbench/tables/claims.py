@@ -279,11 +279,11 @@ def _judge_claim(
     else:
         estimate = estimate_difference(comparisons, drawn, resamples)
         verdict = claim.judge(estimate)
-        fair = [one for one in comparisons if claim.is_fair(one, verdict)]
-        if len(fair) < len(comparisons) and not (
-            fair and claim.judge(estimate_difference(fair, drawn, resamples)) == verdict
-        ):
-            verdict = "not confirmed"
+        if verdict != "not confirmed":
+            fair = [one for one in comparisons if claim.is_fair(one, verdict)]
+            if len(fair) < len(comparisons):  # then those that are fair must show it by themselves
+                alone = claim.judge(estimate_difference(fair, drawn, resamples)) if fair else None
+                verdict = verdict if alone == verdict else "not confirmed"
         if verdict == "confirmed" and contradicted:
             verdict = "not confirmed"
     return Finding(claim, verdict, estimate, each)

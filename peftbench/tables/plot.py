@@ -24,7 +24,7 @@ from peftbench.records.wording import format_value
 from peftbench.tables.fields import FIELDS, find_field
 from peftbench.tables.row import Row, find_front, split_tables
 from peftbench.tables.terminal import make_title
-from peftbench.utils.differences import find_differing
+from peftbench.utils.differences import find_differing, merge_alike
 from peftbench.utils.errors import UserError, describe_unknown
 from peftbench.utils.files import dump_json, write_beside
 from peftbench.utils.text import strip_controls
@@ -183,11 +183,10 @@ def draw_scores(scores: Scores) -> Figure:
 
 def _explain_bars(scores: Scores) -> str:
     """Return what bars mean: once, or for each panel where they differ in it."""
-    bars = {panel.title: panel.bars for panel in scores.panels if panel.bars}
+    bars = [(panel.bars, panel.title) for panel in scores.panels if panel.bars]
     if not bars:
         return ""
-    alike = len(set(bars.values())) == 1
-    told = list(bars.values())[:1] if alike else [f"{what} ({title})" for title, what in bars.items()]
+    told = merge_alike(bars)
     beside = ["marks of one size stand side by side"] if scores.interval else []
     return "; ".join([f"bars: {told[0]}", *told[1:], *beside])
 

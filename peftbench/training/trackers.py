@@ -27,6 +27,7 @@ from peftbench.records.record import Record, Status
 from peftbench.records.recording import is_interruption
 from peftbench.records.run_files import CHECKPOINTS
 from peftbench.utils.differences import flatten
+from peftbench.utils.environment import keep_environment
 from peftbench.utils.files import expand_home, read_json, replace_file
 
 Say = Callable[[str], None]
@@ -140,21 +141,6 @@ class _Wandb(_Follower):
         self.run.finish(exit_code={"done": 0, "interrupted": 255}.get(status, 1))
 
 
-@contextmanager
-def _keep_environment(*names: str) -> Iterator[None]:
-    """After the block, these variables are as before: what a library sets for one run is not what a user has set for
-    all."""
-    before = {name: os.environ.get(name) for name in names}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
 class _MLflow(_Follower):
     def open(self) -> TrainerCallback:
         import mlflow
@@ -165,7 +151,7 @@ class _MLflow(_Follower):
             with suppress(Exception):  # a run that mlflow lost, which it forgets all the same
                 mlflow.end_run()  # in its own database, and so before we turn to another
         own = f"sqlite:///{(followed.root / 'mlflow.db').resolve()}"
-        with _keep_environment("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID"):
+        with keep_environment("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID"):
             mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or own)
             # Of processes that make the tables of a new database, or an experiment, at the same time, one succeeds.
             with FileLock(followed.root / ".mlflow.lock"):

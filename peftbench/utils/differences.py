@@ -1,4 +1,4 @@
-"""The keys in which runs differ."""
+"""The keys in which runs differ, and what is said of several things that may."""
 
 from __future__ import annotations
 
@@ -35,3 +35,9 @@ def find_distinctive(typed: Sequence[Mapping[str, str]]) -> list[str]:
 
     keys = find_differing(typed)
     return [key for key in keys if not ((group := key.partition(".")[0]) in keys and tells_as_much(group, key))]
+
+
+def merge_alike(said: Sequence[tuple[str, str]]) -> list[str]:
+    """Return what is said of several things, (what is said, name): once, or with each name where it differs."""
+    alike = len({what for what, _ in said}) == 1
+    return [said[0][0]] if alike else [f"{what} ({name})" for what, name in said]

@@ -18,8 +18,8 @@ import re
 import socket
 import sys
 import warnings
-from collections.abc import Mapping, MutableMapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from peftbench.utils.errors import UserError
@@ -106,6 +106,20 @@ def clear_settings(environment: MutableMapping[str, str] = os.environ) -> list[s
     for name in (*ARITHMETIC, *OTHERS, *(name for name in list(environment) if name.startswith("TQDM_"))):
         environment.pop(name, None)
     return found
+
+
+@contextmanager
+def keep_environment(*names: str) -> Iterator[None]:
+    """After the block, these variables are as before: what is set in it is not what a user has set for all."""
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def refuse_values(environment: Mapping[str, str] = os.environ) -> None:
