@@ -217,15 +217,45 @@ def test_the_prose_on_webnlg_with_bart_says_what_the_records_say() -> None:
     assert f"s = 1 has {unscaled_at[1.5e-3]:.1f} and s = 4 has {scaled_at[1.5e-3]:.1f}" in prose
 
     small = [row for row in rows if row.first.budget == "2%"]
-    assert len(small) == 4 and all(row.is_at_edge for row in small)
-    assert not any(row.is_at_edge for row in large.values())
+    assert len(small) == 4 and {row.first.method for row in rows if row.is_at_edge} == {"adapter"}
     steps = [(row.first.method, [score for _, score in list_trials(row, records)[-2:]]) for row in small]
     brought = sorted(last - before for method, (before, last) in steps if method == "adapter")
-    assert f"brought the sequential adapters {brought[0]:.1f} and {brought[1]:.1f} BLEU on the test set" in prose
-    assert all(last < before for method, (before, last) in steps if method != "adapter")
+    assert len(brought) == 2 and f"brought them {brought[0]:.1f} and {brought[1]:.1f} BLEU on the test set" in prose
+    lost = sorted((before - last for method, (before, last) in steps if method != "adapter"), reverse=True)
+    assert f"three times that rate is worse by {lost[0]:.1f} and {lost[1]:.1f} BLEU on the test set (seed 42)" in prose
+    for row in small:
+        assert sorted(row.first.search.keys["trainer.learning_rate"])[4] == _get_rate(row.first)
+    places = {finding.claim.name: finding.comparisons for finding in judge_cell("webnlg/bart-mini").findings}["ffn"]
+    (ahead,) = (estimate.difference for pair, estimate in places if pair.a.first.method == "parallel_adapter")
+    assert f"at the FFN is {ahead:.1f} BLEU ahead of the one at the attention" in prose
 
     lower = [_find_gain_below(row, records) for row in (full, mam, scaled)]
     assert "would have had {:.1f}, {:.1f} and {:.1f} BLEU more".format(*lower) in prose
+
+
+def test_the_prose_on_webnlg_with_smollm2_says_what_the_records_say() -> None:
+    prose = read_section("WebNLG with SmolLM2-135M, the first trials")
+    records = load_records(FOLDER / "webnlg" / "smollm2-135m")[0]
+    assert {(one.seed, one.steps, is_trial(one)) for one in records} == {(42, 1132, True)}
+    assert prose.startswith(f"{len(records)} trials of 1,132 steps, all with seed 42")
+    tried = {}
+    for method in ("full", "mam"):
+        found = {_get_rate(one): one for one in records if one.method == method}
+        assert len(found) == 5
+        tried[method] = [found[rate] for rate in sorted(found)]
+    best = {method: max(found, key=lambda one: one.selection.value) for method, found in tried.items()}
+    preset = tried["full"][2]
+    assert _get_rate(best["full"]) == pytest.approx(10 * _get_rate(preset))
+    for one, said in ((best["full"], "{:.1f} BLEU on the dev split"), (preset, "preset's rate {:.1f} and ")):
+        assert one.selection is not None and said.format(one.selection.value) in prose
+    assert f"and {best['full'].score:.1f} on the test set; with the preset's rate" in prose
+    assert f"{preset.selection.value:.1f} and {preset.score:.1f}." in prose
+    assert f"MAM has {best['mam'].selection.value:.1f} and {best['mam'].score:.1f} with the rate that is best" in prose
+
+
+def _get_rate(record: Record) -> float:
+    assert record.search is not None
+    return float(record.search.chosen["trainer.learning_rate"])
 
 
 def list_trials(row: Row, records: list[Record]) -> list[tuple[float, float]]:
@@ -270,7 +300,9 @@ def test_the_readme_says_what_the_tuned_runs_say() -> None:
     found = {finding.claim.name: finding for finding in judge_cell("webnlg/bart-mini").findings}
     contradicted = {name for name, finding in found.items() if finding.verdict == "contradicted"}
     assert contradicted == {"scaling", "mam_full", "mam_best"} and found["mam_full"].estimate is not None
-    assert f"**WebNLG**: MAM is {-found['mam_full'].estimate.difference:.1f} BLEU behind full fine-tuning." in readme
+    assert [name for name, finding in found.items() if finding.verdict == "confirmed"] == ["ffn"]
+    assert "**WebNLG**: the FFN is better." in readme
+    assert f"MAM is {-found['mam_full'].estimate.difference:.1f} BLEU behind full fine-tuning." in readme
     assert "With tuned rates, scaling does not help." in readme
 
 
