@@ -27,6 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE, README, PICTURE = ROOT / "docs" / "reproduction.md", ROOT / "README.md", ROOT / "docs" / "images" / "scores.svg"
 RECORDS = ROOT / "outputs" / "reference"
 BEGIN, END = "<!-- peftbench claims outputs/reference --markdown -->\n", "<!-- end -->\n"
+BEGIN_GROUPS = (
+    "<!-- peftbench claims outputs/reference/reproduction group=seen --short --markdown, and group=unseen -->\n"
+)
 BEGIN_SEARCHES = "<!-- peftbench claims outputs/reference --searches --markdown -->\n"
 PLANNED = [(*cell, budget) for cell in (("sst2", "minilm-l6"), ("webnlg", "smollm2-135m")) for budget in ("0.5%", "2%")]
 
@@ -37,6 +40,10 @@ CELLS = {
     "sst2/minilm-l6": "MiniLM, encoder: SST-2",
     "webnlg/bart-mini": "BART, encoder-decoder: WebNLG",
     "webnlg/smollm2-135m": "SmolLM2, decoder: WebNLG",
+}
+GROUPS = {
+    "seen": "The categories of the training file, `group=seen`:",
+    "unseen": "The five other categories, `group=unseen`:",
 }
 # The rows of the steps `insertion` and `mam` of scripts/reproduction.sh, as filters.
 ROWS = [
@@ -50,7 +57,21 @@ LABELS = {"budget": "stored", "modified_representation": "at"}
 def write_page(page: str, records: Path = RECORDS) -> str:
     """Return the page with the tables that the records have now."""
     page = replace_part(page, BEGIN, _run(claims, [str(records), "--markdown"]))
+    page = replace_part(page, BEGIN_GROUPS, write_groups(records / "reproduction"))
     return replace_part(page, BEGIN_SEARCHES, write_searches(records))
+
+
+def write_groups(records: Path) -> str:
+    """Return the verdicts on the test examples of the categories that are trained on, and on those of the others."""
+    told = {group: _run(claims, [str(records), f"group={group}", "--short", "--markdown"]) for group in GROUPS}
+    parts = [[title, "", *_list_table(told[group])] for group, title in GROUPS.items()]
+    return "\n".join("\n".join([*part, ""]) for part in parts)
+
+
+def _list_table(told: str) -> list[str]:
+    """Return the lines of the table that `peftbench claims --short` printed, and what its intervals are."""
+    lines = told.splitlines()
+    return [line for line in lines if line.startswith("|")] + [""] + [one for one in lines if "Intervals: " in one]
 
 
 def write_searches(records: Path) -> str:

@@ -59,7 +59,7 @@ def keep(record: Record, target: Path, names: dict[str, str], alone: bool = Fals
         statistics = examples.read_examples(record)[record.metric]
         if not math.isclose(statistics.score_all(), record.score, rel_tol=1e-9):
             raise ValueError(f"{record.folder}: the predictions have {statistics.score_all()}, not {record.score}")
-        examples.write_examples(statistics.rows, target)
+        examples.write_examples(statistics.rows, target, examples.read_groups(record))
 
 
 def keep_journals(outputs: Path, target: Path, names: dict[str, str]) -> int:

@@ -39,6 +39,7 @@ examples:
   peftbench results method=mam,lora task=xsum status=done
   peftbench results 'score>60' 'stored<1e6'                compare numbers, in quotes because of the shell
   peftbench results budget=2% method=lora,mam or method=full   what passes the filters before or after
+  peftbench results task=webnlg group=unseen               scores of the groups of examples that were not trained on
   peftbench results --mean --sort stored
   peftbench results --mean --interval                      ± half the 95% interval, over seeds and examples
   peftbench results --rows method --columns insertion_form

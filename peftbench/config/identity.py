@@ -37,6 +37,7 @@ IGNORED = (
     "model.sizes",
     "model.architecture",
     "task.sizes",
+    "task.group_column",
     "task.paper",
     "task.quick",
     "trainer.device",

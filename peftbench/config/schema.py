@@ -371,6 +371,11 @@ class Task:
     further_splits: list[str] = key(
         [], "Splits that are scored in addition to the report split, such as mismatched MNLI; []: none."
     )
+    group_column: str | None = key(
+        None,
+        "A column that says of which group an example is, such as the domain of a text. Scores of some groups can then "
+        "be shown, such as group=unseen: those of which no training example is. null: none.",
+    )
     max_train: int | None = key(None, "Number of examples of task.train_split to use, from the start. null: all.")
     max_selection: int | None = key(
         None, "Number of examples of task.selection_split to use, from the start. null: all."

@@ -56,6 +56,8 @@ def record_data(record: Record, data: TaskData, backbone: Backbone) -> None:
         record.data["reading"] = reading
     if data.task.kind in WITH_LABELS:
         record.data["labels"] = data.task.labels
+    if data.groups is not None:
+        record.data["groups"] = data.groups
     if data.task.packages is not None:
         record.data["packages"] = read_versions(data.task.packages)
 

@@ -273,6 +273,8 @@ class Record:
 
     # When this process began with the run, by a clock that nobody sets back; not part of the record.
     clock: float | None = field(default=None, init=False, compare=False, repr=False)
+    # In a table of some groups of the examples: which these are (tables/groups.py); not part of the record.
+    restricted: Any = field(default=None, init=False, compare=False, repr=False)
 
     @property
     def outcome(self) -> str:
@@ -294,7 +296,7 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         """Return the record as nested dicts and lists of JSON values."""
         values = asdict(self)
-        del values["folder"], values["clock"]
+        del values["folder"], values["clock"], values["restricted"]
         return {"schema_version": values.pop("schema_version"), **values}
 
     @classmethod

@@ -13,6 +13,7 @@ from typing import Any
 from peftbench.records.record import Record, find_kept_apart, load_records
 from peftbench.records.wording import format_value
 from peftbench.tables.fields import find_field
+from peftbench.tables.groups import KEY, leave_out_whole, restrict_records
 from peftbench.tables.row import is_trial
 from peftbench.utils.errors import UserError, describe_unknown, warn
 
@@ -67,9 +68,16 @@ def select_records(records: Sequence[Record], filters: Sequence[str]) -> list[Re
     """Return the records that pass all filters KEY=VALUE,... or KEY!=VALUE,...; `*` in a value matches anything.
 
     KEY>NUMBER, <, >= and <= are for numbers. With `or` among the filters, the records that pass all before it or all
-    after it. Raises UserError for a key that no record has, for a value that no record has, and where no record passes
-    one of several sets of filters.
+    after it. `group=` restricts the scores of all to some groups of their examples (tables/groups.py), before anything
+    is compared. Raises UserError for a key that no record has, for a value that no record has, and where no record
+    passes one of several sets of filters.
     """
+    if groups := [word for word in filters if (match := FILTER.fullmatch(word)) and match["key"] == KEY]:
+        if len(groups) > 1 or not groups[0].startswith(f"{KEY}="):
+            raise UserError(f"{' '.join(groups)}: give {KEY}= once, as {KEY}=unseen or {KEY}=NAME,NAME.")
+        wanted = groups[0].partition("=")[2].split(",")
+        others = [word for word in filters if word not in groups]
+        return leave_out_whole(select_records(restrict_records(records, wanted), others), wanted)
     if OR not in filters:
         return _select_all(records, filters)
     hits: set[int] = set()

@@ -22,6 +22,7 @@ from peftbench.metrics.statistics import References
 from peftbench.tasks.batch import Collator
 from peftbench.tasks.cache import cache_dataset
 from peftbench.tasks.deal import ROW
+from peftbench.tasks.groups import describe_no_groups, find_groups, list_groups
 from peftbench.tasks.load import Loaded, fingerprint_data
 from peftbench.tasks.own_task import RowMaker
 from peftbench.tasks.rows import take_head
@@ -66,6 +67,7 @@ class TaskData(RowMaker, ABC):
     fingerprint: str  # sha256 over the splits that were read
     unknown: dict[str, float]  # by split: the share of its tokens that the tokenizer does not know
     scored_on: str  # sha256 over the rows of the report split
+    groups: dict[str, Any] | None  # of the reported examples, see `find_groups`
     collator: Collator
 
     def __init__(self, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -99,6 +101,9 @@ class TaskData(RowMaker, ABC):
         self.unknown = measure_unknown(by_split, tokenizer, known, required=loaded.labelled)
         self.scored_on = fingerprint_data(self.task, self.report_rows)
         self.notes = [*loaded.notes, *describe_unknown_tokens(self.unknown, tokenizer), *self._reading_notes()]
+        self.groups = find_groups(self.task, self.report_rows, getattr(self, "train_rows", None))
+        if self.task.group_column is not None and self.groups is None:
+            self.notes.append(describe_no_groups(self.task, self.splits["report"]["split"]))
 
     def serving(self, model: PreTrainedModel) -> Self:
         """Return a copy of the data for a model of the backbone, which shares everything except what `serve` sets."""
@@ -167,9 +172,15 @@ class TaskData(RowMaker, ABC):
         return scores
 
     def records(self, decoded: Sequence[str], rows: Dataset) -> Iterator[dict[str, Any]]:
-        """Yield one `{"index", "id", "prediction", "reference"}` for each example; see `name_rows`."""
-        for name, prediction, reference in zip(self.name_rows(rows), decoded, self.references(rows), strict=True):
-            yield {**name, "prediction": prediction, "reference": reference}
+        """Yield one `{"index", "id", "group", "prediction", "reference"}` for each example; see `name_rows`.
+
+        Without a group if the rows have no `task.group_column`.
+        """
+        groups = list_groups(self.task, rows)
+        named = [{}] * len(rows) if groups is None else [{"group": group} for group in groups]
+        told = zip(self.name_rows(rows), named, decoded, self.references(rows), strict=True)
+        for name, group, prediction, reference in told:
+            yield {**name, **group, "prediction": prediction, "reference": reference}
 
     def name_rows(self, rows: Dataset) -> Iterator[dict[str, Any]]:
         """Yield one `{"index", "id"}` for each example; without an id if the rows have none.

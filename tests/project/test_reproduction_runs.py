@@ -22,6 +22,7 @@ from peftbench.config.search import check_searches, list_settings
 from peftbench.config.studies import group_studies, is_study
 from peftbench.records.record import RecordedCounts, Searched, Selection, Trial, find_record
 from peftbench.records.run_files import write_predictions
+from peftbench.records.saved import read_saved_predictions
 from peftbench.tables.examples import FILE, read_examples, write_examples
 from peftbench.utils.errors import UserError
 from tests.cli.test_compare import trained
@@ -123,7 +124,10 @@ def test_what_is_kept_is_compared_alike(
             record = find_record(folder)
             assert record is not None
             record.overrides = [f"output_dir={outputs}"]
+            record.data["groups"] = {"column": "half", "seen": ["first"]}
             record.save()
+            rows = read_saved_predictions(folder, "report")
+            write_predictions(folder, ({**row, "group": ["first", "second"][row["index"] > 70]} for row in rows))
 
     def keep(source: Path, target: Path) -> None:
         monkeypatch.setattr(sys, "argv", ["keep_records.py", str(source), str(target), "--shared", "/nowhere"])
@@ -135,11 +139,14 @@ def test_what_is_kept_is_compared_alike(
     capsys.readouterr()
     told = []
     for place in (outputs, kept, again):
-        assert compare(["method=mam", "method=lora", "--folder", str(place), "--resamples", "200", "--json"]) == 0
-        told.append(json.loads(capsys.readouterr().out)["metrics"])
-    assert told[0] == told[1] == told[2]
+        for group in ("", " group=unseen"):
+            sides = [f"method=mam{group}", f"method=lora{group}"]
+            assert compare([*sides, "--folder", str(place), "--resamples", "200", "--json"]) == 0
+            told.append(json.loads(capsys.readouterr().out)["metrics"])
+    assert told[:2] == told[2:4] == told[4:]
+    assert told[0]["accuracy"]["b"] == pytest.approx(61.5) and told[1]["accuracy"]["b"] == pytest.approx(0)
     file = next(again.rglob(FILE))
-    assert file.stat().st_size < 400
+    assert file.stat().st_size < 1000
     write_examples(np.ones((99, 1)), file.parent)
     with pytest.raises(UserError, match=r"examples\.npz cannot be read: it holds uint8 of the shape \(99, 1\)"):
         compare(["method=mam", "method=lora", "--folder", str(again)])

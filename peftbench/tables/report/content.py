@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from itertools import compress, islice
 from typing import Any
 
 from peftbench import __version__
@@ -231,7 +232,9 @@ def _read_curves(row: Row) -> list[dict[str, Any]]:
 def _sample_predictions(record: Record, samples: int) -> list[list[str]]:
     """Return the first predictions, each as (example, reference, prediction). All runs have the same examples."""
     found: list[list[str]] = []
-    for one in read_lines(record.folder / name_predictions_file("report"), samples):
+    lines = read_lines(record.folder / name_predictions_file("report"), None if record.restricted else samples)
+    chosen = compress(lines, record.restricted.chosen) if record.restricted else lines
+    for one in islice(chosen, samples):
         if one is not None and {"reference", "prediction"} <= one.keys():  # not a damaged line or another program's
             name = str(one.get("id", one.get("index", len(found))))
             found.append([name, _cut_text(one["reference"]), _cut_text(one["prediction"])])

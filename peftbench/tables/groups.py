@@ -1,0 +1,83 @@
+"""Restrict scores to groups of the examples, such as the domains of which no training example is: `group=unseen`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from peftbench.records.record import Record, Score
+from peftbench.tables.examples import Restricted, has_examples, read_examples, read_groups
+from peftbench.utils.errors import UserError, describe_unknown, warn
+
+KEY = "group"
+SEEN, UNSEEN = "seen", "unseen"  # in the training examples, or not
+
+
+def restrict_records(records: Sequence[Record], wanted: Sequence[str]) -> list[Record]:
+    """Return the records, of which each that can be is a copy whose score, and whose examples, are those of some groups
+    alone. Its baselines and further splits are left out, since nobody knows what they are there.
+
+    Args:
+        wanted: names of groups, in which `*` matches anything, or `seen` and `unseen`.
+
+    Raises:
+        UserError: no run has such a group.
+    """
+    groups = {id(one): _find_groups(one) for one in records if one.score is not None}
+    there = {group for found in groups.values() for group in found}
+    for name in wanted if there else ():
+        if name not in (SEEN, UNSEEN) and not any(fnmatchcase(group, name) for group in there):
+            raise UserError(describe_unknown(KEY, name, sorted({*there, SEEN, UNSEEN})))
+    return [_restrict(one, groups.get(id(one), []), wanted) for one in records]
+
+
+def leave_out_whole(records: Sequence[Record], wanted: Sequence[str]) -> list[Record]:
+    """Return the records without those whose score is still that of all examples, and say how many these are.
+
+    Raises:
+        UserError: no score is left.
+    """
+    whole = [one for one in records if one.score is not None and one.restricted is None]
+    word = f"{KEY}={','.join(wanted)}"
+    if whole and not any(one.restricted for one in records):
+        raise UserError(
+            f"{word}: no run knows which of its examples are of that kind; train with task.group_column=COLUMN."
+        )
+    if whole:
+        warn(f"{len(whole)} runs are left out, which do not know which of their examples are of {word}.")
+    return [one for one in records if one not in whole]
+
+
+def _find_groups(record: Record) -> list[str]:
+    """Return the group of each reported example of a run; none if they are not known."""
+    return read_groups(record) if "groups" in record.data and has_examples(record) else []
+
+
+def _restrict(record: Record, groups: Sequence[str], wanted: Sequence[str]) -> Record:
+    """Return the record of a run with the score of the wanted groups; as it is, if it knows of no example of them.
+
+    Args:
+        groups: that of each reported example.
+    """
+    seen = record.data["groups"]["seen"] if groups else None
+    if seen is None and {SEEN, UNSEEN} & {*wanted}:
+        return record
+    chosen = np.array([_is_wanted(group, seen or (), wanted) for group in groups])
+    if not chosen.any():
+        return record
+    kept = {name: one._replace(rows=one.rows[chosen], library=None) for name, one in read_examples(record).items()}
+    metrics = {name: one.score_all() for name, one in kept.items()}
+    split = f"{', '.join(wanted)} {record.scores['report'].split}"
+    restricted = copy(record)
+    restricted.restricted, restricted.score = Restricted(chosen.tolist(), kept), metrics[record.metric]
+    restricted.scores = {"report": Score(split, int(chosen.sum()), metrics)}
+    restricted.baselines, restricted.cut_off = {}, {}
+    return restricted
+
+
+def _is_wanted(group: str, seen: Sequence[str], wanted: Sequence[str]) -> bool:
+    of_kind = SEEN if group in seen else UNSEEN
+    return any(of_kind == name if name in (SEEN, UNSEEN) else fnmatchcase(group, name) for name in wanted)
