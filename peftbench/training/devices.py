@@ -264,9 +264,15 @@ def _watch(processes: list[BaseProcess], ended: threading.Event) -> None:
 
 
 def _find_dead(processes: list[BaseProcess], patience: float) -> BaseProcess | None:
-    """Return a process that has ended, or ends within `patience` seconds."""
+    """Return the process that died: it has ended, or ends within `patience` seconds.
+
+    Those that waited for it end too, with exit code 0, and may have done so before this process looks.
+    """
     found = connection.wait([process.sentinel for process in processes], patience)
-    return next((process for process in processes if process.sentinel in found), None)
+    ended = [process for process in processes if process.sentinel in found]
+    for process in ended:
+        process.join()
+    return next((process for process in ended if process.exitcode), ended[0] if ended else None)
 
 
 def _describe_death(processes: list[BaseProcess], dead: BaseProcess | None) -> str:

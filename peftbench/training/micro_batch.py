@@ -188,7 +188,9 @@ class MicroBatched(Trainer):
             own = {name: column for name, column in part.items() if name not in ADDED}
             with self.noise.drawing(part):  # the backward pass may compute activations again
                 with self.compute_loss_context_manager():
-                    mean = self.compute_loss(model, own, num_items_in_batch=None if items is None else count)
+                    # Never 0, which transformers divides by; a part without items has the weight 0 anyway.
+                    divisor = None if items is None else count.clamp(min=1)
+                    mean = self.compute_loss(model, own, num_items_in_batch=divisor)
                 loss = mean * (count / whole_count.to(count.device))
                 self.accelerator.backward(loss)
             losses.append(loss.detach())

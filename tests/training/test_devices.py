@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -17,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel, TrainerCallback
 
 from peftbench.config.schema import Batching, Device, Trainer
 from peftbench.evaluation.predict import compute_mean_loss, predict
-from peftbench.training.devices import form_team
+from peftbench.training.devices import _describe_death, _find_dead, form_team
 from peftbench.training.shares import CHECK, COUNTED, OF, ROW, WHOLE, balance_rows, share_batches
 from peftbench.utils.errors import UserError
 from peftbench.utils.team import ALONE, Team, fill_buckets
@@ -51,7 +54,7 @@ def case_gradients(team: Team, folder: Path) -> dict[str, dict[str, Tensor]]:
     points += [("roberta", "lora", "one example"), ("roberta", "lora", "parts"), ("llama", "lora", "without padding")]
     for family, method, way in points:
         gradients = Gradients()
-        settings = one_step(**BATCHES[way], label_smoothing=0.1 if way == "uneven" else 0.0)
+        settings = one_step(**BATCHES[way], label_smoothing=0.1 if way in ("uneven", "one example") else 0.0)
         fitted(model_of(family, method), Targets(family), settings, folder, team=team, callbacks=[gradients])
         found[f"{family} {method} {way}"] = gradients.found
     return found
@@ -327,6 +330,48 @@ def test_a_share_knows_the_whole_batch() -> None:
     assert share[COUNTED].all() and len(set(share[CHECK])) == 1
     few = collate(examples[:2])  # none is left for the third process
     assert len(few["labels"]) == 1 and (few["labels"] == -100).all() and not few[COUNTED].any()
+
+
+def test_a_process_without_examples_adds_nothing(tmp_path: Path) -> None:
+    """It computes one with the weight 0. transformers' label smoothing divides by the number of items."""
+
+    class Idle(Team):
+        rank, size = 1, 2
+
+    gradients, losses = Gradients(), list[dict[str, Any]]()
+    settings = one_step(batch_size=1, accumulation=2, label_smoothing=0.1)
+    fitted(
+        model_of("roberta", "lora"),
+        Targets("roberta"),
+        settings,
+        tmp_path,
+        team=Idle(),
+        callbacks=[gradients],
+        log=losses.append,
+    )
+    assert [line["loss"] for line in losses if "loss" in line] == [0.0]
+    assert gradients.found and not any(gradient.any() for gradient in gradients.found.values())
+
+
+def test_of_processes_that_have_ended_the_one_that_died_is_named() -> None:
+    """Those that waited for it have left in good order meanwhile."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=target) for target in (_leave, _die, _leave)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    found = _find_dead(processes, patience=0.0)
+    assert found is processes[1]
+    assert _describe_death(processes, found).startswith("process 3 of the 4 of this run was ended by SIGKILL")
+
+
+def _leave() -> None:
+    os._exit(0)
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_one_process_has_no_columns_more() -> None:
