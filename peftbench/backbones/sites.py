@@ -82,6 +82,7 @@ class Family:
     functional_dropout: tuple[str, ...] = ()  # the paths of a layer's attributes with the rate of functional dropout
     attention_dropout: str = "attention_dropout"  # config attribute
     hidden_dropout: str = "dropout"  # config attribute; if the config lacks it, the rate is 0
+    flattens: bool = False  # whether its FFNs read the tokens of all examples as one dimension, (B * S, d)
     counts_keys: bool = False  # whether its attentions add a bias to each key by its position among the keys
     autocast: bool = True  # whether its class computes under autocast
     shared: bool = False  # whether each module of a stack is several layers, one after another
@@ -361,6 +362,7 @@ FAMILIES = (
         norm=lambda config: None if config.do_layer_norm_before else "final_layer_norm",
         residual=lambda config: "final_layer_norm" if config.do_layer_norm_before else None,
         functional_dropout=("dropout",),
+        flattens=True,
     ),
     Family(
         model_types=("gpt_neox",),

@@ -107,6 +107,11 @@ class DecoderPrompt(Prompt):
         self.fronts = tuple(fronts)  # a tuple: they are modules of the attentions, not of this module
         self._held = False
 
+    @property
+    def is_running(self) -> bool:
+        """Return whether the prompt is in the layers now, or has been computed for all forward passes."""
+        return self._held
+
     def run_before(self, base: PreTrainedModel, *_: object) -> None:
         """Compute the prompt's keys and values (forward pre-hook of the model without its task head)."""
         if not self._held:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from peftbench.backbones.sites import find_sites, list_configs
 from peftbench.config import schema
+from peftbench.modification.prompt import DecoderPrompt, Prompt
 from peftbench.training.shares import OF, ROW
 from peftbench.utils.team import Team
 
@@ -45,9 +46,16 @@ class OwnNoise:
 class WholeNoise(OwnNoise):
     """Each process draws the numbers of the whole batch, as one process would, and keeps those of its rows.
 
-    The generators of all processes have the same state. Tensors without a row for each example, such as a prefix, have
-    the same dropout everywhere.
+    The generators of all processes have the same state. Tensors without a row for each example, such as the prompt of a
+    decoder or DeBERTa's relative positions, have the same dropout everywhere.
     """
+
+    def __init__(self, seed: int, team: Team, model: PreTrainedModel) -> None:
+        super().__init__(seed, team)
+        self.flattens = find_sites(model).family.flattens
+        prompts = [module for module in model.modules() if isinstance(module, Prompt)]
+        self.fronts = [prompt for prompt in prompts if isinstance(prompt, DecoderPrompt)]
+        self.lengths = [0, *(len(prompt.vectors) for prompt in prompts)]  # by which tokens may have become more
 
     def begin_step(self, step: int) -> None:
         pass
@@ -55,11 +63,13 @@ class WholeNoise(OwnNoise):
     @contextmanager
     def drawing(self, batch: Mapping[str, Any]) -> Iterator[None]:
         rows, of = list(batch[ROW]), batch[OF][0]
+        widths = {column.shape[1] for column in batch.values() if isinstance(column, Tensor) and column.dim() > 1}
 
         def drop(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-            if not training or p == 0 or len(input) != len(rows):
+            shape = self._find_shape(input, len(rows), widths) if training and p else None
+            if shape is None:
                 return dropout(input, p, training, inplace)
-            kept = dropout(input.new_ones((of, *input.shape[1:])), p)[rows]
+            kept = dropout(input.new_ones((of, *shape[1:])), p)[rows].view(input.shape)
             return input.mul_(kept) if inplace else input * kept
 
         def attend(
@@ -82,6 +92,22 @@ class WholeNoise(OwnNoise):
         finally:
             functional.dropout, functional.scaled_dot_product_attention = dropout, attention
 
+    def _find_shape(self, input: Tensor, rows: int, widths: set[int]) -> tuple[int, ...] | None:
+        """Return the shape of a tensor with its rows of examples first; None if it has none.
+
+        Args:
+            rows: examples of this process.
+            widths: numbers of tokens of its columns.
+        """
+        if self.flattens and input.dim() == 2 and any(len(input) == rows * width for width in widths):
+            return (rows, len(input) // rows, input.shape[1])
+        if len(input) != rows or any(front.is_running for front in self.fronts):
+            return None
+        if rows == 1 and input.dim() == 3:  # one row of tokens, or what is the same for all rows
+            known = {width + length for width in widths for length in self.lengths}
+            return tuple(input.shape) if input.shape[1] in known else None
+        return tuple(input.shape)
+
 
 def _attend(
     query: Tensor,
@@ -102,7 +128,9 @@ def _attend(
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype is torch.bool else scores + mask
-    heads: Tensor = drop(scores.softmax(-1)) @ value
+    blind = scores.isneginf().all(-1, keepdim=True)  # padding whose window has no token: 0, as torch's, and not 0 / 0
+    weights = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+    heads: Tensor = drop(weights) @ value
     return heads
 
 
@@ -117,5 +145,5 @@ def choose_noise(model: PreTrainedModel, settings: schema.Trainer, seed: int, te
     )
     plain = settings.compile is schema.Compile.none and not (settings.padding_free or settings.graphs)
     if team.size > 1 and plain and settings.micro_batch is None and not attends:
-        return WholeNoise(seed, team)
+        return WholeNoise(seed, team, model)
     return OwnNoise(seed, team)
