@@ -1,4 +1,4 @@
-"""Two processes that meet through gloo, and run the cases of a test module together."""
+"""Processes that meet through gloo, and run the cases of a test module together."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ from typing import Any
 
 from peftbench.utils.quick_imports import speed_up_imports
 
-SIZE = 2
 PATIENCE = 150  # seconds
 
 
-def run_together(module: str, names: list[str]) -> list[dict[str, Any]]:
+def run_together(module: str, names: list[str], size: int = 2) -> list[dict[str, Any]]:
     """The results of a module's functions `case_NAME(team, folder)`, by name, for each process in turn.
 
     A case that raises has its exception as the result, which must leave the processes able to meet again.
     """
     from torch.distributed import TCPStore
 
-    store = TCPStore("127.0.0.1", 0, SIZE, True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, size, True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch:
-        files = [Path(scratch, f"{rank}.pickle") for rank in range(SIZE)]
+        files = [Path(scratch, f"{rank}.pickle") for rank in range(size)]
         processes = [
-            context.Process(target=_serve, args=(rank, store.port, module, names, file), daemon=True)
+            context.Process(target=_serve, args=(rank, size, store.port, module, names, file), daemon=True)
             for rank, file in enumerate(files)
         ]
         try:
@@ -44,7 +43,7 @@ def run_together(module: str, names: list[str]) -> list[dict[str, Any]]:
         return [pickle.loads(file.read_bytes()) for file in files]
 
 
-def _serve(rank: int, port: int, module: str, names: list[str], file: Path) -> None:
+def _serve(rank: int, size: int, port: int, module: str, names: list[str], file: Path) -> None:
     faulthandler.dump_traceback_later(PATIENCE - 20, exit=True)
     with speed_up_imports():
         cases = importlib.import_module(module)
@@ -53,7 +52,7 @@ def _serve(rank: int, port: int, module: str, names: list[str], file: Path) -> N
         from peftbench.training import devices
 
     torch.set_num_threads(1)
-    team = devices.join_processes(torch.distributed.TCPStore("127.0.0.1", port, SIZE, False), rank, SIZE)
+    team = devices.join_processes(torch.distributed.TCPStore("127.0.0.1", port, size, False), rank, size)
     found = {}
     for name in names:
         folder = file.parent / name / str(rank)

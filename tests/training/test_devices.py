@@ -1,4 +1,4 @@
-"""Two processes train, predict and fail as one does."""
+"""Two processes, and four, train, predict and fail as one does."""
 
 from __future__ import annotations
 
@@ -190,6 +190,26 @@ def case_buckets(team: Team, folder: Path) -> list[Tensor]:
     return tensors
 
 
+def case_few_examples(team: Team, folder: Path) -> dict[str, tuple[list[float], dict[str, Tensor], np.ndarray]]:
+    """Losses, with dropout and label smoothing, where some or all batches have fewer examples than processes; what was
+    trained; and predictions in fewer batches than processes."""
+    found = {}
+    for family, method in (("bart", "mam"), ("roberta", "lora"), ("opt", "mam")):
+        for batch_size, accumulation in ((2, 1), (3, 3), (6, 2)):
+            model = model_of(
+                family, method, **({"hidden_dropout_prob": 0.2} if family == "roberta" else {"dropout": 0.2})
+            )
+            data, logged = Targets(family), list[dict[str, Any]]()
+            torch.manual_seed(3)
+            settings = one_step(max_steps=6, batch_size=batch_size, accumulation=accumulation, label_smoothing=0.1)
+            settings = replace(settings, learning_rate=1e-3, epsilon=1e-6)
+            fitted(model, data, settings, folder, team=team, log=logged.append)
+            predicted = predict(model, data.selection.remove_columns("labels"), data.collator, 3, team=team)
+            losses = [line["loss"] for line in logged if "loss" in line]
+            found[f"{family} {batch_size} x {accumulation}"] = (losses, trained(model), predicted)
+    return found
+
+
 QUICK = ["buckets", "recorded", "predictions", "memory", "fault", "interrupt", "left_out", "other_batches", "best"]
 LONG = ["gradients", "twenty_steps"]
 
@@ -220,6 +240,20 @@ def test_twenty_steps_have_the_same_losses(together: list[dict[str, Any]], tmp_p
                 torch.testing.assert_close(theirs[1][key], tensor, rtol=1e-3, atol=1e-4, msg=name)
         first, second = (found["twenty_steps"][name][1] for found in together)
         assert all(torch.equal(first[key], second[key]) for key in first), "the processes drift apart"
+
+
+@pytest.mark.slow
+def test_four_processes_train_and_predict_as_one(tmp_path: Path) -> None:
+    together = run_together(__name__, ["few_examples"], size=4)
+    for name, (losses, tensors, predicted) in case_few_examples(ALONE, tmp_path).items():
+        assert len(losses) == 6
+        for found in together:
+            theirs = found["few_examples"][name]
+            assert theirs[0] == pytest.approx(losses, abs=1e-5), name
+            for key, tensor in tensors.items():
+                torch.testing.assert_close(theirs[1][key], tensor, rtol=1e-3, atol=1e-4, msg=name)
+                assert torch.equal(theirs[1][key], together[0]["few_examples"][name][1][key]), "they drift apart"
+            np.testing.assert_allclose(theirs[2], predicted, rtol=1e-3, atol=1e-3, err_msg=name)
 
 
 @pytest.mark.slow
