@@ -14,6 +14,7 @@ from rich.table import Table
 from peftbench.config.overrides import get_key
 from peftbench.records.record import Record
 from peftbench.records.wording import format_value
+from peftbench.tables.claim_texts import describe_estimates
 from peftbench.tables.claims import Estimate
 from peftbench.tables.searches import RIVALS, Candidate, StudyFinding, find_selection_front
 from peftbench.utils.text import strip_controls
@@ -133,9 +134,7 @@ def _describe_result(found: StudyFinding) -> list[str]:
         said.append(f"Reported: {best.first.metric}, the mean of the seeds {seeds}, on which no choice depends.")
     known = [one.behind for one in found.named if one.behind is not None]
     if known:
-        few, drawn = min(one.seeds for one in known), all(one.by_examples is not None for one in known)
-        way = f"a bootstrap over {few} seeds and the examples" if drawn else f"Student's t over {few} seeds"
-        said.append(f"Intervals: {way}.")
+        said.append(f"Intervals: {describe_estimates(known)}.")
     return said
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 
 from peftbench.records.record import Record
-from peftbench.tables.claims import CellFindings, Finding, count_seeds_needed, get_score
+from peftbench.tables.claims import CellFindings, Estimate, Finding, count_seeds_needed, get_score
 from peftbench.tables.fields import MANY_CUT_OFF
 from peftbench.tables.flatness import find_steepest
 from peftbench.tables.intervals import LEAST_SEEDS, WAYS
@@ -97,9 +97,13 @@ def describe_chance(cell: CellFindings) -> str:
 
 def describe_intervals(cell: CellFindings) -> str:
     """Return what was drawn for the intervals of a cell."""
-    known = [finding.estimate for finding in cell.findings if finding.estimate is not None]
-    seeds = min(estimate.seeds for estimate in known)
-    drawn = {estimate.by_examples is not None for estimate in known}
+    return describe_estimates([finding.estimate for finding in cell.findings if finding.estimate is not None])
+
+
+def describe_estimates(estimates: Sequence[Estimate]) -> str:
+    """Return what was drawn for the intervals of some differences, of which there is at least one."""
+    seeds = min(estimate.seeds for estimate in estimates)
+    drawn = {estimate.by_examples is not None for estimate in estimates}
     ways = [WAYS["seeds and examples"]] * (True in drawn) + [WAYS["seeds"]] * (False in drawn)
     return "; ".join(way.format(seeds) for way in ways)
 

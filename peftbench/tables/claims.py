@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 from scipy.stats import norm
-from scipy.stats import t as student
 
 from peftbench.config.rows import LOADER
 from peftbench.config.schema import find_conf_dir
@@ -25,7 +24,7 @@ from peftbench.records.record import Record
 from peftbench.records.wording import format_value
 from peftbench.tables.advice import group_alike
 from peftbench.tables.fields import FIELDS
-from peftbench.tables.intervals import LEAST_SEEDS, RESAMPLES, draw_example_scores
+from peftbench.tables.intervals import LEAST_SEEDS, RESAMPLES, compute_half_width, draw_example_scores
 from peftbench.tables.row import Row, group_seeds, is_trial
 
 Verdict = Literal["confirmed", "not confirmed", "contradicted", "not tested"]
@@ -325,7 +324,7 @@ def _estimate_by_seeds(comparisons: Sequence[Comparison], difference: float, lev
     if len(means) < LEAST_SEEDS:
         return Estimate(difference, -math.inf, math.inf, len(means), None, math.inf)
     error = stdev(means) / math.sqrt(len(means))
-    half = float(student.ppf((1 + level) / 2, len(means) - 1)) * error
+    half = compute_half_width(error, len(means), level)
     return Estimate(difference, difference - half, difference + half, len(means), None, error**2)
 
 
@@ -335,7 +334,7 @@ def count_seeds_needed(estimate: Estimate, threshold: float, most: int = 100) ->
     for seeds in range(estimate.seeds + 1, most + 1):
         by_seeds = estimate.by_seeds * estimate.seeds / seeds
         if estimate.by_examples is None:
-            half = float(student.ppf((1 + LEVEL) / 2, seeds - 1)) * math.sqrt(by_seeds)
+            half = compute_half_width(math.sqrt(by_seeds), seeds)
         else:
             half = float(norm.ppf((1 + LEVEL) / 2)) * math.sqrt(estimate.by_examples + by_seeds)
         if half < distance:

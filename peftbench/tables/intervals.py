@@ -104,10 +104,15 @@ def _estimate_by_draws(runs: Sequence[Record], scores: np.ndarray) -> Interval:
     return Interval(float(low), float(high), len(runs), "seeds and examples")
 
 
-def _estimate_by_seeds(values: Sequence[float]) -> Interval:
+def compute_half_width(error: float, seeds: int, level: float = LEVEL) -> float:
+    """Return half the width of Student's interval of a mean over `seeds` seeds with the standard error `error`."""
     from scipy.stats import t as student  # slow to import
 
-    half = float(student.ppf((1 + LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1)) / math.sqrt(len(values))
+    return float(student.ppf((1 + level) / 2, seeds - 1)) * error
+
+
+def _estimate_by_seeds(values: Sequence[float]) -> Interval:
+    half = compute_half_width(float(np.std(values, ddof=1)) / math.sqrt(len(values)), len(values))
     mean = float(np.mean(values))
     return Interval(mean - half, mean + half, len(values), "seeds")
 
