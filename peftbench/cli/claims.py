@@ -85,8 +85,8 @@ def main(argv: list[str]) -> int:
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="peftbench claims",
-        description="Say which of the paper's claims the recorded runs confirm or contradict: differences with their "
-        "95%% intervals over seeds and examples, verdicts, and what would change them.",
+        description="Say which of the paper's claims the recorded runs confirm or contradict: differences with their\n"
+        "95% intervals over seeds and examples, verdicts, and what would change them.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -96,8 +96,8 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--short", action="store_true", help="one table of all verdicts, a column for each cell")
     parser.add_argument("--searches", action="store_true", help="what searches over the axes found, beside the methods")
     parser.add_argument("--resamples", type=int, default=2000, help="draws of the bootstrap; default: %(default)s")
-    for form in ("json", "markdown"):
-        parser.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=f"print {form}")
+    for form, what in (("json", "JSON"), ("markdown", "tables for GitHub")):
+        parser.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=f"print {what}")
     return parser
 
 

@@ -47,7 +47,8 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("sides", nargs=2, metavar="A B", help="two runs, or two sets of filters")
+    for side in ("A", "B"):
+        parser.add_argument(side, help="a run, or filters")
     parser.add_argument("--folder", type=Path, default=Path("outputs"), help="where the runs are; default: %(default)s")
     parser.add_argument("--resamples", type=int, default=10_000, help="draws of the bootstrap; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
@@ -55,7 +56,9 @@ def main(argv: list[str]) -> int:
     if arguments.resamples < 1:
         raise UserError(f"--resamples {arguments.resamples}: it must be a whole number of at least 1.")
 
-    a, b = (_read_side(name, word, arguments.folder) for name, word in zip("AB", arguments.sides, strict=True))
+    a, b = (
+        _read_side(name, word, arguments.folder) for name, word in zip("AB", (arguments.A, arguments.B), strict=True)
+    )
     _check_comparable(a, b)
     differences = compare_rows(a, b, arguments.resamples)
     settings = find_differing_settings(a, b)

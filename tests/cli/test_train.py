@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from peftbench.backbones.load import load_backbone
-from peftbench.cli.main import main
+from peftbench.cli.main import COMMANDS, main
 from peftbench.config.schema import EMBEDDED, Model, Task, TaskKind
 from peftbench.utils.files import write_lines
 from tests.families import long_tail
@@ -61,6 +62,18 @@ def test_help_imports_no_torch() -> None:
     code = "import sys; from peftbench.cli.main import main; main(['--help']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "peftbench train" in done.stdout
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "train"])
+def test_help_reads_as_it_is_typed(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """argparse shows the %% of some of its texts, and repeats the name of an argument with two values."""
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    told = capsys.readouterr().out
+    usage = told.split("\n\n")[0].split()
+    assert ended.value.code == 0 and told.startswith(f"usage: peftbench {command}")
+    assert "%%" not in told and not re.search(r"\b(\w+(?: \w+)*) \1$", " ".join(usage))
+    assert max(map(len, told.splitlines())) <= 120
 
 
 def test_refusing_imports_no_torch() -> None:
