@@ -52,7 +52,7 @@ def read_examples(record: Record) -> dict[str, Statistics]:
     """
     if record.restricted is not None:
         return dict(record.restricted.statistics)
-    if (record.folder / FILE).is_file() and not (record.folder / name_predictions_file("report")).is_file():
+    if _has_rows_alone(record):
         return {record.metric: restore_statistics(record.metric, _read_rows(record), record.data.get("labels", ()))}
     predictions = read_scored_predictions(record, "report")
     ours, right = ([one[side] for one in predictions] for side in ("prediction", "reference"))
@@ -70,7 +70,7 @@ def read_groups(record: Record) -> list[str]:
     Raises:
         UserError: the file that says so is damaged.
     """
-    if (record.folder / FILE).is_file() and not (record.folder / name_predictions_file("report")).is_file():
+    if _has_rows_alone(record):
         arrays = _read_arrays(record)
         if not {"groups", "names"} <= arrays.keys():
             return []
@@ -101,6 +101,11 @@ def write_examples(rows: np.ndarray, folder: Path, groups: Sequence[str] = ()) -
             np.savez_compressed(file, rows=rows, names=names, groups=codes)
         else:
             np.savez_compressed(file, rows=rows)
+
+
+def _has_rows_alone(record: Record) -> bool:
+    """Return whether the file with the rows of the main score is there, and the predictions are not."""
+    return (record.folder / FILE).is_file() and not (record.folder / name_predictions_file("report")).is_file()
 
 
 def _read_rows(record: Record) -> np.ndarray:

@@ -40,7 +40,7 @@ def leave_out_whole(records: Sequence[Record], wanted: Sequence[str]) -> list[Re
     Raises:
         UserError: no score is left.
     """
-    whole = [one for one in records if one.score is not None and one.restricted is None]
+    whole = [one for one in records if _is_whole(one)]
     word = f"{KEY}={','.join(wanted)}"
     if whole and not any(one.restricted for one in records):
         raise UserError(
@@ -48,7 +48,12 @@ def leave_out_whole(records: Sequence[Record], wanted: Sequence[str]) -> list[Re
         )
     if whole:
         warn(f"{len(whole)} runs are left out, which do not know which of their examples are of {word}.")
-    return [one for one in records if one not in whole]
+    return [one for one in records if not _is_whole(one)]
+
+
+def _is_whole(record: Record) -> bool:
+    """Return whether the score of a record is still that of all examples."""
+    return record.score is not None and record.restricted is None
 
 
 def _find_groups(record: Record) -> list[str]:
