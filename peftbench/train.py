@@ -59,10 +59,18 @@ from peftbench.records.record import (
     detect_divergence,
     find_finished,
     find_record,
+    find_trained,
     refuse_newer,
 )
 from peftbench.records.recording import describe_changed_code, describe_run, forget_refused, record_axes, record_run
-from peftbench.records.run_files import CHECKPOINTS, append_metrics, clear_leftovers, has_leftovers, rewind_metrics
+from peftbench.records.run_files import (
+    CHECKPOINTS,
+    append_metrics,
+    clear_checkpoints,
+    clear_leftovers,
+    has_leftovers,
+    rewind_metrics,
+)
 from peftbench.records.wording import format_settings
 from peftbench.tasks.base import TaskData
 from peftbench.tasks.load import load_task
@@ -73,6 +81,7 @@ from peftbench.training.checkpoint import Checkpoints
 from peftbench.training.class_weights import describe_class_weights, scale_class_weights
 from peftbench.training.devices import form_team
 from peftbench.training.divergence import are_finite
+from peftbench.training.ended import FILE as ENDED
 from peftbench.training.ended import load_ended
 from peftbench.training.ended import save_ended as keep_ended
 from peftbench.training.fit import Criterion, Fitted, Monitor, Recipe, Resuming, fit_model, require_optimizer
@@ -98,6 +107,7 @@ def train(
     keep_failed: bool = False,
     wait: bool = False,
     selecting: bool = False,
+    reporting: bool = True,
 ) -> Record:
     """Train, evaluate and record one run; return its record.
 
@@ -114,6 +124,8 @@ def train(
             if it is refused while it is prepared.
         wait: if another process is at this run, wait until it has ended.
         selecting: the caller will choose among runs: score the selection split too, for `Record.selection`.
+        reporting: score the report split. If not, the run is a trial, which is trained and not done; the same call with
+            true goes on with it from its adapter.
 
     Raises:
         Busy: another process is at this run, and we do not wait.
@@ -131,6 +143,8 @@ def train(
     record = None if run.rerun or has_leftovers(folder) else find_finished(folder)
     if record is not None and is_noted(record, search, selecting) and not lacks_measures(run, record):
         return _report_ended(run, record, display)
+    if not (reporting or run.rerun) and (record := find_trained(folder)) is not None:
+        return _report_ended(run, record, display)
     with heed_signals(), hold_run(folder, wait):
         refuse_newer(folder)
         if damage := describe_damage(folder):
@@ -141,26 +155,37 @@ def train(
                 clear_leftovers(folder)  # if the process died before it did so itself
                 _complete_ended(before, search, selecting, run, display)
                 return _report_ended(run, before, display)
+            if before.unreported and not reporting:  # another process has trained the trial, while we waited
+                return _report_ended(run, before, display)
             if before.status == "failed" and before.error and keep_failed and not run.retry:
                 raise UserError(f"This run failed before ({before.error.said}); retry=true trains it again.")
         if run.rerun:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         try:
-            record = _run(run, folder, overrides, search, selecting, display)
+            record = _run(run, folder, overrides, search, selecting, reporting, display)
         except UserError:
-            if not keep_failed and (before is None or before.status == "failed"):
+            if not keep_failed and (before is None or (before.status == "failed" and not before.unreported)):
                 forget_refused(folder)
             raise
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        clear_checkpoints(folder, kept={ENDED} if record.unreported else set())
     return record
 
 
 def _report_ended(run: Run, record: Record, display: Display) -> Record:
     if record.diverged is None:
-        display.say("This run is done already; rerun=true trains it again.")
+        what = "trial is trained" if record.unreported else "run is done"
+        display.say(f"This {what} already; rerun=true trains it again.")
     for sentence in describe_changed_code(run, record, METRIC):  # other code of other parts is another run
         display.say(f"{sentence} peftbench rescore {record.folder} computes the score anew.")
     return record
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """Which splits of a run are scored; see `train`."""
+
+    selecting: bool
+    reporting: bool
 
 
 @dataclass(frozen=True)
@@ -173,11 +198,17 @@ class _Prepared:
 
 
 def _run(
-    run: Run, folder: Path, overrides: Sequence[str], search: Searched | None, selecting: bool, display: Display
+    run: Run,
+    folder: Path,
+    overrides: Sequence[str],
+    search: Searched | None,
+    selecting: bool,
+    reporting: bool,
+    display: Display,
 ) -> Record:
     """The run itself, while no other process is at it."""
     with (
-        record_run(run, folder, overrides) as record,
+        record_run(run, folder, overrides, reporting) as record,
         form_team(run.trainer) as team,
         display,
         follow_run(run, record, display.say) as trackers,
@@ -186,9 +217,11 @@ def _run(
         selecting = selecting or search is not None
         measure_backbone(run, record, display)  # first, because it may be refused
         with team.together():
-            team.decide(lambda: (run, folder, selecting))  # an order, see `obey`
-            _train_and_score(run, record, selecting, display, team, trackers)
-        measure_trained(run, record, display)
+            asked = _Scoring(selecting, reporting)
+            team.decide(lambda: (run, folder, asked, record))  # an order, see `obey`
+            _train_and_score(run, record, asked, display, team, trackers)
+        if reporting:
+            measure_trained(run, record, display)
     return record
 
 
@@ -202,10 +235,13 @@ def obey(team: Team) -> None:
     """
     silence_libraries()
     while (order := team.decide(lambda: None)) is not None:
-        run, folder, selecting = order
+        run, folder, asked, leaders = order
+        record = describe_run(run, folder, ())
+        if leaders.unreported:
+            record.take_up(leaders)
         try:
             with team.together():
-                _train_and_score(run, describe_run(run, folder, ()), selecting, hide_progress(), team)
+                _train_and_score(run, record, asked, hide_progress(), team)
         except LostProcess:
             raise
         except (Exception, KeyboardInterrupt):  # the leader has it
@@ -213,7 +249,7 @@ def obey(team: Team) -> None:
 
 
 def _train_and_score(
-    run: Run, record: Record, selecting: bool, display: Display, team: Team, trackers: Trackers | None = None
+    run: Run, record: Record, asked: _Scoring, display: Display, team: Team, trackers: Trackers | None = None
 ) -> None:
     """What all processes of a run do together. The leader's `record`, and what it writes, is that of the run; it alone
     has `trackers`."""
@@ -224,7 +260,7 @@ def _train_and_score(
         record.attempts[-1].gpu = identify_gpu(device)
     with _record_time(record, "prepare_s"), display.stage("prepare"):
         prepared = _prepare(run, record, display, team)
-    head_too = "head" in run.task.baselines and not _is_head_alone(run)
+    head_too = asked.reporting and "head" in run.task.baselines and not _is_head_alone(run)
     if record.counts is not None:
         display.say(describe_training(prepared.run, record.counts, prepared.data, head_too))
     model = prepared.backbone.model
@@ -240,15 +276,18 @@ def _train_and_score(
     stop_if_asked()  # the adapter is saved
     if diverged is None:
         with _record_time(record, "evaluate_s"):
-            record_scores(prepared.run, model, prepared.data, record, display, team)
-            if selecting:
+            if (scored_before := record.timings.get("evaluate_s")) is not None:
+                _count_earlier(record, scored_before)  # as a trial
+            record_scores(prepared.run, model, prepared.data, record, display, team, asked.reporting)
+            if asked.selecting and record.selection is None:
                 record.selection = score_selection(prepared.run, model, prepared.data, record, display, team)
         if (seen := detect_divergence(record)) is not None:
             record.diverge(replace(seen, step=fitted.steps))
     else:
         record.diverge(diverged)
     if device.type == "cuda":
-        (record.peak_memory_bytes,) = team.find_highest(max(torch.cuda.max_memory_allocated(), fitted.replay_bytes))
+        taken = (torch.cuda.max_memory_allocated(), fitted.replay_bytes, record.peak_memory_bytes or 0)  # as a trial
+        (record.peak_memory_bytes,) = team.find_highest(max(taken))
     if record.diverged is None and head_too:
         with _record_time(record, "baseline_s"):
             score = _score_head_alone(prepared.run, prepared.data, record, display, team)
@@ -319,15 +358,18 @@ def _train_or_load(
         What the training cost, and where it diverged.
     """
     run, backbone, data = prepared.run, prepared.backbone, prepared.data
-    name, adapter, noted = f"train {run.method}", record.folder / "adapter", record.folder / CHECKPOINTS / "ended.json"
+    name, adapter, noted = f"train {run.method}", record.folder / "adapter", record.folder / CHECKPOINTS / ENDED
     stamp = _make_stamp(data, record)
     earlier = team.decide(lambda: load_ended(noted, stamp, adapter))
     if earlier is None:
+        if record.unreported:
+            display.say("The adapter of this trial is gone, or its data or packages are others: it is trained again.")
         if team.leads:
             noted.unlink(missing_ok=True)
         callbacks = [*build_callbacks(run.callbacks), *([] if trackers is None else trackers.begin())]
         fitted = _fit_model(run, backbone, data, record, display, name, team, callbacks)
         fold(backbone.model)
+        record.forget_trial()
     else:
         fitted = earlier
         load_adapter(backbone.model, adapter, backbone.untrained)

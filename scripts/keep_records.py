@@ -3,15 +3,16 @@
 
     python scripts/keep_records.py OUTPUTS outputs/reference/grid --shared SHARED
 
-For each run that is done or has diverged it keeps the record and the config, in which the paths of this machine are
-replaced by SHARED and OUTPUTS, and of the log every look at the selection split and twelve lines of training, to six
-digits. A run's name and its content stamps stay: they say what it was trained on, wherever the data was stored.
-Predictions are left out, since their file also contains the references, which belong to the data; what each example
-contributed to the main score is kept, so that runs can be compared. Of trials that others are better than, in a search
-or a study, the record alone is kept, also of those that a study has pruned.
+For each run that is done or has diverged, and each trial that is trained, it keeps the record and the config, in which
+the paths of this machine are replaced by SHARED and OUTPUTS, and of the log every look at the selection split and
+twelve lines of training, to six digits. A run's name and its content stamps stay: they say what it was trained on,
+wherever the data was stored. Predictions are left out, since their file also contains the references, which belong to
+the data; what each example contributed to the main score is kept, so that runs can be compared. Of trials that others
+are better than, in a search or a study, the record alone is kept, also of those that a study has pruned.
 
-A sweep skips the runs that were kept, and a study goes on with its journal, which is kept too: copy them to its
-output_dir (cp -r KEPT/. OUTPUT_DIR), and another machine goes on. What was kept before can be kept again.
+A sweep skips the runs that were kept, except that a trained trial that it chooses is trained again, and a study goes on
+with its journal, which is kept too: copy them to its output_dir (cp -r KEPT/. OUTPUT_DIR), and another machine goes on.
+What was kept before can be kept again.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def find_beaten(records: list[Record]) -> set[str]:
 def _list_objectives(trial: Record) -> list[float]:
     """Return what a study compares of a trial, better when higher; the worst of one that was pruned or diverged."""
     stored = -float(trial.counts.stored) if trial.counts is not None else -math.inf
-    score = compute_objective(trial.selection) if trial.status == "done" else -math.inf
+    score = compute_objective(trial.compared)
     return [score] if trial.budget is not None else [score, stored if score > -math.inf else -math.inf]
 
 
@@ -142,7 +143,7 @@ def main() -> None:
     # Before the records: a trial that ends now is then one that has ended and not been told, which is no harm.
     journals = keep_journals(arguments.outputs, arguments.target, names)
     found, _ = load_records(arguments.outputs)
-    ended = [record for record in found if record.has_ended or (record.search is not None and record.search.pruned)]
+    ended = [one for one in found if one.has_ended or one.unreported or (one.search is not None and one.search.pruned)]
     beaten = find_losers(found) | find_beaten(found)
     for record in ended:
         target = arguments.target / record.folder.relative_to(arguments.outputs)

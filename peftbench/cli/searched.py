@@ -98,8 +98,15 @@ def describe_study(found: StudyFinding) -> str:
 
 def _count_trials(found: StudyFinding) -> Counter[str]:
     """Return how many trials ended in each way; a trial in progress is none yet."""
-    kinds = ["pruned" if one.search is not None and one.search.pruned else one.status for one in found.trials]
+    kinds = [_name_end(one) for one in found.trials]
     return Counter({kind: kinds.count(kind) for kind in ("done", "pruned", "diverged", "failed") if kind in kinds})
+
+
+def _name_end(trial: Record) -> str:
+    """Return how a trial ended as one; it may since be running, or have failed, as the run that was chosen."""
+    if trial.search is not None and trial.search.pruned:
+        return "pruned"
+    return trial.status if trial.compared is None else "done"
 
 
 def _list_cells(found: StudyFinding, one: Candidate) -> tuple[str, ...]:

@@ -73,7 +73,7 @@ def _print_sweep(
     line = f"... {own}".rstrip() if shared else f"peftbench train {own}"
     console.print(line, style="dim", soft_wrap=True, highlight=False)
     console.print(summarise_states(states), highlight=False)
-    listed = [state for state in states if everything or state.status != "done"]
+    listed = [state for state in states if everything or state.status not in ("done", "trained")]
     if not listed:
         return
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)

@@ -29,7 +29,7 @@ from peftbench.config.conf_sources import CONFIG_NAME
 from peftbench.config.launchers import SWEEPER, HydraLauncher, Local, read_launcher
 from peftbench.config.overrides import describe_error, explain_hydra, list_hydra_words, quote_path
 from peftbench.config.schema import Run, find_conf_dir
-from peftbench.config.search import check_searches, has_open_search, split_phases
+from peftbench.config.search import check_searches, has_open_search, is_unreported, split_phases
 from peftbench.config.studies import group_studies, is_study
 from peftbench.records.choice import settle_search
 from peftbench.sweeps.executors import require_packages
@@ -168,7 +168,7 @@ def _train_alone(run: Run, overrides: list[str]) -> int:
     console = make_console()
     final, search = settle_search(run)
     try:
-        record = train(final, overrides, search=search, display=Display(console))
+        record = train(final, overrides, search=search, display=Display(console), reporting=not is_unreported(run))
     except KeyboardInterrupt:
         print_faults(["interrupted; the same line goes on with this run."])
         return INTERRUPTED

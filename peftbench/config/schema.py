@@ -100,6 +100,7 @@ Device = Enum("Device", ["auto", "cpu", "cuda"])
 Sharding = Enum("Sharding", ["none", "full"])
 
 Sampler = Enum("Sampler", ["tpe", "nsgaii", "random"])
+Reported = Enum("Reported", ["chosen", "trials"])
 
 DOCSTRINGS = "docstrings"  # a text for `retention` that is on every machine
 LOSS = "loss"  # the only value of `Task.selection_metric` for which lower is better
@@ -643,6 +644,12 @@ class Search:
         True,
         "With search.trials and budget=, stop a trial whose look during training is worse than the median of the "
         "others there; looks need trainer.keep=best.",
+    )
+    report: Reported = key(
+        Reported.chosen,
+        "Of which runs the report split is scored. chosen: of the runs with the chosen values; a trial is trained and "
+        "scored on the selection split alone, and the one that is chosen then goes on from its adapter. trials: of "
+        "every trial too.",
     )
     trial: int | None = key(
         None, "Number of the trial that the run is, from 0. null: the run takes the best trial's values."

@@ -21,12 +21,13 @@ from peftbench.config.compose import TypedRun
 from peftbench.config.extension import find_extension_fault, find_next_value
 from peftbench.config.identity import IGNORED, hash_run
 from peftbench.config.overrides import set_key
-from peftbench.config.schema import Run, Search, Variation, get_value, index_by_key
+from peftbench.config.schema import Reported, Run, Search, Variation, get_value, index_by_key
 from peftbench.config.stamps import stamp_content
 from peftbench.config.studies import find_study_faults
 from peftbench.config.validity import find_faults
 from peftbench.utils.errors import UserError, suggest
 
+SHARED = {"search.extend": "0", "search.report": Reported.chosen.name}  # of which all runs of a search have one value
 # In addition to IGNORED: with other data or another backbone the scores of trials would not be comparable.
 NOT_SEARCHED = ("task", "model", "method", "fidelity", "debug", "seed", "search")
 
@@ -180,8 +181,8 @@ def _make_config(run: Run) -> DictConfig:
 
 
 def check_searches(points: Sequence[TypedRun]) -> None:
-    """Raise UserError if a point's search is wrong, or if a grid sweeps over a key that the search chooses, or over how
-    far it goes: if points differ in nothing else."""
+    """Raise UserError if a point's search is wrong, or if a grid sweeps over a key that the search chooses, or over
+    one of `SHARED`: if points differ in nothing else."""
     different: dict[str, Run] = {}  # what is wrong with a search does not depend on the seed
     for _, run in points:
         if run.search is not None:
@@ -190,15 +191,16 @@ def check_searches(points: Sequence[TypedRun]) -> None:
     given = [index_by_key(overrides) for overrides, _ in points]
     swept: dict[tuple[str, frozenset[tuple[str, str]]], set[str | None]] = {}
     searched = [key for run in different.values() if run.search is not None for key in run.search.keys]
-    for key in dict.fromkeys(["search.extend", *searched]):
+    for key in dict.fromkeys([*SHARED, *searched]):
         for typed in given:
             swept.setdefault((key, _drop_key(key, typed)), set()).add(typed.get(key))
     for typed, (_, run) in zip(given, points, strict=True):
         if run.search is None or run.search.trials is not None:  # a study takes a key that is typed as given
             continue
-        if len(extents := swept["search.extend", _drop_key("search.extend", typed)]) > 1:
-            listed = ",".join(sorted(extent or "0" for extent in extents))
-            found.append(f"search.extend={listed}: a search has one choice of its values; give one number.")
+        for key, default in SHARED.items():
+            if len(given_values := swept[key, _drop_key(key, typed)]) > 1:
+                listed = ",".join(sorted(value or default for value in given_values))
+                found.append(f"{key}={listed}: a search has one choice of its values; give one value of {key}.")
         chosen = f"is chosen by search={run.search.name}; leave one of the two out."
         for key, variation in run.search.keys.items():
             if len(swept[key, _drop_key(key, typed)]) > 1:
@@ -216,6 +218,16 @@ def _drop_key(key: str, typed: dict[str, str]) -> frozenset[tuple[str, str]]:
 def has_open_search(run: Run) -> bool:
     """Return whether the run depends on trials that have not been compared yet."""
     return run.search is not None and run.search.trial is None
+
+
+def is_unreported(run: Run) -> bool:
+    """Return whether a run is a trial of which the report split is not scored: only if it is chosen, and then as a run
+    of its own."""
+    search = run.search
+    if search is None or search.trial is None or search.report is Reported.trials:
+        return False
+    # The point of a study's trial with another seed is no trial.
+    return search.trials is None or search.seed in (None, run.seed)
 
 
 def split_phases(points: Sequence[TypedRun]) -> tuple[list[TypedRun], list[TypedRun]]:

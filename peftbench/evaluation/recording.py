@@ -63,16 +63,25 @@ def record_data(record: Record, data: TaskData, backbone: Backbone) -> None:
 
 
 def record_scores(
-    run: Run, model: PreTrainedModel, data: TaskData, record: Record, display: Display, team: Team = ALONE
+    run: Run,
+    model: PreTrainedModel,
+    data: TaskData,
+    record: Record,
+    display: Display,
+    team: Team = ALONE,
+    reporting: bool = True,
 ) -> None:
     """Score the model, write the predictions of the reported splits, and record the baselines next to the score.
 
-    The selection split is scored too if it chose the state that is reported.
+    The selection split is scored too if it chose the state that is reported, unless the record has that score already.
+
+    Args:
+        reporting: false for a trial: no reported split is scored.
     """
     evaluator = Evaluator(model, data, run, team)
     selected = run.trainer.keep is Keep.best and data.splits.get("selection") not in (None, data.splits["report"])
     for role, split in data.splits.items():
-        if role == "train" or (role == "selection" and not selected):
+        if role == "train" or role in record.scores or not (selected if role == "selection" else reporting):
             continue
         partial = None
         if team.leads:
@@ -80,12 +89,14 @@ def record_scores(
         with display.stage(f"evaluate {split['split']}", len(getattr(data, role))) as stage:
             metrics, decoded = evaluator.score(role, stage.advance, partial)
         record.scores[role] = Score(**split, metrics=metrics)
-        record.cut_off = dict(evaluator.cut_off)
+        record.cut_off |= evaluator.cut_off
         if role != "selection":
             rows = getattr(data, f"{role}_rows")
             _note_one_prediction(record, split["split"], decoded, data.references(rows), display)
             if team.leads:
                 write_predictions(record.folder, data.records(decoded, rows), role)
+    if not reporting:
+        return
     record.score = record.scores["report"].metrics[run.task.metric]
     if data.signatures:
         record.data["signatures"] = data.signatures

@@ -143,7 +143,7 @@ def settle_search(run: Run, known: Compared | None = None) -> tuple[Run, Searche
         raise UserError(f"{subject} {'is' if left == 1 else 'are'} not done; the same line goes on with them.")
     ended = [record for record in records if record is not None]
     found = [
-        Trial(setting, record.run, _get_value(record), _describe_status(record))
+        Trial(setting, record.run, get_compared_value(record), _describe_status(record))
         for setting, record in zip(list_settings(run, search), ended, strict=True)
     ]
     note = Searched(search.name, "final", seed, tried, trials=found)
@@ -173,11 +173,11 @@ def settle_trial(run: Run, search: Search) -> tuple[Run, Searched]:
     if seed == run.seed:
         return final, note
     trial = find_record(locate_run(replace(final, seed=seed)))
-    if trial is None or trial.selection is None:
+    if trial is None or trial.compared is None:
         raise UserError(f"search={search.name}: the trial with seed {seed} whose point this run has is not done.")
     splits = trial.data.get("splits", {})
     same = splits.get("selection") == splits.get("report")
-    return final, replace(note, role="final", selection=trial.selection, reported=same)
+    return final, replace(note, role="final", selection=trial.compared, reported=same)
 
 
 def try_settle(run: Run, known: Compared | None = None) -> Run:
@@ -210,24 +210,26 @@ def list_edges(search: Searched) -> list[str]:
 
 def _is_compared(record: Record | None) -> bool:
     """Whether it is known what a trial came to; one that was trained as a plain run may still lack that."""
-    if record is None or record.status == "done":
-        return record is not None and record.selection is not None
-    return record.status in ("diverged", "failed")
+    return record is not None and (record.compared is not None or record.status in ("diverged", "failed"))
 
 
 def _find_best_trial(run: Run, records: Sequence[Record | None]) -> int | None:
     """Return the index of the best trial of a run's search; None where none has a score, or one is not done."""
     if not all(_is_compared(record) for record in records):
         return None
-    values = [None if record is None else _get_value(record) for record in records]
+    values = [None if record is None else get_compared_value(record) for record in records]
     return find_best(values, run.task.selection_metric or run.task.metric)
 
 
-def _get_value(record: Record) -> float | None:
-    return record.selection.value if record.status == "done" and record.selection is not None else None
+def get_compared_value(record: Record) -> float | None:
+    """Return the selection score by which a search compares a trial; None where it has none, the worst."""
+    return None if record.compared is None else record.compared.value
 
 
 def _describe_status(record: Record) -> str:
+    """Return how a trial ended. One with a score is done as a trial, whatever else the run is yet to do."""
+    if record.compared is not None:
+        return "done"
     if record.status == "failed":
         return f"failed ({record.error.name})" if record.error is not None else "failed"
     return record.status

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from peftbench.config.schema import Run
+from peftbench.config.search import is_unreported
 from peftbench.records.record import Record, Searched
+
+
+def is_over(run: Run, record: Record) -> bool:
+    """Return whether a run has come to the end that is asked of it: that of a trial may be the selection score.
+
+    Args:
+        run: with its search, of which it may be a trial.
+    """
+    return record.has_ended or (record.unreported and is_unreported(run))
 
 
 def is_noted(record: Record, search: Searched | None, selecting: bool) -> bool:

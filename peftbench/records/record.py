@@ -30,9 +30,10 @@ FILE = "record.json"
 # checkout, and its runs are not the user's.
 APART = ".apart"
 
-# diverged: the training produced numbers that are not finite; such a run has no score and is not trained again
-# automatically. missing: a run of a sweep that has not begun; it has no record.
-Status = Literal["running", "done", "diverged", "failed", "interrupted", "missing"]
+# trained: a trial of a search that was scored on the selection split alone; it has an adapter and no score, and goes on
+# if it is chosen. diverged: the training produced numbers that are not finite; such a run has no score and is not
+# trained again automatically. missing: a run of a sweep that has not begun; it has no record.
+Status = Literal["running", "done", "trained", "diverged", "failed", "interrupted", "missing"]
 
 
 class NewerError(ValueError):
@@ -74,6 +75,7 @@ class Attempt:
     host: str
     step: int = 0  # the optimiser step from which the training went on
     gpu: str | None = None  # the UUID of the first, which tells cards of one kind apart
+    ended: str | None = None  # None: its process was killed, or an earlier version wrote it
 
 
 @dataclass
@@ -244,12 +246,15 @@ class Record:
     # By role: the share of generated texts that ended at the maximum length, not with an end token.
     cut_off: dict[str, float] = field(default_factory=dict)
     selection: Selection | None = None
+    # The run is or was a trial with the status trained, and has no score yet. While it goes on, and if that fails, what
+    # it came to on the selection split stays what its search compares.
+    unreported: bool = False
     search: Searched | None = None
     baselines: dict[str, float] = field(default_factory=dict)  # the main metric of: majority, head, lead1
     trainer: dict[str, Any] = field(default_factory=dict)
     # prepare_s, probe_s, train_s, evaluate_s, baseline_s, total_s; measure_s, of retention and speed, which is no part
-    # of total_s; and earlier_s, the part of these that interrupted
-    # attempts spent on training up to the checkpoints from which the run was resumed
+    # of total_s; and earlier_s, the part of these that earlier attempts spent on training up to the checkpoints from
+    # which the run was resumed, and on the selection score of a trial that went on
     timings: dict[str, float] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)  # trainable tensors that the loss does not depend on
     steps: int | None = None
@@ -289,6 +294,14 @@ class Record:
         return self.status in ("done", "diverged")
 
     @property
+    def compared(self) -> Selection | None:
+        """What a search compares of the run, once that is known: of one that is done, or of a trial that is trained.
+
+        It is also known of a trial while its report split is being scored, and if that was interrupted or failed.
+        """
+        return self.selection if self.status == "done" or self.unreported else None
+
+    @property
     def is_full(self) -> bool:
         """Whether this is full fine-tuning: the whole backbone is trained, and no representation is modified."""
         return self.unfreeze == "all" and not self.axes
@@ -320,12 +333,36 @@ class Record:
 
     def diverge(self, divergence: Divergence) -> None:
         """Note that the training diverged. Such a run has no score, so that it is never compared."""
-        self.diverged, self.score, self.selection = divergence, None, None
+        self.diverged, self.score, self.selection, self.unreported = divergence, None, None, False
         self.scores.clear()
 
-    def finish(self) -> None:
-        """Note that the run is done, or has diverged."""
-        self._end("done" if self.diverged is None else "diverged")
+    def take_up(self, trial: Record) -> None:
+        """Take over what a trial, as which this run was trained, came to on the selection split.
+
+        Other processes read it here until the run has ended: those that train what the search has chosen.
+        """
+        self.unreported, self.selection = trial.unreported, trial.selection
+        self.counts, self.data, self.peak_memory_bytes = trial.counts, trial.data, trial.peak_memory_bytes
+        self.scores = {role: score for role, score in trial.scores.items() if role == "selection"}
+        self.cut_off = {role: share for role, share in trial.cut_off.items() if role == "selection"}
+        if "evaluate_s" in trial.timings:
+            self.timings["evaluate_s"] = trial.timings["evaluate_s"]
+
+    def forget_trial(self) -> None:
+        """Forget what `take_up` took over: the run was trained again."""
+        self.unreported, self.selection, self.peak_memory_bytes = False, None, None
+        self.scores.clear()
+        self.cut_off.clear()
+        self.timings.pop("evaluate_s", None)
+
+    def finish(self, reported: bool = True) -> None:
+        """Note that the run is done, or has diverged.
+
+        Args:
+            reported: its report split was scored; if not, it is a trial that is trained.
+        """
+        self.unreported = not reported and self.diverged is None
+        self._end("trained" if self.unreported else "done" if self.diverged is None else "diverged")
 
     def interrupt(self) -> None:
         """Note that the user stopped the run."""
@@ -340,6 +377,8 @@ class Record:
 
     def _end(self, status: Status) -> None:
         self.status, self.finished = status, get_time()
+        if self.attempts:
+            self.attempts[-1].ended = self.finished
         began, ended = datetime.fromisoformat(self.created), datetime.fromisoformat(self.finished)
         seconds = (ended - began).total_seconds() if self.clock is None else time.monotonic() - self.clock
         seconds = max(0.0, seconds - self.timings.get("measure_s", 0.0))
@@ -351,6 +390,12 @@ def find_finished(folder: Path) -> Record | None:
     """Return the record of a run that is done or has diverged, or None if `folder` has none."""
     record = find_record(folder)
     return record if record is not None and record.has_ended else None
+
+
+def find_trained(folder: Path) -> Record | None:
+    """Return the record of a trial that is trained and not scored on its report split, or None if `folder` has none."""
+    record = find_record(folder)
+    return record if record is not None and record.unreported else None
 
 
 def find_record(folder: Path) -> Record | None:

@@ -31,14 +31,18 @@ from peftbench.utils.files import replace_file
 
 
 @contextmanager
-def record_run(run: Run, folder: Path, overrides: Sequence[str]) -> Iterator[Record]:
+def record_run(run: Run, folder: Path, overrides: Sequence[str], reporting: bool = True) -> Iterator[Record]:
     """Record what happens inside the block: done at its end, interrupted by Ctrl-C, a full disk or the end of another
-    process of the run, failed by any other exception."""
+    process of the run, failed by any other exception.
+
+    Args:
+        reporting: the report split is scored in the block; if not, the run is a trial and is trained at its end.
+    """
     record = _take_up(run, folder, overrides)
     try:  # so that no unfinished run is ever recorded as done, and none as running that has ended
         _write_start(record, run)
         yield record
-        record.finish()
+        record.finish(reporting)
     except BaseException as error:
         if not is_interruption(error):
             record.fail(error)
@@ -81,6 +85,9 @@ def _take_up(run: Run, folder: Path, overrides: Sequence[str]) -> Record:
     record.clock = time.monotonic()
     earlier = before.attempts if before is not None and not before.has_ended else []
     record.attempts = [*earlier, Attempt(record.created, socket.gethostname())]
+    # With other code of its own metric the selection split is scored again.
+    if before is not None and before.unreported and not run.rerun and before.own_code == record.own_code:
+        record.take_up(before)
     return record
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from peftbench.utils.files import UNFINISHED, clear_unfinished, dump_json, open_unlinked, parse_json, write_lines
 
 METRICS_FILE = "metrics.jsonl"
-CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints, deleted once the run is done
+CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints, deleted once the run is done; of a trial, once trained
 
 
 def has_leftovers(folder: Path) -> bool:
@@ -28,6 +28,20 @@ def clear_leftovers(folder: Path) -> None:
     """Delete them. For the process that holds the run's lock, since others' files would be half written."""
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     clear_half_files(folder)
+
+
+def clear_checkpoints(folder: Path, kept: Collection[str] = ()) -> None:
+    """Delete a run's checkpoints, except the files and folders among them that are `kept` by their names."""
+    if not kept:
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        return
+    for place in (folder / CHECKPOINTS).glob("*"):
+        if place.name in kept:
+            continue
+        if place.is_dir():
+            shutil.rmtree(place, ignore_errors=True)
+        else:
+            place.unlink(missing_ok=True)
 
 
 def clear_half_files(folder: Path) -> None:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from peftbench.config.schema import Run
 from peftbench.config.yaml_files import parse_config, read_yaml_text
-from peftbench.records.record import FILE, Record, find_finished, load_records
+from peftbench.records.record import FILE, Record, find_finished, find_trained, load_records
 from peftbench.records.run_files import name_predictions_file
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import expand_home, parse_json
@@ -37,6 +37,11 @@ def read_saved_record(folder: Path) -> Record:
     record = find_finished(folder)
     if record is not None and record.diverged is not None:
         raise UserError(f"{folder} has a run that diverged ({record.diverged.said}): there is nothing to score.")
+    if record is None and find_trained(folder) is not None:
+        raise UserError(
+            f"{folder} has a trial of a search, which is trained and has no score on the report split; type its search "
+            "with search.report=trials, or the words of the trial without a search, to score it."
+        )
     if record is None:
         there = "has no run" if not (folder / FILE).is_file() else "has a run that is not done"
         raise UserError(

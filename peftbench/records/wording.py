@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftbench.records.record import Searched
+from peftbench.records.record import Searched, Selection
 
 
 def format_value(value: Any) -> str:
@@ -12,6 +12,12 @@ def format_value(value: Any) -> str:
     if isinstance(value, list):
         return " + ".join(map(format_value, value))
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def describe_selection(selection: Selection) -> str:
+    """Return the score that a search compares, such as "accuracy on validation 61.00"."""
+    value = "not finite" if selection.value is None else f"{selection.value:.2f}"
+    return f"{selection.metric} on {selection.split} {value}"
 
 
 def describe_search(search: Searched) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from peftbench.config.schema import Run
+from peftbench.config.search import is_unreported
 from peftbench.config.studies import TrialOf
 from peftbench.records.choice import compute_objective, describe_given, settle_search
 from peftbench.records.lock import Busy
@@ -101,7 +102,14 @@ def train_attempt(
         final, search = settle_search(run)
         with nullcontext() if judged is None else judge_looks(judged.judge):
             record = train(
-                final, overrides, search=search, display=display, keep_failed=True, wait=wait, selecting=selecting
+                final,
+                overrides,
+                search=search,
+                display=display,
+                keep_failed=True,
+                wait=wait,
+                selecting=selecting,
+                reporting=not is_unreported(run),
             )
         show_ended(record, display.console)
         return Ended(compute_objective(record.selection), describe_given(record) if selecting else "")

@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from peftbench.config.compose import TypedRun as TypedRun
 from peftbench.config.schema import Run, get_value, index_by_key
-from peftbench.config.search import has_open_search, list_further_trials
+from peftbench.config.search import has_open_search, is_unreported, list_further_trials
 from peftbench.records.choice import Compared, NoChoice, describe_search_choice, settle_search, try_settle
 from peftbench.records.location import locate_run
 from peftbench.records.record import Record, decode, find_finished, find_record
@@ -39,6 +39,7 @@ class PlannedRun:
     folder: str  # below the folder in which `FOLDER` lies
     method: str
     settings: dict[str, str]
+    unreported: bool = False  # a trial of which the report split is not scored
 
 
 class Member:
@@ -96,6 +97,7 @@ class Plan:
                 relate_path(root, member.folder),
                 member.run.method,
                 {key: values[key] for key in keys if key in values},
+                unreported=is_unreported(member.run),
             )
             for values, member in zip(given, members, strict=True)
         }

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from peftbench.config.launchers import Slurm, parse_minutes
+from peftbench.records.noted import is_over
 from peftbench.records.record import find_record
 from peftbench.sweeps.jobs import Ended, Job, train_job
 from peftbench.utils.console import say
@@ -192,7 +193,7 @@ class SlurmTasks:
         """Return how the job of a task that Slurm no longer has ended; None if its record may still change."""
         record = find_record(job.folder)
         known = not job.run.rerun or (record is not None and record.created >= job.since)
-        if record is not None and record.has_ended and known:
+        if record is not None and is_over(job.run, record) and known:
             for pickle in self.logs.glob(f"{task}_*.pkl"):  # for 10,000 runs these would be 20,000 files
                 pickle.unlink(missing_ok=True)
             return Ended()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial
 from peftbench.config.compose import TypedRun, compose_points
 from peftbench.config.identity import hash_run
 from peftbench.config.overrides import get_key
-from peftbench.config.schema import Run, Search
+from peftbench.config.schema import Reported, Run, Search
 from peftbench.config.studies import TrialOf, list_space
 from peftbench.records.choice import settle_trial
 from peftbench.records.location import locate_run
@@ -90,18 +90,21 @@ class Study:
         """Return the folders of the runs that a trial's point has with other seeds."""
         return [self.root / folder for folder in self.optuna.user_attrs.get(f"{CONFIRMED} {trial.number}", [])]
 
-    def make_job(self, number: int, point: TypedRun) -> Job:
+    def make_job(self, number: int, point: TypedRun, chosen: bool = False) -> Job:
         """Return the job that trains a trial, or the point of one with another seed.
 
         Args:
             number: the trial's.
             point: from `compose`.
+            chosen: the trial is chosen: it is scored on the report split too, and no longer pruned.
         """
         overrides, run = point
         assert run.search is not None
         run = replace(run, search=replace(run.search, keys={key: run.search.keys[key] for key in self.space}))
+        if chosen:  # what was trained as a trial is not trained anew, and was so just now if that was asked for
+            run = replace(run, rerun=False, search=replace(run.search or self.search, report=Reported.trials))
         final, searched = settle_trial(run, run.search or self.search)
-        judged = self.search.prune and self.objectives == 1 and searched.role == "trial"
+        judged = self.search.prune and self.objectives == 1 and searched.role == "trial" and not chosen
         given = {**searched.chosen, **({"seed": run.seed} if searched.role == "final" else {})}
         return Job(
             number + 1,
@@ -114,14 +117,22 @@ class Study:
             since=self.began,
         )
 
-    def save_plan(self) -> None:
-        """Write what `peftbench status` reads: the trials so far, and the runs of what was chosen."""
+    def save_plan(self, chosen: Collection[int] = ()) -> None:
+        """Write what `peftbench status` reads: the trials so far, and the runs of what was chosen.
+
+        Args:
+            chosen: the numbers of the trials that are scored on the report split too.
+        """
         runs = []
         for trial in self.optuna.get_trials(deepcopy=False):
             if RUN_FOLDER in trial.user_attrs:
                 given = {key: format_value(value) for key, value in trial.params.items()}
-                for folder in (self.locate(trial), *self.locate_confirmations(trial)):
-                    runs.append(PlannedRun(relate_path(self.root, folder), self.run.method, given))
+                alone = self.search.report is Reported.chosen and trial.number not in chosen
+                for folder, unreported in [
+                    (self.locate(trial), alone),
+                    *((other, False) for other in self.locate_confirmations(trial)),
+                ]:
+                    runs.append(PlannedRun(relate_path(self.root, folder), self.run.method, given, unreported))
         Plan(self.arguments, runs, self.name).save(self.root)
 
     def count_runs(self) -> int:

@@ -30,15 +30,18 @@ def list_front(study: Study) -> list[FrozenTrial]:
     return sorted(unique.values(), key=lambda trial: -trial.values[0])
 
 
-def list_confirmations(study: Study) -> list[Job]:
-    """Return the runs that train the points on the front with the other seeds, and note them in the journal."""
-    found = []
-    for trial in list_front(study):
+def list_chosen(study: Study) -> list[Job]:
+    """Return the runs of the points on the front: the trials whose report split is to be scored yet, and those with the
+    other seeds, which the journal then names."""
+    found, front = [], list_front(study)
+    for trial in front:
         words = trial.user_attrs[WORDS]
+        if find_finished(study.locate(trial)) is None:
+            found.append(study.make_job(trial.number, study.compose(words), chosen=True))
         jobs = [study.make_job(trial.number, study.compose(words, *_give_seed(study, seed))) for seed in study.seeds]
         _note_confirmations(study, trial, jobs)
         found += jobs
-    study.save_plan()
+    study.save_plan(chosen=[trial.number for trial in front])
     return found
 
 

@@ -15,7 +15,7 @@ from peftbench.sweeps import mps
 from peftbench.sweeps.executors import InProcess, start_executor
 from peftbench.sweeps.jobs import Executor
 from peftbench.sweeps.study import Study
-from peftbench.sweeps.study_front import list_confirmations, mark_front
+from peftbench.sweeps.study_front import list_chosen, mark_front
 from peftbench.sweeps.study_table import show_front
 from peftbench.sweeps.study_trials import PRUNED, choose_trials, note_ended
 from peftbench.sweeps.workers import Workers
@@ -31,7 +31,7 @@ def train_study(
     launcher: Any = None,
     seeds: Sequence[int] = (),
 ) -> int:
-    """Train the trials of a study, then the points on the front with the other seeds, and show the front.
+    """Train the trials of a study, score those on the front, train these with the other seeds, and show the front.
 
     Args:
         places: of the runs that are trained at once on this machine, see `find_places`.
@@ -58,14 +58,15 @@ def train_study(
             print_faults([] if said == PRUNED else ended.faults)  # Slurm's tasks return nothing
         counted = study.count()
         # Of a study that goes on later another point may be the best.
-        confirmations = [] if counted["unfinished"] else list_confirmations(study)
-        waiting = [job for job in confirmations if job.run.rerun or find_finished(job.folder) is None]
+        chosen = [] if counted["unfinished"] else list_chosen(study)
+        waiting = [job for job in chosen if job.run.rerun or find_finished(job.folder) is None]
         for count, (job, ended) in enumerate(executor.run(waiting) if waiting else (), start=1):
             record = find_record(job.folder)
             outcome = "missing" if record is None else record.outcome
-            say(f"{count} of {len(waiting)} with other seeds: {job.settings}: {outcome}")
+            say(f"{count} of {len(waiting)} chosen: {job.settings}: {outcome}")
             print_faults(ended.faults)
-    study.save_plan()
+    if counted["unfinished"]:
+        study.save_plan()
     show_front(study, mark_front(study), counted, make_console())
-    missing = any(find_finished(job.folder) is None for job in confirmations)
+    missing = any(find_finished(job.folder) is None for job in chosen)
     return 1 if counted["failed"] or counted["unfinished"] or missing else 0

@@ -14,6 +14,7 @@ from peftbench.records.choice import compute_objective, settle_trial
 from peftbench.records.location import locate_run
 from peftbench.records.lock import hold_run
 from peftbench.records.record import find_record
+from peftbench.records.wording import describe_selection
 from peftbench.sweeps.jobs import Ended, Job
 from peftbench.sweeps.optuna_study import (
     list_by_state,
@@ -102,16 +103,16 @@ def note_ended(study: Study, job: Job, ended: Ended) -> str:
     if ended.pruned or study.optuna.get_trials(deepcopy=False)[number].state is TrialState.PRUNED:
         _note_pruned(job.folder)
         return PRUNED
-    if record is None or record.status in ("interrupted", "running"):
+    selection = None if record is None else record.compared
+    if record is None or (selection is None and record.status in ("interrupted", "running")):
         return "unfinished"  # as on a full disk: the same line goes on with it
-    if record.status != "done" or record.selection is None or record.selection.value is None:
+    if selection is None or selection.value is None:
         study.optuna.tell(number, state=TrialState.FAIL, skip_if_finished=True)
         return record.outcome
     assert record.counts is not None
-    values = [compute_objective(record.selection), float(record.counts.stored)][: study.objectives]
+    values = [compute_objective(selection), float(record.counts.stored)][: study.objectives]
     study.optuna.tell(number, values, skip_if_finished=True)
-    selection = record.selection
-    return f"{selection.metric} on {selection.split} {selection.value:.2f}, {record.counts.stored:,} stored"
+    return f"{describe_selection(selection)}, {record.counts.stored:,} stored"
 
 
 def _note_pruned(folder: Path) -> None:

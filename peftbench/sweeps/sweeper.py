@@ -13,9 +13,10 @@ from typing import Any
 from peftbench.config.launchers import HydraLauncher
 from peftbench.config.schema import Run, index_by_key
 from peftbench.records.choice import NoChoice, settle_search
-from peftbench.records.noted import is_noted, lacks_selection
+from peftbench.records.noted import is_noted, is_over, lacks_selection
 from peftbench.records.record import Record, find_finished, find_record, get_time
 from peftbench.records.run_files import has_leftovers
+from peftbench.records.wording import describe_selection
 from peftbench.sweeps import mps
 from peftbench.sweeps.executors import start_executor
 from peftbench.sweeps.jobs import Ended, Job, train_attempt
@@ -182,7 +183,10 @@ class Sweeper:
             except UserError as error:  # without a choice, the run is refused here
                 (noting if isinstance(error, NoChoice) else waiting).append(job)
                 continue
-            record, is_trial = find_finished(job.folder), search is not None and search.role == "trial"
+            record, is_trial = find_record(job.folder), search is not None and search.role == "trial"
+            if record is not None and not job.run.rerun and not record.has_ended and is_over(job.run, record):
+                continue  # a trial that is trained
+            record = find_finished(job.folder)
             if record is None or job.run.rerun or has_leftovers(job.folder) or _lacks_scores(job.run, record, is_trial):
                 waiting.append(job)
             elif not is_noted(record, search, is_trial):
@@ -264,6 +268,9 @@ def _describe_result(job: Job) -> str:
     record = find_record(job.folder)
     if record is None:
         return "missing"
+    took = format_duration(record.timings.get("total_s", 0.0))
+    if record.status == "trained" and record.selection is not None and record.selection.value is not None:
+        return f"{describe_selection(record.selection)}, {took}"
     if record.status != "done" or record.score is None:
         return record.outcome
-    return f"{record.metric} {record.score:.2f}, {format_duration(record.timings['total_s'])}"
+    return f"{record.metric} {record.score:.2f}, {took}"

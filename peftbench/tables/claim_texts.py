@@ -171,13 +171,24 @@ def _get_gpu(record: Record) -> str | None:
     return record.attempts[-1].gpu if record.attempts else None
 
 
+def _list_spans(record: Record) -> list[tuple[float, float, str | None]]:
+    """Return when the attempts at a run began and ended, in seconds, with their GPU: of a trial that was chosen, its
+    training and then its score. An earlier attempt may not say when it ended."""
+    if not record.finished:
+        return []
+    spans = [(one.started, one.ended, one.gpu) for one in record.attempts[:-1] if one.ended is not None]
+    spans.append((record.created, record.finished, _get_gpu(record)))
+    return [
+        (datetime.fromisoformat(began).timestamp(), datetime.fromisoformat(ended).timestamp(), gpu)
+        for began, ended, gpu in spans
+        if ended is not None
+    ]
+
+
 def _count_hours(records: Sequence[Record]) -> float:
     """Return the hours in which at least one run was trained, summed over GPUs. Runs that shared one count once."""
     total, until = 0.0, defaultdict[str | None, float](float)
-    for one in sorted((one for one in records if one.finished), key=lambda one: one.created):
-        assert one.finished is not None
-        gpu = _get_gpu(one)
-        began, ended = (datetime.fromisoformat(time).timestamp() for time in (one.created, one.finished))
+    for began, ended, gpu in sorted((span for one in records for span in _list_spans(one)), key=lambda span: span[0]):
         total += max(0.0, ended - max(began, until[gpu]))
         until[gpu] = max(until[gpu], ended)
     return total / 3600

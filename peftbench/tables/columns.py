@@ -109,6 +109,7 @@ def choose_columns(
         make_number("percent", "% of\nmodel", _format_two, dispensable=2 if grouped or apart or len(seeds) > 1 else 0),
         # For every metric of the tasks, higher is better.
         _make_score_column(records[0].metric, _estimate(FIELDS["score"], rows, True) if interval else None),
+        *([SELECTION] if any(record.status == "trained" for record in records) else []),
         *([CUT_OFF] if any((FIELDS["cut_off"](record) or 0) > MANY_CUT_OFF for record in records) else []),
         *([_make_average_column(rows, interval)] if len(list_further_splits(records)) > 1 else []),
         *(_make_further_column(split, rows, interval) for split in list_further_splits(records)),
@@ -223,6 +224,8 @@ def _make_score_column(metric: str, intervals: Mapping[int, Interval] | None) ->
     return replace(plain, cell=cell, marks=((BELOW_MARK, "below a baseline"), *plain.marks))
 
 
+# The score by which a search chooses: shown beside trials that have no other.
+SELECTION = make_number("selection", "selec-\ntion", "{:.2f}".format)
 # The share of generated texts that ended by their length: shown where it is large, for such a score says little.
 CUT_OFF = make_number("cut_off", "cut\noff", "{:.1%}".format, dispensable=2)
 

@@ -49,6 +49,7 @@ FIELDS: dict[str, Callable[[Record], Any]] = {
     "stored": lambda r: r.counts.stored if r.counts else None,
     "percent": lambda r: r.counts.percent.get("stored") if r.counts else None,
     "score": lambda r: r.score if r.status == "done" else None,
+    "selection": lambda r: r.compared.value if r.compared else None,
     "cut_off": lambda r: r.cut_off.get("report"),
     "steps": lambda r: r.steps,
     "tokens_per_s": lambda r: r.tokens_per_s,

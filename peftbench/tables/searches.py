@@ -106,7 +106,7 @@ def find_studies(records: Sequence[Record], resamples: int) -> list[StudyFinding
     for record in records:
         if record.search is not None and record.search.study is not None and record.seed == record.search.seed:
             trials.setdefault(record.search.study, []).append(record)
-    known = [record for record in records if is_scored(record) and (not is_trial(record) or _is_of_study(record))]
+    known = [one for one in records if (_is_of_study(one) if is_trial(one) else is_scored(one)) and _is_known(one)]
     groups = group_alike(group_seeds(known, "mean"))
     found = [_judge_study(name, of, groups, resamples) for name, of in trials.items()]
     return sorted(found, key=lambda one: (one.first.task, one.first.model.name, str(one.first.budget)))
@@ -122,12 +122,17 @@ def find_selection_front(candidates: Sequence[Candidate]) -> list[Candidate]:
     return found
 
 
+def _is_known(record: Record) -> bool:
+    """Return whether a run has a score, or one on the selection split; a trial that was not chosen has no other."""
+    return is_scored(record) or (record.compared is not None and is_trial(record))
+
+
 def _is_of_study(record: Record) -> bool:
     return record.search is not None and record.search.study is not None
 
 
 def _judge_study(name: str, trials: list[Record], groups: Sequence[Sequence[Row]], resamples: int) -> StudyFinding:
-    done = [trial for trial in trials if is_scored(trial) and trial.selection is not None]
+    done = [trial for trial in trials if _is_known(trial) and trial.selection is not None]
     if not done:
         return StudyFinding(name, trials, [], [])
     rows = next(rows for rows in groups if any(run.folder == done[0].folder for row in rows for run in row.records))

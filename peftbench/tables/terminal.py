@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from peftbench.records.record import Record
+from peftbench.records.wording import describe_selection
 from peftbench.tables.columns import Column, choose_columns, find_best_rows, flatten_header
 from peftbench.tables.fields import describe_cut_off, get_test_file
 from peftbench.tables.row import (
@@ -159,6 +160,12 @@ def show_ended(record: Record, console: Console, alone: bool = False) -> None:
     """
     console.print()
     show_single_row(record, console, alone)
+    if record.status == "trained" and record.selection is not None:
+        console.print(
+            f"This trial is trained, with {describe_selection(record.selection)}; its report split is scored if it is "
+            "chosen.",
+            highlight=False,
+        )
     if record.diverged is not None:
         console.print(
             f"This run diverged: {record.diverged.said}. It has no score; a smaller trainer.learning_rate may have "

@@ -138,7 +138,7 @@ class _Wandb(_Follower):
     def close(self, values: Mapping[str, float], status: Status) -> None:
         self.run.summary.update({"status": status, **{f"final/{key}": value for key, value in values.items()}})
         # 255 is what wandb itself gives a run that Ctrl-C has ended; any other code than 0 is a failure.
-        self.run.finish(exit_code={"done": 0, "interrupted": 255}.get(status, 1))
+        self.run.finish(exit_code={"done": 0, "trained": 0, "interrupted": 255}.get(status, 1))
 
 
 class _MLflow(_Follower):
@@ -179,7 +179,7 @@ class _MLflow(_Follower):
         mlflow.set_tag("peftbench.status", status)
         if values:
             mlflow.log_metrics({f"final/{key}": value for key, value in values.items()})
-        mlflow.end_run({"done": "FINISHED", "interrupted": "KILLED"}.get(status, "FAILED"))
+        mlflow.end_run({"done": "FINISHED", "trained": "FINISHED", "interrupted": "KILLED"}.get(status, "FAILED"))
 
 
 class _Trackio(_Follower):
@@ -288,7 +288,8 @@ class Trackers:
         """Log the score and the counts of a run that has ended, and close it in all trackers."""
         if not self.begun:  # an earlier attempt had trained it
             self.begin()
-        status: Status = "done" if self.record.diverged is None else "diverged"
+        status: Status = "trained" if self.record.score is None else "done"
+        status = status if self.record.diverged is None else "diverged"
         for name, tracker in list(self.open.items()):
             try:
                 tracker.close(list_final_values(self.record), status)

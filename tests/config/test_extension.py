@@ -85,7 +85,7 @@ def test_what_cannot_be_extended_is_refused(run: Run, message: str) -> None:
 
 
 def test_a_choice_is_made_once() -> None:
-    with pytest.raises(UserError, match="extend=0,2: a search has one choice of its values; give one number"):
+    with pytest.raises(UserError, match="extend=0,2: a search has one choice of its values; give one value of"):
         check_searches(points("method=lora,prefix", "search=lr3", "search.extend=0,2"))
     check_searches(points("search=lr3", "search.extend=1", "method=lora", "and", "search.extend=2", "method=prefix"))
 

@@ -70,7 +70,7 @@ def words(tmp_path: Path) -> list[str]:
 def chosen(words: list[str], environment: dict[str, str], folder: Path) -> dict[str, Any]:
     """What a search and a sweeper come to, and the adapters of all runs."""
     words = [*words[:-1], f"output_dir={folder}"]
-    assert main(["train", "search=lr3", "seed=1", *words]) == 0
+    assert main(["train", "search=lr3", "search.report=trials", "seed=1", *words]) == 0
     line = [*SUBPROCESS, "train", "-m", "hydra/sweeper=spy", *words]  # Hydra looks for plugins once in a process
     done = subprocess.run(line, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -129,7 +129,8 @@ def test_a_task_that_finds_its_run_done_ends_at_once(tmp_path: Path, monkeypatch
 def test_the_further_values_of_a_search_are_tasks_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The trials are an array; each further one is a job by itself, and so is the only run that is no trial."""
+    """The trials are an array, each further one is a job by itself, and the runs with the chosen values are an array:
+    that with the trials' seed is scored, the other one trained."""
     runs, slurm = tmp_path / "runs", tmp_path / "slurm"
     settings = ["hydra/launcher=slurm", "hydra.launcher.gpus=null", "hydra.launcher.poll_s=0.5"]
     searching = [*REAL, "method=lora", "trainer.learning_rate=3e-4", "seed=1,2"]
@@ -141,7 +142,7 @@ def test_the_further_values_of_a_search_are_tasks_too(
     arrays = [
         "array" in json.loads((slurm / f"{script.stem}.json").read_text()) for script in sorted(slurm.glob("*.sh"))
     ]
-    assert arrays == [True, False, False, False] and len(load_records(runs)[0]) == 6
+    assert arrays == [True, False, False, True] and len(load_records(runs)[0]) == 6
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.count("takes trainer.learning_rate=0.003;") == 2 and printed.endswith("2 of them before.")
 

@@ -46,9 +46,12 @@ def outcome(folder: Path) -> dict[str, Any]:
     for record in records(folder):
         run = next(folder.rglob(record["run"]))
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        predictions = (run / "predictions.jsonl").read_text()
+        is_trained = record["status"] == "trained"  # a trial that was not chosen
+        assert (run / "predictions.jsonl").exists() is not is_trained
+        predictions = None if is_trained else (run / "predictions.jsonl").read_text()
         weights = (run / "adapter" / "adapter.safetensors").read_bytes()
-        assert not (run / "checkpoints").exists()
+        left = [file.name for file in (run / "checkpoints").glob("*")]
+        assert left == (["ended.json"] if is_trained else []) and (run / "checkpoints").exists() is is_trained
         metrics.sort(key=lambda line: str(line["stage"]))
         found[record["run"]] = (record["status"], record["scores"], metrics, predictions, weights)
     return found
