@@ -40,16 +40,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--markdown", action="store_true", help="with keys: print the tables of docs/keys.md")
     parser.add_argument("--json", action="store_true", help="with axes: print every point, and whether it runs")
     arguments = parser.parse_args(argv)
-    console, groups = make_console(), dict(sorted({**_list_groups(find_conf_dir()), GROUP: read_rows()}.items()))
-    if arguments.config_dir is not None:
-        from peftbench.config.compose import check_config_dir  # imports Hydra, which is needed only here
-
-        check_config_dir(arguments.config_dir)
-        for name, options in _list_groups(arguments.config_dir).items():
-            groups[name] = {**groups.get(name, {}), **options}
+    console, groups = make_console(), find_groups(arguments.config_dir)
     if arguments.group is None:
-        for name, options in groups.items():
-            console.print(Text.assemble((name, "bold"), f": {', '.join(options)}"))
+        show_groups(groups, console)
         console.print(
             "peftbench ls GROUP says what each choice is, ls axes which combinations run, ls keys what keys mean."
         )
@@ -71,6 +64,28 @@ def main(argv: Sequence[str]) -> int:
     else:
         raise UserError(describe_unknown("group", arguments.group, ["axes", "keys", "peft", *groups]))
     return 0
+
+
+def find_groups(config_dir: Path | None) -> dict[str, Options]:
+    """Return the options of each group of conf/, and of a folder of the user's own.
+
+    Raises:
+        UserError: the folder is none, or holds what would not be read.
+    """
+    groups = dict(sorted({**_list_groups(find_conf_dir()), GROUP: read_rows()}.items()))
+    if config_dir is not None:
+        from peftbench.config.compose import check_config_dir  # imports Hydra, which is needed only here
+
+        check_config_dir(config_dir)
+        for name, options in _list_groups(config_dir).items():
+            groups[name] = {**groups.get(name, {}), **options}
+    return groups
+
+
+def show_groups(groups: Mapping[str, Options], console: Console) -> None:
+    """Print each group with the names of its options, as they are typed."""
+    for name, options in groups.items():
+        console.print(Text.assemble((name, "bold"), f": {', '.join(options)}"))
 
 
 def _list_groups(conf: Path) -> dict[str, Options]:

@@ -23,11 +23,12 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from peftbench.cli.ls import find_groups, show_groups
 from peftbench.cli.own_parts import check_own_parts
 from peftbench.config.compose import AND, TypedRun, compose_points, resolve_run
 from peftbench.config.conf_sources import CONFIG_NAME
 from peftbench.config.launchers import SWEEPER, HydraLauncher, Local, read_launcher
-from peftbench.config.overrides import describe_error, explain_hydra, list_hydra_words, quote_path
+from peftbench.config.overrides import address_hydra, describe_error, explain_hydra, list_hydra_words, quote_path
 from peftbench.config.schema import Run, find_conf_dir
 from peftbench.config.search import check_searches, has_open_search, is_unreported, split_phases
 from peftbench.config.studies import group_studies, is_study
@@ -46,6 +47,16 @@ from peftbench.utils.progress import Display
 from peftbench.utils.quick_imports import speed_up_imports
 from peftbench.utils.stopping import describe_ignored_interrupt, heed_signals
 
+HELP = """\
+peftbench train KEY=VALUE ...             one run
+peftbench train -m KEY=A,B ...            every combination
+peftbench train KEY=VALUE ... --cfg job   its config, and stop
+peftbench ls keys                         every key, and what it means
+peftbench ls GROUP                        the choices of a group, and what they are
+--config-dir FOLDER                       groups of your own: FOLDER/method/NAME.yaml ...
+
+Groups and their choices"""
+
 
 def main(argv: list[str]) -> int:
     """Check the whole command line, run its jobs, and close a sweep with the table of its runs."""
@@ -53,8 +64,12 @@ def main(argv: list[str]) -> int:
     flags = [word for word in argv if word not in args.overrides]
     args.overrides = [quote_path(word) for word in args.overrides]
     argv = [*flags, *args.overrides]  # as Hydra's own parser wants them
-    sys.argv = ["peftbench train", *argv]
-    if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
+    sys.argv = ["peftbench train", *flags, *map(address_hydra, args.overrides)]
+    if args.help:
+        say(HELP)
+        show_groups(find_groups(Path(args.config_dir) if args.config_dir else None), make_console())
+        return 0
+    if args.hydra_help or args.cfg or args.info or args.shell_completion:
         if args.cfg:
             compose_points(args.overrides, config_dir=args.config_dir)
         _call_hydra(args.overrides)
@@ -134,7 +149,7 @@ def _call_hydra(words: Sequence[str]) -> None:
             raise
         if own := list_hydra_words(words):
             raise UserError(explain_hydra(own, error)) from error
-        if isinstance(error, HydraException):  # of a word beside --help, which nobody has read before
+        if isinstance(error, HydraException):  # of a word beside --info, which nobody has read before
             raise UserError(describe_error(error)) from error
         raise
     finally:

@@ -357,6 +357,10 @@ def _find_override_faults(override: Override, options: list[str]) -> Iterator[st
     if override.is_sweep_override():
         hint = " A decimal has a point, as in budget=6.7%." if group == "budget" else ""
         yield f"{line} names several values; add -m to run each of them.{hint}"
+    elif options and "/" in group and not _is_hydra_key(override):
+        above, _, folder = group.partition("/")
+        named = f"{folder}/{override.value()}"
+        yield f"{line}: {above} is the group, and the folder is part of an option's name; give {above}={named}."
     elif options and override.is_add() and override.package is None and _has_place(group):
         yield f"{line}: {group} is already in the config; leave out the +."
     elif options and isinstance(override.value(), list) and group != "mix":

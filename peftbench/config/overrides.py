@@ -65,9 +65,14 @@ def get_key(word: str) -> str:
 
 def apply_override(cfg: DictConfig, override: Override) -> str | None:
     """Set the key of an override in `cfg`. Return what is wrong with it as a sentence, or None."""
-    # The keys of peft are checked by find_peft_faults, the settings of own parts by those who build them.
-    free = override.key_or_group.startswith("peft.") or ".settings." in override.key_or_group
-    return set_key(cfg, override.key_or_group, override.value(), force_add=free or _is_addition(cfg, override))
+    force_add = _has_free_name(override.key_or_group) or _is_addition(cfg, override)
+    return set_key(cfg, override.key_or_group, override.value(), force_add=force_add)
+
+
+def _has_free_name(key: str) -> bool:
+    """Return whether a key may be absent from the config: those of peft are checked by find_peft_faults, the settings
+    of own parts by those who build them."""
+    return key.startswith("peft.") or ".settings." in key
 
 
 def set_key(cfg: DictConfig, key: str, value: Any, force_add: bool = False) -> str | None:
@@ -116,6 +121,12 @@ def quote_path(word: str) -> str:
     except (HydraException, ValueError, RecursionError):
         return f"{key}={QuotedString(value, Quote.double).with_quotes()}"
     return word
+
+
+def address_hydra(word: str) -> str:
+    """Return an override as Hydra itself takes it, to which a key that may be absent must be announced by ++."""
+    key = get_key(word)
+    return f"++{word}" if word.startswith(key) and (_has_free_name(key) or key.startswith("sizes.")) else word
 
 
 def _is_addition(cfg: DictConfig, override: Override) -> bool:

@@ -76,6 +76,15 @@ def test_help_reads_as_it_is_typed(command: str, capsys: pytest.CaptureFixture[s
     assert max(map(len, told.splitlines())) <= 120
 
 
+def test_the_help_of_train_names_options_as_they_are_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "films.yaml").write_text("")
+    assert main(["train", "--help", "--config-dir", str(tmp_path)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "experiment: paper/figure2, " in told and "hydra/launcher: local, ray, slurm" in told
+    assert re.search(r"task: chat, [^:]*, films ", told)
+
+
 def test_refusing_imports_no_torch() -> None:
     code = (
         "import sys; from peftbench.cli.main import main; code = main(['train', 'method=lroa']); "
@@ -270,6 +279,7 @@ def test_one_failing_run_does_not_stop_a_sweep(
             ["search=null chooses nothing; leave search out for its default, or give one of: lr3, lr5, optuna."],
         ),
         (["mix=[null]", "debug=null"], ["mix=[null] chooses nothing; leave mix out", "debug=null chooses nothing;"]),
+        (["experiment/paper=table5"], ["give experiment=paper/table5."]),
         (["+experiment=paper/table5"], ["experiment is already in the config; leave out the +."]),
         (["--method", "lora"], ["--method is no option of peftbench train"]),
         (["-m", "method=lora,mam", "--cfg", "job"], ["--cfg shows the config of one run"]),
@@ -554,6 +564,22 @@ def test_hydras_own_flags_work(arguments: list[str]) -> None:
     done = subprocess.run([*SUBPROCESS, "train", "method=lora", *arguments], capture_output=True, text=True)
     assert done.returncode == 0
     assert "functional_form" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("peft.target_modules=[c_attn]", "  target_modules:\n  - c_attn\n"),
+        ("functional_form.settings.beta=1.5", "    beta: 1.5\n"),
+        ("sizes.mini.lora.r=3", "    lora:\n      r: 3\n"),
+    ],
+)
+def test_the_config_is_shown_of_keys_that_no_file_has(word: str, shown: str) -> None:
+    words = {"peft": ["method=peft", "peft.type=DORA"], "functional_form": ["functional_form._target_=torch.nn.Tanh"]}
+    line = [*SUBPROCESS, "train", "method=lora", *words.get(word.partition(".")[0], []), word, "--cfg", "job"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert shown in done.stdout
 
 
 @pytest.mark.parametrize(

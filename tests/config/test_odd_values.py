@@ -117,6 +117,6 @@ def test_lists_hold_what_belongs_there(word: str, said: str) -> None:
     assert said in str(refused.value)
 
 
-def test_odd_words_beside_help_are_sentences(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "method=lora", "+seed==", "--help"]) == 2
+def test_odd_words_beside_flags_of_hydra_are_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "method=lora", "+seed==", "--info", "defaults"]) == 2
     assert "+seed==" in capsys.readouterr().err
