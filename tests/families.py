@@ -8,6 +8,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import pytest
@@ -525,8 +526,10 @@ def build(family: str, seed: int = 0, **more: Any) -> PreTrainedModel:
     if family == "gptj" and not GPTJ_HAS_INTERFACE:
         pytest.skip("this transformers' GPT-J calls no registered attention functions; peftbench refuses its heads")
     made = (family, seed, repr(sorted(more.items())))
-    torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.manual_seed(seed)
     if made not in _BUILT:
+        torch.manual_seed(seed)
         model = {**FAMILIES, **MORE_FAMILIES, **LAYOUTS, **ROWS}[family](**more)
         if model._supports_sdpa:  # of some versions also where scores are capped, which it cannot
             capped = getattr(model.config, "attn_logit_softcapping", None) is not None
@@ -539,14 +542,19 @@ def build(family: str, seed: int = 0, **more: Any) -> PreTrainedModel:
 
 def _copy(module: Any, memo: dict[int, Any]) -> Any:
     """What copy.deepcopy makes of a module without hooks. Most of its time goes to the empty dicts for hooks, of which
-    each module has ten."""
+    each module has ten, and to numbers and flags, which need no copy."""
     copied = memo[id(module)] = module.__class__.__new__(module.__class__)
+    attributes = vars(copied)
     for name, value in vars(module).items():
-        if name == "_modules":
-            value = {key: memo.get(id(part)) or (part and _copy(part, memo)) for key, part in value.items()}
+        kind = type(value)
+        if kind in (bool, int, float, str, NoneType):
+            attributes[name] = value
+        elif name == "_modules":
+            attributes[name] = {key: memo.get(id(part)) or (part and _copy(part, memo)) for key, part in value.items()}
+        elif kind in (dict, OrderedDict, set) and not value:
+            attributes[name] = kind()
         else:
-            value = type(value)() if type(value) in (OrderedDict, set) and not value else copy.deepcopy(value, memo)
-        vars(copied)[name] = value
+            attributes[name] = copy.deepcopy(value, memo)
     return copied
 
 
