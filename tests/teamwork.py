@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import faulthandler
 import importlib
-import multiprocessing
 import pickle
 import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
 
+from peftbench.sweeps.fork_server import choose_context
 from peftbench.utils.quick_imports import speed_up_imports
 
 PATIENCE = 150  # seconds
@@ -24,7 +24,7 @@ def run_together(module: str, names: list[str], size: int = 2) -> list[dict[str,
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, size, True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
+    context: Any = choose_context()  # forks that need not import torch each, where there can be some
     with tempfile.TemporaryDirectory() as scratch:
         files = [Path(scratch, f"{rank}.pickle") for rank in range(size)]
         processes = [

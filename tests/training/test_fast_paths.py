@@ -138,14 +138,15 @@ def test_a_trained_output_layer_is_left_to_the_model() -> None:
 
 
 # What is traced is the family's layer, then the hooks in it, which call one module whatever the layer. So each kind of
-# hook is traced in BART's layers, and in each other family's one of its FFN and the prefix, with what its layers have
-# of their own: dropout as modules, position biases, a fused projection, key and value heads in groups.
+# hook is traced once, most of them in RoBERTa's one stack, since BART's two take twice as long; and each family once,
+# with what its layers have of their own: a cross-attention, dropout as modules, position biases, a fused projection,
+# key and value heads in groups.
 COMPILED = {
-    "bart": ("mam", "lora_ffn", "adapter", "ia3", "mh_parallel_adapter_hidden"),
-    "roberta": ("mam",),
+    "bart": ("mam",),
+    "roberta": ("adapter", "lora_ffn", "mh_parallel_adapter_hidden"),
     "t5": ("mam",),
-    "gpt2": ("mam", "ia3"),
-    "llama": ("mam", "unipelt"),
+    "gpt2": ("ia3",),
+    "llama": ("unipelt",),
 }
 
 
@@ -181,11 +182,11 @@ def test_the_next_run_of_a_process_is_compiled_already() -> None:
     graphs = CompileCounterWithBackend("aot_eager")
     losses, counts = [], []
     for seed in (1, 2):
-        model = model_of("bart", "mam")
+        model = model_of("roberta", "mam")
         shake(model, seed=seed)
-        expected = model(**batch("bart")).loss
+        expected = model(**batch("roberta")).loss
         with CompiledLayers(model, backend=graphs).active():
-            torch.testing.assert_close(model(**batch("bart")).loss, expected)
+            torch.testing.assert_close(model(**batch("roberta")).loss, expected)
         losses.append(float(expected.detach()))
         counts.append(graphs.frame_count)
     assert counts[1] == counts[0] > 0 and losses[1] != losses[0]
