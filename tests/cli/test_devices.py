@@ -90,8 +90,8 @@ def test_torchrun_trains_one_run_of_a_sweep_after_another(smoke: list[str], tmp_
 @pytest.mark.slow
 def test_a_run_whose_processes_are_stopped_goes_on_where_it_was(smoke: list[str], tmp_path: Path) -> None:
     """A process is killed at step 3, Ctrl-C ends the run at step 20; the same line goes on each time."""
-    words = ["train", *SMALL_MAM, *smoke, "task.baselines=[]", "trainer.max_steps=150"]
-    words += ["trainer.checkpoint_minutes=0"]  # 150 checkpoints, which a MAM of the usual size would make one of 38 MB
+    words = ["train", *SMALL_MAM, *smoke, "task.baselines=[]", "trainer.max_steps=40"]
+    words += ["trainer.checkpoint_minutes=0"]  # 40 checkpoints, which a MAM of the usual size would make one of 38 MB
     words.append("trainer.devices=2")
     outputs = tmp_path / "outputs"
 
