@@ -64,6 +64,7 @@ def merge(model: nn.Module) -> float:
     if list_added(model):
         return merge_peft(model)
     lost, changed = 0.0, 0.0
+    hooked = _list_hooked(model)
     for module in _list_mergeable(model):
         weight, bias = compute_merged_weights(module)
         parameter = _get_weight(module)
@@ -72,7 +73,7 @@ def merge(model: nn.Module) -> float:
         changed += float((weight - parameter.double()).square().sum())
         _put_weights(module, rounded, bias)
         for edit in list_edits_before(module) + list_edits_after(module):
-            _unhook(model, edit)
+            _unhook(hooked, edit)
     return (lost / changed) ** 0.5 if changed else 0.0
 
 
@@ -127,19 +128,24 @@ def unhook_temporarily(model: nn.Module) -> Iterator[Callable[[nn.Module], None]
         for module in model.modules()
         for hooks in (module._forward_hooks, module._forward_pre_hooks)
     ]
+    hooked = _list_hooked(model)
     try:
-        yield lambda modification: _unhook(model, modification)
+        yield lambda modification: _unhook(hooked, modification)
     finally:
         for hooks, before in saved:
             hooks.clear()
             hooks.update(before)
 
 
-def _unhook(model: nn.Module, modification: nn.Module) -> None:
-    for module in model.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is modification]:
-                del hooks[key]
+def _list_hooked(model: nn.Module) -> list[dict[int, Callable[..., Any]]]:
+    """Return the hooks of the modules that have any: `_unhook` goes through them for each edit, not through all."""
+    return [h for module in model.modules() for h in (module._forward_hooks, module._forward_pre_hooks) if h]
+
+
+def _unhook(hooked: list[dict[int, Callable[..., Any]]], modification: nn.Module) -> None:
+    for hooks in hooked:
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is modification]:
+            del hooks[key]
 
 
 def _list_mergeable(model: nn.Module) -> list[nn.Module]:
