@@ -48,7 +48,7 @@ from peftbench.modification.state import fold, save, size
 from peftbench.modification.state import load as load_adapter
 from peftbench.records.location import locate_run
 from peftbench.records.lock import hold_run
-from peftbench.records.noted import is_noted, lacks_selection
+from peftbench.records.noted import is_cleared, is_noted, lacks_selection
 from peftbench.records.record import FILE as RECORD
 from peftbench.records.record import (
     Divergence,
@@ -65,6 +65,7 @@ from peftbench.records.record import (
 from peftbench.records.recording import describe_changed_code, describe_run, forget_refused, record_axes, record_run
 from peftbench.records.run_files import (
     CHECKPOINTS,
+    ENDED,
     append_metrics,
     clear_checkpoints,
     clear_leftovers,
@@ -81,7 +82,6 @@ from peftbench.training.checkpoint import Checkpoints
 from peftbench.training.class_weights import describe_class_weights, scale_class_weights
 from peftbench.training.devices import form_team
 from peftbench.training.divergence import are_finite
-from peftbench.training.ended import FILE as ENDED
 from peftbench.training.ended import load_ended
 from peftbench.training.ended import save_ended as keep_ended
 from peftbench.training.fit import Criterion, Fitted, Monitor, Recipe, Resuming, fit_model, require_optimizer
@@ -143,7 +143,7 @@ def train(
     record = None if run.rerun or has_leftovers(folder) else find_finished(folder)
     if record is not None and is_noted(record, search, selecting) and not lacks_measures(run, record):
         return _report_ended(run, record, display)
-    if not (reporting or run.rerun) and (record := find_trained(folder)) is not None:
+    if not (reporting or run.rerun) and (record := find_trained(folder)) is not None and is_cleared(record):
         return _report_ended(run, record, display)
     with heed_signals(), hold_run(folder, wait):
         refuse_newer(folder)
@@ -155,7 +155,9 @@ def train(
                 clear_leftovers(folder)  # if the process died before it did so itself
                 _complete_ended(before, search, selecting, run, display)
                 return _report_ended(run, before, display)
-            if before.unreported and not reporting:  # another process has trained the trial, while we waited
+            if before.unreported and not reporting:  # another process has trained the trial, while we waited, or died
+                if not is_cleared(before):
+                    clear_leftovers(folder, trained=True)
                 return _report_ended(run, before, display)
             if before.status == "failed" and before.error and keep_failed and not run.retry:
                 raise UserError(f"This run failed before ({before.error.said}); retry=true trains it again.")
@@ -167,7 +169,7 @@ def train(
             if not keep_failed and (before is None or (before.status == "failed" and not before.unreported)):
                 forget_refused(folder)
             raise
-        clear_checkpoints(folder, kept={ENDED} if record.unreported else set())
+        clear_checkpoints(folder, trained=record.unreported)
     return record
 
 

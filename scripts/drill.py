@@ -85,8 +85,17 @@ class Line:
             odd = [key for key in odd if not key.endswith(harmed)]
         if odd:
             raise Loss(f"different after {what}: {', '.join(odd)}\n{said.both[-800:]}")
-        for left in [*place.rglob("checkpoints"), *place.rglob("*.tmp")]:
+        for left in [*filter(is_left, place.rglob("checkpoints")), *place.rglob("*.tmp")]:
             raise Loss(f"left behind after {what}: {left.relative_to(place)}")
+
+
+def is_left(checkpoints: Path) -> bool:
+    """Return whether a folder of checkpoints has more in it than a trial that was not chosen keeps, to go on with."""
+    try:
+        status = json.loads((checkpoints.parent / "record.json").read_text(encoding="utf-8"))["status"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return True
+    return status != "trained" or [file.name for file in checkpoints.iterdir()] != ["ended.json"]
 
 
 def read_result(place: Path) -> dict[str, str]:

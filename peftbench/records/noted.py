@@ -5,6 +5,7 @@ from __future__ import annotations
 from peftbench.config.schema import Run
 from peftbench.config.search import is_unreported
 from peftbench.records.record import Record, Searched
+from peftbench.records.run_files import has_leftovers
 
 
 def is_over(run: Run, record: Record) -> bool:
@@ -14,6 +15,12 @@ def is_over(run: Run, record: Record) -> bool:
         run: with its search, of which it may be a trial.
     """
     return record.has_ended or (record.unreported and is_unreported(run))
+
+
+def is_cleared(record: Record) -> bool:
+    """Return whether nothing is left of the training of a trial that is trained: its process may have died before it
+    deleted the checkpoints. One that went on to be scored may have those of a baseline."""
+    return record.status != "trained" or not has_leftovers(record.folder, trained=True)
 
 
 def is_noted(record: Record, search: Searched | None, selecting: bool) -> bool:

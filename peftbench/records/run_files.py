@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,31 +12,41 @@ from typing import Any
 from peftbench.utils.files import UNFINISHED, clear_unfinished, dump_json, open_unlinked, parse_json, write_lines
 
 METRICS_FILE = "metrics.jsonl"
-CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints, deleted once the run is done; of a trial, once trained
+CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints, deleted once the run is done
+ENDED = "ended.json"  # in it: that the training has ended, and its cost
+TRACKED = "trackers.json"  # in it: which runs of trackers the run is
+OF_TRIAL = (ENDED, TRACKED)  # with which a trial that is trained goes on if it is chosen: all that it keeps there
 
 
-def has_leftovers(folder: Path) -> bool:
+def has_leftovers(folder: Path, trained: bool = False) -> bool:
     """Return whether a run that has ended still has its checkpoints, or half a file: its process died before it deleted
-    them, or while it wrote."""
+    them, or while it wrote.
+
+    Args:
+        trained: the run is a trial with the status trained, and has not ended.
+    """
     try:
-        return any(name == CHECKPOINTS or name.endswith(UNFINISHED) for name in os.listdir(folder))
+        names = os.listdir(folder)
+        if CHECKPOINTS in names and not (trained and set(os.listdir(folder / CHECKPOINTS)) <= set(OF_TRIAL)):
+            return True
+        return any(name.endswith(UNFINISHED) for name in names)
     except OSError:  # it is no folder, or nobody may list it
         return False
 
 
-def clear_leftovers(folder: Path) -> None:
+def clear_leftovers(folder: Path, trained: bool = False) -> None:
     """Delete them. For the process that holds the run's lock, since others' files would be half written."""
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    clear_checkpoints(folder, trained)
     clear_half_files(folder)
 
 
-def clear_checkpoints(folder: Path, kept: Collection[str] = ()) -> None:
-    """Delete a run's checkpoints, except the files and folders among them that are `kept` by their names."""
-    if not kept:
+def clear_checkpoints(folder: Path, trained: bool = False) -> None:
+    """Delete a run's checkpoints; of a trial that is `trained`, all but what it goes on with."""
+    if not trained:
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         return
     for place in (folder / CHECKPOINTS).glob("*"):
-        if place.name in kept:
+        if place.name in OF_TRIAL:
             continue
         if place.is_dir():
             shutil.rmtree(place, ignore_errors=True)

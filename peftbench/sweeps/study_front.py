@@ -74,11 +74,12 @@ def mark_front(study: Study) -> list[Record]:
     for trial in study.optuna.get_trials(deepcopy=False):
         chosen = trial.number in front
         for folder in [study.locate(trial), *study.locate_confirmations(trial)]:
-            if has_leftovers(folder) and find_finished(folder) is not None:
-                with hold_run(folder, wait=True):
-                    clear_leftovers(folder)
             record = find_record(folder)
-            if record is None or record.status != "done" or record.search is None:
+            trained = record is not None and record.status == "trained"
+            if record is not None and (record.has_ended or trained) and has_leftovers(folder, trained):
+                with hold_run(folder, wait=True):
+                    clear_leftovers(folder, trained)
+            if record is None or not record.has_ended or record.search is None:
                 continue
             if record.search.role == "trial" and chosen:
                 _mark(study, record, trial, "final")

@@ -13,7 +13,7 @@ from typing import Any
 from peftbench.config.launchers import HydraLauncher
 from peftbench.config.schema import Run, index_by_key
 from peftbench.records.choice import NoChoice, settle_search
-from peftbench.records.noted import is_noted, is_over, lacks_selection
+from peftbench.records.noted import is_cleared, is_noted, is_over, lacks_selection
 from peftbench.records.record import Record, find_finished, find_record, get_time
 from peftbench.records.run_files import has_leftovers
 from peftbench.records.wording import describe_selection
@@ -185,6 +185,8 @@ class Sweeper:
                 continue
             record, is_trial = find_record(job.folder), search is not None and search.role == "trial"
             if record is not None and not job.run.rerun and not record.has_ended and is_over(job.run, record):
+                if not is_cleared(record):
+                    waiting.append(job)
                 continue  # a trial that is trained
             record = find_finished(job.folder)
             if record is None or job.run.rerun or has_leftovers(job.folder) or _lacks_scores(job.run, record, is_trial):

@@ -15,8 +15,6 @@ from peftbench.training.fit import Fitted
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import read_json, replace_file
 
-FILE = "ended.json"  # in the folder of the run's checkpoints
-
 
 def save_ended(file: Path, stamp: str, fitted: Fitted, adapter: Path) -> None:
     """Note that a training has ended and did not diverge; `stamp` states all that must be the same to use it again.

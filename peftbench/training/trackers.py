@@ -25,7 +25,7 @@ from peftbench.config.identity import to_plain
 from peftbench.config.schema import Run
 from peftbench.records.record import Record, Status
 from peftbench.records.recording import is_interruption
-from peftbench.records.run_files import CHECKPOINTS
+from peftbench.records.run_files import CHECKPOINTS, TRACKED
 from peftbench.utils.differences import flatten
 from peftbench.utils.environment import keep_environment
 from peftbench.utils.files import expand_home, read_json, replace_file
@@ -60,7 +60,7 @@ class Followed:
         self.name = f"{run.method}-{folder.name}"
         plain = {key: value for key, value in to_plain(run).items() if key not in ("sizes", "size")}
         self.config: dict[str, Any] = {key: value for key, value in flatten(plain) if value not in (None, [], {})}
-        self.file = folder / CHECKPOINTS / "trackers.json"  # with the checkpoints, it is deleted when the run is done
+        self.file = folder / CHECKPOINTS / TRACKED  # with the checkpoints, it is deleted when the run is done
 
     def find_earlier(self, tracker: str) -> str | None:
         """Return the id that an attempt before this one, which was stopped, has in a tracker."""

@@ -22,8 +22,9 @@ from peftbench.config.search import build_trials, check_searches, is_unreported
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.records.choice import settle_search
 from peftbench.records.location import locate_run
-from peftbench.records.noted import is_over
+from peftbench.records.noted import is_cleared, is_over
 from peftbench.records.record import Attempt, Failure, Record, find_record, load_records
+from peftbench.records.run_files import clear_leftovers, has_leftovers
 from peftbench.sweeps.plan import PlannedRun
 from peftbench.sweeps.status import State, estimate_seconds_left, summarise_states
 from peftbench.tables.claim_texts import describe_cost
@@ -166,8 +167,11 @@ def test_a_trial_has_no_score_until_it_is_a_run_by_itself(
         evaluate([str(trial.folder)])
     assert main(["results", str(tmp_path), "trials=true"]) == 0
     assert f"{trial.selection.value:.2f}" in capsys.readouterr().out if trial.selection else False
+    checkpoints = trial.folder / "checkpoints"
+    (checkpoints / "train lora").mkdir()  # the process was killed before it deleted this
     assert main(["train", *line, "search=lr3", "search.trial=1"]) == 0 and len(trainings) == 1
     assert "This trial is trained already" in capsys.readouterr().out
+    assert [file.name for file in checkpoints.iterdir()] == ["ended.json"]
     assert main(["train", *line, f"trainer.learning_rate={trial.trainer['learning_rate']}"]) == 0
     assert len(trainings) == 1
     (plain,) = read(tmp_path).values()
@@ -293,6 +297,23 @@ def test_a_trained_trial_is_over_as_a_trial_only(tmp_path: Path) -> None:
     assert is_over(trial, made) and not is_over(run, made) and not is_over(build_trials(run)[0], made)
     made.status = "failed"
     assert is_over(trial, made)
+
+
+def test_a_trained_trial_keeps_what_it_goes_on_with_and_no_checkpoint(tmp_path: Path) -> None:
+    made = make_trials(searching(tmp_path), [1.0, 3.0, 2.0])[0]
+    checkpoints = made.folder / "checkpoints"
+    for name in ("train mam", "report.partial"):
+        (checkpoints / name).mkdir(parents=True)
+    for name in ("ended.json", "trackers.json"):  # its training, and its runs in trackers
+        (checkpoints / name).write_text("{}")
+    assert not is_cleared(made) and has_leftovers(made.folder)
+    made.status = "interrupted"
+    assert is_cleared(made)  # when it was scored: it goes on from these
+    made.status = "trained"
+    clear_leftovers(made.folder, trained=True)
+    assert is_cleared(made) and {file.name for file in checkpoints.iterdir()} == {"ended.json", "trackers.json"}
+    clear_leftovers(made.folder)
+    assert not has_leftovers(made.folder)
 
 
 def test_a_trained_trial_is_counted_as_one_and_a_chosen_one_as_unscored() -> None:
