@@ -18,6 +18,7 @@ from peftbench.config.search import build_trials, extend_search, list_settings, 
 from peftbench.config.stamps import stamp_content
 from peftbench.config.studies import list_space, read_chosen
 from peftbench.records.location import locate_run
+from peftbench.records.noted import lacks_selection
 from peftbench.records.record import Record, Searched, Selection, Trial, find_record
 from peftbench.records.wording import describe_search, format_settings
 from peftbench.utils.errors import UserError
@@ -210,7 +211,9 @@ def list_edges(search: Searched) -> list[str]:
 
 def _is_compared(record: Record | None) -> bool:
     """Whether it is known what a trial came to; one that was trained as a plain run may still lack that."""
-    return record is not None and (record.compared is not None or record.status in ("diverged", "failed"))
+    if record is None or record.compared is not None:
+        return record is not None
+    return record.status == "failed" or (record.status == "diverged" and not lacks_selection(record, True))
 
 
 def _find_best_trial(run: Run, records: Sequence[Record | None]) -> int | None:

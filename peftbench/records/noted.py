@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peftbench.config.schema import Run
 from peftbench.config.search import is_unreported
-from peftbench.records.record import Record, Searched
+from peftbench.records.record import REPORT_SCORE, Record, Searched
 from peftbench.records.run_files import has_leftovers
 
 
@@ -38,5 +38,6 @@ def is_noted(record: Record, search: Searched | None, selecting: bool) -> bool:
 
 
 def lacks_selection(record: Record, selecting: bool) -> bool:
-    """Return whether the selection split must still be scored; a run that diverged has no score."""
-    return selecting and record.selection is None and record.diverged is None
+    """Return whether the selection split must still be scored; a training that diverged has no score."""
+    diverged = record.diverged is not None and record.diverged.what != REPORT_SCORE
+    return selecting and record.selection is None and not diverged

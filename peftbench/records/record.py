@@ -29,6 +29,7 @@ FILE = "record.json"
 # A folder with this file is left out when the records of a folder above it are read: outputs/reference came with the
 # checkout, and its runs are not the user's.
 APART = ".apart"
+REPORT_SCORE = "score"  # of `Divergence.what`: that on the report split
 
 # trained: a trial of a search that was scored on the selection split alone; it has an adapter and no score, and goes on
 # if it is chosen. diverged: the training produced numbers that are not finite; such a run has no score and is not
@@ -297,9 +298,10 @@ class Record:
     def compared(self) -> Selection | None:
         """What a search compares of the run, once that is known: of one that is done, or of a trial that is trained.
 
-        It is also known of a trial while its report split is being scored, and if that was interrupted or failed.
+        It is also known of a trial while its report split is being scored, if that was interrupted or failed, and if
+        that score is not finite.
         """
-        return self.selection if self.status == "done" or self.unreported else None
+        return self.selection if self.has_ended or self.unreported else None
 
     @property
     def is_full(self) -> bool:
@@ -332,8 +334,13 @@ class Record:
             file.write(dump_json(self.to_json(), indent=2) + "\n")
 
     def diverge(self, divergence: Divergence) -> None:
-        """Note that the training diverged. Such a run has no score, so that it is never compared."""
-        self.diverged, self.score, self.selection, self.unreported = divergence, None, None, False
+        """Note that the training diverged. Such a run has no score, so that it is never compared.
+
+        Only a search still compares it, if what is not finite is the score on the report split: no choice rests on it.
+        """
+        self.diverged, self.score, self.unreported = divergence, None, False
+        if divergence.what != REPORT_SCORE:
+            self.selection = None
         self.scores.clear()
 
     def take_up(self, trial: Record) -> None:
@@ -487,10 +494,10 @@ def _read_record(file: Path) -> Record:
 
 def detect_divergence(record: Record) -> Divergence | None:
     """What of the scores of a run shows that it diverged: one that is not finite. An earlier version called it done."""
-    if record.score is not None and not math.isfinite(record.score):
-        return Divergence("score")
     if record.selection is not None and record.selection.value is None:
         return Divergence("selection score")
+    if record.score is not None and not math.isfinite(record.score):
+        return Divergence(REPORT_SCORE)
     return None
 
 

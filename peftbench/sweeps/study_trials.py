@@ -97,7 +97,7 @@ def _choose(study: Study) -> Job | None:
 def note_ended(study: Study, job: Job, ended: Ended) -> str:
     """Tell the study how a trial ended; return that in words."""
     number, record = job.number - 1, find_record(job.folder)
-    if record is not None and record.status == "diverged":
+    if record is not None and record.status == "diverged" and record.compared is None:
         tell_diverged(study.optuna, number)
         return record.outcome
     if ended.pruned or study.optuna.get_trials(deepcopy=False)[number].state is TrialState.PRUNED:

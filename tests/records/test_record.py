@@ -124,12 +124,24 @@ def test_a_run_that_diverges_has_no_score(tmp_path: Path) -> None:
     assert read_again.score is None and not read_again.scores and find_finished(tmp_path) is not None
 
 
+def test_a_search_compares_what_has_no_finite_score_on_the_report_split(tmp_path: Path) -> None:
+    with record_run(RUN, tmp_path, []) as record:
+        record.selection = Selection("validation", 8, "accuracy", 50.0)
+        record.diverge(Divergence("score", 12))
+    read_again = find_record(tmp_path)
+    assert read_again is not None and read_again.status == "diverged"
+    assert read_again.compared == Selection("validation", 8, "accuracy", 50.0)
+    read_again.diverge(Divergence("weights", 12))
+    assert read_again.compared is None
+
+
 @pytest.mark.parametrize(
     ("score", "selection", "what"),
     [
         (math.nan, None, "score"),
         (math.inf, None, "score"),
         (50.0, Selection("validation", 8, "accuracy", None), "selection score"),
+        (math.nan, Selection("validation", 8, "accuracy", None), "selection score"),
     ],
 )
 def test_what_an_earlier_version_called_done_is_shown_as_diverged(

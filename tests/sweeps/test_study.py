@@ -486,6 +486,35 @@ def test_a_trial_that_diverged_is_a_bad_one_and_no_failure(
     assert "2 done, 1 diverged" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("budget", [["budget=2%"], []])
+def test_a_score_on_the_report_split_that_is_not_finite_decides_nothing(
+    budget: list[str], tmp_path: Path, trained: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = []
+    for place, diverging in (("finite", False), ("not", True)):
+        trainings = trained()
+
+        def diverge(
+            run: Run, overrides: Sequence[str], trainings: Any = trainings, diverging: bool = diverging, **others: Any
+        ) -> Ended:
+            ended = trainings(run, overrides, **others)
+            record = find_record(locate_run(settle_search(run)[0]))
+            assert record is not None
+            if diverging:
+                record.diverge(Divergence("score", 4))
+                record.finish()
+            return ended
+
+        monkeypatch.setattr(peftbench.sweeps.executors, "train_attempt", diverge)
+        assert main(line(tmp_path / place, "search.trials=3", *budget)) == 0
+        assert "3 done; " in capsys.readouterr().out
+        records = load_records(tmp_path / place)[0]
+        assert {one.status for one in records} == {"diverged" if diverging else "done"}
+        final = [one for one in records if one.search is not None and one.search.role == "final"]
+        chosen.append({one.run: one.search and one.search.selection for one in final})
+    assert chosen[0] == chosen[1] and len(chosen[0]) > 0
+
+
 SPACE = {"rate": FloatDistribution(1e-5, 1e-1, log=True)}
 
 

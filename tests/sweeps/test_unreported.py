@@ -22,8 +22,8 @@ from peftbench.config.search import build_trials, check_searches, is_unreported
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.records.choice import settle_search
 from peftbench.records.location import locate_run
-from peftbench.records.noted import is_cleared, is_over
-from peftbench.records.record import Attempt, Failure, Record, find_record, load_records
+from peftbench.records.noted import is_cleared, is_over, lacks_selection
+from peftbench.records.record import Attempt, Divergence, Failure, Record, find_record, load_records
 from peftbench.records.run_files import clear_leftovers, has_leftovers
 from peftbench.sweeps.plan import PlannedRun
 from peftbench.sweeps.status import State, estimate_seconds_left, summarise_states
@@ -253,16 +253,32 @@ def make_trials(run: Run, values: list[float], **changes: Any) -> list[Record]:
     return found
 
 
-@pytest.mark.parametrize("status", ["trained", "running", "interrupted", "failed"])
+@pytest.mark.parametrize("status", ["trained", "running", "interrupted", "failed", "diverged"])
 def test_a_choice_holds_whatever_becomes_of_the_chosen_run_later(status: Any, tmp_path: Path) -> None:
     run = searching(tmp_path)
     best = make_trials(run, [1.0, 3.0, 2.0])[1]
     best.status, best.error = status, Failure("OutOfMemoryError", "") if status == "failed" else None
+    if status == "diverged":  # its score on the report split was not finite
+        best.diverge(Divergence("score"))
     best.save()
     final, note = settle_search(run)
     assert final.trainer.learning_rate == 3e-4 and note is not None and note.selection is not None
     assert note.selection.value == 3.0 and not note.reported
     assert [(trial.value, trial.status) for trial in note.trials] == [(1.0, "done"), (3.0, "done"), (2.0, "done")]
+
+
+def test_what_was_trained_by_itself_to_a_score_that_is_not_finite_is_compared_once_it_can_be(tmp_path: Path) -> None:
+    run = searching(tmp_path)
+    best = make_trials(run, [1.0, 3.0, 2.0])[1]
+    best.status, best.selection = "diverged", None
+    best.diverge(Divergence("score"))
+    best.save()
+    assert lacks_selection(best, True) and not lacks_selection(best, False)
+    with pytest.raises(UserError, match="1 of 3 trials of method=mam on task=doctopic is not done"):
+        settle_search(run)
+    best.diverge(Divergence("weights", 4))
+    best.save()
+    assert not lacks_selection(best, True) and settle_search(run)[0].trainer.learning_rate == 3e-3
 
 
 def test_a_trial_that_failed_before_it_was_trained_is_the_worst(tmp_path: Path) -> None:
