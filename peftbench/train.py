@@ -278,8 +278,8 @@ def _train_and_score(
     stop_if_asked()  # the adapter is saved
     if diverged is None:
         with _record_time(record, "evaluate_s"):
-            if (scored_before := record.timings.get("evaluate_s")) is not None:
-                _count_earlier(record, scored_before)  # as a trial
+            if (as_trial := record.timings.get("select_s")) is not None:
+                _count_earlier(record, as_trial)
             record_scores(prepared.run, model, prepared.data, record, display, team, asked.reporting)
             if asked.selecting and record.selection is None:
                 record.selection = score_selection(prepared.run, model, prepared.data, record, display, team)
@@ -375,6 +375,8 @@ def _train_or_load(
     else:
         fitted = earlier
         load_adapter(backbone.model, adapter, backbone.untrained)
+        if record.unreported and record.adapter_stamp != stamp_content(adapter):
+            record.forget_trial()  # it was trained again since, by a process that was then killed
         if team.leads:
             record.attempts[-1].step = fitted.steps
         _count_earlier(record, fitted.seconds)

@@ -254,8 +254,8 @@ class Record:
     baselines: dict[str, float] = field(default_factory=dict)  # the main metric of: majority, head, lead1
     trainer: dict[str, Any] = field(default_factory=dict)
     # prepare_s, probe_s, train_s, evaluate_s, baseline_s, total_s; measure_s, of retention and speed, which is no part
-    # of total_s; and earlier_s, the part of these that earlier attempts spent on training up to the checkpoints from
-    # which the run was resumed, and on the selection score of a trial that went on
+    # of total_s; select_s, the part of evaluate_s that a trial took; and earlier_s, the part of these that earlier
+    # attempts spent on training up to the checkpoints from which the run was resumed, and on select_s
     timings: dict[str, float] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)  # trainable tensors that the loss does not depend on
     steps: int | None = None
@@ -352,15 +352,16 @@ class Record:
         self.counts, self.data, self.peak_memory_bytes = trial.counts, trial.data, trial.peak_memory_bytes
         self.scores = {role: score for role, score in trial.scores.items() if role == "selection"}
         self.cut_off = {role: share for role, share in trial.cut_off.items() if role == "selection"}
-        if "evaluate_s" in trial.timings:
-            self.timings["evaluate_s"] = trial.timings["evaluate_s"]
+        self.adapter_stamp = trial.adapter_stamp
+        if "select_s" in trial.timings:
+            self.timings["select_s"] = trial.timings["select_s"]
 
     def forget_trial(self) -> None:
         """Forget what `take_up` took over: the run was trained again."""
-        self.unreported, self.selection, self.peak_memory_bytes = False, None, None
+        self.unreported, self.selection, self.peak_memory_bytes, self.adapter_stamp = False, None, None, None
         self.scores.clear()
         self.cut_off.clear()
-        self.timings.pop("evaluate_s", None)
+        self.timings.pop("select_s", None)
 
     def finish(self, reported: bool = True) -> None:
         """Note that the run is done, or has diverged.
@@ -369,6 +370,8 @@ class Record:
             reported: its report split was scored; if not, it is a trial that is trained.
         """
         self.unreported = not reported and self.diverged is None
+        if self.unreported and "evaluate_s" in self.timings:
+            self.timings["select_s"] = self.timings["evaluate_s"]
         self._end("trained" if self.unreported else "done" if self.diverged is None else "diverged")
 
     def interrupt(self) -> None:

@@ -154,6 +154,30 @@ def test_what_was_chosen_stays_chosen_if_its_score_is_stopped_or_fails(
 
 
 @pytest.mark.slow
+def test_what_is_counted_of_a_run_does_not_depend_on_where_its_scoring_was_stopped(
+    tmp_path: Path, scorings: Scorings, trainings: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ["train", "-m", *WORDS, "task.baselines=[head]", "search=lr3", "seed=1", f"output_dir={tmp_path}"]
+    really = peftbench.train._score_head_alone
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(peftbench.train, "_score_head_alone", stop)
+    found = []
+    for code in (130, 130, 0):
+        if code == 0:
+            monkeypatch.setattr(peftbench.train, "_score_head_alone", really)
+        assert main(line) == code
+        found += [one for one in read(tmp_path).values() if one.status in ("interrupted", "done")]
+    assert len(found) == 3 and len({one.run for one in found}) == 1 and len(trainings) == 3 + 1
+    first, second, done = (one.timings for one in found)
+    assert first["select_s"] == second["select_s"] == done["select_s"] < first["evaluate_s"]
+    assert first["earlier_s"] == second["earlier_s"]
+    assert done["earlier_s"] == pytest.approx(first["earlier_s"], abs=0.002)  # which the head has no part in
+
+
+@pytest.mark.slow
 def test_a_trial_has_no_score_until_it_is_a_run_by_itself(
     tmp_path: Path, scorings: Scorings, trainings: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,6 +226,13 @@ def test_records_go_on_elsewhere_and_the_chosen_run_alone_is_trained_again(
     assert main([*line, "seed=1,2", f"output_dir={other}"]) == 0
     assert "it is trained again" in capsys.readouterr().out
     assert len(trainings) == 3 + 2 and trainings[3] == trainings[4]
+    best = next(one for one in read(first).values() if one.trainer["learning_rate"] == trainings[3])
+    assert best.selection is not None and best.selection.value is not None
+    best.adapter_stamp, best.selection.value = (
+        "another",
+        best.selection.value + 1,
+    )  # trained again by one that was killed
+    best.save()
     assert main([*line, "seed=1,2", f"output_dir={first}"]) == 0 and len(trainings) == 5 + 1
     found = [
         {run: (one.status, one.scores, one.selection) for run, one in read(place).items()} for place in (first, other)
