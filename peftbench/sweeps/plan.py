@@ -160,6 +160,7 @@ class Sweep:
         self.arguments = arguments
         self.root = expand_home(self.members[0].run.output_dir)  # below which the folders of the plan are
         self.runs: dict[Path, Run] = {}
+        self.scored: set[Path] = set()  # of these, whose report split is scored
         self.done_before = {trial.folder for trial in self.trials if find_finished(trial.folder) is not None}
         self.settle()
 
@@ -173,6 +174,7 @@ class Sweep:
         new = {member.folder for member in (*self.members, *self.further)} - self.runs.keys() - of_trials
         self.done_before |= {folder for folder in new if find_finished(folder) is not None}
         self.runs = {member.folder: member.comes_to for member in self.members}
+        self.scored = {member.folder for member in self.members if not is_unreported(member.run)}
         self.plan = Plan.of([*self.trials, *self.further, *self.members], self.arguments)
         for member in (*self.trials, *self.further, *self.members):  # for the workers, to which the runs go
             for run in (member.run, member.comes_to):
@@ -221,7 +223,11 @@ class Sweep:
         for line in dict.fromkeys(lost.values()):
             console.print(line, highlight=False)
         console.print(self._summary(records, len(lost)), highlight=False)
-        return 0 if all(record.has_ended for record in records) else 1
+        return 0 if all(record.has_ended or self._is_trained(record) for record in records) else 1
+
+    def _is_trained(self, record: Record) -> bool:
+        """Return whether a run is a trial that was typed as one and is trained, whatever came of it since."""
+        return record.unreported and record.folder not in self.scored
 
     def was_done_before(self, folder: Path) -> bool:
         """Return whether the run in a folder was done when the sweep began, and is not trained again."""
@@ -233,8 +239,11 @@ class Sweep:
         return find_record(folder) or describe_run(run, folder, [], "missing")
 
     def _status(self, record: Record) -> str:
-        earlier = record.status == "done" and self.was_done_before(record.folder)
-        return "done before" if earlier else record.outcome
+        if record.status == "done" and self.was_done_before(record.folder):
+            return "done before"
+        if self._is_trained(record):
+            return "trained"
+        return "unscored" if record.status == "trained" else record.outcome
 
     def _summary(self, records: Sequence[Record], lost: int) -> str:
         counted = Counter(self._status(record).partition(":")[0] for record in records)
@@ -242,6 +251,9 @@ class Sweep:
         sentences = [f"{done} of {len(records)} runs are done."]
         if counted["done before"]:
             sentences[0] = f"{done} of {len(records)} runs are done, {counted['done before']} of them before."
+        if counted["trained"]:
+            ones = "1 is a trained trial" if counted["trained"] == 1 else f"{counted['trained']} are trained trials"
+            sentences.append(f"{ones}, without a score on the report split.")
         if counted["diverged"]:
             ones = "1 diverged and has" if counted["diverged"] == 1 else f"{counted['diverged']} diverged and have"
             sentences.append(f"{ones} no score; rerun=true trains again what is done or diverged.")
@@ -249,7 +261,8 @@ class Sweep:
             sentences.append(f"{counted['failed']} failed; retry=true trains failed ones again.")
         if lost:
             sentences.append(f"{lost} cannot run: no trial has a score; retry=true trains failed trials again.")
-        unfinished = len(records) - done - counted["diverged"] - counted["failed"] - lost
+        ended = done + counted["trained"] + counted["diverged"] + counted["failed"]
+        unfinished = len(records) - ended - lost
         if unfinished:
             sentences.append(f"{unfinished} unfinished; the same line goes on with them.")
         return " ".join(sentences)

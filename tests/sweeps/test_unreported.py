@@ -24,8 +24,9 @@ from peftbench.records.choice import settle_search
 from peftbench.records.location import locate_run
 from peftbench.records.noted import is_cleared, is_over, lacks_selection
 from peftbench.records.record import Attempt, Divergence, Failure, Record, find_record, load_records
+from peftbench.records.recording import start_record
 from peftbench.records.run_files import clear_leftovers, has_leftovers
-from peftbench.sweeps.plan import PlannedRun
+from peftbench.sweeps.plan import PlannedRun, Sweep
 from peftbench.sweeps.status import State, estimate_seconds_left, summarise_states
 from peftbench.tables.claim_texts import describe_cost
 from peftbench.utils.errors import UserError
@@ -378,6 +379,43 @@ def test_a_trained_trial_is_counted_as_one_and_a_chosen_one_as_unscored() -> Non
     missing = State(PlannedRun("lora", "lora", {}, unreported=True), None)
     assert estimate_seconds_left([*trials, missing, done]) == pytest.approx(60)
     assert State(PlannedRun("lora", "lora", {}), record(None, status="interrupted")).status == "interrupted"
+
+
+def test_a_sweep_of_trials_ends_once_they_are_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = searching(tmp_path)
+    _, second, third = make_trials(run, [1.0, 3.0, 2.0])
+    second.status = "failed"  # when it was to be scored
+    second.save()
+    assert run.search is not None
+    trials = [replace(run, search=replace(run.search, trial=number)) for number in range(3)]
+    sweep = Sweep([([f"search.trial={number}"], trial) for number, trial in enumerate(trials)], [])
+
+    def show() -> tuple[int, str]:
+        return sweep.show(), " ".join(capsys.readouterr().out.split())
+
+    code, said = show()
+    assert code == 0 and said.endswith(
+        "0 of 3 runs are done. 3 are trained trials, without a score on the report split."
+    )
+    (third.folder / "record.json").unlink()
+    code, said = show()
+    assert code == 1 and "2 are trained trials, without a score on the report split. 1 unfinished; the same" in said
+    sweep = Sweep([(["method=mam"], build_trials(run)[0])], [])  # what was trained as a trial is to be scored
+    code, said = show()
+    assert code == 1 and said.endswith("0 of 1 runs are done. 1 unfinished; the same line goes on with them.")
+    assert "unscored" in said and "trained" not in said
+
+
+def test_the_time_of_a_trial_is_counted_once_however_often_its_score_is_begun(tmp_path: Path) -> None:
+    run = searching(tmp_path)
+    trial = make_trials(run, [1.0, 3.0, 2.0])[0]
+    trial.timings = {"evaluate_s": 2.0}
+    trial.finish(reported=False)
+    for _ in range(2):
+        going_on = start_record(build_trials(run)[0], trial.folder, [])
+        assert going_on.timings == {"select_s": 2.0}
+        going_on.timings["evaluate_s"] = 2.0 + 5.0  # and is stopped while a baseline is trained
+        going_on.interrupt()
 
 
 def test_hours_count_the_training_of_a_trial_that_went_on() -> None:
