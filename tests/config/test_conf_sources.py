@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,18 @@ ALL = [
     *((f"{GROUP}={row}",) for row in read_rows()),
     *((f"experiment=paper/{file.stem}",) for file in sorted(CONF.glob("experiment/paper/*.yaml"))),
 ]
+# Groups that set no keys of each other's files, so that a composition has the whole of a choice of each.
+TOGETHER = [
+    ("method", "task", "search", "debug", "fidelity"),
+    (GROUP, "model", "trainer"),
+    ("modified_representation", "functional_form", "insertion_form", "composition_function", "mix", "experiment"),
+]
+
+
+def combine(groups: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Every choice of the groups at least once, one of each group in a composition."""
+    choices = [[one for (one,) in ALL if one.startswith(f"{group}=")] for group in groups]
+    return [tuple(filter(None, taken)) for taken in zip_longest(*choices)]
 
 
 def describe(node: Any) -> Any:
@@ -49,11 +62,17 @@ def describe(node: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "groups", [*CHOICES, *(pytest.param(one, marks=pytest.mark.slow) for one in ALL)], ids=" ".join
+    "groups",
+    [*CHOICES, *(pytest.param(one, marks=pytest.mark.slow) for groups in TOGETHER for one in combine(groups))],
+    ids=" ".join,
 )
 def test_without_hydras_own_config_the_rest_is_the_same(groups: tuple[str, ...]) -> None:
     with open_hydra(None):
         assert describe(compose_alone(groups)) == describe(compose(CONFIG_NAME, overrides=list(groups)))
+
+
+def test_every_choice_is_among_them() -> None:
+    assert {one for groups in TOGETHER for taken in combine(groups) for one in taken} == {one for (one,) in ALL}
 
 
 def test_runs_are_composed_so(monkeypatch: pytest.MonkeyPatch) -> None:
