@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
 from peftbench.config.conf_sources import CONFIG_NAME, compose_alone, open_hydra
+from peftbench.config.idle import find_idle_keys
 from peftbench.config.overrides import (
     apply_override,
     describe_error,
@@ -336,6 +337,7 @@ class _Composer:
                     f"{override.input_line} with budget={run.budget}: the bottlenecks are computed from the budget; "
                     "give only one of the two."
                 )
+        yield from find_idle_keys(((str(one.input_line), one.key_or_group) for one in values), run)
 
 
 def _list_lines(overrides: Sequence[Override]) -> tuple[str, ...]:

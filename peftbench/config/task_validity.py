@@ -81,6 +81,13 @@ def _find_data_faults(task: Task) -> Iterator[str]:
         yield f"task.text_columns=[{','.join(task.text_columns)}] must name two columns: question and context."
     elif task.kind is not TaskKind.text_to_text and len(task.text_columns) not in (1, 2):
         yield f"task.text_columns=[{','.join(task.text_columns)}] must name one column, or two for a pair."
+    if task.kind is not TaskKind.text_to_text and task.label_column in task.text_columns:
+        yield (
+            f"task.text_columns=[{','.join(task.text_columns)}] has {task.label_column}, which is task.label_column: "
+            "the model would read what it is to predict; name another column."
+        )
+    elif len(set(task.text_columns)) < len(task.text_columns):
+        yield f"task.text_columns=[{','.join(task.text_columns)}] names a column twice."
     if len(set(task.column_names)) < len(task.column_names):
         yield f"task.column_names=[{','.join(task.column_names)}] names a column twice."
     if task.delimiter is not None and (len(task.delimiter) != 1 or task.delimiter in '\r\n"'):

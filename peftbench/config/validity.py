@@ -39,6 +39,8 @@ from peftbench.utils.errors import UserError, describe_unknown
 from peftbench.utils.files import expand_home
 from peftbench.utils.text import strip_controls
 
+UNFREEZING = ("full", "bitfit", "layernorm_tuning")  # presets that are nothing but a value of `unfreeze`
+
 
 def find_faults(run: Run, *, reads_data: bool = True) -> list[str]:
     """Return all faults of `run`, one plain sentence each; an empty list if it can run.
@@ -193,7 +195,12 @@ def _find_tracker_faults(run: Run) -> Iterator[str]:
 def _find_nothing_to_train(run: Run) -> Iterator[str]:
     if run.peft or run.mix or any(axis != "none" for axis in read_axes(run)) or run.unfreeze is not Unfreeze.none:
         return
-    if run.task.kind is TaskKind.text_to_text:
+    if run.method in UNFREEZING:
+        yield (
+            f"unfreeze=none with method={run.method} leaves the task head alone to train, which is method=head; use "
+            "that, or leave out unfreeze."
+        )
+    elif run.task.kind is TaskKind.text_to_text:
         yield (
             f"method={run.method} with task={run.task.name} leaves nothing to train: a task that writes text has no "
             "head; use a method that changes the backbone, such as method=lora or method=full."

@@ -1,0 +1,111 @@
+"""Find keys that were typed and would change nothing: who types a key means it to have an effect.
+
+A preset may set such a key, and an axis that is flipped leaves keys of the other choice behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from peftbench.config.axes import CHOICES
+from peftbench.config.schema import (
+    WITH_LABELS,
+    Composition,
+    Keep,
+    Modification,
+    Run,
+    TaskKind,
+    list_modifications,
+)
+
+SCALE = "composition_function.scale"
+OF_A_MODIFICATION = (
+    *("bottleneck", "init", "bias", "layer_norm", "dropout", "input_dropout", "prefix_mlp"),
+    *(SCALE, "composition_function.learned"),
+    *("modified_representation.stacks", "modified_representation.attentions", "modified_representation.layers"),
+    *("modified_representation.head_input", "modified_representation.ffn_input"),
+)
+TEXT, ANSWERS = (TaskKind.text_to_text,), (TaskKind.question_answering,)
+# Keys that say what is read, and in which parts: which kinds of tasks read them, and these in words.
+READERS: dict[tuple[str, ...], tuple[tuple[TaskKind, ...], str]] = {
+    ("text_columns", "label_column"): (tuple(set(TaskKind) - set(TEXT)), "tasks that write no text"),
+    ("labels",): (WITH_LABELS, "tasks with labels"),
+    ("source_column", "target_column", "source_join", "prompt", "merge_references"): (TEXT, "tasks that write text"),
+    ("source_language", "target_language"): (TEXT, "tasks that write text"),
+    ("stride",): ((TaskKind.token_classification, *ANSWERS), "labels of words, and answers in a context"),
+    ("max_answer_length", "unanswerable"): (ANSWERS, "answers in a context"),
+}
+
+
+def find_idle_keys(typed: Iterable[tuple[str, str]], run: Run) -> Iterator[str]:
+    """Yield a sentence for each key that was typed and has no effect on `run`.
+
+    Args:
+        typed: KEY=VALUE as it was typed, and its key. Those that a search varies are the search's own, and what it
+            varies on the axes may need a key at some of its points only.
+    """
+    searched: Mapping[str, Any] = run.search.keys if run.search is not None else {}
+    varies = any(key in CHOICES or key == "mix" for key in searched)
+    for line, key in typed:
+        if key in searched or _is_default(key, run) or (varies and not key.startswith(("trainer.", "task."))):
+            continue
+        if (why := _explain(key, run)) is not None:
+            yield f"{line} changes nothing {why}."
+
+
+def _is_default(key: str, run: Run) -> bool:
+    """Return whether a key of a modification has the value that it has anyway, which asks for nothing."""
+    return key in OF_A_MODIFICATION and _get(run, key) == _get(Modification(), key)
+
+
+def _get(node: Any, key: str) -> Any:
+    for part in key.split("."):
+        node = getattr(node, part)
+    return node
+
+
+def _explain(key: str, run: Run) -> str | None:
+    """Return why a key has no effect, as the end of a sentence; None: it has one, or another check is about it."""
+    if key in OF_A_MODIFICATION and not run.peft and "" not in list_modifications(run):
+        return f"with method={run.method}, which has no modification; leave it out"
+    if key.endswith(SCALE):
+        return _explain_scale(key.removesuffix(SCALE), run)
+    if key.startswith("trainer."):
+        return _explain_trainer(key, run)
+    if key.startswith("task.") and run.task._target_ is None:  # a task of one's own may read any key
+        return _explain_task(key.removeprefix("task."), run)
+    return None
+
+
+def _explain_scale(prefix: str, run: Run) -> str | None:
+    modifications = {"": run, **list_modifications(run)}
+    if prefix not in modifications or modifications[prefix].composition_function.name is Composition.scaled:
+        return None
+    if run.peft:
+        return f"with peft.type={run.peft.get('type')} without composition_function=scaled; leave it out"
+    chosen = modifications[prefix].composition_function.name.name
+    group = f"{prefix}composition_function"
+    return f"with {group}={chosen}, which has no scale; use {group}{'.name' * bool(prefix)}=scaled, or leave it out"
+
+
+def _explain_trainer(key: str, run: Run) -> str | None:
+    trainer = run.trainer
+    if key == "trainer.evaluate_every" and trainer.keep is Keep.last:
+        return "with trainer.keep=last, which needs no evaluation; add trainer.keep=best, or leave it out"
+    overriding = {"trainer.epochs": "max_steps", "trainer.batch_size": "batch_tokens"}.get(key)
+    if overriding is None or run.debug is not None:  # which sets steps of its own, for any line
+        return None
+    value = getattr(trainer, overriding)
+    other = f"trainer.{overriding}"
+    return None if value is None else f"with {other}={value}, which counts; add {other}=null, or leave it out"
+
+
+def _explain_task(name: str, run: Run) -> str | None:
+    task = run.task
+    if name == "max_length" and task.messages_column is None:
+        return f"with task={task.name}: it is for conversations; task.max_source_length limits other inputs"
+    for names, (kinds, words) in READERS.items():
+        if name in names and task.kind not in kinds:
+            return f"with task={task.name}: it is for {words}; leave it out"
+    return None
