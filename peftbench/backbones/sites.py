@@ -77,7 +77,7 @@ class Family:
     residual: str | Callable[[Any], str | None] | None = None
     post_norm: str | None = None  # the norm of the FFN's output before it is added to that residual
     parallel: Callable[[Any], bool] = _is_never_parallel  # whether attention and FFN are added to one residual at once
-    experts: str | None = None  # the module of a layer with its experts' weights, which are no Linears
+    experts: str | None = None  # the module of a layer with its experts' weights, which are in no Linear modules
     kv_heads: Callable[[Any, int], int] = _count_kv_heads  # of a config and its number of heads
     functional_dropout: tuple[str, ...] = ()  # the paths of a layer's attributes with the rate of functional dropout
     attention_dropout: str = "attention_dropout"  # config attribute
@@ -565,8 +565,9 @@ class Layer:
         """
         if self.dense is None:
             raise UserError(
-                "The FFNs of this backbone are mixtures of experts, whose weights are no Linears that a modification "
-                "could be attached to; modify the attention, such as with modified_representation=attention."
+                "The FFNs of this backbone are mixtures of experts, whose weights are not in Linear modules, to "
+                "which a modification could be attached; modify the attention, such as with "
+                "modified_representation=attention."
             )
         return self.dense
 

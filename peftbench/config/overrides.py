@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
 from typing import Any, get_args, get_origin
@@ -193,6 +193,10 @@ def _describe_bad_value(cfg: DictConfig, key: str, value: object, error: Excepti
         return describe_unknown(key, value, kind.__members__)
     if kind in WANTED:
         return f"{key}={value}: {WANTED[kind]} is expected."
+    if kind is not None and is_dataclass(kind) and not isinstance(value, dict):
+        first = fields(kind)[0].name
+        instead = f"{key}.name={value}" if first == "name" else f"one of them, such as {key}.{first}=..."
+        return f"{key}={value}: it has no value of its own, but keys below it; give {instead}."
     return f"{key}={value}: {describe_error(error)}"
 
 

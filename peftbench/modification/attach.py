@@ -277,10 +277,11 @@ def _require_attention_interface(sites: Sites, key: str) -> None:
     ours."""
     attention = type(sites.layers[0].attentions[0].module)
     if not _class_takes_ours(attention.__module__, attention.__qualname__):
+        newer = ", or a newer transformers" if {"t5", "mt5", "umt5", "gptj"} & {*sites.family.model_types} else ""
         raise UserError(
             f"{key}: transformers {transformers.__version__} does not let its {attention.__name__} be modified, "
-            "because that calls no registered attention function; choose another representation, such as "
-            "modified_representation=attention (or, for T5, a newer transformers)."
+            "because that calls no registered attention function; use a method that modifies neither heads nor "
+            f"embeddings, such as method=lora or method=parallel_adapter{newer}."
         )
 
 

@@ -150,12 +150,22 @@ def test_an_edit_of_a_fused_projection_changes_its_slice_only(representation: st
         assert columns.all() if name in representation.split("_") else not columns.any()
 
 
-def test_an_attention_that_calls_no_registered_function_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("family", "name", "instead"),
+    [
+        ("llama", "LlamaAttention", r"method=parallel_adapter\.$"),
+        ("t5", "T5Attention", r"method=parallel_adapter, or a newer transformers\.$"),
+    ],
+)
+def test_an_attention_that_calls_no_registered_function_is_refused(
+    family: str, name: str, instead: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As T5's in transformers 5.10: a prefix there would train nothing and change nothing."""
+    model = build(family)
     monkeypatch.setattr("inspect.getsource", lambda cls: "class OldAttention: ...")
     monkeypatch.setattr(attachment, "_class_takes_ours", attachment._class_takes_ours.__wrapped__)  # read it anew
-    with pytest.raises(UserError, match="does not let its LlamaAttention be modified"):
-        attach(build("llama"), PRESETS["prefix"])
+    with pytest.raises(UserError, match=f"does not let its {name} be modified.*{instead}"):
+        attach(model, PRESETS["prefix"])
 
 
 def test_prompts_are_refused_where_a_family_names_no_embedding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -279,6 +279,13 @@ def test_one_failing_run_does_not_stop_a_sweep(
             ["search=null chooses nothing; leave search out for its default, or give one of: lr3, lr5, optuna."],
         ),
         (["mix=[null]", "debug=null"], ["mix=[null] chooses nothing; leave mix out", "debug=null chooses nothing;"]),
+        (
+            ["mix=[prefix]", "mix.attention.modified_representation=value", "task.generation=3"],
+            [
+                "but keys below it; give mix.attention.modified_representation.name=value.",
+                "but keys below it; give one of them, such as task.generation.num_beams=...",
+            ],
+        ),
         (["experiment/paper=table5"], ["give experiment=paper/table5."]),
         (["+experiment=paper/table5"], ["experiment is already in the config; leave out the +."]),
         (["--method", "lora"], ["--method is no option of peftbench train"]),
