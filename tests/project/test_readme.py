@@ -71,6 +71,12 @@ def test_no_page_says_a_thing_twice(page: str) -> None:
     assert [paragraph for paragraph, count in counts.items() if count > 1] == []
 
 
+def test_the_list_of_pages_has_each_page() -> None:
+    listed = re.findall(r"^\| \[.*?\]\((.*?)\) \|", (DOCS / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    there = [page.name for page in DOCS.glob("*.md") if page.name != "README.md"]
+    assert sorted(listed) == sorted([*there, "own_parts/README.md"])
+
+
 @pytest.mark.parametrize(("page", "least"), [("README.md", 5), ("docs/command_line.md", 15)])
 def test_the_page_has_commands(page: str, least: int) -> None:
     assert len(PAGES[page]) >= least
