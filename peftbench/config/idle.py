@@ -91,12 +91,12 @@ def _explain_scale(prefix: str, run: Run) -> str | None:
 
 def _explain_trainer(key: str, run: Run) -> str | None:
     trainer = run.trainer
+    if run.debug is not None:  # which sets steps and batches of its own, for any line
+        return None
     if key == "trainer.evaluate_every" and trainer.keep is Keep.last:
         return "with trainer.keep=last, which needs no evaluation; add trainer.keep=best, or leave it out"
     overriding = {"trainer.epochs": "max_steps", "trainer.batch_size": "batch_tokens"}.get(key)
-    if overriding is None or run.debug is not None:  # which sets steps of its own, for any line
-        return None
-    value = getattr(trainer, overriding)
+    value = None if overriding is None else getattr(trainer, overriding)
     other = f"trainer.{overriding}"
     return None if value is None else f"with {other}={value}, which counts; add {other}=null, or leave it out"
 

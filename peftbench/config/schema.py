@@ -491,7 +491,7 @@ class Task:
 class Trainer:
     """Optimisation; one optimiser step uses batch_size x accumulation examples."""
 
-    learning_rate: float = key(MISSING, "AdamW's learning rate after the warm-up, the maximum of the schedule.")
+    learning_rate: float = key(MISSING, "The learning rate after the warm-up, the maximum of the schedule.")
     epochs: float = key(3.0, "Passes over the training examples; trainer.max_steps overrides it.")
     max_steps: int | None = key(
         None, "Optimiser steps; overrides trainer.epochs. null: as many as trainer.epochs needs."
@@ -622,7 +622,7 @@ class Search:
     keys: dict[str, Variation] = key(
         {},
         "What is tried for each key, as {KEY: {times: [...]}}, multiples of the run's value, or "
-        "{KEY: {values: [...]}}.",
+        "{KEY: {values: [...]}}; with search.trials also {KEY: {low: A, high: B, log: true}}, a range.",
     )
     seed: int | None = key(None, "Seed of the trials. null: the first seed of the sweep.")
     extend: int = key(
