@@ -26,10 +26,11 @@ def test_every_record_is_whole(part: str) -> None:
     assert left_out == [] and len(records) == RUNS[part]
     chosen_from = {trial.run for one in records if one.search and not is_trial(one) for trial in one.search.trials}
     for record in records:
-        assert record.status == "done" and record.folder.name == record.run
-        numbers = [value for score in record.scores.values() for value in score.metrics.values()]
-        assert record.score in numbers and all(map(math.isfinite, numbers))
         beaten = is_trial(record) and record.run in chosen_from
+        assert record.status in ({"done", "trained"} if beaten else {"done"}) and record.folder.name == record.run
+        numbers = [value for score in record.scores.values() for value in score.metrics.values()]
+        assert record.score in numbers if record.status == "done" else "report" not in record.scores
+        assert numbers and all(map(math.isfinite, numbers))
         kept = {FILE} if part == "reproduction" and beaten else {FILE, "config.yaml", "metrics.jsonl"}
         has_examples = part in ("peft", "reproduction") and not beaten
         assert {file.name for file in record.folder.iterdir()} == kept | ({examples.FILE} if has_examples else set())
@@ -124,6 +125,7 @@ def test_the_table_of_pefts_methods_says_what_the_records_say(capsys: pytest.Cap
         ["method=mam,lora", "--mean"],
         [
             "task=webnlg",
+            "model=bart-mini",
             "examples=1862",
             "--rows",
             "method,scale,modified_representation,trainer.epochs,trainer.max_steps,trainer.evaluate_every,learning_rate",
