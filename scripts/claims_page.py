@@ -64,14 +64,8 @@ def write_page(page: str, records: Path = RECORDS) -> str:
 def write_groups(records: Path) -> str:
     """Return the verdicts on the test examples of the categories that are trained on, and on those of the others."""
     told = {group: _run(claims, [str(records), f"group={group}", "--short", "--markdown"]) for group in GROUPS}
-    parts = [[title, "", *_list_table(told[group])] for group, title in GROUPS.items()]
-    return "\n".join("\n".join([*part, ""]) for part in parts)
-
-
-def _list_table(told: str) -> list[str]:
-    """Return the lines of the table that `peftbench claims --short` printed, and what its intervals are."""
-    lines = told.splitlines()
-    return [line for line in lines if line.startswith("|")] + [""] + [one for one in lines if "Intervals: " in one]
+    parts = [[title, "", *_list_table(told[group]), "", *_list_ways(told[group]), ""] for group, title in GROUPS.items()]
+    return "\n".join("\n".join(part) for part in parts)
 
 
 def write_searches(records: Path) -> str:
@@ -115,16 +109,26 @@ def find_cells(records: Path) -> list[str]:
 
 def _rename(told: str) -> str:
     """Return the table that a command printed, with the cells' names, and what its marks and intervals are."""
-    head, *lines = [line for line in told.splitlines() if line.startswith("|")]
+    head, *lines = _list_table(told)
     labels = " | ".join(LABELS.get(label, label) for label in head.strip("| ").split(" | "))
     # after the runs of `peftbench results`, and below the table of `peftbench claims`
     _, *marks = next((line for line in told.splitlines() if line.startswith("score of ")), "").split("; ")
-    below = [line for line in told.splitlines() if line.startswith("Intervals: ")] or [f"{'; '.join(marks)}."]
+    below = _list_ways(told) or [f"{'; '.join(marks)}."]
     table = "\n".join([f"| {labels} |", *lines, "", *below, ""])
     for cell, name in CELLS.items():
         task, model = cell.split("/")
         table = re.sub(rf"{task} (with )?{model}", name, table)
     return table.replace(" bleu", " BLEU")
+
+
+def _list_table(told: str) -> list[str]:
+    """Return the lines of the table that a command printed in Markdown."""
+    return [line for line in told.splitlines() if line.startswith("|")]
+
+
+def _list_ways(told: str) -> list[str]:
+    """Return the line that says what the intervals of a table of claims are."""
+    return [line for line in told.splitlines() if line.startswith("Intervals: ")]
 
 
 def _run(command: Callable[[list[str]], int], words: list[str]) -> str:
