@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from peftbench.evaluation.finished import evaluate_run, read_changed_run
 from peftbench.records.saved import find_run_folder, read_saved_record
 from peftbench.tables.scores import show_scores
 from peftbench.utils.console import say
@@ -34,6 +33,11 @@ def main(argv: list[str]) -> int:
     if arguments.predictions is not None and not arguments.predictions.parent.is_dir():
         raise UserError(f"--predictions {arguments.predictions}: {arguments.predictions.parent} is not a folder.")
     record = read_saved_record(arguments.run)
+    from peftbench.evaluation.finished import (  # imports torch, which a refusal above does without
+        evaluate_run,
+        read_changed_run,
+    )
+
     run = read_changed_run(arguments.run, record, arguments.overrides)
     console = make_quiet_console(stderr=arguments.json)
     found = evaluate_run(arguments.run, run, console, arguments.predictions)

@@ -6,9 +6,6 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
-from peftbench.evaluation.finished import read_saved_run
-from peftbench.exchange.export import export_run, push_folder, require_empty
-from peftbench.exchange.peft_form import describe_targets
 from peftbench.records.saved import find_run_folder, read_saved_record
 from peftbench.utils.console import say
 from peftbench.utils.quiet import silence_libraries
@@ -36,8 +33,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--private", action="store_true", help="with --push: a repository that only OWNER can see")
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="such as model.path=FOLDER")
     arguments = parser.parse_intermixed_args(argv)
-    require_empty(arguments.out)
     record = read_saved_record(arguments.run)
+    from peftbench.evaluation.finished import read_saved_run  # imports torch, which a refusal above does without
+    from peftbench.exchange.export import export_run, push_folder, require_empty
+    from peftbench.exchange.peft_form import describe_targets
+
+    require_empty(arguments.out)
     run = read_saved_run(arguments.run, record, arguments.overrides)
     silence_libraries()
     exported = export_run(arguments.run, run, record, arguments.out, check=not arguments.no_check)

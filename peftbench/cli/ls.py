@@ -40,6 +40,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--markdown", action="store_true", help="with keys: print the tables of docs/keys.md")
     parser.add_argument("--json", action="store_true", help="with axes: print every point, and whether it runs")
     arguments = parser.parse_args(argv)
+    if arguments.start and arguments.group != "keys":
+        raise UserError(f"{arguments.start}: ls {arguments.group} takes no further word; ls keys START does.")
     console, groups = make_console(), find_groups(arguments.config_dir)
     if arguments.group is None:
         show_groups(groups, console)

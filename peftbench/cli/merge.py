@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 
 from peftbench.config.schema import DType
-from peftbench.evaluation.finished import read_saved_run
-from peftbench.evaluation.merged import write_merged
 from peftbench.records.saved import find_run_folder, read_saved_record
 from peftbench.utils.errors import UserError
 from peftbench.utils.quiet import make_quiet_console
@@ -28,9 +26,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", type=find_run_folder, help="its folder, or the first digits of its name")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to write, new or empty")
     arguments = parser.parse_args(argv)
-    run = read_saved_run(arguments.run, read_saved_record(arguments.run))
+    record = read_saved_record(arguments.run)
     if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
         raise UserError(f"--out {arguments.out} exists already; give a folder that is new or empty.")
+    from peftbench.evaluation.finished import read_saved_run  # imports torch, which a refusal above does without
+    from peftbench.evaluation.merged import write_merged
+
+    run = read_saved_run(arguments.run, record)
     console = make_quiet_console()
     name, share, quantization = write_merged(arguments.run, run, arguments.out)
     console.print(

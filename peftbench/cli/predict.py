@@ -10,15 +10,16 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from peftbench.evaluation.unlabelled import Prediction, predict_inputs, read_run_to_predict
 from peftbench.records.saved import find_run_folder, read_saved_record
-from peftbench.tasks.inputs import FORMATS
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import dump_json, expand_home, replace_file
 from peftbench.utils.quiet import make_quiet_console
 from peftbench.utils.text import strip_controls
+
+if TYPE_CHECKING:
+    from peftbench.evaluation.unlabelled import Prediction
 
 EPILOG = """\
 FILE is .txt, with an input on each line (of a pair: two texts and a tab between them), or .csv, .tsv, .jsonl, .json or
@@ -34,6 +35,7 @@ examples:
   peftbench predict RUN reviews.csv --out predicted.csv
   cut -f1 reviews.tsv | peftbench predict RUN - > predicted.txt
 """
+READ = (".txt", ".tsv", ".csv", ".jsonl", ".json", ".parquet")  # those of tasks/inputs.py, which imports torch
 Share = float | list[float | None]
 WRITE = (".txt", ".csv", ".tsv", ".jsonl")
 
@@ -55,7 +57,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings to change")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write; default: standard output")
     parser.add_argument(
-        "--read", choices=[name[1:] for name in FORMATS], help="the format of the inputs; default: by FILE's ending"
+        "--read", choices=[name[1:] for name in READ], help="the format of the inputs; default: by FILE's ending"
     )
     parser.add_argument(
         "--write", choices=[name[1:] for name in WRITE], help="the format to write; default: by the ending of --out"
@@ -63,7 +65,13 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     out: Path | None = arguments.out
     form = _choose_format(out, arguments.write)
-    run = read_run_to_predict(arguments.run, read_saved_record(arguments.run), arguments.overrides)
+    record = read_saved_record(arguments.run)
+    from peftbench.evaluation.unlabelled import (  # torch, which no refusal above needs
+        predict_inputs,
+        read_run_to_predict,
+    )
+
+    run = read_run_to_predict(arguments.run, record, arguments.overrides)
     with redirect_stdout(sys.stderr):  # a library that prints must not print between the predictions
         found = predict_inputs(
             arguments.run,

@@ -108,3 +108,8 @@ def test_ls_shows_a_users_own_folder(tmp_path: Path, capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     assert "Mine: h <- h." in out and "lora" in out
     assert main(["ls", "method", "--config-dir", str(tmp_path / "nowhere")]) == 2
+
+
+def test_a_word_that_no_group_takes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls", "method", "lora"]) == 2
+    assert "lora: ls method takes no further word; ls keys START does." in capsys.readouterr().err

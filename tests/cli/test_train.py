@@ -76,6 +76,24 @@ def test_help_reads_as_it_is_typed(command: str, capsys: pytest.CaptureFixture[s
     assert max(map(len, told.splitlines())) <= 120
 
 
+def test_no_help_and_no_missing_run_imports_torch() -> None:
+    code = (
+        "import sys\n"
+        "from peftbench.cli.main import COMMANDS, main\n"
+        "for command in COMMANDS:\n"
+        "    try:\n"
+        "        main([command, '--help'])\n"
+        "    except SystemExit:\n"
+        "        pass\n"
+        "ends = ['--out', 'nowhere/a.txt']\n"
+        "for words in (['evaluate'], ['predict', '-'], ['rescore'], ['merge', *ends], ['export', *ends]):\n"
+        "    assert main([words[0], 'no-such-run', *words[1:]]) == 2\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.count("no-such-run has no run") == 5, done.stderr
+
+
 def test_the_help_of_train_names_options_as_they_are_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "task").mkdir()
     (tmp_path / "task" / "films.yaml").write_text("")

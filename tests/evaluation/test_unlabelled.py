@@ -17,7 +17,9 @@ import torch
 
 from peftbench import load_run
 from peftbench.cli.main import main
+from peftbench.cli.predict import READ
 from peftbench.evaluation import evaluator
+from peftbench.tasks.inputs import FORMATS
 from tests.chat import chatml
 from tests.families import build
 from tests.finished import make_run, save_backbone, save_tiny_bert
@@ -293,3 +295,7 @@ def test_in_a_shell_pipe(classifier: Path, tmp_path: Path) -> None:
     subprocess.run(line, shell=True, check=True, cwd=tmp_path, capture_output=True, env={**os.environ})
     lines = (tmp_path / "y").read_text().splitlines()
     assert len(lines) == 2 and all(line.split("\t")[0] in LABELS for line in lines)
+
+
+def test_the_command_offers_the_formats_that_are_read() -> None:
+    assert sorted(READ) == sorted(FORMATS)
