@@ -42,9 +42,9 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.start and arguments.group != "keys":
         raise UserError(f"{arguments.start}: ls {arguments.group} takes no further word; ls keys START does.")
-    console, groups = make_console(), find_groups(arguments.config_dir)
+    console, groups = make_console(), find_option_groups(arguments.config_dir)
     if arguments.group is None:
-        show_groups(groups, console)
+        show_option_groups(groups, console)
         console.print(
             "peftbench ls GROUP says what each choice is, ls axes which combinations run, ls keys what keys mean."
         )
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def find_groups(config_dir: Path | None) -> dict[str, Options]:
+def find_option_groups(config_dir: Path | None) -> dict[str, Options]:
     """Return the options of each group of conf/, and of a folder of the user's own.
 
     Raises:
@@ -84,7 +84,7 @@ def find_groups(config_dir: Path | None) -> dict[str, Options]:
     return groups
 
 
-def show_groups(groups: Mapping[str, Options], console: Console) -> None:
+def show_option_groups(groups: Mapping[str, Options], console: Console) -> None:
     """Print each group with the names of its options, as they are typed."""
     for name, options in groups.items():
         console.print(Text.assemble((name, "bold"), f": {', '.join(options)}"))

@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from peftbench.cli.ls import find_groups, show_groups
+from peftbench.cli.ls import find_option_groups, show_option_groups
 from peftbench.cli.own_parts import check_own_parts
 from peftbench.config.compose import AND, TypedRun, compose_points, resolve_run
 from peftbench.config.conf_sources import CONFIG_NAME
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     sys.argv = ["peftbench train", *flags, *map(address_hydra, args.overrides)]
     if args.help:
         say(HELP)
-        show_groups(find_groups(Path(args.config_dir) if args.config_dir else None), make_console())
+        show_option_groups(find_option_groups(Path(args.config_dir) if args.config_dir else None), make_console())
         return 0
     if args.hydra_help or args.cfg or args.info or args.shell_completion:
         if args.cfg:

@@ -68,7 +68,16 @@ class Encoder:
         pair, the longer text is truncated first. If the tokenizer puts nothing between the texts of a pair,
         `separator` is added there. `target` says that the model has to write the texts. Without `special` none of the
         tokenizer's special tokens are added around them.
+
+        Raises:
+            UserError: special tokens alone fill `max_length`, at which tokenizers truncate nothing, or leave no text.
         """
+        if special and not target and max_length <= (own := self._count_special(pairs is not None)):
+            what = "pair of texts" if pairs is not None else "text"
+            raise UserError(
+                f"task.max_source_length={max_length}: the tokenizer adds {own} tokens to each {what}, so that nothing "
+                "of it would be read; give more."
+            )
         if pairs is not None and self.separator:
             return self._separated(texts, pairs, max_length)
         plain = self._plain(texts)
@@ -82,6 +91,11 @@ class Encoder:
         )
         read = {name: column for name, column in encoded.items() if name not in self._unread}
         return {**read, SOURCE_CUT: self._cut(encoded, kind, special)}
+
+    def _count_special(self, pair: bool) -> int:
+        """Return how many special tokens the tokenizer adds to a text, or to a pair of texts."""
+        count: int = self.tokenizer.num_special_tokens_to_add(pair=pair)
+        return count
 
     def ids(self, texts: Sequence[str], target: bool = False) -> list[list[int]]:
         """Return the ids of whole texts, without special tokens; `target` says that the model has to write them."""

@@ -193,6 +193,19 @@ def test_lengths() -> None:
     assert (len(pair), pair.count(2)) == (12, 3)
 
 
+def test_a_length_that_special_tokens_fill_is_refused() -> None:
+    """Tokenizers truncate nothing below the number of their special tokens, and at it nothing is left of a text."""
+    tokenizer = byte_level()
+    encoder = Encoder(tokenizer, tiny_bert())
+    for pairs, what in ((None, "text"), (["bad"], "pair of texts")):
+        own = tokenizer.num_special_tokens_to_add(pair=pairs is not None)
+        assert own > 0 and len(encoder(["good good"], pairs, max_length=own + 1)["input_ids"][0]) == own + 1
+        for length in range(1, own + 1):
+            said = f"task.max_source_length={length}: the tokenizer adds {own} tokens to each {what}"
+            with pytest.raises(UserError, match=said):
+                encoder(["good good"], pairs, max_length=length)
+
+
 def test_positions() -> None:
     assert count_positions(tiny_bart()) == 32
     size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
