@@ -107,7 +107,8 @@ def _find_chat_faults(task: Task) -> Iterator[str]:
     if task.kind is not TaskKind.text_to_text:
         for key, is_set in (("chat", task.chat is not False), ("messages_column", task.messages_column is not None)):
             if is_set:
-                yield f"task.{key}={getattr(task, key)} is for tasks that write text; leave it out of task={task.name}."
+                typed = "true" if getattr(task, key) is True else getattr(task, key)
+                yield f"task.{key}={typed} is for tasks that write text; leave it out of task={task.name}."
     elif task.messages_column is not None:
         for key, default in (("prompt", None), ("source_join", None), ("merge_references", False), ("chat", False)):
             if getattr(task, key) != default:

@@ -48,9 +48,15 @@ class FileSet(NamedTuple):
                     raise UserError(
                         f"{names[0]}: column {name} holds {kinds[0]}, but that of {first[0]} holds {kinds[1]}."
                     )
-        for names, table in tables:
-            if lacking := [name for name in self.used if name in rows.column_names and name not in table.column_names]:
-                raise UserError(f"{names[0]} has no column {lacking[0]}, which {first[0]} has.")
+        for name in self.used:
+            has = {names[0]: name in table.column_names for names, table in tables}
+            if len({*has.values()}) > 1:
+                lacking, having = (next(file for file, it_has in has.items() if it_has is one) for one in (False, True))
+                raise UserError(f"{lacking} has no column {name}, which {having} has.")
+        if not shared:
+            raise UserError(
+                f"{others[0][0][0]} and {first[0]} have no column in common; files of a split need the same."
+            )
         alike = [name for name in shared if len({str(table.features[name]) for _, table in tables}) == 1]
         return concatenate_datasets([table.select_columns(alike) for _, table in tables])
 

@@ -346,7 +346,7 @@ def test_faults_of_the_keys() -> None:
     assert "task.chat=maybe: it must be auto, true or false" in faults("task=text_to_text", "task.chat=maybe")
     assert "task.prompt=a {source} is for sources and targets" in faults("task=chat", "task.prompt='a {source}'")
     assert "conversations have no baseline; use task.baselines=[]" in faults("task=chat", "task.baselines=[copy]")
-    assert "task.chat=True is for tasks that write text" in faults("task=sst2", "task.chat=true")
+    assert "task.chat=true is for tasks that write text" in faults("task=sst2", "task.chat=true")
     assert "task.tools_column=a is for conversations" in faults("task=text_to_text", "task.tools_column=a")
     assert "model.chat_template=none.jinja is not a file" in faults("task=chat", "model.chat_template=none.jinja")
     assert find_faults(compose_run(["task=chat"], reads_data=False), reads_data=False) == []

@@ -405,6 +405,12 @@ def test_files_in_a_list_follow_each_other(tmp_path: Path) -> None:
     write(tmp_path, "b.csv", "label,words\nbad,x\n")
     with pytest.raises(UserError, match=r"b\.csv has no column text, which .*a\.jsonl has\."):
         load_task(task)
+    task.train_file = [second, first]
+    with pytest.raises(UserError, match=r"b\.csv has no column text, which .*a\.jsonl has\."):
+        load_task(task)
+    task.train_file = [write(tmp_path, "c.csv", "review,stars\nx,1\n"), write(tmp_path, "d.csv", "body,note\ny,2\n")]
+    with pytest.raises(UserError, match=r"d\.csv and .*c\.csv have no column in common; files of a split need"):
+        load_task(task)
 
 
 def test_a_training_file_of_several_that_is_also_scored(tmp_path: Path) -> None:
