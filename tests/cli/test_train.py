@@ -595,8 +595,8 @@ def test_hydras_own_flags_work(arguments: list[str]) -> None:
     ("word", "shown"),
     [
         ("peft.target_modules=[c_attn]", "  target_modules:\n  - c_attn\n"),
-        ("functional_form.settings.beta=1.5", "    beta: 1.5\n"),
-        ("sizes.mini.lora.r=3", "    lora:\n      r: 3\n"),
+        pytest.param("functional_form.settings.beta=1.5", "    beta: 1.5\n", marks=pytest.mark.slow),
+        pytest.param("sizes.mini.lora.r=3", "    lora:\n      r: 3\n", marks=pytest.mark.slow),
     ],
 )
 def test_the_config_is_shown_of_keys_that_no_file_has(word: str, shown: str) -> None:

@@ -16,7 +16,7 @@ from peftbench.evaluation.predict import predict
 from peftbench.tasks.load import load_task
 from peftbench.tasks.prepare import prepare_data
 from peftbench.utils.files import write_lines
-from tests.families import CONTINUING, FAMILIES, MORE_FAMILIES, VOCABULARY, WRITING, build
+from tests.families import ALIKE, CONTINUING, FAMILIES, MORE_FAMILIES, VOCABULARY, WRITING, build
 from tests.tasks.test_tasks import SPECIAL, with_template
 
 LENGTHS = (1, 7, 2, 12, 3, 5, 9, 4)
@@ -70,7 +70,13 @@ PADS += [
 ]
 
 
-@pytest.mark.parametrize(("family", "pads"), PADS)
+@pytest.mark.parametrize(
+    ("family", "pads"),
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] if case[0] in ALIKE and case[1] == "another" else [])
+        for case in PADS
+    ],
+)
 def test_the_size_of_the_batches_changes_no_prediction(family: str, pads: str, tmp_path: Path) -> None:
     model, tokenizer = build(family, pad_token_id=4 if pads == "another" else 1), letters()
     if pads == "none":

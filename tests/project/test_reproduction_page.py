@@ -81,6 +81,7 @@ def copy_cell(folder: Path, model: str, rows: tuple[str, ...]) -> None:
             (made / "record.json").write_text(json.dumps(record | {"run": made.name}), encoding="utf-8")
 
 
+@pytest.mark.slow  # test_the_readme_is_up_to_date is the short form
 def test_cells_are_shown_as_they_come(script: ModuleType, tmp_path: Path) -> None:
     shutil.copytree(FOLDER / "sst2", tmp_path / "reproduction" / "sst2")
     for file in list(tmp_path.rglob("record.json")):  # the same seeds in all rows and cells
