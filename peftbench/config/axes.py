@@ -51,6 +51,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
+def _names_twice(representation: ModifiedRepresentation) -> bool:
+    named = (representation.layers or [], representation.stacks, representation.attentions)
+    return any(len({*places}) < len(places) for places in named)
+
+
 @dataclass(frozen=True)
 class Rule:
     """A combination that is refused: `broken(m)` tells whether m breaks it, `sentence` why and what would be right."""
@@ -248,6 +253,10 @@ RULES = (
         lambda m: m.modified_representation.layers == [],
         "{p}modified_representation.layers=[] leaves nothing to modify; give indices such as [0,1,-1], or null for "
         "all.",
+    ),
+    Rule(
+        lambda m: _names_twice(m.modified_representation),
+        "{p}modified_representation names a layer, stack or attention twice, which is modified once; name each once.",
     ),
 )
 

@@ -79,6 +79,13 @@ def test_the_keys_that_are_checked_exist() -> None:
     assert {*OF_A_MODIFICATION} <= names and {f"task.{name}" for group in READERS for name in group} <= names
 
 
+@pytest.mark.parametrize("place", ["layers=[0,1,0]", "stacks=[decoder,decoder]", "attentions=[self,self]"])
+def test_a_place_that_is_named_twice_is_refused(place: str) -> None:
+    """It would be modified once, and be another row of a table."""
+    with pytest.raises(UserError, match="modified_representation names a layer, stack or attention twice"):
+        compose_run(["method=lora", f"modified_representation.{place}"])
+
+
 @pytest.mark.parametrize("method", ["full", "bitfit", "layernorm_tuning"])
 def test_a_method_that_only_unfreezes_is_not_the_head_alone(method: str) -> None:
     with pytest.raises(UserError, match=f"unfreeze=none with method={method} leaves the task head alone to train"):
