@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -118,5 +119,11 @@ def test_lists_hold_what_belongs_there(word: str, said: str) -> None:
 
 
 def test_odd_words_beside_flags_of_hydra_are_sentences(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "method=lora", "+seed==", "--info", "defaults"]) == 2
+    root = logging.getLogger()  # which --info has print everything, for later tests into a file that is closed
+    level, handlers = root.level, [*root.handlers]
+    try:
+        assert main(["train", "method=lora", "+seed==", "--info", "defaults"]) == 2
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers
     assert "+seed==" in capsys.readouterr().err
