@@ -67,8 +67,11 @@ def _read_raw(task: Task, split: str) -> Source:
         )
     if task.hub_id is not None:
         return Source(_read_hub(task, task.hub_id, split), " ".join(filter(None, [task.hub_id, task.hub_config])))
+    keys = {task.report_split: "test_file", task.selection_split: "validation_file", task.train_split: "train_file"}
+    file = f"task.{keys[split]}=FILE" if split in keys else f"+task.data_files.{split}=FILE"
     raise UserError(
-        f"task={task.name} has no data; give task.data_dir=FOLDER, with files for {_name_needed_splits(task)}."
+        f"task={task.name} has no data for its {split} split; give {file}, or task.data_dir=FOLDER, with files for "
+        f"{_name_needed_splits(task)}."
     )
 
 

@@ -205,11 +205,14 @@ def test_docstrings_have_three_splits() -> None:
         load_rows(replace(NEWS, packages=["json"], report_split="dev"), "dev")
 
 
-def test_no_source_at_all() -> None:
-    with pytest.raises(
-        UserError, match=r"task=news has no data; give task\.data_dir=FOLDER, with files for train, val"
-    ):
-        load_rows(NEWS, "train")
+@pytest.mark.parametrize(
+    ("split", "file"),
+    [("train", "task.train_file"), ("validation", "task.validation_file"), ("test", "task.test_file")],
+)
+def test_no_source_at_all(split: str, file: str) -> None:
+    said = f"task=news has no data for its {split} split; give {file}=FILE, or task.data_dir=FOLDER, with files for"
+    with pytest.raises(UserError, match=said):
+        load_rows(NEWS, split)
 
 
 @pytest.mark.parametrize(
