@@ -79,7 +79,7 @@ def compose_points(
     if len(grids) > 1 and not multirun:
         raise UserError(f"{AND} joins grids into a sweep; add -m to run it.")
     with open_hydra(config_dir):
-        composer = _Composer(config_dir, reads_data)
+        composer = _Composer(config_dir, reads_data, multirun)
         found: list[str] = []
         runs: list[TypedRun] = []
         for point in [point for grid in grids for point in _expand_grid(grid, multirun, composer)]:
@@ -259,9 +259,9 @@ def _cache_compositions(config_dir: str | None) -> Callable[[tuple[str, ...]], b
 class _Composer:
     """Composes the runs of one command line, and does what they share once: a sweep often repeats the same choices."""
 
-    def __init__(self, config_dir: str | None, reads_data: bool) -> None:
+    def __init__(self, config_dir: str | None, reads_data: bool, multirun: bool) -> None:
         loader = GlobalHydra.instance().config_loader()
-        self.reads_data = reads_data
+        self.reads_data, self.multirun = reads_data, multirun
         self.list_options = _list_packaged_options if config_dir is None else cache(partial(_list_options, loader))
         self.compose_groups = _cache_compositions(config_dir)
         self.parse_all = partial(parse_overrides, loader=loader)
@@ -337,7 +337,8 @@ class _Composer:
                     f"{override.input_line} with budget={run.budget}: the bottlenecks are computed from the budget; "
                     "give only one of the two."
                 )
-        yield from find_idle_keys(((str(one.input_line), one.key_or_group) for one in values), run)
+        typed = ((str(one.input_line), one.key_or_group) for one in values)
+        yield from find_idle_keys(typed, run, in_sweep=self.multirun)
 
 
 def _list_lines(overrides: Sequence[Override]) -> tuple[str, ...]:

@@ -37,13 +37,18 @@ READERS: dict[tuple[str, ...], tuple[tuple[TaskKind, ...], str]] = {
     ("max_answer_length", "unanswerable"): (ANSWERS, "answers in a context"),
 }
 
+IN_A_SWEEP = " Joined grids have keys of their own, as in -m method=full and method=lora bottleneck=8,16."
 
-def find_idle_keys(typed: Iterable[tuple[str, str]], run: Run) -> Iterator[str]:
+
+def find_idle_keys(typed: Iterable[tuple[str, str]], run: Run, in_sweep: bool = False) -> Iterator[str]:
     """Yield a sentence for each key that was typed and has no effect on `run`.
+
+    In a sweep too, also if other runs of it need the key: two values of it would be the same run twice.
 
     Args:
         typed: KEY=VALUE as it was typed, and its key. Those that a search varies are the search's own, and what it
             varies on the axes may need a key at some of its points only.
+        in_sweep: the run is one of a sweep, which may have several grids.
     """
     searched: Mapping[str, Any] = run.search.keys if run.search is not None else {}
     varies = any(key in CHOICES or key == "mix" for key in searched)
@@ -51,7 +56,7 @@ def find_idle_keys(typed: Iterable[tuple[str, str]], run: Run) -> Iterator[str]:
         if key in searched or _is_default(key, run) or (varies and not key.startswith(("trainer.", "task."))):
             continue
         if (why := _explain(key, run)) is not None:
-            yield f"{line} changes nothing {why}."
+            yield f"{line} changes nothing {why}.{IN_A_SWEEP * in_sweep}"
 
 
 def _is_default(key: str, run: Run) -> bool:

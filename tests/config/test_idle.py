@@ -42,6 +42,17 @@ def test_what_would_change_nothing_is_refused(words: list[str], said: str) -> No
     assert sentence.startswith(f"{words[-1]} changes nothing ") and said in sentence
 
 
+def test_in_a_sweep_the_refusal_says_how_other_runs_have_the_key() -> None:
+    """Two values of a key that changes nothing would be the same run twice, with two names."""
+    with pytest.raises(UserError) as refused:
+        compose_points(["method=full,lora", "bottleneck=8,16"], multirun=True, reads_data=False)
+    assert [sentence.partition(" ")[0] for sentence in refused.value.faults] == ["bottleneck=8", "bottleneck=16"]
+    (told,) = {sentence.partition(", as in -m ")[2] for sentence in refused.value.faults}
+    words = told.removesuffix(".").split()
+    runs = [run for _, run in compose_points(words, multirun=True, reads_data=False)]
+    assert [(run.method, run.bottleneck) for run in runs] == [("full", None), ("lora", 8), ("lora", 16)]
+
+
 def test_methods_of_peft_take_a_scale_as_they_have_one() -> None:
     pytest.importorskip("peft")
     assert compose_run(["method=dora", "composition_function.scale=4"]).composition_function.scale == 4
