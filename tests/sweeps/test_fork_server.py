@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,21 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="th
 SERVED = "from multiprocessing import forkserver; from peftbench.sweeps import fork_server; "
 
 
+def forget_server() -> None:
+    from multiprocessing import forkserver  # which not every system has
+
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    fork_server._started_with = fork_server._answer = None
+
+
+@pytest.fixture
+def own_server() -> Iterator[None]:
+    """No server yet: earlier tests of this process may have started theirs with variables that are gone since."""
+    forget_server()
+    yield
+    forget_server()
+
+
 def tell(file: str, variables: dict[str, str]) -> None:
     """What a worker finds, as the main function of a process."""
     preloaded = PRELOADED in sys.modules and "torch" in sys.modules
@@ -36,6 +52,7 @@ def tell(file: str, variables: dict[str, str]) -> None:
 
 
 @pytest.mark.slow  # the server imports torch and transformers
+@pytest.mark.usefixtures("own_server")
 @pytest.mark.parametrize("threads", ["1", "3", "2,1"])
 def test_a_worker_is_a_fork_with_variables_of_its_own(threads: str, tmp_path: Path) -> None:
     context: Any = choose_context()
@@ -62,6 +79,7 @@ def test_with_other_variables_workers_import_themselves(change: str, monkeypatch
 
 
 @pytest.mark.slow  # the server imports torch and transformers
+@pytest.mark.usefixtures("own_server")
 def test_a_thread_or_a_path_of_the_users_is_no_other_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setenv("PYTHONPATH", f"{os.environ.get('PYTHONPATH', '')}:/elsewhere")
