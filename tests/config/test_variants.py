@@ -126,13 +126,14 @@ def test_a_group_of_the_users_own_by_the_name_of_a_key_is_a_group(tmp_path: Path
 
 
 def test_all_faults_are_named_in_the_order_of_the_words() -> None:
-    words = ["method=lora", "seed=1,x,-1", "trainer.epochs=1,0", "bottleneck=null,8", "budget=1%"]
+    shared = ["method=lora", "trainer.max_steps=null", "budget=1%"]
+    words = [*shared, "seed=1,x,-1", "trainer.epochs=1,0", "bottleneck=null,8"]
     with pytest.raises(UserError) as refused:
         compose_points(words, multirun=True)
     alone: dict[str, None] = {}
     for seed, epochs, size in product(("1", "x", "-1"), ("1", "0"), ("null", "8")):
         with pytest.raises(UserError) as one:
-            compose_run(["method=lora", f"seed={seed}", f"trainer.epochs={epochs}", f"bottleneck={size}", "budget=1%"])
+            compose_run([*shared, f"seed={seed}", f"trainer.epochs={epochs}", f"bottleneck={size}"])
         alone |= dict.fromkeys(one.value.faults)
     assert list(refused.value.faults) == list(alone) and len(alone) >= 5
 

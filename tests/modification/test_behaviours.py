@@ -649,9 +649,8 @@ def test_presets_in_conf_train(family: str, task: str, method: str) -> None:
     assert before and unmoved <= {name for name in before if name.endswith(("k_proj.bias", "key.bias"))}
 
 
-@pytest.mark.parametrize("overrides", [["method=head"], ["method=full", "unfreeze=none"]], ids=" ".join)
-def test_nothing_to_train_is_refused(overrides: list[str]) -> None:
+def test_nothing_to_train_is_refused() -> None:
     """The task head alone means something in classification only."""
     with pytest.raises(UserError, match="with task=xsum leaves nothing to train"):
-        compose_run([*overrides, "task=xsum"])
-    assert compose_run([*overrides, "task=sst2"])
+        compose_run(["method=head", "task=xsum"])
+    assert compose_run(["method=head", "task=sst2"])

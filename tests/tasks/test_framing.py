@@ -55,7 +55,7 @@ def test_what_cannot_be_framed_is_refused(encoder: Encoder) -> None:
 
 
 def test_a_typed_line_break_is_one() -> None:
-    run = compose_run(['task.prompt="{mask}\\n\\n{source}"'])
+    run = compose_run(["task=xsum", 'task.prompt="{mask}\\n\\n{source}"'])
     assert run.task.prompt == "{mask}\n\n{source}"
-    run = compose_run(['task.prompt="<|im_start|>user\\n{source}<|im_end|>[SEP]"'])
+    run = compose_run(["task=xsum", 'task.prompt="<|im_start|>user\\n{source}<|im_end|>[SEP]"'])
     assert run.task.prompt == "<|im_start|>user\n{source}<|im_end|>[SEP]"
