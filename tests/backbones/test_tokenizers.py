@@ -67,6 +67,7 @@ def test_a_model_learns_the_end_at_which_it_stops(
 ) -> None:
     """Every text ends, and the record and the screen say which end was chosen."""
     arguments = [f"model.path={chat}", "method=full", "trainer.max_steps=60", "trainer.batch_size=20"]
+    texts.remove("bottleneck=4")
     assert main(["train", *texts, *arguments, "trainer.schedule=constant"]) == 0
     _, record = recorded(tmp_path)
     (note,) = (note for note in record["data"]["notes"] if "eos_token" in note)
