@@ -37,6 +37,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
+    # torch.manual_seed stores the text of the stack for each kind of device that has not begun, a millisecond each
+    # time. No test reads it, and these modules' stubs do not name the library that formats it.
     for device in (torch.cuda, torch.xpu, torch.mtia):
         device.traceback = SimpleNamespace(format_stack=list)  # type: ignore[attr-defined]
     if not torch.cuda.is_available():

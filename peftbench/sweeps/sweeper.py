@@ -14,7 +14,7 @@ from peftbench.config.launchers import HydraLauncher
 from peftbench.config.schema import Run, index_by_key
 from peftbench.records.choice import NoChoice, settle_search
 from peftbench.records.noted import is_cleared, is_noted, is_over, lacks_selection
-from peftbench.records.record import Record, find_finished, find_record, get_time
+from peftbench.records.record import Record, find_record, get_time
 from peftbench.records.run_files import has_leftovers
 from peftbench.records.wording import describe_selection
 from peftbench.sweeps import mps
@@ -184,12 +184,12 @@ class Sweeper:
                 (noting if isinstance(error, NoChoice) else waiting).append(job)
                 continue
             record, is_trial = find_record(job.folder), search is not None and search.role == "trial"
-            if record is not None and not job.run.rerun and not record.has_ended and is_over(job.run, record):
+            if record is None or job.run.rerun:
+                waiting.append(job)
+            elif not record.has_ended and is_over(job.run, record):  # a trial that is trained
                 if not is_cleared(record):
                     waiting.append(job)
-                continue  # a trial that is trained
-            record = find_finished(job.folder)
-            if record is None or job.run.rerun or has_leftovers(job.folder) or _lacks_scores(job.run, record, is_trial):
+            elif not record.has_ended or has_leftovers(job.folder) or _lacks_scores(job.run, record, is_trial):
                 waiting.append(job)
             elif not is_noted(record, search, is_trial):
                 noting.append(job)

@@ -29,6 +29,7 @@ SERVED = "from multiprocessing import forkserver; from peftbench.sweeps import f
 def forget_server() -> None:
     from multiprocessing import forkserver  # which not every system has
 
+    # Nothing public stops it. Python's own tests do it so, and its stubs leave it out.
     forkserver._forkserver._stop()  # type: ignore[attr-defined]
     fork_server._started_with = fork_server._answer = None
 
