@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
 from peftbench.config.conf_sources import CONFIG_NAME, compose_alone, open_hydra
-from peftbench.config.idle import find_idle_keys
+from peftbench.config.idle import CHANGES_NOTHING, IN_A_SWEEP, find_idle_keys
 from peftbench.config.overrides import (
     apply_override,
     describe_error,
@@ -82,13 +82,16 @@ def compose_points(
         composer = _Composer(config_dir, reads_data, multirun)
         found: list[str] = []
         runs: list[TypedRun] = []
-        for point in [point for grid in grids for point in _expand_grid(grid, multirun, composer)]:
+        idle = 0  # points with a key that changes nothing there
+        points = [point for grid in grids for point in _expand_grid(grid, multirun, composer)]
+        for point in points:
             try:
                 runs.append((point, composer.compose(point)))
             except UserError as error:
                 found.extend(sentence for sentence in error.faults if sentence not in found)
+                idle += any(CHANGES_NOTHING in sentence for sentence in error.faults)
         if found:
-            raise UserError(*found)
+            raise UserError(*found, *([IN_A_SWEEP] if 0 < idle < len(points) else []))
         return runs
 
 
@@ -312,7 +315,8 @@ class _Composer:
             cfg = pickle.loads(self.compose_groups(_list_lines(groups)))
             if any(get_key(line).startswith("sizes.") for line in _list_lines(values)):
                 cfg.sizes = merge_columns(cfg)
-            found.extend(sentence for override in values if (sentence := apply_override(cfg, override)))
+            wrong = {id(override): sentence for override in values if (sentence := apply_override(cfg, override))}
+            found.extend(wrong.values())
             run = resolve_run(cfg)
         except RecursionError:
             raise UserError(*found, "A value is nested too deep.") from None
@@ -322,7 +326,7 @@ class _Composer:
             raise UserError(*found, explain_hydra(own, error)) from error
         except (HydraException, OmegaConfBaseException, MarkedYAMLError, ValueError) as error:  # defaults are no list
             raise UserError(*found, describe_error(error)) from error
-        found.extend(self._find_run_faults(groups, values, run))
+        found.extend(self._find_run_faults(groups, [one for one in values if id(one) not in wrong], run))
         if found:
             raise UserError(*found)
         return Pattern(cfg, run)

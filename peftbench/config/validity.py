@@ -19,7 +19,6 @@ from peftbench.config.own_parts import find_own_faults
 from peftbench.config.peft_methods import find_peft_faults, has_rank
 from peftbench.config.schema import (
     DOCSTRINGS,
-    EMBEDDED,
     TRACKERS,
     Compile,
     DType,
@@ -117,11 +116,6 @@ def _find_path_faults(run: Run) -> Iterator[str]:
         "model.chat_template": list_files(run.model.chat_template),
         "retention": [] if run.retention == DOCSTRINGS else list_files(run.retention),
     }
-    if run.model.hub_id is not None and run.model.path is not None and Path(run.model.path).parent == EMBEDDED:
-        yield (
-            f"model.hub_id={run.model.hub_id} has no effect, because model={run.model.name} ships with peftbench; "
-            "start from another model, such as model=bart_large, or add model.path=null."
-        )
     for key, path in folders.items():
         if path is not None and not expand_home(path).is_dir():
             yield f"{key}={path} is not a folder{_describe_base(path)}; give the path of an existing one."

@@ -366,7 +366,7 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["method=pfeiffer", "composition_function=multiply"], ["use unfreeze=norm, or modified_representation=ffn"]),
         (
             ["model.hub_id=some/model"],
-            ["some/model has no effect, because model=mini ships with peftbench"],
+            ["some/model changes nothing with model=mini, which ships with peftbench; start from"],
         ),
         (["budget=lots"], ["budget=lots is not a budget; give a share of the backbone such as budget=6.7%"]),
         (["budget=-1"], ["such as budget=599k, budget=27.4M or budget=599232."]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from peftbench.config.compose import compose_points, compose_run
-from peftbench.config.idle import OF_A_MODIFICATION, READERS
+from peftbench.config.idle import OF_A_MODIFICATION, OF_A_STUDY, READERS
 from peftbench.config.keys import list_keys
 from peftbench.utils.errors import UserError
 
@@ -33,6 +33,20 @@ PROMPT = 'task.prompt="read {source}"'
         (["task=sst2", "task.unanswerable=true"], "with task=sst2: it is for answers in a context"),
         (["task=sst2", "task.max_length=256"], "it is for conversations; task.max_source_length limits other inputs"),
         (["task=docsum", "task.max_length=256"], "with task=docsum: it is for conversations"),
+        (["task=sst2", "task.max_target_length=64"], "with task=sst2: it is for tasks that write text"),
+        (["task=sst2", "task.tools_column=tools"], "with task=sst2: it is for tasks that write text"),
+        (["task=sst2", "task.generation.num_beams=1"], "with task=sst2: it is for tasks that write text"),
+        (["task.hub_id=owner/texts"], "with task=doctopic, whose texts are docstrings of Python packages; leave it"),
+        (["task=sst2", "task.data_dir=tests", "task.hub_config=mrpc"], "with task.data_dir=tests, which counts; add"),
+        (["model=bart_large", "model.path=tests", "model.revision=main"], "with model.path=tests, which counts; add"),
+        (["model.revision=main"], "with model=mini, which ships with peftbench; start from another model"),
+        (["trackers_group=mine"], "without trackers; name one, as trackers=[tensorboard], or leave it out"),
+        (["jobs=4"], "for one run; add -m and several values of a key, or for one run on several devices trainer.dev"),
+        (["mps=true"], "for one run at a time; add jobs=auto, or leave it out"),
+        (["search=lr3", "search.sampler=nsgaii"], "with search=lr3, which tries all of its values; add search.trials"),
+        (["search=lr3", "search.sampler_seed=1"], "with search=lr3, which tries all of its values; add search.trials"),
+        (["search=lr3", "search.prune=false"], "with search=lr3, which tries all of its values; add search.trials"),
+        (["search=optuna", "search.prune=false"], "without budget= and trainer.keep=best, which pruning needs; add"),
     ],
 )
 def test_what_would_change_nothing_is_refused(words: list[str], said: str) -> None:
@@ -46,11 +60,20 @@ def test_in_a_sweep_the_refusal_says_how_other_runs_have_the_key() -> None:
     """Two values of a key that changes nothing would be the same run twice, with two names."""
     with pytest.raises(UserError) as refused:
         compose_points(["method=full,lora", "bottleneck=8,16"], multirun=True, reads_data=False)
-    assert [sentence.partition(" ")[0] for sentence in refused.value.faults] == ["bottleneck=8", "bottleneck=16"]
-    (told,) = {sentence.partition(", as in -m ")[2] for sentence in refused.value.faults}
-    words = told.removesuffix(".").split()
+    *keys, hint = refused.value.faults
+    assert [sentence.partition(" ")[0] for sentence in keys] == ["bottleneck=8", "bottleneck=16"]
+    words = hint.partition(", as in -m ")[2].removesuffix(".").split()
     runs = [run for _, run in compose_points(words, multirun=True, reads_data=False)]
     assert [(run.method, run.bottleneck) for run in runs] == [("full", None), ("lora", 8), ("lora", 16)]
+
+
+def test_a_key_that_no_run_of_a_sweep_needs_has_no_place_in_another_grid() -> None:
+    with pytest.raises(UserError) as refused:
+        compose_points(["method=full,head", "bottleneck=8"], multirun=True, reads_data=False)
+    assert [sentence.split(" with ")[1].partition(",")[0] for sentence in refused.value.faults] == [
+        "method=full",
+        "method=head",
+    ]
 
 
 def test_methods_of_peft_take_a_scale_as_they_have_one() -> None:
@@ -73,6 +96,11 @@ def test_methods_of_peft_take_a_scale_as_they_have_one() -> None:
         ["task=docsum", PROMPT],
         ["task=squad", "task.stride=64"],
         ["search=optuna", "method=lora", "composition_function.scale=4"],  # some of its points are scaled
+        ["search=optuna", "search.sampler=nsgaii", "jobs=2", "mps=auto"],
+        ["search=optuna", "budget=2%", "trainer.keep=best", "search.prune=false"],
+        ["search=lr3", "jobs=2"],  # several trials
+        ["task=sst2", "task.data_dir=tests", "task.hub_id=null"],
+        ["task=docsum", "task.generation.num_beams=1", "task.max_target_length=64"],
     ],
 )
 def test_what_changes_something_or_is_not_typed_runs(words: list[str]) -> None:
@@ -82,12 +110,15 @@ def test_what_changes_something_or_is_not_typed_runs(words: list[str]) -> None:
 def test_each_point_of_a_sweep_is_checked() -> None:
     with pytest.raises(UserError) as refused:
         compose_points(["method=lora,full", "bottleneck=8,16"], multirun=True)
-    assert [sentence.split(" changes")[0] for sentence in refused.value.faults] == ["bottleneck=8", "bottleneck=16"]
+    *keys, _ = refused.value.faults
+    assert [sentence.split(" changes")[0] for sentence in keys] == ["bottleneck=8", "bottleneck=16"]
 
 
 def test_the_keys_that_are_checked_exist() -> None:
     names = {key.name for key in list_keys()}
-    assert {*OF_A_MODIFICATION} <= names and {f"task.{name}" for group in READERS for name in group} <= names
+    groups = {name.rpartition(".")[0] for name in names}
+    assert {*OF_A_MODIFICATION, *OF_A_STUDY} <= names
+    assert {f"task.{name}" for group in READERS for name in group} <= names | groups
 
 
 @pytest.mark.parametrize("place", ["layers=[0,1,0]", "stacks=[decoder,decoder]", "attentions=[self,self]"])
