@@ -251,6 +251,7 @@ class Record:
     # it came to on the selection split stays what its search compares.
     unreported: bool = False
     search: Searched | None = None
+    studies: list[str] = field(default_factory=list)  # that this run is or was a trial of, besides what `search` says
     baselines: dict[str, float] = field(default_factory=dict)  # the main metric of: majority, head, lead1
     trainer: dict[str, Any] = field(default_factory=dict)
     # prepare_s, probe_s, train_s, evaluate_s, baseline_s, total_s; measure_s, of retention and speed, which is no part

@@ -32,6 +32,8 @@ from peftbench.utils.files import refuse_links
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 WARM_UP = 5  # trials that are never judged
+CANDIDATES = 24  # of which TPE takes the one that is most likely to be good
+LOYALTY = 20  # suggestions in vain before random ones
 STRIDE = 1_000_003  # between the seeds of two studies, so that their trials have no seed in common
 
 
@@ -103,16 +105,23 @@ def make_sampler(search: Search, study: optuna.Study, trials: int, in_vain: int)
 
     Args:
         in_vain: suggestions since the last one that could be trained. A sampler that learns from scores learns nothing
-            from these, and would repeat them: every other one is then random.
+            from these, and would repeat them. TPE then draws one candidate near the good trials and takes it, in place
+            of the best of 24; every other one is random after `LOYALTY` of them, and with NSGA-II from the first.
     """
     seed = search.sampler_seed * STRIDE + trials
-    if search.sampler is Sampler.random or in_vain % 2 or _lacks_good_trials(study):
+    loyal = LOYALTY if search.sampler is Sampler.tpe else 1
+    if search.sampler is Sampler.random or (in_vain >= loyal and in_vain % 2) or _lacks_good_trials(study):
         return RandomSampler(seed=seed)
     if search.sampler is Sampler.nsgaii:
         return NSGAIISampler(population_size=max(4, (search.trials or 0) // 4), seed=seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # constant_liar is called experimental: trials that run count as bad ones
-        return TPESampler(seed=seed, constant_liar=True)
+        warnings.simplefilter("ignore")  # both are called experimental
+        return TPESampler(
+            seed=seed,
+            multivariate=True,  # what goes together is learnt together
+            constant_liar=True,  # trials that run count as bad ones
+            n_ei_candidates=1 if in_vain else CANDIDATES,
+        )
 
 
 def _lacks_good_trials(study: optuna.Study) -> bool:

@@ -68,11 +68,12 @@ def mark_front(study: Study) -> list[Record]:
 
     Trials that are not appear in tables only with `trials=true`; so do runs with other seeds of points that were on
     the front before there were further trials. A run that another search has, or that was trained by itself, stays
-    what it is there.
+    what it is there; its record names this study too.
     """
     front = [trial.number for trial in list_front(study)]
     for trial in study.optuna.get_trials(deepcopy=False):
         chosen = trial.number in front
+        _note_study(study, trial)
         for folder in [study.locate(trial), *study.locate_confirmations(trial)]:
             record = find_record(folder)
             trained = record is not None and record.status == "trained"
@@ -87,6 +88,17 @@ def mark_front(study: Study) -> list[Record]:
                 _mark(study, record, trial, "trial")
     found = [find_record(study.locate(trial)) for trial in list_front(study)]
     return [record for record in found if record is not None]
+
+
+def _note_study(study: Study, trial: FrozenTrial) -> None:
+    """Write the study's name into the record of a trial that another search has, or that was trained by itself."""
+    record = find_record(study.locate(trial))
+    if record is None or study.name in record.studies or (record.search is not None and _has(study, record.search)):
+        return
+    with hold_run(record.folder, wait=True):
+        if (record := find_record(record.folder)) is not None:
+            record.studies.append(study.name)
+            record.save()
 
 
 def _has(study: Study, search: Searched) -> bool:

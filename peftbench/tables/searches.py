@@ -7,8 +7,9 @@ whose learning rates were chosen in the same way. The intervals are those of `ta
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from peftbench.config.schema import index_by_key
@@ -29,11 +30,13 @@ LEADERS = 3  # points of a study that are shown
 class Candidate:
     """A point with what is known of it.
 
+    `name` is the axes of a point of a study, and of any other its method, with the place where others have it too.
     `selection` is the score by which it was chosen, with the seed of the trials; `fresh` are its scored runs with other
     seeds. `behind` is how much better the best point of the study is, over the seeds that both have.
     """
 
     first: Record
+    name: str
     selection: Selection | None
     fresh: list[Record]
     behind: Estimate | None = None
@@ -47,16 +50,6 @@ class Candidate:
     def objective(self) -> float:
         """The selection score, better when higher."""
         return compute_objective(self.selection)
-
-    @property
-    def name(self) -> str:
-        """The axes of a point of a study; the method of any other, with the place of its first modification."""
-        if self.first.search is None or self.first.search.study is None:
-            return self.first.method
-        return " + ".join(
-            f"{one.functional_form} · {one.modified_representation} · {one.insertion_form} · {one.composition}"
-            for one in self.first.axes
-        )
 
     @property
     def stored(self) -> float | None:
@@ -104,12 +97,19 @@ def find_studies(records: Sequence[Record], resamples: int) -> list[StudyFinding
     """Return what the studies among records have found, by task, backbone and budget."""
     trials: dict[str, list[Record]] = {}
     for record in records:
-        if record.search is not None and record.search.study is not None and record.seed == record.search.seed:
-            trials.setdefault(record.search.study, []).append(record)
-    known = [one for one in records if (_is_of_study(one) if is_trial(one) else is_scored(one)) and _is_known(one)]
+        for name in _list_studies(record):
+            trials.setdefault(name, []).append(record)
+    known = [one for one in records if (_list_studies(one) if is_trial(one) else is_scored(one)) and _is_known(one)]
     groups = group_alike(group_seeds(known, "mean"))
     found = [_judge_study(name, of, groups, resamples) for name, of in trials.items()]
     return sorted(found, key=lambda one: (one.first.task, one.first.model.name, str(one.first.budget)))
+
+
+def _list_studies(record: Record) -> set[str]:
+    """Return the studies that have a run as a trial: its own, and those that found it trained by another search."""
+    search = record.search
+    own = {search.study} if search is not None and search.study is not None and record.seed == search.seed else set()
+    return own | {*record.studies}
 
 
 def find_selection_front(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -128,6 +128,7 @@ def _is_known(record: Record) -> bool:
 
 
 def _is_of_study(record: Record) -> bool:
+    """Return whether a study has had a run trained."""
     return record.search is not None and record.search.study is not None
 
 
@@ -137,11 +138,21 @@ def _judge_study(name: str, trials: list[Record], groups: Sequence[Sequence[Row]
         return StudyFinding(name, trials, [], [])
     rows = next(rows for rows in groups if any(run.folder == done[0].folder for row in rows for run in row.records))
     places = {run.folder: row for row in rows for run in row.records}
-    found = [Candidate(trial, trial.selection, _list_fresh(places[trial.folder], trial.seed)) for trial in done]
+    found = [
+        Candidate(trial, _name_axes(trial), trial.selection, _list_fresh(places[trial.folder], trial.seed))
+        for trial in done
+    ]
     # Of equal ones the study has chosen the first, which then has runs with other seeds.
     found.sort(key=lambda one: (-one.objective, not one.fresh, one.first.created))
     named = _choose_named(rows, found[0].first)
     return StudyFinding(name, trials, found[:LEADERS], _compare(found[0], named, resamples))
+
+
+def _name_axes(trial: Record) -> str:
+    return " + ".join(
+        f"{one.functional_form} · {one.modified_representation} · {one.insertion_form} · {one.composition}"
+        for one in trial.axes
+    )
 
 
 def _list_fresh(row: Row, seed: int) -> list[Record]:
@@ -154,20 +165,25 @@ def _choose_named(rows: Sequence[Row], best: Record) -> list[Candidate]:
 
     Of several rows of a method the one with most seeds is taken, and then the one with the best selection score.
     """
-    found: dict[str, Candidate] = {}
+    found: dict[tuple[str, str], Candidate] = {}
     for row in rows:
-        own = [run for run in row.scored if not _is_of_study(run)]
+        own = [run for run in row.scored if not _is_of_study(run) and not is_trial(run)]
         if not own or own[0].budget != best.budget:
             continue
         search = own[0].search
         of_trial = next((run.selection for run in own if run.seed == best.seed), None)
         selection = of_trial if search is None else search.selection
-        one = Candidate(own[0], selection, _list_fresh(row, best.seed))
-        key = format_value([own[0].method, FIELDS["modified_representation"](own[0])])
+        one = Candidate(own[0], own[0].method, selection, _list_fresh(row, best.seed))
+        key = one.name, format_value(FIELDS["modified_representation"](one.first))
         before = found.get(key)
         if before is None or (len(before.fresh), before.objective) < (len(one.fresh), one.objective):
             found[key] = one
-    return sorted(found.values(), key=lambda one: -one.objective)
+    methods = Counter(method for method, _ in found)
+    named = [
+        replace(one, name=f"{method} ({place})") if methods[method] > 1 else one
+        for (method, place), one in found.items()
+    ]
+    return sorted(named, key=lambda one: -one.objective)
 
 
 def _compare(best: Candidate, named: Sequence[Candidate], resamples: int) -> list[Candidate]:
@@ -181,5 +197,5 @@ def _compare(best: Candidate, named: Sequence[Candidate], resamples: int) -> lis
         pair = Comparison((best.name, one.name), Row(tuple(best.fresh)), Row(tuple(one.fresh)))
         enough = len(pair.seeds) >= LEAST_SEEDS
         behind = estimate_difference([pair], drawn, resamples) if enough else None
-        found.append(Candidate(one.first, one.selection, one.fresh, behind))
+        found.append(replace(one, behind=behind))
     return found

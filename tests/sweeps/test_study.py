@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("optuna")
-from optuna.distributions import FloatDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import Trial, TrialState
 
 import peftbench.counts.resolve
@@ -43,6 +44,7 @@ from peftbench.records.recording import start_record
 from peftbench.sweeps.jobs import Ended
 from peftbench.sweeps.optuna_study import JudgedTrial, list_by_state, make_sampler, open_study, tell_diverged
 from peftbench.sweeps.study import Study
+from peftbench.tables.searches import find_studies
 from peftbench.utils.errors import UserError
 
 WORDS = ["task=doctopic", "debug=smoke", "search=optuna", "search.sampler=random"]
@@ -437,10 +439,29 @@ def test_a_run_that_another_search_has_stays_what_it_is(tmp_path: Path, trained:
     best.search = Searched("lr3", "trial", 42, {})
     best.save()
     assert main(line(tmp_path, "search.trials=3", "budget=2%")) == 0
-    by_run = {one.run: one.search for one in load_records(tmp_path)[0]}
+    records = load_records(tmp_path)[0]
+    by_run = {one.run: one.search for one in records}
     assert by_run[loser.run] == loser.search
+    assert [len(one.trials) for one in find_studies(records, 10)] == [3]  # it was 2, and so never all
     found = by_run[best.run]
     assert found is not None and (found.name, found.role) == ("optuna", "final") and "functional_form" in found.chosen
+
+
+def test_a_trial_that_another_study_has_trained_again_is_one_of_both(tmp_path: Path, trained: Any) -> None:
+    trained()
+    for sampler in (1, 2):
+        assert main(line(tmp_path, "search.trials=3", "budget=2%", f"search.sampler_seed={sampler}")) == 0
+    first, second = (one for one in {one.search.study for one in load_records(tmp_path)[0] if one.search} if one)
+    record = next(one for one in load_records(tmp_path)[0] if one.search is not None and one.search.study == first)
+    assert record.search is not None
+    record.search.pruned, record.status = True, "interrupted"
+    record.save()
+    final, _ = settle_search(compose_run(record.overrides))
+    again = start_record(final, record.folder, record.overrides)
+    again.search = replace(record.search, study=second)
+    again.save()
+    counts = {one.name: len(one.trials) for one in find_studies(load_records(tmp_path)[0], 10)}
+    assert counts == {first: 3, second: 4}
 
 
 def test_grids_without_a_study_are_a_sweep_before_it(
@@ -552,6 +573,42 @@ def test_where_nearly_all_trials_diverge_tpe_takes_none_of_them_for_good(objecti
     """To TPE the best tenth are good ones, whatever they are."""
     share, samplers = propose(objectives, 1e-9, tell_diverged, tmp_path)
     assert share == 1 and {type(one).__name__ for one in samplers[1:]} == {"RandomSampler"}
+
+
+def test_tpe_goes_on_near_the_good_trials_where_it_repeats_itself(tmp_path: Path) -> None:
+    """Two thirds of a study's trials were random: every other suggestion after one that the study had."""
+    study, search = open_study(tmp_path / "study.jsonl", "name", 1), compose_run(WORDS).search
+    assert search is not None
+    search.sampler = Sampler.tpe
+    space = {name: CategoricalDistribution([str(number) for number in range(5)]) for name in "abcd"}
+    scores: dict[tuple[str, ...], float] = {}
+    asked = in_vain = 0
+    while len(scores) < 120:
+        study.sampler = make_sampler(search, study, asked, in_vain)
+        asked += 1
+        trial = study.ask(space)
+        point = tuple(trial.params.values())
+        if point in scores:
+            in_vain += 1
+            study.tell(trial, state=TrialState.FAIL)
+            continue
+        in_vain, scores[point] = 0, float(sum(map(int, point)))
+        study.tell(trial, scores[point])
+    best = sum(score >= 14 for score in scores.values())  # of 625 points, 15 are; it found 4 to 7
+    assert best >= 10, f"{best} of 15, {asked} asked"
+
+
+@pytest.mark.parametrize(("sampler", "random"), [("tpe", [21, 23]), ("nsgaii", [1, 3, 19, 21, 23])])
+def test_after_many_repeats_every_other_suggestion_is_random(sampler: str, random: list[int], tmp_path: Path) -> None:
+    study, search = open_study(tmp_path / "study.jsonl", "name", 1), compose_run(WORDS).search
+    assert search is not None
+    search.sampler = Sampler[sampler]
+    found = [count for count in (0, 1, 2, 3, 19, 20, 21, 23) if is_random(make_sampler(search, study, 50, count))]
+    assert found == random
+
+
+def is_random(sampler: Any) -> bool:
+    return type(sampler).__name__ == "RandomSampler"
 
 
 def test_a_pruned_trial_is_told_from_a_stopped_one(

@@ -179,3 +179,19 @@ def test_the_tables_of_searches_fit_a_terminal(
     assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
     (row,) = (line for line in lines if line.startswith("scaled_parallel_adapter"))
     assert re.search(r"\+30\.00 +\+\d\d\.\d\d to \+\d\d\.\d\d$", row.rstrip())
+
+
+def test_a_trial_that_another_search_has_counts(tmp_path: Path, found: Callable[..., dict[str, Any]]) -> None:
+    """A study that had one said for ever that a trial was missing; the best one was then another point."""
+    make_all(tmp_path, [80, 81], [60, 61], [70, 71])
+    make_trial(tmp_path, 86.0, "query", search=search("trial", 86.0, None), studies=["77aa"])
+    study = found()
+    assert study["trials"] == {"done": 3} and study["found"][0]["point"] == "relu · query · sequential · add"
+    assert [one["point"] for one in study["named"]] == ["mam", "lora"]
+
+
+def test_methods_at_two_places_are_told_apart(tmp_path: Path, found: Callable[..., dict[str, Any]]) -> None:
+    make_all(tmp_path, [80, 81], [60, 61], [70, 71])
+    make_named(tmp_path, [50, 51, 52], "adapter", representation="attention")
+    make_named(tmp_path, [50, 51, 52], "adapter")
+    assert {one["point"] for one in found()["named"]} == {"mam", "lora", "adapter (ffn)", "adapter (attention)"}
