@@ -158,6 +158,7 @@ def _describe_verdict(found: StudyFinding) -> str:
         f"{RIVALS[method]} itself"
         if one.first.point == best.first.point
         else f"{one.behind.difference:+.2f} ({_format_interval(one.behind)}) against {RIVALS[method]}"
+        + (", which stores less" if found.is_larger(one) else "")
         for method, one in found.rivals.items()
         if one.behind is not None
     ]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 
 from peftbench.records.record import Record
-from peftbench.tables.claims import CellFindings, Estimate, Finding, count_seeds_needed, get_score
+from peftbench.tables.claims import CellFindings, Comparison, Estimate, Finding, count_seeds_needed, get_score
 from peftbench.tables.fields import MANY_CUT_OFF
 from peftbench.tables.flatness import find_steepest
 from peftbench.tables.intervals import LEAST_SEEDS, WAYS
@@ -70,11 +70,22 @@ def _describe_pairs(finding: Finding) -> str:
     )
     if against and finding.verdict != "contradicted":
         said.append(f"{', '.join(against)} {'contradicts' if len(against) == 1 else 'contradict'} it.")
-    larger = [one for one, _ in finding.comparisons if one.is_b_larger and not claim.smaller]
-    if larger:
-        names = ", ".join(dict.fromkeys(one.pair[1] for one in larger))
-        said.append(f"Here {names} {'stores' if len(larger) == 1 else 'store'} more, which can only hide the claim.")
+    if not claim.smaller:
+        said += _describe_sizes([one for one, _ in finding.comparisons])
     return " ".join([*said, *_describe_losers(finding)])
+
+
+def _describe_sizes(comparisons: Sequence[Comparison]) -> Iterator[str]:
+    """Yield which rows store clearly more than those that they are compared with."""
+    for place, larger, effect in (
+        (1, [one for one in comparisons if one.is_b_larger], "can only hide the claim"),
+        (0, [one for one in comparisons if one.is_a_larger], "cannot confirm the claim"),
+    ):
+        names = list(dict.fromkeys(one.pair[place] for one in larger))
+        others = ", ".join(dict.fromkeys(one.pair[1 - place] for one in larger))
+        if names:
+            store = "stores" if len(names) == 1 else "store"
+            yield f"Here {', '.join(names)} {store} more than {others}, which {effect}."
 
 
 def _describe_losers(finding: Finding) -> Iterator[str]:

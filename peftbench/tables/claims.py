@@ -28,9 +28,10 @@ from peftbench.tables.intervals import LEAST_SEEDS, RESAMPLES, compute_half_widt
 from peftbench.tables.row import Row, group_seeds, is_trial
 
 Verdict = Literal["confirmed", "not confirmed", "contradicted", "not tested"]
-# Rows of different budgets are compared where B stores this many times as much as A. A B that stores clearly more has
-# an advantage: such a pair can confirm a claim for A but contradict none.
+# Rows of different budgets are compared where B stores this many times as much as A.
 SIMILAR = (0.85, 1.6)
+# A row that stores clearly more than another has an advantage, also under one budget, where the next bottleneck may be
+# too large: that it is better shows nothing, that it is worse does.
 ALIKE = 1.15
 
 
@@ -68,17 +69,19 @@ class Claim:
     def is_fair(self, one: Comparison, verdict: Verdict) -> bool:
         """Return whether two rows can show this verdict: the one that loses has what the other has.
 
-        It is not fair to contradict the claim with a B that stores more than A, nor to rest a verdict on a loser whose
-        best value in a search is the outermost that was tried, since a better one may lie beyond it.
+        It is not fair to rest a verdict on a winner that stores clearly more, nor on a loser whose best value in a
+        search is the outermost that was tried, since a better one may lie beyond it.
         """
         if self.find_loser(one, verdict)[1].is_at_edge:
             return False
-        return verdict == "confirmed" or self.smaller or not one.is_b_larger
+        return self.smaller or not (one.is_b_larger if self._has_a_lose(verdict) else one.is_a_larger)
 
     def find_loser(self, one: Comparison, verdict: Verdict) -> tuple[str, Row]:
         """Return the name and the row that has the lower score by a verdict."""
-        a_loses = (verdict == "contradicted") == (self.above is not None)
-        return (one.pair[0], one.a) if a_loses else (one.pair[1], one.b)
+        return (one.pair[0], one.a) if self._has_a_lose(verdict) else (one.pair[1], one.b)
+
+    def _has_a_lose(self, verdict: Verdict) -> bool:
+        return (verdict == "contradicted") == (self.above is not None)
 
     def judge_pair(self, one: Comparison, estimate: Estimate) -> Verdict:
         """Return the verdict of the interval of one pair, if its rows can show it."""
@@ -110,9 +113,14 @@ class Comparison:
         return [[side[seed] for seed in self.seeds] for side in by_seed]
 
     @property
+    def is_a_larger(self) -> bool:
+        """Whether A has an advantage, because it stores clearly more."""
+        return _is_larger(self.a, self.b)
+
+    @property
     def is_b_larger(self) -> bool:
-        """Whether B has an advantage, because it stores clearly more; full fine-tuning is meant to store all."""
-        return not self.b.first.is_full and _get_percent(self.b) > ALIKE * _get_percent(self.a)
+        """Whether B has an advantage, because it stores clearly more."""
+        return _is_larger(self.b, self.a)
 
     @property
     def differences(self) -> list[float]:
@@ -246,6 +254,11 @@ def _find_like(a: Row, rows: Sequence[Row]) -> Row | None:
 def _find_smaller(a: Row, rows: Sequence[Row]) -> Row | None:
     smaller = [row for row in _choose_rows(rows) if _get_percent(row) < _get_percent(a)]
     return smaller[-1] if smaller else None
+
+
+def _is_larger(one: Row, other: Row) -> bool:
+    """Return whether a row stores clearly more than another; full fine-tuning is meant to store all."""
+    return not one.first.is_full and _get_percent(one) > ALIKE * _get_percent(other)
 
 
 def _get_percent(row: Row) -> float:

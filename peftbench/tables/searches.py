@@ -17,7 +17,7 @@ from peftbench.records.choice import compute_objective
 from peftbench.records.record import Record, Selection
 from peftbench.records.wording import format_value
 from peftbench.tables.advice import group_alike
-from peftbench.tables.claims import Comparison, Estimate, estimate_difference
+from peftbench.tables.claims import ALIKE, Comparison, Estimate, estimate_difference
 from peftbench.tables.fields import FIELDS
 from peftbench.tables.intervals import LEAST_SEEDS, draw_example_scores
 from peftbench.tables.row import Row, group_seeds, is_scored, is_trial
@@ -87,10 +87,16 @@ class StudyFinding:
 
     @property
     def is_better(self) -> bool | None:
-        """Whether the best point beats each rival by more than chance; None: there are too few runs to say so."""
+        """Whether the best point beats each rival by more than chance, and none of them because it stores clearly more;
+        None: there are too few runs to say so."""
         if self.rivals.keys() != RIVALS.keys():
             return None
-        return all(one.behind.low > 0 for one in self.rivals.values() if one.behind is not None)
+        known = [one for one in self.rivals.values() if one.behind is not None]
+        return all(one.behind.low > 0 and not self.is_larger(one) for one in known if one.behind is not None)
+
+    def is_larger(self, one: Candidate) -> bool:
+        """Return whether the best point stores clearly more than another."""
+        return (self.leaders[0].stored or 0) > ALIKE * (one.stored or 0)
 
 
 def find_studies(records: Sequence[Record], resamples: int) -> list[StudyFinding]:

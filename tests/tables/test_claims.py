@@ -89,6 +89,32 @@ def test_each_verdict(tmp_path: Path, judged: Callable[..., dict[str, dict[str, 
     assert judged("method=adapter,parallel_adapter")["ffn"]["verdict"] == "not tested"
 
 
+@pytest.mark.parametrize(
+    ("sizes", "scores", "verdict"),
+    [
+        ((2.0, 1.7), (80, 60), "not confirmed"),
+        ((1.9, 1.7), (80, 60), "confirmed"),
+        ((2.0, 1.7), (60, 80), "contradicted"),
+        ((1.7, 2.0), (60, 80), "not confirmed"),
+        ((1.7, 2.0), (80, 60), "confirmed"),
+    ],
+)
+def test_a_row_that_stores_clearly_more_shows_nothing_where_it_is_better(
+    sizes: tuple[float, float],
+    scores: tuple[int, int],
+    verdict: str,
+    tmp_path: Path,
+    judged: Callable[..., dict[str, dict[str, Any]]],
+) -> None:
+    """Rows of one budget: the next bottleneck of the other one was too large. It counted for A in earlier versions."""
+    for method, size, score in zip(("parallel_adapter", "adapter"), sizes, scores, strict=True):
+        make_row(tmp_path, [score, score + 0.5, score + 1], method, size, budget="2%")
+    found = judged()["insertion"]
+    assert found["verdict"] == verdict
+    told = {(2.0, 1.7): "pa_ffn stores more than sa_ffn, which cannot confirm", (1.7, 2.0): "which can only hide"}
+    assert told.get(sizes, "The interval ends") in found["change"]
+
+
 def test_a_mean_is_not_confirmed_against_one_of_its_pairs(
     tmp_path: Path, judged: Callable[..., dict[str, dict[str, Any]]]
 ) -> None:

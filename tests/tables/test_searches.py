@@ -195,3 +195,14 @@ def test_methods_at_two_places_are_told_apart(tmp_path: Path, found: Callable[..
     make_named(tmp_path, [50, 51, 52], "adapter", representation="attention")
     make_named(tmp_path, [50, 51, 52], "adapter")
     assert {one["point"] for one in found()["named"]} == {"mam", "lora", "adapter (ffn)", "adapter (attention)"}
+
+
+def test_a_point_that_stores_clearly_more_is_not_better(tmp_path: Path, found: Callable[..., dict[str, Any]]) -> None:
+    make_all(tmp_path, [90, 90.5, 91], [80, 80.5, 81], [70, 70.5, 71])
+    for file in tmp_path.rglob("record.json"):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if record["method"] == "lora":
+            record["counts"]["stored"] = 16_000
+            file.write_text(json.dumps(record), encoding="utf-8")
+    study = found()
+    assert study["better"] is False and study["said"].endswith("against LoRA, which stores less.")
