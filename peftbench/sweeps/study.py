@@ -135,9 +135,13 @@ class Study:
                     runs.append(PlannedRun(relate_path(self.root, folder), self.run.method, given, unreported))
         Plan(self.arguments, runs, self.name).save(self.root)
 
-    def count_runs(self) -> int:
-        """Return how many runs the trials of the study have."""
-        trials = self.optuna.get_trials(deepcopy=False)
+    def count_runs(self, ended: bool = False) -> int:
+        """Return how many runs the trials of the study have.
+
+        Args:
+            ended: those alone whose trials have ended.
+        """
+        trials = [one for one in self.optuna.get_trials(deepcopy=False) if one.state.is_finished() or not ended]
         return len({self.locate(trial) for trial in trials if RUN_FOLDER in trial.user_attrs})
 
     def count(self) -> Counter[str]:

@@ -54,7 +54,7 @@ def train_study(
         wanted = study.search.trials
         for job, ended in executor.run(choose_trials(study)):
             said = note_ended(study, job, ended)
-            say(f"{study.count_runs()} of {wanted}: {job.settings}: {said}")
+            say(f"{study.count_runs(ended=True)} of {wanted}: {job.settings}: {said}")
             print_faults([] if said == PRUNED else ended.faults)  # Slurm's tasks return nothing
         counted = study.count()
         # Of a study that goes on later another point may be the best.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -41,7 +43,8 @@ from peftbench.records.record import (
     load_records,
 )
 from peftbench.records.recording import start_record
-from peftbench.sweeps.jobs import Ended
+from peftbench.sweeps.executors import InProcess
+from peftbench.sweeps.jobs import Ended, Job
 from peftbench.sweeps.optuna_study import JudgedTrial, list_by_state, make_sampler, open_study, tell_diverged
 from peftbench.sweeps.study import Study
 from peftbench.tables.searches import find_studies
@@ -445,6 +448,25 @@ def test_a_run_that_another_search_has_stays_what_it_is(tmp_path: Path, trained:
     assert [len(one.trials) for one in find_studies(records, 10)] == [3]  # it was 2, and so never all
     found = by_run[best.run]
     assert found is not None and (found.name, found.role) == ("optuna", "final") and "functional_form" in found.chosen
+
+
+def test_trials_are_counted_as_they_end(
+    tmp_path: Path, trained: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With two at once, the first to end was called the second."""
+
+    class TwoAtOnce(InProcess):
+        def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Ended]]:
+            coming = iter(jobs)
+            begun = list(islice(coming, 2))
+            while begun:
+                yield from super().run([begun.pop(0)])
+                begun += islice(coming, 1)
+
+    trained()
+    monkeypatch.setattr(peftbench.sweeps.study_training, "InProcess", TwoAtOnce)
+    assert main(line(tmp_path, "search.trials=3", "budget=2%")) == 0
+    assert re.findall(r"^(\d of 3): functional", capsys.readouterr().out, re.M) == ["1 of 3", "2 of 3", "3 of 3"]
 
 
 def test_a_trial_that_another_study_has_trained_again_is_one_of_both(tmp_path: Path, trained: Any) -> None:
