@@ -23,7 +23,8 @@ def main(argv: list[str]) -> int:
         prog="peftbench evaluate",
         description="Load the adapter of a finished run and score it again.",
         epilog="task.split=SPLIT scores another split; other keys are those of peftbench train that begin with task., "
-        "trainer. or model., such as task.generation.num_beams=1 or trainer.eval_batch_size=8.",
+        "trainer. or model., such as task.generation.num_beams=1 or trainer.eval_batch_size=8. A key that only the "
+        "training read is refused.",
     )
     parser.add_argument("run", type=find_run_folder, help="its folder, or the first digits of its name")
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings to change")

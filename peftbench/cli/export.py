@@ -6,6 +6,7 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
+from peftbench.config.unread import EXPORT
 from peftbench.records.saved import find_run_folder, read_saved_record
 from peftbench.utils.console import say
 from peftbench.utils.quiet import silence_libraries
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
     from peftbench.exchange.peft_form import describe_targets
 
     require_empty(arguments.out)
-    run = read_saved_run(arguments.run, record, arguments.overrides)
+    run = read_saved_run(arguments.run, record, arguments.overrides, EXPORT)
     silence_libraries()
     exported = export_run(arguments.run, run, record, arguments.out, check=not arguments.no_check)
     config = exported.adapter.config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peftbench.backbones.load import Backbone, load_backbone
 from peftbench.backbones.precision import choose_device, resolve_dtype
 from peftbench.backbones.unpacking import unpack_backbone
-from peftbench.config.overrides import apply_override, describe_error, parse_overrides, quote_path
+from peftbench.config.idle import CHANGES_NOTHING
+from peftbench.config.overrides import FILES, apply_override, describe_error, parse_overrides, quote_path
 from peftbench.config.own_parts import FORM, METRIC, TASK
-from peftbench.config.roles import list_splits
-from peftbench.config.schema import Run, Task, has_modification, list_task_files, resolve_config
+from peftbench.config.roles import assign_roles, is_reported, list_splits
+from peftbench.config.schema import Run, Task, has_modification, list_files, list_task_files, resolve_config
 from peftbench.config.stamps import stamp_content
+from peftbench.config.unread import EVALUATE, LOAD_RUN, find_unread_keys
 from peftbench.config.validity import find_faults
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.modification.attach import attach_run
@@ -49,24 +51,39 @@ def read_changed_run(folder: Path, record: Record, overrides: Sequence[str]) -> 
 
     Of the run's own files, those that will be read must exist.
     """
-    run = _override_run(folder, record, overrides)
-    task = set_saved_labels(run.task, record)
-    if found := find_faults(replace(run, task=restrict_to_reported(task, list_dealt(read_trained_task(folder))))):
+    run = _override_run(folder, record, overrides, EVALUATE)
+    task = restrict_to_reported(set_saved_labels(run.task, record), list_dealt(read_trained_task(folder)))
+    if found := [*_find_unread_files(overrides, task), *find_faults(replace(run, task=task))]:
         raise UserError(*found)
     return run
 
 
-def read_saved_run(folder: Path, record: Record, overrides: Sequence[str] = ()) -> Run:
+def _find_unread_files(overrides: Sequence[str], task: Task) -> Iterator[str]:
+    """Yield a sentence for each file that was typed and is of a split that is not scored."""
+    read = {file for files in list_task_files(task).values() for file in files}
+    for typed, override in zip(overrides, parse_overrides(list(map(quote_path, overrides))), strict=True):
+        key = override.key_or_group
+        if key not in FILES and not key.startswith("task.data_files."):
+            continue
+        if (named := list_files(override.value())) and not read & {*named}:
+            scored = ", ".join(split for role, (split, _) in assign_roles(task).items() if is_reported(role))
+            yield f"{typed}{CHANGES_NOTHING}where {scored} is scored, and no other split; leave it out."
+
+
+def read_saved_run(folder: Path, record: Record, overrides: Sequence[str] = (), command: str = LOAD_RUN) -> Run:
     """Return the same as `read_changed_run`, with the labels that the data had.
 
     Only the backbone must exist; the data may have been deleted.
+
+    Args:
+        command: what reads the run (`config.unread`): it is refused a key that it would not read.
     """
-    run = _override_run(folder, record, overrides)
+    run = _override_run(folder, record, overrides, command)
     run.task = set_saved_labels(run.task, record)
     return run
 
 
-def _override_run(folder: Path, record: Record, overrides: Sequence[str]) -> Run:
+def _override_run(folder: Path, record: Record, overrides: Sequence[str], command: str) -> Run:
     config = read_saved_config(folder)
     parsed = parse_overrides(
         [re.sub(r"^task\.split=", "task.report_split=", quote_path(override)) for override in overrides]
@@ -88,6 +105,9 @@ def _override_run(folder: Path, record: Record, overrides: Sequence[str]) -> Run
         run = resolve_config(config)
     except OmegaConfBaseException as error:  # what was typed refers to something else
         raise UserError(describe_error(error)) from error
+    given = zip(overrides, (override.key_or_group for override in parsed), strict=True)
+    if unread := list(find_unread_keys(given, run, command)):
+        raise UserError(*unread)
     run.task = _report_on(run.task, read_trained_task(folder))
     if run.model.path and not expand_home(run.model.path).is_dir():
         raise UserError(f"model.path={run.model.path} is not a folder; give the path of an existing one.")
@@ -240,7 +260,11 @@ def load_run(folder: str | Path, *overrides: str) -> tuple[PreTrainedModel, PreT
     """
     silence_libraries()  # which tell of the task head as missing, though the adapter brings it
     folder = find_run_folder(str(folder))
-    run = read_saved_run(folder, read_saved_record(folder), overrides)
+    return restore_run(folder, read_saved_run(folder, read_saved_record(folder), overrides))
+
+
+def restore_run(folder: Path, run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return what `load_run` returns for the run in `folder`; `run` is of `read_saved_run`."""
     backbone = restore_backbone(folder, run, run.task)
     if has_modification(run):
         keep_from_saving(backbone.model, folder)

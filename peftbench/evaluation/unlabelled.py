@@ -13,6 +13,7 @@ from scipy.special import softmax
 
 from peftbench.backbones.precision import choose_device, resolve_dtype
 from peftbench.config.schema import Run, TaskKind
+from peftbench.config.unread import PREDICT
 from peftbench.config.validity import find_faults
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.evaluation.finished import read_saved_run, restore_backbone
@@ -47,7 +48,7 @@ def read_run_to_predict(folder: Path, record: Record, overrides: Sequence[str]) 
     Raises:
         UserError: an override is wrong, or the backbone is not that of the run.
     """
-    run = read_saved_run(folder, record, overrides)
+    run = read_saved_run(folder, record, overrides, PREDICT)
     nothing: dict[str, Any] = dict.fromkeys(("data_dir", "train_file", "validation_file", "test_file"))
     run = replace(run, task=replace(run.task, **nothing, data_files={}))
     if found := find_faults(run, reads_data=False):

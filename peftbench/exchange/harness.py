@@ -10,7 +10,8 @@ import torch
 
 from peftbench.backbones.precision import choose_device
 from peftbench.config.schema import TaskKind
-from peftbench.evaluation.finished import load_run, read_saved_run
+from peftbench.config.unread import LOAD_HARNESS_MODEL
+from peftbench.evaluation.finished import read_saved_run, restore_run
 from peftbench.records.saved import find_run_folder, read_saved_record
 from peftbench.utils.errors import UserError
 from peftbench.utils.quiet import silence_libraries
@@ -39,12 +40,12 @@ def load_harness_model(folder: str | Path, *overrides: str, device: str | None =
 
     silence_libraries()
     folder = find_run_folder(str(folder))
-    run = read_saved_run(folder, read_saved_record(folder), overrides)
+    run = read_saved_run(folder, read_saved_record(folder), overrides, LOAD_HARNESS_MODEL)
     if run.task.kind is not TaskKind.text_to_text:
         raise UserError(
             f"{folder} has a run of {run.task.kind.name}, and the harness scores models that write text; use peftbench "
             "evaluate."
         )
-    model, tokenizer = load_run(folder, *overrides)
+    model, tokenizer = restore_run(folder, run)
     model.to(choose_device(run.trainer) if device is None else torch.device(device))
     return HFLM(pretrained=model, tokenizer=tokenizer, **options)
