@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Brings docs/reproduction.md, README.md and its picture up to date: what commands print of outputs/reference.
+"""Brings docs/reproduction.md, README.md and their pictures up to date: what commands print of outputs/reference.
 
 Searches over the axes that were planned and have no record are said not to have been run. README.md shows those of
 its cells of which there are records.
@@ -25,6 +25,7 @@ from peftbench.tables.select import load_folders
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, README, PICTURE = ROOT / "docs" / "reproduction.md", ROOT / "README.md", ROOT / "docs" / "images" / "scores.svg"
+CURVES = PICTURE.with_name("curves.svg")
 RECORDS = ROOT / "outputs" / "reference"
 BEGIN, END = "<!-- peftbench claims outputs/reference --markdown -->\n", "<!-- end -->\n"
 BEGIN_GROUPS = (
@@ -103,6 +104,16 @@ def draw_picture(file: Path, records: Path = RECORDS) -> None:
     _run(plot, [*find_cells(records), *ROWS, "--x", "percent", "--interval", "--out", str(file)])
 
 
+def draw_looks(file: Path, records: Path = RECORDS) -> None:
+    """Draw what the rows had on the selection split during the training, one seed of each."""
+    _run(plot, [*find_cells(records), *list_first_seed(ROWS), "--curves", "--y", "selection", "--out", str(file)])
+
+
+def list_first_seed(filters: list[str]) -> list[str]:
+    """Return filters that join sets by `or`, with the seed of the trials in each."""
+    return [word for one in filters for word in (["seed=42", one] if one == "or" else [one])] + ["seed=42"]
+
+
 def find_cells(records: Path) -> list[str]:
     """Return the folders of the cells of README.md that have records."""
     folders = [records / "reproduction" / cell for cell in CELLS]
@@ -153,3 +164,4 @@ if __name__ == "__main__":
     PAGE.write_text(write_page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     README.write_text(write_readme(README.read_text(encoding="utf-8")), encoding="utf-8")
     draw_picture(PICTURE)
+    draw_looks(CURVES)

@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args
 
-from peftbench.tables.plot import ENDINGS, NAMES, draw_curves, draw_scores, list_marks, place_scores, save_figure
+from peftbench.tables.curves import draw_curves, list_points, place_curves
+from peftbench.tables.figure import ENDINGS, save_figure
+from peftbench.tables.plot import NAMES, draw_scores, list_marks, place_scores
 from peftbench.tables.row import Statistic, describe_left_out, group_seeds, make_rows
 from peftbench.tables.select import read_records
 from peftbench.utils.console import say
@@ -26,7 +28,11 @@ def main(argv: list[str]) -> int:
         "--out", metavar="FILE", type=Path, action="append", help="PNG, SVG or PDF, by extension; default: scores.png"
     )
     parser.add_argument("--x", choices=list(NAMES), default="stored", help="the cost; default: %(default)s")
-    parser.add_argument("--y", metavar="KEY", help="a metric (default: the main one); of curves a logged value (loss)")
+    parser.add_argument(
+        "--y",
+        metavar="KEY",
+        help="a metric (default: the main one); of curves a logged value (default: loss), or selection: the looks",
+    )
     parser.add_argument("--by", metavar="KEY", default="method", help="a line for each value; default: method, axes")
     parser.add_argument("--curves", action="store_true", help="plot the values logged in training, a line for each run")
     parser.add_argument(
@@ -48,7 +54,8 @@ def main(argv: list[str]) -> int:
     records = read_records(arguments.words)
     marks: list[dict[str, Any]] = []
     if arguments.curves:
-        figure = draw_curves(make_rows(records), y=arguments.y or "loss", by=arguments.by)
+        curves = place_curves(make_rows(records), y=arguments.y or "loss", by=arguments.by)
+        figure, marks = draw_curves(curves), list_points(curves)
     else:
         rows = group_seeds(records, arguments.statistic)
         if missing := describe_left_out(rows):

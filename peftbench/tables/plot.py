@@ -1,4 +1,4 @@
-"""`peftbench plot`: score against a method's cost, as in figures 2, 4 and 5 of He et al. (2022); training curves.
+"""`peftbench plot`: score against a method's cost, as in figures 2, 4 and 5 of He et al. (2022).
 
 There is a panel for each task, backbone, metric, split and size. Each method has a line over its sizes, or one for each
 of the axes that it was tried with. Full fine-tuning is dashed. Bars, and the band of full fine-tuning, are the standard
@@ -8,35 +8,23 @@ deviation over seeds or the 95% interval of the mean; without intervals the Pare
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
-from textwrap import fill
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from peftbench.config.axes import CHOICES
 from peftbench.records.record import Record
-from peftbench.records.run_files import read_metrics
-from peftbench.records.wording import format_value
 from peftbench.tables.fields import FIELDS, find_field
+from peftbench.tables.figure import ALONE, BESIDE, choose_style, draw_figure, label_axes, name_lines, name_panels
 from peftbench.tables.row import Row, find_front, split_tables
-from peftbench.tables.terminal import make_title
-from peftbench.utils.differences import find_differing, merge_alike
-from peftbench.utils.errors import UserError, describe_unknown
-from peftbench.utils.files import dump_json, write_beside
-from peftbench.utils.text import strip_controls
+from peftbench.utils.differences import merge_alike
+from peftbench.utils.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ENDINGS = (".png", ".svg", ".pdf")
-# Okabe and Ito (2008): distinguishable for the colour-blind too; the darkest first, for print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vPX*<>"
 NAMES = {
     "stored": "stored parameters",
     "trained": "trained parameters",
@@ -48,37 +36,9 @@ NAMES = {
     "use_memory": "peak memory in use, GiB",
     "general_loss": "loss on general text after the training",
 }
-COLUMNS = 3  # panels next to each other
-A_NAME = 0.206  # inches of the legend's height
-BELOW = 4  # lines of names below several panels; more names are next to them
-# Inches of a panel: alone, and beside others, so that three are as wide as a page and its letters stay as large.
-ALONE, BESIDE = (4.4, 3.5), (3.0, 2.9)
 APART, WIDEST = 8, 0.16  # points between two bars at one cost; share of the axis that all of them may have
 ALIKE = 1.15  # costs that differ by less are one cost to bars
 FULL = "full fine-tuning"
-DATA = {".svg": "Description", ".png": "Description", ".pdf": "Subject"}  # the metadata that hold what is drawn
-
-
-def save_figure(figure: Figure, file: Path, marks: Sequence[dict[str, Any]] = ()) -> None:
-    """Write the picture, and the numbers of its marks to its metadata (`list_marks`); in an SVG, words stay text.
-
-    The same data make the same file. Names are drawn as they are: an SVG has no controls, and $ is no formula.
-    """
-    from matplotlib import rc_context
-    from matplotlib.text import Text
-
-    for text in figure.findobj(Text):
-        text.set_text(strip_controls(text.get_text()))
-        text.set_parse_math(False)
-    if figure.get_layout_engine() is not None:  # once, so that no picture depends on those saved before it
-        figure.draw_without_rendering()
-        figure.set_layout_engine(None)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    kind = file.suffix.lower()
-    about: dict[str, Any] = {DATA[kind]: dump_json(list(marks), ensure_ascii=True)} if marks else {}
-    about |= {} if kind == ".png" else {"Date" if kind == ".svg" else "CreationDate": None}
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "peftbench"}), write_beside(file) as unfinished:
-        figure.savefig(unfinished, format=kind.removeprefix("."), dpi=200, metadata=about)
 
 
 class Mark(NamedTuple):
@@ -148,9 +108,9 @@ def place_scores(
     shown = [(table, *found) for table, found in zip(tables, placed, strict=True) if found[0]]
     if not shown:
         raise UserError(f"None of these runs has both {x} and {y} to draw.")
-    titles = _name_panels([table for table, _, _ in shown])
+    titles = name_panels([table for table, _, _ in shown])
     panels = [Panel(title, marks, bars) for title, (_, marks, bars) in zip(titles, shown, strict=True)]
-    lines = _name_lines([[mark.row for mark in panel.tuned] for panel in panels], by)
+    lines = name_lines([[mark.row for mark in panel.tuned] for panel in panels], by)
     return Scores(panels, lines, x, y, interval)
 
 
@@ -178,7 +138,7 @@ def draw_scores(scores: Scores) -> Figure:
         partial(_draw_panel, panel=panel, scores=scores, limits=limits)
         for panel, limits in zip(scores.panels, ranges, strict=True)
     ]
-    return _draw_figure(panels, _explain_bars(scores))
+    return draw_figure(panels, _explain_bars(scores))
 
 
 def _explain_bars(scores: Scores) -> str:
@@ -199,77 +159,8 @@ def _choose_range(costs: Sequence[float]) -> tuple[float, float] | None:
     return min(costs) / room, max(costs) * room
 
 
-def draw_curves(rows: Sequence[Row], *, y: str = "loss", by: str = "method") -> Figure:
-    """Draw the values that single runs logged during training, over their steps; a colour for each value of `by`.
-
-    Raises:
-        UserError: none of the runs has logged `y`, or the key is unknown.
-    """
-    _find_field(by, rows)  # raises if the key is unknown
-    curves = {id(row): curve for row in rows if (curve := _read_curve(row, y))}
-    panels = [shown for table in split_tables(rows) if (shown := [row for row in table if id(row) in curves])]
-    if not panels:
-        keys = sorted(
-            {key for row in rows for line in read_metrics(row.first.folder) for key in line} - {"stage", "step"}
-        )
-        raise UserError(describe_unknown("--y", y, keys) if keys else "None of these runs has logged anything to draw.")
-    names = sorted({_name_row(row, by) for panel in panels for row in panel})
-    titles = _name_panels(panels)
-    draws = [
-        partial(_draw_curve_panel, rows=panel, title=title, curves=curves, names=names, y=y, by=by)
-        for panel, title in zip(panels, titles, strict=True)
-    ]
-    return _draw_figure(draws)
-
-
 def _find_field(key: str, rows: Sequence[Row]) -> Callable[[Record], Any]:
     return find_field(key, [record for row in rows for record in row.records])
-
-
-def _draw_figure(panels: Sequence[Callable[[Axes], None]], note: str = "") -> Figure:
-    """Arrange panels next to and below each other, with one legend: next to one panel, below several."""
-    from matplotlib import rc_context
-    from matplotlib.container import ErrorbarContainer
-    from matplotlib.figure import Figure
-
-    across = min(len(panels), COLUMNS)
-    down = -(-len(panels) // across)
-    wide, high = BESIDE if across > 1 else ALONE
-    with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(layout="constrained")
-        grid = list(figure.subplots(down, across, squeeze=False).flat)
-        for axes, panel in zip(grid, panels, strict=False):
-            panel(axes)
-        for axes in grid[len(panels) :]:
-            axes.set_axis_off()
-        handles: dict[str, Any] = {}
-        for axes in figure.axes:
-            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-                handles.setdefault(label, handle[0] if isinstance(handle, ErrorbarContainer) else handle)
-        each = 0.6 + 0.075 * max(map(len, handles), default=0)  # inches of a name with its line
-        abreast = max(1, min(int(wide * across / each), len(handles)))
-        lines = math.ceil(len(handles) / abreast)
-        if across > 1 and lines <= BELOW:
-            note = fill(note, int(wide * across / 0.07))
-            figure.set_size_inches(wide * across, high * down + 0.17 * (lines + note.count("\n") + bool(note)))
-            place, columns = "outside lower center", math.ceil(len(handles) / lines)
-        else:
-            note = fill(note, max(24, int(each / 0.07)))
-            names = int(high * down / A_NAME) - note.count("\n") - bool(note)  # below each other
-            columns = math.ceil(len(handles) / names) or 1
-            figure.set_size_inches(wide * across + each * columns, high * down)
-            place = "outside right upper"
-        figure.legend(
-            handles.values(),
-            handles.keys(),
-            loc=place,
-            frameon=False,
-            ncols=columns,
-            title=note or None,
-            title_fontproperties={"size": 8},
-            alignment="left",
-        )
-    return figure
 
 
 def _place_marks(table: Sequence[Row], x: str, y: str, interval: bool) -> tuple[list[Mark], str]:
@@ -323,7 +214,7 @@ def _draw_panel(axes: Axes, panel: Panel, scores: Scores, limits: tuple[float, f
         _set_log_scale(axes, limits)
     _limit_bars(axes, panel.marks)
     first = panel.marks[0].row.first
-    _label_axes(axes, panel.title, NAMES[scores.x], first.metric if scores.y == "score" else scores.y)
+    label_axes(axes, panel.title, NAMES[scores.x], first.metric if scores.y == "score" else scores.y)
 
 
 def _stand_apart(marks: Sequence[Mark], scores: Scores, limits: tuple[float, float]) -> dict[int, float]:
@@ -377,22 +268,13 @@ def _draw_line(axes: Axes, marks: Sequence[Mark], name: str, index: int, places:
         scores,
         yerr=ends if any(map(any, ends)) else None,
         label=name,
-        **_choose_style(index),
+        **choose_style(index),
         linewidth=1.3,
         markersize=6,
         markeredgecolor="white",  # so that overlapping marks can be distinguished
         markeredgewidth=0.5,
         capsize=2,
     )
-
-
-def _choose_style(index: int) -> dict[str, Any]:
-    """Return colour, mark and dashes of a line."""
-    return {
-        "color": COLOURS[index % len(COLOURS)],
-        "marker": MARKERS[index % len(MARKERS)],
-        "linestyle": ("-", "--", ":")[index // len(COLOURS) % 3],
-    }
 
 
 def _set_log_scale(axes: Axes, limits: tuple[float, float]) -> None:
@@ -406,94 +288,6 @@ def _set_log_scale(axes: Axes, limits: tuple[float, float]) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=subs))
     axes.xaxis.set_major_formatter(FuncFormatter(_shorten))
     axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _draw_curve_panel(
-    axes: Axes,
-    rows: Sequence[Row],
-    title: str,
-    curves: dict[int, list[tuple[int, float]]],
-    names: Sequence[str],
-    y: str,
-    by: str,
-) -> None:
-    for row in sorted(rows, key=lambda row: names.index(_name_row(row, by))):
-        name = _name_row(row, by)
-        steps, values = zip(*curves[id(row)], strict=True)
-        look = _choose_style(names.index(name))
-        if len(steps) >= 30:  # only the few evaluations on the selection split have marks
-            look["marker"] = None
-        axes.plot(steps, values, label=name, **look, markersize=4)
-    _label_axes(axes, title, "step", y)
-
-
-def _read_curve(row: Row, y: str) -> list[tuple[int, float]]:
-    """Return (step, value) for each time that a run logged `y`, without the training of its head alone."""
-    lines = read_metrics(row.first.folder)
-    own = [line for line in lines if y in line and line["stage"] == lines[0]["stage"]]
-    return [(line["step"], line[y] if type(line[y]) in (int, float) else math.nan) for line in own]
-
-
-def _name_panels(tables: Sequence[Sequence[Row]]) -> list[str]:
-    """Return a title for each panel: its task and backbone, the backbone's version where only that differs."""
-    found = [make_title(table).plain.partition(",")[0].partition(" of ")[0] for table in tables]
-    short = [re.sub(r"@\w+( \(debug=.*\))?$", r"\1", title) for title in found]
-    return [one if short.count(one) == 1 else title for one, title in zip(short, found, strict=True)]
-
-
-def _label_axes(axes: Axes, title: str, x: str, y: str) -> None:
-    axes.set_title(title, fontsize=9, loc="left")
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(True, which="major", color="#EEEEEE", linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
-def _name_lines(panels: Sequence[Sequence[Row]], by: str) -> dict[int, str]:
-    """Return the name of the line on which each row is a point.
-
-    By method, a method that was tried with several axes has a line for each: adapter · ffn, adapter · attention. The
-    same holds, in a panel, for a method that was tried with several scales or trained for several lengths, but not for
-    one whose sizes have different learning rates. Panels may differ in them: MAM's scale depends on the task.
-    """
-    rows = [row for panel in panels for row in panel]
-    if by != "method":
-        return {id(row): _name_row(row, by) for row in rows}
-    found = {}
-    for method in {row.first.method for row in rows}:
-        groups = [[row for row in panel if row.first.method == method] for panel in panels]
-        alike = [row for group in groups for row in group]
-        differ = set(find_differing([_read_axes(row, with_scale=False) for row in alike]))
-        differ.update(key for group in groups if group for key in find_differing(list(map(_read_axes, group))))
-        for row in alike:
-            axes = _read_axes(row)
-            found[id(row)] = " · ".join([method, *(axes[key] for key in axes if key in differ)])
-    for panel in panels:
-        lengths: dict[str, set[str]] = {}
-        for row in panel:
-            lengths.setdefault(found[id(row)], set()).add(_describe_length(row))
-        found |= {
-            id(row): f"{name} · {_describe_length(row)}" for row in panel if len(lengths[name := found[id(row)]]) > 1
-        }
-    return found
-
-
-def _read_axes(row: Row, with_scale: bool = True) -> dict[str, str]:
-    """Return the four axes of a row, the composition function with its scale."""
-    axes = {axis: format_value(FIELDS[axis](row.first)) for axis in CHOICES}
-    scaled = {"composition_function": format_value([one.composition for one in row.first.axes])}
-    return axes | scaled if with_scale else axes
-
-
-def _describe_length(row: Row) -> str:
-    """Return the requested training length of a row's runs; a number of steps overrides one of epochs."""
-    trainer = row.first.trainer
-    steps, epochs = (format_value(trainer.get(key)) for key in ("max_steps", "epochs"))
-    return f"{steps} steps" if steps else f"{epochs} epochs" if epochs else ""
-
-
-def _name_row(row: Row, by: str) -> str:
-    return format_value(find_field(by, row.records)(row.first)) or "none"
 
 
 def _shorten(number: float, _: object = None) -> str:

@@ -70,6 +70,13 @@ def test_the_picture_is_up_to_date(script: ModuleType) -> None:
         assert (one["panel"], one["line"]) == (other["panel"], other["line"])
 
 
+def test_the_picture_of_the_curves_is_up_to_date(script: ModuleType, tmp_path: Path) -> None:
+    script.draw_looks(tmp_path / "curves.svg")
+    shown, expected = read_marks(script.CURVES), read_marks(tmp_path / "curves.svg")
+    assert shown == expected and len({one["panel"] for one in shown}) == len(script.CELLS)
+    assert f"]({script.CURVES.relative_to(ROOT / 'docs')})" in script.PAGE.read_text(encoding="utf-8")
+
+
 def copy_cell(folder: Path, model: str, rows: tuple[str, ...]) -> None:
     """Copy the records of SST-2 of which the typed row begins so, as those of WebNLG with a backbone."""
     for file in FOLDER.glob("sst2/minilm-l6/*/*/record.json"):

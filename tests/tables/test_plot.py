@@ -18,9 +18,11 @@ from matplotlib.figure import Figure
 
 from peftbench.cli.plot import main
 from peftbench.records.record import Record, RecordedCounts, Score, load_records
+from peftbench.tables.curves import draw_curves, list_points, place_curves
 from peftbench.tables.fields import FIELDS
+from peftbench.tables.figure import COLOURS
 from peftbench.tables.intervals import estimate_means
-from peftbench.tables.plot import APART, COLOURS, draw_curves, draw_scores, list_marks, place_scores
+from peftbench.tables.plot import APART, draw_scores, list_marks, place_scores
 from peftbench.tables.row import Row, group_seeds, make_rows
 from peftbench.utils.errors import UserError, describe_os_error
 from tests.tables.test_claims import make_row
@@ -313,16 +315,37 @@ def test_curves(tmp_path: Path) -> None:
         lines += [{"stage": "train x", "step": 2, "eval_accuracy": 50.0}]
         lines += [{"stage": "train the head alone", "step": step, "loss": 99.0} for step in (1, 2)]
         (record.folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"stage": "tr')
-    figure = draw_curves(make_rows(records))
+    figure = draw_curves(place_curves(make_rows(records)))
     (axes,) = figure.axes
     assert [line.get_xydata().tolist() for line in axes.get_lines()] == [[[1, 10], [2, 5]]] * 3
     assert [word.get_text() for word in figure.legends[0].get_texts()] == ["lora", "mam"]
-    (axes,) = draw_curves(make_rows(records), y="eval_accuracy", by="seed").axes
+    (axes,) = draw_curves(place_curves(make_rows(records), y="eval_accuracy", by="seed")).axes
     assert [line.get_label() for line in axes.get_lines()] == ["1", "1", "2"]
     with pytest.raises(UserError, match="--y=los is unknown; did you mean loss"):
-        draw_curves(make_rows(records), y="los")
+        place_curves(make_rows(records), y="los")
     with pytest.raises(UserError, match="has logged anything"):
-        draw_curves(make_rows([run("lora", 1, folder=tmp_path)]))
+        place_curves(make_rows([run("lora", 1, folder=tmp_path)]))
+
+
+def test_looks_at_the_selection_split_by_the_metric_of_each_task(tmp_path: Path) -> None:
+    records = [run(name, 1, folder=tmp_path / str(place)) for place, name in enumerate(("lora", "lora", "mam", "full"))]
+    records[1].axes = [replace(records[1].axes[0], modified_representation="attention")]
+    records[2].task, records[2].metric = "webnlg", "bleu"
+    for record in records:
+        saved(record)
+        look = {"stage": "train x", "step": 2, f"eval_{record.metric}": 50.5, "eval_other": 1.0}
+        lines = [{"stage": "train x", "step": 1, "loss": 3.0}, *([] if record.method == "full" else [look])]
+        (record.folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    curves = place_curves(make_rows(records), y="selection")
+    labels = sorted(axes.get_ylabel() for axes in draw_curves(curves).axes if axes.get_title(loc="left"))
+    assert labels == ["accuracy on the selection split", "bleu on the selection split"]
+    points = list_points(curves)
+    assert sorted(one["line"] for one in points) == ["lora · attention", "lora · query_value", "mam"]
+    assert [(one["step"], one["selection"]) for one in points] == [([2], [50.5])] * 3
+    assert main([str(tmp_path), "--curves", "--out", str(tmp_path / "a.svg")]) == 0
+    assert "lora · attention" in (tmp_path / "a.svg").read_text(encoding="utf-8")
+    with pytest.raises(UserError, match="--y=selections is unknown; did you mean selection"):
+        place_curves(make_rows(records), y="selections")
 
 
 def test_logged_values_that_are_no_numbers_are_gaps(tmp_path: Path) -> None:
@@ -331,6 +354,6 @@ def test_logged_values_that_are_no_numbers_are_gaps(tmp_path: Path) -> None:
     values = [3.0, "\ud800", None, [1], 10, True]
     lines = [{"stage": "train x", "step": step, "loss": value} for step, value in enumerate(values)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    (axes,) = draw_curves(make_rows([record])).axes
+    (axes,) = draw_curves(place_curves(make_rows([record]))).axes
     drawn = [value if value == value else None for value in axes.get_lines()[0].get_ydata().tolist()]
     assert drawn == [3.0, None, None, None, 10.0, None]

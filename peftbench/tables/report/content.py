@@ -15,7 +15,8 @@ from peftbench.records.wording import format_value
 from peftbench.tables.columns import PAPER, choose_columns
 from peftbench.tables.comparison import read_settings
 from peftbench.tables.fields import AVERAGE, COSTS, FIELDS, MANY_CUT_OFF, find_field, list_further_splits
-from peftbench.tables.plot import COLOURS, NAMES
+from peftbench.tables.figure import COLOURS
+from peftbench.tables.plot import NAMES
 from peftbench.tables.row import Row, get_rank, identify_point, make_rows, split_tables
 from peftbench.tables.terminal import make_titles
 from peftbench.utils.differences import find_differing
