@@ -11,7 +11,7 @@ from peftbench.config.compose import compose_run
 from peftbench.config.schema import Run, resolve_config
 from peftbench.counts.show import explanation_to_json, show_explanation
 from peftbench.records.record import find_record
-from peftbench.records.saved import find_run_folder, read_saved_config
+from peftbench.records.saved import OUTPUTS, find_run_folder, read_saved_config
 from peftbench.tables.row import is_scored
 from peftbench.utils.console import make_console, say
 from peftbench.utils.errors import UserError
@@ -58,6 +58,11 @@ def _find_run(words: list[str]) -> Path | None:
     """
     named = [word for word in words if "=" not in word and find_run_folder(word).is_dir()]
     if not named:
+        if others := [word for word in words if "=" not in word and not word.startswith("~")]:
+            raise UserError(
+                f"{others[0]} is neither the folder of a run, nor the first digits of one below {OUTPUTS}, nor "
+                "KEY=VALUE, such as method=lora."
+            )
         return None
     if len(words) > 1:
         raise UserError(f"{named[0]} is a run, which is explained as it was trained; leave the other words out.")

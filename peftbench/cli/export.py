@@ -9,6 +9,8 @@ from pathlib import Path
 from peftbench.config.unread import EXPORT
 from peftbench.records.saved import find_run_folder, read_saved_record
 from peftbench.utils.console import say
+from peftbench.utils.errors import UserError
+from peftbench.utils.files import require_empty
 from peftbench.utils.quiet import silence_libraries
 
 
@@ -34,12 +36,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--private", action="store_true", help="with --push: a repository that only OWNER can see")
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="such as model.path=FOLDER")
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.private and arguments.push is None:
+        raise UserError("--private needs --push OWNER/NAME, the repository that it hides.")
     record = read_saved_record(arguments.run)
+    require_empty(arguments.out)
     from peftbench.evaluation.finished import read_saved_run  # imports torch, which a refusal above does without
-    from peftbench.exchange.export import export_run, push_folder, require_empty
+    from peftbench.exchange.export import export_run, push_folder
     from peftbench.exchange.peft_form import describe_targets
 
-    require_empty(arguments.out)
     run = read_saved_run(arguments.run, record, arguments.overrides, EXPORT)
     silence_libraries()
     exported = export_run(arguments.run, run, record, arguments.out, check=not arguments.no_check)

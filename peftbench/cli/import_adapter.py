@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from peftbench.utils.console import say
-from peftbench.utils.files import expand_home
+from peftbench.utils.files import expand_home, require_empty
 from peftbench.utils.progress import Display
 from peftbench.utils.quiet import make_quiet_console
 
@@ -41,11 +41,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--alpha", type=float, metavar="NUMBER", help="LoRA's alpha, which files of loralib lack")
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run folder to write, new or empty")
     arguments = parser.parse_intermixed_args(argv)
-    from peftbench.exchange.export import require_empty  # imports torch, which the help does without
-    from peftbench.exchange.foreign import read_adapter
+    require_empty(arguments.out)
+    from peftbench.exchange.foreign import read_adapter  # imports torch, which a refusal above does without
     from peftbench.exchange.importing import compose_imported, import_adapter
 
-    require_empty(arguments.out)
     words = [*([] if arguments.task is None else [f"task={arguments.task}"]), *arguments.overrides]
     console = make_quiet_console()
     adapter = read_adapter(expand_home(arguments.adapter), arguments.alpha)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from peftbench.config.schema import DType
 from peftbench.records.saved import find_run_folder, read_saved_record
-from peftbench.utils.errors import UserError
+from peftbench.utils.files import require_empty
 from peftbench.utils.quiet import make_quiet_console
 
 
@@ -27,8 +27,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to write, new or empty")
     arguments = parser.parse_args(argv)
     record = read_saved_record(arguments.run)
-    if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
-        raise UserError(f"--out {arguments.out} exists already; give a folder that is new or empty.")
+    require_empty(arguments.out)
     from peftbench.evaluation.finished import read_saved_run  # imports torch, which a refusal above does without
     from peftbench.evaluation.merged import write_merged
 

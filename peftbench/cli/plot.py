@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args
 
+from peftbench.tables.columns import Cost
 from peftbench.tables.curves import draw_curves, list_points, place_curves
 from peftbench.tables.figure import ENDINGS, save_figure
 from peftbench.tables.plot import NAMES, draw_scores, list_marks, place_scores
@@ -13,6 +14,8 @@ from peftbench.tables.row import Statistic, describe_left_out, group_seeds, make
 from peftbench.tables.select import read_records
 from peftbench.utils.console import say
 from peftbench.utils.errors import UserError, warn
+
+COST: Cost = "stored"
 
 
 def main(argv: list[str]) -> int:
@@ -27,7 +30,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--out", metavar="FILE", type=Path, action="append", help="PNG, SVG or PDF, by extension; default: scores.png"
     )
-    parser.add_argument("--x", choices=list(NAMES), default="stored", help="the cost; default: %(default)s")
+    parser.add_argument("--x", choices=list(NAMES), help=f"the cost; default: {COST}")
     parser.add_argument(
         "--y",
         metavar="KEY",
@@ -41,27 +44,31 @@ def main(argv: list[str]) -> int:
         help="bars are the 95%% interval of the mean, not the standard deviation over seeds: over seeds and examples "
         "where it is known what each example contributed, else over the seeds",
     )
-    parser.add_argument("--statistic", choices=get_args(Statistic), default="mean", help="over seeds; default: mean")
+    parser.add_argument("--statistic", choices=get_args(Statistic), help="over seeds; default: mean")
     arguments = parser.parse_intermixed_args(argv)
 
     files = arguments.out or [Path("scores.png")]
     for file in files:
         if file.suffix.lower() not in ENDINGS:
             raise UserError(f"--out {file}: the extension must be one of {', '.join(ENDINGS)}.")
-    if arguments.interval and (arguments.curves or arguments.statistic != "mean"):
-        other = "--curves" if arguments.curves else f"--statistic {arguments.statistic}"
-        raise UserError(f"--interval is that of a mean score; leave {other} out.")
+    if arguments.curves and (idle := [name for name in ("x", "interval", "statistic") if getattr(arguments, name)]):
+        raise UserError(
+            f"--{idle[0]} is for scores, and --curves draws each run over its steps; leave one of them out."
+        )
+    statistic: Statistic = arguments.statistic or "mean"
+    if arguments.interval and statistic != "mean":
+        raise UserError(f"--interval is that of a mean score; leave --statistic {statistic} out.")
     records = read_records(arguments.words)
     marks: list[dict[str, Any]] = []
     if arguments.curves:
         curves = place_curves(make_rows(records), y=arguments.y or "loss", by=arguments.by)
         figure, marks = draw_curves(curves), list_points(curves)
     else:
-        rows = group_seeds(records, arguments.statistic)
+        rows = group_seeds(records, statistic)
         if missing := describe_left_out(rows):
             warn(missing)
         scores = place_scores(
-            rows, x=arguments.x, y=arguments.y or "score", by=arguments.by, interval=arguments.interval
+            rows, x=arguments.x or COST, y=arguments.y or "score", by=arguments.by, interval=arguments.interval
         )
         figure, marks = draw_scores(scores), list_marks(scores)
     for file in files:

@@ -31,6 +31,7 @@ from peftbench.utils.errors import UserError, warn
 from peftbench.utils.files import dump_json
 from peftbench.utils.text import join_lines
 
+COST: Cost = "stored"
 EPILOG = """\
 KEY is a column (method, row, task, model, seed, status, functional_form, bottleneck, learning_rate, stored, score,
 time, device ...), a metric (rouge1 ...), a baseline, or a dotted key of the record (trainer.batch_size ...).
@@ -56,7 +57,8 @@ def main(argv: list[str]) -> int:
         raise UserError("--reverse needs --sort, whose order it reverses.")
     if arguments.paper and not any(map(find_printed, records)):
         warn("None of these runs is a row of the paper's tables, at its size; row=NAME trains one.")
-    pivoted = arguments.rows or arguments.columns
+    pivoted = bool(arguments.rows or arguments.columns)
+    _check_flags(arguments, pivoted)
     if arguments.interval and (arguments.statistic == "median" or not (pivoted or arguments.statistic)):
         raise UserError("--interval is that of a mean: it needs --mean, or --rows and --columns without --median.")
     if (pivoted or arguments.statistic) and (again := len(records) - len(drop_retrained(records))):
@@ -70,18 +72,17 @@ def main(argv: list[str]) -> int:
             records,
             arguments.rows or ["method"],
             arguments.columns,
-            value=arguments.value,
+            value=arguments.value or "score",
             mixed=arguments.mix,
             statistic=arguments.statistic or "mean",
             interval=arguments.interval,
         )
         _print_tables([(Text(heading), wanted, lines)], arguments)
         return 0
-    if arguments.mix:
-        raise UserError("--mix needs --rows or --columns; without them, runs that differ get separate tables.")
     plain = not (arguments.statistic or arguments.show)
     if plain and arguments.form in ("json", "csv"):
-        rows = make_rows(records)
+        rows = _sort_as_asked(make_rows(records), arguments)
+        records = [row.first for row in rows]
         columns_beside = make_paper_columns(rows, arguments.paper)
         beside = dict(zip(map(id, records), rows_to_values(columns_beside, rows), strict=True))
         form = records_to_json if arguments.form == "json" else records_to_csv
@@ -127,12 +128,12 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--columns", metavar="KEY,...", type=_split_list, default=[], help="and a column for each of these"
     )
-    parser.add_argument("--value", metavar="KEY", default="score", help="the cells of such a table; default: score")
+    parser.add_argument("--value", metavar="KEY", help="the cells of such a table; default: score")
     parser.add_argument(
         "--mix", metavar="KEY,...", type=_split_list, default=[], help="keys that may differ in a column"
     )
     parser.add_argument(
-        "--pareto", choices=get_args(Cost), default="stored", help="the cost of the marked Pareto front (◆)"
+        "--pareto", choices=get_args(Cost), help=f"the cost of the marked Pareto front (◆); default: {COST}"
     )
     parser.add_argument(
         "--paper",
@@ -154,6 +155,20 @@ def _split_list(text: str) -> list[str]:
     return text.split(",")
 
 
+def _check_flags(arguments: argparse.Namespace, pivoted: bool) -> None:
+    """Raise UserError for an option that would change nothing beside the others."""
+    if pivoted and arguments.pareto:
+        raise UserError("--pareto marks a front among rows of runs; leave it out beside --rows and --columns.")
+    if pivoted and arguments.paper:
+        raise UserError("--paper shows scores beside rows of runs; leave it out beside --rows and --columns.")
+    if not pivoted and arguments.value:
+        raise UserError("--value needs --rows or --columns, whose cells it fills; --show chooses columns without them.")
+    if not pivoted and arguments.mix:
+        raise UserError("--mix needs --rows or --columns; without them, runs that differ get separate tables.")
+    if arguments.pareto and arguments.form in ("json", "csv") and not (arguments.statistic or arguments.show):
+        raise UserError(f"--pareto marks rows of a table; --{arguments.form} has no front: leave it out.")
+
+
 def _check_pivot(arguments: argparse.Namespace) -> None:
     if arguments.show or arguments.sort:
         given = "--show" if arguments.show else "--sort"
@@ -162,13 +177,18 @@ def _check_pivot(arguments: argparse.Namespace) -> None:
 
 def _choose_columns(table: list[Row], arguments: argparse.Namespace) -> tuple[list[Column[Row]], list[Row]]:
     """Return the columns of a table, and its rows in order."""
-    table = sorted(table, key=get_rank)
-    if arguments.sort:
-        (by,) = find_columns([arguments.sort], table, arguments.pareto, arguments.paper)
-        table = _sort_rows(table, by, arguments.reverse)
+    table = _sort_as_asked(sorted(table, key=get_rank), arguments)
+    cost = arguments.pareto or COST
     if arguments.show:
-        return find_columns(arguments.show, table, arguments.pareto, arguments.paper, arguments.interval), table
-    return choose_columns(table, cost=arguments.pareto, paper=arguments.paper, interval=arguments.interval), table
+        return find_columns(arguments.show, table, cost, arguments.paper, arguments.interval), table
+    return choose_columns(table, cost=cost, paper=arguments.paper, interval=arguments.interval), table
+
+
+def _sort_as_asked(table: list[Row], arguments: argparse.Namespace) -> list[Row]:
+    if not arguments.sort:
+        return table
+    (by,) = find_columns([arguments.sort], table, arguments.pareto or COST, arguments.paper)
+    return _sort_rows(table, by, arguments.reverse)
 
 
 def _sort_rows(table: list[Row], column: Column[Row], descending: bool) -> list[Row]:

@@ -163,9 +163,3 @@ def push_folder(folder: Path, name: str, *, private: bool = False) -> str:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"--push {name}: the hub refuses ({reason}); hf auth login logs in, and {complete}.") from error
     return str(url)
-
-
-def require_empty(out: Path) -> None:
-    """Raise UserError if `out` exists, unless it is an empty folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} exists already; give a folder that is new or empty.")

@@ -69,6 +69,12 @@ def open_unlinked(path: Path, mode: str) -> TextIO:
     return cast(TextIO, open(path, mode, encoding="utf-8", errors="backslashreplace", opener=open_file))
 
 
+def require_empty(out: Path) -> None:
+    """Raise UserError if the folder of --out exists, unless it is empty."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} exists already; give a folder that is new or empty.")
+
+
 def expand_home(path: str | Path) -> Path:
     """Return a path with the home folder for its ~ or ~USER. If there is no such user, ~ is a letter as any other."""
     return Path(os.path.expanduser(path))

@@ -318,6 +318,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["method=lroa"], "method=lroa is unknown; did you mean lora?"),
         (["bottleneck=8,16"], "bottleneck=8,16 names several values"),
+        (["3f2a91"], "3f2a91 is neither the folder of a run, nor the first digits of one below outputs, nor KEY=VALUE"),
         (["modified_representation.layers=[99]"], "modified_representation.layers: 99 is outside"),
         (["budget=1k"], "budget=1k: the smallest mam on mini stores 6,534 parameters"),
         (["model.path=null", "model.hub_id=some/model"], "How model.hub_id=some/model is built is not known"),

@@ -102,6 +102,22 @@ def test_from_python_too(run: Path) -> None:
         load_harness_model(run, "trainer.epochs=3")
 
 
+def test_a_private_repository_needs_a_name(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(run), "--private", "--out", str(tmp_path / "out")]) == 2
+    assert "--private needs --push OWNER/NAME" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["export", "merge", "import"])
+def test_a_folder_with_files_is_not_written_to(
+    run: Path, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").touch()
+    assert main([command, str(run), "--out", str(out)]) == 2
+    assert capsys.readouterr().err == f"peftbench: --out {out} exists already; give a folder that is new or empty.\n"
+
+
 def test_a_task_of_ones_own_may_read_any_of_its_keys() -> None:
     run = compose_run(["method=lora", "model=mini", "task=doctopic"])
     word = ("task.max_train=3", "task.max_train")

@@ -281,7 +281,9 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--by", "methd"], "methd is not a column; did you mean method"),
         (["--x", "memory"], "None of these runs has both memory and score"),
         (["--interval", "--statistic", "median"], "--interval is that of a mean score; leave --statistic median out."),
-        (["--interval", "--curves"], "leave --curves out"),
+        (["--interval", "--curves"], "--interval is for scores, and --curves draws each run over its steps"),
+        (["--curves", "--x", "percent"], "--x is for scores, and --curves draws each run over its steps"),
+        (["--curves", "--statistic", "mean"], "--statistic is for scores, and --curves draws each run"),
     ):
         with pytest.raises(UserError, match=sentence):
             main([str(tmp_path / "outputs"), *arguments])

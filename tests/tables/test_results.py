@@ -532,6 +532,10 @@ def test_means_tell_apart_what_differs_in_more_than_the_seed_at_any_width(
         (["--rows", "methd"], "methd is not a column; did you mean method"),
         (["--rows", "method", "--show", "score"], "--show needs a row for each run"),
         (["--mix", "split"], "--mix needs --rows or --columns"),
+        (["--value", "score"], "--value needs --rows or --columns"),
+        (["--rows", "method", "--pareto", "time"], "--pareto marks a front among rows of runs; leave it out"),
+        (["--json", "--pareto", "time"], "--pareto marks rows of a table; --json has no front: leave it out"),
+        (["--rows", "method", "--paper"], "--paper shows scores beside rows of runs; leave it out"),
         (["--reverse"], "--reverse needs --sort"),
         (["--rows", "method", "--reverse"], "--reverse needs --sort"),
         (["--rows", "method", "--value", "functional_form"], "--value functional_form is not a number"),
@@ -541,6 +545,16 @@ def test_means_tell_apart_what_differs_in_more_than_the_seed_at_any_width(
 def test_refusals(outputs: Path, arguments: list[str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence.replace("?", r"\?")):
         main([str(outputs), *arguments])
+
+
+def test_whole_records_are_sorted_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs of several tables are one list in JSON and CSV."""
+    for seed, (method, score) in enumerate((("lora", 3.0), ("mam", 1.0), ("lora", 2.0))):
+        saved(run(method, seed, score, tmp_path / str(seed)))
+    for flags, expected in (([], [3.0, 1.0, 2.0]), (["--sort", "score"], [1.0, 2.0, 3.0])):
+        assert [one["score"] for one in json.loads(printed(capsys, tmp_path, "--json", *flags))] == expected
+    text = printed(capsys, tmp_path, "--csv", "--sort", "score", "--reverse")
+    assert [float(row["score"]) for row in csv.DictReader(io.StringIO(text))] == [3.0, 2.0, 1.0]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--mean"], ["--rows", "method"]])
