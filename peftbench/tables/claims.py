@@ -220,7 +220,7 @@ def _match(claim: Claim, rows: Sequence[Row], points: Mapping[str, Mapping[str, 
         one, other = ([row for row in rows if _is_at(row, points[name])] for name in pair)
         for a in _choose_rows(one):
             if claim.least <= _get_percent(a) <= claim.most:
-                b = _find_smaller(a, other) if claim.smaller else _find_like(a, other)
+                b = _find_smaller(a, other, claim.least) if claim.smaller else _find_like(a, other)
                 if b is not None and len((comparison := Comparison(pair, a, b)).seeds) >= LEAST_SEEDS:
                     found.append(comparison)
     return found
@@ -251,8 +251,9 @@ def _find_like(a: Row, rows: Sequence[Row]) -> Row | None:
     return ratios[min(similar, key=lambda ratio: abs(math.log(ratio)))] if similar else None
 
 
-def _find_smaller(a: Row, rows: Sequence[Row]) -> Row | None:
-    smaller = [row for row in _choose_rows(rows) if _get_percent(row) < _get_percent(a)]
+def _find_smaller(a: Row, rows: Sequence[Row], least: float) -> Row | None:
+    """Return the next smaller row, if it stores at least so much: saturation is a question about large ones."""
+    smaller = [row for row in _choose_rows(rows) if least <= _get_percent(row) < _get_percent(a)]
     return smaller[-1] if smaller else None
 
 

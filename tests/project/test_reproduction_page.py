@@ -120,7 +120,7 @@ def test_cells_are_shown_as_they_come(script: ModuleType, tmp_path: Path) -> Non
     assert below == f"± is half the 95% interval of the mean: {ways}."
     verdicts = [line.strip("| ").split(" | ") for line in script.write_verdicts(tmp_path).splitlines()]
     assert verdicts[0] == ["claim", *script.CELLS.values()]
-    assert verdicts[6][2:] == ["not tested", verdicts[6][3]] and verdicts[6][3].startswith("not confirmed: -4.64")
+    assert verdicts[6][2:] == ["not tested", verdicts[6][3]] and verdicts[6][3].startswith("not confirmed: -10.36")
     assert verdicts[-1] == [f"Intervals: {ways}."]
     script.draw_picture(tmp_path / "scores.svg", tmp_path)
     counts = Counter(mark["panel"] for mark in read_marks(tmp_path / "scores.svg"))
@@ -262,6 +262,8 @@ def test_the_prose_on_webnlg_with_bart_says_what_the_records_say() -> None:
     assert "it has {:.1f} BLEU with 0.1%, {:.1f} with 2% and {:.1f} with 6.7%.".format(*prefixes) in prose
     beside = [of["parallel_adapter_attention", budget] for budget in ("2%", "6.7%")]
     assert "at the attention has {:.1f} with 2% and {:.1f} with 6.7%.".format(*beside) in prose
+    told = "From 2 to 6.7% the prefix gains {:.1f} BLEU on the seen categories, and loses {:.1f} on the unseen ones."
+    assert told.format(seen["prefix"], -unseen["prefix"]) in prose
     told = "has {:.1f} BLEU, LoRA at query and value {:.1f}, and the multi-head parallel adapter {:.1f}. The adapters"
     told = (
         f"With 0.1%, heads are no better than LoRA**: prefix tuning {told} at the attention have {{:.1f}} and {{:.1f}},"

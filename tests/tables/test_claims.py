@@ -89,6 +89,16 @@ def test_each_verdict(tmp_path: Path, judged: Callable[..., dict[str, dict[str, 
     assert judged("method=adapter,parallel_adapter")["ffn"]["verdict"] == "not tested"
 
 
+def test_saturation_is_a_question_about_two_large_prefixes(
+    tmp_path: Path, judged: Callable[..., dict[str, dict[str, Any]]]
+) -> None:
+    """What 2% gain over 0.1% says nothing about it; it was half of the mean in earlier versions."""
+    for score, size in ((50, 0.1), (70, 2.0), (70, 6.0)):
+        make_row(tmp_path, [score, score + 0.25, score + 0.5], "prefix", size, representation="heads")
+    found = judged()["prefix"]
+    assert found["runs"] == 6 and found["estimate"]["difference"] == 0
+
+
 @pytest.mark.parametrize(
     ("sizes", "scores", "verdict"),
     [
