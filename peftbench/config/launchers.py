@@ -6,6 +6,7 @@ names the dataclass of their settings. Those without are plugins of Hydra.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,17 @@ from peftbench.utils.errors import UserError, describe_unknown
 GROUP = "hydra/launcher"
 KEYS = "hydra.launcher"
 SWEEPER = "hydra/sweeper="
+
+
+def _require_at_least(settings: Slurm | Ray, least: dict[str, float]) -> None:
+    """Raise UserError for each number that is lower than is possible, or is none."""
+    found = []
+    for name, lowest in least.items():
+        value = getattr(settings, name)
+        if value is not None and not lowest <= value < math.inf:
+            found.append(f"{KEYS}.{name}={value:g}: it must be a number of at least {lowest:g}.")
+    if found:
+        raise UserError(*found)
 
 
 @dataclass
@@ -56,7 +68,12 @@ class Slurm:
         for text in texts:  # they become lines of a shell script
             if text is not None and not str(text).isprintable():
                 raise UserError(f"{KEYS}: {str(text)!r} has control characters.")
-        parse_minutes(self.time)
+        _require_at_least(self, {"cpus": 1, "timeouts": 0, "signal_s": 1, "at_once": 1, "poll_s": 0.01})
+        if (limit := 60 * parse_minutes(self.time)) <= self.signal_s:
+            raise UserError(
+                f"{KEYS}.signal_s={self.signal_s} with {KEYS}.time={self.time}: a run would be told to stop when it "
+                f"starts; give fewer than the {limit} seconds of its limit."
+            )
 
 
 @dataclass
@@ -71,6 +88,9 @@ class Ray:
     at_once: int | None = None
     restarts: int = 10
     runtime_env: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, {"gpus": 0, "cpus": 0, "at_once": 1, "restarts": 0})
 
 
 def parse_minutes(time: str) -> int:

@@ -121,7 +121,8 @@ def _find_path_faults(run: Run) -> Iterator[str]:
             yield f"{key}={path} is not a folder{_describe_base(path)}; give the path of an existing one."
     for key, path in ((key, path) for key, paths in files.items() for path in paths):
         if not expand_home(path).is_file():
-            yield f"{key}={path} is not a file{_describe_base(path)}; give the path of an existing one."
+            other = f"give {DOCSTRINGS}, or" if key == "retention" else "give"
+            yield f"{key}={path} is not a file{_describe_base(path)}; {other} the path of an existing one."
 
 
 def _describe_base(path: str) -> str:

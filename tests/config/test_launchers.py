@@ -33,6 +33,16 @@ def test_a_sweeper_of_hydra_reads_its_launcher_itself() -> None:
         (["hydra/launcher=local,basic"], "hydra/launcher=local,basic: a sweep has one launcher; give one."),
         (["hydra/launcher=basic", "hydra.searchpath=[file:///tmp]"], "hydra.searchpath=[file:///tmp]: give a folder"),
         (["hydra/launcher=local", "hydra.launcher.gpus=1"], "hydra.launcher.gpus is not a key of the config"),
+        (["hydra/launcher=ray", "hydra.launcher.at_once=-1"], "hydra.launcher.at_once=-1: it must be a number of at l"),
+        (["hydra/launcher=ray", "hydra.launcher.gpus=-0.5"], "hydra.launcher.gpus=-0.5: it must be a number of at lea"),
+        (["hydra/launcher=ray", "hydra.launcher.cpus=nan"], "hydra.launcher.cpus=nan: it must be a number of at least"),
+        (["hydra/launcher=slurm", "hydra.launcher.at_once=0"], "hydra.launcher.at_once=0: it must be a number of at l"),
+        (["hydra/launcher=slurm", "hydra.launcher.poll_s=-1"], "hydra.launcher.poll_s=-1: it must be a number of at l"),
+        (
+            ["hydra/launcher=slurm", "hydra.launcher.time=2"],
+            "hydra.launcher.signal_s=120 with hydra.launcher.time=2: a run would be told to stop when it starts; give "
+            "fewer than the 120 seconds of its limit.",
+        ),
     ],
 )
 def test_what_is_refused(words: list[str], sentence: str) -> None:
