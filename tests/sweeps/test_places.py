@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from peftbench.cli.main import main
-from peftbench.config.compose import compose_run
+from peftbench.config.compose import compose_points
 from peftbench.config.schema import Run
 from peftbench.records.recording import start_record
 from peftbench.sweeps import places as module
@@ -33,7 +33,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def runs(folder: Path, count: int, *overrides: str) -> list[Run]:
-    return [compose_run([f"output_dir={folder}", *overrides])] * count
+    """Return runs of a sweep."""
+    ((_, run),) = compose_points([f"output_dir={folder}", *overrides], multirun=True)
+    return [run] * count
 
 
 def test_gpus_are_dealt_and_cores_shared_out(tmp_path: Path) -> None:
