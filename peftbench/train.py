@@ -164,7 +164,8 @@ def train(
         if run.rerun:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         try:
-            record = _run(run, folder, overrides, search, selecting, reporting, display)
+            asked = _Scoring(selecting or search is not None, reporting)
+            record = _run(run, folder, overrides, search, asked, display)
         except UserError:
             if not keep_failed and (before is None or (before.status == "failed" and not before.unreported)):
                 forget_refused(folder)
@@ -204,25 +205,22 @@ def _run(
     folder: Path,
     overrides: Sequence[str],
     search: Searched | None,
-    selecting: bool,
-    reporting: bool,
+    asked: _Scoring,
     display: Display,
 ) -> Record:
     """The run itself, while no other process is at it."""
     with (
-        record_run(run, folder, overrides, reporting) as record,
+        record_run(run, folder, overrides, asked.reporting) as record,
         form_team(run.trainer) as team,
         display,
         follow_run(run, record, display.say) as trackers,
     ):
         record.search = search
-        selecting = selecting or search is not None
         measure_backbone(run, record, display)  # first, because it may be refused
         with team.together():
-            asked = _Scoring(selecting, reporting)
             team.decide(lambda: (run, folder, asked, record))  # an order, see `obey`
             _train_and_score(run, record, asked, display, team, trackers)
-        if reporting:
+        if asked.reporting:
             measure_trained(run, record, display)
     return record
 
