@@ -97,9 +97,10 @@ def _explain(key: str, run: Run) -> str | None:
 
 
 def _explain_several(key: str, run: Run, in_sweep: bool) -> str | None:
-    if key == "jobs" and run.jobs != "1" and not in_sweep and run.search is None:  # which has several trials
+    wanted = run.jobs == "auto" or (run.jobs.isdecimal() and int(run.jobs) > 1)
+    if key == "jobs" and wanted and not in_sweep and run.search is None:  # which has several trials
         return "for one run; add -m and several values of a key, or for one run on several devices trainer.devices"
-    if key == "mps" and run.mps is not False and run.jobs == "1":
+    if key == "mps" and run.mps in (True, "auto") and run.jobs == "1":
         return "for one run at a time; add jobs=auto, or leave it out"
     return None
 

@@ -63,10 +63,18 @@ def get_key(word: str) -> str:
     return word.partition("=")[0].lstrip("+~")
 
 
+MAY_BE_EMPTY = ("task.source_join",)  # texts that follow each other without a sign between them
+
+
 def apply_override(cfg: DictConfig, override: Override) -> str | None:
     """Set the key of an override in `cfg`. Return what is wrong with it as a sentence, or None."""
-    force_add = _has_free_name(override.key_or_group) or _is_addition(cfg, override)
-    return set_key(cfg, override.key_or_group, override.value(), force_add=force_add)
+    key, value = override.key_or_group, override.value()
+    if value == "" and key not in MAY_BE_EMPTY and _get_type(cfg, key)[0] is str:  # such as output_dir=$UNSET
+        return f"{key}= has no value; give one, or leave it out."
+    if value == {} and OmegaConf.select(cfg, key):
+        return f"{key}={{}} changes nothing, because a mapping is added to; leave it out."
+    force_add = _has_free_name(key) or _is_addition(cfg, override)
+    return set_key(cfg, key, value, force_add=force_add)
 
 
 def _has_free_name(key: str) -> bool:

@@ -368,6 +368,11 @@ def test_one_failing_run_does_not_stop_a_sweep(
             ["model.hub_id=some/model"],
             ["some/model changes nothing with model=mini, which ships with peftbench; start from"],
         ),
+        # such as output_dir=$UNSET in a shell
+        (["output_dir=", "model.path="], ["output_dir= has no value; give one", "model.path= has no value; give one"]),
+        (["task.data_dir=", "task.train_split="], ["task.data_dir= has no value", "task.train_split= has no value"]),
+        (["search=lr3", "search.keys={}"], ["search.keys={} changes nothing, because a mapping is added to; leave it"]),
+        (["jobs=0"], ["jobs=0: it must be a whole number of at least 1, or auto."]),
         (["budget=lots"], ["budget=lots is not a budget; give a share of the backbone such as budget=6.7%"]),
         (["budget=-1"], ["such as budget=599k, budget=27.4M or budget=599232."]),
         (["budget=6,7%"], ["budget=6,7% names several values; add -m to run each of them. A decimal has a point"]),
