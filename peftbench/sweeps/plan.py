@@ -40,6 +40,7 @@ class PlannedRun:
     method: str
     settings: dict[str, str]
     unreported: bool = False  # a trial of which the report split is not scored
+    follows_trial: bool = False  # it will go on from the trial that its search chooses, which is yet to be chosen
 
 
 class Member:
@@ -55,6 +56,12 @@ class Member:
     def is_further(self) -> bool:
         """Whether it is the trial of a further value of a search, which the records of other trials call for."""
         return self.run.search is not None and bool(self.run.search.further)
+
+    @property
+    def follows_trial(self) -> bool:
+        """Whether the run is that of a search's trials with the best values, and the search has not chosen them."""
+        search = self.comes_to.search
+        return has_open_search(self.comes_to) and search is not None and search.seed in (None, self.run.seed)
 
     def settle(self) -> None:
         """Check whether the search of the run can be settled now."""
@@ -98,6 +105,7 @@ class Plan:
                 member.run.method,
                 {key: values[key] for key in keys if key in values},
                 unreported=is_unreported(member.run),
+                follows_trial=member.follows_trial,
             )
             for values, member in zip(given, members, strict=True)
         }

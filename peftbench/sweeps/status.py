@@ -44,8 +44,9 @@ def estimate_seconds_left(states: Sequence[State], now: datetime | None = None) 
     """Return the seconds that the unfinished runs will take, or None while no run of the sweep is done.
 
     The estimate for a run is the mean of the finished runs of its method, or else of all finished runs; trials and the
-    runs that a search has chosen count apart, as far as there are both. It is assumed that as many runs are trained at
-    once as are running now.
+    runs that a search has chosen count apart, as far as there are both. A run that will go on from the trial that its
+    search chooses takes what such a run takes longer than a trial. It is assumed that as many runs are trained at once
+    as are running now.
     """
     now = now or datetime.now(timezone.utc)
     took: dict[tuple[object, ...], list[float]] = defaultdict(list)
@@ -61,6 +62,8 @@ def estimate_seconds_left(states: Sequence[State], now: datetime | None = None) 
             expected = fmean(next(took[key] for key in _list_alike(state) if key in took))
             if state.record is not None and state.status == "running":
                 expected -= (now - datetime.fromisoformat(state.record.created)).total_seconds()
+            if state.record is None and state.point.follows_trial:
+                expected -= fmean(took.get((state.point.method, True), [0.0]))
             if state.record is not None and state.status == "unscored":
                 expected -= state.record.timings.get("total_s", 0.0)
             left.append(max(0.0, expected))

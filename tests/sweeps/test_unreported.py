@@ -15,10 +15,10 @@ import pytest
 import peftbench.train
 from peftbench.cli.evaluate import main as evaluate
 from peftbench.cli.main import main
-from peftbench.config.compose import compose_run
+from peftbench.config.compose import compose_points, compose_run
 from peftbench.config.identity import hash_run
 from peftbench.config.schema import Reported, Run
-from peftbench.config.search import build_trials, check_searches, is_unreported
+from peftbench.config.search import build_trials, check_searches, is_unreported, split_phases
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.records.choice import settle_search
 from peftbench.records.location import locate_run
@@ -26,7 +26,7 @@ from peftbench.records.noted import is_cleared, is_over, lacks_selection
 from peftbench.records.record import Attempt, Divergence, Failure, Record, find_record, load_records
 from peftbench.records.recording import start_record
 from peftbench.records.run_files import clear_leftovers, has_leftovers
-from peftbench.sweeps.plan import PlannedRun, Sweep
+from peftbench.sweeps.plan import Member, Plan, PlannedRun, Sweep
 from peftbench.sweeps.status import State, estimate_seconds_left, summarise_states
 from peftbench.tables.claim_texts import describe_cost
 from peftbench.utils.errors import UserError
@@ -379,6 +379,17 @@ def test_a_trained_trial_is_counted_as_one_and_a_chosen_one_as_unscored() -> Non
     missing = State(PlannedRun("lora", "lora", {}, unreported=True), None)
     assert estimate_seconds_left([*trials, missing, done]) == pytest.approx(60)
     assert State(PlannedRun("lora", "lora", {}), record(None, status="interrupted")).status == "interrupted"
+
+    follows = State(PlannedRun("lora", "lora", {}, follows_trial=True), None)
+    assert estimate_seconds_left([*trials, follows, done]) == pytest.approx(40)
+    assert estimate_seconds_left([*trials, follows]) == 0  # how long the scoring takes is not known
+
+
+def test_a_plan_knows_which_run_goes_on_from_a_trial_that_is_yet_to_be_chosen(tmp_path: Path) -> None:
+    words = ["method=lora", "search=lr3", "seed=1,2", f"output_dir={tmp_path}"]
+    trials, final = split_phases(compose_points(words, multirun=True))
+    plan = Plan.of([Member(*point) for point in (*trials, *final)], words)
+    assert [point.follows_trial for point in plan.points] == [False, False, False, True, False]
 
 
 def test_a_sweep_of_trials_ends_once_they_are_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
