@@ -49,6 +49,13 @@ MOST_RUNS = 10_000  # of one grid
 AND = "and"  # between the grids of one sweep
 OF_SWEEP = ("jobs", "mps")  # keys that a sweep has once, whichever grid they are typed in
 
+PLUGINS = {
+    "hydra/launcher=joblib": "hydra-joblib-launcher",
+    "hydra/launcher=rq": "hydra-rq-launcher",
+    **dict.fromkeys(("hydra/launcher=submitit_local", "hydra/launcher=submitit_slurm"), "hydra-submitit-launcher"),
+    **{f"hydra/sweeper={name}": f"hydra-{name}-sweeper" for name in ("optuna", "ax", "nevergrad")},
+}
+
 TypedRun = tuple[list[str], Run]  # the overrides that make a run, and the run
 
 
@@ -381,7 +388,14 @@ def _find_override_faults(override: Override, options: list[str]) -> Iterator[st
             elif group == "functional_form" and is_own(str(option)):
                 yield f"{line}: a form of your own is typed {FORM}={option}, or is a file functional_form/NAME.yaml."
             elif str(option) not in options:
-                yield describe_unknown(override.get_key_element().lstrip("+"), option, options)
+                yield describe_unknown_option(override.get_key_element().lstrip("+"), option, options)
+
+
+def describe_unknown_option(group: str, option: object, options: Sequence[str]) -> str:
+    """Return the sentence for an option that a group lacks; a plugin of Hydra may not be installed."""
+    if (package := PLUGINS.get(f"{group}={option}")) is not None:
+        return f"{group}={option} is of a plugin of Hydra, which is not installed: pip install {package}."
+    return describe_unknown(group, option, options)
 
 
 def _has_place(group: str) -> bool:

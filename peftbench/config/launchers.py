@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftbench.config.compose import check_config_dir, refuse_searchpath
+from peftbench.config.compose import check_config_dir, describe_unknown_option, refuse_searchpath
 from peftbench.config.conf_sources import CONFIG_NAME, open_hydra
 from peftbench.config.overrides import describe_error, parse_overrides, set_key
 from peftbench.utils.errors import UserError, describe_unknown
@@ -159,7 +159,7 @@ def read_launcher(words: Sequence[str], config_dir: str | None = None) -> tuple[
         loader = GlobalHydra.instance().config_loader()
         options = loader.get_group_options(GROUP)
         if name not in options:
-            raise UserError(describe_unknown(GROUP, name, options))
+            raise UserError(describe_unknown_option(GROUP, name, options))
         preset = loader.load_configuration(CONFIG_NAME, [f"{GROUP}={name}"], RunMode.MULTIRUN).hydra.launcher
         if "kind" not in preset:
             plugin = [word for word in rest if word.lstrip("+~").startswith(("hydra.", "hydra/"))]

@@ -98,7 +98,8 @@ def _override_run(folder: Path, record: Record, overrides: Sequence[str], comman
         elif override.is_sweep_override():
             found.append(f"{typed} names several values, and a saved run takes one; type a line for each of them.")
         elif sentence := apply_override(config, override):
-            found.append(sentence)
+            is_split = typed.startswith("task.split=")
+            found.append(sentence.replace("task.report_split", "task.split") if is_split else sentence)
     if found:
         raise UserError(*found)
     try:

@@ -372,6 +372,10 @@ def test_one_failing_run_does_not_stop_a_sweep(
         (["output_dir=", "model.path="], ["output_dir= has no value; give one", "model.path= has no value; give one"]),
         (["task.data_dir=", "task.train_split="], ["task.data_dir= has no value", "task.train_split= has no value"]),
         (["search=lr3", "search.keys={}"], ["search.keys={} changes nothing, because a mapping is added to; leave it"]),
+        (
+            ["hydra/sweeper=nevergrad"],
+            ["a plugin of Hydra, which is not installed: pip install hydra-nevergrad-sweeper."],
+        ),
         (["jobs=0"], ["jobs=0: it must be a whole number of at least 1, or auto."]),
         (["budget=lots"], ["budget=lots is not a budget; give a share of the backbone such as budget=6.7%"]),
         (["budget=-1"], ["such as budget=599k, budget=27.4M or budget=599232."]),

@@ -29,6 +29,10 @@ def test_a_sweeper_of_hydra_reads_its_launcher_itself() -> None:
     ("words", "sentence"),
     [
         (["hydra/launcher=lokal"], "hydra/launcher=lokal is unknown; did you mean local? Choices: basic, "),
+        (
+            ["hydra/launcher=rq"],
+            "hydra/launcher=rq is of a plugin of Hydra, which is not installed: pip install hydra-rq",
+        ),
         (["hydra.launcher.at_once=2"], "hydra.launcher.at_once=2 is a setting of a launcher; name it"),
         (["hydra/launcher=local,basic"], "hydra/launcher=local,basic: a sweep has one launcher; give one."),
         (["hydra/launcher=basic", "hydra.searchpath=[file:///tmp]"], "hydra.searchpath=[file:///tmp]: give a folder"),

@@ -90,6 +90,11 @@ def test_a_file_of_a_split_that_is_not_scored_is_refused(tmp_path: Path) -> None
         assert sentence == f"{words[0]} changes nothing where {scored} is scored, and no other split; leave it out."
 
 
+def test_a_split_without_a_name_is_refused_as_it_is_typed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(run), "task.split="]) == 2
+    assert capsys.readouterr().err == "peftbench: task.split= has no value; give one, or leave it out.\n"
+
+
 def test_from_python_too(run: Path) -> None:
     with pytest.raises(UserError, match="device=cpu changes nothing for load_run, which reads no key of trainer;"):
         load_run(run, "trainer.device=cpu")
