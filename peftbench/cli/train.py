@@ -192,8 +192,9 @@ def _train_alone(run: Run, overrides: list[str]) -> int:
 
 
 def _print_what_differs(points: Sequence[TypedRun]) -> None:
-    """Print what the grids differ in: a task= that was meant for all may have been typed after `and`."""
-    counted = Counter(f"{run.task.name} with {run.model.name}" for _, run in points)
+    """Print what the grids differ in: a task= or output_dir= that was meant for all may have been typed after `and`."""
+    apart = len({run.output_dir for _, run in points}) > 1
+    counted = Counter(f"{run.task.name} with {run.model.name}{f' in {run.output_dir}' * apart}" for _, run in points)
     if len(counted) > 1:
         listed = ", ".join(f"{what} ({count} run{'s' if count > 1 else ''})" for what, count in counted.items())
         say(f'This sweep goes over {listed}. What follows "{AND}" belongs to that grid; what all share comes first.')

@@ -118,6 +118,17 @@ def test_grids_on_several_tasks_are_named_before_they_are_trained(
     assert told == ([expected] if several else [])
 
 
+def test_grids_in_several_folders_are_named_before_they_are_trained(
+    smoke: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first grid's runs would be in outputs, where nobody looks for them."""
+    monkeypatch.setattr(peftbench.sweeps.sweeper, "train_attempt", lambda *_, **__: Ended())
+    one, other = tmp_path / "one", tmp_path / "other"
+    main(["train", "-m", *smoke, f"output_dir={one}", "method=full", "and", "method=lora", f"output_dir={other}"])
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("This sweep goes over")]
+    assert told.startswith(f"This sweep goes over sst2 with mini in {one} (1 run), sst2 with mini in {other} (1 run). ")
+
+
 def test_each_grid_may_have_a_value_of_its_own_around_which_is_searched() -> None:
     """That is no sweep over what the search chooses, which stays refused."""
     rates = ["trainer.learning_rate=1e-4", "and", "method=lora", "trainer.learning_rate=1e-3"]
