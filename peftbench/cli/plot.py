@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from peftbench.tables.columns import Cost
-from peftbench.tables.curves import draw_curves, list_points, place_curves
+from peftbench.tables.curves import draw_curves, list_curves, place_curves
 from peftbench.tables.figure import ENDINGS, save_figure
 from peftbench.tables.plot import NAMES, draw_scores, list_marks, place_scores
 from peftbench.tables.row import Statistic, describe_left_out, group_seeds, make_rows
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     marks: list[dict[str, Any]] = []
     if arguments.curves:
         curves = place_curves(make_rows(records), y=arguments.y or "loss", by=arguments.by)
-        figure, marks = draw_curves(curves), list_points(curves)
+        figure, marks = draw_curves(curves), list_curves(curves)
     else:
         rows = group_seeds(records, statistic)
         if missing := describe_left_out(rows):

@@ -34,7 +34,7 @@ class Curve(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Panel:
+class CurvePanel:
     """Runs that may be compared."""
 
     title: str
@@ -46,7 +46,7 @@ class Panel:
 class Curves:
     """What a picture of curves shows."""
 
-    panels: list[Panel]
+    panels: list[CurvePanel]
     y: str
 
     @property
@@ -79,7 +79,7 @@ def place_curves(rows: Sequence[Row], *, y: str = "loss", by: str = "method") ->
     for title, table in zip(name_panels(tables), tables, strict=True):
         curves = [Curve(names[id(row)], *found[id(row)]) for row in table]
         label = f"{_find_metric(table[0])} on the selection split" if y == SELECTION else y
-        panels.append(Panel(title, label, sorted(curves, key=lambda curve: curve.name)))
+        panels.append(CurvePanel(title, label, sorted(curves, key=lambda curve: curve.name)))
     return Curves(panels, y)
 
 
@@ -98,7 +98,7 @@ def _read_curve(row: Row, y: str) -> tuple[tuple[int, ...], tuple[float, ...]] |
     return (tuple(line["step"] for line in own), values) if own else None
 
 
-def list_points(curves: Curves) -> list[dict[str, Any]]:
+def list_curves(curves: Curves) -> list[dict[str, Any]]:
     """Return each line of a picture: its panel, name, steps, and values to six digits, null where it has a gap."""
     return [
         {
@@ -117,7 +117,7 @@ def draw_curves(curves: Curves) -> Figure:
     return draw_figure([partial(_draw_panel, panel=panel, names=curves.names) for panel in curves.panels])
 
 
-def _draw_panel(axes: Axes, panel: Panel, names: Sequence[str]) -> None:
+def _draw_panel(axes: Axes, panel: CurvePanel, names: Sequence[str]) -> None:
     for name, steps, values in panel.curves:
         look = choose_style(names.index(name))
         if len(steps) >= MANY:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from peftbench.cli.plot import main
 from peftbench.records.record import Record, RecordedCounts, Score, load_records
-from peftbench.tables.curves import draw_curves, list_points, place_curves
+from peftbench.tables.curves import draw_curves, list_curves, place_curves
 from peftbench.tables.fields import FIELDS
 from peftbench.tables.figure import COLOURS
 from peftbench.tables.intervals import estimate_means
@@ -341,7 +341,7 @@ def test_looks_at_the_selection_split_by_the_metric_of_each_task(tmp_path: Path)
     curves = place_curves(make_rows(records), y="selection")
     labels = sorted(axes.get_ylabel() for axes in draw_curves(curves).axes if axes.get_title(loc="left"))
     assert labels == ["accuracy on the selection split", "bleu on the selection split"]
-    points = list_points(curves)
+    points = list_curves(curves)
     assert sorted(one["line"] for one in points) == ["lora · attention", "lora · query_value", "mam"]
     assert [(one["step"], one["selection"]) for one in points] == [([2], [50.5])] * 3
     assert main([str(tmp_path), "--curves", "--out", str(tmp_path / "a.svg")]) == 0
