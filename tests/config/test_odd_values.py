@@ -35,6 +35,9 @@ NESTED = "[" * 1000 + "]" * 1000
         ("trainer.epochs=1e38", "at most 1,000,000"),
         ("bottleneck=" + "9" * 40, "at most 2147483647"),
         ("model.name=../x", "without slashes"),
+        ("size=x", "choose a column of conf/sizes.yaml with model.sizes=COLUMN"),
+        ("size.lora.r=8", "or give bottleneck=NUMBER"),
+        ("sizes=x", "choose a column of conf/sizes.yaml with model.sizes=COLUMN"),
     ],
     ids=lambda text: text[:40],
 )
