@@ -88,8 +88,9 @@ def set_key(cfg: DictConfig, key: str, value: Any, force_add: bool = False) -> s
     group = key.partition(".")[0]
     if group != key and group in cfg and OmegaConf.select(cfg, group) is None:
         return f"{key}={value} needs a {group}; give {group}= as well."
-    if group == "size" or (key == "sizes" and not isinstance(value, dict)):  # presets refer to what is in them
-        return f"{key}={value}: choose a column of conf/sizes.yaml with model.sizes=COLUMN, or give bottleneck=NUMBER."
+    if group == "size":
+        own = f", or change one with sizes.COLUMN{key.removeprefix('size')}=" if group != key else ""
+        return f"{key}={value}: size is a column of conf/sizes.yaml; choose one with model.sizes=COLUMN{own}."
     try:
         OmegaConf.update(cfg, key, value, merge=True, force_add=force_add)
     except (ConfigKeyError, ConfigAttributeError):

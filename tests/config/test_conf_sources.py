@@ -152,7 +152,7 @@ def test_columns_of_ones_own(tmp_path: Path) -> None:
     [
         ("model.sizes=own", r"model\.sizes=own: conf/sizes\.yaml has generation, glue, mini, decoder\.$"),
         ("sizes.mini.mam.q=7", r"^sizes\.mini\.mam\.q is not a key of the config \(in sizes\.mini\.mam\)"),
-        ("+size.mam.r=7", r"Interpolation key 'size\.mam\.s' not found"),
+        ("+size.mam.r=7", r"or change one with sizes\.COLUMN\.mam\.r=\.$"),
         ("sizes=own", r"sizes=own is not a mapping"),
     ],
 )

@@ -35,9 +35,8 @@ NESTED = "[" * 1000 + "]" * 1000
         ("trainer.epochs=1e38", "at most 1,000,000"),
         ("bottleneck=" + "9" * 40, "at most 2147483647"),
         ("model.name=../x", "without slashes"),
-        ("size=x", "choose a column of conf/sizes.yaml with model.sizes=COLUMN"),
-        ("size.lora.r=8", "or give bottleneck=NUMBER"),
-        ("sizes=x", "choose a column of conf/sizes.yaml with model.sizes=COLUMN"),
+        ("size=x", "size=x: size is a column of conf/sizes.yaml; choose one with model.sizes=COLUMN."),
+        ("size.lora.r=8", "model.sizes=COLUMN, or change one with sizes.COLUMN.lora.r=."),
     ],
     ids=lambda text: text[:40],
 )
