@@ -410,6 +410,26 @@ def test_the_prose_on_the_searches_says_what_the_records_say() -> None:
         assert forms[:15] == ["parallel"] * 15 and "the fifteen best points of each are parallel" in prose
 
 
+def test_the_prose_counts_the_points_that_were_drawn_at_random(tmp_path: Path) -> None:
+    """By the journals: then, each point after an odd number of suggestions in vain was."""
+    pytest.importorskip("optuna")
+    from peftbench.sweeps.optuna_study import open_study
+    from peftbench.sweeps.study import REASON, RUN_FOLDER
+
+    points = random = 0
+    for journal in sorted((FOLDER / ".sweeps").glob("*.study.jsonl")):
+        name = journal.name.partition(".")[0]
+        in_vain = 0
+        for trial in open_study(Path(shutil.copy(journal, tmp_path)), name, 1).get_trials(deepcopy=False):
+            if REASON in trial.user_attrs:
+                in_vain += 1
+                continue
+            assert RUN_FOLDER in trial.user_attrs
+            points, random, in_vain = points + 1, random + in_vain % 2, 0
+    page = " ".join((ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8").split())
+    assert f"Of the {points} points, {random} were drawn at random, because the sampler repeated itself." in page
+
+
 def test_the_prose_on_rte_says_what_the_records_say() -> None:
     prose = read_section("RTE with MiniLM, the first trials")
     records = load_records(FOLDER / "rte")[0]
