@@ -88,8 +88,8 @@ def find_beaten(records: list[Record]) -> set[str]:
     budget in the selection score, of any other also in what is stored."""
     studies: dict[str, list[Record]] = {}
     for one in records:
-        if one.search is not None and one.search.study is not None and one.seed == one.search.seed:
-            studies.setdefault(one.search.study, []).append(one)
+        if one.study is not None and one.search is not None and one.seed == one.search.seed:
+            studies.setdefault(one.study, []).append(one)
     beaten = set()
     for trials in studies.values():
         values = {one.run: _list_objectives(one) for one in trials}

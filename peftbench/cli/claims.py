@@ -116,7 +116,7 @@ def _show_searches(records: Sequence[Record], resamples: int, form: str | None) 
     for one in studies:
         say(write_study(one)) if form == "markdown" else show_study(one, console)
     names = {one.name for one in studies}
-    cost = describe_cost([one for one in records if one.search is not None and one.search.study in names])
+    cost = describe_cost([one for one in records if one.study in names])
     say(cost) if form == "markdown" else console.print(cost, highlight=False)
     return 0
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args
 
-from peftbench.tables.columns import Cost
+from peftbench.tables.columns import COST
 from peftbench.tables.curves import draw_curves, list_curves, place_curves
 from peftbench.tables.figure import ENDINGS, save_figure
 from peftbench.tables.plot import NAMES, draw_scores, list_marks, place_scores
@@ -14,8 +14,6 @@ from peftbench.tables.row import Statistic, describe_left_out, group_seeds, make
 from peftbench.tables.select import read_records
 from peftbench.utils.console import say
 from peftbench.utils.errors import UserError, warn
-
-COST: Cost = "stored"
 
 
 def main(argv: list[str]) -> int:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from rich.text import Text
 
-from peftbench.tables.columns import Column, Cost, choose_columns, find_columns, make_paper_columns
+from peftbench.tables.columns import COST, Column, Cost, choose_columns, find_columns, make_paper_columns
 from peftbench.tables.formats import records_to_csv, records_to_json, rows_to_csv, rows_to_values, to_latex, to_markdown
 from peftbench.tables.paper import find_printed
 from peftbench.tables.pivot import pivot_records
@@ -31,7 +31,6 @@ from peftbench.utils.errors import UserError, warn
 from peftbench.utils.files import dump_json
 from peftbench.utils.text import join_lines
 
-COST: Cost = "stored"
 EPILOG = """\
 KEY is a column (method, row, task, model, seed, status, functional_form, bottleneck, learning_rate, stored, score,
 time, device ...), a metric (rouge1 ...), a baseline, or a dotted key of the record (trainer.batch_size ...).

@@ -65,7 +65,12 @@ def find_idle_keys(typed: Iterable[tuple[str, str]], run: Run, in_sweep: bool = 
         if key in searched or _is_default(key, run):
             continue
         if (why := _explain_several(key, run, in_sweep) if key in SEVERAL else _explain(key, run)) is not None:
-            yield f"{line}{CHANGES_NOTHING}{why}."
+            yield describe_idle(line, why)
+
+
+def describe_idle(typed: str, why: str) -> str:
+    """Return the sentence for KEY=VALUE as it was typed, which has no effect."""
+    return f"{typed}{CHANGES_NOTHING}{why}."
 
 
 def _is_default(key: str, run: Run) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 
-from peftbench.config.idle import CHANGES_NOTHING, find_idle_keys
+from peftbench.config.idle import describe_idle, find_idle_keys
 from peftbench.config.schema import Run, Task, Trainer
 
 # Commands and functions that read a finished run, as they are called.
@@ -71,6 +71,6 @@ def find_unread_keys(typed: Iterable[tuple[str, str]], run: Run, command: str) -
     for line, key in typed:
         own = run.task._target_ is not None and key.startswith("task.")  # a task of one's own may read any key
         if not own and (why := explain_unread(key, command)) is not None:
-            yield f"{line}{CHANGES_NOTHING}{why}."
+            yield describe_idle(line, why)
         else:
             yield from find_idle_keys([(line, key)], run)

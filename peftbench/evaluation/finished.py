@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peftbench.backbones.load import Backbone, load_backbone
 from peftbench.backbones.precision import choose_device, resolve_dtype
 from peftbench.backbones.unpacking import unpack_backbone
-from peftbench.config.idle import CHANGES_NOTHING
+from peftbench.config.idle import describe_idle
 from peftbench.config.overrides import FILES, apply_override, describe_error, parse_overrides, quote_path
 from peftbench.config.own_parts import FORM, METRIC, TASK
 from peftbench.config.roles import assign_roles, is_reported, list_splits
@@ -67,7 +67,7 @@ def _find_unread_files(overrides: Sequence[str], task: Task) -> Iterator[str]:
             continue
         if (named := list_files(override.value())) and not read & {*named}:
             scored = ", ".join(split for role, (split, _) in assign_roles(task).items() if is_reported(role))
-            yield f"{typed}{CHANGES_NOTHING}where {scored} is scored, and no other split; leave it out."
+            yield describe_idle(typed, f"where {scored} is scored, and no other split; leave it out")
 
 
 def read_saved_run(folder: Path, record: Record, overrides: Sequence[str] = (), command: str = LOAD_RUN) -> Run:

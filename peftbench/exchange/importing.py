@@ -18,7 +18,7 @@ from peftbench.backbones.precision import choose_device, describe_device, resolv
 from peftbench.config import schema
 from peftbench.config.compose import compose_run
 from peftbench.config.identity import hash_run
-from peftbench.config.idle import CHANGES_NOTHING
+from peftbench.config.idle import describe_idle
 from peftbench.config.overrides import get_key
 from peftbench.config.stamps import stamp_content
 from peftbench.config.unread import IMPORT, explain_unread
@@ -78,7 +78,7 @@ def compose_imported(adapter: ForeignAdapter, words: Sequence[str]) -> schema.Ru
         instead = "import takes keys of task, model and trainer; the method is read from the file"
         raise UserError(*(f"{word}: {instead}." for word in wrong))
     unread = ((word, explain_unread(get_key(word), IMPORT)) for word in words)
-    if idle := [f"{word}{CHANGES_NOTHING}{why}." for word, why in unread if why is not None]:
+    if idle := [describe_idle(word, why) for word, why in unread if why is not None]:
         raise UserError(*idle)
     found = list(words) if "model" in keys.values() else [*words, *_name_base(adapter)]
     run = compose_run(["method=lora", *found])

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from peftbench.config.axes import format_composition
+from peftbench.config.axes import format_axes, format_composition
 from peftbench.config.fidelity import Deviation
 from peftbench.records.lock import is_held
 from peftbench.utils.errors import UserError
@@ -109,6 +109,11 @@ class Axes:
         """The composition function with its scale."""
         learned = bool(self.options.get("composition_function.learned"))
         return format_composition(self.composition_function, self.scale, learned)
+
+    @property
+    def in_line(self) -> str:
+        """The four axes in one line, as tables show them."""
+        return format_axes(self.functional_form, self.modified_representation, self.insertion_form, self.composition)
 
 
 @dataclass
@@ -303,6 +308,11 @@ class Record:
         that score is not finite.
         """
         return self.selection if self.has_ended or self.unreported else None
+
+    @property
+    def study(self) -> str | None:
+        """The name of the study that had this run trained; None: none did."""
+        return None if self.search is None else self.search.study
 
     @property
     def is_full(self) -> bool:

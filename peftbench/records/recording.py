@@ -86,8 +86,8 @@ def _take_up(run: Run, folder: Path, overrides: Sequence[str]) -> Record:
     earlier = before.attempts if before is not None and not before.has_ended else []
     record.attempts = [*earlier, Attempt(record.created, socket.gethostname())]
     if before is not None:  # a trial that a study gave up may be trained to its end by another one
-        given = before.search.study if before.search is not None else None
-        record.studies = list(dict.fromkeys([*before.studies, *([] if given is None else [given])]))
+        known = (*before.studies, before.study)
+        record.studies = list(dict.fromkeys(study for study in known if study is not None))
     # With other code of its own metric the selection split is scored again.
     if before is not None and before.unreported and not run.rerun and before.own_code == record.own_code:
         record.take_up(before)

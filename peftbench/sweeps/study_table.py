@@ -66,10 +66,7 @@ def _make_table(records: Sequence[Record], keys: Sequence[str]) -> Table:
     for name in ("bottle-\nneck", *(key.rpartition(".")[2].replace("_", "\n") for key in keys), "stored", *scores):
         table.add_column(name, justify="right", overflow="fold")
     for record in records:
-        axes = "\n".join(
-            " · ".join((one.functional_form, one.modified_representation, one.insertion_form, one.composition))
-            for one in record.axes
-        )
+        axes = "\n".join(one.in_line for one in record.axes)
         sizes = "\n".join("" if one.bottleneck is None else f"{one.bottleneck}" for one in record.axes)
         given = {} if record.search is None else record.search.chosen
         chosen = [format_value(given[key]) if key in given else "" for key in keys]

@@ -191,7 +191,7 @@ def judge_records(records: Sequence[Record], resamples: int = RESAMPLES) -> list
     """Return what records say of the claims, for each cell of which a run has a score."""
     compared = [record for record in records if record.has_ended and not is_trial(record) and record.debug is None]
     # A point that a study has found has the name of the method that it varied.
-    compared = [record for record in compared if record.search is None or record.search.study is None]
+    compared = [record for record in compared if record.study is None]
     cells = []
     for alike in group_alike(group_seeds(compared, "mean")):
         for search in dict.fromkeys(FIELDS["search"](row.first) for row in alike):
@@ -259,7 +259,12 @@ def _find_smaller(a: Row, rows: Sequence[Row], least: float) -> Row | None:
 
 def _is_larger(one: Row, other: Row) -> bool:
     """Return whether a row stores clearly more than another; full fine-tuning is meant to store all."""
-    return not one.first.is_full and _get_percent(one) > ALIKE * _get_percent(other)
+    return not one.first.is_full and is_clearly_more(_get_percent(one), _get_percent(other))
+
+
+def is_clearly_more(percent: float, other: float) -> bool:
+    """Return whether a stored share is an advantage over another, see `ALIKE`."""
+    return percent > ALIKE * other
 
 
 def _get_percent(row: Row) -> float:

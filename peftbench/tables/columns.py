@@ -10,7 +10,7 @@ from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
-from peftbench.config.axes import UNFROZEN, format_axes
+from peftbench.config.axes import UNFROZEN
 from peftbench.config.identity import IGNORED
 from peftbench.config.schema import index_by_key
 from peftbench.records.record import Record
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Cost = Literal["stored", "memory", "time"]
+COST: Cost = "stored"  # unless another one is asked for
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ DEVIATIONS = Column[Row](
 def choose_columns(
     rows: Sequence[Row],
     status: Callable[[Record], str] | None = None,
-    cost: Cost = "stored",
+    cost: Cost = COST,
     paper: bool = False,
     interval: bool = False,
 ) -> list[Column[Row]]:
@@ -414,10 +415,7 @@ def _format_bottlenecks(row: Row) -> str:
 
 def _format_axes(row: Row) -> str:
     """Return the four axes of each modification, then what else is trained."""
-    lines = []
-    for axes in row.first.axes:
-        names = (axes.functional_form, axes.modified_representation, axes.insertion_form, axes.composition)
-        lines.append(format_axes(*names))
+    lines = [one.in_line for one in row.first.axes]
     unfreeze = row.first.unfreeze
     if unfreeze != "none":
         lines.append(UNFROZEN.get(unfreeze, unfreeze))

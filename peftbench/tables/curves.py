@@ -12,8 +12,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftbench.records.run_files import read_metrics
-from peftbench.tables.fields import find_field
-from peftbench.tables.figure import choose_style, draw_figure, label_axes, name_lines, name_panels
+from peftbench.tables.figure import (
+    choose_style,
+    draw_figure,
+    find_row_field,
+    label_axes,
+    name_lines,
+    name_panels,
+    round_number,
+)
 from peftbench.tables.row import Row, split_tables
 from peftbench.utils.errors import UserError, describe_unknown
 
@@ -65,7 +72,7 @@ def place_curves(rows: Sequence[Row], *, y: str = "loss", by: str = "method") ->
     Raises:
         UserError: none of the runs has logged `y`, or the key is unknown.
     """
-    find_field(by, [record for row in rows for record in row.records])  # raises if the key is unknown
+    find_row_field(by, rows)  # raises if the key is unknown
     found = {id(row): curve for row in rows if (curve := _read_curve(row, y))}
     tables = [shown for table in split_tables(rows) if (shown := [row for row in table if id(row) in found])]
     if not tables:
@@ -105,7 +112,7 @@ def list_curves(curves: Curves) -> list[dict[str, Any]]:
             "panel": panel.title,
             "line": curve.name,
             "step": list(curve.steps),
-            curves.y: [None if math.isnan(value) else float(f"{value:.6g}") for value in curve.values],
+            curves.y: [None if math.isnan(value) else round_number(value) for value in curve.values],
         }
         for panel in curves.panels
         for curve in panel.curves

@@ -10,6 +10,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from peftbench.config.axes import CHOICES
+from peftbench.records.record import Record
 from peftbench.records.wording import format_value
 from peftbench.tables.fields import FIELDS, find_field
 from peftbench.tables.row import Row
@@ -150,6 +151,16 @@ def _describe_length(row: Row) -> str:
     trainer = row.first.trainer
     steps, epochs = (format_value(trainer.get(key)) for key in ("max_steps", "epochs"))
     return f"{steps} steps" if steps else f"{epochs} epochs" if epochs else ""
+
+
+def find_row_field(key: str, rows: Sequence[Row]) -> Callable[[Record], Any]:
+    """Return what reads a key of the rows' records. Raises UserError if the key is unknown."""
+    return find_field(key, [record for row in rows for record in row.records])
+
+
+def round_number(number: float) -> float:
+    """Return a number with six digits, which are the same on every machine."""
+    return float(f"{number:.6g}")
 
 
 def name_row(row: Row, by: str) -> str:

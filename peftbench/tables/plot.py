@@ -15,8 +15,18 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftbench.records.record import Record
-from peftbench.tables.fields import FIELDS, find_field
-from peftbench.tables.figure import ALONE, BESIDE, choose_style, draw_figure, label_axes, name_lines, name_panels
+from peftbench.tables.fields import FIELDS
+from peftbench.tables.figure import (
+    ALONE,
+    BESIDE,
+    choose_style,
+    draw_figure,
+    find_row_field,
+    label_axes,
+    name_lines,
+    name_panels,
+    round_number,
+)
 from peftbench.tables.row import Row, find_front, split_tables
 from peftbench.utils.differences import merge_alike
 from peftbench.utils.errors import UserError
@@ -102,7 +112,7 @@ def place_scores(
     """
     scored = [row for row in rows if row.scored]
     for key in (y, by):
-        _find_field(key, scored)  # raises if the key is unknown
+        find_row_field(key, scored)  # raises if the key is unknown
     tables = split_tables(scored)
     placed = [_place_marks(table, x, y, interval) for table in tables]
     shown = [(table, *found) for table, found in zip(tables, placed, strict=True) if found[0]]
@@ -123,7 +133,7 @@ def list_marks(scores: Scores) -> list[dict[str, Any]]:
             line = FULL if mark.row.first.is_full else scores.lines[id(mark.row)]
             ends = {"low": mark.low, "high": mark.high} if mark.low < mark.high else {}
             numbers = {scores.x: mark.cost, scores.y: mark.score, **ends}
-            rounded = {key: float(f"{number:.6g}") for key, number in numbers.items()}
+            rounded = {key: round_number(number) for key, number in numbers.items()}
             found.append({"panel": panel.title, "line": line, **rounded})
     return found
 
@@ -159,15 +169,11 @@ def _choose_range(costs: Sequence[float]) -> tuple[float, float] | None:
     return min(costs) / room, max(costs) * room
 
 
-def _find_field(key: str, rows: Sequence[Row]) -> Callable[[Record], Any]:
-    return find_field(key, [record for row in rows for record in row.records])
-
-
 def _place_marks(table: Sequence[Row], x: str, y: str, interval: bool) -> tuple[list[Mark], str]:
     """Return the rows of a table that have both numbers, by cost, and what their bars are; none if `y` is another
     task's metric."""
     try:
-        of = _find_field(y, table)
+        of = find_row_field(y, table)
     except UserError:
         return [], ""
     ends, bars = _find_bars(table, of, y in ("score", table[0].first.metric), interval)

@@ -17,7 +17,7 @@ from peftbench.records.choice import compute_objective
 from peftbench.records.record import Record, Selection
 from peftbench.records.wording import format_value
 from peftbench.tables.advice import group_alike
-from peftbench.tables.claims import ALIKE, Comparison, Estimate, estimate_difference
+from peftbench.tables.claims import Comparison, Estimate, estimate_difference, is_clearly_more
 from peftbench.tables.fields import FIELDS
 from peftbench.tables.intervals import LEAST_SEEDS, draw_example_scores
 from peftbench.tables.row import Row, group_seeds, is_scored, is_trial
@@ -91,12 +91,13 @@ class StudyFinding:
         None: there are too few runs to say so."""
         if self.rivals.keys() != RIVALS.keys():
             return None
-        known = [one for one in self.rivals.values() if one.behind is not None]
-        return all(one.behind.low > 0 and not self.is_larger(one) for one in known if one.behind is not None)
+        return all(
+            one.behind is not None and one.behind.low > 0 and not self.is_larger(one) for one in self.rivals.values()
+        )
 
     def is_larger(self, one: Candidate) -> bool:
         """Return whether the best point stores clearly more than another."""
-        return (self.leaders[0].stored or 0) > ALIKE * (one.stored or 0)
+        return is_clearly_more(self.leaders[0].stored or 0, one.stored or 0)
 
 
 def find_studies(records: Sequence[Record], resamples: int) -> list[StudyFinding]:
@@ -113,9 +114,8 @@ def find_studies(records: Sequence[Record], resamples: int) -> list[StudyFinding
 
 def _list_studies(record: Record) -> set[str]:
     """Return the studies that have a run as a trial: its own, and those that found it trained by another search."""
-    search = record.search
-    own = {search.study} if search is not None and search.study is not None and record.seed == search.seed else set()
-    return own | {*record.studies}
+    is_own = record.search is not None and record.seed == record.search.seed
+    return {*record.studies, *([record.study] if is_own and record.study is not None else [])}
 
 
 def find_selection_front(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -133,11 +133,6 @@ def _is_known(record: Record) -> bool:
     return is_scored(record) or (record.compared is not None and is_trial(record))
 
 
-def _is_of_study(record: Record) -> bool:
-    """Return whether a study has had a run trained."""
-    return record.search is not None and record.search.study is not None
-
-
 def _judge_study(name: str, trials: list[Record], groups: Sequence[Sequence[Row]], resamples: int) -> StudyFinding:
     done = [trial for trial in trials if _is_known(trial) and trial.selection is not None]
     if not done:
@@ -145,20 +140,18 @@ def _judge_study(name: str, trials: list[Record], groups: Sequence[Sequence[Row]
     rows = next(rows for rows in groups if any(run.folder == done[0].folder for row in rows for run in row.records))
     places = {run.folder: row for row in rows for run in row.records}
     found = [
-        Candidate(trial, _name_axes(trial), trial.selection, _list_fresh(places[trial.folder], trial.seed))
+        Candidate(
+            trial,
+            " + ".join(one.in_line for one in trial.axes),
+            trial.selection,
+            _list_fresh(places[trial.folder], trial.seed),
+        )
         for trial in done
     ]
     # Of equal ones the study has chosen the first, which then has runs with other seeds.
     found.sort(key=lambda one: (-one.objective, not one.fresh, one.first.created))
     named = _choose_named(rows, found[0].first)
     return StudyFinding(name, trials, found[:LEADERS], _compare(found[0], named, resamples))
-
-
-def _name_axes(trial: Record) -> str:
-    return " + ".join(
-        f"{one.functional_form} · {one.modified_representation} · {one.insertion_form} · {one.composition}"
-        for one in trial.axes
-    )
 
 
 def _list_fresh(row: Row, seed: int) -> list[Record]:
@@ -173,7 +166,7 @@ def _choose_named(rows: Sequence[Row], best: Record) -> list[Candidate]:
     """
     found: dict[tuple[str, str], Candidate] = {}
     for row in rows:
-        own = [run for run in row.scored if not _is_of_study(run) and not is_trial(run)]
+        own = [run for run in row.scored if run.study is None and not is_trial(run)]
         if not own or own[0].budget != best.budget:
             continue
         search = own[0].search
