@@ -144,7 +144,8 @@ def main() -> None:
     journals = keep_journals(arguments.outputs, arguments.target, names)
     found, _ = load_records(arguments.outputs)
     ended = [one for one in found if one.has_ended or one.unreported or (one.search is not None and one.search.pruned)]
-    beaten = find_losers(found) | find_beaten(found)
+    # Of a search whose runs have not ended, all trials are kept whole.
+    beaten = find_losers(ended) | find_beaten(ended)
     for record in ended:
         target = arguments.target / record.folder.relative_to(arguments.outputs)
         keep(record, target, names, alone=record.run in beaten)

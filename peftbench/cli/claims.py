@@ -22,15 +22,15 @@ from peftbench.tables.claim_texts import (
     describe_change,
     describe_cost,
     describe_few,
-    describe_intervals,
     describe_untested,
+    list_estimates,
 )
 from peftbench.tables.claims import CellFindings, Comparison, Estimate, Finding, judge_records
 from peftbench.tables.fields import FIELDS
+from peftbench.tables.intervals import describe_ways_of
 from peftbench.tables.searches import find_studies
 from peftbench.tables.select import is_filter, load_folders, select_records
 from peftbench.utils.console import make_console, say
-from peftbench.utils.differences import merge_alike
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import dump_json
 from peftbench.utils.text import strip_controls
@@ -212,8 +212,8 @@ def _name_cells(cells: Sequence[CellFindings]) -> list[str]:
 
 def _explain_intervals(cells: Sequence[CellFindings], names: Sequence[str]) -> str:
     """Return what was drawn for the intervals: once, or for each cell where they differ in it."""
-    told = merge_alike([(describe_intervals(cell), name) for cell, name in zip(cells, names, strict=True)])
-    return f"Intervals: {'; '.join(map(strip_controls, told))}."
+    told = describe_ways_of({name: list_estimates(cell) for cell, name in zip(cells, names, strict=True)})
+    return f"Intervals: {strip_controls(told)}."
 
 
 def _name_claim(finding: Finding) -> str:

@@ -14,8 +14,8 @@ from rich.table import Table
 from peftbench.config.overrides import get_key
 from peftbench.records.record import Record
 from peftbench.records.wording import format_value
-from peftbench.tables.claim_texts import describe_estimates
 from peftbench.tables.claims import Estimate
+from peftbench.tables.intervals import describe_ways
 from peftbench.tables.searches import RIVALS, Candidate, StudyFinding, find_selection_front
 from peftbench.utils.text import strip_controls
 
@@ -141,7 +141,7 @@ def _describe_result(found: StudyFinding) -> list[str]:
         said.append(f"Reported: {best.first.metric}, the mean of the seeds {seeds}, on which no choice depends.")
     known = [one.behind for one in found.named if one.behind is not None]
     if known:
-        said.append(f"Intervals: {describe_estimates(known)}.")
+        said.append(f"Intervals: {describe_ways(known)}.")
     return said
 
 

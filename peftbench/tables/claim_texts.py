@@ -12,7 +12,7 @@ from peftbench.records.record import Record
 from peftbench.tables.claims import CellFindings, Comparison, Estimate, Finding, count_seeds_needed, get_score
 from peftbench.tables.fields import MANY_CUT_OFF
 from peftbench.tables.flatness import find_steepest
-from peftbench.tables.intervals import LEAST_SEEDS, WAYS
+from peftbench.tables.intervals import LEAST_SEEDS, describe_ways
 from peftbench.tables.row import Row, is_scored, is_trial
 
 FEW = 5  # below so many seeds, they are said to be few
@@ -102,21 +102,18 @@ def _describe_losers(finding: Finding) -> Iterator[str]:
 
 def describe_chance(cell: CellFindings) -> str:
     """Return what was drawn for the intervals, and what is to be known of the runs behind them."""
-    said = [f"Intervals: {describe_intervals(cell)}."]
+    said = [f"Intervals: {describe_ways(list_estimates(cell))}."]
     return " ".join([*said, *_describe_spread(cell.rows), *_describe_edges(cell.rows), *_describe_runs(cell.rows)])
 
 
-def describe_intervals(cell: CellFindings) -> str:
-    """Return what was drawn for the intervals of a cell."""
-    return describe_estimates([finding.estimate for finding in cell.findings if finding.estimate is not None])
-
-
-def describe_estimates(estimates: Sequence[Estimate]) -> str:
-    """Return what was drawn for the intervals of some differences, of which there is at least one."""
-    seeds = min(estimate.seeds for estimate in estimates)
-    drawn = {estimate.by_examples is not None for estimate in estimates}
-    ways = [WAYS["seeds and examples"]] * (True in drawn) + [WAYS["seeds"]] * (False in drawn)
-    return "; ".join(way.format(seeds) for way in ways)
+def list_estimates(cell: CellFindings) -> list[Estimate]:
+    """Return the estimates of a cell's claims and of the pairs behind them."""
+    return [
+        estimate
+        for finding in cell.findings
+        for estimate in (finding.estimate, *(of_pair for _, of_pair in finding.comparisons))
+        if estimate is not None
+    ]
 
 
 def _describe_spread(rows: Sequence[Row]) -> Iterator[str]:

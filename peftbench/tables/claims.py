@@ -24,7 +24,7 @@ from peftbench.records.record import Record
 from peftbench.records.wording import format_value
 from peftbench.tables.advice import group_alike
 from peftbench.tables.fields import FIELDS
-from peftbench.tables.intervals import LEAST_SEEDS, RESAMPLES, compute_half_width, draw_example_scores
+from peftbench.tables.intervals import LEAST_SEEDS, RESAMPLES, Way, compute_half_width, draw_example_scores
 from peftbench.tables.row import Row, group_seeds, is_trial
 
 Verdict = Literal["confirmed", "not confirmed", "contradicted", "not tested"]
@@ -138,6 +138,11 @@ class Estimate:
     seeds: int
     by_examples: float | None  # variance; None: examples are not drawn
     by_seeds: float
+
+    @property
+    def over(self) -> Way:
+        """What was drawn for the interval."""
+        return "seeds" if self.by_examples is None else "seeds and examples"
 
 
 @dataclass(frozen=True)

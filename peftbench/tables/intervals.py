@@ -7,9 +7,9 @@ what each example contributed to the score, otherwise Student's t over the seeds
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -25,6 +25,16 @@ WAYS: dict[Way, str] = {
     "seeds and examples": "a bootstrap over {} seeds and the examples",
     "seeds": "Student's t over {} seeds, for these examples only",
 }
+
+
+class Drawn(Protocol):
+    """An interval of which it is known what was drawn for it."""
+
+    @property
+    def seeds(self) -> int: ...
+
+    @property
+    def over(self) -> Way: ...
 
 
 @dataclass(frozen=True)
@@ -68,13 +78,26 @@ def estimate_means(
     return found
 
 
-def describe_ways(intervals: Iterable[Interval]) -> str:
+def describe_ways(intervals: Iterable[Drawn]) -> str:
     """Return what was drawn for some intervals: "a bootstrap over 3 seeds and the examples"; "" for none."""
     seeds: dict[Way, set[int]] = {}
     for one in intervals:
         seeds.setdefault(one.over, set()).add(one.seeds)
-    said = {way: " to ".join(map(str, sorted({min(of), max(of)}))) for way, of in seeds.items()}
+    said = {way: _describe_range(of) for way, of in seeds.items()}
     return " or ".join(what.format(said[way]) for way, what in WAYS.items() if way in said)
+
+
+def describe_ways_of(intervals: Mapping[str, Sequence[Drawn]]) -> str:
+    """Return what was drawn for named lists of intervals: once, or with each name where the ways differ."""
+    known = {name: of for name, of in intervals.items() if of}
+    if len({frozenset(one.over for one in of) for of in known.values()}) <= 1:
+        return describe_ways(one for of in known.values() for one in of)
+    return "; ".join(f"{describe_ways(of)} ({name})" for name, of in known.items())
+
+
+def _describe_range(numbers: Collection[int]) -> str:
+    least, most = min(numbers), max(numbers)
+    return str(least) if least == most else f"{least} {'or' if most == least + 1 else 'to'} {most}"
 
 
 def draw_example_scores(runs: Sequence[Record], resamples: int) -> dict[str, np.ndarray]:

@@ -249,17 +249,14 @@ def _explain(intervals: Mapping[int, Interval], heads: Sequence[tuple[str, ...]]
     """Return what ± means beside intervals, for each column if columns differ in it; seeds are in the cells."""
     if not intervals:
         return ""
-    from peftbench.tables.intervals import describe_ways
+    from peftbench.tables.intervals import describe_ways_of
 
-    found = {
-        " ".join(head): [intervals[id(line.cells[head])] for line in lines if id(line.cells.get(head)) in intervals]
-        for head in heads
-    }
-    ways = {frozenset(one.over for one in of) for of in found.values() if of}
-    if len(ways) == 1:
-        told = describe_ways(one for of in found.values() for one in of)
-    else:
-        told = "; ".join(f"{describe_ways(of)} ({name})" for name, of in found.items() if of)
+    told = describe_ways_of(
+        {
+            " ".join(head): [intervals[id(line.cells[head])] for line in lines if id(line.cells.get(head)) in intervals]
+            for head in heads
+        }
+    )
     return f"; ± is half the 95% interval of the mean: {told}"
 
 

@@ -17,7 +17,7 @@ from peftbench.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "outputs" / "reference"
-RUNS = {"grid": 40, "text": 45, "text_long": 10, "grid_sst2": 40, "curves": 9, "peft": 100, "reproduction": 1188}
+RUNS = {"grid": 40, "text": 45, "text_long": 10, "grid_sst2": 40, "curves": 9, "peft": 100, "reproduction": 1302}
 
 
 @pytest.mark.parametrize("part", RUNS)

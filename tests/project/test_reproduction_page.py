@@ -19,7 +19,7 @@ import pytest
 from peftbench.cli.claims import main as claims
 from peftbench.records.choice import compute_objective
 from peftbench.records.record import Record, load_records
-from peftbench.tables.claims import CellFindings, judge_records, read_claims
+from peftbench.tables.claims import CellFindings, Finding, count_seeds_needed, judge_records, read_claims
 from peftbench.tables.plot import list_marks, place_scores
 from peftbench.tables.row import Row, group_seeds, is_trial
 from peftbench.tables.searches import StudyFinding, find_studies
@@ -166,14 +166,16 @@ def test_the_prose_on_sst2_says_what_the_records_say() -> None:
     """Its numbers, in their order. The tables beside it are compared with the records above."""
     prose = read_section("SST-2 with MiniLM, all steps")
     records = [
-        one for one in load_records(FOLDER / "sst2")[0] if any(word.startswith("row=") for word in one.overrides)
+        one
+        for one in load_records(FOLDER / "sst2" / "minilm-l6")[0]
+        if any(word.startswith("row=") for word in one.overrides)
     ]
     rows = group_seeds([one for one in records if not is_trial(one)], "mean")
     trials = len(records) - sum(len(row.scored) for row in rows)
     assert f"{len(rows)} rows, {len(records) - trials} runs and {trials} further trials of 3,600 steps each" in prose
     assert {one.steps for one in records} == {3600}
 
-    pairs = {one.claim.name: one.comparisons for one in judge_cell("sst2").findings}
+    pairs = {one.claim.name: one.comparisons for one in judge_cell("sst2/minilm-l6").findings}
     behind = {
         name: [-estimate.difference for one, estimate in pairs["heads"] if one.pair[0] == name]
         for name in ("prefix", "mh_pa")
@@ -285,15 +287,35 @@ def test_the_prose_on_webnlg_with_bart_says_what_the_records_say() -> None:
 
 
 def test_the_prose_on_webnlg_with_smollm2_says_what_the_records_say() -> None:
-    prose = read_section("WebNLG with SmolLM2-135M, the step `mam`")
-    records = load_records(FOLDER / "webnlg" / "smollm2-135m")[0]
-    started = [one for one in records if one.budget == "2%"]
-    assert not any(one.score for one in started) and f"`insertion`, {len(started)} trials are trained" in prose
-    records = [one for one in records if one not in started]
+    prose = read_section("WebNLG with SmolLM2-135M, the steps `insertion` and `mam`")
+    everything = load_records(FOLDER / "webnlg" / "smollm2-135m")[0]
+    records = [one for one in everything if any(word.startswith("row=") for word in one.overrides)]
+    searched = [one for one in everything if one not in records]
+    named = len(plain_runs(searched))
+    assert not any(one.studies for one in searched)
+    assert f"axes, {named} runs and {len(searched) - named} trials of the named methods are trained, and" in prose
     runs = plain_runs(records)
     rows = group_seeds(runs, "mean")
     assert f"{len(rows)} rows, {len(runs)} runs and {len(records) - len(runs)} further trials of 1,132 steps" in prose
-    assert {one.steps for one in records} == {1132} and {one.trainer["compile"] for one in runs} == {"none", "layers"}
+    compiled = Counter(one.trainer["compile"] for one in runs)
+    assert {one.steps for one in everything} == {1132} and compiled["layers"] > compiled["none"] > 0
+
+    of = {_name_place(row): row.score for row in group_seeds(plain_runs(everything), "mean")}
+    four = sorted(of[name, at, "2%"] for name, at in ADAPTERS)
+    assert f"the four adapters have between {four[0]:.1f} and {four[-1]:.1f} BLEU" in prose
+    told = "the scaled parallel adapter has {:.1f} and LoRA at query and value {:.1f}."
+    assert told.format(of["scaled_parallel_adapter", "ffn", "2%"], of["lora", "query_value", "2%"]) in prose
+    gains = [
+        of[name, "ffn", "6.7%"] - of[name, "ffn", "2%"] for name in ("parallel_adapter", "scaled_parallel_adapter")
+    ]
+    assert "the parallel adapter gains {:.1f} BLEU, and the scaled one {:.1f}.".format(*gains) in prose
+    small = {_name_place(row)[:2]: row.first.search for row in rows if row.first.budget == "2%"}
+    tried = [{one.settings["trainer.learning_rate"]: one.value for one in small[key].trials} for key in ADAPTERS]
+    best = [max(rates, key=lambda rate: rates[rate]) / 5e-4 for rates in tried]
+    assert best == pytest.approx([3, 10, 30, 30])
+    assert "with 30 times their preset's rate, the sequential ones with 3 and 10 times" in prose
+    behind = sorted(tried[place][5e-4] - tried[place + 2][5e-4] for place in (0, 1))
+    assert "parallel adapters are {:.1f} and {:.1f} BLEU behind".format(*behind) in prose
 
     seen, unseen = (_average_groups(records, group) for group in ("seen", "unseen"))
     assert len(seen) == len(unseen) == 5
@@ -315,6 +337,56 @@ def test_the_prose_on_webnlg_with_smollm2_says_what_the_records_say() -> None:
     told = "it has {:.1f} and {:.1f}, where MAM with its own preset's rate has {:.1f} and {:.1f} (seed 42)"
     values = preset.selection.value, preset.score, adapted.selection.value, adapted.score
     assert told.format(*values) in prose
+
+
+# The rows of the step `insertion`: the method and where it is.
+ADAPTERS = (
+    *(("adapter", "ffn"), ("adapter", "attention")),
+    *(("parallel_adapter", "ffn"), ("parallel_adapter_attention", "attention")),
+)
+
+
+def _name_place(row: Row) -> tuple[str, str | None, str | None]:
+    """Return the method of a row, where it is, and its share of the backbone."""
+    axes = row.first.axes
+    return row.first.method, axes[0].modified_representation if axes else None, row.first.budget
+
+
+def read_insertion(title: str, folder: str) -> tuple[str, dict[tuple[str, str], float], dict[str, Finding]]:
+    """Return the prose of a cell that has the step `insertion` alone, its scores, and its findings by claim."""
+    prose, records = read_section(title), load_records(FOLDER / folder)[0]
+    runs = plain_runs(records)
+    rows = {_name_place(row)[:2]: row.score for row in group_seeds(runs, "mean")}
+    assert {*rows} == {*ADAPTERS} and {len(row.scored) for row in group_seeds(runs, "mean")} == {3}
+    assert f"4 rows, {len(runs)} runs and {len(records) - len(runs)} further trials of {records[0].steps:,}" in prose
+    return prose, rows, {one.claim.name: one for one in judge_cell(folder).findings}
+
+
+def test_the_prose_on_mpnet_says_what_the_records_say() -> None:
+    title = "SST-2 with MPNet of 109M parameters, the step `insertion`"
+    prose, of, found = read_insertion(title, "sst2/mpnet-base")
+    told = "adapter has {:.1f} at the FFN and {:.1f} at the attention, the sequential one {:.1f} and {:.1f}."
+    assert told.format(*(of[key] for key in (*ADAPTERS[2:], *ADAPTERS[:2]))) in prose
+    for name in ("insertion", "ffn"):
+        differences = [one.difference for _, one in found[name].comparisons]
+        assert len(differences) == 2 and min(differences) > 0 and found[name].verdict == "not confirmed"
+    assert "All differences have the paper's sign, and none is certain" in prose
+    assert f"mean lead ends at {abs(found['insertion'].estimate.low):.2f}, so that another seed may" in prose
+    assert count_seeds_needed(found["insertion"].estimate, 0) == 4
+
+
+def test_the_prose_on_nli_says_what_the_records_say() -> None:
+    prose, of, found = read_insertion("NLI with MiniLM, the step `insertion`", "mnli/minilm-l6")
+    selections = [one.selection for one in load_records(FOLDER / "mnli")[0]]
+    most = max(one.value for one in selections if one is not None and one.value is not None)
+    assert f"lower there ({max(of.values()):.1f} at best) than on the held-out tenth ({most:.1f})" in prose
+    at_ffn, at_attention = ([of[key] for key in ADAPTERS[place::2]] for place in (0, 1))
+    ahead = [one - other for one, other in zip(at_ffn, at_attention, strict=True)]
+    told = "the parallel adapter is {1:.1f} points ahead of the one at the attention, and the sequential one {0:.1f}."
+    assert told.format(*ahead) in prose and found["ffn"].verdict == "confirmed"
+    estimate = found["insertion"].estimate
+    told = f"is {estimate.difference:.2f} points, with an interval from {estimate.low:.2f} to {estimate.high:.2f}."
+    assert told in prose and found["insertion"].verdict == "not confirmed"
 
 
 def _get_rate(record: Record) -> float:
@@ -380,8 +452,8 @@ def test_the_page_counts_the_rows_with_further_rates() -> None:
     searches = [(row.first.task, row.first.search) for row in rows if row.first.search is not None]
     further = [task for task, search in searches if len(search.trials) > 5]
     page = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
-    assert {*further} == {"webnlg"} and len(further) == 9
-    assert "of the records below, nine rows of WebNLG have that" in page
+    assert {*further} == {"webnlg"} and len(further) == 12
+    assert "of the records below, twelve rows of WebNLG have that" in page
 
 
 def test_the_prose_on_the_searches_says_what_the_records_say() -> None:
@@ -443,7 +515,7 @@ def test_the_prose_on_rte_says_what_the_records_say() -> None:
 
 def test_the_readme_says_what_the_tuned_runs_say() -> None:
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    cell = judge_cell("sst2")
+    cell = judge_cell("sst2/minilm-l6")
     verdicts = Counter(finding.verdict for finding in cell.findings)
     assert verdicts == {"contradicted": 1, "not confirmed": 6}
     (contradicted,) = (finding for finding in cell.findings if finding.verdict == "contradicted")

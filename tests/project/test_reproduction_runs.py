@@ -168,6 +168,32 @@ def test_of_trials_that_a_search_has_not_chosen_the_record_alone_is_kept(
     assert keep_records.find_losers(records) == {loser.run}
 
 
+@pytest.mark.parametrize("status", ["done", "interrupted"])
+def test_trials_are_kept_whole_until_a_run_of_their_search_has_ended(
+    status: str, keep_records: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is interrupted is not kept; then nothing says that its search has chosen."""
+    outputs, kept = tmp_path / "outputs", tmp_path / "kept"
+    records = []
+    for index, role in enumerate(("final", "trial")):
+        record = find_record(trained(outputs, 80, seed=index))
+        assert record is not None
+        (record.folder / "config.yaml").write_text("seed: 1\n", encoding="utf-8")
+        record.search = Searched("lr5", role, 42, {})
+        record.overrides = [f"output_dir={outputs}"]
+        records.append(record)
+    final, trial = records
+    assert final.search is not None
+    final.search.trials = [Trial({}, trial.run, 1.0, "done")]
+    final.status = status
+    for record in records:
+        record.save()
+    monkeypatch.setattr(sys, "argv", ["keep_records.py", str(outputs), str(kept), "--shared", "/nowhere"])
+    keep_records.main()
+    assert len(list(kept.rglob("record.json"))) == (2 if status == "done" else 1)
+    assert {file.parent.name for file in kept.rglob("config.yaml")} == {final.run if status == "done" else trial.run}
+
+
 def test_a_log_keeps_its_looks_and_a_few_lines_of_training(keep_records: ModuleType) -> None:
     look = {"stage": "train mam", "step": 50, "eval_accuracy": 81.234567}
     log = [{"stage": "train mam", "step": step, "loss": 1 / step} for step in range(1, 101)]

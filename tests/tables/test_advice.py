@@ -131,4 +131,4 @@ def test_the_records_that_came_with_peftbench_are_read(
     assert find_reference() == REFERENCE
     monkeypatch.chdir(tmp_path)
     assert main(["advise"]) == 2
-    assert "The records are of several choices of task; give one: sst2, webnlg" in capsys.readouterr().err
+    assert "The records are of several choices of task; give one: mnli, sst2, webnlg" in capsys.readouterr().err

@@ -169,6 +169,16 @@ def test_one_seed_in_common_tests_nothing(tmp_path: Path, judged: Callable[..., 
     assert judged()["insertion"]["verdict"] == "not tested"
 
 
+def test_the_seeds_of_each_pair_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also of those whose mean has fewer, because another pair has."""
+    make_row(tmp_path, [80, 81, 82], "parallel_adapter", 2)
+    make_row(tmp_path, [60, 61, 62], "adapter", 2)
+    make_row(tmp_path, [50, 51], "adapter", 2, representation="attention")
+    for short in ([], ["--short"]):
+        assert main([str(tmp_path), *short]) == 0
+        assert "Intervals: a bootstrap over 2 or 3 seeds and the examples" in " ".join(capsys.readouterr().out.split())
+
+
 def test_runs_that_diverged_or_were_cut_off_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_row(tmp_path, [80, 81], "parallel_adapter", 2, cut_off={"report": 0.06})
     make_row(tmp_path, [60, 61, 62], "adapter", 2)

@@ -106,3 +106,4 @@ def test_what_was_drawn_is_told() -> None:
     assert describe_ways([students, replace(students, seeds=5), drawn]) == (
         "a bootstrap over 3 seeds and the examples or Student's t over 2 to 5 seeds, for these examples only"
     )
+    assert describe_ways([drawn, replace(drawn, seeds=2)]) == "a bootstrap over 2 or 3 seeds and the examples"
