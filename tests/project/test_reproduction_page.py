@@ -456,6 +456,22 @@ def test_the_page_counts_the_rows_with_further_rates() -> None:
     assert "of the records below, twelve rows of WebNLG have that" in page
 
 
+def test_the_page_names_the_cells_without_a_run() -> None:
+    lines = (ROOT / "scripts" / "reproduction.sh").read_text(encoding="utf-8").split("CELL is BACKBONE/TASK")[1]
+    cells = re.findall(r"[\w.-]+/[\w.-]+", lines.split("# SHARED holds")[0])
+    named = {"mnli": "nli", "wmt16_enro": "en_ro"}
+    known: dict[str, list[Record]] = {}
+    for one in load_records(FOLDER)[0]:
+        known.setdefault(f"{one.model.name}/{named.get(one.task, one.task)}", []).append(one)
+    without = [cell for cell in cells if cell not in known]
+    trials = [cell for cell in cells if cell in known and all(map(is_trial, known[cell]))]
+    page = " ".join((ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8").split())
+    assert len(cells) == 10 and len(without) == 4
+    listed = ", ".join(f"`{cell}`" for cell in without[:-1]) + f" and `{without[-1]}`"
+    assert f"Four of the script's ten cells have no run yet: {listed}." in page
+    assert len(trials) == 1 and f"`{trials[0]}` has trials alone." in page
+
+
 def test_the_prose_on_the_searches_says_what_the_records_say() -> None:
     page = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
     prose = " ".join(page.split("**On SST-2, nothing is.**")[1].split("<!--")[0].split())
