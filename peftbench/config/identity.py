@@ -116,8 +116,9 @@ def hash_run(run: Run, stamp: Callable[..., str] = stamp_content) -> str:
         for variation in config["search"]["keys"].values():
             for key in ("low", "high", "log"):
                 del variation[key]
-    if config["search"] is not None:  # where scores are computed changes none of them
-        del config["search"]["report"]
+    if config["search"] is not None:  # where scores are computed, and when no trial begins, changes none of them
+        for key in ("report", "minutes"):
+            del config["search"][key]
     for key in ("extend", "further"):  # at their defaults, as earlier versions had it
         if config["search"] is not None and not config["search"][key]:
             del config["search"][key]

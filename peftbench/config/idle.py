@@ -41,7 +41,7 @@ READERS: dict[tuple[str, ...], tuple[tuple[TaskKind, ...], str]] = {
     ("max_answer_length", "unanswerable"): (ANSWERS, "answers in a context"),
 }
 
-OF_A_STUDY = ("search.sampler", "search.sampler_seed", "search.prune")
+OF_A_STUDY = ("search.minutes", "search.sampler", "search.sampler_seed", "search.prune")
 SEVERAL = ("jobs", "mps")  # of runs that are trained at the same time
 CHANGES_NOTHING = " changes nothing "
 IN_A_SWEEP = "Joined grids have keys of their own, as in -m method=full and method=lora bottleneck=8,16."

@@ -636,6 +636,11 @@ class Search:
         "Runs that Optuna chooses one after another, by the selection scores of those before. null: each combination "
         "of the values is tried once.",
     )
+    minutes: float | None = key(
+        None,
+        "With search.trials, no trial begins after so many minutes, and what is chosen is the best of the trials so "
+        "far. null: no limit.",
+    )
     sampler: Sampler = key(
         Sampler.tpe, "With search.trials, how Optuna chooses: tpe, nsgaii (a genetic algorithm), or random."
     )

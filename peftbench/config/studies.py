@@ -6,6 +6,7 @@ bottleneck if there is a budget, from which it is computed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -88,6 +89,8 @@ def find_study_faults(run: Run, search: Search) -> list[str]:
         return [f"search.trials={search.trials}: a study needs at least one trial."]
     if search.trials is not None and search.trials > MOST_TRIALS:
         return [f"search.trials={search.trials}: a study has {MOST_TRIALS:,} trials at most."]
+    if search.minutes is not None and not (search.minutes > 0 and math.isfinite(search.minutes)):
+        return [f"search.minutes={search.minutes:g}: give a number above 0, or null for no limit."]
     if not search.keys:
         return [f"{whose} has no keys; give it some, as conf/search/optuna.yaml does."]
     return [f"{whose}: {fault}" for key, one in search.keys.items() if (fault := _find_fault(run, key, one))]

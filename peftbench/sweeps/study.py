@@ -10,10 +10,12 @@ records, another machine goes on.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
+from time import monotonic
 
 from optuna.trial import FrozenTrial
 
@@ -62,6 +64,7 @@ class Study:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.optuna = open_study(self.file, self.name, self.objectives)
         self.began = get_time()
+        self.ends = math.inf if self.search.minutes is None else monotonic() + 60 * self.search.minutes
 
     def _name(self) -> str:
         """Return a hash of all on which the trials' scores and the choice of the next one depend."""
@@ -134,6 +137,11 @@ class Study:
                 ]:
                     runs.append(PlannedRun(relate_path(self.root, folder), self.run.method, given, unreported))
         Plan(self.arguments, runs, self.name).save(self.root)
+
+    @property
+    def is_time_up(self) -> bool:
+        """Whether no further trial may begin (`search.minutes`)."""
+        return monotonic() >= self.ends
 
     def count_runs(self, ended: bool = False) -> int:
         """Return how many runs the trials of the study have.

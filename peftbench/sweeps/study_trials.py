@@ -33,7 +33,7 @@ PRUNED = "pruned"
 
 def choose_trials(study: Study) -> Iterator[Job]:
     """Yield the runs of trials that a killed process has left or whose record is lost, and then new ones, until there
-    are enough.
+    are enough or their time is up.
 
     Trials that are refused, or come to a run that the study has, cost no training and are not counted.
     """
@@ -48,7 +48,7 @@ def choose_trials(study: Study) -> Iterator[Job]:
     for trial in list_by_state(study.optuna, "COMPLETE"):
         if find_record(study.locate(trial)) is None and WORDS in trial.user_attrs:
             yield study.make_job(trial.number, study.compose(trial.user_attrs[WORDS]))
-    while study.count_runs() < (study.search.trials or 0):
+    while study.count_runs() < (study.search.trials or 0) and not study.is_time_up:
         decided, in_vain = _count_decided(study)
         if in_vain >= PATIENCE:
             return

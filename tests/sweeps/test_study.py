@@ -225,6 +225,8 @@ def test_a_trial_that_is_worse_than_the_median_is_pruned(tmp_path: Path) -> None
     ("words", "sentence"),
     [
         (["search.trials=0"], "search.trials=0: a study needs at least one trial."),
+        (["search.minutes=0"], "search.minutes=0: give a number above 0, or null for no limit."),
+        (["search.minutes=inf"], "search.minutes=inf: give a number above 0, or null for no limit."),
         (["search.keys.bottleneck.high=1"], "search=optuna: bottleneck: low must be less than high."),
         (["+search.keys={seed: {values: [1, 2]}}"], "search=optuna: seed cannot be searched over"),
         (["search.trials=null"], "search=optuna: functional_form"),
@@ -389,6 +391,24 @@ def test_other_seeds_train_what_was_chosen(
     if point != best.point:  # the runs of the point that was the best of three are those of a trial now
         assert len(again.words) == 6 + 3
     assert len([one for one in load_records(tmp_path)[0] if one.search and one.search.role == "final"]) == 4
+
+
+def test_no_trial_begins_when_the_time_is_up(
+    tmp_path: Path, trained: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each training takes a minute of a made-up clock; the same line has as much time again."""
+    trainings = trained()
+    monkeypatch.setattr("peftbench.sweeps.study.monotonic", lambda: 60.0 * len(trainings.words))
+    words = ["budget=2%", "search.trials=8", "search.seed=7", "seed=1,2"]
+    for minutes, trials in (("2.5", 3), ("2", 5), ("100", 8)):
+        assert main(line(tmp_path, *words, f"search.minutes={minutes}")) == 0
+        ended = f"search.minutes={minutes} ended it after {trials} of 8 trials; the same line goes on."
+        assert (ended in capsys.readouterr().out) == (trials < 8)
+        records = [one for one in load_records(tmp_path)[0] if one.search is not None]
+        assert sum(one.seed == 7 for one in records) == trials
+        final = [one for one in records if one.search is not None and one.search.role == "final"]
+        assert {one.seed for one in final} == {1, 2, 7} and len({one.point for one in final}) == 1
+    assert len(list((tmp_path / ".sweeps").glob("*.study.jsonl"))) == 1
 
 
 def test_points_that_differ_in_more_than_the_seed_are_studies_of_their_own(tmp_path: Path, trained: Any) -> None:
