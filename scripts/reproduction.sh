@@ -22,7 +22,8 @@
 # Two steps are for calls of their own, each a search over the four axes, of 200 trials with seed 42:
 #   search_0.5%, search_2%  the best point beside the presets of MAM, LoRA, the scaled parallel adapter and prefix tuning
 #               under that budget, each with the best of five learning rates, and all with the seeds 1, 2 and 3
-#               (search.trials=N: N trials). peftbench claims OUTPUTS --searches says what they have found.
+#               (search.trials=N: N trials; search.minutes=M: no trial begins after M minutes). peftbench claims OUTPUTS
+#               --searches says what they have found.
 # Run again, the script skips finished runs and resumes interrupted ones. Of a finished run the record is enough, so that
 # a machine continues what another began, if OUTPUTS has what scripts/keep_records.py kept of it.
 # Words with = go to peftbench train, the last of a key counts: seed=42,1,2,3,4 has two more seeds,
