@@ -17,7 +17,7 @@ from rich.console import Console
 from peftbench.cli.train import main as train
 from peftbench.config.compose import compose_points
 from peftbench.config.schema import Run, find_conf_dir, index_by_key
-from peftbench.config.search import split_phases
+from peftbench.config.search import split_trials
 from peftbench.records.choice import try_settle
 from peftbench.records.location import locate_run
 from peftbench.records.record import Record, find_record, load_records
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
         raise UserError(describe_unknown("table", arguments.table, names))
 
     overrides = [f"experiment=paper/{arguments.table}", *arguments.overrides]
-    points = split_phases(resolve_points(compose_points(overrides, multirun=True)))[1]
+    points = split_trials(resolve_points(compose_points(overrides, multirun=True)))[1]
     code = 0 if arguments.dry_run else train(["-m", *overrides])
     _print_table(
         arguments.table,

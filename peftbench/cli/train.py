@@ -30,7 +30,7 @@ from peftbench.config.conf_sources import CONFIG_NAME
 from peftbench.config.launchers import SWEEPER, HydraLauncher, Local, read_launcher
 from peftbench.config.overrides import address_hydra, describe_error, explain_hydra, list_hydra_words, quote_path
 from peftbench.config.schema import Run, find_conf_dir
-from peftbench.config.search import check_searches, has_open_search, is_unreported, split_phases
+from peftbench.config.search import check_searches, has_open_search, is_unreported, split_trials
 from peftbench.config.studies import group_studies, is_study
 from peftbench.records.choice import settle_search
 from peftbench.sweeps.executors import require_packages
@@ -201,18 +201,18 @@ def _print_what_differs(points: Sequence[TypedRun]) -> None:
 
 
 def _train_sweep(points: Sequence[TypedRun], argv: list[str], launcher: Any) -> int:
-    """Train the runs of a sweep: the trials of its searches, then the others.
+    """Train the runs of a sweep and the trials of its searches.
 
     Args:
         launcher: where, see `read_launcher`.
     """
-    trials, final = split_phases(points)
+    trials, final = split_trials(points)
     places = find_places([run for _, run in (*trials, *final)])
     sweep = Sweep(final, argv, trials)
-    sweeper = Sweeper(sweep, None if isinstance(launcher, Local) else launcher)
+    sweeper = Sweeper(sweep, None if isinstance(launcher, Local) else launcher, places)
     try:
         with heed_signals(), sweeper.at_work():
-            sweeper.train_phases(places)
+            sweeper.train()
     except (KeyboardInterrupt, SystemExit) as exit:
         return _end_interrupted(sweep, exit)
     return sweep.show()

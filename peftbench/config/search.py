@@ -1,9 +1,9 @@
 """The trials of a search (`search=lr3`): which runs are compared, and which searches are refused.
 
-A search is trained in two phases. Its trials are separate runs, one for each combination of the values, with one seed.
-Then the requested runs take the values of the trial that is best on the selection split (records/choice.py). A key of
+The trials of a search are separate runs, one for each combination of the values, with one seed. Once they have ended,
+the requested runs take the values of the trial that is best on the selection split (records/choice.py). A key of
 the config distinguishes them: `search.trial=1` is the second trial. With `search.extend` there may be further values
-(config/extension.py): their trials come between the two phases, each once it is known that the one before was the best.
+(config/extension.py): their trials come in between, each once it is known that the one before was the best.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def is_unreported(run: Run) -> bool:
     return search.trials is None or search.seed in (None, run.seed)
 
 
-def split_phases(points: Sequence[TypedRun]) -> tuple[list[TypedRun], list[TypedRun]]:
+def split_trials(points: Sequence[TypedRun]) -> tuple[list[TypedRun], list[TypedRun]]:
     """Return the trials of a sweep's searches, and the sweep's own runs with the seed of the trials as `search.seed`.
 
     Points that differ only in their seed share their trials. These have the first point's seed unless `search.seed`

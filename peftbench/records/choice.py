@@ -30,7 +30,7 @@ class NoChoice(UserError):
 
 class Compared:
     """What is known of the trials of searches, by the run that has the search: runs that differ in their seed share
-    them. Files are read once, until `look_anew`."""
+    them. Files are read once, until `look_anew` or `forget`."""
 
     def __init__(self) -> None:
         self.folders: dict[str, list[Path]] = {}
@@ -42,21 +42,32 @@ class Compared:
         self.followed: dict[str, Run] = {}
         self.stamp = cache(stamp_content)
 
+    def forget(self, run: Run) -> None:
+        """Forget what was read of the trials of a run's search."""
+        known = self.followed.pop(self.identify(run), run)
+        for folder in self.locate_trials(known):
+            self.records.pop(folder, None)
+
     def identify(self, run: Run) -> str:
         """Return what the runs of a sweep that have the same trials have in common."""
         assert run.search is not None
         seed = run.seed if run.search.seed is None else run.search.seed
         return repr(replace(run, seed=seed, trackers_group=None))  # the group is named only with the plan
 
-    def read_trials(self, run: Run) -> list[Record | None]:
-        """Return the records of the trials of a run's search, in their order; None for one without."""
+    def locate_trials(self, run: Run) -> list[Path]:
+        """Return the folders of the trials of a run's search, in their order."""
         key = self.identify(run)
         if key not in self.folders:
             self.folders[key] = [locate_run(trial, self.stamp) for trial in build_trials(run)]
-        for folder in self.folders[key]:
+        return self.folders[key]
+
+    def read_trials(self, run: Run) -> list[Record | None]:
+        """Return the records of the trials of a run's search, in their order; None for one without."""
+        folders = self.locate_trials(run)
+        for folder in folders:
             if folder not in self.records:
                 self.records[folder] = find_record(folder)
-        return [self.records[folder] for folder in self.folders[key]]
+        return [self.records[folder] for folder in folders]
 
     def follow(self, run: Run) -> Run:
         """Return the run whose `search.further` has all values that the records of its search's trials call for; the

@@ -1,6 +1,6 @@
 """Start what trains the runs of a sweep where `hydra/launcher=` says.
 
-peftbench stays the sweeper: it knows all runs, their phases and their records, and a launcher is given jobs. A sweeper
+peftbench stays the sweeper: it knows all runs, their order and their records, and a launcher is given jobs. A sweeper
 plugin of Hydra could not be: Hydra parses the command line before it starts one, and knows neither several grids nor
 the trials of a search.
 """

@@ -64,8 +64,8 @@ class Member:
         return has_open_search(self.comes_to) and search is not None and search.seed in (None, self.run.seed)
 
     def settle(self) -> None:
-        """Check whether the search of the run can be settled now."""
-        if self.comes_to.search is not None:
+        """Check whether the search of the run can be settled now, and to what: a trial may have been trained again."""
+        if self.run.search is not None:
             self.comes_to = try_settle(self.run, self.compared)
             self.folder = (
                 self.asked if self.comes_to.search is not None else locate_run(self.comes_to, self.compared.stamp)
@@ -163,34 +163,55 @@ class Sweep:
         self.compared = Compared()
         self.members = [Member(*point, self.compared) for point in points]
         self.trials = [Member(*point, self.compared) for point in trials]
-        self.further: list[Member] = []  # trials of the further values that are known to be needed
+        self._further: dict[str, list[Member]] = {}  # of each search
         self._made: dict[tuple[str, ...], Member] = {}
         self.arguments = arguments
         self.root = expand_home(self.members[0].run.output_dir)  # below which the folders of the plan are
-        self.runs: dict[Path, Run] = {}
-        self.scored: set[Path] = set()  # of these, whose report split is scored
-        self.done_before = {trial.folder for trial in self.trials if find_finished(trial.folder) is not None}
-        self.settle()
+        self.done_before: set[Path] = set()
+        self._seen: set[Path] = set()  # folders in the plan, now or before
+        self._find_further(self.members)
+        self.write_plan()
+
+    @property
+    def further(self) -> list[Member]:
+        """The trials of the further values that are known to be needed."""
+        return [trial for found in self._further.values() for trial in found]
 
     def settle(self) -> None:
         """Settle the searches whose trials are done by now, and write the plan."""
         self.compared.look_anew()
-        for member in self.members:
+        self._settle(self.members)
+        self.write_plan()
+
+    def settle_members(self, members: Sequence[Member]) -> None:
+        """Settle one search, of which these are all runs, if its trials are done by now. Other files than the records
+        of its trials are not read, and the plan is not written."""
+        self.compared.forget(members[0].run)
+        self._settle(members)
+
+    def _settle(self, members: Sequence[Member]) -> None:
+        for member in members:
             member.settle()
-        before, self.further = self.further, self._list_further()
-        of_trials = {trial.folder for trial in (*self.trials, *before)}
-        new = {member.folder for member in (*self.members, *self.further)} - self.runs.keys() - of_trials
+        self._find_further(members)
+
+    def _find_further(self, members: Sequence[Member]) -> None:
+        for member in members:
+            if has_open_search(member.run):
+                self._further[self.compared.identify(member.run)] = self.list_further(member)
+
+    def write_plan(self) -> None:
+        """Write the list of the runs as they are settled now."""
+        listed = [*self.trials, *self.further, *self.members]
+        new = {member.folder for member in listed} - self._seen
         self.done_before |= {folder for folder in new if find_finished(folder) is not None}
+        self._seen |= new
         self.runs = {member.folder: member.comes_to for member in self.members}
-        self.scored = {member.folder for member in self.members if not is_unreported(member.run)}
-        self.plan = Plan.of([*self.trials, *self.further, *self.members], self.arguments)
-        for member in (*self.trials, *self.further, *self.members):  # for the workers, to which the runs go
+        self.scored = {member.folder for member in self.members if not is_unreported(member.run)}  # their report split
+        self.plan = Plan.of(listed, self.arguments)
+        for member in listed:  # for the workers, to which the runs go
             for run in (member.run, member.comes_to):
                 run.trackers_group = run.trackers_group or self.plan.name
         self.plan.save(self.root)
-
-    def _list_further(self) -> list[Member]:
-        return list(dict.fromkeys(trial for member in self.members for trial in self.list_further(member)))
 
     def list_further(self, member: Member) -> list[Member]:
         """Return the trials of the further values that a run's search is known to need, in their order.

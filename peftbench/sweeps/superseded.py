@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +16,22 @@ from peftbench.sweeps.plan import Member
 from peftbench.utils.errors import UserError
 
 
-def mark_superseded(members: Iterable[Member], compared: Compared) -> None:
+def list_chosen(method: Path) -> list[tuple[Path, Searched]]:
+    """Return the folders of a method's runs that searches had chosen, with what their records say of the search."""
+    records = [find_record(file.parent) for file in sorted(method.glob(f"*/{FILE}"))]
+    return [(one.folder, one.search) for one in records if one and one.search and one.search.role == "final"]
+
+
+def mark_superseded(
+    members: Iterable[Member], compared: Compared, list_chosen: Callable[[Path], list[tuple[Path, Searched]]]
+) -> None:
     """Make trials of the runs, of any seed, that the searches of these runs had chosen before.
 
     A search chooses anew when it is typed with another `search.extend`, when its file has more values, or when a trial
     was trained again. Tables would show both choices as its own, of which one would have fewer values behind it.
+
+    Args:
+        list_chosen: what `list_chosen` found before the sweep's own runs were trained.
     """
     chosen: dict[Path, list[Searched]] = defaultdict(list)
     for member in members:
@@ -31,24 +42,21 @@ def mark_superseded(members: Iterable[Member], compared: Compared) -> None:
             if now is not None and now not in chosen[member.folder.parent]:
                 chosen[member.folder.parent].append(now)
     for method, notes in chosen.items():
-        for file in sorted(method.glob(f"*/{FILE}")):
-            _mark(file.parent, notes)
+        for folder, was in list_chosen(method):
+            if _is_superseded(was, notes):
+                _mark(folder, notes)
 
 
 def _mark(folder: Path, notes: Iterable[Searched]) -> None:
-    if not _is_superseded(folder, notes):
-        return
     with suppress(Busy), hold_run(folder):  # a run that is being trained says itself what it is
         record = find_record(folder)
-        if record is not None and record.search is not None and _is_superseded(folder, notes):
+        if record is not None and record.search is not None and _is_superseded(record.search, notes):
             record.search = replace(record.search, role="trial", selection=None, reported=False, trials=[])
             record.save()
 
 
-def _is_superseded(folder: Path, notes: Iterable[Searched]) -> bool:
-    record = find_record(folder)
-    was = None if record is None else record.search
-    return was is not None and any(_is_same_search(was, now) and was.chosen != now.chosen for now in notes)
+def _is_superseded(was: Searched, notes: Iterable[Searched]) -> bool:
+    return any(_is_same_search(was, now) and was.chosen != now.chosen for now in notes)
 
 
 def _is_same_search(was: Searched, now: Searched) -> bool:

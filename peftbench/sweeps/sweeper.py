@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from datetime import datetime
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from peftbench.config.launchers import HydraLauncher
 from peftbench.config.schema import Run, index_by_key
-from peftbench.records.choice import NoChoice, settle_search
-from peftbench.records.noted import is_cleared, is_noted, is_over, lacks_selection
-from peftbench.records.record import Record, find_record, get_time
-from peftbench.records.run_files import has_leftovers
+from peftbench.records.record import find_record, get_time
 from peftbench.records.wording import describe_selection
 from peftbench.sweeps import mps
 from peftbench.sweeps.executors import start_executor
 from peftbench.sweeps.jobs import Ended, Job, train_attempt
+from peftbench.sweeps.left import Left, find_left
 from peftbench.sweeps.live import LiveSweep
 from peftbench.sweeps.plan import FOLDER, Member, Sweep
-from peftbench.sweeps.superseded import mark_superseded
+from peftbench.sweeps.queue import Queue
 from peftbench.sweeps.workers import Workers
 from peftbench.tables.columns import format_duration
 from peftbench.utils.console import make_console, say
@@ -35,24 +33,24 @@ INTERRUPTED = 130  # the exit code
 
 
 class Sweeper:
-    """Trains the runs of a sweep, those that another process is at last.
+    """Trains the runs of a sweep and the trials of its searches, in the order of `Queue`.
 
     Args:
         sweep: on a terminal it is shown as a table that grows; elsewhere each run prints its own lines.
         launcher: where runs are trained, see `config.launchers`; None: on this machine.
+        places: of the runs that are trained at once on this machine, see `find_places`.
     """
 
-    def __init__(self, sweep: Sweep, launcher: Any = None) -> None:
-        self.sweep, self.launcher = sweep, launcher
-        self.number = 0  # of the runs so far
+    def __init__(self, sweep: Sweep, launcher: Any, places: Sequence[dict[str, str]]) -> None:
+        self.sweep, self.launcher, self.places = sweep, launcher, places
+        self.began = get_time()
         self.display: Display | None = None  # of the run that is trained, while the sweep is shown as a table
-        self.put_off: list[Job] = []  # runs that another process is at
-        self.workers: Workers | None = None  # once there is a run for them
-        self.ended_with_it = ExitStack()
+        self.given: dict[int, Member] = {}  # the runs that were handed out, by their number
+        self.keys = find_distinctive([index_by_key(_list_typed(one)) for one in (*sweep.trials, *sweep.members)])
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Show the sweep as a table during the block, if it is on a terminal, and end its workers after it.
+        """Show the sweep as a table during the block, if it is on a terminal.
 
         Runs of a launcher of Hydra's may print to the same terminal, so there is no table then.
         """
@@ -61,162 +59,106 @@ class Sweeper:
             if is_live(console) and not isinstance(self.launcher, HydraLauncher):
                 self.display = Display(console, within_another=True)
                 stack.enter_context(LiveSweep(self.sweep, console, below=self.display.progress))
-            stack.enter_context(self.ended_with_it)
             yield
 
-    def train_phases(self, places: Sequence[dict[str, str]]) -> None:
-        """Train the trials of the sweep's searches, then its own runs.
-
-        While a search tries further values (`search.extend`), those of a round are trained together, and beside them
-        the runs whose searches are settled.
-
-        Args:
-            places: of the runs that are trained at once on this machine, see `find_places`.
-        """
-        if self.sweep.trials:
-            self._train_all(self.sweep.trials, places)
-            self.sweep.settle()
-        waiting, tried = self.sweep.members, set[Member]()
-        while due := self._find_due(tried):
-            ready = [member for member in waiting if self._is_ready(member, tried)]
-            self._train_all([*due, *ready], places)
-            waiting = [member for member in waiting if member not in ready]
-            tried.update(due)
-            self.sweep.settle()
-        self._train_all(waiting, places)
-
-    def _find_due(self, tried: Collection[Member]) -> list[Member]:
-        """Return the trials of further values that are to be trained next.
-
-        Where runs are trained anew, the records that call for later values are out of date.
-        """
-        found: dict[Member, None] = {}
-        for member in self.sweep.members:
-            new = [trial for trial in self.sweep.list_further(member) if trial not in tried]
-            found |= dict.fromkeys(new[:1] if member.run.rerun else new)
-        return list(found)
-
-    def _is_ready(self, member: Member, tried: Collection[Member]) -> bool:
-        """Return whether a run has its final values; a trial may have a record and yet be trained again."""
-        return member.comes_to.search is None and all(trial in tried for trial in self.sweep.list_further(member))
-
-    def _train_all(self, members: Sequence[Member], places: Sequence[dict[str, str]]) -> None:
-        """Train runs, and wait for those that another process is at.
-
-        Args:
-            places: of the runs that are trained at once on this machine, see `find_places`.
-        """
-        mark_superseded(members, self.sweep.compared)
-        jobs = _build_jobs(members, self.number)
-        self.number += len(jobs)
+    def train(self) -> None:
+        """Train all runs that must be trained, those that another process is at last."""
         if self.launcher is not None:
-            self._train_elsewhere(jobs)
-        elif len(places) > 1:
-            self._train_side_by_side(jobs, places)
+            self._train_elsewhere(Queue(self.sweep, find_left))
+        elif len(self.places) > 1:
+            self._train_side_by_side(Queue(self.sweep, find_left))
         else:
-            for job in jobs:
-                if self.display is None:
-                    say(f"\nrun {job.number}: {' '.join(job.overrides)}")
-                self._train_one(job)
-        while self.put_off:
-            waiting, self.put_off = [replace(job, wait=True) for job in self.put_off], []
-            if self.launcher is not None:
-                self._train_elsewhere(waiting)
-                continue
-            for job in waiting:
-                say(f"\nwaiting for the other process: {' '.join(job.overrides)}")
-                self._train_one(job)
+            self._train_in_turn(Queue(self.sweep, lambda _: Left.training))
 
-    def _train_one(self, job: Job) -> None:
-        try:
-            self._take(train_attempt(job.run, job.overrides, wait=job.wait, display=self.display), job)
-        except KeyboardInterrupt:
-            raise SystemExit(INTERRUPTED) from None
+    def _train_in_turn(self, queue: Queue) -> None:
+        """Train one run after the other in this process; each says what it is, also where nothing is left to do."""
+        for job in iter(self._choose_jobs(queue).__next__, None):
+            if self.display is None:
+                say(f"\nrun {job.number}: {' '.join(job.overrides)}")
+            try:
+                ended = train_attempt(job.run, job.overrides, wait=job.wait, display=self.display)
+            except KeyboardInterrupt:
+                raise SystemExit(INTERRUPTED) from None
+            member = self.given.pop(job.number)
+            queue.end(member, ended.busy)
+            self._print_faults(ended, member)
 
-    def _take(self, ended: Ended, job: Job) -> None:
-        """Print why a run failed, and put off one that another process is at."""
-        if ended.busy:
-            self.put_off.append(job)
+    def _train_side_by_side(self, queue: Queue) -> None:
+        """Train runs in workers on this machine, as many at a time as there are places."""
+        jobs = self._choose_jobs(queue)
+        first = next(jobs)
+        if first is None:
+            return
+        number, logs = queue.count(), _name_logs(first.run)
+        with (
+            mps.share_gpus(_get_mps([first.run]), self.places, logs) as sharing,
+            Workers(self.places, logs, sharing) as workers,
+        ):
+            say(f"{number} runs, {min(number, len(self.places))} at once; what they print is in {logs}")
+            self._take_each(workers.run(chain([first], jobs)), queue)
+
+    def _train_elsewhere(self, queue: Queue) -> None:
+        """Train runs through the launcher."""
+        self._take_each(self._run_batches(self._choose_jobs(queue)), queue)
+
+    def _run_batches(self, jobs: Iterator[Job | None]) -> Iterator[tuple[Job, Ended]]:
+        """Give the launcher what can be trained now, and once all of it has ended, what can be trained then."""
+        while batch := list(iter(jobs.__next__, None)):
+            with start_executor(self.launcher, _name_logs(batch[0].run)) as executor:
+                yield from executor.run(batch)
+
+    def _choose_jobs(self, queue: Queue) -> Iterator[Job | None]:
+        """Yield the run that is to be trained next, or None while there is none, without end.
+
+        When there is none, the records of runs that are done are told what a search has chosen.
+        """
+        for number in count(1):
+            while (member := queue.take()) is None:
+                if queue.noting:
+                    self._note(queue)
+                else:
+                    yield None
+            self.given[number] = member
+            yield self._make_job(number, member, wait=member in queue.awaited)
+
+    def _make_job(self, number: int, member: Member, wait: bool) -> Job:
+        """Return what a worker must know of a run."""
+        words = _list_typed(member)
+        if wait:
+            say(f"\nwaiting for the other process: {' '.join(words)}")
+        typed = index_by_key(words)
+        settings = " ".join(f"{key}={typed[key]}" for key in self.keys if key in typed) or f"method={member.run.method}"
+        return Job(number, words, settings, member.run, member.folder, wait, since=self.began)
+
+    def _note(self, queue: Queue) -> None:
+        """Write into the records of runs that are done what a search has chosen, or say why it cannot choose."""
+        noting, queue.noting = queue.noting, []
+        for member in noting:
+            ended = train_attempt(member.run, _list_typed(member), display=hide_progress())
+            queue.end(member, ended.busy)
+            self._print_faults(ended, member)
+
+    def _take_each(self, ending: Iterator[tuple[Job, Ended]], queue: Queue) -> None:
+        """Print a line for each run that ends, with its number among those that are known to be trained by then."""
+        number = 0
+        for job, ended in ending:
+            member = self.given.pop(job.number)
+            queue.end(member, ended.busy)
+            number += not ended.busy
+            if self.display is None and not ended.busy:
+                say(f"{number} of {number + queue.count()}: {job.settings}: {_describe_result(job)}")
+            self._print_faults(ended, member)
+
+    def _print_faults(self, ended: Ended, member: Member) -> None:
+        """Print why a run failed, or that another process is at it."""
         if ended.faults and self.display is not None:  # elsewhere this line is printed before the run starts
-            print_faults([" ".join(job.overrides)])
+            print_faults([" ".join(_list_typed(member))])
         print_faults(ended.faults)
 
-    def _train_side_by_side(self, jobs: Sequence[Job], places: Sequence[dict[str, str]]) -> None:
-        """Train runs in workers on this machine, which stay for the sweep's next runs.
 
-        Args:
-            places: of the workers, see `find_places`.
-        """
-        noting, waiting = self._sort_out(jobs)
-        if not waiting:
-            self._note(noting)
-            return
-        if self.workers is None:
-            logs, mode = _name_logs(waiting[0].run), _get_mps([job.run for job in waiting])
-            sharing = self.ended_with_it.enter_context(mps.share_gpus(mode, places, logs))
-            self.workers = self.ended_with_it.enter_context(Workers(places, logs, sharing))
-        number = self.workers.start(len(waiting))
-        self._note(noting)  # while the workers import torch
-        say(f"{len(waiting)} runs, {number} at once; what they print is in {self.workers.logs}")
-        self._take_each(self.workers.run(waiting), len(waiting))
-
-    def _train_elsewhere(self, jobs: Sequence[Job]) -> None:
-        """Train runs through the launcher."""
-        noting, waiting = self._sort_out(jobs)
-        self._note(noting)
-        if not waiting:
-            return
-        with start_executor(self.launcher, _name_logs(waiting[0].run)) as executor:
-            self._take_each(executor.run(waiting), len(waiting))
-
-    def _sort_out(self, jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
-        """Return the jobs for which nothing must be computed, but their records do not say all, and those to train.
-
-        The first are runs that are done, for which a search has chosen; and those for which a search cannot choose,
-        because its trials failed.
-        """
-        noting: list[Job] = []
-        waiting: list[Job] = []
-        for job in jobs:
-            try:
-                _, search = settle_search(job.run, self.sweep.compared)
-            except UserError as error:  # without a choice, the run is refused here
-                (noting if isinstance(error, NoChoice) else waiting).append(job)
-                continue
-            record, is_trial = find_record(job.folder), search is not None and search.role == "trial"
-            if record is None or job.run.rerun:
-                waiting.append(job)
-            elif not record.has_ended and is_over(job.run, record):  # a trial that is trained
-                if not is_cleared(record):
-                    waiting.append(job)
-            elif not record.has_ended or has_leftovers(job.folder) or _lacks_scores(job.run, record, is_trial):
-                waiting.append(job)
-            elif not is_noted(record, search, is_trial):
-                noting.append(job)
-        return noting, waiting
-
-    def _note(self, jobs: Sequence[Job]) -> None:
-        """Write into the records of runs that are done what a search has chosen."""
-        for job in jobs:
-            self._take(train_attempt(job.run, job.overrides, wait=job.wait, display=hide_progress()), job)
-
-    def _take_each(self, ending: Iterator[tuple[Job, Ended]], number: int) -> None:
-        """Print a line for each run that ends."""
-        for count, (job, ended) in enumerate(ending, start=1):
-            if self.display is None:
-                say(f"{count} of {number}: {job.settings}: {_describe_result(job)}")
-            self._take(ended, job)
-
-
-def _lacks_scores(run: Run, record: Record, is_trial: bool) -> bool:
-    """Return whether anything must be computed for a run that has ended."""
-    if lacks_selection(record, is_trial):
-        return True
-    if run.retention is None and not run.speed:
-        return False
-    from peftbench.evaluation.measures import lacks_measures  # imports torch
-
-    return lacks_measures(run, record)
+def _list_typed(member: Member) -> list[str]:
+    """Return what was typed for a run, without Hydra's own keys."""
+    return [word for word in member.overrides if not word.startswith(("hydra.", "hydra/"))]
 
 
 def _name_logs(run: Run) -> Path:
@@ -247,22 +189,6 @@ def _get_mps(runs: Sequence[Run]) -> bool | str:
         raise UserError(f"mps={','.join(sorted(asked))}: a sweep has one way to share its GPUs, not several.")
     (mode,) = asked.values()
     return mode
-
-
-def _build_jobs(members: Sequence[Member], before: int) -> list[Job]:
-    """What a worker must know of each run.
-
-    Args:
-        before: the number of runs of the sweep before these.
-    """
-    typed = [[word for word in one.overrides if not word.startswith(("hydra.", "hydra/"))] for one in members]
-    given = [index_by_key(words) for words in typed]
-    keys, began = find_distinctive(given), get_time()
-    settings = [" ".join(f"{key}={value}" for key, value in values.items() if key in keys) for values in given]
-    return [
-        Job(number, words, told, one.run, one.folder, since=began)
-        for number, (words, told, one) in enumerate(zip(typed, settings, members, strict=True), before + 1)
-    ]
 
 
 def _describe_result(job: Job) -> str:

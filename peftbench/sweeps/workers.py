@@ -57,42 +57,38 @@ class Workers:
         self.logs.mkdir(parents=True, exist_ok=True)
         return self
 
-    def start(self, number: int) -> int:
-        """Start the processes of as many workers, or of all if there are fewer; return how many these are."""
-        chosen = self.workers[:number]
-        for worker in chosen:
-            worker.start()
-        return len(chosen)
-
-    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Ended]]:
+    def run(self, jobs: Iterable[Job | None]) -> Iterator[tuple[Job, Ended]]:
         """Train the jobs; yield each with how it ended, in the order in which they end.
 
-        A job is taken from `jobs` when a worker is free, and when what ended before has been yielded.
+        A job is taken from `jobs` when a worker is free, and when what ended before has been yielded. None stands for
+        no job now: free workers ask again when the next run has ended.
 
         Raises:
             UserError: the GPUs must be shared, and cannot be.
         """
-        waiting = iter(jobs)
-        first = list(zip(self.workers, waiting, strict=False))
-        for worker, _ in first:
-            worker.start()
-        works = self.sharing.works  # which takes seconds, as the imports of the workers do
+        waiting, free = iter(jobs), list(self.workers)
         busy: dict[Connection, tuple[_Worker, Job]] = {}
 
-        def give(worker: _Worker, job: Job | None) -> None:
-            if job is not None:
+        def give_out() -> None:
+            chosen = []
+            for worker, job in zip(free, iter(lambda: next(waiting, None), None), strict=False):
+                worker.start()
+                chosen.append((worker, job))
+            del free[: len(chosen)]
+            works = self.sharing.works  # which takes seconds the first time, as the imports of the workers do
+            for worker, job in chosen:
+                worker.admit(works)
                 worker.give(job)
                 busy[worker.pipe] = (worker, job)
 
-        for worker, job in first:
-            worker.admit(works)
-            give(worker, job)
+        give_out()
         while busy:
             for pipe in connection.wait(list(busy)):
                 assert isinstance(pipe, Connection)
                 worker, job = busy.pop(pipe)
                 yield job, worker.take()
-                give(worker, next(waiting, None))
+                free.append(worker)
+                give_out()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -17,7 +17,7 @@ from peftbench.config.search import (
     find_search_faults,
     list_further_trials,
     list_values,
-    split_phases,
+    split_trials,
 )
 from peftbench.utils.errors import UserError
 from tests.config.test_search import points, searching
@@ -114,7 +114,7 @@ def test_what_stands_for_a_further_trial_makes_it(key: str) -> None:
     """A launcher of Hydra's composes it anew from what is typed for it."""
     number = {"trainer.learning_rate": [1e-5, 3e-5, 1e-4], "bottleneck": [4, 8, 16]}[key]
     words = ["method=lora", "search=lr3", "search.extend=2", "seed=1", "search.seed=7"]
-    ((overrides, run),) = split_phases(points(*words))[1]
+    ((overrides, run),) = split_trials(points(*words))[1]
     assert run.search is not None
     run = replace(run, search=replace(run.search, keys={key: Variation(values=number)}, further=[]))
     for best in (2, 3):

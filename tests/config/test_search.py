@@ -16,7 +16,7 @@ from peftbench.cli.status import main as status
 from peftbench.config.compose import TypedRun, compose_points
 from peftbench.config.identity import hash_run
 from peftbench.config.schema import LOSS, Init, Run, Search, Variation, find_conf_dir
-from peftbench.config.search import build_trials, check_searches, find_search_faults, list_settings, split_phases
+from peftbench.config.search import build_trials, check_searches, find_search_faults, list_settings, split_trials
 from peftbench.records.choice import describe_search_choice, find_best, settle_search, try_settle
 from peftbench.records.location import locate_run
 from peftbench.records.record import Failure, Score, Searched, Selection, Trial, find_record
@@ -88,7 +88,7 @@ def test_a_choice_of_names_can_be_searched(tmp_path: Path) -> None:
 def test_points_that_differ_in_their_seed_share_trials() -> None:
     seeds = [([f"seed={seed}", "search=lr3"], searching(seed=seed)) for seed in (3, 1, 2)]
     others = [(["bottleneck=9", *words], replace(run, bottleneck=9)) for words, run in seeds]
-    compared, final = split_phases([*seeds, *others])
+    compared, final = split_trials([*seeds, *others])
     assert [(run.bottleneck, run.seed, run.search.seed) for _, run in final if run.search] == [
         (size, seed, 3) for size in (4, 9) for seed in (3, 1, 2)
     ]
@@ -98,7 +98,7 @@ def test_points_that_differ_in_their_seed_share_trials() -> None:
 
 
 def test_what_stands_for_a_job_makes_the_job() -> None:
-    compared, final = split_phases(points("method=lora", "search=lr3"))
+    compared, final = split_trials(points("method=lora", "search=lr3"))
     for overrides, run in [compared[2], *final]:
         assert hash_run(points(*overrides)[0][1]) == hash_run(run)
 
@@ -186,7 +186,7 @@ def test_a_sweep_counts_its_trials_and_what_is_not_known_yet(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = [([f"seed={seed}", "search=lr3"], searching(tmp_path, seed)) for seed in (1, 2)]
-    compared, final = split_phases(asked)
+    compared, final = split_trials(asked)
     sweep = Sweep(final, ["-m", "seed=1,2", "search=lr3"], compared)
     ended(build_trials(asked[0][1])[0], 1.0)
 

@@ -13,7 +13,7 @@ import pytest
 
 from peftbench.config.compose import compose_points
 from peftbench.config.identity import hash_run
-from peftbench.config.search import check_searches, split_phases
+from peftbench.config.search import check_searches, split_trials
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "reference_runs.sh"
 FOLDERS = ("backbones/minilm-l6", "backbones/bart-mini", "data/sst2", "data/rte", "data/webnlg", "data/xsum_subset")
@@ -67,7 +67,7 @@ def test_a_part_is_one_sweep(part: str, trials: int, runs: int, shared: Path) ->
     assert option == "-m"
     points = compose_points(words, multirun=True)
     check_searches(points)
-    tried, final = split_phases(points)
+    tried, final = split_trials(points)
     assert (len(tried), len(final)) == (trials, runs)
     assert len({hash_run(run) for _, run in points}) == len(points)
     for _, run in points:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,31 +15,16 @@ from peftbench.cli.results import main as results
 from peftbench.cli.status import main as status
 from peftbench.config.compose import compose_points
 from peftbench.config.schema import LOSS, Run
-from peftbench.config.search import build_trials, split_phases
+from peftbench.config.search import build_trials, split_trials
 from peftbench.records.choice import describe_search_choice, list_edges, settle_search
 from peftbench.records.location import locate_run
-from peftbench.records.record import Failure, find_finished, find_record, load_records
+from peftbench.records.record import find_finished, load_records
 from peftbench.sweeps.jobs import Ended
 from peftbench.sweeps.plan import FOLDER, Sweep
 from peftbench.utils.errors import UserError
-from tests.config.test_search import ended, searching
+from tests.config.test_search import searching
+from tests.sweeps.fake_trainings import HIGHER, INSIDE, LOWER, WORDS, Scores, Trainings, finals, train, write
 from tests.sweeps.test_sweeper import killed_until_done, outcome, trained
-
-# Selection scores by learning rate, of runs whose search=lr3 tries 0.001, 0.0003 and 0.003. None: it diverges; a text:
-# it fails with that.
-Scores = dict[float, float | str | None]
-HIGHER: Scores = {1e-3: 1.0, 3e-4: 0.0, 3e-3: 2.0, 1e-2: 3.0, 3e-2: 4.0, 0.1: 5.0}
-LOWER: Scores = {1e-3: 1.0, 3e-4: 2.0, 3e-3: 0.0, 1e-4: 3.0, 3e-5: 2.5}
-INSIDE: Scores = {1e-3: 3.0, 3e-4: 2.0, 3e-3: 1.0}
-
-
-def write(run: Run, score: float | str | None, **changes: Any) -> None:
-    """Write the record of a run that has come to an end with a selection score; the reported one goes the other way."""
-    shutil.rmtree(locate_run(run), ignore_errors=True)
-    if isinstance(score, str):
-        ended(run, None, status="failed", error=Failure(score, ""), **changes)
-    else:
-        ended(run, score, 50.0 if score is None else 90.0 - score, **changes)
 
 
 def extended(folder: Path, number: int, metric: str | None = None) -> Run:
@@ -110,31 +94,6 @@ def test_where_all_trials_failed_nothing_more_is_tried(tmp_path: Path) -> None:
         settle_search(extended(tmp_path, 2))
 
 
-class Trainings:
-    """Takes the place of the trainings of a sweep in this process: each run gets the scores of its method."""
-
-    def __init__(self, scores: dict[str, Scores]) -> None:
-        self.scores, self.done = scores, list[str]()
-
-    def attempt(self, run: Run, overrides: Sequence[str], **others: Any) -> Ended:
-        """Write the record that the run would have, or note in one that is there what a search has chosen."""
-        try:
-            final, search = settle_search(run)
-        except UserError as error:
-            return Ended(faults=tuple(error.faults))
-        record, rate = find_record(locate_run(final)), final.trainer.learning_rate
-        again = record is not None and record.status == "failed" and run.retry
-        if record is None or again or (final.rerun and f"{run.method} {run.seed} {rate:g}" not in self.done):
-            self.done.append(f"{final.method} {final.seed} {rate:g}")
-            write(final, self.scores[final.method][rate], search=search, overrides=list(overrides))
-        elif search is None or search.role == "final":
-            replace(record, search=search).save()
-        return Ended()
-
-
-WORDS = ["search=lr3", "seed=2,1", "trainer.learning_rate=0.001"]
-
-
 @pytest.fixture
 def trainings(monkeypatch: pytest.MonkeyPatch) -> Trainings:
     found = Trainings({"lora": HIGHER, "head": INSIDE, "bitfit": LOWER})
@@ -143,35 +102,21 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> Trainings:
     return found
 
 
-def train(folder: Path, *words: str) -> int:
-    return main(["train", "-m", *WORDS, *words, f"output_dir={folder}"])
-
-
-def finals(folder: Path) -> dict[str, list[str]]:
-    """The rate and the seed of each run that is no trial, by method."""
-    found: dict[str, list[str]] = {}
-    for record in sorted(load_records(folder)[0], key=lambda one: (one.trainer["learning_rate"], one.seed)):
-        if record.search is None or record.search.role == "final":
-            found.setdefault(record.method, []).append(f"{record.trainer['learning_rate']:g} {record.seed}")
-    return found
-
-
-def test_a_round_is_trained_together_and_what_is_settled_beside_it(
+def test_trials_come_first_then_those_of_further_values_then_the_runs(
     tmp_path: Path, trainings: Trainings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(tmp_path, "method=lora,head,bitfit", "search.extend=2") == 0
     rates = ("0.001", "0.0003", "0.003")
     assert trainings.done == [
         *(f"{method} 2 {rate}" for method in ("lora", "head", "bitfit") for rate in rates),
-        *("lora 2 0.01", "bitfit 2 0.0001", "head 1 0.001"),  # head's search is settled
-        *("lora 2 0.03", "bitfit 2 3e-05"),
-        *("lora 1 0.03", "bitfit 1 0.0001"),
+        *("lora 2 0.01", "bitfit 2 0.0001", "lora 2 0.03", "bitfit 2 3e-05"),
+        *("lora 1 0.03", "head 1 0.001", "bitfit 1 0.0001"),
     ]
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.count("the outermost trainer.learning_rate that was tried: the best may lie beyond it") == 1
     assert "0.01: 3.00, 0.03: 4.00; the outermost" in printed and "0.0001: 3.00, 3e-05: 2.50." in printed
     assert printed.endswith("6 of 6 runs are done.")
-    assert "run 18: search=lr3 seed=1 trainer.learning_rate=0.001 method=lora" in printed
+    assert "run 17: search=lr3 seed=1 trainer.learning_rate=0.001 method=lora" in printed
     assert finals(tmp_path) == {
         "lora": ["0.03 1", "0.03 2"],
         "head": ["0.001 1", "0.001 2"],
@@ -213,7 +158,7 @@ def test_a_finished_sweep_trains_nothing_and_starts_no_worker(
 def test_further_trials_that_were_done_before_are_known(tmp_path: Path, trainings: Trainings) -> None:
     words = [*WORDS, "method=lora", "search.extend=2", f"output_dir={tmp_path}"]
     assert main(["train", "-m", *words]) == 0
-    trials, final = split_phases(compose_points(words, multirun=True))
+    trials, final = split_trials(compose_points(words, multirun=True))
     sweep = Sweep(final, words, trials)
     assert len(sweep.further) == 2 and all(sweep.was_done_before(trial.folder) for trial in sweep.further)
 
@@ -342,7 +287,7 @@ def test_a_search_goes_on_alike_wherever_it_is_trained(tmp_path: Path, capfd: py
         assert "4 of 4 runs are done, 4 of them before." in " ".join(capfd.readouterr().out.split())
     assert found[0] == found[1] == found[2]
     logs = [log.read_text(encoding="utf-8") for log in (tmp_path / "beside" / FOLDER).rglob("worker-*.log")]
-    assert [log.count("ready for runs after ") for log in logs] == [1, 1]  # for all phases of the first line
+    assert [log.count("ready for runs after ") for log in logs] == [1, 1]  # for all runs of the first line
     chosen = {one.method: one.search for one in records.values() if one.search and one.search.role == "final"}
     lora, bitfit = chosen["lora"], chosen["bitfit"]
     assert lora.keys["trainer.learning_rate"] == [3e-4, 9e-5, 9e-4, 3e-3, 9e-3]

@@ -12,7 +12,7 @@ import pytest
 from peftbench.cli.main import main
 from peftbench.config.compose import compose_points
 from peftbench.config.schema import Run
-from peftbench.config.search import split_phases
+from peftbench.config.search import split_trials
 from peftbench.config.stamps import stamp_content
 from peftbench.records.choice import settle_search
 from peftbench.records.location import locate_run
@@ -29,7 +29,7 @@ WORDS = ["method=lora,prefix", "search=lr3", "seed=1,2", "jobs=2"]
 def line(tmp_path: Path) -> list[str]:
     """The words of a sweep of which every trial and every run is done, and noted."""
     words = [*WORDS, f"output_dir={tmp_path}"]
-    trials, final = split_phases(compose_points(words, multirun=True))
+    trials, final = split_trials(compose_points(words, multirun=True))
     for _, run in trials:
         trial, search = settle_search(run)
         assert run.search is not None and run.search.trial is not None
@@ -100,13 +100,13 @@ def test_a_trial_is_read_once_for_all_seeds(line: list[str], monkeypatch: pytest
         return find_record(folder)
 
     monkeypatch.setattr("peftbench.records.choice.find_record", find)
-    trials, final = split_phases(compose_points(line, multirun=True))
+    trials, final = split_trials(compose_points(line, multirun=True))
     Sweep(final, line, trials)
     assert len(read) == len(set(read)) == len(trials) == 6
 
 
 def test_what_a_trial_comes_to_later_is_read_later(line: list[str], tmp_path: Path) -> None:
-    trials, final = split_phases(compose_points(line, multirun=True))
+    trials, final = split_trials(compose_points(line, multirun=True))
     trial = find_one(tmp_path, "trial", seed=1)
     (trial.folder / FILE).unlink()
     sweep = Sweep(final, line, trials)
@@ -124,7 +124,7 @@ def test_a_file_is_hashed_once_for_all_names_of_a_look(line: list[str], monkeypa
         return stamp_content(path, *others)
 
     monkeypatch.setattr("peftbench.records.choice.stamp_content", stamp)
-    trials, final = split_phases(compose_points(line, multirun=True))
+    trials, final = split_trials(compose_points(line, multirun=True))
     sweep = Sweep(final, line, trials)
     assert len(hashed) == len(set(hashed)) == 1  # the folder of the backbone
     sweep.compared.look_anew()

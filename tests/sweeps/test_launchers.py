@@ -1,4 +1,4 @@
-"""Sweeps through any launcher of Hydra: the phases of a search and several grids are peftbench's."""
+"""Sweeps through any launcher of Hydra: the order of a search and several grids are peftbench's."""
 
 from __future__ import annotations
 

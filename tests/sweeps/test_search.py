@@ -1,4 +1,4 @@
-"""A search from the command line: two phases, resumed, re-used, and with trials that fail or diverge."""
+"""A search from the command line: resumed, re-used, and with trials that fail or diverge."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_two_processes_share_a_search(smoke: list[str], tmp_path: Path) -> None:
 def test_a_search_side_by_side_is_one_after_another(
     smoke: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Both phases in two workers: the same trials, choice and scores, also where a trial is a run that is done."""
+    """In two workers: the same trials, choice and scores, also where a trial is a run that is done."""
     words = [word for word in smoke if not word.startswith("trainer.max_steps")]
     words += [*SHORT[:-1], OTHER_SPLIT]  # without its seeds
     search = [*words, "search=lr3", "seed=1,2,3"]
@@ -183,9 +183,13 @@ def test_a_search_side_by_side_is_one_after_another(
     assert both[0].pop(plain["run"])["role"] == "trial" and both[0] == both[1]
     again = next(record for record in records(beside) if record["run"] == plain["run"])
     assert again["created"] == plain["created"] and again["selection"]["value"] is not None
-    assert "3 runs, 2 at once" in printed.out and "3 of 3 runs are done" in " ".join(printed.out.split())
+    assert (
+        "6 runs, 2 at once" in printed.out
+        and "\n6 of 6: " in printed.out
+        and "3 of 3 runs are done" in " ".join(printed.out.split())
+    )
     assert "takes trainer.learning_rate=" in printed.out
     logs = [log.read_text(encoding="utf-8") for log in (beside / ".sweeps").rglob("worker-*.log")]
-    assert [log.count("ready for runs after ") for log in logs] == [1, 1]  # for both phases
+    assert [log.count("ready for runs after ") for log in logs] == [1, 1]  # for trials and runs
     assert main(["train", "-m", *replaced(search, beside), "jobs=2"]) == 0
     assert "3 of 3 runs are done, 3 of them before." in " ".join(capfd.readouterr().out.split())

@@ -18,7 +18,7 @@ from peftbench.cli.main import main
 from peftbench.config.compose import compose_points, compose_run
 from peftbench.config.identity import hash_run
 from peftbench.config.schema import Reported, Run
-from peftbench.config.search import build_trials, check_searches, is_unreported, split_phases
+from peftbench.config.search import build_trials, check_searches, is_unreported, split_trials
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.records.choice import settle_search
 from peftbench.records.location import locate_run
@@ -387,7 +387,7 @@ def test_a_trained_trial_is_counted_as_one_and_a_chosen_one_as_unscored() -> Non
 
 def test_a_plan_knows_which_run_goes_on_from_a_trial_that_is_yet_to_be_chosen(tmp_path: Path) -> None:
     words = ["method=lora", "search=lr3", "seed=1,2", f"output_dir={tmp_path}"]
-    trials, final = split_phases(compose_points(words, multirun=True))
+    trials, final = split_trials(compose_points(words, multirun=True))
     plan = Plan.of([Member(*point) for point in (*trials, *final)], words)
     assert [point.follows_trial for point in plan.points] == [False, False, False, True, False]
 

@@ -159,7 +159,7 @@ def test_mps_that_serves_nobody_is_left(
     assert "2 runs, 2 at once; what" in said and "mps=auto: GPU GPU-none cannot be used through it" in said
 
 
-def test_a_worker_that_died_between_two_phases_is_started_again(tmp_path: Path) -> None:
+def test_a_worker_that_died_between_two_runs_is_started_again(tmp_path: Path) -> None:
     worker = _Worker({}, {}, tmp_path / "log")
     worker.start()
     worker.admit(True)
