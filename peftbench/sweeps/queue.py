@@ -10,7 +10,7 @@ from pathlib import Path
 from peftbench.config.search import has_open_search
 from peftbench.sweeps.left import Left
 from peftbench.sweeps.plan import Member, Sweep
-from peftbench.sweeps.superseded import list_chosen, mark_superseded
+from peftbench.sweeps.superseded import list_earlier, mark_superseded
 
 
 class _Search:
@@ -41,7 +41,7 @@ class Queue:
         self.awaited: set[Member] = set()  # of these, those that were taken to wait for the other process
         self.taken: dict[Path, Member] = {}  # that have not ended
         self._place = {member: number for number, member in enumerate(sweep.members)}
-        self._list_chosen = cache(list_chosen)
+        self._list_earlier = cache(list_earlier)
         self._is_plan_old = False
         self._waiting: dict[Member, list[_Search]] = defaultdict(list)  # for a trial
         searches = self._open_searches()
@@ -122,7 +122,7 @@ class Queue:
             self._add(self.further, due)
             return
         self._unsettled.remove(search)
-        mark_superseded(search.members, self.sweep.compared, self._list_chosen)
+        mark_superseded(search.members, self.sweep.compared, self._list_earlier)
         self._add(self.own, search.members)
         self.own.sort(key=self._place.__getitem__)
 

@@ -16,14 +16,14 @@ from peftbench.sweeps.plan import Member
 from peftbench.utils.errors import UserError
 
 
-def list_chosen(method: Path) -> list[tuple[Path, Searched]]:
+def list_earlier(method: Path) -> list[tuple[Path, Searched]]:
     """Return the folders of a method's runs that searches had chosen, with what their records say of the search."""
     records = [find_record(file.parent) for file in sorted(method.glob(f"*/{FILE}"))]
     return [(one.folder, one.search) for one in records if one and one.search and one.search.role == "final"]
 
 
 def mark_superseded(
-    members: Iterable[Member], compared: Compared, list_chosen: Callable[[Path], list[tuple[Path, Searched]]]
+    members: Iterable[Member], compared: Compared, list_earlier: Callable[[Path], list[tuple[Path, Searched]]]
 ) -> None:
     """Make trials of the runs, of any seed, that the searches of these runs had chosen before.
 
@@ -31,7 +31,7 @@ def mark_superseded(
     was trained again. Tables would show both choices as its own, of which one would have fewer values behind it.
 
     Args:
-        list_chosen: what `list_chosen` found before the sweep's own runs were trained.
+        list_earlier: what `list_earlier` found before the sweep's own runs were trained.
     """
     chosen: dict[Path, list[Searched]] = defaultdict(list)
     for member in members:
@@ -42,7 +42,7 @@ def mark_superseded(
             if now is not None and now not in chosen[member.folder.parent]:
                 chosen[member.folder.parent].append(now)
     for method, notes in chosen.items():
-        for folder, was in list_chosen(method):
+        for folder, was in list_earlier(method):
             if _is_superseded(was, notes):
                 _mark(folder, notes)
 
