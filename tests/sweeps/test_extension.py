@@ -299,11 +299,13 @@ def test_a_search_goes_on_alike_wherever_it_is_trained(tmp_path: Path, capfd: py
 
 @pytest.mark.slow
 def test_a_search_that_goes_on_and_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Side by side, as one after another without a kill."""
     words = [*REAL, "seed=1,2", "trainer.learning_rate=3e-4", "method=lora", "trainer.max_steps=6"]
     words += ["trainer.keep=best", "trainer.evaluate_every=2", "trainer.checkpoint_minutes=0"]
     whole, parts, log = tmp_path / "whole", tmp_path / "parts", tmp_path / "log"
     assert main(["train", "-m", *words, f"output_dir={whole}"]) == 0
-    killed_until_done([*words, f"output_dir={parts}"], log, kills=3, seed=11, runs=6)
-    assert outcome(parts) == outcome(whole) and 6 <= trained(log.read_text()) <= 9
+    killed_until_done([*words, "jobs=2", f"output_dir={parts}"], log, kills=3, seed=11, runs=6)
+    finished = sum(trained(printed.read_text()) for printed in (parts / FOLDER).rglob("worker-*.log"))
+    assert outcome(parts) == outcome(whole) and 6 <= finished <= 9
     both = [{one.run: one.search for one in load_records(folder)[0]} for folder in (whole, parts)]
     assert both[0] == both[1] and len(both[0]) == 6
