@@ -236,8 +236,8 @@ def split_trials(points: Sequence[TypedRun]) -> tuple[list[TypedRun], list[Typed
     Points that differ only in their seed share their trials. These have the first point's seed unless `search.seed`
     is given.
     """
-    first: dict[str, int] = {}
-    tried: dict[tuple[str, int], TypedRun] = {}
+    first: dict[tuple[str, str], int] = {}
+    tried: dict[tuple[tuple[str, str], int], TypedRun] = {}
     final: list[TypedRun] = []
     stamp = cache(stamp_content)
     for overrides, run in points:
@@ -245,7 +245,7 @@ def split_trials(points: Sequence[TypedRun]) -> tuple[list[TypedRun], list[Typed
         if search is None or search.trial is not None:
             final.append((overrides, run))
             continue
-        group = hash_run(replace(run, seed=0), stamp)
+        group = (hash_run(replace(run, seed=0), stamp), run.output_dir)  # trials are looked for beside their runs
         if search.seed is None:
             search = replace(search, seed=first.setdefault(group, run.seed))
             overrides = [*overrides, f"search.seed={search.seed}"]

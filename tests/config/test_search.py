@@ -97,6 +97,12 @@ def test_points_that_differ_in_their_seed_share_trials() -> None:
     ]
 
 
+def test_each_folder_has_the_trials_of_its_runs() -> None:
+    compared, final = split_trials(points("method=lora", "search=lr3", "output_dir=a", "and", "output_dir=b"))
+    assert [run.output_dir for _, run in compared] == ["a"] * 3 + ["b"] * 3
+    assert [run.output_dir for _, run in final] == ["a", "b"]
+
+
 def test_what_stands_for_a_job_makes_the_job() -> None:
     compared, final = split_trials(points("method=lora", "search=lr3"))
     for overrides, run in [compared[2], *final]:
