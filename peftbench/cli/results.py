@@ -9,7 +9,8 @@ from typing import Any, get_args
 
 from rich.text import Text
 
-from peftbench.tables.columns import COST, Column, Cost, choose_columns, find_columns, make_paper_columns
+from peftbench.tables.columns import COST, COST_NAMES, Column, Cost, choose_columns, find_columns, make_paper_columns
+from peftbench.tables.fields import FIELDS
 from peftbench.tables.formats import records_to_csv, records_to_json, rows_to_csv, rows_to_values, to_latex, to_markdown
 from peftbench.tables.paper import find_printed
 from peftbench.tables.pivot import pivot_records
@@ -90,6 +91,8 @@ def main(argv: list[str]) -> int:
         rows = group_seeds(records, arguments.statistic) if arguments.statistic else make_rows(records)
         if missing := describe_left_out(rows):
             warn(missing)
+        if arguments.pareto:
+            _check_cost(rows, arguments.pareto)
         found = split_tables(rows)
         headed = zip(make_titles(found), found, strict=True)
         _print_tables([(heading, *_choose_columns(table, arguments)) for heading, table in headed], arguments)
@@ -166,6 +169,15 @@ def _check_flags(arguments: argparse.Namespace, pivoted: bool) -> None:
         raise UserError("--mix needs --rows or --columns; without them, runs that differ get separate tables.")
     if arguments.pareto and arguments.form in ("json", "csv") and not (arguments.statistic or arguments.show):
         raise UserError(f"--pareto marks rows of a table; --{arguments.form} has no front: leave it out.")
+
+
+def _check_cost(rows: Sequence[Row], cost: Cost) -> None:
+    """Raise UserError where no run has the cost of the front."""
+    if all(FIELDS[cost](record) is None for row in rows for record in row.records):
+        where = ", which is measured on a GPU" if cost == "memory" else ""
+        raise UserError(
+            f"--pareto {cost}: none of these runs has its {COST_NAMES[cost]}{where}; leave it out, or give {COST}."
+        )
 
 
 def _check_pivot(arguments: argparse.Namespace) -> None:

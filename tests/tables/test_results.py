@@ -535,6 +535,7 @@ def test_means_tell_apart_what_differs_in_more_than_the_seed_at_any_width(
         (["--value", "score"], "--value needs --rows or --columns"),
         (["--rows", "method", "--pareto", "time"], "--pareto marks a front among rows of runs; leave it out"),
         (["--json", "--pareto", "time"], "--pareto marks rows of a table; --json has no front: leave it out"),
+        (["--mean", "--pareto", "memory"], "--pareto memory: none of these runs has its peak memory, which is"),
         (["--rows", "method", "--paper"], "--paper shows scores beside rows of runs; leave it out"),
         (["--reverse"], "--reverse needs --sort"),
         (["--rows", "method", "--reverse"], "--reverse needs --sort"),
