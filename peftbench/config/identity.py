@@ -69,6 +69,7 @@ LATER = (
     "task.stride",
     "task.max_answer_length",
     "task.unanswerable",
+    "task.deal_by",
     "task.column_names",
     "task.delimiter",
     "task._target_",

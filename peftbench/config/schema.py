@@ -372,6 +372,11 @@ class Task:
     further_splits: list[str] = key(
         [], "Splits that are scored in addition to the report split, such as mismatched MNLI; []: none."
     )
+    deal_by: str | None = key(
+        None,
+        "A column of which each value is in one split, such as the domain of a text, where a split is dealt from the "
+        "rows of task.train_split: one without a file, and held_out. null: each input is dealt by itself.",
+    )
     group_column: str | None = key(
         None,
         "A column that says of which group an example is, such as the domain of a text. Scores of some groups can then "

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from peftbench.config.roles import VALIDATION, Roles, assign_roles, is_reported, limit_splits, list_splits
+from peftbench.config.roles import HELD_OUT, VALIDATION, Roles, assign_roles, is_reported, limit_splits, list_splits
 from peftbench.config.schema import WITH_LABELS, Task, is_text_table, list_task_files
 from peftbench.tasks.cache import Recent
-from peftbench.tasks.deal import deal_rows
+from peftbench.tasks.deal import deal_rows, describe_deal
 from peftbench.tasks.file_set import has_split, list_candidates
 from peftbench.tasks.overlap import describe_overlap
 from peftbench.tasks.rows import (
@@ -97,6 +97,11 @@ def _load_splits(task: Task, training: bool, dealt: Sequence[str], labels: Seque
     task, notes = _drop_absent(task)
     if training:  # other calls may read some of the files only
         _require_text_tables(task)
+        if task.deal_by is not None and not dealt:
+            raise UserError(
+                f"task.deal_by={task.deal_by}: no split is dealt, because each has rows of its own; add "
+                f"task.selection_split={HELD_OUT}, or leave it out."
+            )
         notes.extend(_note_idle_files(task))
     notes.extend(_note_trained_files(task))
     read = cache(partial(read_split, task))
@@ -116,13 +121,9 @@ def _load_splits(task: Task, training: bool, dealt: Sequence[str], labels: Seque
     if dealt and limits.keys() & {*still, task.train_split}:
         train = read(task.train_split)
         whole = check(task.train_split, train, None)
-        rows = deal_rows(whole, list_input_columns(task), task.train_split, dealt, train.name)
+        rows = deal_rows(whole, list_input_columns(task), task.train_split, dealt, train.name, task.deal_by)
+        notes.append(describe_deal(rows, dealt, train.name, task.deal_by))
         rows = {split: rows[split] for split in (task.train_split, *still)}
-        each = "each have" if len(dealt) > 1 else "has"
-        notes.append(
-            f"{train.name} is split by a hash of the input: {' and '.join(dealt)} {each} one in ten of the "
-            "different inputs."
-        )
     sizes = {split: len(rows[split] if split in rows else read(split).rows) for split in limits}
     for split, limit in limits.items():
         rows[split] = take_head(rows[split], limit) if split in rows else check(split, read(split), limit)

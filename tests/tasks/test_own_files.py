@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,81 @@ def test_equal_inputs_are_dealt_to_one_split(tmp_path: Path) -> None:
     texts = [set(of_split["text"][:]) for of_split in loaded.rows.values()]
     assert sum(map(len, texts)) == len(set.union(*texts)) == 12
     assert sum(map(len, loaded.rows.values())) == 120
+
+
+def domains(*sizes: int) -> list[dict[str, str]]:
+    """So many different texts of each domain, d0 and so on."""
+    rows = [(f"d{domain}", f"film {domain} {number}") for domain, size in enumerate(sizes) for number in range(size)]
+    return [{"text": text, "label": ("bad", "good")[i % 2], "domain": name} for i, (name, text) in enumerate(rows)]
+
+
+def test_groups_are_dealt_whole(tmp_path: Path) -> None:
+    """A domain of more than 1.5 tenths goes to the training split; the order of the rows changes nothing."""
+    rows = domains(30, 40, *[6] * 5)
+    task = replace(OWN, deal_by="domain", train_file=jsonl(tmp_path, "all.jsonl", *rows))
+    loaded = load_task(task)
+    of = {split: Counter(found["domain"][:]) for split, found in loaded.rows.items()}
+    assert sum(of.values(), Counter()) == Counter(row["domain"] for row in rows)
+    assert sum(len(found) for found in of.values()) == 7 and {"d0", "d1"} <= of["train"].keys()
+    assert all(of[split].total() == 12 for split in ("validation", "test"))
+    told = [
+        f"{split} has {', '.join(sorted(of[split]))} ({of[split].total()} rows)" for split in ("validation", "test")
+    ]
+    assert f"is split by domain: {'; '.join(told)}." in loaded.notes[1]
+    again = load_task(replace(task, train_file=jsonl(tmp_path, "reversed.jsonl", *reversed(rows))))
+    assert {split: Counter(found["domain"][:]) for split, found in again.rows.items()} == of
+    for split, found in loaded.rows.items():  # as `peftbench evaluate` does
+        alone = load_task(replace(loaded.task, report_split=split), training=False, dealt=list_dealt(task))
+        assert alone.rows[split]["text"][:] == found["text"][:]
+
+
+def test_groups_that_share_an_input_are_one(tmp_path: Path) -> None:
+    rows = domains(*[5] * 8)
+    linked = [{"text": f"film {one} 0", "label": "bad", "domain": f"d{one + 1}"} for one in (0, 2, 4)]
+    loaded = load_task(replace(OWN, deal_by="domain", train_file=jsonl(tmp_path, "all.jsonl", *rows, *linked)))
+    for found in loaded.rows.values():
+        places = set(found["domain"][:])
+        assert all((f"d{one}" in places) == (f"d{one + 1}" in places) for one in (0, 2, 4))
+    texts = [set(found["text"][:]) for found in loaded.rows.values()]
+    assert sum(map(len, texts)) == len(set.union(*texts)) == 40
+
+
+def test_a_group_that_is_too_large_leaves_the_smallest(tmp_path: Path) -> None:
+    task = replace(OWN, deal_by="domain", train_file=jsonl(tmp_path, "all.jsonl", *domains(50, 40, 30)))
+    assert {split: {*found["domain"][:]} for split, found in load_task(task).rows.items()} == {
+        "validation": {"d2"},
+        "test": {"d1"},
+        "train": {"d0"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("by", "sizes", "sentence"),
+    [
+        (
+            "topic",
+            (5, 5, 5),
+            r"task\.deal_by=topic: .*all\.jsonl has no column topic; its columns are text, domain, label\.",
+        ),
+        (
+            "domain",
+            (9, 9),
+            r"all\.jsonl has 2 different groups by domain, too few for the splits train, validation, test",
+        ),
+    ],
+)
+def test_groups_that_cannot_be_dealt(by: str, sizes: tuple[int, ...], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=sentence):
+        load_task(replace(OWN, deal_by=by, train_file=jsonl(tmp_path, "all.jsonl", *domains(*sizes))))
+
+
+def test_groups_without_a_split_to_deal_are_refused(tmp_path: Path) -> None:
+    names = ("train", "validation", "test")
+    files = {f"{name}_file": jsonl(tmp_path, f"{name}.jsonl", *domains(5, 5, 5)) for name in names}
+    with pytest.raises(
+        UserError, match=r"task\.deal_by=domain: no split is dealt, .* add task.selection_split=held_out"
+    ):
+        load_task(replace(OWN, deal_by="domain", **files))
 
 
 def test_only_what_has_no_file_is_dealt(tmp_path: Path) -> None:
