@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from peftbench.records.record import find_record
-from peftbench.sweeps.plan import FOLDER, SUFFIX, Plan
+from peftbench.sweeps.plan import Plan, find_plans
 from peftbench.sweeps.status import ORDER, State, estimate_seconds_left, format_time, summarise_states
 from peftbench.utils.console import make_console, say
 from peftbench.utils.errors import UserError, warn
@@ -33,9 +33,8 @@ def main(argv: list[str]) -> int:
 
     if not arguments.folder.is_dir():
         raise UserError(f"{arguments.folder} is not a folder; give the output_dir of a sweep.")
-    files = sorted(arguments.folder.rglob(f"{FOLDER}/*{SUFFIX}"), key=lambda file: file.stat().st_mtime)
     sweeps: list[tuple[Plan, list[State]]] = []
-    for file in files:
+    for file in find_plans(arguments.folder):
         try:
             plan = Plan.load(file)
         except (OSError, ValueError) as error:

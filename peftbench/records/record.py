@@ -463,7 +463,8 @@ def load_records(folder: Path) -> tuple[list[Record], list[str]]:
     files, seen = [], set[str]()
 
     def unreadable(error: OSError) -> None:
-        left_out.append(f"{error.filename} is left out: {error.strerror}.")
+        if not isinstance(error, FileNotFoundError):  # a checkpoint that was deleted meanwhile
+            left_out.append(f"{error.filename} is left out: {error.strerror}.")
 
     # Some folders may be links to another disk, and links may form cycles.
     for place, below, names in os.walk(folder, onerror=unreadable, followlinks=True):

@@ -19,7 +19,7 @@ from peftbench.config.schema import Run, get_value, index_by_key
 from peftbench.config.search import has_open_search, is_unreported, list_further_trials
 from peftbench.records.choice import Compared, NoChoice, describe_search_choice, settle_search, try_settle
 from peftbench.records.location import locate_run
-from peftbench.records.record import Record, decode, find_finished, find_record
+from peftbench.records.record import FILE, Record, decode, find_finished, find_record
 from peftbench.records.recording import describe_run
 from peftbench.records.wording import format_value
 from peftbench.tables.terminal import show_records
@@ -133,6 +133,19 @@ class Plan:
             raise ValueError("it is not the plan of a sweep")
         plan: Plan = decode(cls, {**values, "name": file.name.removesuffix(SUFFIX)})
         return plan
+
+
+def find_plans(folder: Path) -> list[Path]:
+    """Return the files of the plans anywhere below a folder, the latest last, without what is deleted meanwhile."""
+    dated = []
+    for place, below, names in os.walk(folder):
+        if FILE in names:  # of a run, whose checkpoints come and go
+            below.clear()
+        elif Path(place).name == FOLDER:
+            for file in (Path(place, name) for name in names if name.endswith(SUFFIX)):
+                with suppress(FileNotFoundError):
+                    dated.append((file.stat().st_mtime, file))
+    return [file for _, file in sorted(dated)]
 
 
 def relate_path(root: Path, folder: Path) -> str:

@@ -24,6 +24,7 @@ from peftbench.cli.main import COMMANDS, main
 from peftbench.config.schema import EMBEDDED, Model, Task, TaskKind
 from peftbench.utils.files import write_lines
 from tests.families import long_tail
+from tests.live_files import find_live
 
 SUBPROCESS = [sys.executable, "-m", "peftbench"]
 # Its usual prefix MLP makes each checkpoint one of 38 MB.
@@ -638,9 +639,9 @@ def test_ctrl_c_leaves_an_interrupted_record(smoke: list[str], tmp_path: Path) -
     arguments = [*SUBPROCESS, "train", *smoke, "method=lora", "trainer.max_steps=100000"]
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "outputs").rglob("metrics.jsonl")) and time.monotonic() < deadline:
+    while not find_live(tmp_path / "outputs", "metrics.jsonl") and time.monotonic() < deadline:
         time.sleep(0.5)
-        if any((tmp_path / "outputs").rglob("record.json")) and time.monotonic() > deadline - 90:
+        if find_live(tmp_path / "outputs", "record.json") and time.monotonic() > deadline - 90:
             break  # it trains, though nothing has been logged yet
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)

@@ -306,6 +306,21 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
     assert len(records) == 1 and left_out == [f"{tmp_path / 'theirs'} is left out: Permission denied."]
 
 
+def test_a_checkpoint_that_is_deleted_meanwhile_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start_record(RUN, tmp_path / "run", []).finish()
+    (tmp_path / "run" / "checkpoints" / "checkpoint-33").mkdir(parents=True)
+    scandir = os.scandir
+
+    def guarded(place: str) -> object:
+        if Path(place).name == "checkpoint-33":
+            raise FileNotFoundError(2, "No such file or directory", place)
+        return scandir(place)
+
+    monkeypatch.setattr("os.scandir", guarded)
+    records, left_out = load_records(tmp_path)
+    assert len(records) == 1 and not left_out
+
+
 def test_a_missing_folder_is_the_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a folder"):
         load_records(tmp_path / "nowhere")

@@ -17,6 +17,7 @@ import pytest
 from peftbench.cli.main import main
 from peftbench.records.record import load_records
 from tests.cli.test_train import SUBPROCESS
+from tests.live_files import find_live
 
 WORDS = ["task=doctopic", "debug=smoke", "method=bitfit", "task.baselines=[]"]
 PORT = 6391
@@ -80,7 +81,7 @@ def test_the_run_of_a_lost_node_goes_on_elsewhere(nodes: list[int], tmp_path: Pa
     deadline, lost = time.monotonic() + 240, None
     while process.poll() is None:
         assert time.monotonic() < deadline
-        for file in [] if lost else list(runs.rglob("metrics.jsonl")):
+        for file in [] if lost else find_live(runs, "metrics.jsonl"):
             members = family(nodes[1])
             training = int((file.parent / ".lock").read_text().split()[0]) in [member.pid for member in members]
             if training and 15 <= len(file.read_text().splitlines()) < 70:

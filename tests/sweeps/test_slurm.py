@@ -23,6 +23,7 @@ from peftbench.sweeps.jobs import Job, train_job
 from peftbench.sweeps.slurm import NOTES, SlurmTasks
 from peftbench.utils.errors import UserError
 from tests.cli.test_train import SUBPROCESS
+from tests.live_files import find_live
 from tests.sweeps.fake_slurm import install
 from tests.sweeps.test_extension import REAL
 
@@ -161,7 +162,7 @@ def test_tasks_that_are_preempted_train_no_step_twice(tmp_path: Path) -> None:
         deadline = time.monotonic() + 240
         while process.poll() is None or len(asked) < 3:
             assert time.monotonic() < deadline
-            for file in runs.rglob("metrics.jsonl"):
+            for file in find_live(runs, "metrics.jsonl"):
                 if file not in asked and len(file.read_text().splitlines()) >= 15:
                     note = json.loads((runs / ".sweeps" / NOTES / "1.json").read_text())
                     (task,) = [task for task, folder in note.items() if folder == str(file.parent)]

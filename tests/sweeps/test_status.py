@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
@@ -67,6 +68,22 @@ def outputs(tmp_path: Path) -> Path:
     for point, kind in zip(plan.points, kinds, strict=False):
         saved(record(None, folder=tmp_path / point.folder, **kind))
     return tmp_path
+
+
+def test_what_is_deleted_meanwhile_is_passed_over(
+    outputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint, and the folder of another sweep."""
+    (outputs / "gone" / "checkpoint-33").mkdir(parents=True)
+    scandir = os.scandir
+
+    def guarded(place: Any) -> Any:
+        if Path(place).name == "checkpoint-33":
+            raise FileNotFoundError(2, "No such file or directory", place)
+        return scandir(place)
+
+    monkeypatch.setattr("os.scandir", guarded)
+    assert main([str(outputs)]) == 1 and "1 failed" in capsys.readouterr().out
 
 
 def test_every_run_of_a_sweep_is_counted(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:

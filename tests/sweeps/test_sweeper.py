@@ -31,6 +31,7 @@ from peftbench.tasks.load import load_task
 from peftbench.tasks.prepare import prepare_data
 from peftbench.tasks.rows import Source
 from tests.cli.test_train import SMALL_MAM, SUBPROCESS, records, sentiment, smoke
+from tests.live_files import find_live
 
 __all__ = ["sentiment", "smoke"]  # fixtures
 
@@ -90,7 +91,7 @@ def killed_until_done(arguments: list[str], log: Path, kills: int, seed: int, ru
                 return spared
             goal = (attempt + 1) * runs // (kills + 1)  # a kill in each part of the sweep, at any moment of a run
             deadline = time.monotonic() + 300
-            while len(list(outputs.rglob("record.json"))) < goal and time.monotonic() < deadline:
+            while len(find_live(outputs, "record.json")) < goal and time.monotonic() < deadline:
                 time.sleep(0.02)
             time.sleep(draw.uniform(0, 1.5))
             os.killpg(process.pid, signal.SIGKILL)
@@ -205,7 +206,7 @@ def test_ctrl_c_ends_a_sweep_with_its_table(smoke: list[str], tmp_path: Path) ->
     arguments = [*SUBPROCESS, "train", "-m", *smoke, "method=lora", "trainer.max_steps=2,100000", "task.baselines=[]"]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while len(list((tmp_path / "outputs").rglob("record.json"))) < 2 and time.monotonic() < deadline:
+    while len(find_live(tmp_path / "outputs", "record.json")) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(1)
     process.send_signal(signal.SIGINT)

@@ -17,6 +17,7 @@ from peftbench.cli.main import main
 from peftbench.records.record import load_records
 from peftbench.sweeps.workers import _Worker
 from tests.cli.test_train import SUBPROCESS, records, sentiment, smoke
+from tests.live_files import find_live
 from tests.sweeps.test_mps import Machine
 from tests.sweeps.test_sweeper import SHORT, outcome, replaced
 
@@ -46,7 +47,7 @@ def until(condition: Callable[[], Any]) -> None:
 
 def training(folder: Path) -> list[int]:
     """The processes that train a run: a run's metrics have begun, and its lock names who holds it."""
-    return [int((file.parent / ".lock").read_text().split()[0]) for file in folder.rglob("metrics.jsonl")]
+    return [int((file.parent / ".lock").read_text().split()[0]) for file in find_live(folder, "metrics.jsonl")]
 
 
 def test_runs_side_by_side_are_runs_alone(smoke: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

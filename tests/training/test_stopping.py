@@ -20,6 +20,7 @@ from peftbench.records.record import find_record
 from peftbench.training.checkpoint import StopWhenAsked
 from peftbench.utils.stopping import Stopped, defer_stop, heed_signals, stop_if_asked
 from tests.cli.test_train import SUBPROCESS
+from tests.live_files import find_live
 from tests.training.test_checkpoint import Noted, gone_on
 
 
@@ -77,7 +78,7 @@ def test_a_sweep_that_is_asked_to_end_leaves_checkpoints(tmp_path: Path) -> None
     line = ["train", "-m", "jobs=2", *words, "seed=1,2", "trainer.max_steps=120"]
     process = subprocess.Popen([*SUBPROCESS, *line], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 120
-    while len(list(tmp_path.rglob("metrics.jsonl"))) < 2 and time.monotonic() < deadline:
+    while len(find_live(tmp_path, "metrics.jsonl")) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[0].decode()

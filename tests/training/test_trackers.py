@@ -33,6 +33,7 @@ from peftbench.training.looks import Pruned
 from peftbench.training.trackers import follow_run
 from peftbench.utils.errors import LostProcess, UserError
 from peftbench.utils.stopping import Stopped
+from tests.live_files import find_live
 from tests.sweeps.test_workers import until
 
 SMOKE = ("debug=smoke", "trainer.max_steps=3", "method=lora")
@@ -364,7 +365,7 @@ def test_a_run_that_sigterm_stopped_goes_on_in_mlflow(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "peftbench", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    until(lambda: any(len(file.read_text().splitlines()) > 5 for file in tmp_path.rglob("metrics.jsonl")))
+    until(lambda: any(len(file.read_text().splitlines()) > 5 for file in find_live(tmp_path, "metrics.jsonl")))
     process.terminate()
     output, _ = process.communicate(timeout=100)
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
