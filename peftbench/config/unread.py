@@ -18,14 +18,7 @@ EVALUATE, PREDICT, EXPORT, IMPORT, LOAD_RUN, LOAD_HARNESS_MODEL = COMMANDS = (
 COMPUTES = ("device", "precision", "eval_batch_size", "eval_batch_tokens")
 TRAINER = {EVALUATE: COMPUTES, PREDICT: COMPUTES, IMPORT: COMPUTES, LOAD_HARNESS_MODEL: ("device",)}
 OF_TRAINING = (
-    "name",
-    "sizes",
-    "max_train",
-    "max_selection",
-    "selection_metric",
-    "baselines",
-    "paper",
-    "quick",
+    *("name", "sizes", "max_train", "max_selection", "selection_metric", "baselines", "paper", "quick"),
     "deal_by",
 )
 OF_DATA = (

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import read_json
+from peftbench.utils.text import list_first
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -264,5 +265,4 @@ def _pair(tensors: Mapping[str, Tensor], file: Path, scale: Any) -> tuple[dict[s
 
 def list_names(names: Iterable[str]) -> str:
     """Return names for a sentence: three of them at most."""
-    shown = sorted(names)
-    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
+    return list_first(sorted(names), 3)

@@ -91,7 +91,7 @@ class Sweeper:
             return
         number, logs = queue.count(), _name_logs(first.run)
         with (
-            mps.share_gpus(_get_mps([first.run]), self.places, logs) as sharing,
+            mps.share_gpus(first.run.mps, self.places, logs) as sharing,
             Workers(self.places, logs, sharing) as workers,
         ):
             say(f"{number} runs, {min(number, len(self.places))} at once; what they print is in {logs}")

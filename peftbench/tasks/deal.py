@@ -11,6 +11,7 @@ from typing import Any
 from datasets import Dataset
 
 from peftbench.utils.errors import UserError
+from peftbench.utils.text import list_first
 
 SHARE = 10  # each dealt split gets one in this many texts
 MOST_NAMED = 5  # groups in a note
@@ -42,7 +43,8 @@ def deal_rows(
     what = "inputs"
     if by is not None:
         if by not in rows.column_names:
-            raise UserError(f"task.deal_by={by}: {source} has no column {by}; its columns are {_list_names(rows)}.")
+            known = ", ".join(name for name in rows.column_names if name != ROW)
+            raise UserError(f"task.deal_by={by}: {source} has no column {by}; its columns are {known}.")
         parts, what = _join_groups(parts, list(map(str, rows[by][:]))), f"groups by {by}"
     if len(parts) <= len(others):
         raise UserError(
@@ -68,9 +70,8 @@ def describe_deal(dealt: Mapping[str, Dataset], others: Sequence[str], source: s
         return f"{source} is split by a hash of the input: {dealt_to} one in ten of the different inputs."
     said = []
     for split in others:
-        named = sorted(set(map(str, dealt[split][by][:])))
-        more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
-        said.append(f"{split} has {', '.join(named[:MOST_NAMED])}{more} ({len(dealt[split]):,} rows)")
+        groups = sorted(set(map(str, dealt[split][by][:])))
+        said.append(f"{split} has {list_first(groups, MOST_NAMED)} ({len(dealt[split]):,} rows)")
     return f"{source} is split by {by}: {'; '.join(said)}."
 
 
@@ -123,7 +124,3 @@ def _select_parts(rows: Dataset, parts: Sequence[Part]) -> Dataset:
 
 def _hash_cells(cells: Any) -> str:
     return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
-
-
-def _list_names(rows: Dataset) -> str:
-    return ", ".join(name for name in rows.column_names if name != ROW)

@@ -97,11 +97,7 @@ def _load_splits(task: Task, training: bool, dealt: Sequence[str], labels: Seque
     task, notes = _drop_absent(task)
     if training:  # other calls may read some of the files only
         _require_text_tables(task)
-        if task.deal_by is not None and not dealt:
-            raise UserError(
-                f"task.deal_by={task.deal_by}: no split is dealt, because each has rows of its own; add "
-                f"task.selection_split={HELD_OUT}, or leave it out."
-            )
+        _require_dealt(task, dealt)
         notes.extend(_note_idle_files(task))
     notes.extend(_note_trained_files(task))
     read = cache(partial(read_split, task))
@@ -145,6 +141,15 @@ def _require_text_tables(task: Task) -> None:
     if not any(is_text_table(path) for files in found if files is not None for path in files.paths):
         raise UserError(
             *(f"task.{key} is for .csv and .tsv files, and the task has none; leave it out." for key in idle)
+        )
+
+
+def _require_dealt(task: Task, dealt: Sequence[str]) -> None:
+    """Raise UserError if a key says how splits are dealt, and none is."""
+    if task.deal_by is not None and not dealt:
+        raise UserError(
+            f"task.deal_by={task.deal_by}: no split is dealt, because each has rows of its own; add "
+            f"task.selection_split={HELD_OUT}, or leave it out."
         )
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from peftbench.backbones.precision import autocast
 from peftbench.utils.errors import UserError
+from peftbench.utils.text import list_first
 
 NAMED = 6  # in the error; the record has all of them
 
@@ -51,9 +52,8 @@ def find_unreached(
 
 def make_no_gradient_error(names: Sequence[str]) -> UserError:
     """Return the error that names the tensors."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return UserError(
-        f"The loss does not depend on {len(names)} of the tensors that are to be trained: {', '.join(names[:NAMED])}"
-        f"{more}. Leave their places out by modified_representation.attentions, stacks or layers; or train the others "
+        f"The loss does not depend on {len(names)} of the tensors that are to be trained: {list_first(names, NAMED)}"
+        ". Leave their places out by modified_representation.attentions, stacks or layers; or train the others "
         "alone with allow_unused=true."
     )

@@ -1,6 +1,8 @@
-"""Text that others wrote, such as names in a record or labels of a file, made safe to print."""
+"""Text in messages: many names in a few words, and what others wrote, such as labels of a file, made safe to print."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 STANDS_FOR = "\N{REPLACEMENT CHARACTER}"
 # The controls of ASCII and Latin-1, by which a text would command the terminal; the overrides and isolates that let it
@@ -16,6 +18,12 @@ _UNPRINTABLE = dict.fromkeys(
     ),
     STANDS_FOR,
 )
+
+
+def list_first(names: Sequence[str], most: int) -> str:
+    """Return the first names, and how many others there are: "a, b and 3 more"."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def strip_controls(text: str) -> str:

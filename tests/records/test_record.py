@@ -46,6 +46,7 @@ from peftbench.records.run_files import append_metrics, write_predictions
 from peftbench.tables.select import read_records
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import write_lines
+from tests.live_files import refuse_scan
 
 RUN = Run(
     method="mam",
@@ -294,14 +295,7 @@ def test_folders_that_are_links_are_read_once_and_loops_end(tmp_path: Path) -> N
 def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start_record(RUN, tmp_path / "mine", []).finish()
     (tmp_path / "theirs").mkdir()
-    scandir = os.scandir
-
-    def guarded(place: str) -> object:
-        if Path(place).name == "theirs":  # root, as which tests may run, reads everything
-            raise PermissionError(13, "Permission denied", place)
-        return scandir(place)
-
-    monkeypatch.setattr("os.scandir", guarded)
+    refuse_scan("theirs", PermissionError(13, "Permission denied"), monkeypatch)  # which root would not get
     records, left_out = load_records(tmp_path)
     assert len(records) == 1 and left_out == [f"{tmp_path / 'theirs'} is left out: Permission denied."]
 
@@ -309,14 +303,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
 def test_a_checkpoint_that_is_deleted_meanwhile_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start_record(RUN, tmp_path / "run", []).finish()
     (tmp_path / "run" / "checkpoints" / "checkpoint-33").mkdir(parents=True)
-    scandir = os.scandir
-
-    def guarded(place: str) -> object:
-        if Path(place).name == "checkpoint-33":
-            raise FileNotFoundError(2, "No such file or directory", place)
-        return scandir(place)
-
-    monkeypatch.setattr("os.scandir", guarded)
+    refuse_scan("checkpoint-33", FileNotFoundError(2, "No such file or directory"), monkeypatch)
     records, left_out = load_records(tmp_path)
     assert len(records) == 1 and not left_out
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
@@ -18,6 +17,7 @@ from peftbench.records.record import Failure
 from peftbench.sweeps.plan import Member, Plan, PlannedRun
 from peftbench.sweeps.status import State, estimate_seconds_left, summarise_states
 from peftbench.utils.errors import UserError
+from tests.live_files import refuse_scan
 from tests.records.test_record import RUN
 from tests.tables.test_table import record, saved
 
@@ -73,16 +73,9 @@ def outputs(tmp_path: Path) -> Path:
 def test_what_is_deleted_meanwhile_is_passed_over(
     outputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A checkpoint, and the folder of another sweep."""
+    """Such as a checkpoint."""
     (outputs / "gone" / "checkpoint-33").mkdir(parents=True)
-    scandir = os.scandir
-
-    def guarded(place: Any) -> Any:
-        if Path(place).name == "checkpoint-33":
-            raise FileNotFoundError(2, "No such file or directory", place)
-        return scandir(place)
-
-    monkeypatch.setattr("os.scandir", guarded)
+    refuse_scan("checkpoint-33", FileNotFoundError(2, "No such file or directory"), monkeypatch)
     assert main([str(outputs)]) == 1 and "1 failed" in capsys.readouterr().out
 
 
