@@ -15,7 +15,7 @@ from peftbench.config.overrides import get_key
 from peftbench.records.record import Record
 from peftbench.records.wording import format_value
 from peftbench.tables.claims import Estimate
-from peftbench.tables.intervals import describe_ways
+from peftbench.tables.intervals import LEAST_SEEDS, describe_ways
 from peftbench.tables.searches import RIVALS, Candidate, StudyFinding, find_selection_front
 from peftbench.utils.text import strip_controls
 
@@ -138,7 +138,8 @@ def _describe_result(found: StudyFinding) -> list[str]:
         )
     if best.fresh:
         seeds = ", ".join(str(run.seed) for run in best.fresh)
-        said.append(f"Reported: {best.first.metric}, the mean of the seeds {seeds}, on which no choice depends.")
+        mean = f"the mean of the seeds {seeds}" if len(best.fresh) > 1 else f"with the seed {seeds}"
+        said.append(f"Reported: {best.first.metric}, {mean}, on which no choice depends.")
     known = [one.behind for one in found.named if one.behind is not None]
     if known:
         said.append(f"Intervals: {describe_ways(known)}.")
@@ -151,9 +152,7 @@ def _describe_verdict(found: StudyFinding) -> str:
         return "No trial is done."
     best, names = found.leaders[0], " and ".join(RIVALS.values())
     if found.is_better is None:
-        missing = [name for method, name in RIVALS.items() if method not in found.rivals]
-        lacking = "the best point" if not best.fresh else " and ".join(missing)
-        return f"Not known yet: {lacking} lacks runs with other seeds under this budget."
+        return f"Not known yet: {_describe_lack(found)}."
     told = [
         f"{RIVALS[method]} itself"
         if one.first.point == best.first.point
@@ -164,6 +163,18 @@ def _describe_verdict(found: StudyFinding) -> str:
     ]
     how = "better than" if found.is_better else "not better than"
     return f"The best point is {how} {names} by more than chance: {', '.join(told)}."
+
+
+def _describe_lack(found: StudyFinding) -> str:
+    """Return which runs are missing to compare the best point with its rivals."""
+    fresh = {one.first.method: one.fresh for one in reversed(found.named)}
+    counts = {"the best point": len(found.leaders[0].fresh)}
+    counts |= {name: len(fresh.get(method, ())) for method, name in RIVALS.items()}
+    few = [f"{name} has {count}" for name, count in counts.items() if count < LEAST_SEEDS]
+    if few:
+        return f"it takes {LEAST_SEEDS} runs of each with other seeds than the trials', and {' and '.join(few)}"
+    apart = [name for method, name in RIVALS.items() if method not in found.rivals]
+    return f"the best point shares fewer than {LEAST_SEEDS} seeds with {' and '.join(apart)}"
 
 
 def list_words(record: Record) -> list[str]:

@@ -292,15 +292,21 @@ def test_the_prose_on_webnlg_with_smollm2_says_what_the_records_say() -> None:
     prose = read_section("WebNLG with SmolLM2-135M, the steps `insertion` and `mam`")
     everything = load_records(FOLDER / "webnlg" / "smollm2-135m")[0]
     records = [one for one in everything if any(word.startswith("row=") for word in one.overrides)]
-    searched = [one for one in everything if one not in records]
+    points = [one for one in everything if one.study is not None]
+    searched = [one for one in everything if one not in records and one not in points]
     named = len(plain_runs(searched))
     assert not any(one.studies for one in searched)
     assert f"axes, {named} runs and {len(searched) - named} trials of the named methods are trained, and" in prose
+    tried = [one for one in points if one.seed == 42]
+    assert f"and {len(tried)} points so far" in prose and len(points) == len(tried) + 1
     runs = plain_runs(records)
     rows = group_seeds(runs, "mean")
     assert f"{len(rows)} rows, {len(runs)} runs and {len(records) - len(runs)} further trials of 1,132 steps" in prose
     compiled = Counter(one.trainer["compile"] for one in runs)
-    assert {one.steps for one in everything} == {1132} and compiled["layers"] > compiled["none"] > 0
+    pruned = [one for one in points if one.search.pruned]
+    assert {one.steps for one in everything if one not in pruned} == {1132} and compiled["layers"] > compiled[
+        "none"
+    ] > 0
 
     of = {_name_place(row): row.score for row in group_seeds(plain_runs(everything), "mean")}
     four = sorted(of[name, at, "2%"] for name, at in ADAPTERS)
@@ -312,6 +318,15 @@ def test_the_prose_on_webnlg_with_smollm2_says_what_the_records_say() -> None:
     ]
     assert "the parallel adapter gains {:.1f} BLEU, and the scaled one {:.1f}.".format(*gains) in prose
     small = {_name_place(row)[:2]: row.first.search for row in rows if row.first.budget == "2%"}
+    heads, lora = ({one.seed: one for one in plain_runs(searched) if _is_small(one, m)} for m in ("prefix", "lora"))
+    assert heads.keys() == lora.keys() == {1, 2}
+    means = [statistics.mean(one.score for one in of_seed.values()) for of_seed in (heads, lora)]
+    assert "prefix tuning has {:.1f} BLEU, and LoRA at query and value {:.1f}".format(*means) in prose
+    groups = [_average_groups([*heads.values(), *lora.values()], group, "0.5%") for group in ("seen", "unseen")]
+    behind, ahead = groups[0]["lora"] - groups[0]["prefix"], groups[1]["prefix"] - groups[1]["lora"]
+    assert f"it is {behind:.1f} behind on the seen categories, and {ahead:.1f} ahead on the unseen ones" in prose
+    found = {one.claim.name: one for one in judge_cell("webnlg/smollm2-135m").findings}
+    assert found["heads"].verdict == "contradicted"
     tried = [{one.settings["trainer.learning_rate"]: one.value for one in small[key].trials} for key in ADAPTERS]
     best = [max(rates, key=lambda rate: rates[rate]) / 5e-4 for rates in tried]
     assert best == pytest.approx([3, 10, 30, 30])
@@ -339,6 +354,10 @@ def test_the_prose_on_webnlg_with_smollm2_says_what_the_records_say() -> None:
     told = "it has {:.1f} and {:.1f}, where MAM with its own preset's rate has {:.1f} and {:.1f} (seed 42)"
     values = preset.selection.value, preset.score, adapted.selection.value, adapted.score
     assert told.format(*values) in prose
+
+
+def _is_small(record: Record, method: str) -> bool:
+    return record.method == method and record.budget == "0.5%"
 
 
 # The rows of the step `insertion`: the method and where it is.
@@ -415,11 +434,11 @@ def _find_interval(records: list[Record], group: str) -> tuple[float, float]:
     return found.low, found.high
 
 
-def _average_groups(records: list[Record], group: str) -> dict[str, float]:
-    """Return the mean score of full fine-tuning, and of each method of 6.7%, on some of the examples."""
+def _average_groups(records: list[Record], group: str, budget: str = "6.7%") -> dict[str, float]:
+    """Return the mean score of full fine-tuning, and of each method of a size, on some of the examples."""
     rows = group_seeds(select_records(plain_runs(records), [f"group={group}"]), "mean")
-    large = [row for row in rows if row.first.budget in ("6.7%", None)]
-    return {row.first.method: row.score for row in large if row.score is not None}
+    of_size = [row for row in rows if row.first.budget in (budget, None)]
+    return {row.first.method: row.score for row in of_size if row.score is not None}
 
 
 def list_trials(row: Row, records: list[Record]) -> list[tuple[float, float]]:
@@ -477,7 +496,7 @@ def test_the_page_names_the_cells_without_a_run() -> None:
 def test_the_prose_on_the_searches_says_what_the_records_say() -> None:
     page = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
     prose = " ".join(page.split("**On SST-2, nothing is.**")[1].split("<!--")[0].split())
-    small, large = find_studies(load_records(FOLDER)[0], 2000)
+    small, large = find_studies(load_records(FOLDER / "sst2")[0], 2000)
     assert [(one.first.budget, one.is_better, len(one.trials)) for one in (small, large)] == [
         ("0.5%", False, 200),
         ("2%", False, 200),
@@ -500,6 +519,24 @@ def test_the_prose_on_the_searches_says_what_the_records_say() -> None:
         assert forms[:15] == ["parallel"] * 15 and "the fifteen best points of each are parallel" in prose
 
 
+def test_the_prose_on_the_searches_with_smollm2_says_what_the_records_say() -> None:
+    page = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
+    prose = " ".join(page.split("**On WebNLG with SmolLM2")[1].split("<!--")[0].split())
+    small, large = find_studies(load_records(FOLDER / "webnlg" / "smollm2-135m")[0], 200)
+    assert small.is_better is None and large.is_better is None
+    assert f"{len(small.trials)} points under 0.5% and {len(large.trials)} under 2% so far" in prose
+    for found in (small, large):
+        best, second = found.leaders[:2]
+        assert "a SiLU bottleneck at W_o, sequential, with s = 4, beside a prefix" in prose
+        (own, prefix) = best.first.axes
+        assert (own.in_line, own.modified_representation) == ("silu · output · sequential · scaled 4", "output")
+        assert prefix.modified_representation == "heads" and prefix.composition_function == "gated"
+        assert second.name == "relu · ffn_weights · sequential · add"
+    values = [one.leaders[index].objective for one in (small, large) for index in (0, 1)]
+    told = "dev BLEU of {:.1f} and {:.1f}; a sequential ReLU bottleneck at the FFN's matrices has {:.1f} and {:.1f}"
+    assert told.format(values[0], values[2], values[1], values[3]) in prose
+
+
 def test_the_prose_counts_the_points_that_were_drawn_at_random(tmp_path: Path) -> None:
     """By the journals: then, each point after an odd number of suggestions in vain was."""
     pytest.importorskip("optuna")
@@ -507,9 +544,8 @@ def test_the_prose_counts_the_points_that_were_drawn_at_random(tmp_path: Path) -
     from peftbench.sweeps.study import REASON, RUN_FOLDER
 
     points = random = 0
-    for journal in sorted((FOLDER / ".sweeps").glob("*.study.jsonl")):
-        name = journal.name.partition(".")[0]
-        in_vain = 0
+    for name in sorted({one.study for one in load_records(FOLDER / "sst2")[0] if one.study is not None}):
+        journal, in_vain = FOLDER / ".sweeps" / f"{name}.study.jsonl", 0
         for trial in open_study(Path(shutil.copy(journal, tmp_path)), name, 1).get_trials(deepcopy=False):
             if REASON in trial.user_attrs:
                 in_vain += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,14 +111,35 @@ def test_of_equal_trials_the_one_with_other_seeds_was_chosen(
 
 
 @pytest.mark.parametrize(
-    ("best", "lora", "lacking"), [([], [70, 71], "the best point"), ([80, 81], [70], "LoRA"), ([80], [70, 71], "")]
+    ("best", "lora", "lacking"),
+    [
+        ([], [70, 71], "the best point has 0"),
+        ([80, 81], [70], "LoRA has 1"),
+        ([80], [], "the best point has 1 and LoRA has 0"),
+    ],
 )
 def test_too_few_runs_say_nothing(
-    best: list[float], lora: list[float], lacking: str, tmp_path: Path, found: Callable[..., dict[str, Any]]
+    best: list[float],
+    lora: list[float],
+    lacking: str,
+    tmp_path: Path,
+    found: Callable[..., dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     make_all(tmp_path, best, [60, 61], lora)
     study = found()
-    assert study["better"] is None and study["said"].startswith(f"Not known yet: {lacking}")
+    said = f"Not known yet: it takes 2 runs of each with other seeds than the trials', and {lacking}."
+    assert study["better"] is None and study["said"] == said
+    assert main([str(tmp_path), "--searches"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert ("Reported: accuracy, with the seed 1, on which no choice depends." in told) == (len(best) == 1)
+
+
+def test_runs_without_common_seeds_say_nothing(tmp_path: Path, found: Callable[..., dict[str, Any]]) -> None:
+    make_all(tmp_path, [80, 81], [60, 61], [70, 71, 72, 73])
+    for seed in (1, 2):
+        shutil.rmtree(tmp_path / "named" / f"lora-ffn-1.95-{seed}")
+    assert found()["said"] == "Not known yet: the best point shares fewer than 2 seeds with LoRA."
 
 
 def test_what_is_counted_and_what_is_compared(
