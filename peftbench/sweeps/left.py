@@ -39,12 +39,12 @@ def find_left(member: Member) -> Left:
         return Left.training
     if not record.has_ended and is_over(run, record):  # a trial that is trained
         return Left.nothing if is_cleared(record) else Left.training
-    if not record.has_ended or has_leftovers(member.folder) or _lacks_scores(run, record, is_trial):
+    if not record.has_ended or has_leftovers(member.folder) or lacks_scores(run, record, is_trial):
         return Left.training
     return Left.nothing if is_noted(record, search, is_trial) else Left.noting
 
 
-def _lacks_scores(run: Run, record: Record, is_trial: bool) -> bool:
+def lacks_scores(run: Run, record: Record, is_trial: bool = False) -> bool:
     """Return whether anything must be computed for a run that has ended."""
     if lacks_selection(record, is_trial):
         return True

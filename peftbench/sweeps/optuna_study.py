@@ -23,7 +23,7 @@ from optuna.distributions import (
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from peftbench.config.schema import Run, Sampler, Search, Variation, get_value
 from peftbench.config.studies import GROUPS, TrialOf, list_multiples
@@ -139,6 +139,23 @@ def tell_diverged(study: optuna.Study, number: int) -> None:
     value in place of the score would be made up, and with two objectives could lie on the front.
     """
     study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
+
+
+def repeat_trial(study: optuna.Study, trial: FrozenTrial) -> FrozenTrial:
+    """Begin a trial with the parameters and attributes of one that has ended, which Optuna can be told nothing more of.
+
+    The journal has it as one line, so that a process that dies leaves all of it or nothing.
+    """
+    study.add_trial(
+        create_trial(
+            state=TrialState.RUNNING,
+            params=trial.params,
+            distributions=trial.distributions,
+            user_attrs=trial.user_attrs,
+            system_attrs=trial.system_attrs,  # among them its generation, without which it is no parent for NSGA-II
+        )
+    )
+    return next(one for one in reversed(list_by_state(study, "RUNNING")) if one.user_attrs == trial.user_attrs)
 
 
 def make_distributions(run: Run, space: Mapping[str, Variation]) -> dict[str, BaseDistribution]:

@@ -120,6 +120,23 @@ class Study:
             since=self.began,
         )
 
+    def list_trials(self) -> list[FrozenTrial]:
+        """Return the trials; of a run that failed and was tried again, the last one, in the place of the first."""
+        trials = self.optuna.get_trials(deepcopy=False)
+        return list({trial.user_attrs.get(RUN_FOLDER, trial.number): trial for trial in trials}.values())
+
+    def find_kind(self, trial: FrozenTrial) -> str:
+        """Return how a trial ended, by Optuna's state and its record."""
+        kind = {"COMPLETE": "done", "PRUNED": "pruned", "RUNNING": "unfinished", "FAIL": "failed"}[trial.state.name]
+        if RUN_FOLDER not in trial.user_attrs:
+            return "refused or known"
+        record = find_record(self.locate(trial))
+        if kind == "done" and record is None:
+            return "unfinished"  # its record is lost, and could not be written again
+        if kind in ("pruned", "failed") and record is not None and record.status == "diverged":
+            return "diverged"  # which is a finding; earlier versions told Optuna of a failure
+        return kind
+
     def save_plan(self, chosen: Collection[int] = ()) -> None:
         """Write what `peftbench status` reads: the trials so far, and the runs of what was chosen.
 
@@ -127,7 +144,7 @@ class Study:
             chosen: the numbers of the trials that are scored on the report split too.
         """
         runs = []
-        for trial in self.optuna.get_trials(deepcopy=False):
+        for trial in self.list_trials():
             if RUN_FOLDER in trial.user_attrs:
                 given = {key: format_value(value) for key, value in trial.params.items()}
                 alone = self.search.report is Reported.chosen and trial.number not in chosen
@@ -149,19 +166,9 @@ class Study:
         Args:
             ended: those alone whose trials have ended.
         """
-        trials = [one for one in self.optuna.get_trials(deepcopy=False) if one.state.is_finished() or not ended]
-        return len({self.locate(trial) for trial in trials if RUN_FOLDER in trial.user_attrs})
+        trials = [one for one in self.list_trials() if one.state.is_finished() or not ended]
+        return sum(RUN_FOLDER in trial.user_attrs for trial in trials)
 
     def count(self) -> Counter[str]:
         """Return how many trials there are of each kind, and how many suggestions cost nothing."""
-        found: Counter[str] = Counter()
-        for trial in self.optuna.get_trials(deepcopy=False):
-            kind = {"COMPLETE": "done", "PRUNED": "pruned", "RUNNING": "unfinished", "FAIL": "failed"}[trial.state.name]
-            has_run = RUN_FOLDER in trial.user_attrs
-            record = find_record(self.locate(trial)) if has_run else None
-            if kind == "done" and has_run and record is None:
-                kind = "unfinished"  # its record is lost, and could not be written again
-            elif kind in ("pruned", "failed") and record is not None and record.status == "diverged":
-                kind = "diverged"  # which is a finding; earlier versions told Optuna of a failure
-            found[kind if has_run else "refused or known"] += 1
-        return found
+        return Counter(map(self.find_kind, self.list_trials()))

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial
 
 from peftbench.records.choice import settle_trial
 from peftbench.records.lock import hold_run
-from peftbench.records.record import Record, Searched, find_finished, find_record
+from peftbench.records.record import Record, Searched, find_record
 from peftbench.records.run_files import clear_leftovers, has_leftovers
 from peftbench.sweeps.jobs import Job
 from peftbench.sweeps.optuna_study import list_by_state
@@ -31,13 +31,12 @@ def list_front(study: Study) -> list[FrozenTrial]:
 
 
 def list_chosen(study: Study) -> list[Job]:
-    """Return the runs of the points on the front: the trials whose report split is to be scored yet, and those with the
+    """Return the runs of the points on the front: the trials, whose report split is to be scored, and those with the
     other seeds, which the journal then names."""
     found, front = [], list_front(study)
     for trial in front:
         words = trial.user_attrs[WORDS]
-        if find_finished(study.locate(trial)) is None:
-            found.append(study.make_job(trial.number, study.compose(words), chosen=True))
+        found.append(study.make_job(trial.number, study.compose(words), chosen=True))
         jobs = [study.make_job(trial.number, study.compose(words, *_give_seed(study, seed))) for seed in study.seeds]
         _note_confirmations(study, trial, jobs)
         found += jobs
@@ -71,7 +70,7 @@ def mark_front(study: Study) -> list[Record]:
     what it is there; its record names this study too.
     """
     front = [trial.number for trial in list_front(study)]
-    for trial in study.optuna.get_trials(deepcopy=False):
+    for trial in study.list_trials():
         chosen = trial.number in front
         _note_study(study, trial)
         for folder in [study.locate(trial), *study.locate_confirmations(trial)]:

@@ -35,6 +35,8 @@ def show_front(study: Study, records: Sequence[Record], counted: Counter[str], c
     counts = ", ".join(f"{counted[kind]} {kind}" for kind in kinds if counted[kind])
     what = "best under the budget" if study.objectives == 1 else "front of selection score and stored parameters"
     console.print(f"\nsearch={study.search.name}: {counts}; the {what} is {len(records)} of them.", highlight=False)
+    if counted["failed"]:
+        console.print("retry=true trains the failed ones again.", highlight=False)
     if (trained := study.count_runs()) < (study.search.trials or 0) and study.is_time_up:
         limit = f"search.minutes={study.search.minutes:g}"
         console.print(f"{limit} ended it after {trained} of {study.search.trials} trials; the same line goes on.")

@@ -13,7 +13,8 @@ from peftbench.config.compose import TypedRun
 from peftbench.records.record import find_finished, find_record
 from peftbench.sweeps import mps
 from peftbench.sweeps.executors import InProcess, start_executor
-from peftbench.sweeps.jobs import Executor
+from peftbench.sweeps.jobs import Executor, Job
+from peftbench.sweeps.left import lacks_scores
 from peftbench.sweeps.study import Study
 from peftbench.sweeps.study_front import list_chosen, mark_front
 from peftbench.sweeps.study_table import show_front
@@ -42,6 +43,8 @@ def train_study(
         The exit code: 0, or 1 if trials failed or are unfinished.
     """
     study = Study(point, arguments, config_dir, seeds)
+    if study.run.rerun and study.count_runs(ended=True):
+        say(f"rerun=true does not train again what the study has; delete {study.file}, and it begins anew.")
     with ExitStack() as stack:
         logs = study.file.parent / f"{study.name}.logs"
         executor: Executor = InProcess()
@@ -59,7 +62,7 @@ def train_study(
         counted = study.count()
         # Of a study that goes on later another point may be the best.
         chosen = [] if counted["unfinished"] else list_chosen(study)
-        waiting = [job for job in chosen if job.run.rerun or find_finished(job.folder) is None]
+        waiting = [job for job in chosen if _is_waiting(job)]
         for count, (job, ended) in enumerate(executor.run(waiting) if waiting else (), start=1):
             record = find_record(job.folder)
             outcome = "missing" if record is None else record.outcome
@@ -70,3 +73,9 @@ def train_study(
     show_front(study, mark_front(study), counted, make_console())
     missing = any(find_finished(job.folder) is None for job in chosen)
     return 1 if counted["failed"] or counted["unfinished"] or missing else 0
+
+
+def _is_waiting(job: Job) -> bool:
+    """Return whether anything must be computed for the run of a chosen point."""
+    record = find_finished(job.folder)
+    return record is None or job.run.rerun or lacks_scores(job.run, record)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from optuna.trial import TrialState
 
+from peftbench.config.schema import Reported
 from peftbench.records.choice import compute_objective, settle_trial
 from peftbench.records.location import locate_run
 from peftbench.records.lock import hold_run
-from peftbench.records.record import find_record
+from peftbench.records.record import find_finished, find_record
 from peftbench.records.wording import describe_selection
 from peftbench.sweeps.jobs import Ended, Job
 from peftbench.sweeps.optuna_study import (
@@ -21,6 +22,7 @@ from peftbench.sweeps.optuna_study import (
     make_distributions,
     make_sampler,
     note_attribute,
+    repeat_trial,
     tell_diverged,
 )
 from peftbench.sweeps.plan import relate_path
@@ -32,11 +34,13 @@ PRUNED = "pruned"
 
 
 def choose_trials(study: Study) -> Iterator[Job]:
-    """Yield the runs of trials that a killed process has left or whose record is lost, and then new ones, until there
-    are enough or their time is up.
+    """Yield the runs of trials that a killed process has left, whose record is lost, or whose report split is yet to be
+    scored, with `retry=true` those that have failed, and then new ones, until there are enough or their time is up.
 
     Trials that are refused, or come to a run that the study has, cost no training and are not counted.
     """
+    # Listed before any is trained: what fails now is not tried again at once.
+    failed = [trial for trial in study.list_trials() if study.run.retry and study.find_kind(trial) == "failed"]
     for trial in list_by_state(study.optuna, "RUNNING"):
         if WORDS in trial.user_attrs:
             job = study.make_job(trial.number, study.compose(trial.user_attrs[WORDS]))
@@ -45,9 +49,14 @@ def choose_trials(study: Study) -> Iterator[Job]:
             yield job
         else:  # the process died while it chose
             study.optuna.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+    find_ended = find_finished if study.search.report is Reported.trials else find_record
     for trial in list_by_state(study.optuna, "COMPLETE"):
-        if find_record(study.locate(trial)) is None and WORDS in trial.user_attrs:
+        if find_ended(study.locate(trial)) is None and WORDS in trial.user_attrs:
             yield study.make_job(trial.number, study.compose(trial.user_attrs[WORDS]))
+    for trial in failed:
+        if not study.is_time_up and trial in study.list_trials():  # no other process has begun it
+            again = repeat_trial(study.optuna, trial)
+            yield study.make_job(again.number, study.compose(trial.user_attrs[WORDS]))
     while study.count_runs() < (study.search.trials or 0) and not study.is_time_up:
         decided, in_vain = _count_decided(study)
         if in_vain >= PATIENCE:
@@ -60,10 +69,10 @@ def choose_trials(study: Study) -> Iterator[Job]:
 def _count_decided(study: Study) -> tuple[int, int]:
     """Return how many trials there are, and how many of the last ones were refused or known.
 
-    Trials of a process that died while it chose do not count: the next one is then the same as if it had not.
+    Trials of a process that died while it chose do not count, nor do second attempts: the next one is then the same as
+    if it had not, or as if nothing had failed.
     """
-    trials = study.optuna.get_trials(deepcopy=False)
-    refused = [REASON in trial.user_attrs for trial in trials if trial.user_attrs.keys() & {WORDS, REASON}]
+    refused = [REASON in trial.user_attrs for trial in study.list_trials() if trial.user_attrs.keys() & {WORDS, REASON}]
     return len(refused), next((count for count, one in enumerate(reversed(refused)) if not one), len(refused))
 
 
