@@ -7,6 +7,9 @@ text.
 A layer's cache in transformers makes new tensors at every token, and a search that reorders its beams moves all of
 them, layer by layer. Here a token is written after the others, and the tokens of all layers are moved at once.
 
+Where a decoder rotates its keys in float32, autocast would round all of them at every token. Here each is rounded once,
+so that they take half the memory.
+
 transformers repeats the source for each beam: six beams read six equal copies of a cross-attention's keys and values at
 every token, and the search reorders these copies. Here each source has one row, and the attention function takes its
 beams as queries of that row (`head_attention.attend_modified`).
@@ -27,7 +30,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from peftbench.backbones.sites import Attention, find_sites, list_configs, set_configs
 from peftbench.modification.attach import takes_our_attention
-from peftbench.modification.head_attention import ATTENTION_NAME, HEADS, Prefix
+from peftbench.modification.head_attention import ATTENTION_NAME, HEADS, Prefix, choose_product_dtype
 from peftbench.modification.prompt import hold_prompts
 
 ROOM = 64  # tokens for which a store has room initially, and by which it grows
@@ -93,11 +96,12 @@ class Store:
     def _grow(self, length: int, key: Tensor) -> None:
         """Make room for `length` vectors and `ROOM` more."""
         batch, heads, _, width = key.shape
-        larger = key.new_empty(length + ROOM, 2 * len(self.prefixes), batch, heads, width)
+        dtype = choose_product_dtype(key)
+        larger = key.new_empty(length + ROOM, 2 * len(self.prefixes), batch, heads, width, dtype=dtype)
         if self.tokens:
             larger[: len(self._all)] = self._all
         elif self.length:
-            fronts = [vectors for own in self.prefixes for vectors in _join_prefixes(own, key.dtype)]
+            fronts = [vectors for own in self.prefixes for vectors in _join_prefixes(own, dtype)]
             larger[: self.length] = torch.stack(fronts).permute(2, 0, 1, 3).unsqueeze(2)  # (l, 2 A, 1, N_kv, d_h)
         self._all, self._spare = larger, None
 
@@ -123,6 +127,16 @@ class StoredLayer(DynamicLayer):
         """Reorder the beams; the store's first layer does so for all its layers."""
         if self.attention == 0 and self.tokens:
             self.store.reorder(beam_idx)
+
+
+class RoundedLayer(DynamicLayer):
+    """A self-attention's keys and values, in the dtype in which it uses them."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store those of further tokens; return all."""
+        dtype = choose_product_dtype(key_states)
+        kept: tuple[Tensor, Tensor] = super().update(key_states.to(dtype), value_states.to(dtype), *args, **kwargs)
+        return kept
 
 
 class SourceLayer(DynamicLayer):
@@ -163,8 +177,8 @@ NewCache = Callable[[], dict[str, Cache]]
 def make_caches(model: PreTrainedModel, beams: int) -> Iterator[NewCache]:
     """Yield a function that makes the argument of `generate` for a batch: one of our caches, for use inside the block.
 
-    The function returns no argument if there is neither a prefix nor a source to share, or if another attention than
-    SDPA or ours was requested.
+    The function returns no argument if an encoder's source is not shared and there is no prefix, or if another
+    attention than SDPA or ours was requested.
     """
     sites, both = find_sites(model), model.config.is_encoder_decoder
     attentions = [
@@ -172,7 +186,7 @@ def make_caches(model: PreTrainedModel, beams: int) -> Iterator[NewCache]:
     ]
     prefixes = {each.name: [] if sites.family.counts_keys else _list_prefixes(each) for _, each in attentions}
     ours = model.config._attn_implementation in ("sdpa", ATTENTION_NAME) and takes_our_attention(model)
-    if not ours or not (any(prefixes.values()) or (both and beams > 1)):
+    if not ours or (both and beams == 1 and not any(prefixes.values())):
         yield dict
         return
 
@@ -184,16 +198,21 @@ def make_caches(model: PreTrainedModel, beams: int) -> Iterator[NewCache]:
     stores: dict[int, list[tuple[int, list[Prefix]]]] = defaultdict(
         list
     )  # for each length, the layers and their prefixes
+    rounded: list[int] = []  # the layers without a store
     windowed = {index for index, layer in enumerate(new_self().layers) if type(layer) is not DynamicLayer}
     for index, attention in attentions:
         if attention.kind == "self" and index in windowed:  # its window would drop the prefix
             prefixes[attention.name] = []
-        elif attention.kind == "self":
+        elif attention.kind == "self" and (both or prefixes[attention.name]):
             own = prefixes[attention.name]
             stores[_count_keys(own)].append((index, own))
+        elif attention.kind == "self":
+            rounded.append(index)
 
     def new() -> dict[str, Cache]:
         cache, sources = new_self(), Cache(layers=[])
+        for index in rounded:
+            cache.layers[index] = RoundedLayer()
         for members in stores.values():
             store = Store([own for _, own in members])
             for place, (index, _) in enumerate(members):

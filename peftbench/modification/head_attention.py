@@ -228,7 +228,18 @@ def _widen_mask(mask: Tensor, sources: int, query: Tensor, biased: bool) -> Tens
 
     if mask.dtype != torch.bool or biased or torch.is_grad_enabled():
         return joined()
-    return _ADDITIVE.of(mask, (sources, queries, query.dtype), lambda: make_additive(joined(), query.dtype))
+    dtype = choose_product_dtype(query)
+    return _ADDITIVE.of(mask, (sources, queries, dtype), lambda: make_additive(joined(), dtype))
+
+
+def choose_product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which attention uses a tensor: that of autocast, to which it would be rounded at every token.
+
+    Positions that are rotated in float32 make queries and keys of float32 there.
+    """
+    if x.dtype is torch.float32 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 def make_additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -189,6 +189,36 @@ def test_without_a_cache_there_is_none_of_ours(preset: str, options: dict[str, A
     assert torch.equal(torch.from_numpy(predicted(model, given, generation)), expected)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("preset", ["bare", "mam", "lora"])
+def test_keys_that_are_rotated_in_float32_are_rounded_once(
+    preset: str, beams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under autocast, where each attention would round all keys and the mask at every token. The texts are the same."""
+    model = attached("llama", preset)
+    fold(model)
+    given, options = inputs("llama", (9, 7, 6)), tokens(6, num_beams=beams)
+    with torch.no_grad(), prepare_inference(model, torch.bfloat16), torch.autocast("cpu", torch.bfloat16):
+        expected = model.generate(**given, generation_config=options)
+
+    dtypes: set[torch.dtype] = set()
+    original = head_attention.sdpa_attention_forward
+
+    def spy(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any) -> Any:
+        dtypes.update(each.dtype for each in (key, value, mask))
+        return original(module, query, key, value, mask, **kwargs)
+
+    monkeypatch.setattr(head_attention, "sdpa_attention_forward", spy)
+    with (
+        torch.no_grad(),
+        prepare_inference(model, torch.bfloat16),
+        torch.autocast("cpu", torch.bfloat16),
+        kv_cache.make_caches(model, beams) as new,
+    ):
+        assert torch.equal(model.generate(**given, **new(), generation_config=options), expected)
+    assert dtypes == {torch.bfloat16}
+
+
 def test_a_token_is_moved_in_two_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without room for a further token in either, a search would leave behind a tensor of each length."""
     model = attached("bart", "mam")
