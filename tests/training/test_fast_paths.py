@@ -84,15 +84,19 @@ def test_the_loss_is_computed_in_the_dtype_of_the_pass(family: str) -> None:
 
     token_loss.chunk = chunk
 
+    def of_label_smoother() -> Tensor:
+        logits = model(**inputs).logits.float()
+        loss: Tensor = LabelSmoother(0.1)({"logits": logits}, inputs["labels"], shift_labels=family in CONTINUING)
+        return loss
+
+    exact = gradients_of(model, of_label_smoother())
     model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)  # as accelerate does
-    found = token_loss(inputs)
-    logits = model(**inputs).logits.float()
-    wanted = LabelSmoother(epsilon=0.1)({"logits": logits}, inputs["labels"], shift_labels=family in CONTINUING)
+    found, wanted = token_loss(inputs), of_label_smoother()
     assert multiplied == [torch.bfloat16]
     torch.testing.assert_close(found, wanted, rtol=2e-3, atol=0)
-    exact, rounded = gradients_of(model, wanted), gradients_of(model, found)
-    for name, gradient in exact.items():
-        assert (rounded[name] - gradient).norm() <= 0.02 * gradient.norm(), name
+    ours, theirs = gradients_of(model, found), gradients_of(model, wanted)
+    for name, gradient in exact.items():  # how far both are from float32 depends on the kernels of the processor
+        assert (ours[name] - gradient).norm() <= 2 * (theirs[name] - gradient).norm(), name
 
 
 def test_tokens_without_a_label_get_no_logits() -> None:
