@@ -153,8 +153,9 @@ def test_parts_of_one_projection_are_a_block_diagonal(family: str, preset: str, 
     ],
 )
 def test_other_families(family: str, preset: str, tmp_path: Path) -> None:
+    """Exactly, but for DeBERTa: its parts of one projection are a block diagonal, which may be summed otherwise."""
     found = LORA_ALL if preset == "lora_all" else PRESETS[preset]
-    assert compare(family, found, tmp_path)[0] == 0.0
+    assert compare(family, found, tmp_path)[0] <= (2e-5 if family == "deberta" else 0.0)
 
 
 MIXTURES: dict[str, dict[str, schema.Modification]] = {
