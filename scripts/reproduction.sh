@@ -94,10 +94,10 @@ if [ ${#searches[@]} -gt 0 ]; then
   [ "$backbone" != mpnet-base ] || { echo "reproduction.sh: no head of mpnet-base can be modified, as MAM does" >&2 && exit 2; }
   budgets=$(IFS=, && echo "${searches[*]}")
   echo "$cell: four methods of $budgets, each of 8 to 10 trainings, and a search over the axes for each budget"
-  # What is typed before `and` is for both grids: neither the trials nor the learning rates have a seed that is reported.
   times="1, 0.3, 3, 0.1, 10"
   # On SmolLM2 no method is best at a tenth of its preset's rate, and parallel adapters are at 30 times theirs.
   [ "$backbone" != smollm2-135m ] || times="1, 0.3, 3, 10, 30"
+  # What is typed before `and` is for both grids: neither the trials nor the learning rates have a seed that is reported.
   words+=("${more[@]}" budget="$budgets" search.seed=42 seed=1,2,3)
   methods=method=mam,lora,scaled_parallel_adapter,prefix
   [ -z "${LIST:-}" ] || exec python3 -m peftbench params -m "${words[@]}" seed=42 $methods

@@ -304,9 +304,8 @@ def test_the_prose_on_webnlg_with_smollm2_says_what_the_records_say() -> None:
     assert f"{len(rows)} rows, {len(runs)} runs and {len(records) - len(runs)} further trials of 1,132 steps" in prose
     compiled = Counter(one.trainer["compile"] for one in runs)
     pruned = [one for one in points if one.search.pruned]
-    assert {one.steps for one in everything if one not in pruned} == {1132} and compiled["layers"] > compiled[
-        "none"
-    ] > 0
+    assert {one.steps for one in everything if one not in pruned} == {1132}
+    assert compiled["layers"] > compiled["none"] > 0
 
     of = {_name_place(row): row.score for row in group_seeds(plain_runs(everything), "mean")}
     four = sorted(of[name, at, "2%"] for name, at in ADAPTERS)
