@@ -85,12 +85,16 @@ def rename_folders(text: str, names: dict[str, str]) -> str:
 
 def find_beaten(records: list[Record]) -> set[str]:
     """Return the names of trials of studies that another trial of the same study is better than: of a study under a
-    budget in the selection score, of any other also in what is stored."""
+    budget in the selection score, of any other also in what is stored. The runs of such a point with other seeds, which
+    were made while it was the best, have become trials too."""
     studies: dict[str, list[Record]] = {}
-    for one in records:
-        if one.study is not None and one.search is not None and one.seed == one.search.seed:
-            studies.setdefault(one.study, []).append(one)
     beaten = set()
+    for one in records:
+        if one.study is not None and one.search is not None:
+            if one.seed == one.search.seed:
+                studies.setdefault(one.study, []).append(one)
+            elif is_trial(one):
+                beaten.add(one.run)
     for trials in studies.values():
         values = {one.run: _list_objectives(one) for one in trials}
         for one, own in values.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from peftbench.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "outputs" / "reference"
-RUNS = {"grid": 40, "text": 45, "text_long": 10, "grid_sst2": 40, "curves": 9, "peft": 100, "reproduction": 1371}
+RUNS = {"grid": 40, "text": 45, "text_long": 10, "grid_sst2": 40, "curves": 9, "peft": 100, "reproduction": 1536}
 
 
 @pytest.mark.parametrize("part", RUNS)
@@ -46,6 +47,22 @@ def test_every_record_is_whole(part: str) -> None:
         assert {file.name for file in record.folder.iterdir()} == kept | ({examples.FILE} if has_examples else set())
         told = [line for name in kept for line in (record.folder / name).read_text(encoding="utf-8").splitlines()]
         assert not [line for line in told if any(root in line for root in ("/tmp", "/home", "/root", "/work"))]
+
+
+def test_the_readme_counts_the_runs() -> None:
+    text = (REFERENCE / "README.md").read_text(encoding="utf-8")
+    runs, trials = Counter[str](), Counter[str]()
+    for part in RUNS:
+        for record in load_records(REFERENCE / part)[0]:
+            cell = f"{record.model.name}/{record.task.replace('mnli', 'nli')}" if part == "reproduction" else part
+            (trials if is_trial(record) else runs)[cell] += 1
+    assert f"Records of {runs.total()} runs, and of {trials.total():,} trials that were not chosen," in " ".join(
+        text.split()
+    )
+    listed = {
+        cell: (int(done), int(tried)) for cell, done, tried in re.findall(r"`(.+/.+)` \| (\d+) \| (\d+) \|", text)
+    }
+    assert listed == {cell: (runs[cell], trials[cell]) for cell in {*runs, *trials} if "/" in cell}
 
 
 def _table(file: Path, heading: str) -> list[list[str]]:

@@ -5,6 +5,7 @@ scripts/keep_records.py: what it keeps of runs is compared as they are.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -219,7 +220,12 @@ def test_of_beaten_trials_of_a_study_the_record_alone_is_kept(
         if index == 3:
             record.selection, record.status = None, "interrupted"
         records.append(record)
-    assert keep_records.find_beaten(records) == {f"run{index}" for index in range(4) if index not in kept}
+    beaten = {f"run{index}" for index in range(4) if index not in kept}
+    assert keep_records.find_beaten(records) == beaten
+    for role in ("final", "trial"):  # the run of a point with another seed, while the point is chosen and later
+        confirmed = copy.deepcopy(records[2])
+        confirmed.run, confirmed.seed, confirmed.search.role = "confirmed", 8, role
+        assert keep_records.find_beaten([*records, confirmed]) == beaten | ({"confirmed"} if role == "trial" else set())
     one, target = records[2], tmp_path / "kept"
     one.overrides = ["output_dir=/nowhere"]
     keep_records.keep(one, target, {})
