@@ -13,6 +13,7 @@ from peftbench.metrics.scripts import Words, choose_bleu_tokenizer, is_english
 from peftbench.metrics.statistics import References, Statistics, average
 
 if TYPE_CHECKING:
+    from sacrebleu.metrics import BLEU
     from sacrebleu.metrics.base import Metric
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -55,7 +56,7 @@ def compute_bleu(predictions: Sequence[str], references: References, labels: Seq
 
     right = _list_texts(references)
     return {
-        "bleu": _score_corpus(BLEU(force=True, tokenize=choose_bleu_tokenizer(right)), predictions, right),
+        "bleu": _score_bleu(BLEU(force=True, tokenize=choose_bleu_tokenizer(right)), predictions, right),
         "chrf": _score_corpus(CHRF(), predictions, right),
     }
 
@@ -75,7 +76,7 @@ def compute_romanian_bleu(
         list(map(prepare_text, predictions)),
         [list(map(prepare_text, texts)) for texts in _list_texts(references)],
     )
-    found = _score_corpus(BLEU(tokenize="none", smooth_method="none", force=True), ours, right)
+    found = _score_bleu(BLEU(tokenize="none", smooth_method="none", force=True), ours, right)
     signature = f"{found.signature}|text:romanian.prepared|sacremoses:{version('sacremoses')}"
     return {"bleu_ro": found._replace(signature=signature), **compute_bleu(predictions, references, labels)}
 
@@ -86,6 +87,22 @@ def compute_exact_match(
     """100 x the share of predictions that equal one of their references except for white space."""
     pairs = zip(predictions, _list_texts(references), strict=True)
     return {"exact_match": average([ours.split() in [text.split() for text in texts] for ours, texts in pairs])}
+
+
+def _score_bleu(metric: BLEU, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistics:
+    """Return BLEU of the corpus. The bootstrap asks for thousands of scores at once: where n-grams of each length are
+    right, none is smoothed, and the formula takes a hundredth of sacreBLEU's time."""
+    found = _score_corpus(metric, predictions, references)
+
+    def score(sums: np.ndarray, examples: int) -> np.ndarray:
+        right, written = np.split(sums[..., 2:], 2, axis=-1)
+        if sums.ndim == 1 or not right.all():
+            return found.score(sums, examples)
+        brevity = np.minimum(0, 1 - sums[..., 1] / sums[..., 0])
+        scores: np.ndarray = 100 * np.exp(brevity + np.log(right / written).mean(axis=-1))
+        return scores
+
+    return found._replace(score=score)
 
 
 def _score_corpus(metric: Metric, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistics:

@@ -114,6 +114,16 @@ def test_scores_of_several_seeds_at_once(metric: str) -> None:
         assert runs[0][name].score(sums, 20).tolist() == pytest.approx(alone)
 
 
+def test_bleu_of_many_draws_is_sacrebleus_of_each() -> None:
+    """Of texts that are shorter than their references, and longer, with n-grams of each length that are right."""
+    right = ["the cat sat on the mat again", "prices rose again in the spring", "it was cold and it rained all day"]
+    ours = ["the cat sat on the mat", "prices rose again in the spring of last year", "it was cold and it rained today"]
+    found = compute_statistics("bleu", ours, right)["bleu"]
+    sums = np.random.default_rng(1).integers(1, 9, (50, 3)) @ found.rows
+    assert len(set(sums[:, 0] < sums[:, 1])) == 2 and sums.all()
+    assert found.score(sums, 3).tolist() == pytest.approx([found.score(one, 3).item() for one in sums])
+
+
 def test_of_several_references_the_closest_counts() -> None:
     (score, *_) = compute_statistics("rouge1", ["a b"], [["x y", "a b", "a"]]).values()
     assert score.rows.item() == 1
