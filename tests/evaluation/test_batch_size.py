@@ -47,8 +47,8 @@ def task_of(family: str, folder: Path) -> Task:
             target_column="target",
             max_source_length=40,
             max_target_length=12,
-            metric="rouge1",
-            generation=Generation(num_beams=2, min_length=0, max_length=9, no_repeat_ngram_size=0),
+            metric="exact_match",
+            generation=Generation(num_beams=2, min_length=0, max_length=6, no_repeat_ngram_size=0),
         )
     return Task(
         name="own",
