@@ -29,6 +29,7 @@ from peftbench.tables.row import Row, is_trial
 from peftbench.utils.console import make_console, say
 from peftbench.utils.errors import UserError, describe_unknown
 from peftbench.utils.files import dump_json
+from peftbench.utils.text import format_count
 
 KEYS = ("task", "model", "budget", "memory")
 MOST = 10  # rows on one screen
@@ -79,13 +80,17 @@ def _show(advice: Advice, budget: str | None, console: Console) -> None:
     first, rows = advice.rows[0].first, advice.rows
     report = first.scores["report"]
     console.print(
-        f"{first.task} with {first.model.name}: {len(rows)} settings with {sum(len(row.scored) for row in rows)} runs, "
+        f"{first.task} with {first.model.name}: {format_count(len(rows), 'setting')} with "
+        f"{format_count(sum(len(row.scored) for row in rows), 'run')}, "
         f"{first.metric} on {report.examples:,} {report.split} examples",
         highlight=False,
     )
     for number, why in ((advice.beyond, "above the limits"), (advice.apart, "trained or scored otherwise")):
         if number:
-            console.print(f"{number} further settings are {why}, and left out.", style="dim", highlight=False)
+            left_out = (
+                f"{format_count(number, 'further setting')} {'is' if number == 1 else 'are'} {why}, and left out."
+            )
+            console.print(left_out, style="dim", highlight=False)
     console.print()
     console.print(_make_table(advice))
     if len({record.device for row in rows for record in row.scored}) > 1:

@@ -33,7 +33,7 @@ from peftbench.tables.select import is_filter, load_folders, select_records
 from peftbench.utils.console import make_console, say
 from peftbench.utils.errors import UserError
 from peftbench.utils.files import dump_json
-from peftbench.utils.text import strip_controls
+from peftbench.utils.text import format_count, strip_controls
 
 EPILOG = """\
 The claims and the comparisons that test them are in conf/claims.yaml. Runs are compared within one task and backbone,
@@ -106,8 +106,9 @@ def _show_searches(records: Sequence[Record], resamples: int, form: str | None) 
     studies = find_studies(records, resamples)
     if not studies:
         raise UserError(
-            f"None of {len(records)} records is a trial of a search over the axes; scripts/reproduction.sh makes some, "
-            "search_0.5% and search_2%, or train with search=optuna budget=2% search.seed=42 seed=1,2,3."
+            f"None of {format_count(len(records), 'record')} is a trial of a search over the axes; "
+            "scripts/reproduction.sh makes some, search_0.5% and search_2%, or train with search=optuna budget=2% "
+            "search.seed=42 seed=1,2,3."
         )
     if form == "json":
         say(dump_json([to_json(one) for one in studies], indent=2, ensure_ascii=True))

@@ -30,7 +30,7 @@ from peftbench.tables.terminal import describe_marks, make_titles, show_legend, 
 from peftbench.utils.console import make_console, say
 from peftbench.utils.errors import UserError, warn
 from peftbench.utils.files import dump_json
-from peftbench.utils.text import join_lines
+from peftbench.utils.text import format_count, join_lines
 
 EPILOG = """\
 KEY is a column (method, row, task, model, seed, status, functional_form, bottleneck, learning_rate, stored, score,
@@ -62,8 +62,8 @@ def main(argv: list[str]) -> int:
     if arguments.interval and (arguments.statistic == "median" or not (pivoted or arguments.statistic)):
         raise UserError("--interval is that of a mean: it needs --mean, or --rows and --columns without --median.")
     if (pivoted or arguments.statistic) and (again := len(records) - len(drop_retrained(records))):
-        runs = "1 run was" if again == 1 else f"{again} runs were"
-        warn(f"{runs} trained more than once; a mean uses the latest.")
+        were = "was" if again == 1 else "were"
+        warn(f"{format_count(again, 'run')} {were} trained more than once; a mean uses the latest.")
     if pivoted:
         _check_pivot(arguments)
         if missing := describe_left_out([Row(tuple(records))]):

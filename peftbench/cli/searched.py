@@ -17,7 +17,7 @@ from peftbench.records.wording import format_value
 from peftbench.tables.claims import Estimate
 from peftbench.tables.intervals import LEAST_SEEDS, describe_ways
 from peftbench.tables.searches import RIVALS, Candidate, StudyFinding, find_selection_front
-from peftbench.utils.text import strip_controls
+from peftbench.utils.text import format_count, strip_controls
 
 HEADERS = ("point", "% stored", "selection", "reported", "best - it", "95% interval")
 
@@ -88,7 +88,7 @@ def describe_study(found: StudyFinding) -> str:
     assert first.search is not None  # it is a trial
     counts = ", ".join(f"{number} {kind}" for kind, number in counted.items())
     number = sum(counted.values())
-    trials = f"{number} trials" if number >= found.wanted else f"{number} of {found.wanted} trials so far"
+    trials = format_count(number, "trial") if number >= found.wanted else f"{number} of {found.wanted} trials so far"
     smoke = "" if first.debug is None else f" (debug={first.debug})"
     return (
         f"{first.task} with {first.model.name}{smoke} {budget}: {trials} of search={first.search.name} with "
@@ -162,7 +162,13 @@ def _describe_verdict(found: StudyFinding) -> str:
         if one.behind is not None
     ]
     how = "better than" if found.is_better else "not better than"
-    return f"The best point is {how} {names} by more than chance: {', '.join(told)}."
+    winners = " and ".join(RIVALS[method] for method in found.winners)
+    beaten = (
+        f" {winners} {'is' if len(found.winners) == 1 else 'are'} better than it by more than chance."
+        if winners
+        else ""
+    )
+    return f"The best point is {how} {names} by more than chance: {', '.join(told)}.{beaten}"
 
 
 def _describe_lack(found: StudyFinding) -> str:

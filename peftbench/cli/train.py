@@ -46,6 +46,7 @@ from peftbench.utils.errors import UserError, print_faults
 from peftbench.utils.progress import Display
 from peftbench.utils.quick_imports import speed_up_imports
 from peftbench.utils.stopping import describe_ignored_interrupt, heed_signals
+from peftbench.utils.text import format_count
 
 HELP = """\
 peftbench train KEY=VALUE ...             one run
@@ -196,7 +197,7 @@ def _print_what_differs(points: Sequence[TypedRun]) -> None:
     apart = len({run.output_dir for _, run in points}) > 1
     counted = Counter(f"{run.task.name} with {run.model.name}{f' in {run.output_dir}' * apart}" for _, run in points)
     if len(counted) > 1:
-        listed = ", ".join(f"{what} ({count} run{'s' if count > 1 else ''})" for what, count in counted.items())
+        listed = ", ".join(f"{what} ({format_count(count, 'run')})" for what, count in counted.items())
         say(f'This sweep goes over {listed}. What follows "{AND}" belongs to that grid; what all share comes first.')
 
 

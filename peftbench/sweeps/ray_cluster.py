@@ -23,6 +23,7 @@ from peftbench.sweeps.jobs import Ended, Job, train_job
 from peftbench.utils.console import say
 from peftbench.utils.errors import UserError
 from peftbench.utils.stopping import Stopped, heed_signals
+from peftbench.utils.text import format_count
 
 
 class RayTasks:
@@ -67,8 +68,10 @@ class RayTasks:
             say(f"no node of the Ray cluster has {_describe(asked)} now; the runs wait for one")
         if self.settings.at_once is not None or not isinstance(jobs, Sequence):
             room = self.settings.at_once or max(1, slots)
-        number = f"{len(jobs)} runs" if isinstance(jobs, Sequence) else "runs"
-        say(f"{number} as tasks of Ray on {len(_list_nodes())} nodes; what they print is in {self.logs}")
+        number = format_count(len(jobs), "run") if isinstance(jobs, Sequence) else "runs"
+        say(
+            f"{number} as tasks of Ray on {format_count(len(_list_nodes()), 'node')}; what they print is in {self.logs}"
+        )
         waiting, following = iter(jobs), dict[Any, Job]()
         while True:
             for job in islice(waiting, None if room is None else max(0, room - len(following))):

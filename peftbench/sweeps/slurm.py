@@ -26,6 +26,7 @@ from peftbench.utils.console import say
 from peftbench.utils.errors import UserError, print_faults
 from peftbench.utils.files import replace_file
 from peftbench.utils.stopping import Stopped, heed_signals
+from peftbench.utils.text import format_count
 
 NOTES = "slurm"  # a folder of .sweeps: for each array a file that says which task is at which run
 LARGEST_ARRAY = 1000  # Slurm's default for MaxArraySize is 1001
@@ -102,7 +103,10 @@ class SlurmTasks:
                 known = {before[str(job.folder.resolve())]: job for job in batch if str(job.folder.resolve()) in before}
                 new = [job for job in batch if job not in known.values()]
                 if known:
-                    say(f"{len(known)} runs are tasks of Slurm already and are followed")
+                    are = (
+                        "is a task of Slurm already and is" if len(known) == 1 else "are tasks of Slurm already and are"
+                    )
+                    say(f"{format_count(len(known), 'run')} {are} followed")
                 following |= known
                 for start in range(0, len(new), LARGEST_ARRAY):
                     following |= self._submit(new[start : start + LARGEST_ARRAY])
@@ -150,7 +154,7 @@ class SlurmTasks:
         self.notes.mkdir(parents=True, exist_ok=True)
         with replace_file(self.notes / f"{array}.json") as file:
             json.dump({task: str(job.folder.resolve()) for task, job in submitted.items()}, file)
-        say(f"{len(jobs)} runs as tasks of Slurm's array {array}; what they print is in {self.logs}")
+        say(f"{format_count(len(jobs), 'run')} as tasks of Slurm's array {array}; what they print is in {self.logs}")
         return submitted
 
     def _find_live_tasks(self) -> dict[str, str]:

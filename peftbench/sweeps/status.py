@@ -11,6 +11,7 @@ from statistics import fmean
 from peftbench.records.record import Record
 from peftbench.sweeps.plan import PlannedRun
 from peftbench.tables.columns import format_duration
+from peftbench.utils.text import format_count
 
 # In which they are counted and listed. unscored: a trial that was chosen, and whose report split is yet to be scored.
 ORDER = ("done", "trained", "diverged", "running", "interrupted", "unscored", "failed", "missing")
@@ -82,8 +83,7 @@ def summarise_states(states: Sequence[State]) -> str:
     counts = ", ".join(f"{counted[status]} {status}" for status in ORDER if counted[status])
     presets = {state.record.debug for state in states if state.record is not None and state.record.debug}
     marked = f" (debug={', '.join(sorted(presets))})" if presets else ""
-    runs = "1 run" if len(states) == 1 else f"{len(states)} runs"
-    return f"{runs}{marked}: {counts}{_format_left(states)}"
+    return f"{format_count(len(states), 'run')}{marked}: {counts}{_format_left(states)}"
 
 
 def format_time(state: State) -> str:

@@ -28,6 +28,7 @@ from peftbench.utils.differences import find_distinctive
 from peftbench.utils.errors import UserError, print_faults
 from peftbench.utils.files import expand_home
 from peftbench.utils.progress import Display, hide_progress, is_live
+from peftbench.utils.text import format_count
 
 INTERRUPTED = 130  # the exit code
 
@@ -94,7 +95,7 @@ class Sweeper:
             mps.share_gpus(first.run.mps, self.places, logs) as sharing,
             Workers(self.places, logs, sharing) as workers,
         ):
-            say(f"{number} runs, {min(number, len(self.places))} at once; what they print is in {logs}")
+            say(f"{format_count(number, 'run')}, {min(number, len(self.places))} at once; what they print is in {logs}")
             self._take_each(workers.run(chain([first], jobs)), queue)
 
     def _train_elsewhere(self, queue: Queue) -> None:

@@ -10,7 +10,9 @@ import numpy as np
 
 from peftbench.records.record import Record, Score
 from peftbench.tables.examples import Restricted, has_examples, read_examples, read_groups
+from peftbench.tables.row import is_trial
 from peftbench.utils.errors import UserError, describe_unknown, warn
+from peftbench.utils.text import format_count
 
 KEY = "group"
 SEEN, UNSEEN = "seen", "unseen"  # in the training examples, or not
@@ -35,20 +37,31 @@ def restrict_records(records: Sequence[Record], wanted: Sequence[str]) -> list[R
 
 
 def leave_out_whole(records: Sequence[Record], wanted: Sequence[str]) -> list[Record]:
-    """Return the records without those whose score is still that of all examples, and say how many these are.
+    """Return the records without the runs whose score is still that of all examples, and say how many these are. A
+    trial of a search stays, without its score: what it counts for is its score on the selection split.
 
     Raises:
         UserError: no score is left.
     """
-    whole = [one for one in records if _is_whole(one)]
+    whole = [one for one in records if _is_whole(one) and not is_trial(one)]
     word = f"{KEY}={','.join(wanted)}"
-    if whole and not any(one.restricted for one in records):
+    if any(map(_is_whole, records)) and not any(one.restricted for one in records):
         raise UserError(
             f"{word}: no run knows which of its examples are of that kind; train with task.group_column=COLUMN."
         )
     if whole:
-        warn(f"{len(whole)} runs are left out, which do not know which of their examples are of {word}.")
-    return [one for one in records if not _is_whole(one)]
+        left_out = format_count(len(whole), "run")
+        warn(f"{word} leaves out {left_out} of which it is not known which examples are of that kind.")
+    left = {id(one) for one in whole}
+    return [_forget_score(one) if _is_whole(one) else one for one in records if id(one) not in left]
+
+
+def _forget_score(trial: Record) -> Record:
+    """Return a trial without what it reports."""
+    forgotten = copy(trial)
+    forgotten.score, forgotten.baselines, forgotten.cut_off = None, {}, {}
+    forgotten.scores = {role: score for role, score in trial.scores.items() if role == "selection"}
+    return forgotten
 
 
 def _is_whole(record: Record) -> bool:

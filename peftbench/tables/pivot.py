@@ -22,6 +22,7 @@ from peftbench.tables.fields import COSTS, FIELDS, MANY_CUT_OFF, find_field
 from peftbench.tables.row import Row, Statistic, drop_retrained, identify_point, is_below_baseline, is_scored
 from peftbench.utils.differences import find_differing, flatten
 from peftbench.utils.errors import UserError
+from peftbench.utils.text import format_count
 
 if TYPE_CHECKING:
     from peftbench.tables.intervals import Interval
@@ -119,7 +120,9 @@ def _write_title(value: str, records: Sequence[Record]) -> str:
     """Return the name of the value, and the settings that all of its runs share."""
     shared = {key: {format_value(FIELDS[key](record)) for record in records} for key in ("method", *COMPARABLE)}
     told = [f"{key}={found.pop()}" for key, found in shared.items() if len(found) == 1]
-    return f"{value} of {len(records)} runs: " + ", ".join(word for word in told if not word.endswith("="))
+    return f"{value} of {format_count(len(records), 'run')}: " + ", ".join(
+        word for word in told if not word.endswith("=")
+    )
 
 
 def _explain_incomparable(columns: dict[str, list[Record]], told: set[str]) -> str | None:
@@ -138,9 +141,9 @@ def _explain_incomparable(columns: dict[str, list[Record]], told: set[str]) -> s
     if not refused:
         return None
     where = "one column" if len(columns) == 1 else f"the column {refused[0] or 'none'}"
-    others = f" (and {len(refused) - 1} others)" if len(refused) > 1 else ""
+    others = f" (and {format_count(len(refused) - 1, 'other')})" if len(refused) > 1 else ""
     seen = "; ".join(
-        f"{key}: " + ", ".join(f"{value} ({number} runs)" for value, number in values.most_common())
+        f"{key}: " + ", ".join(f"{value} ({format_count(number, 'run')})" for value, number in values.most_common())
         for key, values in differences.items()
     )
     first = next(iter(differences))

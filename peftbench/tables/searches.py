@@ -95,6 +95,17 @@ class StudyFinding:
             one.behind is not None and one.behind.low > 0 and not self.is_larger(one) for one in self.rivals.values()
         )
 
+    @property
+    def winners(self) -> list[str]:
+        """The rivals that beat the best point by more than chance, and not because they store clearly more."""
+        return [
+            method
+            for method, one in self.rivals.items()
+            if one.behind is not None
+            and one.behind.high < 0
+            and not is_clearly_more(one.stored or 0, self.leaders[0].stored or 0)
+        ]
+
     def is_larger(self, one: Candidate) -> bool:
         """Return whether the best point stores clearly more than another."""
         return is_clearly_more(self.leaders[0].stored or 0, one.stored or 0)

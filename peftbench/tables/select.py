@@ -39,7 +39,8 @@ def read_records(words: Sequence[str]) -> list[Record]:
     filters = [word for word in words if is_filter(word) and word != TRIALS]
     compared = [record for record in records if TRIALS in words or not is_trial(record)]
     if hidden := len(records) - len(compared):
-        warn(f"{hidden} trials of searches are left out; {TRIALS} shows them.")
+        trials, them = ("trial of a search is", "it") if hidden == 1 else ("trials of searches are", "them")
+        warn(f"{hidden:,} {trials} left out; {TRIALS} shows {them}.")
     if not compared:
         raise UserError(f"{folders[0]} holds trials of a search and no other run yet; {TRIALS} shows them.")
     chosen = select_records(compared, filters)

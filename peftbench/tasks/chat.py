@@ -31,6 +31,7 @@ from peftbench.tasks.rows import Source
 from peftbench.tasks.source import find_files, has_source
 from peftbench.tasks.tokens import CONVERSATION_CUT, SOURCE_CUT, TARGET_CUT
 from peftbench.utils.errors import UserError, quote
+from peftbench.utils.text import format_count
 
 
 class Chat(Completion):
@@ -153,8 +154,8 @@ class Conversations(Chat):
         if hasattr(self, "train") and len(self.train) > len(self.train_rows):
             self.notes.append(
                 "The chat template shows the assistant's turn otherwise once another one follows: "
-                f"{len(self.train_rows):,} conversations are {len(self.train):,} examples, one for each turn where it "
-                "does."
+                f"{format_count(len(self.train_rows), 'conversation')} {'is' if len(self.train_rows) == 1 else 'are'} "
+                f"{format_count(len(self.train), 'example')}, one for each turn where it does."
             )
 
     def encode(self, rows: dict[str, list[Any]], training: bool) -> dict[str, list[Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 
 from peftbench.utils.errors import UserError
-from peftbench.utils.text import list_first
+from peftbench.utils.text import format_count, list_first
 
 SHARE = 10  # each dealt split gets one in this many texts
 MOST_NAMED = 5  # groups in a note
@@ -71,7 +71,7 @@ def describe_deal(dealt: Mapping[str, Dataset], others: Sequence[str], source: s
     said = []
     for split in others:
         groups = sorted(set(map(str, dealt[split][by][:])))
-        said.append(f"{split} has {list_first(groups, MOST_NAMED)} ({len(dealt[split]):,} rows)")
+        said.append(f"{split} has {list_first(groups, MOST_NAMED)} ({format_count(len(dealt[split]), 'row')})")
     return f"{source} is split by {by}: {'; '.join(said)}."
 
 

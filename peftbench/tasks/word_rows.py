@@ -9,6 +9,7 @@ from datasets import ClassLabel, Dataset
 
 from peftbench.config.schema import Task
 from peftbench.utils.errors import UserError, quote
+from peftbench.utils.text import format_count
 
 OUTSIDE = "O"  # the label of a word that is in no entity
 
@@ -51,8 +52,9 @@ def list_tags(task: Task, rows: Dataset, source: Any) -> Iterator[tuple[int, Any
             raise UserError(f"{where} holds {quote(cells)}, not a list of labels.")
         if len(cells) != len(text):
             raise UserError(
-                f"{source.at(number)}: {len(text)} words in {task.text_columns[0]} have {len(cells)} labels in "
-                f"{task.label_column}; give each word one."
+                f"{source.at(number)}: {format_count(len(text), 'word')} in {task.text_columns[0]} "
+                f"{'has' if len(text) == 1 else 'have'} {format_count(len(cells), 'label')} in {task.label_column}; "
+                "give each word one."
             )
         for cell in cells:
             if isinstance(cell, str) and len(cell.split()) != 1:

@@ -26,6 +26,11 @@ def list_first(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + more
 
 
+def format_count(number: int, noun: str) -> str:
+    """Return how many of something there are: "1 run", "2,000 runs". The plural of the noun takes an s."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def strip_controls(text: str) -> str:
     """Return the text with a � for each character that is none: only tabs and line feeds are left of the controls."""
     return text if text.isascii() and text.isprintable() else text.translate(_UNPRINTABLE)

@@ -326,7 +326,7 @@ def test_results_leave_trials_out_unless_asked(tmp_path: Path, capsys: pytest.Ca
     assert (found := find_record(tmp_path / "final")) is not None and found.search == NOTE
     assert main([str(tmp_path), "--show", "run,search,searched", "--csv"]) == 0
     captured = capsys.readouterr()
-    assert captured.err == "1 trials of searches are left out; trials=true shows them.\n"
+    assert captured.err == "1 trial of a search is left out; trials=true shows it.\n"
     lines = sorted(captured.out.splitlines()[1:])
     assert lines == ['final,lr3,"trainer.learning_rate 0.001: 40.25, 0.0003: diverged, 0.003: 41.50"', "plain,,"]
     assert main([str(tmp_path), "trials=true", "search=lr3", "--show", "run,searched", "--csv"]) == 0

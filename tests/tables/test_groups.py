@@ -18,7 +18,7 @@ from peftbench.cli.main import main
 from peftbench.cli.report import main as report
 from peftbench.cli.results import main as results
 from peftbench.records.location import locate_run
-from peftbench.records.record import Record, Score, find_record, load_records
+from peftbench.records.record import Record, Score, Searched, find_record, load_records
 from peftbench.records.recording import record_run
 from peftbench.records.run_files import write_predictions
 from peftbench.records.saved import read_saved_predictions
@@ -116,13 +116,29 @@ def test_only_runs_that_know_their_groups_are_shown(tmp_path: Path, capsys: pyte
     record.data["groups"]["seen"] = None  # what it was trained on is not known
     record.save()
     assert [one.folder for one in select(tmp_path, "group=unseen")] == [known]
-    told = "2 runs are left out, which do not know which of their examples are of group=unseen."
+    told = "group=unseen leaves out 2 runs of which it is not known which examples are of that kind."
     assert told in capsys.readouterr().err
     assert {one.folder for one in select(tmp_path, "group=sea")} == {known, untrained}
     assert select(tmp_path, "group=sea", "seed=1")[0].folder == known
-    assert "1 runs are left out" in capsys.readouterr().err  # that of seed 2, in the first of both calls
+    assert "group=sea leaves out 1 run of" in capsys.readouterr().err  # that of seed 2, in the first of both calls
     assert select(tmp_path, "group=sea", "seed=1", "or", "seed=3")
     assert not capsys.readouterr().err
+
+
+def test_a_trial_that_reports_all_examples_stays_without_its_score(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A search counts its trials, and compares them by the selection split."""
+    make_run(tmp_path, seed=1)
+    trial = find_record(make_run(tmp_path, None, seed=2))
+    assert trial is not None and trial.score is not None
+    trial.search, trial.scores["selection"] = Searched("lr5", "trial", 2, {}), Score("validation", 3, {"bleu": 30.0})
+    trial.save()
+    (stays,) = (one for one in select(tmp_path, "group=unseen") if one.seed == 2)
+    assert (stays.score, {*stays.scores}, stays.baselines, stays.cut_off) == (None, {"selection"}, {}, {})
+    assert not capsys.readouterr().err
+    with pytest.raises(UserError, match="no run knows which of its examples are of that kind"):
+        select(tmp_path, "group=unseen", "seed=2")
 
 
 def test_filters_are_of_the_restricted_score(tmp_path: Path) -> None:

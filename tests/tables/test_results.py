@@ -448,7 +448,7 @@ def test_what_may_not_be_compared_is_not_put_into_one_column(
     with pytest.raises(UserError) as refused:
         main([str(outputs), "--rows", "method,seed"])
     (sentence,) = refused.value.faults
-    assert f"they differ in {key}: " in sentence and "(6 runs)" in sentence and "(1 runs)" in sentence
+    assert f"they differ in {key}: " in sentence and "(6 runs)" in sentence and "(1 run)" in sentence
     assert f"allow it with --mix {key}." in sentence
     for told in (["--rows", "method,seed", "--mix", key], ["--rows", "method,seed", "--columns", key]):
         assert "73.00" in printed(capsys, outputs, *told)
@@ -604,6 +604,6 @@ def test_runs_that_were_scored_on_other_rows_have_a_table_of_their_own(
         headings = [line.rpartition("(")[2] for line in text.splitlines() if line.endswith(")")]
         assert headings == (["data unknown)", "data aaaaaaaa)", "data bbbbbbbb)"] if other else [])
         assert text.count("method") == (3 if other else 1)
-    with pytest.raises(UserError, match=r"differ in data: aaaaaaaa \(2 runs\), bbbbbbbb \(1 runs\)"):
+    with pytest.raises(UserError, match=r"differ in data: aaaaaaaa \(2 runs\), bbbbbbbb \(1 run\)"):
         main([str(tmp_path), "--rows", "method"])
     assert main([str(tmp_path), "--rows", "method", "--mix", "data", "data=aaaaaaaa"]) == 0

@@ -97,6 +97,20 @@ def test_one_rival_is_enough_not_to_be_better(tmp_path: Path, found: Callable[..
     assert "+0.00 (+0.00 to +0.00) against LoRA" in study["said"]
 
 
+@pytest.mark.parametrize(("stored", "told"), [(100, " LoRA is better than it by more than chance."), (200, "")])
+def test_a_rival_that_beats_the_best_point_is_named(
+    stored: int, told: str, tmp_path: Path, found: Callable[..., dict[str, Any]]
+) -> None:
+    """Unless it stores clearly more."""
+    make_all(tmp_path, [70, 70.5, 71], [70, 70.5, 71], [80, 80.5, 81])
+    for file in tmp_path.rglob("record.json"):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        record["counts"]["stored"] = stored if record["method"] == "lora" else 100
+        file.write_text(json.dumps(record), encoding="utf-8")
+    said = found()["said"].split(" The best point is method=")[0]
+    assert ", -10.00 (" in said and said.endswith(f") against LoRA.{told}")
+
+
 @pytest.mark.parametrize("place", ["attention", "query"])  # before and after "output"
 def test_of_equal_trials_the_one_with_other_seeds_was_chosen(
     place: str, tmp_path: Path, found: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]

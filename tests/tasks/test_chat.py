@@ -181,7 +181,7 @@ def test_a_long_conversation_is_cut_and_its_end_not_taught(tmp_path: Path) -> No
 def test_turns_that_are_shown_otherwise_later_are_examples_of_their_own(tmp_path: Path) -> None:
     data = prepare(make_task(tmp_path, [{"messages": THREE_TURNS}]), chatml(QWEN3))
     assert len(data.train) == 3 and len(data.report) == 1
-    assert any("1 conversations are 3 examples" in note for note in data.notes)
+    assert any("1 conversation is 3 examples" in note for note in data.notes)
     assert [data.tokenizer.decode(labels) for labels in data.train["labels"]] == [
         f"<think>\n\n</think>\n\n{reply}{END}" for reply in ("Shakespeare did.", "Around 1600.", "You are welcome.")
     ]

@@ -171,7 +171,7 @@ def test_codes_of_the_hub() -> None:
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
-        ({"tokens": ["a", "b"], "tags": ["O"]}, "2: 2 words in tokens have 1 labels in tags; give each word one"),
+        ({"tokens": ["a", "b"], "tags": ["O"]}, "2: 2 words in tokens have 1 label in tags; give each word one"),
         ({"tokens": ["a"], "tags": ["O X"]}, "2: .O X. is no label of a word"),
         ({"tokens": None, "tags": ["O"]}, "2: column tokens holds .*, not a list of words"),
         ({"tokens": ["a"], "tags": None}, "2: column tags holds .*, not a list of labels"),
