@@ -241,21 +241,18 @@ def _check_studies(launcher: Any) -> None:
 
 
 def _train_studies(points: Sequence[TypedRun], argv: list[str], config_dir: str | None, launcher: Any) -> int:
-    """Train studies, one after another. Points that differ only in their seed are one."""
-    from peftbench.sweeps.study_training import train_study  # imports optuna
+    """Train studies. Points that differ only in their seed are one."""
+    from peftbench.sweeps.study_training import train_studies  # imports optuna
 
-    codes = []
-    for point, seeds in group_studies(points):
-        _, run = point
-        places = find_places([run] * (run.search.trials if run.search is not None and run.search.trials else 1))
-        try:
-            with heed_signals():
-                elsewhere = None if isinstance(launcher, Local) else launcher
-                codes.append(train_study(point, argv, config_dir, places, elsewhere, seeds))
-        except KeyboardInterrupt:
-            print_faults(["interrupted; the same line goes on with the study."])
-            return INTERRUPTED
-    return max(codes)
+    studies = group_studies(points)
+    runs = [run for (_, run), _ in studies for _ in range((run.search and run.search.trials) or 1)]
+    try:
+        with heed_signals():
+            elsewhere = None if isinstance(launcher, Local) else launcher
+            return train_studies(studies, argv, config_dir, find_places(runs), elsewhere)
+    except KeyboardInterrupt:
+        print_faults([f"interrupted; the same line goes on with the {'study' if len(studies) == 1 else 'studies'}."])
+        return INTERRUPTED
 
 
 def _train_by_hydra(points: Sequence[TypedRun], argv: list[str], words: Sequence[str]) -> int:

@@ -37,9 +37,9 @@ def require_packages(launcher: Any) -> None:
 class InProcess:
     """An executor: it trains one run after another in this process, silently."""
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Ended]]:
+    def run(self, jobs: Iterable[Job | None]) -> Iterator[tuple[Job, Ended]]:
         """Train the jobs; yield each with how it ended."""
-        for job in jobs:
+        for job in filter(None, jobs):
             display = Display(make_console(), within_another=True)
             yield job, train_attempt(job.run, job.overrides, wait=job.wait, display=display, trial=job.trial)
 

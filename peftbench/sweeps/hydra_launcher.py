@@ -33,9 +33,9 @@ class HydraJobs:
     def __init__(self, launcher: HydraLauncher) -> None:
         self.launcher = launcher
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Ended]]:
+    def run(self, jobs: Iterable[Job | None]) -> Iterator[tuple[Job, Ended]]:
         """Train the jobs; yield each once all have ended."""
-        batch = list(jobs)
+        batch = list(filter(None, jobs))
         # The folder of the sweep lies in its output_dir.
         shared = [word for word in batch[0].overrides if word.startswith("output_dir=")]
         with open_hydra(self.launcher.config_dir):

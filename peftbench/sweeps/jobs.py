@@ -51,8 +51,11 @@ class Ended:
 class Executor(Protocol):
     """Trains the runs of a sweep somewhere: in worker processes, through a launcher of Hydra, on a cluster."""
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Ended]]:
-        """Train the jobs; yield each with how it ended, in the order in which they end."""
+    def run(self, jobs: Iterable[Job | None]) -> Iterator[tuple[Job, Ended]]:
+        """Train the jobs; yield each with how it ended, in the order in which they end.
+
+        None among them stands for no job now: what is free asks again when the next run has ended.
+        """
         ...
 
 

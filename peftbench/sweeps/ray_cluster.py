@@ -55,7 +55,7 @@ class RayTasks:
     ) -> None:
         ray.shutdown()
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Ended]]:
+    def run(self, jobs: Iterable[Job | None]) -> Iterator[tuple[Job, Ended]]:
         """Train the jobs; yield each with how it ended, in the order in which they end.
 
         Known jobs are all given to Ray, `at_once` at a time if that is set; of jobs that are chosen one after another
@@ -74,7 +74,8 @@ class RayTasks:
         )
         waiting, following = iter(jobs), dict[Any, Job]()
         while True:
-            for job in islice(waiting, None if room is None else max(0, room - len(following))):
+            free = None if room is None else max(0, room - len(following))
+            for job in islice(iter(lambda: next(waiting, None), None), free):
                 following[self._submit(job, asked)] = job
             if not following:
                 return

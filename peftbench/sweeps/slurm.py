@@ -82,7 +82,7 @@ class SlurmTasks:
     def __init__(self, settings: Slurm, logs: Path) -> None:
         self.settings, self.logs, self.notes = settings, logs.resolve(), logs.resolve().parent / NOTES
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Ended]]:
+    def run(self, jobs: Iterable[Job | None]) -> Iterator[tuple[Job, Ended]]:
         """Train the jobs; yield each with how it ended, in the order in which they end.
 
         Known jobs are one array, or several if there are more than an array may have. Of jobs that are chosen one after
@@ -99,7 +99,7 @@ class SlurmTasks:
         try:
             while True:
                 free = None if limit is None else max(0, limit - len(following))
-                batch = list(islice(waiting, free))
+                batch = list(islice(iter(lambda: next(waiting, None), None), free))
                 known = {before[str(job.folder.resolve())]: job for job in batch if str(job.folder.resolve()) in before}
                 new = [job for job in batch if job not in known.values()]
                 if known:

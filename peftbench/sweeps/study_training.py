@@ -1,19 +1,21 @@
-"""A study from its first trial to its table.
+"""Studies from their first trial to their tables.
 
 The report split is looked at once, at the end, for the trials that were chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
-from typing import Any
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
 from peftbench.config.compose import TypedRun
+from peftbench.config.schema import index_by_key
 from peftbench.records.record import find_finished, find_record
 from peftbench.sweeps import mps
 from peftbench.sweeps.executors import InProcess, start_executor
-from peftbench.sweeps.jobs import Executor, Job
+from peftbench.sweeps.jobs import Ended, Executor, Job
 from peftbench.sweeps.left import lacks_scores
 from peftbench.sweeps.study import Study
 from peftbench.sweeps.study_front import list_chosen, mark_front
@@ -21,58 +23,139 @@ from peftbench.sweeps.study_table import show_front
 from peftbench.sweeps.study_trials import PRUNED, choose_trials, note_ended
 from peftbench.sweeps.workers import Workers
 from peftbench.utils.console import make_console, say
+from peftbench.utils.differences import find_distinctive
 from peftbench.utils.errors import print_faults
 
+T = TypeVar("T")
 
-def train_study(
-    point: TypedRun,
+
+def train_studies(
+    points: Sequence[tuple[TypedRun, Sequence[int]]],
     arguments: Sequence[str],
     config_dir: str | None,
     places: Sequence[dict[str, str]],
     launcher: Any = None,
-    seeds: Sequence[int] = (),
 ) -> int:
-    """Train the trials of a study, score those on the front, train these with the other seeds, and show the front.
+    """Train the trials of studies, score those on each front, train these with the other seeds, and show the fronts.
+
+    Studies are trained side by side and take turns, so that the end of one leaves no place idle. Where one run is
+    trained after the other, so are the studies.
 
     Args:
+        points: the run that each study varies, and the seeds of the command line.
         places: of the runs that are trained at once on this machine, see `find_places`.
         launcher: where runs are trained otherwise.
-        seeds: of the command line.
 
     Returns:
         The exit code: 0, or 1 if trials failed or are unfinished.
     """
-    study = Study(point, arguments, config_dir, seeds)
-    if study.run.rerun and study.count_runs(ended=True):
-        say(f"rerun=true does not train again what the study has; delete {study.file}, and it begins anew.")
-    with ExitStack() as stack:
-        logs = study.file.parent / f"{study.name}.logs"
-        executor: Executor = InProcess()
-        if launcher is not None:
-            executor = stack.enter_context(start_executor(launcher, logs))
-        elif len(places) > 1:
-            sharing = stack.enter_context(mps.share_gpus(study.run.mps, places, logs))
-            executor = stack.enter_context(Workers(places, logs, sharing))
-            say(f"{len(places)} trials at once; what they print is in {logs}")
-        wanted = study.search.trials
-        for job, ended in executor.run(choose_trials(study)):
-            said = note_ended(study, job, ended)
-            say(f"{study.count_runs(ended=True)} of {wanted}: {job.settings}: {said}")
-            print_faults([] if said == PRUNED else ended.faults)  # Slurm's tasks return nothing
-        counted = study.count()
+    if launcher is None and len(places) == 1 and len(points) > 1:
+        return max(train_studies([point], arguments, config_dir, places) for point in points)
+    studies = [Study(point, arguments, config_dir, seeds) for point, seeds in points]
+    for study in studies:
+        if study.run.rerun and study.count_runs(ended=True):
+            say(f"rerun=true does not train again what the study has; delete {study.file}, and it begins anew.")
+    at_work = [_StudyAtWork(study, label) for study, label in zip(studies, _label_studies(studies), strict=True)]
+    with _start_executor(studies[0], places, launcher) as executor:
+        for job, ended in executor.run(take_turns(one.choose_jobs() for one in at_work)):
+            next(one for one in at_work if id(job) in one.jobs).note_ended(job, ended)
+    return max([one.show() for one in at_work])
+
+
+class _StudyAtWork:
+    """A study that is being trained.
+
+    Args:
+        label: what precedes its lines, to tell it from others.
+    """
+
+    def __init__(self, study: Study, label: str) -> None:
+        self.study, self.label = study, label
+        self.jobs: set[int] = set()  # at work, by their identity: two studies may have the same run
+        self.counted = Counter[str]()
+        self.chosen: list[Job] = []
+        self.waiting: list[Job] = []  # those of them for which anything must be computed
+        self.ended = 0  # of these
+
+    def choose_jobs(self) -> Iterator[Job | None]:
+        """Yield the trials, None while the last ones are at work, and then the runs of the points that were chosen."""
+        yield from self._give_out(choose_trials(self.study))
+        while self.jobs:
+            yield None
+        self.counted = self.study.count()
         # Of a study that goes on later another point may be the best.
-        chosen = [] if counted["unfinished"] else list_chosen(study)
-        waiting = [job for job in chosen if _is_waiting(job)]
-        for count, (job, ended) in enumerate(executor.run(waiting) if waiting else (), start=1):
+        self.chosen = [] if self.counted["unfinished"] else list_chosen(self.study)
+        self.waiting = [job for job in self.chosen if _is_waiting(job)]
+        yield from self._give_out(self.waiting)
+
+    def _give_out(self, jobs: Iterable[Job]) -> Iterator[Job]:
+        for job in jobs:
+            self.jobs.add(id(job))
+            yield job
+
+    def note_ended(self, job: Job, ended: Ended) -> None:
+        """Print how a job ended, and tell the study if it was a trial."""
+        self.jobs.remove(id(job))
+        if self.waiting:  # all trials have ended
+            self.ended += 1
             record = find_record(job.folder)
-            outcome = "missing" if record is None else record.outcome
-            say(f"{count} of {len(waiting)} chosen: {job.settings}: {outcome}")
-            print_faults(ended.faults)
-    if counted["unfinished"]:
-        study.save_plan()
-    show_front(study, mark_front(study), counted, make_console())
-    missing = any(find_finished(job.folder) is None for job in chosen)
-    return 1 if counted["failed"] or counted["unfinished"] or missing else 0
+            said = "missing" if record is None else record.outcome
+            count = f"{self.ended} of {len(self.waiting)} chosen"
+        else:
+            said = note_ended(self.study, job, ended)
+            count = f"{self.study.count_runs(ended=True)} of {self.study.search.trials}"
+        say(f"{self.label}{count}: {job.settings}: {said}")
+        print_faults([] if said == PRUNED else ended.faults)  # Slurm's tasks return nothing
+
+    def show(self) -> int:
+        """Mark and show the front; return the exit code."""
+        if self.counted["unfinished"]:
+            self.study.save_plan()
+        if self.label:
+            say(f"\n{self.label.removesuffix(', ')}")
+        show_front(self.study, mark_front(self.study), self.counted, make_console())
+        missing = any(find_finished(job.folder) is None for job in self.chosen)
+        return 1 if self.counted["failed"] or self.counted["unfinished"] or missing else 0
+
+
+def take_turns(streams: Iterable[Iterator[T | None]]) -> Iterator[T | None]:
+    """Yield something of each stream in turn, until all have ended; None where those that are left have nothing now."""
+    turns = deque(streams)
+    while turns:
+        found = None
+        for _ in range(len(turns)):
+            stream = turns.popleft()
+            with suppress(StopIteration):
+                found = next(stream)
+                turns.append(stream)
+            if found is not None:
+                break
+        if found is not None or turns:
+            yield found
+
+
+@contextmanager
+def _start_executor(study: Study, places: Sequence[dict[str, str]], launcher: Any) -> Iterator[Executor]:
+    """Provide what trains the runs of studies, of which this is the first."""
+    logs = study.file.parent / f"{study.name}.logs"
+    if launcher is not None:
+        with start_executor(launcher, logs) as executor:
+            yield executor
+    elif len(places) > 1:
+        with mps.share_gpus(study.run.mps, places, logs) as sharing, Workers(places, logs, sharing) as workers:
+            say(f"{len(places)} trials at once; what they print is in {logs}")
+            yield workers
+    else:
+        yield InProcess()
+
+
+def _label_studies(studies: Sequence[Study]) -> list[str]:
+    """Return what precedes the lines of each study: what was typed for it and not for others; nothing for one alone."""
+    if len(studies) == 1:
+        return [""]
+    typed = [index_by_key(study.overrides) for study in studies]
+    keys = find_distinctive(typed)
+    return [" ".join(f"{key}={one[key]}" for key in keys if key in one) + ", " for one in typed]
 
 
 def _is_waiting(job: Job) -> bool:

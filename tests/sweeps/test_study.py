@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -47,6 +48,7 @@ from peftbench.sweeps.executors import InProcess
 from peftbench.sweeps.jobs import Ended, Job
 from peftbench.sweeps.optuna_study import JudgedTrial, list_by_state, make_sampler, open_study, tell_diverged
 from peftbench.sweeps.study import Study
+from peftbench.sweeps.study_training import take_turns
 from peftbench.tables.searches import find_studies
 from peftbench.utils.errors import UserError
 
@@ -487,6 +489,55 @@ def test_trials_are_counted_as_they_end(
     monkeypatch.setattr(peftbench.sweeps.study_training, "InProcess", TwoAtOnce)
     assert main(line(tmp_path, "search.trials=3", "budget=2%")) == 0
     assert re.findall(r"^(\d of 3): functional", capsys.readouterr().out, re.M) == ["1 of 3", "2 of 3", "3 of 3"]
+
+
+class AtOnce(InProcess):
+    """Trains as many runs at once as there are places: the one that began first is the first to end."""
+
+    def __init__(self, places: int) -> None:
+        self.places, self.begun, self.at_work = places, list[Job](), list[int]()
+
+    def run(self, jobs: Iterable[Job | None]) -> Iterator[tuple[Job, Ended]]:
+        coming, busy = iter(jobs), deque[Job]()
+        while True:
+            for job in islice(iter(lambda: next(coming, None), None), self.places - len(busy)):
+                busy.append(job)
+                self.begun.append(job)
+            if not busy:
+                return
+            self.at_work.append(len(busy))
+            yield from super().run([busy.popleft()])
+
+
+def test_studies_of_a_line_are_trained_side_by_side(
+    tmp_path: Path, trained: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each was trained to its end before the next one began, and the places of its last trials were idle."""
+    trained()
+    executor = AtOnce(2)
+    monkeypatch.setattr(peftbench.sweeps.study_training, "_start_executor", lambda *_: nullcontext(executor))
+    small, large = ["budget=0.5%", "search.trials=2", "seed=1,2"], ["and", "budget=2%", "search.trials=4", "seed=1"]
+    assert main(["train", "-m", "jobs=2", *WORDS, f"output_dir={tmp_path}", *small, *large]) == 0
+    order = [("small" if job.run.budget == "0.5%" else "large") + str(job.run.seed) for job in executor.begun]
+    # The small one's chosen run with seed 2 follows its second trial, between trials of the large one.
+    assert order == ["small1", "large1", "small1", "large1", "small2", "large1", "large1"]
+    assert executor.at_work == [2] * 6 + [1]
+    printed = capsys.readouterr().out
+    labels = "budget=0.5% search.trials=2", "budget=2% search.trials=4"
+    lines = re.findall(rf"^({'|'.join(map(re.escape, labels))}), (\d of \d(?: chosen)?): ", printed, re.M)
+    assert [count for label, count in lines if label == labels[0]] == ["1 of 2", "2 of 2", "1 of 1 chosen"]
+    assert [count for label, count in lines if label == labels[1]] == ["1 of 4", "2 of 4", "3 of 4", "4 of 4"]
+    tables = printed[printed.index(f"\n{labels[0]}\n") :]
+    assert tables.count("search=optuna: ") == 2 and f"\n{labels[1]}\n" in tables
+    assert main(["train", "-m", "jobs=2", *WORDS, f"output_dir={tmp_path}", *small, *large]) == 0
+    assert len(executor.begun) == len(order)
+
+
+def test_streams_take_turns() -> None:
+    """Where one has nothing now the next one is asked; None comes where all that are left have nothing."""
+    one, other = [1, None, None, 2], ["a", "b", None, "c"]
+    assert list(take_turns([iter(one), iter(other), iter([])])) == [1, "a", "b", None, 2, "c"]
+    assert list(take_turns([iter([None, 1])])) == [None, 1] and not list(take_turns([]))
 
 
 def test_a_trial_that_another_study_has_trained_again_is_one_of_both(tmp_path: Path, trained: Any) -> None:
