@@ -19,7 +19,7 @@ from peftbench.config.identity import hash_run
 from peftbench.config.schema import Modification, Run, Unfreeze, list_modifications
 from peftbench.counts import solve as solving
 from peftbench.counts.resolve import resolve_sizes
-from peftbench.counts.solve import solve_budget
+from peftbench.counts.solve import Costs, solve_budget
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import count
 from peftbench.utils.errors import UserError
@@ -127,8 +127,9 @@ def test_one_bottleneck_is_the_largest_that_fits(family: str, preset: str, tmp_p
     six, seven = (stored(family, PRESETS[preset], (n,), Unfreeze.none) for n in (6, 7))
     run = run_on(family, tmp_path, PRESETS[preset])
     assert six < seven
+    measured: dict[str, Costs] = {}
     for budget, expected in ((seven - 1, 6), (seven, 7)):
-        assert sizes_of(solve_budget(replace(run, budget=str(budget)))) == (expected,)
+        assert sizes_of(solve_budget(replace(run, budget=str(budget)), measured=measured)) == (expected,)
 
 
 @pytest.mark.slow
@@ -153,9 +154,10 @@ def test_several_bottlenecks_keep_their_ratio(family: str, mix: str, unfreeze: U
     counts = [stored(family, MIX[mix], sizes, unfreeze) for sizes in reached]
     assert counts == sorted(set(counts))
     run = run_on(family, tmp_path, MIX[mix], unfreeze=unfreeze)
+    measured: dict[str, Costs] = {}
     for sizes, fits, next_one in zip(reached, counts, counts[1:], strict=False):
         for budget in (fits, next_one - 1):
-            assert sizes_of(solve_budget(replace(run, budget=str(budget)))) == sizes
+            assert sizes_of(solve_budget(replace(run, budget=str(budget)), measured=measured)) == sizes
 
 
 def composed(*overrides: str) -> Run:
