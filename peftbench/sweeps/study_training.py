@@ -49,24 +49,23 @@ def train_studies(
     Returns:
         The exit code: 0, or 1 if trials failed or are unfinished.
     """
-    if launcher is None and len(places) == 1 and len(points) > 1:
-        return max(train_studies([point], arguments, config_dir, places) for point in points)
-    studies = [Study(point, arguments, config_dir, seeds) for point, seeds in points]
-    for study in studies:
-        if study.run.rerun and study.count_runs(ended=True):
-            say(f"rerun=true does not train again what the study has; delete {study.file}, and it begins anew.")
-    at_work = [_StudyAtWork(study, label) for study, label in zip(studies, _label_studies(studies), strict=True)]
-    with _start_executor(studies[0], places, launcher) as executor:
-        for job, ended in executor.run(take_turns(one.choose_jobs() for one in at_work)):
-            next(one for one in at_work if id(job) in one.jobs).note_ended(job, ended)
-    return max([one.show() for one in at_work])
+    labelled = list(zip(points, _label_points([point for point, _ in points]), strict=True))
+    together = [labelled] if launcher is not None or len(places) > 1 else [[one] for one in labelled]
+    codes = []
+    for some in together:
+        studies = [_StudyAtWork(Study(point, arguments, config_dir, seeds), label) for (point, seeds), label in some]
+        with _start_executor(studies[0].study, places, launcher) as executor:
+            for job, ended in executor.run(take_turns(one.choose_jobs() for one in studies)):
+                next(one for one in studies if id(job) in one.jobs).note_ended(job, ended)
+        codes += [one.show() for one in studies]
+    return max(codes)
 
 
 class _StudyAtWork:
     """A study that is being trained.
 
     Args:
-        label: what precedes its lines, to tell it from others.
+        label: what tells it from the others.
     """
 
     def __init__(self, study: Study, label: str) -> None:
@@ -76,6 +75,8 @@ class _StudyAtWork:
         self.chosen: list[Job] = []
         self.waiting: list[Job] = []  # those of them for which anything must be computed
         self.ended = 0  # of these
+        if study.run.rerun and study.count_runs(ended=True):
+            say(f"rerun=true does not train again what the study has; delete {study.file}, and it begins anew.")
 
     def choose_jobs(self) -> Iterator[Job | None]:
         """Yield the trials, None while the last ones are at work, and then the runs of the points that were chosen."""
@@ -104,7 +105,8 @@ class _StudyAtWork:
         else:
             said = note_ended(self.study, job, ended)
             count = f"{self.study.count_runs(ended=True)} of {self.study.search.trials}"
-        say(f"{self.label}{count}: {job.settings}: {said}")
+        which = f"{self.label}, " if self.label else ""
+        say(f"{which}{count}: {job.settings}: {said}")
         print_faults([] if said == PRUNED else ended.faults)  # Slurm's tasks return nothing
 
     def show(self) -> int:
@@ -112,7 +114,7 @@ class _StudyAtWork:
         if self.counted["unfinished"]:
             self.study.save_plan()
         if self.label:
-            say(f"\n{self.label.removesuffix(', ')}")
+            say(f"\n{self.label}")
         show_front(self.study, mark_front(self.study), self.counted, make_console())
         missing = any(find_finished(job.folder) is None for job in self.chosen)
         return 1 if self.counted["failed"] or self.counted["unfinished"] or missing else 0
@@ -149,13 +151,11 @@ def _start_executor(study: Study, places: Sequence[dict[str, str]], launcher: An
         yield InProcess()
 
 
-def _label_studies(studies: Sequence[Study]) -> list[str]:
-    """Return what precedes the lines of each study: what was typed for it and not for others; nothing for one alone."""
-    if len(studies) == 1:
-        return [""]
-    typed = [index_by_key(study.overrides) for study in studies]
+def _label_points(points: Sequence[TypedRun]) -> list[str]:
+    """Return what tells each study from the others: the words that were typed for it alone, if there are any."""
+    typed = [index_by_key(words) for words, _ in points]
     keys = find_distinctive(typed)
-    return [" ".join(f"{key}={one[key]}" for key in keys if key in one) + ", " for one in typed]
+    return [" ".join(f"{key}={one[key]}" for key in keys if key in one) for one in typed]
 
 
 def _is_waiting(job: Job) -> bool:

@@ -533,6 +533,18 @@ def test_studies_of_a_line_are_trained_side_by_side(
     assert len(executor.begun) == len(order)
 
 
+def test_studies_are_told_apart_by_what_was_typed_for_each(
+    tmp_path: Path, trained: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where they are trained one after the other. The first has no word of its own."""
+    trained()
+    words = ["search.trials=1", "budget=2%", f"output_dir={tmp_path}", "and", "trainer.warmup=0.1"]
+    assert main(["train", "-m", *WORDS, *words]) == 0
+    printed = capsys.readouterr().out
+    assert re.findall(r"^(.*)1 of 1: functional", printed, re.M) == ["", "trainer.warmup=0.1, "]
+    assert "\ntrainer.warmup=0.1\n" in printed
+
+
 def test_streams_take_turns() -> None:
     """Where one has nothing now the next one is asked; None comes where all that are left have nothing."""
     one, other = [1, None, None, 2], ["a", "b", None, "c"]
