@@ -645,11 +645,11 @@ def _tell_reported(found: StudyFinding) -> tuple[float, ...]:
 
 def test_the_prose_on_the_searches_on_webnlg_says_what_the_records_say() -> None:
     page = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
-    prose = " ".join(page.split("**On WebNLG with SmolLM2, nothing is either.**")[1].split("<!--")[0].split())
+    prose = " ".join(page.split("**On WebNLG with SmolLM2, nothing is so far.**")[1].split("<!--")[0].split())
     records = load_records(FOLDER / "webnlg" / "smollm2-135m")[0]
     small, large = find_studies(records, 2000)
     assert (small.is_better, large.is_better) == (False, False)
-    assert f"have {len(small.trials)} points under 0.5% and {len(large.trials)} under 2% so far" in prose
+    assert f"have {len(small.trials)} points under 0.5% and {len(large.trials)} under 2%, of 200" in prose
     axes = [one.leaders[0].first.axes[0] for one in (small, large)]
     assert [(one.functional_form, one.modified_representation, one.insertion_form) for one in axes] == [
         ("identity", "ffn_weights", "sequential"),
