@@ -136,7 +136,7 @@ def test_cut_off_is_the_same_in_parts(family: str, beams: int, likely: float, tm
     model.save_pretrained(tmp_path)
     letters().save_pretrained(tmp_path)
     task = task_of(family, tmp_path)
-    task.generation.num_beams = beams
+    task.generation.num_beams, task.generation.max_length = beams, 9
     backbone = load_backbone(Model(path=str(tmp_path)), task)
     data = prepare_data(load_task(task), backbone.tokenizer, backbone.model)
     run = Run(task=task, trainer=Trainer(learning_rate=1.0, eval_batch_size=8))
