@@ -52,8 +52,8 @@ def leave_out_whole(records: Sequence[Record], wanted: Sequence[str]) -> list[Re
     if whole:
         left_out = format_count(len(whole), "run")
         warn(f"{word} leaves out {left_out} of which it is not known which examples are of that kind.")
-    left = {id(one) for one in whole}
-    return [_forget_score(one) if _is_whole(one) else one for one in records if id(one) not in left]
+    known = [one for one in records if is_trial(one) or not _is_whole(one)]
+    return [_forget_score(one) if _is_whole(one) else one for one in known]
 
 
 def _forget_score(trial: Record) -> Record:

@@ -583,9 +583,9 @@ def test_what_is_wrong_in_a_users_own_search(
     assert "; each of its keys has times: [...] or values: [...], as in conf/search/lr3" in capsys.readouterr().err
 
 
-def test_hydras_own_flags_work() -> None:
-    line = [*SUBPROCESS, "train", "method=lora", "--info", "defaults-tree"]
-    done = subprocess.run(line, capture_output=True, text=True)
+@pytest.mark.parametrize("arguments", [["--cfg", "job"], ["--info", "defaults-tree"], ["--help"]])
+def test_hydras_own_flags_work(arguments: list[str]) -> None:
+    done = subprocess.run([*SUBPROCESS, "train", "method=lora", *arguments], capture_output=True, text=True)
     assert done.returncode == 0
     assert "functional_form" in done.stdout
 
