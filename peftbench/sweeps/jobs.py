@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -57,6 +58,14 @@ class Executor(Protocol):
         None among them stands for no job now: what is free asks again when the next run has ended.
         """
         ...
+
+
+def take_ready(jobs: Iterator[Job | None], most: int | None) -> Iterator[Job]:
+    """Yield the next jobs, not more than `most`, up to where there is none now."""
+    for job in islice(jobs, most):
+        if job is None:
+            return
+        yield job
 
 
 def train_job(job: Job) -> Ended:

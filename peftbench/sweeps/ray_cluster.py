@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import ray
 
 from peftbench.config.launchers import Ray
-from peftbench.sweeps.jobs import Ended, Job, train_job
+from peftbench.sweeps.jobs import Ended, Job, take_ready, train_job
 from peftbench.utils.console import say
 from peftbench.utils.errors import UserError
 from peftbench.utils.stopping import Stopped, heed_signals
@@ -75,7 +74,7 @@ class RayTasks:
         waiting, following = iter(jobs), dict[Any, Job]()
         while True:
             free = None if room is None else max(0, room - len(following))
-            for job in islice(iter(lambda: next(waiting, None), None), free):
+            for job in take_ready(waiting, free):
                 following[self._submit(job, asked)] = job
             if not following:
                 return

@@ -14,14 +14,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from peftbench.config.launchers import Slurm, parse_minutes
 from peftbench.records.noted import is_over
 from peftbench.records.record import find_record
-from peftbench.sweeps.jobs import Ended, Job, train_job
+from peftbench.sweeps.jobs import Ended, Job, take_ready, train_job
 from peftbench.utils.console import say
 from peftbench.utils.errors import UserError, print_faults
 from peftbench.utils.files import replace_file
@@ -99,7 +98,7 @@ class SlurmTasks:
         try:
             while True:
                 free = None if limit is None else max(0, limit - len(following))
-                batch = list(islice(iter(lambda: next(waiting, None), None), free))
+                batch = list(take_ready(waiting, free))
                 known = {before[str(job.folder.resolve())]: job for job in batch if str(job.folder.resolve()) in before}
                 new = [job for job in batch if job not in known.values()]
                 if known:

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from peftbench.sweeps.fork_server import choose_context
-from peftbench.sweeps.jobs import Ended, Job, train_attempt
+from peftbench.sweeps.jobs import Ended, Job, take_ready, train_attempt
 from peftbench.sweeps.mps import Sharing, UnusableError, await_gpu
 from peftbench.utils.console import say
 from peftbench.utils.files import open_unlinked
@@ -71,7 +71,7 @@ class Workers:
 
         def give_out() -> None:
             chosen = []
-            for worker, job in zip(free, iter(lambda: next(waiting, None), None), strict=False):
+            for worker, job in zip(free, take_ready(waiting, len(free)), strict=False):
                 worker.start()
                 chosen.append((worker, job))
             del free[: len(chosen)]

@@ -45,7 +45,7 @@ from peftbench.records.record import (
 )
 from peftbench.records.recording import start_record
 from peftbench.sweeps.executors import InProcess
-from peftbench.sweeps.jobs import Ended, Job
+from peftbench.sweeps.jobs import Ended, Job, take_ready
 from peftbench.sweeps.optuna_study import JudgedTrial, list_by_state, make_sampler, open_study, tell_diverged
 from peftbench.sweeps.study import Study
 from peftbench.sweeps.study_training import take_turns
@@ -500,7 +500,7 @@ class AtOnce(InProcess):
     def run(self, jobs: Iterable[Job | None]) -> Iterator[tuple[Job, Ended]]:
         coming, busy = iter(jobs), deque[Job]()
         while True:
-            for job in islice(iter(lambda: next(coming, None), None), self.places - len(busy)):
+            for job in take_ready(coming, self.places - len(busy)):
                 busy.append(job)
                 self.begun.append(job)
             if not busy:
