@@ -28,9 +28,7 @@ PAGE, README, PICTURE = ROOT / "docs" / "reproduction.md", ROOT / "README.md", R
 CURVES = PICTURE.with_name("curves.svg")
 RECORDS = ROOT / "outputs" / "reference"
 BEGIN, END = "<!-- peftbench claims outputs/reference --markdown -->\n", "<!-- end -->\n"
-BEGIN_GROUPS = (
-    "<!-- peftbench claims outputs/reference/reproduction group=seen --short --markdown, and group=unseen -->\n"
-)
+BEGIN_GROUPS = "<!-- peftbench claims outputs/reference group=seen --short --markdown, and group=unseen -->\n"
 BEGIN_SEARCHES = "<!-- peftbench claims outputs/reference --searches --markdown -->\n"
 PLANNED = [(*cell, budget) for cell in (("sst2", "minilm-l6"), ("webnlg", "smollm2-135m")) for budget in ("0.5%", "2%")]
 
@@ -43,8 +41,8 @@ CELLS = {
     "webnlg/smollm2-135m": "SmolLM2, decoder: WebNLG",
 }
 GROUPS = {
-    "seen": "The categories of the training file, `group=seen`:",
-    "unseen": "The five other categories, `group=unseen`:",
+    "seen": "The categories that are trained on, `group=seen`:",
+    "unseen": "The other categories, `group=unseen`:",
 }
 # The rows of the steps `insertion` and `mam` of scripts/reproduction.sh, as filters.
 ROWS = [
@@ -58,7 +56,7 @@ LABELS = {"budget": "stored", "modified_representation": "at"}
 def write_page(page: str, records: Path = RECORDS) -> str:
     """Return the page with the tables that the records have now."""
     page = replace_part(page, BEGIN, _run(claims, [str(records), "--markdown"]))
-    page = replace_part(page, BEGIN_GROUPS, write_groups(records / "reproduction"))
+    page = replace_part(page, BEGIN_GROUPS, write_groups(records))
     return replace_part(page, BEGIN_SEARCHES, write_searches(records))
 
 

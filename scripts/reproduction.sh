@@ -26,9 +26,11 @@
 #               --searches says what they have found.
 # Run again, the script skips finished runs and resumes interrupted ones. Of a finished run the record is enough, so that
 # a machine continues what another began, if OUTPUTS has what scripts/keep_records.py kept of it.
-# Words with = go to peftbench train, the last of a key counts: seed=42,1,2,3,4 has two more seeds,
-# trainer.compile=layers more than halves the time of SmolLM2 on a GPU, and
-# debug=smoke trainer.max_steps=4 task.max_selection=16 tries a step in minutes.
+# Words with = go to peftbench train, the last of a key counts:
+#   seed=42,1,2,3,4                                         two more seeds
+#   trainer.compile=layers                                  less than half the time of SmolLM2 on a GPU
+#   task.selection_split=held_out task.deal_by=category     two untrained categories of WebNLG choose the rates
+#   debug=smoke trainer.max_steps=4 task.max_selection=16   tries a step in minutes
 set -euo pipefail
 if [ $# -lt 4 ]; then
   sed -n 's/^# \{0,1\}//; 2,4p' "$0" >&2

@@ -24,6 +24,7 @@ from peftbench.tables.claim_texts import (
     describe_few,
     describe_untested,
     list_estimates,
+    name_selection,
 )
 from peftbench.tables.claims import CellFindings, Comparison, Estimate, Finding, judge_records
 from peftbench.tables.fields import FIELDS
@@ -205,6 +206,7 @@ def _name_cells(cells: Sequence[CellFindings]) -> list[str]:
     ways: list[Callable[[CellFindings], str]] = [
         lambda cell: f"{cell.first.task} with {cell.first.model.name}",
         lambda cell: f"{cell.first.task} with {cell.first.model.name}, {cell.first.steps:,} steps",
+        lambda cell: f"{cell.first.task} with {cell.first.model.name}, chosen on {name_selection(cell)}",
         describe_cell,
     ]
     named = [[way(cell) for cell in cells] for way in ways]

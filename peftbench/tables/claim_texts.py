@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 
-from peftbench.records.record import Record
+from peftbench.records.record import Record, Searched
 from peftbench.tables.claims import CellFindings, Comparison, Estimate, Finding, count_seeds_needed, get_score
 from peftbench.tables.fields import MANY_CUT_OFF
 from peftbench.tables.flatness import find_steepest
@@ -22,16 +22,25 @@ def describe_cell(cell: CellFindings) -> str:
     """Return what the runs of a cell have in common: task, backbone, examples, steps, rates and seeds."""
     first = cell.first
     report = first.scores["report"]
-    rates = (
-        f"each with the best learning rate of search={first.search.name}"
-        if first.search
-        else "learning rates not searched"
-    )
+    rates = "learning rates not searched"
+    if first.search:
+        rates = f"each with the best learning rate of search={first.search.name}{_describe_chosen_on(first.search)}"
     seeds = sorted({record.seed for row in cell.rows for record in row.scored})
     return (
         f"{first.task} with {first.model.name}: {first.metric} on {report.examples:,} {report.split} examples, "
         f"{first.steps:,} steps, {rates}, seeds {', '.join(map(str, seeds))}"
     )
+
+
+def name_selection(cell: CellFindings) -> str:
+    """Return the split that a cell's learning rates were chosen on; "" if none was, or it is not known."""
+    search = cell.first.search
+    return search.selection.split if search and search.selection else ""
+
+
+def _describe_chosen_on(search: Searched) -> str:
+    looked = search.selection
+    return f" on {looked.examples:,} {looked.split} examples" if looked else ""
 
 
 def describe_change(finding: Finding) -> str:

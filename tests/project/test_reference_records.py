@@ -19,7 +19,11 @@ from peftbench.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "outputs" / "reference"
-RUNS = {"grid": 40, "text": 45, "text_long": 10, "grid_sst2": 40, "curves": 9, "peft": 100, "reproduction": 1536}
+RUNS = {
+    **{"grid": 40, "text": 45, "text_long": 10, "grid_sst2": 40, "curves": 9, "peft": 100},
+    **{"reproduction": 1567, "by_category": 34},
+}
+OF_SCRIPT = ("reproduction", "by_category")  # made by scripts/reproduction.sh
 
 
 @pytest.mark.parametrize("part", RUNS)
@@ -42,8 +46,8 @@ def test_every_record_is_whole(part: str) -> None:
         numbers = [value for score in record.scores.values() for value in score.metrics.values()]
         assert record.score in numbers if record.status == "done" else "report" not in record.scores
         assert all(map(math.isfinite, numbers)) and bool(numbers) != pruned
-        kept = {FILE} if part == "reproduction" and beaten else {FILE, "config.yaml", "metrics.jsonl"}
-        has_examples = part in ("peft", "reproduction") and record.status == "done" and not beaten
+        kept = {FILE} if part in OF_SCRIPT and beaten else {FILE, "config.yaml", "metrics.jsonl"}
+        has_examples = part in ("peft", *OF_SCRIPT) and record.status == "done" and not beaten
         assert {file.name for file in record.folder.iterdir()} == kept | ({examples.FILE} if has_examples else set())
         told = [line for name in kept for line in (record.folder / name).read_text(encoding="utf-8").splitlines()]
         assert not [line for line in told if any(root in line for root in ("/tmp", "/home", "/root", "/work"))]

@@ -381,6 +381,22 @@ def test_on_the_records_that_came_with_peftbench(capsys: pytest.CaptureFixture[s
     assert "40 runs and 0 trials of searches" in told
 
 
+def test_rates_that_another_split_chose_are_another_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A split with other domains prefers other rates, so that its rows are compared among themselves only."""
+    for split, better in (("validation", 80), ("held_out", 50)):
+        search = search_rate(0.3)
+        search["selection"] |= {"split": split, "examples": 300}
+        make_row(tmp_path / split, [better, better + 1], "parallel_adapter", 2, point=f"p-{split}", search=search)
+        make_row(tmp_path / split, [60, 61], "adapter", 2, point=f"s-{split}", search=search)
+    assert main([str(tmp_path), "--short", "--markdown"]) == 0
+    head, _, first = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[:3])
+    verdicts = {name.rpartition(", ")[2]: cell.partition(" (")[0] for name, cell in zip(head, first, strict=True)}
+    assert verdicts["chosen on validation"] == "**confirmed**: +20.00"
+    assert verdicts["chosen on held_out"] == "**contradicted**: -10.00"
+    assert main([str(tmp_path)]) == 0
+    assert "the best learning rate of search=lr3 on 300 held_out examples" in " ".join(capsys.readouterr().out.split())
+
+
 def test_one_table_of_all_verdicts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
