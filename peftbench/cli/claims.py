@@ -24,11 +24,11 @@ from peftbench.tables.claim_texts import (
     describe_few,
     describe_untested,
     list_estimates,
-    name_selection,
 )
 from peftbench.tables.claims import CellFindings, Comparison, Estimate, Finding, judge_records
 from peftbench.tables.fields import FIELDS
 from peftbench.tables.intervals import describe_ways_of
+from peftbench.tables.row import identify_data
 from peftbench.tables.searches import find_studies
 from peftbench.tables.select import is_filter, load_folders, select_records
 from peftbench.utils.console import make_console, say
@@ -206,7 +206,7 @@ def _name_cells(cells: Sequence[CellFindings]) -> list[str]:
     ways: list[Callable[[CellFindings], str]] = [
         lambda cell: f"{cell.first.task} with {cell.first.model.name}",
         lambda cell: f"{cell.first.task} with {cell.first.model.name}, {cell.first.steps:,} steps",
-        lambda cell: f"{cell.first.task} with {cell.first.model.name}, chosen on {name_selection(cell)}",
+        lambda cell: f"{cell.first.task} with {cell.first.model.name}, chosen on {identify_data(cell.first)[1]}",
         describe_cell,
     ]
     named = [[way(cell) for cell in cells] for way in ways]

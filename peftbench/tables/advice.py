@@ -21,7 +21,7 @@ from peftbench.records.record import Record
 from peftbench.tables.comparison import compare_rows
 from peftbench.tables.examples import has_examples
 from peftbench.tables.fields import FIELDS
-from peftbench.tables.row import Row, find_front, group_seeds, is_scored, split_tables
+from peftbench.tables.row import Row, find_front, group_seeds, identify_data, is_scored, split_tables
 from peftbench.utils.errors import UserError, describe_unknown
 
 COSTS = ("stored", "memory", "time")
@@ -105,12 +105,12 @@ def choose_records(records: Sequence[Record], task: str | None, model: str | Non
 
 
 def group_alike(rows: Sequence[Row]) -> list[list[Row]]:
-    """Return groups of rows that were scored on the same examples and trained on as much."""
+    """Return groups of rows that were scored on the same examples, trained on as much and chosen on the same split."""
     found: dict[tuple[object, ...], list[Row]] = {}
     for index, table in enumerate(split_tables(rows)):
         for row in table:
             trained = tuple(row.first.trainer.get(key) for key in ALIKE)
-            found.setdefault((index, row.first.debug, FIELDS["train_examples"](row.first), *trained), []).append(row)
+            found.setdefault((index, row.first.debug, *identify_data(row.first), *trained), []).append(row)
     return list(found.values())
 
 

@@ -32,12 +32,6 @@ def describe_cell(cell: CellFindings) -> str:
     )
 
 
-def name_selection(cell: CellFindings) -> str:
-    """Return the split that a cell's learning rates were chosen on; "" if none was, or it is not known."""
-    search = cell.first.search
-    return search.selection.split if search and search.selection else ""
-
-
 def _describe_chosen_on(search: Searched) -> str:
     looked = search.selection
     return f" on {looked.examples:,} {looked.split} examples" if looked else ""

@@ -1,8 +1,8 @@
 """The paper's claims (conf/claims.yaml) against recorded runs: differences, their intervals and a verdict of four.
 
-Only runs of one cell are compared: one task, backbone, length of training and search of the learning rate, by one
-split. Rows are compared over the seeds that both have. If it is known what each example contributed, the interval is a
-bootstrap over seeds and examples, otherwise Student's over the seeds.
+Only runs of one cell are compared: one task, backbone, training set, selection split, length of training and search of
+the learning rate. Rows are compared over the seeds that both have. If it is known what each example contributed, the
+interval is a bootstrap over seeds and examples, otherwise Student's over the seeds.
 """
 
 from __future__ import annotations
@@ -199,17 +199,11 @@ def judge_records(records: Sequence[Record], resamples: int = RESAMPLES) -> list
     compared = [record for record in compared if record.study is None]
     cells = []
     for alike in group_alike(group_seeds(compared, "mean")):
-        for search in dict.fromkeys(map(_identify_search, alike)):
-            rows = [row for row in alike if _identify_search(row) == search]
+        for search in dict.fromkeys(FIELDS["search"](row.first) for row in alike):
+            rows = [row for row in alike if FIELDS["search"](row.first) == search]
             if any(row.scored for row in rows):
                 cells.append(_judge_cell(rows, resamples))
     return sorted(cells, key=lambda cell: (cell.first.task, cell.first.model.name, -_count_tested(cell)))
-
-
-def _identify_search(row: Row) -> tuple[str, str] | None:
-    """Return the search of a row's learning rate and the split that it looked at: another split prefers other rates."""
-    search = row.first.search
-    return None if search is None else (search.name, search.selection.split if search.selection else "")
 
 
 def _count_tested(cell: CellFindings) -> int:

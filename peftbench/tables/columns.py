@@ -26,7 +26,7 @@ from peftbench.tables.fields import (
     list_further_splits,
 )
 from peftbench.tables.paper import Printed, find_printed
-from peftbench.tables.row import Row, find_front, identify_point, is_below_baseline, is_unscored
+from peftbench.tables.row import Row, find_front, identify_data, identify_point, is_below_baseline, is_unscored
 from peftbench.utils.differences import find_differing
 
 if TYPE_CHECKING:
@@ -256,7 +256,8 @@ def find_distinguishing(rows: Sequence[Row]) -> list[Column[Row]]:
     """Return columns for the settings in which rows differ that would otherwise look alike.
 
     They are the trainer's settings, such as its learning rate, and the options of the axes, such as their layers. For
-    rows that differ in none of these, they are the keys of the task and the model that were typed.
+    rows that differ in none of these, or in their data too, they are also the keys of the task and the model that were
+    typed.
     """
     alike: dict[tuple[str, ...], list[Row]] = {}
     grouped = any(len(row.records) > 1 for row in rows)  # then seeds alone distinguish no rows
@@ -266,16 +267,19 @@ def find_distinguishing(rows: Sequence[Row]) -> list[Column[Row]]:
     settings: dict[str, Callable[[Record], Any]] = {}
     for group in alike.values():
         runs = [row.first for row in group]
-        for of in (
-            (_read_recorded, _read_typed) if len({identify_point(run) for run in runs}) > 1 else (_read_recorded,)
-        ):
-            if keys := [key for key in find_differing(list(map(of, runs))) if key not in (*IGNORED, *PATHS)]:
-                settings |= {key: partial(_get_setting, of, key) for key in keys}
-                break
+        keys = _list_differing(_read_recorded, runs)
+        settings |= {key: partial(_get_setting, _read_recorded, key) for key in keys}
+        # Rows that were trained or chosen on other data differ in more than their rates.
+        if len(set(map(identify_data, runs))) > 1 or (not keys and len({identify_point(run) for run in runs}) > 1):
+            settings |= {key: partial(_get_setting, _read_typed, key) for key in _list_differing(_read_typed, runs)}
     return [
         Column(key, _name_setting(key), partial(_format_texts, settings[key]), dispensable=1, wrap=16)
         for key in sorted(settings)
     ]
+
+
+def _list_differing(of: Callable[[Record], dict[str, Any]], runs: Sequence[Record]) -> list[str]:
+    return [key for key in find_differing(list(map(of, runs))) if key not in (*IGNORED, *PATHS)]
 
 
 def _read_recorded(run: Record) -> dict[str, Any]:
@@ -302,14 +306,18 @@ def _name_setting(key: str) -> str:
 
 
 def make_delta_columns(rows: Sequence[Row]) -> list[Column[Row]]:
-    """Return a column with the difference from the table's best full fine-tuning, if there is one."""
-    full = [row.score for row in rows if row.scored and row.first.is_full]
-    best = max((score for score in full if score is not None), default=None)
-    if best is None or len(rows) < 2:
+    """Return a column with the difference from the best full fine-tuning on a row's data, if the table has one."""
+    best: dict[tuple[Any, Any], float] = {}
+    for row in rows:
+        if row.first.is_full and row.scored and row.score is not None:
+            data = identify_data(row.first)
+            best[data] = max(row.score, best.get(data, row.score))
+    if not best or len(rows) < 2:
         return []
 
     def value(row: Row) -> float | None:
-        return row.score - best if row.scored and row.score is not None else None
+        reference = best.get(identify_data(row.first))
+        return row.score - reference if row.scored and row.score is not None and reference is not None else None
 
     return [Column("delta", "Δ full", lambda row: _format_signed(value(row)), value, dispensable=3)]
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
 from statistics import fmean, median, stdev
-from typing import Literal
+from typing import Any, Literal
 
 from peftbench.records.choice import list_edges
 from peftbench.records.record import Record, Score
@@ -98,6 +98,15 @@ def is_scored(record: Record) -> bool:
 def is_trial(record: Record) -> bool:
     """Return whether a search trained this run as a candidate and did not choose it."""
     return record.search is not None and record.search.role == "trial"
+
+
+def identify_data(record: Record) -> tuple[Any, Any]:
+    """Return on how many examples a run was trained, and the split that chose its state and its learning rate.
+
+    Runs that differ in it can be scored on the same examples, but what sets them apart is not the method alone.
+    """
+    splits = record.data.get("splits", {})
+    return splits.get("train", {}).get("examples"), splits.get("selection", {}).get("split")
 
 
 def identify_setting(record: Record) -> tuple[str, ...]:

@@ -384,10 +384,11 @@ def test_on_the_records_that_came_with_peftbench(capsys: pytest.CaptureFixture[s
 def test_rates_that_another_split_chose_are_another_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A split with other domains prefers other rates, so that its rows are compared among themselves only."""
     for split, better in (("validation", 80), ("held_out", 50)):
-        search = search_rate(0.3)
-        search["selection"] |= {"split": split, "examples": 300}
-        make_row(tmp_path / split, [better, better + 1], "parallel_adapter", 2, point=f"p-{split}", search=search)
-        make_row(tmp_path / split, [60, 61], "adapter", 2, point=f"s-{split}", search=search)
+        changes = {"search": search_rate(0.3), "data": json.loads(json.dumps(TEMPLATE["data"]))}
+        for part in (changes["search"]["selection"], changes["data"]["splits"]["selection"]):
+            part |= {"split": split, "examples": 300}
+        make_row(tmp_path / split, [better, better + 1], "parallel_adapter", 2, point=f"p-{split}", **changes)
+        make_row(tmp_path / split, [60, 61], "adapter", 2, point=f"s-{split}", **changes)
     assert main([str(tmp_path), "--short", "--markdown"]) == 0
     head, _, first = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[:3])
     verdicts = {name.rpartition(", ")[2]: cell.partition(" (")[0] for name, cell in zip(head, first, strict=True)}

@@ -185,6 +185,31 @@ def test_options_and_what_was_typed_tell_runs_apart_that_look_alike() -> None:
     assert "source" not in shown([replace(run, point="the same") for run in typed], 160)  # 48 may be the default
 
 
+def test_full_fine_tuning_on_other_data_is_no_reference() -> None:
+    """Runs with another selection split, or fewer training examples, are told apart and have their own reference."""
+
+    def made(score: float, method: str, split: str, rate: float, examples: int = 900) -> Record:
+        splits = {"train": {"split": "train", "examples": examples}, "selection": {"split": split, "examples": 100}}
+        changes = {
+            "overrides": [f"task.selection_split={split}"],
+            "data": {"splits": splits},
+            "point": f"{method}{split}",
+        }
+        changes["unfreeze"], axes = ("all", ()) if method == "full" else ("none", (FFN,))
+        return record(score, *axes, method=method, trainer={"learning_rate": rate}, **changes)
+
+    runs = [
+        *(made(40.0, "full", "validation", 1e-4), made(52.0, "mam", "validation", 1e-3)),
+        *(made(48.0, "full", "held_out", 2e-5), made(51.0, "mam", "held_out", 5e-4)),
+        made(50.0, "mam", "held_out", 5e-4, examples=500),
+    ]
+    columns = {column.key: column for column in choose_columns(make_rows(runs))}
+    deltas = [columns["delta"].cell(row) for row in make_rows(runs)]
+    assert deltas == ["+0.00", "+12.00", "+0.00", "+3.00", ""]
+    splits = [columns["task.selection_split"].cell(row) for row in make_rows(runs)]
+    assert splits == ["validation"] * 2 + ["held_out"] * 3
+
+
 def test_a_narrow_console_keeps_the_seeds_that_tell_runs_apart() -> None:
     assert "seed" not in shown([record(1.0, HEADS), record(2.0, HEADS)], 80)
     assert "seed" in shown([record(1.0, HEADS, seed=1), record(2.0, HEADS, seed=2)], 80)

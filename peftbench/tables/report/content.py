@@ -17,7 +17,7 @@ from peftbench.tables.comparison import read_settings
 from peftbench.tables.fields import AVERAGE, COSTS, FIELDS, MANY_CUT_OFF, find_field, list_further_splits
 from peftbench.tables.figure import COLOURS
 from peftbench.tables.plot import NAMES
-from peftbench.tables.row import Row, get_rank, identify_point, make_rows, split_tables
+from peftbench.tables.row import Row, get_rank, identify_data, identify_point, make_rows, split_tables
 from peftbench.tables.terminal import make_titles
 from peftbench.utils.differences import find_differing
 
@@ -94,6 +94,7 @@ def build_content(
                 "group": group,
                 "point": points[index],
                 "full": row.first.is_full,
+                "data": " ".join(map(str, identify_data(row.first))),
                 "unfreeze": row.first.unfreeze,
                 "error": f"{row.first.error.name}: {row.first.error.message}" if row.first.error else None,
                 "overrides": row.first.overrides,

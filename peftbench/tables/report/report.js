@@ -47,7 +47,7 @@ function draw(name, attributes, text) {
 // Averages: one row for the runs that differ only in their seed
 
 const POINTS = [...RUNS.reduce((found, run) => found.set(run.point, [...(found.get(run.point) ?? []), run]), new Map()).values()]
-  .map(runs => ({ all: runs, runs: [], group: runs[0].group, full: runs[0].full }));
+  .map(runs => ({ all: runs, runs: [], group: runs[0].group, data: `${runs[0].group} ${runs[0].data}`, full: runs[0].full }));
 const COUNT = { key: "n", header: "n", name: "runs averaged", form: "count", better: null, shown: false, same: null, index: COLUMNS.length };
 for (const run of RUNS) {
   run.runs = [run];
@@ -97,15 +97,15 @@ function isBelow(row) { // below a baseline, which costs nothing
 
 function isScored(run) { return value(run, COLUMN.get("score")) !== null; }
 
-function differences() { // from the best full fine-tuning of the group
+function differences() { // from the best full fine-tuning of the group on the same data
   const [delta, score] = [COLUMN.get("delta"), COLUMN.get("score")], best = new Map();
   if (!delta) return;
   for (const row of POINTS.filter(row => row.full && row.runs.length && value(row, score) !== null)) {
-    best.set(row.group, Math.max(best.get(row.group) ?? -Infinity, value(row, score)));
+    best.set(row.data, Math.max(best.get(row.data) ?? -Infinity, value(row, score)));
   }
   for (const row of POINTS.filter(row => row.runs.length)) {
     const own = value(row, score);
-    row.cells[delta.index] = own === null || !best.has(row.group) ? null : own - best.get(row.group);
+    row.cells[delta.index] = own === null || !best.has(row.data) ? null : own - best.get(row.data);
     row.spreads[delta.index] = undefined;
   }
 }
