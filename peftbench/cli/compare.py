@@ -20,6 +20,7 @@ from peftbench.records.record import FILE, Record, load_records
 from peftbench.records.wording import format_value
 from peftbench.tables.comparison import compare_rows, find_differing_settings, read_settings
 from peftbench.tables.fields import FIELDS
+from peftbench.tables.intervals import FEW_SEEDS
 from peftbench.tables.row import Row, describe_left_out, group_seeds, is_trial, is_unscored
 from peftbench.tables.select import TRIALS, is_filter, select_records
 from peftbench.utils.console import make_console, say
@@ -136,7 +137,7 @@ def _print_comparison(
     seeds = min(len(a.scored), len(b.scored))
     drawn = "examples only; one seed does not show how much another one would change"
     if seeds > 1:
-        drawn = "examples and seeds" + ("; so few seeds say little about other seeds" if seeds < 5 else "")
+        drawn = "examples and seeds" + ("; so few seeds say little about other seeds" if seeds < FEW_SEEDS else "")
     console.print(f"Chance over {drawn}.", style="dim", highlight=False)
     console.print()
     if not settings:

@@ -103,8 +103,9 @@ def _train(args: Namespace, words: Sequence[str], points: Sequence[TypedRun], ar
         words: its overrides without those of the launcher.
         launcher: see `read_launcher`.
     """
-    if launcher is not None and not isinstance(launcher, Local):
-        require_packages(launcher)
+    elsewhere = None if isinstance(launcher, Local) else launcher
+    if elsewhere is not None:
+        require_packages(elsewhere)
     several = len(points) > 1 or any(has_open_search(run) for _, run in points)
     if several and launcher is None and any(run.jobs != "1" for _, run in points):
         start_fork_server()  # which imports what resolving the points does, too
@@ -113,11 +114,11 @@ def _train(args: Namespace, words: Sequence[str], points: Sequence[TypedRun], ar
         say(how)
     plugins = _has_plugins(words)
     if any(is_study(run) for _, run in points):
-        return _train_with_studies(points, argv, args.config_dir, launcher)
+        return _train_with_studies(points, argv, args.config_dir, elsewhere)
     if args.multirun or launcher is not None or any(has_open_search(run) for _, run in points):
         if AND in args.overrides:
             _print_what_differs(points)
-        return _train_by_hydra(points, argv, words) if plugins else _train_sweep(points, argv, launcher)
+        return _train_by_hydra(points, argv, words) if plugins else _train_sweep(points, argv, elsewhere)
     if plugins:
         _call_hydra(words)
         return 0
@@ -201,16 +202,16 @@ def _print_what_differs(points: Sequence[TypedRun]) -> None:
         say(f'This sweep goes over {listed}. What follows "{AND}" belongs to that grid; what all share comes first.')
 
 
-def _train_sweep(points: Sequence[TypedRun], argv: list[str], launcher: Any) -> int:
+def _train_sweep(points: Sequence[TypedRun], argv: list[str], elsewhere: Any) -> int:
     """Train the runs of a sweep and the trials of its searches.
 
     Args:
-        launcher: where, see `read_launcher`.
+        elsewhere: the launcher, see `read_launcher`; None: on this machine.
     """
     trials, final = split_trials(points)
     places = find_places([run for _, run in (*trials, *final)])
     sweep = Sweep(final, argv, trials)
-    sweeper = Sweeper(sweep, None if isinstance(launcher, Local) else launcher, places)
+    sweeper = Sweeper(sweep, elsewhere, places)
     try:
         with heed_signals(), sweeper.at_work():
             sweeper.train()
@@ -219,28 +220,28 @@ def _train_sweep(points: Sequence[TypedRun], argv: list[str], launcher: Any) -> 
     return sweep.show()
 
 
-def _train_with_studies(points: Sequence[TypedRun], argv: list[str], config_dir: str | None, launcher: Any) -> int:
+def _train_with_studies(points: Sequence[TypedRun], argv: list[str], config_dir: str | None, elsewhere: Any) -> int:
     """Train the runs of the grids without a study as one sweep, and then the studies of the other grids."""
-    _check_studies(launcher)
+    _check_studies(elsewhere)
     others = [point for point in points if not is_study(point[1])]
-    code = _train_sweep(others, argv, launcher) if others else 0
+    code = _train_sweep(others, argv, elsewhere) if others else 0
     if code == INTERRUPTED:
         return code
-    return max(code, _train_studies([point for point in points if is_study(point[1])], argv, config_dir, launcher))
+    return max(code, _train_studies([point for point in points if is_study(point[1])], argv, config_dir, elsewhere))
 
 
-def _check_studies(launcher: Any) -> None:
+def _check_studies(elsewhere: Any) -> None:
     """Raise UserError where a study cannot be trained."""
     if find_spec("optuna") is None:
         raise UserError("search.trials needs optuna, which is missing: pip install peftbench[search].")
-    if isinstance(launcher, HydraLauncher):
+    if isinstance(elsewhere, HydraLauncher):
         raise UserError(
-            f"hydra/launcher={launcher.name} takes its runs in batches, and a study chooses one after another; use "
+            f"hydra/launcher={elsewhere.name} takes its runs in batches, and a study chooses one after another; use "
             "jobs=, hydra/launcher=slurm or hydra/launcher=ray."
         )
 
 
-def _train_studies(points: Sequence[TypedRun], argv: list[str], config_dir: str | None, launcher: Any) -> int:
+def _train_studies(points: Sequence[TypedRun], argv: list[str], config_dir: str | None, elsewhere: Any) -> int:
     """Train studies. Points that differ only in their seed are one."""
     from peftbench.sweeps.study_training import train_studies  # imports optuna
 
@@ -248,7 +249,6 @@ def _train_studies(points: Sequence[TypedRun], argv: list[str], config_dir: str 
     runs = [run for (_, run), _ in studies for _ in range((run.search and run.search.trials) or 1)]
     try:
         with heed_signals():
-            elsewhere = None if isinstance(launcher, Local) else launcher
             return train_studies(studies, argv, config_dir, find_places(runs), elsewhere)
     except KeyboardInterrupt:
         print_faults([f"interrupted; the same line goes on with the {'study' if len(studies) == 1 else 'studies'}."])

@@ -12,10 +12,8 @@ from peftbench.records.record import Record, Searched
 from peftbench.tables.claims import CellFindings, Comparison, Estimate, Finding, count_seeds_needed, get_score
 from peftbench.tables.fields import MANY_CUT_OFF
 from peftbench.tables.flatness import find_steepest
-from peftbench.tables.intervals import LEAST_SEEDS, describe_ways
+from peftbench.tables.intervals import FEW_SEEDS, LEAST_SEEDS, describe_ways
 from peftbench.tables.row import Row, is_scored, is_trial
-
-FEW = 5  # below so many seeds, they are said to be few
 
 
 def describe_cell(cell: CellFindings) -> str:
@@ -155,7 +153,7 @@ def _describe_runs(rows: Sequence[Row]) -> Iterator[str]:
 def describe_few(cells: Sequence[CellFindings]) -> list[str]:
     """Return a sentence where there are few seeds."""
     seeds = [finding.estimate.seeds for cell in cells for finding in cell.findings if finding.estimate is not None]
-    return [f"{min(seeds)} seeds say little about other seeds."] if seeds and min(seeds) < FEW else []
+    return [f"{min(seeds)} seeds say little about other seeds."] if seeds and min(seeds) < FEW_SEEDS else []
 
 
 def describe_untested(cells: Sequence[CellFindings]) -> list[str]:

@@ -20,6 +20,7 @@ from peftbench.tables.row import Row, identify_point, identify_setting
 
 RESAMPLES = 2000
 LEAST_SEEDS = 2  # with one seed it is unknown what another one would give
+FEW_SEEDS = 5  # fewer are said to say little of others
 Way = Literal["seeds and examples", "seeds"]
 WAYS: dict[Way, str] = {
     "seeds and examples": "a bootstrap over {} seeds and the examples",
