@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from peftbench.cli import report
 from peftbench.cli.results import main
 from peftbench.records.record import Axes, Divergence, Failure, Record, RecordedBackbone, RecordedCounts, load_records
 from peftbench.records.recording import describe_run
@@ -571,6 +572,15 @@ def test_twice_the_records_are_twice_the_work(
     assert work[0] > 30
     # The second step adds twice as many records as the first. Were each compared with each, it would be four times.
     assert work[2] - work[1] == pytest.approx(2 * (work[1] - work[0]), rel=0.005)
+
+
+def test_a_page_of_twice_the_records_is_twice_the_work(tmp_path: Path) -> None:
+    work = []
+    for wanted in (10, 20, 40):
+        for seed in range(wanted):
+            saved(run("mam", seed, 50.0 + seed / 1000, tmp_path / str(seed)))
+        work.append(calls(lambda: report.main([str(tmp_path), "--out", str(tmp_path / "runs.html")])))
+    assert work[2] - work[1] == pytest.approx(2 * (work[1] - work[0]), rel=0.02)
 
 
 def calls(function: Callable[[], object]) -> int:

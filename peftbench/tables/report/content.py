@@ -127,7 +127,7 @@ def _describe_columns(groups: Sequence[Sequence[Row]], paper: bool) -> list[dict
     measured |= dict.fromkeys(name for r in records for name in r.baselines)
     further = list_further_splits(records)
     measured |= dict.fromkeys([*further, AVERAGE] if len(further) > 1 else further)
-    found = {key: [find_field(key, records)(record) for record in records] for key in [*FIELDS, *measured]}
+    found = {key: list(map(find_field(key, records), records)) for key in [*FIELDS, *measured]}
     beside: dict[str, list[Any]] = {key: [] for key in ("axes", "paper_of", "delta", *PAPER)}
     for table in groups:
         known = {column.key: column for column in choose_columns(table, paper=paper)}
