@@ -18,6 +18,8 @@ from peftbench.tables.row import Row
 from peftbench.utils.differences import find_differing, flatten
 from peftbench.utils.errors import UserError, warn
 
+_BELOW_IGNORED = tuple(f"{key}." for key in IGNORED)
+
 
 def compare_rows(a: Row, b: Row, resamples: int) -> dict[str, Difference]:
     """Return the difference of each metric of the runs' report split."""
@@ -86,4 +88,4 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _is_ignored(key: str) -> bool:
-    return key == "seed" or any(key == ignored or key.startswith(f"{ignored}.") for ignored in IGNORED)
+    return key == "seed" or key in IGNORED or key.startswith(_BELOW_IGNORED)

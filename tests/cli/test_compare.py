@@ -82,6 +82,13 @@ def test_a_further_modification_is_told_by_what_is_its_own(tmp_path: Path) -> No
     }
 
 
+def test_what_only_counting_reads_is_no_setting(tmp_path: Path) -> None:
+    models = [replace(RUN.model, architecture={"d_model": width}) for width in (16, 32)]
+    folders = [trained(tmp_path / str(index), 50, model=model) for index, model in enumerate(models)]
+    a, b = (make_rows(load_records(folder)[0])[0] for folder in folders)
+    assert find_differing_settings(a, b) == {}
+
+
 def test_a_debug_run_says_so(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for record in load_records(outputs)[0]:
         if record.method == "mam":
