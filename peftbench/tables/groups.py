@@ -83,7 +83,8 @@ def _restrict(record: Record, groups: Sequence[str], wanted: Sequence[str]) -> R
     seen = record.data["groups"]["seen"] if groups else None
     if seen is None and {SEEN, UNSEEN} & {*wanted}:
         return record
-    chosen = np.array([_is_wanted(group, seen or (), wanted) for group in groups])
+    is_chosen = {group: _is_wanted(group, seen or (), wanted) for group in set(groups)}
+    chosen = np.array([is_chosen[group] for group in groups])
     if not chosen.any():
         return record
     kept = {name: one._replace(rows=one.rows[chosen], library=None) for name, one in read_examples(record).items()}
