@@ -22,7 +22,7 @@ from peftbench.config.axes import format_axes, format_composition
 from peftbench.config.fidelity import Deviation
 from peftbench.records.lock import is_held
 from peftbench.utils.errors import UserError
-from peftbench.utils.files import dump_json, read_json, replace_file
+from peftbench.utils.files import dump_json, read_json, replace_file, resolve_folder
 
 SCHEMA_VERSION = 1
 FILE = "record.json"
@@ -460,7 +460,7 @@ def load_records(folder: Path) -> tuple[list[Record], list[str]]:
         raise UserError(f"{folder} is not a folder; give the output_dir of runs, or make one with: peftbench train")
     records: list[Record] = []
     left_out: list[str] = []
-    files, seen = [], set[str]()
+    files, seen, resolved = [], set[str](), dict[str, str]()
 
     def unreadable(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):  # a checkpoint that was deleted meanwhile
@@ -468,7 +468,7 @@ def load_records(folder: Path) -> tuple[list[Record], list[str]]:
 
     # Some folders may be links to another disk, and links may form cycles.
     for place, below, names in os.walk(folder, onerror=unreadable, followlinks=True):
-        real = os.path.realpath(place)
+        real = resolve_folder(place, resolved)
         if real in seen or (APART in names and Path(place) != folder):
             below.clear()
         elif FILE in names:

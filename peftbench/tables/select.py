@@ -16,6 +16,7 @@ from peftbench.tables.fields import find_field
 from peftbench.tables.groups import KEY, leave_out_whole, restrict_records
 from peftbench.tables.row import is_trial
 from peftbench.utils.errors import UserError, describe_unknown, warn
+from peftbench.utils.files import resolve_folder
 
 TRIALS = "trials=true"  # the word that shows trials
 OR = "or"  # the word between two sets of filters
@@ -51,10 +52,11 @@ def read_records(words: Sequence[str]) -> list[Record]:
 
 def load_folders(folders: Iterable[Path]) -> list[Record]:
     """Return the records below some folders, each once. Files that are not records are named on stderr."""
-    records: dict[Path, Record] = {}
+    records: dict[str, Record] = {}
+    resolved: dict[str, str] = {}
     for folder in folders:
         found, left_out = load_records(folder)
-        records.update((record.folder.resolve(), record) for record in found)
+        records.update((resolve_folder(record.folder, resolved), record) for record in found)
         for sentence in left_out:
             warn(sentence)
     return list(records.values())

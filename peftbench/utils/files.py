@@ -110,6 +110,20 @@ def read_json(path: Path) -> Any:
     return parse_json(path.read_text(encoding="utf-8"))
 
 
+def resolve_folder(folder: str | Path, resolved: dict[str, str]) -> str:
+    """Return what os.path.realpath returns of a folder, with one look at the disk instead of one at each folder above.
+
+    Args:
+        resolved: the folders above that are known, to which this adds. Thousands of runs lie in a few.
+    """
+    above, name = os.path.split(folder)
+    if name in ("", os.curdir, os.pardir) or os.path.islink(folder):
+        return os.path.realpath(folder)
+    if above not in resolved:
+        resolved[above] = os.path.realpath(above)
+    return os.path.join(resolved[above], name)
+
+
 def parse_json(text: str | bytes) -> Any:
     """Return the value of a JSON text. Raises ValueError also if it is nested too deep for Python, and for a whole
     number that is too large for a float."""

@@ -45,7 +45,7 @@ from peftbench.records.recording import record_run, start_record
 from peftbench.records.run_files import append_metrics, write_predictions
 from peftbench.tables.select import read_records
 from peftbench.utils.errors import UserError
-from peftbench.utils.files import write_lines
+from peftbench.utils.files import resolve_folder, write_lines
 from tests.live_files import refuse_scan
 
 RUN = Run(
@@ -290,6 +290,15 @@ def test_folders_that_are_links_are_read_once_and_loops_end(tmp_path: Path) -> N
     records, left_out = load_records(outputs)
     assert [record.folder for record in records] == [outputs / "here" / "run", outputs / "task" / "run"]
     assert left_out == []
+
+
+def test_folders_are_resolved_as_the_system_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "disk" / "run").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("disk", target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    resolved: dict[str, str] = {}
+    for folder in (".", "..", "/", "disk", "disk/", "disk/run", "link", "link/run", "link/../disk", tmp_path / "link"):
+        assert resolve_folder(folder, resolved) == os.path.realpath(folder), folder
 
 
 def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
