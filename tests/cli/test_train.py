@@ -584,10 +584,9 @@ def test_what_is_wrong_in_a_users_own_search(
 
 
 @pytest.mark.parametrize("arguments", [["--cfg", "job"], ["--info", "defaults-tree"], ["--help"]])
-def test_hydras_own_flags_work(arguments: list[str]) -> None:
-    done = subprocess.run([*SUBPROCESS, "train", "method=lora", *arguments], capture_output=True, text=True)
-    assert done.returncode == 0
-    assert "functional_form" in done.stdout
+def test_hydras_own_flags_work(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "method=lora", *arguments]) == 0
+    assert "functional_form" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM, PretrainedConfig
+from transformers import BartConfig, LlamaConfig, PretrainedConfig
 
 from peftbench.cli.main import main
 from peftbench.config.compose import compose_run
@@ -35,7 +35,7 @@ def folder_of(config: PretrainedConfig, folder: Path) -> str:
 @pytest.fixture
 def small(tmp_path: Path) -> str:
     """The config.json of a BART of width 320."""
-    return folder_of(BartForConditionalGeneration(BartConfig(**SMALL)).config, tmp_path / "small")
+    return folder_of(BartConfig(**SMALL), tmp_path / "small")
 
 
 def run_of(*words: str) -> Run:
@@ -86,7 +86,7 @@ def test_mam_on_a_small_bart(small: str, capsys: pytest.CaptureFixture[str]) -> 
 def test_a_decoder_takes_the_share_too(tmp_path: Path) -> None:
     shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
     shape |= {"num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True}
-    path = folder_of(LlamaForCausalLM(LlamaConfig(**shape)).config, tmp_path / "decoder")
+    path = folder_of(LlamaConfig(**shape), tmp_path / "decoder")
     for method in ("mam", "lora"):
         paper = percent(run_of("task=xsum", f"method={method}"))
         assert 0.95 * paper < percent(run_of(*TEXT, "model=llama", path, f"method={method}")) <= paper
