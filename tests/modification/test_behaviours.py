@@ -277,15 +277,15 @@ def test_two_prompts_are_one_longer_prompt(family: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "preset"), cases(GENERATING))
-@pytest.mark.parametrize("beams", [1, 4], ids=["greedy", "beams"])
-def test_generation_with_the_cache_equals_generation_without(family: str, preset: str, beams: int) -> None:
-    """The same tokens and, at each step, the same scores; the inputs of the encoder are padded."""
+def test_generation_with_the_cache_equals_generation_without(family: str, preset: str) -> None:
+    """The same tokens and, at each step, the same scores; the inputs of the encoder are padded. Beams are reordered in
+    the cache; one alone is compared with a forward pass below."""
     model = attached(family, PRESETS[preset])
     inputs = {name: tensor for name, tensor in batch(family).items() if name != "labels"}
     found = [
         model.generate(
             **inputs,
-            num_beams=beams,
+            num_beams=4,
             use_cache=cached,
             min_new_tokens=5,
             max_new_tokens=5,
