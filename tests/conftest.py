@@ -23,6 +23,7 @@ from types import SimpleNamespace
 import pytest
 
 from peftbench.sweeps import fork_server
+from peftbench.utils.quick_imports import freeze_objects
 
 _finished = 0  # tests
 
@@ -49,7 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     gc.collect()
-    gc.freeze()
+    freeze_objects()
     gc.enable()
 
 
@@ -58,4 +59,4 @@ def pytest_runtest_logfinish() -> None:
     _finished += 1
     if _finished % 100 == 0:
         gc.collect()
-        gc.freeze()
+        freeze_objects()

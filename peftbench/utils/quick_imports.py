@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import sys
 from collections.abc import Iterator
@@ -22,5 +23,14 @@ def speed_up_imports() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.freeze()
+        freeze_objects()
         gc.enable()
+
+
+def freeze_objects() -> None:
+    """Have the garbage collector skip all present objects, at the end of the process too if that is silent."""
+    gc.freeze()
+    # Types made with nanobind are printed as leaked, unless the last collection frees them. Triton 3.9's are such
+    # types, and importing transformers imports Triton where torch is a CUDA build.
+    if any(kind.__module__ == "nanobind" for kind in type.__subclasses__(type)):
+        atexit.register(gc.unfreeze)
