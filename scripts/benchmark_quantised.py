@@ -28,6 +28,7 @@ from peftbench.config.compose import compose_run
 from peftbench.config.schema import list_modifications
 from peftbench.modification.attach import attach
 from peftbench.modification.counting import count
+from peftbench.training.fit import checkpoint_gradients
 from peftbench.training.token_loss import TokenLoss, find_output_layer
 
 LLAMA_8B = {
@@ -84,8 +85,7 @@ def prepare_ours(model: PreTrainedModel, overrides: list[str]) -> Callable[[dict
     run = compose_run([*overrides, "task=text_to_text", "model=llama"], reads_data=False)
     attach(model, list_modifications(run))
     model.train()
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
+    checkpoint_gradients(model)
     layer = find_output_layer(model)
     assert layer is not None
     print(f"  {count(model).percent(count(model).trained):.3f}% of the backbone trained")

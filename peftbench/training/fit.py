@@ -152,7 +152,7 @@ def fit_model(
         monitor = replace(monitor, callbacks=[*monitor.callbacks, pruner])
     trainer = _build_trainer(model, data, lengths, recipe, criterion, resuming, monitor, team)
     if settings.gradient_checkpointing:
-        _checkpoint_gradients(model)
+        checkpoint_gradients(model)
     _train(trainer, resuming.resume, monitor.stage)
     if trainer.state.global_step < trainer.state.max_steps and trainer.diverging.found is None:
         stop_if_asked()  # there is a checkpoint; a training that has ended is first saved
@@ -238,11 +238,12 @@ def _make_weighted_loss(model: PreTrainedModel, data: TaskData, settings: schema
     return WeightedLoss(weights, settings.label_smoothing, model.device)
 
 
-def _checkpoint_gradients(model: PreTrainedModel) -> None:
-    """Have the model compute activations again in the backward pass."""
-    # transformers renames the method; re-entrant checkpointing would need inputs with gradients
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
+def checkpoint_gradients(model: PreTrainedModel, reentrant: bool = False) -> None:
+    """Have the model compute activations again in the backward pass. If re-entrant, its inputs need gradients."""
+    # transformers 5.24 deprecates the older name, and says that version 6 will have the newer one alone.
+    newer = hasattr(model, "activation_checkpointing_enable")
+    enable = model.activation_checkpointing_enable if newer else model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
 
 
 def _train(trainer: FineTuner, resume: Checkpoint | None, stage: Stage | None) -> None:

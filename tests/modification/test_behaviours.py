@@ -25,6 +25,7 @@ from peftbench.modification.attach import attach
 from peftbench.modification.edit import Edit
 from peftbench.modification.head_attention import HeadModification
 from peftbench.modification.prompt import Prompt
+from peftbench.training.fit import checkpoint_gradients
 from peftbench.utils.errors import UserError
 from tests.families import (
     ALIKE,
@@ -187,7 +188,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family: str, preset: st
     plain = gradients(model, family)
     if reentrant:
         model.enable_input_require_grads()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_gradients(model, reentrant)
     runs: list[int] = []
     find_sites(model).layers[0].ffn.source.register_forward_hook(lambda *args: runs.append(1))
     checkpointed = gradients(model, family)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from peftbench.evaluation.kv_cache import make_caches
 from peftbench.modification.attach import attach
 from peftbench.modification.prompt import DecoderPrompt
+from peftbench.training.fit import checkpoint_gradients
 from peftbench.utils.errors import UserError
 from tests.families import CONTINUING, build, modification
 
@@ -115,7 +116,7 @@ def test_checkpointed_gradient_is_the_same() -> None:
                 if parameter.requires_grad:
                     parameter.normal_(std=0.5)
         if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_gradients(model)
         ids = draw_ids(model)
         model(input_ids=ids, labels=ids).loss.backward()
         grads.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])

@@ -27,6 +27,7 @@ from peftbench.modification.edit import Edit
 from peftbench.modification.functional_form import Bottleneck
 from peftbench.modification.head_attention import HEADS, HeadModification
 from peftbench.records.record import load_records
+from peftbench.training.fit import checkpoint_gradients
 from peftbench.utils.errors import UserError
 from tests.families import PRESETS, batch, build, dropout, modification, shake
 from tests.modification.test_head_attention import attention_calls, plain_attention
@@ -347,7 +348,7 @@ def test_reading_the_residual_trains(family: str) -> None:
     gradients = []
     for checkpointed in (False, True):
         if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_gradients(model)
         model.train()
         model.zero_grad()
         torch.manual_seed(4)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 from peftbench.config import schema
 from peftbench.modification.attach import attach
+from peftbench.training.fit import checkpoint_gradients
 from tests.families import ALIKE, FAMILIES, MORE_FAMILIES, PRESETS, batch, build, dropout, shake
 
 ON_CPU, ON_GPU = "cpu", pytest.param("cuda", marks=pytest.mark.gpu)
@@ -31,10 +33,23 @@ def checkpointed(reentrant: bool) -> Callable[[PreTrainedModel], PreTrainedModel
     def apply(model: PreTrainedModel) -> PreTrainedModel:
         if reentrant:
             model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        checkpoint_gradients(model, reentrant)
         return model
 
     return apply
+
+
+@pytest.mark.parametrize("names", [["gradient"], ["gradient", "activation"], ["activation"]])
+def test_checkpointing_is_asked_for_by_the_newest_name(names: list[str]) -> None:
+    """transformers before 5.24 has the older name, and version 6 will have the newer one alone."""
+    asked: list[tuple[str, dict[str, bool]]] = []
+
+    def note(name: str) -> Callable[[dict[str, bool]], None]:
+        return lambda options: asked.append((name, options))
+
+    model = SimpleNamespace(**{f"{name}_checkpointing_enable": note(name) for name in names})
+    checkpoint_gradients(model)  # type: ignore[arg-type]
+    assert asked == [(names[-1], {"use_reentrant": False})]
 
 
 def compiled(model: PreTrainedModel) -> PreTrainedModel:
