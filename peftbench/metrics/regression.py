@@ -18,15 +18,23 @@ def compute_correlations(
     scipy's, which computes the same from deviations and so rounds differently. In the bootstrap the ranks are those
     among all examples: if each draw were ranked anew, rho would not be a function of sums.
     """
-    from scipy.stats import pearsonr, rankdata, spearmanr
+    from scipy.stats import rankdata, spearmanr
 
     ours, right = ([float(str(number)) for number in side] for side in (predictions, references))
     is_constant = len(set(ours)) < 2 or len(set(right)) < 2
-    pearson, spearman = (0.0 if is_constant else 100 * float(r(ours, right).statistic) for r in (pearsonr, spearmanr))
+    pearson = 0.0 if is_constant else 100 * _compute_pearson(ours, right)
+    spearman = 0.0 if is_constant else 100 * float(spearmanr(ours, right).statistic)
     return {
         "pearson": _correlate(np.array(ours), np.array(right), pearson),
         "spearman": _correlate(rankdata(ours), rankdata(right), spearman),
     }
+
+
+def _compute_pearson(x: list[float], y: list[float]) -> float:
+    """Return scipy's r, or nan if a number is not finite: some versions of scipy, such as 1.12, fail there."""
+    from scipy.stats import pearsonr
+
+    return float(pearsonr(x, y).statistic) if np.isfinite([x, y]).all() else np.nan
 
 
 def _correlate(x: np.ndarray, y: np.ndarray, library: float) -> Statistics:
