@@ -449,7 +449,8 @@ def test_m2m100_names_its_languages_without_underscores(tmp_path: Path) -> None:
     pieces = pytest.importorskip("sentencepiece")
     text, words = tmp_path / "text", {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
     text.write_text("the cat sat on the mat\no pisica sta\n" * 20)
-    pieces.SentencePieceTrainer.train(input=str(text), model_prefix=str(tmp_path / "spm"), vocab_size=20)
+    spm = {"model_prefix": str(tmp_path / "spm"), "vocab_size": 20, "hard_vocab_limit": False}  # at most 20
+    pieces.SentencePieceTrainer.train(input=str(text), **spm)
     (tmp_path / "vocab.json").write_text(json.dumps(words))
     tokenizer, model = M2M100Tokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "spm.model")), build("m2m_100")
     set_languages(tokenizer, "en", "ro")

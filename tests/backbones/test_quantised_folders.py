@@ -55,7 +55,8 @@ def quantise(
     """
     packed: Weights = {}
     held: Weights = {}
-    for name, weight in load_file(folder / "model.safetensors").items():
+    for name, mapped in load_file(folder / "model.safetensors").items():
+        weight = mapped.clone()  # older safetensors map the file, which is written anew below
         if name.endswith("_proj.weight"):
             held[name] = pack(name.removesuffix(".weight"), weight, packed)
         else:
