@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -227,6 +228,9 @@ def find_peft_faults(run: Run) -> Iterator[str]:
         yield f"peft.type={typed} is not supported, because it {REFUSED[typed]}."
         return
     types = list_types()
+    if typed in METHODS and typed not in types:
+        yield f"peft.type={typed} needs a newer peft than {version('peft')}, which has no such method."
+        return
     if typed not in types:
         yield describe_unknown("peft.type", typed, types)
         return
