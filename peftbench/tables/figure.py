@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,11 @@ from peftbench.config.axes import CHOICES
 from peftbench.records.record import Record
 from peftbench.records.wording import format_value
 from peftbench.tables.fields import FIELDS, find_field
-from peftbench.tables.row import Row
+from peftbench.tables.row import Row, identify_data
 from peftbench.tables.terminal import make_title
 from peftbench.utils.differences import find_differing
 from peftbench.utils.files import dump_json, write_beside
-from peftbench.utils.text import strip_controls
+from peftbench.utils.text import format_count, strip_controls
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,8 +115,9 @@ def name_lines(panels: Sequence[Sequence[Row]], by: str) -> dict[int, str]:
     """Return the name of the line on which each row is a point.
 
     By method, a method that was tried with several axes has a line for each: adapter · ffn, adapter · attention. The
-    same holds, in a panel, for a method that was tried with several scales or trained for several lengths, but not for
-    one whose sizes have different learning rates. Panels may differ in them: MAM's scale depends on the task.
+    same holds, in a panel, for a method that was tried with several scales, trained for several lengths or on several
+    numbers of examples, or chosen on several splits, but not for one whose sizes have different learning rates. Panels
+    may differ in them: MAM's scale depends on the task.
     """
     rows = [row for panel in panels for row in panel]
     if by != "method":
@@ -129,13 +131,11 @@ def name_lines(panels: Sequence[Sequence[Row]], by: str) -> dict[int, str]:
         for row in alike:
             axes = _read_axes(row)
             found[id(row)] = " · ".join([method, *(axes[key] for key in axes if key in differ)])
-    for panel in panels:
-        lengths: dict[str, set[str]] = {}
+    for describe, panel in product((_describe_length, _describe_examples, _describe_selection), panels):
+        told: dict[str, set[str]] = {}
         for row in panel:
-            lengths.setdefault(found[id(row)], set()).add(_describe_length(row))
-        found |= {
-            id(row): f"{name} · {_describe_length(row)}" for row in panel if len(lengths[name := found[id(row)]]) > 1
-        }
+            told.setdefault(found[id(row)], set()).add(describe(row))
+        found |= {id(row): f"{name} · {describe(row)}" for row in panel if len(told[name := found[id(row)]]) > 1}
     return found
 
 
@@ -151,6 +151,18 @@ def _describe_length(row: Row) -> str:
     trainer = row.first.trainer
     steps, epochs = (format_value(trainer.get(key)) for key in ("max_steps", "epochs"))
     return f"{steps} steps" if steps else f"{epochs} epochs" if epochs else ""
+
+
+def _describe_examples(row: Row) -> str:
+    """Return on how many examples a row's runs were trained."""
+    examples, _ = identify_data(row.first)
+    return "" if examples is None else format_count(examples, "example")
+
+
+def _describe_selection(row: Row) -> str:
+    """Return the split that has chosen the state and the learning rate of a row's runs."""
+    _, split = identify_data(row.first)
+    return "chosen on no split" if split is None else f"chosen on {split}"
 
 
 def find_row_field(key: str, rows: Sequence[Row]) -> Callable[[Record], Any]:

@@ -260,6 +260,21 @@ def test_a_method_has_a_line_for_each_length_of_training() -> None:
     assert names == [{"lora", "mam"}, {"mam"}]
 
 
+def test_a_line_joins_runs_of_one_training_set_and_selection_split() -> None:
+    def on(split: str, examples: int, points: str) -> list[Record]:
+        splits = {"train": {"examples": examples}, "selection": {"split": split}}
+        made = [record for record in runs() if record.method == "lora"]
+        return [replace(one, point=f"{points} {one.point}", data={"splits": splits}) for one in made]
+
+    for other, expected in (
+        (on("held_out", 900, "b"), ["lora · 1,000 examples", "lora · 900 examples"]),
+        (on("held_out", 1000, "b"), ["lora · chosen on held_out", "lora · chosen on validation"]),
+        (on("validation", 1000, "a"), ["lora"]),
+    ):
+        (axes,) = drawn(group_seeds([*on("validation", 1000, "a"), *other], "mean")).axes
+        assert [container.get_label() for container in axes.containers] == expected
+
+
 def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for made in runs(tmp_path / "outputs"):
         saved(made)
